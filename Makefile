@@ -1,0 +1,44 @@
+# Every target works on a fresh clone: it makes .venv first, and again only when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint slow mutants
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+venv: $(INSTALLED)  ## .venv with everything installed
+
+# torch goes first and pinned: on a machine without CUDA this version brings the CPU build.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "Installing into $(VENV) (a few minutes, once)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) torch==2.13.0
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate from the export
+	@$(RUN) launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
+	@$(RUN) -m models.generate runs/opt_tiny_pp2_2p5d/export --prompt "The " --tokens 200
+
+# One thread a process: the tests start many, and they share the cores.
+test slow mutants: export OMP_NUM_THREADS = 1
+
+test: lint  ## lint, then every test not marked slow
+	@$(RUN) -m pytest
+
+lint: venv  ## ruff and mypy, changing nothing
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+slow: venv  ## the tests marked slow
+	@$(RUN) -m pytest -m slow
+
+mutants: venv  ## break the code on purpose and see that the tests notice
+	@$(RUN) -m tests.mutants

@@ -1,0 +1,92 @@
+"""Train OPT as a config says.
+
+    python launch.py                                           one process, the built-in default
+    torchrun --nproc-per-node 8 launch.py --config FILE        eight
+    python launch.py --nprocs 8 --config FILE                  the same, started by itself
+
+Torch is imported once the arguments make sense: neither --help nor a typo has to wait for it.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTED, TERMINATED, REFUSED = 130, 143, 2  # exit codes
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="a Python file of dicts (default: the built-in one)")
+    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override dotted keys; the last wins")
+    add("--resume", metavar="auto|DIR", help="go on from this run's newest checkpoint, or from DIR")
+    add("--check", action="store_true", help="read, validate, print layout and memory; start nothing")
+    add("--world", metavar="N", type=_count, help="with --check: the number of processes (default: the fewest that fit)")
+    add("--nprocs", metavar="N", type=_count, help="start N processes on this host, without torchrun")
+    arguments = parser.parse_args(argv)
+    if arguments.world is not None and not arguments.check:
+        parser.error("--world goes with --check; to start processes say --nprocs, or use torchrun")
+    if arguments.nprocs is not None and "RANK" in os.environ:
+        parser.error("--nprocs under torchrun: it has started the processes already; leave one of the two out")
+    return arguments
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Do what the arguments say; returns the exit code."""
+    # When one rank refuses, torchrun ends the others at once. Let them get as far as refusing too, so that rank 0 says why.
+    ended_early: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended_early.append(number))
+    rank = 0
+    try:
+        from parallel import loop, preflight, preview, report, spawn
+        from parallel.context import Place
+        from parallel.errors import ColonnadeError
+
+        try:
+            place = Place.from_environment()
+            rank = place.rank
+            world_size = arguments.world or arguments.nprocs or place.world_size
+            if arguments.check and not (arguments.world or arguments.nprocs) and place.world_size == 1:
+                world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
+            config = preflight.read_config(arguments.config, arguments.set, world_size)
+            if arguments.check:
+                preflight.check_inputs(config)
+                report.Screen(config, quiet=rank != 0).check(preview.preview(config, world_size), arguments.set)
+                return 0
+            job = preflight.inspect(config, place, resume=arguments.resume, notes=arguments.set)
+            signal.signal(signal.SIGTERM, _terminate)
+            if ended_early:
+                return TERMINATED
+            if arguments.nprocs is not None:
+                arguments.nprocs = None
+                return spawn.run_ranks(main, arguments, world_size)
+            loop.run(job)
+            return 0
+        except ColonnadeError as error:
+            if rank == 0:
+                print(error, file=sys.stderr)
+            return REFUSED
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(TERMINATED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(read_arguments()))

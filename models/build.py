@@ -1,0 +1,93 @@
+"""Model × mode × stage: this rank's part of the model that a config names."""
+
+from pathlib import Path
+
+from torch import nn
+
+from models.hf import has_weights, load, sources
+from models.opt import LayerSpec, layers_of, trunk_of
+from models.shapes import OPTShape, resolve, shape_of
+from parallel.config import Config, PipelineConfig
+from parallel.context import Context
+from parallel.errors import ConfigError
+from parallel.layout import ParameterInfo
+from parallel.pipeline.partition import from_layers, partition
+from parallel.pipeline.stage import Stage
+from parallel.rng import draw_normal
+from parallel.tensor import MODES
+
+
+def build(context: Context) -> Stage:
+    """This rank's stage, with weights from `model.path` where it has them, else drawn from the seed.
+
+    Raises ConfigError or DataError.
+    """
+    stage, path = outline(context), context.config.model.path
+    if path is not None and has_weights(Path(path)):
+        load(Path(path), [piece for info in stage.infos for piece in info.pieces()])
+    else:
+        initialize(stage, shape_of(_resolved(context)), context.config.train.seed)
+    return stage
+
+
+def outline(context: Context) -> Stage:
+    """This rank's stage with its parameters still zero, on the mesh's device: on 'meta' it tells sizes and holds nothing."""
+    config = _resolved(context)
+    shape = shape_of(config)
+    mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
+    specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
+    own = split(specs, config.parallel.pipeline)[context.mesh.axis("pipe").rank]
+    layers = {specs[i].name: specs[i].build() for i in own}
+    if "embed" in layers and "head" in layers:  # tied: one parameter where one stage has both ends
+        layers["head"].embed_tokens = layers["embed"].embed_tokens
+    trunk = trunk_of(shape, mode)
+    return Stage(
+        list(layers.values()),
+        _infos(layers),
+        boundary=lambda batch, sequence: trunk.activation_shape(batch, sequence, shape.hidden_size),
+        dtype=context.dtype,
+        speaks=mode.speaks_for(mode.inner_batch),
+    )
+
+
+def split(specs: list[LayerSpec], pipeline: PipelineConfig) -> list[range]:
+    """The layers of each stage: as the config gives them, else by cost."""
+    if pipeline.layers is not None:
+        return from_layers(len(specs) - 2, pipeline.layers)
+    return partition([spec.cost for spec in specs], pipeline.size)
+
+
+def initialize(stage: Stage, shape: OPTShape, seed: int) -> None:
+    """Draw every weight as Hugging Face's OPT does, from its public name and the seed: the same in every layout.
+
+    Matrices are normal with `init_std`, biases zero, LayerNorms one; the padding token's embedding is zero.
+    """
+    for info in stage.infos:
+        for piece in info.pieces():
+            if len(piece.shape) == 1:
+                piece.data.fill_(float(piece.name.endswith("layer_norm.weight")))
+                continue
+            drawn = draw_normal(piece.shape, piece.box, shape.init_std, seed, piece.name)
+            start, stop = piece.box[0]
+            if piece.name.endswith("embed_tokens.weight") and start <= shape.pad_token_id < stop:
+                drawn[shape.pad_token_id - start] = 0
+            piece.data.copy_(drawn)
+
+
+def _infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
+    """Every parameter of these layers, once, with its layout and its public names."""
+    infos: dict[int, ParameterInfo] = {}
+    for layer, module in layers.items():
+        for path, part in module.named_modules():
+            for name, layout in getattr(part, "layouts", {}).items():
+                parameter = getattr(part, name)
+                full = ".".join(filter(None, (layer, path, name)))
+                infos.setdefault(id(parameter), ParameterInfo(full, parameter, layout, sources(full)))
+    return list(infos.values())
+
+
+def _resolved(context: Context) -> Config:
+    config, problems = resolve(context.config)
+    if problems:
+        raise ConfigError(*problems)
+    return config

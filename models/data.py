@@ -1,0 +1,214 @@
+"""Text and token files to batches.
+
+A corpus is one row of token ids, cut into N = tokens // S samples; the last ones are for validation. Which samples a
+step takes is a function of (seed, step) alone, so the order is the same in every layout and a resume replays nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from models.tokenizer import PAD, SEPARATOR, Ids, load_tokenizer
+from parallel.config import DataConfig
+from parallel.errors import DataError
+
+Indexes: TypeAlias = npt.NDArray[np.int64]
+Batch: TypeAlias = dict[str, torch.Tensor]
+
+CHECKED_AT_ONCE = 1 << 22  # tokens
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`tokens[T]` as N = T // S samples of S tokens; the last `num_validation` are kept from training."""
+
+    tokens: Ids
+    sequence_length: int
+    num_validation: int
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.tokens) // self.sequence_length
+
+    @property
+    def num_training(self) -> int:
+        return self.num_samples - self.num_validation
+
+    def sample(self, index: int) -> Indexes:
+        """`tokens[i*S:(i+1)*S]`, a copy."""
+        assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
+        start = index * self.sequence_length
+        return np.array(self.tokens[start : start + self.sequence_length], np.int64)
+
+
+class SampleOrder:
+    """Which of `num_samples` training samples each step takes: in turn, or in a fresh permutation for each epoch."""
+
+    def __init__(self, num_samples: int, *, shuffle: bool, seed: int) -> None:
+        self.num_samples = num_samples
+        self._shuffle = shuffle
+        self._seed = seed
+        # Two, because a step may begin in one epoch and end in the next.
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+
+    def step(self, step: int, global_batch: int) -> Indexes:
+        """The `global_batch` sample indexes of a step, counted from 0."""
+        first = step * global_batch
+        epochs, offsets = np.divmod(np.arange(first, first + global_batch), self.num_samples)
+        if not self._shuffle:
+            return offsets
+        return np.concatenate([self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _draw_permutation(self, epoch: int) -> Indexes:
+        # Sorting raw draws: those are the same in every numpy version, `Generator.permutation` need not be.
+        bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+        return np.argsort(bits.random_raw(self.num_samples), kind="stable")
+
+
+class Loader:
+    """The batches of one data-parallel replica: rows [d*G/D, (d+1)*G/D) of each global batch of G samples."""
+
+    def __init__(
+        self, corpus: Corpus, order: SampleOrder, *, global_batch: int, replica: int = 0, num_replicas: int = 1
+    ) -> None:
+        assert global_batch % num_replicas == 0, f"{global_batch} samples over {num_replicas} replicas"
+        self._corpus = corpus
+        self._order = order
+        self._global_batch = global_batch
+        rows = global_batch // num_replicas
+        self._block = slice(replica * rows, (replica + 1) * rows)
+
+    def training(self, step: int) -> Batch:
+        """Step, counted from 0 -> input_ids[G/D, S]; sample_ids[G/D], the places in the run, which key dropout."""
+        samples = self._order.step(step, self._global_batch)[self._block]
+        input_ids = np.stack([self._corpus.sample(int(index)) for index in samples])
+        return {"input_ids": torch.from_numpy(input_ids), "sample_ids": self._places(step)}
+
+    def validation(self) -> Iterator[Batch]:
+        """All validation samples once, in order: input_ids[G/D, S], labels[G/D, S], sample_ids[G/D].
+
+        Each global batch is whole, so that any layout divides it: the last is filled up with rows without labels.
+        """
+        for step in range(math.ceil(self._corpus.num_validation / self._global_batch)):
+            places = self._places(step)
+            input_ids = torch.full((len(places), self._corpus.sequence_length), PAD)
+            labels = torch.full_like(input_ids, IGNORED_LABEL)
+            for row, place in enumerate(places.tolist()):
+                if place < self._corpus.num_validation:
+                    input_ids[row] = torch.from_numpy(self._corpus.sample(self._corpus.num_training + place))
+                    labels[row] = input_ids[row]
+            yield {"input_ids": input_ids, "labels": labels, "sample_ids": places}
+
+    def _places(self, step: int) -> torch.Tensor:
+        """kG + j of this replica's rows j."""
+        first = step * self._global_batch
+        return torch.arange(first + self._block.start, first + self._block.stop)
+
+
+def load_tokens(data: DataConfig, vocab_size: int) -> Corpus:
+    """The corpus that a config names, every token of it below `vocab_size`. DataError where there is none."""
+    tokens = _read_token_file(Path(data.path)) if data.path.endswith(".npy") else _encode(data, vocab_size)
+    _check_ids(tokens, vocab_size, source=data.path)
+    num_samples = len(tokens) // data.sequence_length
+    if num_samples == 0:
+        raise DataError(
+            f"data.path: {data.path} has {len(tokens)} tokens, too few for one sample of data.sequence_length "
+            f"{data.sequence_length}. Use a longer text, or a sequence_length of at most {len(tokens)}."
+        )
+    corpus = Corpus(tokens, data.sequence_length, num_validation=math.floor(data.validation_fraction * num_samples))
+    if corpus.num_training <= 0:
+        raise DataError(
+            f"data.validation_fraction: {data.validation_fraction} takes all {num_samples} samples of {data.path} and "
+            f"leaves none to train on. Use a fraction below 1."
+        )
+    return corpus
+
+
+def _encode(data: DataConfig, vocab_size: int) -> Ids:
+    """The texts of `data.path` as token ids, with `</s>` between two texts."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"data.tokenizer: '{data.tokenizer}' has {tokenizer.vocab_size} ids, the model's vocabulary only "
+            f"{vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
+        )
+    parts: list[Ids] = []
+    for text in _read_texts(data.path):
+        if parts:
+            parts.append(np.array([SEPARATOR], np.int32))
+        parts.append(tokenizer.encode(text))
+    return np.concatenate(parts)
+
+
+def _read_texts(source: str) -> Iterator[str]:
+    """At least one text: the built-in corpus, FILE.txt, or the *.txt of a folder, sorted by name."""
+    path = Path(source)
+    if source == "python-docs":
+        # 465 KB of English that comes with every CPython.
+        from pydoc_data.topics import topics
+
+        yield "\n".join(topics[name] for name in sorted(topics))
+    elif path.is_dir():
+        files = sorted(file for file in path.glob("*.txt") if file.is_file())
+        if not files:
+            raise DataError(f"data.path: the folder {path} has no *.txt in it. Name a folder of texts, or a file.")
+        yield from map(_read_text, files)
+    elif not path.exists():
+        raise DataError(
+            f"data.path: {path} does not exist. Name a FILE.txt, a folder of *.txt, a FILE.npy, or 'python-docs'."
+        )
+    elif path.suffix == ".txt":
+        yield _read_text(path)
+    else:
+        raise DataError(f"data.path: {path} is neither a .txt nor a .npy. Rename it, or convert it to one of them.")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.path: {file} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}. "
+            f"Convert it, as in: iconv -f LATIN1 -t UTF-8."
+        ) from error
+
+
+def _read_token_file(file: Path) -> Ids:
+    """A 1-d array of token ids, memory-mapped."""
+    if not file.is_file():
+        raise DataError(f"data.path: there is no file {file}. Name a 1-d array of token ids, as numpy.save writes it.")
+    try:
+        tokens: npt.NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
+    except ValueError as error:
+        raise DataError(f"data.path: {file} is not an array that numpy can memory-map: {error}") from error
+    if tokens.ndim != 1:
+        raise DataError(f"data.path: {file} has {tokens.ndim} dimensions, {tokens.shape}, not 1. Save it flattened.")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise DataError(f"data.path: {file} holds {tokens.dtype}, not token ids. Save it as an integer type.")
+    return tokens
+
+
+def _check_ids(tokens: Ids, vocab_size: int, *, source: str) -> None:
+    """A block at a time: the array may be a file larger than the memory."""
+    for start in range(0, len(tokens), CHECKED_AT_ONCE):
+        block = tokens[start : start + CHECKED_AT_ONCE]
+        (outside,) = np.nonzero((block < 0) | (block >= vocab_size))
+        if len(outside):
+            id, position = int(block[outside[0]]), start + int(outside[0])
+            cure = (
+                f"set model.vocab_size to at least {id + 1}" if id >= 0 else "no id is negative: write the file again"
+            )
+            raise DataError(
+                f"data.path: {source} has token {id} at position {position}, outside the vocabulary of {vocab_size}. "
+                f"{cure[0].upper()}{cure[1:]}."
+            )

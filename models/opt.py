@@ -1,0 +1,197 @@
+"""OPT (Zhang et al. 2022, arXiv 2205.01068) as a list of layers, written once for every tensor mode.
+
+x[B_batch, S, H_hidden] travels between layers; the axes that split it are the mode's. Submodules carry Hugging Face's names, so that
+`hf.sources` is short.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.shapes import OPTShape
+from parallel.layout import global_range
+from parallel.pipeline.stage import Microbatch
+from parallel.rng import dropout, seed_of
+from parallel.tensor import Mode
+
+POSITION_OFFSET = 2  # OPT's positions start at 2; a padded token has position 1
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer before it is built. `cost` is its FLOPs for one token forward, for the pipeline's partition."""
+
+    name: str
+    cost: float
+    build: Callable[[], nn.Module]
+
+
+def layers_of(shape: OPTShape, mode: Mode, seed: int, sequence_length: int) -> list[LayerSpec]:
+    """[embedding, block 0 … n−1, head]. """
+    hidden, width, blocks_mode = shape.hidden_size, shape.word_embed_proj_dim, trunk_of(shape, mode)
+    projection = 2.0 * hidden * width if width != hidden else 0.0
+    block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
+    blocks = [
+        LayerSpec(f"layers.{i}", block, partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)))
+        for i in range(shape.num_hidden_layers)
+    ]
+    return [
+        LayerSpec("embed", projection, partial(Embed, shape, mode, blocks_mode)),
+        *blocks,
+        LayerSpec("head", projection + 2.0 * shape.vocab_size * width, partial(Head, shape, mode, blocks_mode)),
+    ]
+
+
+def trunk_of(shape: OPTShape, mode: Mode) -> Mode:
+    """The mode of the blocks: where projections stand around them, the one that these lead to."""
+    return mode.trunk() if shape.word_embed_proj_dim != shape.hidden_size else mode
+
+
+class Embed(nn.Module):
+    """Token and position embeddings: nothing -> x[B_batch, S, H_hidden] of the trunk."""
+
+    def __init__(self, shape: OPTShape, mode: Mode, trunk: Mode) -> None:
+        super().__init__()
+        self.mode, self.trunk = mode, trunk
+        hidden, width = shape.hidden_size, shape.word_embed_proj_dim
+        self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
+        self.embed_positions = trunk.positions(shape.max_position_embeddings + POSITION_OFFSET, hidden)
+        self.project_in = mode.project_in(hidden, width) if width != hidden else None
+
+    def forward(self, x: None, batch: Microbatch) -> Tensor:
+        found = self.mode.lookup(batch.input_ids, self.embed_tokens)
+        if self.project_in is not None:
+            found = self.project_in(found)
+        positions: Tensor = self.embed_positions(self.trunk.local(position_ids(batch), self.trunk.batch))
+        return found + positions
+
+
+class Block(nn.Module):
+    """A transformer block: x[B_batch, S, H_hidden] -> the same. LayerNorm stands before each half, or (350m) after."""
+
+    def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
+        super().__init__()
+        self.mode, self.norm_first, self.dropout, self.seed = mode, shape.do_layer_norm_before, shape.dropout, seed
+        self.activation = ACTIVATIONS[shape.activation_function]
+        hidden, ffn, affine = shape.hidden_size, shape.ffn_dim, shape.layer_norm_elementwise_affine
+        self.self_attn = Attention(shape, mode, seed_of(seed, "attention"))
+        self.self_attn_layer_norm = mode.layer_norm(hidden, affine=affine)
+        self.fc1 = mode.linear_in(ffn, hidden, bias=shape.enable_bias)
+        self.fc2 = mode.linear_out(hidden, ffn, bias=shape.enable_bias)
+        self.final_layer_norm = mode.layer_norm(hidden, affine=affine)
+
+    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+        x = self._residual(x, self.self_attn_layer_norm, lambda h: self.self_attn(h, batch), batch, half=0)
+        return self._residual(x, self.final_layer_norm, self._feed_forward, batch, half=1)
+
+    def _feed_forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.activation(self.fc1(h)))
+        return out
+
+    def _residual(
+        self, x: Tensor, norm: nn.Module, function: Callable[[Tensor], Tensor], batch: Microbatch, *, half: int
+    ) -> Tensor:
+        """x + dropout(function(norm(x))), or norm(x + dropout(function(x)))"""
+        y = function(norm(x) if self.norm_first else x)
+        if self.training and self.dropout > 0:
+            y = dropout(y, self.dropout, seed_of(self.seed, half), *self._coordinates(y, batch))
+        y = x + y
+        return y if self.norm_first else norm(y)
+
+    def _coordinates(self, y: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        """The global rows [B_batch, S] and columns [H_hidden] of y[B_batch, S, H_hidden]."""
+        sequence, hidden = y.shape[1:]
+        samples = self.mode.local(batch.samples, self.mode.batch)
+        rows = samples.unsqueeze(1) * sequence + torch.arange(sequence, device=y.device)
+        return rows, global_range(self.mode.hidden, hidden, y.device)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: x[B_batch, S, H_hidden] -> the same. Heads are split over the hidden axes inside, so attention itself
+    needs no communication. q, k and v are one parameter [3, H, H] and one matmul."""
+
+    def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
+        super().__init__()
+        self.mode, self.dropout, self.seed = mode, shape.attention_dropout, seed
+        self.heads = shape.num_attention_heads // prod(axis.size for axis in mode.inner_hidden)
+        hidden = shape.hidden_size
+        self.qkv = mode.linear_in(hidden, hidden, bias=shape.enable_bias, fused=3)
+        self.out_proj = mode.linear_out(hidden, hidden, bias=shape.enable_bias)
+
+    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+        fused: Tensor = self.qkv(x)  # [B_inner, S, 3 · H_inner]
+        q, k, v = fused.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B_inner, heads, S, head]
+        mask = self._mask(batch)
+        if self.training and self.dropout > 0:
+            y = self._attend_with_dropout(q, k, v, mask, batch)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+    def _mask(self, batch: Microbatch) -> Tensor | None:
+        """[B_inner, 1, S, S]: the earlier positions that hold a token; None where all do."""
+        if batch.attention_mask is None:
+            return None
+        tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
+        return _causal(tokens.shape[-1], tokens.device) & tokens[:, None, None, :]
+
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, batch: Microbatch) -> Tensor:
+        """Attention written out, for a dropout of the probabilities that is the same in every layout."""
+        sequence = q.shape[-2]
+        mask = _causal(sequence, q.device) if mask is None else mask
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=wide).to(q.dtype)
+        samples = self.mode.local(batch.samples, self.mode.inner_batch)
+        heads = global_range(self.mode.inner_hidden, self.heads, q.device)
+        count = self.heads * prod(axis.size for axis in self.mode.inner_hidden)
+        columns = torch.arange(sequence, device=q.device)
+        rows = (samples.unsqueeze(1) * count + heads).unsqueeze(-1) * sequence + columns
+        return dropout(weights, self.dropout, self.seed, rows, columns) @ v
+
+
+class Head(nn.Module):
+    """The last LayerNorm, the projection, and the tied embedding's logits: x of the trunk -> the summed loss of this rank."""
+
+    def __init__(self, shape: OPTShape, mode: Mode, trunk: Mode) -> None:
+        super().__init__()
+        self.mode = mode
+        hidden, width, affine = shape.hidden_size, shape.word_embed_proj_dim, shape.layer_norm_elementwise_affine
+        self.final_layer_norm = trunk.layer_norm(hidden, affine=affine) if shape.has_final_layer_norm else None
+        self.project_out = mode.project_out(width, hidden) if width != hidden else None
+        self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x of the trunk -> what the embedding is multiplied with, [B_batch, S, E_hidden]"""
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+        return self.mode.lm_loss(self.features(x), self.embed_tokens, batch.labels)
+
+
+def position_ids(batch: Microbatch) -> Tensor:
+    """[B, S]: 2, 3, … counting tokens; a padded one has 1."""
+    mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+    return mask.cumsum(1) * mask - 1 + POSITION_OFFSET
+
+
+def _causal(sequence: int, device: torch.device) -> Tensor:
+    return torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril()
+

@@ -1,0 +1,256 @@
+"""The sizes of OPT, by name or from a Hugging Face directory, and what a config must respect to fit one. No torch."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from parallel.config import Config, ModelConfig, PipelineConfig, TensorConfig
+from parallel.config_reader import Reader
+from parallel.errors import ConfigError, did_you_mean, either
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
+"""Those by which Hugging Face and torch mean the same function."""
+
+
+@dataclass(frozen=True)
+class OPTShape:
+    """Everything that makes one OPT differ from another, under Hugging Face's names and with its defaults (125m)."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    word_embed_proj_dim: int = 768
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = False
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_function: str = "relu"
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    init_std: float = 0.02
+    pad_token_id: int = 1
+    bos_token_id: int = 2
+    eos_token_id: int = 2
+    layerdrop: float = 0.0
+    tie_word_embeddings: bool = True
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+
+def _published(layers: int, hidden: int, heads: int) -> OPTShape:
+    """A row of table 1 of OPT (Zhang et al., 2022, arXiv:2205.01068)."""
+    return OPTShape(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        word_embed_proj_dim=hidden,
+    )
+
+
+NAMED = {
+    "opt-tiny": replace(_published(4, 128, 8), vocab_size=260, dropout=0.0),
+    "opt-125m": _published(12, 768, 12),
+    "opt-350m": replace(_published(24, 1024, 16), word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": _published(24, 2048, 32),
+    "opt-2.7b": _published(32, 2560, 32),
+    "opt-6.7b": _published(32, 4096, 32),
+    "opt-13b": _published(40, 5120, 40),
+    "opt-30b": _published(48, 7168, 56),
+    "opt-66b": _published(64, 9216, 72),
+    "opt-175b": _published(96, 12288, 96),
+}
+
+
+def from_hugging_face(path: str | Path) -> OPTShape:
+    """The shape that DIR/config.json describes; a field it leaves out has OPTConfig's default. Raises ConfigError."""
+    file = Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"model.path: cannot read {file}: {error.strerror}. Try a Hugging Face OPT directory."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"model.path: {file} is not JSON: {error}.") from error
+    if not isinstance(raw, dict) or raw.get("model_type") != "opt":
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raise ConfigError(f"model.path: {file} describes model_type {kind!r}. Only 'opt' is built.")
+    known = {field.name for field in fields(OPTShape)}
+    plain = {key.removeprefix("_"): value for key, value in raw.items()}
+    if plain.get("pad_token_id", 1) is None:  # no row of the embedding would be without a gradient
+        raise ConfigError(f"model.path: pad_token_id null in {file} is not available. Try {OPTShape.pad_token_id}.")
+    reader = Reader()
+    read = reader.section(ModelConfig, {key: plain[key] for key in known & plain.keys()}, (str(file),))
+    if reader.problems:
+        raise ConfigError(*reader.problems)
+    # OPTConfig's own default: the embedding is as wide as the model unless it says otherwise.
+    width = OPTShape.hidden_size if read.hidden_size is None else read.hidden_size
+    return _overridden(OPTShape(hidden_size=width, word_embed_proj_dim=width), read)
+
+
+def _overridden(base: OPTShape, model: ModelConfig) -> OPTShape:
+    """`base` with what `model` says otherwise; an embedding as wide as the model stays so."""
+    values: dict[str, Any] = {field.name: getattr(model, field.name) for field in fields(OPTShape)}
+    said = {key: value for key, value in values.items() if value is not None}
+    if base.word_embed_proj_dim == base.hidden_size and "hidden_size" in said:
+        said.setdefault("word_embed_proj_dim", said["hidden_size"])
+    return replace(base, **said)
+
+
+def shape_of(config: Config) -> OPTShape:
+    """The shape of a resolved config."""
+    return _overridden(OPTShape(), config.model)
+
+
+def resolve(config: Config) -> tuple[Config, list[str]]:
+    """The config with every field of its model filled in, and what does not fit the model: `parse` takes this."""
+    model = config.model
+    if model.path is None and model.name not in NAMED:
+        return config, [f"model.name: unknown model {model.name!r}. {did_you_mean(model.name, NAMED)}"]
+    try:
+        base = NAMED[model.name] if model.path is None else from_hugging_face(model.path)
+    except ConfigError as error:
+        return config, list(error.problems)
+    shape = _overridden(base, model)
+    problems = _model_problems(shape)
+    if config.data.sequence_length > shape.max_position_embeddings:
+        problems.append(
+            f"data.sequence_length: {config.data.sequence_length} is more than model.max_position_embeddings"
+            f" {shape.max_position_embeddings}. Try {shape.max_position_embeddings}."
+        )
+    problems += _pipeline_problems(shape.num_hidden_layers, config.parallel.pipeline)
+    problems += _tensor_problems(shape, config.parallel.tensor)
+    return replace(config, model=replace(model, **asdict(shape))), problems
+
+
+def _model_problems(shape: OPTShape) -> list[str]:
+    """What no layout could cure."""
+    found = []
+    if shape.hidden_size % shape.num_attention_heads:
+        tries = either(_nearest(shape.num_attention_heads, _divisors(shape.hidden_size)))
+        found.append(
+            f"model.num_attention_heads: {shape.num_attention_heads} does not divide model.hidden_size"
+            f" {shape.hidden_size}. Try {tries}."
+        )
+    if shape.pad_token_id >= shape.vocab_size:
+        found.append(
+            f"model.pad_token_id: {shape.pad_token_id} is outside model.vocab_size {shape.vocab_size}."
+            f" Try {shape.vocab_size - 1}."
+        )
+    if shape.activation_function not in ACTIVATIONS:
+        hint = did_you_mean(shape.activation_function, ACTIVATIONS)
+        found.append(f"model.activation_function: {shape.activation_function!r} is not available. {hint}")
+    if shape.layerdrop > 0:
+        found.append(f"model.layerdrop: {shape.layerdrop} is not available. Try 0.0.")
+    if not shape.tie_word_embeddings:
+        found.append("model.tie_word_embeddings: False is not available. Try True.")
+    return found
+
+
+def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
+    """Every layer on one stage, every stage with some work."""
+    if pipeline.size > num_layers + 2:
+        return [
+            f"parallel.pipeline.size: {pipeline.size} stages are more than embedding, {num_layers} layers and head can"
+            f" fill. Try {num_layers + 2}."
+        ]
+    if pipeline.layers is not None and sum(pipeline.layers) != num_layers:
+        some, more = divmod(num_layers, pipeline.size)
+        # The first stage is the last to get one more: it has the embedding, and the last one has the head.
+        even = tuple(some + ((stage - 1) % pipeline.size < more) for stage in range(pipeline.size))
+        return [
+            f"parallel.pipeline.layers: {pipeline.layers} adds up to {sum(pipeline.layers)}, got a model of"
+            f" {num_layers} layers. Try {even}."
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tensor mode cuts each of these widths into parts ** power; the message counts in parts ** total."""
+
+    keys: tuple[str, ...]
+    parts: int
+    name: str
+    wording: str
+    power: int = 1
+    total: int = 1
+
+    def problems(self, shape: OPTShape) -> list[str]:
+        found = []
+        for key in self.keys:
+            value = getattr(shape, key)
+            if value % self.parts**self.power:
+                even = [part for part in _divisors(value) if value % part**self.power == 0]
+                tries = either(part**self.total for part in _nearest(self.parts, even))
+                found.append(f"model.{key}: {value} is not divisible by {self.name}. Try {self.wording.format(tries)}.")
+        return found
+
+
+def _tensor_problems(shape: OPTShape, tensor: TensorConfig) -> list[str]:
+    """What the tensor mode does not divide. The vocabulary is not among it: it is padded."""
+    heads, widths = ("num_attention_heads",), ("hidden_size", "ffn_dim", "word_embed_proj_dim")
+    axes = tensor.axes()
+    cuts: tuple[_Cut, ...]
+    match tensor.mode:
+        case "1d":
+            cuts = (_Cut((*heads, "ffn_dim"), axes["t"], f"tensor.size {tensor.size}", "size {}"),)
+        case "2d" | "2.5d":
+            row, col = axes["row"], axes["col"]
+            cuts = (
+                _Cut(heads + widths, col, f"the {col} columns of tensor.size {tensor.size}", "{} columns"),
+                _Cut(widths, row, f"the {row} rows of tensor.size {tensor.size}", "{} rows"),
+            )
+        case "3d":
+            edge, cube = axes["i"], f"the cube of tensor.size {tensor.size}"
+            cuts = (
+                _Cut(heads, edge, f"{edge}, the edge of {cube}", "size {}", total=3),
+                _Cut(widths, edge, f"{edge} × {edge}, a face of {cube}", "size {}", power=2, total=3),
+            )
+        case _:
+            cuts = ()
+    return [problem for cut in cuts for problem in cut.problems(shape)]
+
+
+def _divisors(value: int) -> list[int]:
+    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+
+
+def _nearest(value: int, choices: list[int]) -> list[int]:
+    """The three choices nearest to `value`, in order; 1 only where there is no other."""
+    worthy = [choice for choice in choices if choice > 1] or choices
+    return sorted(sorted(worthy, key=lambda choice: abs(choice - value))[:3])
+
+
+def parameter_count(shape: OPTShape) -> int:
+    """Parameters of the whole model, the tied embedding once."""
+    hidden, ffn, width = shape.hidden_size, shape.ffn_dim, shape.word_embed_proj_dim
+    norm = 2 * hidden * shape.layer_norm_elementwise_affine
+    attention = 4 * (hidden * hidden + hidden * shape.enable_bias)
+    feed_forward = 2 * hidden * ffn + (hidden + ffn) * shape.enable_bias
+    projections = 2 * hidden * width * (width != hidden)
+    embeddings = shape.vocab_size * width + _positions(shape)
+    layers = shape.num_hidden_layers * (attention + feed_forward + 2 * norm)
+    return embeddings + projections + layers + norm * shape.has_final_layer_norm
+
+
+def _positions(shape: OPTShape) -> int:
+    """Elements of the position table: OPT's positions start at 2."""
+    return (shape.max_position_embeddings + 2) * shape.hidden_size
+
+
+def flops_per_token(shape: OPTShape, sequence_length: int) -> float:
+    """Model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
+
+    N leaves out the position table, a lookup, and counts the tied embedding once, as the head's matmul. Attention is
+    counted in full, not halved for causality; recomputation is not counted.
+    """
+    matmuls = 6.0 * (parameter_count(shape) - _positions(shape))
+    return matmuls + 12.0 * shape.num_hidden_layers * shape.hidden_size * sequence_length

@@ -1,0 +1,157 @@
+"""Text to token ids and back: bytes, the default, or any Hugging Face `tokenizer.json`.
+
+Every tokenizer can leave itself in an exported directory, so that `transformers` reads there what we trained with.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from parallel.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Ids: TypeAlias = npt.NDArray[np.integer[Any]]
+
+# OPT's special tokens, in the order of their ids.
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+PAD, SEPARATOR = SPECIALS.index("<pad>"), SPECIALS.index("</s>")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `vocab_size` is one more than the largest id."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> Ids:
+        """The ids of a text, with no special tokens added."""
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of some ids, special tokens dropped."""
+
+    def save(self, folder: Path) -> None:
+        """Leave tokenizer.json and tokenizer_config.json in an exported Hugging Face directory."""
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """`bytes`, a tokenizer.json, or a folder with one. Anything else is a DataError."""
+    return ByteTokenizer() if spec == "bytes" else FileTokenizer(Path(spec))
+
+
+class ByteTokenizer:
+    """UTF-8: the id of a byte is the byte + 4, past OPT's specials."""
+
+    vocab_size = 256 + len(SPECIALS)
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text; bytes that are not UTF-8 become U+FFFD, ids that are no byte are dropped."""
+        array = np.asarray(ids, np.int64)
+        is_byte = (array >= len(SPECIALS)) & (array < self.vocab_size)
+        return (array[is_byte] - len(SPECIALS)).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        _write_json(folder / "tokenizer.json", _byte_level_json())
+        _write_json(folder / "tokenizer_config.json", _byte_level_config())
+
+
+class FileTokenizer:
+    """A tokenizer.json, run by the `tokenizers` library.
+
+    The files are held as they were read: a run may be renamed, and its tokenizer with it, long before the export.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(
+                f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "
+                "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bytes'."
+            )
+        config = file.with_name("tokenizer_config.json")
+        self._json = file.read_bytes()
+        self._config = config.read_bytes() if config.is_file() else None
+        self._tokenizer = _parse(file, self._json)
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> Ids:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_bytes(self._json)
+        if self._config is None:
+            _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        else:
+            (folder / "tokenizer_config.json").write_bytes(self._config)
+
+
+def _parse(file: Path, content: bytes) -> tokenizers.Tokenizer:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(
+            f"data.tokenizer: {file} needs the package 'tokenizers': pip install tokenizers. Or use 'bytes'."
+        ) from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"data.tokenizer: {file} is not a tokenizer.json that 'tokenizers' reads: {error}") from error
+    # A saved tokenizer often carries the truncation of its last use, which would cut a corpus to 512 tokens in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _byte_level_json() -> dict[str, object]:
+    """The byte tokenizer in the format of `tokenizers`: a byte-level BPE with no merges."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    vocab = {token: id for id, token in enumerate(SPECIALS)}
+    vocab |= {character: byte + len(SPECIALS) for byte, character in enumerate(_byte_characters())}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": token, **flags} for id, token in enumerate(SPECIALS)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "unk_token": None, "vocab": vocab, "merges": []},
+    }
+
+
+def _byte_level_config() -> dict[str, object]:
+    bos, pad, eos, unk = SPECIALS
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "pad_token": pad,
+        "eos_token": eos,
+        "unk_token": unk,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "</s>" in a text is four bytes, as it was in training
+    }
+
+
+def _byte_characters() -> list[str]:
+    """The character that ByteLevel shows each byte as: itself where it prints, else the next one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_in = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(stand_in)) for byte in range(256)]
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

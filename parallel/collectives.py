@@ -1,0 +1,91 @@
+"""Collectives over an axis. Each returns a new tensor, leaves its argument alone and counts the bytes handed to it.
+
+Only an axis of size 1 is special, and only here: there is nobody to talk to, so the argument itself comes back.
+torch 2.13 renames two calls and deprecates the old names; this is the one place that knows.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Axis
+
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
+    """The sum (or `op`) of x over the ranks of the axis, on each of them. MAX loses a NaN that is not on the first rank."""
+    if axis.size == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    axis.traffic.count("all_reduce", x)
+    dist.all_reduce(x, op, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """x[..., N_axis, ...] -> [..., N, ...]: the slices of every rank, concatenated along `dim` in rank order."""
+    if axis.size == 1:
+        return x
+    x = x.contiguous()
+    axis.traffic.count("all_gather", x)
+    gathered = x.new_empty(axis.size * x.numel())
+    _all_gather_single(gathered, x.flatten(), group=axis.group)
+    dim %= x.ndim
+    return gathered.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """x[..., N, ...], one summand a rank -> [..., N_axis, ...]: this rank's slice along `dim` of the sum."""
+    if axis.size == 1:
+        return x
+    dim %= x.ndim
+    slices = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    axis.traffic.count("reduce_scatter", slices)
+    mine = slices.new_empty(slices[0].numel())
+    _reduce_scatter_single(mine, slices.flatten(), group=axis.group)
+    return mine.view(slices.shape[1:])
+
+
+def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """x[..., N, ...] -> this rank's slice [..., N_axis, ...]. No communication: every rank holds the whole of x."""
+    if axis.size == 1:
+        return x
+    return x.unflatten(dim, (axis.size, -1)).select(dim, axis.rank)
+
+
+def any_true(flag: bool, axis: Axis) -> bool:
+    """Whether the flag is set on any rank. A flag, not a value: a reduction by MAX may drop a NaN."""
+    return bool(all_reduce(torch.tensor(int(flag)), axis).item())
+
+
+def barrier(axis: Axis) -> None:
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
+def gather_objects(value: object, axis: Axis) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank. For small things: names, boxes, messages."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def send(x: Tensor, axis: Axis, to: int) -> None:
+    """Send x to the rank at coordinate `to`. Host tensors go by gloo whatever the backend."""
+    axis.traffic.count("send", x)
+    dist.send(x.contiguous(), axis.ranks[to], group=axis.group)
+
+
+def receive(like: Tensor, axis: Axis, source: int) -> Tensor:
+    """A tensor of the shape and dtype of `like` from the rank at coordinate `source`."""
+    received = torch.empty_like(like, memory_format=torch.contiguous_format)
+    dist.recv(received, axis.ranks[source], group=axis.group)
+    return received

@@ -1,0 +1,140 @@
+"""The door for configs: a file or a dict, and overrides, become one frozen `Config` or one `ConfigError`."""
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from parallel.config_parallel import ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.config_reader import Reader, literal
+from parallel.config_sections import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    SchedulerConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from parallel.errors import ConfigError, closest
+
+__all__ = [
+    "Config",
+    "ContextConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "ParallelConfig",
+    "PipelineConfig",
+    "Resolver",
+    "SchedulerConfig",
+    "TensorConfig",
+    "TrainConfig",
+    "ZeroConfig",
+    "apply_overrides",
+    "load_raw",
+    "parse",
+]
+
+Resolver: TypeAlias = Callable[[Config], tuple[Config, list[str]]]
+"""Fills in what only a model knows, and says what does not fit it."""
+
+
+def load_raw(path: str | Path) -> dict[str, Any]:
+    """The names that a config file assigns, modules, functions and underscored ones left out.
+
+    `parse` says which of them are no sections. Raises ConfigError with the file and line of what goes wrong.
+    """
+    file = Path(path)
+    namespace: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
+    try:
+        exec(compile(file.read_bytes(), str(file), "exec"), namespace)
+    except OSError as error:
+        if error.filename != str(file):  # not ours, but one that the config itself wanted to read
+            raise ConfigError(_raised(file, error)) from error
+        match = closest(file.name, (other.name for other in file.parent.glob("*.py")))
+        hint = f" Did you mean {str(file.with_name(match))!r}?" if match else ""
+        raise ConfigError(f"{file}: cannot read the config: {error.strerror}.{hint}") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{file}:{error.lineno}: {error.msg}.") from error
+    except Exception as error:
+        raise ConfigError(_raised(file, error)) from error
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not (name.startswith("_") or isinstance(value, ModuleType) or callable(value))
+    }
+
+
+def _raised(file: Path, error: Exception) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}."
+
+
+def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """`raw` with each 'dotted.key=value' set in turn, in a new dict; a dict as value replaces the whole sub-dict."""
+    config = normalize(raw)
+    problems = []
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        *sections, name = key.strip().split(".")
+        place: Any = config
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        if not (equals and name and all(sections)):
+            problems.append(f"--set {assignment}: not of the form key=value. Try train.steps=20.")
+        elif not isinstance(place, dict):
+            problems.append(f"--set {assignment}: {'.'.join(sections)} has no keys. Try train.steps=20.")
+        else:
+            place[name] = literal(text)
+            config = normalize(config)
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the nested dicts, short spellings written out: pipeline=2 is pipeline=dict(size=2)."""
+    config: dict[str, Any] = _copy(raw)
+    parallel, model = config.get("parallel"), config.get("model")
+    if isinstance(parallel, dict):
+        for key in ("pipeline", "context"):
+            if key in parallel and not isinstance(parallel[key], dict):
+                parallel[key] = {"size": parallel[key]}
+    if isinstance(model, dict) and "_remove_final_layer_norm" in model and "remove_final_layer_norm" not in model:
+        model["remove_final_layer_norm"] = model.pop("_remove_final_layer_norm")
+    return config
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def parse(raw: Mapping[str, Any], *, world_size: int | None = None, resolve: Resolver | None = None) -> Config:
+    """The config that `raw` means; raises ConfigError with all of its problems.
+
+    Without a world size, what depends on one is not checked; without a resolver, what depends on the model is not.
+    """
+    reader = Reader()
+    config = reader.section(Config, normalize(raw))
+    problems = reader.problems
+    geometry = config.parallel.problems() if reader.sound("parallel") else []
+    problems += geometry
+    known_layout = reader.sound("parallel") and not geometry
+    if known_layout and world_size is not None:
+        world = config.parallel.world_problems(world_size)
+        problems += world
+        world_size = None if world else world_size
+    if known_layout and reader.sound("train"):
+        problems += config.batch_problems(world_size)
+    if resolve is not None and reader.sound("model", "data"):
+        # A model is worth checking beside a broken layout too: with no layout at all.
+        config, unfit = resolve(config if known_layout else replace(config, parallel=ParallelConfig()))
+        problems += unfit
+    if problems:
+        raise ConfigError(*problems)
+    return config

@@ -1,0 +1,203 @@
+"""Raw values -> frozen dataclasses, by type hints alone: what a hint can say, no section checks with code of its own.
+
+A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or `X | None`; Annotated adds Range and Built.
+"""
+
+import ast
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from parallel.errors import closest, did_you_mean, either
+
+Section = TypeVar("Section")
+
+
+class Bytes(int):
+    """A number of bytes; a config may spell it '6GiB' (powers of 1024) or '6GB' (powers of 1000)."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """low <= value <= high; `open` leaves high itself out."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value and (value < self.high if self.open else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"at least {self.low}"
+        return f"{self.low} <= value {'<' if self.open else '<='} {self.high}"
+
+
+class Built:
+    """The values that work today; other valid ones are refused by name."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+
+
+class MisreadError(Exception):
+    """A value that its hint refuses: what is wrong, and the nearest value that works, if there is one."""
+
+    def __init__(self, wrong: str, nearest: object = MISSING) -> None:
+        self.wrong, self.nearest = wrong, nearest
+
+
+@dataclass
+class Reader:
+    """Reads sections and gathers problems; a value that cannot be read leaves its default in place."""
+
+    problems: list[str] = field(default_factory=list)
+    misread: set[str] = field(default_factory=set)
+
+    def sound(self, *sections: str) -> bool:
+        """Whether every key of these top-level sections could be read."""
+        return self.misread.isdisjoint(sections)
+
+    def section(self, kind: type[Section], raw: object, path: tuple[str, ...] = ()) -> Section:
+        """Reads a dict into the dataclass `kind`; `path` is where the dict stands in the config."""
+        if not isinstance(raw, Mapping):
+            self._report(path, f"needs a dict, got {raw!r}. Try dict().")
+            return kind()
+        hints = get_type_hints(kind, include_extras=True)
+        defaults = {key.name: key.default for key in fields(kind)}  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for key, value in raw.items():
+            here = (*path, str(key))
+            if key not in hints:
+                self._report_unknown(here, list(hints))
+            elif is_dataclass(hints[key]):
+                values[key] = self.section(hints[key], value, here)
+            else:
+                values[key] = self._value(hints[key], value, here, defaults[key])
+        return kind(**values)
+
+    def _value(self, hint: Any, raw: object, path: tuple[str, ...], default: object) -> Any:
+        try:
+            value = convert(hint, raw)
+        except MisreadError as error:
+            nearest = default if error.nearest is MISSING else error.nearest
+            self._report(path, f"{error.wrong}. Try {nearest!r}.")
+            return default
+        for mark in marks(hint, Built):
+            if value not in mark.values:
+                self.problems.append(
+                    f"{'.'.join(path)}: {raw!r} is not available yet. Try {either(map(repr, mark.values))}."
+                )
+        return value
+
+    def _report(self, path: tuple[str, ...], wrong: str) -> None:
+        self.problems.append(f"{'.'.join(path) or 'config'}: {wrong}")
+        self.misread.update(path[:1])
+
+    def _report_unknown(self, path: tuple[str, ...], known: list[str]) -> None:
+        is_section = len(path) == 1
+        self._report(path, f"unknown {'section' if is_section else 'key'}. {did_you_mean(path[-1], known)}")
+        if is_section:  # its values were meant for the section it looks like, which therefore is not what it seems
+            self.misread.add(closest(path[-1], known) or path[-1])
+
+
+def marks(hint: Any, kind: type[Section]) -> Iterator[Section]:
+    """The marks of one kind that an `Annotated` hint carries."""
+    if get_origin(hint) is Annotated:
+        yield from (mark for mark in hint.__metadata__ if isinstance(mark, kind))
+
+
+def convert(hint: Any, raw: object) -> Any:
+    """`raw` as its hint wants it: lists become tuples, ints floats, '6GiB' bytes. Raises MisreadError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = convert(arguments[0], raw)
+        for bounds in marks(hint, Range):
+            if value is not None and value not in bounds:
+                nearest = bounds.low if value < bounds.low else MISSING if bounds.open else bounds.high
+                raise MisreadError(f"needs {bounds}, got {raw!r}", nearest)
+        return value
+    if origin in (Union, UnionType):
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return None if raw is None else convert(inner, raw)
+    if origin is Literal:
+        return _choice(arguments, raw)
+    if origin is tuple:
+        return _tuple(arguments, raw)
+    return _bytes(raw) if hint is Bytes else _scalar(hint, raw)
+
+
+def _choice(choices: tuple[object, ...], raw: object) -> object:
+    if any(type(raw) is type(choice) and raw == choice for choice in choices):
+        return raw
+    match = closest(raw, map(str, choices)) if isinstance(raw, str) else None
+    if match is None:
+        raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}")
+    nearest = next(choice for choice in choices if str(choice) == match)
+    raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}", nearest)
+
+
+def _tuple(arguments: tuple[Any, ...], raw: object) -> tuple[Any, ...]:
+    if not isinstance(raw, (list, tuple)):
+        raise MisreadError(f"needs a tuple, got {raw!r}")
+    hints = (arguments[0],) * len(raw) if arguments[-1] is Ellipsis else arguments
+    if len(hints) != len(raw):
+        raise MisreadError(f"needs {len(hints)} values, got {raw!r}")
+    try:
+        return tuple(convert(hint, item) for hint, item in zip(hints, raw, strict=True))
+    except MisreadError as error:
+        raise MisreadError(f"{error.wrong} in {raw!r}") from error
+
+
+def _scalar(kind: type, raw: object) -> Any:
+    if kind is str and isinstance(raw, os.PathLike):
+        return os.fspath(raw)
+    if isinstance(raw, bool) is not (kind is bool):  # bool is an int to Python, and to no reader of a config
+        raise MisreadError(f"needs {_article(kind)}, got {raw!r}")
+    if kind is float and isinstance(raw, (int, float)):
+        if abs(raw) <= sys.float_info.max:
+            return float(raw)
+        raise MisreadError(f"needs a finite number, got {raw!r}")
+    if isinstance(raw, kind):
+        return raw
+    raise MisreadError(f"needs {_article(kind)}, got {raw!r}", _nearest(kind, raw))
+
+
+def _article(kind: type) -> str:
+    return f"an {kind.__name__}" if kind is int else f"a {kind.__name__}"
+
+
+def _nearest(kind: type, raw: object) -> object:
+    """What `raw` was probably meant to be: 20 for '20' and for 20.0."""
+    value = literal(raw) if isinstance(raw, str) else raw
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is kind else MISSING
+
+
+def literal(text: str) -> object:
+    """A Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return text
+
+
+def _bytes(raw: object) -> Bytes:
+    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
+        return Bytes(raw)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", raw.strip()) if isinstance(raw, str) else None
+    if match is None:
+        raise MisreadError(f"needs a number of bytes, got {raw!r}", "6GiB")
+    number, prefix, binary = match.groups()
+    return Bytes(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))

@@ -1,0 +1,110 @@
+"""Who and where this process is: the one place that reads the environment, and the context that the short public forms use."""
+
+import os
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel import mesh as meshes
+from parallel.config import Config, Resolver, load_raw, parse
+from parallel.errors import ConfigError
+from parallel.mesh import Mesh
+from parallel.tensor import MODES
+from parallel.topology import Topology, mesh_shape
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those started together: its rank, how many there are, and the same on its own host."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Place":
+        """What torchrun says; without RANK, a world of one. Raises ConfigError where it contradicts itself."""
+        if "RANK" not in os.environ:
+            return cls()
+        try:
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local, local_world = (int(os.environ.get(f"LOCAL_{key}", "0")) for key in ("RANK", "WORLD_SIZE"))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"environment: RANK is set, but {error}. Start with torchrun, or unset RANK.") from error
+        return cls(rank, world, local, local_world or world)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A config, and this process's place in the mesh that it describes."""
+
+    config: Config
+    mesh: Mesh
+    place: Place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.train.precision]
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+
+def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
+    """The device of this rank and the backend between ranks: nccl where each local rank has a GPU of its own, else gloo."""
+    count = torch.cuda.device_count()
+    if wanted == "cuda" and not count:
+        raise ConfigError("train.device: 'cuda' needs a GPU that torch can see, and there is none. Try 'auto' or 'cpu'.")
+    if wanted == "cpu" or not count:
+        return torch.device("cpu"), "gloo"
+    backend = "nccl" if place.local_world_size <= count else "gloo"
+    return torch.device("cuda", place.local_rank % count), backend
+
+
+def make_context(config: Config, place: Place, *, connect: bool = True, device: torch.device | None = None) -> Context:
+    """The context of a config at a place. With `connect=False` nothing is started: for planning, on any `device`."""
+    topology = Topology(mesh_shape(config.parallel, place.world_size))
+    merged = MODES[config.parallel.tensor.mode].merged_axes()
+    if not connect:
+        return Context(config, Mesh(topology, place.rank, device=device, merged=merged, connect=False), place)
+    device, backend = choose_device(config.train.device, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # ranks on one host share its cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    if place.world_size > 1:
+        meshes.join(backend, place.rank, place.world_size, device=device)
+    return Context(config, Mesh(topology, place.rank, device=device, merged=merged), place)
+
+
+_current: ContextVar[Context] = ContextVar("context")
+
+
+def current() -> Context:
+    """The context of the last `launch_from_torch`."""
+    try:
+        return _current.get()
+    except LookupError:
+        raise RuntimeError("no context yet: call parallel.launch_from_torch(config) first") from None
+
+
+def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolve: Resolver | None = None) -> Context:
+    """Read a config (a file, a dict, or one already parsed), join the ranks that torchrun started, and make the mesh.
+
+    Without RANK in the environment, a world of one. Raises ConfigError before any process group exists.
+    """
+    place = Place.from_environment()
+    if not isinstance(config, Config):
+        raw = load_raw(config) if isinstance(config, str | Path) else config
+        config = parse(raw, world_size=place.world_size, resolve=resolve)
+    context = make_context(config, place)
+    _current.set(context)
+    return context

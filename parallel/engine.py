@@ -1,0 +1,122 @@
+"""One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import all_reduce
+from parallel.context import Context
+from parallel.grad_norm import clip_coefficient, global_norm
+from parallel.layout import Piece
+from parallel.lr_schedule import learning_rate
+from parallel.optim import AdamW, Gradients
+from parallel.pipeline.runner import Runner
+from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
+from parallel.pipeline.stage import Microbatch, Stage
+from parallel.pipeline.validate import validate
+from parallel.tensor.loss import IGNORED, shift
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank: `loss` is from before the update, `grad_norm` from before clipping,
+    `tokens` the number of labels that the loss is the mean over."""
+
+    loss: float
+    grad_norm: float | None
+    lr: float
+    tokens: int
+    skipped: bool = False
+
+
+class Engine:
+    """Trains one stage of a model in its place in the mesh.
+
+    A batch is this replica's samples, micro × k of them, whole on every rank of the replica: `input_ids` [B, S], and optionally
+    `labels` (−100: not counted; shifted inside; default: the inputs), `attention_mask`, and `sample_ids` [B], which number the
+    samples over the run and key dropout (default: counted by step).
+    """
+
+    def __init__(self, stage: Stage, context: Context) -> None:
+        self.stage, self.context, self.config = stage, context, context.config
+        self.mesh = context.mesh
+        self.pipe, self.data = self.mesh.axis("pipe"), self.mesh.axis("data")
+        self.gradients = Gradients(stage.infos)
+        self.optimizer = AdamW(stage.infos, self.config.optimizer)
+        self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
+        self.step = 0  # steps taken, skipped ones too: the place in the data and in the schedule
+
+    def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """Forward and backward of all microbatches, one update. Raises ValueError for a batch of another size."""
+        self.stage.train()
+        microbatches = self._microbatches(batch)
+        tokens = self._count(microbatches)
+        runner = Runner(
+            self.stage, self.pipe, microbatches, scale=1.0 / max(1, tokens), after_backward=self.gradients.absorb
+        )
+        total = self._sum(runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches))))
+        gradients = self.gradients.reduce()
+        norm = global_norm([info.layout for info in self.stage.infos], gradients, self.mesh.world)
+        coefficient = clip_coefficient(norm, self.config.train.clip_grad_norm)
+        if coefficient is not None:
+            torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
+        lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.step, self.config.train.steps)
+        self.optimizer.step(gradients, lr)
+        self.step += 1
+        return StepResult(total / max(1, tokens), norm.item(), lr, tokens)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
+        """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none."""
+        self.stage.eval()
+        total, tokens = 0.0, 0
+        for batch in batches:
+            microbatches = self._microbatches(batch)
+            tokens += self._count(microbatches)
+            runner = Runner(self.stage, self.pipe, microbatches)
+            total += self._sum(runner.run(self._plan(forward_only, len(microbatches))))
+        return total / tokens if tokens else float("nan")
+
+    def state(self) -> dict[str, list[Piece]]:
+        """Everything that a step changes, as pieces of public tensors by kind: what a checkpoint saves, and fills again."""
+        return self.optimizer.pieces()
+
+    def restore(self, step: int) -> None:
+        """Go on after `step` steps, the pieces of `state` having been filled with what they were then."""
+        self.optimizer.restore(step)
+        self.step = step
+
+    def weights(self) -> list[Piece]:
+        """The pieces that this rank owns of the model's weights, in master precision."""
+        infos, masters = self.stage.infos, self.optimizer.masters
+        return [p for info, master in zip(infos, masters, strict=True) if info.layout.owner for p in info.pieces(master)]
+
+    # -- parts of a step -------------------------------------------------------------------------------------------------
+
+    def _microbatches(self, batch: Mapping[str, Tensor]) -> list[Microbatch]:
+        size = self.config.train.micro_batch_size
+        ids = batch["input_ids"]
+        if len(ids) % size:
+            raise ValueError(f"a batch of {len(ids)} samples is not a multiple of train.micro_batch_size {size}")
+        first = (self.step * self.data.size + self.data.rank) * len(ids)
+        samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
+        whole = [ids, shift(batch.get("labels", ids)), samples, batch.get("attention_mask")]
+        return Microbatch(*(None if t is None else t.to(self.mesh.device) for t in whole)).split(size)  # type: ignore[arg-type]
+
+    def _count(self, microbatches: Sequence[Microbatch]) -> int:
+        """The counted labels of this step, over all replicas: known before the first forward, so that a mean is taken once."""
+        count = torch.stack([(m.labels != IGNORED).sum() for m in microbatches]).sum()
+        return int(all_reduce(count, self.data).item())
+
+    def _sum(self, total: Tensor) -> float:
+        """The loss summed over every rank that speaks for its part of it, the same on all of them."""
+        return all_reduce(total if self.stage.speaks else torch.zeros_like(total), self.mesh.world).item()
+
+    def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
+        key = generate, num_microbatches
+        if key not in self._plans:
+            self._plans[key] = with_transfers(generate(self.pipe.size, num_microbatches))
+            validate(self._plans[key])
+        return self._plans[key]

@@ -1,0 +1,125 @@
+"""Where a parameter lies: said once, and everything else follows.
+
+From a `Layout` come the local shape, the slice to initialize, the gradient sum, the weight in the norm, and the boxes of
+checkpoints and Hugging Face files. No layer has state-dict code of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from parallel.mesh import Axis
+
+Box = tuple[tuple[int, int], ...]  # for each dim, start and stop
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A global tensor of `shape`, split along each dim over the axes in `dims` (outermost first).
+
+    A dim that its axes do not divide is padded at the end; `shape` is without padding.
+    `sync`: the axes over which the gradient is summed. `owner`: whether this rank is the one, among those that hold the same
+    elements, that speaks for them: in the norm, in a checkpoint, in an export.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[tuple[Axis, ...], ...]
+    sync: tuple[Axis, ...] = ()
+    owner: bool = True
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape on a rank, padding included."""
+        return tuple(-(-size // prod(a.size for a in axes)) for size, axes in zip(self.shape, self.dims, strict=True))
+
+    @property
+    def first_row(self) -> int:
+        """The global index of the first row on this rank, whether it is padding or not."""
+        return index_along(self.dims[0]) * self.local_shape[0]
+
+    @property
+    def box(self) -> Box:
+        """The part of the global tensor that this rank holds, padding excluded: it may be empty."""
+        ranges = []
+        for size, local, axes in zip(self.shape, self.local_shape, self.dims, strict=True):
+            index = index_along(axes)
+            ranges.append((min(index * local, size), min((index + 1) * local, size)))
+        return tuple(ranges)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a public tensor that this rank holds: `data` is box `box` of the tensor `name`, whose whole shape is `shape`.
+
+    `data` is a view: writing into it writes the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    data: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterInfo:
+    """A parameter of this rank: its own name, its layout, and the public tensors it holds a part of.
+
+    `sources` has one name, or, where several public tensors of one shape are fused along dim 0, a name for each index of it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layout: Layout
+    sources: tuple[str, ...]
+
+    @property
+    def public_shape(self) -> tuple[int, ...]:
+        return self.layout.shape if len(self.sources) == 1 else self.layout.shape[1:]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the public tensors are matrices. A fused bias is one tensor of two dims here, and three vectors outside."""
+        return len(self.public_shape) >= 2
+
+    def pieces(self, data: Tensor | None = None) -> list[Piece]:
+        """The parts of public tensors held here, as views of `data` (same local shape; by default the parameter itself)."""
+        data = self.parameter.detach() if data is None else data
+        box = self.layout.box
+        data = data[tuple(slice(0, stop - start) for start, stop in box)]
+        if len(self.sources) == 1:
+            pieces = [Piece(self.sources[0], self.layout.shape, box, data)]
+        else:
+            pieces = [Piece(n, self.public_shape, box[1:], row) for n, row in zip(self.sources, data, strict=True)]
+        return [piece for piece in pieces if piece.data.numel()]
+
+
+def index_along(axes: tuple[Axis, ...]) -> int:
+    """Which part of a dim split over these axes (outermost first) this rank holds."""
+    index = 0
+    for axis in axes:
+        index = index * axis.size + axis.rank
+    return index
+
+
+def global_range(axes: tuple[Axis, ...], size: int, device: torch.device) -> Tensor:
+    """The global indices, int64 [size], of this rank's part of a dim split over these axes."""
+    start = index_along(axes) * size
+    return torch.arange(start, start + size, device=device)
+
+
+def overlap(a: Box, b: Box) -> Box:
+    """The box that both cover; it may be empty."""
+    return tuple((max(s, t), max(max(s, t), min(e, f))) for (s, e), (t, f) in zip(a, b, strict=True))
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
+
+
+def slices(box: Box, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+    """The index that selects `box` in a tensor whose first element is at `origin` of the global one."""
+    origin = origin or (0,) * len(box)
+    return tuple(slice(start - o, stop - o) for (start, stop), o in zip(box, origin, strict=True))

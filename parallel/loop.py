@@ -1,0 +1,169 @@
+"""A run from its first step to its last: steps, metrics, evaluation, checkpoints, export."""
+
+import logging
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from models.build import build, outline
+from models.data import Loader, SampleOrder
+from models.hf import export
+from models.shapes import shape_of
+from parallel import checkpoint
+from parallel.collectives import barrier
+from parallel.context import DTYPES, Context, make_context
+from parallel.engine import Engine
+from parallel.layout import Piece
+from parallel.mesh import leave
+from parallel.metrics import Line, Meter, MetricsFile
+from parallel.plot import draw_loss
+from parallel.preflight import Job, metadata
+from parallel.preview import preview
+from parallel.report import Screen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears of a run while it goes on: of each step's line, and of each checkpoint that is due."""
+
+    step: Callable[[Line], None]
+    checkpoint: Callable[[int], None]
+
+
+def run(job: Job) -> None:
+    """Train as the job says, on this rank of a world in which every rank does so too."""
+    context = make_context(job.config, job.place)
+    is_first, world = job.place.rank == 0, context.mesh.world
+    screen = Screen(job.config, quiet=not is_first)
+    aside = job.folder.make(job.config) if is_first else None
+    barrier(world)
+    handler = job.folder.start_log(job.place.rank)
+    try:
+        _log_place(context)
+        screen.start(preview(job.config, job.place.world_size), [*job.notes, *([f"{aside}: an earlier run"] if aside else [])])
+        engine = make_engine(context, job)
+        _train(engine, job, screen)
+        barrier(world)
+        leave()
+        log.info("done")
+    except BaseException as error:
+        log.error("ended by %s", type(error).__name__, exc_info=error)
+        raise
+    finally:
+        screen.close()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def make_engine(context: Context, job: Job) -> Engine:
+    """An engine before the first step, or where its checkpoint was taken."""
+    if job.start is None:
+        return Engine(build(context), context)
+    engine = Engine(outline(context), context)
+    checkpoint.load(job.start, state_pieces(engine))
+    engine.restore(checkpoint.read_metadata(job.start)["step"])
+    log.info("resumed after step %d from %s", engine.step, job.start)
+    return engine
+
+
+def fit(engine: Engine, loader: Loader, listeners: Listeners, *, validates: bool) -> None:
+    """Train from where the engine is to `train.steps`. Every rank does the same, in the same order.
+
+    `validates`: whether there are validation samples. Their loss is taken every `eval_every` steps, and after the last.
+    A step's seconds are those of its data, its forwards, backwards and update; evaluation and checkpoints are left out.
+    """
+    steps, output = engine.config.train.steps, engine.config.output
+    meter = Meter(engine.config, engine.mesh.world.size, engine.mesh.device)
+    while engine.step < steps:
+        started = time.perf_counter()
+        result = engine.train_step(loader.training(engine.step))
+        step = engine.step
+        line = meter.line(step, result, time.perf_counter() - started)
+        if validates and (step == steps or is_due(step, output.eval_every)):
+            line["validation_loss"] = engine.evaluate(loader.validation())
+        listeners.step(line)
+        if is_due(step, output.checkpoint_every):
+            listeners.checkpoint(step)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps is done after this one; every 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def make_loader(engine: Engine, job: Job) -> Loader:
+    """This replica's share of the corpus."""
+    train, data = engine.config.train, engine.config.data
+    order = SampleOrder(job.corpus.num_training, shuffle=data.shuffle, seed=train.seed)
+    batch, axis = train.global_batch_size, engine.data
+    return Loader(job.corpus, order, global_batch=batch, replica=axis.rank, num_replicas=axis.size)
+
+
+def state_pieces(engine: Engine, *, owned: bool = False) -> list[Piece]:
+    """All that a step changes, a name for each kind of it; `owned`: only what this rank speaks for."""
+    mine = {piece.name for piece in engine.weights()} if owned else None
+    return [
+        Piece(f"{kind}/{piece.name}", piece.shape, piece.box, piece.data)
+        for kind, pieces in engine.state().items()
+        for piece in pieces
+        if mine is None or piece.name in mine
+    ]
+
+
+def _train(engine: Engine, job: Job, screen: Screen) -> None:
+    """Fit, with everything that a run leaves behind."""
+    folder, world = job.folder, engine.mesh.world
+    metrics = MetricsFile(folder.metrics, after=engine.step) if world.rank == 0 else None
+
+    def hear(line: Line) -> None:
+        log.info("%s", line)
+        if metrics is not None:
+            metrics.write(line)
+        screen.step(line)
+
+    def save(step: int) -> None:
+        target = checkpoint.step_folder(folder.path, step)
+        keep = engine.config.output.keep_checkpoints
+        pieces = state_pieces(engine, owned=True)
+        checkpoint.save(target, pieces, metadata=metadata(engine.config, step), axis=world, keep=keep)
+        log.info("saved %s", target)
+        screen.note(f"saved {target}")
+
+    try:
+        fit(engine, make_loader(engine, job), Listeners(hear, save), validates=job.corpus.num_validation > 0)
+    finally:
+        if metrics is not None:
+            metrics.close()
+            if not draw_loss(folder.metrics, folder.plot):
+                screen.note("no loss.png: it takes matplotlib (pip install matplotlib)")
+    if engine.config.output.export:
+        _export(engine, job)
+    screen.finish(folder)
+
+
+def _export(engine: Engine, job: Job) -> None:
+    config = engine.config
+    dtype = DTYPES[config.output.export_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")]
+    export(
+        job.folder.export,
+        engine.weights(),
+        shape=shape_of(config),
+        axis=engine.mesh.world,
+        dtype=dtype,
+        tokenizer=job.tokenizer,
+    )
+    log.info("exported %s", job.folder.export)
+
+
+def _log_place(context: Context) -> None:
+    place = context.place
+    log.info("python %s, torch %s, %s", platform.python_version(), torch.__version__, platform.platform())
+    log.info("host %s, rank %d of %d, local rank %d", socket.gethostname(), place.rank, place.world_size, place.local_rank)
+    log.info("device %s, coordinates %s", context.device, context.mesh.coordinates)
+    log.info("config %s", context.config.to_dict())

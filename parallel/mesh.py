@@ -1,0 +1,136 @@
+"""The mesh of ranks: its axes, and the process group behind each of them.
+
+An `Axis` is one direction of the mesh seen from this rank, or several directions merged into one. Axes are passed to whoever
+communicates; nobody looks a group up by name further in. The groups are made once, by every rank, in one order.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel.topology import Topology
+
+
+@dataclass(eq=False)
+class Traffic:
+    """Bytes that this rank handed to each kind of collective, and how often."""
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def count(self, kind: str, tensor: torch.Tensor) -> None:
+        self.bytes[kind] += tensor.numel() * tensor.element_size()
+        self.calls[kind] += 1
+
+    def reset(self) -> None:
+        self.bytes.clear()
+        self.calls.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One direction of the mesh (or several merged, outermost first), seen from this rank.
+
+    `rank` is this rank's coordinate along it, `ranks` are the global ranks that differ in this coordinate alone, in order.
+    `group` is None where there is nobody to talk to: an axis of size 1, or a mesh that is only being planned.
+    """
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    traffic: Traffic
+
+
+class Mesh:
+    """Every axis of the mesh, seen from one rank.
+
+    `merged` names the axes that will be asked for together. With `connect=False` there are no process groups: such a mesh
+    plans (layouts, shapes, memory) but cannot communicate.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        *,
+        device: torch.device | None = None,
+        merged: Iterable[tuple[str, ...]] = (),
+        connect: bool = True,
+    ) -> None:
+        self.topology, self.rank, self.device = topology, rank, device or torch.device("cpu")
+        self.traffic = Traffic()
+        self._connect = connect
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._axes: dict[tuple[str, ...], Axis] = {}
+        everything = tuple(topology.shape)
+        for names in (*((name,) for name in everything), *merged, everything):
+            key = self._key(names)
+            if key not in self._axes:
+                self._axes[key] = self._make("+".join(key) or "+".join(names), topology.groups(key))
+        self.world = self._axes[self._key(everything)]
+        self.ends = self._make_ends()
+
+    def axis(self, *names: str) -> Axis:
+        """The axis that merges `names`. KeyError where the mesh was not told of this combination when it was made."""
+        return self._axes[self._key(names)]
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        return self.topology.coordinates(self.rank)
+
+    def _key(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Merged axes have one order, the mesh's own. A direction of size 1 adds no rank to a group, so it is left out."""
+        wanted, sizes = set(names), self.topology.shape
+        assert wanted <= set(sizes), f"no axis {wanted - set(sizes)} in a mesh of {sizes}"
+        return tuple(name for name in sizes if name in wanted and sizes[name] > 1)
+
+    def _make(self, name: str, groups: Iterable[tuple[int, ...]]) -> Axis:
+        """The one of `groups` that holds this rank, as an axis. Every rank must call this for every group, in one order."""
+        mine: Axis | None = None
+        for ranks in groups:
+            group = self._group(ranks)
+            if self.rank in ranks:
+                mine = Axis(name, ranks.index(self.rank), len(ranks), ranks, group, self.traffic)
+        return mine or Axis(name, 0, 1, (self.rank,), None, self.traffic)
+
+    def _make_ends(self) -> Axis:
+        """The first and the last pipeline stage at this rank's place: what an embedding tied across them is summed over.
+
+        A stage in the middle gets an axis of size 1, as does everybody where there is only one stage.
+        """
+        pairs = self.topology.ends("pipe") if self.topology.shape["pipe"] > 1 else []
+        return self._make("ends", pairs)
+
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        if not self._connect or len(ranks) == 1:
+            return None
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(list(ranks))
+        return self._groups[ranks]
+
+
+def join(backend: str, rank: int, world_size: int, *, device: torch.device, timeout_minutes: float = 30) -> None:
+    """Meet the other ranks, at the address that torchrun left in the environment, unless they have met already.
+
+    Under nccl, host tensors (checkpoints, exports) still travel by gloo.
+    """
+    if dist.is_initialized():
+        return
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""metrics.jsonl: what each step did and what it cost, a line of JSON a step."""
+
+import json
+import math
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from models.shapes import flops_per_token, shape_of
+from parallel.config import Config
+from parallel.engine import StepResult
+
+Line: TypeAlias = dict[str, float | int | bool | None]
+
+PEAK_TFLOPS = {
+    r"A10G?": 125.0,
+    r"A100|A800": 312.0,
+    r"L4": 121.0,
+    r"L40S": 362.0,
+    r"H100 PCIe": 756.0,
+    r"H100 NVL": 835.0,
+    r"H100|H800|H200|GH200": 989.0,
+    r"B200": 2250.0,
+    r"RTX 3090": 71.0,
+    r"RTX 4090": 165.0,
+}
+"""Dense bf16 TFLOP/s with fp32 accumulation, as NVIDIA's data sheets have them; the first name that fits counts."""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Turns a step and its seconds into a line.
+
+    `tflops` is what each device achieved: model TFLOP/s (`flops_per_token`: recomputation not counted) over all of the
+    world's devices. `mfu` is that over the device's bf16 peak, whatever the precision; null where the peak is unknown.
+    `peak_device_bytes` and `peak_host_bytes` are this process's own, since its start.
+    """
+
+    config: Config
+    world_size: int
+    device: torch.device
+
+    def line(self, step: int, result: StepResult, seconds: float) -> Line:
+        """The line of step `step`, counted from 1."""
+        train, sequence = self.config.train, self.config.data.sequence_length
+        tokens = train.global_batch_size * sequence
+        flops = tokens * flops_per_token(shape_of(self.config), sequence)
+        tflops = flops / seconds / self.world_size / 1e12
+        peak = peak_tflops(self.device)
+        return {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": step * tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops": tflops,
+            "mfu": None if peak is None else tflops / peak,
+            "peak_device_bytes": peak_device_bytes(self.device),
+            "peak_host_bytes": peak_host_bytes(),
+            "skipped": result.skipped,
+        }
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The dense bf16 TFLOP/s that the device's maker promises; None for a CPU and for a GPU not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The most that torch had allocated on the device; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+class MetricsFile:
+    """metrics.jsonl, open for the lines of the steps after `after`: those past it that an earlier run left are dropped.
+
+    Every line is valid JSON, so NaN and the infinities become null. A line is on its way to disk when `write` returns.
+    """
+
+    def __init__(self, path: Path, *, after: int) -> None:
+        kept = [line for line in read(path) if int(line["step"] or 0) <= after] if after else []
+        temporary = path.with_name(f".{path.name}.incomplete")
+        temporary.write_text("".join(map(_encode, kept)))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, line: Line) -> None:
+        self._file.write(_encode(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[Line]:
+    """The lines of a metrics.jsonl, if there is one; a last one that a crash cut short is left out."""
+    text = path.read_text() if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _encode(line: Line) -> str:
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

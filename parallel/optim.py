@@ -1,0 +1,115 @@
+"""Gradients and master weights: what lies between a backward and an updated parameter."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import all_reduce
+from parallel.config import OptimizerConfig
+from parallel.layout import ParameterInfo, Piece
+from parallel.mesh import Axis
+
+
+class Gradients:
+    """The gradient of each parameter, summed over microbatches and then over ranks, in fp32 at least."""
+
+    def __init__(self, infos: Sequence[ParameterInfo]) -> None:
+        self.infos = infos
+        self.sums: list[Tensor | None] = [None] * len(infos)
+
+    def absorb(self) -> None:
+        """Move what the last backward left in `.grad` into the sums."""
+        for i, info in enumerate(self.infos):
+            grad, info.parameter.grad = info.parameter.grad, None
+            if grad is None:
+                continue
+            total = self.sums[i]
+            self.sums[i] = grad.to(master_dtype(grad.dtype)) if total is None else total.add_(grad)
+
+    def reduce(self) -> list[Tensor]:
+        """The sum of each gradient over its layout's axes, in one buffer for all that share them; the sums start anew."""
+        sums = [
+            torch.zeros_like(info.parameter, dtype=master_dtype(info.parameter.dtype)) if total is None else total
+            for info, total in zip(self.infos, self.sums, strict=True)
+        ]
+        self.sums = [None] * len(self.infos)
+        sharing: dict[tuple[Axis, ...], list[int]] = defaultdict(list)
+        for i, info in enumerate(self.infos):
+            sharing[tuple(axis for axis in info.layout.sync if axis.size > 1)].append(i)
+        for axes, indices in sharing.items():
+            if not axes:
+                continue
+            flat = torch.cat([sums[i].flatten() for i in indices])
+            for axis in axes:
+                flat = all_reduce(flat, axis)
+            for i, part in zip(indices, flat.split([sums[i].numel() for i in indices]), strict=True):
+                sums[i] = part.view_as(sums[i])
+        return sums
+
+
+class AdamW:
+    """torch's AdamW on master weights in fp32 (fp64 for an fp64 model), with decay on matrices only.
+
+    A bf16 parameter has a master of its own and is its rounding; a wider one is its own master.
+    """
+
+    def __init__(self, infos: Sequence[ParameterInfo], config: OptimizerConfig) -> None:
+        self.infos = infos
+        self.masters = [self._master(info.parameter) for info in infos]
+        decayed = [m for info, m in zip(infos, self.masters, strict=True) if info.is_matrix]
+        others = [m for info, m in zip(infos, self.masters, strict=True) if not info.is_matrix]
+        groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
+        self.inner = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+
+    @staticmethod
+    def _master(parameter: Tensor) -> Tensor:
+        data = parameter.detach()
+        return data.to(master_dtype(data.dtype))  # the parameter's own storage where it is wide enough
+
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
+        self.inner.step()
+        for info, master in zip(self.infos, self.masters, strict=True):
+            master.grad = None
+            if master.dtype != info.parameter.dtype:
+                info.parameter.data.copy_(master)
+
+    def pieces(self) -> dict[str, list[Piece]]:
+        """The masters and both moments, as pieces of public tensors: views, to be saved or filled."""
+        found: dict[str, list[Piece]] = {"master": [], "exp_avg": [], "exp_avg_sq": []}
+        for info, master in zip(self.infos, self.masters, strict=True):
+            state = self._state(master)
+            for kind in found:
+                found[kind] += info.pieces(master if kind == "master" else state[kind])
+        return found
+
+    @property
+    def steps(self) -> int:
+        """How many updates were made."""
+        return max((int(state["step"]) for state in self.inner.state.values()), default=0)
+
+    def restore(self, steps: int) -> None:
+        """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""
+        for info, master in zip(self.infos, self.masters, strict=True):
+            self._state(master)["step"].fill_(steps)
+            if master.dtype != info.parameter.dtype:
+                info.parameter.data.copy_(master)
+
+    def _state(self, master: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.inner.state[master]
+        if not state:  # as torch itself starts it, at the first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        return state
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a parameter of this dtype is summed and updated: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,176 @@
+"""Pipeline schedules as data: for every rank of the pipe, the list of actions it performs, in order.
+
+A generator (`gpipe`, `one_f_one_b`, `forward_only`) orders the computes; `with_transfers` adds the sends and receives
+between them; `validate.validate` proves the result; `timeline.simulate` times it; the runner executes it:
+
+    plan = with_transfers(SCHEDULES["1f1b"](num_stages, num_microbatches))
+    for step in batches(plan.ranks[rank]):  # a compute, or the transfers that are posted together
+        ...
+
+In the pictures a row is a rank, time runs to the right, `F2` is the forward of microbatch 2, dots are idle time (the
+bubble), and forward and backward are drawn equally long.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+
+
+class PlanError(ValueError):
+    """A plan that computes the wrong thing, or waits for ever."""
+
+
+class Op(Enum):
+    """F and B compute; activations travel forward (to the next stage), gradients travel back (to the previous one)."""
+
+    F = "F"
+    B = "B"
+    SEND_F = "SEND_F"
+    RECV_F = "RECV_F"
+    SEND_B = "SEND_B"
+    RECV_B = "RECV_B"
+
+    @property
+    def is_transfer(self) -> bool:
+        return self not in (Op.F, Op.B)
+
+    @property
+    def is_send(self) -> bool:
+        return self in (Op.SEND_F, Op.SEND_B)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing a rank does for one microbatch.
+
+    `stage` is the stage that computes, or whose own input or output travels: `SEND_F0.3>1` (stage 0's output goes to
+    rank 1) meets `RECV_F1.3<0` (stage 1's input comes from rank 0). `peer` is the rank at a transfer's other end.
+    """
+
+    op: Op
+    stage: int
+    microbatch: int
+    peer: int | None = None
+
+    @property
+    def payload(self) -> "Action":
+        """The compute whose result this transfer carries: the name of the message, the same at both ends."""
+        match self.op:
+            case Op.SEND_F:
+                return Action(Op.F, self.stage, self.microbatch)
+            case Op.RECV_F:
+                return Action(Op.F, self.stage - 1, self.microbatch)
+            case Op.SEND_B:
+                return Action(Op.B, self.stage, self.microbatch)
+            case Op.RECV_B:
+                return Action(Op.B, self.stage + 1, self.microbatch)
+        raise AssertionError(f"{self} carries nothing")
+
+    def __str__(self) -> str:
+        name = f"{self.op.value}{self.stage}.{self.microbatch}"
+        if self.peer is None:
+            return name
+        return f"{name}{'>' if self.op.is_send else '<'}{self.peer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What each rank of the pipe does in one step (`ranks[r]`), for every stage and microbatch."""
+
+    ranks: tuple[tuple[Action, ...], ...]
+    num_stages: int
+    num_microbatches: int
+
+    def rank_of_stage(self) -> dict[int, int]:
+        return {
+            action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions if action.op is Op.F
+        }
+
+
+def gpipe(num_stages: int, num_microbatches: int) -> Plan:
+    """All forwards, then all backwards: every stage holds the activations of all microbatches at once.
+
+        rank 0  F0 F1 F2 F3 .. .. .. .. B0 B1 B2 B3
+        rank 1  .. F0 F1 F2 F3 .. .. B0 B1 B2 B3 ..
+        rank 2  .. .. F0 F1 F2 F3 B0 B1 B2 B3 .. ..
+
+    Huang et al. 2019, "GPipe", section 2.3. The paper draws the backwards in reverse order; the bubble is the same in
+    this one, and gradients are then summed in the order that 1F1B and plain accumulation have.
+    """
+    forwards, backwards = [Op.F] * num_microbatches, [Op.B] * num_microbatches
+    return _one_stage_a_rank([forwards + backwards] * num_stages, num_microbatches)
+
+
+def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
+    """Warm up, then one forward and one backward in turn: stage s holds at most num_stages - s activations.
+
+        rank 0  F0 F1 F2 .. .. B0 F3 B1 .. B2 .. B3
+        rank 1  .. F0 F1 .. B0 F2 B1 F3 B2 .. B3 ..
+        rank 2  .. .. F0 B0 F1 B1 F2 B2 F3 B3 .. ..
+
+    Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+    section 2.2.1 (PipeDream-Flush). On one stage this is gradient accumulation: F0 B0 F1 B1 ...
+    """
+    orders = []
+    for stage in range(num_stages):
+        num_warmup = min(num_stages - stage - 1, num_microbatches)
+        steady = [Op.F, Op.B] * (num_microbatches - num_warmup)
+        orders.append([Op.F] * num_warmup + steady + [Op.B] * num_warmup)
+    return _one_stage_a_rank(orders, num_microbatches)
+
+
+def forward_only(num_stages: int, num_microbatches: int) -> Plan:
+    """Forwards alone.
+
+        rank 0  F0 F1 F2 F3 .. ..
+        rank 1  .. F0 F1 F2 F3 ..
+        rank 2  .. .. F0 F1 F2 F3
+
+    For evaluation: nothing is kept for a backward.
+    """
+    return _one_stage_a_rank([[Op.F] * num_microbatches] * num_stages, num_microbatches)
+
+
+SCHEDULES: dict[str, Callable[[int, int], Plan]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+
+
+def _one_stage_a_rank(orders: list[list[Op]], num_microbatches: int) -> Plan:
+    """Rank r holds stage r and runs `orders[r]`; forwards, and likewise backwards, take the microbatches in turn."""
+    ranks = []
+    for stage, order in enumerate(orders):
+        upcoming = {Op.F: iter(range(num_microbatches)), Op.B: iter(range(num_microbatches))}
+        ranks.append(tuple(Action(op, stage, next(upcoming[op])) for op in order))
+    return Plan(tuple(ranks), len(orders), num_microbatches)
+
+
+def with_transfers(plan: Plan) -> Plan:
+    """Receive a compute's input just before it, send its output just after; a stage on the same rank needs neither.
+
+    So whatever lies between two computes is adjacent, and `batches` posts it at once. In steady 1F1B a stage posts
+    {send an activation, receive a gradient} to the next stage, then {send the gradient, receive an activation} to the
+    previous one: both ends of a link post both directions together, and neither has to buffer for the other.
+    """
+    home = plan.rank_of_stage()
+    ranks = []
+    for rank, computes in enumerate(plan.ranks):
+        actions: list[Action] = []
+        for compute in computes:
+            send, receive, step = (Op.SEND_F, Op.RECV_F, 1) if compute.op is Op.F else (Op.SEND_B, Op.RECV_B, -1)
+            source, target = home.get(compute.stage - step, rank), home.get(compute.stage + step, rank)
+            if source != rank:
+                actions.append(Action(receive, compute.stage, compute.microbatch, source))
+            actions.append(compute)
+            if target != rank:
+                actions.append(Action(send, compute.stage, compute.microbatch, target))
+        ranks.append(tuple(actions))
+    return Plan(tuple(ranks), plan.num_stages, plan.num_microbatches)
+
+
+def batches(actions: Iterable[Action]) -> Iterator[Action | tuple[Action, ...]]:
+    """The steps of one rank: each compute by itself, each run of adjacent transfers as one tuple to post together."""
+    for is_transfer, group in groupby(actions, key=lambda action: action.op.is_transfer):
+        if is_transfer:
+            yield tuple(group)
+        else:
+            yield from group

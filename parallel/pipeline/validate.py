@@ -1,0 +1,114 @@
+"""The proof that a plan computes the right thing and ends, without a process or a tensor.
+
+What the runner's backend may do is taken at its worst: a batch of transfers is over only when every member has met
+its partner's posted one (no buffering), and messages between two ranks arrive in the order they were sent (no tags).
+"""
+
+from collections import Counter, defaultdict
+
+from parallel.pipeline.schedule import Action, Op, Plan, PlanError
+from parallel.pipeline.timeline import simulate
+
+__all__ = ["PlanError", "validate"]
+
+
+def validate(plan: Plan) -> None:
+    """Raise PlanError unless every microbatch meets every stage once, in order, and no rank waits for ever.
+
+    A plan without any B is an evaluation; with one, every forward needs its backward.
+    """
+    _check_computes(plan)
+    _check_homes(plan)
+    _check_messages(plan)
+    _check_order(plan)
+    simulate(plan, forward_cost=1, backward_cost=1)
+
+
+def _check_computes(plan: Plan) -> None:
+    """Each (stage, microbatch) is computed exactly once, forward and, in a training plan, backward."""
+    counts = Counter(action for actions in plan.ranks for action in actions if not action.op.is_transfer)
+    ops = [op for op in (Op.F, Op.B) if op is Op.F or any(action.op is Op.B for action in counts)]
+    for op in ops:
+        for stage in range(plan.num_stages):
+            for microbatch in range(plan.num_microbatches):
+                count = counts.pop(Action(op, stage, microbatch), 0)
+                if count != 1:
+                    raise PlanError(
+                        f"microbatch {microbatch} must meet stage {stage} once: "
+                        f"{op.value}{stage}.{microbatch} runs {count} times"
+                    )
+    for stray in counts:
+        raise PlanError(f"{stray} is outside of {plan.num_stages} stages x {plan.num_microbatches} microbatches")
+
+
+def _check_homes(plan: Plan) -> None:
+    """A stage's parameters live on one rank: there, and only there, it computes, sends and receives."""
+    home = plan.rank_of_stage()
+    for rank, actions in enumerate(plan.ranks):
+        for action in actions:
+            if home.get(action.stage) != rank:
+                raise PlanError(
+                    f"rank {rank} has {action}, but stage {action.stage} is on rank {home.get(action.stage)}"
+                )
+
+
+def _check_messages(plan: Plan) -> None:
+    """Between two ranks every message is sent once and received once, in the same order at both ends."""
+    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    received: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for rank, actions in enumerate(plan.ranks):
+        for action in actions:
+            if action.peer is None:
+                continue
+            if action.op.is_send:
+                sent[rank, action.peer].append(action.payload)
+            else:
+                received[action.peer, rank].append(action.payload)
+    for source, target in sorted(sent.keys() | received.keys()):
+        _check_channel(source, target, sent[source, target], received[source, target])
+
+
+def _check_channel(source: int, target: int, sent: list[Action], received: list[Action]) -> None:
+    num_sends, num_receives = Counter(sent), Counter(received)
+    for message in dict.fromkeys(sent + received):
+        counts = num_sends[message], num_receives[message]
+        if counts != (1, 1):
+            raise PlanError(
+                f"the result of {message} must go from rank {source} to rank {target} once: "
+                f"sent {counts[0]} times, received {counts[1]} times"
+            )
+    for position, (first, second) in enumerate(zip(sent, received, strict=True)):
+        if first != second:
+            raise PlanError(
+                f"message {position} from rank {source} to rank {target} is the result of {first} to its sender "
+                f"and of {second} to its receiver: both ends must keep one order"
+            )
+
+
+def _check_order(plan: Plan) -> None:
+    """On each rank, nothing is used or sent before it was computed or received there."""
+    for rank, actions in enumerate(plan.ranks):
+        present: set[Action] = set()
+        for action in actions:
+            for need in _needs(action, plan.num_stages):
+                if need not in present:
+                    raise PlanError(f"rank {rank} reaches {action} before it has the result of {need}")
+            if not action.op.is_transfer:
+                present.add(action)
+            elif not action.op.is_send:
+                present.add(action.payload)
+
+
+def _needs(action: Action, num_stages: int) -> list[Action]:
+    """The computes whose results `action` uses."""
+    stage, microbatch = action.stage, action.microbatch
+    match action.op:
+        case Op.F:
+            return [Action(Op.F, stage - 1, microbatch)] if stage > 0 else []
+        case Op.B:
+            gradient = [Action(Op.B, stage + 1, microbatch)] if stage < num_stages - 1 else []
+            return [Action(Op.F, stage, microbatch), *gradient]
+        case Op.SEND_F | Op.SEND_B:
+            return [action.payload]
+        case Op.RECV_F | Op.RECV_B:
+            return []

@@ -1,0 +1,82 @@
+"""Everything that can be refused, refused before anything is started or touched."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from models import hf
+from models.data import Corpus, load_tokens
+from models.shapes import OPTShape, resolve, shape_of
+from models.tokenizer import Tokenizer, load_tokenizer
+from parallel import checkpoint
+from parallel.config import Config, apply_overrides, load_raw, parse
+from parallel.context import Place, choose_device
+from parallel.errors import CheckpointError
+from parallel.run_folder import RunFolder
+
+DEFAULT_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that nothing speaks against."""
+
+    config: Config
+    place: Place
+    corpus: Corpus
+    tokenizer: Tokenizer | None  # None: the data are token ids, and nobody said of which tokenizer
+    folder: RunFolder
+    start: Path | None  # the checkpoint to go on from
+    notes: tuple[str, ...]  # what rank 0 says of it all
+
+
+def read_config(file: str | None, assignments: Sequence[str], world_size: int | None) -> Config:
+    """The resolved config of a file, or the built-in default, with overrides. Raises ConfigError."""
+    raw = apply_overrides({} if file is None else load_raw(file), assignments)
+    config = parse(raw, world_size=world_size, resolve=resolve)
+    name = DEFAULT_NAME if file is None else Path(file).stem
+    return replace(config, output=replace(config.output, dir=config.output.dir.replace("{name}", name)))
+
+
+def inspect(config: Config, place: Place, *, resume: str | None = None, notes: Sequence[str] = ()) -> Job:
+    """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises what the user is to read."""
+    shape, path = shape_of(config), config.model.path
+    corpus = load_tokens(config.data, shape.vocab_size)
+    if path is not None and hf.has_weights(path):
+        hf.check(path, shape)
+    choose_device(config.train.device, place)
+    run = Path(config.output.dir)
+    start = None if resume is None else checkpoint.find(resume, run)
+    if start is not None:
+        check_same_model(start, shape)
+    notes = list(notes)
+    if resume is not None:
+        notes.append(f"resuming from {start}" if start else f"nothing to resume in {run}: starting from the beginning")
+    folder = RunFolder(run, resumed=start is not None and start.resolve().is_relative_to(run.resolve()))
+    folder.check()
+    return Job(config, place, corpus, _tokenizer(config), folder, start, tuple(notes))
+
+
+def metadata(config: Config, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {"step": step, "model": asdict(shape_of(config)), "config": config.to_dict()}
+
+
+def check_same_model(start: Path, shape: OPTShape) -> None:
+    """Raise CheckpointError if the checkpoint's tensors are not those of this model."""
+    try:
+        saved = OPTShape(**checkpoint.read_metadata(start)["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"--resume: {start} is not a checkpoint of this program: {error}.") from error
+    if hf.expected_tensors(saved) == hf.expected_tensors(shape):
+        return
+    ours, theirs = asdict(shape), asdict(saved)
+    differing = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]
+    raise CheckpointError(f"--resume: {start} is of another model: it has {'; '.join(differing)}.")
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    """What the export carries, so that its reader can go from text to tokens and back."""
+    is_default = config.data.tokenizer == "bytes"
+    return None if is_default and config.data.path.endswith(".npy") else load_tokenizer(config.data.tokenizer)

@@ -1,0 +1,90 @@
+"""What a config comes to in a world of some size: each stage's layers, its bytes and its pace, with nothing started."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models import opt
+from models.build import outline, split
+from models.shapes import OPTShape, parameter_count, shape_of
+from parallel.config import Config
+from parallel.context import Place, make_context
+from parallel.optim import master_dtype
+from parallel.pipeline.schedule import SCHEDULES, with_transfers
+from parallel.pipeline.timeline import Timeline, simulate
+from parallel.tensor import MODES
+from parallel.topology import Topology, mesh_shape
+
+
+@dataclass(frozen=True)
+class StagePreview:
+    """A pipeline stage as each of its ranks holds it: they are all alike, padding included.
+
+    Bytes are of what lasts: weights, gradients at the end of a step, and the optimizer's masters and moments. `cost` is
+    the stage's FLOPs for one token forward, over all of its ranks.
+    """
+
+    layers: tuple[str, ...]
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    cost: float
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A config laid out over a world."""
+
+    config: Config
+    topology: Topology
+    stages: tuple[StagePreview, ...]
+
+    @property
+    def shape(self) -> OPTShape:
+        return shape_of(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, the tied embedding once, padding not at all."""
+        return parameter_count(self.shape)
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.config.num_microbatches(self.topology.world_size)
+
+    def timeline(self) -> Timeline:
+        """One step of the pipeline, by FLOPs alone: a backward costs two forwards, a transfer nothing."""
+        pipeline = self.config.parallel.pipeline
+        plan = with_transfers(SCHEDULES[pipeline.schedule](pipeline.size, self.num_microbatches))
+        costs = [stage.cost for stage in self.stages]
+        return simulate(plan, costs, [2 * cost for cost in costs])
+
+
+def preview(config: Config, world_size: int) -> Preview:
+    """Lay a resolved config out over `world_size` ranks."""
+    topology = Topology(mesh_shape(config.parallel, world_size))
+    return Preview(config, topology, tuple(_stage(config, topology, s) for s in range(config.parallel.pipeline.size)))
+
+
+def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
+    rank = topology.rank_of({axis: stage if axis == "pipe" else 0 for axis in topology.shape})
+    context = make_context(config, Place(rank, topology.world_size), connect=False, device=torch.device("meta"))
+    mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
+    specs = opt.layers(shape_of(config), mode, config.train.seed, config.data.sequence_length)
+    own = [specs[i] for i in split(specs, config.parallel.pipeline)[stage]]
+    parameters = sum(info.parameter.numel() for info in outline(context).infos)
+    master = master_dtype(context.dtype)
+    masters = 3 if master != context.dtype else 2  # a weight that is wide enough is its own master
+    return StagePreview(
+        tuple(spec.name for spec in own),
+        parameters,
+        weight_bytes=parameters * context.dtype.itemsize,
+        gradient_bytes=parameters * master.itemsize,
+        optimizer_bytes=parameters * master.itemsize * masters,
+        cost=sum(spec.cost for spec in own),
+    )

@@ -1,0 +1,59 @@
+"""Randomness that belongs to the model, not to the layout.
+
+A weight is drawn from its name and the seed; a dropout mask is a function of the element's global coordinates. So one seed gives
+one model, and one training run, in every layout: nothing here has a state that a rank could be ahead of or behind in.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from parallel.layout import Box, box_shape, slices
+
+ROWS_A_BLOCK = 64
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from the parts' text, by SHA-256."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> Tensor:
+    """Box `box` of a normal tensor of `shape` whose every element follows from the key: fp32, on the host.
+
+    Rows are drawn in blocks, each from a generator of its own, so that a rank draws little more than it keeps.
+    """
+    drawn = torch.empty(box_shape(box))
+    start, stop = box[0]
+    for block in range(start // ROWS_A_BLOCK, -(-stop // ROWS_A_BLOCK)):
+        first = block * ROWS_A_BLOCK
+        last = min(first + ROWS_A_BLOCK, shape[0])
+        generator = torch.Generator().manual_seed(seed_of(*key, block))
+        rows = torch.empty(last - first, *shape[1:]).normal_(0, std, generator=generator)
+        mine = (max(start, first), min(stop, last))
+        drawn[mine[0] - start : mine[1] - start] = rows[slices(((mine[0] - first, mine[1] - first), *box[1:]))]
+    return drawn
+
+
+def dropout(x: Tensor, p: float, key: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Zero each element of x[..., R, C] with probability p and scale the others by 1/(1 − p).
+
+    rows[..., R] and columns[C] are the elements' global coordinates (int64): an element meets the same fate on whatever rank it
+    lies. The two are hashed apart and only combined at full size, which is a handful of 32-bit operations an element.
+    """
+    bits = (_mix64(rows + key).unsqueeze(-1) ^ _mix64(columns ^ key)).to(torch.int32)
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= 0x2C1B3C6D
+    bits ^= (bits >> 12) & 0xFFFFF
+    bits *= 0x297A2D39
+    dropped = bits < round(p * 2**32) - 2**31
+    return x.masked_fill(dropped, 0) / (1 - p)
+
+
+def _mix64(z: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 16)."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & (2**33 - 1))

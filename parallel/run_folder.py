@@ -1,0 +1,72 @@
+"""A run's folder: where everything that it leaves has its place."""
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from parallel.config import Config
+from parallel.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/NAME and what is in it. Of a `resumed` run the folder is gone on with, else an existing one is set aside."""
+
+    path: Path
+    resumed: bool
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def log(self, rank: int) -> Path:
+        return self.path / "logs" / f"rank_{rank}.log"
+
+    def check(self) -> None:
+        """Raise ConfigError if the folder cannot be written; touch nothing."""
+        for blocked in (self.path, *self.path.absolute().parents):
+            if blocked.exists() and not blocked.is_dir():
+                raise ConfigError(f"output.dir: {self.path}: {blocked} is not a folder. Try another output.dir.")
+        standing = next(folder for folder in self.path.absolute().parents if folder.is_dir())
+        folders = [standing, self.path] if self.resumed else [standing]  # a folder is renamed in the one around it
+        for folder in folders:
+            try:
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise ConfigError(
+                    f"output.dir: cannot write in {folder}: {error.strerror}. Try another output.dir."
+                ) from error
+
+    def make(self, config: Config) -> Path | None:
+        """Make the folder with its config.json, on rank 0 alone; returns the name that an earlier run now has."""
+        aside = None if self.resumed or not self.path.exists() else self._set_aside()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        return aside
+
+    def _set_aside(self) -> Path:
+        """Rename to the first of NAME.1, NAME.2, ... that is free."""
+        names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
+        return self.path.rename(next(name for name in names if not name.exists()))
+
+    def start_log(self, rank: int) -> logging.Handler:
+        """Send what this process logs to logs/rank_N.log: all of ours, and the warnings of others."""
+        file = self.log(rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file, mode="a" if self.resumed else "w")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        logging.getLogger("parallel").setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        return handler

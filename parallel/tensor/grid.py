@@ -1,0 +1,44 @@
+"""2d and 2.5d: matrices split over the rows and columns of a grid, activations also over its depth.
+
+2d is Optimus (Xu et al. 2021, arXiv 2104.05343, section 3), 2.5d is Tesseract (Wang et al. 2021, arXiv 2105.14500, section 3);
+2d is 2.5d of depth 1. Where SUMMA broadcasts block after block, one all-gather brings a whole row or column, which works on any
+rows × cols.
+"""
+
+import torch
+from torch import Tensor
+
+from parallel.conjugate import gather, scatter
+from parallel.mesh import Mesh
+from parallel.tensor.layers import Vocabulary
+from parallel.tensor.mode import Mode
+
+
+class Grid(Mode):
+    """Activations are x[B_dr, S, H_c] between blocks and inside them, so linear_in and linear_out are alike.
+
+    linear        x[B_dr, S, K_c] · W[N_c, K_r] -> y[B_dr, S, N_c]    gather x over c and W over r; backward scatters both
+    embedding     E[V_c, H_r]: look up in the gathered E[V_c, H], then scatter the hidden dim over c
+
+    W is the same at every depth d; its gradient is summed over depth with the data-parallel sum, once a step.
+    """
+
+    axes = ("depth", "row", "col")
+    token_axes = ("depth", "row")
+    merged = (("depth",), ("depth", "row"))
+
+    def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
+        super().__init__(mesh, dtype)
+        depth, self.row, self.col = mesh.axis("depth"), mesh.axis("row"), mesh.axis("col")
+        self.batch = self.inner_batch = (depth, self.row)
+        self.hidden = self.inner_hidden = (self.col,)
+        self.k_in = self.k_out = (self.row,)
+
+    def matmul_in(self, x: Tensor, w: Tensor) -> Tensor:
+        return gather(x, -1, self.col) @ gather(w, -1, self.row).T
+
+    matmul_out = matmul_in
+
+    def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
+        table = gather(vocabulary.weight, -1, self.row)
+        return scatter(vocabulary.rows(self.local(tokens, self.batch), table), -1, self.col)

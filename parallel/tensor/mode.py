@@ -1,0 +1,148 @@
+"""What every tensor mode has: a table of splits, three functions, and the layers that follow from them.
+
+Weights are [N, K], as in nn.Linear. Notation: x[B_dr, S, H_c] has its batch dim split over the axes d then r, and its hidden dim
+over c. A model is written once, in these layers:
+
+    between blocks    x[B_batch, S, H_hidden]
+    linear_in         x[B_batch, S, K_hidden] · W[N_inner_hidden, K_k_in]  ->  y[B_inner_batch, S, N_inner_hidden]
+    linear_out        y[B_inner_batch, S, K_inner_hidden] · W[N_hidden, K_k_out]  ->  x[B_batch, S, N_hidden]
+    embedding, head   E[V_inner_hidden, H_k_in]: the head is a linear_in, so the logits are [B_inner_batch, S, V_inner_hidden]
+"""
+
+from abc import ABC, abstractmethod
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import split
+from parallel.layout import Layout
+from parallel.mesh import Axis, Mesh
+from parallel.tensor.layers import Embedding, LayerNorm, Linear, Matmul, Vocabulary
+from parallel.tensor.loss import sum_cross_entropy
+
+Split = tuple[Axis, ...]
+
+
+class Mode(ABC):
+    """One way to split a transformer over ranks.
+
+    On the class, for the mesh and the gradient rule: `axes` are the mode's own directions, outermost first; `token_axes` those
+    of them that split tokens anywhere; `merged` the combinations of them over which some gradient is summed.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ()
+    token_axes: ClassVar[tuple[str, ...]] = ()
+    merged: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+    # The table: the axes that split each dim, outermost first.
+    batch: Split = ()
+    hidden: Split = ()
+    inner_batch: Split = ()
+    inner_hidden: Split = ()
+    k_in: Split = ()
+    k_out: Split = ()
+
+    def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
+        self.mesh, self.dtype = mesh, dtype
+
+    @classmethod
+    def merged_axes(cls) -> tuple[tuple[str, ...], ...]:
+        """The combinations of axes that a mesh must build for this mode."""
+        return (("data", "context"), *(("data", "context", *names) for names in cls.merged))
+
+    # -- the three functions -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def matmul_in(self, x: Tensor, w: Tensor) -> Tensor:
+        """x[B_batch, S, K_hidden] · w[N_inner_hidden, K_k_in] -> y[B_inner_batch, S, N_inner_hidden]"""
+
+    @abstractmethod
+    def matmul_out(self, x: Tensor, w: Tensor) -> Tensor:
+        """x[B_inner_batch, S, K_inner_hidden] · w[N_hidden, K_k_out] -> y[B_batch, S, N_hidden]"""
+
+    @abstractmethod
+    def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
+
+    # -- what follows ----------------------------------------------------------------------------------------------------
+
+    def local(self, x: Tensor, batch: Split) -> Tensor:
+        """x[B, ...], whole on every rank -> x[B_batch, ...]: the samples that this rank sees of it."""
+        for axis in batch:
+            x = split(x, 0, axis)
+        return x
+
+    def activation_shape(self, batch: int, sequence: int, hidden: int) -> tuple[int, int, int]:
+        """The shape on a rank of x[B_batch, S, H_hidden]."""
+        return batch // prod(a.size for a in self.batch), sequence, hidden // prod(a.size for a in self.hidden)
+
+    def speaks_for(self, batch: Split) -> bool:
+        """Whether this rank is the one that counts, among those that hold the same of what is split over `batch` alone."""
+        return all(self.mesh.axis(name).rank == 0 for name in self.axes if name not in {axis.name for axis in batch})
+
+    def layout(self, shape: tuple[int, ...], *dims: Split, tied: bool = False) -> Layout:
+        """A parameter's layout, with the one gradient rule: **its gradient is summed over every axis that splits tokens and
+        does not split the parameter**. `tied`: a copy on the last pipeline stage is the same parameter."""
+        own = {axis.name for axes in dims for axis in axes}
+        sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in own))]
+        replicas = [self.mesh.axis(name) for name in ("data", "context", *self.axes) if name not in own]
+        if tied:
+            sync.append(self.mesh.ends)
+            replicas.append(self.mesh.ends)
+        return Layout(shape, dims, tuple(sync), owner=all(axis.rank == 0 for axis in replicas))
+
+    def linear_in(self, n: int, k: int, *, bias: bool = True, fused: int = 1) -> Linear:
+        """Into a block. `fused` weights of one shape are one parameter [fused, N, K]; y is [B_inner, S, fused · N_inner]."""
+        return self._linear(self.matmul_in, (n, self.inner_hidden), (k, self.k_in), bias=bias, fused=fused)
+
+    def linear_out(self, n: int, k: int, *, bias: bool = True) -> Linear:
+        """Out of a block."""
+        return self._linear(self.matmul_out, (n, self.hidden), (k, self.k_out), bias=bias)
+
+    def project_in(self, n: int, k: int) -> Linear:
+        """From between blocks, as the embedding leaves x, to between blocks, as `trunk()` wants it. No bias."""
+        return self.linear_in(n, k, bias=False)
+
+    def project_out(self, n: int, k: int) -> Linear:
+        """From between blocks of `trunk()` to between blocks, as the head wants x. No bias."""
+        return self.linear_out(n, k, bias=False)
+
+    def trunk(self) -> Self:
+        """The mode of the blocks between `project_in` and `project_out`."""
+        return self
+
+    def layer_norm(self, hidden: int, *, affine: bool = True) -> LayerNorm:
+        """LayerNorm of x[B_batch, S, H_hidden] over H, with weight[H_hidden] and bias[H_hidden]."""
+        layout = self.layout((hidden,), self.hidden) if affine else None
+        return LayerNorm(hidden, self.hidden, layout, self._empty())
+
+    def positions(self, count: int, hidden: int) -> Embedding:
+        """A table P[count, H_hidden]: indices[B_batch, S] -> [B_batch, S, H_hidden]"""
+        return Embedding(self.layout((count, hidden), (), self.hidden), self._empty())
+
+    def vocabulary(self, size: int, hidden: int, *, padding_idx: int | None) -> Vocabulary:
+        """The token embedding that the head shares, padded where its axes do not divide the vocabulary."""
+        layout = self.layout((size, hidden), self.inner_hidden, self.k_in, tied=True)
+        return Vocabulary(layout, padding_idx, self._empty())
+
+    def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor) -> Tensor:
+        """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's labels.
+
+        The labels are split as inside a block; the sum is the same on the ranks that split the vocabulary alone.
+        """
+        logits = self.matmul_in(x, vocabulary.weight)
+        return sum_cross_entropy(logits, self.local(labels, self.inner_batch), self.inner_hidden, vocabulary.layout)
+
+    def _linear(
+        self, matmul: Matmul, n: tuple[int, Split], k: tuple[int, Split], *, bias: bool = True, fused: int = 1
+    ) -> Linear:
+        (n_size, n_split), (k_size, k_split) = n, k
+        count, unsplit = ((), ()) if fused == 1 else ((fused,), ((),))
+        weight = self.layout((*count, n_size, k_size), *unsplit, n_split, k_split)
+        return Linear(matmul, weight, self.layout((*count, n_size), *unsplit, n_split) if bias else None, self._empty())
+
+    def _empty(self) -> Tensor:
+        """No elements; parameters are made like it."""
+        return torch.empty(0, dtype=self.dtype, device=self.mesh.device)

@@ -1,0 +1,1 @@
+"""The tests, a package so that the processes `harness.run` starts can import a test module by its name."""

@@ -1,0 +1,205 @@
+"""Run a function on several ranks at once, each a process of its own joined by gloo.
+
+    def sum_of_ranks(rank: int, world_size: int) -> float: ...
+    assert run(sum_of_ranks, 4) == [6.0] * 4
+
+Importing torch takes seconds, so a fork server imports it once, along with the test modules collected by then, and
+every rank is a fork of that server. A fork must not inherit threads: no test module may run a backward at import.
+"""
+
+import faulthandler
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+PRELOADED_PACKAGES = ("parallel", "models", "tests")
+
+
+class RankError(Exception):
+    """A rank raised, died or did not return in time. The message says which, and where it was."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every rank is given: the function, its arguments, and the folder where the ranks meet."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    world_size: int
+    timeout: float
+    folder: Path
+
+    def name_of(self, rank: int) -> str:
+        return f"rank {rank} of {self.world_size}"
+
+    def stacks_of(self, rank: int) -> Path:
+        """The file in which a rank that hangs or crashes writes down where it is."""
+        return self.folder / f"stacks_of_rank_{rank}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank sends back: the saved result, or the traceback of its failure."""
+
+    saved: bytes = b""
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The parent's end of one rank."""
+
+    index: int
+    process: ForkServerProcess
+    connection: Connection
+
+
+def run(function: Callable[..., T], world_size: int, *arguments: Any, timeout: float = 60.0) -> list[T]:
+    """Call `function(rank, world_size, *arguments)` on `world_size` gloo ranks; the results, in order of rank.
+
+    The function must stand at the top of a module, so that the ranks can import it. When it starts, the default process
+    group is ready. The first rank that fails ends them all, and the RankError shows its traceback; after `timeout`
+    seconds it shows where each unfinished rank is stuck.
+    """
+    __tracebackhide__ = True
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        task = Task(function, arguments, world_size, timeout, Path(folder))
+        with _started(task) as ranks:
+            reports = _collect(ranks, task)
+            _dismiss(ranks, task)
+    return [torch.load(io.BytesIO(report.saved), weights_only=False) for report in reports]
+
+
+@contextmanager
+def _started(task: Task) -> Iterator[list[Rank]]:
+    """The ranks of a task, running; on the way out whatever is left of them is killed."""
+    context = multiprocessing.get_context("forkserver")
+    # torch imports _dynamo when the first optimizer is made: a second for each rank, were it not there already.
+    context.set_forkserver_preload(["torch", "torch._dynamo", *_imported_by_now()])
+    ranks: list[Rank] = []
+    try:
+        for index in range(task.world_size):
+            ranks.append(_start(context, index, task))
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+        for rank in ranks:
+            rank.process.join()
+            rank.process.close()
+            rank.connection.close()
+
+
+def _start(context: ForkServerContext, index: int, task: Task) -> Rank:
+    ours, theirs = context.Pipe()
+    with theirs:
+        process = context.Process(target=_serve, args=(index, task, theirs), name=f"rank {index}", daemon=True)
+        process.start()
+    return Rank(index, process, ours)
+
+
+def _imported_by_now() -> list[str]:
+    """The project's modules this process has imported: what the ranks will need, with all that they import in turn."""
+    return [name for name in sys.modules if name.split(".")[0] in PRELOADED_PACKAGES]
+
+
+def _collect(ranks: list[Rank], task: Task) -> list[Report]:
+    """Every rank's report, in order of rank, or a RankError."""
+    __tracebackhide__ = True
+    deadline = time.monotonic() + task.timeout
+    waiting = {rank.connection: rank for rank in ranks}
+    reports: dict[int, Report] = {}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(_where_they_hang(list(waiting.values()), task))
+        for connection in [connection for connection in waiting if connection in ready]:
+            rank = waiting.pop(connection)
+            reports[rank.index] = _receive(rank, ranks, task)
+    return [reports[rank.index] for rank in ranks]
+
+
+def _receive(rank: Rank, ranks: list[Rank], task: Task) -> Report:
+    __tracebackhide__ = True
+    try:
+        report: Report = rank.connection.recv()
+    except (EOFError, ConnectionResetError):
+        raise RankError(_how_it_died(rank, task)) from None
+    if report.failure:
+        # A rank that dies makes its peers fail, and their reports may arrive before the news of its death.
+        ended = wait([peer.process.sentinel for peer in ranks], timeout=0.2)
+        dead = next((peer for peer in ranks if peer.process.sentinel in ended), None)
+        raise RankError(_how_it_died(dead, task) if dead else f"{task.name_of(rank.index)} failed\n{report.failure}")
+    return report
+
+
+def _how_it_died(rank: Rank, task: Task) -> str:
+    rank.process.join(task.timeout)
+    stacks = task.stacks_of(rank.index)
+    last_words = stacks.read_text() if stacks.exists() else ""
+    return f"{task.name_of(rank.index)} died with exit code {rank.process.exitcode}\n{last_words}"
+
+
+def _where_they_hang(ranks: list[Rank], task: Task) -> str:
+    """Ask each unfinished rank for its stack, which faulthandler writes on SIGUSR1, and put the answers together."""
+    asked = [rank for rank in ranks if task.stacks_of(rank.index).exists() and rank.process.pid]
+    for rank in asked:
+        os.kill(rank.process.pid or 0, signal.SIGUSR1)
+    time.sleep(0.5)  # they answer within milliseconds, and there is no telling when the last line is written
+    stacks = [f"{task.name_of(rank.index)} is stuck\n{task.stacks_of(rank.index).read_text()}" for rank in asked]
+    return "\n".join([f"{len(ranks)} of {task.world_size} ranks had not returned after {task.timeout:g} s", *stacks])
+
+
+def _dismiss(ranks: list[Rank], task: Task) -> None:
+    """Let every rank leave, now that none needs another, and see that it leaves in peace."""
+    __tracebackhide__ = True
+    for rank in ranks:
+        rank.connection.send(None)
+    for rank in ranks:
+        rank.process.join(task.timeout)
+        if rank.process.exitcode != 0:
+            raise RankError(f"after its report {_how_it_died(rank, task)}")
+
+
+def _serve(rank: int, task: Task, connection: Connection) -> None:
+    """A rank's whole life: join, call, report, and stay until every rank has reported.
+
+    To leave earlier would break the connections that the others still use: a second failure that hides the first.
+    """
+    torch.set_num_threads(1)
+    with task.stacks_of(rank).open("w") as stacks, connection:
+        faulthandler.enable(stacks)
+        faulthandler.register(signal.SIGUSR1, stacks)
+        # Should the parent be killed, nobody is left to end a rank that hangs.
+        faulthandler.dump_traceback_later(2 * task.timeout, exit=True, file=stacks)
+        connection.send(_report(rank, task))
+        connection.recv()
+        dist.destroy_process_group()
+
+
+def _report(rank: int, task: Task) -> Report:
+    try:
+        meeting_point = f"file://{task.folder}/rendezvous"  # never a port: another run might hold it
+        dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=task.world_size)
+        saved = io.BytesIO()
+        torch.save(task.function(rank, task.world_size, *task.arguments), saved)
+    except BaseException:
+        return Report(failure=traceback.format_exc())
+    return Report(saved=saved.getvalue())

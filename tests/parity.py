@@ -1,0 +1,210 @@
+"""The independent reference, and a run of ours to compare with it.
+
+The reference is Hugging Face's OPT with torch's own loss, clipping and AdamW, in one process: no line of it is shared with what
+it checks. Weights, gradients and moments are compared under their public names, whole.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import build
+from models.shapes import resolve
+from parallel.collectives import gather_objects
+from parallel.config import parse
+from parallel.context import Place, make_context
+from parallel.engine import Engine
+from parallel.layout import ParameterInfo, slices
+
+Batch = dict[str, Tensor]
+Raw = dict[str, Any]
+
+SHAPE = dict(
+    vocab_size=37,  # nothing divides it
+    hidden_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=12,
+    ffn_dim=48,
+    max_position_embeddings=16,
+    dropout=0.0,
+)
+PROJECTED = SHAPE | dict(word_embed_proj_dim=12, do_layer_norm_before=False)  # as opt-350m
+BOUND = {"fp64": 1e-9, "fp32": 1e-5}
+
+
+@dataclass
+class Trace:
+    """What a run leaves to compare: of each step the loss and the norm, and public tensors by name."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step, clipped
+    weights: dict[str, Tensor] = field(default_factory=dict)  # after the last step
+
+
+def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **sections: Any) -> Raw:
+    """A raw config for a comparison: clipping active, decay strong enough to see, a warm-up inside the run."""
+    base: Raw = dict(
+        parallel=parallel,
+        data=dict(sequence_length=6),
+        train=dict(steps=steps, global_batch_size=24, micro_batch_size=4, precision=precision, clip_grad_norm=0.5),
+        optimizer=dict(lr=1e-2, weight_decay=0.1),
+        lr_scheduler=dict(warmup_steps=2),
+    )
+    for name, section in sections.items():
+        base[name] = base.get(name, {}) | section
+    return base
+
+
+def batches_of(count: int, *, batch: int = 24, sequence: int = 6, vocabulary: int = 37, seed: int = 0) -> list[Batch]:
+    """Random tokens, the padding token 1 among them in every batch."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(0, vocabulary, (batch, sequence), generator=generator)
+        ids[:, 2] = torch.where(torch.arange(batch) % 3 == 0, 1, ids[:, 2])
+        found.append(dict(input_ids=ids))
+    return found
+
+
+def save_model(folder: Path, dtype: torch.dtype = torch.float64, **shape: Any) -> Path:
+    """A Hugging Face OPT with weights that leave nothing at zero or one, biases and the padding row included."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(7)
+    model = OPTForCausalLM(OPTConfig(**shape)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.2).add_("layer_norm.weight" in name)
+    model.save_pretrained(folder)
+    return folder
+
+
+def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
+    """Hugging Face, one process, the same weights, tokens and hyperparameters."""
+    from transformers import OPTForCausalLM
+
+    config = parse(raw)
+    dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    model = OPTForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").train()
+    named = dict(model.named_parameters())
+    matrices = [p for p in named.values() if p.ndim >= 2]
+    others = [p for p in named.values() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=config.optimizer.weight_decay), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    trace = Trace()
+    for step, batch in enumerate(batches):
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        labels = batch.get("labels", ids)
+        logits = model(ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        clip = config.train.clip_grad_norm or math.inf
+        trace.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        trace.losses.append(loss.item())
+        if step == 0:
+            trace.gradients = {name: p.grad.clone() for name, p in named.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(raw, step)
+        optimizer.step()
+    trace.weights = {name: p.detach().clone() for name, p in named.items()}
+    return trace
+
+
+def _learning_rate(raw: Raw, k: int) -> float:
+    """The contract's formula, written again."""
+    lr, w, steps = raw["optimizer"]["lr"], raw["lr_scheduler"]["warmup_steps"], raw["train"]["steps"]
+    if k < w:
+        return lr * (k + 1) / w
+    t = (k - w) / max(1, steps - w)
+    return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace | None:
+    """Our run on this rank of a world that has met; rank 0 returns the trace, with every tensor whole."""
+    engine = engine_of(rank, world_size, raw)
+    infos, trace = engine.stage.infos, Trace()
+    update = engine.optimizer.step
+
+    def observed(gradients: Any, lr: float) -> None:
+        if engine.step == 0:
+            trace.gradients = whole(infos, gradients, engine)
+        update(gradients, lr)
+
+    engine.optimizer.step = observed  # type: ignore[method-assign]
+    for batch in batches:
+        result = engine.train_step(share_of(batch, engine))
+        trace.losses.append(result.loss)
+        assert result.grad_norm is not None
+        trace.norms.append(result.grad_norm)
+    trace.weights = whole(infos, engine.optimizer.masters, engine)
+    return trace if rank == 0 else None
+
+
+def engine_of(rank: int, world_size: int, raw: Raw) -> Engine:
+    config = parse(raw, world_size=world_size, resolve=resolve)
+    context = make_context(config, Place(rank, world_size, rank, world_size))
+    torch.set_num_threads(1)
+    return Engine(build(context), context)
+
+
+def share_of(batch: Mapping[str, Tensor], engine: Engine) -> Batch:
+    """The samples of this replica: a contiguous part of the global batch."""
+    return {name: x.tensor_split(engine.data.size)[engine.data.rank] for name, x in batch.items()}
+
+
+def whole(infos: list[ParameterInfo], tensors: Any, engine: Engine) -> dict[str, Tensor]:
+    """Public tensors put together from every rank's pieces. Ranks that hold the same elements must agree to the last bit."""
+    pieces = [
+        (piece.name, piece.shape, piece.box, piece.data.double().numpy(), info.layout.owner)
+        for info, tensor in zip(infos, tensors, strict=True)
+        for piece in info.pieces(tensor)
+    ]
+    everything = [piece for part in gather_objects(pieces, engine.mesh.world) for piece in part]
+    found: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    for name, shape, box, data, owner in everything:
+        if owner:
+            found.setdefault(name, np.full(shape, np.nan))[slices(box)] = data
+            counts.setdefault(name, np.zeros(shape))[slices(box)] += 1
+    for name, count in counts.items():
+        assert (count == 1).all(), f"{name}: an element has {count.min():.0f} to {count.max():.0f} owners"
+    for name, _, box, data, _ in everything:
+        assert np.array_equal(found[name][slices(box)], data), f"{name}{box}: replicas differ"
+    return {name: torch.from_numpy(data) for name, data in found.items()}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """The Frobenius norm of the difference, relative to that of what is wanted."""
+    want = want.double()
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
+    """Everything within the bound, relatively. The exact gradient of k_proj.bias is zero: its noise is bounded by the norm of
+    the whole gradient, and below fp64 (not `wide`) Adam turns that noise into whole steps, so its weights are left out."""
+    for name, ours, theirs in (("loss", got.losses, want.losses), ("norm", got.norms, want.norms)):
+        assert len(ours) == len(theirs)
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert abs(a - b) <= bound * abs(b), f"{name} of step {step + 1}: {a!r}, wanted {b!r}"
+    assert got.weights.keys() == want.weights.keys()
+    assert got.gradients.keys() == want.gradients.keys()
+    total = math.sqrt(sum(g.double().square().sum().item() for g in want.gradients.values()))
+    for name, gradient in want.gradients.items():
+        if name.endswith("k_proj.bias"):
+            assert (got.gradients[name] - gradient).norm() <= bound * total, f"gradient of {name}"
+        else:
+            error = relative(got.gradients[name], gradient)
+            assert error <= bound, f"gradient of {name}: {error:.1e}"
+    for name, weight in want.weights.items():
+        if wide or not name.endswith("k_proj.bias"):
+            error = relative(got.weights[name], weight)
+            assert error <= bound, f"weight {name}: {error:.1e}"

@@ -1,0 +1,418 @@
+"""Raw config in, frozen config or all of its problems out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.config import Config, ParallelConfig, TensorConfig, apply_overrides, load_raw, parse
+from parallel.errors import ConfigError
+
+
+def problems(raw: dict[str, Any], world_size: int | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, world_size=world_size)
+    return caught.value.problems
+
+
+def tensor(**keys: Any) -> dict[str, Any]:
+    return {"parallel": {"tensor": keys}}
+
+
+def test_an_empty_config_is_the_documented_default() -> None:
+    assert parse({}).to_dict() | {"model": None} == {
+        "model": None,
+        "data": {
+            "path": "python-docs",
+            "tokenizer": "bytes",
+            "sequence_length": 256,
+            "shuffle": True,
+            "validation_fraction": 0.05,
+        },
+        "parallel": {
+            "pipeline": {"size": 1, "schedule": "1f1b", "layers": None, "chunks": None},
+            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False},
+            "context": {"size": 1, "kind": "ring"},
+        },
+        "zero": {
+            "stage": 0,
+            "tensor_placement_policy": "cuda",
+            "gpu_margin_mem_ratio": 0.8,
+            "device_memory": None,
+            "host_memory": None,
+            "nvme_dir": None,
+        },
+        "train": {
+            "steps": 100,
+            "global_batch_size": 16,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "clip_grad_norm": 1.0,
+            "activation_checkpointing": "none",
+            "seed": 0,
+            "device": "auto",
+            "compile": False,
+        },
+        "optimizer": {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        "lr_scheduler": {"kind": "cosine", "warmup_steps": 10, "min_ratio": 0.1},
+        "output": {
+            "dir": "runs/{name}",
+            "log_every": 1,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+            "keep_checkpoints": 2,
+            "export": True,
+            "export_dtype": None,
+        },
+    }
+
+
+def test_config_survives_json() -> None:
+    raw = {
+        "model": {"name": "opt-125m", "_remove_final_layer_norm": True},
+        "parallel": {"pipeline": {"size": 3, "layers": [0, 12, 0]}, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}},
+        "train": {"micro_batch_size": 4, "clip_grad_norm": None},
+    }
+    config = parse(raw, world_size=24)
+    assert parse(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.parallel.pipeline.layers == (0, 12, 0)
+    assert config.model.remove_final_layer_norm is True
+
+
+# The spellings of Colossal-AI
+
+
+def test_a_bare_number_is_a_size() -> None:
+    short = parse({"parallel": {"pipeline": 2, "context": 1}})
+    assert short == parse({"parallel": {"pipeline": {"size": 2}, "context": {"size": 1}}})
+
+
+def test_tensor_mode_sequence_is_valid_at_size_one_and_refused_by_name_above() -> None:
+    assert parse(tensor(mode="sequence", size=1)).parallel.tensor.axes() == {}
+    assert problems(tensor(mode="sequence", size=4)) == (
+        "parallel.tensor: mode 'sequence' with size 4 is not available yet. Try size=1, or mode='1d'.",
+    )
+
+
+# The tensor geometry
+
+
+@pytest.mark.parametrize(
+    ("keys", "axes"),
+    [
+        ({}, {}),
+        ({"mode": "1d", "size": 4}, {"t": 4}),
+        ({"mode": "2d", "size": 4}, {"depth": 1, "row": 2, "col": 2}),
+        ({"mode": "2d", "size": 6, "rows": 2}, {"depth": 1, "row": 2, "col": 3}),
+        ({"mode": "2.5d", "size": 4, "depth": 1}, {"depth": 1, "row": 2, "col": 2}),
+        ({"mode": "2.5d", "size": 8, "depth": 2}, {"depth": 2, "row": 2, "col": 2}),
+        ({"mode": "2.5d", "size": 12, "depth": 2, "rows": 3}, {"depth": 2, "row": 3, "col": 2}),
+        ({"mode": "3d", "size": 8}, {"i": 2, "w": 2, "o": 2}),
+        ({"mode": "3d", "size": 125}, {"i": 5, "w": 5, "o": 5}),
+    ],
+)
+def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> None:
+    assert list(TensorConfig(**keys).axes().items()) == list(axes.items())
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (
+            {"mode": "2d", "size": 6},
+            "parallel.tensor: mode '2d' needs a square size, got 6. Try 4 (2×2) or 9 (3×3), or rows=2 for 2×3.",
+        ),
+        (
+            {"mode": "2.5d", "size": 12, "depth": 2},
+            "parallel.tensor: mode '2.5d' needs a size of depth 2 × a square, got 12."
+            " Try 8 (2×2×2) or 18 (2×3×3), or rows=2 for 2×2×3.",
+        ),
+        (
+            {"mode": "2.5d", "size": 3, "depth": 2},
+            "parallel.tensor: mode '2.5d' needs a size of depth 2 × a square, got 3. Try 2 (2×1×1) or 8 (2×2×2).",
+        ),
+        (
+            {"mode": "2.5d", "size": 6, "depth": 2, "rows": 2},
+            "parallel.tensor: mode '2.5d' needs a multiple of depth 2 × rows 2 = 4, got 6. Try 4 (2×2×1) or 8 (2×2×2).",
+        ),
+        (
+            {"mode": "2d", "size": 2, "rows": 4},
+            "parallel.tensor: mode '2d' needs a multiple of rows 4, got 2. Try 4 (4×1).",
+        ),
+        (
+            {"mode": "3d", "size": 6},
+            "parallel.tensor: mode '3d' needs a cubic size, got 6. Try 1 (1×1×1) or 8 (2×2×2).",
+        ),
+        ({"size": 4}, "parallel.tensor: size 4 needs a mode. Try mode='1d', '2d' or '2.5d'."),
+        ({"size": 8}, "parallel.tensor: size 8 needs a mode. Try mode='1d' or '3d'."),
+        (
+            {"mode": "2d", "size": 8, "depth": 2},
+            "parallel.tensor.depth: 2 needs mode '2.5d', got '2d'. Try depth=1.",
+        ),
+        (
+            {"mode": "1d", "size": 4, "rows": 2},
+            "parallel.tensor.rows: 2 needs mode '2d' or '2.5d', got '1d'. Try rows=None.",
+        ),
+    ],
+)
+def test_a_size_that_a_mode_cannot_lay_out_names_the_nearest(keys: dict[str, Any], problem: str) -> None:
+    assert problems(tensor(**keys)) == (problem,)
+
+
+@given(st.sampled_from(["1d", "2d", "2.5d", "3d"]), st.integers(1, 200), st.integers(1, 5), st.integers(0, 5))
+def test_a_size_fits_exactly_when_axes_multiply_to_it(mode: Any, size: int, depth: int, rows: int) -> None:
+    depth = depth if mode == "2.5d" else 1
+    keys = TensorConfig(mode, size, depth, rows or None if mode in ("2d", "2.5d") else None)
+    edges = range(1, size + 1)
+    expected = {
+        "1d": True,
+        "2d": any(depth * (rows or edge) * edge == size for edge in edges),
+        "3d": any(edge**3 == size for edge in edges),
+    }
+    assert keys.fits() == expected["2d" if mode == "2.5d" else mode]
+
+
+# Worlds and batches
+
+
+def test_a_world_that_replicas_do_not_fill_names_the_nearest_world_and_size() -> None:
+    raw = {"parallel": {"pipeline": 2, "tensor": {"mode": "1d", "size": 8}}}
+    assert problems(raw, world_size=8) == (
+        "parallel: world size 8 is not a multiple of pipeline 2 × tensor 8 = 16."
+        " Start 16 processes, or set tensor.size=4.",
+    )
+    assert problems({"parallel": {"pipeline": 3}}, world_size=8) == (
+        "parallel: world size 8 is not a multiple of pipeline 3. Start 6 or 9 processes, or set pipeline.size=2.",
+    )
+
+
+def test_what_is_left_of_the_world_is_data_parallel() -> None:
+    config = parse({"parallel": {"pipeline": 2, "tensor": {"mode": "2d", "size": 4}}}, world_size=16)
+    assert config.data_parallel_size(16) == 2
+    assert config.num_microbatches(16) == 4  # 16 = 2 × 2 × 4
+
+
+@pytest.mark.parametrize(
+    ("train", "keys", "world_size", "problem"),
+    [
+        (
+            {"global_batch_size": 10},
+            {},
+            4,
+            "train.global_batch_size: 10 is not a multiple of micro_batch_size 2 × data 4 = 8. Try 8 or 16.",
+        ),
+        (
+            {"global_batch_size": 3},
+            {},
+            None,
+            "train.global_batch_size: 3 is not a multiple of micro_batch_size 2. Try 2 or 4.",
+        ),
+        (
+            {"micro_batch_size": 2},
+            {"mode": "2.5d", "size": 8, "depth": 2},
+            8,
+            "train.micro_batch_size: 2 is not a multiple of depth × rows = 4, the parts that tensor mode '2.5d'"
+            " splits it into. Try 4.",
+        ),
+        (
+            {"micro_batch_size": 2},
+            {"mode": "3d", "size": 8},
+            8,
+            "train.micro_batch_size: 2 is not a multiple of w × i = 4, the parts that tensor mode '3d'"
+            " splits it into. Try 4.",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_come_out_even_names_the_nearest(
+    train: dict[str, Any], keys: dict[str, Any], world_size: int | None, problem: str
+) -> None:
+    assert problems({"train": train, **tensor(**keys)}, world_size) == (problem,)
+
+
+def test_a_warm_up_may_outlast_the_run() -> None:
+    assert parse({"train": {"steps": 2}}).lr_scheduler.warmup_steps == 10
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "problem"),
+    [
+        ("zero", {"tensor_placment_policy": "cuda"}, "unknown key. Did you mean 'tensor_placement_policy'?"),
+        ("lr_scheduler", {"xyz": 1}, "unknown key. Known: kind, warmup_steps, min_ratio."),
+        ("train", {"steps": True}, "needs an int, got True. Try 100."),
+        ("train", {"steps": "20"}, "needs an int, got '20'. Try 20."),
+        ("train", {"steps": 20.0}, "needs an int, got 20.0. Try 20."),
+        ("train", {"steps": 0}, "needs at least 1, got 0. Try 1."),
+        ("train", {"compile": 1}, "needs a bool, got 1. Try False."),
+        ("train", {"precision": "fp31"}, "needs one of 'fp64', 'fp32', 'bf16', 'fp16', got 'fp31'. Try 'fp32'."),
+        ("train", {"clip_grad_norm": -1}, "needs at least 0, got -1. Try 0."),
+        ("optimizer", {"lr": float("nan")}, "needs a finite number, got nan. Try 0.0006."),
+        ("optimizer", {"betas": (0.9, 1.0)}, "needs 0 <= value < 1, got 1.0 in (0.9, 1.0). Try (0.9, 0.95)."),
+        ("optimizer", {"betas": (0.9,)}, "needs 2 values, got (0.9,). Try (0.9, 0.95)."),
+        ("lr_scheduler", {"min_ratio": 1.5}, "needs 0 <= value <= 1, got 1.5. Try 1."),
+        ("data", {"sequence_length": 1}, "needs at least 2, got 1. Try 2."),
+        ("zero", {"host_memory": "6 gigs"}, "needs a number of bytes, got '6 gigs'. Try '6GiB'."),
+    ],
+)
+def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any], problem: str) -> None:
+    (key,) = keys
+    assert problems({section: keys}) == (f"{section}.{key}: {problem}",)
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        ({"zero": {"stage": 1}}, "zero.stage: 1 is not available yet. Try 0."),
+        (
+            {"zero": {"tensor_placement_policy": "auto"}},
+            "zero.tensor_placement_policy: 'auto' is not available yet. Try 'cuda'.",
+        ),
+        ({"zero": {"device_memory": "6GiB"}}, "zero.device_memory: '6GiB' is not available yet. Try None."),
+        ({"zero": {"nvme_dir": "/disk"}}, "zero.nvme_dir: '/disk' is not available yet. Try None."),
+        (
+            {"parallel": {"pipeline": {"schedule": "zero_bubble"}}},
+            "parallel.pipeline.schedule: 'zero_bubble' is not available yet. Try 'gpipe' or '1f1b'.",
+        ),
+        ({"parallel": {"context": 2}}, "parallel.context.size: 2 is not available yet. Try 1."),
+        (
+            tensor(mode="1d", size=2, sequence_parallel=True),
+            "parallel.tensor.sequence_parallel: True is not available yet. Try False.",
+        ),
+        (
+            {"train": {"activation_checkpointing": "full"}},
+            "train.activation_checkpointing: 'full' is not available yet. Try 'none'.",
+        ),
+        (
+            {"train": {"precision": "fp16"}},
+            "train.precision: 'fp16' is not available yet. Try 'fp64', 'fp32' or 'bf16'.",
+        ),
+        ({"train": {"compile": True}}, "train.compile: True is not available yet. Try False."),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:
+    assert problems(raw) == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [
+        ([2, 2], "(2, 2) is for 2 stages, got size 3. Try size=2."),
+        (
+            [2, 0, 2],
+            "(2, 0, 2) leaves stage 1 empty; only the first, which has the embedding, and the last, which has the head,"
+            " may have no layers. Try at least 1.",
+        ),
+    ],
+)
+def test_pipeline_layers_fill_the_stages(layers: list[int], problem: str) -> None:
+    raw = {"parallel": {"pipeline": {"size": 3, "layers": layers}}}
+    assert problems(raw) == (f"parallel.pipeline.layers: {problem}",)
+
+
+def test_all_problems_come_at_once_one_a_line() -> None:
+    raw = {
+        "modle": {"name": "opt-125m"},
+        "parallel": {"tensor": {"mode": "2d", "size": 6}},
+        "zero": {"stage": 1},
+        "train": {"steps": 0},
+        "data": 3,
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, world_size=5, resolve=lambda config: (config, ["from the model"]))
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "modle",
+        "zero.stage",
+        "train.steps",
+        "data",
+        "parallel.tensor",
+    ]
+
+
+def test_a_broken_layout_does_not_hide_what_the_model_has_to_say() -> None:
+    layouts = []
+
+    def resolve(config: Config) -> tuple[Config, list[str]]:
+        layouts.append(config.parallel)
+        return config, ["from the model"]
+
+    with pytest.raises(ConfigError) as caught:
+        parse(tensor(mode="3d", size=2), resolve=resolve)
+    assert caught.value.problems[-1] == "from the model"
+    assert layouts == [ParallelConfig()]
+
+
+# Overrides
+
+
+def test_an_override_is_a_literal_or_else_a_string() -> None:
+    raw = apply_overrides({}, ["train.steps=20", "optimizer.betas=(0.8, 0.9)", "train.precision=bf16", "data.path=a=b"])
+    assert raw == {
+        "train": {"steps": 20, "precision": "bf16"},
+        "optimizer": {"betas": (0.8, 0.9)},
+        "data": {"path": "a=b"},
+    }
+
+
+def test_a_dict_replaces_the_whole_of_what_was_there() -> None:
+    raw = {"parallel": {"tensor": {"mode": "2.5d", "size": 8, "depth": 2}}}
+    assert apply_overrides(raw, ["parallel.tensor={'mode': '1d', 'size': 4}"]) == tensor(mode="1d", size=4)
+    assert apply_overrides(raw, ["parallel={'pipeline': 2}"]) == {"parallel": {"pipeline": {"size": 2}}}
+
+
+def test_dotted_keys_apply_on_top_of_short_spellings_and_the_last_one_wins() -> None:
+    raw = {"parallel": {"pipeline": 2}}
+    gpipe = apply_overrides(raw, ["parallel.pipeline.schedule=gpipe"])
+    assert gpipe == {"parallel": {"pipeline": {"size": 2, "schedule": "gpipe"}}}
+    assert apply_overrides(gpipe, ["parallel.pipeline=4", "parallel.pipeline=1"]) == {
+        "parallel": {"pipeline": {"size": 1}}
+    }
+    assert raw == {"parallel": {"pipeline": 2}}, "an override changes nothing of its caller's"
+
+
+def test_malformed_overrides_are_named_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides({}, ["train.steps", "train..steps=1", "train.steps=1", "train.steps.x=1"])
+    assert caught.value.problems == (
+        "--set train.steps: not of the form key=value. Try train.steps=20.",
+        "--set train..steps=1: not of the form key=value. Try train.steps=20.",
+        "--set train.steps.x=1: train.steps has no keys. Try train.steps=20.",
+    )
+
+
+# Files
+
+
+def test_a_file_gives_its_dicts_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "run.py"
+    file.write_text("import math\n_h = 4\ndef f(): pass\ntrain = dict(steps=_h)\nmodle = dict()\n")
+    assert load_raw(file) == {"train": {"steps": 4}, "modle": {}}
+    assert problems(load_raw(file)) == ("modle: unknown section. Did you mean 'model'?",)
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "words"),
+    [
+        ("train = dict(\n", 1, "'(' was never closed"),
+        ("x = 1\n\ntrain = dict(steps=undefined)\n", 3, "NameError"),
+        ("def f():\n    return 1 / 0\nf()\n", 2, "ZeroDivisionError"),
+        ("import os\nos.stat('nowhere')\n", 2, "FileNotFoundError"),
+    ],
+)
+def test_a_file_that_fails_names_its_line(tmp_path: Path, source: str, line: int, words: str) -> None:
+    file = tmp_path / "run.py"
+    file.write_text(source)
+    with pytest.raises(ConfigError) as caught:
+        load_raw(file)
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+    assert words in str(caught.value)
+
+
+def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "opt_tiny.py").touch()
+    with pytest.raises(ConfigError, match=r"opt_tny.py: .*Did you mean '.*opt_tiny.py'\?"):
+        load_raw(tmp_path / "opt_tny.py")

@@ -1,0 +1,112 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.harness import RankError, run
+
+
+def tensor_of_rank(rank: int, world_size: int, scale: float) -> torch.Tensor:
+    return torch.full((2, 3), scale * rank, dtype=torch.float64)
+
+
+def sum_over_ranks(rank: int, world_size: int) -> float:
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total)
+    return total.item()
+
+
+def raise_on_rank_2(rank: int, world_size: int, folder: Path) -> None:
+    (folder / str(rank)).write_text(str(os.getpid()))
+    if rank == 2:
+        raise LookupError("the brick is missing")
+    dist.barrier()
+
+
+def exit_on_rank_1(rank: int, world_size: int, folder: Path) -> None:
+    (folder / str(rank)).write_text(str(os.getpid()))
+    dist.barrier()
+    if rank == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def wait_for_rank_0(rank: int, world_size: int, folder: Path) -> None:
+    (folder / str(rank)).write_text(str(os.getpid()))
+    if rank == 1:
+        a_barrier_that_rank_0_skips()
+
+
+def a_barrier_that_rank_0_skips() -> None:
+    dist.barrier()
+
+
+def process_id(rank: int, world_size: int) -> int:
+    return os.getpid()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def pids_in(folder: Path) -> list[int]:
+    return [int(file.read_text()) for file in folder.iterdir()]
+
+
+def test_results_come_back_in_order_of_rank() -> None:
+    results = run(tensor_of_rank, 3, 0.5)
+    assert [result[0, 0].item() for result in results] == [0.0, 0.5, 1.0]
+    assert all(result.dtype == torch.float64 and result.shape == (2, 3) for result in results)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_ranks_are_joined_in_one_process_group(world_size: int) -> None:
+    assert run(sum_over_ranks, world_size) == [sum(range(world_size))] * world_size
+
+
+def test_the_traceback_of_the_failing_rank_arrives_and_ends_the_others_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run(raise_on_rank_2, 4, tmp_path)
+    assert time.monotonic() - start < 30, "the others were left to run into the timeout"
+    message = str(caught.value)
+    assert message.startswith("rank 2 of 4 failed")
+    assert "LookupError: the brick is missing" in message
+    assert "in raise_on_rank_2" in message
+    assert not any(map(is_alive, pids_in(tmp_path)))
+
+
+def test_a_rank_that_dies_is_named_with_its_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="rank 1 of 3 died with exit code 7"):
+        run(exit_on_rank_1, 3, tmp_path)
+    assert not any(map(is_alive, pids_in(tmp_path)))
+
+
+def test_a_hang_is_ended_and_the_place_named(tmp_path: Path) -> None:
+    with pytest.raises(RankError) as caught:
+        run(wait_for_rank_0, 2, tmp_path, timeout=3.0)
+    message = str(caught.value)
+    assert "1 of 2 ranks had not returned after 3 s" in message
+    assert "rank 1 of 2 is stuck" in message
+    assert "in a_barrier_that_rank_0_skips" in message
+    assert "rank 0 of 2 is stuck" not in message
+    assert not any(map(is_alive, pids_in(tmp_path)))
+
+
+def test_no_process_remains() -> None:
+    assert not any(map(is_alive, run(process_id, 4)))
+
+
+def test_no_file_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run(sum_over_ranks, 2)
+    with pytest.raises(RankError):
+        run(raise_on_rank_2, 3, Path("/nowhere"))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,89 @@
+"""Every layout equals Hugging Face: losses, norms, gradients and weights of four steps, from the same weights and tokens."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run
+from tests.parity import BOUND, PROJECTED, SHAPE, Trace, batches_of, compare, config_of, reference, save_model, train
+
+Raw = dict[str, Any]
+
+
+def tensor(mode: str, size: int, **more: Any) -> Raw:
+    return dict(mode=mode, size=size, **more)
+
+
+LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
+    "single": (1, {}),
+    "1d2": (2, dict(tensor=tensor("1d", 2))),
+    "1d3": (3, dict(tensor=tensor("1d", 3))),
+    "1d4": (4, dict(tensor=tensor("1d", 4))),
+    "2d4": (4, dict(tensor=tensor("2d", 4))),
+    "2d2x3": (6, dict(tensor=tensor("2d", 6, rows=2))),
+    "2d4x1": (4, dict(tensor=tensor("2d", 4, rows=4))),
+    "2.5d4": (4, dict(tensor=tensor("2.5d", 4))),
+    "2.5d8-depth2": (8, dict(tensor=tensor("2.5d", 8, depth=2))),
+    "3d8": (8, dict(tensor=tensor("3d", 8))),
+    "pp2": (2, dict(pipeline=2)),
+    "pp2-gpipe": (2, dict(pipeline=dict(size=2, schedule="gpipe"))),
+    "pp4-uneven": (4, dict(pipeline=dict(size=4, layers=[0, 1, 3, 0]))),
+    "pp2-1d2": (4, dict(pipeline=2, tensor=tensor("1d", 2))),
+    "pp2-2d4": (8, dict(pipeline=2, tensor=tensor("2d", 4))),
+    "pp2-2.5d4": (8, dict(pipeline=2, tensor=tensor("2.5d", 4))),
+    "dp2": (2, {}),
+    "dp2-pp2-1d2": (8, dict(pipeline=2, tensor=tensor("1d", 2))),
+    "dp2-2d4": (8, dict(tensor=tensor("2d", 4))),
+}
+PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4"]
+
+
+@pytest.fixture(scope="session")
+def models_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Hugging Face directory of each shape."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "tied": save_model(folder / "tied", **SHAPE),
+        "projected": save_model(folder / "projected", **PROJECTED),
+    }
+
+
+@cache
+def wanted(path: Path, precision: str) -> Trace:
+    return reference(path, config_of({}, precision=precision), batches_of(4))
+
+
+def check(path: Path, layout: str, precision: str, *, micro: int = 4) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    raw = config_of(parallel, precision=precision, model=dict(path=str(path)), train=dict(micro_batch_size=micro))
+    trace = run(train, world_size, raw, batches_of(4))[0]
+    assert trace is not None
+    compare(trace, wanted(path, precision), BOUND[precision], wide=precision == "fp64")
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_equals_hugging_face(models_of: dict[str, Path], layout: str, precision: str) -> None:
+    check(models_of["tied"], layout, precision)
+
+
+@pytest.mark.parametrize("layout", PROJECTED_LAYOUTS)
+def test_projected_embeddings_and_post_layer_norm_equal_hugging_face(models_of: dict[str, Path], layout: str) -> None:
+    check(models_of["projected"], layout, "fp64")
+
+
+@pytest.mark.parametrize("micro", [24, 8])
+def test_accumulation_equals_one_batch(models_of: dict[str, Path], micro: int) -> None:
+    check(models_of["tied"], "single", "fp64", micro=micro)
+
+
+def test_clipping_is_active_in_these_runs(models_of: dict[str, Path]) -> None:
+    assert min(wanted(models_of["tied"], "fp64").norms) > 0.5
+
+
+def test_the_reference_has_the_padding_token_in_every_batch() -> None:
+    assert all(bool((batch["input_ids"] == 1).any()) for batch in batches_of(4))
+    assert torch.equal(batches_of(1)[0]["input_ids"], batches_of(4)[0]["input_ids"])

@@ -1,0 +1,190 @@
+"""The sizes of OPT against Hugging Face, and what a config must respect to fit one."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from models.shapes import NAMED, OPTShape, flops_per_token, from_hugging_face, parameter_count, resolve, shape_of
+from parallel.config import ModelConfig, parse
+from parallel.errors import ConfigError
+
+
+def hugging_face(shape: OPTShape) -> OPTConfig:
+    keys = asdict(shape)
+    return OPTConfig(_remove_final_layer_norm=keys.pop("remove_final_layer_norm"), **keys)
+
+
+def problems(**raw: Any) -> tuple[str, ...]:
+    raw = {"data": {"sequence_length": 8}, "train": {"micro_batch_size": 144, "global_batch_size": 144}, **raw}
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, resolve=resolve)
+    return caught.value.problems
+
+
+def tensor(**keys: Any) -> dict[str, Any]:
+    return {"tensor": keys}
+
+
+def test_a_shape_has_hugging_faces_defaults() -> None:
+    theirs = OPTConfig()
+    assert OPTShape(
+        **{key.name: getattr(theirs, key.name) for key in fields(OPTShape) if hasattr(theirs, key.name)}
+    ) == (OPTShape())
+    assert theirs._remove_final_layer_norm is OPTShape().remove_final_layer_norm
+
+
+def test_a_config_overrides_exactly_the_fields_of_a_shape() -> None:
+    assert {key.name for key in fields(ModelConfig)} - {"name", "path"} == {key.name for key in fields(OPTShape)}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        NAMED["opt-tiny"],
+        NAMED["opt-125m"],
+        NAMED["opt-350m"],
+        NAMED["opt-175b"],
+        replace(NAMED["opt-tiny"], enable_bias=False, remove_final_layer_norm=True),
+        replace(NAMED["opt-tiny"], layer_norm_elementwise_affine=False),
+    ],
+)
+def test_parameter_count_is_that_of_hugging_faces_model(shape: OPTShape) -> None:
+    with torch.device("meta"):
+        theirs = OPTForCausalLM(hugging_face(replace(shape, num_hidden_layers=2)))
+    assert parameter_count(replace(shape, num_hidden_layers=2)) == sum(weight.numel() for weight in theirs.parameters())
+
+
+@pytest.mark.parametrize(("name", "billions"), [("opt-1.3b", 1.3), ("opt-13b", 13), ("opt-30b", 30), ("opt-175b", 175)])
+def test_a_named_size_has_about_the_parameters_it_is_named_for(name: str, billions: float) -> None:
+    assert parameter_count(NAMED[name]) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
+    """The reference walks the matmuls; the formula also gives biases and norms 6 FLOPs each, a thousandth here."""
+    shape, length = NAMED["opt-1.3b"], 1024
+    hidden, ffn = shape.hidden_size, shape.ffn_dim
+    layer = 2 * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * (2 * hidden * length)  # scores, and values
+    forward = shape.num_hidden_layers * layer + 2 * hidden * shape.vocab_size
+    assert flops_per_token(shape, length) == pytest.approx(3 * forward, rel=1e-3)
+
+
+# Reading a Hugging Face directory
+
+
+@pytest.mark.parametrize("name", ["opt-tiny", "opt-350m"])
+def test_what_hugging_face_saves_reads_back(tmp_path: Path, name: str) -> None:
+    hugging_face(NAMED[name]).save_pretrained(tmp_path)
+    assert from_hugging_face(tmp_path) == NAMED[name]
+
+
+def test_an_embedding_is_as_wide_as_the_model_unless_it_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "opt", "hidden_size": 48, "word_embed_proj_dim": None})
+    )
+    assert from_hugging_face(tmp_path) == OPTShape(hidden_size=48, word_embed_proj_dim=48)
+    wider = parse({"model": {"path": str(tmp_path), "hidden_size": 96}}, resolve=resolve)
+    assert wider.model.word_embed_proj_dim == 96
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "model_type None"),
+        ('{"model_type": "llama"}', "model_type 'llama'"),
+        ('{"model_type": "opt", "ffn_dim": "wide"}', "needs an int, got 'wide'"),
+        ('{"model_type": "opt", "pad_token_id": null}', "pad_token_id null"),
+    ],
+)
+def test_a_directory_that_is_no_opt_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    (problem,) = problems(model={"path": str(tmp_path)})
+    assert str(tmp_path / "config.json") in problem
+    assert words in problem
+
+
+# Resolving
+
+
+def test_resolve_fills_in_every_field_and_overrides_win() -> None:
+    config = parse({"model": {"name": "opt-350m", "vocab_size": 300}}, resolve=resolve)
+    assert shape_of(config) == replace(NAMED["opt-350m"], vocab_size=300)
+    assert None not in {key: value for key, value in asdict(config.model).items() if key != "path"}.values()
+    assert parse(config.to_dict(), resolve=resolve) == config
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        ({"model": {"name": "opt-1.2b"}}, "model.name: unknown model 'opt-1.2b'. Did you mean 'opt-1.3b'?"),
+        (
+            {"model": {"num_attention_heads": 7}},
+            "model.num_attention_heads: 7 does not divide model.hidden_size 128. Try 2, 4 or 8.",
+        ),
+        ({"model": {"pad_token_id": 260}}, "model.pad_token_id: 260 is outside model.vocab_size 260. Try 259."),
+        (
+            {"model": {"activation_function": "gelu_ne"}},
+            "model.activation_function: 'gelu_ne' is not available. Did you mean 'gelu_new'?",
+        ),
+        ({"model": {"layerdrop": 0.1}}, "model.layerdrop: 0.1 is not available. Try 0.0."),
+        ({"model": {"tie_word_embeddings": False}}, "model.tie_word_embeddings: False is not available. Try True."),
+        (
+            {"data": {"sequence_length": 4096}},
+            "data.sequence_length: 4096 is more than model.max_position_embeddings 2048. Try 2048.",
+        ),
+        (
+            {"parallel": {"pipeline": {"size": 3, "layers": (1, 1, 1)}}},
+            "parallel.pipeline.layers: (1, 1, 1) adds up to 3, got a model of 4 layers. Try (1, 2, 1).",
+        ),
+        (
+            {"parallel": {"pipeline": {"size": 6, "layers": (0, 1, 1, 1, 2, 0)}}},
+            "parallel.pipeline.layers: (0, 1, 1, 1, 2, 0) adds up to 5, got a model of 4 layers."
+            " Try (0, 1, 1, 1, 1, 0).",
+        ),
+        (
+            {"parallel": {"pipeline": 7}},
+            "parallel.pipeline.size: 7 stages are more than embedding, 4 layers and head can fill. Try 6.",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_model_names_the_nearest(raw: dict[str, Any], problem: str) -> None:
+    assert problems(**raw) == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "keys"),
+    [
+        ({"ffn_dim": 510}, {"mode": "1d", "size": 4}, ["ffn_dim"]),
+        ({"word_embed_proj_dim": 66}, {"mode": "2d", "size": 16}, ["word_embed_proj_dim"] * 2),
+        ({"ffn_dim": 513}, {"mode": "2d", "size": 2, "rows": 1}, ["ffn_dim"]),
+        ({"ffn_dim": 513}, {"mode": "2d", "size": 2, "rows": 2}, ["ffn_dim"]),
+        ({"ffn_dim": 510}, {"mode": "3d", "size": 8}, ["ffn_dim"]),
+        ({"num_attention_heads": 1}, {"mode": "3d", "size": 8}, ["num_attention_heads"]),
+        ({"num_attention_heads": 1}, {"mode": "2d", "size": 2, "rows": 2}, []),
+        ({"vocab_size": 261}, {"mode": "3d", "size": 8}, []),
+    ],
+)
+def test_a_mode_must_divide_these_widths(model: dict[str, Any], tensor: dict[str, Any], keys: list[str]) -> None:
+    raw = {"model": model, "parallel": {"tensor": tensor}, "train": {"micro_batch_size": 4}}
+    _, found = resolve(parse(raw))
+    assert [problem.partition(":")[0] for problem in found] == [f"model.{key}" for key in keys]
+
+
+def test_an_indivisible_width_names_the_nearest_sizes() -> None:
+    assert problems(parallel=tensor(mode="1d", size=3)) == (
+        "model.num_attention_heads: 8 is not divisible by tensor.size 3. Try size 2, 4 or 8.",
+        "model.ffn_dim: 512 is not divisible by tensor.size 3. Try size 2, 4 or 8.",
+    )
+    assert problems(parallel=tensor(mode="2d", size=9))[-1] == (
+        "model.word_embed_proj_dim: 128 is not divisible by the 3 rows of tensor.size 9. Try 2, 4 or 8 rows."
+    )
+    assert problems(parallel=tensor(mode="3d", size=27))[1] == (
+        "model.hidden_size: 128 is not divisible by 3 × 3, a face of the cube of tensor.size 27. Try size 8, 64 or 512."
+    )

@@ -1,0 +1,82 @@
+"""Rank arithmetic against numpy's own row-major boxes."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.config import ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.topology import Topology, mesh_shape
+
+AXES = ("pipe", "data", "context", "depth", "row", "col")
+shapes = st.lists(st.integers(1, 3), min_size=1, max_size=len(AXES)).map(
+    lambda sizes: dict(zip(AXES, sizes, strict=False))
+)
+
+
+@st.composite
+def shape_and_axes(draw: st.DrawFn) -> tuple[dict[str, int], list[str]]:
+    """A mesh and some of its axes, in any order."""
+    shape = draw(shapes)
+    return shape, draw(st.lists(st.sampled_from(list(shape)), unique=True))
+
+
+def box(shape: dict[str, int]) -> np.ndarray[Any, Any]:
+    sizes = tuple(shape.values())
+    return np.arange(np.prod(sizes)).reshape(sizes)
+
+
+@given(shapes)
+def test_coordinates_are_where_the_rank_stands_in_a_row_major_box(shape: dict[str, int]) -> None:
+    topology, ranks = Topology(shape), box(shape)
+    assert topology.world_size == ranks.size
+    for place in itertools.product(*map(range, ranks.shape)):
+        coordinates = dict(zip(shape, place, strict=True))
+        rank = int(ranks[place])
+        assert topology.coordinates(rank) == coordinates
+        assert topology.rank_of(coordinates) == rank
+
+
+@given(shape_and_axes())
+def test_groups_are_the_rows_once_their_axes_are_moved_innermost(case: tuple[dict[str, int], list[str]]) -> None:
+    shape, axes = case
+    dims = [dim for dim, axis in enumerate(shape) if axis in axes]
+    moved = np.moveaxis(box(shape), dims, range(-len(dims), 0))
+    rows = moved.reshape(-1, np.prod([moved.shape[-1 - dim] for dim in range(len(dims))], dtype=int))
+    topology = Topology(shape)
+    groups = topology.groups(tuple(axes))
+    assert groups == [tuple(row) for row in rows.tolist()]
+    assert all(topology.group_of(rank, axes) == group for group in groups for rank in group)
+
+
+@given(shapes)
+def test_ends_are_the_first_and_last_plane_of_an_axis(shape: dict[str, int]) -> None:
+    for dim, axis in enumerate(shape):
+        planes = np.moveaxis(box(shape), dim, 0)
+        expected = list(zip(planes[0].ravel().tolist(), planes[-1].ravel().tolist(), strict=True))
+        assert Topology(shape).ends(axis) == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor", "inner"),
+    [
+        (TensorConfig(), {}),
+        (TensorConfig("1d", 4), {"t": 4}),
+        (TensorConfig("2.5d", 8, 2), {"depth": 2, "row": 2, "col": 2}),
+        (TensorConfig("3d", 8), {"i": 2, "w": 2, "o": 2}),
+    ],
+)
+def test_the_mesh_is_pipe_data_context_then_the_modes_own(tensor: TensorConfig, inner: dict[str, int]) -> None:
+    parallel = ParallelConfig(PipelineConfig(2), tensor, ContextConfig(2))
+    shape = mesh_shape(parallel, 12 * tensor.size)
+    assert list(shape.items()) == [("pipe", 2), ("data", 3), ("context", 2), *inner.items()]
+
+
+def test_ranks_along_the_innermost_axis_are_neighbours() -> None:
+    topology = Topology({"pipe": 2, "data": 1, "context": 1, "depth": 1, "row": 2, "col": 2})
+    assert topology.groups(("col",)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert topology.groups(("col", "row")) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert topology.ends("pipe") == [(0, 4), (1, 5), (2, 6), (3, 7)]
