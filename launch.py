@@ -12,7 +12,10 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from parallel.context import Place
 
 INTERRUPTED, TERMINATED, REFUSED = 130, 143, 2  # exit codes
 
@@ -23,10 +26,14 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", help="a Python file of dicts (default: the built-in one)")
-    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override dotted keys; the last wins")
+    add(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override dotted keys; the last wins"
+    )
     add("--resume", metavar="auto|DIR", help="go on from this run's newest checkpoint, or from DIR")
     add("--check", action="store_true", help="read, validate, print layout and memory; start nothing")
-    add("--world", metavar="N", type=_count, help="with --check: the number of processes (default: the fewest that fit)")
+    add(
+        "--world", metavar="N", type=_count, help="with --check: the number of processes (default: the fewest that fit)"
+    )
     add("--nprocs", metavar="N", type=_count, help="start N processes on this host, without torchrun")
     arguments = parser.parse_args(argv)
     if arguments.world is not None and not arguments.check:
@@ -45,43 +52,61 @@ def _count(text: str) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code."""
-    # When one rank refuses, torchrun ends the others at once. Let them get as far as refusing too, so that rank 0 says why.
-    ended_early: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ended_early.append(number))
-    rank = 0
     try:
-        from parallel import loop, preflight, preview, report, spawn
-        from parallel.context import Place
-        from parallel.errors import ColonnadeError
-
-        try:
-            place = Place.from_environment()
-            rank = place.rank
-            world_size = arguments.world or arguments.nprocs or place.world_size
-            if arguments.check and not (arguments.world or arguments.nprocs) and place.world_size == 1:
-                world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
-            config = preflight.read_config(arguments.config, arguments.set, world_size)
-            if arguments.check:
-                preflight.check_inputs(config)
-                report.Screen(config, quiet=rank != 0).check(preview.preview(config, world_size), arguments.set)
-                return 0
-            job = preflight.inspect(config, place, resume=arguments.resume, notes=arguments.set)
-            signal.signal(signal.SIGTERM, _terminate)
-            if ended_early:
-                return TERMINATED
-            if arguments.nprocs is not None:
-                arguments.nprocs = None
-                return spawn.run_ranks(main, arguments, world_size)
-            loop.run(job)
-            return 0
-        except ColonnadeError as error:
-            if rank == 0:
-                print(error, file=sys.stderr)
-            return REFUSED
+        return _start(arguments)
     except KeyboardInterrupt:
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    # When one rank refuses, torchrun ends the others at once. They shall come to refuse too, so that rank 0 says why.
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    from parallel import loop, preflight, spawn
+    from parallel.context import Place
+    from parallel.errors import ColonnadeError
+    from parallel.mesh import leave
+
+    place = Place()
+    try:
+        place = Place.from_environment()
+        if arguments.check:
+            return _check(arguments, place)
+        world_size = arguments.nprocs or place.world_size
+        config = preflight.read_config(arguments.config, arguments.set, world_size)
+        job = preflight.inspect(config, place, resume=arguments.resume, overridden=arguments.set)
+        signal.signal(signal.SIGTERM, _terminate)
+        if ended:
+            return TERMINATED
+        if arguments.nprocs is None:
+            loop.run(job)
+            leave()
+            return 0
+        arguments.nprocs = None
+        return spawn.run_ranks(main, arguments, world_size)
+    except ColonnadeError as error:
+        if place.rank == 0:
+            print(error, file=sys.stderr)
+        return REFUSED
+
+
+def _check(arguments: argparse.Namespace, place: "Place") -> int:
+    """Print the plan for the world asked for, else the one we are in, else the smallest that holds a replica."""
+    from parallel import preflight
+    from parallel.preview import preview
+    from parallel.report import Screen
+
+    world_size = arguments.world or arguments.nprocs or place.world_size
+    if world_size == 1 and arguments.world is None:
+        world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
+    config = preflight.read_config(arguments.config, arguments.set, world_size)
+    preflight.read_inputs(config)
+    plan, screen = preview(config, world_size), Screen(config, quiet=place.rank != 0)
+    screen.plan(plan, preflight.override_notes(arguments.set))
+    screen.timeline(plan)
+    return 0
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

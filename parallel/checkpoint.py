@@ -35,6 +35,7 @@ from parallel.shards import (
     together,
     write,
     write_json,
+    writing,
 )
 
 CHECKPOINTS, LATEST, INDEX = "checkpoints", "latest", "checkpoint.json"
@@ -102,7 +103,8 @@ def _index(saved: list[list[Saved]], metadata: Mapping[str, Any]) -> dict[str, A
 
 def _name_latest(folder: Path) -> None:
     temporary = folder.with_name(f".{LATEST}.incomplete")
-    temporary.write_text(f"{folder.name}\n")
+    with writing(temporary) as out:
+        out.write(f"{folder.name}\n".encode())
     os.replace(temporary, folder.with_name(LATEST))
 
 

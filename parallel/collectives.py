@@ -37,7 +37,8 @@ def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     gathered = x.new_empty(axis.size * x.numel())
     _all_gather_single(gathered, x.flatten(), group=axis.group)
     dim %= x.ndim
-    return gathered.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
+    slices: Tensor = gathered.view(axis.size, *x.shape)
+    return slices.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -47,7 +48,7 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     dim %= x.ndim
     slices = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     axis.traffic.count("reduce_scatter", slices)
-    mine = slices.new_empty(slices[0].numel())
+    mine: Tensor = slices.new_empty(slices[0].numel())
     _reduce_scatter_single(mine, slices.flatten(), group=axis.group)
     return mine.view(slices.shape[1:])
 

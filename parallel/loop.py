@@ -18,7 +18,6 @@ from parallel.collectives import barrier
 from parallel.context import DTYPES, Context, make_context
 from parallel.engine import Engine
 from parallel.layout import Piece
-from parallel.mesh import leave
 from parallel.metrics import Line, Meter, MetricsFile
 from parallel.plot import draw_loss
 from parallel.preflight import Job, metadata
@@ -46,11 +45,12 @@ def run(job: Job) -> None:
     handler = job.folder.start_log(job.place.rank)
     try:
         _log_place(context)
-        screen.start(preview(job.config, job.place.world_size), [*job.notes, *([f"{aside}: an earlier run"] if aside else [])])
+        screen.start(
+            preview(job.config, job.place.world_size), [*job.notes, *([f"{aside}: an earlier run"] if aside else [])]
+        )
         engine = make_engine(context, job)
         _train(engine, job, screen)
         barrier(world)
-        leave()
         log.info("done")
     except BaseException as error:
         log.error("ended by %s", type(error).__name__, exc_info=error)
@@ -164,6 +164,8 @@ def _export(engine: Engine, job: Job) -> None:
 def _log_place(context: Context) -> None:
     place = context.place
     log.info("python %s, torch %s, %s", platform.python_version(), torch.__version__, platform.platform())
-    log.info("host %s, rank %d of %d, local rank %d", socket.gethostname(), place.rank, place.world_size, place.local_rank)
+    log.info(
+        "host %s, rank %d of %d, local rank %d", socket.gethostname(), place.rank, place.world_size, place.local_rank
+    )
     log.info("device %s, coordinates %s", context.device, context.mesh.coordinates)
     log.info("config %s", context.config.to_dict())

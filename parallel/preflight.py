@@ -39,23 +39,33 @@ def read_config(file: str | None, assignments: Sequence[str], world_size: int | 
     return replace(config, output=replace(config.output, dir=config.output.dir.replace("{name}", name)))
 
 
-def inspect(config: Config, place: Place, *, resume: str | None = None, notes: Sequence[str] = ()) -> Job:
-    """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises what the user is to read."""
+def read_inputs(config: Config) -> Corpus:
+    """The corpus, with nothing wrong with it nor with the weights. Raises DataError."""
     shape, path = shape_of(config), config.model.path
     corpus = load_tokens(config.data, shape.vocab_size)
     if path is not None and hf.has_weights(path):
         hf.check(path, shape)
+    return corpus
+
+
+def inspect(config: Config, place: Place, *, resume: str | None = None, overridden: Sequence[str] = ()) -> Job:
+    """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises a user's error."""
+    corpus = read_inputs(config)
     choose_device(config.train.device, place)
     run = Path(config.output.dir)
     start = None if resume is None else checkpoint.find(resume, run)
     if start is not None:
-        check_same_model(start, shape)
-    notes = list(notes)
+        check_same_model(start, shape_of(config))
+    notes = override_notes(overridden)
     if resume is not None:
         notes.append(f"resuming from {start}" if start else f"nothing to resume in {run}: starting from the beginning")
     folder = RunFolder(run, resumed=start is not None and start.resolve().is_relative_to(run.resolve()))
     folder.check()
     return Job(config, place, corpus, _tokenizer(config), folder, start, tuple(notes))
+
+
+def override_notes(overridden: Sequence[str]) -> list[str]:
+    return [f"overridden: {assignment}" for assignment in overridden]
 
 
 def metadata(config: Config, step: int) -> dict[str, Any]:

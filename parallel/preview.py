@@ -75,7 +75,7 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
     rank = topology.rank_of({axis: stage if axis == "pipe" else 0 for axis in topology.shape})
     context = make_context(config, Place(rank, topology.world_size), connect=False, device=torch.device("meta"))
     mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
-    specs = opt.layers(shape_of(config), mode, config.train.seed, config.data.sequence_length)
+    specs = opt.layers_of(shape_of(config), mode, config.train.seed, config.data.sequence_length)
     own = [specs[i] for i in split(specs, config.parallel.pipeline)[stage]]
     parameters = sum(info.parameter.numel() for info in outline(context).infos)
     master = master_dtype(context.dtype)

@@ -119,7 +119,7 @@ def read_json(file: Path, error: type[ColonnadeError]) -> Any:
 
 
 def write_json(file: Path, content: object) -> None:
-    with _writing(file) as out:
+    with writing(file) as out:
         out.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
@@ -141,7 +141,7 @@ def write(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> No
 
     A reader maps the file, so each must start at a multiple of its item size: wide dtypes come before narrow ones.
     """
-    with _writing(file) as out:
+    with writing(file) as out:
         out.write(_header(entries))
         for entry, tensor in zip(entries, tensors, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
@@ -171,7 +171,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 
 @contextmanager
-def _writing(file: Path) -> Iterator[Any]:
+def writing(file: Path) -> Iterator[Any]:
     """A new file, on the disk when the block ends. Its errors carry its name, which those of a write do not."""
     try:
         with file.open("wb") as out:
@@ -193,7 +193,7 @@ def together(axis: Axis) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"cannot write {error.filename}: {error.strerror}."
+        problem = f"cannot write {error.filename or 'a file'}: {error.strerror}."
     problems = [problem for problem in gather_objects(problem, axis) if problem]
     if problems:
         raise CheckpointError("\n".join(dict.fromkeys(problems)))

@@ -1,7 +1,7 @@
 """Ranks started by ourselves, on one host: what torchrun does, sooner and without its daemons.
 
-Importing torch takes seconds, so a fork server imports it once and every rank is a fork of that. The server does nothing
-else: no backward, no CUDA, for a fork must not inherit their threads.
+Importing torch takes seconds, so a fork server imports it once and every rank is a fork of that. The server does
+nothing else: no backward, no CUDA, for a fork must not inherit their threads.
 """
 
 import multiprocessing

@@ -22,5 +22,6 @@ def _leaves_nothing_behind() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    """os.environ without the variable in which pytest itself notes what it is doing."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """os.environ without what pytest itself notes there, and what torch does when it first imports its compiler."""
+    own = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+    return {name: value for name, value in os.environ.items() if name not in own}

@@ -9,7 +9,7 @@ from pathlib import Path
 # From the ground up. A module imports from its own floor or from one below. `NAME.*` is a package and all that is in
 # it, `NAME*` every module so begun; a plain name is that module alone (for a package: its facade, the __init__.py).
 FLOORS = (
-    ("parallel.errors", "parallel.config*", "parallel.topology"),
+    ("parallel.errors", "parallel.config*", "parallel.topology", "parallel.rank_grid"),
     ("models.shapes",),
     ("parallel.mesh",),
     ("parallel.collectives",),
@@ -24,12 +24,21 @@ FLOORS = (
     ),
     ("parallel.tensor.*", "parallel.pipeline.*", "parallel.memory.*"),
     ("parallel.zero.*",),
-    ("parallel.checkpoint",),
+    ("parallel.shards", "parallel.checkpoint"),
     ("parallel.context",),
     ("parallel.engine",),
     ("parallel",),
     ("models.*",),
-    ("parallel.loop", "parallel.report"),
+    (
+        "parallel.run_folder",
+        "parallel.metrics",
+        "parallel.plot",
+        "parallel.spawn",
+        "parallel.preflight",
+        "parallel.preview",
+        "parallel.loop",
+        "parallel.report",
+    ),
     ("launch",),
 )
 

@@ -29,7 +29,7 @@ Raw = dict[str, Any]
 SHAPE = dict(
     vocab_size=37,  # nothing divides it
     hidden_size=24,
-    num_hidden_layers=4,
+    num_hidden_layers=3,
     num_attention_heads=12,
     ffn_dim=48,
     max_position_embeddings=16,
@@ -54,7 +54,7 @@ def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **secti
     base: Raw = dict(
         parallel=parallel,
         data=dict(sequence_length=6),
-        train=dict(steps=steps, global_batch_size=24, micro_batch_size=4, precision=precision, clip_grad_norm=0.5),
+        train=dict(steps=steps, global_batch_size=12, micro_batch_size=4, precision=precision, clip_grad_norm=0.5),
         optimizer=dict(lr=1e-2, weight_decay=0.1),
         lr_scheduler=dict(warmup_steps=2),
     )
@@ -63,7 +63,7 @@ def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **secti
     return base
 
 
-def batches_of(count: int, *, batch: int = 24, sequence: int = 6, vocabulary: int = 37, seed: int = 0) -> list[Batch]:
+def batches_of(count: int, *, batch: int = 12, sequence: int = 6, vocabulary: int = 37, seed: int = 0) -> list[Batch]:
     """Random tokens, the padding token 1 among them in every batch."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -74,12 +74,12 @@ def batches_of(count: int, *, batch: int = 24, sequence: int = 6, vocabulary: in
     return found
 
 
-def save_model(folder: Path, dtype: torch.dtype = torch.float64, **shape: Any) -> Path:
+def save_model(folder: Path, **shape: Any) -> Path:
     """A Hugging Face OPT with weights that leave nothing at zero or one, biases and the padding row included."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(7)
-    model = OPTForCausalLM(OPTConfig(**shape)).to(dtype)
+    model = OPTForCausalLM(OPTConfig(**shape)).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2).add_("layer_norm.weight" in name)
@@ -121,7 +121,8 @@ def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
 
 def _learning_rate(raw: Raw, k: int) -> float:
     """The contract's formula, written again."""
-    lr, w, steps = raw["optimizer"]["lr"], raw["lr_scheduler"]["warmup_steps"], raw["train"]["steps"]
+    lr: float = raw["optimizer"]["lr"]
+    w, steps = raw["lr_scheduler"]["warmup_steps"], raw["train"]["steps"]
     if k < w:
         return lr * (k + 1) / w
     t = (k - w) / max(1, steps - w)
@@ -185,7 +186,7 @@ def whole(infos: list[ParameterInfo], tensors: Any, engine: Engine) -> dict[str,
 def relative(got: Tensor, want: Tensor) -> float:
     """The Frobenius norm of the difference, relative to that of what is wanted."""
     want = want.double()
-    return ((got.double() - want).norm() / want.norm()).item()
+    return float((got.double() - want).norm() / want.norm())
 
 
 def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:

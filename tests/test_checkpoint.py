@@ -106,6 +106,19 @@ def test_a_piece_is_cast_to_its_own_dtype(tmp_path: Path) -> None:
     assert torch.equal(data, whole_tensors()["master:fc1.weight"].bfloat16())
 
 
+def test_every_tensor_of_a_file_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
+    """Else a reader cannot map it as it is."""
+    save_alone(tmp_path / "step_000001")
+    content = (tmp_path / "step_000001" / "rank_00000.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]
+    assert len(header) == len(SHAPES)
+    for key, entry in header.items():
+        item_size = SHAPES[key.split("[")[0]][1].itemsize
+        assert (8 + length + entry["data_offsets"][0]) % item_size == 0, key
+
+
 def test_covered_once_sees_a_gap_and_an_overlap_of_the_same_size() -> None:
     halves = [((0, 4), (0, 3)), ((0, 4), (3, 6))]
     assert covered_once((4, 6), halves)

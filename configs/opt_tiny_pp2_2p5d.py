@@ -1,0 +1,11 @@
+"""The demo: eight processes, a pipeline of 2 × 2.5d of 4. A small OPT learns to write like Python's manual, in bytes.
+
+python launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
+"""
+
+model = dict(name="opt-tiny")
+data = dict(sequence_length=128)
+parallel = dict(pipeline=2, tensor=dict(mode="2.5d", size=4, depth=1))
+train = dict(steps=100, global_batch_size=16, micro_batch_size=4)
+optimizer = dict(lr=3e-3)
+output = dict(eval_every=50, checkpoint_every=50)

@@ -1,0 +1,111 @@
+"""Text from an exported model, or from any Hugging Face OPT directory with weights and a tokenizer.
+
+python -m models.generate runs/NAME/export --prompt "The " --tokens 200
+
+The model is ours, in one process, as it was trained; nothing is cached, so each token costs a whole forward.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import hf
+from models.build import build
+from models.opt import Head
+from models.shapes import OPTShape, resolve, shape_of
+from models.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, load_tokenizer
+from parallel.config import parse
+from parallel.context import Place, make_context
+from parallel.errors import ColonnadeError, DataError
+from parallel.pipeline.stage import Microbatch, Stage
+
+
+def load(folder: Path) -> tuple[Stage, OPTShape]:
+    """The whole model of a directory, as one stage in a world of one. Raises ConfigError or DataError."""
+    config = parse({"model": {"path": str(folder)}, "data": {"sequence_length": 2}}, resolve=resolve)
+    shape = shape_of(config)
+    hf.check(folder, shape)
+    return build(make_context(config, Place())).eval(), shape
+
+
+@torch.no_grad()
+def next_logits(stage: Stage, tokens: Tensor) -> Tensor:
+    """tokens[S] -> logits[V] of the token after them"""
+    batch = Microbatch(tokens.unsqueeze(0), labels=tokens.unsqueeze(0), samples=torch.zeros(1, dtype=torch.int64))
+    *layers, head = stage.layers
+    assert isinstance(head, Head)
+    x: Any = None
+    for layer in layers:
+        x = layer(x, batch)
+    logits: Tensor = head.mode.matmul_in(head.features(x)[:, -1:], head.embed_tokens.weight)
+    return logits[0, 0]
+
+
+def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, temperature: float, seed: int) -> Tensor:
+    """prompt[S] -> prompt and up to `count` tokens more, ended by `eos_token_id`; temperature 0 takes the likeliest.
+
+    What the positions have no room for is forgotten, the oldest first.
+    """
+    device = next(stage.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = prompt.to(device)
+    for _ in range(count):
+        logits = next_logits(stage, tokens[-shape.max_position_embeddings :])
+        if temperature == 0:
+            token = logits.argmax(keepdim=True)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+        if int(token) == shape.eos_token_id:
+            break
+        tokens = torch.cat([tokens, token])
+    return tokens
+
+
+def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed: int) -> str:
+    """The prompt and what the model of `folder` makes of it. Raises ConfigError or DataError."""
+    stage, shape = load(folder)
+    tokenizer = read_tokenizer(folder)
+    ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([SEPARATOR])
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise DataError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model's vocabulary only {shape.vocab_size}."
+        )
+    return tokenizer.decode(generate(stage, shape, ids, count, temperature=temperature, seed=seed).cpu().numpy())
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a directory. Our own bytes need no library to be read again."""
+    own = ByteTokenizer()
+    with tempfile.TemporaryDirectory() as saved:
+        own.save(Path(saved))
+        files = Path(saved) / "tokenizer.json", folder / "tokenizer.json"
+        is_own = files[1].is_file() and files[0].read_bytes() == files[1].read_bytes()
+    return own if is_own else load_tokenizer(str(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.generate", description="Text from an exported model.")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="config.json, safetensors, tokenizer.json")
+    parser.add_argument("--prompt", default="The ", help="what to go on from (default: %(default)r)")
+    parser.add_argument("--tokens", type=int, default=200, help="how many more (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    if arguments.temperature < 0:
+        parser.error(f"--temperature: {arguments.temperature} is negative. Try 0 for the likeliest token.")
+    options = dict(temperature=arguments.temperature, seed=arguments.seed)
+    try:
+        print(complete(arguments.folder, arguments.prompt, arguments.tokens, **options))
+    except ColonnadeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

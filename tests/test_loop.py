@@ -1,0 +1,263 @@
+"""A run from start to end, and what it leaves."""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel import loop, metrics, plot, preflight
+from parallel.context import Place, make_context
+from parallel.engine import Engine, StepResult
+from parallel.errors import CheckpointError, ConfigError
+from parallel.metrics import Line, Meter, MetricsFile
+from parallel.run_folder import RunFolder
+from tests.harness import run
+
+TINY = (
+    "model.hidden_size=32",
+    "model.ffn_dim=64",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.dropout=0.1",
+    "data.sequence_length=16",
+    "data.validation_fraction=0.002",
+    "train.steps=6",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=4",
+    "lr_scheduler.warmup_steps=2",
+)
+TIMES = ("step_seconds", "tokens_per_second", "tflops", "peak_host_bytes")
+
+
+def start(folder: Path, *assignments: str, resume: str | None = None, place: Place | None = None) -> preflight.Job:
+    place = place or Place()
+    config = preflight.read_config(None, [*TINY, f"output.dir={folder}", *assignments], place.world_size)
+    return preflight.inspect(config, place, resume=resume)
+
+
+def lines_of(folder: Path) -> list[Line]:
+    """metrics.jsonl without what no two runs have in common."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder / "metrics.jsonl")]
+
+
+def strict_json(text: str) -> Any:
+    """JSON as the standard has it: without NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_contract_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    loop.run(start(folder, "output.eval_every=4", "output.checkpoint_every=2", "output.log_every=3"))
+    lines = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in lines] == [step * 8 * 16 for step in range(1, 7)]
+    assert ["validation_loss" in line for line in lines] == [False, False, False, True, False, True]
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(8 * 16 / line["step_seconds"])
+        assert line["peak_host_bytes"] > 10**7
+        assert (line["mfu"], line["peak_device_bytes"], line["skipped"]) == (None, 0, False)
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == ["step_000004", "step_000006"]
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["model"]["vocab_size"] == 260
+    assert saved["output"]["dir"] == str(folder)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    log = (folder / "logs" / "rank_0.log").read_text()
+    assert all(word in log for word in ("torch", "coordinates", "saved", "exported", "done"))
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.OPTForCausalLM.from_pretrained(folder / "export")
+    assert model.dtype == torch.float32
+    assert (folder / "export" / "tokenizer.json").exists()
+
+    shown = capsys.readouterr().out
+    plain_lines = [line for line in shown.splitlines() if "tokens/s" in line and "step" in line]
+    assert [line.split()[1] for line in plain_lines] == ["3/6", "6/6"]
+    assert f"{lines[-1]['loss']:.4f}" in shown
+    assert f"{lines[-1]['validation_loss']:.4f}" in shown
+
+
+def test_an_earlier_run_is_set_aside_and_a_resumed_one_gone_on_with(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", resumed=False)
+    config = preflight.read_config(None, TINY, 1)
+    assert folder.make(config) is None
+    (folder.path / "mark").write_text("first")
+    assert folder.make(config) == tmp_path / "run.1"
+    (folder.path / "mark").write_text("second")
+    assert folder.make(config) == tmp_path / "run.2"
+    assert [(tmp_path / name / "mark").read_text() for name in ("run.1", "run.2")] == ["first", "second"]
+    (folder.path / "mark").write_text("third")
+    assert dataclasses.replace(folder, resumed=True).make(config) is None
+    assert (folder.path / "mark").read_text() == "third"
+
+
+def test_a_run_that_dies_leaves_its_traceback_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(engine: Engine, batch: object) -> StepResult:
+        raise ZeroDivisionError("the reason")
+
+    monkeypatch.setattr(Engine, "train_step", break_down)
+    with pytest.raises(ZeroDivisionError):
+        loop.run(start(tmp_path / "run"))
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "Traceback" in log
+    assert "ZeroDivisionError: the reason" in log
+    assert not [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, shuffle: bool) -> None:
+    options = (f"data.shuffle={shuffle}", "output.checkpoint_every=2", "output.eval_every=2")
+    loop.run(start(tmp_path / "whole", *options))
+    loop.run(start(tmp_path / "cut", *options, "train.steps=5", "lr_scheduler.kind=constant"))
+    loop.run(start(tmp_path / "constant", *options, "lr_scheduler.kind=constant"))
+    again = start(tmp_path / "cut", *options, "lr_scheduler.kind=constant", resume="auto")
+    assert again.start == tmp_path / "cut" / "checkpoints" / "step_000004"
+    loop.run(again)
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "constant")
+    first, second = (tmp_path / name / "export" / "model.safetensors" for name in ("cut", "constant"))
+    assert first.read_bytes() == second.read_bytes()
+    assert lines_of(tmp_path / "whole") != lines_of(tmp_path / "cut")  # the comparison can tell two runs apart
+
+
+def test_a_run_resumes_in_another_layout(tmp_path: Path) -> None:
+    loop.run(start(tmp_path / "one", "output.checkpoint_every=3"))
+    checkpoint = str(tmp_path / "one" / "checkpoints" / "step_000003")
+    literal = {
+        "tensor": "parallel.tensor={'mode': '1d', 'size': 2}",
+        "pipe": "parallel.pipeline=2",
+        "data": "train.seed=0",
+    }
+    for name, layout in literal.items():
+        run(resume_in_two, 2, tmp_path / name, layout, checkpoint)
+        resumed, whole = lines_of(tmp_path / name), lines_of(tmp_path / "one")[3:]
+        assert [line["step"] for line in resumed] == [4, 5, 6]
+        for ours, theirs in zip(resumed, whole, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert sorted(path.name for path in (tmp_path / name / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+
+
+def resume_in_two(rank: int, world_size: int, folder: Path, layout: str, checkpoint: str) -> None:
+    loop.run(start(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, world_size)))
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(tmp_path: Path) -> None:
+    loop.run(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
+    with pytest.raises(CheckpointError, match=r"ffn_dim 64, not 48"):
+        start(tmp_path / "other", "model.ffn_dim=48", resume=str(tmp_path / "run"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_resuming_where_there_is_nothing_starts_anew_and_says_so(tmp_path: Path) -> None:
+    job = start(tmp_path / "run", resume="auto")
+    assert job.start is None
+    assert "nothing to resume" in job.notes[-1]
+    with pytest.raises(CheckpointError):
+        start(tmp_path / "run", resume=str(tmp_path / "nowhere"))
+
+
+def test_a_resumed_run_that_is_already_complete_exports_and_ends(tmp_path: Path) -> None:
+    loop.run(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
+    loop.run(start(tmp_path / "run", resume="auto"))
+    assert len(lines_of(tmp_path / "run")) == 6
+    assert (tmp_path / "run" / "export").exists()
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", after=0)
+    for step, loss in enumerate((1.5, math.nan, math.inf), 1):
+        file.write({"step": step, "loss": loss, "grad_norm": None})
+        flushed = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert len(flushed) == step
+    file.close()
+    assert [strict_json(line)["loss"] for line in flushed] == [1.5, None, None]
+
+
+def test_a_resume_drops_the_lines_past_its_checkpoint_and_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    file = MetricsFile(path, after=2)
+    file.write({"step": 3, "loss": 0.5})
+    file.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.0),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_the_peak_of_a_device_follows_from_its_name(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert metrics.peak_tflops(torch.device("cuda")) == peak
+
+
+def test_tflops_are_those_of_one_device() -> None:
+    """6 N + 12 L H S for each token, with N counted by hand: no position table, the embedding once."""
+    config = preflight.read_config(None, TINY, 1)
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
+    flops = 8 * 16 * (6 * (260 * 32 + 2 * layer + 2 * 32) + 12 * 2 * 32 * 16)
+    line = Meter(config, 4, torch.device("cpu")).line(3, StepResult(2.0, 1.0, 0.1, 120), 0.5)
+    assert line["tflops"] == pytest.approx(flops / 0.5 / 4 / 1e12)
+    assert line["tokens"] == 3 * 8 * 16
+
+
+def test_smoothing_keeps_a_straight_line_straight() -> None:
+    straight = [3.0 - 0.01 * step for step in range(200)]
+    assert plot.smoothed(straight) == pytest.approx(straight)
+    assert plot.smoothed([0.0, 1.0] * 100)[50:150] == pytest.approx([0.5] * 100, abs=0.1)
+
+
+def test_without_matplotlib_a_run_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert plot.draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png") is False
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: (path.mkdir(), path.chmod(0o500))])
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "runs")
+    try:
+        with pytest.raises(ConfigError, match=r"output\.dir"):
+            RunFolder(tmp_path / "runs" / "x", resumed=False).check()
+    except pytest.fail.Exception:
+        if (tmp_path / "runs").is_dir():
+            pytest.skip("this user may write anywhere")
+        raise
+
+
+def test_a_context_and_an_engine_need_no_launcher(tmp_path: Path) -> None:
+    job = start(tmp_path / "run")
+    engine = loop.make_engine(make_context(job.config, job.place), job)
+    heard: list[Line] = []
+    listeners = loop.Listeners(heard.append, lambda step: None)
+    loop.fit(engine, loop.make_loader(engine, job), listeners, validates=False)
+    assert [line["step"] for line in heard] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run").exists()
