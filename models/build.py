@@ -31,7 +31,7 @@ def build(context: Context) -> Stage:
 
 
 def outline(context: Context) -> Stage:
-    """This rank's stage with its parameters still zero, on the mesh's device: on 'meta' it tells sizes and holds nothing."""
+    """This rank's stage with its parameters still zero; on a mesh of device 'meta' it tells sizes and holds nothing."""
     config = _resolved(context)
     shape = shape_of(config)
     mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)

@@ -1,7 +1,7 @@
 """OPT (Zhang et al. 2022, arXiv 2205.01068) as a list of layers, written once for every tensor mode.
 
-x[B_batch, S, H_hidden] travels between layers; the axes that split it are the mode's. Submodules carry Hugging Face's names, so that
-`hf.sources` is short.
+x[B_batch, S, H_hidden] travels between layers; the axes that split it are the mode's. Submodules carry Hugging Face's
+names, so that `hf.sources` is short.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class LayerSpec:
 
 
 def layers_of(shape: OPTShape, mode: Mode, seed: int, sequence_length: int) -> list[LayerSpec]:
-    """[embedding, block 0 … n−1, head]. """
+    """[embedding, block 0 … n−1, head]."""
     hidden, width, blocks_mode = shape.hidden_size, shape.word_embed_proj_dim, trunk_of(shape, mode)
     projection = 2.0 * hidden * width if width != hidden else 0.0
     block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
@@ -120,8 +120,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: x[B_batch, S, H_hidden] -> the same. Heads are split over the hidden axes inside, so attention itself
-    needs no communication. q, k and v are one parameter [3, H, H] and one matmul."""
+    """Causal self-attention: x[B_batch, S, H_hidden] -> the same. Heads are split over the hidden axes inside, so
+    attention itself needs no communication. q, k and v are one parameter [3, H, H] and one matmul."""
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Attention(nn.Module):
 
 
 class Head(nn.Module):
-    """The last LayerNorm, the projection, and the tied embedding's logits: x of the trunk -> the summed loss of this rank."""
+    """The last LayerNorm, the projection and the tied embedding's logits: x -> the summed loss of this rank's labels."""
 
     def __init__(self, shape: OPTShape, mode: Mode, trunk: Mode) -> None:
         super().__init__()
@@ -194,4 +194,3 @@ def position_ids(batch: Microbatch) -> Tensor:
 
 def _causal(sequence: int, device: torch.device) -> Tensor:
     return torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril()
-

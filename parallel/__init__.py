@@ -1,4 +1,6 @@
-"""Parallel training, hand-written on torch: process groups, tensor-parallel layers, a pipeline, and the engine that composes them."""
+"""Parallel training, hand-written on torch: process groups, tensor-parallel layers, a pipeline, and the engine that
+composes them.
+"""
 
 from parallel.context import Context, current, launch_from_torch
 from parallel.engine import Engine, StepResult

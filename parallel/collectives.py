@@ -19,7 +19,7 @@ _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or di
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
-    """The sum (or `op`) of x over the ranks of the axis, on each of them. MAX loses a NaN that is not on the first rank."""
+    """The sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank."""
     if axis.size == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
@@ -46,18 +46,18 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     dim %= x.ndim
-    slices = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    slices: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     axis.traffic.count("reduce_scatter", slices)
     mine: Tensor = slices.new_empty(slices[0].numel())
     _reduce_scatter_single(mine, slices.flatten(), group=axis.group)
-    return mine.view(slices.shape[1:])
+    return mine.view_as(slices[0])
 
 
 def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """x[..., N, ...] -> this rank's slice [..., N_axis, ...]. No communication: every rank holds the whole of x."""
     if axis.size == 1:
         return x
-    return x.unflatten(dim, (axis.size, -1)).select(dim, axis.rank)
+    return x.chunk(axis.size, dim)[axis.rank]
 
 
 def any_true(flag: bool, axis: Axis) -> bool:

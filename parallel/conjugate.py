@@ -3,8 +3,9 @@
     copy     identity    <->  all-reduce       reduce      x is the same on every rank; its gradients are partial sums
     gather   all-gather  <->  reduce-scatter   scatter     x is split along a dim; every rank uses the whole
 
-copy and reduce are Megatron-LM's f and g (Shoeybi et al. 2019, section 3). gather and scatter stand where SUMMA would broadcast
-and reduce (Xu et al. 2021, arXiv 2104.05343, section 3): one collective over a row or column instead of a loop over its ranks.
+copy and reduce are Megatron-LM's f and g (Shoeybi et al. 2019, section 3). gather and scatter stand where SUMMA would
+broadcast and reduce (Xu et al. 2021, arXiv 2104.05343, section 3): one collective over a row or column instead of a
+loop over its ranks.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from parallel.mesh import Axis
 
 
 def _conjugate(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A differentiable function of (x, *how) that runs `forward`, and `backward` on the gradient, with the same `how`."""
+    """A differentiable function of (x, *how): `forward` runs on x, `backward` on its gradient, both with `how`."""
 
     class Pair(torch.autograd.Function):
         @staticmethod

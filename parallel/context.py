@@ -1,4 +1,6 @@
-"""Who and where this process is: the one place that reads the environment, and the context that the short public forms use."""
+"""Who and where this process is: the one place that reads the environment, and the context that the short public forms
+use.
+"""
 
 import os
 from collections.abc import Mapping
@@ -59,10 +61,12 @@ class Context:
 
 
 def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
-    """The device of this rank and the backend between ranks: nccl where each local rank has a GPU of its own, else gloo."""
+    """This rank's device, and the backend: nccl where each local rank has a GPU of its own, else gloo."""
     count = torch.cuda.device_count()
     if wanted == "cuda" and not count:
-        raise ConfigError("train.device: 'cuda' needs a GPU that torch can see, and there is none. Try 'auto' or 'cpu'.")
+        raise ConfigError(
+            "train.device: 'cuda' needs a GPU that torch can see, and there is none. Try 'auto' or 'cpu'."
+        )
     if wanted == "cpu" or not count:
         return torch.device("cpu"), "gloo"
     backend = "nccl" if place.local_world_size <= count else "gloo"

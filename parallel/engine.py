@@ -34,9 +34,9 @@ class StepResult:
 class Engine:
     """Trains one stage of a model in its place in the mesh.
 
-    A batch is this replica's samples, micro × k of them, whole on every rank of the replica: `input_ids` [B, S], and optionally
-    `labels` (−100: not counted; shifted inside; default: the inputs), `attention_mask`, and `sample_ids` [B], which number the
-    samples over the run and key dropout (default: counted by step).
+    A batch is this replica's samples, micro × k of them, whole on every rank of the replica: `input_ids` [B, S], and
+    optionally `labels` (−100: not counted; shifted inside; default: the inputs), `attention_mask`, and `sample_ids`
+    [B], which number the samples over the run and key dropout (default: counted by step).
     """
 
     def __init__(self, stage: Stage, context: Context) -> None:
@@ -80,7 +80,7 @@ class Engine:
         return total / tokens if tokens else float("nan")
 
     def state(self) -> dict[str, list[Piece]]:
-        """Everything that a step changes, as pieces of public tensors by kind: what a checkpoint saves, and fills again."""
+        """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
         return self.optimizer.pieces()
 
     def restore(self, step: int) -> None:
@@ -91,9 +91,11 @@ class Engine:
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the model's weights, in master precision."""
         infos, masters = self.stage.infos, self.optimizer.masters
-        return [p for info, master in zip(infos, masters, strict=True) if info.layout.owner for p in info.pieces(master)]
+        return [
+            p for info, master in zip(infos, masters, strict=True) if info.layout.owner for p in info.pieces(master)
+        ]
 
-    # -- parts of a step -------------------------------------------------------------------------------------------------
+    # -- parts of a step
 
     def _microbatches(self, batch: Mapping[str, Tensor]) -> list[Microbatch]:
         size = self.config.train.micro_batch_size
@@ -106,7 +108,7 @@ class Engine:
         return Microbatch(*(None if t is None else t.to(self.mesh.device) for t in whole)).split(size)  # type: ignore[arg-type]
 
     def _count(self, microbatches: Sequence[Microbatch]) -> int:
-        """The counted labels of this step, over all replicas: known before the first forward, so that a mean is taken once."""
+        """The counted labels of all replicas, known before the first forward: sums are divided once, globally."""
         count = torch.stack([(m.labels != IGNORED).sum() for m in microbatches]).sum()
         return int(all_reduce(count, self.data).item())
 

@@ -1,7 +1,7 @@
 """Where a parameter lies: said once, and everything else follows.
 
-From a `Layout` come the local shape, the slice to initialize, the gradient sum, the weight in the norm, and the boxes of
-checkpoints and Hugging Face files. No layer has state-dict code of its own.
+From a `Layout` come the local shape, the slice to initialize, the gradient sum, the weight in the norm, and the boxes
+of checkpoints and Hugging Face files. No layer has state-dict code of its own.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ Box = tuple[tuple[int, int], ...]  # for each dim, start and stop
 class Layout:
     """A global tensor of `shape`, split along each dim over the axes in `dims` (outermost first).
 
-    A dim that its axes do not divide is padded at the end; `shape` is without padding.
-    `sync`: the axes over which the gradient is summed. `owner`: whether this rank is the one, among those that hold the same
-    elements, that speaks for them: in the norm, in a checkpoint, in an export.
+    A dim that its axes do not divide is padded at the end; `shape` is without padding. `sync`: the axes over which the
+    gradient is summed. `owner`: whether this rank is the one, among those that hold the same elements, that speaks for
+    them: in the norm, in a checkpoint, in an export.
     """
 
     shape: tuple[int, ...]
@@ -52,7 +52,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a public tensor that this rank holds: `data` is box `box` of the tensor `name`, whose whole shape is `shape`.
+    """A part of a public tensor that this rank holds: `data` is box `box` of the tensor `name`, whose whole shape is
+    `shape`.
 
     `data` is a view: writing into it writes the parameter.
     """
@@ -67,7 +68,7 @@ class Piece:
 class ParameterInfo:
     """A parameter of this rank: its own name, its layout, and the public tensors it holds a part of.
 
-    `sources` has one name, or, where several public tensors of one shape are fused along dim 0, a name for each index of it.
+    `sources` has one name or, where public tensors of one shape are fused along dim 0, one for each index of it.
     """
 
     name: str
@@ -81,11 +82,11 @@ class ParameterInfo:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the public tensors are matrices. A fused bias is one tensor of two dims here, and three vectors outside."""
+        """Whether the public tensors are matrices: a fused bias has two dims here, but is three vectors outside."""
         return len(self.public_shape) >= 2
 
     def pieces(self, data: Tensor | None = None) -> list[Piece]:
-        """The parts of public tensors held here, as views of `data` (same local shape; by default the parameter itself)."""
+        """The parts of public tensors held here, as views of `data`, which has the parameter's local shape."""
         data = self.parameter.detach() if data is None else data
         box = self.layout.box
         data = data[tuple(slice(0, stop - start) for start, stop in box)]

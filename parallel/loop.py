@@ -1,11 +1,12 @@
 """A run from its first step to its last: steps, metrics, evaluation, checkpoints, export."""
 
 import logging
+import os
 import platform
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -164,8 +165,7 @@ def _export(engine: Engine, job: Job) -> None:
 def _log_place(context: Context) -> None:
     place = context.place
     log.info("python %s, torch %s, %s", platform.python_version(), torch.__version__, platform.platform())
-    log.info(
-        "host %s, rank %d of %d, local rank %d", socket.gethostname(), place.rank, place.world_size, place.local_rank
-    )
+    log.info("host %s, process %d", socket.gethostname(), os.getpid())
+    log.info("rank %d of %d, on this host %d of %d", *astuple(place))
     log.info("device %s, coordinates %s", context.device, context.mesh.coordinates)
     log.info("config %s", context.config.to_dict())

@@ -1,7 +1,7 @@
 """The mesh of ranks: its axes, and the process group behind each of them.
 
-An `Axis` is one direction of the mesh seen from this rank, or several directions merged into one. Axes are passed to whoever
-communicates; nobody looks a group up by name further in. The groups are made once, by every rank, in one order.
+An `Axis` is one direction of the mesh seen from this rank, or several directions merged into one. Axes are passed to
+whoever communicates; nobody looks a group up by name further in. The groups are made once, by every rank, in one order.
 """
 
 from collections import Counter
@@ -35,8 +35,8 @@ class Traffic:
 class Axis:
     """One direction of the mesh (or several merged, outermost first), seen from this rank.
 
-    `rank` is this rank's coordinate along it, `ranks` are the global ranks that differ in this coordinate alone, in order.
-    `group` is None where there is nobody to talk to: an axis of size 1, or a mesh that is only being planned.
+    `rank` is this rank's coordinate along it, `ranks` are the global ranks that differ in this coordinate alone, in
+    order. `group` is None where there is nobody to talk to: an axis of size 1, or a mesh that is only being planned.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Axis:
 class Mesh:
     """Every axis of the mesh, seen from one rank.
 
-    `merged` names the axes that will be asked for together. With `connect=False` there are no process groups: such a mesh
-    plans (layouts, shapes, memory) but cannot communicate.
+    `merged` names the axes that will be asked for together. With `connect=False` there are no process groups: such a
+    mesh plans (layouts, shapes, memory) but cannot communicate.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Mesh:
         for names in (*((name,) for name in everything), *merged, everything):
             key = self._key(names)
             if key not in self._axes:
-                self._axes[key] = self._make("+".join(key) or "+".join(names), topology.groups(key))
+                self._axes[key] = self._make("+".join(key) or "trivial", topology.groups(key))
         self.world = self._axes[self._key(everything)]
         self.ends = self._make_ends()
 
@@ -85,13 +85,13 @@ class Mesh:
         return self.topology.coordinates(self.rank)
 
     def _key(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Merged axes have one order, the mesh's own. A direction of size 1 adds no rank to a group, so it is left out."""
+        """Merged axes have one order, the mesh's own; a direction of size 1 adds no rank, so it is left out."""
         wanted, sizes = set(names), self.topology.shape
         assert wanted <= set(sizes), f"no axis {wanted - set(sizes)} in a mesh of {sizes}"
         return tuple(name for name in sizes if name in wanted and sizes[name] > 1)
 
     def _make(self, name: str, groups: Iterable[tuple[int, ...]]) -> Axis:
-        """The one of `groups` that holds this rank, as an axis. Every rank must call this for every group, in one order."""
+        """The one of `groups` that holds this rank, as an axis. Every rank calls this with the same groups."""
         mine: Axis | None = None
         for ranks in groups:
             group = self._group(ranks)
@@ -100,7 +100,7 @@ class Mesh:
         return mine or Axis(name, 0, 1, (self.rank,), None, self.traffic)
 
     def _make_ends(self) -> Axis:
-        """The first and the last pipeline stage at this rank's place: what an embedding tied across them is summed over.
+        """The first and the last pipeline stage at this rank's place, over which a tied embedding is summed.
 
         A stage in the middle gets an axis of size 1, as does everybody where there is only one stage.
         """

@@ -29,7 +29,7 @@ class Gradients:
             self.sums[i] = grad.to(master_dtype(grad.dtype)) if total is None else total.add_(grad)
 
     def reduce(self) -> list[Tensor]:
-        """The sum of each gradient over its layout's axes, in one buffer for all that share them; the sums start anew."""
+        """Each gradient summed over its layout's axes, in one buffer for all that share them; the sums start anew."""
         sums = [
             torch.zeros_like(info.parameter, dtype=master_dtype(info.parameter.dtype)) if total is None else total
             for info, total in zip(self.infos, self.sums, strict=True)

@@ -1,7 +1,8 @@
 """Randomness that belongs to the model, not to the layout.
 
-A weight is drawn from its name and the seed; a dropout mask is a function of the element's global coordinates. So one seed gives
-one model, and one training run, in every layout: nothing here has a state that a rank could be ahead of or behind in.
+A weight is drawn from its name and the seed; a dropout mask is a function of the element's global coordinates. So one
+seed gives one model, and one training run, in every layout: nothing here has a state that a rank could be ahead of or
+behind in.
 """
 
 import hashlib
@@ -40,8 +41,8 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
 def dropout(x: Tensor, p: float, key: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Zero each element of x[..., R, C] with probability p and scale the others by 1/(1 − p).
 
-    rows[..., R] and columns[C] are the elements' global coordinates (int64): an element meets the same fate on whatever rank it
-    lies. The two are hashed apart and only combined at full size, which is a handful of 32-bit operations an element.
+    rows[..., R] and columns[C] are the elements' global coordinates (int64): an element meets the same fate on whatever
+    rank it lies. The two are hashed apart and combined at full size by a handful of 32-bit operations.
     """
     bits = (_mix64(rows + key).unsqueeze(-1) ^ _mix64(columns ^ key)).to(torch.int32)
     bits ^= (bits >> 15) & 0x1FFFF
@@ -53,7 +54,7 @@ def dropout(x: Tensor, p: float, key: int, rows: Tensor, columns: Tensor) -> Ten
 
 
 def _mix64(z: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 16)."""
+    """SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 16)."""
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
     return z ^ ((z >> 31) & (2**33 - 1))

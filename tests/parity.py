@@ -1,7 +1,7 @@
 """The independent reference, and a run of ours to compare with it.
 
-The reference is Hugging Face's OPT with torch's own loss, clipping and AdamW, in one process: no line of it is shared with what
-it checks. Weights, gradients and moments are compared under their public names, whole.
+The reference is Hugging Face's OPT with torch's own loss, clipping and AdamW, in one process: no line of it is shared
+with what it checks. Weights, gradients and moments are compared under their public names, whole.
 """
 
 import math
@@ -122,7 +122,8 @@ def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
 def _learning_rate(raw: Raw, k: int) -> float:
     """The contract's formula, written again."""
     lr: float = raw["optimizer"]["lr"]
-    w, steps = raw["lr_scheduler"]["warmup_steps"], raw["train"]["steps"]
+    w: int = raw["lr_scheduler"]["warmup_steps"]
+    steps: int = raw["train"]["steps"]
     if k < w:
         return lr * (k + 1) / w
     t = (k - w) / max(1, steps - w)
@@ -163,7 +164,9 @@ def share_of(batch: Mapping[str, Tensor], engine: Engine) -> Batch:
 
 
 def whole(infos: list[ParameterInfo], tensors: Any, engine: Engine) -> dict[str, Tensor]:
-    """Public tensors put together from every rank's pieces. Ranks that hold the same elements must agree to the last bit."""
+    """Public tensors put together from every rank's pieces. Ranks that hold the same elements must agree to the last
+    bit.
+    """
     pieces = [
         (piece.name, piece.shape, piece.box, piece.data.double().numpy(), info.layout.owner)
         for info, tensor in zip(infos, tensors, strict=True)
@@ -190,8 +193,9 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
-    """Everything within the bound, relatively. The exact gradient of k_proj.bias is zero: its noise is bounded by the norm of
-    the whole gradient, and below fp64 (not `wide`) Adam turns that noise into whole steps, so its weights are left out."""
+    """Everything within the bound, relatively. The exact gradient of k_proj.bias is zero: its noise is bounded by the
+    norm of the whole gradient, and below fp64 (not `wide`) Adam turns that noise into whole steps, so its weights are
+    left out."""
     for name, ours, theirs in (("loss", got.losses, want.losses), ("norm", got.norms, want.norms)):
         assert len(ours) == len(theirs)
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):

@@ -1,4 +1,6 @@
-"""Every layout equals Hugging Face: losses, norms, gradients and weights of four steps, from the same weights and tokens."""
+"""Every layout equals Hugging Face: losses, norms, gradients and weights of four steps, from the same weights and
+tokens.
+"""
 
 from functools import cache
 from pathlib import Path

@@ -1,8 +1,9 @@
 """Drawn layouts equal serial: loss, norm, every gradient and every updated weight, dropout and masks included.
 
-Serial is ours on one rank, which `test_parity` compares with Hugging Face. Both start from the seed alone, so the draws also show
-that one seed gives one model in every layout. Bounds: relative Frobenius error 1e-12 in fp64 (seen: 3e-15) and 1e-5 in fp32 (seen:
-1.2e-6). Adam's eps is 1e-3 here: with 1e-8 an element whose exact gradient is zero moves by the sign of its rounding error.
+Serial is ours on one rank, which `test_parity` compares with Hugging Face. Both start from the seed alone, so the draws
+also show that one seed gives one model in every layout. Bounds: relative Frobenius error 1e-12 in fp64 (seen: 3e-15)
+and 1e-5 in fp32 (seen: 1.2e-6). Adam's eps is 1e-3 here: with 1e-8 an element whose exact gradient is zero moves by the
+sign of its rounding error.
 """
 
 from dataclasses import dataclass

@@ -13,8 +13,8 @@ from parallel.layout import ParameterInfo
 class Microbatch:
     """Samples that go through the pipeline together, whole on every rank of a replica; each layer takes its split.
 
-    `labels` are already shifted: the label of each position, −100 where there is none. `samples` number them over the whole run:
-    what dropout follows. `attention_mask` is 1 where there is a token, None where all are.
+    `labels` are already shifted: the label of each position, −100 where there is none. `samples` number them over the
+    whole run: what dropout follows. `attention_mask` is 1 where there is a token, None where all are.
     """
 
     input_ids: Tensor  # int64 [B, S]
@@ -28,18 +28,20 @@ class Microbatch:
     def split(self, size: int) -> list["Microbatch"]:
         """Microbatches of `size` samples each, in order."""
         masks = [None] * len(self) if self.attention_mask is None else self.attention_mask.split(size)
-        tensors = zip(self.input_ids.split(size), self.labels.split(size), self.samples.split(size), masks, strict=False)
+        tensors = zip(
+            self.input_ids.split(size), self.labels.split(size), self.samples.split(size), masks, strict=False
+        )
         return [Microbatch(*parts) for parts in tensors]
 
 
 class Stage(nn.Module):
     """One pipeline stage of a model.
 
-    forward(x, microbatch): x is None on the first stage, elsewhere the previous stage's output; the last returns the loss summed
-    over this rank's tokens, the others activations of `boundary(B, S)`'s shape.
+    forward(x, microbatch): x is None on the first stage, elsewhere the previous stage's output; the last returns the
+    loss summed over this rank's tokens, the others activations of `boundary(B, S)`'s shape.
 
-    `infos` are the parameters of this rank, each once. `speaks`: whether this rank, among those that compute the same loss, is
-    the one that counts.
+    `infos` are the parameters of this rank, each once. `speaks`: whether this rank, among those that compute the same
+    loss, is the one that counts.
     """
 
     def __init__(

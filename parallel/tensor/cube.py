@@ -12,9 +12,10 @@ from parallel.tensor.mode import Mode
 
 
 class Cube(Mode):
-    """Activations are x[B_wi, S, H_o] between blocks and y[B_wo, S, H_i] inside one: linear_in swaps i and o, linear_out back.
+    """Activations are x[B_wi, S, H_o] between blocks and y[B_wo, S, H_i] inside one: linear_in swaps i and o,
+    linear_out back.
 
-    linear_in     x[B_wi, S, K_o] · W[N_i, K_ow] -> y[B_wo, S, N_i]   gather x over i and W over w, scatter the product over o
+    linear_in     x[B_wi, S, K_o] · W[N_i, K_ow] -> y[B_wo, S, N_i]  gather x over i, W over w; scatter y over o
     linear_out    the same with i and o swapped
     embedding     E[V_i, H_ow]: look all of B_w up in the gathered E[V_i, H_o], then scatter the batch over i
     """
@@ -47,5 +48,5 @@ class Cube(Mode):
         return scatter(vocabulary.rows(self.local(tokens, (self.w,)), table), 0, self.i)
 
     def trunk(self) -> Self:
-        """`project_in` swaps i and o, so the blocks behind it are built with the two swapped, until `project_out` swaps back."""
+        """i and o swapped, as `project_in` leaves them and `project_out` wants them."""
         return type(self)(self.mesh, self.dtype, swapped=not self.swapped)

@@ -14,7 +14,7 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 class Sharded(nn.Module):
-    """A module whose parameters have layouts. They are made zero; whoever builds the model fills them, padding excepted."""
+    """A module whose parameters have layouts. They are zero at first; whoever builds the model fills all but padding."""
 
     def __init__(self, like: Tensor, **layouts: Layout | None) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Linear(Sharded):
 class LayerNorm(Sharded):
     """LayerNorm over a dim split over `axes`: x[..., H_axes] -> the same.
 
-    Mean and variance are a reduction each, in fp32 at least. Two passes: a mean of squares minus a squared mean cancels.
+    Mean and variance are a reduction each, in fp32 at least: a mean of squares minus a squared mean would cancel.
     """
 
     weight: nn.Parameter | None
@@ -91,7 +91,7 @@ class Vocabulary(Sharded):
         self.layout, self.padding_idx = layout, padding_idx
 
     def rows(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Rows of this rank's slice of the vocabulary, table[V_axes, H']. Zero, without gradient, where another holds the token."""
+        """Rows of table[V_axes, H'], this rank's part of the vocabulary; zero where another rank holds the token."""
         first = self.layout.first_row
         index = tokens - first
         mine = (index >= 0) & (index < table.shape[0])

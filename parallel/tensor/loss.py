@@ -14,8 +14,8 @@ IGNORED = -100  # a label that is not counted, as in torch and Hugging Face
 def sum_cross_entropy(logits: Tensor, labels: Tensor, axes: tuple[Axis, ...], vocabulary: Layout) -> Tensor:
     """logits[B, S, V_axes], labels[B, S] -> Σ over counted labels of logsumexp(logits) − logits[label].
 
-    In fp32 at least. Each rank of `axes` holds the slice of the vocabulary that `vocabulary` says, its padding masked; the sum
-    is the same on all of them (Shoeybi et al. 2019, section 3: one scalar a token travels, never a logit).
+    In fp32 at least. Each rank of `axes` holds the slice of the vocabulary that `vocabulary` says, its padding masked;
+    the sum is the same on all of them (Shoeybi et al. 2019, section 3: one scalar a token travels, never a logit).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     first, (start, stop) = vocabulary.first_row, vocabulary.box[0]

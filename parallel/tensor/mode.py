@@ -1,12 +1,12 @@
 """What every tensor mode has: a table of splits, three functions, and the layers that follow from them.
 
-Weights are [N, K], as in nn.Linear. Notation: x[B_dr, S, H_c] has its batch dim split over the axes d then r, and its hidden dim
-over c. A model is written once, in these layers:
+Weights are [N, K], as in nn.Linear. Notation: x[B_dr, S, H_c] has its batch dim split over the axes d then r, and its
+hidden dim over c. A model is written once, in these layers:
 
     between blocks    x[B_batch, S, H_hidden]
     linear_in         x[B_batch, S, K_hidden] · W[N_inner_hidden, K_k_in]  ->  y[B_inner_batch, S, N_inner_hidden]
     linear_out        y[B_inner_batch, S, K_inner_hidden] · W[N_hidden, K_k_out]  ->  x[B_batch, S, N_hidden]
-    embedding, head   E[V_inner_hidden, H_k_in]: the head is a linear_in, so the logits are [B_inner_batch, S, V_inner_hidden]
+    embedding, head   E[V_inner_hidden, H_k_in]: the head is a linear_in; logits are [B_inner_batch, S, V_inner_hidden]
 """
 
 from abc import ABC, abstractmethod
@@ -28,8 +28,8 @@ Split = tuple[Axis, ...]
 class Mode(ABC):
     """One way to split a transformer over ranks.
 
-    On the class, for the mesh and the gradient rule: `axes` are the mode's own directions, outermost first; `token_axes` those
-    of them that split tokens anywhere; `merged` the combinations of them over which some gradient is summed.
+    On the class, for the mesh and the gradient rule: `axes` are the mode's own directions, outermost first,
+    `token_axes` those that split tokens anywhere, `merged` the combinations over which some gradient is summed.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
@@ -52,7 +52,7 @@ class Mode(ABC):
         """The combinations of axes that a mesh must build for this mode."""
         return (("data", "context"), *(("data", "context", *names) for names in cls.merged))
 
-    # -- the three functions -------------------------------------------------------------------------------------------
+    # -- the three functions
 
     @abstractmethod
     def matmul_in(self, x: Tensor, w: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Mode(ABC):
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
         """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
 
-    # -- what follows ----------------------------------------------------------------------------------------------------
+    # -- what follows from them
 
     def local(self, x: Tensor, batch: Split) -> Tensor:
         """x[B, ...], whole on every rank -> x[B_batch, ...]: the samples that this rank sees of it."""
@@ -79,12 +79,12 @@ class Mode(ABC):
         return batch // prod(a.size for a in self.batch), sequence, hidden // prod(a.size for a in self.hidden)
 
     def speaks_for(self, batch: Split) -> bool:
-        """Whether this rank is the one that counts, among those that hold the same of what is split over `batch` alone."""
+        """Whether this rank is the one that counts, among those that hold the same of what only `batch` splits."""
         return all(self.mesh.axis(name).rank == 0 for name in self.axes if name not in {axis.name for axis in batch})
 
     def layout(self, shape: tuple[int, ...], *dims: Split, tied: bool = False) -> Layout:
-        """A parameter's layout, with the one gradient rule: **its gradient is summed over every axis that splits tokens and
-        does not split the parameter**. `tied`: a copy on the last pipeline stage is the same parameter."""
+        """A parameter's layout, with the one gradient rule: **its gradient is summed over every axis that splits tokens
+        and does not split the parameter**. `tied`: a copy on the last pipeline stage is the same parameter."""
         own = {axis.name for axes in dims for axis in axes}
         sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in own))]
         replicas = [self.mesh.axis(name) for name in ("data", "context", *self.axes) if name not in own]
@@ -94,7 +94,7 @@ class Mode(ABC):
         return Layout(shape, dims, tuple(sync), owner=all(axis.rank == 0 for axis in replicas))
 
     def linear_in(self, n: int, k: int, *, bias: bool = True, fused: int = 1) -> Linear:
-        """Into a block. `fused` weights of one shape are one parameter [fused, N, K]; y is [B_inner, S, fused · N_inner]."""
+        """Into a block. `fused` weights of one shape are one parameter [fused, N, K] and give fused · N features."""
         return self._linear(self.matmul_in, (n, self.inner_hidden), (k, self.k_in), bias=bias, fused=fused)
 
     def linear_out(self, n: int, k: int, *, bias: bool = True) -> Linear:
@@ -128,7 +128,8 @@ class Mode(ABC):
         return Vocabulary(layout, padding_idx, self._empty())
 
     def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor) -> Tensor:
-        """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's labels.
+        """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's
+        labels.
 
         The labels are split as inside a block; the sum is the same on the ranks that split the vocabulary alone.
         """

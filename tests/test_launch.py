@@ -1,0 +1,332 @@
+"""What a user types, and what the shell gets back."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import launch
+from models import generate
+from parallel import spawn
+from parallel.config import load_raw, parse
+from parallel.rank_grid import cell_caption, cell_of, columns_shown
+from parallel.topology import Topology
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+SMALL = ("model.hidden_size=32", "model.ffn_dim=64", "model.num_hidden_layers=2", "data.sequence_length=32")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_signals_alone() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def call(*arguments: str) -> int:
+    return launch.main(launch.read_arguments(list(arguments)))
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def worlds_of(config: Path) -> list[str]:
+    """The fewest processes that hold the model, and four times as many."""
+    fewest = parse(load_raw(config)).parallel.model_size
+    return [str(fewest), str(4 * fewest)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_ours_passes_the_check(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for world in worlds_of(config):
+        assert call("--config", str(config), "--check", "--world", world) == 0
+        shown = capsys.readouterr().out
+        assert f"{world} rank" in shown
+        assert "optimizer" in shown
+        assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_a_check_shows_ranks_layers_bytes_and_the_pipeline_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "opt_tiny_pp2_2p5d.py"
+    assert call("--config", str(config), "--check", "--set", "train.steps=7", "optimizer.lr=0.5") == 0
+    shown = capsys.readouterr().out
+    assert "overridden: train.steps=7\noverridden: optimizer.lr=0.5\n" in shown
+    assert "8 ranks = pipe 2 × row 2 × col 2" in shown
+    assert re.search(r"pipe 0 .* 0 1 .*\n.* 2 3 .*\n.*pipe 1 .* 4 5 .*\n.* 6 7 ", shown)
+    assert re.search(r"pipe 0 .* embed, layers 0–1 ", shown)
+    assert re.search(r"pipe 1 .* layers 2–3, head ", shown)
+    assert re.search(r"rank 0  F0 F1 .*B0", shown)
+    assert "bubble" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_each_rank_holds_adds_up_to_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """1d over two ranks halves the matrices; by hand: a rank of opt-tiny, with fp32 Adam 16 bytes a parameter."""
+    embedding, positions, norm = 260 * 128 // 2, 2050 * 128, 2 * 128
+    layer = (3 * (128 * 128 + 128) + 128 * 128 + 512 * 128 + 512 + 128 * 512) // 2 + 2 * 128 + 2 * norm
+    parameters = embedding + positions + 4 * layer + norm
+    assert call("--check", "--set", "parallel.tensor={'mode': '1d', 'size': 2}") == 0
+    assert f" {parameters:,} " in (shown := capsys.readouterr().out)
+    assert f" {parameters * 16 / 2**20:.1f} MiB " in shown
+
+
+@pytest.mark.parametrize(
+    ("axes", "cell", "caption"),
+    [
+        ({}, "9", None),
+        ({"t": 2}, "18 19", "in a cell: t across"),
+        ({"depth": 1, "row": 2, "col": 2}, "36 37\n38 39", "in a cell: col across, row down"),
+        (
+            {"depth": 2, "row": 2, "col": 2},
+            "72 73   76 77\n74 75   78 79",
+            "in a cell: col across, row down, depth in blocks",
+        ),
+        ({"t": 128}, "1152–1279", "in a cell: t across"),
+    ],
+)
+def test_a_cell_has_each_rank_at_its_coordinates(axes: dict[str, int], cell: str, caption: str | None) -> None:
+    topology = Topology({"pipe": 2, "data": 8, "context": 1, **axes})
+    assert cell_of(topology, {"pipe": 1, "data": 1}) == cell
+    assert cell_caption({"context": 1, **axes}) == caption
+
+
+def test_columns_that_do_not_fit_are_left_out_but_the_last() -> None:
+    assert columns_shown(4, 10, 40) == [0, 1, 2, 3]
+    assert columns_shown(64, 10, 40) == [0, 1, None, 63]
+    assert columns_shown(64, 90, 40) == [0, None, 63]
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "train.steps=0"), "train.steps: needs at least 1, got 0. Try 1."),
+        (("--set", "parallel.pipeline=2"), "parallel: world size 1 is not a multiple of pipeline 2."),
+        (("--config", "nowhere.py"), "nowhere.py: cannot read the config"),
+        (("--set", "data.path=nowhere.txt"), "data.path: nowhere.txt does not exist."),
+        (("--set", "data.tokenizer=nowhere.json"), "data.tokenizer: nowhere.json does not exist."),
+        (("--set", "model.path=nowhere"), "model.path: cannot read nowhere/config.json"),
+        (("--resume", "nowhere"), "--resume: nowhere is not a directory"),
+        (("--set", "output.dir=file/run"), "output.dir: file/run: "),
+        (("--nprocs", "3", "--set", "train.micro_batch_size=1"), "train.global_batch_size: 16 is not a multiple of"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_refused_in_words_and_nothing_is_touched(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert call(*arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message)
+    assert shown.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--set", "train.device=cuda") == 2
+    assert capsys.readouterr().err.startswith("train.device: 'cuda'")
+
+
+def test_only_rank_zero_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("1", "0"):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert call("--set", "train.steps=0", "train.seed=-1") == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == (2 if rank == "0" else 0)
+
+
+@pytest.mark.parametrize("arguments", [("--nprocs", "0"), ("--world", "8"), ("--unknown",)])
+def test_arguments_that_make_no_sense_exit_with_2(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        launch.read_arguments(list(arguments))
+    assert exit.value.code == 2
+
+
+def test_nprocs_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as exit:
+        launch.read_arguments(["--nprocs", "2"])
+    assert exit.value.code == 2
+
+
+def test_under_torchrun_each_rank_exits_with_2_and_one_speaks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "launch.py")]
+    done = subprocess.run(
+        [*command, "--set", "train.steps=0"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stderr.count("train.steps: needs at least 1, got 0. Try 1.") == 1
+    assert 'launch.py", line' not in done.stderr  # no traceback of ours
+    assert set(re.findall(r"exitcode\s*: (-?\d+)", done.stderr)) == {"2"}
+    assert done.returncode == 1
+
+
+# -- starting ----------------------------------------------------------------------------------------------------------
+
+
+def obey(orders: dict[int, str]) -> int:
+    """A rank that does as it is told: by default it outstays any test."""
+    rank = int(os.environ["RANK"])
+    assert os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]
+    match orders.get(rank, orders.get(-1, "stay")):
+        case "return":
+            return 0
+        case "fail":
+            return 3
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "ignore":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("orders", "code"),
+    [({-1: "return"}, 0), ({1: "fail"}, 3), ({2: "die"}, 128 + 9), ({0: "fail", 1: "ignore"}, 3)],
+)
+def test_the_first_failing_rank_ends_the_others_and_its_exit_code_is_passed_on(
+    orders: dict[int, str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawn, "GRACE_SECONDS", 0.5)
+    began = time.monotonic()
+    assert spawn.run_ranks(obey, orders, 3) == code
+    assert time.monotonic() - began < 30
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """launch.py in a session of its own, running for ever."""
+    command = [sys.executable, str(ROOT / "launch.py"), "--set", *SMALL, "train.steps=1000000", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def wait_until(true: Callable[[], object], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def session(leader: int) -> list[int]:
+    """The processes of a session that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(of) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "code"),
+    [(signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 143), (signal.SIGKILL, 2, -9)],
+)
+def test_a_run_that_is_ended_leaves_no_process_and_no_traceback(
+    number: signal.Signals, processes: int, code: int, tmp_path: Path
+) -> None:
+    process = started(tmp_path, *(("--nprocs", str(processes)) if processes > 1 else ()))
+    try:
+        metrics = tmp_path / "runs" / "default" / "metrics.jsonl"
+        assert wait_until(lambda: metrics.exists() and metrics.stat().st_size, 60), process.communicate()
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert "Traceback" not in error
+        assert ("interrupted" in error) == (number == signal.SIGINT)
+        assert wait_until(lambda: not session(process.pid), 10), session(process.pid)
+    finally:
+        for left in session(process.pid):
+            os.kill(left, signal.SIGKILL)
+    for line in metrics.read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_rank_that_is_killed_ends_the_run_with_its_exit_code(tmp_path: Path) -> None:
+    process = started(tmp_path, "--nprocs", "2")
+    try:
+        log = tmp_path / "runs" / "default" / "logs" / "rank_1.log"
+        assert wait_until(lambda: log.exists() and "'step': 1" in log.read_text(), 60)
+        os.kill(int(re.findall(r"process (\d+)", log.read_text())[0]), signal.SIGKILL)
+        process.communicate(timeout=30)
+        assert process.returncode == 128 + 9
+        assert wait_until(lambda: not session(process.pid), 10)
+    finally:
+        for left in session(process.pid):
+            os.kill(left, signal.SIGKILL)
+
+
+# -- a whole run, and its text ------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_and_the_export_generates(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), "--nprocs", "2", "--set", *SMALL, "parallel.pipeline=2"]
+    done = subprocess.run([*command, "train.steps=3"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("2 ranks = pipe 2") == 1
+    folder = tmp_path / "runs" / "default"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "export",
+        "logs",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+    coordinates = [(folder / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+    assert ["'pipe': 0" in coordinates[0], "'pipe': 1" in coordinates[1]] == [True, True]
+
+    texts = [generate.complete(folder / "export", "The ", 12, temperature=0.8, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("The ")
+
+
+def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
+    """Greedy, past the positions' end too: there the oldest tokens are forgotten."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=12,
+        max_position_embeddings=8, do_layer_norm_before=False, eos_token_id=36,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.OPTForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    expected = torch.tensor([2, 5, 7])
+    with torch.no_grad():
+        for _ in range(9):
+            logits = theirs(expected[None, -8:]).logits[0, -1]
+            expected = torch.cat([expected, logits.argmax(keepdim=True)])
+    stage, shape = generate.load(tmp_path)
+    ours = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=0, seed=0)
+    assert ours.tolist() == expected.tolist()
+
+
+def test_generation_refuses_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("model.path: cannot read")
