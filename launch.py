@@ -21,20 +21,14 @@ INTERRUPTED, TERMINATED, REFUSED = 130, 143, 2  # exit codes
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", metavar="FILE", help="a Python file of dicts (default: the built-in one)")
-    add(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override dotted keys; the last wins"
-    )
+    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override dotted keys; last wins")
     add("--resume", metavar="auto|DIR", help="go on from this run's newest checkpoint, or from DIR")
     add("--check", action="store_true", help="read, validate, print layout and memory; start nothing")
-    add(
-        "--world", metavar="N", type=_count, help="with --check: the number of processes (default: the fewest that fit)"
-    )
-    add("--nprocs", metavar="N", type=_count, help="start N processes on this host, without torchrun")
+    add("--world", metavar="N", type=count, help="with --check: how many processes (default: the fewest that fit)")
+    add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
     arguments = parser.parse_args(argv)
     if arguments.world is not None and not arguments.check:
         parser.error("--world goes with --check; to start processes say --nprocs, or use torchrun")
@@ -43,7 +37,16 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _count(text: str) -> int:
+class _Parser(argparse.ArgumentParser):
+    """Under torchrun, rank 0 alone says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            super().error(message)
+        sys.exit(REFUSED)
+
+
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -89,6 +92,7 @@ def _start(arguments: argparse.Namespace) -> int:
     except ColonnadeError as error:
         if place.rank == 0:
             print(error, file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python takes a handler of ours away before it has ended
         return REFUSED
 
 

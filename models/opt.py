@@ -166,7 +166,7 @@ class Attention(nn.Module):
 
 
 class Head(nn.Module):
-    """The last LayerNorm, the projection and the tied embedding's logits: x -> the summed loss of this rank's labels."""
+    """The last LayerNorm, the projection and the tied embedding's logits: x -> the summed loss of this rank."""
 
     def __init__(self, shape: OPTShape, mode: Mode, trunk: Mode) -> None:
         super().__init__()

@@ -40,9 +40,10 @@ def call(*arguments: str) -> int:
 
 
 def worlds_of(config: Path) -> list[str]:
-    """The fewest processes that hold the model, and four times as many."""
-    fewest = parse(load_raw(config)).parallel.model_size
-    return [str(fewest), str(4 * fewest)]
+    """The fewest processes that hold the model, and up to four times as many."""
+    parsed = parse(load_raw(config))
+    replicas = min(4, parsed.train.global_batch_size // parsed.train.micro_batch_size)
+    return [str(count * parsed.parallel.model_size) for count in (1, replicas)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -85,12 +86,12 @@ def test_what_each_rank_holds_adds_up_to_the_model(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("axes", "cell", "caption"),
     [
-        ({}, "9", None),
+        ({}, " 9", None),
         ({"t": 2}, "18 19", "in a cell: t across"),
         ({"depth": 1, "row": 2, "col": 2}, "36 37\n38 39", "in a cell: col across, row down"),
         (
             {"depth": 2, "row": 2, "col": 2},
-            "72 73   76 77\n74 75   78 79",
+            " 72  73    76  77\n 74  75    78  79",
             "in a cell: col across, row down, depth in blocks",
         ),
         ({"t": 128}, "1152–1279", "in a cell: t across"),
@@ -246,7 +247,12 @@ def session(leader: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("number", "processes", "code"),
-    [(signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 143), (signal.SIGKILL, 2, -9)],
+    [
+        (signal.SIGINT, 1, 130),
+        (signal.SIGINT, 2, 130),
+        pytest.param(signal.SIGTERM, 2, 143, marks=pytest.mark.slow),
+        (signal.SIGKILL, 2, -9),
+    ],
 )
 def test_a_run_that_is_ended_leaves_no_process_and_no_traceback(
     number: signal.Signals, processes: int, code: int, tmp_path: Path
@@ -268,6 +274,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_traceback(
         json.loads(line)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_with_its_exit_code(tmp_path: Path) -> None:
     process = started(tmp_path, "--nprocs", "2")
     try:
@@ -282,7 +289,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_exit_code(tmp_path: Path) -
             os.kill(left, signal.SIGKILL)
 
 
-# -- a whole run, and its text ------------------------------------------------------------------------------------------
+# -- a whole run, and its text -----------------------------------------------------------------------------------------
 
 
 def test_two_processes_train_and_the_export_generates(tmp_path: Path) -> None:
