@@ -183,7 +183,7 @@ class Head(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        return self.mode.lm_loss(self.features(x), self.embed_tokens, batch.labels)
+        return self.mode.lm_loss(self.features(x), self.embed_tokens, batch.labels, batch.scale)
 
 
 def position_ids(batch: Microbatch) -> Tensor:

@@ -1,9 +1,12 @@
 """Collectives over an axis. Each returns a new tensor, leaves its argument alone and counts the bytes handed to it.
 
-Only an axis of size 1 is special, and only here: there is nobody to talk to, so the argument itself comes back.
-torch 2.13 renames two calls and deprecates the old names; this is the one place that knows.
+`start_…` posts a collective and returns at once; `wait` gives its result, so that work can be done in between. Only an
+axis of size 1 is special, and only here: there is nobody to talk to, so the argument itself comes back. torch 2.13
+renames two calls and deprecates the old names; this is the one place that knows.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,51 +21,66 @@ _all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_g
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
-    """The sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank."""
+@dataclass(frozen=True)
+class Pending:
+    """A collective in flight: `finish` makes its result of `buffer`, once `work` is done."""
+
+    buffer: Tensor
+    work: Any = None
+    finish: Callable[[Tensor], Tensor] = lambda buffer: buffer
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.finish(self.buffer)
+
+
+def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
     if axis.size == 1:
-        return x
+        return Pending(x)
     x = x.clone(memory_format=torch.contiguous_format)
     axis.traffic.count("all_reduce", x)
-    dist.all_reduce(x, op, group=axis.group)
-    return x
+    return Pending(x, dist.all_reduce(x, op, group=axis.group, async_op=True))
+
+
+def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
+    """The sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank."""
+    return start_all_reduce(x, axis, op).wait()
+
+
+def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:
+    if axis.size == 1:
+        return Pending(x)
+    x, dim = x.contiguous(), dim % x.ndim
+    axis.traffic.count("all_gather", x)
+    gathered = x.new_empty(axis.size * x.numel())
+    work = _all_gather_single(gathered, x.flatten(), group=axis.group, async_op=True)
+    return Pending(gathered, work, lambda g: g.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1))
 
 
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """x[..., N_axis, ...] -> [..., N, ...]: the slices of every rank, concatenated along `dim` in rank order."""
+    return start_all_gather(x, dim, axis).wait()
+
+
+def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
     if axis.size == 1:
-        return x
-    x = x.contiguous()
-    axis.traffic.count("all_gather", x)
-    gathered = x.new_empty(axis.size * x.numel())
-    _all_gather_single(gathered, x.flatten(), group=axis.group)
-    dim %= x.ndim
-    slices: Tensor = gathered.view(axis.size, *x.shape)
-    return slices.movedim(0, dim).flatten(dim, dim + 1)
+        return Pending(x)
+    slices: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim % x.ndim, 0).contiguous()
+    axis.traffic.count("reduce_scatter", slices)
+    mine = slices.new_empty(slices[0].numel())
+    work = _reduce_scatter_single(mine, slices.flatten(), group=axis.group, async_op=True)
+    return Pending(mine, work, lambda mine: mine.view_as(slices[0]))
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """x[..., N, ...], one summand a rank -> [..., N_axis, ...]: this rank's slice along `dim` of the sum."""
-    if axis.size == 1:
-        return x
-    dim %= x.ndim
-    slices: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
-    axis.traffic.count("reduce_scatter", slices)
-    mine: Tensor = slices.new_empty(slices[0].numel())
-    _reduce_scatter_single(mine, slices.flatten(), group=axis.group)
-    return mine.view_as(slices[0])
+    return start_reduce_scatter(x, dim, axis).wait()
 
 
 def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """x[..., N, ...] -> this rank's slice [..., N_axis, ...]. No communication: every rank holds the whole of x."""
-    if axis.size == 1:
-        return x
     return x.chunk(axis.size, dim)[axis.rank]
-
-
-def any_true(flag: bool, axis: Axis) -> bool:
-    """Whether the flag is set on any rank. A flag, not a value: a reduction by MAX may drop a NaN."""
-    return bool(all_reduce(torch.tensor(int(flag)), axis).item())
 
 
 def barrier(axis: Axis) -> None:

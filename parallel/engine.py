@@ -1,6 +1,6 @@
 """One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +51,8 @@ class Engine:
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """Forward and backward of all microbatches, one update. Raises ValueError for a batch of another size."""
         self.stage.train()
-        microbatches = self._microbatches(batch)
-        tokens = self._count(microbatches)
-        runner = Runner(
-            self.stage, self.pipe, microbatches, scale=1.0 / max(1, tokens), after_backward=self.gradients.absorb
-        )
+        microbatches, tokens = self._microbatches(batch)
+        runner = Runner(self.stage, self.pipe, microbatches, after_backward=self.gradients.absorb)
         total = self._sum(runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches))))
         gradients = self.gradients.reduce()
         norm = global_norm([info.layout for info in self.stage.infos], gradients, self.mesh.world)
@@ -73,8 +70,8 @@ class Engine:
         self.stage.eval()
         total, tokens = 0.0, 0
         for batch in batches:
-            microbatches = self._microbatches(batch)
-            tokens += self._count(microbatches)
+            microbatches, count = self._microbatches(batch)
+            tokens += count
             runner = Runner(self.stage, self.pipe, microbatches)
             total += self._sum(runner.run(self._plan(forward_only, len(microbatches))))
         return total / tokens if tokens else float("nan")
@@ -97,20 +94,21 @@ class Engine:
 
     # -- parts of a step
 
-    def _microbatches(self, batch: Mapping[str, Tensor]) -> list[Microbatch]:
+    def _microbatches(self, batch: Mapping[str, Tensor]) -> tuple[list[Microbatch], int]:
+        """The batch on this rank's device, and the counted labels of all replicas' batches: they are known before the
+        first forward, so that sums are divided once, globally.
+        """
         size = self.config.train.micro_batch_size
         ids = batch["input_ids"]
         if len(ids) % size:
             raise ValueError(f"a batch of {len(ids)} samples is not a multiple of train.micro_batch_size {size}")
         first = (self.step * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        whole = [ids, shift(batch.get("labels", ids)), samples, batch.get("attention_mask")]
-        return Microbatch(*(None if t is None else t.to(self.mesh.device) for t in whole)).split(size)  # type: ignore[arg-type]
-
-    def _count(self, microbatches: Sequence[Microbatch]) -> int:
-        """The counted labels of all replicas, known before the first forward: sums are divided once, globally."""
-        count = torch.stack([(m.labels != IGNORED).sum() for m in microbatches]).sum()
-        return int(all_reduce(count, self.data).item())
+        mask = batch.get("attention_mask")
+        ids, labels, samples = (t.to(self.mesh.device) for t in (ids, shift(batch.get("labels", ids)), samples))
+        tokens = int(all_reduce((labels != IGNORED).sum(), self.data).item())
+        mask = None if mask is None else mask.to(self.mesh.device)
+        return Microbatch(ids, labels, samples, mask, 1.0 / max(1, tokens)).split(size), tokens
 
     def _sum(self, total: Tensor) -> float:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""

@@ -47,6 +47,10 @@ class Axis:
     traffic: Traffic
 
 
+ALONE = Axis("alone", 0, 1, (0,), None, Traffic())
+"""Nobody else: what stands in a table where a mode does not communicate."""
+
+
 class Mesh:
     """Every axis of the mesh, seen from one rank.
 

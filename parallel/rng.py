@@ -54,7 +54,7 @@ def dropout(x: Tensor, p: float, key: int, rows: Tensor, columns: Tensor) -> Ten
 
 
 def _mix64(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 16)."""
+    """SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", fig. 16)."""
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
     return z ^ ((z >> 31) & (2**33 - 1))

@@ -12,10 +12,7 @@ from parallel.pipeline.stage import Microbatch, Stage
 
 
 class Runner:
-    """One run of one stage through a plan with transfers.
-
-    Each microbatch's summed loss is multiplied by `scale` before its backward; `after_backward` is called after each.
-    """
+    """One run of one stage through a plan with transfers; `after_backward` is called after each backward."""
 
     def __init__(
         self,
@@ -23,18 +20,17 @@ class Runner:
         pipe: Axis,
         microbatches: Sequence[Microbatch],
         *,
-        scale: float = 1.0,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches = stage, pipe, microbatches
-        self.scale, self.after_backward = scale, after_backward
+        self.after_backward = after_backward
         self.is_last = pipe.rank == pipe.size - 1
         self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from RECV_F to the end of B and SEND_B
         self.outputs: dict[int, Tensor] = {}  # what the stage made of them, from F to B
         self.grads: dict[int, Tensor] = {}  # gradients of outputs, from RECV_B to B
 
     def run(self, plan: Plan) -> Tensor:
-        """The loss summed over this rank's tokens, unscaled, in fp64; zero where this is not the last stage."""
+        """The loss summed over this rank's tokens, in fp64; zero where this is not the last stage."""
         actions = plan.ranks[self.pipe.rank]
         trains = any(action.op is Op.B for action in actions)
         total = torch.zeros((), dtype=torch.float64, device=self.microbatches[0].input_ids.device)
@@ -54,7 +50,7 @@ class Runner:
     def _backward(self, m: int) -> None:
         output = self.outputs.pop(m)
         if self.is_last:
-            (output * self.scale).backward()
+            output.backward()
         else:
             output.backward(self.grads.pop(m))
         self.after_backward()

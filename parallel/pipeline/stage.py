@@ -14,13 +14,15 @@ class Microbatch:
     """Samples that go through the pipeline together, whole on every rank of a replica; each layer takes its split.
 
     `labels` are already shifted: the label of each position, −100 where there is none. `samples` number them over the
-    whole run: what dropout follows. `attention_mask` is 1 where there is a token, None where all are.
+    whole run: what dropout follows. `attention_mask` is 1 where there is a token, None where all are. The gradient of
+    the summed loss is multiplied by `scale`: 1 / the number of labels in the whole step.
     """
 
     input_ids: Tensor  # int64 [B, S]
     labels: Tensor  # int64 [B, S]
     samples: Tensor  # int64 [B]
-    attention_mask: Tensor | None = None  # int64 [B, S]
+    attention_mask: Tensor | None  # int64 [B, S]
+    scale: float
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -31,7 +33,7 @@ class Microbatch:
         tensors = zip(
             self.input_ids.split(size), self.labels.split(size), self.samples.split(size), masks, strict=False
         )
-        return [Microbatch(*parts) for parts in tensors]
+        return [Microbatch(*parts, self.scale) for parts in tensors]
 
 
 class Stage(nn.Module):

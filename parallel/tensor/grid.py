@@ -6,11 +6,9 @@ column, which works on any rows × cols.
 """
 
 import torch
-from torch import Tensor
 
-from parallel.conjugate import gather, scatter
 from parallel.mesh import Mesh
-from parallel.tensor.layers import Vocabulary
+from parallel.tensor.matmul import Surround
 from parallel.tensor.mode import Mode
 
 
@@ -29,16 +27,9 @@ class Grid(Mode):
 
     def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__(mesh, dtype)
-        depth, self.row, self.col = mesh.axis("depth"), mesh.axis("row"), mesh.axis("col")
-        self.batch = self.inner_batch = (depth, self.row)
-        self.hidden = self.inner_hidden = (self.col,)
-        self.k_in = self.k_out = (self.row,)
-
-    def matmul_in(self, x: Tensor, w: Tensor) -> Tensor:
-        return gather(x, -1, self.col) @ gather(w, -1, self.row).T
-
-    matmul_out = matmul_in
-
-    def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-        table = gather(vocabulary.weight, -1, self.row)
-        return scatter(vocabulary.rows(self.local(tokens, self.batch), table), -1, self.col)
+        depth, row, col = mesh.axis("depth"), mesh.axis("row"), mesh.axis("col")
+        self.batch = self.inner_batch = self.lookup_batch = (depth, row)
+        self.hidden = self.inner_hidden = (col,)
+        self.k_in = self.k_out = (row,)
+        self.around_in = self.around_out = Surround(gather_x=(-1, col), gather_w=row)
+        self.scatter_rows = (-1, col)

@@ -1,20 +1,19 @@
 """Layers that hold parameters with their layouts. What surrounds a matmul is the mode's business."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.conjugate import copy, reduce
+from parallel.collectives import all_gather, all_reduce
 from parallel.layout import Layout
 from parallel.mesh import Axis
-
-Matmul = Callable[[Tensor, Tensor], Tensor]
+from parallel.tensor.matmul import Surround, matmul
 
 
 class Sharded(nn.Module):
-    """A module whose parameters have layouts. They are zero at first; whoever builds the model fills all but padding."""
+    """A module whose parameters have layouts. They are zero at first; who builds the model fills all but padding."""
 
     def __init__(self, like: Tensor, **layouts: Layout | None) -> None:
         super().__init__()
@@ -29,20 +28,17 @@ class Linear(Sharded):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, matmul: Matmul, weight: Layout, bias: Layout | None, like: Tensor) -> None:
+    def __init__(self, around: Surround, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
-        self.matmul = matmul
+        self.around = around
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.matmul(x, self.weight.flatten(0, -2))
+        y = matmul(x, self.weight.flatten(0, -2), self.around)
         return y if self.bias is None else y + self.bias.flatten()
 
 
 class LayerNorm(Sharded):
-    """LayerNorm over a dim split over `axes`: x[..., H_axes] -> the same.
-
-    Mean and variance are a reduction each, in fp32 at least: a mean of squares minus a squared mean would cancel.
-    """
+    """LayerNorm over a dim split over `axes`: x[..., H_axes] -> the same, with weight[H_axes] and bias[H_axes]."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -54,16 +50,40 @@ class LayerNorm(Sharded):
     def forward(self, x: Tensor) -> Tensor:
         if not self.axes:  # whole on every rank: torch's fused kernel
             return F.layer_norm(x, (self.hidden,), self.weight, self.bias, self.eps)
-        centred = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = centred - self._mean(centred)
-        y = (centred * (self._mean(centred * centred) + self.eps).rsqrt()).to(x.dtype)
-        return y if self.weight is None or self.bias is None else y * self.weight + self.bias
+        normal: Tensor = _Normalize.apply(x, self.hidden, self.axes, self.eps)  # type: ignore[no-untyped-call]
+        return normal if self.weight is None or self.bias is None else normal * self.weight + self.bias
 
-    def _mean(self, x: Tensor) -> Tensor:
-        total = x.sum(-1, keepdim=True)
-        for axis in self.axes:
-            total = copy(reduce(total, axis), axis)
-        return total / self.hidden
+
+class _Normalize(torch.autograd.Function):
+    """(x − mean) / √(variance + eps) over a split dim, in fp32 at least; keeps x and two numbers a row.
+
+    Both statistics travel in one collective. Ranks send their own mean and variance, which are then merged (Chan et al.
+    1979): sums and sums of squares would be as short, but cancel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hidden: int, axes: tuple[Axis, ...], eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        statistics = torch.stack(torch.var_mean(wide, -1, correction=0, keepdim=True)).unsqueeze(0)
+        for axis in axes:
+            statistics = all_gather(statistics, 0, axis)
+        variances, means = statistics.unbind(1)
+        mean = means.mean(0)
+        deviation = (variances + (means - mean).square()).mean(0).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, mean, deviation)
+        ctx.hidden, ctx.axes = hidden, axes
+        return ((wide - mean) * deviation).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        x, mean, deviation = ctx.saved_tensors
+        wide = dy.to(mean.dtype)
+        normal = (x - mean) * deviation
+        sums = torch.stack([wide.sum(-1, keepdim=True), (wide * normal).sum(-1, keepdim=True)])
+        for axis in ctx.axes:
+            sums = all_reduce(sums, axis)
+        dx = (wide - (sums[0] + normal * sums[1]) / ctx.hidden) * deviation
+        return dx.to(x.dtype), None, None, None
 
 
 class Embedding(Sharded):

@@ -1,11 +1,10 @@
 """1d: matrices split along one direction (Megatron-LM; Shoeybi et al. 2019, section 3)."""
 
 import torch
-from torch import Tensor
 
-from parallel.conjugate import copy, reduce
 from parallel.mesh import Mesh
-from parallel.tensor.layers import Linear, Vocabulary
+from parallel.tensor.layers import Linear
+from parallel.tensor.matmul import Surround
 from parallel.tensor.mode import Mode
 
 
@@ -21,20 +20,13 @@ class Line(Mode):
 
     def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__(mesh, dtype)
-        self.t = mesh.axis("t")
-        self.inner_hidden = self.k_out = (self.t,)
-
-    def matmul_in(self, x: Tensor, w: Tensor) -> Tensor:
-        return copy(x, self.t) @ w.T
-
-    def matmul_out(self, x: Tensor, w: Tensor) -> Tensor:
-        return reduce(x @ w.T, self.t)
-
-    def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-        return reduce(vocabulary.rows(tokens, vocabulary.weight), self.t)
+        t = mesh.axis("t")
+        self.inner_hidden = self.k_out = (t,)
+        self.around_in, self.around_out = Surround(copy_x=t), Surround(reduce_y=t)
+        self.reduce_rows = t
 
     def project_in(self, n: int, k: int) -> Linear:
         """Whole on every rank, W[N, K]: both its ends lie between blocks, where nothing is split."""
-        return self._linear(lambda x, w: x @ w.T, (n, ()), (k, ()), bias=False)
+        return self._linear((n, ()), (k, ()), Surround(), bias=False)
 
     project_out = project_in

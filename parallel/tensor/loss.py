@@ -1,36 +1,99 @@
-"""Cross entropy of logits whose vocabulary is split over ranks."""
+"""The head and its loss as one call: logits of a few positions at a time, and their gradient at once.
+
+The logits [B, S, V] never exist, nor are they computed twice: what a backward would want of them, the gradients of x
+and of the embedding, is made in the forward, chunk by chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.collectives import MAX, all_reduce
-from parallel.conjugate import reduce
-from parallel.layout import Layout
+from parallel.collectives import MAX, Pending, all_reduce
+from parallel.layout import Layout, index_along
 from parallel.mesh import Axis
+from parallel.tensor.matmul import Surround
 
 IGNORED = -100  # a label that is not counted, as in torch and Hugging Face
+TOKENS_A_CHUNK = 1024  # of this rank
 
 
-def sum_cross_entropy(logits: Tensor, labels: Tensor, axes: tuple[Axis, ...], vocabulary: Layout) -> Tensor:
-    """logits[B, S, V_axes], labels[B, S] -> Σ over counted labels of logsumexp(logits) − logits[label].
+@dataclass(frozen=True)
+class Head:
+    """What a mode says of its head: the collectives around it, and how the vocabulary is split over `axes`."""
 
-    In fp32 at least. Each rank of `axes` holds the slice of the vocabulary that `vocabulary` says, its padding masked;
-    the sum is the same on all of them (Shoeybi et al. 2019, section 3: one scalar a token travels, never a logit).
+    around: Surround
+    axes: tuple[Axis, ...]
+    vocabulary: Layout
+
+
+class _LMLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: float | None) -> Tensor:
+        table = Pending(head.around.whole_weight(e).wait())
+        size = max(1, TOKENS_A_CHUNK // len(labels))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        dx, dw = torch.empty_like(x), torch.zeros_like(table.buffer, dtype=wide)
+        for start in range(0, labels.shape[1], size):
+            chunk = slice(start, start + size)
+            logits = head.around.product(x[:, chunk], table).to(wide)
+            loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale)
+            total += loss
+            if scale is not None:
+                travelling, part = head.around.gradients(dlogits.to(x.dtype), x[:, chunk], table)
+                dw += part
+                dx[:, chunk] = travelling.wait()
+        if scale is not None:
+            ctx.save_for_backward(dx, head.around.own_gradient(dw).to(e.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dx, de = ctx.saved_tensors
+        return dx, de, None, None, None
+
+
+def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: float = 1.0) -> Tensor:
+    """x as a linear_in takes it, e[V_axes, H_k_in], labels[B, S] as a linear_in leaves tokens -> Σ cross entropy.
+
+    The sum, in fp32 at least, is over the labels that are counted; ranks of `axes` get the same. Its gradient comes out
+    multiplied by `scale` already (1/count, a loss scale): it enters in fp32, before any cast to a narrower dtype.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    first, (start, stop) = vocabulary.first_row, vocabulary.box[0]
-    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= stop - start, -torch.inf)
-    top = logits.detach().amax(-1)
-    for axis in axes:
+    total: Tensor = _LMLoss.apply(  # type: ignore[no-untyped-call]
+        x, e, labels, head, scale if torch.is_grad_enabled() else None
+    )
+    return total
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | None) -> tuple[Tensor, Tensor]:
+    """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient in place).
+
+    Padding is masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3).
+    """
+    start, stop = head.vocabulary.box[0]
+    first = index_along(head.axes) * head.vocabulary.local_shape[0]
+    logits[..., stop - start :] = -torch.inf
+    top = logits.amax(-1)
+    for axis in head.axes:
         top = all_reduce(top, axis, MAX)
+    counted = labels != IGNORED
     index = labels - first
     mine = (index >= 0) & (index < stop - start)
-    target = logits.gather(-1, torch.where(mine, index, 0).unsqueeze(-1)).squeeze(-1)
-    target = torch.where(mine, target, 0.0)  # where, not a product: the logit of an empty slice is -inf
-    total = (logits - top.unsqueeze(-1)).exp().sum(-1)
-    for axis in axes:
-        total, target = reduce(total, axis), reduce(target, axis)
-    return ((total.log() + top - target) * (labels != IGNORED)).sum()
+    index = torch.where(mine, index, 0).unsqueeze(-1)
+    target = torch.where(mine, logits.gather(-1, index).squeeze(-1), 0)  # a product would make NaN of -inf
+    exponentials = logits.sub_(top.unsqueeze(-1)).exp_()
+    sums = torch.stack([exponentials.sum(-1), target])
+    for axis in head.axes:
+        sums = all_reduce(sums, axis)
+    total, target = sums
+    loss = ((total.log() + top - target) * counted).sum()
+    if scale is not None:
+        weight = counted.to(logits.dtype) * scale
+        exponentials *= (weight / total).unsqueeze(-1)
+        exponentials.scatter_add_(-1, index, -(mine * weight).unsqueeze(-1))
+    return loss, exponentials
 
 
 def shift(labels: Tensor) -> Tensor:

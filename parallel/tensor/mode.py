@@ -1,7 +1,7 @@
-"""What every tensor mode has: a table of splits, three functions, and the layers that follow from them.
+"""What a tensor mode is: a table that says how tensors are split and which collectives stand around a matmul.
 
 Weights are [N, K], as in nn.Linear. Notation: x[B_dr, S, H_c] has its batch dim split over the axes d then r, and its
-hidden dim over c. A model is written once, in these layers:
+hidden dim over c. A model is written once, in the layers that follow from the table:
 
     between blocks    x[B_batch, S, H_hidden]
     linear_in         x[B_batch, S, K_hidden] · W[N_inner_hidden, K_k_in]  ->  y[B_inner_batch, S, N_inner_hidden]
@@ -9,7 +9,6 @@ hidden dim over c. A model is written once, in these layers:
     embedding, head   E[V_inner_hidden, H_k_in]: the head is a linear_in; logits are [B_inner_batch, S, V_inner_hidden]
 """
 
-from abc import ABC, abstractmethod
 from math import prod
 from typing import ClassVar, Self
 
@@ -17,16 +16,18 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import split
+from parallel.conjugate import gather, reduce, scatter
 from parallel.layout import Layout
-from parallel.mesh import Axis, Mesh
-from parallel.tensor.layers import Embedding, LayerNorm, Linear, Matmul, Vocabulary
-from parallel.tensor.loss import sum_cross_entropy
+from parallel.mesh import ALONE, Axis, Mesh
+from parallel.tensor.layers import Embedding, LayerNorm, Linear, Vocabulary
+from parallel.tensor.loss import Head, sum_cross_entropy
+from parallel.tensor.matmul import Surround, matmul
 
 Split = tuple[Axis, ...]
 
 
-class Mode(ABC):
-    """One way to split a transformer over ranks.
+class Mode:
+    """One way to split a transformer over ranks; as it stands here, none: every rank computes the whole.
 
     On the class, for the mesh and the gradient rule: `axes` are the mode's own directions, outermost first,
     `token_axes` those that split tokens anywhere, `merged` the combinations over which some gradient is summed.
@@ -36,13 +37,22 @@ class Mode(ABC):
     token_axes: ClassVar[tuple[str, ...]] = ()
     merged: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
-    # The table: the axes that split each dim, outermost first.
+    # The axes that split each dim, outermost first.
     batch: Split = ()
     hidden: Split = ()
     inner_batch: Split = ()
     inner_hidden: Split = ()
     k_in: Split = ()
     k_out: Split = ()
+
+    # The collectives around a linear, into a block and out of it.
+    around_in: Surround = Surround()
+    around_out: Surround = Surround()
+
+    # A lookup takes the tokens split over lookup_batch, and finds partial sums over inner_hidden.
+    lookup_batch: Split = ()
+    scatter_rows: tuple[int, Axis] = (0, ALONE)
+    reduce_rows: Axis = ALONE
 
     def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
         self.mesh, self.dtype = mesh, dtype
@@ -51,22 +61,6 @@ class Mode(ABC):
     def merged_axes(cls) -> tuple[tuple[str, ...], ...]:
         """The combinations of axes that a mesh must build for this mode."""
         return (("data", "context"), *(("data", "context", *names) for names in cls.merged))
-
-    # -- the three functions
-
-    @abstractmethod
-    def matmul_in(self, x: Tensor, w: Tensor) -> Tensor:
-        """x[B_batch, S, K_hidden] · w[N_inner_hidden, K_k_in] -> y[B_inner_batch, S, N_inner_hidden]"""
-
-    @abstractmethod
-    def matmul_out(self, x: Tensor, w: Tensor) -> Tensor:
-        """x[B_inner_batch, S, K_inner_hidden] · w[N_hidden, K_k_out] -> y[B_batch, S, N_hidden]"""
-
-    @abstractmethod
-    def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
-
-    # -- what follows from them
 
     def local(self, x: Tensor, batch: Split) -> Tensor:
         """x[B, ...], whole on every rank -> x[B_batch, ...]: the samples that this rank sees of it."""
@@ -84,7 +78,8 @@ class Mode(ABC):
 
     def layout(self, shape: tuple[int, ...], *dims: Split, tied: bool = False) -> Layout:
         """A parameter's layout, with the one gradient rule: **its gradient is summed over every axis that splits tokens
-        and does not split the parameter**. `tied`: a copy on the last pipeline stage is the same parameter."""
+        and does not split the parameter**. `tied`: a copy on the last pipeline stage is the same parameter.
+        """
         own = {axis.name for axes in dims for axis in axes}
         sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in own))]
         replicas = [self.mesh.axis(name) for name in ("data", "context", *self.axes) if name not in own]
@@ -93,13 +88,15 @@ class Mode(ABC):
             replicas.append(self.mesh.ends)
         return Layout(shape, dims, tuple(sync), owner=all(axis.rank == 0 for axis in replicas))
 
+    # -- layers
+
     def linear_in(self, n: int, k: int, *, bias: bool = True, fused: int = 1) -> Linear:
         """Into a block. `fused` weights of one shape are one parameter [fused, N, K] and give fused · N features."""
-        return self._linear(self.matmul_in, (n, self.inner_hidden), (k, self.k_in), bias=bias, fused=fused)
+        return self._linear((n, self.inner_hidden), (k, self.k_in), self.around_in, bias=bias, fused=fused)
 
     def linear_out(self, n: int, k: int, *, bias: bool = True) -> Linear:
         """Out of a block."""
-        return self._linear(self.matmul_out, (n, self.hidden), (k, self.k_out), bias=bias)
+        return self._linear((n, self.hidden), (k, self.k_out), self.around_out, bias=bias)
 
     def project_in(self, n: int, k: int) -> Linear:
         """From between blocks, as the embedding leaves x, to between blocks, as `trunk()` wants it. No bias."""
@@ -127,22 +124,31 @@ class Mode(ABC):
         layout = self.layout((size, hidden), self.inner_hidden, self.k_in, tied=True)
         return Vocabulary(layout, padding_idx, self._empty())
 
-    def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor) -> Tensor:
-        """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's
-        labels.
+    def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
+        table = gather(vocabulary.weight, -1, self.around_in.gather_w)
+        rows = vocabulary.rows(self.local(tokens, self.lookup_batch), table)
+        return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
 
-        The labels are split as inside a block; the sum is the same on the ranks that split the vocabulary alone.
+    def logits(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """x[B_batch, S, H_hidden] -> [B_inner_batch, S, V_inner_hidden], padding included"""
+        return matmul(x, vocabulary.weight, self.around_in)
+
+    def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor, scale: float) -> Tensor:
+        """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's
+        labels, which are split as inside a block; ranks that differ in `inner_hidden` alone get the same sum. Its
+        gradient is multiplied by `scale`.
         """
-        logits = self.matmul_in(x, vocabulary.weight)
-        return sum_cross_entropy(logits, self.local(labels, self.inner_batch), self.inner_hidden, vocabulary.layout)
+        head = Head(self.around_in, self.inner_hidden, vocabulary.layout)
+        return sum_cross_entropy(x, vocabulary.weight, self.local(labels, self.inner_batch), head, scale)
 
     def _linear(
-        self, matmul: Matmul, n: tuple[int, Split], k: tuple[int, Split], *, bias: bool = True, fused: int = 1
+        self, n: tuple[int, Split], k: tuple[int, Split], around: Surround, *, bias: bool = True, fused: int = 1
     ) -> Linear:
         (n_size, n_split), (k_size, k_split) = n, k
         count, unsplit = ((), ()) if fused == 1 else ((fused,), ((),))
         weight = self.layout((*count, n_size, k_size), *unsplit, n_split, k_split)
-        return Linear(matmul, weight, self.layout((*count, n_size), *unsplit, n_split) if bias else None, self._empty())
+        return Linear(around, weight, self.layout((*count, n_size), *unsplit, n_split) if bias else None, self._empty())
 
     def _empty(self) -> Tensor:
         """No elements; parameters are made like it."""

@@ -1,0 +1,87 @@
+"""The one matmul of every mode: a table says which collectives stand around it.
+
+    y = x · Wᵀ       x gathered along one dim, W along K, y scattered along a dim or reduced
+
+Between forward and backward a rank keeps what it was given, never what it gathered: backward gathers again (as SUMMA
+does; Xu et al. 2021, arXiv 2104.05343, section 3.1). Gathers are posted together before either is awaited, and dx
+travels while dW is computed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import (
+    Pending,
+    all_reduce,
+    reduce_scatter,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from parallel.mesh import ALONE, Axis
+
+
+@dataclass(frozen=True)
+class Surround:
+    """The collectives around x · Wᵀ. Each comes with its conjugate in backward; ALONE means none.
+
+    gather_x (dim, axis): x is split along the dim, and the sum of dx is scattered along it
+    gather_w axis: W is split along K, and the sum of dW is scattered along it
+    scatter_y (dim, axis): y is partial sums and leaves split along the dim; dy is gathered
+    copy_x axis: x is whole on every rank; dx is partial sums, to be reduced
+    reduce_y axis: y is partial sums, to be reduced; dy is whole on every rank
+    """
+
+    gather_x: tuple[int, Axis] = (0, ALONE)
+    gather_w: Axis = ALONE
+    scatter_y: tuple[int, Axis] = (0, ALONE)
+    copy_x: Axis = ALONE
+    reduce_y: Axis = ALONE
+
+    def whole_weight(self, w: Tensor) -> Pending:
+        """w[N', K_gather_w] -> [N', K]"""
+        return start_all_gather(w, -1, self.gather_w)
+
+    def product(self, x: Tensor, whole_weight: Pending) -> Tensor:
+        """x · Wᵀ with its collectives."""
+        whole_x = start_all_gather(x, *self.gather_x)
+        y = whole_x.wait() @ whole_weight.wait().T
+        return all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
+
+    def gradients(self, dy: Tensor, x: Tensor, whole_weight: Pending) -> tuple[Pending, Tensor]:
+        """(dx, still travelling; dW, summed over this rank's tokens but not yet scattered)"""
+        whole_dy, whole_x = start_all_gather(dy, *self.scatter_y), start_all_gather(x, *self.gather_x)
+        dy = whole_dy.wait()
+        dx = dy @ whole_weight.wait()
+        if self.copy_x is not ALONE:
+            travelling = start_all_reduce(dx, self.copy_x)
+        else:
+            travelling = start_reduce_scatter(dx, *self.gather_x)
+        return travelling, dy.flatten(0, -2).T @ whole_x.wait().flatten(0, -2)
+
+    def own_gradient(self, dw: Tensor) -> Tensor:
+        """dW[N', K], partial sums -> [N', K_gather_w]"""
+        return reduce_scatter(dw, -1, self.gather_w)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, around: Surround) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.around = around
+        return around.product(x, around.whole_weight(w))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, w = ctx.saved_tensors
+        dx, dw = ctx.around.gradients(dy, x, ctx.around.whole_weight(w))
+        return dx.wait(), ctx.around.own_gradient(dw), None
+
+
+def matmul(x: Tensor, w: Tensor, around: Surround) -> Tensor:
+    """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`: how K and N are split is the mode's say."""
+    y: Tensor = _Matmul.apply(x, w, around)  # type: ignore[no-untyped-call]
+    return y
