@@ -103,12 +103,13 @@ def _check(arguments: argparse.Namespace, place: "Place") -> int:
     from parallel.report import Screen
 
     world_size = arguments.world or arguments.nprocs or place.world_size
-    if world_size == 1 and arguments.world is None:
+    if world_size == 1 and not (arguments.world or arguments.nprocs):
         world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
     config = preflight.read_config(arguments.config, arguments.set, world_size)
     preflight.read_inputs(config)
+    _, notes = preflight.find_start(config, arguments.resume)
     plan, screen = preview(config, world_size), Screen(config, quiet=place.rank != 0)
-    screen.plan(plan, preflight.override_notes(arguments.set))
+    screen.plan(plan, [*preflight.override_notes(arguments.set), *notes])
     screen.timeline(plan)
     return 0
 

@@ -41,16 +41,15 @@ def run(job: Job) -> None:
     context = make_context(job.config, job.place)
     is_first, world = job.place.rank == 0, context.mesh.world
     screen = Screen(job.config, quiet=not is_first)
-    aside = job.folder.make(job.config) if is_first else None
+    notes = list(job.notes)
+    if is_first and (aside := job.folder.make(job.config)):
+        notes.append(f"the earlier run is now {aside}")
     barrier(world)
     handler = job.folder.start_log(job.place.rank)
     try:
         _log_place(context)
-        screen.start(
-            preview(job.config, job.place.world_size), [*job.notes, *([f"{aside}: an earlier run"] if aside else [])]
-        )
-        engine = make_engine(context, job)
-        _train(engine, job, screen)
+        screen.start(preview(job.config, job.place.world_size), notes)
+        _train(make_engine(context, job), job, screen)
         barrier(world)
         log.info("done")
     except BaseException as error:
@@ -77,7 +76,7 @@ def fit(engine: Engine, loader: Loader, listeners: Listeners, *, validates: bool
     """Train from where the engine is to `train.steps`. Every rank does the same, in the same order.
 
     `validates`: whether there are validation samples. Their loss is taken every `eval_every` steps, and after the last.
-    A step's seconds are those of its data, its forwards, backwards and update; evaluation and checkpoints are left out.
+    A step's seconds are those of its data, forwards, backwards and update; evaluation and checkpoints are left out.
     """
     steps, output = engine.config.train.steps, engine.config.output
     meter = Meter(engine.config, engine.mesh.world.size, engine.mesh.device)
@@ -134,7 +133,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
         pieces = state_pieces(engine, owned=True)
         checkpoint.save(target, pieces, metadata=metadata(engine.config, step), axis=world, keep=keep)
         log.info("saved %s", target)
-        screen.note(f"saved {target}")
+        screen.say(f"saved {target}")
 
     try:
         fit(engine, make_loader(engine, job), Listeners(hear, save), validates=job.corpus.num_validation > 0)
@@ -142,7 +141,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
         if metrics is not None:
             metrics.close()
             if not draw_loss(folder.metrics, folder.plot):
-                screen.note("no loss.png: it takes matplotlib (pip install matplotlib)")
+                screen.say("no loss.png: it takes matplotlib (pip install matplotlib)")
     if engine.config.output.export:
         _export(engine, job)
     screen.finish(folder)

@@ -52,16 +52,22 @@ def inspect(config: Config, place: Place, *, resume: str | None = None, overridd
     """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises a user's error."""
     corpus = read_inputs(config)
     choose_device(config.train.device, place)
+    start, notes = find_start(config, resume)
     run = Path(config.output.dir)
-    start = None if resume is None else checkpoint.find(resume, run)
-    if start is not None:
-        check_same_model(start, shape_of(config))
-    notes = override_notes(overridden)
-    if resume is not None:
-        notes.append(f"resuming from {start}" if start else f"nothing to resume in {run}: starting from the beginning")
     folder = RunFolder(run, resumed=start is not None and start.resolve().is_relative_to(run.resolve()))
     folder.check()
-    return Job(config, place, corpus, _tokenizer(config), folder, start, tuple(notes))
+    return Job(config, place, corpus, _tokenizer(config), folder, start, (*override_notes(overridden), *notes))
+
+
+def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is to be said of it. Raises CheckpointError."""
+    if resume is None:
+        return None, []
+    start = checkpoint.find(resume, Path(config.output.dir))
+    if start is None:
+        return None, [f"nothing to resume in {config.output.dir}: starting from the beginning"]
+    check_same_model(start, shape_of(config))
+    return start, [f"resuming from {start}"]
 
 
 def override_notes(overridden: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run shows on the screen, on rank 0 alone: its layout, its progress, its end."""
 
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -26,9 +27,8 @@ class Screen:
 
     def __init__(self, config: Config, *, quiet: bool) -> None:
         self.config = config
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=False)
-        if not self.console.is_terminal:
-            self.console = Console(quiet=quiet, highlight=False, width=PLAIN_WIDTH)
+        self._has_bar = sys.stdout.isatty() and not quiet
+        self.console = Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         self._bar: Progress | None = None
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last: Line | None = None
@@ -40,23 +40,23 @@ class Screen:
     def plan(self, preview: Preview, notes: Iterable[str]) -> None:
         """What was overridden, and the layout: the ranks, the layers of each stage, the bytes of each rank."""
         for note in notes:
-            self.note(note)
+            self.say(note)
         config, topology = preview.config, preview.topology
         source = config.model.path or config.model.name
         train, replicas = config.train, topology.shape["data"]
-        self._say(f"{source}: {preview.parameters:,} parameters in {train.precision}")
-        self._say(
+        self.say(f"{source}: {preview.parameters:,} parameters in {train.precision}")
+        self.say(
             f"batch: {train.global_batch_size} × {config.data.sequence_length} tokens ="
             f" {plural(replicas, 'replica')} × {plural(preview.num_microbatches, 'microbatch', 'microbatches')}"
             f" × {plural(train.micro_batch_size, 'sample')}"
         )
         sizes = " × ".join(f"{axis} {size}" for axis, size in topology.shape.items() if size > 1)
-        self._say(plural(topology.world_size, "rank") + (f" = {sizes}" if sizes else ""))
+        self.say(plural(topology.world_size, "rank") + (f" = {sizes}" if sizes else ""))
         self.console.print(_ranks(preview, self.console.width))
         inner = {axis: size for axis, size in topology.shape.items() if axis not in ("pipe", "data")}
         if caption := cell_caption(inner):
-            self._say(caption)
-        self._say("on each rank, without activations")
+            self.say(caption)
+        self.say("on each rank, without activations")
         self.console.print(_stages(preview))
 
     def timeline(self, preview: Preview) -> None:
@@ -66,18 +66,16 @@ class Screen:
         picture = draw(preview.timeline()).splitlines()
         fits = max(map(len, picture)) <= self.console.width
         schedule = preview.config.parallel.pipeline.schedule
-        self._say(f"one step, {schedule}, by FLOPs (F forward, B backward, microbatches from 0):")
+        self.say(f"one step, {schedule}, by FLOPs (F forward, B backward, microbatches from 0):")
         for line in picture if fits else picture[-1:]:
-            self._say(line)
+            self.say(line)
 
     def start(self, preview: Preview, notes: Iterable[str]) -> None:
         """The plan; from here on there is a bar, where there is a terminal."""
         self.plan(preview, notes)
         self._began = time.monotonic()
-        if self.console.is_terminal and not self.console.quiet:
-            columns = (
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}"),
-            )  # fmt: skip
+        if self._has_bar:
+            columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}")
             self._bar = Progress(*columns, console=self.console, expand=True)
             self._bar.add_task("", total=self.config.train.steps)
             self._bar.start()
@@ -98,20 +96,17 @@ class Screen:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         elif step % self.config.output.log_every == 0 or step == steps:
-            self._say(f"step {step:>{len(str(steps))}}/{steps}  lr {line['lr']:.2e}  {text}")
+            self.say(f"step {step:>{len(str(steps))}}/{steps}  lr {line['lr']:.2e}  {text}")
         if "validation_loss" in line:
             self._validation = line["validation_loss"]
-            self._say(f"step {step:>{len(str(steps))}}/{steps}  validation loss {self._validation:.4f}")
-
-    def note(self, text: str) -> None:
-        self._say(text)
+            self.say(f"step {step:>{len(str(steps))}}/{steps}  validation loss {self._validation:.4f}")
 
     # -- after --------------------------------------------------------------------------------------------------------
 
     def finish(self, folder: RunFolder) -> None:
         """The end of it all, and where to find what."""
         self.close()
-        self._say("done")
+        self.say("done")
         table = Table(show_header=False, box=None, padding=(0, 2))
         if self._last is None:
             table.add_row("steps", f"none to take: {self.config.train.steps} were taken before")
@@ -132,7 +127,8 @@ class Screen:
             self._bar.stop()
             self._bar = None
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line as it is, above the bar where there is one."""
         self.console.print(Text(text), soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.data import Batch
 from parallel import loop, metrics, plot, preflight
 from parallel.context import Place, make_context
 from parallel.engine import Engine, StepResult
@@ -35,8 +37,10 @@ TINY = (
 TIMES = ("step_seconds", "tokens_per_second", "tflops", "peak_host_bytes")
 
 
-def start(folder: Path, *assignments: str, resume: str | None = None, place: Place | None = None) -> preflight.Job:
-    place = place or Place()
+ALONE = Place(local_world_size=os.cpu_count() or 1)  # one thread: the tests share the cores with others
+
+
+def start(folder: Path, *assignments: str, resume: str | None = None, place: Place = ALONE) -> preflight.Job:
     config = preflight.read_config(None, [*TINY, f"output.dir={folder}", *assignments], place.world_size)
     return preflight.inspect(config, place, resume=resume)
 
@@ -153,7 +157,7 @@ def test_a_run_resumes_in_another_layout(tmp_path: Path) -> None:
 
 
 def resume_in_two(rank: int, world_size: int, folder: Path, layout: str, checkpoint: str) -> None:
-    loop.run(start(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, world_size)))
+    loop.run(start(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, ALONE.local_world_size)))
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(tmp_path: Path) -> None:
@@ -253,11 +257,20 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, make: C
         raise
 
 
-def test_a_context_and_an_engine_need_no_launcher(tmp_path: Path) -> None:
+def test_an_engine_fits_without_a_launcher_taking_each_step_its_own_batch(tmp_path: Path) -> None:
     job = start(tmp_path / "run")
     engine = loop.make_engine(make_context(job.config, job.place), job)
+    loader = loop.make_loader(engine, job)
+    taken: list[int] = []
     heard: list[Line] = []
-    listeners = loop.Listeners(heard.append, lambda step: None)
-    loop.fit(engine, loop.make_loader(engine, job), listeners, validates=False)
+    training = loader.training
+
+    def watched(step: int) -> Batch:
+        taken.append(step)
+        return training(step)
+
+    loader.training = watched  # type: ignore[method-assign]
+    loop.fit(engine, loader, loop.Listeners(heard.append, lambda step: None), validates=False)
+    assert taken == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in heard] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,289 @@
+"""Bugs that distributed training is prone to, each with the test that must notice it, named beforehand."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, where it stands exactly once, `before` becomes `after`; then `test` must fail."""
+
+    name: str
+    breaks: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+RULES = "tests/test_gradient_rules.py"
+TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
+GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
+SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
+REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
+LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch"
+SEED = f"{RULES}::test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once[1d2]"
+
+
+def trains(layout: str) -> str:
+    """Two steps equal Hugging Face's in this layout, from the same weights."""
+    return f"{RULES}::test_unequal_microbatches_train_as_one_batch_of_hugging_face[{layout}]"
+
+
+def drops(part: str) -> str:
+    return f"{RULES}::test_no_two_samples_and_no_two_places_in_one_share_a_dropout_mask[{part}]"
+
+
+LINE, GRID, CUBE = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "cube"))
+MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
+RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
+OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
+
+# fmt: off
+DROPPED_REDUCTIONS = (
+    Mutant("1d-output-not-reduced", "linear_out leaves each rank its partial sum",
+           LINE, "return reduce(x @ w.T, self.t)", "return x @ w.T", trains("1d2")),
+    Mutant("1d-input-gradient-not-reduced", "linear_in's dx stays a partial sum",
+           LINE, "return copy(x, self.t) @ w.T", "return x @ w.T", trains("1d2")),
+    Mutant("1d-lookup-not-reduced", "a token has an embedding only where its row lies",
+           LINE,
+           "return reduce(vocabulary.rows(tokens, vocabulary.weight), self.t)",
+           "return vocabulary.rows(tokens, vocabulary.weight)",
+           trains("1d2")),
+    Mutant("grid-lookup-not-summed", "each column keeps its slice of its own rows alone",
+           GRID,
+           "return scatter(vocabulary.rows(self.local(tokens, self.batch), table), -1, self.col)",
+           "return vocabulary.rows(self.local(tokens, self.batch), table).chunk(self.col.size, -1)[self.col.rank]",
+           trains("2d1x2")),
+    Mutant("cube-product-not-summed", "the matmul's partial sums over o are sliced, not added",
+           CUBE,
+           "return scatter(gather(x, 0, i) @ gather(w, -1, self.w).T, 0, o)",
+           "return (gather(x, 0, i) @ gather(w, -1, self.w).T).chunk(o.size)[o.rank]",
+           trains("3d2x2x2")),
+    Mutant("cube-lookup-not-summed", "each rank keeps the rows found in its own slice of the vocabulary",
+           CUBE,
+           "return scatter(vocabulary.rows(self.local(tokens, (self.w,)), table), 0, self.i)",
+           "return vocabulary.rows(self.local(tokens, (self.w,)), table).chunk(self.i.size)[self.i.rank]",
+           trains("3d2x2x2")),
+    Mutant("layer-norm-mean-not-reduced", "the mean is of this rank's part of the hidden dim",
+           LAYERS, "total = copy(reduce(total, axis), axis)", "total = copy(total, axis)", trains("2d1x2")),
+    Mutant("layer-norm-mean-gradient-not-reduced", "the mean's gradient misses what other ranks did with it",
+           LAYERS, "total = copy(reduce(total, axis), axis)", "total = reduce(total, axis)", trains("2d1x2")),
+    Mutant("loss-denominator-not-reduced", "softmax over this rank's part of the vocabulary",
+           CROSS_ENTROPY,
+           "total, target = reduce(total, axis), reduce(target, axis)",
+           "target = reduce(target, axis)",
+           trains("1d2")),
+    Mutant("loss-target-not-reduced", "the label's logit counts only where it lies",
+           CROSS_ENTROPY,
+           "total, target = reduce(total, axis), reduce(target, axis)",
+           "total = reduce(total, axis)",
+           trains("1d2")),
+    Mutant("reduce-twice", "reduce's backward sums a gradient that is whole already",
+           CONJUGATE,
+           "_reduce = _conjugate(all_reduce, _identity)",
+           "_reduce = _conjugate(all_reduce, all_reduce)",
+           trains("1d2")),
+    Mutant("gather-backward-not-summed", "a gathered tensor's gradient is sliced, not added",
+           CONJUGATE,
+           "_gather = _conjugate(all_gather, reduce_scatter)",
+           "_gather = _conjugate(all_gather, lambda grad, dim, axis: grad.chunk(axis.size, dim)[axis.rank])",
+           trains("2d2x1")),
+)
+
+GRADIENT_RULE = (
+    Mutant("data-not-summed", "each replica keeps its own gradient",
+           MODE,
+           'for name in ("data", "context", *self.token_axes) if name not in own))]',
+           'for name in ("context", *self.token_axes) if name not in own))]',
+           trains("dp2")),
+    Mutant("depth-not-summed", "each depth of 2.5d keeps its own gradient",
+           GRID,
+           'token_axes = ("depth", "row")\n    merged = (("depth",), ("depth", "row"))',
+           'token_axes = ("row",)\n    merged = (("row",),)',
+           trains("2.5d-depth2")),
+    Mutant("row-not-summed", "LayerNorms, biases and positions see one row's tokens",
+           GRID, 'token_axes = ("depth", "row")', 'token_axes = ("depth",)', trains("2d2x1")),
+    Mutant("layer-norm-gradient-not-summed", "LayerNorm's own gradient stays local",
+           MODE,
+           "layout = self.layout((hidden,), self.hidden) if affine else None",
+           "layout = Layout((hidden,), (self.hidden,), (), self.layout((hidden,), self.hidden).owner)",
+           trains("2.5d-depth2")),
+    Mutant("tied-gradient-not-summed", "the embedding's two ends drift apart",
+           MODE, "            sync.append(self.mesh.ends)\n", "", trains("pp2")),
+    Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
+           OPTIM, "grad, info.parameter.grad = info.parameter.grad, None", "grad = info.parameter.grad",
+           trains("single")),
+    Mutant("gradient-of-the-last-step-kept", "sums go on from step to step",
+           OPTIM, "        self.sums = [None] * len(self.infos)\n", "", trains("single")),
+)
+
+NORM_AND_CLIP = (
+    Mutant("norm-counts-replicas", "what several ranks hold counts several times",
+           NORM,
+           "zip(layouts, gradients, strict=True) if layout.owner]",
+           "zip(layouts, gradients, strict=True)]",
+           trains("1d2")),
+    Mutant("norm-counts-the-tied-embedding-twice", "both ends of the pipe own it",
+           MODE, "            replicas.append(self.mesh.ends)\n", "", trains("pp2")),
+    Mutant("norm-of-this-rank", "each rank clips by the norm of what it holds",
+           NORM, "return all_reduce(total, world).sqrt()", "return total.sqrt()", trains("1d2")),
+    Mutant("clip-without-epsilon", "torch's coefficient has 1e-6 in its denominator",
+           NORM, "(clip / (norm + 1e-6))", "(clip / norm)", trains("single")),
+    Mutant("clip-scales-up", "a small gradient is stretched to the limit",
+           NORM, ".clamp(max=1.0) if clip", " if clip", f"{RULES}::test_clipping_equals_torch[50.0]"),
+)
+
+MEANS = (
+    Mutant("no-mean", "the gradient is that of the sum",
+           ENGINE, "scale=1.0 / max(1, tokens)", "scale=1.0", trains("single")),
+    Mutant("count-of-this-replica", "the mean is over one replica's labels",
+           ENGINE, "return int(all_reduce(count, self.data).item())", "return int(count.item())", trains("dp2")),
+    Mutant("mean-of-replica-means", "each replica divides by its own count, then they average",
+           ENGINE,
+           "return int(all_reduce(count, self.data).item())",
+           "return int(count.item()) * self.data.size",
+           trains("dp2")),
+    Mutant("mean-of-microbatch-means", "each microbatch weighs the same, whatever its labels",
+           RUNNER,
+           "(output * self.scale).backward()",
+           "(output / (self.microbatches[m].labels != -100).sum() / len(self.microbatches)).backward()",
+           trains("single")),
+    Mutant("padding-has-labels", "a label of -100 is counted in the mean",
+           ENGINE, "(m.labels != IGNORED).sum()", "torch.tensor(m.labels.numel())", trains("single")),
+    Mutant("labels-not-shifted", "a token predicts itself",
+           ENGINE, 'shift(batch.get("labels", ids))', 'batch.get("labels", ids)', trains("single")),
+    Mutant("every-rank-speaks", "a loss that several ranks compute is added several times",
+           MODE,
+           "return all(self.mesh.axis(name).rank == 0 for name in self.axes if",
+           "return True or all(self.mesh.axis(name).rank == 0 for name in self.axes if",
+           trains("1d2")),
+)
+
+PARAMETERS = (
+    Mutant("bias-on-every-rank", "a bias joins the partial sums, and is added once a rank",
+           LAYERS,
+           "return y if self.bias is None else y + self.bias.flatten()",
+           "if self.bias is None:\n"
+           "            return y\n"
+           "        with_one = torch.cat([x, torch.ones_like(x[..., :1])], -1)\n"
+           "        return self.matmul(with_one, torch.cat([self.weight, self.bias.unsqueeze(-1)], -1).flatten(0, -2))",
+           trains("1d2")),
+    Mutant("decay-on-fused-biases", "three biases in one tensor of two dims pass for a matrix",
+           LAYOUT, "return len(self.public_shape) >= 2", "return len(self.layout.shape) >= 2", trains("single")),
+    Mutant("padding-token-learns", "the padding row gets a gradient through the lookup",
+           LAYERS, "padding_idx = self.padding_idx - first", "padding_idx = None", trains("single")),
+    Mutant("padding-token-of-every-slice", "each rank takes its own row 1 for the padding token's",
+           LAYERS, "padding_idx = self.padding_idx - first", "padding_idx = self.padding_idx", trains("1d2")),
+    Mutant("first-row-off-by-one", "a later slice of the vocabulary begins a row too soon",
+           LAYOUT,
+           "return index_along(self.dims[0]) * self.local_shape[0]",
+           "return index_along(self.dims[0]) * (self.local_shape[0] - 1)",
+           trains("1d2")),
+    Mutant("padding-rows-in-the-softmax", "the vocabulary's padding takes part in the loss",
+           CROSS_ENTROPY, ">= stop - start, -torch.inf)", "> stop - start, -torch.inf)", trains("1d2")),
+    Mutant("label-past-the-slice", "the row after this rank's last passes for its own",
+           CROSS_ENTROPY,
+           "mine = (index >= 0) & (index < stop - start)",
+           "mine = (index >= 0) & (index <= stop - start)",
+           LOSS),
+    Mutant("no-maximum-in-the-loss", "the exponential of a large logit overflows",
+           CROSS_ENTROPY, "top = logits.detach().amax(-1)", "top = torch.zeros_like(logits[..., 0])", LOSS),
+    Mutant("maximum-of-this-rank", "each rank adds up exponentials to another base",
+           CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
+    Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole",
+           BUILD,
+           "draw_normal(piece.shape, piece.box, shape.init_std",
+           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), shape.init_std",
+           SEED),
+    Mutant("padding-row-drawn", "the padding token starts with an embedding",
+           BUILD, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
+    Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
+           MODE, "owner=all(axis.rank == 0 for axis in replicas))", "owner=True)", SEED),
+)
+
+PLACES = (
+    Mutant("rows-and-columns-swapped", "the grid's weights are split along K over the columns",
+           GRID, "self.k_in = self.k_out = (self.row,)", "self.k_in = self.k_out = (self.col,)", trains("2d2x2")),
+    Mutant("inner-axis-first", "a dim split over two axes is numbered the wrong way round",
+           LAYOUT,
+           "    for axis in axes:\n        index = index",
+           "    for axis in reversed(axes):\n        index = index",
+           trains("3d2x2x2")),
+    Mutant("ranks-column-major", "the outermost axis varies fastest",
+           "parallel/topology.py", "math.prod(sizes[place + 1 :])", "math.prod(sizes[:place])", TOPOLOGY),
+    Mutant("merged-axes-in-the-wrong-order", "the ranks of a merged axis are numbered the wrong way round",
+           "parallel/topology.py",
+           "for axis in self.shape if axis in axes]",
+           "for axis in reversed(list(self.shape)) if axis in axes]",
+           GROUPS),
+    Mutant("replicas-take-the-same-samples", "every replica reads the first one's rows",
+           "models/data.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
+    Mutant("queries-are-keys", "Hugging Face's q and k are read into each other's place",
+           HF, '("q_proj", "k_proj", "v_proj"))', '("k_proj", "q_proj", "v_proj"))', trains("single")),
+)
+
+MODEL = (
+    Mutant("positions-from-zero", "OPT's positions start at 2",
+           OPT, "* mask - 1 + POSITION_OFFSET", "* mask", trains("single")),
+    Mutant("a-token-sees-the-future", "attention without the causal mask",
+           OPT,
+           "return _causal(tokens.shape[-1], tokens.device) & tokens[:, None, None, :]",
+           "return tokens[:, None, None, :].expand(-1, -1, tokens.shape[-1], -1)",
+           trains("single")),
+    Mutant("padding-is-attended-to", "the attention mask is ignored",
+           OPT,
+           "return _causal(tokens.shape[-1], tokens.device) & tokens[:, None, None, :]",
+           "return _causal(tokens.shape[-1], tokens.device)",
+           trains("single")),
+    Mutant("dropout-the-same-for-every-sample", "a mask that knows the position alone",
+           OPT,
+           "rows = samples.unsqueeze(1) * sequence + torch.arange",
+           "rows = samples.unsqueeze(1) * 0 + torch.arange",
+           drops("Block")),
+    Mutant("attention-dropout-the-same-for-every-sample", "a mask that knows head and position alone",
+           OPT, "rows = (samples.unsqueeze(1) * count + heads)", "rows = (samples.unsqueeze(1) * 0 + heads)",
+           drops("Attention")),
+    Mutant("dropout-the-same-on-every-replica", "replicas number their samples alike",
+           ENGINE,
+           "first = (self.step * self.data.size + self.data.rank) * len(ids)",
+           "first = self.step * self.data.size * len(ids)",
+           f"{RULES}::test_replicas_drop_what_one_rank_would_drop"),
+    Mutant("dropout-the-same-in-every-step", "samples are numbered anew in each step",
+           ENGINE,
+           "first = (self.step * self.data.size + self.data.rank) * len(ids)",
+           "first = self.data.rank * len(ids)",
+           f"{RULES}::test_a_batch_repeated_in_the_next_step_meets_other_dropout_masks"),
+)
+
+ORDER = (
+    Mutant("rate-of-the-next-step", "the schedule is a step ahead",
+           ENGINE,
+           "self.config.optimizer.lr, self.step, self.config",
+           "self.config.optimizer.lr, self.step + 1, self.config",
+           trains("single")),
+    Mutant("gpipe-backwards-first", "a backward before its forward",
+           "parallel/pipeline/schedule.py",
+           "[forwards + backwards] * num_stages",
+           "[backwards + forwards] * num_stages",
+           SCHEDULE),
+    Mutant("received-before-it-is-computed", "a stage sends an activation that it has yet to make",
+           "parallel/pipeline/schedule.py",
+           "                actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
+           "            actions.append(compute)\n",
+           "                actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
+           "            actions.insert(max(0, len(actions) - 2), compute)\n",
+           SCHEDULE),
+    Mutant("oldest-activation-sent-again", "the next stage gets another microbatch's activations",
+           RUNNER,
+           "return self.outputs[action.microbatch].detach()",
+           "return self.outputs[min(self.outputs)].detach()",
+           trains("pp2-gpipe")),
+    Mutant("gradient-to-another-microbatch", "backward of one microbatch from the gradient of another",
+           RUNNER, "output.backward(self.grads.pop(m))", "output.backward(next(iter(self.grads.values())))",
+           trains("pp2-gpipe")),
+)
+
+# fmt: on
+
+MUTANTS = (*DROPPED_REDUCTIONS, *GRADIENT_RULE, *NORM_AND_CLIP, *MEANS, *PARAMETERS, *PLACES, *MODEL, *ORDER)

@@ -1,0 +1,180 @@
+"""Do the tests notice? A bug at a time is planted in a copy of the tree, and the test that the table names must go red.
+
+    python -m tests.mutants [--list] [--only NAME ...]
+
+Red means that a comparison failed, or that a plan or a config was refused; not that the code breaks down or hangs.
+
+Most of what a single test takes is importing torch and transformers. So this process imports them once, and each run of
+pytest is a fork of it.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+from tests.mutant_table import MUTANTS, Mutant
+
+ROOT = Path(__file__).parent.parent
+JOBS = min(8, os.cpu_count() or 1)
+IMPORTED_ONCE = ("pytest", "torch._dynamo", "transformers.models.opt.modeling_opt")
+
+# What a failed comparison with a message, or a refusal by name, looks like in a traceback.
+NAMED = re.compile(r"(\w+\.)*(AssertionError|PlanError|ConfigError): .+")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant. `red`: its test noticed; `reason` is what the test said, or why that does not count."""
+
+    mutant: Mutant
+    red: bool
+    reason: str
+    seconds: float
+
+
+class Tree:
+    """A copy of the source tree, in which at most one mutant is planted and one pytest runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.report, self.output = folder / "tree", folder / "report.xml", folder / "output"
+        listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in filter(None, names.split("\0")):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, self.folder / name)
+
+    def plant(self, mutant: Mutant) -> None:
+        file = self.folder / mutant.file
+        self.healthy = file.read_text()
+        assert self.healthy.count(mutant.before) == 1, f"{mutant.file} changed since the start: {mutant.before}"
+        file.write_text(self.healthy.replace(mutant.before, mutant.after))
+
+    def heal(self, mutant: Mutant) -> None:
+        (self.folder / mutant.file).write_text(self.healthy)
+
+    def start(self, tests: Iterable[str]) -> ForkProcess:
+        self.report.unlink(missing_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=_pytest, args=(self, list(tests)))
+        process.start()
+        return process
+
+    def failures(self, exit_code: int | None) -> list[str]:
+        """The reports of the tests that failed in a run that has ended; where pytest itself failed, what it said."""
+        if exit_code == 0:
+            return []
+        found = ET.parse(self.report).iter("failure") if exit_code == 1 and self.report.exists() else ()
+        return [failure.text or "" for failure in found] or [
+            f"exit code {exit_code}: {self.output.read_text()[-2000:]}"
+        ]
+
+
+def _pytest(tree: Tree, tests: list[str]) -> None:
+    """The life of a fork: forget the tree it came from, and run pytest in its own."""
+    import pytest
+
+    with tree.output.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(tree.folder)
+    sys.path[:] = [str(tree.folder), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "parallel", "models")]:
+        del sys.modules[name]
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", f"--junit-xml={tree.report}", *tests]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description="Break the code, see the tests go red."
+    )
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="these mutants alone")
+    parser.add_argument("--list", action="store_true", help="name the mutants, and run nothing")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.only or ()) - {mutant.name for mutant in MUTANTS}:
+        parser.error(f"no mutant is named {', '.join(sorted(unknown))}; --list names them all")
+    chosen = [mutant for mutant in MUTANTS if not options.only or mutant.name in options.only]
+    if options.list:
+        for mutant in chosen:
+            print(f"{mutant.name:44} {mutant.breaks}\n{'':44} {mutant.test}")
+        return 0
+    stale = [mutant for mutant in chosen if (ROOT / mutant.file).read_text().count(mutant.before) != 1]
+    for mutant in stale:
+        print(f"{mutant.name}: the table is stale, {mutant.file} does not have exactly once:\n{mutant.before}")
+    return 1 if stale else _check(chosen)
+
+
+def _check(mutants: Sequence[Mutant]) -> int:
+    """Every named test must pass as the code is, and fail once its mutant is planted. The exit code: 1 if not."""
+    started = time.monotonic()
+    # A fork takes these along. A stale .pyc, of the same size and second, would hide a mutant.
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    for name in IMPORTED_ONCE:
+        import_module(name)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants_")) for _ in range(JOBS)]
+        trees = [Tree(Path(folder)) for folder in folders]
+        healthy = trees[0].start(dict.fromkeys(mutant.test for mutant in mutants))
+        healthy.join()
+        if failures := trees[0].failures(healthy.exitcode):
+            print("Red without any mutant:", *failures, sep="\n")
+            return 1
+        print(
+            f"{len(mutants)} mutants. Without them their tests pass, in {time.monotonic() - started:.0f} s.", flush=True
+        )
+        survivors = []
+        for verdict in _verdicts(mutants, trees):
+            print(f"{'red  ' if verdict.red else 'GREEN'} {verdict.seconds:5.1f} s  {verdict.mutant.name}")
+            print(f"{'':15}{verdict.mutant.test}\n{'':15}{verdict.reason}", flush=True)
+            survivors += [] if verdict.red else [verdict.mutant.name]
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} noticed, in {time.monotonic() - started:.0f} s.")
+    if survivors:
+        print("Survived:", *survivors, sep="\n  ")
+    return 1 if survivors else 0
+
+
+def _verdicts(mutants: Sequence[Mutant], trees: Sequence[Tree]) -> Iterator[Verdict]:
+    """As they come in, from a run in every tree at a time."""
+    upcoming, free = list(reversed(mutants)), list(trees)
+    running: dict[int, tuple[ForkProcess, Mutant, Tree, float]] = {}  # by the sentinel of the process
+    while upcoming or running:
+        while upcoming and free:
+            mutant, tree = upcoming.pop(), free.pop()
+            tree.plant(mutant)
+            process = tree.start([mutant.test])
+            running[process.sentinel] = process, mutant, tree, time.monotonic()
+        for ended in wait(list(running)):
+            assert isinstance(ended, int)
+            process, mutant, tree, started = running.pop(ended)
+            process.join()
+            yield _judge(mutant, tree.failures(process.exitcode), time.monotonic() - started)
+            tree.heal(mutant)
+            free.append(tree)
+
+
+def _judge(mutant: Mutant, failures: Sequence[str], seconds: float) -> Verdict:
+    if not failures:
+        return Verdict(mutant, False, "the test passes: the mutant survived", seconds)
+    told = [line[1:].strip() for line in failures[0].splitlines() if line.startswith("E ")]
+    compared = told[:1] if told and told[0].startswith("assert ") else [line for line in told if NAMED.match(line)]
+    if compared:
+        return Verdict(mutant, True, compared[-1], seconds)
+    return Verdict(mutant, False, f"but no comparison failed: {failures[0]}", seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Each rule of gradients by itself, in the fewest ranks that can break it: what `tests.mutants` turns red one by one.
+
+The microbatches have different numbers of labels, and so have the replicas: a mean of their means would differ.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import build
+from models.opt import Attention, Block
+from models.shapes import OPTShape, resolve
+from parallel.config import parse
+from parallel.context import Place, make_context
+from parallel.grad_norm import clip_coefficient, global_norm
+from parallel.layout import Layout, slices
+from parallel.mesh import Mesh
+from parallel.pipeline.stage import Microbatch
+from parallel.tensor import MODES
+from parallel.tensor.loss import IGNORED, sum_cross_entropy
+from parallel.topology import Topology
+from tests.harness import run
+from tests.parity import (
+    SHAPE,
+    Batch,
+    Raw,
+    Trace,
+    batches_of,
+    compare,
+    config_of,
+    engine_of,
+    reference,
+    save_model,
+    train,
+)
+
+BOUND = 1e-9  # relative, in fp64; seen: 1e-13
+MODEL: Raw = SHAPE | dict(num_hidden_layers=2)
+LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
+    "single": (1, {}),
+    "dp2": (2, {}),
+    "pp2": (2, dict(pipeline=2)),
+    "pp2-gpipe": (2, dict(pipeline=dict(size=2, schedule="gpipe"))),
+    "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "2d1x2": (2, dict(tensor=dict(mode="2d", size=2, rows=1))),
+    "2d2x1": (2, dict(tensor=dict(mode="2d", size=2, rows=2))),
+    "2d2x2": (4, dict(tensor=dict(mode="2d", size=4))),
+    "2.5d-depth2": (2, dict(tensor=dict(mode="2.5d", size=2, depth=2))),
+    "3d2x2x2": (8, dict(tensor=dict(mode="3d", size=8))),
+}
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "two_layers", **MODEL)
+
+
+def unequal_batches() -> list[Batch]:
+    """Samples 0 and 1 of 12 are padded at the end, 5 at the start, and 8 has one label: no two parts have as many."""
+    batches = batches_of(2)
+    for batch in batches:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[:2, 3:] = 0
+        mask[5, :2] = 0
+        batch["attention_mask"] = mask
+        batch["labels"] = batch["input_ids"].masked_fill(mask == 0, IGNORED)
+        batch["labels"][8, 2:] = IGNORED
+    return batches
+
+
+@cache
+def wanted(path: Path) -> Trace:
+    return reference(path, config_of({}, steps=2), unequal_batches())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unequal_microbatches_train_as_one_batch_of_hugging_face(opt: Path, layout: str) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    micro = dict(micro_batch_size=2 if layout.startswith("dp2") else 4)
+    raw = config_of(parallel, steps=2, model=dict(path=str(opt)), train=micro)
+    trace = run(train, world_size, raw, unequal_batches())[0]
+    assert trace is not None
+    compare(trace, wanted(opt), BOUND, wide=True)
+
+
+def test_the_parts_of_these_batches_have_different_numbers_of_labels() -> None:
+    for batch in unequal_batches():
+        counted = (batch["labels"][:, 1:] != IGNORED).sum(1)
+        assert len({int(part.sum()) for part in counted.split(4)}) == 3
+        assert len({int(part.sum()) for part in counted.split(6)}) == 2
+
+
+@pytest.mark.parametrize("limit", [0.5, 5.0, 50.0])
+def test_clipping_equals_torch(limit: float) -> None:
+    """The norm is 5: one limit is below it, one is met, one leaves the gradient alone."""
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    parameter.grad = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    ours = parameter.grad.clone()
+    norm = global_norm([Layout((2,), ((),))], [ours], Mesh(Topology(dict(pipe=1)), 0).world)
+    coefficient = clip_coefficient(norm, limit)
+    assert coefficient is not None
+    assert norm == torch.nn.utils.clip_grad_norm_([parameter], limit)
+    torch.testing.assert_close(ours * coefficient, parameter.grad, rtol=1e-15, atol=0.0)
+
+
+# -- where parameters begin --------------------------------------------------------------------------------------------
+
+
+def drawn(world_size: int, parallel: Raw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model that the ranks of a layout draw together, and how many of them own each element."""
+    config = parse(config_of(parallel, model=MODEL), world_size=world_size, resolve=resolve)
+    weights: dict[str, Tensor] = {}
+    owners: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        for info in build(make_context(config, Place(rank, world_size), connect=False)).infos:
+            for piece in info.pieces():
+                weights.setdefault(piece.name, torch.full(piece.shape, torch.nan).double())
+                owners.setdefault(piece.name, torch.zeros(piece.shape))
+                if info.layout.owner:
+                    weights[piece.name][slices(piece.box)] = piece.data
+                    owners[piece.name][slices(piece.box)] += 1
+    return weights, owners
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once(layout: str) -> None:
+    weights, owners = drawn(*LAYOUTS[layout])
+    assert all(bool((count == 1).all()) for count in owners.values())
+    alone, _ = drawn(1, {})
+    assert weights.keys() == alone.keys()
+    for name, weight in alone.items():
+        assert torch.equal(weights[name], weight), name
+    rows = alone["model.decoder.embed_tokens.weight"]
+    assert [row for row in range(len(rows)) if not rows[row].any()] == [1], "the padding token's embedding is zero"
+
+
+# -- the vocabulary-parallel loss --------------------------------------------------------------------------------------
+
+
+def large_logits() -> tuple[Tensor, Tensor]:
+    """fp32 logits[2, 3, 7] up to 500, whose exponentials overflow, and labels with one that is not counted."""
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 200
+    return logits.clamp(-500, 500), torch.tensor([[0, 3, 4], [6, IGNORED, 5]])
+
+
+def loss_of_a_split_vocabulary(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """The summed loss, and the gradient of this rank's logits[2, 3, 4]: the last of 8 is padding, full of garbage."""
+    axis = Mesh(Topology(dict(pipe=1, t=world_size)), rank).axis("t")
+    logits, labels = large_logits()
+    mine = F.pad(logits, (0, 1), value=1e4).tensor_split(world_size, -1)[rank].clone().requires_grad_()
+    loss = sum_cross_entropy(mine, labels, (axis,), Layout((7, 1), ((axis,), ())))
+    loss.backward()
+    assert mine.grad is not None
+    return loss.detach(), mine.grad
+
+
+def test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch() -> None:
+    logits, labels = large_logits()
+    logits.requires_grad_()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    loss.backward()
+    assert logits.grad is not None
+    ours = run(loss_of_a_split_vocabulary, 2)
+    for total, _ in ours:
+        torch.testing.assert_close(total, loss.detach())
+    gradient = torch.cat([grad for _, grad in ours], -1)
+    torch.testing.assert_close(gradient, F.pad(logits.grad, (0, 1)))
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+DROPPED: dict[str, Any] = dict(dropout=0.5, attention_dropout=0.5, init_std=0.3)
+
+
+def alike(samples: int) -> Microbatch:
+    """Samples that differ in nothing but their number."""
+    ids = torch.full((samples, 6), 5)
+    return Microbatch(ids, ids, torch.arange(samples))
+
+
+@pytest.mark.parametrize("part", [Block, Attention])
+def test_no_two_samples_and_no_two_places_in_one_share_a_dropout_mask(part: type[Block] | type[Attention]) -> None:
+    """The rows of equal samples, which without dropout would come out equal."""
+    rates = dict(dropout=0.5, attention_dropout=0.0) if part is Block else dict(dropout=0.0, attention_dropout=0.5)
+    shape = OPTShape(**MODEL | rates)
+    layer = part(shape, MODES[None](Mesh(Topology(dict(pipe=1, data=1, context=1)), 0), torch.float64), 3)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.normal_(generator=generator)
+    rows = layer(torch.ones(4, 6, shape.hidden_size, dtype=torch.float64), alike(4)).flatten(0, 1)
+    assert len(rows.detach().unique(dim=0)) == len(rows)
+
+
+def test_a_batch_repeated_in_the_next_step_meets_other_dropout_masks() -> None:
+    engine = engine_of(0, 1, config_of({}, steps=2, model=MODEL | DROPPED, optimizer=dict(lr=0.0)))
+    batch = batches_of(1)[0]
+    assert engine.train_step(batch).loss != engine.train_step(batch).loss
+
+
+def test_replicas_drop_what_one_rank_would_drop() -> None:
+    def trace(world_size: int, micro: int) -> Trace:
+        raw = config_of(
+            {}, steps=2, model=MODEL | DROPPED, train=dict(micro_batch_size=micro), optimizer=dict(eps=1e-3)
+        )
+        found = run(train, world_size, raw, batches_of(2))[0]
+        assert found is not None
+        return found
+
+    compare(trace(2, 2), trace(1, 12), BOUND, wide=False)
