@@ -11,6 +11,8 @@ from parallel.config import Config, PipelineConfig
 from parallel.context import Context
 from parallel.errors import ConfigError
 from parallel.layout import ParameterInfo
+from parallel.optim import master_dtype
+from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
 from parallel.pipeline.stage import Stage
 from parallel.rng import draw_normal
@@ -31,10 +33,10 @@ def build(context: Context) -> Stage:
 
 
 def outline(context: Context) -> Stage:
-    """This rank's stage with its parameters still zero; on a mesh of device 'meta' it tells sizes and holds nothing."""
+    """This rank's stage, its parameters zero, in master precision; on device 'meta' it only tells their sizes."""
     config = _resolved(context)
     shape = shape_of(config)
-    mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
+    mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype))
     specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
     own = split(specs, config.parallel.pipeline)[context.mesh.axis("pipe").rank]
     layers = {specs[i].name: specs[i].build() for i in own}
@@ -47,6 +49,7 @@ def outline(context: Context) -> Stage:
         boundary=lambda batch, sequence: trunk.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
         speaks=mode.speaks_for(mode.inner_batch),
+        limits=Limits(shape.vocab_size, shape.max_position_embeddings),
     )
 
 

@@ -20,12 +20,12 @@ import torch
 from models.tokenizer import PAD, SEPARATOR, Ids, load_tokenizer
 from parallel.config import DataConfig
 from parallel.errors import DataError
+from parallel.labels import IGNORED
 
 Indexes: TypeAlias = npt.NDArray[np.int64]
 Batch: TypeAlias = dict[str, torch.Tensor]
 
 CHECKED_AT_ONCE = 1 << 22  # tokens
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Loader:
         for step in range(math.ceil(self._corpus.num_validation / self._global_batch)):
             places = self._places(step)
             input_ids = torch.full((len(places), self._corpus.sequence_length), PAD)
-            labels = torch.full_like(input_ids, IGNORED_LABEL)
+            labels = torch.full_like(input_ids, IGNORED)
             for row, place in enumerate(places.tolist()):
                 if place < self._corpus.num_validation:
                     input_ids[row] = torch.from_numpy(self._corpus.sample(self._corpus.num_training + place))

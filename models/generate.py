@@ -22,7 +22,8 @@ from models.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, load_tokenizer
 from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.errors import ColonnadeError, DataError
-from parallel.pipeline.stage import Microbatch, Stage
+from parallel.pipeline.microbatch import Microbatch
+from parallel.pipeline.stage import Stage
 
 
 def load(folder: Path) -> tuple[Stage, OPTShape]:
@@ -36,13 +37,14 @@ def load(folder: Path) -> tuple[Stage, OPTShape]:
 @torch.no_grad()
 def next_logits(stage: Stage, tokens: Tensor) -> Tensor:
     """tokens[S] -> logits[V] of the token after them"""
-    batch = Microbatch(tokens.unsqueeze(0), labels=tokens.unsqueeze(0), samples=torch.zeros(1, dtype=torch.int64))
+    ids = tokens.unsqueeze(0)
+    batch = Microbatch(ids, labels=ids, samples=torch.zeros(1, dtype=torch.int64), attention_mask=None, scale=1.0)
     *layers, head = stage.layers
     assert isinstance(head, Head)
     x: Any = None
     for layer in layers:
         x = layer(x, batch)
-    logits: Tensor = head.mode.matmul_in(head.features(x)[:, -1:], head.embed_tokens.weight)
+    logits: Tensor = head.mode.logits(head.features(x)[:, -1:], head.embed_tokens)
     return logits[0, 0]
 
 

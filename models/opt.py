@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.shapes import OPTShape
 from parallel.layout import global_range
-from parallel.pipeline.stage import Microbatch
+from parallel.pipeline.microbatch import Microbatch
 from parallel.rng import dropout, seed_of
 from parallel.tensor import Mode
 
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=wide).to(q.dtype)
+        weights = scores.softmax(-1, dtype=wide).to(q.dtype).masked_fill(~mask, 0)  # a row that sees nothing is zero
         samples = self.mode.local(batch.samples, self.mode.inner_batch)
         heads = global_range(self.mode.inner_hidden, self.heads, q.device)
         count = self.heads * prod(axis.size for axis in self.mode.inner_hidden)

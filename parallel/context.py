@@ -82,7 +82,7 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
     device, backend = choose_device(config.train.device, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:  # ranks on one host share its cores
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks on one host share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     if place.world_size > 1:
         meshes.join(backend, place.rank, place.world_size, device=device)

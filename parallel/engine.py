@@ -8,15 +8,17 @@ from torch import Tensor
 
 from parallel.collectives import all_reduce
 from parallel.context import Context
+from parallel.errors import DataError
 from parallel.grad_norm import clip_coefficient, global_norm
+from parallel.labels import IGNORED, shift
 from parallel.layout import Piece
 from parallel.lr_schedule import learning_rate
 from parallel.optim import AdamW, Gradients
+from parallel.pipeline.microbatch import Microbatch, problem_of
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
-from parallel.pipeline.stage import Microbatch, Stage
+from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
-from parallel.tensor.loss import IGNORED, shift
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StepResult:
 class Engine:
     """Trains one stage of a model in its place in the mesh.
 
-    A batch is this replica's samples, micro × k of them, whole on every rank of the replica: `input_ids` [B, S], and
+    A batch is this replica's samples, micro × k of them, the same on every rank of the replica: `input_ids` [B, S], and
     optionally `labels` (−100: not counted; shifted inside; default: the inputs), `attention_mask`, and `sample_ids`
     [B], which number the samples over the run and key dropout (default: counted by step).
     """
@@ -44,14 +46,19 @@ class Engine:
         self.mesh = context.mesh
         self.pipe, self.data = self.mesh.axis("pipe"), self.mesh.axis("data")
         self.gradients = Gradients(stage.infos)
-        self.optimizer = AdamW(stage.infos, self.config.optimizer)
+        self.optimizer = AdamW(stage.infos, self.config.optimizer, context.dtype)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
         self.step = 0  # steps taken, skipped ones too: the place in the data and in the schedule
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """Forward and backward of all microbatches, one update. Raises ValueError for a batch of another size."""
+        """Forward and backward of all microbatches, one update.
+
+        Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label.
+        """
         self.stage.train()
         microbatches, tokens = self._microbatches(batch)
+        if not tokens:
+            raise DataError("batch: no label to learn from: all of them are -100.")
         runner = Runner(self.stage, self.pipe, microbatches, after_backward=self.gradients.absorb)
         total = self._sum(runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches))))
         gradients = self.gradients.reduce()
@@ -62,11 +69,14 @@ class Engine:
         lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.step, self.config.train.steps)
         self.optimizer.step(gradients, lr)
         self.step += 1
-        return StepResult(total / max(1, tokens), norm.item(), lr, tokens)
+        return StepResult(total / tokens, norm.item(), lr, tokens)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none."""
+        """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none.
+
+        Replicas take part together: each must bring as many batches. Raises DataError as `train_step` does.
+        """
         self.stage.eval()
         total, tokens = 0.0, 0
         for batch in batches:
@@ -96,19 +106,21 @@ class Engine:
 
     def _microbatches(self, batch: Mapping[str, Tensor]) -> tuple[list[Microbatch], int]:
         """The batch on this rank's device, and the counted labels of all replicas' batches: they are known before the
-        first forward, so that sums are divided once, globally.
+        first forward, so that sums are divided once, globally. A batch that one replica refuses, all refuse.
         """
         size = self.config.train.micro_batch_size
+        problem = problem_of(batch, size, self.stage.limits)
+        labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
+        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None], device=self.mesh.device)
+        tokens, refused = all_reduce(sums, self.data).tolist()
+        if refused:
+            raise DataError(f"batch: {problem or 'that of another replica was refused'}.")
         ids = batch["input_ids"]
-        if len(ids) % size:
-            raise ValueError(f"a batch of {len(ids)} samples is not a multiple of train.micro_batch_size {size}")
         first = (self.step * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        mask = batch.get("attention_mask")
-        ids, labels, samples = (t.to(self.mesh.device) for t in (ids, shift(batch.get("labels", ids)), samples))
-        tokens = int(all_reduce((labels != IGNORED).sum(), self.data).item())
-        mask = None if mask is None else mask.to(self.mesh.device)
-        return Microbatch(ids, labels, samples, mask, 1.0 / max(1, tokens)).split(size), tokens
+        tensors = (ids, labels, samples, batch.get("attention_mask"))
+        on_device = (None if t is None else t.to(self.mesh.device, torch.int64) for t in tensors)
+        return Microbatch(*on_device, scale=1.0 / max(1, tokens)).split(size), tokens  # type: ignore[misc]
 
     def _sum(self, total: Tensor) -> float:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""

@@ -52,23 +52,21 @@ class Gradients:
 class AdamW:
     """torch's AdamW on master weights in fp32 (fp64 for an fp64 model), with decay on matrices only.
 
-    A bf16 parameter has a master of its own and is its rounding; a wider one is its own master.
+    Parameters come in master precision. Those of a bf16 model become roundings of masters that are kept apart; wider
+    ones are their own masters.
     """
 
-    def __init__(self, infos: Sequence[ParameterInfo], config: OptimizerConfig) -> None:
+    def __init__(self, infos: Sequence[ParameterInfo], config: OptimizerConfig, dtype: torch.dtype) -> None:
         self.infos = infos
-        self.masters = [self._master(info.parameter) for info in infos]
+        self.masters = [info.parameter.detach() for info in infos]
+        for info, master in zip(infos, self.masters, strict=True):
+            info.parameter.data = master.to(dtype)
         decayed = [m for info, m in zip(infos, self.masters, strict=True) if info.is_matrix]
         others = [m for info, m in zip(infos, self.masters, strict=True) if not info.is_matrix]
         groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
         self.inner = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
-
-    @staticmethod
-    def _master(parameter: Tensor) -> Tensor:
-        data = parameter.detach()
-        return data.to(master_dtype(data.dtype))  # the parameter's own storage where it is wide enough
 
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
         for group in self.inner.param_groups:
@@ -89,11 +87,6 @@ class AdamW:
             for kind in found:
                 found[kind] += info.pieces(master if kind == "master" else state[kind])
         return found
-
-    @property
-    def steps(self) -> int:
-        """How many updates were made."""
-        return max((int(state["step"]) for state in self.inner.state.values()), default=0)
 
     def restore(self, steps: int) -> None:
         """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""

@@ -24,7 +24,8 @@ def seed_of(*parts: object) -> int:
 def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> Tensor:
     """Box `box` of a normal tensor of `shape` whose every element follows from the key: fp32, on the host.
 
-    Rows are drawn in blocks, each from a generator of its own, so that a rank draws little more than it keeps.
+    Rows are drawn in blocks, each from a generator of its own: a rank draws whole rows, but little more than those it
+    keeps a part of.
     """
     drawn = torch.empty(box_shape(box))
     start, stop = box[0]
@@ -44,13 +45,13 @@ def dropout(x: Tensor, p: float, key: int, rows: Tensor, columns: Tensor) -> Ten
     rows[..., R] and columns[C] are the elements' global coordinates (int64): an element meets the same fate on whatever
     rank it lies. The two are hashed apart and combined at full size by a handful of 32-bit operations.
     """
-    bits = (_mix64(rows + key).unsqueeze(-1) ^ _mix64(columns ^ key)).to(torch.int32)
+    bits = _mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ _mix64(columns ^ key).to(torch.int32)
     bits ^= (bits >> 15) & 0x1FFFF
     bits *= 0x2C1B3C6D
     bits ^= (bits >> 12) & 0xFFFFF
     bits *= 0x297A2D39
-    dropped = bits < round(p * 2**32) - 2**31
-    return x.masked_fill(dropped, 0) / (1 - p)
+    dropped = bits < min(round(p * 2**32) - 2**31, 2**31 - 1)
+    return x.masked_fill(dropped, 0) * (1 / (1 - p))
 
 
 def _mix64(z: Tensor) -> Tensor:

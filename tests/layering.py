@@ -15,6 +15,7 @@ FLOORS = (
     ("parallel.collectives",),
     (
         "parallel.conjugate",
+        "parallel.labels",
         "parallel.layout",
         "parallel.rng",
         "parallel.grad_norm",

@@ -52,8 +52,8 @@ class Trace:
 def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **sections: Any) -> Raw:
     """A raw config for a comparison: clipping active, decay strong enough to see, a warm-up inside the run.
 
-    With Adam's usual eps of 1e-8 a gradient that is rounding noise moves its element by a whole lr: in fp32 Hugging Face's
-    own weights are then 7e-6 from fp64's, while gradients agree to 1e-6 everywhere. 1e-6 is above that noise.
+    With Adam's usual eps of 1e-8 a gradient that is rounding noise moves its element by a whole lr: in fp32 Hugging
+    Face's own weights are then 7e-6 from fp64's, while gradients agree to 1e-6 everywhere. 1e-6 is above that noise.
     """
     base: Raw = dict(
         parallel=parallel,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Axis
+from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import exchange
 from parallel.pipeline.schedule import Action, Op, Plan, batches
-from parallel.pipeline.stage import Microbatch, Stage
+from parallel.pipeline.stage import Stage
 
 
 class Runner:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import MAX, Pending, all_reduce
+from parallel.labels import IGNORED
 from parallel.layout import Layout, index_along
 from parallel.mesh import Axis
 from parallel.tensor.matmul import Surround
 
-IGNORED = -100  # a label that is not counted, as in torch and Hugging Face
 TOKENS_A_CHUNK = 1024  # of this rank
 
 
@@ -82,20 +82,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
     index = labels - first
     mine = (index >= 0) & (index < stop - start)
     index = torch.where(mine, index, 0).unsqueeze(-1)
-    target = torch.where(mine, logits.gather(-1, index).squeeze(-1), 0)  # a product would make NaN of -inf
-    exponentials = logits.sub_(top.unsqueeze(-1)).exp_()
+    shifted = logits.sub_(top.unsqueeze(-1))  # before the target is taken: the difference of two large logits is exact
+    target = torch.where(mine, shifted.gather(-1, index).squeeze(-1), 0)  # a product would make NaN of -inf
+    exponentials = shifted.exp_()
     sums = torch.stack([exponentials.sum(-1), target])
     for axis in head.axes:
         sums = all_reduce(sums, axis)
     total, target = sums
-    loss = ((total.log() + top - target) * counted).sum()
+    loss = ((total.log() - target) * counted).sum()
     if scale is not None:
         weight = counted.to(logits.dtype) * scale
         exponentials *= (weight / total).unsqueeze(-1)
         exponentials.scatter_add_(-1, index, -(mine * weight).unsqueeze(-1))
     return loss, exponentials
-
-
-def shift(labels: Tensor) -> Tensor:
-    """labels[B, S] -> the label of each position: the next token, and for the last position none."""
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)

@@ -82,6 +82,6 @@ class _Matmul(torch.autograd.Function):
 
 
 def matmul(x: Tensor, w: Tensor, around: Surround) -> Tensor:
-    """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`: how K and N are split is the mode's say."""
+    """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split."""
     y: Tensor = _Matmul.apply(x, w, around)  # type: ignore[no-untyped-call]
     return y
