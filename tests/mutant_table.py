@@ -19,6 +19,7 @@ RULES = "tests/test_gradient_rules.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
+LINKS = "tests/test_schedule.py::test_1f1b_posts_both_directions_of_a_link_together"
 REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch"
 SEED = f"{RULES}::test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once[1d2]"
@@ -173,8 +174,11 @@ PARAMETERS = (
            LAYOUT, "return len(self.public_shape) >= 2", "return len(self.layout.shape) >= 2", trains("single")),
     Mutant("padding-token-learns", "the padding row gets a gradient through the lookup",
            LAYERS, "padding_idx = self.padding_idx - first", "padding_idx = None", trains("single")),
-    Mutant("padding-token-of-every-slice", "each rank takes its own row 1 for the padding token's",
-           LAYERS, "padding_idx = self.padding_idx - first", "padding_idx = self.padding_idx", trains("1d2")),
+    Mutant("padding-token-of-every-slice", "row 1 of every slice of the vocabulary passes for the padding token's",
+           LAYERS,
+           "and 0 <= self.padding_idx - first < table.shape[0]:\n            padding_idx = self.padding_idx - first",
+           ":\n            padding_idx = self.padding_idx",
+           trains("1d2")),
     Mutant("first-row-off-by-one", "a later slice of the vocabulary begins a row too soon",
            LAYOUT,
            "return index_along(self.dims[0]) * self.local_shape[0]",
@@ -182,10 +186,10 @@ PARAMETERS = (
            trains("1d2")),
     Mutant("padding-rows-in-the-softmax", "the vocabulary's padding takes part in the loss",
            CROSS_ENTROPY, ">= stop - start, -torch.inf)", "> stop - start, -torch.inf)", trains("1d2")),
-    Mutant("label-past-the-slice", "the row after this rank's last passes for its own",
+    Mutant("last-row-left-out", "a label on the last row of a slice is nobody's",
            CROSS_ENTROPY,
            "mine = (index >= 0) & (index < stop - start)",
-           "mine = (index >= 0) & (index <= stop - start)",
+           "mine = (index >= 0) & (index < stop - start - 1)",
            LOSS),
     Mutant("no-maximum-in-the-loss", "the exponential of a large logit overflows",
            CROSS_ENTROPY, "top = logits.detach().amax(-1)", "top = torch.zeros_like(logits[..., 0])", LOSS),
@@ -267,13 +271,13 @@ ORDER = (
            "[forwards + backwards] * num_stages",
            "[backwards + forwards] * num_stages",
            SCHEDULE),
-    Mutant("received-before-it-is-computed", "a stage sends an activation that it has yet to make",
+    Mutant("received-after-use", "a stage computes before its input has come",
            "parallel/pipeline/schedule.py",
-           "                actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
-           "            actions.append(compute)\n",
-           "                actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
-           "            actions.insert(max(0, len(actions) - 2), compute)\n",
-           SCHEDULE),
+           "actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
+           "            actions.append(compute)",
+           "actions += [compute, Action(receive, compute.stage, compute.microbatch, source)]\n"
+           "            else:\n                actions.append(compute)",
+           LINKS),
     Mutant("oldest-activation-sent-again", "the next stage gets another microbatch's activations",
            RUNNER,
            "return self.outputs[action.microbatch].detach()",

@@ -113,7 +113,8 @@ def test_clipping_equals_torch(limit: float) -> None:
 
 def drawn(world_size: int, parallel: Raw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model that the ranks of a layout draw together, and how many of them own each element."""
-    config = parse(config_of(parallel, model=MODEL), world_size=world_size, resolve=resolve)
+    raw = config_of(parallel, model=MODEL, train=dict(global_batch_size=16))
+    config = parse(raw, world_size=world_size, resolve=resolve)
     weights: dict[str, Tensor] = {}
     owners: dict[str, Tensor] = {}
     for rank in range(world_size):
