@@ -1,11 +1,10 @@
-"""Differentiable collectives: the backward of each is its partner.
+"""Differentiable collectives: the backward of each is its conjugate.
 
-    copy     identity    <->  all-reduce       reduce      x is the same on every rank; its gradients are partial sums
-    gather   all-gather  <->  reduce-scatter   scatter     x is split along a dim; every rank uses the whole
+    reduce     all-reduce      <->  identity          partial sums become their sum on every rank
+    gather     all-gather      <->  reduce-scatter    what is split along a dim is used whole
+    scatter    reduce-scatter  <->  all-gather        partial sums become their sum, split along a dim
 
-copy and reduce are Megatron-LM's f and g (Shoeybi et al. 2019, section 3). gather and scatter stand where SUMMA would
-broadcast and reduce (Xu et al. 2021, arXiv 2104.05343, section 3): one collective over a row or column instead of a
-loop over its ranks.
+For a lookup. A matmul has its own forward and backward, with the same collectives around it: `tensor/matmul.py`.
 """
 
 from collections.abc import Callable
@@ -39,15 +38,9 @@ def _identity(x: Tensor, axis: Axis) -> Tensor:
     return x.view_as(x)
 
 
-_copy = _conjugate(_identity, all_reduce)
 _reduce = _conjugate(all_reduce, _identity)
 _gather = _conjugate(all_gather, reduce_scatter)
 _scatter = _conjugate(reduce_scatter, all_gather)
-
-
-def copy(x: Tensor, axis: Axis) -> Tensor:
-    """x, the same on every rank -> x; its gradient is summed over the axis."""
-    return _copy(x, axis)
 
 
 def reduce(x: Tensor, axis: Axis) -> Tensor:

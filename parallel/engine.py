@@ -118,9 +118,13 @@ class Engine:
         ids = batch["input_ids"]
         first = (self.step * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        tensors = (ids, labels, samples, batch.get("attention_mask"))
-        on_device = (None if t is None else t.to(self.mesh.device, torch.int64) for t in tensors)
-        return Microbatch(*on_device, scale=1.0 / max(1, tokens)).split(size), tokens  # type: ignore[misc]
+        mask = batch.get("attention_mask")
+        microbatch = Microbatch(
+            *(t.to(self.mesh.device, torch.int64) for t in (ids, labels, samples)),
+            attention_mask=None if mask is None else mask.to(self.mesh.device, torch.int64),
+            scale=1.0 / max(1, tokens),
+        )
+        return microbatch.split(size), tokens
 
     def _sum(self, total: Tensor) -> float:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""

@@ -17,7 +17,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import SCHEDULES, Action, batches, with_transfers
 from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
-from parallel.tensor.loss import shift
+from parallel.labels import shift
 from parallel.tensor.mode import Mode
 from parallel.topology import Topology
 from tests.harness import run

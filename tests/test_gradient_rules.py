@@ -18,11 +18,13 @@ from models.shapes import OPTShape, resolve
 from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.grad_norm import clip_coefficient, global_norm
+from parallel.labels import IGNORED
 from parallel.layout import Layout, slices
 from parallel.mesh import Mesh
-from parallel.pipeline.stage import Microbatch
+from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES
-from parallel.tensor.loss import IGNORED, sum_cross_entropy
+from parallel.tensor.loss import Head, sum_cross_entropy
+from parallel.tensor.matmul import Surround
 from parallel.topology import Topology
 from tests.harness import run
 from tests.parity import (
@@ -143,34 +145,37 @@ def test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once(layout: 
 # -- the vocabulary-parallel loss --------------------------------------------------------------------------------------
 
 
-def large_logits() -> tuple[Tensor, Tensor]:
-    """fp32 logits[2, 3, 7] up to 500, whose exponentials overflow, and labels with one that is not counted."""
+def large_logits(offset: float) -> tuple[Tensor, Tensor]:
+    """fp32 logits[2, 3, 7], up to 500 apart, whose exponentials overflow, and labels with one that is not counted."""
     logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 200
-    return logits.clamp(-500, 500), torch.tensor([[0, 3, 4], [6, IGNORED, 5]])
+    return logits.clamp(-250, 250) + offset, torch.tensor([[0, 3, 4], [6, IGNORED, 5]])
 
 
-def loss_of_a_split_vocabulary(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """The summed loss, and the gradient of this rank's logits[2, 3, 4]: the last of 8 is padding, full of garbage."""
+def loss_of_a_split_vocabulary(rank: int, world_size: int, offset: float) -> tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient with respect to all logits[2, 3, 8]: the last of 8 is padding, full of garbage.
+
+    The embedding is the identity, so that x is the logits themselves.
+    """
     axis = Mesh(Topology(dict(pipe=1, t=world_size)), rank).axis("t")
-    logits, labels = large_logits()
-    mine = F.pad(logits, (0, 1), value=1e4).tensor_split(world_size, -1)[rank].clone().requires_grad_()
-    loss = sum_cross_entropy(mine, labels, (axis,), Layout((7, 1), ((axis,), ())))
+    logits, labels = large_logits(offset)
+    x = F.pad(logits, (0, 1), value=1e6).requires_grad_()
+    head = Head(Surround(copy_x=axis), (axis,), Layout((7, 8), ((axis,), ())))
+    loss = sum_cross_entropy(x, torch.eye(8).tensor_split(world_size)[rank], labels, head)
     loss.backward()
-    assert mine.grad is not None
-    return loss.detach(), mine.grad
+    assert x.grad is not None
+    return loss.detach(), x.grad
 
 
-def test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch() -> None:
-    logits, labels = large_logits()
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch(offset: float) -> None:
+    logits, labels = large_logits(offset)
     logits.requires_grad_()
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     loss.backward()
     assert logits.grad is not None
-    ours = run(loss_of_a_split_vocabulary, 2)
-    for total, _ in ours:
+    for total, gradient in run(loss_of_a_split_vocabulary, 2, offset):
         torch.testing.assert_close(total, loss.detach())
-    gradient = torch.cat([grad for _, grad in ours], -1)
-    torch.testing.assert_close(gradient, F.pad(logits.grad, (0, 1)))
+        torch.testing.assert_close(gradient, F.pad(logits.grad, (0, 1)))
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

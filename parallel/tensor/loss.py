@@ -51,7 +51,7 @@ class _LMLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dx, de = ctx.saved_tensors
+        dx, de = (grad.mul_(grads[0].to(grad.dtype)) for grad in ctx.saved_tensors)  # a second backward would raise
         return dx, de, None, None, None
 
 

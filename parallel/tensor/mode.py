@@ -134,7 +134,7 @@ class Mode:
         """x[B_batch, S, H_hidden] -> [B_inner_batch, S, V_inner_hidden], padding included"""
         return matmul(x, vocabulary.weight, self.around_in)
 
-    def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor, scale: float) -> Tensor:
+    def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor, scale: float = 1.0) -> Tensor:
         """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's
         labels, which are split as inside a block; ranks that differ in `inner_hidden` alone get the same sum. Its
         gradient is multiplied by `scale`.
