@@ -118,13 +118,10 @@ class Engine:
         ids = batch["input_ids"]
         first = (self.step * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
+        ids, labels, samples = (t.to(self.mesh.device, torch.int64) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
-        microbatch = Microbatch(
-            *(t.to(self.mesh.device, torch.int64) for t in (ids, labels, samples)),
-            attention_mask=None if mask is None else mask.to(self.mesh.device, torch.int64),
-            scale=1.0 / max(1, tokens),
-        )
-        return microbatch.split(size), tokens
+        mask = None if mask is None else mask.to(self.mesh.device, torch.int64)
+        return Microbatch(ids, labels, samples, mask, scale=1.0 / max(1, tokens)).split(size), tokens
 
     def _sum(self, total: Tensor) -> float:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from models.shapes import resolve
 from parallel.config import load_raw, parse
 from parallel.conjugate import reduce
+from parallel.labels import shift
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import SCHEDULES, Action, batches, with_transfers
 from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
-from parallel.labels import shift
 from parallel.tensor.mode import Mode
 from parallel.topology import Topology
 from tests.harness import run
