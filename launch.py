@@ -67,10 +67,10 @@ def _start(arguments: argparse.Namespace) -> int:
     # When one rank refuses, torchrun ends the others at once. They shall come to refuse too, so that rank 0 says why.
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    from parallel import loop, preflight, spawn
     from parallel.context import Place
     from parallel.errors import ColonnadeError
     from parallel.mesh import leave
+    from training import loop, preflight, spawn
 
     place = Place()
     try:
@@ -98,9 +98,9 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, place: "Place") -> int:
     """Print the plan for the world asked for, else the one we are in, else the smallest that holds a replica."""
-    from parallel import preflight
-    from parallel.preview import preview
-    from parallel.report import Screen
+    from training import preflight
+    from training.preview import preview
+    from training.report import Screen
 
     world_size = arguments.world or arguments.nprocs or place.world_size
     if world_size == 1 and not (arguments.world or arguments.nprocs):

@@ -6,10 +6,9 @@ from torch import nn
 
 from models.hf import has_weights, load, sources
 from models.opt import LayerSpec, layers_of, trunk_of
-from models.shapes import OPTShape, resolve, shape_of
-from parallel.config import Config, PipelineConfig
+from models.shapes import OPTShape, shape_of
+from parallel.config import PipelineConfig
 from parallel.context import Context
-from parallel.errors import ConfigError
 from parallel.layout import ParameterInfo
 from parallel.optim import master_dtype
 from parallel.pipeline.microbatch import Limits
@@ -28,13 +27,13 @@ def build(context: Context) -> Stage:
     if path is not None and has_weights(Path(path)):
         load(Path(path), [piece for info in stage.infos for piece in info.pieces()])
     else:
-        initialize(stage, shape_of(_resolved(context)), context.config.train.seed)
+        initialize(stage, shape_of(context.config), context.config.train.seed)
     return stage
 
 
 def outline(context: Context) -> Stage:
     """This rank's stage, its parameters zero, in master precision; on device 'meta' it only tells their sizes."""
-    config = _resolved(context)
+    config = context.config
     shape = shape_of(config)
     mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype))
     specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
@@ -87,10 +86,3 @@ def _infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
                 full = ".".join(filter(None, (layer, path, name)))
                 infos.setdefault(id(parameter), ParameterInfo(full, parameter, layout, sources(full)))
     return list(infos.values())
-
-
-def _resolved(context: Context) -> Config:
-    config, problems = resolve(context.config)
-    if problems:
-        raise ConfigError(*problems)
-    return config

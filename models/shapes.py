@@ -105,7 +105,11 @@ def _overridden(base: OPTShape, model: ModelConfig) -> OPTShape:
 
 
 def shape_of(config: Config) -> OPTShape:
-    """The shape of a resolved config."""
+    """The shape of a config, which is resolved first if it is not yet. Raises ConfigError."""
+    if any(getattr(config.model, field.name) is None for field in fields(OPTShape)):
+        config, problems = resolve(config)
+        if problems:
+            raise ConfigError(*problems)
     return _overridden(OPTShape(), config.model)
 
 

@@ -96,7 +96,7 @@ class SchedulerConfig:
 class OutputConfig:
     dir: str = "runs/{name}"
     log_every: Count = 1
-    eval_every: Natural = 0  # 0: never
+    eval_every: Natural = 0  # 0: only after the last step
     checkpoint_every: Natural = 0  # 0: never
     keep_checkpoints: Count = 2
     export: bool = True

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-PRELOADED_PACKAGES = ("parallel", "models", "tests")
+PRELOADED_PACKAGES = ("parallel", "models", "training", "tests")
 
 
 class RankError(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 # From the ground up. A module imports from its own floor or from one below. `NAME.*` is a package and all that is in
 # it, `NAME*` every module so begun; a plain name is that module alone (for a package: its facade, the __init__.py).
 FLOORS = (
-    ("parallel.errors", "parallel.config*", "parallel.topology", "parallel.rank_grid"),
+    ("parallel.errors", "parallel.config*", "parallel.topology"),
     ("models.shapes",),
     ("parallel.mesh",),
     ("parallel.collectives",),
@@ -30,16 +30,7 @@ FLOORS = (
     ("parallel.engine",),
     ("parallel",),
     ("models.*",),
-    (
-        "parallel.run_folder",
-        "parallel.metrics",
-        "parallel.plot",
-        "parallel.spawn",
-        "parallel.preflight",
-        "parallel.preview",
-        "parallel.loop",
-        "parallel.report",
-    ),
+    ("training", "training.*"),
     ("launch",),
 )
 
@@ -159,7 +150,7 @@ def violations(root: Path) -> list[str]:
             where = f"{module.path}:{reference.line}: {module.name}"
             if matches(reference.dotted, "torch.*"):
                 problems += (f"{where} {wrong}" for wrong in wrong_with_torch(module.name, reference))
-            elif reference.module.partition(".")[0] in ("parallel", "models", "launch"):
+            elif reference.module.partition(".")[0] in ("parallel", "models", "training", "launch"):
                 target = reference.dotted if reference.dotted in modules else reference.module
                 edges.append(target)
                 problems += (f"{where} {wrong}" for wrong in wrong_with_import(module.name, target))

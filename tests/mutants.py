@@ -96,7 +96,7 @@ def _pytest(tree: Tree, tests: list[str]) -> None:
         os.dup2(output.fileno(), 2)
     os.chdir(tree.folder)
     sys.path[:] = [str(tree.folder), *(path for path in sys.path if Path(path).resolve() != ROOT)]
-    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "parallel", "models")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "parallel", "models", "training")]:
         del sys.modules[name]
     fork, starts_ranks = multiprocessing.get_context("fork"), "multiprocessing.get_context"
     with patch(starts_ranks, return_value=fork) if len(tests) == 1 else nullcontext():

@@ -15,10 +15,10 @@ import torch
 
 import launch
 from models import generate
-from parallel import spawn
 from parallel.config import load_raw, parse
-from parallel.rank_grid import cell_caption, cell_of, columns_shown
 from parallel.topology import Topology
+from training import spawn
+from training.rank_grid import cell_caption, cell_of, columns_shown
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -30,7 +30,7 @@ BROKEN = {
     ),
     "an upward arrow in a facade": (
         {"parallel/__init__.py": "from .loop import fit"},
-        "imports parallel.loop from floor",
+        "imports training.loop from floor",
     ),
     "an upward arrow, relative": (
         {"parallel/tensor/line.py": "from ..zero import flatten", "parallel/zero/flatten.py": ""},
@@ -44,7 +44,7 @@ BROKEN = {
         {"parallel/config.py": "import parallel.errors", "parallel/errors.py": "from parallel import config"},
         "circle: parallel.config -> parallel.errors -> parallel.config",
     ),
-    "the facade from inside": ({"parallel/loop.py": "from parallel import Engine"}, "the facade of its own package"),
+    "the facade from inside": ({"training/loop.py": "from parallel import Engine"}, "the facade of its own package"),
     "an unknown module": ({"parallel/misc.py": ""}, "parallel/misc.py: no floor; give it a floor"),
     "an import of an unknown module": ({"launch.py": "import parallel.misc"}, "give it a floor"),
     "torch in a pure module": (
@@ -117,6 +117,6 @@ def test_the_check_passes_a_house_in_order(tmp_path: Path) -> None:
         "models/opt.py": "import parallel\nfrom models.shapes import SHAPES",
         "models/shapes.py": "from parallel.errors import ConfigError",
         "launch.py": "import models\nfrom parallel import loop",
-        "parallel/loop.py": "def fit():\n    import models.data",
+        "training/loop.py": "def fit():\n    import models.data",
     }
     assert violations(write(tmp_path, files)) == []

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from models.data import Batch
-from parallel import loop, metrics, plot, preflight
 from parallel.context import Place, make_context
 from parallel.engine import Engine, StepResult
 from parallel.errors import CheckpointError, ConfigError
-from parallel.metrics import Line, Meter, MetricsFile
-from parallel.run_folder import RunFolder
 from tests.harness import run
+from training import loop, metrics, plot, preflight
+from training.metrics import Line, Meter, MetricsFile
+from training.run_folder import RunFolder
 
 TINY = (
     "model.hidden_size=32",

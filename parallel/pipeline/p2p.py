@@ -12,12 +12,10 @@ from parallel.mesh import Axis
 def exchange(
     sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[tuple[int, ...], int]], pipe: Axis, like: Tensor
 ) -> list[Tensor]:
-    """Post all sends (tensor, coordinate on the pipe) and receives (shape, coordinate) at once; return what was
-    received.
+    """Post all sends (tensor, coordinate on the pipe) and receives (shape, coordinate) at once; return what arrives.
 
     Messages between two ranks match in the order in which each posts them. `like` gives the dtype and device of what
-    arrives. gloo carries no CUDA tensors between two ranks (they go through the host), and wants each operation posted
-    by itself.
+    arrives. gloo carries no CUDA tensors from rank to rank: there they go through the host.
     """
     by_host = "nccl" not in dist.get_backend(pipe.group)
     outgoing = [(x.contiguous().cpu() if by_host else x.contiguous(), peer) for x, peer in sends]

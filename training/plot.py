@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from parallel.metrics import Line, read
+from training.metrics import Line, read
 
 BLUE, ORANGE = "#2a6fbb", "#e07b00"
 SMOOTH_FROM = 30  # steps: a shorter run is readable as it is

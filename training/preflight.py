@@ -13,7 +13,7 @@ from parallel import checkpoint
 from parallel.config import Config, apply_overrides, load_raw, parse
 from parallel.context import Place, choose_device
 from parallel.errors import CheckpointError
-from parallel.run_folder import RunFolder
+from training.run_folder import RunFolder
 
 DEFAULT_NAME = "default"
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from parallel.config import Config
-from parallel.metrics import Line
 from parallel.pipeline.timeline import draw
-from parallel.preview import Preview
-from parallel.rank_grid import cell_caption, cell_of, columns_shown
-from parallel.run_folder import RunFolder
+from training.metrics import Line
+from training.preview import Preview
+from training.rank_grid import cell_caption, cell_of, columns_shown
+from training.run_folder import RunFolder
 
 PLAIN_WIDTH = 110  # where there is no terminal to ask
 RECENT_STEPS = 20  # what the time left is judged by

@@ -19,11 +19,11 @@ from parallel.collectives import barrier
 from parallel.context import DTYPES, Context, make_context
 from parallel.engine import Engine
 from parallel.layout import Piece
-from parallel.metrics import Line, Meter, MetricsFile
-from parallel.plot import draw_loss
-from parallel.preflight import Job, metadata
-from parallel.preview import preview
-from parallel.report import Screen
+from training.metrics import Line, Meter, MetricsFile
+from training.plot import draw_loss
+from training.preflight import Job, metadata
+from training.preview import preview
+from training.report import Screen
 
 log = logging.getLogger(__name__)
 
