@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml
 
 demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate from the export
 	@$(RUN) launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
-	@$(RUN) -m models.generate runs/opt_tiny_pp2_2p5d/export --prompt "The " --tokens 200
+	@$(RUN) -m models.generate runs/opt_tiny_pp2_2p5d/export --prompt "The " --tokens 300 --temperature 0.5
 
 # One thread a process: the tests start many, and they share the cores.
 test slow mutants: export OMP_NUM_THREADS = 1

@@ -1,6 +1,7 @@
 """The floors of the house, and a check of who imports whom, read from the source with ast: nothing is executed."""
 
 import ast
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -94,7 +95,8 @@ def floor_of(name: str) -> int | None:
 
 
 def modules_under(root: Path) -> dict[str, Module]:
-    paths = [*root.glob("parallel/**/*.py"), *root.glob("models/**/*.py"), *root.glob("launch.py")]
+    packages = (root.glob(f"{package}/**/*.py") for package in ("parallel", "models", "training"))
+    paths = [*itertools.chain(*packages), *root.glob("launch.py")]
     modules = {}
     for path in sorted(paths):
         relative = path.relative_to(root)

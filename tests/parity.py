@@ -176,7 +176,7 @@ def whole(infos: list[ParameterInfo], tensors: Any, engine: Engine) -> dict[str,
     bit.
     """
     pieces = [
-        (piece.name, piece.shape, piece.box, piece.data.double().numpy(), info.layout.owner)
+        (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), info.layout.owner)
         for info, tensor in zip(infos, tensors, strict=True)
         for piece in info.pieces(tensor)
     ]

@@ -78,7 +78,7 @@ def anchors(document: Path) -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_files_that_the_documents_name_exist(document: Path) -> None:
-    for name in re.findall(r"`((?:parallel|models|tests|configs)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")):
+    for name in re.findall(r"`((?:parallel|models|training|tests|configs)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file() or name == "parallel/tensor/sliced.py", name
 
 

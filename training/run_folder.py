@@ -67,6 +67,7 @@ class RunFolder:
         handler = logging.FileHandler(file, mode="a" if self.resumed else "w")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
-        logging.getLogger("parallel").setLevel(logging.INFO)
+        for package in ("parallel", "models", "training"):
+            logging.getLogger(package).setLevel(logging.INFO)
         logging.captureWarnings(True)
         return handler
