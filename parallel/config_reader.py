@@ -186,11 +186,23 @@ def _nearest(kind: type, raw: object) -> object:
 
 
 def literal(text: str) -> object:
-    """A Python literal, else the text itself."""
+    """A Python literal, dict(key=value) among them as in a config file, else the text itself."""
     try:
-        return ast.literal_eval(text.strip())
+        return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return text
+
+
+class _DictCalls(ast.NodeTransformer):
+    """dict(key=value) becomes {"key": value}."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802: ast's own name
+        self.generic_visit(node)
+        names = [keyword.arg for keyword in node.keywords]
+        if not (isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args or None in names:
+            return node
+        keys: list[ast.expr | None] = [ast.Constant(name) for name in names]
+        return ast.Dict(keys, [keyword.value for keyword in node.keywords])
 
 
 def _bytes(raw: object) -> Bytes:

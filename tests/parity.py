@@ -196,8 +196,8 @@ def whole(infos: list[ParameterInfo], tensors: Any, engine: Engine) -> dict[str,
 
 def relative(got: Tensor, want: Tensor) -> float:
     """The Frobenius norm of the difference, relative to that of what is wanted."""
-    want = want.double()
-    return float((got.double() - want).norm() / want.norm())
+    difference = (got.double() - want.double()).norm()
+    return float(difference / want.double().norm()) if difference else 0.0  # both may be zero
 
 
 def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:

@@ -416,3 +416,9 @@ def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path) -> None:
     (tmp_path / "opt_tiny.py").touch()
     with pytest.raises(ConfigError, match=r"opt_tny.py: .*Did you mean '.*opt_tiny.py'\?"):
         load_raw(tmp_path / "opt_tny.py")
+
+
+def test_an_override_may_be_a_dict_as_a_config_file_writes_it() -> None:
+    overridden = apply_overrides({}, ["parallel.tensor=dict(mode='2d', size=4)", "parallel.pipeline=dict(size=2)"])
+    assert overridden["parallel"] == {"tensor": {"mode": "2d", "size": 4}, "pipeline": {"size": 2}}
+    assert apply_overrides({}, ["output.dir=dict(1)"])["output"]["dir"] == "dict(1)"

@@ -21,6 +21,7 @@ from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from parallel.topology import Topology
 from tests.harness import run
+from tests.mutant_table import MUTANTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,6 +53,10 @@ def test_the_readme_has_a_config_that_parses_and_says_every_section_but_zero(tmp
     assert parse(raw, world_size=8, resolve=resolve).num_microbatches(8) == 4
 
 
+def test_the_readme_counts_the_mutants() -> None:
+    assert f" {len(MUTANTS)} bugs" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_in_the_documents_compiles(document: Path) -> None:
     for code in blocks(document, "python"):
@@ -78,7 +83,9 @@ def anchors(document: Path) -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_files_that_the_documents_name_exist(document: Path) -> None:
-    for name in re.findall(r"`((?:parallel|models|training|tests|configs)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")):
+    for name in re.findall(
+        r"`((?:parallel|models|training|tests|configs)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")
+    ):
         assert (ROOT / name).is_file() or name == "parallel/tensor/sliced.py", name
 
 
