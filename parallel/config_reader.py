@@ -196,7 +196,7 @@ def literal(text: str) -> object:
 class _DictCalls(ast.NodeTransformer):
     """dict(key=value) becomes {"key": value}."""
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802: ast's own name
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         names = [keyword.arg for keyword in node.keywords]
         if not (isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args or None in names:
