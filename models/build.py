@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from models.hf import has_weights, load, sources
-from models.opt import LayerSpec, layers_of, trunk_of
+from models.opt import Block, LayerSpec, layers_of, trunk_of
 from models.shapes import OPTShape, shape_of
 from parallel.config import PipelineConfig
 from parallel.context import Context
@@ -13,7 +13,7 @@ from parallel.layout import ParameterInfo
 from parallel.optim import master_dtype
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.stage import Recomputed, Stage
 from parallel.rng import draw_normal
 from parallel.tensor import MODES
 
@@ -42,8 +42,9 @@ def outline(context: Context) -> Stage:
     if "embed" in layers and "head" in layers:  # tied: one parameter where one stage has both ends
         layers["head"].embed_tokens = layers["embed"].embed_tokens
     trunk = trunk_of(shape, mode)
+    recomputes = config.train.activation_checkpointing == "full"
     return Stage(
-        list(layers.values()),
+        [Recomputed(layer) if recomputes and isinstance(layer, Block) else layer for layer in layers.values()],
         _infos(layers),
         boundary=lambda batch, sequence: trunk.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,

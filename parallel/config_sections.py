@@ -65,9 +65,9 @@ class TrainConfig:
     steps: Count = 100
     global_batch_size: Count = 16
     micro_batch_size: Count = 2
-    precision: Annotated[Dtype, Built("fp64", "fp32", "bf16")] = "fp32"
+    precision: Dtype = "fp32"
     clip_grad_norm: Annotated[float | None, Range(0)] = 1.0  # None or 0: off
-    activation_checkpointing: Annotated[Literal["none", "full"], Built("none")] = "none"
+    activation_checkpointing: Literal["none", "full"] = "none"
     seed: Natural = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Annotated[bool, Built(False)] = False

@@ -1,5 +1,6 @@
 """One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from parallel.errors import DataError
 from parallel.grad_norm import clip_coefficient, global_norm
 from parallel.labels import IGNORED, shift
 from parallel.layout import Piece
+from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
 from parallel.optim import AdamW, Gradients
 from parallel.pipeline.microbatch import Microbatch, problem_of
@@ -48,10 +50,12 @@ class Engine:
         self.gradients = Gradients(stage.infos)
         self.optimizer = AdamW(stage.infos, self.config.optimizer, context.dtype)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
-        self.step = 0  # steps taken, skipped ones too: the place in the data and in the schedule
+        self.loss_scale = LossScale.for_precision(self.config.train.precision)
+        self.step = 0  # steps taken, skipped ones too: the place in the data
+        self.updates = 0  # those that were not skipped: the place in the learning rate's schedule
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """Forward and backward of all microbatches, one update.
+        """Forward and backward of all microbatches, one update; none on any rank where a gradient overflowed in fp16.
 
         Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label.
         """
@@ -61,15 +65,18 @@ class Engine:
             raise DataError("batch: no label to learn from: all of them are -100.")
         runner = Runner(self.stage, self.pipe, microbatches, after_backward=self.gradients.absorb)
         total = self._sum(runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches))))
-        gradients = self.gradients.reduce()
-        norm = global_norm([info.layout for info in self.stage.infos], gradients, self.mesh.world)
-        coefficient = clip_coefficient(norm, self.config.train.clip_grad_norm)
-        if coefficient is not None:
-            torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
-        lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.step, self.config.train.steps)
-        self.optimizer.step(gradients, lr)
+        gradients, scale = self.gradients.reduce(), self.loss_scale.scale
+        norm = global_norm([info.layout for info in self.stage.infos], gradients, self.mesh.world) / scale
+        lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.updates, self.config.train.steps)
+        overflow = self.loss_scale.is_dynamic and not math.isfinite(norm.item())  # of one norm, so all ranks agree
+        if not overflow:
+            factor = clip_coefficient(norm, self.config.train.clip_grad_norm) / scale
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+            self.optimizer.step(gradients, lr)
+            self.updates += 1
+        self.loss_scale.update(overflow=overflow)
         self.step += 1
-        return StepResult(total / tokens, norm.item(), lr, tokens)
+        return StepResult(total / tokens, None if overflow else norm.item(), lr, tokens, skipped=overflow)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
@@ -90,10 +97,18 @@ class Engine:
         """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
         return self.optimizer.pieces()
 
-    def restore(self, step: int) -> None:
-        """Go on after `step` steps, the pieces of `state` having been filled with what they were then."""
-        self.optimizer.restore(step)
-        self.step = step
+    def counters(self) -> dict[str, float]:
+        """The numbers that a step changes: what a checkpoint saves beside `state`."""
+        scale = self.loss_scale
+        counts = {"step": self.step, "updates": self.updates}
+        return counts | {"loss_scale": scale.scale, "good_steps": scale.good_steps}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """Go on from where `counters` were taken, the pieces of `state` having been filled with what they were then."""
+        self.step, self.updates = int(counters["step"]), int(counters["updates"])
+        self.optimizer.restore(self.updates)
+        if self.loss_scale.is_dynamic:
+            self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
 
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the model's weights, in master precision."""
@@ -121,7 +136,7 @@ class Engine:
         ids, labels, samples = (t.to(self.mesh.device, torch.int64) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
         mask = None if mask is None else mask.to(self.mesh.device, torch.int64)
-        return Microbatch(ids, labels, samples, mask, scale=1.0 / max(1, tokens)).split(size), tokens
+        return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
 
     def _sum(self, total: Tensor) -> float:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""

@@ -16,6 +16,7 @@ class Mutant:
 
 
 RULES = "tests/test_gradient_rules.py"
+HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
@@ -133,13 +134,23 @@ GRADIENT_RULE = (
 NORM_AND_CLIP = (
     Mutant("norm-counts-replicas", "what several ranks hold counts several times",
            NORM,
-           "zip(layouts, gradients, strict=True) if layout.owner]",
-           "zip(layouts, gradients, strict=True)]",
+           "norm.double().square() * layout.owner",
+           "norm.double().square()",
            trains("1d2")),
     Mutant("norm-counts-the-tied-embedding-twice", "both ends of the pipe own it",
            MODE, "            replicas.append(self.mesh.ends)\n", "", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of what it holds",
            NORM, "return all_reduce(total, world).sqrt()", "return total.sqrt()", trains("1d2")),
+    Mutant("overflow-of-a-replica-missed", "an infinity on a rank that owns nothing of it is not noticed",
+           NORM,
+           "total += norm.double().square() * layout.owner",
+           "total += norm.double().square() if layout.owner else 0",
+           f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[1d2-1]"),
+    Mutant("skipped-step-moves-the-schedule", "the learning rate goes on although nothing was updated",
+           ENGINE,
+           "self.config.optimizer.lr, self.updates, self.config",
+           "self.config.optimizer.lr, self.step, self.config",
+           f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[single-0]"),
     Mutant("clip-without-epsilon", "torch's coefficient has 1e-6 in its denominator",
            NORM, "(clip / (norm + 1e-6))", "(clip / norm)", trains("single")),
     Mutant("clip-scales-up", "a small gradient is stretched to the limit",
@@ -148,7 +159,7 @@ NORM_AND_CLIP = (
 
 MEANS = (
     Mutant("no-mean", "the gradient is that of the sum",
-           ENGINE, "scale=1.0 / max(1, tokens)", "scale=1.0", trains("single")),
+           ENGINE, "scale=self.loss_scale.scale / max(1, tokens)", "scale=1.0", trains("single")),
     Mutant("count-of-this-replica", "the mean is over one replica's labels",
            ENGINE,
            "tokens, refused = all_reduce(sums, self.data).tolist()",
@@ -282,8 +293,8 @@ MODEL = (
 ORDER = (
     Mutant("rate-of-the-next-step", "the schedule is a step ahead",
            ENGINE,
-           "self.config.optimizer.lr, self.step, self.config",
-           "self.config.optimizer.lr, self.step + 1, self.config",
+           "self.config.optimizer.lr, self.updates, self.config",
+           "self.config.optimizer.lr, self.updates + 1, self.config",
            trains("single")),
     Mutant("gpipe-backwards-first", "a backward before its forward",
            "parallel/pipeline/schedule.py",

@@ -283,14 +283,6 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
             tensor(mode="1d", size=2, sequence_parallel=True),
             "parallel.tensor.sequence_parallel: True is not available yet. Try False.",
         ),
-        (
-            {"train": {"activation_checkpointing": "full"}},
-            "train.activation_checkpointing: 'full' is not available yet. Try 'none'.",
-        ),
-        (
-            {"train": {"precision": "fp16"}},
-            "train.precision: 'fp16' is not available yet. Try 'fp64', 'fp32' or 'bf16'.",
-        ),
         ({"train": {"compile": True}}, "train.compile: True is not available yet. Try False."),
     ],
 )

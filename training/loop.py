@@ -67,7 +67,7 @@ def make_engine(context: Context, job: Job) -> Engine:
         return Engine(build(context), context)
     engine = Engine(outline(context), context)
     checkpoint.load(job.start, state_pieces(engine))
-    engine.restore(checkpoint.read_metadata(job.start)["step"])
+    engine.restore(checkpoint.read_metadata(job.start)["counters"])
     log.info("resumed after step %d from %s", engine.step, job.start)
     return engine
 
@@ -131,7 +131,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
         target = checkpoint.step_folder(folder.path, step)
         keep = engine.config.output.keep_checkpoints
         pieces = state_pieces(engine, owned=True)
-        checkpoint.save(target, pieces, metadata=metadata(engine.config, step), axis=world, keep=keep)
+        checkpoint.save(target, pieces, metadata=metadata(engine.config, engine.counters()), axis=world, keep=keep)
         log.info("saved %s", target)
         screen.say(f"saved {target}")
 

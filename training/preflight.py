@@ -1,6 +1,6 @@
 """Everything that can be refused, refused before anything is started or touched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,14 @@ def override_notes(overridden: Sequence[str]) -> list[str]:
     return [f"overridden: {assignment}" for assignment in overridden]
 
 
-def metadata(config: Config, step: int) -> dict[str, Any]:
+def metadata(config: Config, counters: Mapping[str, float]) -> dict[str, Any]:
     """What a checkpoint says of itself."""
-    return {"step": step, "model": asdict(shape_of(config)), "config": config.to_dict()}
+    return {
+        "step": counters["step"],
+        "counters": dict(counters),
+        "model": asdict(shape_of(config)),
+        "config": config.to_dict(),
+    }
 
 
 def check_same_model(start: Path, shape: OPTShape) -> None:

@@ -4,9 +4,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from parallel.layout import ParameterInfo
 from parallel.pipeline.microbatch import Limits, Microbatch
+
+
+class Recomputed(nn.Module):
+    """A layer of which only the input is kept for backward, which runs the forward again (Chen et al. 2016, section 3).
+
+    No random stream needs restoring: dropout has no state.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        y: Tensor = checkpoint(self.layer, x, microbatch, use_reentrant=False, preserve_rng_state=False)
+        return y
 
 
 class Stage(nn.Module):

@@ -1,0 +1,33 @@
+"""Dynamic loss scaling (Micikevicius et al. 2018, "Mixed precision training", section 3.2)."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by, so that fp16 gradients neither vanish nor overflow.
+
+    Halved by every overflow, doubled after `growth_steps` steps without one. It starts high: the first overflows find
+    its level. In other precisions it is 1 and stays so.
+    """
+
+    scale: float = 1.0
+    growth_steps: int | None = None  # None: the scale is constant
+    good_steps: int = 0
+
+    @classmethod
+    def for_precision(cls, precision: str) -> "LossScale":
+        return cls(2.0**16, growth_steps=2000) if precision == "fp16" else cls()
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.growth_steps is not None
+
+    def update(self, *, overflow: bool) -> None:
+        if not self.is_dynamic:
+            return
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.scale /= 2
+        elif self.good_steps == self.growth_steps:
+            self.scale, self.good_steps = self.scale * 2, 0
