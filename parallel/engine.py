@@ -126,7 +126,7 @@ class Engine:
         size = self.config.train.micro_batch_size
         problem = problem_of(batch, size, self.stage.limits)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
-        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None], device=self.mesh.device)
+        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None])  # on the host: nothing waits for a GPU
         tokens, refused = all_reduce(sums, self.data).tolist()
         if refused:
             raise DataError(f"batch: {problem or 'that of another replica was refused'}.")

@@ -192,10 +192,9 @@ MEANS = (
 
 PARAMETERS = (
     Mutant("bias-on-every-rank", "a bias joins the partial sums, and is added once a rank",
-           LAYERS,
-           "return y if self.bias is None else y + self.bias.flatten()",
-           "return y if self.bias is None else y + self.bias.flatten() * self.around.reduce_y.size",
-           trains("1d2")),
+           MATMUL, "None if is_partial else bias)", "bias)", trains("1d2")),
+    Mutant("bias-left-out", "where partial sums are added up, the bias is forgotten",
+           MATMUL, "return y.add_(bias) if is_partial and bias is not None else y", "return y", trains("1d2")),
     Mutant("decay-on-fused-biases", "three biases in one tensor of two dims pass for a matrix",
            LAYOUT, "return len(self.public_shape) >= 2", "return len(self.layout.shape) >= 2", trains("single")),
     Mutant("padding-token-learns", "the padding row gets a gradient through the lookup",

@@ -23,7 +23,7 @@ class Sharded(nn.Module):
 
 
 class Linear(Sharded):
-    """A matmul with its mode's collectives around it, then the bias. The weight is [N, K] or, fused, [count, N, K]."""
+    """A matmul with its mode's collectives around it, and a bias. The weight is [N, K] or, fused, [count, N, K]."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -33,8 +33,8 @@ class Linear(Sharded):
         self.around = around
 
     def forward(self, x: Tensor) -> Tensor:
-        y = matmul(x, self.weight.flatten(0, -2), self.around)
-        return y if self.bias is None else y + self.bias.flatten()
+        bias = None if self.bias is None else self.bias.flatten()
+        return matmul(x, self.weight.flatten(0, -2), self.around, bias)
 
 
 class LayerNorm(Sharded):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import (
@@ -45,11 +46,13 @@ class Surround:
         """w[N', K_gather_w] -> [N', K]"""
         return start_all_gather(w, -1, self.gather_w)
 
-    def product(self, x: Tensor, whole_weight: Pending) -> Tensor:
-        """x · Wᵀ with its collectives."""
+    def product(self, x: Tensor, whole_weight: Pending, bias: Tensor | None = None) -> Tensor:
+        """x · Wᵀ with its collectives, plus the bias: with the matmul, or once its partial sums have been added up."""
         whole_x = start_all_gather(x, *self.gather_x)
-        y = whole_x.wait() @ whole_weight.wait().T
-        return all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
+        is_partial = self.scatter_y[1].size * self.reduce_y.size > 1
+        y = F.linear(whole_x.wait(), whole_weight.wait(), None if is_partial else bias)
+        y = all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
+        return y.add_(bias) if is_partial and bias is not None else y
 
     def gradients(self, dy: Tensor, x: Tensor, whole_weight: Pending) -> tuple[Pending, Tensor]:
         """(dx, still travelling; dW, summed over this rank's tokens but not yet scattered)"""
@@ -69,19 +72,20 @@ class Surround:
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, around: Surround) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.around = around
-        return around.product(x, around.whole_weight(w))
+        ctx.around, ctx.has_bias = around, bias is not None
+        return around.product(x, around.whole_weight(w), bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, w = ctx.saved_tensors
         dx, dw = ctx.around.gradients(dy, x, ctx.around.whole_weight(w))
-        return dx.wait(), ctx.around.own_gradient(dw), None
+        db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return dx.wait(), ctx.around.own_gradient(dw), db, None
 
 
-def matmul(x: Tensor, w: Tensor, around: Surround) -> Tensor:
+def matmul(x: Tensor, w: Tensor, around: Surround, bias: Tensor | None = None) -> Tensor:
     """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split."""
-    y: Tensor = _Matmul.apply(x, w, around)  # type: ignore[no-untyped-call]
+    y: Tensor = _Matmul.apply(x, w, bias, around)  # type: ignore[no-untyped-call]
     return y
