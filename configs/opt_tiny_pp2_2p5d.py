@@ -1,4 +1,4 @@
-"""The demo: eight processes, a pipeline of 2 × 2.5d of 4. A small OPT learns to write like Python's manual, in bytes.
+"""The demo: eight processes, a pipeline of 2 × 2.5d of 4. A small OPT begins to learn the bytes of Python's manual.
 
 python launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
 """

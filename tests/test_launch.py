@@ -195,6 +195,12 @@ def obey(orders: dict[int, str]) -> int:
             return 0
         case "fail":
             return 3
+        case "refuse":
+            return 2
+        case str(told) if told.startswith("refuse, and say so in "):
+            time.sleep(0.3)
+            Path(told.removeprefix("refuse, and say so in ")).write_text("why")
+            return 2
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "ignore":
@@ -214,6 +220,13 @@ def test_the_first_failing_rank_ends_the_others_and_its_exit_code_is_passed_on(
     began = time.monotonic()
     assert spawn.run_ranks(obey, orders, 3) == code
     assert time.monotonic() - began < 30
+
+
+def test_the_first_rank_may_say_what_all_ranks_refuse(tmp_path: Path) -> None:
+    """The others, who say nothing, are sooner done."""
+    said = tmp_path / "said"
+    assert spawn.run_ranks(obey, {0: f"refuse, and say so in {said}", 1: "refuse", 2: "refuse"}, 3) == 2
+    assert said.read_text() == "why"
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:

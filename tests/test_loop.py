@@ -107,6 +107,21 @@ def test_an_earlier_run_is_set_aside_and_a_resumed_one_gone_on_with(tmp_path: Pa
     assert (folder.path / "mark").read_text() == "third"
 
 
+def test_a_folder_in_which_a_run_goes_on_is_refused_to_another(tmp_path: Path) -> None:
+    """The second of two runs of one name once renamed the first one's folder under its feet."""
+    folder = RunFolder(tmp_path / "run", resumed=False)
+    folder.make(preflight.read_config(None, TINY, 1))
+    with folder.held():
+        for other in (folder, dataclasses.replace(folder, resumed=True)):
+            with pytest.raises(ConfigError, match="a run that has not ended writes in"):
+                other.check()
+            with pytest.raises(BlockingIOError):
+                other.make(preflight.read_config(None, TINY, 1))
+        assert not (tmp_path / "run.1").exists()
+    folder.check()
+    assert not folder.lock.exists()
+
+
 def test_a_run_that_dies_leaves_its_traceback_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down(engine: Engine, batch: object) -> StepResult:
         raise ZeroDivisionError("the reason")

@@ -6,6 +6,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 
 import torch
@@ -19,6 +20,7 @@ from parallel.collectives import barrier
 from parallel.context import DTYPES, Context, make_context
 from parallel.engine import Engine
 from parallel.layout import Piece
+from parallel.shards import together
 from training.metrics import Line, Meter, MetricsFile
 from training.plot import draw_loss
 from training.preflight import Job, metadata
@@ -42,23 +44,26 @@ def run(job: Job) -> None:
     is_first, world = job.place.rank == 0, context.mesh.world
     screen = Screen(job.config, quiet=not is_first)
     notes = list(job.notes)
-    if is_first and (aside := job.folder.make(job.config)):
-        notes.append(f"the earlier run is now {aside}")
-    barrier(world)
-    handler = job.folder.start_log(job.place.rank)
-    try:
-        _log_place(context)
-        screen.start(preview(job.config, job.place.world_size), notes)
-        _train(make_engine(context, job), job, screen)
-        barrier(world)
-        log.info("done")
-    except BaseException as error:
-        log.error("ended by %s", type(error).__name__, exc_info=error)
-        raise
-    finally:
-        screen.close()
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+    with ExitStack() as until_the_end:
+        with together(world):
+            if is_first:
+                if aside := job.folder.make(job.config):
+                    notes.append(f"the earlier run is now {aside}")
+                until_the_end.enter_context(job.folder.held())
+        handler = job.folder.start_log(job.place.rank)
+        try:
+            _log_place(context)
+            screen.start(preview(job.config, job.place.world_size), notes)
+            _train(make_engine(context, job), job, screen)
+            barrier(world)
+            log.info("done")
+        except BaseException as error:
+            log.error("ended by %s", type(error).__name__, exc_info=error)
+            raise
+        finally:
+            screen.close()
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
 
 def make_engine(context: Context, job: Job) -> Engine:
@@ -140,8 +145,8 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
     finally:
         if metrics is not None:
             metrics.close()
-            if not draw_loss(folder.metrics, folder.plot):
-                screen.say("no loss.png: it takes matplotlib (pip install matplotlib)")
+    if metrics is not None and not draw_loss(folder.metrics, folder.plot):
+        screen.say("no loss.png: it takes matplotlib (pip install matplotlib)")
     if engine.config.output.export:
         _export(engine, job)
     screen.finish(folder)

@@ -64,10 +64,12 @@ class Screen:
         if preview.topology.shape["pipe"] == 1:
             return
         picture = draw(preview.timeline()).splitlines()
-        fits = max(map(len, picture)) <= self.console.width
-        schedule = preview.config.parallel.pipeline.schedule
-        self.say(f"one step, {schedule}, by FLOPs (F forward, B backward, microbatches from 0):")
-        for line in picture if fits else picture[-1:]:
+        title = f"one step, {preview.config.parallel.pipeline.schedule}, by FLOPs"
+        if max(map(len, picture)) > self.console.width:
+            self.say(f"{title}: {picture[-1]}")
+            return
+        self.say(f"{title} (F forward, B backward, microbatches from 0):")
+        for line in picture:
             self.say(line)
 
     def start(self, preview: Preview, notes: Iterable[str]) -> None:

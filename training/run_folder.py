@@ -1,8 +1,12 @@
 """A run's folder: where everything that it leaves has its place."""
 
+import errno
+import fcntl
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -38,6 +42,10 @@ class RunFolder:
         for blocked in (self.path, *self.path.absolute().parents):
             if blocked.exists() and not blocked.is_dir():
                 raise ConfigError(f"output.dir: {self.path}: {blocked} is not a folder. Try another output.dir.")
+        if self.is_held():
+            raise ConfigError(
+                f"output.dir: a run that has not ended writes in {self.path}. Stop it, or set another output.dir."
+            )
         standing = next(folder for folder in self.path.absolute().parents if folder.is_dir())
         folders = [standing, self.path] if self.resumed else [standing]  # a folder is renamed in the one around it
         for folder in folders:
@@ -48,8 +56,36 @@ class RunFolder:
                     f"output.dir: cannot write in {folder}: {error.strerror}. Try another output.dir."
                 ) from error
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    def is_held(self) -> bool:
+        """Whether a run that goes on writes here. Its lock ends with its process, however that ends."""
+        try:
+            with self.lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While inside, no other run may write here."""
+        with self.lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+            self.lock.unlink(missing_ok=True)
+
     def make(self, config: Config) -> Path | None:
-        """Make the folder with its config.json, on rank 0 alone; returns the name that an earlier run now has."""
+        """Make the folder with its config.json, on rank 0 alone; returns the name that an earlier run now has.
+
+        Raises OSError, also where another run has begun to write here since `check`.
+        """
+        if self.is_held():
+            raise BlockingIOError(errno.EAGAIN, "another run writes here", str(self.path))
         aside = None if self.resumed or not self.path.exists() else self._set_aside()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")

@@ -19,6 +19,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0
+REFUSED = 2  # the exit code of a rank that a user's error has ended
 
 
 def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
@@ -81,6 +82,8 @@ def _first_failure(ranks: Sequence[ForkServerProcess]) -> int:
         ended = [running.pop(sentinel) for sentinel in wait(list(running)) if isinstance(sentinel, int)]
         failed = [process for process in ended if _exit_code(process)]
         if failed:
+            if all(_exit_code(process) == REFUSED for process in failed):
+                ranks[0].join(GRACE_SECONDS)  # what every rank refuses the first one says: let it
             # A rank killed by a signal makes others fail, which may be noticed in the same moment.
             first = max(failed, key=_exit_code)
             print(f"{first.name} ended with exit code {_exit_code(first)}; ending the others", file=sys.stderr)
