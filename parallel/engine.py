@@ -1,6 +1,5 @@
 """One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -68,7 +67,7 @@ class Engine:
         gradients, scale = self.gradients.reduce(), self.loss_scale.scale
         norm = global_norm([info.layout for info in self.stage.infos], gradients, self.mesh.world) / scale
         lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.updates, self.config.train.steps)
-        overflow = self.loss_scale.is_dynamic and not math.isfinite(norm.item())  # of one norm, so all ranks agree
+        overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
         if not overflow:
             factor = clip_coefficient(norm, self.config.train.clip_grad_norm) / scale
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
@@ -76,7 +75,10 @@ class Engine:
             self.updates += 1
         self.loss_scale.update(overflow=overflow)
         self.step += 1
-        return StepResult(total / tokens, None if overflow else norm.item(), lr, tokens, skipped=overflow)
+        loss, grad_norm = torch.stack(
+            [total / tokens, norm]
+        ).tolist()  # last: the host waits once, with all work posted
+        return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
@@ -90,7 +92,7 @@ class Engine:
             microbatches, count = self._microbatches(batch)
             tokens += count
             runner = Runner(self.stage, self.pipe, microbatches)
-            total += self._sum(runner.run(self._plan(forward_only, len(microbatches))))
+            total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
         return total / tokens if tokens else float("nan")
 
     def state(self) -> dict[str, list[Piece]]:
@@ -138,9 +140,9 @@ class Engine:
         mask = None if mask is None else mask.to(self.mesh.device, torch.int64)
         return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
 
-    def _sum(self, total: Tensor) -> float:
+    def _sum(self, total: Tensor) -> Tensor:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""
-        return all_reduce(total if self.stage.speaks else torch.zeros_like(total), self.mesh.world).item()
+        return all_reduce(total if self.stage.speaks else torch.zeros_like(total), self.mesh.world)
 
     def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
         key = generate, num_microbatches

@@ -74,10 +74,9 @@ class AdamW:
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient
         self.inner.step()
-        for info, master in zip(self.infos, self.masters, strict=True):
+        for master in self.masters:
             master.grad = None
-            if master.dtype != info.parameter.dtype:
-                info.parameter.data.copy_(master)
+        self._narrow()
 
     def pieces(self) -> dict[str, list[Piece]]:
         """The masters and both moments, as pieces of public tensors: views, to be saved or filled."""
@@ -90,10 +89,14 @@ class AdamW:
 
     def restore(self, steps: int) -> None:
         """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""
-        for info, master in zip(self.infos, self.masters, strict=True):
+        for master in self.masters:
             self._state(master)["step"].fill_(steps)
-            if master.dtype != info.parameter.dtype:
-                info.parameter.data.copy_(master)
+        self._narrow()
+
+    def _narrow(self) -> None:
+        """Make the parameters roundings of their masters again, where they are kept apart."""
+        if self.masters[0].dtype != self.infos[0].parameter.dtype:
+            torch._foreach_copy_([info.parameter.data for info in self.infos], self.masters)
 
     def _state(self, master: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.inner.state[master]
