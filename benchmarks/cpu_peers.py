@@ -88,14 +88,15 @@ def report(contest: Contest, ranks: Sequence[Sequence[Result]]) -> bool:
     results, agree = ranks[0], True
     for i, result in enumerate(results):
         differences = [abs(a - b) / abs(b) for a, b in zip(results[0].losses, result.losses, strict=True)]
-        agree &= max(differences) <= AGREEMENT
+        agrees = all(difference <= AGREEMENT for difference in differences)  # NaN does not
+        agree &= agrees
         speed = GLOBAL_BATCH * SEQUENCE / median(result.seconds)
         ratios = [theirs / mine for theirs, mine in zip(result.seconds, results[0].seconds, strict=True)]
         ratio = f"{median(ratios):.2f}x" if i else ""
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}" if i else ""
         peak = f"{max(rank[0].peak_bytes for rank in ranks) / 2**20:.0f}" if not contest.peers else ""
         values = " ".join(f"{loss:.5f}" for loss in result.losses)
-        values += "" if max(differences) <= AGREEMENT else f"  DISAGREE by {max(differences):.1e}"
+        values += "" if agrees else f"  DISAGREE by {max(differences):.1e}"
         name = contest.name if i == 0 else ""
         size = contest.world_size if i == 0 else ""
         print(COLUMNS.format(name, size, result.name, f"{speed:.0f}", ratio, spread, peak, values), flush=True)

@@ -1,4 +1,5 @@
-"""Collectives over an axis. Each returns a new tensor, leaves its argument alone and counts the bytes handed to it.
+"""Collectives over an axis. Each returns a new tensor, leaves its argument alone unless told to reuse it, and counts
+the bytes handed to it.
 
 `start_…` posts a collective and returns at once; `wait` gives its result, so that work can be done in between. Only an
 axis of size 1 is special, and only here: there is nobody to talk to, so the argument itself comes back. torch 2.13
@@ -35,17 +36,20 @@ class Pending:
         return self.finish(self.buffer)
 
 
-def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Pending:
+def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Pending:
     if axis.size == 1:
         return Pending(x)
-    x = x.clone(memory_format=torch.contiguous_format)
+    x = x if in_place else x.clone(memory_format=torch.contiguous_format)
     axis.traffic.count("all_reduce", x)
     return Pending(x, dist.all_reduce(x, op, group=axis.group, async_op=True))
 
 
-def all_reduce(x: Tensor, axis: Axis, op: Any = SUM) -> Tensor:
-    """The sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank."""
-    return start_all_reduce(x, axis, op).wait()
+def all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Tensor:
+    """The sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank.
+
+    `in_place`: x, contiguous and the caller's own, is overwritten by it.
+    """
+    return start_all_reduce(x, axis, op, in_place=in_place).wait()
 
 
 def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:

@@ -13,40 +13,52 @@ from parallel.mesh import Axis
 
 
 class Gradients:
-    """The gradient of each parameter, summed over microbatches and then over ranks, in fp32 at least."""
+    """The gradient of each parameter, summed over microbatches and then over ranks, in fp32 at least.
+
+    Parameters whose gradients are summed over the same axes share one flat buffer, which is reduced where it lies. It
+    is made by a step's first backward and given up with its gradients: while activations pile up there is none.
+    """
 
     def __init__(self, infos: Sequence[ParameterInfo]) -> None:
         self.infos = infos
-        self.sums: list[Tensor | None] = [None] * len(infos)
+        self.sums: list[Tensor] = []  # by parameter, views of the buffers; none between steps
+        self._buffers: list[tuple[tuple[Axis, ...], Tensor]] = []
+        self._sharing: dict[tuple[Axis, ...], list[int]] = defaultdict(list)
+        for i, info in enumerate(infos):
+            self._sharing[tuple(axis for axis in info.layout.sync if axis.size > 1)].append(i)
 
     def absorb(self) -> None:
         """Move what the last backward left in `.grad` into the sums."""
-        for i, info in enumerate(self.infos):
+        is_first = not self.sums
+        if is_first:
+            self._begin()
+        for info, total in zip(self.infos, self.sums, strict=True):
             grad, info.parameter.grad = info.parameter.grad, None
             if grad is None:
-                continue
-            total = self.sums[i]
-            self.sums[i] = grad.to(master_dtype(grad.dtype)) if total is None else total.add_(grad)
+                grad = torch.zeros_like(info.parameter)
+            if is_first:
+                total.copy_(grad)
+            else:
+                total.add_(grad)
 
     def reduce(self) -> list[Tensor]:
-        """Each gradient summed over its layout's axes, in one buffer for all that share them; the sums start anew."""
-        sums = [
-            torch.zeros_like(info.parameter, dtype=master_dtype(info.parameter.dtype)) if total is None else total
-            for info, total in zip(self.infos, self.sums, strict=True)
-        ]
-        self.sums = [None] * len(self.infos)
-        sharing: dict[tuple[Axis, ...], list[int]] = defaultdict(list)
-        for i, info in enumerate(self.infos):
-            sharing[tuple(axis for axis in info.layout.sync if axis.size > 1)].append(i)
-        for axes, indices in sharing.items():
-            if not axes:
-                continue
-            flat = torch.cat([sums[i].flatten() for i in indices])
+        """Each gradient summed over its layout's axes; the sums start anew."""
+        for axes, buffer in self._buffers:
             for axis in axes:
-                flat = all_reduce(flat, axis)
-            for i, part in zip(indices, flat.split([sums[i].numel() for i in indices]), strict=True):
-                sums[i] = part.view_as(sums[i])
+                all_reduce(buffer, axis, in_place=True)
+        sums, self.sums, self._buffers = self.sums, [], []
         return sums
+
+    def _begin(self) -> None:
+        sums: dict[int, Tensor] = {}
+        for axes, indices in self._sharing.items():
+            parameters = [self.infos[i].parameter for i in indices]
+            sizes = [parameter.numel() for parameter in parameters]
+            buffer = parameters[0].new_empty(sum(sizes), dtype=master_dtype(parameters[0].dtype))
+            self._buffers.append((axes, buffer))
+            for i, parameter, part in zip(indices, parameters, buffer.split(sizes), strict=True):
+                sums[i] = part.view_as(parameter)
+        self.sums = [sums[i] for i in range(len(self.infos))]
 
 
 class AdamW:

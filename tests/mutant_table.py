@@ -58,8 +58,8 @@ DROPPED_REDUCTIONS = (
            trains("2d1x2")),
     Mutant("cube-product-not-summed", "the matmul's partial sums over o are sliced, not added",
            MATMUL,
-           "return all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)",
-           "dim, axis = self.scatter_y; return all_reduce(y.chunk(axis.size, dim)[axis.rank], self.reduce_y)",
+           "y = all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)",
+           "dim, axis = self.scatter_y; y = all_reduce(y.chunk(axis.size, dim)[axis.rank], self.reduce_y)",
            trains("3d2x2x2")),
     Mutant("input-gradient-not-summed", "each rank keeps its slice of its own dx alone",
            MATMUL,
@@ -128,7 +128,7 @@ GRADIENT_RULE = (
            OPTIM, "grad, info.parameter.grad = info.parameter.grad, None", "grad = info.parameter.grad",
            trains("single")),
     Mutant("gradient-of-the-last-step-kept", "sums go on from step to step",
-           OPTIM, "        self.sums = [None] * len(self.infos)\n", "", trains("single")),
+           OPTIM, "sums, self.sums, self._buffers = self.sums, [], []", "sums = self.sums", trains("single")),
 )
 
 NORM_AND_CLIP = (

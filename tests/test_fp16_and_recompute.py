@@ -96,9 +96,7 @@ def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[l
     def planted() -> None:
         absorb()
         if engine.step == 1 and rank == victim:
-            total = engine.gradients.sums[-1]
-            assert total is not None
-            total.view(-1)[0] = torch.inf
+            engine.gradients.sums[-1].view(-1)[0] = torch.inf
 
     engine.gradients.absorb = planted  # type: ignore[method-assign]
     results, unchanged = [], False
