@@ -37,8 +37,9 @@ lint: venv  ## ruff and mypy, changing nothing
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-slow: venv  ## the tests marked slow
+slow: venv  ## the tests marked slow, and one suite under torch's own check that ranks agree on every collective
 	@$(RUN) -m pytest -m slow
+	@TORCH_DISTRIBUTED_DEBUG=DETAIL $(RUN) -m pytest tests/test_gradient_rules.py
 
 mutants: venv  ## break the code on purpose and see that the tests notice
 	@$(RUN) -m tests.mutants

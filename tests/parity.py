@@ -5,6 +5,8 @@ with what it checks. Weights, gradients and moments are compared under their pub
 """
 
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models import build
-from models.shapes import resolve
+from models.hf import export
+from models.shapes import resolve, shape_of
 from parallel.collectives import gather_objects
 from parallel.config import parse
 from parallel.context import Place, make_context
@@ -155,8 +159,22 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
         trace.losses.append(result.loss)
         assert result.grad_norm is not None
         trace.norms.append(result.grad_norm)
-    trace.weights = whole(infos, engine.optimizer.masters, engine)
+    whole(infos, engine.optimizer.masters, engine)
+    trace.weights = exported(engine)
     return trace if rank == 0 else None
+
+
+def exported(engine: Engine) -> dict[str, Tensor]:
+    """The weights as rank 0 reads them from the Hugging Face directory that all ranks write."""
+    world, config = engine.mesh.world, engine.config
+    is_first = world.rank == 0
+    folder = Path(gather_objects(tempfile.mkdtemp() if is_first else None, world)[0])
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    export(folder / "export", engine.weights(), shape=shape_of(config), axis=world, dtype=dtype)
+    found = load_file(folder / "export" / "model.safetensors") if is_first else {}
+    if is_first:
+        shutil.rmtree(folder)
+    return found
 
 
 def engine_of(rank: int, world_size: int, raw: Raw) -> Engine:

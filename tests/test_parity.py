@@ -74,9 +74,12 @@ def test_training_equals_hugging_face(models_of: dict[str, Path], layout: str, p
     check(models_of["tied"], layout, precision)
 
 
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
 @pytest.mark.parametrize("layout", PROJECTED_LAYOUTS)
-def test_projected_embeddings_and_post_layer_norm_equal_hugging_face(models_of: dict[str, Path], layout: str) -> None:
-    check(models_of["projected"], layout, "fp64")
+def test_projected_embeddings_and_post_layer_norm_equal_hugging_face(
+    models_of: dict[str, Path], layout: str, precision: str
+) -> None:
+    check(models_of["projected"], layout, precision)
 
 
 @pytest.mark.parametrize("micro", [12, 2, 1])
