@@ -148,3 +148,12 @@ def test_eight_ranks_equal_serial(name: str) -> None:
     parallel, shape = EIGHT[name]
     model = shape | dict(dropout=0.25, attention_dropout=0.25)
     check(Case(8, parallel, model, dict(global_batch_size=16, micro_batch_size=4), 5, "fp64", masked=True))
+
+
+def test_a_label_that_sees_one_token_alone_gives_q_and_k_no_gradient() -> None:
+    """A softmax over one score does not depend on it: what is left of the gradient is noise, and differs by layout."""
+    model = MODEL | dict(num_hidden_layers=1, dropout=0.0, attention_dropout=0.0)
+    case = Case(
+        2, dict(tensor=dict(mode="1d", size=2)), model, dict(global_batch_size=1, micro_batch_size=1), 3, "fp64", True
+    )
+    check(case)
