@@ -7,10 +7,10 @@ from torch import nn
 from models.hf import has_weights, load, sources
 from models.opt import Block, LayerSpec, layers_of, trunk_of
 from models.shapes import OPTShape, shape_of
+from parallel.chunk import master_dtype
 from parallel.config import PipelineConfig
 from parallel.context import Context
 from parallel.layout import ParameterInfo
-from parallel.optim import master_dtype
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
 from parallel.pipeline.stage import Recomputed, Stage
@@ -85,5 +85,5 @@ def _infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
             for name, layout in getattr(part, "layouts", {}).items():
                 parameter = getattr(part, name)
                 full = ".".join(filter(None, (layer, path, name)))
-                infos.setdefault(id(parameter), ParameterInfo(full, parameter, layout, sources(full)))
+                infos.setdefault(id(parameter), ParameterInfo(full, layer, parameter, layout, sources(full)))
     return list(infos.values())

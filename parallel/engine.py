@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
 from parallel.errors import DataError
 from parallel.grad_norm import clip_coefficient, global_norm
+from parallel.gradients import Gradients
 from parallel.labels import IGNORED, shift
 from parallel.layout import Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
-from parallel.optim import AdamW, Gradients
+from parallel.optim import AdamW
 from parallel.pipeline.microbatch import Microbatch, problem_of
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
@@ -46,8 +48,9 @@ class Engine:
         self.stage, self.context, self.config = stage, context, context.config
         self.mesh = context.mesh
         self.pipe, self.data = self.mesh.axis("pipe"), self.mesh.axis("data")
-        self.gradients = Gradients(stage.infos)
-        self.optimizer = AdamW(stage.infos, self.config.optimizer, context.dtype)
+        self.chunks = make_chunks(stage.infos, context.dtype)
+        self.gradients = Gradients(self.chunks)
+        self.optimizer = AdamW(self.chunks, self.config.optimizer)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.step = 0  # steps taken, skipped ones too: the place in the data
@@ -62,16 +65,16 @@ class Engine:
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
-        runner = Runner(self.stage, self.pipe, microbatches, after_backward=self.gradients.absorb)
+        self.gradients.begin(len(microbatches))
+        runner = Runner(self.stage, self.pipe, microbatches)
         total = self._sum(runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches))))
-        gradients, scale = self.gradients.reduce(), self.loss_scale.scale
-        norm = global_norm([info.layout for info in self.stage.infos], gradients, self.mesh.world) / scale
+        self.gradients.finish()
+        scale = self.loss_scale.scale
+        norm = global_norm(self.chunks, self.mesh.world) / scale
         lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.updates, self.config.train.steps)
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
         if not overflow:
-            factor = clip_coefficient(norm, self.config.train.clip_grad_norm) / scale
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-            self.optimizer.step(gradients, lr)
+            self.optimizer.step(clip_coefficient(norm, self.config.train.clip_grad_norm) / scale, lr)
             self.updates += 1
         self.loss_scale.update(overflow=overflow)
         self.step += 1
@@ -114,10 +117,7 @@ class Engine:
 
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the model's weights, in master precision."""
-        infos, masters = self.stage.infos, self.optimizer.masters
-        return [
-            p for info, master in zip(infos, masters, strict=True) if info.layout.owner for p in info.pieces(master)
-        ]
+        return self.optimizer.weights()
 
     # -- parts of a step
 

@@ -5,21 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from parallel.chunk import ALIGNMENT, Chunk
 from parallel.collectives import all_reduce
-from parallel.layout import Layout
 from parallel.mesh import Axis
 
 
-def global_norm(layouts: Sequence[Layout], gradients: Sequence[Tensor], world: Axis) -> Tensor:
+def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
     """The 2-norm of the whole model's gradient, an fp64 scalar, the same to the last bit on every rank.
 
-    Each element counts once, on the rank that owns it; padding is zero. What is not finite on any rank, owner or not,
-    makes the norm so on every rank: a replica counts zero times, and zero times infinity is NaN.
+    Ranks that hold the same chunk take a slice of it each, so that every element counts once; padding is zero. What is
+    not finite on any rank makes the norm so on every rank, although a copy counts zero times: zero times infinity is
+    NaN.
     """
-    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    for layout, norm in zip(layouts, torch._foreach_norm(list(gradients)), strict=True):
-        total += norm.double().square() * layout.owner
+    total = torch.zeros((), dtype=torch.float64, device=chunks[0].master.device)
+    for chunk in chunks:
+        assert chunk.gradient is not None
+        total += _sum_of_squares(chunk.own_slice(chunk.gradient), chunk.master.dtype) * chunk.speaks
     return all_reduce(total, world).sqrt()
+
+
+def _sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In fp64, of short rows' norms in `dtype`: torch's own norm of 10 million fp32 numbers is off by 5e-4 on a CPU."""
+    rows: Tensor = torch.linalg.vector_norm(x.view(-1, ALIGNMENT), dim=-1, dtype=dtype)
+    return rows.double().square().sum()
 
 
 def clip_coefficient(norm: Tensor, clip: float | None) -> Tensor:

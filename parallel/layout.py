@@ -21,14 +21,19 @@ class Layout:
     """A global tensor of `shape`, split along each dim over the axes in `dims` (outermost first).
 
     A dim that its axes do not divide is padded at the end; `shape` is without padding. `sync`: the axes over which the
-    gradient is summed. `owner`: whether this rank is the one, among those that hold the same elements, that speaks for
-    them: in the norm, in a checkpoint, in an export.
+    gradient is summed. `copies`: further axes along which ranks hold the same elements, and come to the same gradient
+    by themselves.
     """
 
     shape: tuple[int, ...]
     dims: tuple[tuple[Axis, ...], ...]
     sync: tuple[Axis, ...] = ()
-    owner: bool = True
+    copies: tuple[Axis, ...] = ()
+
+    @property
+    def owner(self) -> bool:
+        """Whether this rank, of those that hold the same elements, speaks for them in a checkpoint and an export."""
+        return all(axis.rank == 0 for axis in (*self.sync, *self.copies))
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -66,12 +71,14 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class ParameterInfo:
-    """A parameter of this rank: its own name, its layout, and the public tensors it holds a part of.
+    """A parameter of this rank: its own name, the layer it belongs to, its layout, and the public tensors it holds a
+    part of.
 
     `sources` has one name or, where public tensors of one shape are fused along dim 0, one for each index of it.
     """
 
     name: str
+    unit: str
     parameter: nn.Parameter
     layout: Layout
     sources: tuple[str, ...]

@@ -19,6 +19,8 @@ FLOORS = (
         "parallel.labels",
         "parallel.layout",
         "parallel.rng",
+        "parallel.chunk",
+        "parallel.gradients",
         "parallel.grad_norm",
         "parallel.loss_scale",
         "parallel.optim",

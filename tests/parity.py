@@ -21,11 +21,12 @@ from torch import Tensor
 from models import build
 from models.hf import export
 from models.shapes import resolve, shape_of
+from parallel.chunk import Chunk
 from parallel.collectives import gather_objects
 from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.engine import Engine
-from parallel.layout import ParameterInfo, slices
+from parallel.layout import slices
 
 Batch = dict[str, Tensor]
 Raw = dict[str, Any]
@@ -145,13 +146,12 @@ def _learning_rate(raw: Raw, k: int) -> float:
 def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace | None:
     """Our run on this rank of a world that has met; rank 0 returns the trace, with every tensor whole."""
     engine = engine_of(rank, world_size, raw)
-    infos, trace = engine.stage.infos, Trace()
-    update = engine.optimizer.step
+    trace, update = Trace(), engine.optimizer.step
 
-    def observed(gradients: Any, lr: float) -> None:
+    def observed(factor: Tensor, lr: float) -> None:
         if engine.step == 0:
-            trace.gradients = whole(infos, gradients, engine)
-        update(gradients, lr)
+            trace.gradients = whole(engine, [clipped(chunk, factor) for chunk in engine.chunks])
+        update(factor, lr)
 
     engine.optimizer.step = observed  # type: ignore[method-assign]
     for batch in batches:
@@ -159,9 +159,14 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
         trace.losses.append(result.loss)
         assert result.grad_norm is not None
         trace.norms.append(result.grad_norm)
-    whole(infos, engine.optimizer.masters, engine)
+    whole(engine, [chunk.master for chunk in engine.chunks])
     trace.weights = exported(engine)
     return trace if rank == 0 else None
+
+
+def clipped(chunk: Chunk, factor: Tensor) -> Tensor:
+    assert chunk.gradient is not None
+    return chunk.gradient.to(chunk.master.dtype) * factor.to(chunk.master.dtype)
 
 
 def exported(engine: Engine) -> dict[str, Tensor]:
@@ -189,14 +194,15 @@ def share_of(batch: Mapping[str, Tensor], engine: Engine) -> Batch:
     return {name: x.tensor_split(engine.data.size)[engine.data.rank] for name, x in batch.items()}
 
 
-def whole(infos: list[ParameterInfo], tensors: Any, engine: Engine) -> dict[str, Tensor]:
-    """Public tensors put together from every rank's pieces. Ranks that hold the same elements must agree to the last
-    bit.
+def whole(engine: Engine, buffers: list[Tensor]) -> dict[str, Tensor]:
+    """Public tensors put together from every rank's chunks, of each a flat buffer. Ranks that hold the same elements
+    must agree to the last bit.
     """
     pieces = [
         (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), info.layout.owner)
-        for info, tensor in zip(infos, tensors, strict=True)
-        for piece in info.pieces(tensor)
+        for chunk, flat in zip(engine.chunks, buffers, strict=True)
+        for info, view in zip(chunk.infos, chunk.views(flat), strict=True)
+        for piece in info.pieces(view)
     ]
     everything = [piece for part in gather_objects(pieces, engine.mesh.world) for piece in part]
     found: dict[str, np.ndarray] = {}

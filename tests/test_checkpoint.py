@@ -48,14 +48,14 @@ def world(rank: int, size: int) -> Axis:
 
 def layout(kind: str, place: int, shape: tuple[int, ...], rank: int, size: int) -> Layout:
     """The layout of the tensor at `place` among all. What is replicated belongs to one rank, each time another."""
-    everybody, speaks = axis(rank, size), rank == place % size
+    everybody = axis(rank, size)
     if kind == "rows" and shape:
         return Layout(shape, ((everybody,), *[()] * (len(shape) - 1)))
     if kind == "columns" and len(shape) == 2:
         return Layout(shape, ((), (everybody,)))
     if kind == "grid" and len(shape) == 2:
         return Layout(shape, ((axis(rank // 2, 2),), (axis(rank % 2, 2),)))
-    return Layout(shape, ((),) * len(shape), owner=speaks)
+    return Layout(shape, ((),) * len(shape), copies=(axis((rank - place) % size, size),))  # that rank is its first
 
 
 def pieces_of(kind: str, rank: int, size: int, tensors: dict[str, Tensor], *, only_owned: bool) -> list[Piece]:

@@ -91,21 +91,24 @@ def test_recompute_keeps_one_activation_a_block() -> None:
 def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[list[Any], bool, float]:
     """Four steps; before the second update the victim's gradients hold an infinity. (results, unchanged then, scale)"""
     engine = engine_of(rank, world_size, raw)
-    absorb = engine.gradients.absorb
+    infected = engine.stage.infos[-1].parameter
 
-    def planted() -> None:
-        absorb()
+    def infect(gradient: torch.Tensor) -> torch.Tensor:
         if engine.step == 1 and rank == victim:
-            engine.gradients.sums[-1].view(-1)[0] = torch.inf
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = torch.inf
+        return gradient
 
-    engine.gradients.absorb = planted  # type: ignore[method-assign]
+    infected.register_hook(infect)
     results, unchanged = [], False
     for batch in batches_of(4):
-        before = [master.clone() for master in engine.optimizer.masters]
+        before = [chunk.master.clone() for chunk in engine.chunks]
         results.append(engine.train_step(share_of(batch, engine)))
         if engine.step == 2:
-            unchanged = all(torch.equal(a, b) for a, b in zip(before, engine.optimizer.masters, strict=True))
-    whole(engine.stage.infos, engine.optimizer.masters, engine)
+            unchanged = all(
+                torch.equal(a, b) for a, b in zip(before, (chunk.master for chunk in engine.chunks), strict=True)
+            )
+    whole(engine, [chunk.master for chunk in engine.chunks])
     return results, unchanged, engine.loss_scale.scale
 
 

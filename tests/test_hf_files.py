@@ -79,8 +79,9 @@ def infos_of(shape: OPTShape, rank: int, size: int) -> list[ParameterInfo]:
         is_matrix = len(whole) - (".qkv." in name) == 2
         split = ((row,), (column,)) if is_matrix else ((column,),)
         dims = (*((),) * (len(whole) - len(split)), *split)
-        layout = Layout(whole, dims, owner=is_matrix or row.rank == 0)
-        infos.append(ParameterInfo(name, nn.Parameter(torch.zeros(layout.local_shape)), layout, hf.sources(name)))
+        layout = Layout(whole, dims, copies=() if is_matrix else (row,))
+        parameter, unit = nn.Parameter(torch.zeros(layout.local_shape)), name.split(".")[0]
+        infos.append(ParameterInfo(name, unit, parameter, layout, hf.sources(name)))
     return infos
 
 

@@ -140,7 +140,7 @@ def together(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 def drawn(rank: int, world_size: int, raw: Raw) -> Trace:
     engine = engine_of(rank, world_size, raw)
-    return Trace(weights=whole(engine.stage.infos, engine.optimizer.masters, engine))
+    return Trace(weights=whole(engine, [chunk.master for chunk in engine.chunks]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

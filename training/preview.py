@@ -7,9 +7,10 @@ import torch
 from models import opt
 from models.build import outline, split
 from models.shapes import OPTShape, parameter_count, shape_of
+from parallel.chunk import master_dtype
 from parallel.config import Config
 from parallel.context import Place, make_context
-from parallel.optim import master_dtype
+from parallel.gradients import gradient_dtype
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, simulate
 from parallel.tensor import MODES
@@ -77,14 +78,18 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
     mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
     specs = opt.layers_of(shape_of(config), mode, config.train.seed, config.data.sequence_length)
     own = [specs[i] for i in split(specs, config.parallel.pipeline)[stage]]
-    parameters = sum(info.parameter.numel() for info in outline(context).infos)
+    infos, microbatches = outline(context).infos, config.num_microbatches(topology.world_size)
+    parameters = sum(info.parameter.numel() for info in infos)
     master = master_dtype(context.dtype)
     masters = 3 if master != context.dtype else 2  # a weight that is wide enough is its own master
     return StagePreview(
         tuple(spec.name for spec in own),
         parameters,
         weight_bytes=parameters * context.dtype.itemsize,
-        gradient_bytes=parameters * master.itemsize,
+        gradient_bytes=sum(
+            info.parameter.numel() * gradient_dtype(context.dtype, info.layout.sync, microbatches).itemsize
+            for info in infos
+        ),
         optimizer_bytes=parameters * master.itemsize * masters,
         cost=sum(spec.cost for spec in own),
     )

@@ -1,6 +1,6 @@
 """Executes a plan: one rank's actions, one after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +13,10 @@ from parallel.pipeline.stage import Stage
 
 
 class Runner:
-    """One run of one stage through a plan with transfers; `after_backward` is called after each backward."""
+    """One run of one stage through a plan with transfers."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        pipe: Axis,
-        microbatches: Sequence[Microbatch],
-        *,
-        after_backward: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, stage: Stage, pipe: Axis, microbatches: Sequence[Microbatch]) -> None:
         self.stage, self.pipe, self.microbatches = stage, pipe, microbatches
-        self.after_backward = after_backward
         self.is_last = pipe.rank == pipe.size - 1
         self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from RECV_F to the end of B and SEND_B
         self.outputs: dict[int, Tensor] = {}  # what the stage made of them, from F to B
@@ -54,7 +46,6 @@ class Runner:
             output.backward()
         else:
             output.backward(self.grads.pop(m))
-        self.after_backward()
 
     def _transfer(self, actions: Sequence[Action]) -> None:
         """Post the transfers together, and put what arrives in its place."""

@@ -82,11 +82,10 @@ class Mode:
         """
         own = {axis.name for axes in dims for axis in axes}
         sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in own))]
-        replicas = [self.mesh.axis(name) for name in ("data", "context", *self.axes) if name not in own]
         if tied:
             sync.append(self.mesh.ends)
-            replicas.append(self.mesh.ends)
-        return Layout(shape, dims, tuple(sync), owner=all(axis.rank == 0 for axis in replicas))
+        copies = (self.mesh.axis(name) for name in self.axes if name not in (*own, *self.token_axes))
+        return Layout(shape, dims, tuple(sync), tuple(copies))
 
     # -- layers
 

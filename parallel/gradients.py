@@ -1,0 +1,95 @@
+"""Gradients, from the backward that makes them to the sum over ranks that an update takes."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parallel.chunk import Chunk, master_dtype
+from parallel.collectives import Pending, all_reduce, start_all_reduce
+from parallel.mesh import Axis
+
+
+class Gradients:
+    """Sums each gradient over microbatches as it arrives, and each chunk over ranks as soon as it is complete.
+
+    A chunk is complete when each of its parameters has arrived once for every microbatch: during the last backward. Its
+    sum over the chunk's axis travels while that backward goes on to earlier layers (Li et al. 2020, "PyTorch
+    Distributed", section 3.2). Buffers are made as gradients arrive: while activations pile up there are none.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._sums = [_Sum(chunk) for chunk in chunks]
+
+    def begin(self, num_microbatches: int) -> None:
+        """Start a step: each gradient will arrive so many times, or never."""
+        for total in self._sums:
+            total.begin(num_microbatches)
+
+    def finish(self) -> None:
+        """Wait until every chunk's `gradient` is whole."""
+        for total in self._sums:
+            total.post()
+        for total in self._sums:
+            total.wait()
+
+
+class _Sum:
+    """The gradient of one chunk on its way."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.begin(0)
+        for i, info in enumerate(chunk.infos):
+            info.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
+
+    def begin(self, num_microbatches: int) -> None:
+        self.num_microbatches = num_microbatches
+        self.arrivals = [0] * len(self.chunk.infos)
+        self.missing = num_microbatches * len(self.chunk.infos)
+        self.views: list[Tensor] = []  # of the chunk's gradient, by parameter
+        self.pending: Pending | None = None
+
+    def post(self) -> None:
+        """Start the sum over ranks, unless it has started. What never arrived is zero."""
+        if self.pending is None:
+            self._make_buffer()
+            for view, arrivals in zip(self.views, self.arrivals, strict=True):
+                if not arrivals:
+                    view.zero_()
+            assert self.chunk.gradient is not None
+            self.pending = start_all_reduce(self.chunk.gradient, self.chunk.axes[0], in_place=True)
+
+    def wait(self) -> None:
+        assert self.pending is not None
+        gradient = self.pending.wait()
+        for axis in self.chunk.axes[1:]:
+            all_reduce(gradient, axis, in_place=True)
+
+    def _take(self, i: int, parameter: Tensor) -> None:
+        """Called by autograd when a backward has put parameter i's gradient into `.grad`."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self._make_buffer()
+        if self.arrivals[i]:
+            self.views[i].add_(gradient)
+        else:
+            self.views[i].copy_(gradient)
+        self.arrivals[i] += 1
+        self.missing -= 1
+        if not self.missing:
+            self.post()
+
+    def _make_buffer(self) -> None:
+        if not self.views:
+            dtype = self.chunk.parameters.dtype
+            self.views = self.chunk.make_gradient(gradient_dtype(dtype, self.chunk.axes, self.num_microbatches))
+
+
+def gradient_dtype(dtype: torch.dtype, axes: Sequence[Axis], num_microbatches: int) -> torch.dtype:
+    """That of a gradient's buffer: fp32 at least where anything is added, over microbatches or ranks, and otherwise the
+    parameter's.
+    """
+    is_sum = num_microbatches > 1 or any(axis.size > 1 for axis in axes)
+    return master_dtype(dtype) if is_sum else dtype
