@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from parallel.layout import ParameterInfo
+from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
 
 ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
@@ -27,7 +27,7 @@ class Chunk:
     def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         self.infos = list(infos)
-        self.axes: tuple[Axis, ...] = layout.sync or (ALONE,)
+        self.axes = _axes(layout)
         self.is_matrix = infos[0].is_matrix
         # Of the ranks that hold the same slice, one speaks for it.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
@@ -71,7 +71,7 @@ def make_chunks(infos: Sequence[ParameterInfo], dtype: torch.dtype) -> list[Chun
     """Every parameter in a chunk. Ranks along an axis that a chunk is summed over make the same ones, in one order."""
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
-        key = info.unit, info.layout.sync, info.layout.copies, info.is_matrix
+        key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix
         groups.setdefault(key, []).append(info)
     return [Chunk(group, dtype) for group in groups.values()]
 
@@ -79,6 +79,12 @@ def make_chunks(infos: Sequence[ParameterInfo], dtype: torch.dtype) -> list[Chun
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which a parameter of this dtype is summed and updated: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _axes(layout: Layout) -> tuple[Axis, ...]:
+    """The axes that a gradient is summed over: the first, whatever its size, and those beyond it where anybody is."""
+    first, *further = layout.sync or (ALONE,)
+    return first, *(axis for axis in further if axis.size > 1)
 
 
 def _round_up(count: int, multiple: int) -> int:

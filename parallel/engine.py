@@ -18,6 +18,7 @@ from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
 from parallel.optim import AdamW
 from parallel.pipeline.microbatch import Microbatch, problem_of
+from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
@@ -47,7 +48,7 @@ class Engine:
     def __init__(self, stage: Stage, context: Context) -> None:
         self.stage, self.context, self.config = stage, context, context.config
         self.mesh = context.mesh
-        self.pipe, self.data = self.mesh.axis("pipe"), self.mesh.axis("data")
+        self.data, self.pipe = self.mesh.axis("data"), Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
         self.chunks = make_chunks(stage.infos, context.dtype)
         self.gradients = Gradients(self.chunks)
         self.optimizer = AdamW(self.chunks, self.config.optimizer)

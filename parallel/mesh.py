@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,8 @@ class Axis:
     traffic: Traffic
 
 
+Groups: TypeAlias = dict[tuple[int, ...], dist.ProcessGroup]  # by their ranks
+
 ALONE = Axis("alone", 0, 1, (0,), None, Traffic())
 """Nobody else: what stands in a table where a mode does not communicate."""
 
@@ -70,15 +73,18 @@ class Mesh:
         self.topology, self.rank, self.device = topology, rank, device or torch.device("cpu")
         self.traffic = Traffic()
         self._connect = connect
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._axes: dict[tuple[str, ...], Axis] = {}
         everything = tuple(topology.shape)
+        made: Groups = {}
         for names in (*((name,) for name in everything), *merged, everything):
             key = self._key(names)
             if key not in self._axes:
-                self._axes[key] = self._make("+".join(key) or "trivial", topology.groups(key))
+                self._axes[key] = self._make("+".join(key) or "trivial", topology.groups(key), made)
         self.world = self._axes[self._key(everything)]
-        self.ends = self._make_ends()
+        # The first and the last pipeline stage, over which a tied embedding is summed; one between them is alone.
+        self.ends = self._make("ends", topology.ends("pipe") if topology.shape["pipe"] > 1 else [], made)
+        # The pipe again, in process groups of its own: for the gradients that travel back.
+        self.backward_pipe = self._make("backward_pipe", topology.groups(("pipe",)), {})
 
     def axis(self, *names: str) -> Axis:
         """The axis that merges `names`. KeyError where the mesh was not told of this combination when it was made."""
@@ -94,29 +100,18 @@ class Mesh:
         assert wanted <= set(sizes), f"no axis {wanted - set(sizes)} in a mesh of {sizes}"
         return tuple(name for name in sizes if name in wanted and sizes[name] > 1)
 
-    def _make(self, name: str, groups: Iterable[tuple[int, ...]]) -> Axis:
-        """The one of `groups` that holds this rank, as an axis. Every rank calls this with the same groups."""
+    def _make(self, name: str, groups: Iterable[tuple[int, ...]], made: Groups) -> Axis:
+        """The one of `groups` that holds this rank, as an axis. Every rank calls this with the same groups.
+
+        `made`: the process groups that there are, to be used where their ranks are the same, and added to.
+        """
         mine: Axis | None = None
         for ranks in groups:
-            group = self._group(ranks)
+            if self._connect and len(ranks) > 1 and ranks not in made:
+                made[ranks] = dist.new_group(list(ranks))
             if self.rank in ranks:
-                mine = Axis(name, ranks.index(self.rank), len(ranks), ranks, group, self.traffic)
+                mine = Axis(name, ranks.index(self.rank), len(ranks), ranks, made.get(ranks), self.traffic)
         return mine or Axis(name, 0, 1, (self.rank,), None, self.traffic)
-
-    def _make_ends(self) -> Axis:
-        """The first and the last pipeline stage at this rank's place, over which a tied embedding is summed.
-
-        A stage in the middle gets an axis of size 1, as does everybody where there is only one stage.
-        """
-        pairs = self.topology.ends("pipe") if self.topology.shape["pipe"] > 1 else []
-        return self._make("ends", pairs)
-
-    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        if not self._connect or len(ranks) == 1:
-            return None
-        if ranks not in self._groups:
-            self._groups[ranks] = dist.new_group(list(ranks))
-        return self._groups[ranks]
 
 
 def join(backend: str, rank: int, world_size: int, *, device: torch.device, timeout_minutes: float = 30) -> None:

@@ -16,6 +16,7 @@ class Mutant:
 
 
 RULES = "tests/test_gradient_rules.py"
+OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
@@ -40,6 +41,7 @@ def drops(part: str) -> str:
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
+CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
 
@@ -120,31 +122,46 @@ GRADIENT_RULE = (
     Mutant("layer-norm-gradient-not-summed", "LayerNorm's own gradient stays local",
            MODE,
            "layout = self.layout((hidden,), self.hidden) if affine else None",
-           "layout = Layout((hidden,), (self.hidden,), (), self.layout((hidden,), self.hidden).owner)",
+           "layout = Layout((hidden,), (self.hidden,), (), self.layout((hidden,), self.hidden).sync)",
            trains("2.5d-depth2")),
     Mutant("tied-gradient-not-summed", "the embedding's two ends drift apart",
            MODE, "            sync.append(self.mesh.ends)\n", "", trains("pp2")),
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
-           OPTIM, "grad, info.parameter.grad = info.parameter.grad, None", "grad = info.parameter.grad",
-           trains("single")),
+           GRADIENTS, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
+    Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
+           GRADIENTS, "self.views[i].add_(gradient)", "self.views[i].copy_(gradient)", trains("single")),
+    Mutant("sum-before-the-last-microbatch", "ranks add up a gradient that is not whole yet",
+           GRADIENTS,
+           "self.missing = num_microbatches * len(self.chunk.infos)",
+           "self.missing = len(self.chunk.infos)",
+           OVERLAP),
+    Mutant("sum-after-the-backward", "nothing travels until the last gradient is there",
+           GRADIENTS, "        if not self.missing:\n            self.post()\n", "", OVERLAP),
+    Mutant("padding-of-a-gradient-left-as-it-was", "garbage in it counts in the norm",
+           CHUNK,
+           "self.gradient[start + info.parameter.numel() : stop].zero_()",
+           "pass",
+           "tests/test_chunk.py::test_the_padding_of_a_new_gradient_is_zero"),
     Mutant("gradient-of-the-last-step-kept", "sums go on from step to step",
-           OPTIM, "sums, self.sums, self._buffers = self.sums, [], []", "sums = self.sums", trains("single")),
+           GRADIENTS,
+           "        self.arrivals = [0] * len(self.chunk.infos)\n",
+           "        self.arrivals = getattr(self, 'arrivals', [0] * len(self.chunk.infos))\n",
+           trains("single")),
 )
 
 NORM_AND_CLIP = (
     Mutant("norm-counts-replicas", "what several ranks hold counts several times",
-           NORM,
-           "norm.double().square() * layout.owner",
-           "norm.double().square()",
-           trains("1d2")),
+           CHUNK, "(*self.axes[1:], *layout.copies)", "self.axes[1:]", trains("1d2")),
+    Mutant("norm-counts-a-slice-of-every-replica-whole", "replicas count the same elements",
+           NORM, "chunk.own_slice(chunk.gradient)", "chunk.gradient", trains("dp2")),
     Mutant("norm-counts-the-tied-embedding-twice", "both ends of the pipe own it",
-           MODE, "            replicas.append(self.mesh.ends)\n", "", trains("pp2")),
+           CHUNK, "(*self.axes[1:], *layout.copies)", "layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of what it holds",
            NORM, "return all_reduce(total, world).sqrt()", "return total.sqrt()", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank that owns nothing of it is not noticed",
            NORM,
-           "total += norm.double().square() * layout.owner",
-           "total += norm.double().square() if layout.owner else 0",
+           "_sum_of_squares(chunk.own_slice(chunk.gradient), chunk.master.dtype) * chunk.speaks",
+           "_sum_of_squares(chunk.own_slice(chunk.gradient), chunk.master.dtype) if chunk.speaks else 0",
            f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[1d2-1]"),
     Mutant("skipped-step-moves-the-schedule", "the learning rate goes on although nothing was updated",
            ENGINE,
@@ -172,9 +189,9 @@ MEANS = (
            trains("dp2")),
     Mutant("mean-of-microbatch-means", "each microbatch weighs the same, whatever its labels",
            RUNNER,
-           "            output.backward()\n",
-           "            counts = [(each.labels != -100).sum() for each in self.microbatches]\n"
-           "            (output * sum(counts) / counts[m] / len(counts)).backward()\n",
+           "self.outputs.pop(m).backward(gradient)",
+           "counts = [(each.labels != -100).sum() for each in self.microbatches]\n"
+           "        (self.outputs.pop(m) * sum(counts) / counts[m] / len(counts)).backward(gradient)",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
            ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
@@ -232,7 +249,7 @@ PARAMETERS = (
     Mutant("padding-row-drawn", "the padding token starts with an embedding",
            BUILD, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
-           MODE, "owner=all(axis.rank == 0 for axis in replicas))", "owner=True)", SEED),
+           LAYOUT, "return all(axis.rank == 0 for axis in (*self.sync, *self.copies))", "return True", SEED),
 )
 
 PLACES = (
@@ -313,7 +330,9 @@ ORDER = (
            "return self.outputs[min(self.outputs)].detach()",
            trains("pp2-gpipe")),
     Mutant("gradient-to-another-microbatch", "backward of one microbatch from the gradient of another",
-           RUNNER, "output.backward(self.grads.pop(m))", "output.backward(next(iter(self.grads.values())))",
+           RUNNER,
+           "self.receiving.pop((Op.RECV_B, m)).wait()",
+           "next(p for (op, _), p in self.receiving.items() if op is Op.RECV_B).wait()",
            trains("pp2-gpipe")),
 )
 

@@ -18,6 +18,7 @@ from parallel.pipeline.schedule import (
     forward_only,
     gpipe,
     one_f_one_b,
+    receives_ahead,
     with_transfers,
 )
 from parallel.pipeline.timeline import draw, simulate
@@ -82,6 +83,26 @@ def test_1f1b_posts_both_directions_of_a_link_together() -> None:
         "B1.2",
         "{SEND_B1.2>0}",
     ]
+
+
+def test_receives_go_ahead_of_the_compute_before_the_one_that_needs_them() -> None:
+    assert names(tuple(receives_ahead(with_transfers(one_f_one_b(3, 3)).ranks[1]))) == [
+        *("RECV_F1.0<0", "RECV_F1.1<0", "F1.0", "SEND_F1.0>2"),
+        *("RECV_B1.0<2", "F1.1", "SEND_F1.1>2"),
+        *("RECV_F1.2<0", "B1.0", "SEND_B1.0>0"),
+        *("RECV_B1.1<2", "F1.2", "SEND_F1.2>2"),
+        *("RECV_B1.2<2", "B1.1", "SEND_B1.1>0"),
+        *("B1.2", "SEND_B1.2>0"),
+    ]
+
+
+@given(st.sampled_from(GENERATORS), STAGES, MICROBATCHES)
+def test_receives_ahead_keep_the_order_of_the_messages_between_two_ranks(generator: Generator, p: int, m: int) -> None:
+    for actions in with_transfers(generator(p, m)).ranks:
+        ahead = receives_ahead(actions)
+        assert sorted(names(tuple(ahead))) == sorted(names(actions))
+        for keep in (lambda a: not a.op.is_transfer, lambda a: a.op.is_send, lambda a: a.op in (Op.RECV_F, Op.RECV_B)):
+            assert list(filter(keep, ahead)) == list(filter(keep, actions))
 
 
 @pytest.mark.parametrize("generator", GENERATORS)

@@ -1,30 +1,49 @@
-"""Point-to-point messages between pipeline stages."""
+"""Point-to-point messages between pipeline stages.
 
-from collections.abc import Sequence
+Forward-going and backward-going messages have a process group each, so that neither waits behind the other. Within
+one, messages between two ranks match in the order in which each end posts them. gloo carries no CUDA tensors from rank
+to rank: there they go through the host.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import Pending
 from parallel.mesh import Axis
 
 
-def exchange(
-    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[tuple[int, ...], int]], pipe: Axis, like: Tensor
-) -> list[Tensor]:
-    """Post all sends (tensor, coordinate on the pipe) and receives (shape, coordinate) at once; return what arrives.
+@dataclass(frozen=True)
+class Pipe:
+    """The pipe axis twice over: for activations, and for gradients."""
 
-    Messages between two ranks match in the order in which each posts them. `like` gives the dtype and device of what
-    arrives. gloo carries no CUDA tensors from rank to rank: there they go through the host.
-    """
-    by_host = "nccl" not in dist.get_backend(pipe.group)
-    outgoing = [(x.contiguous().cpu() if by_host else x.contiguous(), peer) for x, peer in sends]
-    device = torch.device("cpu") if by_host else like.device
-    incoming = [(torch.empty(shape, dtype=like.dtype, device=device), peer) for shape, peer in receives]
-    for x, _ in outgoing:
-        pipe.traffic.count("send", x)
-    operations = [dist.P2POp(dist.isend, x, pipe.ranks[peer], pipe.group) for x, peer in outgoing]
-    operations += [dist.P2POp(dist.irecv, x, pipe.ranks[peer], pipe.group) for x, peer in incoming]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return [x.to(like.device) for x, _ in incoming]
+    forward: Axis
+    backward: Axis
+
+    @property
+    def rank(self) -> int:
+        return self.forward.rank
+
+    @property
+    def size(self) -> int:
+        return self.forward.size
+
+
+def start_send(x: Tensor, axis: Axis, to: int) -> Pending:
+    """Post x to the rank at coordinate `to`. It may be changed once this has been waited for."""
+    x = x.contiguous().cpu() if _goes_by_host(axis) else x.contiguous()
+    axis.traffic.count("send", x)
+    return Pending(x, dist.isend(x, axis.ranks[to], axis.group))
+
+
+def start_receive(shape: tuple[int, ...], like: Tensor, axis: Axis, source: int) -> Pending:
+    """Post a place for a tensor of this shape, and of the dtype and device of `like`, from coordinate `source`."""
+    device = torch.device("cpu") if _goes_by_host(axis) else like.device
+    buffer = torch.empty(shape, dtype=like.dtype, device=device)
+    return Pending(buffer, dist.irecv(buffer, axis.ranks[source], axis.group), lambda x: x.to(like.device))
+
+
+def _goes_by_host(axis: Axis) -> bool:
+    return "nccl" not in dist.get_backend(axis.group)

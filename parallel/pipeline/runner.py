@@ -5,59 +5,74 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallel.mesh import Axis
+from parallel.collectives import Pending
 from parallel.pipeline.microbatch import Microbatch
-from parallel.pipeline.p2p import exchange
-from parallel.pipeline.schedule import Action, Op, Plan, batches
+from parallel.pipeline.p2p import Pipe, start_receive, start_send
+from parallel.pipeline.schedule import Action, Op, Plan, receives_ahead
 from parallel.pipeline.stage import Stage
+
+SENDS_IN_FLIGHT = 2  # before the eldest is waited for: what is sent stays in memory until then
 
 
 class Runner:
-    """One run of one stage through a plan with transfers."""
+    """One run of one stage through a plan with transfers.
 
-    def __init__(self, stage: Stage, pipe: Axis, microbatches: Sequence[Microbatch]) -> None:
+    A plan is proved for a backend that lets nobody go on before a transfer is over. Here a receive is posted a compute
+    ahead of need and waited for when it is needed, and a send is waited for later still: with less waiting the same
+    plan ends all the more.
+    """
+
+    def __init__(self, stage: Stage, pipe: Pipe, microbatches: Sequence[Microbatch]) -> None:
         self.stage, self.pipe, self.microbatches = stage, pipe, microbatches
         self.is_last = pipe.rank == pipe.size - 1
-        self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from RECV_F to the end of B and SEND_B
+        self.device = microbatches[0].input_ids.device
+        self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from F to the end of B and SEND_B
         self.outputs: dict[int, Tensor] = {}  # what the stage made of them, from F to B
-        self.grads: dict[int, Tensor] = {}  # gradients of outputs, from RECV_B to B
+        self.receiving: dict[tuple[Op, int], Pending] = {}  # from RECV_F to F, and from RECV_B to B
+        self.sending: list[Pending] = []
 
     def run(self, plan: Plan) -> Tensor:
         """The loss summed over this rank's tokens, in fp64; zero where this is not the last stage."""
         actions = plan.ranks[self.pipe.rank]
         trains = any(action.op is Op.B for action in actions)
-        total = torch.zeros((), dtype=torch.float64, device=self.microbatches[0].input_ids.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.set_grad_enabled(trains):
-            for step in batches(actions):
-                if isinstance(step, tuple):
-                    self._transfer(step)
-                elif step.op is Op.F:
-                    m = step.microbatch
-                    x = self.inputs.get(m) if trains else self.inputs.pop(m, None)
-                    self.outputs[m] = self.stage(x, self.microbatches[m])
-                    total += self.outputs[m].detach() if self.is_last else 0
-                else:
-                    self._backward(step.microbatch)
+            for action in receives_ahead(actions):
+                match action.op:
+                    case Op.F:
+                        total += self._forward(action.microbatch)
+                    case Op.B:
+                        self._backward(action.microbatch)
+                    case Op.SEND_F | Op.SEND_B:
+                        self._send(action)
+                    case Op.RECV_F | Op.RECV_B:
+                        self._receive(action)
+        self._wait_for_sends(all_but=0)
         return total
 
-    def _backward(self, m: int) -> None:
-        output = self.outputs.pop(m)
-        if self.is_last:
-            output.backward()
-        else:
-            output.backward(self.grads.pop(m))
+    def _forward(self, m: int) -> Tensor | float:
+        x = self.receiving.pop((Op.RECV_F, m)).wait() if (Op.RECV_F, m) in self.receiving else None
+        if x is not None and torch.is_grad_enabled():
+            self.inputs[m] = x.requires_grad_()
+        self.outputs[m] = self.stage(x, self.microbatches[m])
+        return self.outputs[m].detach() if self.is_last else 0.0
 
-    def _transfer(self, actions: Sequence[Action]) -> None:
-        """Post the transfers together, and put what arrives in its place."""
-        sends = [(self._outgoing(a), self._peer(a)) for a in actions if a.op.is_send]
-        receives = [a for a in actions if not a.op.is_send]
-        shapes = [(self._shape(a.microbatch), self._peer(a)) for a in receives]
-        like = torch.empty(0, dtype=self.stage.dtype, device=self.microbatches[0].input_ids.device)
-        for action, x in zip(receives, exchange(sends, shapes, self.pipe, like), strict=True):
-            if action.op is Op.RECV_F:
-                self.inputs[action.microbatch] = x.requires_grad_(torch.is_grad_enabled())
-            else:
-                self.grads[action.microbatch] = x
+    def _backward(self, m: int) -> None:
+        gradient = None if self.is_last else self.receiving.pop((Op.RECV_B, m)).wait()
+        self.outputs.pop(m).backward(gradient)
+
+    def _receive(self, action: Action) -> None:
+        assert action.peer is not None
+        axis = self.pipe.forward if action.op is Op.RECV_F else self.pipe.backward
+        shape = self.stage.boundary(*self.microbatches[action.microbatch].input_ids.shape)
+        like = torch.empty(0, dtype=self.stage.dtype, device=self.device)
+        self.receiving[action.op, action.microbatch] = start_receive(shape, like, axis, action.peer)
+
+    def _send(self, action: Action) -> None:
+        assert action.peer is not None
+        axis = self.pipe.forward if action.op is Op.SEND_F else self.pipe.backward
+        self.sending.append(start_send(self._outgoing(action), axis, action.peer))
+        self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
     def _outgoing(self, action: Action) -> Tensor:
         if action.op is Op.SEND_B:
@@ -68,10 +83,6 @@ class Runner:
             return self.outputs[action.microbatch].detach()
         return self.outputs.pop(action.microbatch)
 
-    def _shape(self, m: int) -> tuple[int, ...]:
-        return self.stage.boundary(*self.microbatches[m].input_ids.shape)
-
-    @staticmethod
-    def _peer(action: Action) -> int:
-        assert action.peer is not None
-        return action.peer
+    def _wait_for_sends(self, *, all_but: int) -> None:
+        while len(self.sending) > all_but:
+            self.sending.pop(0).wait()

@@ -38,11 +38,11 @@ class _LMLoss(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.zeros_like(table.buffer, dtype=wide)
         for start in range(0, labels.shape[1], size):
             chunk = slice(start, start + size)
-            logits = head.around.product(x[:, chunk], table).to(wide)
+            logits = head.around.product(x[:, chunk], table)
             loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale)
             total += loss
-            if scale is not None:
-                travelling, part = head.around.gradients(dlogits.to(x.dtype), x[:, chunk], table)
+            if dlogits is not None:
+                travelling, part = head.around.gradients(dlogits, x[:, chunk], table)
                 dw += part
                 dx[:, chunk] = travelling.wait()
         if scale is not None:
@@ -67,22 +67,24 @@ def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: f
     return total
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | None) -> tuple[Tensor, Tensor]:
-    """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient in place).
+def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | None) -> tuple[Tensor, Tensor | None]:
+    """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient).
 
-    Padding is masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3).
+    The sum is in fp32 at least, the gradient in the logits' dtype; none is made where `scale` is None. Padding is
+    masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3). Each line here that touches all
+    logits is one pass over them, casts included: what the loss costs beside its matmuls.
     """
     start, stop = head.vocabulary.box[0]
     first = index_along(head.axes) * head.vocabulary.local_shape[0]
     logits[..., stop - start :] = -torch.inf
-    top = logits.amax(-1)
+    top = logits.amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
     for axis in head.axes:
         top = all_reduce(top, axis, MAX)
     counted = labels != IGNORED
     index = labels - first
     mine = (index >= 0) & (index < stop - start)
     index = torch.where(mine, index, 0).unsqueeze(-1)
-    shifted = logits.sub_(top.unsqueeze(-1))  # before the target is taken: the difference of two large logits is exact
+    shifted = logits - top.unsqueeze(-1)  # before the target is taken: the difference of two large logits is exact
     target = torch.where(mine, shifted.gather(-1, index).squeeze(-1), 0)  # a product would make NaN of -inf
     exponentials = shifted.exp_()
     sums = torch.stack([exponentials.sum(-1), target])
@@ -90,8 +92,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
         sums = all_reduce(sums, axis)
     total, target = sums
     loss = ((total.log() - target) * counted).sum()
-    if scale is not None:
-        weight = counted.to(logits.dtype) * scale
-        exponentials *= (weight / total).unsqueeze(-1)
-        exponentials.scatter_add_(-1, index, -(mine * weight).unsqueeze(-1))
-    return loss, exponentials
+    if scale is None:
+        return loss, None
+    exponentials.scatter_add_(-1, index, -(mine * total).unsqueeze(-1))
+    weight = (counted.to(total.dtype) * scale / total).unsqueeze(-1)
+    return loss, torch.mul(exponentials, weight, out=logits)
