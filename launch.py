@@ -9,6 +9,7 @@ Torch is imported once the arguments make sense: neither --help nor a typo has t
 
 import argparse
 import os
+import re
 import signal
 import sys
 from types import FrameType
@@ -28,10 +29,20 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="auto|DIR", help="go on from this run's newest checkpoint, or from DIR")
     add("--check", action="store_true", help="read, validate, print layout and memory; start nothing")
     add("--world", metavar="N", type=count, help="with --check: how many processes (default: the fewest that fit)")
+    add(
+        "--profile",
+        metavar="A:B",
+        type=step_range,
+        default=range(0),
+        help="trace steps A to B-1, counted from 1 as in metrics.jsonl (a Python slice: without B), on every rank, into"
+        " profile/rank_N.json of the run's folder: for chrome://tracing or Perfetto",
+    )
     add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
     arguments = parser.parse_args(argv)
     if arguments.world is not None and not arguments.check:
         parser.error("--world goes with --check; to start processes say --nprocs, or use torchrun")
+    if arguments.profile and arguments.check:
+        parser.error("--profile goes with a run, and --check starts none; leave one of the two out")
     if arguments.nprocs is not None and "RANK" in os.environ:
         parser.error("--nprocs under torchrun: it has started the processes already; leave one of the two out")
     return arguments
@@ -51,6 +62,18 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def step_range(text: str) -> range:
+    """'10:13' -> range(10, 13)"""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B; 10:13 traces steps 10, 11 and 12")
+    first, stop = int(found[1]), int(found[2])
+    if not 1 <= first < stop:
+        cure = f"{max(1, first)}:{max(2, first + 1, stop)}"
+        raise argparse.ArgumentTypeError(f"{text} has no 1 <= A < B: steps count from 1, B is not included. Try {cure}")
+    return range(first, stop)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -79,7 +102,9 @@ def _start(arguments: argparse.Namespace) -> int:
             return _check(arguments, place)
         world_size = arguments.nprocs or place.world_size
         config = preflight.read_config(arguments.config, arguments.set, world_size)
-        job = preflight.inspect(config, place, resume=arguments.resume, overridden=arguments.set)
+        job = preflight.inspect(
+            config, place, resume=arguments.resume, profiled=arguments.profile, overridden=arguments.set
+        )
         signal.signal(signal.SIGTERM, _terminate)
         if ended:
             return TERMINATED

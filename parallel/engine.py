@@ -1,7 +1,7 @@
 """One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from parallel.layout import Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
 from parallel.optim import AdamW
+from parallel.phases import Stopwatch
 from parallel.pipeline.microbatch import Microbatch, problem_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
@@ -28,13 +29,14 @@ from parallel.pipeline.validate import validate
 @dataclass(frozen=True)
 class StepResult:
     """What a step did, the same on every rank: `loss` is from before the update, `grad_norm` from before clipping,
-    `tokens` the number of labels that the loss is the mean over."""
+    `tokens` the number of labels that the loss is the mean over. `phases` is what it took of this rank, in seconds."""
 
     loss: float
     grad_norm: float | None
     lr: float
     tokens: int
     skipped: bool = False
+    phases: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 class Engine:
@@ -52,6 +54,7 @@ class Engine:
         self.chunks = make_chunks(stage.infos, context.dtype)
         self.gradients = Gradients(self.chunks)
         self.optimizer = AdamW(self.chunks, self.config.optimizer)
+        self.stopwatch = Stopwatch(self.mesh.device)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.step = 0  # steps taken, skipped ones too: the place in the data
@@ -62,16 +65,20 @@ class Engine:
 
         Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label.
         """
+        self.stopwatch.mark("data")
         self.stage.train()
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
         self.gradients.begin(len(microbatches))
-        runner = Runner(self.stage, self.pipe, microbatches)
-        total = self._sum(runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches))))
+        runner = Runner(self.stage, self.pipe, microbatches, mark=self.stopwatch.mark)
+        total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
+        self.stopwatch.mark("reduce")
+        total = self._sum(total)
         self.gradients.finish()
         scale = self.loss_scale.scale
         norm = global_norm(self.chunks, self.mesh.world) / scale
+        self.stopwatch.mark("update")
         lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.updates, self.config.train.steps)
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
         if not overflow:
@@ -79,10 +86,9 @@ class Engine:
             self.updates += 1
         self.loss_scale.update(overflow=overflow)
         self.step += 1
-        loss, grad_norm = torch.stack(
-            [total / tokens, norm]
-        ).tolist()  # last: the host waits once, with all work posted
-        return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow)
+        loss, grad_norm = torch.stack([total / tokens, norm]).tolist()  # the host waits once, with all work posted
+        phases = self.stopwatch.read()
+        return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:

@@ -189,8 +189,8 @@ MEANS = (
            trains("dp2")),
     Mutant("mean-of-microbatch-means", "each microbatch weighs the same, whatever its labels",
            RUNNER,
-           "self.outputs.pop(m).backward(gradient)",
-           "counts = [(each.labels != -100).sum() for each in self.microbatches]\n"
+           "self.outputs.pop(action.microbatch).backward(gradient)",
+           "m, counts = action.microbatch, [(each.labels != -100).sum() for each in self.microbatches]\n"
            "        (self.outputs.pop(m) * sum(counts) / counts[m] / len(counts)).backward(gradient)",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
@@ -331,8 +331,8 @@ ORDER = (
            trains("pp2-gpipe")),
     Mutant("gradient-to-another-microbatch", "backward of one microbatch from the gradient of another",
            RUNNER,
-           "self.receiving.pop((Op.RECV_B, m)).wait()",
-           "next(p for (op, _), p in self.receiving.items() if op is Op.RECV_B).wait()",
+           "self.receiving.pop((op, action.microbatch), None)",
+           "self.receiving.get(next((key for key in self.receiving if key[0] is op), (op, -1)))",
            trains("pp2-gpipe")),
 )
 

@@ -34,7 +34,7 @@ TINY = (
     "train.micro_batch_size=4",
     "lr_scheduler.warmup_steps=2",
 )
-TIMES = ("step_seconds", "tokens_per_second", "tflops", "peak_host_bytes")
+TIMES = ("step_seconds", "phases", "tokens_per_second", "tflops", "peak_host_bytes")
 
 
 ALONE = Place(local_world_size=os.cpu_count() or 1)  # one thread: the tests share the cores with others

@@ -6,7 +6,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass
 
 import torch
@@ -26,16 +26,19 @@ from training.plot import draw_loss
 from training.preflight import Job, metadata
 from training.preview import preview
 from training.report import Screen
+from training.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who hears of a run while it goes on: of each step's line, and of each checkpoint that is due."""
+    """Who hears of a run while it goes on: of each step's line, and of each checkpoint that is due. `around` is entered
+    with a step's number before it and left after it."""
 
     step: Callable[[Line], None]
     checkpoint: Callable[[int], None]
+    around: Callable[[int], AbstractContextManager[object]] = nullcontext
 
 
 def run(job: Job) -> None:
@@ -86,10 +89,13 @@ def fit(engine: Engine, loader: Loader, listeners: Listeners, *, validates: bool
     steps, output = engine.config.train.steps, engine.config.output
     meter = Meter(engine.config, engine.mesh.world.size, engine.mesh.device)
     while engine.step < steps:
-        started = time.perf_counter()
-        result = engine.train_step(loader.training(engine.step))
+        with listeners.around(engine.step + 1):
+            started = time.perf_counter()
+            engine.stopwatch.mark("data")
+            result = engine.train_step(loader.training(engine.step))
+            seconds = time.perf_counter() - started
         step = engine.step
-        line = meter.line(step, result, time.perf_counter() - started)
+        line = meter.line(step, result, seconds)
         if validates and (step == steps or is_due(step, output.eval_every)):
             line["validation_loss"] = engine.evaluate(loader.validation())
         listeners.step(line)
@@ -140,9 +146,13 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
         log.info("saved %s", target)
         screen.say(f"saved {target}")
 
+    trace = folder.trace(world.rank)
+    tracer = Tracer(job.profiled, trace, engine.mesh.device, done=lambda: screen.say(f"traced: {trace}"))
+    listeners = Listeners(hear, save, tracer.around)
     try:
-        fit(engine, make_loader(engine, job), Listeners(hear, save), validates=job.corpus.num_validation > 0)
+        fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
     finally:
+        tracer.close()
         if metrics is not None:
             metrics.close()
     if metrics is not None and not draw_loss(folder.metrics, folder.plot):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ from models.shapes import flops_per_token, shape_of
 from parallel.config import Config
 from parallel.engine import StepResult
 
-Line: TypeAlias = dict[str, float | int | bool | None]
+Line: TypeAlias = dict[str, Any]
 
 PEAK_TFLOPS = {
     r"A10G?": 125.0,
@@ -40,7 +40,8 @@ class Meter:
 
     `tflops` is what each device achieved: model TFLOP/s (`flops_per_token`: recomputation not counted) over all of the
     world's devices. `mfu` is that over the device's bf16 peak, whatever the precision; null where the peak is unknown.
-    `peak_device_bytes` and `peak_host_bytes` are this process's own, since its start.
+    `phases` are the parts of `step_seconds`, as this process spent them; `peak_device_bytes` and `peak_host_bytes` are
+    its own too, since its start.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Meter:
             "lr": result.lr,
             "tokens": step * tokens,
             "step_seconds": seconds,
+            "phases": dict(result.phases),
             "tokens_per_second": tokens / seconds,
             "tflops": tflops,
             "mfu": None if peak is None else tflops / peak,

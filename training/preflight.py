@@ -12,7 +12,7 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from parallel import checkpoint
 from parallel.config import Config, apply_overrides, load_raw, parse
 from parallel.context import Place, choose_device
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from training.run_folder import RunFolder
 
 DEFAULT_NAME = "default"
@@ -28,6 +28,7 @@ class Job:
     tokenizer: Tokenizer | None  # None: the data are token ids, and nobody said of which tokenizer
     folder: RunFolder
     start: Path | None  # the checkpoint to go on from
+    profiled: range  # the steps to trace, counted from 1: those that the run will take
     notes: tuple[str, ...]  # what rank 0 says of it all
 
 
@@ -48,15 +49,24 @@ def read_inputs(config: Config) -> Corpus:
     return corpus
 
 
-def inspect(config: Config, place: Place, *, resume: str | None = None, overridden: Sequence[str] = ()) -> Job:
+def inspect(
+    config: Config,
+    place: Place,
+    *,
+    resume: str | None = None,
+    profiled: range = range(0),
+    overridden: Sequence[str] = (),
+) -> Job:
     """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises a user's error."""
     corpus = read_inputs(config)
     choose_device(config.train.device, place)
     start, notes = find_start(config, resume)
+    profiled, unprofiled = find_profiled(profiled, start, config.train.steps)
     run = Path(config.output.dir)
     folder = RunFolder(run, resumed=start is not None and start.resolve().is_relative_to(run.resolve()))
     folder.check()
-    return Job(config, place, corpus, _tokenizer(config), folder, start, (*override_notes(overridden), *notes))
+    notes = [*override_notes(overridden), *notes, *unprofiled]
+    return Job(config, place, corpus, _tokenizer(config), folder, start, profiled, tuple(notes))
 
 
 def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[str]]:
@@ -68,6 +78,23 @@ def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[st
         return None, [f"nothing to resume in {config.output.dir}: starting from the beginning"]
     check_same_model(start, shape_of(config))
     return start, [f"resuming from {start}"]
+
+
+def find_profiled(asked: range, start: Path | None, steps: int) -> tuple[range, list[str]]:
+    """Of the steps asked for, those that a run of `steps` takes from `start` on, and what is to be said of them.
+
+    Raises ConfigError if the run ends before the first of them.
+    """
+    if not asked:
+        return asked, []
+    text = f"{asked.start}:{asked.stop}"
+    if asked.start > steps:
+        raise ConfigError(
+            f"--profile {text}: step {asked.start} is past the last, train.steps={steps}. Try {steps}:{steps + 1}."
+        )
+    taken = 0 if start is None else int(checkpoint.read_metadata(start)["step"])
+    coming = range(max(asked.start, taken + 1), min(asked.stop, steps + 1))
+    return coming, [] if coming else [f"--profile {text}: nothing to trace, {taken} of {steps} steps were taken before"]
 
 
 def override_notes(overridden: Sequence[str]) -> list[str]:

@@ -34,6 +34,13 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export"
 
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    def trace(self, rank: int) -> Path:
+        return self.profile / f"rank_{rank}.json"
+
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank}.log"
 

@@ -1,11 +1,12 @@
 """Executes a plan: one rank's actions, one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from parallel.collectives import Pending
+from parallel.phases import Phase
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
 from parallel.pipeline.schedule import Action, Op, Plan, receives_ahead
@@ -19,11 +20,18 @@ class Runner:
 
     A plan is proved for a backend that lets nobody go on before a transfer is over. Here a receive is posted a compute
     ahead of need and waited for when it is needed, and a send is waited for later still: with less waiting the same
-    plan ends all the more.
+    plan ends all the more. `mark` is called with each phase, and the action, that begins.
     """
 
-    def __init__(self, stage: Stage, pipe: Pipe, microbatches: Sequence[Microbatch]) -> None:
-        self.stage, self.pipe, self.microbatches = stage, pipe, microbatches
+    def __init__(
+        self,
+        stage: Stage,
+        pipe: Pipe,
+        microbatches: Sequence[Microbatch],
+        *,
+        mark: Callable[[Phase, object], None] = lambda phase, action: None,
+    ) -> None:
+        self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
         self.is_last = pipe.rank == pipe.size - 1
         self.device = microbatches[0].input_ids.device
         self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from F to the end of B and SEND_B
@@ -40,9 +48,9 @@ class Runner:
             for action in receives_ahead(actions):
                 match action.op:
                     case Op.F:
-                        total += self._forward(action.microbatch)
+                        total += self._forward(action)
                     case Op.B:
-                        self._backward(action.microbatch)
+                        self._backward(action)
                     case Op.SEND_F | Op.SEND_B:
                         self._send(action)
                     case Op.RECV_F | Op.RECV_B:
@@ -50,16 +58,26 @@ class Runner:
         self._wait_for_sends(all_but=0)
         return total
 
-    def _forward(self, m: int) -> Tensor | float:
-        x = self.receiving.pop((Op.RECV_F, m)).wait() if (Op.RECV_F, m) in self.receiving else None
+    def _forward(self, action: Action) -> Tensor | float:
+        m, x = action.microbatch, self._received(Op.RECV_F, action)
+        self.mark("forward", action)
         if x is not None and torch.is_grad_enabled():
             self.inputs[m] = x.requires_grad_()
         self.outputs[m] = self.stage(x, self.microbatches[m])
         return self.outputs[m].detach() if self.is_last else 0.0
 
-    def _backward(self, m: int) -> None:
-        gradient = None if self.is_last else self.receiving.pop((Op.RECV_B, m)).wait()
-        self.outputs.pop(m).backward(gradient)
+    def _backward(self, action: Action) -> None:
+        gradient = self._received(Op.RECV_B, action)
+        self.mark("backward", action)
+        self.outputs.pop(action.microbatch).backward(gradient)
+
+    def _received(self, op: Op, action: Action) -> Tensor | None:
+        """What the action waits for; None at the end of the pipe where nothing comes from."""
+        pending = self.receiving.pop((op, action.microbatch), None)
+        if pending is None:
+            return None
+        self.mark("transfer", action)
+        return pending.wait()
 
     def _receive(self, action: Action) -> None:
         assert action.peer is not None
@@ -71,6 +89,7 @@ class Runner:
     def _send(self, action: Action) -> None:
         assert action.peer is not None
         axis = self.pipe.forward if action.op is Op.SEND_F else self.pipe.backward
+        self.mark("transfer", action)
         self.sending.append(start_send(self._outgoing(action), axis, action.peer))
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
