@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+BENCH := $(VENV)/.bench
 PIP_INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint slow mutants bench-cpu
+.PHONY: help venv demo test lint slow mutants bench-cpu bench-gpu bench-micro
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 venv: $(INSTALLED)  ## .venv with everything installed
 
@@ -22,12 +23,16 @@ $(INSTALLED): pyproject.toml
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
+$(BENCH): $(INSTALLED)
+	@$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
+
 demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate from the export
 	@$(RUN) launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
 	@$(RUN) -m models.generate runs/opt_tiny_pp2_2p5d/export --prompt "The " --tokens 300 --temperature 0.5
 
 # One thread a process: the tests start many, and they share the cores.
-test slow mutants bench-cpu: export OMP_NUM_THREADS = 1
+test slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
 
 test: lint  ## lint, then every test not marked slow
 	@$(RUN) -m pytest
@@ -44,5 +49,11 @@ slow: venv  ## the tests marked slow, and one suite under torch's own check that
 mutants: venv  ## break the code on purpose and see that the tests notice
 	@$(RUN) -m tests.mutants
 
-bench-cpu: venv  ## tokens a second on this CPU, ours beside torch and Hugging Face (6 minutes)
+bench-cpu: $(BENCH)  ## tokens a second on this CPU, ours beside torch, Hugging Face and Megatron (12 minutes)
 	@$(RUN) -W ignore -m benchmarks.cpu_peers
+
+bench-gpu: venv  ## tokens a second and memory on one GPU, ours beside Hugging Face and FSDP2
+	@$(RUN) -W ignore -m benchmarks.one_gpu
+
+bench-micro: $(BENCH)  ## seconds of the hot parts on this CPU, ours beside torch
+	@$(RUN) -m pytest benchmarks/micro.py

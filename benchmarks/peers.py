@@ -4,7 +4,7 @@ Every function returns a step: the global batch ids[G, S] -> its mean loss, the 
 All of them use the fused AdamW, decay on matrices only, and clip the norm of the whole gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -24,42 +24,51 @@ from benchmarks.workload import BETAS, CLIP, EPS, LR, PP_MICROBATCHES, SHAPE, WE
 
 
 def one_process(folder: Path, rank: int, world_size: int) -> Step:
-    model = _load(folder)
-    optimizer = _adamw(_groups(model.parameters()))
+    model = load(folder)
+    optimizer = adamw(model.parameters())
 
     def step(ids: Tensor) -> float:
         loss = _loss(model(ids).logits, ids)
         loss.backward()
         clip_grad_norm_(model.parameters(), CLIP)
-        _update(optimizer)
+        update(optimizer)
         return loss.item()
 
     return step
 
 
 def ddp(folder: Path, rank: int, world_size: int) -> Step:
-    model = DistributedDataParallel(_load(folder))
+    model = DistributedDataParallel(load(folder))
     return _data_parallel(model, rank, world_size)
 
 
 def fsdp2(folder: Path, rank: int, world_size: int) -> Step:
     """Parameters, gradients and moments sharded: the first collective of a layer is its weights' all-gather."""
-    model, mesh = _load(folder), init_device_mesh("cpu", (world_size,))
+    return _fsdp2(folder, rank, world_size, reshard_after_forward=None)
+
+
+def fsdp2_kept(folder: Path, rank: int, world_size: int) -> Step:
+    """Weights stay gathered from forward to backward, as in ZeRO 2: one all-gather a step, not two."""
+    return _fsdp2(folder, rank, world_size, reshard_after_forward=False)
+
+
+def _fsdp2(folder: Path, rank: int, world_size: int, *, reshard_after_forward: bool | None) -> Step:
+    model, mesh = load(folder), init_device_mesh("cpu", (world_size,))
     for layer in model.model.decoder.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
     return _data_parallel(model, rank, world_size)
 
 
 def _data_parallel(model: nn.Module, rank: int, world_size: int) -> Step:
-    optimizer = _adamw(_groups(model.parameters()))
+    optimizer = adamw(model.parameters())
 
     def step(ids: Tensor) -> float:
         ids = ids.chunk(world_size)[rank]
         loss = _loss(model(ids).logits, ids)
         loss.backward()
         clip_grad_norm_(model.parameters(), CLIP)
-        _update(optimizer)
+        update(optimizer)
         mean = loss.detach() / world_size
         dist.all_reduce(mean)
         return mean.item()
@@ -69,7 +78,7 @@ def _data_parallel(model: nn.Module, rank: int, world_size: int) -> Step:
 
 def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
     """Linears as DTensors, columns then rows; embeddings, norms and the head are whole on every rank."""
-    model, mesh = _load(folder), init_device_mesh("cpu", (world_size,))
+    model, mesh = load(folder), init_device_mesh("cpu", (world_size,))
     columns, rows = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"), ("self_attn.out_proj", "fc2")
     for layer in model.model.decoder.layers:
         plan: dict[str, Any] = {name: ColwiseParallel() for name in columns} | {
@@ -79,7 +88,7 @@ def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
         layer.self_attn.num_heads //= world_size
     split = [p for p in model.parameters() if isinstance(p.data, DTensor)]
     whole = [p for p in model.parameters() if not isinstance(p.data, DTensor)]
-    optimizer = _adamw([*_groups(split), *_groups(whole)])  # a fused update takes tensors of one kind
+    optimizer = adamw(split, whole)
 
     def step(ids: Tensor) -> float:
         loss = _loss(model(ids).logits, ids)
@@ -89,22 +98,22 @@ def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
         norm = torch.hypot(of_split.full_tensor(), of_whole)
         for part in (split, whole):
             clip_grads_with_norm_(part, CLIP, norm)
-        _update(optimizer)
+        update(optimizer)
         return loss.item()
 
     return step
 
 
 class _Stage(nn.Module):
-    """Every `world_size`-th part of the layers, the embeddings before the first, the head after the last."""
+    """One of `count` equal parts of the layers; the embeddings before the first, the head after the last."""
 
-    def __init__(self, model: Any, rank: int, world_size: int) -> None:
+    def __init__(self, model: Any, index: int, count: int) -> None:
         super().__init__()
-        decoder, count = model.model.decoder, SHAPE["num_hidden_layers"] // world_size
-        first, last = rank == 0, rank == world_size - 1
+        decoder, blocks = model.model.decoder, SHAPE["num_hidden_layers"] // count
+        first, last = index == 0, index == count - 1
         self.embed_tokens = decoder.embed_tokens if first else None
         self.embed_positions = decoder.embed_positions if first else None
-        self.layers = decoder.layers[rank * count : (rank + 1) * count]
+        self.layers = decoder.layers[index * blocks : (index + 1) * blocks]
         self.final_layer_norm = decoder.final_layer_norm if last else None
         self.lm_head = model.lm_head if last else None  # its weight is the first stage's embedding
 
@@ -120,15 +129,28 @@ class _Stage(nn.Module):
 
 
 def pipeline(folder: Path, rank: int, world_size: int) -> Step:
-    """1F1B. Tied weights and the norm over all stages are the user's business here."""
-    part = _Stage(_load(folder), rank, world_size)
+    """1F1B."""
+    model = load(folder)
+    stage = PipelineStage(_Stage(model, rank, world_size), rank, world_size, torch.device("cpu"))
+    return _pipeline(Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=_loss), model, [stage], rank, world_size)
+
+
+def interleaved(folder: Path, rank: int, world_size: int) -> Step:
+    """1F1B with two chunks of layers on every rank."""
+    model, count = load(folder), 2 * world_size
+    indices = (rank, rank + world_size)
+    stages = [PipelineStage(_Stage(model, index, count), index, count, torch.device("cpu")) for index in indices]
+    schedule = ScheduleInterleaved1F1B(list(stages), PP_MICROBATCHES, loss_fn=_loss)
+    return _pipeline(schedule, model, stages, rank, world_size)
+
+
+def _pipeline(schedule: Any, model: Any, stages: Sequence[PipelineStage], rank: int, world_size: int) -> Step:
+    """Tied weights and the norm over all stages are the user's business here."""
     last = world_size - 1
-    stage = PipelineStage(part, rank, world_size, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=_loss)
-    parameters, optimizer = list(part.parameters()), _adamw(_groups(part.parameters()))
+    parameters = [p for stage in stages for p in stage.submod.parameters()]
+    optimizer = adamw(parameters)
     ends = dist.new_group([0, last])
-    end = part.embed_tokens if rank == 0 else part.lm_head
-    tied = None if end is None else end.weight
+    tied = model.lm_head.weight if rank in (0, last) else None
 
     def step(ids: Tensor) -> float:
         losses: list[Tensor] = []
@@ -141,13 +163,13 @@ def pipeline(folder: Path, rank: int, world_size: int) -> Step:
         )
         dist.all_reduce(sums)
         clip_grads_with_norm_(parameters, CLIP, sums[0].sqrt())
-        _update(optimizer)
+        update(optimizer)
         return sums[1].item()
 
     return step
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
     from transformers import OPTForCausalLM  # takes seconds; a rank that has no peer does without
     from transformers.utils.logging import disable_progress_bar
 
@@ -159,18 +181,15 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def _groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    everything = list(parameters)
-    return [
-        dict(params=[p for p in everything if p.ndim >= 2], weight_decay=WEIGHT_DECAY),
-        dict(params=[p for p in everything if p.ndim < 2], weight_decay=0.0),
-    ]
+def adamw(*parts: Iterable[Tensor], lr: float = LR) -> torch.optim.AdamW:
+    """Decay on matrices only. A fused update takes tensors of one kind: DTensors are a part of their own."""
+    groups: list[dict[str, Any]] = []
+    for part in map(list, parts):
+        groups.append(dict(params=[p for p in part if p.ndim >= 2], weight_decay=WEIGHT_DECAY))
+        groups.append(dict(params=[p for p in part if p.ndim < 2], weight_decay=0.0))
+    return torch.optim.AdamW(groups, lr=lr, eps=EPS, betas=BETAS, fused=True)
 
 
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=LR, eps=EPS, betas=BETAS, fused=True)
-
-
-def _update(optimizer: torch.optim.Optimizer) -> None:
+def update(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad()

@@ -1,0 +1,157 @@
+"""OPT trained in bf16 in one process, on the GPU if there is one: ours, and Hugging Face's as a user of torch would.
+
+Every function takes the work and returns a step: ids[B, S] on the host -> the mean loss, after one update. All start
+from the same fp32 weights, keep fp32 masters, decay matrices only, and clip the norm of the whole gradient.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grad_norm_
+
+import models
+import parallel
+from benchmarks.peers import adamw, load
+from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
+from models.shapes import from_hugging_face, resolve
+from training.metrics import peak_device_bytes, peak_tflops
+
+LR = 1e-4  # without a warm-up
+WARM_UP = 3  # steps: compilation, the optimizer's moments, the allocator's blocks
+
+
+@dataclass(frozen=True)
+class Work:
+    """Train the Hugging Face directory `folder` on one batch of random tokens, time and again."""
+
+    folder: Path
+    batch: int
+    sequence: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The seconds of the timed steps; the losses of all, warm-up included; the device's most bytes in a timed step, and
+    what its maker promises of it."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak_bytes: int
+    peak_tflops: float | None
+
+
+def ours(work: Work) -> Step:
+    return _ours(work)
+
+
+def ours_compiled(work: Work) -> Step:
+    return _ours(work, compile=True)
+
+
+def _ours(work: Work, **train: Any) -> Step:
+    config = dict(
+        model=dict(path=str(work.folder)),
+        data=dict(sequence_length=work.sequence),
+        train=dict(global_batch_size=work.batch, micro_batch_size=work.batch, precision="bf16", clip_grad_norm=CLIP)
+        | train,
+        optimizer=dict(lr=LR, eps=EPS, betas=BETAS, weight_decay=WEIGHT_DECAY),
+        lr_scheduler=dict(kind="constant", warmup_steps=0),
+    )
+    context = parallel.launch_from_torch(config, resolve=resolve)
+    engine = parallel.Engine(models.build(context), context)
+    return lambda ids: engine.train_step({"input_ids": ids}).loss
+
+
+def hf(work: Work) -> Step:
+    model = load(work.folder).to(_device())
+    return _with_masters(model, forward=model)
+
+
+def hf_compiled(work: Work) -> Step:
+    model = load(work.folder).to(_device())
+    return _with_masters(model, forward=torch.compile(model))
+
+
+def _with_masters(model: nn.Module, *, forward: Callable[..., Any]) -> Step:
+    """The model in bf16, an update of fp32 masters that are kept apart, and the model their rounding again."""
+    masters = [parameter.detach() for parameter in model.parameters()]
+    roundings = [parameter.data for parameter in model.to(torch.bfloat16).parameters()]
+    optimizer = adamw(masters, lr=LR)
+
+    def step(ids: Tensor) -> float:
+        ids = ids.to(_device())
+        loss: Tensor = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        for master in masters:
+            master.grad = torch.empty_like(master)
+        torch._foreach_copy_([m.grad for m in masters], [p.grad for p in model.parameters()])  # type: ignore[misc]
+        model.zero_grad()
+        clip_grad_norm_(masters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_copy_(roundings, masters)
+        return loss.item()
+
+    return step
+
+
+def fsdp2(work: Work) -> Step:
+    """A world of one: nothing to shard, but the casts and copies of mixed precision are FSDP's own."""
+    device = _device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    model, mesh = load(work.folder).to(device), init_device_mesh(device.type, (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.decoder.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = adamw(model.parameters(), lr=LR)
+
+    def step(ids: Tensor) -> float:
+        ids = ids.to(device)
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_compiled, fsdp2)}
+
+
+def measure(name: str, work: Work) -> Result:
+    """Train one contender; to be called in a process of its own, so that peaks and allocator are its own.
+
+    Every step ends with its loss on the host, so none runs ahead into the time of the next.
+    """
+    device, step = _device(), CONTENDERS[name](work)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = from_hugging_face(work.folder).vocab_size
+    ids = torch.randint(4, vocabulary, (work.batch, work.sequence), generator=generator)
+    seconds, losses = [], []
+    for turn in range(WARM_UP + work.steps):
+        if turn == WARM_UP and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        losses.append(step(ids))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return Result(seconds[WARM_UP:], losses, peak_device_bytes(device), peak_tflops(device))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

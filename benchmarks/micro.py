@@ -1,0 +1,85 @@
+"""Seconds of the hot parts, one process, fp32 on the CPU, beside torch's own where it has the same.
+
+python -m pytest benchmarks/micro.py [-k loss] [--benchmark-autosave] [--benchmark-compare]
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.workload import SHAPE
+from models import build
+from models.shapes import resolve
+from parallel.config import parse
+from parallel.context import Context, Place, make_context
+from parallel.engine import Engine
+from parallel.tensor import MODES, Mode
+
+Benchmark = Callable[[Callable[[], object]], object]
+"""pytest-benchmark's fixture."""
+
+B, S, H, N, V = 8, 128, SHAPE["hidden_size"], SHAPE["ffn_dim"], 8192
+NAMES = [name for name in MODES if name != "sequence"]
+
+
+def context_of(**sections: dict[str, object]) -> Context:
+    train = dict(device="cpu") | sections.pop("train", {})
+    return make_context(parse(sections | dict(train=train), world_size=1, resolve=resolve), Place())
+
+
+def mode_of(name: str | None) -> Mode:
+    context = context_of(parallel=dict(tensor=dict(mode=name, size=1)))
+    torch.manual_seed(0)
+    return MODES[name](context.mesh, torch.float32)
+
+
+def forward_and_backward(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    x = torch.randn(B, S, H, requires_grad=True)
+    dy = torch.ones_like(function(x))
+    return lambda: function(x).backward(dy)
+
+
+@pytest.mark.benchmark(group=f"linear, forward and backward: x[{B}, {S}, {H}] · W[{N}, {H}]")
+class TestLinear:
+    @pytest.mark.parametrize("name", NAMES, ids=str)
+    def test_ours(self, name: str | None, benchmark: Benchmark) -> None:
+        linear = mode_of(name).linear_in(N, H)
+        nn.init.normal_(linear.weight)
+        benchmark(forward_and_backward(linear))
+
+    def test_torch(self, benchmark: Benchmark) -> None:
+        benchmark(forward_and_backward(nn.Linear(H, N)))
+
+
+@pytest.mark.benchmark(group=f"head and loss, forward and backward: x[{B}, {S}, {H}], vocabulary {V}")
+class TestLoss:
+    @pytest.mark.parametrize("name", NAMES, ids=str)
+    def test_ours(self, name: str | None, benchmark: Benchmark) -> None:
+        mode = mode_of(name)
+        vocabulary, labels = mode.vocabulary(V, H, padding_idx=None), torch.randint(V, (B, S))
+        nn.init.normal_(vocabulary.weight)
+        benchmark(forward_and_backward(lambda x: mode.lm_loss(x, vocabulary, labels)))
+
+    def test_torch(self, benchmark: Benchmark) -> None:
+        """All the logits at once."""
+        head, labels = nn.Linear(H, V, bias=False), torch.randint(V, (B * S,))
+        benchmark(forward_and_backward(lambda x: F.cross_entropy(head(x).flatten(0, 1), labels, reduction="sum")))
+
+
+@pytest.mark.benchmark(group=f"a training step of two tokens a microbatch, {SHAPE['num_hidden_layers']} layers of {H}")
+class TestStep:
+    """Hardly any work but on gradients and weights: one microbatch is norm, clipping and update, each further one the
+    arrival of its gradients.
+    """
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("microbatches", [1, 8])
+    def test_ours(self, microbatches: int, precision: str, benchmark: Benchmark) -> None:
+        train = dict(global_batch_size=microbatches, micro_batch_size=1, precision=precision)
+        context = context_of(model=dict(SHAPE, dropout=0.0), data=dict(sequence_length=2), train=train)
+        engine = Engine(build(context), context)
+        batch = {"input_ids": torch.randint(4, SHAPE["vocab_size"], (microbatches, 2))}
+        benchmark(lambda: engine.train_step(batch))

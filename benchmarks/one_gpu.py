@@ -1,0 +1,94 @@
+"""OPT on one GPU in bf16: ours beside Hugging Face's model on plain torch, each in a fresh process.
+
+    python -m benchmarks.one_gpu [--model opt-1.3b] [--batch 8] [--sequence 1024] [--steps 10] [--only ours hf fsdp2]
+
+All start from the same random weights and train on the same random tokens, dropout 0. Without a GPU it runs on the CPU.
+"""
+
+import argparse
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import models
+import parallel
+from benchmarks.gpu_contenders import CONTENDERS, Result, Work, measure
+from models.hf import export
+from models.shapes import NAMED, flops_per_token, from_hugging_face, resolve, shape_of
+
+AGREEMENT = 2**-7  # of losses, relative to the first: bf16's epsilon
+COLUMNS = "{:<14} {:>9} {:>17} {:>6} {:>9} {:>10} {:>9}"
+
+
+def save_start(model: str, folder: Path) -> None:
+    """The weights that a seed draws for a named size, as a Hugging Face directory in fp32."""
+    named = dict(name=model, dropout=0.0, attention_dropout=0.0)
+    context = parallel.launch_from_torch(dict(model=named, train=dict(device="cpu")), resolve=resolve)
+    pieces = [piece for info in models.build(context).infos for piece in info.pieces()]
+    export(folder, pieces, shape=shape_of(context.config), axis=context.mesh.world, dtype=torch.float32)
+
+
+def run(name: str, work: Work) -> Result:
+    """`measure` in a process that did nothing before, and does nothing after."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, name, work).result()
+
+
+def line(name: str, result: Result, work: Work) -> str:
+    tokens = work.batch * work.sequence
+    speeds = [tokens / seconds for seconds in result.seconds]
+    speed, spread = median(speeds), f"{min(speeds):.0f}-{max(speeds):.0f}"
+    flops = speed * flops_per_token(from_hugging_face(work.folder), work.sequence)
+    mfu = f"{flops / result.peak_tflops / 1e12:.1%}" if result.peak_tflops else ""
+    peak = f"{result.peak_bytes / 2**30:.2f}" if result.peak_bytes else ""
+    first, last = result.losses[0], result.losses[-1]
+    return COLUMNS.format(name, f"{speed:.0f}", spread, mfu, peak, f"{first:.4f}", f"{last:.4f}")
+
+
+def agree(one: Result, other: Result) -> bool:
+    """Whether the first losses and the last do; NaN agrees with nothing."""
+    return all(abs(one.losses[i] - other.losses[i]) <= AGREEMENT * one.losses[0] for i in (0, -1))
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=NAMED, default="opt-1.3b" if on_gpu else "opt-tiny")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after a few that are not")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    arguments = parser.parse_args()
+    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(
+        f"{arguments.model}, bf16, {arguments.batch} × {arguments.sequence} tokens; {where}, torch {torch.__version__}"
+    )
+    print(COLUMNS.format("", "tokens/s", "min-max", "MFU", "peak GiB", "first loss", "last loss"), flush=True)
+    results: dict[str, Result] = {}
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Work(Path(temporary, "start"), arguments.batch, arguments.sequence, arguments.steps)
+        save_start(arguments.model, work.folder)
+        for name in arguments.only:
+            try:
+                results[name] = run(name, work)
+                print(line(name, results[name], work), flush=True)
+            except parallel.ConfigError as error:
+                print(f"{name:<14} not available: {error}", flush=True)
+            except Exception as error:  # out of memory, most likely: the others may still run
+                failed = True
+                print(f"{name:<14} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+    reference = next(iter(results.values()), None)
+    strangers = [name for name, result in results.items() if reference is None or not agree(reference, result)]
+    if strangers:
+        sys.exit(f"The losses of {', '.join(strangers)} disagree: these were not the same computation.")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The benchmarks compare like with like: every contender computes the same."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_contenders import Result, Work, measure
+from benchmarks.one_gpu import AGREEMENT, agree, save_start
+from tests.harness import run
+
+
+def losses(rank: int, world_size: int, folder: Path) -> dict[str, Result]:
+    save_start("opt-tiny", folder)
+    work = Work(folder, batch=2, sequence=16, steps=3)
+    return {name: measure(name, work) for name in ("ours", "hf", "fsdp2")}
+
+
+def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
+    """Far enough for an update that one of them leaves out to show."""
+    (results,) = run(losses, 1, tmp_path / "start")
+    first, *_, last = results["ours"].losses
+    assert last < first * (1 - 4 * AGREEMENT)
+    for name, result in results.items():
+        assert agree(results["ours"], result), (name, result.losses, results["ours"].losses)
+
+
+@pytest.mark.parametrize("losses", [[5.0, 4.0], [5.0, float("nan")], [4.0, 3.0]])
+def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
+    result = Result([], [5.0, 3.0], 0, None)
+    assert agree(result, result)
+    assert not agree(result, replace(result, losses=losses))
+    assert not agree(replace(result, losses=losses), result)
