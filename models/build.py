@@ -35,10 +35,14 @@ def outline(context: Context) -> Stage:
     """This rank's stage, its parameters zero, in master precision; on device 'meta' it only tells their sizes."""
     config = context.config
     shape = shape_of(config)
-    mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype))
+    mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype), compiles=config.train.compile)
     specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
     own = split(specs, config.parallel.pipeline)[context.mesh.axis("pipe").rank]
     layers = {specs[i].name: specs[i].build() for i in own}
+    if config.train.compile:
+        for layer in layers.values():
+            if isinstance(layer, Block):
+                layer.compile()
     if "embed" in layers and "head" in layers:  # tied: one parameter where one stage has both ends
         layers["head"].embed_tokens = layers["embed"].embed_tokens
     trunk = trunk_of(shape, mode)

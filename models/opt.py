@@ -84,7 +84,8 @@ class Block(nn.Module):
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()
-        self.mode, self.norm_first, self.dropout, self.seed = mode, shape.do_layer_norm_before, shape.dropout, seed
+        self.mode, self.norm_first, self.dropout = mode, shape.do_layer_norm_before, shape.dropout
+        self.keys = [key_of(mode, seed, half) for half in range(2)]
         self.activation = ACTIVATIONS[shape.activation_function]
         hidden, ffn, affine = shape.hidden_size, shape.ffn_dim, shape.layer_norm_elementwise_affine
         self.self_attn = Attention(shape, mode, seed_of(seed, "attention"))
@@ -107,7 +108,7 @@ class Block(nn.Module):
         """x + dropout(function(norm(x))), or norm(x + dropout(function(x)))"""
         y = function(norm(x) if self.norm_first else x)
         if self.training and self.dropout > 0:
-            y = dropout(y, self.dropout, seed_of(self.seed, half), *self._coordinates(y, batch))
+            y = dropout(y, self.dropout, self.keys[half], *self._coordinates(y, batch))
         y = x + y
         return y if self.norm_first else norm(y)
 
@@ -125,7 +126,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()
-        self.mode, self.dropout, self.seed = mode, shape.attention_dropout, seed
+        self.mode, self.dropout, self.key = mode, shape.attention_dropout, key_of(mode, seed)
         self.heads = shape.num_attention_heads // prod(axis.size for axis in mode.inner_hidden)
         hidden = shape.hidden_size
         self.qkv = mode.linear_in(hidden, hidden, bias=shape.enable_bias, fused=3)
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         count = self.heads * prod(axis.size for axis in self.mode.inner_hidden)
         columns = torch.arange(sequence, device=q.device)
         rows = (samples.unsqueeze(1) * count + heads).unsqueeze(-1) * sequence + columns
-        return dropout(weights, self.dropout, self.seed, rows, columns) @ v
+        return dropout(weights, self.dropout, self.key, rows, columns) @ v
 
 
 class Head(nn.Module):
@@ -185,6 +186,11 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         return self.mode.lm_loss(self.features(x), self.embed_tokens, batch.labels, batch.scale)
+
+
+def key_of(mode: Mode, *parts: object) -> Tensor:
+    """A key for dropout. A tensor: compiled code is made for one number, but for any tensor."""
+    return torch.tensor(seed_of(*parts), device=mode.mesh.device)
 
 
 def position_ids(batch: Microbatch) -> Tensor:

@@ -70,7 +70,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "full"] = "none"
     seed: Natural = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Annotated[bool, Built(False)] = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)

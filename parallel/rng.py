@@ -39,11 +39,12 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
     return drawn
 
 
-def dropout(x: Tensor, p: float, key: int, rows: Tensor, columns: Tensor) -> Tensor:
+def dropout(x: Tensor, p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Zero each element of x[..., R, C] with probability p and scale the others by 1/(1 − p).
 
-    rows[..., R] and columns[C] are the elements' global coordinates (int64): an element meets the same fate on whatever
-    rank it lies. The two are hashed apart and combined at full size by a handful of 32-bit operations.
+    rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64: an
+    element meets the same fate on whatever rank it lies. The two are hashed apart and combined at full size by a
+    handful of 32-bit operations.
     """
     bits = _mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ _mix64(columns ^ key).to(torch.int32)
     bits ^= (bits >> 15) & 0x1FFFF

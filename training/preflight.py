@@ -1,9 +1,13 @@
 """Everything that can be refused, refused before anything is started or touched."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from models import hf
 from models.data import Corpus, load_tokens
@@ -59,7 +63,9 @@ def inspect(
 ) -> Job:
     """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises a user's error."""
     corpus = read_inputs(config)
-    choose_device(config.train.device, place)
+    device, _ = choose_device(config.train.device, place)
+    if config.train.compile:
+        check_compiler(device)
     start, notes = find_start(config, resume)
     profiled, unprofiled = find_profiled(profiled, start, config.train.steps)
     run = Path(config.output.dir)
@@ -67,6 +73,16 @@ def inspect(
     folder.check()
     notes = [*override_notes(overridden), *notes, *unprofiled]
     return Job(config, place, corpus, _tokenizer(config), folder, start, profiled, tuple(notes))
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile lacks what it needs: Triton on a GPU, a C++ compiler on a CPU."""
+    if device.type == "cuda":
+        missing = "" if find_spec("triton") else "Triton (pip install triton)"
+    else:
+        missing = "" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "a C++ compiler, such as g++"
+    if missing:
+        raise ConfigError(f"train.compile: True needs {missing}, and there is none. Try False.")
 
 
 def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[str]]:

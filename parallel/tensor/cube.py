@@ -22,8 +22,8 @@ class Cube(Mode):
     token_axes = ("i", "w", "o")
     merged = (("w", "i"), ("w", "o"))
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, swapped: bool = False) -> None:
-        super().__init__(mesh, dtype)
+    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False, swapped: bool = False) -> None:
+        super().__init__(mesh, dtype, compiles=compiles)
         self.swapped = swapped
         w = mesh.axis("w")
         i, o = (mesh.axis("o"), mesh.axis("i")) if swapped else (mesh.axis("i"), mesh.axis("o"))
@@ -36,4 +36,4 @@ class Cube(Mode):
 
     def trunk(self) -> Self:
         """i and o swapped, as `project_in` leaves them and `project_out` wants them."""
-        return type(self)(self.mesh, self.dtype, swapped=not self.swapped)
+        return type(self)(self.mesh, self.dtype, compiles=self.compiles, swapped=not self.swapped)

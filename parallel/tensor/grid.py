@@ -25,8 +25,8 @@ class Grid(Mode):
     token_axes = ("depth", "row")
     merged = (("depth",), ("depth", "row"))
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
-        super().__init__(mesh, dtype)
+    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False) -> None:
+        super().__init__(mesh, dtype, compiles=compiles)
         depth, row, col = mesh.axis("depth"), mesh.axis("row"), mesh.axis("col")
         self.batch = self.inner_batch = self.lookup_batch = (depth, row)
         self.hidden = self.inner_hidden = (col,)

@@ -45,12 +45,13 @@ class LayerNorm(Sharded):
 
     def __init__(self, hidden: int, axes: tuple[Axis, ...], layout: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=layout, bias=layout)
-        self.hidden, self.axes, self.eps = hidden, axes, 1e-5
+        self.hidden, self.eps = hidden, 1e-5
+        self.axes = tuple(axis for axis in axes if axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.axes:  # whole on every rank: torch's fused kernel
             return F.layer_norm(x, (self.hidden,), self.weight, self.bias, self.eps)
-        normal: Tensor = _Normalize.apply(x, self.hidden, self.axes, self.eps)  # type: ignore[no-untyped-call]
+        normal: Tensor = _normalize(x, self.hidden, self.axes, self.eps)
         return normal if self.weight is None or self.bias is None else normal * self.weight + self.bias
 
 
@@ -84,6 +85,12 @@ class _Normalize(torch.autograd.Function):
             sums = all_reduce(sums, axis)
         dx = (wide - (sums[0] + normal * sums[1]) / ctx.hidden) * deviation
         return dx.to(x.dtype), None, None, None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _normalize(x: Tensor, hidden: int, axes: tuple[Axis, ...], eps: float) -> Tensor:
+    normal: Tensor = _Normalize.apply(x, hidden, axes, eps)  # type: ignore[no-untyped-call]
+    return normal
 
 
 class Embedding(Sharded):

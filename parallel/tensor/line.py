@@ -18,8 +18,8 @@ class Line(Mode):
 
     axes = ("t",)
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
-        super().__init__(mesh, dtype)
+    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False) -> None:
+        super().__init__(mesh, dtype, compiles=compiles)
         t = mesh.axis("t")
         self.inner_hidden = self.k_out = (t,)
         self.around_in, self.around_out = Surround(copy_x=t), Surround(reduce_y=t)

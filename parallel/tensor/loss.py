@@ -4,7 +4,9 @@ The logits [B, S, V] never exist, nor are they computed twice: what a backward w
 and of the embedding, is made in the forward, chunk by chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +23,15 @@ TOKENS_A_CHUNK = 1024  # of this rank
 
 @dataclass(frozen=True)
 class Head:
-    """What a mode says of its head: the collectives around it, and how the vocabulary is split over `axes`."""
+    """What a mode says of its head: the collectives around it, and how the vocabulary is split over `axes`.
+
+    `compiles`: what touches all logits is compiled into fewer passes over them.
+    """
 
     around: Surround
     axes: tuple[Axis, ...]
     vocabulary: Layout
+    compiles: bool = False
 
 
 class _LMLoss(torch.autograd.Function):
@@ -71,8 +77,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
     """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient).
 
     The sum is in fp32 at least, the gradient in the logits' dtype; none is made where `scale` is None. Padding is
-    masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3). Each line here that touches all
-    logits is one pass over them, casts included: what the loss costs beside its matmuls.
+    masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3).
     """
     start, stop = head.vocabulary.box[0]
     first = index_along(head.axes) * head.vocabulary.local_shape[0]
@@ -84,10 +89,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
     index = labels - first
     mine = (index >= 0) & (index < stop - start)
     index = torch.where(mine, index, 0).unsqueeze(-1)
-    shifted = logits - top.unsqueeze(-1)  # before the target is taken: the difference of two large logits is exact
-    target = torch.where(mine, shifted.gather(-1, index).squeeze(-1), 0)  # a product would make NaN of -inf
-    exponentials = shifted.exp_()
-    sums = torch.stack([exponentials.sum(-1), target])
+    exponentiate, differentiate = _passes(head.compiles)
+    exponentials, total, target = exponentiate(logits, top, index)
+    sums = torch.stack([total, torch.where(mine, target, 0)])  # a product would make NaN of -inf
     for axis in head.axes:
         sums = all_reduce(sums, axis)
     total, target = sums
@@ -95,5 +99,25 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
     if scale is None:
         return loss, None
     exponentials.scatter_add_(-1, index, -(mine * total).unsqueeze(-1))
-    weight = (counted.to(total.dtype) * scale / total).unsqueeze(-1)
-    return loss, torch.mul(exponentials, weight, out=logits)
+    return loss, differentiate(exponentials, counted.to(total.dtype) * scale / total, logits)
+
+
+def _exponentiate(logits: Tensor, top: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits[..., V], top[...], index[..., 1] -> (exp(logits − top), its sum over V, logits[index] − top)"""
+    shifted = logits - top.unsqueeze(-1)  # before the target is taken: the difference of two large logits is exact
+    target = shifted.gather(-1, index).squeeze(-1)
+    exponentials = shifted.exp_()
+    return exponentials, exponentials.sum(-1), target
+
+
+def _differentiate(exponentials: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """exponentials[..., V] · weight[...], rounded into `out`"""
+    return torch.mul(exponentials, weight.unsqueeze(-1), out=out)
+
+
+@cache
+def _passes(compiles: bool) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
+    """What touches all logits: eagerly seven passes over them, compiled four."""
+    if compiles:
+        return torch.compile(_exponentiate), torch.compile(_differentiate)
+    return _exponentiate, _differentiate

@@ -42,6 +42,11 @@ class Surround:
     copy_x: Axis = ALONE
     reduce_y: Axis = ALONE
 
+    @property
+    def is_local(self) -> bool:
+        axes = (self.gather_x[1], self.gather_w, self.scatter_y[1], self.copy_x, self.reduce_y)
+        return all(axis.size == 1 for axis in axes)
+
     def whole_weight(self, w: Tensor) -> Pending:
         """w[N', K_gather_w] -> [N', K]"""
         return start_all_gather(w, -1, self.gather_w)
@@ -87,5 +92,10 @@ class _Matmul(torch.autograd.Function):
 
 def matmul(x: Tensor, w: Tensor, around: Surround, bias: Tensor | None = None) -> Tensor:
     """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split."""
+    return F.linear(x, w, bias) if around.is_local else _matmul(x, w, bias, around)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
     y: Tensor = _Matmul.apply(x, w, bias, around)  # type: ignore[no-untyped-call]
     return y

@@ -54,8 +54,8 @@ class Mode:
     scatter_rows: tuple[int, Axis] = (0, ALONE)
     reduce_rows: Axis = ALONE
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype) -> None:
-        self.mesh, self.dtype = mesh, dtype
+    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False) -> None:
+        self.mesh, self.dtype, self.compiles = mesh, dtype, compiles
 
     @classmethod
     def merged_axes(cls) -> tuple[tuple[str, ...], ...]:
@@ -138,7 +138,7 @@ class Mode:
         labels, which are split as inside a block; ranks that differ in `inner_hidden` alone get the same sum. Its
         gradient is multiplied by `scale`.
         """
-        head = Head(self.around_in, self.inner_hidden, vocabulary.layout)
+        head = Head(self.around_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
         return sum_cross_entropy(x, vocabulary.weight, self.local(labels, self.inner_batch), head, scale)
 
     def _linear(
