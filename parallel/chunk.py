@@ -10,6 +10,7 @@ from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
 
 ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
+ROW = 512  # elements: a chunk is so many on each rank, or a multiple: short sums are exact, and not too short fast
 
 
 class Chunk:
@@ -20,8 +21,8 @@ class Chunk:
                       masters where the model is narrower than these, and otherwise the masters themselves
     gradient [n]      from a step's first arrival to its update; None between steps
 
-    What lies between two parameters, and after the last, is padding: always zero. n is a multiple of the size of
-    `axis`, the first that the gradient is summed over: each rank along it has an equal slice.
+    What lies between two parameters, and after the last, is padding: always zero. Each rank along the first of `axes`,
+    those that the gradient is summed over, has an equal slice of n.
     """
 
     def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype) -> None:
@@ -32,7 +33,7 @@ class Chunk:
         # Of the ranks that hold the same slice, one speaks for it.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
         ends = [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)]
-        self.size = _round_up(ends[-1], ALIGNMENT * self.axes[0].size)
+        self.size = _round_up(ends[-1], ROW * self.axes[0].size)
         self._starts = ends[:-1]
         self.gradient: Tensor | None = None
         self.master = torch.zeros(self.size, dtype=master_dtype(first.dtype), device=first.device)

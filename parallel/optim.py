@@ -70,10 +70,7 @@ class AdamW:
 def scaled(chunk: Chunk, factor: Tensor) -> Tensor:
     """The chunk's gradient times a scalar, in master precision; in place where it has that already."""
     assert chunk.gradient is not None
-    is_wide = chunk.gradient.dtype == chunk.master.dtype
-    # One dim, not none: then the factor's dtype counts, and a narrow gradient is widened before it is multiplied.
-    wide_factor = factor.to(chunk.master.dtype).view(1)
-    return torch.mul(chunk.gradient, wide_factor, out=chunk.gradient if is_wide else None)
+    return chunk.gradient.to(chunk.master.dtype).mul_(factor.to(chunk.master.dtype))
 
 
 def _state(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:

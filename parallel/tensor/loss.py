@@ -18,7 +18,7 @@ from parallel.layout import Layout, index_along
 from parallel.mesh import Axis
 from parallel.tensor.matmul import Surround
 
-TOKENS_A_CHUNK = 1024  # of this rank
+TOKENS_A_CHUNK = 2048  # of this rank
 
 
 @dataclass(frozen=True)
@@ -81,43 +81,47 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
     """
     start, stop = head.vocabulary.box[0]
     first = index_along(head.axes) * head.vocabulary.local_shape[0]
-    logits[..., stop - start :] = -torch.inf
-    top = logits.amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
-    for axis in head.axes:
-        top = all_reduce(top, axis, MAX)
+    logits[..., stop - start :] = torch.finfo(logits.dtype).min  # not -inf: a rank may hold nothing but padding
     counted = labels != IGNORED
     index = labels - first
     mine = (index >= 0) & (index < stop - start)
     index = torch.where(mine, index, 0).unsqueeze(-1)
-    exponentiate, differentiate = _passes(head.compiles)
-    exponentials, total, target = exponentiate(logits, top, index)
-    sums = torch.stack([total, torch.where(mine, target, 0)])  # a product would make NaN of -inf
+    normalize, differentiate = _passes(head.compiles)
+    probabilities, own_top, own_total = normalize(logits)
+    top = own_top
+    for axis in head.axes:
+        top = all_reduce(top, axis, MAX)
+    own_total = own_total * (own_top - top).exp()
+    # The difference of two large logits is exact: it is taken before anything is added.
+    target = torch.where(mine, logits.gather(-1, index).squeeze(-1) - top, 0)
+    sums = torch.stack([own_total, target])
     for axis in head.axes:
         sums = all_reduce(sums, axis)
     total, target = sums
     loss = ((total.log() - target) * counted).sum()
     if scale is None:
         return loss, None
-    exponentials.scatter_add_(-1, index, -(mine * total).unsqueeze(-1))
-    return loss, differentiate(exponentials, counted.to(total.dtype) * scale / total, logits)
+    weight = counted.to(total.dtype) * scale
+    share = own_total / total  # of all probability, this rank's
+    at_label = (probabilities.gather(-1, index).squeeze(-1) * share - mine.to(share.dtype)) * weight
+    gradient = differentiate(probabilities, share * weight, logits)
+    return loss, gradient.scatter_(-1, index, at_label.to(gradient.dtype).unsqueeze(-1))
 
 
-def _exponentiate(logits: Tensor, top: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits[..., V], top[...], index[..., 1] -> (exp(logits − top), its sum over V, logits[index] − top)"""
-    shifted = logits - top.unsqueeze(-1)  # before the target is taken: the difference of two large logits is exact
-    target = shifted.gather(-1, index).squeeze(-1)
-    exponentials = shifted.exp_()
-    return exponentials, exponentials.sum(-1), target
+def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits[..., V] -> (softmax over these V, the largest logit, Σ exp(logits − the largest)), in fp32 at least"""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    top, place = logits.max(-1, keepdim=True)
+    probabilities = logits.softmax(-1, dtype=wide)
+    return probabilities, top.to(wide).squeeze(-1), probabilities.gather(-1, place).reciprocal().squeeze(-1)
 
 
-def _differentiate(exponentials: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """exponentials[..., V] · weight[...], rounded into `out`"""
-    return torch.mul(exponentials, weight.unsqueeze(-1), out=out)
+def _differentiate(probabilities: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """probabilities[..., V] · weight[...], rounded into `out`"""
+    return torch.mul(probabilities, weight.unsqueeze(-1), out=out)
 
 
 @cache
 def _passes(compiles: bool) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
-    """What touches all logits: eagerly seven passes over them, compiled four."""
-    if compiles:
-        return torch.compile(_exponentiate), torch.compile(_differentiate)
-    return _exponentiate, _differentiate
+    """What touches all logits."""
+    return (torch.compile(_normalize), torch.compile(_differentiate)) if compiles else (_normalize, _differentiate)
