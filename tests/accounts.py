@@ -65,9 +65,9 @@ def saved_for_backward() -> Iterator[list[Tensor]]:
 
 
 def bytes_kept(saved: list[Tensor], module: nn.Module) -> int:
-    """The bytes of what was saved, shared memory once, the module's own parameters left out."""
+    """The bytes of what was saved, shared memory once, that of the module's own parameters left out."""
     sizes = {storage_of(x): x.untyped_storage().nbytes() for x in saved}
-    return sum(sizes.values()) - sum(sizes.get(storage_of(p), 0) for p in module.parameters())
+    return sum(sizes[key] for key in sizes.keys() - set(map(storage_of, module.parameters())))
 
 
 class Held(TorchDispatchMode):
