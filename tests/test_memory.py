@@ -192,7 +192,7 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_holds_the_logits_of_a_chunk_however_long_the_sequence(layout: str) -> None:
-    """What grows with the sequence is dx. A collective's thread may let go of its tensors late, of less than a chunk."""
+    """What grows with it is dx. (A collective's thread may let go of its tensors late: of a chunk's at most.)"""
     for peaks in (found.loss for found in accounts(layout)):
         assert abs(peaks.longer - peaks.shorter - peaks.x) < peaks.logits
         assert peaks.shorter < 8 * peaks.logits
