@@ -80,7 +80,17 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: x[B_batch, S, H_hidden] -> the same. LayerNorm stands before each half, or (350m) after."""
+    """A transformer block: x[B_batch, S, H_hidden] -> the same. LayerNorm stands before each half, or (350m) after.
+
+    For backward it keeps a rank's own part, nothing gathered, of
+
+        [B, S, H] between blocks   what enters the two LayerNorms, q k v and fc1
+        [B, S, H] inside           q, k, v and what attention makes of them
+        [B, S, F]                  the activation's result, fc2's input; unless it is relu, its own input too
+        [B, S, heads], [B, S, 1]   attention's logsumexp; the mean and deviation of each LayerNorm
+
+    and with dropout a mask of bytes for each half. `kept by a block` in a mode's docstring is the sum.
+    """
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()

@@ -1,70 +1,169 @@
-"""What a feed-forward sends, forward and backward, is what the table in docs/notation.md says."""
+"""What a training step sends, part by part, is what the tables in docs/notation.md say: no more, no less."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
-import torch
+from torch import nn
 
+from models.opt import Block, Embed, Head
+from models.shapes import OPTShape
 from parallel.config_parallel import TensorConfig
-from parallel.mesh import Axis, Mesh, Traffic
-from parallel.tensor import MODES
-from parallel.topology import Topology
+from parallel.engine import Engine
+from parallel.tensor import loss
+from tests.accounts import Call, Handed, letters, value
 from tests.harness import run
+from tests.parity import Raw, batches_of, config_of, engine_of, share_of
 
-TABLE = Path(__file__).parent.parent / "docs/notation.md"
-B, S, H, F = 8, 3, 16, 48
+TABLES = Path(__file__).parent.parent / "docs/notation.md"
+LOOKUP, NORM, LINEARS, LOSS = "lookup", "a LayerNorm", "a block's linears", "head, loss"  # as the tables name them
+LAYERS: dict[type[nn.Module], list[str]] = {Embed: [LOOKUP], Block: [NORM, NORM, LINEARS], Head: [NORM, LOSS]}
+WAYS = ("forward", "backward")
+SUMS, OUTSIDE = "gradient sums", "outside the layers"
+FEW = 2  # elements: of the count of labels, the loss and the norm, which may be summed over the same axes as gradients
 
-LAYOUTS = [
-    ("1d", TensorConfig("1d", 4)),
-    ("2d, 2.5d", TensorConfig("2d", 8, rows=2)),
-    ("2d, 2.5d", TensorConfig("2.5d", 8, depth=2)),
-    ("3d, edge q", TensorConfig("3d", 8)),
-]
+MODEL: Raw = dict(
+    vocab_size=37,  # nothing divides it
+    hidden_size=256,  # a multiple of 64 on every rank: flat buffers of gradients need no padding then
+    word_embed_proj_dim=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    ffn_dim=256,
+    max_position_embeddings=16,
+    dropout=0.0,
+)
+B, S = 8, 6  # of a microbatch
+CHUNK = 2  # positions: the loss has three
 
-
-class CountedByAxis(Mesh):
-    """A mesh in which each axis has traffic of its own."""
-
-    def __init__(self, tensor: TensorConfig, rank: int) -> None:
-        self.counted: dict[str, Axis] = {}
-        topology = Topology({"pipe": 1, "data": 1, "context": 1, **tensor.axes()})
-        super().__init__(topology, rank, merged=MODES[tensor.mode].merged_axes())
-
-    def axis(self, *names: str) -> Axis:
-        axis = super().axis(*names)
-        return self.counted.setdefault(axis.name, replace(axis, traffic=Traffic()))
-
-    def sent(self) -> float:
-        """Elements that this rank has sent since the last call, if every collective is a ring."""
-        total = 0.0
-        for axis in self.counted.values():
-            n, handed = axis.size, axis.traffic.bytes
-            total += (n - 1) * handed["all_gather"]  # handed: this rank's part
-            total += (n - 1) / n * (handed["reduce_scatter"] + 2 * handed["all_reduce"])  # handed: the whole
-            axis.traffic.reset()
-        return total / torch.float64.itemsize
+LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
+    "dp2": ("1d", TensorConfig(), 2),
+    "1d4": ("1d", TensorConfig("1d", 4), 1),
+    "dp2-1d2": ("1d", TensorConfig("1d", 2), 2),
+    "2d2x4": ("2d, 2.5d", TensorConfig("2d", 8, rows=2), 1),
+    "2.5d2x2x2": ("2d, 2.5d", TensorConfig("2.5d", 8, depth=2), 1),
+    "dp2-2.5d2x1x2": ("2d, 2.5d", TensorConfig("2.5d", 4, depth=2, rows=1), 2),
+    "3d2x2x2": ("3d", TensorConfig("3d", 8), 1),
+}
 
 
-def sent_by_a_feed_forward(rank: int, world_size: int, tensor: TensorConfig) -> tuple[float, float]:
-    mesh = CountedByAxis(tensor, rank)
-    mode = MODES[tensor.mode](mesh, torch.float64)
-    into, out = mode.linear_in(F, H), mode.linear_out(H, F)
-    x = torch.ones(mode.activation_shape(B, S, H), dtype=torch.float64, requires_grad=True)
-    y = out(into(x))
-    forward = mesh.sent()
-    y.sum().backward()
-    return forward, mesh.sent()
+def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatches: int) -> tuple[list[Call], str]:
+    """Every call of a step, and the name of the group over depth.
+
+    They are caught where torch dispatches them, and must be what our own counters have counted, to the byte.
+    """
+    replicas = world_size // tensor.size
+    samples = B * microbatches * replicas
+    batch = batches_of(1, batch=samples, sequence=S, vocabulary=MODEL["vocab_size"])[0]
+    train = dict(global_batch_size=samples, micro_batch_size=B)
+    raw = config_of(dict(tensor=asdict(tensor)), model=MODEL, data=dict(sequence_length=S), train=train)
+    engine = engine_of(rank, world_size, raw)
+    loss.TOKENS_A_CHUNK = CHUNK * B // tensor.batch_parts
+    engine.mesh.traffic.reset()
+    handed = Handed(OUTSIDE)
+    with handed:
+        mark_parts(engine, handed)
+        engine.train_step(share_of(batch, engine))
+    assert engine.mesh.traffic.bytes == handed.bytes
+    sync = {axis.group for info in engine.stage.infos for axis in info.layout.sync if axis.group is not None}
+    calls = [named(call, {group.group_name for group in sync}) for call in handed.calls]
+    depth = engine.mesh.axis("depth").group if tensor.depth > 1 else None
+    return calls, depth.group_name if depth else ""
 
 
-@pytest.mark.parametrize(("row", "tensor"), LAYOUTS, ids=["1d4", "2d8-2x4", "2.5d8-depth2", "3d8"])
-def test_a_feed_forward_sends_what_the_table_says(row: str, tensor: TensorConfig) -> None:
-    axes = tensor.axes()
-    letters = dict(T=B * S, H=H, F=F, p=tensor.size, q=axes.get("w"))
-    letters |= dict(d=axes.get("depth"), r=axes.get("row"), c=axes.get("col"))
-    found = re.search(rf"^\| {re.escape(row)} \| (.*?) \| (.*?) \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+def named(call: Call, sync: set[str]) -> Call:
+    """The call, its part made `gradient sums` where it is one, whenever in a step that may be: no layer all-reduces
+    anything over a group that some gradient is summed over.
+    """
+    is_sum = call.kind == "all_reduce" and call.group in sync and call.elements > FEW
+    return replace(call, part=SUMS) if is_sum else call
+
+
+def mark_parts(engine: Engine, handed: Handed) -> None:
+    """Have `handed.part` follow a step: a layer forward from its call, backward from the gradient of its output.
+
+    The tied embedding's gradient is the last of a backward; what comes after it, and before a forward, is in no layer.
+    """
+    for layer in engine.stage.layers:
+        forward, backward = (partial(handed.enter, f"{type(layer).__name__} {way}") for way in WAYS)
+        layer.register_forward_pre_hook(forward)
+        layer.register_forward_hook(lambda module, x, y, backward=backward: y.register_hook(backward) and None)
+    embed = engine.stage.layers[0]
+    assert isinstance(embed, Embed)
+    embed.embed_tokens.weight.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE))
+
+
+@cache
+def steps(layout: str, microbatches: int) -> list[tuple[list[Call], str]]:
+    """Of every rank; they are started once for all tests of a layout."""
+    _, tensor, replicas = LAYOUTS[layout]
+    return run(calls_of_a_step, tensor.size * replicas, tensor, microbatches)
+
+
+def sent(calls: list[Call], part: str) -> float:
+    return sum(call.sent for call in calls if call.part == part)
+
+
+def formulas(row: str, part: str) -> list[str]:
+    """The last cells of a row of the tables: forward and backward of a part, or what the gradient sums send."""
+    found = re.search(rf"^\| {re.escape(row)} \| {part} \| (.*) \|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
-    formulas = [cell.replace("·", "*").replace("−", "-") for cell in found.groups()]
-    wanted = tuple(eval(formula, letters) for formula in formulas)
-    assert run(sent_by_a_feed_forward, tensor.size, tensor) == [wanted] * tensor.size
+    return found[1].split(" | ")
+
+
+def names_of(layout: str) -> dict[str, int]:
+    _, tensor, replicas = LAYOUTS[layout]
+    return letters(tensor, OPTShape(**MODEL), B, S) | dict(n=replicas)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_part_of_a_step_sends_what_the_tables_say(layout: str) -> None:
+    row, names = LAYOUTS[layout][0], names_of(layout)
+    for calls, _ in steps(layout, 1):
+        for layer, parts in LAYERS.items():
+            times = MODEL["num_hidden_layers"] if layer is Block else 1
+            wanted = [
+                times * sum(value(formula, names) for formula in way)
+                for way in zip(*(formulas(row, part) for part in parts), strict=True)
+            ]
+            assert [sent(calls, f"{layer.__name__} {way}") for way in WAYS] == wanted
+        (formula,) = formulas(row, SUMS)
+        assert sent(calls, SUMS) == value(formula, names)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outside_its_layers_a_step_sends_but_gradients_and_a_few_numbers(layout: str) -> None:
+    for calls, _ in steps(layout, 1):
+        others = [call.elements for call in calls if call.part == OUTSIDE]
+        assert len(others) <= 3  # the count of labels, the loss, the norm
+        assert not others or max(others) <= FEW
+
+
+def test_gradients_are_summed_once_a_step_over_depth_too() -> None:
+    """2.5d: three microbatches send thrice what one sends, but over depth no more than one does."""
+    layout = "2.5d2x2x2"
+    for (one, depth), (three, _) in zip(steps(layout, 1), steps(layout, 3), strict=True):
+        for part in {call.part for call in one}:
+            assert sent(three, part) == (1 if part in (SUMS, OUTSIDE) else 3) * sent(one, part)
+        assert {call.part for call in three if call.group == depth} == {SUMS}
+
+
+@pytest.mark.parametrize(
+    ("paper", "row", "tensor"),
+    [
+        ("Megatron-LM", "1d", TensorConfig("1d", 8)),
+        ("Optimus", "2d, 2.5d", TensorConfig("2d", 16)),
+        ("Tesseract", "2d, 2.5d", TensorConfig("2.5d", 32, depth=2)),
+        ("3-D", "3d", TensorConfig("3d", 64)),
+    ],
+)
+def test_the_linears_send_what_the_paper_does_but_for_what_the_documents_say(
+    paper: str, row: str, tensor: TensorConfig
+) -> None:
+    """Arithmetic between two tables; that ours says what is sent is for the tests above."""
+    names = letters(tensor, OPTShape(**MODEL), B, S)
+    names["q"] = max(names["q"], names["c"])
+    (cells,) = re.findall(rf"^\| {paper} \| (.*) \|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)
+    forward, backward, more = (value(formula, names) for formula in cells.split(" | "))
+    assert [forward, backward + more] == [value(formula, names) for formula in formulas(row, LINEARS)]

@@ -16,6 +16,8 @@ class Cube(Mode):
     linear_in     x[B_wi, S, K_o] · W[N_i, K_ow] -> y[B_wo, S, N_i]   gather x over i, W over w; scatter y over o
     linear_out    the same with i and o swapped
     embedding     E[V_i, H_ow]: look all of B_w up in the gathered E[V_i, H_o], then scatter the batch over i
+
+    kept by a block   T · (8 · H + F + A + 4 · q) / p
     """
 
     axes = ("i", "w", "o")

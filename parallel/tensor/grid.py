@@ -18,6 +18,8 @@ class Grid(Mode):
     linear        x[B_dr, S, K_c] · W[N_c, K_r] -> y[B_dr, S, N_c]   gather x over c, W over r; backward scatters both
     embedding     E[V_c, H_r]: look up in the gathered E[V_c, H], then scatter the hidden dim over c
 
+    kept by a block   T · (8 · H + F + A + 4 · c) / p
+
     W is the same at every depth d; its gradient is summed over depth with the data-parallel sum, once a step.
     """
 

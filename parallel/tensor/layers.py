@@ -11,6 +11,8 @@ from parallel.layout import Layout
 from parallel.mesh import Axis
 from parallel.tensor.matmul import Surround, matmul
 
+EPS = 1e-5  # of every LayerNorm, as in OPT
+
 
 class Sharded(nn.Module):
     """A module whose parameters have layouts. They are zero at first; who builds the model fills all but padding."""
@@ -45,52 +47,59 @@ class LayerNorm(Sharded):
 
     def __init__(self, hidden: int, axes: tuple[Axis, ...], layout: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=layout, bias=layout)
-        self.hidden, self.eps = hidden, 1e-5
+        self.hidden = hidden
         self.axes = tuple(axis for axis in axes if axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.axes:  # whole on every rank: torch's fused kernel
-            return F.layer_norm(x, (self.hidden,), self.weight, self.bias, self.eps)
-        normal: Tensor = _normalize(x, self.hidden, self.axes, self.eps)
-        return normal if self.weight is None or self.bias is None else normal * self.weight + self.bias
+            return F.layer_norm(x, (self.hidden,), self.weight, self.bias, EPS)
+        y: Tensor = _split_norm(x, self.weight, self.bias, self.hidden, self.axes)
+        return y
 
 
-class _Normalize(torch.autograd.Function):
-    """(x − mean) / √(variance + eps) over a split dim, in fp32 at least; keeps x and two numbers a row.
+class _SplitNorm(torch.autograd.Function):
+    """LayerNorm over a split dim, its statistics in fp32 at least; keeps x and two numbers a row, as torch's kernel.
 
     Both statistics travel in one collective. Ranks send their own mean and variance, which are then merged (Chan et al.
     1979): sums and sums of squares would be as short, but cancel.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hidden: int, axes: tuple[Axis, ...], eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, hidden: int, axes: tuple[Axis, ...]
+    ) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         statistics = torch.stack(torch.var_mean(wide, -1, correction=0, keepdim=True)).unsqueeze(0)
         for axis in axes:
             statistics = all_gather(statistics, 0, axis)
         variances, means = statistics.unbind(1)
         mean = means.mean(0)
-        deviation = (variances + (means - mean).square()).mean(0).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, mean, deviation)
+        deviation = (variances + (means - mean).square()).mean(0).add_(EPS).rsqrt_()
+        ctx.save_for_backward(x, weight, mean, deviation)
         ctx.hidden, ctx.axes = hidden, axes
-        return ((wide - mean) * deviation).to(x.dtype)
+        normal = ((wide - mean) * deviation).to(x.dtype)
+        return normal if weight is None or bias is None else torch.addcmul(bias, normal, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, mean, deviation = ctx.saved_tensors
-        wide = dy.to(mean.dtype)
-        normal = (x - mean) * deviation
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        x, weight, mean, deviation = ctx.saved_tensors
+        wide, normal = dy.to(mean.dtype), (x - mean) * deviation
+        dw = db = None
+        if weight is not None:
+            dw = (wide * normal).flatten(0, -2).sum(0).to(weight.dtype)
+            db = dy.flatten(0, -2).sum(0)
+            wide = wide * weight
         sums = torch.stack([wide.sum(-1, keepdim=True), (wide * normal).sum(-1, keepdim=True)])
         for axis in ctx.axes:
             sums = all_reduce(sums, axis)
         dx = (wide - (sums[0] + normal * sums[1]) / ctx.hidden) * deviation
-        return dx.to(x.dtype), None, None, None
+        return dx.to(x.dtype), dw, db, None, None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _normalize(x: Tensor, hidden: int, axes: tuple[Axis, ...], eps: float) -> Tensor:
-    normal: Tensor = _Normalize.apply(x, hidden, axes, eps)  # type: ignore[no-untyped-call]
-    return normal
+def _split_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, hidden: int, axes: tuple[Axis, ...]) -> Tensor:
+    y: Tensor = _SplitNorm.apply(x, weight, bias, hidden, axes)  # type: ignore[no-untyped-call]
+    return y
 
 
 class Embedding(Sharded):

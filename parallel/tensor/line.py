@@ -14,6 +14,8 @@ class Line(Mode):
     linear_in     x[B, S, K] · W[N_t, K] -> y[B, S, N_t]      nothing forward, all-reduce of dx backward
     linear_out    x[B, S, K_t] · W[N, K_t] -> y[B, S, N]      all-reduce of y forward, nothing backward
     embedding     E[V_t, H]: all-reduce of the rows found
+
+    kept by a block   T · (4 · H + 4) + T · (4 · H + F + A) / p
     """
 
     axes = ("t",)

@@ -29,6 +29,11 @@ Split = tuple[Axis, ...]
 class Mode:
     """One way to split a transformer over ranks; as it stands here, none: every rank computes the whole.
 
+    kept by a block   T · (8 · H + F + A + 4)
+
+    That is in elements, for backward, on each rank; what they are, `models.opt.Block` says; letters are those of
+    docs/notation.md.
+
     On the class, for the mesh and the gradient rule: `axes` are the mode's own directions, outermost first,
     `token_axes` those that split tokens anywhere, `merged` the combinations over which some gradient is summed.
     """

@@ -1,0 +1,198 @@
+"""What a rank keeps between forward and backward is what its mode's docstring says, and no logits ever exist whole."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.opt import Block
+from models.shapes import OPTShape
+from parallel.config_parallel import TensorConfig
+from parallel.pipeline.microbatch import Microbatch
+from parallel.tensor import MODES, Mode, loss
+from tests.accounts import Held, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
+from tests.harness import run
+from tests.parity import config_of, engine_of
+
+NOTATION = Path(__file__).parent.parent / "docs/notation.md"
+
+LAYOUTS = {
+    "serial": TensorConfig(),
+    "1d2": TensorConfig("1d", 2),
+    "1d4": TensorConfig("1d", 4),
+    "2d1x2": TensorConfig("2d", 2, rows=1),
+    "2d2x1": TensorConfig("2d", 2, rows=2),
+    "2d2x2": TensorConfig("2d", 4),
+    "2.5d2x2x2": TensorConfig("2.5d", 8, depth=2),
+    "3d2x2x2": TensorConfig("3d", 8),
+}
+FLOAT = torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A block's: bytes in all; the elements of each tensor; bytes that are held, but not for all autograd knows."""
+
+    bytes: int
+    sizes: set[int]
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes held at most by the loss of 8 and of 16 chunks; those of the former's x, and of one chunk's logits."""
+
+    shorter: int
+    longer: int
+    x: int
+    logits: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one rank reports."""
+
+    blocks: dict[str, Kept]
+    model: int
+    loss: Peaks
+
+
+@cache
+def accounts(layout: str) -> list[Account]:
+    """Every rank's; the ranks are started once for all tests of a layout."""
+    return run(account, LAYOUTS[layout].size, LAYOUTS[layout])
+
+
+def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
+    mode = mode_of(rank, tensor, torch.float32)
+    blocks = {name: kept_by_a_block(shape, mode) for name, shape in VARIANTS.items()}
+    blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
+    return Account(blocks, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
+
+
+# -- a block -----------------------------------------------------------------------------------------------------------
+
+B, S = 8, 3
+SHAPE = OPTShape(
+    vocab_size=37,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    ffn_dim=48,
+    max_position_embeddings=16,
+    word_embed_proj_dim=16,
+    dropout=0.0,
+)
+VARIANTS = {
+    "pre-norm": SHAPE,
+    "post-norm": replace(SHAPE, do_layer_norm_before=False),
+    "gelu": replace(SHAPE, activation_function="gelu"),
+    "dropout": replace(SHAPE, dropout=0.5),
+    "attention dropout": replace(SHAPE, attention_dropout=0.5),
+}
+
+
+def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None = None) -> Kept:
+    block = Block(shape, mode, seed=0)
+    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
+    tokens = torch.zeros(B, S, dtype=torch.int64)
+    held = Held()
+    with held, saved_for_backward() as saved:
+        y = block(x, Microbatch(tokens, tokens, torch.arange(B), attention_mask))
+    total = bytes_kept(saved, block)
+    known = total - x.nbytes + y.nbytes  # x was there before, and y is nobody's but ours
+    own = set(map(storage_of, block.parameters()))
+    return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.now_or_soon(known) - known)
+
+
+def formula_of(tensor: TensorConfig) -> str:
+    """What stands in the docstring of the mode's class."""
+    found = re.search(r"^ *kept by a block +(.*)$", MODES[tensor.mode].__doc__ or "", re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> None:
+    tensor = LAYOUTS[layout]
+    a = letters(tensor, SHAPE, B, S)
+    T, H, F, A, p = (a[letter] for letter in "THFAp")
+    between = T * H // (1 if tensor.mode == "1d" else p)
+    tokens = T // (1 if tensor.mode == "1d" else tensor.batch_parts)
+    own = {between, T * H // p, T * F // p, A * T // p, tokens}  # elements of a rank's part of each tensor
+    wanted = value(formula_of(tensor), a) * FLOAT
+    probabilities = A * T * S // p
+    for kept in (found.blocks for found in accounts(layout)):
+        for name in ("pre-norm", "post-norm"):
+            assert kept[name].bytes == wanted
+            assert kept[name].sizes == own
+        assert kept["gelu"].bytes == wanted + T * F // p * FLOAT
+        assert kept["padding"].bytes == wanted + tokens * S * FLOAT  # the kernel's mask, in floats
+        assert kept["dropout"].bytes == wanted + 2 * between  # two masks, a byte an element
+        # In place of the fused kernel's A numbers a token: weights before and after dropout, its mask, the causal mask.
+        more = probabilities * (2 * FLOAT + 1) + 2 * S * S - A * T // p * FLOAT
+        assert kept["attention dropout"].bytes == wanted + more
+        assert not any(found.hidden for found in kept.values())
+
+
+@pytest.mark.parametrize("layout", ["serial", "1d2", "2d2x2", "3d2x2x2"])
+def test_the_documents_and_the_docstrings_have_one_formula(layout: str) -> None:
+    assert f" {formula_of(LAYOUTS[layout])} |" in NOTATION.read_text(encoding="utf-8")
+
+
+# -- a whole model -----------------------------------------------------------------------------------------------------
+
+
+def kept_by_a_model(rank: int, world_size: int, tensor: TensorConfig) -> int:
+    """Bytes kept by embedding, blocks, head and loss, the gradients that the loss makes at once among them."""
+    model = dict(vocab_size=260, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, ffn_dim=256, dropout=0.0)
+    raw = config_of(dict(tensor=asdict(tensor)), precision="fp32", model=model)
+    stage = engine_of(rank, world_size, raw).stage
+    tokens = torch.arange(8 * 32).view(8, 32)
+    with saved_for_backward() as saved:
+        stage(None, Microbatch(tokens, tokens, torch.arange(8)))
+    return bytes_kept(saved, stage)
+
+
+@pytest.mark.parametrize("layout", ["2d2x2", "2.5d2x2x2", "3d2x2x2"])
+def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
+    """Within 5%: LayerNorm's two numbers a token, and the tokens themselves, are not split along the hidden dim."""
+    (serial,), ranks = accounts("serial"), accounts(layout)
+    for found in ranks:
+        assert found.model == pytest.approx(serial.model / len(ranks), rel=0.05)
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+V, H, POSITIONS_A_CHUNK = 640, 16, 8
+
+
+def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
+    own = B // tensor.batch_parts
+    loss.TOKENS_A_CHUNK = own * POSITIONS_A_CHUNK
+    table = mode.vocabulary(V, H, padding_idx=1)
+
+    def peak(sequence: int) -> int:
+        x = torch.ones(mode.activation_shape(B, sequence, H), requires_grad=True)
+        labels = torch.zeros(B, sequence, dtype=torch.int64)
+        held = Held()
+        with held:
+            mode.lm_loss(x, table, labels)
+        return held.peak
+
+    shorter, longer = (peak(chunks * POSITIONS_A_CHUNK) for chunks in (8, 16))
+    x = B * 8 * POSITIONS_A_CHUNK * H // (1 if tensor.mode == "1d" else tensor.size)
+    logits = loss.TOKENS_A_CHUNK * len(table.weight)
+    return Peaks(shorter, longer, x * FLOAT, logits * FLOAT)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_holds_the_logits_of_a_chunk_however_long_the_sequence(layout: str) -> None:
+    """What grows with it is dx. (A collective's thread may let go of its tensors late: of a chunk's at most.)"""
+    for peaks in (found.loss for found in accounts(layout)):
+        assert abs(peaks.longer - peaks.shorter - peaks.x) < peaks.logits
+        assert peaks.shorter < 8 * peaks.logits
