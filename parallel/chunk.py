@@ -10,7 +10,6 @@ from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
 
 ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
-ROW = 512  # elements: a chunk is so many on each rank, or a multiple: short sums are exact, and not too short fast
 
 
 class Chunk:
@@ -33,7 +32,7 @@ class Chunk:
         # Of the ranks that hold the same slice, one speaks for it.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
         ends = [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)]
-        self.size = _round_up(ends[-1], ROW * self.axes[0].size)
+        self.size = _round_up(ends[-1], ALIGNMENT * self.axes[0].size)
         self._starts = ends[:-1]
         self.gradient: Tensor | None = None
         self.master = torch.zeros(self.size, dtype=master_dtype(first.dtype), device=first.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import gradients
-from parallel.chunk import ALIGNMENT, ROW, Chunk, make_chunks
+from parallel.chunk import ALIGNMENT, Chunk, make_chunks
 from parallel.collectives import Pending, start_all_reduce
 from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
@@ -26,7 +26,7 @@ def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:
     infos = [info_of("a.weight", 5, 7), info_of("a.other", 3, 3)]
     values = [info.parameter.detach().clone() for info in infos]
     chunk = Chunk(infos, torch.bfloat16)
-    assert chunk.size % ROW == 0
+    assert chunk.size % ALIGNMENT == 0
     for info, value, master in zip(infos, values, chunk.views(chunk.master), strict=True):
         assert torch.equal(master, value)
         assert torch.equal(info.parameter, value.bfloat16())

@@ -283,7 +283,6 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
             tensor(mode="1d", size=2, sequence_parallel=True),
             "parallel.tensor.sequence_parallel: True is not available yet. Try False.",
         ),
-        ({"train": {"compile": True}}, "train.compile: True is not available yet. Try False."),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:

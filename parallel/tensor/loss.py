@@ -44,11 +44,12 @@ class _LMLoss(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.zeros_like(table.buffer, dtype=wide)
         for start in range(0, labels.shape[1], size):
             chunk = slice(start, start + size)
-            logits = head.around.product(x[:, chunk], table)
+            whole_x = Pending(head.around.whole_input(x[:, chunk]).wait())
+            logits = head.around.product(whole_x, table)
             loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale)
             total += loss
             if dlogits is not None:
-                travelling, part = head.around.gradients(dlogits, x[:, chunk], table)
+                travelling, part = head.around.gradients(dlogits, whole_x, table)
                 dw += part
                 dx[:, chunk] = travelling.wait()
         if scale is not None:

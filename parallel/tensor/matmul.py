@@ -51,18 +51,19 @@ class Surround:
         """w[N', K_gather_w] -> [N', K]"""
         return start_all_gather(w, -1, self.gather_w)
 
-    def product(self, x: Tensor, whole_weight: Pending, bias: Tensor | None = None) -> Tensor:
+    def whole_input(self, x: Tensor) -> Pending:
+        return start_all_gather(x, *self.gather_x)
+
+    def product(self, whole_x: Pending, whole_weight: Pending, bias: Tensor | None = None) -> Tensor:
         """x · Wᵀ with its collectives, plus the bias: with the matmul, or once its partial sums have been added up."""
-        whole_x = start_all_gather(x, *self.gather_x)
         is_partial = self.scatter_y[1].size * self.reduce_y.size > 1
         y = F.linear(whole_x.wait(), whole_weight.wait(), None if is_partial else bias)
         y = all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
         return y.add_(bias) if is_partial and bias is not None else y
 
-    def gradients(self, dy: Tensor, x: Tensor, whole_weight: Pending) -> tuple[Pending, Tensor]:
+    def gradients(self, dy: Tensor, whole_x: Pending, whole_weight: Pending) -> tuple[Pending, Tensor]:
         """(dx, still travelling; dW, summed over this rank's tokens but not yet scattered)"""
-        whole_dy, whole_x = start_all_gather(dy, *self.scatter_y), start_all_gather(x, *self.gather_x)
-        dy = whole_dy.wait()
+        dy = start_all_gather(dy, *self.scatter_y).wait()
         dx = dy @ whole_weight.wait()
         if self.copy_x is not ALONE:
             travelling = start_all_reduce(dx, self.copy_x)
@@ -80,12 +81,12 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.around, ctx.has_bias = around, bias is not None
-        return around.product(x, around.whole_weight(w), bias)
+        return around.product(around.whole_input(x), around.whole_weight(w), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, w = ctx.saved_tensors
-        dx, dw = ctx.around.gradients(dy, x, ctx.around.whole_weight(w))
+        dx, dw = ctx.around.gradients(dy, ctx.around.whole_input(x), ctx.around.whole_weight(w))
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
         return dx.wait(), ctx.around.own_gradient(dw), db, None
 
