@@ -25,6 +25,7 @@ from models.shapes import from_hugging_face, resolve
 from training.metrics import peak_device_bytes, peak_tflops
 
 LR = 1e-4  # without a warm-up
+ROUNDS = 3
 WARM_UP = 3  # steps: compilation, the optimizer's moments, the allocator's blocks
 
 
@@ -40,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """The seconds of the timed steps; the losses of all, warm-up included; the device's most bytes in a timed step, and
+    """The seconds a step took in each timed round; the losses of all, warm-up included; the device's most bytes in a timed step, and
     what its maker promises of it."""
 
     seconds: list[float]
@@ -135,22 +136,23 @@ CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_co
 def measure(name: str, work: Work) -> Result:
     """Train one contender; to be called in a process of its own, so that peaks and allocator are its own.
 
-    Every step ends with its loss on the host, so none runs ahead into the time of the next.
+    Every step ends with its loss on the host. The device may still be busy with the update when the next step begins,
+    as in a run; at the end of a round it is waited for.
     """
     device, step = _device(), CONTENDERS[name](work)
     generator = torch.Generator().manual_seed(0)
     vocabulary = from_hugging_face(work.folder).vocab_size
     ids = torch.randint(4, vocabulary, (work.batch, work.sequence), generator=generator)
     seconds, losses = [], []
-    for turn in range(WARM_UP + work.steps):
-        if turn == WARM_UP and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    for steps in (WARM_UP, *[work.steps] * ROUNDS):
         start = time.perf_counter()
-        losses.append(step(ids))
+        losses += [step(ids) for _ in range(steps)]
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return Result(seconds[WARM_UP:], losses, peak_device_bytes(device), peak_tflops(device))
+        seconds.append((time.perf_counter() - start) / steps)
+        if len(seconds) == 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    return Result(seconds[1:], losses, peak_device_bytes(device), peak_tflops(device))
 
 
 def _device() -> torch.device:

@@ -12,6 +12,7 @@ from parallel.context import Context
 from parallel.errors import DataError
 from parallel.grad_norm import clip_coefficient, global_norm
 from parallel.gradients import Gradients
+from parallel.host_copy import HostCopy
 from parallel.labels import IGNORED, shift
 from parallel.layout import Piece
 from parallel.loss_scale import LossScale
@@ -78,6 +79,7 @@ class Engine:
         self.gradients.finish()
         scale = self.loss_scale.scale
         norm = global_norm(self.chunks, self.mesh.world) / scale
+        result = HostCopy(torch.stack([total / tokens, norm]))
         self.stopwatch.mark("update")
         lr = learning_rate(self.config.lr_scheduler, self.config.optimizer.lr, self.updates, self.config.train.steps)
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
@@ -86,7 +88,7 @@ class Engine:
             self.updates += 1
         self.loss_scale.update(overflow=overflow)
         self.step += 1
-        loss, grad_norm = torch.stack([total / tokens, norm]).tolist()  # the host waits once, with all work posted
+        loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
 

@@ -70,7 +70,12 @@ class AdamW:
 def scaled(chunk: Chunk, factor: Tensor) -> Tensor:
     """The chunk's gradient times a scalar, in master precision; in place where it has that already."""
     assert chunk.gradient is not None
-    return chunk.gradient.to(chunk.master.dtype).mul_(factor.to(chunk.master.dtype))
+    wide = [chunk.gradient]
+    if chunk.gradient.dtype != chunk.master.dtype:
+        wide = [torch.empty_like(chunk.master)]
+        torch._foreach_copy_(wide, [chunk.gradient])
+    torch._foreach_mul_(wide, factor.to(chunk.master.dtype))
+    return wide[0]
 
 
 def _state(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:

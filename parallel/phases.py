@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -19,9 +18,10 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 @dataclass(frozen=True)
 class Clock:
-    """`now` notes a moment; `seconds` lie between two of them, and may wait for the second to have come."""
+    """`now` notes a moment, which `is_past` once it has come; `seconds` lie between two that are past."""
 
     now: Callable[[], Any]
+    is_past: Callable[[Any], bool]
     seconds: Callable[[Any, Any], float]
 
 
@@ -29,17 +29,15 @@ class Stopwatch:
     """Time belongs to the phase marked last, until it is read; from then to the next mark the stopwatch stands still.
 
     A GPU is behind the host that gives it work. There a mark is an event in the current stream, and a phase lasts as
-    long as the stream took from one to the next, with its waits for the host and for other ranks. Nothing waits for
-    an event before `read`, whose caller has just waited for the step's results.
+    long as the stream took from one to the next, with its waits for the host and for other ranks. Nothing is ever
+    waited for: what the GPU has not come to yet counts in the next reading.
 
     While a profiler runs, its trace shows each phase as a range of that name, followed by what `mark` was told of it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._clock = (
-            _gpu_clock() if device.type == "cuda" else Clock(time.perf_counter, lambda start, end: end - start)
-        )
-        self._marks: list[tuple[Phase, Any]] = []
+        self._clock = _gpu_clock() if device.type == "cuda" else _host_clock()
+        self._marks: list[tuple[Phase | None, Any]] = []  # None: standing still
         self._range: record_function | None = None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
@@ -51,13 +49,14 @@ class Stopwatch:
             self._range.__enter__()
 
     def read(self) -> dict[str, float]:
-        """The seconds of every phase since the first mark; the count starts anew."""
+        """The seconds of every phase since the last reading, as far as the device has got."""
         self._end_range()
+        self._marks.append((None, self._clock.now()))
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        moments = [*(moment for _, moment in self._marks), self._clock.now()]
-        for (phase, _), (start, end) in zip(self._marks, pairwise(moments), strict=True):
-            found[phase] += self._clock.seconds(start, end)
-        self._marks = []
+        while len(self._marks) > 1 and self._clock.is_past(self._marks[1][1]):
+            phase, start = self._marks.pop(0)
+            if phase is not None:
+                found[phase] += self._clock.seconds(start, self._marks[0][1])
         return found
 
     def _end_range(self) -> None:
@@ -66,14 +65,14 @@ class Stopwatch:
             self._range = None
 
 
+def _host_clock() -> Clock:
+    return Clock(time.perf_counter, lambda moment: True, lambda start, end: end - start)
+
+
 def _gpu_clock() -> Clock:
     def now() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-
-    return Clock(now, seconds)
+    return Clock(now, lambda event: bool(event.query()), lambda start, end: float(start.elapsed_time(end)) / 1000)

@@ -21,6 +21,7 @@ FLOORS = (
         "parallel.rng",
         "parallel.chunk",
         "parallel.gradients",
+        "parallel.host_copy",
         "parallel.grad_norm",
         "parallel.loss_scale",
         "parallel.optim",

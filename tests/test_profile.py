@@ -48,9 +48,14 @@ def test_the_phases_of_a_step_add_up_to_its_seconds(device: torch.device, tmp_pa
     engine, lines = loop.make_engine(context, job), list[metrics.Line]()
     loop.fit(engine, loop.make_loader(engine, job), loop.Listeners(lines.append, lambda step: None), validates=True)
     assert "validation_loss" in lines[-1]
-    shares = [sum(line["phases"].values()) / line["step_seconds"] for line in lines]
-    assert max(shares) > 0.95
-    assert all(share < (1.001 if device.type == "cuda" else 1) for share in shares)  # there it is another clock
+    if device.type == "cuda":  # what the device has not come to counts in the next line
+        total = sum(sum(line["phases"].values()) for line in lines)
+        assert 0.8 < total / sum(line["step_seconds"] for line in lines) < 1.001
+        lines = lines[1:]
+    else:
+        shares = [sum(line["phases"].values()) / line["step_seconds"] for line in lines]
+        assert max(shares) > 0.95
+        assert all(share < 1 for share in shares)
     for line in lines:
         assert tuple(line["phases"]) == PHASES
         assert {phase for phase, seconds in line["phases"].items() if seconds == 0} == {"transfer"}

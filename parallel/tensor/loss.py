@@ -113,7 +113,10 @@ def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logits[..., V] -> (softmax over these V, the largest logit, Σ exp(logits − the largest)), in fp32 at least"""
     wide = torch.promote_types(logits.dtype, torch.float32)
     top, place = logits.max(-1, keepdim=True)
-    probabilities = logits.softmax(-1, dtype=wide)
+    if logits.is_cuda and wide != logits.dtype:
+        probabilities = torch._softmax(logits, -1, half_to_float=True)  # softmax(dtype=wide) would widen logits first
+    else:
+        probabilities = logits.softmax(-1, dtype=wide)
     return probabilities, top.to(wide).squeeze(-1), probabilities.gather(-1, place).reciprocal().squeeze(-1)
 
 
