@@ -12,7 +12,6 @@ from parallel.context import Context
 from parallel.errors import DataError
 from parallel.grad_norm import clip_coefficient, global_norm
 from parallel.gradients import Gradients
-from parallel.host_copy import HostCopy
 from parallel.labels import IGNORED, shift
 from parallel.layout import Piece
 from parallel.loss_scale import LossScale
@@ -25,6 +24,8 @@ from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
+from parallel.tensor.layers import Linear
+from parallel.transfer import HostCopy, to_device
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Engine:
         self.data, self.pipe = self.mesh.axis("data"), Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
         self.chunks = make_chunks(stage.infos, context.dtype)
         self.gradients = Gradients(self.chunks)
+        for module in stage.modules():
+            if isinstance(module, Linear) and module.can_deliver:
+                module.deliver = self.gradients.receiver(module.weight)
         self.optimizer = AdamW(self.chunks, self.config.optimizer)
         self.stopwatch = Stopwatch(self.mesh.device)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
@@ -144,9 +148,9 @@ class Engine:
         ids = batch["input_ids"]
         first = (self.step * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        ids, labels, samples = (t.to(self.mesh.device, torch.int64) for t in (ids, labels, samples))
+        ids, labels, samples = (to_device(t.to(torch.int64), self.mesh.device) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
-        mask = None if mask is None else mask.to(self.mesh.device, torch.int64)
+        mask = None if mask is None else to_device(mask.to(torch.int64), self.mesh.device)
         return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
 
     def _sum(self, total: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Gradients, from the backward that makes them to the sum over ranks that an update takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.chunk import Chunk, master_dtype
 from parallel.collectives import Pending, all_reduce, start_all_reduce
 from parallel.mesh import Axis
+from parallel.products import add_product, write_product
 
 
 class Gradients:
@@ -21,11 +22,19 @@ class Gradients:
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._sums = [_Sum(chunk) for chunk in chunks]
+        self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
         """Start a step: each gradient will arrive so many times, or never."""
         for total in self._sums:
             total.begin(num_microbatches)
+
+    def receiver(self, matrix: nn.Parameter) -> Callable[[Tensor, Tensor], None]:
+        """Takes two factors, [N, T] and [T, K], whose product then arrives as the gradient of matrix[N, K]: the matmul
+        itself adds it to the sum, where autograd would leave a matrix to be copied.
+        """
+        total, i = self._places[matrix]
+        return partial(total.take_product, i)
 
     def finish(self) -> None:
         """Wait until every chunk's `gradient` is whole."""
@@ -70,12 +79,21 @@ class _Sum:
     def _take(self, i: int, parameter: Tensor) -> None:
         """Called by autograd when a backward has put parameter i's gradient into `.grad`."""
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:  # its product came already
+            return
         self._make_buffer()
         if self.arrivals[i]:
             self.views[i].add_(gradient)
         else:
             self.views[i].copy_(gradient)
+        self._count(i)
+
+    def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
+        self._make_buffer()
+        (add_product if self.arrivals[i] else write_product)(a, b, self.views[i].flatten(0, -2))
+        self._count(i)
+
+    def _count(self, i: int) -> None:
         self.arrivals[i] += 1
         self.missing -= 1
         if not self.missing:

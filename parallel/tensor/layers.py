@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parallel.collectives import all_gather, all_reduce
 from parallel.layout import Layout
 from parallel.mesh import Axis
-from parallel.tensor.matmul import Surround, matmul
+from parallel.tensor.matmul import Deliver, Surround, matmul
 
 EPS = 1e-5  # of every LayerNorm, as in OPT
 
@@ -33,10 +33,16 @@ class Linear(Sharded):
     def __init__(self, around: Surround, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
         self.around = around
+        self.deliver: Deliver | None = None  # of the weight's gradient, set by who sums it up; None: autograd's `.grad`
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.flatten()
-        return matmul(x, self.weight.flatten(0, -2), self.around, bias)
+        return matmul(x, self.weight.flatten(0, -2), self.around, bias, self.deliver)
+
+    @property
+    def can_deliver(self) -> bool:
+        """Whether the weight's gradient is a product on this rank, and not scattered after it."""
+        return self.around.gather_w.size == 1
 
 
 class LayerNorm(Sharded):

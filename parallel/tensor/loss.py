@@ -6,7 +6,7 @@ and of the embedding, is made in the forward, chunk by chunk.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from parallel.collectives import MAX, Pending, all_reduce
 from parallel.labels import IGNORED
 from parallel.layout import Layout, index_along
 from parallel.mesh import Axis
+from parallel.products import add_product
 from parallel.tensor.matmul import Surround
 
-TOKENS_A_CHUNK = 2048  # of this rank
+TOKENS_A_CHUNK = 1024  # of this rank
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,11 @@ class _LMLoss(torch.autograd.Function):
         for start in range(0, labels.shape[1], size):
             chunk = slice(start, start + size)
             whole_x = Pending(head.around.whole_input(x[:, chunk]).wait())
-            logits = head.around.product(whole_x, table)
-            loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale)
+            logits = head.around.wide_product(whole_x, table, wide)
+            loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale, x.dtype)
             total += loss
             if dlogits is not None:
-                travelling, part = head.around.gradients(dlogits, whole_x, table)
-                dw += part
+                travelling, _ = head.around.gradients(dlogits, whole_x, table, partial(add_product, total=dw))
                 dx[:, chunk] = travelling.wait()
         if scale is not None:
             ctx.save_for_backward(dx, head.around.own_gradient(dw).to(e.dtype))
@@ -74,10 +74,12 @@ def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: f
     return total
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | None) -> tuple[Tensor, Tensor | None]:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, head: Head, scale: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient).
 
-    The sum is in fp32 at least, the gradient in the logits' dtype; none is made where `scale` is None. Padding is
+    Logits are in fp32 at least, and used up. The gradient is in `dtype`; none is made where `scale` is None. Padding is
     masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3).
     """
     start, stop = head.vocabulary.box[0]
@@ -105,23 +107,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, head: Head, scale: float | Non
     weight = counted.to(total.dtype) * scale
     share = own_total / total  # of all probability, this rank's
     at_label = (probabilities.gather(-1, index).squeeze(-1) * share - mine.to(share.dtype)) * weight
-    gradient = differentiate(probabilities, share * weight, logits)
+    out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+    gradient = differentiate(probabilities, share * weight, out)
     return loss, gradient.scatter_(-1, index, at_label.to(gradient.dtype).unsqueeze(-1))
 
 
 def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits[..., V] -> (softmax over these V, the largest logit, Σ exp(logits − the largest)), in fp32 at least"""
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    """logits[..., V] -> (softmax over these V, the largest logit, Σ exp(logits − the largest))"""
     top, place = logits.max(-1, keepdim=True)
-    if logits.is_cuda and wide != logits.dtype:
-        probabilities = torch._softmax(logits, -1, half_to_float=True)  # softmax(dtype=wide) would widen logits first
-    else:
-        probabilities = logits.softmax(-1, dtype=wide)
-    return probabilities, top.to(wide).squeeze(-1), probabilities.gather(-1, place).reciprocal().squeeze(-1)
+    probabilities = logits.softmax(-1)
+    return probabilities, top.squeeze(-1), probabilities.gather(-1, place).reciprocal().squeeze(-1)
 
 
 def _differentiate(probabilities: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """probabilities[..., V] · weight[...], rounded into `out`"""
+    """probabilities[..., V] · weight[...], rounded into `out` in the same pass"""
     return torch.mul(probabilities, weight.unsqueeze(-1), out=out)
 
 

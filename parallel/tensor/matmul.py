@@ -7,8 +7,9 @@ does; Xu et al. 2021, arXiv 2104.05343, section 3.1). Gathers are posted togethe
 travels while dW is computed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,12 @@ from parallel.collectives import (
     start_reduce_scatter,
 )
 from parallel.mesh import ALONE, Axis
+from parallel.products import wide_product
+
+T = TypeVar("T")
+
+Deliver: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Takes dyᵀ[N', T] and x[T, K] for their product, a weight's gradient."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +64,29 @@ class Surround:
     def product(self, whole_x: Pending, whole_weight: Pending, bias: Tensor | None = None) -> Tensor:
         """x · Wᵀ with its collectives, plus the bias: with the matmul, or once its partial sums have been added up."""
         is_partial = self.scatter_y[1].size * self.reduce_y.size > 1
-        y = F.linear(whole_x.wait(), whole_weight.wait(), None if is_partial else bias)
-        y = all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
+        y = self._summed(F.linear(whole_x.wait(), whole_weight.wait(), None if is_partial else bias))
         return y.add_(bias) if is_partial and bias is not None else y
 
-    def gradients(self, dy: Tensor, whole_x: Pending, whole_weight: Pending) -> tuple[Pending, Tensor]:
-        """(dx, still travelling; dW, summed over this rank's tokens but not yet scattered)"""
+    def wide_product(self, whole_x: Pending, whole_weight: Pending, dtype: torch.dtype) -> Tensor:
+        """x · Wᵀ with its collectives, in a dtype at least as wide as theirs."""
+        x = whole_x.wait()
+        y = wide_product(x.flatten(0, -2), whole_weight.wait().T, dtype)
+        return self._summed(y.unflatten(0, x.shape[:-1]))
+
+    def _summed(self, y: Tensor) -> Tensor:
+        return all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
+
+    def gradients(
+        self, dy: Tensor, whole_x: Pending, whole_weight: Pending, deliver: Callable[[Tensor, Tensor], T]
+    ) -> tuple[Pending, T]:
+        """(dx, still travelling; what `deliver` makes of dyᵀ[N', T] and x[T, K], whose product is this rank's dW)"""
         dy = start_all_gather(dy, *self.scatter_y).wait()
         dx = dy @ whole_weight.wait()
         if self.copy_x is not ALONE:
             travelling = start_all_reduce(dx, self.copy_x)
         else:
             travelling = start_reduce_scatter(dx, *self.gather_x)
-        return travelling, dy.flatten(0, -2).T @ whole_x.wait().flatten(0, -2)
+        return travelling, deliver(dy.flatten(0, -2).T, whole_x.wait().flatten(0, -2))
 
     def own_gradient(self, dw: Tensor) -> Tensor:
         """dW[N', K], partial sums -> [N', K_gather_w]"""
@@ -78,25 +95,36 @@ class Surround:
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround, deliver: Deliver | None
+    ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.around, ctx.has_bias = around, bias is not None
+        ctx.around, ctx.has_bias, ctx.deliver = around, bias is not None, deliver
         return around.product(around.whole_input(x), around.whole_weight(w), bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, w = ctx.saved_tensors
-        dx, dw = ctx.around.gradients(dy, ctx.around.whole_input(x), ctx.around.whole_weight(w))
+        around, deliver = ctx.around, ctx.deliver or torch.mm
+        dx, dw = around.gradients(dy, around.whole_input(x), around.whole_weight(w), deliver)
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return dx.wait(), ctx.around.own_gradient(dw), db, None
+        return dx.wait(), None if dw is None else around.own_gradient(dw), db, None, None
 
 
-def matmul(x: Tensor, w: Tensor, around: Surround, bias: Tensor | None = None) -> Tensor:
-    """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split."""
-    return F.linear(x, w, bias) if around.is_local else _matmul(x, w, bias, around)
+def matmul(
+    x: Tensor, w: Tensor, around: Surround, bias: Tensor | None = None, deliver: Deliver | None = None
+) -> Tensor:
+    """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split.
+
+    `deliver` is given the two factors of w's gradient, if these need no collective: autograd then learns of none.
+    """
+    if torch.compiler.is_compiling() and around.is_local:
+        return F.linear(x, w, bias)  # what a compiler can look into
+    y: Tensor = _matmul(x, w, bias, around, deliver)
+    return y
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
-    y: Tensor = _Matmul.apply(x, w, bias, around)  # type: ignore[no-untyped-call]
+def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: Surround, deliver: Deliver | None) -> Tensor:
+    y: Tensor = _Matmul.apply(x, w, bias, around, deliver)  # type: ignore[no-untyped-call]
     return y

@@ -1,4 +1,4 @@
-"""Results on their way from the device to the host."""
+"""Between the host and a device, without either waiting for the other."""
 
 import torch
 from torch import Tensor
@@ -18,3 +18,10 @@ class HostCopy:
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._copy
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x there, for work posted from now on. From memory that is not pinned a GPU would let the host wait its turn."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,31 @@
+"""Matrix products that end up in a buffer, wider than their factors where it is: in one pass where the device can."""
+
+import torch
+from torch import Tensor
+
+
+def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out[M, N] = a[M, K] · b[K, N]"""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """total[M, N] += a[M, K] · b[K, N]"""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
+
+
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a[M, K] · b[K, N] in a dtype at least as wide as theirs"""
+    product = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    write_product(a, b, product)
+    return product
