@@ -90,7 +90,7 @@ def _with_masters(model: nn.Module, *, forward: Callable[..., Any]) -> Step:
 
     def step(ids: Tensor) -> float:
         ids = ids.to(_device())
-        loss: Tensor = forward(input_ids=ids, labels=ids).loss
+        loss: Tensor = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         for master in masters:
             master.grad = torch.empty_like(master)
@@ -120,7 +120,7 @@ def fsdp2(work: Work) -> Step:
 
     def step(ids: Tensor) -> float:
         ids = ids.to(device)
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()

@@ -58,7 +58,7 @@ class Engine:
         for module in stage.modules():
             if isinstance(module, Linear) and module.can_deliver:
                 module.deliver = self.gradients.receiver(module.weight)
-        self.optimizer = AdamW(self.chunks, self.config.optimizer)
+        self.optimizer = AdamW(self.chunks, self.config.optimizer, compiles=self.config.train.compile)
         self.stopwatch = Stopwatch(self.mesh.device)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
         self.loss_scale = LossScale.for_precision(self.config.train.precision)

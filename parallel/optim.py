@@ -17,8 +17,10 @@ class AdamW:
     master precision.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig) -> None:
+    def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
         self.chunks = chunks
+        # Dynamic: chunks differ in size.
+        self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
         self.inners = [
             torch.optim.AdamW(
                 [chunk.master],
@@ -35,7 +37,8 @@ class AdamW:
         """Update every weight by its gradient times `factor`, a scalar."""
         for chunk, inner in zip(self.chunks, self.inners, strict=True):
             inner.param_groups[0]["lr"] = lr
-            chunk.master.grad, chunk.gradient = scaled(chunk, factor), None
+            assert chunk.gradient is not None
+            chunk.master.grad, chunk.gradient = self._scaled(chunk.gradient, factor, chunk.master.dtype), None
             inner.step()
             chunk.master.grad = None
             chunk.narrow()
@@ -67,15 +70,19 @@ class AdamW:
             chunk.narrow()
 
 
-def scaled(chunk: Chunk, factor: Tensor) -> Tensor:
-    """The chunk's gradient times a scalar, in master precision; in place where it has that already."""
-    assert chunk.gradient is not None
-    wide = [chunk.gradient]
-    if chunk.gradient.dtype != chunk.master.dtype:
-        wide = [torch.empty_like(chunk.master)]
-        torch._foreach_copy_(wide, [chunk.gradient])
-    torch._foreach_mul_(wide, factor.to(chunk.master.dtype))
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient[n] · factor[], in `dtype`; in place where the gradient has that already."""
+    wide = [gradient]
+    if gradient.dtype != dtype:
+        wide = [torch.empty_like(gradient, dtype=dtype)]
+        torch._foreach_copy_(wide, [gradient])  # faster than `to`
+    torch._foreach_mul_(wide, factor.to(dtype))
     return wide[0]
+
+
+def _scaled_in_one_pass(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaled`, for a compiler."""
+    return gradient.to(dtype) * factor.to(dtype)
 
 
 def _state(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:

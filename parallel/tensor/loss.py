@@ -19,7 +19,7 @@ from parallel.mesh import Axis
 from parallel.products import add_product
 from parallel.tensor.matmul import Surround
 
-TOKENS_A_CHUNK = 1024  # of this rank
+TOKENS_A_CHUNK = 2048  # of this rank
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""train.compile changes nothing but speed."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.errors import ConfigError
+from tests.harness import run
+from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, train
+from training import preflight
+
+LAYOUTS: dict[str, tuple[int, Raw]] = {
+    "dp2-pp2": (4, dict(pipeline=2)),
+    "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "2d4": (4, dict(tensor=dict(mode="2d", size=4))),
+    "2.5d4": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),
+    "3d8": (8, dict(tensor=dict(mode="3d", size=8))),
+}
+
+
+def check(world_size: int, parallel: Raw, **options: Any) -> None:
+    """Compiled code adds up in another order; the bound is that of drawn layouts, and Adam's eps is theirs."""
+
+    def trace(compiles: bool) -> Trace:
+        model = SHAPE | dict(num_hidden_layers=2, dropout=0.3, attention_dropout=0.3)
+        micro = dict(micro_batch_size=2 if "pipeline" in parallel else 4)
+        raw = config_of(
+            parallel, steps=2, model=model, train=micro | options | dict(compile=compiles), optimizer=dict(eps=1e-3)
+        )
+        found = run(train, world_size, raw, batches_of(2), timeout=600.0)[0]
+        assert found is not None
+        return found
+
+    compare(trace(True), trace(False), 1e-12, wide=False)
+
+
+@pytest.mark.timeout(300)
+def test_compiled_with_dropout_equals_eager() -> None:
+    check(1, {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_equals_eager_in_every_mode(layout: str, checkpointing: str) -> None:
+    check(*LAYOUTS[layout], activation_checkpointing=checkpointing)
+
+
+def test_a_host_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for device, missing in (("cpu", r"a C\+\+ compiler, such as g\+\+"), ("cuda", "Triton")):
+        with pytest.raises(ConfigError, match=rf"train\.compile: True needs {missing}.*Try False\."):
+            preflight.check_compiler(torch.device(device))
