@@ -143,8 +143,10 @@ def test_a_mistake_is_refused_in_words_and_nothing_is_touched(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert call("--set", "train.device=cuda") == 2
     assert capsys.readouterr().err.startswith("train.device: 'cuda'")
 

@@ -21,7 +21,6 @@ from training import loop, metrics, preflight
 from training.tracer import Tracer
 
 CPU = torch.device("cpu")
-DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
 # -- phases ------------------------------------------------------------------------------------------------------------
@@ -39,16 +38,18 @@ def test_a_stopwatch_adds_up_each_phase_and_stands_still_once_read(monkeypatch: 
     assert stopwatch.read() == nothing | {"data": 7}
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_the_phases_of_a_step_add_up_to_its_seconds(device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_phases_of_a_step_add_up_to_its_seconds(device: str, tmp_path: Path) -> None:
     """The clock of the step starts before the first phase and ends after the last. A process may be put aside between
     two readings, but not in every step: what all steps lack has been forgotten by the marks."""
-    job = start(tmp_path, f"train.device={device.type}")
+    if device == "cuda" and not torch.cuda.is_available():  # asked here: a fork of who asked can use no GPU
+        pytest.skip("there is no GPU")
+    job = start(tmp_path, f"train.device={device}")
     context = make_context(job.config, job.place)
     engine, lines = loop.make_engine(context, job), list[metrics.Line]()
     loop.fit(engine, loop.make_loader(engine, job), loop.Listeners(lines.append, lambda step: None), validates=True)
     assert "validation_loss" in lines[-1]
-    if device.type == "cuda":  # what the device has not come to counts in the next line
+    if device == "cuda":  # what the device has not come to counts in the next line
         total = sum(sum(line["phases"].values()) for line in lines)
         assert 0.8 < total / sum(line["step_seconds"] for line in lines) < 1.001
         lines = lines[1:]
