@@ -41,8 +41,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """The seconds a step took in each timed round; the losses of all, warm-up included; the device's most bytes in a timed step, and
-    what its maker promises of it."""
+    """The seconds a step took in each timed round; the losses of all steps, warm-up included; the device's most bytes
+    after that, and what its maker promises of it.
+    """
 
     seconds: list[float]
     losses: list[float]
