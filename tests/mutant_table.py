@@ -125,7 +125,7 @@ GRADIENT_RULE = (
            "layout = Layout((hidden,), (self.hidden,), (), self.layout((hidden,), self.hidden).sync)",
            trains("2.5d-depth2")),
     Mutant("tied-gradient-not-summed", "the embedding's two ends drift apart",
-           MODE, "            sync.append(self.mesh.ends)\n", "", trains("pp2")),
+           MODE, "sync.append(self.mesh.ends)", "pass", trains("pp2")),
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
            GRADIENTS, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
     Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
@@ -331,8 +331,8 @@ ORDER = (
            trains("pp2-gpipe")),
     Mutant("gradient-to-another-microbatch", "backward of one microbatch from the gradient of another",
            RUNNER,
-           "self.receiving.pop((op, action.microbatch), None)",
-           "self.receiving.get(next((key for key in self.receiving if key[0] is op), (op, -1)))",
+           "self.inputs.pop(action.microbatch).grad",
+           "next(iter(self.inputs.values())).grad",
            trains("pp2-gpipe")),
 )
 
