@@ -6,7 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from parallel.layout import Layout, ParameterInfo
+from parallel.collectives import Pending, start_all_gather
+from parallel.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
 from parallel.mesh import ALONE, Axis
 
 ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
@@ -15,44 +16,64 @@ ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
 class Chunk:
     """Parameters of one unit that decay alike and whose gradients are summed over the same axes, end to end.
 
-    master [n]        fp32 at least: what the optimizer updates
-    parameters [n]    what computes, in the model's dtype: the modules' parameters are views of it. Roundings of the
-                      masters where the model is narrower than these, and otherwise the masters themselves
-    gradient [n]      from a step's first arrival to its update; None between steps
+    parameters [n]         what computes, in the model's dtype: the modules' parameters are views of it
+    master [n_shard]       fp32 at least: what the optimizer updates. `parameters` are its roundings where the model is
+                           narrower, and it is a part of them where not
+    gradient [n_shard]     from a step's first arrival to its update, whole [n] until it is summed over ranks; else None
 
-    What lies between two parameters, and after the last, is padding: always zero. Each rank along the first of `axes`,
-    those that the gradient is summed over, has an equal slice of n.
+    `shard` is the axis over whose ranks the update is divided, each having an equal slice: the first of `axes`, those
+    that the gradient is summed over, or nobody. What lies between two parameters, and after the last, is padding:
+    always zero.
     """
 
-    def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype) -> None:
+    def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype, *, is_sharded: bool = False) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         self.infos = list(infos)
         self.axes = _axes(layout)
+        self.shard = self.axes[0] if is_sharded else ALONE
         self.is_matrix = infos[0].is_matrix
-        # Of the ranks that hold the same slice, one speaks for it.
+        # Of the ranks that hold the same slice along the first axis, one speaks for it; of those that hold the same
+        # masters, one owns them.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
+        self.owner = self.speaks and (is_sharded or self.axes[0].rank == 0)
         ends = [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)]
         self.size = _round_up(ends[-1], ALIGNMENT * self.axes[0].size)
         self._starts = ends[:-1]
         self.gradient: Tensor | None = None
-        self.master = torch.zeros(self.size, dtype=master_dtype(first.dtype), device=first.device)
-        for info, view in zip(infos, self.views(self.master), strict=True):
+        whole = torch.zeros(self.size, dtype=master_dtype(first.dtype), device=first.device)
+        for info, view in zip(infos, self.views(whole), strict=True):
             info.parameter.data = view.copy_(info.parameter.detach())  # one after another: no second model exists
-        self.parameters = self.master.to(dtype)
-        if self.parameters is not self.master:
+        self.parameters = whole.to(dtype)
+        self.master = _slice(whole, self.shard)
+        if self.parameters is not whole:
             for info, view in zip(infos, self.views(self.parameters), strict=True):
                 info.parameter.data = view
+            if self.shard.size > 1:
+                self.master = self.master.clone()  # the whole is given up
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Each parameter's part of a flat buffer, in the parameter's local shape."""
+        """Each parameter's part of a whole flat buffer, in the parameter's local shape."""
         return [
             flat[start : start + info.parameter.numel()].view(info.parameter.shape)
             for start, info in zip(self._starts, self.infos, strict=True)
         ]
 
-    def own_slice(self, flat: Tensor) -> Tensor:
-        """The part of a flat buffer that falls to this rank of the first axis."""
-        return flat.chunk(self.axes[0].size)[self.axes[0].rank]
+    def pieces(self, flat: Tensor) -> list[Piece]:
+        """The pieces of public tensors in a flat buffer, whole or this rank's slice, as views of it."""
+        first = 0 if len(flat) == self.size else self.axes[0].rank * len(flat)
+        found = []
+        for start, info in zip(self._starts, self.infos, strict=True):
+            begin = max(first - start, 0)
+            end = min(first + len(flat) - start, info.parameter.numel())
+            for offset, box in rectangles(tuple(info.parameter.shape), begin, end):
+                shape = box_shape(box)
+                data = flat[start + offset - first :][: torch.Size(shape).numel()].view(shape)
+                found += info.pieces(data, box)
+        return found
+
+    def own_slice(self, gradient: Tensor) -> Tensor:
+        """The part of a gradient, whole or this rank's slice already, that falls to this rank of the first axis."""
+        return gradient if len(gradient) < self.size else _slice(gradient, self.axes[0])
 
     def make_gradient(self, dtype: torch.dtype) -> list[Tensor]:
         """A new gradient, zero where there is padding and yet to be filled elsewhere; returns its views."""
@@ -61,19 +82,21 @@ class Chunk:
             self.gradient[start + info.parameter.numel() : stop].zero_()
         return self.views(self.gradient)
 
-    def narrow(self) -> None:
-        """Make the parameters roundings of their masters again, where they are kept apart."""
-        if self.parameters is not self.master:
-            self.parameters.copy_(self.master)
+    def publish(self) -> Pending:
+        """Make the parameters what the masters are, on every rank of `shard`."""
+        own = _slice(self.parameters, self.shard)
+        if own.dtype != self.master.dtype:
+            own.copy_(self.master)
+        return start_all_gather(own, 0, self.shard, out=self.parameters)
 
 
-def make_chunks(infos: Sequence[ParameterInfo], dtype: torch.dtype) -> list[Chunk]:
+def make_chunks(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, is_sharded: bool = False) -> list[Chunk]:
     """Every parameter in a chunk. Ranks along an axis that a chunk is summed over make the same ones, in one order."""
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
         key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix
         groups.setdefault(key, []).append(info)
-    return [Chunk(group, dtype) for group in groups.values()]
+    return [Chunk(group, dtype, is_sharded=is_sharded) for group in groups.values()]
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,6 +108,10 @@ def _axes(layout: Layout) -> tuple[Axis, ...]:
     """The axes that a gradient is summed over: the first, whatever its size, and those beyond it where anybody is."""
     first, *further = layout.sync or (ALONE,)
     return first, *(axis for axis in further if axis.size > 1)
+
+
+def _slice(flat: Tensor, axis: Axis) -> Tensor:
+    return flat.chunk(axis.size)[axis.rank]
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -52,9 +52,15 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) 
     return start_all_reduce(x, axis, op, in_place=in_place).wait()
 
 
-def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:
+def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = None) -> Pending:
+    """`out`: where it goes, flat; x may be this rank's part of it."""
     if axis.size == 1:
         return Pending(x)
+    if out is not None:
+        assert dim == 0
+        assert out.ndim == x.ndim == 1
+        axis.traffic.count("all_gather", x)
+        return Pending(out, _all_gather_single(out, x.clone(), group=axis.group, async_op=True))
     x, dim = x.contiguous(), dim % x.ndim
     axis.traffic.count("all_gather", x)
     gathered = x.new_empty(axis.size * x.numel())

@@ -53,8 +53,9 @@ class Engine:
         self.stage, self.context, self.config = stage, context, context.config
         self.mesh = context.mesh
         self.data, self.pipe = self.mesh.axis("data"), Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
-        self.chunks = make_chunks(stage.infos, context.dtype)
-        self.gradients = Gradients(self.chunks)
+        zero = self.config.zero.stage
+        self.chunks = make_chunks(stage.infos, context.dtype, is_sharded=zero >= 1)
+        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():
             if isinstance(module, Linear) and module.can_deliver:
                 module.deliver = self.gradients.receiver(module.weight)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.chunk import Chunk, master_dtype
-from parallel.collectives import Pending, all_reduce, start_all_reduce
+from parallel.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
 from parallel.mesh import Axis
 from parallel.products import add_product, write_product
 
@@ -16,12 +16,16 @@ class Gradients:
     """Sums each gradient over microbatches as it arrives, and each chunk over ranks as soon as it is complete.
 
     A chunk is complete when each of its parameters has arrived once for every microbatch: during the last backward. Its
-    sum over the chunk's axis travels while that backward goes on to earlier layers (Li et al. 2020, "PyTorch
-    Distributed", section 3.2). Buffers are made as gradients arrive: while activations pile up there are none.
+    sum over the chunk's first axis travels while that backward goes on to earlier layers (Li et al. 2020, "PyTorch
+    Distributed", section 3.2). Where the update is divided over that axis, each rank receives its slice of the sum
+    alone (ZeRO stage 1; Rajbhandari et al. 2020, arXiv 1910.02054, section 5.1). `scatters_each`: microbatches are
+    summed over ranks one by one, so that no rank keeps a whole gradient between them (stage 2, section 5.2).
+
+    Buffers are made as gradients arrive: while activations pile up there are none.
     """
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._sums = [_Sum(chunk) for chunk in chunks]
+    def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
+        self._sums = [_Sum(chunk, scatters_each=scatters_each) for chunk in chunks]
         self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
@@ -37,44 +41,45 @@ class Gradients:
         return partial(total.take_product, i)
 
     def finish(self) -> None:
-        """Wait until every chunk's `gradient` is whole."""
+        """Wait until every chunk's `gradient` is the sum over all ranks: whole, or this rank's slice."""
         for total in self._sums:
-            total.post()
+            total.finish()
         for total in self._sums:
             total.wait()
 
 
 class _Sum:
-    """The gradient of one chunk on its way."""
+    """The gradient of one chunk on its way, round by round: what is summed over ranks at once is one round."""
 
-    def __init__(self, chunk: Chunk) -> None:
-        self.chunk = chunk
+    def __init__(self, chunk: Chunk, *, scatters_each: bool) -> None:
+        self.chunk, self.scatters_each = chunk, scatters_each and chunk.shard.size > 1
         self.begin(0)
         for i, info in enumerate(chunk.infos):
             info.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
 
     def begin(self, num_microbatches: int) -> None:
         self.num_microbatches = num_microbatches
-        self.arrivals = [0] * len(self.chunk.infos)
-        self.missing = num_microbatches * len(self.chunk.infos)
-        self.views: list[Tensor] = []  # of the chunk's gradient, by parameter
-        self.pending: Pending | None = None
+        self.pending: Pending | None = None  # the last round's sum over ranks
+        self.total: Tensor | None = None  # of the rounds before
+        self.chunk.gradient = None
+        self._begin_round()
 
-    def post(self) -> None:
-        """Start the sum over ranks, unless it has started. What never arrived is zero."""
-        if self.pending is None:
-            self._make_buffer()
-            for view, arrivals in zip(self.views, self.arrivals, strict=True):
-                if not arrivals:
-                    view.zero_()
-            assert self.chunk.gradient is not None
-            self.pending = start_all_reduce(self.chunk.gradient, self.chunk.axes[0], in_place=True)
+    def finish(self) -> None:
+        """Start the last sum over ranks, unless it has started. What never arrived is zero."""
+        if self.views or self.pending is None:
+            self._post()
 
     def wait(self) -> None:
-        assert self.pending is not None
-        gradient = self.pending.wait()
+        self._collect()
+        assert self.total is not None
         for axis in self.chunk.axes[1:]:
-            all_reduce(gradient, axis, in_place=True)
+            all_reduce(self.total, axis, in_place=True)
+        self.chunk.gradient, self.total = self.total, None
+
+    def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
+        self._make_buffer()
+        (add_product if self.arrivals[i] else write_product)(a, b, self.views[i].flatten(0, -2))
+        self._count(i)
 
     def _take(self, i: int, parameter: Tensor) -> None:
         """Called by autograd when a backward has put parameter i's gradient into `.grad`."""
@@ -88,21 +93,43 @@ class _Sum:
             self.views[i].copy_(gradient)
         self._count(i)
 
-    def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
-        self._make_buffer()
-        (add_product if self.arrivals[i] else write_product)(a, b, self.views[i].flatten(0, -2))
-        self._count(i)
-
     def _count(self, i: int) -> None:
         self.arrivals[i] += 1
         self.missing -= 1
         if not self.missing:
-            self.post()
+            self._post()
+
+    def _begin_round(self) -> None:
+        self.arrivals = [0] * len(self.chunk.infos)
+        self.missing = (1 if self.scatters_each else self.num_microbatches) * len(self.chunk.infos)
+        self.views: list[Tensor] = []  # of the chunk's gradient, by parameter
 
     def _make_buffer(self) -> None:
+        """In master precision, or narrower where nothing is added: one microbatch, and no other rank."""
         if not self.views:
-            dtype = self.chunk.parameters.dtype
-            self.views = self.chunk.make_gradient(gradient_dtype(dtype, self.chunk.axes, self.num_microbatches))
+            dtype = gradient_dtype(self.chunk.parameters.dtype, self.chunk.axes, self.num_microbatches)
+            self.views = self.chunk.make_gradient(dtype)
+
+    def _post(self) -> None:
+        """Start a round's sum over ranks."""
+        self._make_buffer()
+        for view, arrivals in zip(self.views, self.arrivals, strict=True):
+            if not arrivals:
+                view.zero_()
+        self._collect()
+        assert self.chunk.gradient is not None
+        if self.chunk.shard.size > 1:
+            self.pending = start_reduce_scatter(self.chunk.gradient, 0, self.chunk.shard)
+        else:
+            self.pending = start_all_reduce(self.chunk.gradient, self.chunk.axes[0], in_place=True)
+        self.chunk.gradient = None
+        self._begin_round()
+
+    def _collect(self) -> None:
+        """Add the round that is travelling to those before it."""
+        if self.pending is not None:
+            arrived, self.pending = self.pending.wait(), None
+            self.total = arrived if self.total is None else self.total.add_(arrived)
 
 
 def gradient_dtype(dtype: torch.dtype, axes: Sequence[Axis], num_microbatches: int) -> torch.dtype:

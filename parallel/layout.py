@@ -4,7 +4,7 @@ From a `Layout` come the local shape, the slice to initialize, the gradient sum,
 of checkpoints and Hugging Face files. No layer has state-dict code of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -48,10 +48,14 @@ class Layout:
     @property
     def box(self) -> Box:
         """The part of the global tensor that this rank holds, padding excluded: it may be empty."""
+        return self.box_of(tuple((0, local) for local in self.local_shape))
+
+    def box_of(self, part: Box) -> Box:
+        """Where box `part` of this rank's tensor lies in the global one, padding excluded."""
         ranges = []
-        for size, local, axes in zip(self.shape, self.local_shape, self.dims, strict=True):
-            index = index_along(axes)
-            ranges.append((min(index * local, size), min((index + 1) * local, size)))
+        for size, local, axes, (start, stop) in zip(self.shape, self.local_shape, self.dims, part, strict=True):
+            first = index_along(axes) * local
+            ranges.append((min(first + start, size), min(first + stop, size)))
         return tuple(ranges)
 
 
@@ -92,15 +96,16 @@ class ParameterInfo:
         """Whether the public tensors are matrices: a fused bias has two dims here, but is three vectors outside."""
         return len(self.public_shape) >= 2
 
-    def pieces(self, data: Tensor | None = None) -> list[Piece]:
-        """The parts of public tensors held here, as views of `data`, which has the parameter's local shape."""
+    def pieces(self, data: Tensor | None = None, part: Box | None = None) -> list[Piece]:
+        """The parts of public tensors held here, as views of `data`: the local parameter's, or those of box `part` of it."""
         data = self.parameter.detach() if data is None else data
-        box = self.layout.box
+        box = self.layout.box if part is None else self.layout.box_of(part)
         data = data[tuple(slice(0, stop - start) for start, stop in box)]
         if len(self.sources) == 1:
             pieces = [Piece(self.sources[0], self.layout.shape, box, data)]
         else:
-            pieces = [Piece(n, self.public_shape, box[1:], row) for n, row in zip(self.sources, data, strict=True)]
+            names = self.sources[slice(*box[0])]
+            pieces = [Piece(n, self.public_shape, box[1:], row) for n, row in zip(names, data, strict=True)]
         return [piece for piece in pieces if piece.data.numel()]
 
 
@@ -116,6 +121,30 @@ def global_range(axes: tuple[Axis, ...], size: int, device: torch.device) -> Ten
     """The global indices, int64 [size], of this rank's part of a dim split over these axes."""
     start = index_along(axes) * size
     return torch.arange(start, start + size, device=device)
+
+
+def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:
+    """Boxes that together are elements `start` … `stop` of a row-major tensor, each with the place of its first."""
+    if start >= stop:
+        return
+    if not shape:
+        yield start, ()
+        return
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the rows that are whole
+    if first > last:  # inside a single row
+        yield from _in_row(shape, last, start, stop)
+        return
+    yield from _in_row(shape, first - 1, start, first * row)
+    if first < last:
+        yield first * row, ((first, last), *((0, size) for size in shape[1:]))
+    yield from _in_row(shape, last, last * row, stop)
+
+
+def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[tuple[int, Box]]:
+    first = index * prod(shape[1:])
+    for offset, box in rectangles(shape[1:], start - first, stop - first):
+        yield first + offset, ((index, index + 1), *box)
 
 
 def overlap(a: Box, b: Box) -> Box:

@@ -35,13 +35,16 @@ class AdamW:
 
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight by its gradient times `factor`, a scalar."""
+        published = []
         for chunk, inner in zip(self.chunks, self.inners, strict=True):
             inner.param_groups[0]["lr"] = lr
             assert chunk.gradient is not None
             chunk.master.grad, chunk.gradient = self._scaled(chunk.gradient, factor, chunk.master.dtype), None
             inner.step()
             chunk.master.grad = None
-            chunk.narrow()
+            published.append(chunk.publish())
+        for pending in published:
+            pending.wait()
 
     def pieces(self) -> dict[str, list[Piece]]:
         """The masters and both moments, as pieces of public tensors: views, to be saved or filled."""
@@ -49,25 +52,18 @@ class AdamW:
         for chunk, inner in zip(self.chunks, self.inners, strict=True):
             state = _state(inner, chunk.master)
             for kind in found:
-                views = chunk.views(chunk.master if kind == "master" else state[kind])
-                found[kind] += [p for info, v in zip(chunk.infos, views, strict=True) for p in info.pieces(v)]
+                found[kind] += chunk.pieces(chunk.master if kind == "master" else state[kind])
         return found
 
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the model's weights, in master precision."""
-        return [
-            piece
-            for chunk in self.chunks
-            for info, view in zip(chunk.infos, chunk.views(chunk.master), strict=True)
-            if info.layout.owner
-            for piece in info.pieces(view)
-        ]
+        return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
 
     def restore(self, steps: int) -> None:
         """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""
         for chunk, inner in zip(self.chunks, self.inners, strict=True):
             _state(inner, chunk.master)["step"].fill_(steps)
-            chunk.narrow()
+            chunk.publish().wait()
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

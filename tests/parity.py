@@ -199,10 +199,9 @@ def whole(engine: Engine, buffers: list[Tensor]) -> dict[str, Tensor]:
     must agree to the last bit.
     """
     pieces = [
-        (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), info.layout.owner)
+        (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), chunk.owner)
         for chunk, flat in zip(engine.chunks, buffers, strict=True)
-        for info, view in zip(chunk.infos, chunk.views(flat), strict=True)
-        for piece in info.pieces(view)
+        for piece in chunk.pieces(flat)
     ]
     everything = [piece for part in gather_objects(pieces, engine.mesh.world) for piece in part]
     found: dict[str, np.ndarray] = {}

@@ -33,7 +33,7 @@ def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:
         assert info.parameter.untyped_storage().data_ptr() == chunk.parameters.untyped_storage().data_ptr()
         assert info.parameter.storage_offset() % ALIGNMENT == 0
     chunk.master.add_(1.0)
-    chunk.narrow()
+    chunk.publish().wait()
     assert torch.equal(infos[1].parameter, (values[1] + 1).bfloat16())
 
 

@@ -11,6 +11,7 @@ from parallel.chunk import master_dtype
 from parallel.config import Config
 from parallel.context import Place, make_context
 from parallel.gradients import gradient_dtype
+from parallel.layout import ParameterInfo
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, simulate
 from parallel.tensor import MODES
@@ -81,15 +82,21 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
     infos, microbatches = outline(context).infos, config.num_microbatches(topology.world_size)
     parameters = sum(info.parameter.numel() for info in infos)
     master = master_dtype(context.dtype)
+
+    def of_a_rank(info: ParameterInfo, *, from_stage: int) -> int:
+        """Elements on each rank of what ZeRO divides from this stage on."""
+        ranks = info.layout.sync[0].size if config.zero.stage >= from_stage else 1
+        return -(-info.parameter.numel() // ranks)
+
     masters = 3 if master != context.dtype else 2  # a weight that is wide enough is its own master
     return StagePreview(
         tuple(spec.name for spec in own),
         parameters,
         weight_bytes=parameters * context.dtype.itemsize,
         gradient_bytes=sum(
-            info.parameter.numel() * gradient_dtype(context.dtype, info.layout.sync, microbatches).itemsize
+            gradient_dtype(context.dtype, info.layout.sync, microbatches).itemsize * of_a_rank(info, from_stage=2)
             for info in infos
         ),
-        optimizer_bytes=parameters * master.itemsize * masters,
+        optimizer_bytes=sum(master.itemsize * masters * of_a_rank(info, from_stage=1) for info in infos),
         cost=sum(spec.cost for spec in own),
     )
