@@ -1,5 +1,7 @@
 """Model × mode × stage: this rank's part of the model that a config names."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +10,7 @@ from models.hf import has_weights, load, sources
 from models.opt import Block, LayerSpec, layers_of, trunk_of
 from models.shapes import OPTShape, shape_of
 from parallel.chunk import master_dtype
-from parallel.config import PipelineConfig
+from parallel.config import Config, PipelineConfig
 from parallel.context import Context
 from parallel.layout import ParameterInfo
 from parallel.pipeline.microbatch import Limits
@@ -19,16 +21,26 @@ from parallel.tensor import MODES
 
 
 def build(context: Context) -> Stage:
-    """This rank's stage, with weights from `model.path` where it has them, else drawn from the seed.
+    """This rank's stage, with weights from `model.path` where it has them, else drawn from the seed: now or, in ZeRO
+    stage 3, a chunk at a time as an engine takes it over.
 
     Raises ConfigError or DataError.
     """
-    stage, path = outline(context), context.config.model.path
-    if path is not None and has_weights(Path(path)):
-        load(Path(path), [piece for info in stage.infos for piece in info.pieces()])
+    stage = outline(context)
+    if context.config.zero.stage < 3:
+        fill(stage.infos, context.config)
     else:
-        initialize(stage, shape_of(context.config), context.config.train.seed)
+        stage.fill = partial(fill, config=context.config)
     return stage
+
+
+def fill(infos: Sequence[ParameterInfo], config: Config) -> None:
+    """Give these parameters the values that a training begins with."""
+    path = config.model.path
+    if path is not None and has_weights(Path(path)):
+        load(Path(path), [piece for info in infos for piece in info.pieces()])
+    else:
+        initialize(infos, shape_of(config), config.train.seed)
 
 
 def outline(context: Context) -> Stage:
@@ -38,7 +50,7 @@ def outline(context: Context) -> Stage:
     mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype), compiles=config.train.compile)
     specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
     own = split(specs, config.parallel.pipeline)[context.mesh.axis("pipe").rank]
-    layers = {specs[i].name: specs[i].build() for i in own}
+    layers = {specs[i].name: _built(specs[i], keep=config.zero.stage < 3) for i in own}
     if config.train.compile:
         for layer in layers.values():
             if isinstance(layer, Block):
@@ -47,14 +59,18 @@ def outline(context: Context) -> Stage:
         layers["head"].embed_tokens = layers["embed"].embed_tokens
     trunk = trunk_of(shape, mode)
     recomputes = config.train.activation_checkpointing == "full"
-    return Stage(
-        [Recomputed(layer) if recomputes and isinstance(layer, Block) else layer for layer in layers.values()],
-        _infos(layers),
+    infos = _infos(layers)
+    layers = {n: Recomputed(layer) if recomputes and isinstance(layer, Block) else layer for n, layer in layers.items()}
+    stage = Stage(
+        list(layers.values()),
+        infos,
         boundary=lambda batch, sequence: trunk.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
         speaks=mode.speaks_for(mode.inner_batch),
         limits=Limits(shape.vocab_size, shape.max_position_embeddings),
     )
+    stage.units = {name: layer for name, layer in layers.items() if isinstance(layer, Block | Recomputed)}
+    return stage
 
 
 def split(specs: list[LayerSpec], pipeline: PipelineConfig) -> list[range]:
@@ -64,12 +80,12 @@ def split(specs: list[LayerSpec], pipeline: PipelineConfig) -> list[range]:
     return partition([spec.cost for spec in specs], pipeline.size)
 
 
-def initialize(stage: Stage, shape: OPTShape, seed: int) -> None:
+def initialize(infos: Sequence[ParameterInfo], shape: OPTShape, seed: int) -> None:
     """Draw every weight as Hugging Face's OPT does, from its public name and the seed: the same in every layout.
 
     Matrices are normal with `init_std`, biases zero, LayerNorms one; the padding token's embedding is zero.
     """
-    for info in stage.infos:
+    for info in infos:
         for piece in info.pieces():
             if len(piece.shape) == 1:
                 piece.data.fill_(float(piece.name.endswith("layer_norm.weight")))
@@ -79,6 +95,15 @@ def initialize(stage: Stage, shape: OPTShape, seed: int) -> None:
             if piece.name.endswith("embed_tokens.weight") and start <= shape.pad_token_id < stop:
                 drawn[shape.pad_token_id - start] = 0
             piece.data.copy_(drawn)
+
+
+def _built(spec: LayerSpec, *, keep: bool) -> nn.Module:
+    """The layer, its parameters zero or, unless kept, without a storage: then no more than a layer is ever there."""
+    layer = spec.build()
+    if not keep:
+        for parameter in layer.parameters():
+            parameter.data.untyped_storage().resize_(0)
+    return layer
 
 
 def _infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:

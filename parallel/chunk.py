@@ -1,7 +1,8 @@
 """Parameters in flat buffers: the unit in which gradients travel and weights are updated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from parallel.collectives import Pending, start_all_gather
 from parallel.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
 from parallel.mesh import ALONE, Axis
+
+Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
 ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
 
@@ -21,35 +24,51 @@ class Chunk:
                            narrower, and it is a part of them where not
     gradient [n_shard]     from a step's first arrival to its update, whole [n] until it is summed over ranks; else None
 
-    `shard` is the axis over whose ranks the update is divided, each having an equal slice: the first of `axes`, those
-    that the gradient is summed over, or nobody. What lies between two parameters, and after the last, is padding:
-    always zero.
+    `shard` is the axis over whose ranks the update is divided, each having an equal slice: from ZeRO stage 1 on the
+    first of `axes`, those that the gradient is summed over, before that nobody. In stage 3 parameters are divided too:
+    `own` [n_shard] is all that a rank has of them between `release` and `gather`. `fill` is called with parameters that
+    have their place but, if they came without a storage, no values yet. What lies between two parameters, and after
+    the last, is padding: always zero.
     """
 
-    def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype, *, is_sharded: bool = False) -> None:
+    def __init__(
+        self,
+        infos: Sequence[ParameterInfo],
+        dtype: torch.dtype,
+        *,
+        zero: int = 0,
+        fill: Fill = lambda infos: None,
+    ) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         self.infos = list(infos)
         self.axes = _axes(layout)
-        self.shard = self.axes[0] if is_sharded else ALONE
+        self.shard = self.axes[0] if zero >= 1 else ALONE
+        self.is_partitioned = zero >= 3 and self.shard.size > 1
         self.is_matrix = infos[0].is_matrix
         # Of the ranks that hold the same slice along the first axis, one speaks for it; of those that hold the same
         # masters, one owns them.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
-        self.owner = self.speaks and (is_sharded or self.axes[0].rank == 0)
+        self.owner = self.speaks and (zero >= 1 or self.axes[0].rank == 0)
         ends = [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)]
         self.size = _round_up(ends[-1], ALIGNMENT * self.axes[0].size)
         self._starts = ends[:-1]
         self.gradient: Tensor | None = None
         whole = torch.zeros(self.size, dtype=master_dtype(first.dtype), device=first.device)
         for info, view in zip(infos, self.views(whole), strict=True):
-            info.parameter.data = view.copy_(info.parameter.detach())  # one after another: no second model exists
+            if info.parameter.untyped_storage().nbytes():
+                view.copy_(info.parameter.detach())  # one after another: no second model exists
+            info.parameter.data = view
+        fill(infos)
         self.parameters = whole.to(dtype)
         self.master = _slice(whole, self.shard)
         if self.parameters is not whole:
             for info, view in zip(infos, self.views(self.parameters), strict=True):
                 info.parameter.data = view
-            if self.shard.size > 1:
-                self.master = self.master.clone()  # the whole is given up
+        if self.shard.size > 1 and (self.is_partitioned or self.parameters is not whole):
+            self.master = self.master.clone()  # the whole is given up
+        if self.is_partitioned:
+            self.own = self.master.to(dtype)
+            self.release()
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter's part of a whole flat buffer, in the parameter's local shape."""
@@ -84,19 +103,30 @@ class Chunk:
 
     def publish(self) -> Pending:
         """Make the parameters what the masters are, on every rank of `shard`."""
-        own = _slice(self.parameters, self.shard)
+        own = self.own if self.is_partitioned else _slice(self.parameters, self.shard)
         if own.dtype != self.master.dtype:
             own.copy_(self.master)
-        return start_all_gather(own, 0, self.shard, out=self.parameters)
+        return Pending(own) if self.is_partitioned else start_all_gather(own, 0, self.shard, out=self.parameters)
+
+    def gather(self) -> Pending:
+        """Start making partitioned parameters whole, where they were before: what autograd saved of them lies there."""
+        self.parameters.untyped_storage().resize_(self.size * self.parameters.element_size())
+        return start_all_gather(self.own, 0, self.shard, out=self.parameters)
+
+    def release(self) -> None:
+        """Give up all of partitioned parameters but this rank's slice."""
+        self.parameters.untyped_storage().resize_(0)
 
 
-def make_chunks(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, is_sharded: bool = False) -> list[Chunk]:
+def make_chunks(
+    infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0, fill: Fill = lambda infos: None
+) -> list[Chunk]:
     """Every parameter in a chunk. Ranks along an axis that a chunk is summed over make the same ones, in one order."""
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
         key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix
         groups.setdefault(key, []).append(info)
-    return [Chunk(group, dtype, is_sharded=is_sharded) for group in groups.values()]
+    return [Chunk(group, dtype, zero=zero, fill=fill) for group in groups.values()]
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -60,12 +60,17 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = No
         assert dim == 0
         assert out.ndim == x.ndim == 1
         axis.traffic.count("all_gather", x)
-        return Pending(out, _all_gather_single(out, x.clone(), group=axis.group, async_op=True))
+        x = x.clone() if _share(x, out) else x
+        return Pending(out, _all_gather_single(out, x, group=axis.group, async_op=True))
     x, dim = x.contiguous(), dim % x.ndim
     axis.traffic.count("all_gather", x)
     gathered = x.new_empty(axis.size * x.numel())
     work = _all_gather_single(gathered, x.flatten(), group=axis.group, async_op=True)
     return Pending(gathered, work, lambda g: g.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1))
+
+
+def _share(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:

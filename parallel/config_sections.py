@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    stage: Annotated[Literal[0, 1, 2, 3], Built(0, 1, 2)] = 0
+    stage: Literal[0, 1, 2, 3] = 0
     tensor_placement_policy: Annotated[Literal["cuda", "cpu", "auto"], Built("cuda")] = "cuda"
     gpu_margin_mem_ratio: Fraction = 0.8
     device_memory: Annotated[Bytes | None, Built(None)] = None

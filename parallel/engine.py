@@ -26,6 +26,7 @@ from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
 from parallel.tensor.layers import Linear
 from parallel.transfer import HostCopy, to_device
+from parallel.zero.gatherer import Gatherer
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Engine:
         self.mesh = context.mesh
         self.data, self.pipe = self.mesh.axis("data"), Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
         zero = self.config.zero.stage
-        self.chunks = make_chunks(stage.infos, context.dtype, is_sharded=zero >= 1)
+        self.chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill)
+        self.gatherer = Gatherer(stage.units, self.chunks)
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():
             if isinstance(module, Linear) and module.can_deliver:
@@ -77,10 +79,12 @@ class Engine:
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
         self.gradients.begin(len(microbatches))
+        self.gatherer.begin()
         runner = Runner(self.stage, self.pipe, microbatches, mark=self.stopwatch.mark)
         total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
         self.stopwatch.mark("reduce")
         total = self._sum(total)
+        self.gatherer.end()
         self.gradients.finish()
         scale = self.loss_scale.scale
         norm = global_norm(self.chunks, self.mesh.world) / scale
@@ -105,11 +109,13 @@ class Engine:
         """
         self.stage.eval()
         total, tokens = 0.0, 0
+        self.gatherer.begin()
         for batch in batches:
             microbatches, count = self._microbatches(batch)
             tokens += count
             runner = Runner(self.stage, self.pipe, microbatches)
             total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
+        self.gatherer.end()
         return total / tokens if tokens else float("nan")
 
     def state(self) -> dict[str, list[Piece]]:

@@ -97,7 +97,7 @@ class ParameterInfo:
         return len(self.public_shape) >= 2
 
     def pieces(self, data: Tensor | None = None, part: Box | None = None) -> list[Piece]:
-        """The parts of public tensors held here, as views of `data`: the local parameter's, or those of box `part` of it."""
+        """The parts of public tensors held here, as views of `data`: the local parameter, or box `part` of it."""
         data = self.parameter.detach() if data is None else data
         box = self.layout.box if part is None else self.layout.box_of(part)
         data = data[tuple(slice(0, stop - start) for start, stop in box)]

@@ -16,6 +16,7 @@ class Mutant:
 
 
 RULES = "tests/test_gradient_rules.py"
+STAGES = "tests/test_zero.py"
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
@@ -132,11 +133,11 @@ GRADIENT_RULE = (
            GRADIENTS, "self.views[i].add_(gradient)", "self.views[i].copy_(gradient)", trains("single")),
     Mutant("sum-before-the-last-microbatch", "ranks add up a gradient that is not whole yet",
            GRADIENTS,
-           "self.missing = num_microbatches * len(self.chunk.infos)",
-           "self.missing = len(self.chunk.infos)",
+           "self.missing = (1 if self.scatters_each else self.num_microbatches) * len(",
+           "self.missing = len(",
            OVERLAP),
     Mutant("sum-after-the-backward", "nothing travels until the last gradient is there",
-           GRADIENTS, "        if not self.missing:\n            self.post()\n", "", OVERLAP),
+           GRADIENTS, "        if not self.missing:\n            self._post()\n", "", OVERLAP),
     Mutant("padding-of-a-gradient-left-as-it-was", "garbage in it counts in the norm",
            CHUNK,
            "self.gradient[start + info.parameter.numel() : stop].zero_()",
@@ -147,6 +148,26 @@ GRADIENT_RULE = (
            "        self.arrivals = [0] * len(self.chunk.infos)\n",
            "        self.arrivals = getattr(self, 'arrivals', [0] * len(self.chunk.infos))\n",
            trains("single")),
+)
+
+ZERO = (
+    Mutant("last-round-alone", "of microbatches that are scattered one by one the last replaces the others",
+           GRADIENTS, "arrived if self.total is None else self.total.add_(arrived)", "arrived",
+           f"{STAGES}::test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding[dp2]"),
+    Mutant("updated-slices-stay-at-home", "each rank goes on with its own slice new and the others' old",
+           CHUNK,
+           "return Pending(own) if self.is_partitioned else start_all_gather(own, 0, self.shard, out=self.parameters)",
+           "return Pending(own)",
+           f"{STAGES}::test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32[dp2]"),
+    Mutant("narrow-slice-not-refreshed", "stage 3 gathers the parameters of the step before",
+           CHUNK, "            own.copy_(self.master)\n", "            pass\n",
+           f"{STAGES}::test_narrow_parameters_are_the_roundings_of_divided_masters[bf16-3]"),
+    Mutant("gathered-and-kept", "a layer's parameters stay whole after its forward",
+           "parallel/zero/gatherer.py", "        self.units[i].leave()\n", "",
+           f"{STAGES}::test_no_more_than_two_layers_are_whole_at_once"),
+    Mutant("range-without-its-last-row", "the end of a slice of a parameter is in no checkpoint",
+           LAYOUT, "    yield from _in_row(shape, last, last * row, stop)\n", "",
+           f"{STAGES}::test_rectangles_are_the_elements_of_a_range_in_order"),
 )
 
 NORM_AND_CLIP = (
@@ -338,4 +359,4 @@ ORDER = (
 
 # fmt: on
 
-MUTANTS = (*DROPPED_REDUCTIONS, *GRADIENT_RULE, *NORM_AND_CLIP, *MEANS, *PARAMETERS, *PLACES, *MODEL, *ORDER)
+MUTANTS = (*DROPPED_REDUCTIONS, *GRADIENT_RULE, *ZERO, *NORM_AND_CLIP, *MEANS, *PARAMETERS, *PLACES, *MODEL, *ORDER)

@@ -31,6 +31,7 @@ class Case:
     sequence: int
     precision: str
     masked: bool
+    zero: int = 0
 
 
 def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
@@ -80,6 +81,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
         sequence=draw(st.integers(3, 7)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
+        zero=draw(st.integers(0, 3)),
     )
 
 
@@ -104,7 +106,8 @@ def batches(case: Case) -> list[Batch]:
 
 
 def check(case: Case) -> None:
-    got = run(train, case.world_size, raw_of(case, case.parallel), batches(case))[0]
+    raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero))
+    got = run(train, case.world_size, raw, batches(case))[0]
     assert got is not None
     compare(got, serial(case), BOUND[case.precision], wide=False)
 
@@ -147,7 +150,7 @@ EIGHT: dict[str, tuple[Raw, Raw]] = {
 def test_eight_ranks_equal_serial(name: str) -> None:
     parallel, shape = EIGHT[name]
     model = shape | dict(dropout=0.25, attention_dropout=0.25)
-    check(Case(8, parallel, model, dict(global_batch_size=16, micro_batch_size=4), 5, "fp64", masked=True))
+    check(Case(8, parallel, model, dict(global_batch_size=16, micro_batch_size=4), 5, "fp64", masked=True, zero=3))
 
 
 def test_a_label_that_sees_one_token_alone_gives_q_and_k_no_gradient() -> None:

@@ -1,17 +1,39 @@
 """ZeRO: masters, moments and gradients divided over the ranks that would all hold the same."""
 
-from itertools import product
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from models import build
+from models.shapes import resolve
+from parallel import checkpoint
 from parallel.chunk import ALIGNMENT
-from parallel.layout import box_shape, rectangles, slices
+from parallel.config import parse
+from parallel.context import Place, make_context
+from parallel.engine import Engine
+from parallel.layout import ParameterInfo, box_shape, rectangles, slices
+from parallel.zero.gatherer import State, Unit
 from tests.harness import run
-from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, engine_of, share_of, train
+from tests.parity import (
+    SHAPE,
+    Raw,
+    Trace,
+    batches_of,
+    compare,
+    config_of,
+    engine_of,
+    reference,
+    save_model,
+    share_of,
+    train,
+)
+from training.loop import state_pieces
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "dp2": (2, {}),
@@ -45,22 +67,25 @@ def replicas(layout: str) -> int:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_with_one_microbatch_stages_1_and_2_equal_stage_0_bit_for_bit_in_fp32(layout: str) -> None:
+def test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32(layout: str) -> None:
     whole = 24 // replicas(layout)
     want = trace_of(layout, 0, micro=whole, precision="fp32")
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert_equal(trace_of(layout, stage, micro=whole, precision="fp32"), want)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2-pp2", "dp2-1d2", "2.5d-depth2"])
-def test_accumulation_keeps_stage_1_bit_for_bit_and_stage_2_within_rounding(layout: str) -> None:
-    """Stage 2 adds up over ranks before it adds up over microbatches: another order, and so another rounding."""
+def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(layout: str) -> None:
+    """Stages 2 and 3 add up over ranks before they add up over microbatches: another order, and so another rounding."""
     want = trace_of(layout, 0, micro=4)
     assert_equal(trace_of(layout, 1, micro=4), want)
-    compare(trace_of(layout, 2, micro=4), want, 1e-12, wide=False)
+    scattered = trace_of(layout, 2, micro=4)
+    compare(scattered, want, 1e-12, wide=False)
+    assert_equal(trace_of(layout, 3, micro=4), scattered)
+    assert_equal(trace_of(layout, 3, micro=4, activation_checkpointing="full"), scattered)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_narrow_parameters_are_the_roundings_of_divided_masters(precision: str, stage: int) -> None:
     assert_equal(
@@ -69,61 +94,72 @@ def test_narrow_parameters_are_the_roundings_of_divided_masters(precision: str, 
 
 
 def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[str, int]]:
-    """(parameters with padding, those of a rank's shards, bytes held after a backward: parameters, gradients, states)"""
+    """(parameters, padding included; those of a rank's shards; bytes of what it holds as an update begins)"""
     engine = engine_of(rank, world_size, raw)
     held: dict[str, int] = {}
 
-    def count(*arguments: Any) -> None:
-        held["gradients"] = sum(c.gradient.untyped_storage().nbytes() for c in engine.chunks if c.gradient is not None)
-
     update = engine.optimizer.step
-    engine.optimizer.step = lambda *a: (count(), update(*a))[1]  # type: ignore[method-assign]
+
+    def counted(factor: Tensor, lr: float) -> None:
+        held["gradients"] = sum(c.gradient.untyped_storage().nbytes() for c in engine.chunks if c.gradient is not None)
+        update(factor, lr)
+
+    engine.optimizer.step = counted  # type: ignore[method-assign]
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
     states = [chunk.master for chunk in engine.chunks]
     states += [
         x for inner in engine.optimizer.inners for s in inner.state.values() for n, x in s.items() if n != "step"
     ]
     held["states"] = sum(x.untyped_storage().nbytes() for x in states)
-    held["parameters"] = sum(chunk.parameters.untyped_storage().nbytes() for chunk in engine.chunks)
+    parameters = [chunk.parameters for chunk in engine.chunks]
+    parameters += [chunk.own for chunk in engine.chunks if chunk.is_partitioned]
+    held["parameters"] = sum(x.untyped_storage().nbytes() for x in parameters)
     return sum(c.size for c in engine.chunks), sum(len(c.master) for c in engine.chunks), held
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_of_a_rank_are_the_papers(ranks: int, stage: int) -> None:
     """Rajbhandari et al. 2020, section 5: with Ψ parameters in 2 bytes and K = 12 bytes of state each, over N ranks, a
-    rank holds 2Ψ + 2Ψ + KΨ, then 2Ψ + 2Ψ + KΨ/N, then 2Ψ + (2Ψ + KΨ)/N. Our gradients that are summed have 4 bytes.
+    rank holds 2Ψ + 2Ψ + KΨ, then 2Ψ + 2Ψ + KΨ/N, then 2Ψ + (2Ψ + KΨ)/N, then (2Ψ + 2Ψ + KΨ)/N. Our gradients that are
+    summed have 4 bytes, and in stage 1 too only a slice is left of them when the update begins.
     """
     micro = dict(global_batch_size=24, micro_batch_size=24 // ranks)
     raw = config_of({}, precision="bf16", model=SHAPE, train=micro, zero=dict(stage=stage))
     for psi, shard, held in run(bytes_of_a_rank, ranks, raw):
         assert psi % (ALIGNMENT * ranks) == 0
         assert shard == (psi // ranks if stage else psi)
-        assert held["parameters"] == 2 * psi
+        assert held["parameters"] == 2 * (psi if stage < 3 else shard)
         assert held["states"] == 12 * shard
         assert held["gradients"] == 4 * shard
 
 
-def elements_sent(rank: int, world_size: int, raw: Raw) -> tuple[int, dict[str, float]]:
+def elements_sent(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[str, float]]:
+    """(parameters, those of the blocks, elements handed to each kind of collective in a step)"""
     engine = engine_of(rank, world_size, raw)
     engine.mesh.traffic.reset()
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
-    return sum(c.size for c in engine.chunks), {kind: count / 8 for kind, count in engine.mesh.traffic.bytes.items()}
+    blocks = sum(chunk.size for chunk in engine.chunks if chunk.infos[0].unit in engine.stage.units)
+    handed = {kind: count / 8 for kind, count in engine.mesh.traffic.bytes.items()}
+    return sum(chunk.size for chunk in engine.chunks), blocks, handed
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_sends_what_the_table_of_stages_says(stage: int) -> None:
-    """Over a ring of n ranks, m microbatches: 2Ψ(n−1)/n in stages 0 and 1, (m+1)Ψ(n−1)/n in stage 2."""
+    """Over a ring of n ranks, m microbatches: 2Ψ(n−1)/n in stages 0 and 1, (m+1)Ψ(n−1)/n in stage 2. In stage 3 a block
+    is gathered for each forward and each backward, the root once a step: (m + gathers)Ψ(n−1)/n.
+    """
     n, m = 2, 3
     micro = dict(global_batch_size=24, micro_batch_size=24 // n // m)
     raw = config_of({}, model=SHAPE, train=micro, zero=dict(stage=stage))
-    for psi, handed in run(elements_sent, n, raw):
+    for psi, blocks, handed in run(elements_sent, n, raw):
         scalars = 3 + 2  # labels and refusals; loss; norm
         sent = handed.get("reduce_scatter", 0) * (n - 1) / n + handed.get("all_gather", 0) * (n - 1)
         sums = handed["all_reduce"] - (psi if stage == 0 else 0)
         assert 0 < sums < scalars
         sent += 2 * (handed["all_reduce"] - sums) * (n - 1) / n
-        assert sent == (m + 1 if stage == 2 else 2) * psi * (n - 1) / n
+        wanted = {0: 2 * psi, 1: 2 * psi, 2: (m + 1) * psi, 3: m * psi + 2 * m * blocks + (psi - blocks)}
+        assert sent == wanted[stage] * (n - 1) / n
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())
@@ -142,11 +178,6 @@ def test_rectangles_are_the_elements_of_a_range_in_order(shape: list[int], data:
 
 def resumed(rank: int, world_size: int, raw: Raw, folder: str) -> list[float]:
     """Two steps, a checkpoint; an engine of another stage goes on from it: the losses of two more."""
-    from pathlib import Path
-
-    from parallel import checkpoint
-    from training.loop import state_pieces
-
     batches = batches_of(4, batch=24)
     first = engine_of(rank, world_size, raw)
     for batch in batches[:2]:
@@ -155,22 +186,101 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: str) -> list[float]:
     target = Path(folder, f"{raw['zero']['stage']}")
     meta = dict(step=2, counters=first.counters())
     checkpoint.save(target, pieces, metadata=meta, axis=first.mesh.world, keep=9)
-    second = engine_of(rank, world_size, raw | dict(zero=dict(stage=2 - raw["zero"]["stage"])))
+    second = engine_of(rank, world_size, raw | dict(zero=dict(stage=3 - raw["zero"]["stage"])))
     checkpoint.load(target, state_pieces(second))
     second.restore(checkpoint.read_metadata(target)["counters"])
     return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
 
 
-def test_a_checkpoint_of_any_stage_resumes_in_any_other(tmp_path: Any) -> None:
+def test_a_checkpoint_of_any_stage_resumes_in_any_other(tmp_path: Path) -> None:
     micro = dict(global_batch_size=24, micro_batch_size=12)
     losses = []
-    for stage in (0, 2):
+    for stage in (0, 3):
         raw = config_of({}, model=SHAPE, train=micro, zero=dict(stage=stage))
         losses.append(run(resumed, 2, raw, str(tmp_path))[0])
     assert losses[0] == losses[1]
 
 
-def test_every_pair_of_a_stage_and_a_schedule_is_drawn_elsewhere() -> None:
-    from tests.test_property import STAGES
+@pytest.mark.parametrize("layout", ["dp2", "dp2-pp2"])
+def test_stage_3_of_a_loaded_model_equals_hugging_face(layout: str, tmp_path: Path) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    path = save_model(tmp_path / "opt", **SHAPE)
+    raw = config_of(parallel, model=dict(path=str(path)), train=dict(micro_batch_size=2), zero=dict(stage=3))
+    trace = run(train, world_size, raw, batches_of(4))[0]
+    assert trace is not None
+    compare(trace, reference(path, raw, batches_of(4)), 1e-9, wide=True)
 
-    assert set(product(STAGES, ("1f1b", "gpipe"))) == {(s, x) for s in (0, 1, 2) for x in ("1f1b", "gpipe")}
+
+def bytes_at_start(rank: int, world_size: int, raw: Raw) -> tuple[list[int], int]:
+    """(bytes of all parameters once a stage is built, as each chunk is filled, and at the end; the largest chunk's)"""
+    config = parse(raw, world_size=world_size, resolve=resolve)
+    context = make_context(config, Place(rank, world_size, rank, world_size))
+    stage = build(context)
+
+    def held() -> int:
+        storages = [parameter.untyped_storage() for parameter in stage.parameters()]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    found, fill = [held()], stage.fill
+
+    def watched(infos: Sequence[ParameterInfo]) -> None:
+        fill(infos)
+        found.append(held())
+
+    stage.fill = watched
+    engine = Engine(stage, context)
+    return [*found, held()], 8 * max(chunk.size for chunk in engine.chunks)
+
+
+def test_stage_3_never_holds_a_model_whole_at_its_start() -> None:
+    raw = config_of({}, model=SHAPE, train=dict(micro_batch_size=6), zero=dict(stage=3))
+    for found, largest in run(bytes_at_start, 2, raw):
+        assert (found[0], max(found), found[-1]) == (0, largest, 0)
+
+
+def evaluated(rank: int, world_size: int, raw: Raw) -> tuple[float, int]:
+    engine = engine_of(rank, world_size, raw)
+    loss = engine.evaluate([share_of(batch, engine) for batch in batches_of(2, batch=24)])
+    return loss, sum(chunk.parameters.untyped_storage().nbytes() for chunk in engine.chunks)
+
+
+def test_evaluation_in_stage_3_gives_the_same_loss_and_gives_the_parameters_up_again() -> None:
+    batch = dict(global_batch_size=24, micro_batch_size=4)
+    for (loss, whole), (divided, left) in zip(
+        run(evaluated, 2, config_of({}, model=SHAPE, train=batch, zero=dict(stage=0))),
+        run(evaluated, 2, config_of({}, model=SHAPE, train=batch, zero=dict(stage=3))),
+        strict=True,
+    ):
+        assert divided == loss
+        assert whole > left == 0
+
+
+def most_whole(rank: int, world_size: int, raw: Raw) -> int:
+    """Of the layers that come and go, how many are whole at once while a layer computes, forward or backward."""
+    engine = engine_of(rank, world_size, raw)
+    most = 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal most
+        most = max(most, sum(unit.state is not State.ABSENT for unit in engine.gatherer.units))
+
+    for layer in engine.stage.units.values():
+        layer.register_forward_pre_hook(count)
+        for parameter in layer.parameters():
+            parameter.register_hook(count)
+    engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
+    return most
+
+
+def test_no_more_than_two_layers_are_whole_at_once() -> None:
+    """The one that computes, and the next, which is on its way."""
+    batch = dict(global_batch_size=24, micro_batch_size=6)
+    raw = config_of({}, model=SHAPE | dict(num_hidden_layers=6), train=batch, zero=dict(stage=3))
+    assert run(most_whole, 2, raw) == [2, 2]
+
+
+def test_a_unit_refuses_to_be_given_up_while_it_is_on_its_way() -> None:
+    unit = Unit([])
+    unit.fetch()
+    with pytest.raises(AssertionError, match="cannot go from FETCHING to ABSENT"):
+        unit.release()

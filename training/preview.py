@@ -92,7 +92,7 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
     return StagePreview(
         tuple(spec.name for spec in own),
         parameters,
-        weight_bytes=parameters * context.dtype.itemsize,
+        weight_bytes=sum(context.dtype.itemsize * of_a_rank(info, from_stage=3) for info in infos),
         gradient_bytes=sum(
             gradient_dtype(context.dtype, info.layout.sync, microbatches).itemsize * of_a_rank(info, from_stage=2)
             for info in infos

@@ -1,6 +1,6 @@
 """A rank's part of a model: some of its layers, in order, and what the outside must know about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class Stage(nn.Module):
     `infos` are the parameters of this rank, each once. `speaks`: whether this rank, among those that compute the same
     loss, is the one that counts.
     `limits`: what the model can be given.
+
+    `units`: the layers, by the unit of their parameters, that can be made whole one at a time, when they compute.
+    `fill`: gives parameters that came without a storage their first values.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Stage(nn.Module):
         limits: Limits,
     ) -> None:
         super().__init__()
+        self.units: Mapping[str, nn.Module] = {}
+        self.fill: Callable[[Sequence[ParameterInfo]], None] = lambda infos: None
         self.layers, self.infos = nn.ModuleList(layers), list(infos)
         self.boundary, self.dtype, self.speaks, self.limits = boundary, dtype, speaks, limits
 

@@ -1,0 +1,1 @@
+"""ZeRO: what every replica would hold, divided over the replicas."""
