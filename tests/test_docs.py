@@ -44,12 +44,12 @@ def is_config(code: str) -> bool:
     return names <= SECTIONS
 
 
-def test_the_readme_has_a_config_that_parses_and_says_every_section_but_zero(tmp_path: Path) -> None:
+def test_the_readme_has_a_config_that_parses_and_says_every_section(tmp_path: Path) -> None:
     (config,) = filter(is_config, blocks(ROOT / "README.md", "python"))
     file = tmp_path / "readme.py"
     file.write_text(config, encoding="utf-8")
     raw = load_raw(file)
-    assert raw.keys() == SECTIONS - {"zero"}
+    assert raw.keys() == SECTIONS
     assert parse(raw, world_size=8, resolve=resolve).num_microbatches(8) == 4
 
 
