@@ -33,6 +33,7 @@ from tests.parity import (
     share_of,
     train,
 )
+from tests.test_fp16_and_recompute import plant_infinity
 from training.loop import state_pieces
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
@@ -91,6 +92,18 @@ def test_narrow_parameters_are_the_roundings_of_divided_masters(precision: str, 
     assert_equal(
         trace_of("dp2", stage, micro=12, precision=precision), trace_of("dp2", 0, micro=12, precision=precision)
     )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("victim", [0, 3])
+def test_an_overflow_in_any_slice_makes_every_rank_skip_and_halve(victim: int, stage: int) -> None:
+    world_size, parallel = LAYOUTS["dp2-pp2"]
+    micro, zero = dict(micro_batch_size=2), dict(stage=stage)
+    raw = config_of(parallel, precision="fp16", model=SHAPE, train=micro, zero=zero)
+    for results, unchanged, scale in run(plant_infinity, world_size, raw, victim):
+        assert [result.skipped for result in results] == [False, True, False, False]
+        assert unchanged
+        assert scale == 2.0**15
 
 
 def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[str, int]]:

@@ -51,6 +51,7 @@ class Surround:
 
     @property
     def is_local(self) -> bool:
+        """Whether nobody is asked for anything, in either direction."""
         axes = (self.gather_x[1], self.gather_w, self.scatter_y[1], self.copy_x, self.reduce_y)
         return all(axis.size == 1 for axis in axes)
 
@@ -59,6 +60,7 @@ class Surround:
         return start_all_gather(w, -1, self.gather_w)
 
     def whole_input(self, x: Tensor) -> Pending:
+        """x[..., K'], split along gather_x's dim -> the whole of it"""
         return start_all_gather(x, *self.gather_x)
 
     def product(self, whole_x: Pending, whole_weight: Pending, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +70,7 @@ class Surround:
         return y.add_(bias) if is_partial and bias is not None else y
 
     def wide_product(self, whole_x: Pending, whole_weight: Pending, dtype: torch.dtype) -> Tensor:
-        """x · Wᵀ with its collectives, in a dtype at least as wide as theirs."""
+        """x[..., K] · W[N', K]ᵀ -> [..., N'] with its collectives, in a dtype at least as wide as theirs"""
         x = whole_x.wait()
         y = wide_product(x.flatten(0, -2), whole_weight.wait().T, dtype)
         return self._summed(y.unflatten(0, x.shape[:-1]))
