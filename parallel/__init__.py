@@ -3,8 +3,11 @@ composes them.
 """
 
 from parallel.context import Context, current, launch_from_torch
-from parallel.engine import Engine, StepResult
-from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.engine import Engine
+from parallel.engine_base import StepResult
+from parallel.errors import CheckpointError, ConfigError, DataError, ModelError
+from parallel.initialize import initialize
+from parallel.module_engine import ModuleEngine, UpdateResult
 
 __all__ = [
     "CheckpointError",
@@ -12,7 +15,11 @@ __all__ = [
     "Context",
     "DataError",
     "Engine",
+    "ModelError",
+    "ModuleEngine",
     "StepResult",
+    "UpdateResult",
     "current",
+    "initialize",
     "launch_from_torch",
 ]

@@ -1,11 +1,13 @@
 """Parameters in flat buffers: the unit in which gradients travel and weights are updated."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.collectives import Pending, start_all_gather
 from parallel.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
@@ -14,6 +16,25 @@ from parallel.mesh import ALONE, Axis
 Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
 ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements of a parameter, flat, from the `start`th on: `data` is a view of a chunk's buffer."""
+
+    info: ParameterInfo
+    start: int
+    data: Tensor
+
+    def pieces(self, flat: Tensor) -> list[Piece]:
+        """The same elements of public tensors, out of a buffer of this segment's size, as views of it."""
+        found = []
+        stop = self.start + len(flat)
+        for offset, box in rectangles(tuple(self.info.parameter.shape), self.start, stop):
+            shape = box_shape(box)
+            data = flat[offset - self.start :][: prod(shape)].view(shape)
+            found += self.info.pieces(data, box)
+        return found
 
 
 class Chunk:
@@ -26,9 +47,11 @@ class Chunk:
 
     `shard` is the axis over whose ranks the update is divided, each having an equal slice: from ZeRO stage 1 on the
     first of `axes`, those that the gradient is summed over, before that nobody. In stage 3 parameters are divided too:
-    `own` [n_shard] is all that a rank has of them between `release` and `gather`. `fill` is called with parameters that
-    have their place but, if they came without a storage, no values yet. What lies between two parameters, and after
-    the last, is padding: always zero.
+    `own` [n_shard] is all that a rank has of them between `release` and `gather`, and a parameter then shows its shape,
+    but is NaN throughout. `fill` is called with parameters that have their place but, if they came without a storage,
+    no values yet. What lies between two parameters, and after the last, is padding: always zero.
+
+    Frozen parameters have chunks of their own, in the model's dtype throughout, which get no gradient and no update.
     """
 
     def __init__(
@@ -38,6 +61,7 @@ class Chunk:
         *,
         zero: int = 0,
         fill: Fill = lambda infos: None,
+        device: torch.device | None = None,
     ) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         self.infos = list(infos)
@@ -45,6 +69,7 @@ class Chunk:
         self.shard = self.axes[0] if zero >= 1 else ALONE
         self.is_partitioned = zero >= 3 and self.shard.size > 1
         self.is_matrix = infos[0].is_matrix
+        self.is_frozen = not first.requires_grad
         # Of the ranks that hold the same slice along the first axis, one speaks for it; of those that hold the same
         # masters, one owns them.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
@@ -53,7 +78,8 @@ class Chunk:
         self.size = _round_up(ends[-1], ALIGNMENT * self.axes[0].size)
         self._starts = ends[:-1]
         self.gradient: Tensor | None = None
-        whole = torch.zeros(self.size, dtype=master_dtype(first.dtype), device=first.device)
+        wide = dtype if self.is_frozen else master_dtype(torch.promote_types(first.dtype, dtype))
+        whole = torch.zeros(self.size, dtype=wide, device=device or first.device)
         for info, view in zip(infos, self.views(whole), strict=True):
             if info.parameter.untyped_storage().nbytes():
                 view.copy_(info.parameter.detach())  # one after another: no second model exists
@@ -61,9 +87,7 @@ class Chunk:
         fill(infos)
         self.parameters = whole.to(dtype)
         self.master = _slice(whole, self.shard)
-        if self.parameters is not whole:
-            for info, view in zip(infos, self.views(self.parameters), strict=True):
-                info.parameter.data = view
+        self._show(self.views(self.parameters))
         if self.shard.size > 1 and (self.is_partitioned or self.parameters is not whole):
             self.master = self.master.clone()  # the whole is given up
         if self.is_partitioned:
@@ -77,18 +101,20 @@ class Chunk:
             for start, info in zip(self._starts, self.infos, strict=True)
         ]
 
-    def pieces(self, flat: Tensor) -> list[Piece]:
-        """The pieces of public tensors in a flat buffer, whole or this rank's slice, as views of it."""
+    def segments(self, flat: Tensor) -> list[Segment]:
+        """The parts of parameters that lie in a flat buffer, whole or this rank's slice."""
         first = 0 if len(flat) == self.size else self.axes[0].rank * len(flat)
         found = []
         for start, info in zip(self._starts, self.infos, strict=True):
             begin = max(first - start, 0)
             end = min(first + len(flat) - start, info.parameter.numel())
-            for offset, box in rectangles(tuple(info.parameter.shape), begin, end):
-                shape = box_shape(box)
-                data = flat[start + offset - first :][: torch.Size(shape).numel()].view(shape)
-                found += info.pieces(data, box)
+            if begin < end:
+                found.append(Segment(info, begin, flat[start + begin - first : start + end - first]))
         return found
+
+    def pieces(self, flat: Tensor) -> list[Piece]:
+        """The pieces of public tensors in a flat buffer, whole or this rank's slice, as views of it."""
+        return [piece for segment in self.segments(flat) for piece in segment.pieces(segment.data)]
 
     def own_slice(self, gradient: Tensor) -> Tensor:
         """The part of a gradient, whole or this rank's slice already, that falls to this rank of the first axis."""
@@ -111,22 +137,46 @@ class Chunk:
     def gather(self) -> Pending:
         """Start making partitioned parameters whole, where they were before: what autograd saved of them lies there."""
         self.parameters.untyped_storage().resize_(self.size * self.parameters.element_size())
+        self._show(self.views(self.parameters))
         return start_all_gather(self.own, 0, self.shard, out=self.parameters)
 
     def release(self) -> None:
         """Give up all of partitioned parameters but this rank's slice."""
         self.parameters.untyped_storage().resize_(0)
+        like = self.parameters  # a parameter without memory would crash whoever reads it
+        self._nothing = stand_in(torch.Size(()), like.dtype, like.device)
+        self._show([self._nothing.expand(info.parameter.shape) for info in self.infos])
+
+    def shows(self, parameter: nn.Parameter) -> bool:
+        """Whether the memory of one of its parameters is still this chunk's."""
+        buffers = [self.parameters, *([self._nothing] if self.is_partitioned else [])]
+        own = parameter.untyped_storage().data_ptr()
+        return any(own == buffer.untyped_storage().data_ptr() for buffer in buffers)
+
+    def _show(self, views: Sequence[Tensor]) -> None:
+        for info, view in zip(self.infos, views, strict=True):
+            info.parameter.data = view
 
 
 def make_chunks(
-    infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0, fill: Fill = lambda infos: None
+    infos: Sequence[ParameterInfo],
+    dtype: torch.dtype,
+    *,
+    zero: int = 0,
+    fill: Fill = lambda infos: None,
+    device: torch.device | None = None,
 ) -> list[Chunk]:
     """Every parameter in a chunk. Ranks along an axis that a chunk is summed over make the same ones, in one order."""
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
-        key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix
+        key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
         groups.setdefault(key, []).append(info)
-    return [Chunk(group, dtype, zero=zero, fill=fill) for group in groups.values()]
+    return [Chunk(group, dtype, zero=zero, fill=fill, device=device) for group in groups.values()]
+
+
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN in this shape, in the memory of one element."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

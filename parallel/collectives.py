@@ -98,6 +98,14 @@ def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return x.chunk(axis.size, dim)[axis.rank]
 
 
+def broadcast(x: Tensor, axis: Axis) -> Tensor:
+    """x of the first rank of the axis, on each of them: in place, x being contiguous and the caller's own."""
+    if axis.size > 1:
+        axis.traffic.count("broadcast", x)
+        dist.broadcast(x, axis.ranks[0], group=axis.group)
+    return x
+
+
 def barrier(axis: Axis) -> None:
     if axis.size > 1:
         dist.barrier(group=axis.group)

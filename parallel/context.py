@@ -93,11 +93,17 @@ _current: ContextVar[Context] = ContextVar("context")
 
 
 def current() -> Context:
-    """The context of the last `launch_from_torch`."""
+    """The context of the last `launch_from_torch` or `use`."""
     try:
         return _current.get()
     except LookupError:
         raise RuntimeError("no context yet: call parallel.launch_from_torch(config) first") from None
+
+
+def use(context: Context) -> Context:
+    """Make it the current one."""
+    _current.set(context)
+    return context
 
 
 def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolve: Resolver | None = None) -> Context:
@@ -109,6 +115,4 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
     if not isinstance(config, Config):
         raw = load_raw(config) if isinstance(config, str | Path) else config
         config = parse(raw, world_size=place.world_size, resolve=resolve)
-    context = make_context(config, place)
-    _current.set(context)
-    return context
+    return use(make_context(config, place))

@@ -28,6 +28,10 @@ class CheckpointError(ColonnadeError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class ModelError(ColonnadeError):
+    """A module that cannot be trained as it is, or that was changed while it was being trained."""
+
+
 def either(choices: Iterable[object]) -> str:
     """(2, 4, 8) -> '2, 4 or 8'"""
     *rest, last = map(str, choices)

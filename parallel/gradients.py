@@ -1,6 +1,8 @@
 """Gradients, from the backward that makes them to the sum over ranks that an update takes."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from parallel.chunk import Chunk, master_dtype
 from parallel.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
+from parallel.errors import ModelError
 from parallel.mesh import Axis
 from parallel.products import add_product, write_product
 
@@ -25,13 +28,15 @@ class Gradients:
     """
 
     def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
-        self._sums = [_Sum(chunk, scatters_each=scatters_each) for chunk in chunks]
+        self._sums = [_Sum(chunk, self._completed) for chunk in chunks]
+        self._scatters_each = scatters_each
         self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
         """Start a step: each gradient will arrive so many times, or never."""
         for total in self._sums:
-            total.begin(num_microbatches)
+            total.begin(1 if self._scatters_each and total.chunk.shard.size > 1 else num_microbatches)
+            total.is_narrow = num_microbatches == 1
 
     def receiver(self, matrix: nn.Parameter) -> Callable[[Tensor, Tensor], None]:
         """Takes two factors, [N, T] and [T, K], whose product then arrives as the gradient of matrix[N, K]: the matmul
@@ -43,31 +48,91 @@ class Gradients:
     def finish(self) -> None:
         """Wait until every chunk's `gradient` is the sum over all ranks: whole, or this rank's slice."""
         for total in self._sums:
-            total.finish()
+            if total.views or total.pending is None:  # what never arrived is zero
+                total.post()
         for total in self._sums:
             total.wait()
+
+    def _completed(self, total: "_Sum") -> None:
+        """Called when all that a round waits for has arrived."""
+        total.post()
+
+
+class ModuleGradients(Gradients):
+    """The same for a module of which nothing is known: a parameter may have no part in a backward, on some ranks or on
+    all, and how many backwards a step has is the user's affair.
+
+    So chunks set out in one order on every rank, each once for a backward: those that are complete before it ends,
+    unless an earlier one is not, and at its end the rest (as DistributedDataParallel's buckets do).
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
+        super().__init__(chunks[::-1], scatters_each=scatters_each)  # about the order in which a backward meets them
+        self._next = 0  # to set out
+        self._unsynchronized = False
+        self.begin()
+
+    def begin(self, num_microbatches: int = 2) -> None:
+        """Forget all that has arrived."""
+        super().begin(num_microbatches)
+        self._unsynchronized = False
+        for total in self._sums:
+            total.waits_for = total.missing = 0
+
+    @contextmanager
+    def backward(self, *, synchronizes: bool) -> Iterator[None]:
+        """Around a backward. Without `synchronizes` its gradients wait on this rank for a later one that does, unless
+        no rank may keep a whole gradient: then each is summed over ranks.
+        """
+        synchronizes = synchronizes or self._scatters_each
+        for total in self._sums:
+            total.missing = len(total.chunk.infos) if synchronizes else math.inf
+        self._next, self._unsynchronized = 0, True
+        yield
+        if synchronizes:
+            self._post_all()
+
+    def finish(self) -> None:
+        if self._unsynchronized:
+            self._next = 0
+            self._post_all()
+        super().finish()
+
+    def arrived(self) -> Tensor:
+        """For each parameter, in the order of the chunks, whether it has had a gradient since `begin`: int64 0 or 1."""
+        return torch.tensor([flag for total in reversed(self._sums) for flag in total.seen], dtype=torch.int64)
+
+    def _completed(self, total: "_Sum") -> None:
+        while self._next < len(self._sums) and not self._sums[self._next].missing:
+            self._sums[self._next].post()
+            self._next += 1
+
+    def _post_all(self) -> None:
+        for total in self._sums[self._next :]:
+            total.post()
+        for total in self._sums:
+            total.missing = 0
+        self._next, self._unsynchronized = len(self._sums), False
 
 
 class _Sum:
     """The gradient of one chunk on its way, round by round: what is summed over ranks at once is one round."""
 
-    def __init__(self, chunk: Chunk, *, scatters_each: bool) -> None:
-        self.chunk, self.scatters_each = chunk, scatters_each and chunk.shard.size > 1
+    def __init__(self, chunk: Chunk, completed: Callable[["_Sum"], None]) -> None:
+        self.chunk, self.completed = chunk, completed
+        self.is_narrow = False  # nothing is added to a gradient, unless by other ranks
         self.begin(0)
         for i, info in enumerate(chunk.infos):
             info.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
 
-    def begin(self, num_microbatches: int) -> None:
-        self.num_microbatches = num_microbatches
+    def begin(self, arrivals: int) -> None:
+        """Forget everything. A round is complete when each parameter has arrived so many times."""
+        self.waits_for = arrivals * len(self.chunk.infos)
         self.pending: Pending | None = None  # the last round's sum over ranks
         self.total: Tensor | None = None  # of the rounds before
         self.chunk.gradient = None
+        self.seen = [0] * len(self.chunk.infos)  # since then
         self._begin_round()
-
-    def finish(self) -> None:
-        """Start the last sum over ranks, unless it has started. What never arrived is zero."""
-        if self.views or self.pending is None:
-            self._post()
 
     def wait(self) -> None:
         self._collect()
@@ -86,6 +151,12 @@ class _Sum:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # its product came already
             return
+        if not self.missing:
+            raise ModelError(
+                f"{self.chunk.infos[i].name}: a gradient arrived that no engine.backward(loss) was waiting for. Call"
+                " that, not loss.backward(), once for each forward; and if activations are recomputed, do it with"
+                " use_reentrant=False."
+            )
         self._make_buffer()
         if self.arrivals[i]:
             self.views[i].add_(gradient)
@@ -95,22 +166,23 @@ class _Sum:
 
     def _count(self, i: int) -> None:
         self.arrivals[i] += 1
+        self.seen[i] = 1
         self.missing -= 1
         if not self.missing:
-            self._post()
+            self.completed(self)
 
     def _begin_round(self) -> None:
         self.arrivals = [0] * len(self.chunk.infos)
-        self.missing = (1 if self.scatters_each else self.num_microbatches) * len(self.chunk.infos)
+        self.missing: float = self.waits_for
         self.views: list[Tensor] = []  # of the chunk's gradient, by parameter
 
     def _make_buffer(self) -> None:
         """In master precision, or narrower where nothing is added: one microbatch, and no other rank."""
         if not self.views:
-            dtype = gradient_dtype(self.chunk.parameters.dtype, self.chunk.axes, self.num_microbatches)
+            dtype = gradient_dtype(self.chunk.parameters.dtype, self.chunk.axes, 1 if self.is_narrow else 2)
             self.views = self.chunk.make_gradient(dtype)
 
-    def _post(self) -> None:
+    def post(self) -> None:
         """Start a round's sum over ranks."""
         self._make_buffer()
         for view, arrivals in zip(self.views, self.arrivals, strict=True):

@@ -130,6 +130,14 @@ def join(backend: str, rank: int, world_size: int, *, device: torch.device, time
     )
 
 
+def on_the_host(axis: Axis) -> Axis:
+    """The whole world again, in a process group of its own that never waits for a device. Its bytes are not counted
+    with the mesh's. Every rank calls this.
+    """
+    group = dist.new_group(list(axis.ranks), backend="gloo") if axis.group is not None else None
+    return Axis(f"{axis.name} on the host", axis.rank, axis.size, axis.ranks, group, Traffic())
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

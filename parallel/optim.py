@@ -1,12 +1,13 @@
 """Master weights and their update."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.chunk import Chunk
 from parallel.config import OptimizerConfig
+from parallel.errors import ModelError, either
 from parallel.layout import Piece
 
 
@@ -55,15 +56,103 @@ class AdamW:
                 found[kind] += chunk.pieces(chunk.master if kind == "master" else state[kind])
         return found
 
-    def weights(self) -> list[Piece]:
-        """The pieces that this rank owns of the model's weights, in master precision."""
-        return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
-
     def restore(self, steps: int) -> None:
         """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""
         for chunk, inner in zip(self.chunks, self.inners, strict=True):
             _state(inner, chunk.master)["step"].fill_(steps)
             chunk.publish().wait()
+
+
+class TorchOptimizer:
+    """A torch optimizer that updates every element by itself, on this rank's segments of masters in place of the
+    parameters it was made for.
+
+    Its groups stay its own, so that its hyperparameters, and whoever schedules them, go on as they were. A parameter
+    without a gradient in a step is left alone, moments and all, as torch has it. Raises ModelError for an optimizer
+    that cannot be divided so.
+    """
+
+    ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+    def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer, *, is_users: bool = True) -> None:
+        self.chunks, self.inner, self.is_users = [c for c in chunks if not c.is_frozen], inner, is_users
+        if type(inner) not in self.ELEMENTWISE:
+            known = either(cls.__name__ for cls in self.ELEMENTWISE)
+            raise ModelError(
+                f"optimizer: {type(inner).__name__} is not known to update every element by itself. Use {known}."
+            )
+        if inner.state:
+            raise ModelError("optimizer: it has taken steps already. Pass a new one: engine.load restores its state.")
+        parameters = {info.parameter for chunk in chunks for info in chunk.infos}
+        strangers = sum(p not in parameters for group in inner.param_groups for p in group["params"])
+        if strangers:
+            raise ModelError(f"optimizer: {strangers} of its parameters are not the model's. Make it after the model.")
+        self.unused: Container[nn.Parameter] = ()  # those that got no gradient
+        self._segments = [(s, _leaf(s.data)) for chunk in self.chunks for s in chunk.segments(chunk.master)]
+        of_parameters = {segment.info.parameter: leaf for segment, leaf in self._segments}
+        for group in inner.param_groups:
+            group["params"] = [of_parameters[p] for p in group["params"] if p in of_parameters]
+
+    @property
+    def lr(self) -> float:
+        """The first group's."""
+        return float(self.inner.param_groups[0]["lr"])
+
+    def step(self, factor: Tensor, lr: float) -> None:
+        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
+        leaves = iter(self._segments)
+        for chunk in self.chunks:
+            assert chunk.gradient is not None
+            gradient, chunk.gradient = scaled(chunk.gradient, factor, chunk.master.dtype), None
+            for segment in chunk.segments(gradient):
+                _, leaf = next(leaves)
+                leaf.grad = None if segment.info.parameter in self.unused else segment.data
+        if not self.is_users:
+            for group in self.inner.param_groups:
+                group["lr"] = lr
+        self.inner.step()
+        self.inner.zero_grad()
+        for pending in [chunk.publish() for chunk in self.chunks]:
+            pending.wait()
+
+    def pieces(self) -> dict[str, list[Piece]]:
+        """The masters and what the optimizer keeps for each of their elements: views, to be saved or filled."""
+        self._start_states()
+        found = {"master": [piece for chunk in self.chunks for piece in chunk.pieces(chunk.master)]}
+        for segment, leaf in self._segments:
+            for kind, value in self.inner.state[leaf].items():
+                if isinstance(value, Tensor) and value.shape == leaf.shape and kind != "step":
+                    found.setdefault(kind, []).extend(segment.pieces(value))
+        return found
+
+    def restore(self, updates: int) -> None:
+        """Take the masters and states as they are now, filled through `pieces`, as those after `updates` updates."""
+        for _, leaf in self._segments:
+            if "step" in self.inner.state[leaf]:
+                self.inner.state[leaf]["step"].fill_(updates)
+        for chunk in self.chunks:
+            chunk.publish().wait()
+
+    def _start_states(self) -> None:
+        """What torch makes at a first step: a step of nothing, where there was none."""
+        new = [leaf for _, leaf in self._segments if not self.inner.state[leaf]]
+        rates = [group["lr"] for group in self.inner.param_groups]
+        for leaf in new:
+            leaf.grad = torch.zeros_like(leaf)
+        for group in self.inner.param_groups:
+            group["lr"] = 0.0
+        type(self.inner).step(self.inner)  # not through a scheduler's count of steps
+        for group, rate in zip(self.inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.inner.zero_grad()
+        for leaf in new:
+            if "step" in self.inner.state[leaf]:
+                self.inner.state[leaf]["step"].zero_()
+
+
+def _leaf(master: Tensor) -> Tensor:
+    """A view of a master that an optimizer takes for a parameter."""
+    return master.detach().requires_grad_()
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

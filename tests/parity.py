@@ -26,6 +26,7 @@ from parallel.collectives import gather_objects
 from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.engine import Engine
+from parallel.engine_base import EngineBase
 from parallel.layout import slices
 
 Batch = dict[str, Tensor]
@@ -149,7 +150,7 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
     trace, update = Trace(), engine.optimizer.step
 
     def observed(factor: Tensor, lr: float) -> None:
-        if engine.step == 0:
+        if engine.num_steps == 0:
             trace.gradients = whole(engine, [clipped(chunk, factor) for chunk in engine.chunks])
         update(factor, lr)
 
@@ -194,7 +195,7 @@ def share_of(batch: Mapping[str, Tensor], engine: Engine) -> Batch:
     return {name: x.tensor_split(engine.data.size)[engine.data.rank] for name, x in batch.items()}
 
 
-def whole(engine: Engine, buffers: list[Tensor]) -> dict[str, Tensor]:
+def whole(engine: EngineBase, buffers: list[Tensor]) -> dict[str, Tensor]:
     """Public tensors put together from every rank's chunks, of each a flat buffer. Ranks that hold the same elements
     must agree to the last bit.
     """

@@ -94,7 +94,7 @@ def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[l
     infected = engine.stage.infos[-1].parameter
 
     def infect(gradient: torch.Tensor) -> torch.Tensor:
-        if engine.step == 1 and rank == victim:
+        if engine.num_steps == 1 and rank == victim:
             gradient = gradient.clone()
             gradient.view(-1)[0] = torch.inf
         return gradient
@@ -104,7 +104,7 @@ def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[l
     for batch in batches_of(4):
         before = [chunk.master.clone() for chunk in engine.chunks]
         results.append(engine.train_step(share_of(batch, engine)))
-        if engine.step == 2:
+        if engine.num_steps == 2:
             unchanged = all(
                 torch.equal(a, b) for a, b in zip(before, (chunk.master for chunk in engine.chunks), strict=True)
             )

@@ -14,7 +14,8 @@ import torch
 
 from models.data import Batch
 from parallel.context import Place, make_context
-from parallel.engine import Engine, StepResult
+from parallel.engine import Engine
+from parallel.engine_base import StepResult
 from parallel.errors import CheckpointError, ConfigError
 from tests.harness import run
 from training import loop, metrics, plot, preflight

@@ -11,7 +11,8 @@ import torch
 
 import launch
 from parallel.context import Place, make_context
-from parallel.engine import Engine, StepResult
+from parallel.engine import Engine
+from parallel.engine_base import StepResult
 from parallel.errors import ConfigError
 from parallel.phases import PHASES, Stopwatch
 from parallel.pipeline.schedule import Op, one_f_one_b

@@ -76,7 +76,7 @@ def make_engine(context: Context, job: Job) -> Engine:
     engine = Engine(outline(context), context)
     checkpoint.load(job.start, state_pieces(engine))
     engine.restore(checkpoint.read_metadata(job.start)["counters"])
-    log.info("resumed after step %d from %s", engine.step, job.start)
+    log.info("resumed after step %d from %s", engine.num_steps, job.start)
     return engine
 
 
@@ -88,13 +88,13 @@ def fit(engine: Engine, loader: Loader, listeners: Listeners, *, validates: bool
     """
     steps, output = engine.config.train.steps, engine.config.output
     meter = Meter(engine.config, engine.mesh.world.size, engine.mesh.device)
-    while engine.step < steps:
-        with listeners.around(engine.step + 1):
+    while engine.num_steps < steps:
+        with listeners.around(engine.num_steps + 1):
             started = time.perf_counter()
             engine.stopwatch.mark("data")
-            result = engine.train_step(loader.training(engine.step))
+            result = engine.train_step(loader.training(engine.num_steps))
             seconds = time.perf_counter() - started
-        step = engine.step
+        step = engine.num_steps
         line = meter.line(step, result, seconds)
         if validates and (step == steps or is_due(step, output.eval_every)):
             line["validation_loss"] = engine.evaluate(loader.validation())
@@ -130,7 +130,7 @@ def state_pieces(engine: Engine, *, owned: bool = False) -> list[Piece]:
 def _train(engine: Engine, job: Job, screen: Screen) -> None:
     """Fit, with everything that a run leaves behind."""
     folder, world = job.folder, engine.mesh.world
-    metrics = MetricsFile(folder.metrics, after=engine.step) if world.rank == 0 else None
+    metrics = MetricsFile(folder.metrics, after=engine.num_steps) if world.rank == 0 else None
 
     def hear(line: Line) -> None:
         log.info("%s", line)

@@ -2,14 +2,19 @@
 section 5.3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from parallel.chunk import Chunk
 from parallel.collectives import Pending
+from parallel.errors import ModelError
 
 
 class State(Enum):
@@ -64,20 +69,30 @@ class Unit:
 
 
 class Gatherer:
-    """Gathers each layer before its forward and its backward, the next one meanwhile, and lets it go after.
+    """Gathers each layer before its forward and its backward, the one that came next the last time meanwhile, and lets
+    it go after.
 
-    `layers` are those that come and go, by the name of their unit, in the order of the forward; each takes an
-    activation first and returns one. All other chunks are the root (a tied embedding has two places): whole from
-    `begin` to `end`.
+    `layers` are those that come and go, by the name of their unit, in the order of a forward until one has been seen.
+    All other chunks are the root (a tied embedding has two places): whole from `begin` to `end`. `agree` is told the
+    name of each layer that is about to be used.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], chunks: Sequence[Chunk]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        chunks: Sequence[Chunk],
+        agree: Callable[[str], None] = lambda name: None,
+    ) -> None:
         of_layers = {name: [chunk for chunk in chunks if chunk.infos[0].unit == name] for name in layers}
+        self.names, self.agree = list(layers), agree
         self.units = [Unit(of_layers[name]) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
+        count = len(self.units)
+        self._next = {True: [i - 1 for i in range(count)], False: [i + 1 for i in range(count)]}  # by "in a backward"
+        self._last = (-1, -1)  # the pass and the layer of the last use
         for i, layer in enumerate(layers.values()):
-            layer.register_forward_pre_hook(lambda module, inputs, i=i: self._use(i, following=i + 1))
-            layer.register_forward_hook(lambda module, inputs, y, i=i: self._after_forward(i, inputs[0], y))
+            layer.register_forward_pre_hook(partial(self._before_forward, i), with_kwargs=True)
+            layer.register_forward_hook(partial(self._after_forward, i))
 
     def begin(self) -> None:
         """Before the first forward of a step or an evaluation, wherever an earlier one broke off."""
@@ -88,18 +103,65 @@ class Gatherer:
         for unit in (*self.units, self.root):
             unit.leave()
 
-    def _after_forward(self, i: int, x: Tensor, y: Tensor) -> None:
-        self.units[i].leave()
-        if torch.is_grad_enabled():
-            y.register_hook(lambda gradient: self._before_backward(i))
-            x.register_hook(lambda gradient: self.units[i].leave())  # all that led to it has been computed
+    def start_pass(self) -> None:
+        """Before a forward: what is used next does not follow what was used last."""
+        self._last = (-1, -1)
 
-    def _before_backward(self, i: int) -> None:
-        if i + 1 < len(self.units):
-            self.units[i + 1].leave()  # its input's gradient is this: it would leave now, but is told after us
-        self._use(i, following=i - 1)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_forward(self, i: int, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self._use(i)
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if torch.is_grad_enabled() and places:
+            passed = _Leave.apply(self.units[i].leave, *(leaves[place] for place in places))  # type: ignore[no-untyped-call]
+            for place, x in zip(places, passed, strict=True):
+                leaves[place] = x
+        changed: tuple[Any, Any] = tree_unflatten(leaves, spec)
+        return changed
 
-    def _use(self, i: int, following: int) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, i: int, layer: nn.Module, args: Any, y: Any) -> None:
+        if _backward() < 0:  # there it is a recomputation, and a backward of the layer follows
+            self.units[i].leave()
+        if not torch.is_grad_enabled():
+            return
+        outputs = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
+        if not outputs and any(not chunk.is_frozen for chunk in self.units[i].chunks):
+            raise ModelError(
+                f"{self.names[i]}: its forward returned {type(y).__name__}, in which no tensor was found. In zero stage"
+                " 3 a layer returns tensors, alone or in tuples, lists and dicts."
+            )
+        if followed := [x for x in outputs if x.requires_grad]:
+            register_multi_grad_hook(followed, lambda gradient: self._use(i), mode="any")
+
+    def _use(self, i: int) -> None:
+        self.agree(self.names[i])
         self.units[i].use()
-        if 0 <= following < len(self.units) and self.units[following].state is State.ABSENT:
-            self.units[following].fetch()
+        now = _backward()
+        following = self._next[now >= 0]
+        then, last = self._last
+        if then == now and last >= 0:
+            following[last] = i
+        self._last = now, i
+        if 0 <= following[i] < len(self.units) and self.units[following[i]].state is State.ABSENT:
+            self.units[following[i]].fetch()
+
+
+class _Leave(torch.autograd.Function):
+    """x, ... -> the same. Backward calls `leave`: the gradients of all inputs of a layer are there, so that all that
+    led to them has been computed."""
+
+    @staticmethod
+    def forward(ctx: Any, leave: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.leave = leave
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.leave()
+        return None, *gradients
+
+
+def _backward() -> int:
+    """Which backward autograd is at: each has a number of its own; -1 in none. A forward in one is a recomputation."""
+    return torch._C._current_graph_task_id()

@@ -1,0 +1,88 @@
+"""What a step does to the weights, whatever computed their gradients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from parallel.chunk import Chunk
+from parallel.context import Context
+from parallel.grad_norm import clip_coefficient
+from parallel.layout import Piece
+from parallel.loss_scale import LossScale
+from parallel.lr_schedule import learning_rate
+from parallel.optim import AdamW, TorchOptimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank: `loss` is from before the update, `grad_norm` from before clipping,
+    `tokens` the number of labels that the loss is the mean over. `phases` is what it took of this rank, in seconds."""
+
+    loss: float
+    grad_norm: float | None
+    lr: float
+    tokens: int
+    skipped: bool = False
+    phases: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+
+class EngineBase:
+    """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both."""
+
+    def __init__(
+        self, module: nn.Module, context: Context, chunks: Sequence[Chunk], optimizer: AdamW | TorchOptimizer
+    ) -> None:
+        self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
+        self.data = self.mesh.axis("data")
+        self.chunks, self.optimizer = list(chunks), optimizer
+        self.loss_scale = LossScale.for_precision(self.config.train.precision)
+        self.num_steps = 0  # taken, skipped ones too: the place in the data
+        self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+    def eval(self) -> None:
+        self.train(False)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update: that of an optimizer which was passed, else the config's schedule."""
+        if isinstance(self.optimizer, TorchOptimizer) and self.optimizer.is_users:
+            return self.optimizer.lr
+        schedule, rate = self.config.lr_scheduler, self.config.optimizer.lr
+        return learning_rate(schedule, rate, self.num_updates, self.config.train.steps)
+
+    def state(self) -> dict[str, list[Piece]]:
+        """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
+        return self.optimizer.pieces()
+
+    def counters(self) -> dict[str, float]:
+        """The numbers that a step changes: what a checkpoint saves beside `state`."""
+        scale = self.loss_scale
+        counts = {"step": self.num_steps, "updates": self.num_updates}
+        return counts | {"loss_scale": scale.scale, "good_steps": scale.good_steps}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """Go on from where `counters` were taken, the pieces of `state` having been filled with what they were then."""
+        self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
+        self.optimizer.restore(self.num_updates)
+        if self.loss_scale.is_dynamic:
+            self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+
+    def weights(self) -> list[Piece]:
+        """The pieces that this rank owns of the model's weights, in master precision."""
+        return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
+
+    def _update(self, norm: Tensor, divisor: float) -> bool:
+        """Update every weight by its gradient / `divisor`, clipped by that gradient's `norm`: on no rank where it
+        overflowed in fp16, which is the answer.
+        """
+        overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
+        if not overflow:
+            self.optimizer.step(clip_coefficient(norm, self.config.train.clip_grad_norm) / divisor, self.lr)
+            self.num_updates += 1
+        self.loss_scale.update(overflow=overflow)
+        self.num_steps += 1
+        return overflow

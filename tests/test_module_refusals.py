@@ -1,0 +1,146 @@
+"""What a module under an engine cannot bear: told by name, on every rank, and never waited for."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parallel
+from parallel.module_engine import ModuleEngine
+from tests.harness import run
+from tests.parity import Raw
+from tests.test_module_engine import Plain, batches, config_of, engine_of, loss_of, plain
+
+
+class Skipping(Plain):
+    """Leaves a layer out when told to."""
+
+    skipped: int | None = None
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, sometimes: bool = False) -> Any:
+        x = self.embed(input_ids)
+        for i, block in enumerate(self.blocks):
+            if i != self.skipped:
+                x, _ = block(hidden=x, scale=self.scale)
+        return self.head(x)
+
+
+def skip(engine: ModuleEngine, layer: int) -> None:
+    engine.module.skipped = layer  # type: ignore[assignment]
+
+
+def cast(engine: ModuleEngine) -> None:
+    engine.module.half()
+
+
+def retie(engine: ModuleEngine) -> None:
+    engine.module.head.weight = nn.Parameter(torch.zeros(31, 13))  # type: ignore[union-attr]
+
+
+def thaw(engine: ModuleEngine) -> None:
+    engine.module.blocks[0].requires_grad_(True)  # type: ignore[index, union-attr]
+
+
+def step_early(engine: ModuleEngine) -> None:
+    engine.step()
+
+
+def use_loss_backward(engine: ModuleEngine) -> None:
+    loss_of(engine, batches()[0][0], step=0).backward()
+
+
+ACTS: dict[str, tuple[Callable[[ModuleEngine], None], str]] = {
+    "skip the first": (partial(skip, layer=0), "part here: rank 0: blocks.0; rank 1: blocks.1"),
+    "skip one": (partial(skip, layer=2), "part here: rank 0: blocks.2; rank 1: blocks.3"),
+    "skip the last": (partial(skip, layer=3), "part here: rank 0: blocks.3; rank 1: a backward"),
+    "cast": (cast, "rank 1: model: scale moved"),
+    "replace": (retie, "rank 1: model: head.weight is not the parameter it was"),
+    "thaw": (thaw, "rank 1: model: blocks.0.never was frozen"),
+    "step": (step_early, "part here: rank 0: a forward; rank 1: a step"),
+}
+
+
+def told(rank: int, world_size: int, raw: Raw, act: str) -> str:
+    """What a rank hears when rank 1 alone does this after a first step."""
+    torch.manual_seed(3)
+    engine, _ = engine_of(rank, world_size, raw, Skipping())
+    ids = batches()[0][0].tensor_split(world_size)[rank]
+
+    def step() -> None:
+        engine.backward(loss_of(engine, ids, step=0))
+        engine.step()
+
+    step()
+    try:
+        if rank == 1:
+            ACTS[act][0](engine)
+        step()
+    except parallel.ModelError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name(act: str) -> None:
+    for said in run(told, 3, config_of(3), act, timeout=20):
+        assert ACTS[act][1] in said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_layer_that_one_rank_skips_adds_nothing_to_the_mean_where_parameters_are_whole(stage: int) -> None:
+    assert run(told, 2, config_of(stage), "skip one", timeout=20) == ["nothing"] * 2
+
+
+def told_alone(rank: int, world_size: int, raw: Raw, act: str) -> str:
+    torch.manual_seed(3)
+    engine, _ = engine_of(rank, world_size, raw, Skipping())
+    try:
+        ALONE_ACTS[act](engine)
+    except (parallel.ModelError, parallel.ConfigError) as error:
+        return str(error)
+    return "nothing"
+
+
+def initialize_with(optimizer: type[torch.optim.Optimizer], model: nn.Module, parameters: nn.Module) -> None:
+    parallel.initialize(model, optimizer(parameters.parameters(), lr=0.1))  # type: ignore[call-arg]
+
+
+def optimizer_of_another_kind(engine: ModuleEngine) -> None:
+    model = plain()
+    initialize_with(torch.optim.Adagrad, model, model)
+
+
+def optimizer_of_another_model(engine: ModuleEngine) -> None:
+    initialize_with(torch.optim.SGD, plain(), plain())
+
+
+def nothing_to_train(engine: ModuleEngine) -> None:
+    parallel.initialize(plain().requires_grad_(False))
+
+
+ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
+    "loss.backward": use_loss_backward,
+    "a loss of many": lambda engine: engine.backward(torch.ones(3, requires_grad=True)),
+    "a loss without gradient": lambda engine: engine.backward(torch.ones(())),
+    "another optimizer": optimizer_of_another_kind,
+    "a stranger's optimizer": optimizer_of_another_model,
+    "nothing to train": nothing_to_train,
+}
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ("loss.backward", "no engine.backward(loss) was waiting"),
+        ("a loss of many", "must be one number with a gradient, got a tensor of shape (3,)"),
+        ("a loss without gradient", "must be one number with a gradient"),
+        ("another optimizer", "Adagrad is not known"),
+        ("a stranger's optimizer", "are not the model's"),
+        ("nothing to train", "none of its parameters"),
+    ],
+)
+def test_misuse_is_refused_by_name(act: str, message: str) -> None:
+    assert message in run(told_alone, 1, config_of(3), act)[0]
