@@ -3,36 +3,20 @@
 Reading, a rank maps the files and touches only its own slices. Writing, rank 0 puts together one tensor at a time.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
-from parallel.collectives import gather_objects, receive, send
 from parallel.errors import DataError
-from parallel.layout import Box, Piece, slices
+from parallel.hf_folder import INDEX, SINGLE, write_folder
+from parallel.layout import Piece
 from parallel.mesh import Axis
-from parallel.shards import (
-    DTYPE_NAMES,
-    Archive,
-    Entry,
-    Part,
-    Stored,
-    covered_once,
-    opened,
-    read_json,
-    replacing,
-    write,
-    write_json,
-)
+from parallel.shards import DTYPE_NAMES, Archive, Entry, Part, Stored, opened, read_json, write_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
 TIED = "lm_head.weight"  # the token embedding once more: we neither read nor write it
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
@@ -157,80 +141,16 @@ def export(
 ) -> None:
     """Write a directory that OPTForCausalLM.from_pretrained reads.
 
-    `pieces` are those this rank owns: each element of each public tensor is owned by one rank of the axis. They go to
-    rank 0 in the order of the model, a tensor at a time. If it cannot write, every rank raises a CheckpointError, and
-    nothing is left.
+    `pieces` are those this rank owns. If rank 0 cannot write, every rank raises a CheckpointError.
     """
-    expected = expected_tensors(shape)
-    order = {name: place for place, name in enumerate(expected)}
-    owned = sorted(pieces, key=lambda piece: order[piece.name])
-    owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), expected)
-    with replacing(folder, axis) as temporary:
-        if axis.rank > 0:
-            for piece in owned:
-                send(piece.data.to("cpu", dtype), axis, to=0)
-        else:
-            entries = [Entry(name, size, dtype) for name, size in expected.items()]
-            tensors = _assemble(entries, owners, owned, axis)
-            try:
-                _write_weights(temporary, entries, tensors)
-                _write_configs(temporary, shape, dtype)
-                if tokenizer is not None:
-                    tokenizer.save(temporary)
-            finally:  # whatever went wrong here, the others send, and must be heard
-                for _ in tensors:
-                    pass
+    entries = [Entry(name, size, dtype) for name, size in expected_tensors(shape).items()]
 
+    def describe(temporary: Path) -> None:
+        _write_configs(temporary, shape, dtype)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
 
-Owners = dict[str, list[tuple[int, Box]]]
-"""For each tensor the rank that owns a box of it, and the box, in the order in which they are sent."""
-
-
-def _owners(boxes_of_ranks: list[list[tuple[str, Box]]], expected: dict[str, tuple[int, ...]]) -> Owners:
-    owners: Owners = {name: [] for name in expected}
-    for rank, boxes in enumerate(boxes_of_ranks):
-        for name, box in boxes:
-            owners[name].append((rank, box))
-    for name, size in expected.items():
-        assert covered_once(size, [box for _, box in owners[name]]), f"{name} is not owned once: {owners[name]}"
-    return owners
-
-
-def _assemble(entries: Sequence[Entry], owners: Owners, owned: Sequence[Piece], axis: Axis) -> Iterator[Tensor]:
-    """Each tensor, whole, on rank 0: its own pieces, and those that the others send."""
-    own = iter(owned)
-    for entry in entries:
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
-        for rank, box in owners[entry.key]:
-            here = whole[slices(box)]
-            here.copy_(next(own).data if rank == 0 else receive(here, axis, rank))
-        yield whole
-
-
-def _write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tensor]) -> None:
-    """One file, or numbered shards and their index."""
-    shards = _shards(entries)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
-    for name, shard in zip(names, shards, strict=True):
-        write(folder / name, shard, itertools.islice(tensors, len(shard)))
-    if len(shards) > 1:
-        weight_map = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        total = sum(entry.num_bytes for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """The entries in order, in runs of at most MAX_SHARD_BYTES, unless one alone is larger."""
-    shards: list[list[Entry]] = [[]]
-    room = MAX_SHARD_BYTES
-    for entry in entries:
-        if shards[-1] and entry.num_bytes > room:
-            shards.append([])
-            room = MAX_SHARD_BYTES
-        shards[-1].append(entry)
-        room -= entry.num_bytes
-    return shards
+    write_folder(folder, pieces, entries, axis=axis, describe=describe)
 
 
 def _write_configs(folder: Path, shape: OPTShape, dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ FLOORS = (
     ),
     ("parallel.tensor.*", "parallel.pipeline.*", "parallel.memory.*"),
     ("parallel.zero.*",),
-    ("parallel.shards", "parallel.checkpoint"),
+    ("parallel.shards", "parallel.checkpoint", "parallel.hf_folder"),
     ("parallel.context",),
     ("parallel.engine_base",),
     ("parallel.engine", "parallel.module_engine"),

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from models import hf
 from models.shapes import OPTShape, from_hugging_face
 from models.tokenizer import ByteTokenizer
+from parallel import hf_folder
 from parallel.errors import CheckpointError, DataError
 from parallel.layout import Layout, ParameterInfo, Piece, slices
 from parallel.mesh import Axis, Traffic
@@ -92,7 +93,7 @@ def load_and_export(rank: int, size: int, source: Path, target: Path, max_shard_
     hf.check(source, shape)
     num_bytes = hf.load(source, [piece for info in infos for piece in info.pieces()])
     owned = [piece for info in infos if info.layout.owner for piece in info.pieces()]
-    with patch.object(hf, "MAX_SHARD_BYTES", max_shard_bytes):
+    with patch.object(hf_folder, "MAX_SHARD_BYTES", max_shard_bytes):
         axes, tokenizer = world(rank, size), ByteTokenizer()
         hf.export(target, owned, shape=shape, axis=axes, dtype=torch.float32, tokenizer=tokenizer)
     return num_bytes
