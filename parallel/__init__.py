@@ -5,6 +5,7 @@ composes them.
 from parallel.context import Context, current, launch_from_torch
 from parallel.engine import Engine, StepResult
 from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.short_forms import sharded_init
 
 __all__ = [
     "CheckpointError",
@@ -15,4 +16,5 @@ __all__ = [
     "StepResult",
     "current",
     "launch_from_torch",
+    "sharded_init",
 ]

@@ -32,7 +32,7 @@ FLOORS = (
     ("parallel.zero.*",),
     ("parallel.shards", "parallel.checkpoint"),
     ("parallel.context",),
-    ("parallel.engine",),
+    ("parallel.engine", "parallel.short_forms"),
     ("parallel",),
     ("models.*",),
     ("training", "training.*"),
