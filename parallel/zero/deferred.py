@@ -122,7 +122,7 @@ class Call:
         args, kwargs = tree_map(real, self.arguments)
         with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
             if self.seed is not None:
-                torch.manual_seed(self.seed)
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the devices too
             return self.function(*args, **kwargs)
 
 
