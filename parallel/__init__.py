@@ -6,7 +6,7 @@ from parallel.context import Context, current, launch_from_torch
 from parallel.engine import Engine
 from parallel.engine_base import StepResult
 from parallel.errors import CheckpointError, ConfigError, DataError, ModelError
-from parallel.initialize import initialize
+from parallel.initialize import initialize, sharded_init
 from parallel.module_engine import ModuleEngine, UpdateResult
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "current",
     "initialize",
     "launch_from_torch",
+    "sharded_init",
 ]

@@ -143,8 +143,8 @@ class Chunk:
     def release(self) -> None:
         """Give up all of partitioned parameters but this rank's slice."""
         self.parameters.untyped_storage().resize_(0)
-        like = self.parameters  # a parameter without memory would crash whoever reads it
-        self._nothing = stand_in(torch.Size(()), like.dtype, like.device)
+        like = self.parameters
+        self._nothing = stand_in((), like.dtype, like.device)
         self._show([self._nothing.expand(info.parameter.shape) for info in self.infos])
 
     def shows(self, parameter: nn.Parameter) -> bool:
@@ -174,9 +174,13 @@ def make_chunks(
     return [Chunk(group, dtype, zero=zero, fill=fill, device=device) for group in groups.values()]
 
 
-def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """NaN in this shape, in the memory of one element."""
-    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape that holds a single element, NaN (0 in a dtype that has none).
+
+    Not one of no storage at all: elementwise kernels read it regardless, and crash.
+    """
+    empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), empty, dtype=dtype, device=device).expand(*shape)
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

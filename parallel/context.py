@@ -1,9 +1,10 @@
-"""Who and where this process is: the one place that reads the environment, and the context that the short public forms
-use.
+"""Who and where this process is: the one place that reads and sets the environment, and the context that the short
+public forms use.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,21 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
     if place.world_size > 1:
         meshes.join(backend, place.rank, place.world_size, device=device)
     return Context(config, Mesh(topology, place.rank, device=device, merged=merged), place)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """A block in which other libraries find these in the environment."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 _current: ContextVar[Context] = ContextVar("context")

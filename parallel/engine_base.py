@@ -58,6 +58,16 @@ class EngineBase:
         """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
         return self.optimizer.pieces()
 
+    def state_pieces(self, *, owned: bool = False) -> list[Piece]:
+        """The same in one list, each name with its kind before it; `owned`: only what this rank speaks for."""
+        mine = {piece.name for piece in self.weights()} if owned else None
+        return [
+            Piece(f"{kind}/{piece.name}", piece.shape, piece.box, piece.data)
+            for kind, pieces in self.state().items()
+            for piece in pieces
+            if mine is None or piece.name in mine
+        ]
+
     def counters(self) -> dict[str, float]:
         """The numbers that a step changes: what a checkpoint saves beside `state`."""
         scale = self.loss_scale

@@ -52,8 +52,8 @@ def _owners(boxes_of_ranks: list[list[tuple[str, Box]]], entries: Sequence[Entry
         for name, box in boxes:
             owners[name].append((rank, box))
     for entry in entries:
-        boxes = [box for _, box in owners[entry.key]]
-        assert covered_once(entry.shape, boxes), f"{entry.key} is not owned once: {owners[entry.key]}"
+        own = owners[entry.key]
+        assert covered_once(entry.shape, [box for _, box in own]), f"{entry.key} is not owned once: {own}"
     return owners
 
 

@@ -1,30 +1,32 @@
 """Data parallelism and ZeRO for any torch module: the user's own loop around it."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
+from parallel import checkpoint
 from parallel.chunk import make_chunks
-from parallel.collectives import all_reduce, broadcast
-from parallel.config import OptimizerConfig
+from parallel.collectives import all_reduce, gather_objects
 from parallel.context import Context
 from parallel.engine_base import EngineBase, StepResult
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
+from parallel.hf_folder import write_folder
 from parallel.labels import IGNORED
-from parallel.layout import ParameterInfo
-from parallel.mesh import Axis, on_the_host
+from parallel.layout import Piece
+from parallel.mesh import on_the_host
 from parallel.optim import TorchOptimizer
+from parallel.shards import Entry
 from parallel.transfer import HostCopy, to_device
+from parallel.zero import modules
 from parallel.zero.agreement import Agreement
 from parallel.zero.gatherer import Gatherer
 from parallel.zero.units import infos_of, layers_of
@@ -72,9 +74,11 @@ class ModuleEngine(EngineBase):
         if not any(info.parameter.requires_grad for info in infos):
             raise ModelError("model: none of its parameters requires a gradient.")
         zero = config.zero.stage
-        fill = partial(_fill, axis=data)
+        fill = partial(modules.fill, axis=data)
         chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device)
-        update = TorchOptimizer(chunks, optimizer or _adamw(infos, config.optimizer), is_users=optimizer is not None)
+        update = TorchOptimizer(
+            chunks, optimizer or modules.adamw(infos, config.optimizer), is_users=optimizer is not None
+        )
         super().__init__(module, context, chunks, update)
         self.criterion = criterion
         self._control = on_the_host(data)
@@ -88,9 +92,9 @@ class ModuleEngine(EngineBase):
         self._awaits_backward = False
         self._known = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
-        _place_buffers(module, context.device, data)
+        modules.place_buffers(module, context.device, data)
         if config.train.activation_checkpointing == "full":
-            _recompute(module, layers)
+            modules.recompute(module, layers)
         if config.train.compile:
             for layer in layers.values():
                 layer.forward = torch.compile(layer.forward)
@@ -110,7 +114,7 @@ class ModuleEngine(EngineBase):
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
         """Add this loss's gradients, averaged over replicas, to those since the last step."""
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ModelError(f"loss: it must be one number with a gradient, got {_described(loss)}.")
+            raise ModelError(f"loss: it must be one number with a gradient, got {modules.described(loss)}.")
         self._agreement.check("a backward")
         with self._gradients.backward(synchronizes=self._synchronizes):
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
@@ -196,7 +200,7 @@ class ModuleEngine(EngineBase):
         if labels is None:
             raise DataError(f"batch: it has neither 'labels' nor 'input_ids', but {', '.join(batch) or 'nothing'}.")
         size = self.config.train.micro_batch_size
-        shifts = self.criterion is None and _is_causal(self.module)
+        shifts = self.criterion is None and modules.is_causal(self.module)
         for start in range(0, len(labels), size):
             part = {name: x[start : start + size] for name, x in inputs.items()}
             own = labels[start : start + size]
@@ -207,6 +211,58 @@ class ModuleEngine(EngineBase):
         if self.criterion is None:
             return self(**inputs, labels=labels).loss  # type: ignore[no-any-return]
         return self.criterion(self(**inputs), to_device(labels, self.mesh.device))
+
+    # -- what stays
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the weights as a Hugging Face directory: safetensors under the module's own names, a shared one once,
+        and the configs it has. In fp32, or fp64 where the engine's precision is that, unless `dtype` says otherwise.
+
+        Raises CheckpointError on every rank where rank 0 cannot write.
+        """
+        wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
+        entries = [Entry(i.name, i.public_shape, wide) for chunk in self.chunks for i in chunk.infos]
+        entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in modules.buffer_pieces(self.module)]
+        entries.sort(key=lambda entry: -entry.dtype.itemsize)
+        describe = partial(modules.write_configs, self.module, wide)
+        write_folder(Path(folder), self.weights(), entries, axis=self.mesh.world, describe=describe)
+
+    def save_checkpoint(self, folder: str | Path, extra: Mapping[str, Any] | None = None, *, keep: int = 2) -> Path:
+        """Write weights, states and counters to folder/checkpoints/step_N; `extra`, ready for JSON, goes along.
+
+        Frozen parameters are not saved. Any number of ranks and any stage can go on from it. Raises CheckpointError.
+        """
+        assert isinstance(self.optimizer, TorchOptimizer)
+        target = checkpoint.step_folder(Path(folder), self.num_steps)
+        steps = {k: v for part in gather_objects(self.optimizer.steps(), self.mesh.world) for k, v in part.items()}
+        rates = [group["lr"] for group in self.optimizer.inner.param_groups]
+        metadata = dict(counters=self.counters(), steps=steps, rates=rates, extra=dict(extra or {}))
+        checkpoint.save(target, self.state_pieces(owned=True), metadata=metadata, axis=self.mesh.world, keep=keep)
+        return target
+
+    def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint, or the latest of a folder that was saved to; returns the `extra` that it has.
+
+        Raises CheckpointError for one that is missing, damaged, or of another model.
+        """
+        assert isinstance(self.optimizer, TorchOptimizer)
+        found = checkpoint.find(str(folder), Path(folder))
+        assert found is not None
+        metadata = checkpoint.read_metadata(found)
+        checkpoint.load(found, self.state_pieces())
+        self.restore(metadata["counters"])
+        self.optimizer.restore(self.num_updates, metadata["steps"])
+        for group, rate in zip(self.optimizer.inner.param_groups, metadata["rates"], strict=True):
+            group["lr"] = rate
+        extra: dict[str, Any] = metadata["extra"]
+        return extra
+
+    def weights(self) -> list[Piece]:
+        """The pieces that this rank owns of the weights, in master precision, and on the first rank the buffers."""
+        return super().weights() + (modules.buffer_pieces(self.module) if self.mesh.rank == 0 else [])
+
+    def state(self) -> dict[str, list[Piece]]:
+        return super().state() | {"buffer": modules.buffer_pieces(self.module)}
 
     # -- parts of a forward
 
@@ -244,43 +300,3 @@ class ModuleEngine(EngineBase):
             if parameter.requires_grad and not trains:
                 return f"model: {name} was frozen and requires a gradient now. {cure}"
         return ""
-
-
-def _fill(infos: Sequence[ParameterInfo], axis: Axis) -> None:
-    """Every replica starts with rank 0's values."""
-    for info in infos:
-        broadcast(info.parameter.data, axis)
-
-
-def _place_buffers(module: nn.Module, device: torch.device, axis: Axis) -> None:
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = broadcast(buffer.to(device), axis)
-
-
-def _recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Keep only the input of each layer for backward: in a model's own way, if it has one."""
-    own: Any = getattr(module, "gradient_checkpointing_enable", None)
-    if own is not None:
-        own(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        return
-    for layer in layers.values():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def _adamw(infos: Sequence[ParameterInfo], config: OptimizerConfig) -> torch.optim.AdamW:
-    """The config's, with decay on matrices only."""
-    matrices = [info.parameter for info in infos if info.is_matrix]
-    others = [info.parameter for info in infos if not info.is_matrix]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def _is_causal(module: nn.Module) -> bool:
-    """Whether the module's own loss shifts its labels: as Hugging Face's language models do."""
-    return re.search(r"ForCausalLM|LMHead", type(module).__name__) is not None
-
-
-def _described(loss: object) -> str:
-    return f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -1,6 +1,6 @@
 """Master weights and their update."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,9 @@ class TorchOptimizer:
                 f"optimizer: {type(inner).__name__} is not known to update every element by itself. Use {known}."
             )
         if inner.state:
-            raise ModelError("optimizer: it has taken steps already. Pass a new one: engine.load restores its state.")
+            raise ModelError(
+                "optimizer: it has taken steps already. Pass a new one: engine.load_checkpoint restores a state."
+            )
         parameters = {info.parameter for chunk in chunks for info in chunk.infos}
         strangers = sum(p not in parameters for group in inner.param_groups for p in group["params"])
         if strangers:
@@ -125,11 +127,19 @@ class TorchOptimizer:
                     found.setdefault(kind, []).extend(segment.pieces(value))
         return found
 
-    def restore(self, updates: int) -> None:
-        """Take the masters and states as they are now, filled through `pieces`, as those after `updates` updates."""
-        for _, leaf in self._segments:
+    def steps(self) -> dict[str, float]:
+        """How many updates each parameter that has a segment here has had: as many as it had gradients."""
+        self._start_states()
+        states = [(segment.info.name, self.inner.state[leaf]) for segment, leaf in self._segments]
+        return {name: float(state["step"]) for name, state in states if "step" in state}
+
+    def restore(self, updates: int, steps: Mapping[str, float] | None = None) -> None:
+        """Take the masters and states as they are now, filled through `pieces`, as those after `updates` updates;
+        `steps`: of the parameters that have had others.
+        """
+        for segment, leaf in self._segments:
             if "step" in self.inner.state[leaf]:
-                self.inner.state[leaf]["step"].fill_(updates)
+                self.inner.state[leaf]["step"].fill_((steps or {}).get(segment.info.name, updates))
         for chunk in self.chunks:
             chunk.publish().wait()
 

@@ -17,6 +17,11 @@ class Mutant:
 
 RULES = "tests/test_gradient_rules.py"
 STAGES = "tests/test_zero.py"
+LOADED = "tests/test_sharded_init.py::test_a_model_loaded_in_slices_is_the_one_that_from_pretrained_loads[2-3]"
+ONE_SEED = (
+    "tests/test_sharded_init.py::"
+    "test_a_model_constructed_in_slices_has_one_seeds_values_in_every_stage_on_any_ranks[2-3]"
+)
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
@@ -44,6 +49,7 @@ MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode",
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
 CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
+SLICED, DEFERRED, CONSTRUCTION = (f"parallel/zero/{name}.py" for name in ("sliced", "deferred", "construction"))
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
 
 # fmt: off
@@ -357,6 +363,46 @@ ORDER = (
            trains("pp2-gpipe")),
 )
 
+SHARDED_INIT = (
+    Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
+           SLICED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
+    Mutant("tied-stand-ins-compared", "a weight stored under both its names is read as two",
+           DEFERRED, "func is torch.ops.aten.equal.default", "False", LOADED),
+    Mutant("arrivals-stay-whole", "weights are read one by one, and all kept",
+           CONSTRUCTION,
+           "divide(parameter, self.axis)\n\n    def",
+           "pass\n\n    def",
+           "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
+    Mutant("overwritten-values-kept", "what an initialization overwrites is held until the model is complete",
+           DEFERRED,
+           "target = dataclasses.replace(place, content=None)",
+           "target = place",
+           "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
+    Mutant("each-rank-draws-its-own-model", "slices of as many models as there are seeds",
+           CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
+    Mutant("a-draw-for-each-reading", "what is computed from a drawn weight is computed from another draw",
+           DEFERRED,
+           "torch.default_generator.manual_seed(self.seed)",
+           "torch.default_generator.seed()",
+           "tests/test_sharded_init.py::test_initialization_of_a_users_own_is_kept"),
+    Mutant("missing-weight-drawn", "a damaged directory trains from noise",
+           CONSTRUCTION,
+           'if hasattr(root, "from_pretrained") and not',
+           "if False and not",
+           "tests/test_sharded_init.py::test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched"),
+)
+
 # fmt: on
 
-MUTANTS = (*DROPPED_REDUCTIONS, *GRADIENT_RULE, *ZERO, *NORM_AND_CLIP, *MEANS, *PARAMETERS, *PLACES, *MODEL, *ORDER)
+MUTANTS = (
+    *DROPPED_REDUCTIONS,
+    *GRADIENT_RULE,
+    *ZERO,
+    *SHARDED_INIT,
+    *NORM_AND_CLIP,
+    *MEANS,
+    *PARAMETERS,
+    *PLACES,
+    *MODEL,
+    *ORDER,
+)

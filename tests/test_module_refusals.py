@@ -41,7 +41,7 @@ def retie(engine: ModuleEngine) -> None:
 
 
 def thaw(engine: ModuleEngine) -> None:
-    engine.module.blocks[0].requires_grad_(True)  # type: ignore[index, union-attr]
+    engine.module.blocks[0].requires_grad_(True)
 
 
 def step_early(engine: ModuleEngine) -> None:

@@ -35,7 +35,6 @@ from tests.parity import (
     train,
 )
 from tests.test_fp16_and_recompute import plant_infinity
-from training.loop import state_pieces
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "dp2": (2, {}),
@@ -196,12 +195,12 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: str) -> list[float]:
     first = engine_of(rank, world_size, raw)
     for batch in batches[:2]:
         first.train_step(share_of(batch, first))
-    pieces = state_pieces(first, owned=True)
+    pieces = first.state_pieces(owned=True)
     target = Path(folder, f"{raw['zero']['stage']}")
     meta = dict(step=2, counters=first.counters())
     checkpoint.save(target, pieces, metadata=meta, axis=first.mesh.world, keep=9)
     second = engine_of(rank, world_size, raw | dict(zero=dict(stage=3 - raw["zero"]["stage"])))
-    checkpoint.load(target, state_pieces(second))
+    checkpoint.load(target, second.state_pieces())
     second.restore(checkpoint.read_metadata(target)["counters"])
     return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
 

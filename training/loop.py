@@ -19,7 +19,6 @@ from parallel import checkpoint
 from parallel.collectives import barrier
 from parallel.context import DTYPES, Context, make_context
 from parallel.engine import Engine
-from parallel.layout import Piece
 from parallel.shards import together
 from training.metrics import Line, Meter, MetricsFile
 from training.plot import draw_loss
@@ -74,7 +73,7 @@ def make_engine(context: Context, job: Job) -> Engine:
     if job.start is None:
         return Engine(build(context), context)
     engine = Engine(outline(context), context)
-    checkpoint.load(job.start, state_pieces(engine))
+    checkpoint.load(job.start, engine.state_pieces())
     engine.restore(checkpoint.read_metadata(job.start)["counters"])
     log.info("resumed after step %d from %s", engine.num_steps, job.start)
     return engine
@@ -116,17 +115,6 @@ def make_loader(engine: Engine, job: Job) -> Loader:
     return Loader(job.corpus, order, global_batch=batch, replica=axis.rank, num_replicas=axis.size)
 
 
-def state_pieces(engine: Engine, *, owned: bool = False) -> list[Piece]:
-    """All that a step changes, a name for each kind of it; `owned`: only what this rank speaks for."""
-    mine = {piece.name for piece in engine.weights()} if owned else None
-    return [
-        Piece(f"{kind}/{piece.name}", piece.shape, piece.box, piece.data)
-        for kind, pieces in engine.state().items()
-        for piece in pieces
-        if mine is None or piece.name in mine
-    ]
-
-
 def _train(engine: Engine, job: Job, screen: Screen) -> None:
     """Fit, with everything that a run leaves behind."""
     folder, world = job.folder, engine.mesh.world
@@ -141,7 +129,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
     def save(step: int) -> None:
         target = checkpoint.step_folder(folder.path, step)
         keep = engine.config.output.keep_checkpoints
-        pieces = state_pieces(engine, owned=True)
+        pieces = engine.state_pieces(owned=True)
         checkpoint.save(target, pieces, metadata=metadata(engine.config, engine.counters()), axis=world, keep=keep)
         log.info("saved %s", target)
         screen.say(f"saved {target}")

@@ -1,0 +1,85 @@
+"""What is done to a module when an engine takes it over, and what can be told of it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from parallel.collectives import broadcast
+from parallel.config import OptimizerConfig
+from parallel.layout import ParameterInfo, Piece
+from parallel.mesh import Axis
+from parallel.zero.sliced import is_divided, restore
+
+
+def fill(infos: Sequence[ParameterInfo], axis: Axis) -> None:
+    """Every replica starts with rank 0's values: those that `sharded_init` divided are everybody's already."""
+    for info in infos:
+        if is_divided(info.parameter):
+            restore(info.parameter, info.parameter.data)
+        else:
+            broadcast(info.parameter.data, axis)
+
+
+def place_buffers(module: nn.Module, device: torch.device, axis: Axis) -> None:
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = broadcast(buffer.to(device), axis)
+
+
+def recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Keep only the input of each layer for backward: in a model's own way, if it has one."""
+    own: Any = getattr(module, "gradient_checkpointing_enable", None)
+    if own is not None:
+        own(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        return
+    for layer in layers.values():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def adamw(infos: Sequence[ParameterInfo], config: OptimizerConfig) -> torch.optim.AdamW:
+    """The config's, with decay on matrices only."""
+    matrices = [info.parameter for info in infos if info.is_matrix]
+    others = [info.parameter for info in infos if not info.is_matrix]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether the module's own loss shifts its labels: as Hugging Face's language models do."""
+    return re.search(r"ForCausalLM|LMHead", type(module).__name__) is not None
+
+
+def described(loss: object) -> str:
+    return f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+
+
+def buffer_pieces(module: nn.Module) -> list[Piece]:
+    """The buffers that belong to a module's state, whole, each under its first name."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    found: dict[int, Piece] = {}
+    for name, x in module.state_dict(keep_vars=True).items():
+        if name not in parameters and isinstance(x, Tensor):
+            box = tuple((0, size) for size in x.shape)
+            found.setdefault(id(x), Piece(name, tuple(x.shape), box, x.detach()))
+    return list(found.values())
+
+
+def write_configs(module: nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """The configs that `from_pretrained` reads, if the module has them."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return
+    saved = copy(config)
+    saved.dtype, saved.architectures = dtype, [type(module).__name__]
+    saved.save_pretrained(folder)
+    generation: Any = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)

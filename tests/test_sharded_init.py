@@ -1,0 +1,362 @@
+"""sharded_init: models that no rank ever holds whole, loaded or constructed, with the values they would have anyway."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import parallel
+from parallel.chunk import stand_in
+from parallel.mesh import ALONE
+from parallel.zero.construction import construction
+from parallel.zero.sliced import is_divided, restore
+from tests.accounts import Held
+from tests.harness import run
+from tests.parity import SHAPE
+
+Values = dict[str, Tensor]
+
+OPT: dict[str, Any] = SHAPE
+LLAMA: dict[str, Any] = dict(
+    vocab_size=37, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0
+)
+GPT2: dict[str, Any] = dict(
+    n_embd=24, n_layer=2, n_head=4, vocab_size=37, n_positions=16, bos_token_id=0, eos_token_id=0
+)
+DEEP: dict[str, Any] = SHAPE | dict(num_hidden_layers=6)
+
+
+class Plain(nn.Module):
+    """Parameters of every kind, initialized in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5, padding_idx=2), nn.Linear(5, 7)
+        self.head.weight = self.embed.weight  # tied
+        self.frozen = nn.Linear(5, 3).requires_grad_(False)
+        self.low = nn.Linear(3, 3).to(torch.bfloat16)
+        self.by_hand = nn.Parameter(torch.randn(13))  # prime
+        self.counted = nn.Parameter(torch.arange(4), requires_grad=False)
+        self.single, self.nothing = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.empty(0))
+        self.list = nn.ParameterList(nn.Parameter(torch.full((2,), float(i))) for i in range(2))
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6), 2, enable_nested_tensor=False)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))
+        self.lstm = nn.LSTM(2, 3)
+        self.apply(self.initialize)
+
+    def initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and module.out_features == 7:
+            nn.init.uniform_(module.weight, 2, 3)
+            nn.init.trunc_normal_(module.bias, std=1.0, a=-0.1, b=0.2)
+        elif isinstance(module, nn.Linear) and module is self.frozen:
+            nn.init.orthogonal_(module.weight)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "plain": Plain,
+}
+
+
+def launch(rank: int, world_size: int, stage: int) -> None:
+    """As torchrun would have it, in ranks that have met already."""
+    config = dict(zero=dict(stage=stage), train=dict(global_batch_size=12, micro_batch_size=1, device="cpu"))
+    with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"):
+        parallel.launch_from_torch(config)
+
+
+def values_of(model: nn.Module, *, divided: bool) -> Values:
+    """Every parameter's values, gathered where it is divided, as all of them have to be or none."""
+    values = {}
+    for name, parameter in model.named_parameters():
+        assert is_divided(parameter) == divided, name
+        assert parameter.device.type == "cpu", name
+        if divided:
+            values[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
+            restore(parameter, values[name])
+            assert not is_divided(parameter)
+        else:
+            values[name] = parameter.detach().clone()
+    return values
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Saved models in several files each; `twice` has the tied weight under both its names."""
+    found = {name: tmp_path_factory.mktemp(name) for name in ("opt", "llama", "deep", "twice", "missing")}
+    torch.manual_seed(1)
+    kinds: dict[str, dict[str, Any]] = dict(opt=SHAPE, deep=DEEP, twice=SHAPE, missing=SHAPE)
+    models = {name: OPTForCausalLM(OPTConfig(**shape)) for name, shape in kinds.items()}
+    for name, model in (models | dict(llama=LlamaForCausalLM(LlamaConfig(**LLAMA)))).items():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        model.save_pretrained(found[name], max_shard_size="12KB")
+        assert len(list(found[name].glob("*.safetensors"))) > 2
+    embedding, head = "model.decoder.embed_tokens.weight", "lm_head.weight"
+    edit(found["twice"], embedding, lambda tensors: tensors | {head: tensors[embedding].clone()})
+    edit(found["missing"], LOST, lambda tensors: {name: x for name, x in tensors.items() if name != LOST})
+    return found
+
+
+LOST = "model.decoder.layers.1.fc1.bias"
+
+
+def edit(folder: Path, name: str, change: Callable[[Values], Values]) -> None:
+    """Change the file that holds a tensor, and the index with it."""
+    listing = folder / "model.safetensors.index.json"
+    index = json.loads(listing.read_text())
+    file = index["weight_map"].pop(name)
+    tensors = change(load_file(folder / file))
+    save_file(tensors, folder / file, metadata=dict(format="pt"))
+    index["weight_map"] |= dict.fromkeys(tensors, file)
+    listing.write_text(json.dumps(index))
+
+
+@dataclass
+class Loaded:
+    values: Values
+    tied: bool
+    trainable: bool
+    cast: Values  # read as bf16, made fp16 before it is gathered
+
+
+def load(rank: int, world_size: int, folders: dict[str, Path], stage: int) -> dict[str, Loaded]:
+    launch(rank, world_size, stage)
+    divided = stage == 3 and world_size > 1
+    found = {}
+    for name, kind in (("opt", OPTForCausalLM), ("llama", LlamaForCausalLM), ("twice", OPTForCausalLM)):
+        with parallel.sharded_init():
+            model = kind.from_pretrained(folders[name])
+            cast = kind.from_pretrained(folders[name], dtype=torch.bfloat16)
+        tied = model.get_input_embeddings().weight is model.lm_head.weight
+        trainable = all(parameter.requires_grad for parameter in model.parameters())
+        cast_values = values_of(nn.Module.half(cast), divided=divided)
+        found[name] = Loaded(values_of(model, divided=divided), tied, trainable, cast_values)
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 3)])
+def test_a_model_loaded_in_slices_is_the_one_that_from_pretrained_loads(
+    folders: dict[str, Path], world_size: int, stage: int
+) -> None:
+    for found in run(load, world_size, folders, stage):
+        for name, kind in (("opt", OPTForCausalLM), ("llama", LlamaForCausalLM), ("twice", OPTForCausalLM)):
+            want, got = dict(kind.from_pretrained(folders[name]).named_parameters()), found[name]
+            assert got.values.keys() == want.keys()
+            assert got.tied == (name != "llama")
+            assert got.trainable
+            for key, parameter in want.items():
+                assert torch.equal(got.values[key], parameter), (name, key)
+                assert torch.equal(got.cast[key], parameter.bfloat16().half()), (name, key)
+
+
+@dataclass
+class Built:
+    values: Values
+    tied: list[tuple[str, ...]]
+    frozen: list[str]
+    drawn_next: Tensor
+
+
+def build(rank: int, world_size: int, stage: int, seeds: list[int]) -> dict[str, Built]:
+    launch(rank, world_size, stage)
+    found = {}
+    for name, construct in MODELS.items():
+        torch.manual_seed(seeds[rank])
+        with parallel.sharded_init():
+            model = construct()
+        drawn = torch.rand(2)
+        names: dict[int, list[str]] = {}
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(key)
+        tied = [tuple(group) for group in names.values() if len(group) > 1]
+        frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+        found[name] = Built(values_of(model, divided=stage == 3 and world_size > 1), tied, frozen, drawn)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Built]:
+    return run(build, 1, 0, [5])[0]
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 3), (2, 0), (2, 3), (3, 3)])
+def test_a_model_constructed_in_slices_has_one_seeds_values_in_every_stage_on_any_ranks(
+    alone: dict[str, Built], world_size: int, stage: int
+) -> None:
+    """The first rank's seed: the others are given another."""
+    for found in run(build, world_size, stage, [5, 6, 7][:world_size]):
+        for name, want in alone.items():
+            got = found[name]
+            assert (got.values.keys(), got.tied, got.frozen) == (want.values.keys(), want.tied, want.frozen)
+            for key, value in want.values.items():
+                assert torch.equal(got.values[key], value), (name, key)
+            assert torch.equal(got.drawn_next, want.drawn_next)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_what_is_drawn_follows_hugging_faces_rules(alone: dict[str, Built], name: str) -> None:
+    """Constants are equal. A deviation estimated from N elements is off by 1/√(2N) of itself: six times that for each
+    of the two models.
+    """
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    assert alone[name].tied == ([] if name == "llama" else [tied_names(model)])
+    for key, parameter in model.named_parameters():
+        got = alone[name].values[key]
+        if parameter.min() == parameter.max():
+            assert torch.equal(got, parameter), key
+        else:
+            assert abs(got.std() / parameter.std() - 1) < 2 * 6 / math.sqrt(2 * parameter.numel()), key
+            assert abs(got.mean()) < 6 * parameter.std() / math.sqrt(parameter.numel()), key
+            assert got.unique().numel() > 0.9 * got.numel(), key
+    if name == "opt":
+        assert not alone[name].values["model.decoder.embed_tokens.weight"][1].any()
+
+
+def tied_names(model: nn.Module) -> tuple[str, ...]:
+    head = model.get_parameter("lm_head.weight")
+    shared = [name for name, x in model.named_parameters(remove_duplicate=False) if x is head]
+    return tuple(shared)
+
+
+def test_initialization_of_a_users_own_is_kept(alone: dict[str, Built]) -> None:
+    built = alone["plain"]
+    values, (copied, original) = built.values, ("encoder.layers.1", "encoder.layers.0")
+    assert built.tied == [("embed.weight", "head.weight")]
+    assert built.frozen == ["counted", "frozen.weight", "frozen.bias"]
+    assert values["embed.weight"].min() >= 2  # drawn again by the model, padding row included
+    assert values["head.bias"].abs().max() <= 0.2
+    assert values["low.weight"].dtype == torch.bfloat16
+    rows = values["frozen.weight"]
+    assert torch.allclose(rows @ rows.T, torch.eye(3), atol=1e-6)  # a few roundings of fp32
+    assert values["counted"].tolist() == [0, 1, 2, 3]
+    assert values["list.1"].tolist() == [1, 1]
+    for key, value in values.items():
+        if key.startswith(original):
+            assert torch.equal(value, values[key.replace(original, copied)]), key
+    direction = values["normed.parametrizations.weight.original1"]
+    assert torch.equal(values["normed.parametrizations.weight.original0"], direction.norm(dim=1, keepdim=True))
+
+
+class Seen(Held):
+    """Held, which knows of what is registered too: a file's reader makes tensors beside torch's dispatch."""
+
+    def _note(self, tree: Any, *, is_new: bool) -> None:
+        leaves = tree_leaves(tree)
+        strided = [x for x in leaves if isinstance(x, Tensor) and x.untyped_storage().device.type != "meta"]
+        super()._note(strided, is_new=True)
+
+    def see(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        self._note(parameter, is_new=True)
+        self.peak = max(self.peak, self.now)
+
+
+@contextmanager
+def seen() -> Iterator[Seen]:
+    with Seen() as held:
+        hook = torch_module.register_module_parameter_registration_hook(held.see)
+        try:
+            yield held
+        finally:
+            hook.remove()
+
+
+def peaks(rank: int, world_size: int, folder: Path) -> dict[str, int]:
+    launch(rank, world_size, 3)
+    found = {}
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "loaded": lambda: OPTForCausalLM.from_pretrained(folder),
+        "constructed": lambda: OPTForCausalLM(OPTConfig(**DEEP)),
+    }
+    for name, make in makes.items():
+        with seen() as held, parallel.sharded_init():
+            model = make()
+        found[name] = held.peak
+        del model
+    return found
+
+
+def test_a_rank_holds_its_slices_and_one_parameter_at_most(folders: dict[str, Path]) -> None:
+    """Beside them a few numbers for each parameter: its stand-in, padding, a scalar; and the state of torch's
+    generator, from each of two ranks, pickled and not.
+    """
+    sizes = [parameter.nbytes for parameter in OPTForCausalLM(OPTConfig(**DEEP)).parameters()]
+    for found in run(peaks, 2, folders["deep"]):
+        for name, peak in found.items():
+            bound = sum(sizes) // 2 + max(sizes) + 16 * len(sizes) + 4 * torch.get_rng_state().nbytes
+            assert sum(sizes) // 2 < peak < bound < 0.8 * sum(sizes), (name, peak, bound)
+
+
+def refuse(rank: int, world_size: int, folder: Path, stage: int) -> tuple[str, bool]:
+    """What is said of a missing tensor, and whether torch and the environment are afterwards what they were."""
+    launch(rank, world_size, stage)
+    message = ""
+    try:
+        with parallel.sharded_init():
+            OPTForCausalLM.from_pretrained(folder)
+    except parallel.DataError as error:
+        message = str(error)
+    hooks = (
+        torch_module._global_parameter_registration_hooks,
+        torch_module._global_module_registration_hooks,
+        torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+        torch.overrides._get_current_function_mode_stack(),
+    )
+    return message, not any(map(len, hooks)) and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+
+
+def test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched(folders: dict[str, Path]) -> None:
+    for message, clean in run(refuse, 2, folders["missing"], 3):
+        assert LOST in message
+        assert str(folders["missing"]) in message
+        assert clean
+    # Where nothing is divided, Hugging Face's own way: it draws the tensor, and says so.
+    assert run(refuse, 1, folders["missing"], 3) == [("", True)]
+
+
+def test_blocks_nest_and_leave_the_meta_device_to_those_who_ask_for_it() -> None:
+    with construction(ALONE, ALONE):
+        with construction(ALONE, ALONE):
+            inner = nn.Linear(3, 2)
+        with torch.device("meta"):
+            meant = nn.Linear(3, 2)
+        assert inner.weight.untyped_storage().device.type == "meta"
+    assert inner.weight.isfinite().all()
+    assert inner.weight.std() > 0
+    assert meant.weight.device.type == "meta"
+
+
+def test_a_state_dict_copied_in_a_block_is_kept() -> None:
+    want = nn.Linear(3, 2)
+    with construction(ALONE, ALONE):
+        copied, assigned = nn.Linear(3, 2), nn.Linear(3, 2)
+        copied.load_state_dict(want.state_dict())
+        assigned.load_state_dict(want.state_dict(), assign=True)
+    for got in (copied, assigned):
+        assert torch.equal(got.weight, want.weight)
+        assert torch.equal(got.bias, want.bias)
+        assert got.weight.data_ptr() != want.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_stand_in_has_a_shape_and_holds_one_element(dtype: torch.dtype) -> None:
+    x = stand_in((5, 7), dtype, torch.device("cpu"))
+    assert (x.shape, x.numel(), x.untyped_storage().nbytes()) == ((5, 7), 35, dtype.itemsize)
+    assert x.isnan().all() or not dtype.is_floating_point
+    assert (x + x).shape == x.shape
