@@ -180,7 +180,7 @@ def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     Not one of no storage at all: elementwise kernels read it regardless, and crash.
     """
     empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
-    return torch.full((), empty, dtype=dtype, device=device).expand(*shape)
+    return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -41,7 +41,7 @@ def retie(engine: ModuleEngine) -> None:
 
 
 def thaw(engine: ModuleEngine) -> None:
-    engine.module.blocks[0].requires_grad_(True)
+    engine.module.get_submodule("blocks.0").requires_grad_(True)
 
 
 def step_early(engine: ModuleEngine) -> None:
