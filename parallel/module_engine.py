@@ -50,10 +50,10 @@ class ModuleEngine(EngineBase):
         loss = engine(**batch).loss; engine.backward(loss); engine.step(); engine.zero_grad()
 
     Gradients are the mean over replicas, and over nothing else: two backwards before a step add up. Parameters and
-    floating-point inputs have the config's precision, masters fp32 at least; buffers stay as they are. Gradients never
-    stay in `.grad`: `step` clips them as the config says and reports their norm. In ZeRO stage 3 a parameter is NaN
-    outside the forward and backward of its layer (see `zero.units.layers_of`) or, where it belongs to no layer, of the
-    module.
+    floating-point inputs have the config's precision, and so have buffers of the module's state; masters are fp32 at
+    least. Gradients never stay in `.grad`: `step` clips them as the config says and reports their norm. In ZeRO stage 3
+    a parameter is NaN outside the forward and backward of its layer (see `zero.units.layers_of`) or, where it belongs
+    to no layer, of the module.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ModuleEngine(EngineBase):
         self._awaits_backward = False
         self._known = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
-        modules.place_buffers(module, context.device, data)
+        modules.place_buffers(module, context.device, context.dtype, data)
         if config.train.activation_checkpointing == "full":
             modules.recompute(module, layers)
         if config.train.compile:

@@ -27,11 +27,15 @@ def fill(infos: Sequence[ParameterInfo], axis: Axis) -> None:
             broadcast(info.parameter.data, axis)
 
 
-def place_buffers(module: nn.Module, device: torch.device, axis: Axis) -> None:
+def place_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype, axis: Axis) -> None:
+    """Buffers to the device, with rank 0's values. Those of the module's state go with its parameters' precision, as in
+    `module.to(dtype)`; others (the frequencies of rotary embeddings) are what they are computed with.
+    """
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = broadcast(buffer.to(device), axis)
+                goes_along = buffer.is_floating_point() and name not in part._non_persistent_buffers_set
+                part._buffers[name] = broadcast(buffer.to(device, dtype if goes_along else None).contiguous(), axis)
 
 
 def recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -1,0 +1,245 @@
+"""What an engine of any module leaves behind, how it is fed, and its options: all equal to plain torch."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from transformers import LlamaForCausalLM, OPTForCausalLM
+
+import parallel
+from parallel.collectives import all_reduce
+from parallel.config import parse
+from parallel.context import Place, make_context, use
+from parallel.module_engine import ModuleEngine
+from tests.harness import run
+from tests.parity import Raw
+from tests.test_module_engine import MODELS, Plain, batches, config_of, engine_of, loss_of, plain
+
+
+class Normed(Plain):
+    """With statistics that training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(13)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, sometimes: bool = False) -> Any:
+        x = self.embed(input_ids)
+        x = self.batch_norm(x.flatten(0, 1)).view_as(x)
+        for block in self.blocks:
+            x, _ = block(hidden=x, scale=self.scale)
+        return self.head(x * self.sometimes if sometimes else x)
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(3)
+    return Normed()
+
+
+def train(engine: ModuleEngine, first: int, last: int) -> None:
+    for step in range(first, last):
+        ids = batches()[step % 3][0].tensor_split(engine.data.size)[engine.data.rank]
+        engine.backward(loss_of(engine, ids, step=step))
+        engine.step()
+
+
+def sums(engine: ModuleEngine) -> dict[str, float]:
+    """Of every element that this rank owns, by the kind and name of its tensor."""
+    found: dict[str, float] = {}
+    for piece in engine.state_pieces(owned=True):
+        found[piece.name] = found.get(piece.name, 0.0) + piece.data.double().sum().item()
+    return found
+
+
+def save_in_the_middle(rank: int, world_size: int, raw: Raw, folder: Path) -> dict[str, float]:
+    engine, _ = engine_of(rank, world_size, raw, normed())
+    train(engine, 0, 2)
+    engine.save_checkpoint(folder, dict(note="half way"))
+    train(engine, 2, 4)
+    return sums(engine)
+
+
+def go_on(rank: int, world_size: int, raw: Raw, folder: Path) -> dict[str, float]:
+    engine, _ = engine_of(rank, world_size, raw, normed().apply(_zero))
+    assert engine.load_checkpoint(folder) == dict(note="half way")
+    assert engine.num_steps == 2
+    train(engine, 2, 4)
+    return sums(engine)
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        if parameter.requires_grad:  # what is frozen is not in a checkpoint
+            parameter.data.zero_()
+
+
+def added(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in {n for part in parts for n in part}}
+
+
+def test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Two of its weights had no gradient so far, one of them has one afterwards: its Adam is at another step."""
+    want = added(run(save_in_the_middle, 2, config_of(3), tmp_path))
+    assert any(name.startswith("buffer/batch_norm.running_mean") for name in want)
+    for stage in (1, 2, 3):
+        got = added(run(go_on, 2, config_of(stage), tmp_path))
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert math.isclose(got[name], value, rel_tol=1e-11, abs_tol=1e-11), name
+
+
+def export(rank: int, world_size: int, raw: Raw, model: str, folder: Path) -> None:
+    engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
+    engine.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("opt", OPTForCausalLM), ("llama", LlamaForCausalLM)])
+def test_from_pretrained_reads_what_an_engine_saves(model: str, kind: Any, tmp_path: Path) -> None:
+    run(export, 3, config_of(3, precision="bf16"), model, tmp_path / "out")
+    got, want = kind.from_pretrained(tmp_path / "out"), MODELS[model]()
+    assert got.dtype == torch.float32
+    theirs = dict(got.named_parameters())
+    for name, parameter in want.named_parameters():
+        assert torch.equal(theirs[name], parameter), name
+    assert got.lm_head.weight is got.get_input_embeddings().weight or model == "llama"
+
+
+def test_a_plain_modules_export_has_each_tensor_once_and_its_buffers(tmp_path: Path) -> None:
+    run(export, 2, config_of(3, precision="fp32"), "plain", tmp_path / "out")
+    found, want = load_file(tmp_path / "out" / "model.safetensors"), plain()
+    assert found.keys() == {n for n, _ in want.named_parameters()} | {"shift"}
+    for name, x in want.state_dict().items():
+        if name in found:
+            assert torch.equal(found[name], x), name
+
+
+def losses_of(rank: int, world_size: int, raw: Raw, model: str) -> tuple[list[float], float]:
+    """Of some train_steps on padded samples, and of an evaluation."""
+    module = MODELS[model]()
+    engine, _ = engine_of(rank, world_size, raw, module, criterion=criterion if model == "plain" else None)
+    found = []
+    for parts in batches():
+        batch = dict(input_ids=parts[0], labels=padded(parts[0]))
+        result = engine.train_step({name: x.tensor_split(world_size)[rank] for name, x in batch.items()})
+        found += [result.loss, result.grad_norm or 0.0, result.lr, float(result.tokens)]
+    batch = dict(input_ids=parts[1], labels=padded(parts[1]))
+    return found, engine.evaluate([{n: x.tensor_split(world_size)[rank] for n, x in batch.items()}])
+
+
+def criterion(output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), labels.flatten())
+
+
+def padded(ids: Tensor) -> Tensor:
+    """Labels of which every sample counts another number; the last sample none."""
+    rows, columns = torch.meshgrid(torch.arange(len(ids)), torch.arange(ids.shape[1]), indexing="ij")
+    return torch.where((columns <= rows % ids.shape[1]) & (rows < len(ids) - 1), ids, -100)
+
+
+@pytest.mark.parametrize("model", ["plain", "opt", "gpt2"])
+def test_train_step_takes_the_mean_over_all_labels_however_they_are_spread(model: str) -> None:
+    """Hugging Face's own loss is rounded to fp32."""
+    bound = 1e-12 if model == "plain" else 1e-6
+    want, whole = run(losses_of, 1, config_of(0, micro_batch_size=12), model)[0]
+    for ranks, stage in ((1, 0), (3, 2), (2, 3)):
+        for got, mean in run(losses_of, ranks, config_of(stage), model):
+            assert got == pytest.approx(want, rel=bound)
+            assert mean == pytest.approx(whole, rel=bound)
+
+
+def weights_after(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, Tensor]:
+    engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
+    train(engine, 0, 3)
+    return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
+
+
+@pytest.mark.parametrize("model", ["plain", "opt", "llama"])
+def test_recomputing_activations_changes_nothing(model: str) -> None:
+    want = run(weights_after, 2, config_of(3), model)
+    got = run(weights_after, 2, config_of(3, activation_checkpointing="full"), model)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_stage_gives_the_same_weights_in_every_precision(precision: str) -> None:
+    """Bit for bit: there is one microbatch, so the order of sums is the same."""
+    want = collected(run(weights_after, 2, config_of(0, precision=precision), "opt"))
+    for stage in (1, 2, 3):
+        got = collected(run(weights_after, 2, config_of(stage, precision=precision), "opt"))
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def collected(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The elements of every tensor, in order."""
+    rows: dict[str, list[tuple[str, Tensor]]] = {}
+    for part in parts:
+        for key, data in part.items():
+            name, box = key.split("((") if "((" in key else (key, "")
+            rows.setdefault(name, []).append((box, data.flatten()))
+    return {name: torch.cat([x for _, x in found]).sort().values for name, found in rows.items()}
+
+
+def from_a_folder(rank: int, world_size: int, raw: Raw, folder: Path) -> float:
+    use(make_context(parse(raw, world_size=world_size), Place(rank, world_size, rank, world_size)))
+    with parallel.sharded_init():
+        model = OPTForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    engine, *_ = parallel.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3))
+    train(engine, 0, 3)
+    with torch.no_grad():
+        loss = loss_of(engine, batches()[2][1].tensor_split(world_size)[rank], step=0)
+    return all_reduce(loss, engine.data).item() / world_size
+
+
+def test_a_model_loaded_in_slices_trains_like_one_loaded_whole(tmp_path: Path) -> None:
+    MODELS["opt"]().save_pretrained(tmp_path)  # type: ignore[operator]
+    want = run(from_a_folder, 1, config_of(0, micro_batch_size=12), tmp_path)[0]
+    for ranks, stage in ((2, 3), (3, 3), (2, 1)):
+        assert run(from_a_folder, ranks, config_of(stage), tmp_path) == pytest.approx([want] * ranks, rel=1e-9)
+
+
+def loaded(rank: int, world_size: int, batch_size: int) -> list[list[int]]:
+    """Of two epochs, every batch this replica is given."""
+    use(make_context(parse({}, world_size=world_size), Place(rank, world_size, rank, world_size)))
+    torch.manual_seed(rank)
+    data = TensorDataset(torch.arange(22))
+    loader = DataLoader(data, batch_size=batch_size, shuffle=True)
+    divided = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, world_size, rank))
+    _, train_loader, eval_loader, scheduler = parallel.initialize(
+        nn.Linear(2, 2), train_dataloader=loader, eval_dataloader=divided
+    )
+    assert eval_loader is divided
+    scheduler.step()
+    return [batch.tolist() for _ in range(2) for (batch,) in train_loader]
+
+
+def test_a_dataloader_gives_every_replica_its_part_of_the_same_batches() -> None:
+    alone = run(loaded, 1, 8)[0]
+    assert [len(batch) for batch in alone] == [8, 8, 6] * 2
+    assert sorted(itertools.chain(*alone[:3])) == list(range(22))
+    assert alone[:3] != alone[3:]
+    parts = run(loaded, 4, 8)
+    for i, batch in enumerate(alone):
+        together = [index for part in parts for index in part[i]]
+        assert together == batch[: len(batch) // 4 * 4]
+
+
+def refused(rank: int, world_size: int) -> str:
+    try:
+        loaded(rank, world_size, 5)
+    except parallel.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_those_that_would() -> None:
+    assert "a batch of 5 does not divide over 2 replicas. Try 4 or 6." in run(refused, 2)[0]
