@@ -26,6 +26,7 @@ def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
         assert agree(results["ours"], result), (name, result.losses, results["ours"].losses)
 
 
+@pytest.mark.slow
 def test_the_contenders_of_zero_train_the_same_model(tmp_path: Path) -> None:
     """From weights so large that each update shows far above what losses may differ by."""
     small = dict(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
