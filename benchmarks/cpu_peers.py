@@ -1,6 +1,6 @@
 """Tokens a second on this CPU: ours beside torch and Hugging Face in the same layout, in the same processes.
 
-    python -m benchmarks.cpu_peers [--only single dp tp pp grid cube] [--processes 1 2 4 8] [--steps 3]
+    python -m benchmarks.cpu_peers [--only single dp zero tp pp grid cube] [--processes 1 2 4 8] [--steps 3]
 
 Contenders take turns step by step, so that whatever else runs on the machine slows all of them alike. A ratio is the
 median over steps of (this one's seconds / the first one's) in the same turn: above 1, the first is faster.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks import peers
+from benchmarks import deepspeed_peer, peers
 from benchmarks.megatron_peer import IS_INSTALLED, megatron
 from benchmarks.workload import GLOBAL_BATCH, SEQUENCE, SHAPE, Step, ours, save_model, tokens_of
 from tests.harness import run
@@ -29,7 +29,7 @@ AGREEMENT = 1e-4  # relative, of the losses
 COLUMNS = "{:>5} {:<5} {:<16} {:>9} {:>9} {:>9} {:>9}  {}"
 
 Layout = dict[str, Any]
-"""A config's parallel section."""
+"""Sections of a config."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def contests() -> list[Contest]:
         stages = dict(size=size, layers=(blocks // size,) * size)  # torch's stages are split so
         found += [
             Contest("dp", size, {"data": {}}, (peers.ddp, peers.fsdp2, peers.fsdp2_kept)),
+            *zero_contests(size),
             Contest("tp", size, {"1d": tensor("1d", size)}, tensor_peers),
-            Contest("pp", size, {"1f1b": dict(pipeline=stages)}, (peers.pipeline, peers.interleaved)),
+            Contest("pp", size, {"1f1b": dict(parallel=dict(pipeline=stages))}, (peers.pipeline, peers.interleaved)),
         ]
     planes = {"2d": tensor("2d", 4), "2.5d (1×2×2)": tensor("2.5d", 4)}
     cubes = {"3d": tensor("3d", 8), "2.5d (2×2×2)": tensor("2.5d", 8, depth=2)}
@@ -72,8 +73,22 @@ def contests() -> list[Contest]:
     return found
 
 
+def zero_contests(size: int) -> list[Contest]:
+    """A contest for each stage, with who divides as much; FSDP2 cannot leave gradients whole, as stage 1 does."""
+    beside = {
+        1: (peers.fsdp2_kept, deepspeed_peer.deepspeed1),
+        2: (peers.fsdp2_kept, deepspeed_peer.deepspeed2),
+        3: (peers.fsdp2, deepspeed_peer.deepspeed3),
+    }
+    count = 2 if deepspeed_peer.IS_INSTALLED else 1
+    return [
+        Contest("zero", size, {f"zero {stage}": dict(zero=dict(stage=stage))}, found[:count])
+        for stage, found in beside.items()
+    ]
+
+
 def tensor(mode: str, size: int, **more: int) -> Layout:
-    return dict(tensor=dict(mode=mode, size=size, **more))
+    return dict(parallel=dict(tensor=dict(mode=mode, size=size, **more)))
 
 
 def measure(rank: int, world_size: int, contest: Contest, folder: Path, steps: int) -> list[Result]:

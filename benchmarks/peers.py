@@ -28,7 +28,7 @@ def one_process(folder: Path, rank: int, world_size: int) -> Step:
     optimizer = adamw(model.parameters())
 
     def step(ids: Tensor) -> float:
-        loss = _loss(model(ids).logits, ids)
+        loss = loss_of(model(ids).logits, ids)
         loss.backward()
         clip_grad_norm_(model.parameters(), CLIP)
         update(optimizer)
@@ -65,7 +65,7 @@ def _data_parallel(model: nn.Module, rank: int, world_size: int) -> Step:
 
     def step(ids: Tensor) -> float:
         ids = ids.chunk(world_size)[rank]
-        loss = _loss(model(ids).logits, ids)
+        loss = loss_of(model(ids).logits, ids)
         loss.backward()
         clip_grad_norm_(model.parameters(), CLIP)
         update(optimizer)
@@ -91,7 +91,7 @@ def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
     optimizer = adamw(split, whole)
 
     def step(ids: Tensor) -> float:
-        loss = _loss(model(ids).logits, ids)
+        loss = loss_of(model(ids).logits, ids)
         loss.backward()
         of_split, of_whole = (get_total_norm([p.grad for p in part if p.grad is not None]) for part in (split, whole))
         assert isinstance(of_split, DTensor)
@@ -132,7 +132,7 @@ def pipeline(folder: Path, rank: int, world_size: int) -> Step:
     """1F1B."""
     model = load(folder)
     stage = PipelineStage(_Stage(model, rank, world_size), rank, world_size, torch.device("cpu"))
-    return _pipeline(Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=_loss), model, [stage], rank, world_size)
+    return _pipeline(Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=loss_of), model, [stage], rank, world_size)
 
 
 def interleaved(folder: Path, rank: int, world_size: int) -> Step:
@@ -140,7 +140,7 @@ def interleaved(folder: Path, rank: int, world_size: int) -> Step:
     model, count = load(folder), 2 * world_size
     indices = (rank, rank + world_size)
     stages = [PipelineStage(_Stage(model, index, count), index, count, torch.device("cpu")) for index in indices]
-    schedule = ScheduleInterleaved1F1B(list(stages), PP_MICROBATCHES, loss_fn=_loss)
+    schedule = ScheduleInterleaved1F1B(list(stages), PP_MICROBATCHES, loss_fn=loss_of)
     return _pipeline(schedule, model, stages, rank, world_size)
 
 
@@ -177,7 +177,7 @@ def load(folder: Path) -> Any:
     return OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
 
 
-def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 

@@ -25,14 +25,17 @@ SEQUENCE, GLOBAL_BATCH, PP_MICROBATCHES = 256, 8, 8
 LR, EPS, BETAS, WEIGHT_DECAY, CLIP = 6e-4, 1e-6, (0.9, 0.95), 0.1, 1.0
 
 
-def save_model(folder: Path) -> None:
-    """Random weights as a Hugging Face directory, dropout 0: ours and the peers start from it."""
+def save_model(folder: Path, **changes: float) -> None:
+    """Random weights as a Hugging Face directory, dropout 0: ours and the peers start from it.
+
+    `changes` are to `SHAPE`; vocabulary and positions must stay.
+    """
     from transformers import OPTConfig, OPTForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.manual_seed(0)
-    OPTForCausalLM(OPTConfig.from_dict(SHAPE | dict(dropout=0.0))).save_pretrained(folder)
+    OPTForCausalLM(OPTConfig.from_dict(SHAPE | dict(dropout=0.0) | changes)).save_pretrained(folder)
 
 
 def tokens_of(step: int) -> Tensor:
@@ -41,17 +44,17 @@ def tokens_of(step: int) -> Tensor:
     return torch.randint(4, SHAPE["vocab_size"], (GLOBAL_BATCH, SEQUENCE), generator=generator)
 
 
-def ours(folder: Path, rank: int, world_size: int, layout: dict[str, Any]) -> Step:
-    """`layout` is a config's parallel section; only a pipeline splits a replica's batch into microbatches."""
+def ours(folder: Path, rank: int, world_size: int, sections: dict[str, Any]) -> Step:
+    """`sections` of a config say the layout; only a pipeline splits a replica's batch into microbatches."""
+    layout = sections.get("parallel", {})
     replicas = world_size // (layout.get("pipeline", {}).get("size", 1) * layout.get("tensor", {}).get("size", 1))
     micro = GLOBAL_BATCH // (PP_MICROBATCHES if "pipeline" in layout else replicas)
     config = dict(
         model=dict(path=str(folder)),
         data=dict(sequence_length=SEQUENCE),
-        parallel=layout,
         train=dict(global_batch_size=GLOBAL_BATCH, micro_batch_size=micro, clip_grad_norm=CLIP, device="cpu"),
         optimizer=dict(lr=LR, eps=EPS, betas=BETAS, weight_decay=WEIGHT_DECAY),
         lr_scheduler=dict(kind="constant", warmup_steps=0),
     )
-    engine = engine_of(rank, world_size, config)
+    engine = engine_of(rank, world_size, config | sections)
     return lambda ids: engine.train_step(share_of(dict(input_ids=ids), engine)).loss

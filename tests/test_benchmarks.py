@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cpu_peers, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
 from tests.harness import run
@@ -23,6 +24,21 @@ def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
     assert last < first * (1 - 4 * AGREEMENT)
     for name, result in results.items():
         assert agree(results["ours"], result), (name, result.losses, results["ours"].losses)
+
+
+@pytest.mark.slow
+def test_the_contenders_of_zero_train_the_same_model(tmp_path: Path) -> None:
+    """From weights so large that each update shows far above what losses may differ by."""
+    small = dict(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
+    workload.save_model(tmp_path, **small, init_std=0.3)
+    contests = cpu_peers.zero_contests(2)
+    layouts = {name: layout for contest in contests for name, layout in contest.layouts.items()}
+    peers = tuple(dict.fromkeys(peer for contest in contests for peer in contest.peers))
+    contest = replace(contests[0], layouts=layouts, peers=peers)
+    results, _ = run(cpu_peers.measure, 2, contest, tmp_path, 3)
+    assert len(results) == len(layouts) + len(peers)
+    for result in results:
+        assert result.losses == pytest.approx(results[0].losses, rel=cpu_peers.AGREEMENT), result.name
 
 
 @pytest.mark.parametrize("losses", [[5.0, 4.0], [5.0, float("nan")], [4.0, 3.0]])
