@@ -60,13 +60,34 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = No
         assert dim == 0
         assert out.ndim == x.ndim == 1
         axis.traffic.count("all_gather", x)
-        x = x.clone() if _share(x, out) else x
-        return Pending(out, _all_gather_single(out, x, group=axis.group, async_op=True))
+        return Pending(out, _gather_into(out, x, axis))
     x, dim = x.contiguous(), dim % x.ndim
     axis.traffic.count("all_gather", x)
     gathered = x.new_empty(axis.size * x.numel())
     work = _all_gather_single(gathered, x.flatten(), group=axis.group, async_op=True)
     return Pending(gathered, work, lambda g: g.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1))
+
+
+def _gather_into(out: Tensor, x: Tensor, axis: Axis) -> Any:
+    """gloo's own all-gather goes by way of a copy, in and out; a broadcast of each part does not: half the time."""
+    if out.is_cuda:
+        return _all_gather_single(out, x.clone() if _share(x, out) else x, group=axis.group, async_op=True)
+    parts = out.chunk(axis.size)
+    if not _share(x, out):
+        parts[axis.rank].copy_(x)
+    sources = zip(parts, axis.ranks, strict=True)
+    return _Works([dist.broadcast(part, source, group=axis.group, async_op=True) for part, source in sources])
+
+
+@dataclass(frozen=True)
+class _Works:
+    """Several collectives as one."""
+
+    works: list[Any]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 def _share(x: Tensor, y: Tensor) -> bool:
@@ -78,11 +99,15 @@ def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return start_all_gather(x, dim, axis).wait()
 
 
-def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
+def start_reduce_scatter(x: Tensor, dim: int, axis: Axis, *, in_place: bool = False) -> Pending:
+    """`in_place`: x is the caller's own, and used up."""
     if axis.size == 1:
         return Pending(x)
     slices: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim % x.ndim, 0).contiguous()
     axis.traffic.count("reduce_scatter", slices)
+    if in_place and not x.is_cuda:  # gloo's own is an all-reduce of a copy, of which it then takes a slice
+        work = dist.all_reduce(slices, group=axis.group, async_op=True)
+        return Pending(slices, work, lambda slices: slices[axis.rank].clone())
     mine = slices.new_empty(slices[0].numel())
     work = _reduce_scatter_single(mine, slices.flatten(), group=axis.group, async_op=True)
     return Pending(mine, work, lambda mine: mine.view_as(slices[0]))

@@ -191,7 +191,7 @@ class _Sum:
         self._collect()
         assert self.chunk.gradient is not None
         if self.chunk.shard.size > 1:
-            self.pending = start_reduce_scatter(self.chunk.gradient, 0, self.chunk.shard)
+            self.pending = start_reduce_scatter(self.chunk.gradient, 0, self.chunk.shard, in_place=True)
         else:
             self.pending = start_all_reduce(self.chunk.gradient, self.chunk.axes[0], in_place=True)
         self.chunk.gradient = None

@@ -83,6 +83,7 @@ class ModuleEngine(EngineBase):
         self.criterion = criterion
         self._control = on_the_host(data)
         self._agreement = Agreement(self._control)
+        self._layers = layers
         comes_and_goes = any(chunk.is_partitioned for chunk in chunks)
         self._gatherer = Gatherer(layers if comes_and_goes else {}, chunks, self._agreement.check)
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]

@@ -23,6 +23,9 @@ ONE_SEED = (
     "test_a_model_constructed_in_slices_has_one_seeds_values_in_every_stage_on_any_ranks[2-3]"
 )
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
+ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
+MODULE_STATE = "tests/test_module_state.py"
+REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
@@ -49,6 +52,8 @@ MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode",
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
 CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
+BASE = "parallel/engine_base.py"
+MODULE, GATHERER = "parallel/module_engine.py", "parallel/zero/gatherer.py"
 SLICED, DEFERRED, CONSTRUCTION = (f"parallel/zero/{name}.py" for name in ("sliced", "deferred", "construction"))
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
 
@@ -139,11 +144,10 @@ GRADIENT_RULE = (
            GRADIENTS, "self.views[i].add_(gradient)", "self.views[i].copy_(gradient)", trains("single")),
     Mutant("sum-before-the-last-microbatch", "ranks add up a gradient that is not whole yet",
            GRADIENTS,
-           "self.missing = (1 if self.scatters_each else self.num_microbatches) * len(",
-           "self.missing = len(",
+           "self.waits_for = arrivals * len(", "self.waits_for = len(",
            OVERLAP),
     Mutant("sum-after-the-backward", "nothing travels until the last gradient is there",
-           GRADIENTS, "        if not self.missing:\n            self._post()\n", "", OVERLAP),
+           GRADIENTS, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
     Mutant("padding-of-a-gradient-left-as-it-was", "garbage in it counts in the norm",
            CHUNK,
            "self.gradient[start + info.parameter.numel() : stop].zero_()",
@@ -169,7 +173,7 @@ ZERO = (
            CHUNK, "            own.copy_(self.master)\n", "            pass\n",
            "tests/test_chunk.py::test_parameters_become_views_of_one_buffer_and_keep_their_values"),
     Mutant("gathered-and-kept", "a layer's parameters stay whole after its forward",
-           "parallel/zero/gatherer.py", "        self.units[i].leave()\n", "",
+           "parallel/zero/gatherer.py", "            self.units[i].leave()\n", "            pass\n",
            f"{STAGES}::test_no_more_than_two_layers_are_whole_at_once"),
     Mutant("range-without-its-last-row", "the end of a slice of a parameter is in no checkpoint",
            LAYOUT, "    yield from _in_row(shape, last, last * row, stop)\n", "",
@@ -191,9 +195,7 @@ NORM_AND_CLIP = (
            "_sum_of_squares(chunk.own_slice(chunk.gradient), chunk.master.dtype) if chunk.speaks else 0",
            f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[1d2-1]"),
     Mutant("skipped-step-moves-the-schedule", "the learning rate goes on although nothing was updated",
-           ENGINE,
-           "self.config.optimizer.lr, self.updates, self.config",
-           "self.config.optimizer.lr, self.step, self.config",
+           BASE, "learning_rate(schedule, rate, self.num_updates,", "learning_rate(schedule, rate, self.num_steps,",
            f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[single-0]"),
     Mutant("clip-without-epsilon", "torch's coefficient has 1e-6 in its denominator",
            NORM, "(clip / (norm + 1e-6))", "(clip / norm)", trains("single")),
@@ -323,21 +325,21 @@ MODEL = (
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas number their samples alike",
            ENGINE,
-           "first = (self.step * self.data.size + self.data.rank) * len(ids)",
-           "first = self.step * self.data.size * len(ids)",
+           "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
+           "first = self.num_steps * self.data.size * len(ids)",
            f"{RULES}::test_replicas_drop_what_one_rank_would_drop"),
     Mutant("dropout-the-same-in-every-step", "samples are numbered anew in each step",
            ENGINE,
-           "first = (self.step * self.data.size + self.data.rank) * len(ids)",
+           "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
            "first = self.data.rank * len(ids)",
            f"{RULES}::test_a_batch_repeated_in_the_next_step_meets_other_dropout_masks"),
 )
 
 ORDER = (
     Mutant("rate-of-the-next-step", "the schedule is a step ahead",
-           ENGINE,
-           "self.config.optimizer.lr, self.updates, self.config",
-           "self.config.optimizer.lr, self.updates + 1, self.config",
+           BASE,
+           "learning_rate(schedule, rate, self.num_updates,",
+           "learning_rate(schedule, rate, self.num_updates + 1,",
            trains("single")),
     Mutant("gpipe-backwards-first", "a backward before its forward",
            "parallel/pipeline/schedule.py",
@@ -392,6 +394,41 @@ SHARDED_INIT = (
            "tests/test_sharded_init.py::test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched"),
 )
 
+MODULES = (
+    Mutant("sum-over-replicas", "a module's gradients are added where a mean was promised",
+           MODULE, "self.loss_scale.scale * self.data.size", "self.loss_scale.scale", ANY_MODULE),
+    Mutant("unused-parameter-updated", "what got no gradient decays, and its moments with it",
+           OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
+           ANY_MODULE),
+    Mutant("replicas-start-apart", "each replica keeps what it drew",
+           "parallel/zero/modules.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
+           ANY_MODULE),
+    Mutant("layers-never-agreed-on", "a rank that skips a layer gathers the next one with the others' this one",
+           GATHERER, "        self.agree(self.names[i])\n", "", f"{REFUSALS}[skip one]"),
+    Mutant("problem-of-one-rank-kept", "the others wait for a rank that has raised",
+           "parallel/zero/agreement.py", 'f"!{problem}" if problem else doing', "doing", f"{REFUSALS}[cast]"),
+    Mutant("recomputed-layer-let-go", "a layer leaves before the backward that its recomputation was for",
+           GATHERER, "if _backward() < 0:", "if True:",
+           f"{MODULE_STATE}::test_recomputing_activations_changes_nothing"),
+    Mutant("layers-kept-through-backward", "all layers are whole at the end of a backward",
+           GATHERER, "        ctx.leave()\n", "",
+           "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
+    Mutant("microbatches-weigh-the-same", "a mean of means, whatever they are means of",
+           MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
+           f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_they_are_spread"),
+    Mutant("checkpoint-without-steps", "every parameter's Adam resumes at the same step",
+           OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
+           f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened"),
+    Mutant("each-replica-shuffles", "replicas take parts of different batches",
+           "parallel/loaders.py", "manual_seed(states[0])", "manual_seed(states[axis.rank])",
+           f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
+    Mutant("late-chunk-overtakes", "ranks sum different chunks where one has skipped a layer",
+           GRADIENTS,
+           "while self._next < len(self._sums) and not self._sums[self._next].missing:",
+           "total.post()\n        while False:",
+           "tests/test_module_refusals.py::test_a_layer_that_one_rank_skips_adds_nothing_to_the_mean"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -399,6 +436,7 @@ MUTANTS = (
     *GRADIENT_RULE,
     *ZERO,
     *SHARDED_INIT,
+    *MODULES,
     *NORM_AND_CLIP,
     *MEANS,
     *PARAMETERS,

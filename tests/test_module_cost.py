@@ -1,0 +1,111 @@
+"""What a rank holds and sends when a module of which nothing is known is divided."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from parallel.chunk import ALIGNMENT
+from parallel.module_engine import ModuleEngine
+from parallel.zero.gatherer import State
+from tests.harness import run
+from tests.parity import Raw
+from tests.test_module_engine import MODELS, batches, config_of, engine_of, loss_of
+
+
+def step(engine: ModuleEngine, backwards: int = 1) -> None:
+    engine.train()
+    ids = batches()[0][0].tensor_split(engine.data.size)[engine.data.rank]
+    for _ in range(backwards):
+        engine.backward(loss_of(engine, ids, step=0))
+    engine.step()
+
+
+def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, dict[str, int]]:
+    """(parameters, padding included; those of a rank's shards; bytes of what it holds as an update begins)"""
+    engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
+    found: dict[str, int] = {}
+    update = engine.optimizer.step
+
+    def counted(factor: Tensor, lr: float) -> None:
+        found["gradients"] = sum(c.gradient.untyped_storage().nbytes() for c in engine.chunks if c.gradient is not None)
+        update(factor, lr)
+
+    engine.optimizer.step = counted  # type: ignore[method-assign]
+    step(engine)
+    found["masters"] = sum(c.master.untyped_storage().nbytes() for c in engine.chunks)
+    buffers = [chunk.parameters for chunk in engine.chunks]
+    buffers += [chunk.own for chunk in engine.chunks if chunk.is_partitioned]
+    found["parameters"] = sum(x.untyped_storage().nbytes() for x in buffers)
+    inner: Any = engine.optimizer.inner  # type: ignore[union-attr]
+    moments = [x for s in inner.state.values() for n, x in s.items() if n != "step"]
+    found["moments"] = sum(x.untyped_storage().nbytes() for x in moments)
+    return sum(c.size for c in engine.chunks), sum(len(c.master) for c in engine.chunks), found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("model", ["opt", "llama"])
+def test_bytes_of_a_rank_are_the_papers(model: str, stage: int) -> None:
+    """Rajbhandari et al. 2020, section 5, as for our own models; moments have no padding, which belongs to nobody."""
+    n = 3
+    everybody = run(held, n, config_of(stage, precision="bf16"), model)
+    count = sum(parameter.numel() for parameter in MODELS[model]().parameters())
+    assert sum(found["moments"] for _, _, found in everybody) == 8 * count * (1 if stage else n)
+    for psi, shard, found in everybody:
+        assert psi % (ALIGNMENT * n) == 0
+        assert shard == (psi // n if stage else psi)
+        assert found["parameters"] == 2 * (psi if stage < 3 else shard)
+        assert found["masters"] == found["gradients"] == 4 * shard
+
+
+def sent(rank: int, world_size: int, raw: Raw, backwards: int) -> tuple[int, int, dict[str, float]]:
+    engine, _ = engine_of(rank, world_size, raw, MODELS["opt"]())
+    engine.mesh.traffic.reset()
+    step(engine, backwards)
+    blocks = sum(chunk.size for chunk in engine.chunks if chunk.infos[0].unit)
+    handed = {kind: count / 8 for kind, count in engine.mesh.traffic.bytes.items()}
+    return sum(chunk.size for chunk in engine.chunks), blocks, handed
+
+
+@pytest.mark.parametrize("options", [{}, dict(activation_checkpointing="full")])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_sends_what_the_table_of_stages_says(stage: int, options: Any) -> None:
+    """m backwards, each of which is told to sum: mΨ reduced in every stage, and gathered once after the update or, in
+    stage 3, a block for each forward and each backward and the root for both together. A recomputation gathers nothing
+    of its own. Beside it: the norm, and what the ranks agree on by another group.
+    """
+    n, m = 2, 3
+    for psi, blocks, handed in run(sent, n, config_of(stage, **options), m):
+        reduced = handed["all_reduce"] - 1 if stage == 0 else handed["reduce_scatter"]
+        assert reduced == m * psi
+        gathered = {0: 0, 1: psi, 2: psi, 3: m * (psi + blocks)}[stage]
+        assert handed.get("all_gather", 0) == gathered / n
+
+
+def most_whole(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, int]:
+    """Of the layers, how many are whole at once while one computes; after an evaluation; bytes that are whole then."""
+    engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
+    most = 0
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(unit.state is not State.ABSENT for unit in engine._gatherer.units))
+
+    for chunk in engine.chunks:
+        for info in chunk.infos:
+            if info.unit and info.parameter.requires_grad:
+                info.parameter.register_hook(count)
+    for layer in engine._layers.values():
+        layer.register_forward_pre_hook(count)
+    step(engine)
+    step(engine, 2)
+    engine.evaluate([dict(input_ids=batches()[0][0])])
+    left = sum(chunk.parameters.untyped_storage().nbytes() for chunk in engine.chunks)
+    return most, sum(unit.state is not State.ABSENT for unit in engine._gatherer.units), left
+
+
+@pytest.mark.parametrize("options", [{}, dict(activation_checkpointing="full")])
+@pytest.mark.parametrize("model", ["opt", "llama"])
+def test_no_more_than_two_layers_are_whole_at_once_and_none_is_left(model: str, options: Any) -> None:
+    for found in run(most_whole, 2, config_of(3, **options), model):
+        assert found == (2, 0, 0)
