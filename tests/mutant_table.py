@@ -403,13 +403,11 @@ MODULES = (
     Mutant("replicas-start-apart", "each replica keeps what it drew",
            "parallel/zero/modules.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
            ANY_MODULE),
-    Mutant("layers-never-agreed-on", "a rank that skips a layer gathers the next one with the others' this one",
-           GATHERER, "        self.agree(self.names[i])\n", "", f"{REFUSALS}[skip one]"),
     Mutant("problem-of-one-rank-kept", "the others wait for a rank that has raised",
            "parallel/zero/agreement.py", 'f"!{problem}" if problem else doing', "doing", f"{REFUSALS}[cast]"),
-    Mutant("recomputed-layer-let-go", "a layer leaves before the backward that its recomputation was for",
+    Mutant("recomputed-layer-let-go", "a layer is gathered once more after its recomputation",
            GATHERER, "if _backward() < 0:", "if True:",
-           f"{MODULE_STATE}::test_recomputing_activations_changes_nothing"),
+           "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),
     Mutant("layers-kept-through-backward", "all layers are whole at the end of a backward",
            GATHERER, "        ctx.leave()\n", "",
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
@@ -422,11 +420,6 @@ MODULES = (
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
            "parallel/loaders.py", "manual_seed(states[0])", "manual_seed(states[axis.rank])",
            f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
-    Mutant("late-chunk-overtakes", "ranks sum different chunks where one has skipped a layer",
-           GRADIENTS,
-           "while self._next < len(self._sums) and not self._sums[self._next].missing:",
-           "total.post()\n        while False:",
-           "tests/test_module_refusals.py::test_a_layer_that_one_rank_skips_adds_nothing_to_the_mean"),
 )
 
 # fmt: on

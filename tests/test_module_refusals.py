@@ -90,7 +90,7 @@ def test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name(act: st
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_layer_that_one_rank_skips_adds_nothing_to_the_mean_where_parameters_are_whole(stage: int) -> None:
+def test_a_layer_that_one_rank_skips_adds_nothing_where_parameters_are_whole(stage: int) -> None:
     assert run(told, 2, config_of(stage), "skip one", timeout=20) == ["nothing"] * 2
 
 

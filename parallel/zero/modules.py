@@ -40,10 +40,11 @@ def place_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype, a
 
 def recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Keep only the input of each layer for backward: in a model's own way, if it has one."""
-    own: Any = getattr(module, "gradient_checkpointing_enable", None)
-    if own is not None:
-        own(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        return
+    for word in ("activation", "gradient"):  # transformers' name for it, and the one before version 5.20
+        enable: Any = getattr(module, f"{word}_checkpointing_enable", None)
+        if enable is not None:
+            enable(**{f"{word}_checkpointing_kwargs": dict(use_reentrant=False)})
+            return
     for layer in layers.values():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
