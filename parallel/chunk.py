@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parallel.collectives import Pending, start_all_gather
 from parallel.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
 from parallel.mesh import ALONE, Axis
+from parallel.transfer import ON_DEVICE, Arrival, Placement, Tier, copies_of, host_empty
 
 Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
@@ -50,6 +51,9 @@ class Chunk:
     `own` [n_shard] is all that a rank has of them between `release` and `gather`, and a parameter then shows its shape,
     but is NaN throughout. `fill` is called with parameters that have their place but, if they came without a storage,
     no values yet. What lies between two parameters, and after the last, is padding: always zero.
+
+    `place` says where it is at home. Parameters at home on the host are like partitioned ones: `own`, all of them or a
+    slice, lies there, and `gather` brings them. Masters at home on the host have their gradient there too.
 
     Frozen parameters have chunks of their own, in the model's dtype throughout, which get no gradient and no update.
     """
@@ -90,9 +94,52 @@ class Chunk:
         self._show(self.views(self.parameters))
         if self.shard.size > 1 and (self.is_partitioned or self.parameters is not whole):
             self.master = self.master.clone()  # the whole is given up
+        self.placement = ON_DEVICE
+        self.copies = copies_of(whole.device)
+        self.written = Arrival()  # the last copy of parameters down to the host
+        self.gradient_written = Arrival()
+        self.squares: Tensor | None = None  # of this rank's slice of a gradient that has left the device
+        self.own = self.master.to(dtype) if self.is_partitioned else _slice(self.parameters, self.shard)
         if self.is_partitioned:
-            self.own = self.master.to(dtype)
             self.release()
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether parameters are whole only between `gather` and `release`."""
+        return self.is_partitioned or self.placement.parameters is Tier.HOST
+
+    def place(self, placement: Placement) -> None:
+        """Give it another home, between two steps: nothing is fetched, and there is no gradient."""
+        if placement == self.placement:
+            return
+        was, own, master = self.placement, self.own, self.master
+        came = self.comes_and_goes
+        self.placement = placement
+        if self.comes_and_goes:
+            self.own = self._moved(own, was.parameters if came else None, placement.parameters)
+        elif came:
+            self._grow()
+            self.own = _slice(self.parameters, self.shard)
+            self.own.copy_(own)
+            start_all_gather(self.own, 0, self.shard, out=self.parameters).wait()
+        wide = self.master.dtype == self.own.dtype
+        if wide and placement.states is placement.parameters:
+            self.master = self.own  # one memory is enough
+        else:
+            alone = master.data_ptr() != own.data_ptr()
+            self.master = self._moved(master, was.states if alone else None, placement.states)
+        if self.comes_and_goes:
+            self.release()
+
+    def _moved(self, x: Tensor, tier: Tier | None, to: Tier) -> Tensor:
+        """A copy of x in another tier; x itself where it is there already. None: what x is a part of will be given up."""
+        return x if tier is to else self.empty(to, x).copy_(x)
+
+    def empty(self, tier: Tier, like: Tensor) -> Tensor:
+        device = self.parameters.device
+        if tier is Tier.HOST:
+            return host_empty(like.numel(), like.dtype, device)
+        return torch.empty_like(like, device=device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter's part of a whole flat buffer, in the parameter's local shape."""
@@ -122,26 +169,41 @@ class Chunk:
 
     def make_gradient(self, dtype: torch.dtype) -> list[Tensor]:
         """A new gradient, zero where there is padding and yet to be filled elsewhere; returns its views."""
-        self.gradient = torch.empty(self.size, dtype=dtype, device=self.master.device)
+        self.gradient = torch.empty(self.size, dtype=dtype, device=self.parameters.device)
         for start, stop, info in zip(self._starts, [*self._starts[1:], self.size], self.infos, strict=True):
             self.gradient[start + info.parameter.numel() : stop].zero_()
         return self.views(self.gradient)
 
     def publish(self) -> Pending:
         """Make the parameters what the masters are, on every rank of `shard`."""
-        own = self.own if self.is_partitioned else _slice(self.parameters, self.shard)
-        if own.dtype != self.master.dtype:
-            own.copy_(self.master)
-        return Pending(own) if self.is_partitioned else start_all_gather(own, 0, self.shard, out=self.parameters)
+        if self.own.data_ptr() != self.master.data_ptr():
+            self.own.copy_(self.master)
+        return self.spread()
+
+    def spread(self) -> Pending:
+        """Give every rank of `shard` this one's `own`, unless parameters are absent until they are gathered."""
+        return (
+            Pending(self.own) if self.comes_and_goes else start_all_gather(self.own, 0, self.shard, out=self.parameters)
+        )
 
     def gather(self) -> Pending:
-        """Start making partitioned parameters whole, where they were before: what autograd saved of them lies there."""
+        """Start making absent parameters whole, where they were before: what autograd saved of them lies there."""
+        self._grow()
+        if self.placement.parameters is Tier.DEVICE:
+            return start_all_gather(self.own, 0, self.shard, out=self.parameters)
+        part = _slice(self.parameters, self.shard)
+        arrival = self.copies.up(self.own, part, after=self.written)
+        if self.shard.size == 1:
+            return Pending(self.parameters, arrival)
+        arrival.wait()
+        return start_all_gather(part, 0, self.shard, out=self.parameters)
+
+    def _grow(self) -> None:
         self.parameters.untyped_storage().resize_(self.size * self.parameters.element_size())
         self._show(self.views(self.parameters))
-        return start_all_gather(self.own, 0, self.shard, out=self.parameters)
 
     def release(self) -> None:
-        """Give up all of partitioned parameters but this rank's slice."""
+        """Give up all of the parameters but `own`."""
         self.parameters.untyped_storage().resize_(0)
         like = self.parameters
         self._nothing = stand_in((), like.dtype, like.device)
@@ -149,7 +211,7 @@ class Chunk:
 
     def shows(self, parameter: nn.Parameter) -> bool:
         """Whether the memory of one of its parameters is still this chunk's."""
-        buffers = [self.parameters, *([self._nothing] if self.is_partitioned else [])]
+        buffers = [self.parameters, *([self._nothing] if self.comes_and_goes else [])]
         own = parameter.untyped_storage().data_ptr()
         return any(own == buffer.untyped_storage().data_ptr() for buffer in buffers)
 

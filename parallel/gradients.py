@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from parallel.chunk import Chunk, master_dtype
 from parallel.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
 from parallel.errors import ModelError
+from parallel.grad_norm import sum_of_squares
 from parallel.mesh import Axis
 from parallel.products import add_product, write_product
+from parallel.transfer import Tier
 
 
 class Gradients:
@@ -48,7 +50,7 @@ class Gradients:
     def finish(self) -> None:
         """Wait until every chunk's `gradient` is the sum over all ranks: whole, or this rank's slice."""
         for total in self._sums:
-            if total.views or total.pending is None:  # what never arrived is zero
+            if total.views or not total.posted:  # what never arrived is zero
                 total.post()
         for total in self._sums:
             total.wait()
@@ -120,6 +122,7 @@ class _Sum:
 
     def __init__(self, chunk: Chunk, completed: Callable[["_Sum"], None]) -> None:
         self.chunk, self.completed = chunk, completed
+        self.home: Tensor | None = None  # on the host, from step to step
         self.is_narrow = False  # nothing is added to a gradient, unless by other ranks
         self.begin(0)
         for i, info in enumerate(chunk.infos):
@@ -129,16 +132,21 @@ class _Sum:
         """Forget everything. A round is complete when each parameter has arrived so many times."""
         self.waits_for = arrivals * len(self.chunk.infos)
         self.pending: Pending | None = None  # the last round's sum over ranks
+        self.posted = False
         self.total: Tensor | None = None  # of the rounds before
         self.chunk.gradient = None
         self.seen = [0] * len(self.chunk.infos)  # since then
+        self.chunk.squares = None
         self._begin_round()
 
     def wait(self) -> None:
         self._collect()
         assert self.total is not None
-        for axis in self.chunk.axes[1:]:
-            all_reduce(self.total, axis, in_place=True)
+        if further := self.chunk.axes[1:]:
+            whole = self._on_device(self.total)
+            for axis in further:
+                all_reduce(whole, axis, in_place=True)
+            self.total = self._at_home(whole)
         self.chunk.gradient, self.total = self.total, None
 
     def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
@@ -190,18 +198,40 @@ class _Sum:
                 view.zero_()
         self._collect()
         assert self.chunk.gradient is not None
+        self.posted = True
         if self.chunk.shard.size > 1:
             self.pending = start_reduce_scatter(self.chunk.gradient, 0, self.chunk.shard, in_place=True)
         else:
             self.pending = start_all_reduce(self.chunk.gradient, self.chunk.axes[0], in_place=True)
         self.chunk.gradient = None
         self._begin_round()
+        if self.chunk.axes[0].size == 1:
+            self._collect()  # nobody to wait for: where masters are on the host, it goes there at once
 
     def _collect(self) -> None:
         """Add the round that is travelling to those before it."""
         if self.pending is not None:
             arrived, self.pending = self.pending.wait(), None
-            self.total = arrived if self.total is None else self.total.add_(arrived)
+            self.total = self._at_home(arrived if self.total is None else self._on_device(self.total).add_(arrived))
+
+    def _on_device(self, total: Tensor) -> Tensor:
+        chunk = self.chunk
+        if chunk.placement.states is Tier.DEVICE:
+            return total
+        found = chunk.empty(Tier.DEVICE, total)
+        chunk.copies.up(total, found, after=chunk.gradient_written).wait()
+        return found
+
+    def _at_home(self, total: Tensor) -> Tensor:
+        """Where the masters are; its norm is taken before it leaves the device."""
+        chunk = self.chunk
+        if chunk.placement.states is Tier.DEVICE:
+            return total
+        chunk.squares = sum_of_squares(chunk.own_slice(total), chunk.master.dtype)
+        if self.home is None or self.home.dtype != total.dtype:
+            self.home = chunk.empty(Tier.HOST, total)
+        chunk.gradient_written = chunk.copies.down(total, self.home)
+        return self.home
 
 
 def gradient_dtype(dtype: torch.dtype, axes: Sequence[Axis], num_microbatches: int) -> torch.dtype:

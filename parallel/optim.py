@@ -1,66 +1,112 @@
 """Master weights and their update."""
 
+import itertools
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from parallel.chunk import Chunk
 from parallel.config import OptimizerConfig
 from parallel.errors import ModelError, either
 from parallel.layout import Piece
+from parallel.streaming import PART, Part, Stream
+from parallel.transfer import Placement, Tier
 
 
 class AdamW:
-    """torch's AdamW on the masters of chunks, one after another, with decay on matrices only.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), by torch's fused kernel, on the
+    masters of chunks, one after another; decay on matrices only.
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
-    master precision.
+    master precision. Where states are at home on the host, they stream through the device in parts.
     """
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
-        self.chunks = chunks
+        self.chunks, self.config = chunks, config
         # Dynamic: chunks differ in size.
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
-        self.inners = [
-            torch.optim.AdamW(
-                [chunk.master],
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=config.weight_decay if chunk.is_matrix else 0.0,
-                fused=True,
-            )
-            for chunk in chunks
-        ]
+        self.updates = 0
+        self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
+        self._stream: Stream | None = None
 
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight by its gradient times `factor`, a scalar."""
+        self.updates += 1
         published = []
-        for chunk, inner in zip(self.chunks, self.inners, strict=True):
-            inner.param_groups[0]["lr"] = lr
-            assert chunk.gradient is not None
-            chunk.master.grad, chunk.gradient = self._scaled(chunk.gradient, factor, chunk.master.dtype), None
-            inner.step()
-            chunk.master.grad = None
-            published.append(chunk.publish())
+        for chunk in self.chunks:
+            if chunk.placement.states is Tier.DEVICE:
+                assert chunk.gradient is not None
+                states = chunk.master, *self._moments_of(chunk)
+                self._update(Part(chunk, states, chunk.gradient), factor, lr)
+                chunk.gradient = None
+                published.append(chunk.publish())
+        streamed = [chunk for chunk in self.chunks if chunk.placement.states is Tier.HOST]
+        if streamed:
+            self._stream = self._stream or Stream(streamed[0].parameters.device)
+            parts = [part for chunk in streamed for part in self._parts_of(chunk)]
+            self._stream.run(parts, partial(self._update, factor=factor, lr=lr))
+        for chunk in streamed:
+            chunk.gradient = None
+            published.append(chunk.spread())
         for pending in published:
             pending.wait()
 
     def pieces(self) -> dict[str, list[Piece]]:
         """The masters and both moments, as pieces of public tensors: views, to be saved or filled."""
         found: dict[str, list[Piece]] = {"master": [], "exp_avg": [], "exp_avg_sq": []}
-        for chunk, inner in zip(self.chunks, self.inners, strict=True):
-            state = _state(inner, chunk.master)
-            for kind in found:
-                found[kind] += chunk.pieces(chunk.master if kind == "master" else state[kind])
+        for chunk in self.chunks:
+            for kind, flat in zip(found, (chunk.master, *self._moments_of(chunk)), strict=True):
+                found[kind] += chunk.pieces(flat)
         return found
 
     def restore(self, steps: int) -> None:
         """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""
-        for chunk, inner in zip(self.chunks, self.inners, strict=True):
-            _state(inner, chunk.master)["step"].fill_(steps)
+        self.updates = steps
+        for chunk in self.chunks:
             chunk.publish().wait()
+
+    def place(self, chunk: Chunk, placement: Placement) -> None:
+        """Give a chunk another home, and its moments."""
+        was = chunk.placement.states
+        chunk.place(placement)
+        if was is not placement.states and chunk in self.moments:
+            first, second = (chunk.empty(placement.states, x).copy_(x) for x in self.moments[chunk])
+            self.moments[chunk] = first, second
+
+    def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        if chunk not in self.moments:
+            tier, like = chunk.placement.states, chunk.master
+            self.moments[chunk] = chunk.empty(tier, like).zero_(), chunk.empty(tier, like).zero_()
+        return self.moments[chunk]
+
+    def _parts_of(self, chunk: Chunk) -> list[Part]:
+        assert chunk.gradient is not None
+        own = chunk.own.split(PART) if chunk.own.data_ptr() != chunk.master.data_ptr() else itertools.repeat(None)
+        states = zip(*(x.split(PART) for x in (chunk.master, *self._moments_of(chunk))), strict=True)
+        return [Part(chunk, *part) for part in zip(states, chunk.own_slice(chunk.gradient).split(PART), own)]
+
+    def _update(self, part: Part, factor: Tensor, lr: float) -> None:
+        """On the device, a chunk or a part of it."""
+        master, first, second = part.states
+        adamw(
+            [master],
+            [self._scaled(part.gradient, factor, master.dtype)],
+            [first],
+            [second],
+            [],
+            [torch.full((), self.updates - 1.0, device=master.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            lr=lr,
+            weight_decay=self.config.weight_decay if part.chunk.is_matrix else 0.0,
+            eps=self.config.eps,
+            maximize=False,
+        )
 
 
 class TorchOptimizer:
@@ -103,9 +149,12 @@ class TorchOptimizer:
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
         leaves = iter(self._segments)
+        on_host = factor.cpu() if any(chunk.placement.states is Tier.HOST for chunk in self.chunks) else factor
         for chunk in self.chunks:
             assert chunk.gradient is not None
-            gradient, chunk.gradient = scaled(chunk.gradient, factor, chunk.master.dtype), None
+            chunk.copies.synchronize()
+            scale = factor if chunk.placement.states is Tier.DEVICE else on_host
+            gradient, chunk.gradient = scaled(chunk.gradient, scale, chunk.master.dtype), None
             for segment in chunk.segments(gradient):
                 _, leaf = next(leaves)
                 leaf.grad = None if segment.info.parameter in self.unused else segment.data
@@ -143,6 +192,22 @@ class TorchOptimizer:
         for chunk in self.chunks:
             chunk.publish().wait()
 
+    def place(self, chunk: Chunk, placement: Placement) -> None:
+        """Give a chunk another home, and what is kept for it."""
+        was = chunk.placement.states
+        chunk.place(placement)
+        if was is placement.states or chunk.is_frozen:
+            return
+        renewed = {segment.info: segment for segment in chunk.segments(chunk.master)}
+        for i, (segment, leaf) in enumerate(self._segments):
+            if segment.info in renewed and segment.info in chunk.infos:
+                self._segments[i] = renewed[segment.info], leaf
+                leaf.data = renewed[segment.info].data
+                state = self.inner.state[leaf]
+                for kind, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == leaf.shape:
+                        state[kind] = chunk.empty(placement.states, value).copy_(value)
+
     def _start_states(self) -> None:
         """What torch makes at a first step: a step of nothing, where there was none."""
         new = [leaf for _, leaf in self._segments if not self.inner.state[leaf]]
@@ -178,11 +243,3 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _scaled_in_one_pass(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`scaled`, for a compiler."""
     return gradient.to(dtype) * factor.to(dtype)
-
-
-def _state(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = inner.state[master]
-    if not state:  # as torch itself starts it, at the first step
-        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-    return state

@@ -1,7 +1,32 @@
 """Between the host and a device, without either waiting for the other."""
 
+import weakref
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cache, cached_property
+
 import torch
 from torch import Tensor
+
+
+class Tier(Enum):
+    """Where memory is."""
+
+    DEVICE = auto()
+    HOST = auto()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a chunk is at home: its parameters between their uses, and its states (masters, moments, and a gradient
+    once it has been summed).
+    """
+
+    parameters: Tier = Tier.DEVICE
+    states: Tier = Tier.DEVICE
+
+
+ON_DEVICE = Placement()
 
 
 class HostCopy:
@@ -25,3 +50,78 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def host_empty(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size] on the host, from where copies to `device` are asynchronous.
+
+    Registered with the driver as it is: torch's own pinned memory comes in powers of two.
+    """
+    x = torch.empty(size, dtype=dtype)
+    if device.type == "cuda" and size:
+        runtime, address = torch.cuda.cudart(), x.data_ptr()
+        problem = runtime.cudaHostRegister(address, x.nbytes, 0)
+        if int(problem):
+            raise MemoryError(f"the driver refuses to pin {x.nbytes} bytes on the host: error {int(problem)}.")
+        weakref.finalize(x, runtime.cudaHostUnregister, address)
+    return x
+
+
+class Copies:
+    """Copies up to a device and down from it, in two queues beside its computation; on a CPU they are done at once.
+
+    A copy waits for all that the device's current stream has been given by then, and for what the same queue was asked
+    for before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @cached_property
+    def _streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        return torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+
+    def up(self, source: Tensor, out: Tensor, *, after: "Arrival | None" = None) -> "Arrival":
+        """From the host, `after` a copy that writes the source. `out` must not be freed before the arrival."""
+        return self._copy(0, source, out, after)
+
+    def down(self, source: Tensor, out: Tensor) -> "Arrival":
+        """To the host. The source may be freed at once."""
+        if source.is_cuda:
+            source.record_stream(self._streams[1])
+        return self._copy(1, source, out, None)
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for all that was asked for."""
+        if self.device.type == "cuda":
+            for stream in self._streams:
+                stream.synchronize()
+
+    def _copy(self, queue: int, source: Tensor, out: Tensor, after: "Arrival | None") -> "Arrival":
+        if self.device.type != "cuda":
+            out.copy_(source)
+            return Arrival()
+        stream = self._streams[queue]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            if after is not None:
+                after.wait()
+            out.copy_(source, non_blocking=True)
+        return Arrival(stream.record_event())
+
+
+@cache
+def copies_of(device: torch.device) -> Copies:
+    """The queues of this device: one pair for all that is copied."""
+    return Copies(device)
+
+
+class Arrival:
+    """The end of a copy: work that the current stream is given after `wait` finds it done."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)

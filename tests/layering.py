@@ -26,6 +26,7 @@ FLOORS = (
         "parallel.grad_norm",
         "parallel.loss_scale",
         "parallel.optim",
+        "parallel.streaming",
         "parallel.lr_schedule",
     ),
     ("parallel.tensor.*", "parallel.pipeline.*", "parallel.memory.*"),

@@ -30,13 +30,13 @@ class Unit:
     """The chunks of a layer, which come and go together."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self.chunks = [chunk for chunk in chunks if chunk.is_partitioned]
+        self.chunks = list(chunks)
         self.state = State.ABSENT
         self._pending: list[Pending] = []
 
     def fetch(self) -> None:
         self._move(State.FETCHING)
-        self._pending = [chunk.gather() for chunk in self.chunks]
+        self._pending = [chunk.gather() for chunk in self.chunks if chunk.comes_and_goes]
 
     def wait(self) -> None:
         self._move(State.WHOLE)
@@ -47,7 +47,8 @@ class Unit:
     def release(self) -> None:
         self._move(State.ABSENT)
         for chunk in self.chunks:
-            chunk.release()
+            if chunk.comes_and_goes:
+                chunk.release()
 
     def use(self) -> None:
         """Be whole, at once if it was fetched ahead."""

@@ -1,0 +1,78 @@
+"""States that are at home on the host, through the device in parts: up, updated and down, three parts at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.chunk import Chunk
+from parallel.transfer import Arrival, Tier, copies_of
+
+PART = 2**23  # elements
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some elements of a chunk's masters and moments, and of its gradient; of its parameters where they are narrower."""
+
+    chunk: Chunk
+    states: tuple[Tensor, Tensor, Tensor]
+    gradient: Tensor
+    own: Tensor | None = None
+
+
+class _Slot:
+    """Room for a part on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.room: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.arrived, self.left = Arrival(), Arrival()
+
+    def view(self, name: str, like: Tensor) -> Tensor:
+        key = name, like.dtype
+        if key not in self.room:
+            self.room[key] = torch.empty(PART, dtype=like.dtype, device=self.device)
+        return self.room[key][: len(like)]
+
+
+Update = Callable[[Part], None]
+
+
+class Stream:
+    """Slots, made once: while one part is updated, the next is on its way up and the one before on its way down."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._copies = copies_of(device)
+        self._slots = [_Slot(device) for _ in range(3)]
+
+    def run(self, parts: Sequence[Part], update: Update) -> None:
+        """Each part's home as `update` leaves what is given to it on the device."""
+        coming = self._bring(parts[0], self._slots[0])
+        for i, home in enumerate(parts):
+            slot, here = self._slots[i % 3], coming
+            if i + 1 < len(parts):
+                coming = self._bring(parts[i + 1], self._slots[(i + 1) % 3])
+            slot.arrived.wait()
+            update(here)
+            self._take(here, home, slot)
+
+    def _bring(self, home: Part, slot: _Slot) -> Part:
+        first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(home.states))
+        here = Part(home.chunk, (first, second, third), slot.view("gradient", home.gradient))
+        for source, room in zip(home.states, here.states, strict=True):
+            self._copies.up(source, room, after=slot.left)
+        slot.arrived = self._copies.up(home.gradient, here.gradient, after=home.chunk.gradient_written)
+        return here
+
+    def _take(self, here: Part, home: Part, slot: _Slot) -> None:
+        if home.own is not None:
+            if home.chunk.placement.parameters is Tier.DEVICE:
+                home.own.copy_(here.states[0])
+            else:
+                narrow = slot.view("own", home.own)
+                self._copies.down(narrow.copy_(here.states[0]), home.own)
+        for room, place in zip(here.states, home.states, strict=True):
+            slot.left = self._copies.down(room, place)
+        home.chunk.written = slot.left
