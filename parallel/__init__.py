@@ -5,12 +5,14 @@ composes them.
 from parallel.context import Context, current, launch_from_torch
 from parallel.engine import Engine
 from parallel.engine_base import StepResult
-from parallel.errors import CheckpointError, ConfigError, DataError, ModelError
+from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError
 from parallel.initialize import initialize, sharded_init
+from parallel.mesh import leave
 from parallel.module_engine import ModuleEngine, UpdateResult
 
 __all__ = [
     "CheckpointError",
+    "ColonnadeError",
     "ConfigError",
     "Context",
     "DataError",
@@ -22,5 +24,6 @@ __all__ = [
     "current",
     "initialize",
     "launch_from_torch",
+    "leave",
     "sharded_init",
 ]

@@ -160,8 +160,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return dict(index)
 
 
-def find(resume: str, run: Path) -> Path | None:
-    """The checkpoint that `--resume` means: of this run if 'auto', None if it has none yet; else of a directory.
+def find(resume: str, run: Path, option: str = "--resume") -> Path | None:
+    """The checkpoint that this option means: of this run if 'auto', None if it has none yet; else of a directory.
 
     The directory may be a run's folder, its checkpoints folder, or a checkpoint.
     """
@@ -173,7 +173,7 @@ def find(resume: str, run: Path) -> Path | None:
     found = resolve_latest(folder / CHECKPOINTS) or resolve_latest(folder)
     if found is None:
         problem = "holds no checkpoint" if folder.is_dir() else "is not a directory"
-        raise CheckpointError(f"--resume: {folder} {problem}. Try a run's folder, or a checkpoints/step_NNNNNN in it.")
+        raise CheckpointError(f"{option}: {folder} {problem}. Try a run's folder, or a checkpoints/step_NNNNNN in it.")
     return found
 
 

@@ -114,8 +114,11 @@ def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def parse(raw: Mapping[str, Any], *, world_size: int | None = None, resolve: Resolver | None = None) -> Config:
-    """The config that `raw` means; raises ConfigError with all of its problems.
+def parse(
+    raw: Mapping[str, Any], *, world_size: int | None = None, resolve: Resolver | None = None, batches: bool = True
+) -> Config:
+    """The config that `raw` means; raises ConfigError with all of its problems. `batches`: the global batch size is
+    meant, and must divide.
 
     Without a world size, what depends on one is not checked; without a resolver, what depends on the model is not.
     """
@@ -130,7 +133,8 @@ def parse(raw: Mapping[str, Any], *, world_size: int | None = None, resolve: Res
         problems += world
         world_size = None if world else world_size
     if known_layout and reader.sound("train"):
-        problems += config.batch_problems(world_size)
+        problems += config.microbatch_problems()
+        problems += config.batch_problems(world_size) if batches else []
     if resolve is not None and reader.sound("model", "data"):
         # A model is worth checking beside a broken layout too: with no layout at all.
         config, unfit = resolve(config if known_layout else replace(config, parallel=ParallelConfig()))

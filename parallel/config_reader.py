@@ -141,6 +141,10 @@ def _choice(choices: tuple[object, ...], raw: object) -> object:
     if any(type(raw) is type(choice) and raw == choice for choice in choices):
         return raw
     match = closest(raw, map(str, choices)) if isinstance(raw, str) else None
+    numbers = [choice for choice in choices if isinstance(choice, int) and not isinstance(choice, bool)]
+    if isinstance(raw, int) and not isinstance(raw, bool) and numbers:
+        nearest: object = min(numbers, key=lambda choice: abs(choice - raw))
+        raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}", nearest)
     if match is None:
         raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}")
     nearest = next(choice for choice in choices if str(choice) == match)

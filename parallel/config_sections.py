@@ -126,10 +126,10 @@ class Config:
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
-    def batch_problems(self, world_size: int | None) -> list[str]:
-        """Whether the batch comes out even over replicas and microbatches, and a microbatch over the tensor mode."""
+    def microbatch_problems(self) -> list[str]:
+        """Whether a microbatch comes out even over the tensor mode."""
         found = []
-        micro, total = self.train.micro_batch_size, self.train.global_batch_size
+        micro = self.train.micro_batch_size
         parts = self.parallel.tensor.batch_parts
         if micro % parts:
             names = "w × i" if self.parallel.tensor.mode == "3d" else "depth × rows"
@@ -137,6 +137,12 @@ class Config:
                 f"train.micro_batch_size: {micro} is not a multiple of {names} = {parts}, the parts that tensor mode"
                 f" {self.parallel.tensor.mode!r} splits it into. Try {either(nearest_multiples(micro, parts))}."
             )
+        return found
+
+    def batch_problems(self, world_size: int | None) -> list[str]:
+        """Whether the batch comes out even over replicas and microbatches."""
+        found = []
+        micro, total = self.train.micro_batch_size, self.train.global_batch_size
         data = 1 if world_size is None else self.data_parallel_size(world_size)
         if total % (micro * data):
             product = times(micro_batch_size=micro) if world_size is None else times(micro_batch_size=micro, data=data)

@@ -130,5 +130,5 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
     place = Place.from_environment()
     if not isinstance(config, Config):
         raw = load_raw(config) if isinstance(config, str | Path) else config
-        config = parse(raw, world_size=place.world_size, resolve=resolve)
+        config = parse(raw, world_size=place.world_size, resolve=resolve, batches=False)
     return use(make_context(config, place))

@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.collectives import gather_objects, receive, send
 from parallel.layout import Box, Piece, slices
 from parallel.mesh import Axis
-from parallel.shards import Entry, covered_once, replacing, write, write_json
+from parallel.shards import Entry, adding, covered_once, write, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -22,13 +22,13 @@ def write_folder(
     """Write the tensors that `entries` describe, and beside them what `describe` writes on rank 0.
 
     `pieces` are those this rank owns: each element of each tensor is owned by one rank of the axis. They go to rank 0
-    in the order of the entries, a tensor at a time. If it cannot write, every rank raises a CheckpointError, and
-    nothing is left.
+    in the order of the entries, a tensor at a time. Other files of the folder stay. If it cannot write, every rank
+    raises a CheckpointError, and what was there is as it was.
     """
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)
-    with replacing(folder, axis) as temporary:
+    with adding(folder, "model*.safetensors*", axis) as temporary:
         if axis.rank > 0:
             for piece in owned:
                 send(piece.data.to("cpu", entries[order[piece.name]].dtype), axis, to=0)

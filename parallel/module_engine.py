@@ -247,7 +247,7 @@ class ModuleEngine(EngineBase):
         Raises CheckpointError for one that is missing, damaged, or of another model.
         """
         assert isinstance(self.optimizer, TorchOptimizer)
-        found = checkpoint.find(str(folder), Path(folder))
+        found = checkpoint.find(str(folder), Path(folder), option="load_checkpoint")
         assert found is not None
         metadata = checkpoint.read_metadata(found)
         checkpoint.load(found, self.state_pieces())

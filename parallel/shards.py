@@ -222,6 +222,31 @@ def replacing(folder: Path, axis: Axis) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def adding(folder: Path, pattern: str, axis: Axis) -> Iterator[Path]:
+    """A temporary folder in `folder`, into which every rank may write; once all are done its files replace those of
+    `folder` that have their names or match `pattern`, and leave all others alone. Fails as `replacing` does.
+    """
+    folder = folder.resolve()
+    temporary = folder / ".incomplete"
+    try:
+        with together(axis):
+            if axis.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with together(axis):
+            yield temporary
+        with together(axis):
+            if axis.rank == 0:
+                for old in folder.glob(pattern):
+                    old.unlink()
+                for file in sorted(temporary.iterdir()):
+                    file.replace(folder / file.name)
+    finally:
+        if axis.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _rename(temporary: Path, folder: Path) -> None:
     """A folder cannot be replaced in one step: an old one is moved aside first, so that there is never half of one."""
     aside = folder.with_name(f".{folder.name}.replaced")

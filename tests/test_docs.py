@@ -1,18 +1,25 @@
 """The documents say what is: configs parse, links lead somewhere, the code draws the pictures, the example is right."""
 
 import ast
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import OPTConfig, OPTForCausalLM
 
+import parallel
 from models.shapes import resolve
 from parallel.config import load_raw, parse
 from parallel.conjugate import reduce
+from parallel.errors import ColonnadeError
 from parallel.labels import shift
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import SCHEDULES, Action, batches, with_transfers
@@ -84,7 +91,7 @@ def anchors(document: Path) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_files_that_the_documents_name_exist(document: Path) -> None:
     for name in re.findall(
-        r"`((?:parallel|models|training|tests|configs)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")
+        r"`((?:parallel|models|training|tests|configs|examples)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).is_file() or name == "parallel/tensor/sliced.py", name
 
@@ -164,3 +171,62 @@ def test_the_mode_written_in_the_documents_equals_torch() -> None:
     torch.testing.assert_close(got.pop("loss"), loss.detach(), rtol=1e-12, atol=0)
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, want[name].grad, rtol=1e-12, atol=1e-12)
+
+
+# -- the library -------------------------------------------------------------------------------------------------------
+
+
+def run_the_library_page(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """All of its code, in order, as two ranks would run it."""
+    rows = torch.randint(4, 37, (64, 8), generator=torch.Generator().manual_seed(0))
+    samples = [{"input_ids": row, "labels": row} for row in rows]
+    namespace: dict[str, Any] = dict(path=str(folder / "opt"), samples=samples[:32], held_out=samples[32:])
+    os.chdir(folder)
+    with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"):
+        for code in blocks(ROOT / "docs/library.md", "python"):
+            exec(code, namespace)
+    engine, result = namespace["engine"], namespace["result"]
+    return dict(steps=engine.num_steps, loss=namespace["loss"], tokens=result.tokens, rows=rows[32:])
+
+
+def test_the_code_of_the_library_page_runs(tmp_path: Path) -> None:
+    shape: Any = dict(vocab_size=37, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(ffn_dim=16, max_position_embeddings=8, dropout=0.0)
+    OPTForCausalLM(OPTConfig(**shape)).save_pretrained(tmp_path / "opt")
+    found, other = run(run_the_library_page, 2, tmp_path)
+    assert found["steps"] == other["steps"] == 2 + 1 + 2
+    assert found["tokens"] == 2 * 3  # of the criterion's step: of four labels one is not counted
+    with torch.no_grad():
+        exported = OPTForCausalLM.from_pretrained(tmp_path / "runs/mine/export")
+        loss = exported(input_ids=found["rows"], labels=found["rows"]).loss.item()
+    # Half of 32 samples at a time, in fp32 here and there: roundings of a mean of numbers near 3.6.
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def refusals(rank: int, world_size: int) -> list[str]:
+    """What the library says to what it cannot bear."""
+    model: Callable[[], nn.Module] = lambda: nn.Linear(3, 1)  # noqa: E731
+    dataset: Any = [0] * 18
+    said = []
+
+    def expect(refused: Callable[[], Any], **config: Any) -> None:
+        parallel.launch_from_torch(config)
+        with pytest.raises(ColonnadeError) as caught:
+            refused()
+        said.append(str(caught.value))
+
+    with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"):
+        expect(lambda: parallel.initialize(model()), parallel=dict(pipeline=2))
+        kind = torch.optim.Adagrad
+        expect(lambda: parallel.initialize(one := model(), kind(one.parameters())))
+        expect(lambda: parallel.initialize(model(), torch.optim.SGD(model().parameters())))
+        expect(lambda: parallel.initialize(model(), train_dataloader=DataLoader(dataset, batch_size=9)))
+        expect(lambda: parallel.initialize(model())[0].backward(torch.ones(3, requires_grad=True)))
+    return said
+
+
+def test_the_refusals_of_the_library_page_are_word_for_word() -> None:
+    text = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^```\n(.*?)^```$", text.partition("## What is refused")[2], re.MULTILINE | re.DOTALL)
+    for said in run(refusals, 2):
+        assert said == listed.splitlines()

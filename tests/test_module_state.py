@@ -243,3 +243,21 @@ def refused(rank: int, world_size: int) -> str:
 
 def test_a_batch_that_does_not_divide_is_refused_with_those_that_would() -> None:
     assert "a batch of 5 does not divide over 2 replicas. Try 4 or 6." in run(refused, 2)[0]
+
+
+def export_into(rank: int, world_size: int, folder: Path) -> None:
+    engine, _ = engine_of(rank, world_size, config_of(3), MODELS["opt"]())
+    for _ in range(2):
+        engine.save_checkpoint(folder)
+        engine.save_pretrained(folder)
+    engine.load_checkpoint(folder)
+
+
+def test_an_export_leaves_other_files_of_its_folder_alone(tmp_path: Path) -> None:
+    """It used to replace the folder, and whatever else a user kept there."""
+    (tmp_path / "thesis.txt").write_text("years")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("of an earlier export in two shards")
+    run(export_into, 2, tmp_path)
+    found = {file.name for file in tmp_path.iterdir()}
+    assert found >= {"thesis.txt", "checkpoints", "model.safetensors", "config.json"}
+    assert not any(name.startswith(("model-", ".")) for name in found)

@@ -1,0 +1,104 @@
+"""The example does what it says: it learns, on any number of ranks alike, and leaves what Hugging Face reads."""
+
+import io
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import OPTForCausalLM
+
+from examples import finetune_opt
+from parallel.errors import DataError
+from tests.harness import run
+
+ROOT = Path(__file__).parent.parent
+TEXT, SEQUENCE, BATCH, STEPS, SAVED = ROOT / "README.md", 32, 8, 12, 6
+OPTIONS = (
+    f"--text {TEXT} --sequence {SEQUENCE} --batch {BATCH} --steps {STEPS} --log-every 1 --save-every {SAVED}".split()
+)
+
+# A loss is about 5, and printed to 6 places; it may differ by fp32's 1e-5 (tests/parity.py) of that, so a perplexity,
+# its exponential, by 5e-5 of itself.
+LOSS, PERPLEXITY = 5e-5, 1e-4
+
+
+def example(rank: int, world_size: int, *options: str) -> str:
+    """What it prints, in ranks that have met already."""
+    arguments = finetune_opt.read_arguments([*OPTIONS, *options])
+    place = dict(RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    printed = io.StringIO()
+    with patch.dict(os.environ, place), patch.object(finetune_opt, "leave"), redirect_stdout(printed):
+        finetune_opt.main(arguments)
+    return printed.getvalue()
+
+
+def numbers(printed: str, word: str) -> list[float]:
+    return [float(x) for x in re.findall(rf"{word} ([\d.]+)", printed)]
+
+
+def test_a_run_learns_alike_in_one_process_and_divided_over_two_and_resumes(tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    (alone,) = run(example, 1, "--output", one)
+    first, second = run(example, 2, "--stage", "3", "--output", two)
+    assert second == ""
+    losses = numbers(alone, "loss")
+    assert len(losses) == STEPS
+    assert numbers(first, "loss") == pytest.approx(losses, abs=LOSS)
+    before, after, exported = numbers(alone, "perplexity")
+    assert after < before / 2
+    assert exported == pytest.approx(after, rel=PERPLEXITY)
+    assert numbers(first, "perplexity") == pytest.approx([before, after, exported], rel=PERPLEXITY)
+    assert perplexity_of(tmp_path / "two" / "export") == pytest.approx(after, rel=PERPLEXITY)
+
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:06d}")  # as if it had been killed before
+    resumed, _ = run(example, 2, "--stage", "2", "--resume", "--output", one)
+    assert numbers(resumed, "loss") == pytest.approx(losses[SAVED:], abs=LOSS)
+    assert numbers(resumed, "perplexity")[1] == pytest.approx(after, rel=PERPLEXITY)
+
+
+def perplexity_of(export: Path) -> float:
+    """By torch alone, on what the example says that it holds out."""
+    tokens = torch.tensor(list(TEXT.read_bytes())) + 4  # after OPT's four special tokens
+    rows = tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
+    rows = rows[-(len(rows) // BATCH // 20 * BATCH) :]
+    with torch.no_grad():
+        logits = OPTForCausalLM.from_pretrained(export)(rows).logits
+    return math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item())
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("", 0), ("x" * (2 * BATCH * SEQUENCE - 1), 2 * BATCH * SEQUENCE - 1)])
+def test_a_text_too_short_to_train_on_and_to_evaluate_is_refused(tmp_path: Path, text: str, tokens: int) -> None:
+    (tmp_path / "short.txt").write_text(text)
+    arguments = finetune_opt.read_arguments([*OPTIONS, "--text", str(tmp_path / "short.txt")])
+    with pytest.raises(DataError, match=f"--text: {tokens} tokens make {tokens // SEQUENCE} samples"):
+        finetune_opt.read_samples(arguments, finetune_opt.read_tokenizer(None, 260))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--stage", "4"], "zero.stage: needs one of 0, 1, 2, 3, got 4"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--batch", "9"], "9 is not a multiple"),
+    ],
+)
+def test_under_torchrun_what_cannot_be_is_said_once_without_a_traceback_of_ours(
+    tmp_path: Path, options: list[str], said: str
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "examples/finetune_opt.py"), *OPTIONS, "--output", str(tmp_path / "out"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count(said) == 1
+    assert "exitcode  : 2" in done.stderr
+    assert 'finetune_opt.py", line' not in done.stderr
