@@ -21,17 +21,22 @@ from parallel.tensor import MODES
 
 
 def build(context: Context) -> Stage:
-    """This rank's stage, with weights from `model.path` where it has them, else drawn from the seed: now or, in ZeRO
-    stage 3, a chunk at a time as an engine takes it over.
+    """This rank's stage, with weights from `model.path` where it has them, else drawn from the seed: now or, where it
+    `comes_in_parts`, a chunk at a time as an engine takes it over.
 
     Raises ConfigError or DataError.
     """
     stage = outline(context)
-    if context.config.zero.stage < 3:
+    if not comes_in_parts(context.config):
         fill(stage.infos, context.config)
     else:
         stage.fill = partial(fill, config=context.config)
     return stage
+
+
+def comes_in_parts(config: Config) -> bool:
+    """Whether a rank is not to hold its stage whole on the device, not even at first."""
+    return config.zero.stage == 3 or config.zero.tensor_placement_policy != "cuda"
 
 
 def fill(infos: Sequence[ParameterInfo], config: Config) -> None:
@@ -50,7 +55,7 @@ def outline(context: Context) -> Stage:
     mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype), compiles=config.train.compile)
     specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
     own = split(specs, config.parallel.pipeline)[context.mesh.axis("pipe").rank]
-    layers = {specs[i].name: _built(specs[i], keep=config.zero.stage < 3) for i in own}
+    layers = {specs[i].name: _built(specs[i], keep=not comes_in_parts(config)) for i in own}
     if config.train.compile:
         for layer in layers.values():
             if isinstance(layer, Block):

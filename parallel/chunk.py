@@ -66,6 +66,7 @@ class Chunk:
         zero: int = 0,
         fill: Fill = lambda infos: None,
         device: torch.device | None = None,
+        placement: Placement = ON_DEVICE,
     ) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         self.infos = list(infos)
@@ -102,6 +103,7 @@ class Chunk:
         self.own = self.master.to(dtype) if self.is_partitioned else _slice(self.parameters, self.shard)
         if self.is_partitioned:
             self.release()
+        self.place(placement)
 
     @property
     def comes_and_goes(self) -> bool:
@@ -132,7 +134,7 @@ class Chunk:
             self.release()
 
     def _moved(self, x: Tensor, tier: Tier | None, to: Tier) -> Tensor:
-        """A copy of x in another tier; x itself where it is there already. None: what x is a part of will be given up."""
+        """A copy of x in another tier; x itself where it is there. None: it is a part of what will be given up."""
         return x if tier is to else self.empty(to, x).copy_(x)
 
     def empty(self, tier: Tier, like: Tensor) -> Tensor:
@@ -227,13 +229,14 @@ def make_chunks(
     zero: int = 0,
     fill: Fill = lambda infos: None,
     device: torch.device | None = None,
+    placement: Placement = ON_DEVICE,
 ) -> list[Chunk]:
     """Every parameter in a chunk. Ranks along an axis that a chunk is summed over make the same ones, in one order."""
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
         key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
         groups.setdefault(key, []).append(info)
-    return [Chunk(group, dtype, zero=zero, fill=fill, device=device) for group in groups.values()]
+    return [Chunk(group, dtype, zero=zero, fill=fill, device=device, placement=placement) for group in groups.values()]
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

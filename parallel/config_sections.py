@@ -53,9 +53,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: Literal[0, 1, 2, 3] = 0
-    tensor_placement_policy: Annotated[Literal["cuda", "cpu", "auto"], Built("cuda")] = "cuda"
+    tensor_placement_policy: Annotated[Literal["cuda", "cpu", "auto"], Built("cuda", "cpu")] = "cuda"
     gpu_margin_mem_ratio: Fraction = 0.8
-    device_memory: Annotated[Bytes | None, Built(None)] = None
+    device_memory: Bytes | None = None
     host_memory: Annotated[Bytes | None, Built(None)] = None
     nvme_dir: Annotated[str | None, Built(None)] = None
 

@@ -83,6 +83,9 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
     device, backend = choose_device(config.train.device, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if config.zero.device_memory is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.zero.device_memory / total), device)
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks on one host share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     if place.world_size > 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import EngineBase, StepResult
+from parallel.engine_base import STARTS, EngineBase, StepResult
 from parallel.errors import DataError
 from parallel.grad_norm import global_norm
 from parallel.gradients import Gradients
@@ -36,7 +36,8 @@ class Engine(EngineBase):
 
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill)
+        placement = STARTS[config.zero.tensor_placement_policy]
+        chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, placement=placement)
         update = AdamW(chunks, config.optimizer, compiles=config.train.compile)
         super().__init__(stage, context, chunks, TorchOptimizer(chunks, optimizer) if optimizer else update)
         self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)

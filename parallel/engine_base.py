@@ -12,6 +12,7 @@ from parallel.layout import Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
 from parallel.optim import AdamW, TorchOptimizer
+from parallel.transfer import ON_DEVICE, Placement, Tier, copies_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class StepResult:
     tokens: int
     skipped: bool = False
     phases: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+
+STARTS: Mapping[str, Placement] = {
+    "cuda": ON_DEVICE,
+    "cpu": Placement(Tier.HOST, Tier.HOST),
+    "auto": Placement(Tier.HOST, Tier.HOST),
+}
+"""Where chunks are at home at first, by policy: `auto` looks on for a step before it brings anything to the device."""
 
 
 class EngineBase:
@@ -56,6 +65,7 @@ class EngineBase:
 
     def state(self) -> dict[str, list[Piece]]:
         """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
+        copies_of(self.mesh.device).synchronize()
         return self.optimizer.pieces()
 
     def state_pieces(self, *, owned: bool = False) -> list[Piece]:
@@ -83,6 +93,7 @@ class EngineBase:
 
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the model's weights, in master precision."""
+        copies_of(self.mesh.device).synchronize()
         return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
 
     def _update(self, norm: Tensor, divisor: float) -> bool:

@@ -15,7 +15,7 @@ from parallel import checkpoint
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce, gather_objects
 from parallel.context import Context
-from parallel.engine_base import EngineBase, StepResult
+from parallel.engine_base import STARTS, EngineBase, StepResult
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
@@ -75,7 +75,8 @@ class ModuleEngine(EngineBase):
             raise ModelError("model: none of its parameters requires a gradient.")
         zero = config.zero.stage
         fill = partial(modules.fill, axis=data)
-        chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device)
+        placement = STARTS[config.zero.tensor_placement_policy]
+        chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device, placement=placement)
         update = TorchOptimizer(
             chunks, optimizer or modules.adamw(infos, config.optimizer), is_users=optimizer is not None
         )
@@ -84,7 +85,7 @@ class ModuleEngine(EngineBase):
         self._control = on_the_host(data)
         self._agreement = Agreement(self._control)
         self._layers = layers
-        comes_and_goes = any(chunk.is_partitioned for chunk in chunks)
+        comes_and_goes = any(chunk.comes_and_goes for chunk in chunks)
         self._gatherer = Gatherer(layers if comes_and_goes else {}, chunks, self._agreement.check)
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
         self._gradients = ModuleGradients(self._trained, scatters_each=zero >= 2)

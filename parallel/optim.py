@@ -1,6 +1,5 @@
 """Master weights and their update."""
 
-import itertools
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
 
@@ -84,9 +83,11 @@ class AdamW:
 
     def _parts_of(self, chunk: Chunk) -> list[Part]:
         assert chunk.gradient is not None
-        own = chunk.own.split(PART) if chunk.own.data_ptr() != chunk.master.data_ptr() else itertools.repeat(None)
-        states = zip(*(x.split(PART) for x in (chunk.master, *self._moments_of(chunk))), strict=True)
-        return [Part(chunk, *part) for part in zip(states, chunk.own_slice(chunk.gradient).split(PART), own)]
+        states = list(zip(*(x.split(PART) for x in (chunk.master, *self._moments_of(chunk))), strict=True))
+        gradients = chunk.gradient.split(PART)
+        if chunk.own.data_ptr() == chunk.master.data_ptr():
+            return [Part(chunk, *part) for part in zip(states, gradients, strict=True)]
+        return [Part(chunk, *part) for part in zip(states, gradients, chunk.own.split(PART), strict=True)]
 
     def _update(self, part: Part, factor: Tensor, lr: float) -> None:
         """On the device, a chunk or a part of it."""

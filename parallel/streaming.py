@@ -14,7 +14,7 @@ PART = 2**23  # elements
 
 @dataclass(frozen=True)
 class Part:
-    """Some elements of a chunk's masters and moments, and of its gradient; of its parameters where they are narrower."""
+    """Some elements of a chunk's masters and moments, of its gradient, and of parameters where they are narrower."""
 
     chunk: Chunk
     states: tuple[Tensor, Tensor, Tensor]

@@ -122,7 +122,7 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
     engine.optimizer.step = counted  # type: ignore[method-assign]
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
     states = [chunk.master for chunk in engine.chunks]
-    states += [x for inner in optimizer.inners for s in inner.state.values() for n, x in s.items() if n != "step"]
+    states += [x for moments in optimizer.moments.values() for x in moments]
     held["states"] = sum(x.untyped_storage().nbytes() for x in states)
     parameters = [chunk.parameters for chunk in engine.chunks]
     parameters += [chunk.own for chunk in engine.chunks if chunk.is_partitioned]
