@@ -20,7 +20,7 @@ from models.shapes import NAMED, resolve, shape_of
 from training.metrics import peak_device_bytes, peak_host_bytes
 
 SEQUENCE = 1024
-WARM_UP = 2  # steps
+WARM_UP = 4  # steps
 
 
 def measure(model: str, memory: str, policy: str, batch: int, steps: int) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def measure(model: str, memory: str, policy: str, batch: int, steps: int) -> dic
     start = time.perf_counter()
     context = parallel.launch_from_torch(config, resolve=resolve)
     engine = parallel.Engine(models.build(context), context)
+    engine.placer.say = lambda text: print(text, flush=True)
     ready = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, shape_of(context.config).vocab_size, (batch, SEQUENCE), generator=generator)
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--device-memory", default="6GiB")
     parser.add_argument("--policies", nargs="+", default=["cpu"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16])
-    parser.add_argument("--steps", type=int, default=4, help="timed steps, after two that are not")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps, after four that are not")
     arguments = parser.parse_args()
     for policy in arguments.policies:
         for batch in arguments.batches:

@@ -98,12 +98,17 @@ class Chunk:
         self.placement = ON_DEVICE
         self.copies = copies_of(whole.device)
         self.written = Arrival()  # the last copy of parameters down to the host
-        self.gradient_written = Arrival()
+        self.gradient_written, self.gradient_bytes = Arrival(), 0
         self.squares: Tensor | None = None  # of this rank's slice of a gradient that has left the device
         self.own = self.master.to(dtype) if self.is_partitioned else _slice(self.parameters, self.shard)
         if self.is_partitioned:
             self.release()
         self.place(placement)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the parameters, while they are whole."""
+        return self.size * self.parameters.element_size()
 
     @property
     def comes_and_goes(self) -> bool:

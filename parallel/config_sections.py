@@ -53,7 +53,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: Literal[0, 1, 2, 3] = 0
-    tensor_placement_policy: Annotated[Literal["cuda", "cpu", "auto"], Built("cuda", "cpu")] = "cuda"
+    tensor_placement_policy: Literal["cuda", "cpu", "auto"] = "cuda"
     gpu_margin_mem_ratio: Fraction = 0.8
     device_memory: Bytes | None = None
     host_memory: Annotated[Bytes | None, Built(None)] = None

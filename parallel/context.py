@@ -82,6 +82,7 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
         return Context(config, Mesh(topology, place.rank, device=device, merged=merged, connect=False), place)
     device, backend = choose_device(config.train.device, place)
     if device.type == "cuda":
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         if config.zero.device_memory is not None:
             total = torch.cuda.get_device_properties(device).total_memory

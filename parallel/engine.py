@@ -8,11 +8,12 @@ from torch import Tensor
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import STARTS, EngineBase, StepResult
+from parallel.engine_base import EngineBase, StepResult
 from parallel.errors import DataError
 from parallel.grad_norm import global_norm
 from parallel.gradients import Gradients
 from parallel.labels import IGNORED, shift
+from parallel.memory.placer import STARTS
 from parallel.optim import AdamW, TorchOptimizer
 from parallel.phases import Stopwatch
 from parallel.pipeline.microbatch import Microbatch, problem_of
@@ -60,6 +61,8 @@ class Engine(EngineBase):
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
+        self.placer.before_step(self.num_steps)
+        self.gatherer.watch = self.placer.observer
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
         runner = Runner(self.stage, self.pipe, microbatches, mark=self.stopwatch.mark)
@@ -74,6 +77,7 @@ class Engine(EngineBase):
         self.stopwatch.mark("update")
         lr = self.lr
         overflow = self._update(norm, scale)
+        self.placer.after_step(self.num_steps)
         loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)

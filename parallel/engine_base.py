@@ -11,8 +11,9 @@ from parallel.grad_norm import clip_coefficient
 from parallel.layout import Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
+from parallel.memory.placer import Placer
 from parallel.optim import AdamW, TorchOptimizer
-from parallel.transfer import ON_DEVICE, Placement, Tier, copies_of
+from parallel.transfer import copies_of
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,6 @@ class StepResult:
     phases: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
-STARTS: Mapping[str, Placement] = {
-    "cuda": ON_DEVICE,
-    "cpu": Placement(Tier.HOST, Tier.HOST),
-    "auto": Placement(Tier.HOST, Tier.HOST),
-}
-"""Where chunks are at home at first, by policy: `auto` looks on for a step before it brings anything to the device."""
-
-
 class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both."""
 
@@ -45,6 +38,7 @@ class EngineBase:
         self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
+        self.placer = Placer(self.chunks, optimizer.place, self.config.zero, self.mesh.world)
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
         self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule
@@ -100,6 +94,7 @@ class EngineBase:
         """Update every weight by its gradient / `divisor`, clipped by that gradient's `norm`: on no rank where it
         overflowed in fp16, which is the answer.
         """
+        self.placer.before_update()
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
         if not overflow:
             self.optimizer.step(clip_coefficient(norm, self.config.train.clip_grad_norm) / divisor, self.lr)

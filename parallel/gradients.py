@@ -227,6 +227,7 @@ class _Sum:
         chunk = self.chunk
         if chunk.placement.states is Tier.DEVICE:
             return total
+        chunk.gradient_bytes = total.nbytes
         chunk.squares = sum_of_squares(chunk.own_slice(total), chunk.master.dtype)
         if self.home is None or self.home.dtype != total.dtype:
             self.home = chunk.empty(Tier.HOST, total)

@@ -15,13 +15,14 @@ from parallel import checkpoint
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce, gather_objects
 from parallel.context import Context
-from parallel.engine_base import STARTS, EngineBase, StepResult
+from parallel.engine_base import EngineBase, StepResult
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
 from parallel.hf_folder import write_folder
 from parallel.labels import IGNORED
 from parallel.layout import Piece
+from parallel.memory.placer import STARTS
 from parallel.mesh import on_the_host
 from parallel.optim import TorchOptimizer
 from parallel.shards import Entry
@@ -136,6 +137,9 @@ class ModuleEngine(EngineBase):
         self.optimizer.unused = self._unused()
         skipped = self._update(norm, divisor)
         self.zero_grad()
+        self.placer.after_step(self.num_steps)
+        self.placer.before_step(self.num_steps)
+        self._gatherer.watch = self.placer.observer
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
     def zero_grad(self) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from parallel.chunk import Chunk
 from parallel.collectives import Pending
 from parallel.errors import ModelError
+from parallel.memory.observer import Observer
 
 
 class State(Enum):
@@ -86,6 +87,7 @@ class Gatherer:
     ) -> None:
         of_layers = {name: [chunk for chunk in chunks if chunk.infos[0].unit == name] for name in layers}
         self.names, self.agree = list(layers), agree
+        self.watch: Observer | None = None  # is told of the same
         self.units = [Unit(of_layers[name]) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
         count = len(self.units)
@@ -144,6 +146,8 @@ class Gatherer:
         if then == now and last >= 0:
             following[last] = i
         self._last = now, i
+        if self.watch is not None:
+            self.watch.used(self.names[i], backward=now >= 0)
         if 0 <= following[i] < len(self.units) and self.units[following[i]].state is State.ABSENT:
             self.units[following[i]].fetch()
 

@@ -1,0 +1,55 @@
+"""A step looked on at: what the device holds besides chunks, from one layer's use to the next."""
+
+from collections.abc import Sequence
+
+import torch
+
+from parallel.chunk import Chunk
+from parallel.memory.policy import ChunkBytes, Moment
+
+
+class Observer:
+    """Told of each layer as it is used, while all chunks are at home on the host.
+
+    On a CPU, where a second host pool stands for the device, nothing but chunks is counted.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
+        self.chunks, self.device = list(chunks), device
+        self.moments: list[Moment] = []
+        self._complete: frozenset[int] = frozenset()
+        self._whole = self._present()
+        self._peak()
+
+    def used(self, unit: str, *, backward: bool) -> None:
+        """A layer is about to be: what has been since the last one makes a moment."""
+        whole = self._whole | self._present()
+        present = sum(self.chunks[i].whole_bytes for i in whole)
+        self.moments.append(Moment(max(0, self._peak() - present), whole, self._complete))
+        if backward:
+            first = next(i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit)
+            self._complete |= frozenset(range(first + 1, len(self.chunks)))
+        self._whole = self._present()
+
+    def end(self) -> list[Moment]:
+        """Of the whole step; all gradients are complete."""
+        self.used("", backward=False)
+        everything = frozenset(range(len(self.chunks)))
+        return [*self.moments, Moment(self.moments[-1].working, self._present(), everything)]
+
+    def sizes(self) -> list[ChunkBytes]:
+        return [
+            ChunkBytes(chunk.whole_bytes, chunk.gradient_bytes, 0 if chunk.is_frozen else 3 * chunk.master.nbytes)
+            for chunk in self.chunks
+        ]
+
+    def _present(self) -> frozenset[int]:
+        return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.untyped_storage().nbytes())
+
+    def _peak(self) -> int:
+        """The most bytes since it was asked for last."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak

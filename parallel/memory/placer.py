@@ -1,0 +1,115 @@
+"""`tensor_placement_policy`: where chunks are at home, from a run's first step to its last."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from parallel.chunk import Chunk
+from parallel.collectives import gather_objects
+from parallel.config import ZeroConfig
+from parallel.errors import ConfigError
+from parallel.memory.observer import Observer
+from parallel.memory.policy import Plan, peak_of, plan
+from parallel.mesh import Axis
+from parallel.transfer import ON_DEVICE, Placement, Tier
+
+ON_HOST = Placement(Tier.HOST, Tier.HOST)
+STARTS: Mapping[str, Placement] = {"cuda": ON_DEVICE, "cpu": ON_HOST, "auto": ON_HOST}
+"""By policy: `auto` looks on for a step before it brings anything to the device."""
+
+WATCHED = 1  # from 0: in the step before it memory is made that stays
+
+Place = Callable[[Chunk, Placement], None]
+
+
+class Placer:
+    """With `auto`, watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank.
+
+    `say` hears what was planned and, two steps later, what came of it.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], place: Place, zero: ZeroConfig, world: Axis) -> None:
+        self.chunks, self.world, self.zero = list(chunks), world, zero
+        self.say: Callable[[str], None] = lambda text: None
+        self.plan: Plan | None = None
+        self.observer: Observer | None = None
+        self._place = place
+        self._device = chunks[0].parameters.device
+        self._began = self._computed = self._predicted = 0.0
+        self._done = zero.tensor_placement_policy != "auto"
+
+    def before_step(self, step: int) -> None:
+        if self._done or step < WATCHED:
+            return
+        self._synchronize()
+        self._began = time.perf_counter()
+        if self.plan is None:
+            self.observer = Observer(self.chunks, self._device)
+
+    def before_update(self) -> None:
+        if self.observer is not None:
+            self._synchronize()
+            self._computed = time.perf_counter()
+
+    def after_step(self, step: int) -> None:
+        """Between two steps: nothing is fetched, and there are no gradients."""
+        if self.observer is not None:
+            self._synchronize()
+            self._carry_out(self.observer, time.perf_counter())
+            self.observer = None
+        elif self.plan is not None and not self._done and step > WATCHED + 2:
+            self._synchronize()
+            self._done = True
+            self.say(f"placement: measured {self._seen()}, a step {time.perf_counter() - self._began:.3f} s")
+
+    def explain(self, error: torch.OutOfMemoryError) -> ConfigError:
+        """What to tell a user whose batch does not fit."""
+        limit = f"zero.device_memory={self.budget / 2**30:.3g} GiB"
+        leaner = "" if self._placed_lean() else " Or try zero.tensor_placement_policy='auto', which moves what it can."
+        return ConfigError(
+            f"train.micro_batch_size: a step does not fit in {limit}: {str(error).splitlines()[0]} Try a smaller"
+            f" micro_batch_size, or activation_checkpointing='full'.{leaner}"
+        )
+
+    @property
+    def budget(self) -> int:
+        """Bytes of the device."""
+        if self.zero.device_memory is not None:
+            return int(self.zero.device_memory)
+        if self._device.type != "cuda":
+            return 2**62  # a host has no limit of its own
+        return int(torch.cuda.get_device_properties(self._device).total_memory)
+
+    def _carry_out(self, observer: Observer, now: float) -> None:
+        moments, sizes = observer.end(), observer.sizes()
+        own = plan(sizes, moments, self.budget, self.zero.gpu_margin_mem_ratio)
+        count = len(sizes)
+        wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
+        # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed.
+        left = max(gather_objects((count - wanted[0], count - wanted[1]), self.world), key=sum)
+        states, parameters = (max(0, count - rest) for rest in left)
+        self.plan = Plan(states, parameters, peak_of(sizes, moments, states, parameters))
+        for i, chunk in enumerate(self.chunks):
+            tiers = (Tier.DEVICE if i < limit else Tier.HOST for limit in (parameters, states))
+            self._place(chunk, Placement(*tiers))
+        total = sum(size.states for size in sizes)
+        streamed = sum(size.states for size in sizes[states:]) / total
+        self._predicted = self._computed - self._began + (now - self._computed) * streamed
+        self.say(
+            f"placement: states of {states} and parameters of {parameters} of {count} chunks stay on the device;"
+            f" predicted peak {self.plan.peak / 2**30:.2f} of {self.budget / 2**30:.2f} GiB, a step"
+            f" {self._predicted:.3f} s"
+        )
+
+    def _placed_lean(self) -> bool:
+        return all(chunk.placement == ON_HOST for chunk in self.chunks)
+
+    def _seen(self) -> str:
+        if self._device.type != "cuda":
+            return "no device"
+        return f"peak {torch.cuda.max_memory_allocated(self._device) / 2**30:.2f} GiB"
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
