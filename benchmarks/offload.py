@@ -23,13 +23,13 @@ SEQUENCE = 1024
 WARM_UP = 4  # steps
 
 
-def measure(model: str, memory: str, policy: str, batch: int, steps: int) -> dict[str, Any]:
+def measure(model: str, zero: dict[str, Any], batch: int, steps: int) -> dict[str, Any]:
     """Seconds of each step, the losses, and the most bytes on the device and the host."""
     config: dict[str, Any] = dict(
         model=dict(name=model, dropout=0.0),
         data=dict(sequence_length=SEQUENCE),
         train=dict(global_batch_size=batch, micro_batch_size=batch, precision="bf16", activation_checkpointing="full"),
-        zero=dict(tensor_placement_policy=policy, device_memory=memory),
+        zero=zero,
         lr_scheduler=dict(kind="constant", warmup_steps=0),
         optimizer=dict(lr=1e-4),
     )
@@ -59,14 +59,16 @@ def main() -> None:
     parser.add_argument("--device-memory", default="6GiB")
     parser.add_argument("--policies", nargs="+", default=["cpu"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16])
+    parser.add_argument("--margin", type=float, default=0.8, help="zero.gpu_margin_mem_ratio")
     parser.add_argument("--steps", type=int, default=4, help="timed steps, after four that are not")
     arguments = parser.parse_args()
     for policy in arguments.policies:
         for batch in arguments.batches:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                work = (arguments.model, arguments.device_memory, policy, batch, arguments.steps)
+                zero = dict(tensor_placement_policy=policy, device_memory=arguments.device_memory)
+                zero |= dict(gpu_margin_mem_ratio=arguments.margin)
                 try:
-                    found = pool.submit(measure, *work).result()
+                    found = pool.submit(measure, arguments.model, zero, batch, arguments.steps).result()
                 except Exception as error:
                     print(f"{policy:<5} batch {batch}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                     continue

@@ -184,7 +184,15 @@ class Chunk:
     def publish(self) -> Pending:
         """Make the parameters what the masters are, on every rank of `shard`."""
         if self.own.data_ptr() != self.master.data_ptr():
-            self.own.copy_(self.master)
+            to, came = self.placement.parameters, self.placement.states
+            if to is came:
+                self.own.copy_(self.master)
+            elif to is Tier.HOST:  # rounded before it travels
+                self.written = self.copies.down(self.master.to(self.own.dtype), self.own)
+            else:
+                wide = self.empty(Tier.DEVICE, self.master)
+                self.copies.up(self.master, wide).wait()
+                self.own.copy_(wide)
         return self.spread()
 
     def spread(self) -> Pending:

@@ -54,8 +54,15 @@ class Engine(EngineBase):
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """Forward and backward of all microbatches, one update; none on any rank where a gradient overflowed in fp16.
 
-        Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label.
+        Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label;
+        ConfigError where the device has too little memory.
         """
+        try:
+            return self._train_step(batch)
+        except torch.OutOfMemoryError as error:
+            raise self.placer.explain(error) from error
+
+    def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")
         self.stage.train()
         microbatches, tokens = self._microbatches(batch)

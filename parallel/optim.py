@@ -197,17 +197,16 @@ class TorchOptimizer:
         """Give a chunk another home, and what is kept for it."""
         was = chunk.placement.states
         chunk.place(placement)
-        if was is placement.states or chunk.is_frozen:
-            return
-        renewed = {segment.info: segment for segment in chunk.segments(chunk.master)}
+        renewed = {segment.info: segment for segment in chunk.segments(chunk.master)}  # masters may lie elsewhere now
         for i, (segment, leaf) in enumerate(self._segments):
-            if segment.info in renewed and segment.info in chunk.infos:
-                self._segments[i] = renewed[segment.info], leaf
-                leaf.data = renewed[segment.info].data
-                state = self.inner.state[leaf]
-                for kind, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == leaf.shape:
-                        state[kind] = chunk.empty(placement.states, value).copy_(value)
+            if segment.info not in renewed:
+                continue
+            self._segments[i] = renewed[segment.info], leaf
+            leaf.data = renewed[segment.info].data
+            state = self.inner.state[leaf] if was is not placement.states else {}
+            for kind, value in state.items():
+                if isinstance(value, Tensor) and value.shape == leaf.shape:
+                    state[kind] = chunk.empty(placement.states, value).copy_(value)
 
     def _start_states(self) -> None:
         """What torch makes at a first step: a step of nothing, where there was none."""

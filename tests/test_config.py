@@ -267,11 +267,6 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [
-        (
-            {"zero": {"tensor_placement_policy": "auto"}},
-            "zero.tensor_placement_policy: 'auto' is not available yet. Try 'cuda'.",
-        ),
-        ({"zero": {"device_memory": "6GiB"}}, "zero.device_memory: '6GiB' is not available yet. Try None."),
         ({"zero": {"nvme_dir": "/disk"}}, "zero.nvme_dir: '/disk' is not available yet. Try None."),
         (
             {"parallel": {"pipeline": {"schedule": "zero_bubble"}}},

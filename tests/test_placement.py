@@ -1,40 +1,203 @@
 """Where chunks are at home changes nothing of what they are."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import parallel
+from parallel.memory.policy import SAFETY, ChunkBytes, Moment, peak_of, plan
+from parallel.transfer import Placement, Tier
 from tests.harness import run
-from tests.parity import SHAPE, Raw, Trace, batches_of, config_of, train
+from tests.parity import SHAPE, Raw, Trace, batches_of, config_of, engine_of, share_of, train, whole
+from tests.test_module_engine import MODELS
+from tests.test_module_engine import config_of as module_config
+from tests.test_module_engine import engine_of as module_engine
+from tests.test_module_state import train as train_module
 from tests.test_zero import assert_equal
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "single": (1, {}),
     "pp2": (2, dict(pipeline=2)),
-    "dp2": (2, {}),
     "dp2-1d2": (4, dict(tensor=dict(mode="1d", size=2))),
     "2.5d-depth2": (8, dict(tensor=dict(mode="2.5d", size=8, depth=2))),
 }
+BUDGETS = {"single": "200KiB", "pp2": "150KiB", "dp2-1d2": "120KiB"}  # some of it must move
 
 
-def trace_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **options: Any) -> Trace:
-    world_size, parallel = LAYOUTS[layout]
+def raw_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **options: Any) -> Raw:
     batch = dict(global_batch_size=24, micro_batch_size=4) | options
-    zero = dict(stage=stage, tensor_placement_policy=policy)
-    raw = config_of(parallel, steps=3, precision=precision, model=SHAPE, train=batch, zero=zero)
-    found = run(train, world_size, raw, batches_of(3, batch=24))[0]
+    zero = dict(
+        stage=stage, tensor_placement_policy=policy, device_memory=BUDGETS[layout] if policy == "auto" else None
+    )
+    return config_of(LAYOUTS[layout][1], steps=4, precision=precision, model=SHAPE, train=batch, zero=zero)
+
+
+def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
+    found = run(train, LAYOUTS[layout][0], raw_of(layout, policy, stage, **options), batches_of(4, batch=24))[0]
     assert found is not None
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_at_home_on_the_host_a_model_trains_bit_for_bit_as_on_the_device(layout: str, stage: int) -> None:
-    assert_equal(trace_of(layout, "cpu", stage), trace_of(layout, "cuda", stage))
+@pytest.mark.parametrize(
+    ("layout", "stage", "policies"),
+    [
+        ("single", 0, ("cpu", "auto")),
+        ("pp2", 0, ("cpu", "auto")),
+        ("dp2-1d2", 2, ("cpu", "auto")),
+        ("dp2-1d2", 3, ("auto",)),
+        ("2.5d-depth2", 3, ("cpu",)),
+    ],
+)
+def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, policies: tuple[str, ...]) -> None:
+    want = trace_of(layout, "cuda", stage)
+    for policy in policies:
+        assert_equal(trace_of(layout, policy, stage), want)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_narrow_parameters_too(precision: str) -> None:
-    for options in (dict(micro_batch_size=12), dict(activation_checkpointing="full")):
-        want = trace_of("dp2", "cuda", 2, precision=precision, **options)
-        assert_equal(trace_of("dp2", "cpu", 2, precision=precision, **options), want)
+    for options in (dict(micro_batch_size=6), dict(activation_checkpointing="full")):
+        want = trace_of("dp2-1d2", "cuda", 2, precision=precision, **options)
+        assert_equal(trace_of("dp2-1d2", "cpu", 2, precision=precision, **options), want)
+
+
+def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
+    """Every chunk in another place in every step."""
+    engine = engine_of(rank, world_size, raw)
+    places = [Placement(parameters, states) for parameters in Tier for states in Tier]
+    for step, batch in enumerate(batches_of(6, batch=24)):
+        engine.train_step(share_of(batch, engine))
+        for i, chunk in enumerate(engine.chunks):
+            engine.optimizer.place(chunk, places[(step + i) % len(places)])
+    assert len({chunk.placement for chunk in engine.chunks}) == len(places)
+    return whole(engine, [chunk.master for chunk in engine.chunks])
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp64", 0), ("bf16", 1), ("fp64", 3)])
+def test_chunks_may_change_their_homes_between_any_two_steps(precision: str, stage: int) -> None:
+    layout = "dp2-1d2"
+    want = run(moved_never, 4, raw_of(layout, "cuda", stage, precision=precision))
+    got = run(moved_about, 4, raw_of(layout, "cuda", stage, precision=precision))
+    assert all(torch.equal(got[0][name], want[0][name]) for name in want[0])
+
+
+def moved_never(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
+    engine = engine_of(rank, world_size, raw)
+    for batch in batches_of(6, batch=24):
+        engine.train_step(share_of(batch, engine))
+    return whole(engine, [chunk.master for chunk in engine.chunks])
+
+
+def module_weights(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, torch.Tensor]:
+    engine, _ = module_engine(rank, world_size, raw, MODELS[model]())
+    train_module(engine, 0, 5)
+    placements = {chunk.placement for chunk in engine.chunks}
+    assert len(placements) == 1 or raw["zero"].get("tensor_placement_policy") == "auto"
+    return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
+
+
+@pytest.mark.parametrize(("model", "stage"), [("plain", 0), ("opt", 2), ("plain", 3), ("opt", 3)])
+def test_a_module_of_ones_own_too(model: str, stage: int) -> None:
+    raw = module_config(stage)
+    want = run(module_weights, 2, raw, model)
+    for policy, memory in (("cpu", None), ("auto", "80KiB")):
+        zero = dict(stage=stage, tensor_placement_policy=policy, device_memory=memory)
+        got = run(module_weights, 2, raw | dict(zero=zero), model)
+        for ours, theirs in zip(got, want, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
+    """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said."""
+    engine = engine_of(rank, world_size, raw)
+    most, said = 0, list[str]()
+    engine.placer.say = said.append
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        here = 0
+        for chunk in engine.chunks:
+            here += chunk.parameters.untyped_storage().nbytes()
+            resident = chunk.placement.states is Tier.DEVICE
+            shares = chunk.master.data_ptr() == chunk.own.data_ptr() and not chunk.comes_and_goes
+            here += resident * (3 - shares) * chunk.master.nbytes
+            if resident and chunk.gradient is not None:
+                here += chunk.gradient.nbytes
+        most = max(most, here)
+
+    for layer in engine.stage.units.values():
+        layer.register_forward_pre_hook(count)
+        for parameter in layer.parameters():
+            parameter.register_hook(count)
+    for batch in batches_of(5, batch=24):
+        engine.train_step(share_of(batch, engine))
+    assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
+    assert any(c.placement.states is Tier.HOST for c in engine.chunks)
+    return most, engine.placer.budget, said
+
+
+def test_auto_keeps_to_its_budget_and_says_what_it_plans() -> None:
+    raw = raw_of("single", "auto", 0)
+    raw["zero"]["device_memory"] = "200KiB"
+    most, budget, said = run(on_the_device, 1, raw)[0]
+    assert most <= budget == 200 * 1024
+    assert "predicted peak" in said[0]
+    assert "measured" in said[1]
+
+
+def refused(rank: int, world_size: int, raw: Raw) -> str:
+    try:
+        engine_of(rank, world_size, raw)
+    except parallel.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_budget_that_cannot_work_is_refused_on_every_rank_with_numbers() -> None:
+    raw = raw_of("pp2", "auto", 0)
+    raw["zero"]["device_memory"] = "8KiB"
+    for said in run(refused, 2, raw):
+        assert "zero.device_memory: 0.01 MiB cannot hold 0.0" in said
+
+
+@given(st.data())
+def test_a_plan_fits_and_everything_stays_where_everything_fits(data: st.DataObject) -> None:
+    sizes = st.builds(ChunkBytes, *(st.integers(1, 100) for _ in range(3)))
+    chunks = data.draw(st.lists(sizes, min_size=1, max_size=8))
+    some = st.frozensets(st.integers(0, len(chunks) - 1))
+    moments = data.draw(st.lists(st.builds(Moment, st.integers(0, 300), some, some), min_size=1, max_size=5))
+    budget, ratio = data.draw(st.integers(1, 4000)), data.draw(st.floats(0, 1))
+    found, allowed = plan(chunks, moments, budget, ratio), int(budget * SAFETY)
+    if found is None:
+        assert peak_of(chunks, moments, 0, 0) > allowed
+        return
+    assert found.peak == peak_of(chunks, moments, found.num_states, found.num_parameters) <= allowed
+    if peak_of(chunks, moments, len(chunks), len(chunks)) <= allowed:
+        assert (found.num_states, found.num_parameters) == (len(chunks), len(chunks))
+
+
+def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
+    """A checkpoint of a model that lives on the host, taken up by one that lives on the device, and the other way."""
+    from parallel import checkpoint
+
+    batches = batches_of(4, batch=24)
+    first = engine_of(rank, world_size, raw)
+    for batch in batches[:2]:
+        first.train_step(share_of(batch, first))
+    policy = raw["zero"]["tensor_placement_policy"]
+    metadata = dict(step=2, counters=first.counters())
+    checkpoint.save(folder / policy, first.state_pieces(owned=True), metadata=metadata, axis=first.mesh.world, keep=9)
+    other = dict(stage=3, tensor_placement_policy="cpu" if policy == "cuda" else "cuda")
+    second = engine_of(rank, world_size, raw | dict(zero=other))
+    checkpoint.load(folder / policy, second.state_pieces())
+    second.restore(checkpoint.read_metadata(folder / policy)["counters"])
+    return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
+
+
+def test_a_checkpoint_knows_no_places(tmp_path: Path) -> None:
+    losses = [run(resumed, 4, raw_of("dp2-1d2", policy, 3), tmp_path)[0] for policy in ("cpu", "cuda")]
+    assert losses[0] == losses[1]

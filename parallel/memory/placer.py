@@ -38,6 +38,7 @@ class Placer:
         self._device = chunks[0].parameters.device
         self._began = self._computed = self._predicted = 0.0
         self._done = zero.tensor_placement_policy != "auto"
+        self._refuse_hopeless()
 
     def before_step(self, step: int) -> None:
         if self._done or step < WATCHED:
@@ -101,6 +102,21 @@ class Placer:
             f" predicted peak {self.plan.peak / 2**30:.2f} of {self.budget / 2**30:.2f} GiB, a step"
             f" {self._predicted:.3f} s"
         )
+
+    def _refuse_hopeless(self) -> None:
+        """Before anything is computed: what is whole at once must fit, whatever is moved."""
+        units: dict[str, int] = {}
+        for chunk in self.chunks:
+            if chunk.comes_and_goes:
+                units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
+        needed = sum(sorted(units.values())[-3:])
+        most = max(gather_objects(needed, self.world))
+        if most > self.budget:
+            raise ConfigError(
+                f"zero.device_memory: {self.budget / 2**20:.2f} MiB cannot hold {most / 2**20:.2f} MiB, the parameters"
+                " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
+                " split the model by parallel.tensor or parallel.pipeline."
+            )
 
     def _placed_lean(self) -> bool:
         return all(chunk.placement == ON_HOST for chunk in self.chunks)
