@@ -56,7 +56,8 @@ class Screen:
         inner = {axis: size for axis, size in topology.shape.items() if axis not in ("pipe", "data")}
         if caption := cell_caption(inner):
             self.say(caption)
-        self.say("on each rank, without activations")
+        home = {"cuda": "", "cpu": ", at home on the host", "auto": ", on the device as far as there is room"}
+        self.say(f"on each rank, without activations{home[config.zero.tensor_placement_policy]}")
         self.console.print(_stages(preview))
 
     def timeline(self, preview: Preview) -> None:
