@@ -80,7 +80,7 @@ def fsdp2(model: str, zero: dict[str, Any], batch: int) -> tuple[Step, OPTShape]
     fields = {key: value for key, value in asdict(shape).items() if key != "remove_final_layer_norm"}
     module: Any = OPTForCausalLM(OPTConfig(**fields, attn_implementation="sdpa")).train()
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    how = dict(
+    how: Any = dict(
         mesh=init_device_mesh("cuda", (1,)),
         mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
         offload_policy=CPUOffloadPolicy(),
