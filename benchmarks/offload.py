@@ -78,7 +78,8 @@ def fsdp2(model: str, zero: dict[str, Any], batch: int) -> tuple[Step, OPTShape]
     torch.cuda.set_per_process_memory_fraction((config.zero.device_memory or total) / total, device)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     fields = {key: value for key, value in asdict(shape).items() if key != "remove_final_layer_norm"}
-    module: Any = OPTForCausalLM(OPTConfig(**fields, attn_implementation="sdpa")).train()
+    made: Any = OPTConfig(**fields)
+    module: Any = OPTForCausalLM._from_config(made, attn_implementation="sdpa").train()
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     how: Any = dict(
         mesh=init_device_mesh("cuda", (1,)),

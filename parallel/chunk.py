@@ -197,9 +197,9 @@ class Chunk:
 
     def spread(self) -> Pending:
         """Give every rank of `shard` this one's `own`, unless parameters are absent until they are gathered."""
-        return (
-            Pending(self.own) if self.comes_and_goes else start_all_gather(self.own, 0, self.shard, out=self.parameters)
-        )
+        if self.comes_and_goes:
+            return Pending(self.own)
+        return start_all_gather(self.own, 0, self.shard, out=self.parameters)
 
     def gather(self) -> Pending:
         """Start making absent parameters whole, where they were before: what autograd saved of them lies there."""

@@ -24,6 +24,7 @@ ONE_SEED = (
 )
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
+HOMES = "tests/test_placement.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -162,15 +163,16 @@ GRADIENT_RULE = (
 
 ZERO = (
     Mutant("last-round-alone", "of microbatches that are scattered one by one the last replaces the others",
-           GRADIENTS, "arrived if self.total is None else self.total.add_(arrived)", "arrived",
+           GRADIENTS,
+           "arrived if self.total is None else self._on_device(self.total).add_(arrived)", "arrived",
            f"{STAGES}::test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding[dp2]"),
     Mutant("updated-slices-stay-at-home", "each rank goes on with its own slice new and the others' old",
            CHUNK,
-           "return Pending(own) if self.is_partitioned else start_all_gather(own, 0, self.shard, out=self.parameters)",
-           "return Pending(own)",
+           "        return start_all_gather(self.own, 0, self.shard, out=self.parameters)\n\n    def gather",
+           "        return Pending(self.own)\n\n    def gather",
            f"{STAGES}::test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32[dp2]"),
     Mutant("narrow-parameters-not-refreshed", "a bf16 model goes on with the parameters of the step before",
-           CHUNK, "            own.copy_(self.master)\n", "            pass\n",
+           CHUNK, "                self.own.copy_(self.master)\n", "                pass\n",
            "tests/test_chunk.py::test_parameters_become_views_of_one_buffer_and_keep_their_values"),
     Mutant("gathered-and-kept", "a layer's parameters stay whole after its forward",
            "parallel/zero/gatherer.py", "            self.units[i].leave()\n", "            pass\n",
@@ -422,6 +424,24 @@ MODULES = (
            f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
 )
 
+PLACEMENT = (
+    Mutant("host-parameters-not-refreshed", "parameters at home on the host go on as they were",
+           CHUNK, "                self.written = self.copies.down(self.master.to(self.own.dtype), self.own)\n",
+           "                pass\n", f"{HOMES}::test_chunks_may_change_their_homes_between_any_two_steps"),
+    Mutant("narrow-parameters-left-on-the-host", "what streamed through the device is not rounded",
+           "parallel/streaming.py", "                self._copies.down(narrow.copy_(here.states[0]), home.own)\n",
+           "                pass\n", f"{HOMES}::test_narrow_parameters_too"),
+    Mutant("rounds-on-the-host-replaced", "the host keeps the last microbatch's gradient alone",
+           GRADIENTS, "        chunk.copies.up(total, found, after=chunk.gradient_written).wait()\n",
+           "        found.zero_()\n", f"{HOMES}::test_narrow_parameters_too"),
+    Mutant("moved-masters-unseen", "a user's optimizer updates where the masters were",
+           OPTIM, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
+           f"{HOMES}::test_a_module_of_ones_own_too"),
+    Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
+           "parallel/memory/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
+           f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -430,6 +450,7 @@ MUTANTS = (
     *ZERO,
     *SHARDED_INIT,
     *MODULES,
+    *PLACEMENT,
     *NORM_AND_CLIP,
     *MEANS,
     *PARAMETERS,
