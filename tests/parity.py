@@ -167,7 +167,7 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
 
 def clipped(chunk: Chunk, factor: Tensor) -> Tensor:
     assert chunk.gradient is not None
-    return chunk.gradient.to(chunk.master.dtype) * factor.to(chunk.master.dtype)
+    return chunk.gradient.to(factor.device, chunk.master.dtype) * factor.to(chunk.master.dtype)
 
 
 def exported(engine: Engine) -> dict[str, Tensor]:
