@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from parallel.chunk import Chunk
 from parallel.collectives import Pending
 from parallel.errors import ModelError
+from parallel.zero.absent import conceal, reveal
+from parallel.zero.units import ROOT
 
 
 class State(Enum):
@@ -27,11 +29,14 @@ MOVES = {(State.ABSENT, State.FETCHING), (State.FETCHING, State.WHOLE), (State.W
 
 
 class Unit:
-    """The chunks of a layer, which come and go together."""
+    """The chunks of a layer, which come and go together. While it `is_guarded`, whoever computes with parameters that
+    are not there is told so by the layer's name, instead of computing NaN."""
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], name: str = ROOT) -> None:
         self.chunks = [chunk for chunk in chunks if chunk.is_partitioned]
-        self.state = State.ABSENT
+        self.name, self.state = name, State.ABSENT
+        self.parameters = [info.parameter for chunk in self.chunks for info in chunk.infos]
+        self._is_guarded = False
         self._pending: list[Pending] = []
 
     def fetch(self) -> None:
@@ -43,11 +48,20 @@ class Unit:
         for pending in self._pending:
             pending.wait()
         self._pending = []
+        reveal(self.parameters)
 
     def release(self) -> None:
         self._move(State.ABSENT)
         for chunk in self.chunks:
             chunk.release()
+        self.guard(self._is_guarded)
+
+    def guard(self, is_guarded: bool) -> None:
+        self._is_guarded = is_guarded
+        if is_guarded and self.state is not State.WHOLE:
+            conceal(self.parameters, self.name)
+        else:
+            reveal(self.parameters)
 
     def use(self) -> None:
         """Be whole, at once if it was fetched ahead."""
@@ -85,7 +99,7 @@ class Gatherer:
     ) -> None:
         of_layers = {name: [chunk for chunk in chunks if chunk.infos[0].unit == name] for name in layers}
         self.names, self.agree = list(layers), agree
-        self.units = [Unit(of_layers[name]) for name in layers]
+        self.units = [Unit(of_layers[name], name) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
         count = len(self.units)
         self._next = {True: [i - 1 for i in range(count)], False: [i + 1 for i in range(count)]}  # by "in a backward"
@@ -101,11 +115,15 @@ class Gatherer:
 
     def end(self) -> None:
         for unit in (*self.units, self.root):
+            unit.guard(False)
             unit.leave()
 
     def start_pass(self) -> None:
-        """Before a forward: what is used next does not follow what was used last."""
+        """Before a forward that nobody has checked: what is used next does not follow what was used last, and what is
+        used outside its layer is refused, until `end`."""
         self._last = (-1, -1)
+        for unit in self.units:
+            unit.guard(True)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, i: int, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -135,6 +153,11 @@ class Gatherer:
             register_multi_grad_hook(followed, lambda gradient: self._use(i), mode="any")
 
     def _use(self, i: int) -> None:
+        if _backward() < 0 and self.root.state is State.ABSENT:
+            raise ModelError(
+                f"{self.names[i]}: it was called by itself, and what belongs to no layer is not there. In zero stage 3"
+                " call the engine, or the module that it was made of."
+            )
         self.agree(self.names[i])
         self.units[i].use()
         now = _backward()
