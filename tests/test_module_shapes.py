@@ -1,5 +1,6 @@
 """Modules that are put together in unusual ways, and loops that are: as in plain torch, or told by name."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import parallel
+from parallel.loaders import divide
 from parallel.module_engine import ModuleEngine
 from tests.harness import run
 from tests.test_module_engine import config_of, engine_of
@@ -197,3 +200,23 @@ def test_a_buffer_of_any_dtype_is_exported_or_refused_on_every_rank(tmp_path: An
     assert load_file(tmp_path / "model.safetensors")["table"].dtype == torch.complex64
     for said in run(exported_buffers, 2, torch.complex128, str(tmp_path), timeout=20):
         assert "table: it is torch.complex128" in said
+
+
+SAMPLERS: dict[str, Callable[[], Sampler[int]]] = {
+    "a subset": lambda: SubsetRandomSampler(range(12)),
+    "weights": lambda: WeightedRandomSampler([1.0] * 12, 12, replacement=False),
+}
+
+
+def drawn(rank: int, world_size: int, sampler: str) -> list[int]:
+    """The samples of an epoch, of a replica whose torch generator is its own."""
+    engine, _ = engine_of(rank, world_size, config_of(0), made(Blocks))
+    torch.manual_seed(rank)
+    loader = DataLoader(TensorDataset(torch.arange(12)), batch_size=4, sampler=SAMPLERS[sampler]())
+    return [int(x) for (batch,) in divide(loader, engine.data) for x in batch]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_random_sampler_of_torch_draws_each_sample_on_one_replica(sampler: str) -> None:
+    """Only RandomSampler was: replicas took parts of different batches, some samples twice and some never."""
+    assert sorted(itertools.chain(*run(drawn, 2, sampler))) == list(range(12))
