@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import gather_objects, receive, send
+from parallel.errors import CheckpointError
 from parallel.layout import Box, Piece, slices
 from parallel.mesh import Axis
-from parallel.shards import Entry, adding, covered_once, write, write_json
+from parallel.shards import DTYPE_NAMES, Entry, adding, covered_once, write, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -25,6 +26,9 @@ def write_folder(
     in the order of the entries, a tensor at a time. Other files of the folder stay. If it cannot write, every rank
     raises a CheckpointError, and what was there is as it was.
     """
+    for entry in entries:  # before a rank waits for another
+        if entry.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)

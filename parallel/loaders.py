@@ -5,7 +5,16 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from parallel.collectives import gather_objects
 from parallel.errors import ConfigError, either, nearest_multiples
@@ -67,7 +76,7 @@ def divide(loader: Any, axis: Axis) -> Any:
 
 def _with_common_seed(sampler: Any, axis: Axis) -> Any:
     """A random sampler draws the same on every replica: from the state that rank 0's generator has now."""
-    if not isinstance(sampler, RandomSampler):
+    if not isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         return sampler
     generator: torch.Generator | None = sampler.generator
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))

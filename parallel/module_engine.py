@@ -95,6 +95,7 @@ class ModuleEngine(EngineBase):
         self._awaits_backward = False
         self._known = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
+        modules.make_gradients_dense(module)
         modules.place_buffers(module, context.device, context.dtype, data)
         if config.train.activation_checkpointing == "full":
             modules.recompute(module, layers)
@@ -103,6 +104,8 @@ class ModuleEngine(EngineBase):
                 layer.forward = torch.compile(layer.forward)
         module.register_forward_pre_hook(lambda module, inputs: self._enter())
         module.register_forward_hook(lambda module, inputs, y: self._leave(), always_call=True)
+        if comes_and_goes:
+            modules.guard_state(module)
 
     # -- the user's loop
 
@@ -119,6 +122,7 @@ class ModuleEngine(EngineBase):
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ModelError(f"loss: it must be one number with a gradient, got {modules.described(loss)}.")
         self._agreement.check("a backward")
+        self._gatherer.root.use()  # a backward before this one, of another forward, may have let it go
         with self._gradients.backward(synchronizes=self._synchronizes):
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
         self._awaits_backward = retain_graph
@@ -274,7 +278,7 @@ class ModuleEngine(EngineBase):
 
     def _enter(self) -> None:
         self._agreement.check("a forward", problem=self._changed())
-        self._gatherer.start_pass()
+        self._gatherer.start_pass(guarded=True)
         self._gatherer.root.use()
 
     def _leave(self) -> None:

@@ -1,6 +1,7 @@
 """Master weights and their update."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -137,6 +138,8 @@ class TorchOptimizer:
         if strangers:
             raise ModelError(f"optimizer: {strangers} of its parameters are not the model's. Make it after the model.")
         self.unused: Container[nn.Parameter] = ()  # those that got no gradient
+        self._is_stepping = False
+        inner.register_step_pre_hook(lambda *_: self._refuse_strangers())
         self._segments = [(s, _leaf(s.data)) for chunk in self.chunks for s in chunk.segments(chunk.master)]
         of_parameters = {segment.info.parameter: leaf for segment, leaf in self._segments}
         for group in inner.param_groups:
@@ -162,7 +165,8 @@ class TorchOptimizer:
         if not self.is_users:
             for group in self.inner.param_groups:
                 group["lr"] = lr
-        self.inner.step()
+        with self._stepping():
+            self.inner.step()
         self.inner.zero_grad()
         for pending in [chunk.publish() for chunk in self.chunks]:
             pending.wait()
@@ -208,6 +212,18 @@ class TorchOptimizer:
                 if isinstance(value, Tensor) and value.shape == leaf.shape:
                     state[kind] = chunk.empty(placement.states, value).copy_(value)
 
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        self._is_stepping = True
+        try:
+            yield
+        finally:
+            self._is_stepping = False
+
+    def _refuse_strangers(self) -> None:
+        if not self._is_stepping:
+            raise ModelError("optimizer.step(): the gradients are with the engine. Call engine.step() instead.")
+
     def _start_states(self) -> None:
         """What torch makes at a first step: a step of nothing, where there was none."""
         new = [leaf for _, leaf in self._segments if not self.inner.state[leaf]]
@@ -216,7 +232,8 @@ class TorchOptimizer:
             leaf.grad = torch.zeros_like(leaf)
         for group in self.inner.param_groups:
             group["lr"] = 0.0
-        type(self.inner).step(self.inner)  # not through a scheduler's count of steps
+        with self._stepping():
+            type(self.inner).step(self.inner)  # not through a scheduler's count of steps
         for group, rate in zip(self.inner.param_groups, rates, strict=True):
             group["lr"] = rate
         self.inner.zero_grad()

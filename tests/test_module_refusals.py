@@ -128,6 +128,7 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
     "another optimizer": optimizer_of_another_kind,
     "a stranger's optimizer": optimizer_of_another_model,
     "nothing to train": nothing_to_train,
+    "optimizer.step": lambda engine: engine.optimizer.inner.step(),  # type: ignore[union-attr]
 }
 
 
@@ -140,6 +141,7 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
         ("another optimizer", "Adagrad is not known"),
         ("a stranger's optimizer", "are not the model's"),
         ("nothing to train", "none of its parameters"),
+        ("optimizer.step", "Call engine.step() instead"),
     ],
 )
 def test_misuse_is_refused_by_name(act: str, message: str) -> None:

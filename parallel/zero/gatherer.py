@@ -2,7 +2,7 @@
 section 5.3).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from parallel.chunk import Chunk
 from parallel.collectives import Pending
 from parallel.errors import ModelError
 from parallel.memory.observer import Observer
+from parallel.zero.absent import conceal, reveal
+from parallel.zero.units import ROOT
 
 
 class State(Enum):
@@ -28,11 +30,13 @@ MOVES = {(State.ABSENT, State.FETCHING), (State.FETCHING, State.WHOLE), (State.W
 
 
 class Unit:
-    """The chunks of a layer, which come and go together."""
+    """The chunks of a layer, which come and go together. While it `is_guarded`, whoever computes with parameters that
+    are not there is told so by the layer's name, instead of computing NaN."""
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], name: str = ROOT) -> None:
         self.chunks = list(chunks)
-        self.state = State.ABSENT
+        self.name, self.state = name, State.ABSENT
+        self._is_guarded = False
         self._pending: list[Pending] = []
 
     def fetch(self) -> None:
@@ -44,12 +48,25 @@ class Unit:
         for pending in self._pending:
             pending.wait()
         self._pending = []
+        reveal(self._parameters())
 
     def release(self) -> None:
         self._move(State.ABSENT)
         for chunk in self.chunks:
             if chunk.comes_and_goes:
                 chunk.release()
+        self.guard(self._is_guarded)
+
+    def guard(self, is_guarded: bool) -> None:
+        self._is_guarded = is_guarded
+        if is_guarded and self.state is not State.WHOLE:
+            conceal(self._parameters(), self.name)
+        else:
+            reveal(self._parameters())
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        """Those that come and go."""
+        return (info.parameter for chunk in self.chunks if chunk.comes_and_goes for info in chunk.infos)
 
     def use(self) -> None:
         """Be whole, at once if it was fetched ahead."""
@@ -88,7 +105,7 @@ class Gatherer:
         of_layers = {name: [chunk for chunk in chunks if chunk.infos[0].unit == name] for name in layers}
         self.names, self.agree = list(layers), agree
         self.watch: Observer | None = None  # is told of the same
-        self.units = [Unit(of_layers[name]) for name in layers]
+        self.units = [Unit(of_layers[name], name) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
         count = len(self.units)
         self._next = {True: [i - 1 for i in range(count)], False: [i + 1 for i in range(count)]}  # by "in a backward"
@@ -104,11 +121,17 @@ class Gatherer:
 
     def end(self) -> None:
         for unit in (*self.units, self.root):
+            unit.guard(False)
             unit.leave()
 
-    def start_pass(self) -> None:
-        """Before a forward: what is used next does not follow what was used last."""
+    def start_pass(self, *, guarded: bool = False) -> None:
+        """Before a forward: what is used next does not follow what was used last. `guarded`: nobody has checked it, and
+        what it uses outside of its layer is refused, until `end`.
+        """
         self._last = (-1, -1)
+        if guarded:
+            for unit in self.units:
+                unit.guard(True)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, i: int, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -138,6 +161,11 @@ class Gatherer:
             register_multi_grad_hook(followed, lambda gradient: self._use(i), mode="any")
 
     def _use(self, i: int) -> None:
+        if _backward() < 0 and self.root.state is State.ABSENT:
+            raise ModelError(
+                f"{self.names[i]}: it was called by itself, and what belongs to no layer is not there. In zero stage 3"
+                " call the engine, or the module that it was made of."
+            )
         self.agree(self.names[i])
         self.units[i].use()
         now = _backward()

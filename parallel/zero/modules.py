@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.collectives import broadcast
 from parallel.config import OptimizerConfig
+from parallel.errors import ModelError
 from parallel.layout import ParameterInfo, Piece
 from parallel.mesh import Axis
 from parallel.zero.sliced import is_divided, restore
@@ -36,6 +37,29 @@ def place_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype, a
             if buffer is not None:
                 goes_along = buffer.is_floating_point() and name not in part._non_persistent_buffers_set
                 part._buffers[name] = broadcast(buffer.to(device, dtype if goes_along else None).contiguous(), axis)
+
+
+def make_gradients_dense(module: nn.Module) -> None:
+    """An embedding's, too: what is summed over replicas in a flat buffer is dense."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False
+
+
+def guard_state(module: nn.Module) -> None:
+    """Have `module.state_dict()`, by whomever it is called, raise instead of giving out values that are not there. With
+    `keep_vars` it gives out the parameters themselves, and nobody has read them yet.
+    """
+
+    def refuse(part: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:
+            raise ModelError(
+                "model: in zero stage 3 a state_dict has no values: each rank holds a slice. Use engine.save_pretrained"
+                " or engine.save_checkpoint, on every rank."
+            )
+
+    for part in module.modules():
+        part.register_state_dict_pre_hook(refuse)
 
 
 def recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:

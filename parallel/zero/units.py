@@ -15,13 +15,22 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     """The entries of every ModuleList that is not inside another's, by their names, in order.
 
     Transformers keep their blocks so: a decoder's, or an encoder's and a decoder's. A list in a block, of experts say,
-    is a part of the block.
+    is a part of the block. An entry that has no forward, as a ModuleDict, cannot be called: its own entries are.
     """
     found: dict[str, nn.Module] = {}
     for name, part in module.named_modules():
         if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{layer}.") for layer in found):
-            found |= {f"{name}.{i}": entry for i, entry in enumerate(part)}
+            found |= dict(_called(name, part))
     return found
+
+
+def _called(name: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for key, entry in container.named_children():
+        path = f"{name}.{key}".lstrip(".")
+        if type(entry).forward is nn.Module.forward:
+            yield from _called(path, entry)
+        else:
+            yield path, entry
 
 
 def infos_of(module: nn.Module, layers: dict[str, nn.Module], data: Axis) -> list[ParameterInfo]:

@@ -1,0 +1,222 @@
+"""Modules that are put together in unusual ways, and loops that are: as in plain torch, or told by name."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+
+import parallel
+from parallel.loaders import divide
+from parallel.module_engine import ModuleEngine
+from tests.harness import run
+from tests.test_module_engine import config_of, engine_of
+
+
+class Blocks(nn.Module):
+    """Three linear layers, called one after another: in each test in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+class WithNothing(Blocks):
+    """An entry of the list is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), None, nn.Linear(5, 5)])  # type: ignore[list-item]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x if layer is None else layer(self.first(x)).tanh()  # type: ignore[redundant-expr]
+        return x
+
+
+class Nested(Blocks):
+    """The entries are containers, which nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = [nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]), nn.ModuleDict(dict(a=nn.Linear(5, 5)))]
+        self.layers = nn.ModuleList(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for row in self.layers:
+            for layer in row.values() if isinstance(row, nn.ModuleDict) else row:  # type: ignore[union-attr]
+                x = layer(x).tanh()
+        return x
+
+
+class Sparse(Blocks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x.abs().sum(-1) * 3).long() % 7
+        return super().forward(x + self.embed(ids))
+
+
+class WeightsOnly(Blocks):
+    """Uses the layers' weights, and never calls them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.linear(self.first(x), layer.get_parameter("weight"))
+        return x
+
+
+class Compares(Blocks):
+    """With a NaN it would go the other way, and nobody would know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x * 2 if self.layers[1].get_parameter("weight").abs().max() > 0 else x
+
+
+def batch() -> Tensor:
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def made(kind: type[Blocks]) -> Blocks:
+    torch.manual_seed(3)
+    return kind()
+
+
+def once(forward: Any, x: Tensor) -> Tensor:
+    loss: Tensor = (forward(x) ** 2).mean()
+    return loss
+
+
+Loop = Callable[[Any, Callable[[Tensor], None], Tensor], None]
+
+
+def one_backward(forward: Any, backward: Callable[[Tensor], None], x: Tensor) -> None:
+    backward(once(forward, x))
+
+
+def two_forwards_then_two_backwards(forward: Any, backward: Callable[[Tensor], None], x: Tensor) -> None:
+    losses = once(forward, x), once(forward, 2 * x)
+    for loss in losses:
+        backward(loss)
+
+
+def exported(rank: int, world_size: int, stage: int, kind: type[Blocks], loop: Loop, folder: str) -> None:
+    module = made(kind)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    engine, _ = engine_of(rank, world_size, config_of(stage, clip_grad_norm=None), module, optimizer=optimizer)
+    loop(engine, engine.backward, batch().chunk(world_size)[rank])
+    engine.step()
+    engine.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loop"),
+    [
+        (WithNothing, one_backward),
+        (Nested, one_backward),
+        (Sparse, one_backward),
+        (Blocks, two_forwards_then_two_backwards),
+    ],
+)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_unusual_module_or_loop_trains_as_in_plain_torch(
+    stage: int, kind: type[Blocks], loop: Loop, tmp_path: Any
+) -> None:
+    run(exported, 2, stage, kind, loop, str(tmp_path))
+    module = made(kind).double()
+    loop(module, lambda loss: loss.backward(), batch())
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        want = module.get_parameter(name)
+        gradient = torch.zeros_like(want) if want.grad is None else want.grad.to_dense()
+        torch.testing.assert_close(value, want.detach() - 0.1 * gradient, rtol=1e-12, atol=1e-12)
+
+
+def penalized(engine: ModuleEngine) -> None:
+    loss = once(engine, batch())
+    engine.backward(loss + sum(p.square().sum() for p in engine.module.parameters()))
+
+
+REFUSED: dict[str, tuple[type[Blocks], Callable[[ModuleEngine], Any], str]] = {
+    "weights only": (WeightsOnly, lambda engine: once(engine, batch()), "layers.0: one of its parameters is used"),
+    "a comparison": (Compares, lambda engine: once(engine, batch()), "layers.1: one of its parameters is used"),
+    "a penalty": (Blocks, penalized, "layers.0: one of its parameters is used"),
+    "a part": (Blocks, lambda engine: engine.module.get_submodule("layers.1")(batch()), "layers.1: it was called by"),
+    "state_dict": (Blocks, lambda engine: engine.module.state_dict(), "Use engine.save_pretrained"),
+}
+
+
+def refused(rank: int, world_size: int, act: str) -> list[str]:
+    """What it says, twice; and then a usual step is taken."""
+    kind, do, _ = REFUSED[act]
+    engine, _ = engine_of(rank, world_size, config_of(3), made(kind))
+    said = []
+    for _ in range(2):
+        with pytest.raises(parallel.ModelError) as caught:
+            do(engine)
+        said.append(str(caught.value))
+    if kind is Blocks:
+        loss = once(engine, batch())
+        engine.backward(loss)
+        assert loss.isfinite()
+        assert engine.step().grad_norm
+    return said
+
+
+@pytest.mark.parametrize("act", REFUSED)
+def test_values_that_are_elsewhere_in_stage_3_are_refused_by_name_and_never_nan(act: str) -> None:
+    for said in run(refused, 2, act):
+        assert all(REFUSED[act][2] in text for text in said)
+
+
+def exported_buffers(rank: int, world_size: int, dtype: torch.dtype, folder: str) -> str:
+    module = made(Blocks)
+    module.register_buffer("table", torch.ones(3, dtype=dtype))
+    engine, _ = engine_of(rank, world_size, config_of(0), module)
+    try:
+        engine.save_pretrained(folder)
+    except parallel.CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_buffer_of_any_dtype_is_exported_or_refused_on_every_rank(tmp_path: Any) -> None:
+    assert run(exported_buffers, 2, torch.complex64, str(tmp_path)) == ["saved"] * 2
+    assert load_file(tmp_path / "model.safetensors")["table"].dtype == torch.complex64
+    for said in run(exported_buffers, 2, torch.complex128, str(tmp_path), timeout=20):
+        assert "table: it is torch.complex128" in said
+
+
+SAMPLERS: dict[str, Callable[[], Sampler[int]]] = {
+    "a subset": lambda: SubsetRandomSampler(range(12)),
+    "weights": lambda: WeightedRandomSampler([1.0] * 12, 12, replacement=False),
+}
+
+
+def drawn(rank: int, world_size: int, sampler: str) -> list[int]:
+    """The samples of an epoch, of a replica whose torch generator is its own."""
+    engine, _ = engine_of(rank, world_size, config_of(0), made(Blocks))
+    torch.manual_seed(rank)
+    loader = DataLoader(TensorDataset(torch.arange(12)), batch_size=4, sampler=SAMPLERS[sampler]())
+    return [int(x) for (batch,) in divide(loader, engine.data) for x in batch]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_random_sampler_of_torch_draws_each_sample_on_one_replica(sampler: str) -> None:
+    """Only RandomSampler was: replicas took parts of different batches, some samples twice and some never."""
+    assert sorted(itertools.chain(*run(drawn, 2, sampler))) == list(range(12))
