@@ -34,7 +34,7 @@ FLOORS = (
     ("parallel.shards", "parallel.checkpoint", "parallel.hf_folder"),
     ("parallel.context",),
     ("parallel.engine_base",),
-    ("parallel.engine", "parallel.module_engine"),
+    ("parallel.engine", "parallel.module_state", "parallel.module_engine"),
     ("parallel.initialize", "parallel.loaders"),
     ("parallel",),
     ("models.*",),
