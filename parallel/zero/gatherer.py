@@ -39,6 +39,11 @@ class Unit:
         self._is_guarded = False
         self._pending: list[Pending] = []
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is anything that is not there."""
+        return self.state is State.ABSENT and any(chunk.comes_and_goes for chunk in self.chunks)
+
     def fetch(self) -> None:
         self._move(State.FETCHING)
         self._pending = [chunk.gather() for chunk in self.chunks if chunk.comes_and_goes]
@@ -161,7 +166,7 @@ class Gatherer:
             register_multi_grad_hook(followed, lambda gradient: self._use(i), mode="any")
 
     def _use(self, i: int) -> None:
-        if _backward() < 0 and self.root.state is State.ABSENT:
+        if _backward() < 0 and self.root.is_missing:
             raise ModelError(
                 f"{self.names[i]}: it was called by itself, and what belongs to no layer is not there. In zero stage 3"
                 " call the engine, or the module that it was made of."
