@@ -49,7 +49,7 @@ def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
         ("pp2", 0, ("cpu", "auto")),
         ("dp2-1d2", 2, ("cpu", "auto")),
         ("dp2-1d2", 3, ("auto",)),
-        ("2.5d-depth2", 3, ("cpu",)),
+        pytest.param("2.5d-depth2", 3, ("cpu",), marks=pytest.mark.slow),
     ],
 )
 def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, policies: tuple[str, ...]) -> None:

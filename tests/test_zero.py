@@ -75,7 +75,7 @@ def test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32(layo
         assert_equal(trace_of(layout, stage, micro=whole, precision="fp32"), want)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2-pp2", "dp2-1d2", "2.5d-depth2"])
+@pytest.mark.parametrize("layout", ["dp2", "dp2-pp2", "dp2-1d2", pytest.param("2.5d-depth2", marks=pytest.mark.slow)])
 def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(layout: str) -> None:
     """Stages 2 and 3 add up over ranks before they add up over microbatches: another order, and so another rounding."""
     want = trace_of(layout, 0, micro=4)
