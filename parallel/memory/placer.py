@@ -62,11 +62,11 @@ class Placer:
         elif self.plan is not None and not self._done and step > WATCHED + 2:
             self._synchronize()
             self._done = True
-            self.say(f"placement: measured {self._seen()}, a step {time.perf_counter() - self._began:.3f} s")
+            self.say(f"placement: measured {self._seen()}a step {time.perf_counter() - self._began:.3f} s")
 
     def explain(self, error: torch.OutOfMemoryError) -> ConfigError:
         """What to tell a user whose batch does not fit."""
-        limit = f"zero.device_memory={self.budget / 2**30:.3g} GiB"
+        limit = f"zero.device_memory={_size(self.budget)}"
         leaner = "" if self._placed_lean() else " Or try zero.tensor_placement_policy='auto', which moves what it can."
         return ConfigError(
             f"train.micro_batch_size: a step does not fit in {limit}: {str(error).splitlines()[0]} Try a smaller"
@@ -99,7 +99,7 @@ class Placer:
         self._predicted = self._computed - self._began + (now - self._computed) * streamed
         self.say(
             f"placement: states of {states} and parameters of {parameters} of {count} chunks stay on the device;"
-            f" predicted peak {self.plan.peak / 2**30:.2f} of {self.budget / 2**30:.2f} GiB, a step"
+            f" predicted peak {_size(self.plan.peak)} of {_size(self.budget)}, a step"
             f" {self._predicted:.3f} s"
         )
 
@@ -113,7 +113,7 @@ class Placer:
         most = max(gather_objects(needed, self.world))
         if most > self.budget:
             raise ConfigError(
-                f"zero.device_memory: {self.budget / 2**20:.2f} MiB cannot hold {most / 2**20:.2f} MiB, the parameters"
+                f"zero.device_memory: {_size(self.budget)} cannot hold {_size(most)}, the parameters"
                 " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
                 " split the model by parallel.tensor or parallel.pipeline."
             )
@@ -123,9 +123,14 @@ class Placer:
 
     def _seen(self) -> str:
         if self._device.type != "cuda":
-            return "no device"
-        return f"peak {torch.cuda.max_memory_allocated(self._device) / 2**30:.2f} GiB"
+            return ""
+        return f"peak {_size(torch.cuda.max_memory_allocated(self._device))}, "
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _size(count: int) -> str:
+    """Of so many bytes, as a user reads it."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
