@@ -7,7 +7,7 @@ on a file system that all ranks see.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -209,20 +209,8 @@ def replacing(folder: Path, axis: Axis) -> Iterator[Path]:
     If a rank fails, the sibling is removed, `folder` stays as it was, and every rank raises a CheckpointError.
     """
     temporary = folder.with_name(f".{folder.name}.incomplete")
-    try:
-        with together(axis):
-            if axis.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        with together(axis):
-            yield temporary
-        with together(axis):
-            if axis.rank == 0:
-                _rename(temporary, folder)
-    except BaseException:
-        if axis.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with _prepared(temporary, axis, finish=lambda: _rename(temporary, folder)):
+        yield temporary
 
 
 @contextmanager
@@ -232,22 +220,33 @@ def adding(folder: Path, pattern: str, axis: Axis) -> Iterator[Path]:
     """
     folder = folder.resolve()
     temporary = folder / ".incomplete"
+    with _prepared(temporary, axis, finish=lambda: _move_into(folder, temporary, pattern)):
+        yield temporary
+
+
+@contextmanager
+def _prepared(temporary: Path, axis: Axis, *, finish: Callable[[], None]) -> Iterator[None]:
+    """A new folder, that the first rank makes and, when all have written into it, finishes; nothing of it is left."""
     try:
         with together(axis):
             if axis.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         with together(axis):
-            yield temporary
+            yield
         with together(axis):
             if axis.rank == 0:
-                for old in folder.glob(pattern):
-                    old.unlink()
-                for file in sorted(temporary.iterdir()):
-                    file.replace(folder / file.name)
+                finish()
     finally:
         if axis.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(folder: Path, temporary: Path, pattern: str) -> None:
+    for old in folder.glob(pattern):
+        old.unlink()
+    for file in sorted(temporary.iterdir()):
+        file.replace(folder / file.name)
 
 
 def _rename(temporary: Path, folder: Path) -> None:
