@@ -261,3 +261,27 @@ def test_an_export_leaves_other_files_of_its_folder_alone(tmp_path: Path) -> Non
     found = {file.name for file in tmp_path.iterdir()}
     assert found >= {"thesis.txt", "checkpoints", "model.safetensors", "config.json"}
     assert not any(name.startswith(("model-", ".")) for name in found)
+
+
+def overflowed(rank: int, world_size: int, raw: Raw) -> tuple[list[bool], float]:
+    """Whether each of four steps was skipped, rank 1's loss having been infinite in the second; the scale after."""
+    engine, _ = engine_of(rank, world_size, raw, MODELS["opt"]())
+    skipped = []
+    for step in range(4):
+        before = [chunk.master.clone() for chunk in engine.chunks]
+        loss = loss_of(engine, batches()[0][0].tensor_split(world_size)[rank], step=step)
+        engine.backward(loss * (torch.inf if step == 1 and rank == 1 else 1.0))
+        result = engine.step()
+        skipped.append(result.skipped)
+        same = all(torch.equal(a, chunk.master) for a, chunk in zip(before, engine.chunks, strict=True))
+        assert same == result.skipped == (result.grad_norm is None)
+    return skipped, engine.loss_scale.scale
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_overflow_on_one_rank_makes_every_rank_skip_and_halve(stage: int) -> None:
+    """Its first scale may overflow by itself."""
+    (skipped, scale), other = run(overflowed, 2, config_of(stage, precision="fp16"))
+    assert (skipped, scale) == other
+    assert skipped[1:] == [True, False, False]
+    assert scale == 2.0 ** (16 - sum(skipped))

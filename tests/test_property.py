@@ -32,6 +32,7 @@ class Case:
     precision: str
     masked: bool
     zero: int = 0
+    home: str = "cuda"
 
 
 def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
@@ -82,6 +83,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),
+        home=draw(st.sampled_from(["cuda", "cpu"])),
     )
 
 
@@ -106,7 +108,7 @@ def batches(case: Case) -> list[Batch]:
 
 
 def check(case: Case) -> None:
-    raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero))
+    raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero, tensor_placement_policy=case.home))
     got = run(train, case.world_size, raw, batches(case))[0]
     assert got is not None
     compare(got, serial(case), BOUND[case.precision], wide=False)
