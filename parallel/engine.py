@@ -57,10 +57,8 @@ class Engine(EngineBase):
         Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label;
         ConfigError where the device has too little memory.
         """
-        try:
+        with self.placer.explaining():
             return self._train_step(batch)
-        except torch.OutOfMemoryError as error:
-            raise self.placer.explain(error) from error
 
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")

@@ -111,10 +111,8 @@ class ModuleEngine(ModuleState):
         or ranks do not run the same layers.
         """
         args, kwargs = tree_map(self._input, (args, kwargs))
-        try:
+        with self.placer.explaining():
             return self.module(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise self.placer.explain(error) from error
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
         """Add this loss's gradients, averaged over replicas, to those since the last step."""
@@ -122,7 +120,7 @@ class ModuleEngine(ModuleState):
             raise ModelError(f"loss: it must be one number with a gradient, got {modules.described(loss)}.")
         self._agreement.check("a backward")
         self._gatherer.root.use()  # a backward before this one, of another forward, may have let it go
-        with self._gradients.backward(synchronizes=self._synchronizes):
+        with self._gradients.backward(synchronizes=self._synchronizes), self.placer.explaining():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
         self._awaits_backward = retain_graph
         if not retain_graph:

@@ -13,7 +13,7 @@ from parallel.memory.policy import SAFETY, ChunkBytes, Moment, peak_of, plan
 from parallel.transfer import Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, Trace, batches_of, config_of, engine_of, share_of, train, whole
-from tests.test_module_engine import MODELS
+from tests.test_module_engine import MODELS, batches, loss_of
 from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
 from tests.test_module_state import train as train_module
@@ -201,3 +201,30 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
 def test_a_checkpoint_knows_no_places(tmp_path: Path) -> None:
     losses = [run(resumed, 4, raw_of("dp2-1d2", policy, 3), tmp_path)[0] for policy in ("cpu", "cuda")]
     assert losses[0] == losses[1]
+
+
+def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
+    """What the engines say when the device has no memory left in a step of theirs."""
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+
+    ours = engine_of(rank, world_size, raw)
+    ours.stage.register_forward_pre_hook(exhausted)
+    theirs, _ = module_engine(rank, world_size, module_config(0), MODELS["opt"]())
+    loss = loss_of(theirs, batches()[0][0], step=0)
+    loss.register_hook(exhausted)
+    batch = share_of(batches_of(1, batch=24)[0], ours)
+    said = []
+    for act in (lambda: ours.train_step(batch), lambda: theirs.backward(loss)):
+        with pytest.raises(parallel.ConfigError) as caught:
+            act()
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_step_that_does_not_fit_says_what_would_help() -> None:
+    for said in run(out_of_memory, 1, raw_of("single", "cuda", 0))[0]:
+        assert "a step does not fit in" in said
+        assert "Tried to allocate 2 GiB. Try a smaller micro_batch_size" in said
+        assert "tensor_placement_policy='auto'" in said

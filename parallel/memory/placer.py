@@ -1,7 +1,8 @@
 """`tensor_placement_policy`: where chunks are at home, from a run's first step to its last."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -64,14 +65,19 @@ class Placer:
             self._done = True
             self.say(f"placement: measured {self._seen()}a step {time.perf_counter() - self._began:.3f} s")
 
-    def explain(self, error: torch.OutOfMemoryError) -> ConfigError:
-        """What to tell a user whose batch does not fit."""
-        limit = f"zero.device_memory={_size(self.budget)}"
-        leaner = "" if self._placed_lean() else " Or try zero.tensor_placement_policy='auto', which moves what it can."
-        return ConfigError(
-            f"train.micro_batch_size: a step does not fit in {limit}: {str(error).splitlines()[0]} Try a smaller"
-            f" micro_batch_size, or activation_checkpointing='full'.{leaner}"
-        )
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """A user whose batch does not fit is told so in a ConfigError, with what would help."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            lean = all(chunk.placement == ON_HOST for chunk in self.chunks)
+            more = "" if lean else " Or try zero.tensor_placement_policy='auto', which moves what it can."
+            raise ConfigError(
+                f"train.micro_batch_size: a step does not fit in zero.device_memory={_size(self.budget)}:"
+                f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
+                f" activation_checkpointing='full'.{more}"
+            ) from error
 
     @property
     def budget(self) -> int:
@@ -117,9 +123,6 @@ class Placer:
                 " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
                 " split the model by parallel.tensor or parallel.pipeline."
             )
-
-    def _placed_lean(self) -> bool:
-        return all(chunk.placement == ON_HOST for chunk in self.chunks)
 
     def _seen(self) -> str:
         if self._device.type != "cuda":
