@@ -100,6 +100,7 @@ class Chunk:
         self.written = Arrival()  # the last copy of parameters down to the host
         self.gradient_written, self.gradient_bytes = Arrival(), 0
         self.squares: Tensor | None = None  # of this rank's slice of a gradient that has left the device
+        self.is_lent = False  # `own` holds the gradient, until the update
         self.own = self.master.to(dtype) if self.is_partitioned else _slice(self.parameters, self.shard)
         if self.is_partitioned:
             self.release()
@@ -115,10 +116,16 @@ class Chunk:
         """Whether parameters are whole only between `gather` and `release`."""
         return self.is_partitioned or self.placement.parameters is Tier.HOST
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether parameters are narrower than masters, or lie elsewhere: then `own` is memory of its own."""
+        return self.own.data_ptr() != self.master.data_ptr()
+
     def place(self, placement: Placement) -> None:
         """Give it another home, between two steps: nothing is fetched, and there is no gradient."""
         if placement == self.placement:
             return
+        self.forget_gradient()
         was, own, master = self.placement, self.own, self.master
         came = self.comes_and_goes
         self.placement = placement
@@ -181,9 +188,27 @@ class Chunk:
             self.gradient[start + info.parameter.numel() : stop].zero_()
         return self.views(self.gradient)
 
+    def lend(self, gradient: Tensor) -> Tensor | None:
+        """`own`, for a gradient that is complete: no forward and no backward needs the parameters before the update
+        makes them anew. None where that takes memory of its own.
+        """
+        is_free = self.placement.parameters is Tier.HOST and self.is_rounded
+        if not is_free or (gradient.dtype, gradient.shape) != (self.own.dtype, self.own.shape):
+            return None
+        self.is_lent = True
+        return self.own
+
+    def forget_gradient(self, *, is_spent: bool = False) -> None:
+        """After an update that has used it, or instead of one: then parameters return to where it lay."""
+        self.gradient = None
+        if self.is_lent and not is_spent:
+            self.gradient_written.synchronize()
+            self.own.copy_(self.master)
+        self.is_lent = False
+
     def publish(self) -> Pending:
         """Make the parameters what the masters are, on every rank of `shard`."""
-        if self.own.data_ptr() != self.master.data_ptr():
+        if self.is_rounded:
             to, came = self.placement.parameters, self.placement.states
             if to is came:
                 self.own.copy_(self.master)
@@ -203,6 +228,8 @@ class Chunk:
 
     def gather(self) -> Pending:
         """Start making absent parameters whole, where they were before: what autograd saved of them lies there."""
+        if self.is_lent:  # and no update followed
+            self.forget_gradient()
         self._grow()
         if self.placement.parameters is Tier.DEVICE:
             return start_all_gather(self.own, 0, self.shard, out=self.parameters)

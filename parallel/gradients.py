@@ -134,7 +134,7 @@ class _Sum:
         self.pending: Pending | None = None  # the last round's sum over ranks
         self.posted = False
         self.total: Tensor | None = None  # of the rounds before
-        self.chunk.gradient = None
+        self.chunk.forget_gradient()
         self.seen = [0] * len(self.chunk.infos)  # since then
         self.chunk.squares = None
         self._begin_round()
@@ -226,13 +226,19 @@ class _Sum:
         """Where the masters are; its norm is taken before it leaves the device."""
         chunk = self.chunk
         if chunk.placement.states is Tier.DEVICE:
+            self.home = None
             return total
         chunk.gradient_bytes = total.nbytes
         chunk.squares = sum_of_squares(chunk.own_slice(total), chunk.master.dtype)
-        if self.home is None or self.home.dtype != total.dtype:
+        lent = chunk.lend(total) if self.is_narrow else None
+        if lent is not None:
+            self.home = None
+        elif self.home is None or self.home.dtype != total.dtype:
             self.home = chunk.empty(Tier.HOST, total)
-        chunk.gradient_written = chunk.copies.down(total, self.home)
-        return self.home
+        home = self.home if lent is None else lent
+        assert home is not None
+        chunk.gradient_written = chunk.copies.down(total, home)
+        return home
 
 
 def gradient_dtype(dtype: torch.dtype, axes: Sequence[Axis], num_microbatches: int) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Master weights and their update."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from parallel.chunk import Chunk
 from parallel.config import OptimizerConfig
 from parallel.errors import ModelError, either
 from parallel.layout import Piece
-from parallel.streaming import PART, Part, Stream
-from parallel.transfer import Placement, Tier
+from parallel.shared_update import SharedUpdate
+from parallel.streaming import Part
+from parallel.transfer import HostCopy, Placement, Tier
+
+Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 class AdamW:
@@ -21,7 +24,8 @@ class AdamW:
     masters of chunks, one after another; decay on matrices only.
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
-    master precision. Where states are at home on the host, they stream through the device in parts.
+    master precision. Where states are at home on the host, they stream through the device in parts, or are updated
+    there: `shared` divides the work.
     """
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
@@ -30,7 +34,7 @@ class AdamW:
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
         self.updates = 0
         self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
-        self._stream: Stream | None = None
+        self.shared: SharedUpdate | None = None  # from the first update of such states on
 
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight by its gradient times `factor`, a scalar."""
@@ -38,18 +42,20 @@ class AdamW:
         published = []
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DEVICE:
-                assert chunk.gradient is not None
-                states = chunk.master, *self._moments_of(chunk)
-                self._update(Part(chunk, states, chunk.gradient), factor, lr)
+                self._update(self._part_of(chunk), factor, lr, self._scaled)
                 chunk.gradient = None
                 published.append(chunk.publish())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is Tier.HOST]
         if streamed:
-            self._stream = self._stream or Stream(streamed[0].parameters.device)
-            parts = [part for chunk in streamed for part in self._parts_of(chunk)]
-            self._stream.run(parts, partial(self._update, factor=factor, lr=lr))
+            self.shared = self.shared or SharedUpdate(streamed[0].parameters.device)
+            here = HostCopy(factor)
+            self.shared.run(
+                [self._part_of(chunk) for chunk in streamed],
+                lambda part: self._update(part, factor, lr, self._scaled),
+                lambda part: self._update(part, here.wait(), lr, scaled),
+            )
         for chunk in streamed:
-            chunk.gradient = None
+            chunk.forget_gradient(is_spent=True)
             published.append(chunk.spread())
         for pending in published:
             pending.wait()
@@ -82,20 +88,17 @@ class AdamW:
             self.moments[chunk] = chunk.empty(tier, like).zero_(), chunk.empty(tier, like).zero_()
         return self.moments[chunk]
 
-    def _parts_of(self, chunk: Chunk) -> list[Part]:
+    def _part_of(self, chunk: Chunk) -> Part:
         assert chunk.gradient is not None
-        states = list(zip(*(x.split(PART) for x in (chunk.master, *self._moments_of(chunk))), strict=True))
-        gradients = chunk.gradient.split(PART)
-        if chunk.own.data_ptr() == chunk.master.data_ptr():
-            return [Part(chunk, *part) for part in zip(states, gradients, strict=True)]
-        return [Part(chunk, *part) for part in zip(states, gradients, chunk.own.split(PART), strict=True)]
+        states = chunk.master, *self._moments_of(chunk)
+        return Part(chunk, states, chunk.gradient, chunk.own if chunk.is_rounded else None)
 
-    def _update(self, part: Part, factor: Tensor, lr: float) -> None:
-        """On the device, a chunk or a part of it."""
+    def _update(self, part: Part, factor: Tensor, lr: float, scale: Scale) -> None:
+        """A chunk or a part of it, where it is."""
         master, first, second = part.states
         adamw(
             [master],
-            [self._scaled(part.gradient, factor, master.dtype)],
+            [scale(part.gradient, factor, master.dtype)],
             [first],
             [second],
             [],
@@ -158,7 +161,8 @@ class TorchOptimizer:
             assert chunk.gradient is not None
             chunk.copies.synchronize()
             scale = factor if chunk.placement.states is Tier.DEVICE else on_host
-            gradient, chunk.gradient = scaled(chunk.gradient, scale, chunk.master.dtype), None
+            gradient = scaled(chunk.gradient, scale, chunk.master.dtype)
+            chunk.forget_gradient(is_spent=True)
             for segment in chunk.segments(gradient):
                 _, leaf = next(leaves)
                 leaf.grad = None if segment.info.parameter in self.unused else segment.data

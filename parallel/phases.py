@@ -36,7 +36,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._clock = _gpu_clock() if device.type == "cuda" else _host_clock()
+        self._clock = clock_of(device)
         self._marks: list[tuple[Phase | None, Any]] = []  # None: standing still
         self._range: record_function | None = None
 
@@ -63,6 +63,11 @@ class Stopwatch:
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
+
+
+def clock_of(device: torch.device) -> Clock:
+    """On a GPU a moment is when its current stream comes to it."""
+    return _gpu_clock() if device.type == "cuda" else _host_clock()
 
 
 def _host_clock() -> Clock:

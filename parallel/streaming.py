@@ -1,6 +1,6 @@
 """States that are at home on the host, through the device in parts: up, updated and down, three parts at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,13 @@ class Part:
     gradient: Tensor
     own: Tensor | None = None
 
+    def split(self, size: int) -> "Iterator[Part]":
+        """The same in smaller parts, of `size` elements."""
+        for k in range(0, len(self.gradient), size):
+            first, second, third = (x[k : k + size] for x in self.states)
+            own = None if self.own is None else self.own[k : k + size]
+            yield Part(self.chunk, (first, second, third), self.gradient[k : k + size], own)
+
 
 class _Slot:
     """Room for a part on the device."""
@@ -38,6 +45,11 @@ class _Slot:
 
 
 Update = Callable[[Part], None]
+
+
+def in_parts(wholes: Sequence[Part]) -> list[Part]:
+    """The same in parts that fit into slots."""
+    return [part for whole in wholes for part in whole.split(PART)]
 
 
 class Stream:

@@ -125,3 +125,8 @@ class Arrival:
     def wait(self) -> None:
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
+
+    def synchronize(self) -> None:
+        """Wait for it on the host."""
+        if self._event is not None:
+            self._event.synchronize()

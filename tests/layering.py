@@ -27,6 +27,7 @@ FLOORS = (
         "parallel.loss_scale",
         "parallel.optim",
         "parallel.streaming",
+        "parallel.shared_update",
         "parallel.lr_schedule",
     ),
     ("parallel.tensor.*", "parallel.pipeline.*", "parallel.memory.*"),

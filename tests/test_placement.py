@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import parallel
+from parallel import shared_update, streaming
 from parallel.memory.policy import SAFETY, ChunkBytes, Moment, peak_of, plan
+from parallel.optim import AdamW
 from parallel.transfer import Placement, Tier
 from tests.harness import run
-from tests.parity import SHAPE, Raw, Trace, batches_of, config_of, engine_of, share_of, train, whole
+from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, engine_of, share_of, train, whole
 from tests.test_module_engine import MODELS, batches, loss_of
 from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
@@ -26,6 +28,14 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
     "2.5d-depth2": (8, dict(tensor=dict(mode="2.5d", size=8, depth=2))),
 }
 BUDGETS = {"single": "200KiB", "pp2": "150KiB", "dp2-1d2": "120KiB"}  # some of it must move
+
+
+def assert_same(got: Trace, want: Trace) -> None:
+    """Bit for bit; on a GPU, where a share of the masters is updated by the host's AdamW, as near as fp64 comes."""
+    if torch.cuda.is_available():
+        compare(got, want, 1e-12, wide=True)
+    else:
+        assert_equal(got, want)
 
 
 def raw_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **options: Any) -> Raw:
@@ -55,7 +65,9 @@ def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
 def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, policies: tuple[str, ...]) -> None:
     want = trace_of(layout, "cuda", stage)
     for policy in policies:
-        assert_equal(trace_of(layout, policy, stage), want)
+        if policy == "auto" and torch.cuda.is_available():
+            continue  # its allocator cannot be capped at some KiB
+        assert_same(trace_of(layout, policy, stage), want)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -63,6 +75,56 @@ def test_narrow_parameters_too(precision: str) -> None:
     for options in (dict(micro_batch_size=6), dict(activation_checkpointing="full")):
         want = trace_of("dp2-1d2", "cuda", 2, precision=precision, **options)
         assert_equal(trace_of("dp2-1d2", "cpu", 2, precision=precision, **options), want)
+
+
+def lent(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
+    """Losses, and validation between the steps; bytes of chunks on the host after each step, for each element."""
+    engine = engine_of(rank, world_size, raw)
+    seen: list[Any] = []
+    for step, batch in enumerate(batches_of(5, batch=24)):
+        if step == 2 and engine.loss_scale.is_dynamic:
+            engine.loss_scale.scale = 2.0**40
+        found = engine.train_step(share_of(batch, engine))
+        seen += [found.loss, found.grad_norm, engine.evaluate([share_of(batch, engine)])]
+    assert isinstance(engine.optimizer, AdamW)
+    tensors = [x for chunk in engine.chunks for x in (chunk.own, chunk.master, *engine.optimizer.moments[chunk])]
+    tensors += [total.home for total in engine.gradients._sums if total.home is not None]
+    return seen, sum(x.nbytes for x in tensors) / sum(chunk.size for chunk in engine.chunks)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_at_one_microbatch_a_gradient_takes_its_parameters_place(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overflows, after which parameters return to it, do not change that, nor does an evaluation."""
+    for micro, per_parameter in ((24, 14), (12, 18)):
+        found, wanted = (
+            run(lent, 1, raw_of("single", policy, 0, precision=precision, micro_batch_size=micro))[0]
+            for policy in ("cpu", "cuda")
+        )
+        assert found[0] == wanted[0]
+        assert (None in found[0]) == (precision == "fp16")  # steps that were skipped
+        assert found[1] == per_parameter
+
+
+def halves(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str, torch.Tensor], float]:
+    streaming.PART, shared_update.HOST_PART = 1024, 256  # whole vectors: a rest would be rounded otherwise
+    engine = engine_of(rank, world_size, raw)
+    assert isinstance(engine.optimizer, AdamW)
+    for batch in batches_of(3, batch=24):
+        engine.train_step(share_of(batch, engine))
+        if engine.optimizer.shared is not None:
+            engine.optimizer.shared.share = share
+    shared = engine.optimizer.shared
+    return whole(engine, [chunk.master for chunk in engine.chunks]), 0.0 if shared is None else shared.balance()
+
+
+@pytest.mark.parametrize(("share", "balance"), [(0.0, (0.0, 0.0)), (0.4, (0.01, 0.99)), (1.0, (0.5, 1.0))])
+def test_host_and_device_share_an_update(share: float, balance: tuple[float, float]) -> None:
+    want = run(halves, 1, raw_of("single", "cuda", 0, precision="bf16"), 0.0)[0]
+    got = run(halves, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
+    assert all(torch.equal(got[0][name], want[0][name]) for name in want[0])
+    assert balance[0] <= got[1] <= balance[1]
 
 
 def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
@@ -108,7 +170,7 @@ def test_a_module_of_ones_own_too(model: str, stage: int) -> None:
         zero = dict(stage=stage, tensor_placement_policy=policy, device_memory=memory)
         got = run(module_weights, 2, raw | dict(zero=zero), model)
         for ours, theirs in zip(got, want, strict=True):
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+            assert all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in theirs)
 
 
 def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
