@@ -2,6 +2,7 @@
 public forms use.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from parallel.errors import ConfigError
 from parallel.mesh import Mesh
 from parallel.tensor import MODES
 from parallel.topology import Topology, mesh_shape
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,11 +90,23 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
         if config.zero.device_memory is not None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.zero.device_memory / total), device)
-    elif "OMP_NUM_THREADS" not in os.environ:  # ranks on one host share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    else:
+        _keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks on one host share its cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     if place.world_size > 1:
         meshes.join(backend, place.rank, place.world_size, device=device)
     return Context(config, Mesh(topology, place.rank, device=device, merged=merged), place)
+
+
+def _keep_freed_memory() -> None:
+    """What a step frees, the next one will need. Left alone, glibc gives large blocks back to the kernel, which clears
+    every page anew.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(M_MMAP_MAX, 0)  # no block is a mapping of its own
 
 
 @contextmanager
