@@ -112,6 +112,16 @@ class Chunk:
         return self.size * self.parameters.element_size()
 
     @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where each parameter begins in the whole, and where the padding after it ends."""
+        return list(zip(self._starts, [*self._starts[1:], self.size], strict=True))
+
+    @property
+    def first(self) -> int:
+        """Where `master` begins in the whole."""
+        return self.shard.rank * len(self.master)
+
+    @property
     def comes_and_goes(self) -> bool:
         """Whether parameters are whole only between `gather` and `release`."""
         return self.is_partitioned or self.placement.parameters is Tier.HOST
@@ -162,9 +172,10 @@ class Chunk:
             for start, info in zip(self._starts, self.infos, strict=True)
         ]
 
-    def segments(self, flat: Tensor) -> list[Segment]:
-        """The parts of parameters that lie in a flat buffer, whole or this rank's slice."""
-        first = 0 if len(flat) == self.size else self.axes[0].rank * len(flat)
+    def segments(self, flat: Tensor, first: int | None = None) -> list[Segment]:
+        """The parts of parameters that lie in a flat buffer: whole, this rank's slice, or what is from `first` on."""
+        if first is None:
+            first = 0 if len(flat) == self.size else self.axes[0].rank * len(flat)
         found = []
         for start, info in zip(self._starts, self.infos, strict=True):
             begin = max(first - start, 0)
@@ -173,9 +184,9 @@ class Chunk:
                 found.append(Segment(info, begin, flat[start + begin - first : start + end - first]))
         return found
 
-    def pieces(self, flat: Tensor) -> list[Piece]:
-        """The pieces of public tensors in a flat buffer, whole or this rank's slice, as views of it."""
-        return [piece for segment in self.segments(flat) for piece in segment.pieces(segment.data)]
+    def pieces(self, flat: Tensor, first: int | None = None) -> list[Piece]:
+        """The pieces of public tensors in a flat buffer, as `segments` has it, as views of it."""
+        return [piece for segment in self.segments(flat, first) for piece in segment.pieces(segment.data)]
 
     def own_slice(self, gradient: Tensor) -> Tensor:
         """The part of a gradient, whole or this rank's slice already, that falls to this rank of the first axis."""
@@ -184,7 +195,7 @@ class Chunk:
     def make_gradient(self, dtype: torch.dtype) -> list[Tensor]:
         """A new gradient, zero where there is padding and yet to be filled elsewhere; returns its views."""
         self.gradient = torch.empty(self.size, dtype=dtype, device=self.parameters.device)
-        for start, stop, info in zip(self._starts, [*self._starts[1:], self.size], self.infos, strict=True):
+        for info, (start, stop) in zip(self.infos, self.ranges, strict=True):
             self.gradient[start + info.parameter.numel() : stop].zero_()
         return self.views(self.gradient)
 

@@ -75,12 +75,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; decay on matrices only."""
+    """AdamW; decay on matrices only. `state_dtype` is that of its moments: fp32 means as wide as the masters."""
 
     lr: Annotated[float, Range(0)] = 6e-4
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     eps: Annotated[float, Range(0)] = 1e-8
     weight_decay: Annotated[float, Range(0)] = 0.1
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)

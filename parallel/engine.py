@@ -14,7 +14,7 @@ from parallel.grad_norm import global_norm
 from parallel.gradients import Gradients
 from parallel.labels import IGNORED, shift
 from parallel.memory.placer import STARTS
-from parallel.optim import AdamW, TorchOptimizer
+from parallel.optim import optimizer_of
 from parallel.phases import Stopwatch
 from parallel.pipeline.microbatch import Microbatch, problem_of
 from parallel.pipeline.p2p import Pipe
@@ -39,8 +39,7 @@ class Engine(EngineBase):
         config, zero = context.config, context.config.zero.stage
         placement = STARTS[config.zero.tensor_placement_policy]
         chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, placement=placement)
-        update = AdamW(chunks, config.optimizer, compiles=config.train.compile)
-        super().__init__(stage, context, chunks, TorchOptimizer(chunks, optimizer) if optimizer else update)
+        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer))
         self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
         self.gatherer = Gatherer(stage.units, self.chunks)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())

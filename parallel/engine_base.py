@@ -12,7 +12,7 @@ from parallel.layout import Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
 from parallel.memory.placer import Placer
-from parallel.optim import AdamW, TorchOptimizer
+from parallel.optim import Optimizer, TorchOptimizer
 from parallel.transfer import copies_of
 
 
@@ -32,13 +32,11 @@ class StepResult:
 class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both."""
 
-    def __init__(
-        self, module: nn.Module, context: Context, chunks: Sequence[Chunk], optimizer: AdamW | TorchOptimizer
-    ) -> None:
+    def __init__(self, module: nn.Module, context: Context, chunks: Sequence[Chunk], optimizer: Optimizer) -> None:
         self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
-        self.placer = Placer(self.chunks, optimizer.place, self.config.zero, self.mesh.world)
+        self.placer = Placer(self.chunks, optimizer, self.config.zero, self.mesh.world)
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
         self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule
@@ -52,7 +50,7 @@ class EngineBase:
     @property
     def lr(self) -> float:
         """The learning rate of the next update: that of an optimizer which was passed, else the config's schedule."""
-        if isinstance(self.optimizer, TorchOptimizer) and self.optimizer.is_users:
+        if isinstance(self.optimizer, TorchOptimizer):
             return self.optimizer.lr
         schedule, rate = self.config.lr_scheduler, self.config.optimizer.lr
         return learning_rate(schedule, rate, self.num_updates, self.config.train.steps)

@@ -21,7 +21,7 @@ from parallel.labels import IGNORED
 from parallel.memory.placer import STARTS
 from parallel.mesh import on_the_host
 from parallel.module_state import ModuleState
-from parallel.optim import TorchOptimizer
+from parallel.optim import optimizer_of
 from parallel.transfer import HostCopy, to_device
 from parallel.zero import modules
 from parallel.zero.agreement import Agreement
@@ -74,10 +74,7 @@ class ModuleEngine(ModuleState):
         fill = partial(modules.fill, axis=data)
         placement = STARTS[config.zero.tensor_placement_policy]
         chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device, placement=placement)
-        update = TorchOptimizer(
-            chunks, optimizer or modules.adamw(infos, config.optimizer), is_users=optimizer is not None
-        )
-        super().__init__(module, context, chunks, update)
+        super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer))
         self.criterion = criterion
         self._control = on_the_host(data)
         self._agreement = Agreement(self._control)
@@ -134,7 +131,6 @@ class ModuleEngine(ModuleState):
         norm = global_norm(self._trained, self.mesh.world) / divisor
         on_host = HostCopy(norm)
         lr = self.lr
-        assert isinstance(self.optimizer, TorchOptimizer)
         self.optimizer.unused = self._unused()
         skipped = self._update(norm, divisor)
         self.zero_grad()

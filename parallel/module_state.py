@@ -12,7 +12,6 @@ from parallel.collectives import gather_objects
 from parallel.engine_base import EngineBase
 from parallel.hf_folder import write_folder
 from parallel.layout import Piece
-from parallel.optim import TorchOptimizer
 from parallel.shards import Entry
 from parallel.zero import modules
 
@@ -38,11 +37,10 @@ class ModuleState(EngineBase):
 
         Frozen parameters are not saved. Any number of ranks and any stage can go on from it. Raises CheckpointError.
         """
-        assert isinstance(self.optimizer, TorchOptimizer)
         target = checkpoint.step_folder(Path(folder), self.num_steps)
-        steps = {k: v for part in gather_objects(self.optimizer.steps(), self.mesh.world) for k, v in part.items()}
-        rates = [group["lr"] for group in self.optimizer.inner.param_groups]
-        metadata = dict(counters=self.counters(), steps=steps, rates=rates, extra=dict(extra or {}))
+        own = self.optimizer.counters()
+        steps = {k: v for part in gather_objects(own["steps"], self.mesh.world) for k, v in part.items()}
+        metadata = dict(counters=self.counters(), **own | dict(steps=steps), extra=dict(extra or {}))
         checkpoint.save(target, self.state_pieces(owned=True), metadata=metadata, axis=self.mesh.world, keep=keep)
         return target
 
@@ -51,15 +49,12 @@ class ModuleState(EngineBase):
 
         Raises CheckpointError for one that is missing, damaged, or of another model.
         """
-        assert isinstance(self.optimizer, TorchOptimizer)
         found = checkpoint.find(str(folder), Path(folder), option="load_checkpoint")
         assert found is not None
         metadata = checkpoint.read_metadata(found)
         checkpoint.load(found, self.state_pieces())
         self.restore(metadata["counters"])
-        self.optimizer.restore(self.num_updates, metadata["steps"])
-        for group, rate in zip(self.optimizer.inner.param_groups, metadata["rates"], strict=True):
-            group["lr"] = rate
+        self.optimizer.restore(self.num_updates, steps=metadata["steps"], rates=metadata.get("rates"))
         extra: dict[str, Any] = metadata["extra"]
         return extra
 

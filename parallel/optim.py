@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from parallel.chunk import Chunk
-from parallel.config import OptimizerConfig
-from parallel.errors import ModelError, either
-from parallel.layout import Piece
+from parallel.config import Config, OptimizerConfig
+from parallel.errors import ConfigError, ModelError, either
+from parallel.layout import ParameterInfo, Piece
+from parallel.rounding import NARROW, Rounding
 from parallel.shared_update import SharedUpdate
-from parallel.streaming import Part
+from parallel.streaming import PART, Part
 from parallel.transfer import HostCopy, Placement, Tier
 
 Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: 2**17}  # elements: on the host, what stays in a core's cache
 
 
 class AdamW:
@@ -25,24 +29,33 @@ class AdamW:
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
     master precision. Where states are at home on the host, they stream through the device in parts, or are updated
-    there: `shared` divides the work.
+    there: `shared` divides the work. Moments may be narrower than masters: `Rounding` is between them.
+
+    A parameter without a gradient in a step is left alone, moments and all, as torch has it.
     """
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
-        self.chunks, self.config = chunks, config
+        self.chunks, self.config = [chunk for chunk in chunks if not chunk.is_frozen], config
         # Dynamic: chunks differ in size.
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
         self.updates = 0
+        self.unused: Container[nn.Parameter] = ()  # those that got no gradient
+        self._missed: dict[ParameterInfo, int] = {}  # updates, of those that missed any
         self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
         self.shared: SharedUpdate | None = None  # from the first update of such states on
+        self._rounding: dict[Tier, Rounding] = {}  # by where an update runs, from the first one there on
 
     def step(self, factor: Tensor, lr: float) -> None:
-        """Update every weight by its gradient times `factor`, a scalar."""
+        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
         self.updates += 1
+        infos = (info for chunk in self.chunks for info in chunk.infos if info.parameter in self.unused)
+        self._missed |= {info: self._missed.get(info, 0) + 1 for info in infos}
         published = []
+        on_device = partial(self._update, factor=factor, lr=lr, scale=self._scaled, tier=Tier.DEVICE)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DEVICE:
-                self._update(self._part_of(chunk), factor, lr, self._scaled)
+                for part in self._parts_of(chunk):
+                    on_device(part)
                 chunk.gradient = None
                 published.append(chunk.publish())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is Tier.HOST]
@@ -50,9 +63,9 @@ class AdamW:
             self.shared = self.shared or SharedUpdate(streamed[0].parameters.device)
             here = HostCopy(factor)
             self.shared.run(
-                [self._part_of(chunk) for chunk in streamed],
-                lambda part: self._update(part, factor, lr, self._scaled),
-                lambda part: self._update(part, here.wait(), lr, scaled),
+                [part for chunk in streamed for part in self._parts_of(chunk)],
+                on_device,
+                lambda part: self._update(part, factor=here.wait(), lr=lr, scale=scaled, tier=Tier.HOST),
             )
         for chunk in streamed:
             chunk.forget_gradient(is_spent=True)
@@ -68,9 +81,17 @@ class AdamW:
                 found[kind] += chunk.pieces(flat)
         return found
 
-    def restore(self, steps: int) -> None:
-        """Take the masters and moments as they are now, filled through `pieces`, as those after `steps` updates."""
-        self.updates = steps
+    def counters(self) -> dict[str, Any]:
+        """What `restore` takes: how many updates each parameter that missed some has had."""
+        return dict(steps={info.name: self.updates - missed for info, missed in self._missed.items()})
+
+    def restore(self, updates: int, *, steps: Mapping[str, float] | None = None, **_: Any) -> None:
+        """Take the masters and moments as they are now, filled through `pieces`, as those after `updates` updates;
+        `steps`: of the parameters that have had fewer.
+        """
+        self.updates = updates
+        had = [(info, int((steps or {}).get(info.name, updates))) for chunk in self.chunks for info in chunk.infos]
+        self._missed = {info: updates - count for info, count in had if count < updates}
         for chunk in self.chunks:
             chunk.publish().wait()
 
@@ -82,27 +103,66 @@ class AdamW:
             first, second = (chunk.empty(placement.states, x).copy_(x) for x in self.moments[chunk])
             self.moments[chunk] = first, second
 
+    def state_bytes(self, chunk: Chunk) -> int:
+        """Of a chunk's masters and moments."""
+        if chunk.is_frozen:
+            return 0
+        return len(chunk.master) * state_size(chunk.master.dtype, self.config)
+
     def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if chunk not in self.moments:
-            tier, like = chunk.placement.states, chunk.master
+            tier, dtype = chunk.placement.states, moment_dtype(chunk.master.dtype, self.config)
+            like = torch.empty_like(chunk.master, dtype=dtype, device="meta")
             self.moments[chunk] = chunk.empty(tier, like).zero_(), chunk.empty(tier, like).zero_()
         return self.moments[chunk]
 
-    def _part_of(self, chunk: Chunk) -> Part:
+    def _parts_of(self, chunk: Chunk) -> list[Part]:
+        """What of a chunk is to be updated: neighbours that have had as many updates together."""
         assert chunk.gradient is not None
         states = chunk.master, *self._moments_of(chunk)
-        return Part(chunk, states, chunk.gradient, chunk.own if chunk.is_rounded else None)
+        own = chunk.own if chunk.is_rounded else None
+        runs: list[tuple[int, int, int]] = []  # start and stop in the whole, updates
+        for info, (start, stop) in zip(chunk.infos, chunk.ranges, strict=True):
+            if info.parameter in self.unused:
+                continue
+            updates = self.updates - self._missed.get(info, 0)
+            if runs and runs[-1][1:] == (start, updates):
+                start = runs.pop()[0]
+            runs.append((start, stop, updates))
+        found = []
+        for start, stop, updates in runs:
+            begin, end = (min(max(x - chunk.first, 0), len(chunk.master)) for x in (start, stop))
+            if begin < end:
+                found.append(Part(chunk, states, chunk.gradient, own, chunk.first, updates).cut(begin, end))
+        return found
 
-    def _update(self, part: Part, factor: Tensor, lr: float, scale: Scale) -> None:
-        """A chunk or a part of it, where it is."""
-        master, first, second = part.states
+    def _update(self, part: Part, *, factor: Tensor, lr: float, scale: Scale, tier: Tier) -> None:
+        """Elements of a chunk, where they are."""
+        master, *moments = part.states
+        if moments[0].dtype == master.dtype:
+            self._adamw(part, moments, scale(part.gradient, factor, master.dtype), lr)
+            return
+        rounding = self._rounding_on(tier, master)
+        for piece in part.split(rounding.size):
+            with rounding.widened(piece, self.updates) as wide:
+                self._adamw(piece, wide, scale(piece.gradient, factor, master.dtype), lr)
+
+    def _rounding_on(self, tier: Tier, like: Tensor) -> Rounding:
+        if tier not in self._rounding:
+            size = min(ROUNDED_AT_ONCE[tier], max(len(chunk.master) for chunk in self.chunks))
+            self._rounding[tier] = Rounding(size, like.dtype, like.device)
+        return self._rounding[tier]
+
+    def _adamw(self, part: Part, moments: list[Tensor], gradient: Tensor, lr: float) -> None:
+        master, _, _ = part.states
+        first, second = moments
         adamw(
             [master],
-            [scale(part.gradient, factor, master.dtype)],
+            [gradient],
             [first],
             [second],
             [],
-            [torch.full((), self.updates - 1.0, device=master.device)],
+            [torch.full((), part.updates - 1.0, device=master.device)],
             fused=True,
             amsgrad=False,
             beta1=self.config.betas[0],
@@ -125,8 +185,8 @@ class TorchOptimizer:
 
     ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
-    def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer, *, is_users: bool = True) -> None:
-        self.chunks, self.inner, self.is_users = [c for c in chunks if not c.is_frozen], inner, is_users
+    def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
+        self.chunks, self.inner = [c for c in chunks if not c.is_frozen], inner
         if type(inner) not in self.ELEMENTWISE:
             known = either(cls.__name__ for cls in self.ELEMENTWISE)
             raise ModelError(
@@ -154,7 +214,9 @@ class TorchOptimizer:
         return float(self.inner.param_groups[0]["lr"])
 
     def step(self, factor: Tensor, lr: float) -> None:
-        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
+        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar. The groups'
+        learning rates hold, whatever `lr` is.
+        """
         leaves = iter(self._segments)
         on_host = factor.cpu() if any(chunk.placement.states is Tier.HOST for chunk in self.chunks) else factor
         for chunk in self.chunks:
@@ -166,9 +228,6 @@ class TorchOptimizer:
             for segment in chunk.segments(gradient):
                 _, leaf = next(leaves)
                 leaf.grad = None if segment.info.parameter in self.unused else segment.data
-        if not self.is_users:
-            for group in self.inner.param_groups:
-                group["lr"] = lr
         with self._stepping():
             self.inner.step()
         self.inner.zero_grad()
@@ -185,16 +244,23 @@ class TorchOptimizer:
                     found.setdefault(kind, []).extend(segment.pieces(value))
         return found
 
-    def steps(self) -> dict[str, float]:
-        """How many updates each parameter that has a segment here has had: as many as it had gradients."""
+    def counters(self) -> dict[str, Any]:
+        """What `restore` takes: how many updates each parameter that has a segment here has had, as many as it had
+        gradients; and the groups' learning rates.
+        """
         self._start_states()
         states = [(segment.info.name, self.inner.state[leaf]) for segment, leaf in self._segments]
-        return {name: float(state["step"]) for name, state in states if "step" in state}
+        steps = {name: float(state["step"]) for name, state in states if "step" in state}
+        return dict(steps=steps, rates=[group["lr"] for group in self.inner.param_groups])
 
-    def restore(self, updates: int, steps: Mapping[str, float] | None = None) -> None:
+    def restore(
+        self, updates: int, *, steps: Mapping[str, float] | None = None, rates: Sequence[float] | None = None
+    ) -> None:
         """Take the masters and states as they are now, filled through `pieces`, as those after `updates` updates;
         `steps`: of the parameters that have had others.
         """
+        for group, rate in zip(self.inner.param_groups, rates or (), strict=rates is not None):
+            group["lr"] = rate
         for segment, leaf in self._segments:
             if "step" in self.inner.state[leaf]:
                 self.inner.state[leaf]["step"].fill_((steps or {}).get(segment.info.name, updates))
@@ -215,6 +281,13 @@ class TorchOptimizer:
             for kind, value in state.items():
                 if isinstance(value, Tensor) and value.shape == leaf.shape:
                     state[kind] = chunk.empty(placement.states, value).copy_(value)
+
+    def state_bytes(self, chunk: Chunk) -> int:
+        """Of a chunk's masters and of what is kept for them, from the first update on."""
+        if chunk.is_frozen:
+            return 0
+        kept = [x for s, leaf in self._segments if s.info in chunk.infos for x in self.inner.state[leaf].values()]
+        return chunk.master.nbytes + sum(x.nbytes for x in kept if isinstance(x, Tensor) and x.dim())
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -244,6 +317,31 @@ class TorchOptimizer:
         for leaf in new:
             if "step" in self.inner.state[leaf]:
                 self.inner.state[leaf]["step"].zero_()
+
+
+Optimizer: TypeAlias = AdamW | TorchOptimizer
+
+
+def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Optimizer | None) -> Optimizer:
+    """The one that was passed, divided, or else the config's. Raises ConfigError or ModelError for what cannot be."""
+    if passed is None:
+        return AdamW(chunks, config.optimizer, compiles=config.train.compile)
+    if config.optimizer.state_dtype != "fp32":
+        raise ConfigError(
+            f"optimizer.state_dtype: {config.optimizer.state_dtype!r} is for the config's own AdamW; one that is passed"
+            " keeps what it keeps. Try 'fp32', or pass no optimizer."
+        )
+    return TorchOptimizer(chunks, passed)
+
+
+def moment_dtype(master: torch.dtype, config: OptimizerConfig) -> torch.dtype:
+    """That of both moments, the masters' own unless the config has it narrower."""
+    return NARROW if config.state_dtype == "bf16" else master
+
+
+def state_size(master: torch.dtype, config: OptimizerConfig) -> int:
+    """Bytes of a parameter's master and moments."""
+    return master.itemsize + 2 * moment_dtype(master, config).itemsize
 
 
 def _leaf(master: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def dropout(x: Tensor, p: float, key: Tensor, rows: Tensor, columns: Tensor) -> 
     element meets the same fate on whatever rank it lies. The two are hashed apart and combined at full size by a
     handful of 32-bit operations.
     """
-    bits = _mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ _mix64(columns ^ key).to(torch.int32)
+    bits = mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ mix64(columns ^ key).to(torch.int32)
     bits ^= (bits >> 15) & 0x1FFFF
     bits *= 0x2C1B3C6D
     bits ^= (bits >> 12) & 0xFFFFF
@@ -55,7 +55,7 @@ def dropout(x: Tensor, p: float, key: Tensor, rows: Tensor, columns: Tensor) -> 
     return x.masked_fill(dropped, 0) * (1 / (1 - p))
 
 
-def _mix64(z: Tensor) -> Tensor:
+def mix64(z: Tensor) -> Tensor:
     """SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", fig. 16)."""
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15

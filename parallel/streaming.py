@@ -1,7 +1,7 @@
 """States that are at home on the host, through the device in parts: up, updated and down, three parts at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,19 +14,29 @@ PART = 2**23  # elements
 
 @dataclass(frozen=True)
 class Part:
-    """Some elements of a chunk's masters and moments, of its gradient, and of parameters where they are narrower."""
+    """Some elements of a chunk's masters and moments, of its gradient, and of parameters where they are narrower.
+
+    `first`: where they begin in the whole chunk; `updates`: how many they have had, with this one.
+    """
 
     chunk: Chunk
     states: tuple[Tensor, Tensor, Tensor]
     gradient: Tensor
-    own: Tensor | None = None
+    own: Tensor | None
+    first: int
+    updates: int
+
+    def cut(self, start: int, stop: int) -> "Part":
+        """Its elements from `start` to `stop`."""
+        first, second, third = (x[start:stop] for x in self.states)
+        own = None if self.own is None else self.own[start:stop]
+        states, gradient = (first, second, third), self.gradient[start:stop]
+        return Part(self.chunk, states, gradient, own, self.first + start, self.updates)
 
     def split(self, size: int) -> "Iterator[Part]":
         """The same in smaller parts, of `size` elements."""
         for k in range(0, len(self.gradient), size):
-            first, second, third = (x[k : k + size] for x in self.states)
-            own = None if self.own is None else self.own[k : k + size]
-            yield Part(self.chunk, (first, second, third), self.gradient[k : k + size], own)
+            yield self.cut(k, k + size)
 
 
 class _Slot:
@@ -72,7 +82,7 @@ class Stream:
 
     def _bring(self, home: Part, slot: _Slot) -> Part:
         first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(home.states))
-        here = Part(home.chunk, (first, second, third), slot.view("gradient", home.gradient))
+        here = replace(home, states=(first, second, third), gradient=slot.view("gradient", home.gradient), own=None)
         for source, room in zip(home.states, here.states, strict=True):
             self._copies.up(source, room, after=slot.left)
         slot.arrived = self._copies.up(home.gradient, here.gradient, after=home.chunk.gradient_written)

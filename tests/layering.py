@@ -26,6 +26,7 @@ FLOORS = (
         "parallel.grad_norm",
         "parallel.loss_scale",
         "parallel.optim",
+        "parallel.rounding",
         "parallel.streaming",
         "parallel.shared_update",
         "parallel.lr_schedule",

@@ -12,6 +12,7 @@ from parallel.config import Config
 from parallel.context import Place, make_context
 from parallel.gradients import gradient_dtype
 from parallel.layout import ParameterInfo
+from parallel.optim import state_size
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, simulate
 from parallel.tensor import MODES
@@ -88,7 +89,8 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
         ranks = info.layout.sync[0].size if config.zero.stage >= from_stage else 1
         return -(-info.parameter.numel() // ranks)
 
-    masters = 3 if master != context.dtype else 2  # a weight that is wide enough is its own master
+    # A weight that is wide enough is its own master.
+    state = state_size(master, config.optimizer) - (master.itemsize if master == context.dtype else 0)
     return StagePreview(
         tuple(spec.name for spec in own),
         parameters,
@@ -97,6 +99,6 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
             gradient_dtype(context.dtype, info.layout.sync, microbatches).itemsize * of_a_rank(info, from_stage=2)
             for info in infos
         ),
-        optimizer_bytes=sum(master.itemsize * masters * of_a_rank(info, from_stage=1) for info in infos),
+        optimizer_bytes=sum(state * of_a_rank(info, from_stage=1) for info in infos),
         cost=sum(spec.cost for spec in own),
     )

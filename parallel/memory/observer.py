@@ -1,6 +1,6 @@
 """A step looked on at: what the device holds besides chunks, from one layer's use to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,11 +37,8 @@ class Observer:
         everything = frozenset(range(len(self.chunks)))
         return [*self.moments, Moment(self.moments[-1].working, self._present(), everything)]
 
-    def sizes(self) -> list[ChunkBytes]:
-        return [
-            ChunkBytes(chunk.whole_bytes, chunk.gradient_bytes, 0 if chunk.is_frozen else 3 * chunk.master.nbytes)
-            for chunk in self.chunks
-        ]
+    def sizes(self, state_bytes: Callable[[Chunk], int]) -> list[ChunkBytes]:
+        return [ChunkBytes(chunk.whole_bytes, chunk.gradient_bytes, state_bytes(chunk)) for chunk in self.chunks]
 
     def _present(self) -> frozenset[int]:
         return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.untyped_storage().nbytes())

@@ -13,6 +13,7 @@ from parallel.errors import ConfigError
 from parallel.memory.observer import Observer
 from parallel.memory.policy import Plan, peak_of, plan
 from parallel.mesh import Axis
+from parallel.optim import Optimizer
 from parallel.transfer import ON_DEVICE, Placement, Tier
 
 ON_HOST = Placement(Tier.HOST, Tier.HOST)
@@ -21,8 +22,6 @@ STARTS: Mapping[str, Placement] = {"cuda": ON_DEVICE, "cpu": ON_HOST, "auto": ON
 
 WATCHED = 1  # from 0: in the step before it memory is made that stays
 
-Place = Callable[[Chunk, Placement], None]
-
 
 class Placer:
     """With `auto`, watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank.
@@ -30,12 +29,12 @@ class Placer:
     `say` hears what was planned and, two steps later, what came of it.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], place: Place, zero: ZeroConfig, world: Axis) -> None:
+    def __init__(self, chunks: Sequence[Chunk], optimizer: Optimizer, zero: ZeroConfig, world: Axis) -> None:
         self.chunks, self.world, self.zero = list(chunks), world, zero
         self.say: Callable[[str], None] = lambda text: None
         self.plan: Plan | None = None
         self.observer: Observer | None = None
-        self._place = place
+        self._optimizer = optimizer
         self._device = chunks[0].parameters.device
         self._began = self._computed = self._predicted = 0.0
         self._done = zero.tensor_placement_policy != "auto"
@@ -89,7 +88,7 @@ class Placer:
         return int(torch.cuda.get_device_properties(self._device).total_memory)
 
     def _carry_out(self, observer: Observer, now: float) -> None:
-        moments, sizes = observer.end(), observer.sizes()
+        moments, sizes = observer.end(), observer.sizes(self._optimizer.state_bytes)
         own = plan(sizes, moments, self.budget, self.zero.gpu_margin_mem_ratio)
         count = len(sizes)
         wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
@@ -99,7 +98,7 @@ class Placer:
         self.plan = Plan(states, parameters, peak_of(sizes, moments, states, parameters))
         for i, chunk in enumerate(self.chunks):
             tiers = (Tier.DEVICE if i < limit else Tier.HOST for limit in (parameters, states))
-            self._place(chunk, Placement(*tiers))
+            self._optimizer.place(chunk, Placement(*tiers))
         total = sum(size.states for size in sizes)
         streamed = sum(size.states for size in sizes[states:]) / total
         self._predicted = self._computed - self._began + (now - self._computed) * streamed

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.collectives import broadcast
-from parallel.config import OptimizerConfig
 from parallel.errors import ModelError
 from parallel.layout import ParameterInfo, Piece
 from parallel.mesh import Axis
@@ -71,14 +70,6 @@ def recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             return
     for layer in layers.values():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def adamw(infos: Sequence[ParameterInfo], config: OptimizerConfig) -> torch.optim.AdamW:
-    """The config's, with decay on matrices only."""
-    matrices = [info.parameter for info in infos if info.is_matrix]
-    others = [info.parameter for info in infos if not info.is_matrix]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def is_causal(module: nn.Module) -> bool:
