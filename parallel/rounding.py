@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, reduce
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from parallel.rng import mix64, seed_of
 from parallel.streaming import Part
 
 NARROW = torch.bfloat16
-TABLE = 2**20  # numbers of noise, 8 MiB: they stay in a device's cache
+TABLE = 2**20  # numbers: few enough to stay in a device's cache
 
 
 class Rounding:
@@ -26,17 +25,17 @@ class Rounding:
     2^-9 of it: with beta2 = 0.999 a second moment could grow, and never shrink. Zero stays zero.
 
     An element's noise is a function of its tensor's public name, its coordinates there, the moment and the update's
-    number, whatever rank it lies on: T[a_0 + i_0] ^ T[a_1 + i_1] ^ ... at coordinates i, with a table T of numbers that
-    occur equally often, and starts a drawn for each dim, moment and update. The noise of an element is uniform and
-    independent from update to update, as is that of any two elements of a matrix; a tensor of a single dim repeats it
-    after 2^20 elements. To draw it takes one pass, and no memory for each element.
+    number, whatever rank it lies on: N[a + P[b + row] + column], all indices modulo 2^20, with N a table of numbers of
+    16 bits that occur equally often, P a permutation, and places a and b drawn for each moment and update; a row may
+    have several dims. So it is uniform and another in every update, each row reads the table from a place of its own,
+    and it takes one pass, and no memory for each element.
     """
 
     def __init__(self, size: int, master: torch.dtype, device: torch.device) -> None:
         self.size = size
         self._wide = [torch.empty(size, dtype=master, device=device) for _ in range(2)]
         self._noise = torch.zeros(size, dtype=torch.int32, device=device)  # padding has none of its own, and is zero
-        self._table = _table(device)
+        self._order, self._numbers = _tables(device)
         self._pieces: dict[tuple[Chunk, int, int], list[Piece]] = {}
 
     @contextmanager
@@ -58,24 +57,35 @@ class Rounding:
         if key not in self._pieces:
             self._pieces[key] = part.chunk.pieces(noise, first=part.first)
         for piece in self._pieces[key]:
-            seeds = (seed_of(piece.name, moment, update, dim) for dim in count())
-            *before, last = map(self._line, seeds, piece.box or ((0, 1),))
-            if before:
-                across = reduce(lambda x, line: x.unsqueeze(-1) ^ line, before)
-                torch.bitwise_xor(across.unsqueeze(-1), last, out=piece.data)
-            else:
-                piece.data.view(-1).copy_(last)
+            self._write(piece, moment, update)
         return noise
 
-    def _line(self, seed: int, ends: tuple[int, int]) -> Tensor:
-        """The table's numbers for a range of coordinates of one dim."""
-        first, size = (seed + ends[0]) % TABLE, ends[1] - ends[0]
-        table = self._table if size <= TABLE else self._table.repeat(-(-size // TABLE))
-        return table[first : first + size]
+    def _write(self, piece: Piece, moment: int, update: int) -> None:
+        box = piece.box or ((0, 1),)
+        places = [seed_of(piece.name, moment, update, dim) + start for dim, (start, _) in enumerate(box)]
+        *sizes, width = (stop - start for start, stop in box)
+        if not sizes:
+            piece.data.view(-1).copy_(_stretch(self._numbers, places[0], width))
+            return
+        rows = reduce(
+            lambda sums, line: sums.unsqueeze(-1) + line,
+            (_stretch(self._order, place, size) for place, size in zip(places, sizes, strict=False)),
+        )
+        starts = (rows.flatten() + places[-1] % TABLE) % TABLE
+        every = _stretch(self._numbers, 0, TABLE + width).unfold(0, width, 1)  # a view: the rows that begin anywhere
+        torch.index_select(every, 0, starts, out=piece.data.view(-1, width))
+
+
+def _stretch(table: Tensor, start: int, size: int) -> Tensor:
+    """So many of a table's numbers, going round and round; the table is there twice, one behind the other."""
+    start %= TABLE
+    if start + size > len(table):
+        table = table.repeat(-(-size // TABLE))
+    return table[start : start + size]
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
-    """int32 [2 · TABLE], the second half like the first: in each every number of 16 bits occurs 16 times."""
-    order = mix64(torch.arange(TABLE)).argsort()
-    return (order % 2**16).to(torch.int32).repeat(2).to(device)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """P and N, int32 [2 · TABLE], the second half like the first: every number of 16 bits is in N 16 times."""
+    order = mix64(torch.arange(TABLE)).argsort().to(torch.int32).repeat(2).to(device)
+    return order, order % 2**16

@@ -98,8 +98,15 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01)
 
 
+def of_the_config(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = [dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=0.3)]
+    groups += [dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-3)
+
+
 MODELS = {"plain": plain, "opt": opt, "llama": llama, "gpt2": gpt2}
-OPTIMIZERS = {"adamw": adamw, "adam": adam, "sgd": sgd}
+OPTIMIZERS = {"adamw": adamw, "adam": adam, "sgd": sgd, "none": of_the_config}
+RATES = {"none": 1.0}  # each step's learning rate is the one before it times this
 STEPS, BATCH, ACCUMULATED = 3, 12, 3
 
 
@@ -122,7 +129,7 @@ def serial(model: str, optimizer: str) -> Trace:
     """Plain torch, one process, fp64."""
     module = MODELS[model]().double().train()
     update = OPTIMIZERS[optimizer](list(module.parameters()))
-    rates = torch.optim.lr_scheduler.LambdaLR(update, lambda step: 0.9**step)
+    rates = torch.optim.lr_scheduler.LambdaLR(update, lambda step: RATES.get(optimizer, 0.9) ** step)
     trace, named = Trace(), dict(module.named_parameters())
     for step, parts in enumerate(batches()):
         update.zero_grad()
@@ -150,6 +157,8 @@ def engine_of(rank: int, world_size: int, raw: Raw, module: nn.Module, **more: A
 def config_of(stage: int, *, precision: str = "fp64", **train: Any) -> Raw:
     return dict(
         zero=dict(stage=stage),
+        optimizer=dict(lr=1e-2, eps=1e-3, weight_decay=0.3),
+        lr_scheduler=dict(kind="constant", warmup_steps=0),
         train=dict(precision=precision, clip_grad_norm=0.5, global_batch_size=12, micro_batch_size=1) | train,
     )
 
@@ -161,8 +170,9 @@ def ours(rank: int, world_size: int, raw: Raw, model: str, optimizer: str) -> Tr
             parameter.data.add_(1.0)
     update = OPTIMIZERS[optimizer](list(module.parameters()))
     rates = torch.optim.lr_scheduler.LambdaLR(update, lambda step: 0.9**step)
-    engine, scheduler = engine_of(rank, world_size, raw, module, optimizer=update, lr_scheduler=rates)
-    assert scheduler is rates
+    passed = dict(optimizer=update, lr_scheduler=rates) if optimizer != "none" else {}
+    engine, scheduler = engine_of(rank, world_size, raw, module, **passed)
+    assert scheduler is rates or not passed
     engine.train()
     trace, inner = Trace(), engine.optimizer.step
 

@@ -96,7 +96,8 @@ def test_a_layer_that_one_rank_skips_adds_nothing_where_parameters_are_whole(sta
 
 def told_alone(rank: int, world_size: int, raw: Raw, act: str) -> str:
     torch.manual_seed(3)
-    engine, _ = engine_of(rank, world_size, raw, Skipping())
+    model = Skipping()
+    engine, _ = engine_of(rank, world_size, raw, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     try:
         ALONE_ACTS[act](engine)
     except (parallel.ModelError, parallel.ConfigError) as error:
@@ -117,6 +118,12 @@ def optimizer_of_another_model(engine: ModuleEngine) -> None:
     initialize_with(torch.optim.SGD, plain(), plain())
 
 
+def narrow_states(engine: ModuleEngine) -> None:
+    raw = config_of(0) | dict(optimizer=dict(state_dtype="bf16"))
+    model = plain()
+    engine_of(0, 1, raw, model, optimizer=torch.optim.AdamW(model.parameters()))
+
+
 def nothing_to_train(engine: ModuleEngine) -> None:
     parallel.initialize(plain().requires_grad_(False))
 
@@ -127,6 +134,7 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
     "a loss without gradient": lambda engine: engine.backward(torch.ones(())),
     "another optimizer": optimizer_of_another_kind,
     "a stranger's optimizer": optimizer_of_another_model,
+    "states of its own": narrow_states,
     "nothing to train": nothing_to_train,
     "optimizer.step": lambda engine: engine.optimizer.inner.step(),  # type: ignore[union-attr]
 }
@@ -140,6 +148,7 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
         ("a loss without gradient", "must be one number with a gradient"),
         ("another optimizer", "Adagrad is not known"),
         ("a stranger's optimizer", "are not the model's"),
+        ("states of its own", "optimizer.state_dtype: 'bf16' is for the config's own AdamW"),
         ("nothing to train", "none of its parameters"),
         ("optimizer.step", "Call engine.step() instead"),
     ],

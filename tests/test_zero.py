@@ -124,6 +124,7 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
     states = [chunk.master for chunk in engine.chunks]
     states += [x for moments in optimizer.moments.values() for x in moments]
     held["states"] = sum(x.untyped_storage().nbytes() for x in states)
+    assert held["states"] == sum(map(optimizer.state_bytes, engine.chunks))
     parameters = [chunk.parameters for chunk in engine.chunks]
     parameters += [chunk.own for chunk in engine.chunks if chunk.is_partitioned]
     held["parameters"] = sum(x.untyped_storage().nbytes() for x in parameters)
@@ -131,19 +132,21 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_bytes_of_a_rank_are_the_papers(ranks: int, stage: int) -> None:
+@pytest.mark.parametrize(("ranks", "state_dtype", "k"), [(2, "fp32", 12), (4, "fp32", 12), (2, "bf16", 8)])
+def test_bytes_of_a_rank_are_the_papers(ranks: int, state_dtype: str, k: int, stage: int) -> None:
     """Rajbhandari et al. 2020, section 5: with Ψ parameters in 2 bytes and K = 12 bytes of state each, over N ranks, a
     rank holds 2Ψ + 2Ψ + KΨ, then 2Ψ + 2Ψ + KΨ/N, then 2Ψ + (2Ψ + KΨ)/N, then (2Ψ + 2Ψ + KΨ)/N. Our gradients that are
-    summed have 4 bytes, and in stage 1 too only a slice is left of them when the update begins.
+    summed have 4 bytes, and in stage 1 too only a slice is left of them when the update begins. With moments in bf16 K
+    is 8.
     """
     micro = dict(global_batch_size=24, micro_batch_size=24 // ranks)
     raw = config_of({}, precision="bf16", model=SHAPE, train=micro, zero=dict(stage=stage))
+    raw["optimizer"] |= dict(state_dtype=state_dtype)
     for psi, shard, held in run(bytes_of_a_rank, ranks, raw):
         assert psi % (ALIGNMENT * ranks) == 0
         assert shard == (psi // ranks if stage else psi)
         assert held["parameters"] == 2 * (psi if stage < 3 else shard)
-        assert held["states"] == 12 * shard
+        assert held["states"] == k * shard
         assert held["gradients"] == 4 * shard
 
 

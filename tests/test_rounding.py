@@ -1,0 +1,343 @@
+"""Moments in bf16: rounded without bias, by noise that is the same wherever an element lies."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.shapes import resolve
+from parallel import checkpoint, optim, shared_update, streaming
+from parallel.chunk import Chunk
+from parallel.config import parse
+from parallel.engine_base import EngineBase
+from parallel.layout import Layout, ParameterInfo
+from parallel.mesh import ALONE, Axis
+from parallel.optim import AdamW
+from parallel.rounding import TABLE, Rounding
+from parallel.streaming import Part
+from parallel.transfer import Tier
+from tests.harness import run
+from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, engine_of, share_of, train, whole
+from tests.test_module_engine import MODELS
+from tests.test_module_engine import config_of as module_config
+from tests.test_module_engine import engine_of as module_engine
+from tests.test_module_state import train as train_module
+from tests.test_placement import raw_of
+from training.preview import preview
+
+BF16 = dict(state_dtype="bf16", betas=(0.9, 0.999))
+
+
+def narrow(raw: Raw, state_dtype: str = "bf16") -> Raw:
+    return raw | dict(optimizer=raw.get("optimizer", {}) | BF16 | dict(state_dtype=state_dtype))
+
+
+# -- one part ----------------------------------------------------------------------------------------------------------
+
+
+def chunk_of(*shapes: tuple[int, ...], rank: int = 0, ranks: int = 1) -> Chunk:
+    axis = Axis("data", rank, ranks, tuple(range(ranks)), None, ALONE.traffic)
+    infos = []
+    for i, shape in enumerate(shapes):
+        layout = Layout(shape, ((),) * len(shape), sync=(axis,))
+        infos.append(ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, (f"a.{i}",)))
+    return Chunk(infos, torch.float32, zero=1)
+
+
+def part_of(chunk: Chunk, moments: tuple[Tensor, Tensor] | None = None) -> Part:
+    first, second = moments or tuple(torch.zeros(len(chunk.master), dtype=torch.bfloat16) for _ in range(2))
+    return Part(chunk, (chunk.master, first, second), torch.zeros_like(chunk.master), None, chunk.first, 1)
+
+
+def rounded(part: Part, values: tuple[Tensor, Tensor], update: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    rounding = Rounding(len(part.gradient), dtype, torch.device("cpu"))
+    with rounding.widened(part, update) as wide:
+        for x, value in zip(wide, values, strict=True):
+            x.copy_(value)
+    return list(part.states[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_over_updates_is_what_was_rounded(dtype: torch.dtype) -> None:
+    """Each result is a neighbour in bf16. Of U updates the mean is off by 1/2 of a bf16 unit / sqrt(U) at most in one
+    standard deviation; over the elements of a chunk, some 5 of these. And over all elements, whose noise is
+    independent: 5 / sqrt(U · n) / 2.
+    """
+    chunk, updates = chunk_of((24, 40), (7,), (), (2, 3, 5, 4)), 400
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, chunk.size, generator=generator, dtype=dtype).float().to(dtype)
+    values *= 10.0 ** torch.randint(-20, 3, (2, chunk.size), generator=generator)
+    total = torch.zeros(2, chunk.size, dtype=torch.float64)
+    covered = torch.zeros(chunk.size, dtype=torch.bool)
+    for view in chunk.views(covered):
+        view.fill_(True)
+    unit = 2.0 ** (values.abs().double().log2().floor() - 7)
+    for update in range(updates):
+        found = torch.stack(rounded(part_of(chunk), (values[0], values[1]), update, dtype)).double()
+        assert ((found - values).abs() < unit).all()
+        total += found
+    off = ((total / updates - values) / unit)[:, covered]
+    assert off.abs().max() < 5 * 0.5 * updates**-0.5
+    assert abs(float(off.mean())) < 5 * 0.5 * (updates * off.numel()) ** -0.5
+    assert off.std() > 0.3 * updates**-0.5  # it is noise, in every update another
+
+
+def test_zero_stays_zero_and_what_bf16_holds_stays_what_it_is() -> None:
+    chunk = chunk_of((8, 8), (3,))
+    held = torch.randn(chunk.size).bfloat16()
+    for update in range(50):
+        first, second = rounded(part_of(chunk), (torch.zeros(chunk.size), held.float()), update)
+        assert not first.view(torch.int16).any()
+        assert torch.equal(second, held)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_elements_noise_knows_neither_ranks_nor_parts(ranks: int) -> None:
+    """Cut into the slices of ranks, and these into parts that begin and end inside a row."""
+    shapes = ((24, 40), (7,), (130,), (3, 5, 7), (64, 16))
+    size = chunk_of(*shapes, ranks=ranks).size
+    values = torch.rand(2, size)
+    want = rounded(part_of(chunk_of(*shapes)), tuple(values[:, : chunk_of(*shapes).size]), 3)
+    for rank in range(ranks):
+        chunk = chunk_of(*shapes, rank=rank, ranks=ranks)
+        mine = slice(chunk.first, chunk.first + len(chunk.master))
+        held = part_of(chunk)
+        for part in held.split(33):
+            here = slice(part.first, part.first + len(part.gradient))
+            rounded(part, (values[0, here], values[1, here]), 3)
+        for got, wanted in zip(held.states[1:], want, strict=True):
+            for segment in chunk.segments(got):
+                at = segment.data.storage_offset() + mine.start
+                assert torch.equal(segment.data, wanted[at : at + len(segment.data)]), segment.info.name
+
+
+def test_moments_updates_tensors_and_places_have_noise_of_their_own() -> None:
+    """Of values half-way between two neighbours, some half of any two sets of draws agree: 5 standard deviations."""
+    chunk = chunk_of((64, 64), (64, 64))
+    halves = torch.full((chunk.size,), 1 + 2.0**-8)
+    draws = [torch.stack(rounded(part_of(chunk), (halves, halves), update)) > 1 for update in (1, 2)]
+    a = draws[0][0][:4096].view(64, 64)
+    others = [draws[0][1][:4096], draws[1][0][:4096], draws[0][0][4096:], a.T, a.roll(1, 0), a.roll(1, 1), a.roll(9)]
+    assert (
+        torch.linalg.matrix_norm(a.float() - 0.5, 2) < 1.1 * 0.5 * 2 * 64**0.5
+    )  # as of a random matrix: no pattern in it
+    for other in others:
+        agree = float((a.flatten() == other.flatten()).float().mean())
+        assert abs(agree - 0.5) < 5 * 0.5 / 64
+
+
+def test_a_dim_longer_than_the_table_repeats_it() -> None:
+    chunk = chunk_of((TABLE + 100,))
+    halves = torch.full((chunk.size,), 1 + 2.0**-8)
+    found = rounded(part_of(chunk), (halves, halves), 1)[0]
+    assert torch.equal(found[:100], found[TABLE : TABLE + 100])
+    assert float((found[: TABLE // 2] == found[TABLE // 2 : TABLE]).float().mean()) < 0.6
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, tuple[int, Raw, int]] = {
+    "pp2": (2, dict(pipeline=2), 0),
+    "1d2": (2, dict(tensor=dict(mode="1d", size=2)), 0),
+    "dp2-1d2-2": (4, dict(tensor=dict(mode="1d", size=2)), 2),
+    "dp2-1d2-3": (4, dict(tensor=dict(mode="1d", size=2)), 3),
+    "2d4": (4, dict(tensor=dict(mode="2d", size=4)), 0),
+    "2.5d-depth2-3": (8, dict(tensor=dict(mode="2.5d", size=8, depth=2)), 3),
+}
+
+
+def trace_of(layout: str, precision: str, changes: Raw) -> Trace:
+    world_size, layout_of, stage = LAYOUTS.get(layout, (1, {}, 0))
+    batch = dict(global_batch_size=24, micro_batch_size=4)
+    raw = config_of(layout_of, steps=4, precision=precision, model=SHAPE, train=batch, zero=dict(stage=stage))
+    raw["optimizer"] |= changes
+    found = run(train, world_size, raw, batches_of(4, batch=24))[0]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("layout", [*list(LAYOUTS)[:-1], pytest.param("2.5d-depth2-3", marks=pytest.mark.slow)])
+def test_one_seed_gives_one_model_in_every_layout(layout: str) -> None:
+    """In fp64, rounded to fp32 and then by chance: a last bit of fp64 changes a moment's fp32 once in some 2^28 times,
+    and that its bf16 once in 2^16. So all moments are the same here, and what is left is fp64's own rounding.
+    """
+    want = trace_of("single", "fp64", BF16)
+    compare(trace_of(layout, "fp64", BF16), want, 1e-9, wide=False)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2-1d2-3"])
+def test_in_fp32_a_layouts_moments_part_only_where_their_last_bits_meet_the_noise(layout: str) -> None:
+    """An fp32 moment that is k last bits off is rounded otherwise with probability k / 2^16, and is then 2^-7 off at
+    most; it moves its weight by lr · 2^-7 in an update, at most. With k about 16 (1e-6, relatively) and 4 updates that
+    is, in the norm over all weights of a tensor, 4 · lr · 2^-7 · sqrt(2^-12) = 5e-6, to weights of 0.02 to 0.2: 2e-4.
+    """
+    want = trace_of("single", "fp32", BF16)
+    compare(trace_of(layout, "fp32", BF16), want, 2e-4, wide=False)
+
+
+def test_training_with_narrow_moments_is_near_but_not_the_same() -> None:
+    """Two moments rounded by 2^-8, of 4 updates of lr = 0.01 at most, move a weight by 1e-2 of an update's size."""
+    wide, narrow = (trace_of("single", "fp64", dict(state_dtype=name)) for name in ("fp32", "bf16"))
+    compare(narrow, wide, 1e-2, wide=False)
+    with pytest.raises(AssertionError):
+        compare(narrow, wide, 1e-5, wide=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage", "precision"),
+    [("single", 0, "fp64"), ("single", 0, "bf16"), ("dp2-1d2", 2, "bf16"), ("dp2-1d2", 3, "fp32"), ("pp2", 0, "fp16")],
+)
+def test_wherever_states_are_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, precision: str) -> None:
+    want, *others = (
+        run(weights_in, 4 if layout == "dp2-1d2" else 1 + (layout == "pp2"), raw, 0.5)[0]
+        for policy in ("cuda", "cpu", "auto")
+        for raw in [narrow(raw_of(layout, policy, stage, precision=precision))]
+    )
+    for got in others:
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def weights_in(rank: int, world_size: int, raw: Raw, share: float) -> dict[str, Tensor]:
+    """After some steps, updated in parts; the moments too."""
+    streaming.PART, shared_update.HOST_PART = 1024, 512  # whole vectors: a rest would be rounded otherwise
+    optim.ROUNDED_AT_ONCE = {Tier.DEVICE: 512, Tier.HOST: 256}
+    engine = engine_of(rank, world_size, raw)
+    for batch in batches_of(4, batch=24):
+        engine.train_step(share_of(batch, engine))
+        assert isinstance(engine.optimizer, AdamW)
+        if engine.optimizer.shared is not None:
+            engine.optimizer.shared.share = share
+    return everything(engine)
+
+
+def everything(engine: EngineBase) -> dict[str, Tensor]:
+    assert isinstance(engine.optimizer, AdamW)
+    moments = engine.optimizer.moments
+    found: dict[str, Tensor] = {}
+    for kind in range(3):
+        flats = [(chunk.master, *moments[chunk])[kind] for chunk in engine.chunks]
+        found |= {f"{kind}/{name}": x for name, x in whole(engine, flats).items()}
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_host_and_device_round_alike(share: float) -> None:
+    want = run(weights_in, 1, narrow(raw_of("single", "cuda", 0, precision="bf16")), 0.0)[0]
+    got = run(weights_in, 1, narrow(raw_of("single", "cpu", 0, precision="bf16")), share)[0]
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def without_a_break(rank: int, world_size: int, raw: Raw, folder: Path | None, resumes: bool) -> dict[str, Tensor]:
+    """Four steps; a checkpoint after the second, or from there on."""
+    engine, batches = engine_of(rank, world_size, raw), batches_of(4, batch=24)
+    if resumes:
+        assert folder is not None
+        checkpoint.load(folder / "two", engine.state_pieces())
+        engine.restore(checkpoint.read_metadata(folder / "two")["counters"])
+    for step in range(2 if resumes else 0, 4):
+        engine.train_step(share_of(batches[step], engine))
+        if step == 1 and folder is not None:
+            pieces = engine.state_pieces(owned=True)
+            assert {p.data.dtype for p in pieces if "/" in p.name and "exp_avg" in p.name} == {torch.bfloat16}
+            meta = dict(counters=engine.counters())
+            checkpoint.save(folder / "two", pieces, metadata=meta, axis=engine.mesh.world, keep=9)
+    return everything(engine)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    raw = narrow(raw_of("dp2-1d2", "cuda", 3, precision="bf16"))
+    want = run(without_a_break, 4, raw, tmp_path, False)[0]
+    for policy, stage in (("cpu", 3), ("cuda", 2)):
+        other = narrow(raw_of("dp2-1d2", policy, stage, precision="bf16"))
+        got = run(without_a_break, 4, other, tmp_path, True)[0]
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_another_layout_and_other_moments_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    want = run(without_a_break, 4, narrow(raw_of("dp2-1d2", "cuda", 2)), tmp_path, False)[0]
+    got = run(without_a_break, 1, narrow(raw_of("single", "cuda", 0)), tmp_path, True)[0]
+    for name in want:
+        if not name.endswith("k_proj.bias"):  # whose gradient is rounding noise
+            assert (got[name] - want[name]).norm() <= 1e-9 * want[name].norm(), name
+    wide = narrow(raw_of("single", "cuda", 0), "fp32")
+    cast, never = (
+        run(without_a_break, 1, wide, tmp_path if resumes else None, resumes)[0] for resumes in (True, False)
+    )
+    for name in never:
+        if name.startswith("0/") and not name.endswith("k_proj.bias"):
+            assert 0 < (cast[name] - never[name]).norm() <= 2e-2 * never[name].norm(), name
+
+
+def bytes_held(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
+    engine = engine_of(rank, world_size, raw)
+    assert isinstance(engine.optimizer, AdamW)
+    return sum(map(engine.optimizer.state_bytes, engine.chunks)), sum(len(chunk.master) for chunk in engine.chunks)
+
+
+@pytest.mark.parametrize(("precision", "own"), [("bf16", 8), ("fp32", 4), ("fp64", 4)])
+def test_the_preview_counts_four_bytes_of_moments(precision: str, own: int) -> None:
+    """A weight that is wide enough is its own master, and is counted as a weight."""
+    raw = narrow(config_of({}, precision=precision, model=SHAPE))
+    stage = preview(parse(raw, world_size=1, resolve=resolve), 1).stages[0]
+    assert stage.optimizer_bytes == own * stage.parameters
+    held, count = run(bytes_held, 1, raw)[0]
+    assert held == (12 if precision == "fp64" else 8) * count
+
+
+# -- any module --------------------------------------------------------------------------------------------------------
+
+
+def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path | None) -> dict[str, Tensor]:
+    """After four steps, of which the last two, if there is a folder, are another engine's."""
+    engine, _ = module_engine(rank, world_size, raw, MODELS[model]())
+    train_module(engine, 0, 2)
+    if folder is not None:
+        engine.save_checkpoint(folder)
+        engine, _ = module_engine(rank, world_size, raw, MODELS[model]())
+        engine.load_checkpoint(folder)
+    train_module(engine, 2, 4)
+    assert isinstance(engine.optimizer, AdamW)
+    trained: Any = [chunk for chunk in engine.chunks if not chunk.is_frozen]
+    found: dict[str, Tensor] = {}
+    for kind in range(3):
+        for chunk in trained:
+            for piece in chunk.pieces((chunk.master, *engine.optimizer.moments[chunk])[kind]):
+                found[f"{kind}/{piece.name}{piece.box}"] = piece.data.clone()
+    return found
+
+
+@pytest.mark.parametrize(("model", "precision"), [("plain", "fp64"), ("opt", "bf16"), ("plain", "bf16")])
+def test_a_modules_narrow_moments_are_the_same_wherever_they_are(model: str, precision: str, tmp_path: Path) -> None:
+    """Bit for bit, through a checkpoint too; the second moment of what never got a gradient is zero."""
+    for stage in (0, 3):
+        raw = narrow(module_config(stage, precision=precision))
+        want = run(module_state, 2, raw, model, None)
+        there = raw | dict(zero=dict(stage=stage, tensor_placement_policy="cpu"))
+        for other, folder in ((there, None), (raw, tmp_path / f"{stage}"), (there, tmp_path / f"{stage} on the host")):
+            for got, wanted in zip(run(module_state, 2, other, model, folder), want, strict=True):
+                assert got.keys() == wanted.keys()
+                assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+        never = [x for found in want for name, x in found.items() if name.startswith("2/") and ".never" in name]
+        assert bool(never) == (model == "plain")
+        assert not any(x.any() for x in never)
+
+
+def module_trace(rank: int, world_size: int, raw: Raw) -> tuple[dict[str, Tensor], set[torch.dtype]]:
+    engine, _ = module_engine(rank, world_size, raw, MODELS["plain"]())
+    train_module(engine, 0, 3)
+    assert isinstance(engine.optimizer, AdamW)
+    kinds = {x.dtype for moments in engine.optimizer.moments.values() for x in moments}
+    return whole(engine, [chunk.master for chunk in engine.chunks]), kinds
+
+
+def test_a_modules_moments_are_one_seeds_on_any_ranks() -> None:
+    """In fp64, as above."""
+    want, kinds = run(module_trace, 1, narrow(module_config(0)))[0]
+    assert kinds == {torch.bfloat16}
+    for ranks, stage in ((2, 0), (3, 2), (2, 3)):
+        got, _ = run(module_trace, ranks, narrow(module_config(stage)))[0]
+        for name in want:
+            assert (got[name] - want[name]).norm() <= 1e-9 * want[name].norm(), name
