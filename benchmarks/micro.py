@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from benchmarks.workload import SHAPE
 from models import build
 from models.shapes import resolve
+from parallel.chunk import Chunk
 from parallel.config import parse
 from parallel.context import Context, Place, make_context
 from parallel.engine import Engine
+from parallel.layout import Layout, ParameterInfo
+from parallel.memory.placer import ON_HOST
+from parallel.optim import AdamW
 from parallel.tensor import MODES, Mode
 
 Benchmark = Callable[[Callable[[], object]], object]
@@ -83,3 +87,23 @@ class TestStep:
         engine = Engine(build(context), context)
         batch = {"input_ids": torch.randint(4, SHAPE["vocab_size"], (microbatches, 2))}
         benchmark(lambda: engine.train_step(batch))
+
+
+@pytest.mark.benchmark(group="the update of 2^23 weights on the host")
+class TestUpdate:
+    @pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+    def test_ours(self, state_dtype: str, benchmark: Benchmark) -> None:
+        parameter = nn.Parameter(torch.randn(2**12, 2**11))
+        info = ParameterInfo("weight", "", parameter, Layout((2**12, 2**11), ((), ())), ("weight",))
+        chunk = Chunk([info], torch.float32, placement=ON_HOST)
+        optimizer = AdamW([chunk], parse(dict(optimizer=dict(state_dtype=state_dtype))).optimizer)
+        gradient, one = torch.randn(chunk.size), torch.ones(())
+
+        def update() -> None:
+            chunk.gradient = gradient
+            optimizer.step(one, lr=1e-3)
+
+        update()
+        assert optimizer.shared is not None
+        optimizer.shared.share = 1.0
+        benchmark(update)

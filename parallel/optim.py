@@ -14,13 +14,13 @@ from parallel.config import Config, OptimizerConfig
 from parallel.errors import ConfigError, ModelError, either
 from parallel.layout import ParameterInfo, Piece
 from parallel.rounding import NARROW, Rounding
-from parallel.shared_update import SharedUpdate
+from parallel.shared_update import HOST_PART, SharedUpdate
 from parallel.streaming import PART, Part
 from parallel.transfer import HostCopy, Placement, Tier
 
 Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
-ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: 2**17}  # elements: on the host, what stays in a core's cache
+ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: HOST_PART}  # elements, by where an update runs
 
 
 class AdamW:

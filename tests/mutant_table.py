@@ -25,6 +25,7 @@ ONE_SEED = (
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
 HOMES = "tests/test_placement.py"
+ROUNDED = "tests/test_rounding.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -51,6 +52,7 @@ def drops(part: str) -> str:
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
+ROUND = "parallel/rounding.py"
 CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
 BASE = "parallel/engine_base.py"
@@ -442,6 +444,39 @@ PLACEMENT = (
            f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
 )
 
+ROUNDING = (
+    Mutant("moments-rounded-to-the-nearest", "every element has half a unit for its noise",
+           ROUND, "            bits += self._draw(part, k, update)\n", "            bits += 2**15\n",
+           f"{ROUNDED}::test_the_mean_over_updates_is_what_was_rounded[dtype0]"),
+    Mutant("moments-cut-off", "what does not fit is dropped: moments lose by every update",
+           ROUND, "            bits += self._draw(part, k, update)\n", "            pass\n",
+           f"{ROUNDED}::test_the_mean_over_updates_is_what_was_rounded[dtype0]"),
+    Mutant("one-noise-for-all-updates", "an element is always rounded the same way",
+           ROUND, "seed_of(piece.name, moment, update, dim)", "seed_of(piece.name, moment, dim)",
+           f"{ROUNDED}::test_the_mean_over_updates_is_what_was_rounded[dtype0]"),
+    Mutant("both-moments-have-one-noise", "where the first is rounded up, so is the second",
+           ROUND, "seed_of(piece.name, moment, update, dim)", "seed_of(piece.name, update, dim)",
+           f"{ROUNDED}::test_moments_updates_tensors_and_places_have_noise_of_their_own"),
+    Mutant("noise-of-a-part", "an element's noise follows from its place in a part",
+           ROUND, "part.chunk.pieces(noise, first=part.first)", "part.chunk.pieces(noise, first=0)",
+           f"{ROUNDED}::test_an_elements_noise_knows_neither_ranks_nor_parts[2]"),
+    Mutant("rows-read-one-place", "all rows of a matrix have one noise",
+           ROUND, "starts = (rows.flatten() + places[-1] % TABLE)", "starts = (0 * rows.flatten() + places[-1] % TABLE)",
+           f"{ROUNDED}::test_moments_updates_tensors_and_places_have_noise_of_their_own"),
+    Mutant("noise-of-a-rank", "an element's noise follows from where it lies on its rank",
+           ROUND, "dim) + start for dim,", "dim) for dim,",
+           f"{ROUNDED}::test_one_seed_gives_one_model_in_every_layout[1d2]"),
+    Mutant("zero-gets-noise", "a moment of zero is rounded up from it",
+           ROUND, "            bits &= -(2**16)\n", "            bits += 2**15\n            bits &= -(2**16)\n",
+           f"{ROUNDED}::test_zero_stays_zero_and_what_bf16_holds_stays_what_it_is"),
+    Mutant("updates-of-the-others", "a parameter's bias correction counts updates that it had no part in",
+           OPTIM, "updates = self.updates - self._missed.get(info, 0)", "updates = self.updates",
+           ANY_MODULE),
+    Mutant("unused-elements-updated", "what got no gradient decays by our own AdamW, and its moments with it",
+           OPTIM, "            if info.parameter in self.unused:\n                continue\n", "",
+           ANY_MODULE),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -451,6 +486,7 @@ MUTANTS = (
     *SHARDED_INIT,
     *MODULES,
     *PLACEMENT,
+    *ROUNDING,
     *NORM_AND_CLIP,
     *MEANS,
     *PARAMETERS,
