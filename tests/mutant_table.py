@@ -461,7 +461,7 @@ ROUNDING = (
            ROUND, "part.chunk.pieces(noise, first=part.first)", "part.chunk.pieces(noise, first=0)",
            f"{ROUNDED}::test_an_elements_noise_knows_neither_ranks_nor_parts[2]"),
     Mutant("rows-read-one-place", "all rows of a matrix have one noise",
-           ROUND, "starts = (rows.flatten() + places[-1] % TABLE)", "starts = (0 * rows.flatten() + places[-1] % TABLE)",
+           ROUND, "starts = (rows.flatten() + places[-1]", "starts = (0 * rows.flatten() + places[-1]",
            f"{ROUNDED}::test_moments_updates_tensors_and_places_have_noise_of_their_own"),
     Mutant("noise-of-a-rank", "an element's noise follows from where it lies on its rank",
            ROUND, "dim) + start for dim,", "dim) for dim,",
