@@ -41,6 +41,7 @@ class Engine(EngineBase):
         chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, placement=placement)
         update = AdamW(chunks, config.optimizer, compiles=config.train.compile)
         super().__init__(stage, context, chunks, TorchOptimizer(chunks, optimizer) if optimizer else update)
+        self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
         self.gatherer = Gatherer(stage.units, self.chunks)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())

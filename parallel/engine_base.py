@@ -11,6 +11,7 @@ from parallel.grad_norm import clip_coefficient
 from parallel.layout import Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
+from parallel.memory.inputs import InputsOnHost
 from parallel.memory.placer import Placer
 from parallel.optim import AdamW, TorchOptimizer
 from parallel.transfer import copies_of
@@ -39,6 +40,7 @@ class EngineBase:
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
         self.placer = Placer(self.chunks, optimizer.place, self.config.zero, self.mesh.world)
+        self.inputs: InputsOnHost | None = None  # of layers that are recomputed
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
         self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule

@@ -18,6 +18,7 @@ from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
 from parallel.labels import IGNORED
+from parallel.memory.inputs import InputsOnHost
 from parallel.memory.placer import STARTS
 from parallel.mesh import on_the_host
 from parallel.module_state import ModuleState
@@ -93,8 +94,10 @@ class ModuleEngine(ModuleState):
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
         modules.make_gradients_dense(module)
         modules.place_buffers(module, context.device, context.dtype, data)
-        if config.train.activation_checkpointing == "full":
-            modules.recompute(module, layers)
+        if config.train.activation_checkpointing == "offload":
+            self.inputs = InputsOnHost(context.device)
+        if config.train.activation_checkpointing != "none":
+            modules.recompute(module, layers, self.inputs)
         if config.train.compile:
             for layer in layers.values():
                 layer.forward = torch.compile(layer.forward)
