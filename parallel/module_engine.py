@@ -94,13 +94,13 @@ class ModuleEngine(ModuleState):
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
         modules.make_gradients_dense(module)
         modules.place_buffers(module, context.device, context.dtype, data)
-        if config.train.activation_checkpointing == "offload":
-            self.inputs = InputsOnHost(context.device)
-        if config.train.activation_checkpointing != "none":
-            modules.recompute(module, layers, self.inputs)
         if config.train.compile:
             for layer in layers.values():
                 layer.forward = torch.compile(layer.forward)
+        if config.train.activation_checkpointing == "offload":
+            self.inputs = InputsOnHost(context.device)
+        if config.train.activation_checkpointing != "none":
+            modules.recompute(module, layers, self.inputs, compiles=config.train.compile)
         module.register_forward_pre_hook(lambda module, inputs: self._enter())
         module.register_forward_hook(lambda module, inputs, y: self._leave(), always_call=True)
         if comes_and_goes:

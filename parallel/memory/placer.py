@@ -76,7 +76,7 @@ class Placer:
             raise ConfigError(
                 f"train.micro_batch_size: a step does not fit in zero.device_memory={_size(self.budget)}:"
                 f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
-                f" activation_checkpointing='full'.{more}"
+                f" activation_checkpointing='full' or 'offload'.{more}"
             ) from error
 
     @property
