@@ -37,9 +37,9 @@ RUNS: dict[str, tuple[int, Raw, str, int, Raw]] = {  # ranks, parallel, precisio
 }
 
 
-def raw_of(parallel: Raw, checkpointing: str, **sections: Raw) -> Raw:
-    sections["train"] = sections.get("train", {}) | dict(activation_checkpointing=checkpointing)
-    return config_of(parallel, **dict(dict(model=SHAPE), **sections))
+def raw_of(parallel: Raw, checkpointing: str, **sections: Any) -> Raw:
+    train = sections.pop("train", {}) | dict(activation_checkpointing=checkpointing)
+    return config_of(parallel, train=train, **dict(model=SHAPE) | sections)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -137,7 +137,7 @@ def order(rank: int, world_size: int, raw: Raw) -> list[str]:
     Copies.up, Copies.down = note_up, note_down  # type: ignore[method-assign]
     for i, recomputed in enumerate(engine.stage.units.values()):
         layer = recomputed.get_submodule("layer")
-        layer.register_forward_pre_hook(lambda module, inputs, i=i: events.append(f"block {i}"))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda module, inputs, i=i: events.append(f"block {i}"))
     engine.train_step(batches_of(1)[0])
     return events
 
@@ -207,10 +207,12 @@ def trained(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, Tenso
     engine.train()
     torch.manual_seed(rank)  # of dropout
     for step, parts in enumerate(batches()):
-        losses = [loss_of(engine, ids.tensor_split(world_size)[rank], step=step) for ids in parts[:2]]
-        for loss in losses:  # the older first; backward goes through it once more
-            engine.backward(loss, retain_graph=loss is losses[0])
-        engine.backward(losses[0])
+        shares = [ids.tensor_split(world_size)[rank] for ids in parts]
+        first, second = (loss_of(engine, ids, step=step) for ids in shares[:2])
+        engine.backward(first, retain_graph=True)
+        third = loss_of(engine, shares[2], step=step)
+        for loss in (first, second, third):
+            engine.backward(loss)
         engine.step()
     if engine.inputs is not None:
         assert sum(map(len, engine.inputs.pool._free.values())) == engine.inputs.pool.nbytes > 0  # all came back
@@ -269,14 +271,28 @@ class Hasty(Twice):
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:
     engine, _ = module_engine(rank, world_size, raw, Hasty(2))
-    with pytest.raises(parallel.ModelError) as caught:
+    try:
         engine.backward(loss_of(engine, batches()[0][0], step=0))
-    return str(caught.value)
+    except parallel.ModelError as error:
+        return str(error)
+    return ""
 
 
 def test_an_input_changed_in_place_is_refused_not_computed_with() -> None:
     (said,) = run(refused, 1, module_config(0, activation_checkpointing="offload"))
     assert "changed in place" in said
+
+
+def compiled(rank: int, world_size: int, raw: Raw) -> str:
+    module_engine(rank, world_size, raw, plain(4))  # a checkpoint of ours is around what is compiled
+    with pytest.raises(parallel.ConfigError) as caught:
+        module_engine(rank, world_size, raw, opt(2))
+    return str(caught.value)
+
+
+def test_layers_that_are_compiled_with_their_own_recomputation_are_refused() -> None:
+    (said,) = run(compiled, 1, module_config(0, activation_checkpointing="offload", compile=True))
+    assert said.startswith("train.compile: ")
 
 
 # -- what is kept, and where -------------------------------------------------------------------------------------------
