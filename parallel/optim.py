@@ -25,7 +25,7 @@ class AdamW:
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
     master precision. Where states are at home on the host, they stream through the device in parts, or are updated
-    there: `shared` divides the work.
+    there: `host_share` of them, the rest on the device.
     """
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
@@ -34,7 +34,7 @@ class AdamW:
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
         self.updates = 0
         self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
-        self.shared: SharedUpdate | None = None  # from the first update of such states on
+        self._shared = SharedUpdate(chunks[0].parameters.device)
 
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight by its gradient times `factor`, a scalar."""
@@ -47,9 +47,8 @@ class AdamW:
                 published.append(chunk.publish())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is Tier.HOST]
         if streamed:
-            self.shared = self.shared or SharedUpdate(streamed[0].parameters.device)
             here = HostCopy(factor)
-            self.shared.run(
+            self._shared.run(
                 [self._part_of(chunk) for chunk in streamed],
                 lambda part: self._update(part, factor, lr, self._scaled),
                 lambda part: self._update(part, here.wait(), lr, scaled),
@@ -81,6 +80,19 @@ class AdamW:
         if was is not placement.states and chunk in self.moments:
             first, second = (chunk.empty(placement.states, x).copy_(x) for x in self.moments[chunk])
             self.moments[chunk] = first, second
+
+    @property
+    def host_share(self) -> float:
+        """Of the elements whose states are at home on the host, those that are updated there."""
+        return self._shared.share
+
+    @host_share.setter
+    def host_share(self, share: float) -> None:
+        self._shared.share = share
+
+    def balance(self) -> float:
+        """The share with which neither side would have waited for the other in the last update."""
+        return self._shared.balance()
 
     def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if chunk not in self.moments:
@@ -124,6 +136,7 @@ class TorchOptimizer:
     """
 
     ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    host_share = 1.0  # it updates masters where they are
 
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer, *, is_users: bool = True) -> None:
         self.chunks, self.inner, self.is_users = [c for c in chunks if not c.is_frozen], inner, is_users
@@ -215,6 +228,9 @@ class TorchOptimizer:
             for kind, value in state.items():
                 if isinstance(value, Tensor) and value.shape == leaf.shape:
                     state[kind] = chunk.empty(placement.states, value).copy_(value)
+
+    def balance(self) -> float:
+        return self.host_share
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

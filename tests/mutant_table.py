@@ -26,6 +26,7 @@ OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_g
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
 HOMES = "tests/test_placement.py"
 KEPT = "tests/test_inputs.py"
+PLACER, PLANS = "parallel/memory/placer.py", "tests/test_placer.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -469,6 +470,18 @@ PLACEMENT = (
     Mutant("changed-input-computed-with", "what was changed in place goes to the host, or into a recomputation",
            INPUTS, "if self._x._version != self._version:", "if False:",
            f"{KEPT}::test_an_input_changed_in_place_is_refused_not_computed_with"),
+    Mutant("longer-steps-unnoticed", "a plan for short sequences is kept for long ones",
+           PLACER, "is_new = not any(", "is_new = not self._seen and not any(",
+           f"{PLANS}::test_larger_steps_are_planned_for_again_and_smaller_ones_keep_the_plan"),
+    Mutant("skipped-layer-unnoticed", "a layer that was not watched is not planned for",
+           PLACER, "self._surprised or not self._used <= self._known", "self._surprised",
+           f"{PLANS}::test_a_layer_that_had_been_skipped_and_longer_inputs_are_planned_for"),
+    Mutant("plan-of-another-budget", "a resumed run goes on by a plan that was made for more memory",
+           PLACER, 'state.get("key") != self._key()', "not state",
+           f"{PLANS}::test_a_resumed_run_goes_on_by_the_plan_it_had"),
+    Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
+           "parallel/shared_update.py", " and len(part.chunk.axes) == 1", "",
+           f"{PLANS}::test_what_two_stages_hold_is_updated_on_the_same_side"),
 )
 
 # fmt: on
