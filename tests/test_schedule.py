@@ -112,7 +112,7 @@ def queue_of(action: Action) -> str:
     return "forward" if action.op in (Op.SEND_F, Op.RECV_F) else "backward"
 
 
-@given(st.sampled_from(GENERATORS), STAGES, MICROBATCHES)
+@given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))
 def test_receives_ahead_end_on_a_gpu_whose_queues_keep_their_order(generator: Generator, p: int, m: int) -> None:
     """A transfer starts when all computes before it are done, and occupies its queue until the other end has come to
     it. (Were the host to wait in it too, GPipe's last forward would wait for the first backward: `Pipe.connect`.)
