@@ -305,7 +305,7 @@ class BandwidthJob:
     def run(self, scene: Scene) -> list[Row]:
         large, small = (2**16, 2**14) if scene.tiny else (2**30, 2**28)  # bytes
         rows: list[Row] = []
-        seen: set[tuple[tuple[int, ...], ...]] = set()
+        seen: set[tuple[object, bool]] = set()
         whole = 0.0
         for layout in self.layouts:
             config = parse(_parity_config(layout, scene), world_size=scene.world, resolve=resolve)
@@ -313,18 +313,18 @@ class BandwidthJob:
             mesh = context.mesh
             if not rows:
                 whole = _all_reduce(mesh.world, large, scene)
-                note = f"all_reduce {whole:.1f} GB/s of {large // 2**20} MiB"
+                note = f"all_reduce {whole:.3g} GB/s of {large // 2**20} MiB"
                 rows.append(Row(part=self.part, name="world", note=note, all_reduce=whole))
             for name, size in mesh.topology.shape.items():
                 groups = tuple(mesh.topology.groups((name,)))
-                if size == 1 or groups in seen:
+                if size == 1 or (groups, name == "pipe") in seen:
                     continue
-                seen.add(groups)
+                seen.add((groups, name == "pipe"))
                 pipe = Pipe(mesh.axis("pipe"), mesh.backward_pipe) if name == "pipe" else None
                 if pipe is not None:
                     pipe.connect(scene.device)
                 found = _speeds(mesh.axis(name), small, scene, is_pipe=pipe is not None)
-                note = ", ".join(f"{kind} {speed:.1f} GB/s ({speed / whole:.0%})" for kind, speed in found.items())
+                note = ", ".join(f"{kind} {speed:.3g} GB/s ({speed / whole:.0%})" for kind, speed in found.items())
                 rows.append(Row(part=self.part, name=f"{name} of {layout.name}: {groups[0]}", note=note, **found))
             mesh.close()
         return rows

@@ -93,12 +93,11 @@ def speed_layouts(world: int) -> list[Layout]:
         pipe = dict(size=world, schedule=schedule)
         found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe)), peers))
     if world >= 4:
+        half = tensor_modes(world // 2)
         found += [
             Layout("ZeRO 1 × 1d 2", dict(zero=dict(stage=1), parallel=dict(tensor=dict(mode="1d", size=2)))),
             Layout("ZeRO 1 × pipeline 2", dict(zero=dict(stage=1), parallel=dict(pipeline=dict(size=2)))),
-            Layout(
-                "pipeline 2 × 1d", dict(parallel=dict(pipeline=dict(size=2), tensor=tensor_modes(world // 2)["1d"]))
-            ),
+            Layout("pipeline 2 × 1d", dict(parallel=dict(pipeline=dict(size=2), tensor=half["1d"]))),
         ]
     return found
 

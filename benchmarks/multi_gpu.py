@@ -1,7 +1,7 @@
 """Every layout on the GPUs of one host: parity, speed, overlap and bandwidth, in one table.
 
     torchrun --nproc-per-node 4 -m benchmarks.multi_gpu [--only parity speed overlap bandwidth] [--models opt-6.7b]
-        [--layouts "ZeRO 2" fsdp2 ...] [--batch 4] [--budget 450] [--out multi_gpu]
+        [--layouts "ZeRO 2" fsdp2 ...] [--batch 4] [--budget 450] [--out runs/multi_gpu]
     torchrun --nproc-per-node 4 -m benchmarks.multi_gpu --tiny     # on a CPU, with gloo
 
 No edit is needed between 2, 4 and 8 GPUs. Rows appear as they come, and all of them as a table at the end;
@@ -282,7 +282,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
     parser.add_argument("--budget", type=float, default=450, help="seconds for everything")
     parser.add_argument("--limit", type=float, default=75, help="seconds for a job")
-    parser.add_argument("--out", type=Path, default=Path("multi_gpu"))
+    parser.add_argument("--out", type=Path, default=Path("runs/multi_gpu"))
     parser.add_argument("--tiny", action="store_true", help="a small model, a step each, on the CPU")
     arguments = parser.parse_args()
     if arguments.tiny:

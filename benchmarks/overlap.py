@@ -54,7 +54,7 @@ def common(some: list[Interval], others: list[Interval]) -> float:
 
 
 def keep(trace: Path, path: Path) -> list[Event]:
-    """A trace's events as the profiler wrote them; those on the device, and named ranges, are kept at `path`, packed."""
+    """A trace's events, as the profiler wrote them; those on the device, and named ranges, are packed into `path`."""
     whole = json.loads(trace.read_text())
     events: list[Event] = whole["traceEvents"]
     whole["traceEvents"] = [event for event in events if event.get("cat") in KEPT or event.get("ph") == "M"]
