@@ -243,7 +243,7 @@ def fits(layout: Layout, model: str, world: int, samples_a_rank: int, scene: Sce
     return True
 
 
-TINY = replace(NAMED["opt-tiny"], max_position_embeddings=32)
+TINY = replace(NAMED["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
 
 
 def _replicas(layout: Layout, world: int) -> int:

@@ -59,7 +59,7 @@ def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
     scene = Scene(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
-    jobs = [
+    jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
         ParityJob(pipe),
         BandwidthJob([zero, pipe]),
         SpeedJob(zero, "opt-tiny", 4, steps=1, trace=True),
