@@ -43,6 +43,7 @@ class Engine(EngineBase):
         super().__init__(stage, context, chunks, TorchOptimizer(chunks, optimizer) if optimizer else update)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
+        self.pipe.connect(self.mesh.device)
         self.gatherer = Gatherer(stage.units, self.chunks, self.placer)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)

@@ -105,6 +105,46 @@ def test_receives_ahead_keep_the_order_of_the_messages_between_two_ranks(generat
             assert list(filter(keep, ahead)) == list(filter(keep, actions))
 
 
+def queue_of(action: Action) -> str:
+    """Where NCCL puts it: each direction has a communicator, in whose queue one transfer waits for the one before."""
+    if not action.op.is_transfer:
+        return "compute"
+    return "forward" if action.op in (Op.SEND_F, Op.RECV_F) else "backward"
+
+
+@given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))
+def test_receives_ahead_end_on_a_gpu_whose_queues_keep_their_order(generator: Generator, p: int, m: int) -> None:
+    """A transfer starts when all computes before it are done, and occupies its queue until the other end has come to
+    it. (Were the host to wait in it too, GPipe's last forward would wait for the first backward: `Pipe.connect`.)
+    """
+    left = [receives_ahead(actions) for actions in with_transfers(generator(p, m)).ranks]
+
+    def heads(rank: int) -> list[Action]:
+        """What may run now: first in its queue, all computes before it done, and what it uses there."""
+        found: list[Action] = []
+        for i, action in enumerate(left[rank]):
+            before = left[rank][:i]
+            same = any(queue_of(b) == queue_of(action) for b in before)
+            computes = any(not b.op.is_transfer for b in before)
+            own_receive = Op.RECV_F if action.op is Op.F else Op.RECV_B
+            awaits = any(b.op is own_receive and b.microbatch == action.microbatch for b in before)
+            if not (same or computes or (awaits and not action.op.is_transfer)):
+                found.append(action)
+        return found
+
+    while any(left):
+        ready = [(rank, action) for rank in range(p) for action in heads(rank)]
+        met = {(rank, action.payload, action.op.is_send) for rank, action in ready if action.op.is_transfer}
+        ended = [
+            (rank, action)
+            for rank, action in ready
+            if action.peer is None or (action.peer, action.payload, not action.op.is_send) in met
+        ]
+        assert ended, [names(tuple(actions)) for actions in left]
+        for rank, action in ended:
+            left[rank].remove(action)
+
+
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_the_picture_in_the_docstring_is_the_plan(generator: Generator) -> None:
     docstring = inspect.getdoc(generator)

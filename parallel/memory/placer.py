@@ -92,7 +92,8 @@ class Placer:
             self._make_lean()
         self._used.clear()
         self._surprised = False
-        self._synchronize()
+        if self._phase is not Phase.KEPT:  # then the host may run ahead
+            self._synchronize()
         if self._phase is Phase.LEAN:
             self._move(Phase.WATCHING)
             self._observer = Observer(self.chunks, self._device)

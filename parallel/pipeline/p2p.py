@@ -30,6 +30,19 @@ class Pipe:
     def size(self) -> int:
         return self.forward.size
 
+    def connect(self, device: torch.device) -> None:
+        """Send a number down the pipe and another back up. Every rank calls this, before a plan runs.
+
+        NCCL connects two ranks when they first meet, and until then keeps the host waiting: a receive that a plan posts
+        ahead would wait for what this rank has yet to post.
+        """
+        for axis, step in ((self.forward, 1), (self.backward, -1)):
+            number = torch.zeros(1, device="cpu" if _goes_by_host(axis) else device)
+            if 0 <= axis.rank - step < axis.size:
+                dist.recv(number, axis.ranks[axis.rank - step], axis.group)
+            if 0 <= axis.rank + step < axis.size:
+                dist.send(number, axis.ranks[axis.rank + step], axis.group)
+
 
 def start_send(x: Tensor, axis: Axis, to: int) -> Pending:
     """Post x to the rank at coordinate `to`. It may be changed once this has been waited for."""
@@ -46,4 +59,4 @@ def start_receive(shape: tuple[int, ...], like: Tensor, axis: Axis, source: int)
 
 
 def _goes_by_host(axis: Axis) -> bool:
-    return "nccl" not in dist.get_backend(axis.group)
+    return axis.group is not None and "nccl" not in dist.get_backend(axis.group)
