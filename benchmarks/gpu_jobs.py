@@ -235,14 +235,6 @@ def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, scene: 
     return Work(shape, scene.device, sequence, samples_a_rank * world, chosen.micro, chosen.recompute)
 
 
-def fits(layout: Layout, model: str, world: int, samples_a_rank: int, scene: Scene) -> bool:
-    try:
-        work_of(layout, model, world, samples_a_rank, scene)
-    except ValueError:
-        return False
-    return True
-
-
 TINY = replace(NAMED["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
 
 
@@ -320,7 +312,7 @@ class BandwidthJob:
                 if size == 1 or (groups, name == "pipe") in seen:
                     continue
                 seen.add((groups, name == "pipe"))
-                pipe = Pipe(mesh.axis("pipe"), mesh.backward_pipe) if name == "pipe" else None
+                pipe = Pipe(mesh.links) if name == "pipe" else None
                 if pipe is not None:
                     pipe.connect(scene.device)
                 found = _speeds(mesh.axis(name), small, scene, is_pipe=pipe is not None)

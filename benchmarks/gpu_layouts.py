@@ -10,14 +10,15 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline
-    is given its samples one by one. `traced`: a step's communication is looked at.
+    """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline is given its samples
+    one by one. `traced`: a step's communication is looked at. `most`: samples at a time, where a peer has no room for more.
     """
 
     name: str
     sections: Raw = field(default_factory=dict)
     peers: tuple[str, ...] = ()
     traced: bool = False
+    most: int | None = None
 
     @property
     def stages(self) -> int:
@@ -88,7 +89,8 @@ def speed_layouts(world: int) -> list[Layout]:
     for name, mode in tensor_modes(world).items():
         if name != "2.5d depth 1":  # the same as 2d
             layout = dict(parallel=dict(tensor=mode))
-            found.append(Layout(name, layout, beside.get(name, ()), traced=name == "1d"))
+            is_first = name == "1d"  # and its peer makes whole logits
+            found.append(Layout(name, layout, beside.get(name, ()), traced=is_first, most=4 if is_first else None))
     for schedule, peers in (("1f1b", ("pipelining",)), ("gpipe", ())):
         pipe = dict(size=world, schedule=schedule)
         found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe)), peers))
@@ -118,6 +120,7 @@ def fit(layout: Layout, world: int, batch: int, activations: Callable[[int, bool
     most = 1 if layout.stages > 1 else batch // replicas
     if layout.stages > 1 and layout.tensor > 1:
         most = layout.tensor
+    most = min(most, max(layout.most or most, layout.tensor))
     choices = [Fit(micro, recompute) for micro in _halves(most, layout.tensor) for recompute in (False, True)]
     in_flight = layout.stages  # microbatches at once, in a stage's share of the layers
     share = in_flight / (layout.stages * layout.tensor)

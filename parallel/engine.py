@@ -42,7 +42,7 @@ class Engine(EngineBase):
         update = AdamW(chunks, config.optimizer, compiles=config.train.compile)
         super().__init__(stage, context, chunks, TorchOptimizer(chunks, optimizer) if optimizer else update)
         self.inputs = stage.inputs
-        self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
+        self.stage, self.pipe = stage, Pipe(self.mesh.links)
         self.pipe.connect(self.mesh.device)
         self.gatherer = Gatherer(stage.units, self.chunks, self.placer)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())

@@ -86,8 +86,8 @@ class Mesh:
         self.world = self._axes[self._key(everything)]
         # The first and the last pipeline stage, over which a tied embedding is summed; one between them is alone.
         self.ends = self._make("ends", topology.ends("pipe") if topology.shape["pipe"] > 1 else [], made)
-        # The pipe again, in process groups of its own: for the gradients that travel back.
-        self.backward_pipe = self._make("backward_pipe", topology.groups(("pipe",)), {})
+        # The pipe again, in process groups of their own: see `p2p.Pipe`.
+        self.links = tuple(self._make(f"pipe link {k}", topology.groups(("pipe",)), {}) for k in range(4))
 
     def axis(self, *names: str) -> Axis:
         """The axis that merges `names`. KeyError where the mesh was not told of this combination when it was made."""

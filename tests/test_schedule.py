@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.mesh import Axis, Traffic
+from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.schedule import (
     SCHEDULES,
     Action,
@@ -106,10 +108,11 @@ def test_receives_ahead_keep_the_order_of_the_messages_between_two_ranks(generat
 
 
 def queue_of(action: Action) -> str:
-    """Where NCCL puts it: each direction has a communicator, in whose queue one transfer waits for the one before."""
-    if not action.op.is_transfer:
+    """Where NCCL puts it: each link has a communicator, in whose queue one transfer waits for the one before."""
+    if action.peer is None:
         return "compute"
-    return "forward" if action.op in (Op.SEND_F, Op.RECV_F) else "backward"
+    ends = (action.stage, action.peer) if action.op.is_send else (action.peer, action.stage)
+    return Pipe(tuple(Axis(f"link {k}", 0, 9, (), None, Traffic()) for k in range(4))).link(*ends).name
 
 
 @given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))
@@ -143,6 +146,16 @@ def test_receives_ahead_end_on_a_gpu_whose_queues_keep_their_order(generator: Ge
         assert ended, [names(tuple(actions)) for actions in left]
         for rank, action in ended:
             left[rank].remove(action)
+
+
+@given(st.sampled_from(GENERATORS), st.integers(1, 6), st.integers(1, 8))
+def test_nothing_sent_waits_behind_a_receive_posted_ahead(generator: Generator, p: int, m: int) -> None:
+    """It did, in one queue for each direction: every stage then passed activations on a whole cycle late."""
+    for actions in with_transfers(generator(p, m)).ranks:
+        kinds: dict[str, set[Op]] = {}
+        for action in actions:
+            kinds.setdefault(queue_of(action), set()).add(action.op)
+        assert all(len(ops) == 1 for queue, ops in kinds.items() if queue != "compute")
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
