@@ -10,8 +10,9 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline is given its samples
-    one by one. `traced`: a step's communication is looked at. `most`: samples at a time, where a peer has no room for more.
+    """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline is given its
+    samples one by one. `traced`: a step's communication is looked at. `most`: samples at a time, where a peer has no
+    room for more.
     """
 
     name: str
