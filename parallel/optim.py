@@ -29,7 +29,7 @@ class AdamW:
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
     master precision. Where states are at home on the host, they stream through the device in parts, or are updated
-    there: `shared` divides the work. Moments may be narrower than masters: `Rounding` is between them.
+    there: `host_share` of them, the rest on the device. `Rounding` is between moments and masters that are wider.
 
     A parameter without a gradient in a step is left alone, moments and all, as torch has it.
     """
@@ -42,7 +42,7 @@ class AdamW:
         self.unused: Container[nn.Parameter] = ()  # those that got no gradient
         self._missed: dict[ParameterInfo, int] = {}  # updates, of those that missed any
         self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
-        self.shared: SharedUpdate | None = None  # from the first update of such states on
+        self._shared = SharedUpdate(chunks[0].parameters.device)
         self._rounding: dict[Tier, Rounding] = {}  # by where an update runs, from the first one there on
 
     def step(self, factor: Tensor, lr: float) -> None:
@@ -60,9 +60,8 @@ class AdamW:
                 published.append(chunk.publish())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is Tier.HOST]
         if streamed:
-            self.shared = self.shared or SharedUpdate(streamed[0].parameters.device)
             here = HostCopy(factor)
-            self.shared.run(
+            self._shared.run(
                 [part for chunk in streamed for part in self._parts_of(chunk)],
                 on_device,
                 lambda part: self._update(part, factor=here.wait(), lr=lr, scale=scaled, tier=Tier.HOST),
@@ -108,6 +107,19 @@ class AdamW:
         if chunk.is_frozen:
             return 0
         return len(chunk.master) * state_size(chunk.master.dtype, self.config)
+
+    @property
+    def host_share(self) -> float:
+        """Of the elements whose states are at home on the host, those that are updated there."""
+        return self._shared.share
+
+    @host_share.setter
+    def host_share(self, share: float) -> None:
+        self._shared.share = share
+
+    def balance(self) -> float:
+        """The share with which neither side would have waited for the other in the last update."""
+        return self._shared.balance()
 
     def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if chunk not in self.moments:
@@ -184,6 +196,7 @@ class TorchOptimizer:
     """
 
     ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    host_share = 1.0  # it updates masters where they are
 
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
         self.chunks, self.inner = [c for c in chunks if not c.is_frozen], inner
@@ -288,6 +301,9 @@ class TorchOptimizer:
             return 0
         kept = [x for s, leaf in self._segments if s.info in chunk.infos for x in self.inner.state[leaf].values()]
         return chunk.master.nbytes + sum(x.nbytes for x in kept if isinstance(x, Tensor) and x.dim())
+
+    def balance(self) -> float:
+        return self.host_share
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

@@ -208,8 +208,7 @@ def weights_in(rank: int, world_size: int, raw: Raw, share: float) -> dict[str, 
     for batch in batches_of(4, batch=24):
         engine.train_step(share_of(batch, engine))
         assert isinstance(engine.optimizer, AdamW)
-        if engine.optimizer.shared is not None:
-            engine.optimizer.shared.share = share
+        engine.optimizer.host_share = share
     return everything(engine)
 
 
