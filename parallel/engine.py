@@ -8,12 +8,12 @@ from torch import Tensor
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import EngineBase, StepResult
+from parallel.engine_base import EngineBase, StepResult, start_of
 from parallel.errors import DataError
 from parallel.grad_norm import global_norm
 from parallel.gradients import Gradients
 from parallel.labels import IGNORED, shift
-from parallel.memory.placer import STARTS
+from parallel.memory.start import explaining_host
 from parallel.optim import AdamW, TorchOptimizer
 from parallel.phases import Stopwatch
 from parallel.pipeline.microbatch import Microbatch, problem_of
@@ -37,10 +37,16 @@ class Engine(EngineBase):
 
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        placement = STARTS[config.zero.tensor_placement_policy]
-        chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, placement=placement)
-        update = AdamW(chunks, config.optimizer, compiles=config.train.compile)
-        super().__init__(stage, context, chunks, TorchOptimizer(chunks, optimizer) if optimizer else update)
+        microbatches = config.num_microbatches(context.mesh.world.size)
+        start = start_of(stage.infos, context, num_microbatches=microbatches, is_users=optimizer is not None)
+        with explaining_host(start):
+            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, homes=start.homes)
+        update: AdamW | TorchOptimizer
+        if optimizer is None:
+            update = AdamW(chunks, config.optimizer, compiles=config.train.compile)
+        else:
+            update = TorchOptimizer(chunks, optimizer)
+        super().__init__(stage, context, chunks, update, start)
         self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
         self.gatherer = Gatherer(stage.units, self.chunks)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())

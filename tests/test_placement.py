@@ -88,7 +88,7 @@ def lent(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
         seen += [found.loss, found.grad_norm, engine.evaluate([share_of(batch, engine)])]
     assert isinstance(engine.optimizer, AdamW)
     tensors = [x for chunk in engine.chunks for x in (chunk.own, chunk.master, *engine.optimizer.moments[chunk])]
-    tensors += [total.home for total in engine.gradients._sums if total.home is not None]
+    tensors += [chunk.gradient_home for chunk in engine.chunks if chunk.gradient_home is not None]
     return seen, sum(x.nbytes for x in tensors) / sum(chunk.size for chunk in engine.chunks)
 
 

@@ -1,6 +1,7 @@
 """A step looked on at: what the device holds besides chunks, from one layer's use to the next."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -37,11 +38,9 @@ class Observer:
         everything = frozenset(range(len(self.chunks)))
         return [*self.moments, Moment(self.moments[-1].working, self._present(), everything)]
 
-    def sizes(self) -> list[ChunkBytes]:
-        return [
-            ChunkBytes(chunk.whole_bytes, chunk.gradient_bytes, 0 if chunk.is_frozen else 3 * chunk.master.nbytes)
-            for chunk in self.chunks
-        ]
+    def sizes(self, foreseen: Sequence[ChunkBytes]) -> list[ChunkBytes]:
+        """With the gradients that were seen: a user's own loop has its own microbatches."""
+        return [replace(size, gradient=chunk.gradient_bytes) for size, chunk in zip(foreseen, self.chunks, strict=True)]
 
     def _present(self) -> frozenset[int]:
         return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.untyped_storage().nbytes())

@@ -1,7 +1,7 @@
 """`tensor_placement_policy`: where chunks are at home, from a run's first step to its last."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,15 +9,12 @@ import torch
 from parallel.chunk import Chunk
 from parallel.collectives import gather_objects
 from parallel.config import ZeroConfig
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, size_text
 from parallel.memory.observer import Observer
-from parallel.memory.policy import Plan, peak_of, plan
+from parallel.memory.policy import Plan, near, peak_of, plan
+from parallel.memory.start import Start, alike, explaining_host
 from parallel.mesh import Axis
-from parallel.transfer import ON_DEVICE, Placement, Tier
-
-ON_HOST = Placement(Tier.HOST, Tier.HOST)
-STARTS: Mapping[str, Placement] = {"cuda": ON_DEVICE, "cpu": ON_HOST, "auto": ON_HOST}
-"""By policy: `auto` looks on for a step before it brings anything to the device."""
+from parallel.transfer import Placement, Tier
 
 WATCHED = 1  # from 0: in the step before it memory is made that stays
 
@@ -30,8 +27,8 @@ class Placer:
     `say` hears what was planned and, two steps later, what came of it.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], place: Place, zero: ZeroConfig, world: Axis) -> None:
-        self.chunks, self.world, self.zero = list(chunks), world, zero
+    def __init__(self, chunks: Sequence[Chunk], place: Place, zero: ZeroConfig, world: Axis, start: Start) -> None:
+        self.chunks, self.world, self.zero, self.start = list(chunks), world, zero, start
         self.say: Callable[[str], None] = lambda text: None
         self.plan: Plan | None = None
         self.observer: Observer | None = None
@@ -69,12 +66,13 @@ class Placer:
     def explaining(self) -> Iterator[None]:
         """A user whose batch does not fit is told so in a ConfigError, with what would help."""
         try:
-            yield
+            with explaining_host(self.start):
+                yield
         except torch.OutOfMemoryError as error:
-            lean = all(chunk.placement == ON_HOST for chunk in self.chunks)
+            lean = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in self.chunks)
             more = "" if lean else " Or try zero.tensor_placement_policy='auto', which moves what it can."
             raise ConfigError(
-                f"train.micro_batch_size: a step does not fit in zero.device_memory={_size(self.budget)}:"
+                f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(self.budget)}:"
                 f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
                 f" activation_checkpointing='full'.{more}"
             ) from error
@@ -89,25 +87,33 @@ class Placer:
         return int(torch.cuda.get_device_properties(self._device).total_memory)
 
     def _carry_out(self, observer: Observer, now: float) -> None:
-        moments, sizes = observer.end(), observer.sizes()
-        own = plan(sizes, moments, self.budget, self.zero.gpu_margin_mem_ratio)
+        moments, room = observer.end(), self.start.room
+        sizes = observer.sizes(self.start.sizes)
+        own = plan(sizes, moments, self.budget, self.zero.gpu_margin_mem_ratio, room)
         count = len(sizes)
         wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
         # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed.
         left = max(gather_objects((count - wanted[0], count - wanted[1]), self.world), key=sum)
         states, parameters = (max(0, count - rest) for rest in left)
-        self.plan = Plan(states, parameters, peak_of(sizes, moments, states, parameters))
+        num_near = alike(max(states, near(sizes, room, states, parameters) or 0), sizes, self.world)
+        self.plan = Plan(states, parameters, num_near, peak_of(sizes, moments, states, parameters))
         for i, chunk in enumerate(self.chunks):
-            tiers = (Tier.DEVICE if i < limit else Tier.HOST for limit in (parameters, states))
-            self._place(chunk, Placement(*tiers))
+            far = Tier.HOST if i < num_near else Tier.DISK
+            self._place(
+                chunk, Placement(Tier.DEVICE if i < parameters else Tier.HOST, Tier.DEVICE if i < states else far)
+            )
         total = sum(size.states for size in sizes)
         streamed = sum(size.states for size in sizes[states:]) / total
         self._predicted = self._computed - self._began + (now - self._computed) * streamed
         self.say(
-            f"placement: states of {states} and parameters of {parameters} of {count} chunks stay on the device;"
-            f" predicted peak {_size(self.plan.peak)} of {_size(self.budget)}, a step"
+            f"placement: states of {states} and parameters of {parameters} of {count} chunks stay on the device"
+            f"{self._apart(num_near)}; predicted peak {size_text(self.plan.peak)} of {size_text(self.budget)}, a step"
             f" {self._predicted:.3f} s"
         )
+
+    def _apart(self, num_near: int) -> str:
+        beyond = len(self.chunks) - num_near
+        return f", states of {beyond} on the disk" if beyond else ""
 
     def _refuse_hopeless(self) -> None:
         """Before anything is computed: what is whole at once must fit, whatever is moved."""
@@ -119,7 +125,7 @@ class Placer:
         most = max(gather_objects(needed, self.world))
         if most > self.budget:
             raise ConfigError(
-                f"zero.device_memory: {_size(self.budget)} cannot hold {_size(most)}, the parameters"
+                f"zero.device_memory: {size_text(self.budget)} cannot hold {size_text(most)}, the parameters"
                 " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
                 " split the model by parallel.tensor or parallel.pipeline."
             )
@@ -127,13 +133,8 @@ class Placer:
     def _seen(self) -> str:
         if self._device.type != "cuda":
             return ""
-        return f"peak {_size(torch.cuda.max_memory_allocated(self._device))}, "
+        return f"peak {size_text(torch.cuda.max_memory_allocated(self._device))}, "
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def _size(count: int) -> str:
-    """Of so many bytes, as a user reads it."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
