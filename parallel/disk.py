@@ -164,8 +164,7 @@ class Disk:
 
     def begin(self, parts: Sequence[States]) -> None:
         """An update of these parts, in this order, which begin at whole pages of their files."""
-        is_the_same = len(parts) == len(self._parts) and all(map(_are_the_same, parts, self._parts))
-        if not is_the_same or self._access is Access.MAPPED:
+        if len(parts) != len(self._parts) or not all(map(_are_the_same, parts, self._parts)):
             self._settle(Access.DIRECT)
             self._parts = list(parts)
         for k, states in enumerate(zip(*self._parts, strict=True)):
@@ -197,6 +196,8 @@ class Disk:
     def settle(self) -> None:
         """Wait until the files are what the last update left; then their tensors are, until the next one."""
         self._settle(Access.MAPPED)
+        for slot in self._slots:
+            slot.rooms = []  # perhaps there will be no files any more
 
     def _settle(self, access: Access) -> None:
         for slot in self._slots:

@@ -37,8 +37,7 @@ class Engine(EngineBase):
 
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        microbatches = config.num_microbatches(context.mesh.world.size)
-        start = start_of(stage.infos, context, num_microbatches=microbatches, is_users=optimizer is not None)
+        start = start_of(stage.infos, context, is_torchs=optimizer is not None)
         with explaining_host(start):
             chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, homes=start.homes)
         update: AdamW | TorchOptimizer

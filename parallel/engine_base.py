@@ -31,14 +31,15 @@ class StepResult:
 
 
 def start_of(
-    infos: Sequence[ParameterInfo], context: Context, *, num_microbatches: int, is_users: bool = False
+    infos: Sequence[ParameterInfo], context: Context, *, num_microbatches: int = 0, is_torchs: bool = False
 ) -> Start:
-    """Where the chunks of these parameters will be at home; `is_users`: their optimizer is one of torch's. Raises
-    ConfigError where there is too little room.
+    """Where the chunks of these parameters will be at home, in steps of the config's number of microbatches or another;
+    `is_torchs`: with an optimizer of torch's. Raises ConfigError, on every rank, where there is too little room.
     """
     zero, place = context.config.zero, context.place
+    num_microbatches = num_microbatches or context.config.num_microbatches(place.world_size) or 2
     outlines = outlines_of(infos, context.dtype, zero=zero.stage)
-    sizes = [bytes_of(outline, num_microbatches or 2, widens=is_users) for outline in outlines]
+    sizes = [bytes_of(outline, num_microbatches, is_torchs=is_torchs) for outline in outlines]
     return start(
         outlines, sizes, zero, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
     )

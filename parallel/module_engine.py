@@ -72,7 +72,7 @@ class ModuleEngine(ModuleState):
             raise ModelError("model: none of its parameters requires a gradient.")
         zero = config.zero.stage
         fill = partial(modules.fill, axis=data)
-        start = start_of(infos, context, num_microbatches=2, is_users=True)  # as many as the user's loop likes
+        start = start_of(infos, context, num_microbatches=2, is_torchs=True)  # as many as the user's loop likes
         with explaining_host(start):
             chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device, homes=start.homes)
         update = TorchOptimizer(

@@ -228,7 +228,7 @@ class TorchOptimizer:
                 continue
             self._segments[i] = renewed[segment.info], leaf
             leaf.data = renewed[segment.info].data
-        if was is not placement.states:
+        if was is not placement.states and not chunk.is_frozen:
             self._move_states(chunk)
 
     def held(self) -> list[tuple[Tier, Tensor]]:

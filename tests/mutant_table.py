@@ -25,6 +25,7 @@ ONE_SEED = (
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
 HOMES = "tests/test_placement.py"
+ON_DISK = "tests/test_disk.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -440,6 +441,23 @@ PLACEMENT = (
     Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
            "parallel/memory/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
            f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+    Mutant("host-beyond-its-budget", "states stay on the host although there is no room",
+           "parallel/memory/policy.py", "k) <= host.budget)", "k) <= 2 * host.budget)",
+           f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+    Mutant("slots-uncounted", "what states on a disk go through is not part of the host's budget",
+           "parallel/memory/policy.py", "max((chunk.buffers for", "max((0 for",
+           f"{ON_DISK}::test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget"),
+    Mutant("slot-read-before-it-is-written", "reading ahead takes the place of what was updated",
+           "parallel/disk.py", "        for job in written:\n            job.result()\n", "",
+           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+    Mutant("updates-left-in-their-slots", "nothing comes back to the disk",
+           "parallel/disk.py", "        file.write(start, room[: stop - start])\n", "",
+           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+    Mutant("looked-at-too-early", "a checkpoint has states that are still being written",
+           "parallel/disk.py",
+           "        for slot in self._slots:\n            slot.wait()\n        self._asked",
+           "        self._asked",
+           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
 )
 
 # fmt: on

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel import streaming
+from parallel import disk, streaming
 from parallel.chunk import Home, Outline
 from parallel.collectives import gather_objects
 from parallel.config import ZeroConfig
-from parallel.disk import NUM_SLOTS, Disk, check_folder, in_pages
+from parallel.disk import Disk, check_folder, in_pages
 from parallel.errors import ConfigError, either, size_text
 from parallel.gradients import gradient_dtype
 from parallel.memory.host import available
@@ -56,13 +56,13 @@ def start(
     refuse_together(folder_problem(zero) or (shortage(sizes, room, zero) if num_near is None else ""), world)
     num_near = alike(num_near or 0, sizes, world)
     refuse_together(_disk_problem(outlines[num_near:], zero, world), world)
-    disk = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
-    return Start([Home(ON_HOST if i < num_near else ON_DISK, disk) for i in range(len(sizes))], sizes, room)
+    home = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
+    return Start([Home(ON_HOST if i < num_near else ON_DISK, home) for i in range(len(sizes))], sizes, room)
 
 
-def bytes_of(outline: Outline, num_microbatches: int, *, widens: bool) -> ChunkBytes:
-    """Of a chunk to be, in steps of so many microbatches; `widens`: the optimizer takes all gradients at once, in the
-    masters' precision.
+def bytes_of(outline: Outline, num_microbatches: int, *, is_torchs: bool) -> ChunkBytes:
+    """Of a chunk to be, in steps of so many microbatches; `is_torchs`: the optimizer, which takes all gradients at once
+    in the masters' precision, and states on a disk as they are.
     """
     count, narrow, wide = outline.num_own, outline.dtype.itemsize, outline.wide.itemsize
     whole = outline.size * narrow
@@ -74,8 +74,8 @@ def bytes_of(outline: Outline, num_microbatches: int, *, widens: bool) -> ChunkB
         count * dtype.itemsize,
         NUM_STATES * count * wide,
         own=count * narrow,
-        widened=count * wide if widens and dtype.itemsize < wide else 0,
-        buffers=NUM_SLOTS * NUM_STATES * in_pages(min(count, streaming.PART) * wide),
+        widened=count * wide if is_torchs and dtype.itemsize < wide else 0,
+        buffers=0 if is_torchs else disk.NUM_SLOTS * NUM_STATES * in_pages(min(count, streaming.PART) * wide),
         is_wide=outline.dtype == outline.wide,
         lends=num_microbatches == 1 and dtype == outline.dtype,
     )
@@ -87,7 +87,7 @@ def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, zero: ZeroConfig) -> s
     least = host_of(sizes, 0, 0, 0 if room.has_disk else len(sizes))
     far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if room.has_disk else ""
     source = "available" if zero.host_memory is None else "zero.host_memory"
-    cures = [] if room.has_disk else ["set zero.nvme_dir, a folder on a fast disk for the optimizer states"]
+    cures = [] if room.has_disk else ["zero.nvme_dir (a folder on a fast disk, for the optimizer states)"]
     cures += ["optimizer.state_dtype='bf16'", "zero.stage=3 on more ranks", "parallel.tensor", "parallel.pipeline"]
     return (
         f"zero.host_memory: a rank needs {size_text(least)} of its host (parameters {size_text(own)}, gradients"
@@ -130,7 +130,8 @@ def refuse_together(problem: str, world: Axis) -> None:
 def alike(num_near: int, sizes: Sequence[ChunkBytes], world: Axis) -> int:
     """The same on ranks that have the same chunks, the least of them: copies of a weight are updated in one way."""
     own = [size.states for size in sizes]
-    return min(number for states, number in gather_objects((own, num_near), world) if states == own)
+    found: list[int] = [number for states, number in gather_objects((own, num_near), world) if states == own]
+    return min(found)
 
 
 def _allowed(zero: ZeroConfig, outlines: Sequence[Outline], peers: int) -> int:
@@ -138,8 +139,8 @@ def _allowed(zero: ZeroConfig, outlines: Sequence[Outline], peers: int) -> int:
     if zero.host_memory is not None:
         return int(zero.host_memory)
     parameters = (info.parameter for outline in outlines for info in outline.infos)
-    held = (p.untyped_storage().nbytes() for p in parameters if p.device.type == "cpu")
-    return available() // peers + sum(map(int, held))
+    held = sum(p.untyped_storage().nbytes() for p in parameters if p.device.type == "cpu")
+    return int(available() // peers + held)
 
 
 def _disk_problem(outlines: Sequence[Outline], zero: ZeroConfig, world: Axis) -> str:
