@@ -7,7 +7,7 @@ BENCH := $(VENV)/.bench
 PIP_INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint slow mutants bench-cpu bench-gpu bench-micro
+.PHONY: help venv demo test lint slow mutants bench-cpu bench-gpu bench-gpus bench-micro
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ bench-cpu: $(BENCH)  ## tokens a second on this CPU, ours beside torch, Hugging 
 
 bench-gpu: venv  ## tokens a second and memory on one GPU, ours beside Hugging Face and FSDP2
 	@$(RUN) -W ignore -m benchmarks.one_gpu
+
+bench-gpus: venv  ## parity, speed, overlap and bandwidth of every layout on all GPUs of this host (8 minutes at most)
+	@$(RUN) -m torch.distributed.run --nproc-per-node gpu -m benchmarks.multi_gpu
 
 bench-micro: $(BENCH)  ## seconds of the hot parts on this CPU, ours beside torch
 	@$(RUN) -m pytest benchmarks/micro.py

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-from benchmarks.workload import BETAS, CLIP, EPS, LR, PP_MICROBATCHES, SHAPE, WEIGHT_DECAY, Step
+from benchmarks.workload import BETAS, CLIP, EPS, LR, PP_MICROBATCHES, WEIGHT_DECAY, Step
 
 
 def one_process(folder: Path, rank: int, world_size: int) -> Step:
@@ -53,11 +53,16 @@ def fsdp2_kept(folder: Path, rank: int, world_size: int) -> Step:
 
 
 def _fsdp2(folder: Path, rank: int, world_size: int, *, reshard_after_forward: bool | None) -> Step:
-    model, mesh = load(folder), init_device_mesh("cpu", (world_size,))
-    for layer in model.model.decoder.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    model = load(folder)
+    shard(model, init_device_mesh("cpu", (world_size,)), reshard_after_forward=reshard_after_forward)
     return _data_parallel(model, rank, world_size)
+
+
+def shard(model: Any, mesh: DeviceMesh, **how: Any) -> None:
+    """Every layer, and the rest: `how` is `fully_shard`'s."""
+    for layer in model.model.decoder.layers:
+        fully_shard(layer, mesh=mesh, **how)
+    fully_shard(model, mesh=mesh, **how)
 
 
 def _data_parallel(model: nn.Module, rank: int, world_size: int) -> Step:
@@ -78,14 +83,8 @@ def _data_parallel(model: nn.Module, rank: int, world_size: int) -> Step:
 
 def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
     """Linears as DTensors, columns then rows; embeddings, norms and the head are whole on every rank."""
-    model, mesh = load(folder), init_device_mesh("cpu", (world_size,))
-    columns, rows = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"), ("self_attn.out_proj", "fc2")
-    for layer in model.model.decoder.layers:
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in columns} | {
-            name: RowwiseParallel() for name in rows
-        }
-        parallelize_module(layer, mesh, plan)
-        layer.self_attn.num_heads //= world_size
+    model = load(folder)
+    split_linears(model, init_device_mesh("cpu", (world_size,)))
     split = [p for p in model.parameters() if isinstance(p.data, DTensor)]
     whole = [p for p in model.parameters() if not isinstance(p.data, DTensor)]
     optimizer = adamw(split, whole)
@@ -104,12 +103,24 @@ def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
     return step
 
 
-class _Stage(nn.Module):
+def split_linears(model: Any, mesh: DeviceMesh) -> None:
+    """Each layer's linears, and its heads, over the mesh."""
+    columns, rows = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"), ("self_attn.out_proj", "fc2")
+    for layer in model.model.decoder.layers:
+        plan: dict[str, Any] = {name: ColwiseParallel() for name in columns} | {
+            name: RowwiseParallel() for name in rows
+        }
+        parallelize_module(layer, mesh, plan)
+        layer.self_attn.num_heads //= mesh.size()
+
+
+class Part(nn.Module):
     """One of `count` equal parts of the layers; the embeddings before the first, the head after the last."""
 
     def __init__(self, model: Any, index: int, count: int) -> None:
         super().__init__()
-        decoder, blocks = model.model.decoder, SHAPE["num_hidden_layers"] // count
+        decoder = model.model.decoder
+        blocks = len(decoder.layers) // count
         first, last = index == 0, index == count - 1
         self.embed_tokens = decoder.embed_tokens if first else None
         self.embed_positions = decoder.embed_positions if first else None
@@ -119,7 +130,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embed_tokens is not None and self.embed_positions is not None:
-            positions = torch.arange(x.shape[1]).expand_as(x)
+            positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
             x = self.embed_tokens(x) + self.embed_positions(torch.ones_like(x), position_ids=positions)
         for layer in self.layers:
             x = layer(x)
@@ -131,7 +142,7 @@ class _Stage(nn.Module):
 def pipeline(folder: Path, rank: int, world_size: int) -> Step:
     """1F1B."""
     model = load(folder)
-    stage = PipelineStage(_Stage(model, rank, world_size), rank, world_size, torch.device("cpu"))
+    stage = PipelineStage(Part(model, rank, world_size), rank, world_size, torch.device("cpu"))
     return _pipeline(Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=loss_of), model, [stage], rank, world_size)
 
 
@@ -139,7 +150,7 @@ def interleaved(folder: Path, rank: int, world_size: int) -> Step:
     """1F1B with two chunks of layers on every rank."""
     model, count = load(folder), 2 * world_size
     indices = (rank, rank + world_size)
-    stages = [PipelineStage(_Stage(model, index, count), index, count, torch.device("cpu")) for index in indices]
+    stages = [PipelineStage(Part(model, index, count), index, count, torch.device("cpu")) for index in indices]
     schedule = ScheduleInterleaved1F1B(list(stages), PP_MICROBATCHES, loss_fn=loss_of)
     return _pipeline(schedule, model, stages, rank, world_size)
 

@@ -13,6 +13,7 @@ from parallel.chunk import master_dtype
 from parallel.config import Config, PipelineConfig
 from parallel.context import Context
 from parallel.layout import ParameterInfo
+from parallel.memory.inputs import InputsOnHost
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
 from parallel.pipeline.stage import Recomputed, Stage
@@ -63,9 +64,10 @@ def outline(context: Context) -> Stage:
     if "embed" in layers and "head" in layers:  # tied: one parameter where one stage has both ends
         layers["head"].embed_tokens = layers["embed"].embed_tokens
     trunk = trunk_of(shape, mode)
-    recomputes = config.train.activation_checkpointing == "full"
     infos = _infos(layers)
-    layers = {n: Recomputed(layer) if recomputes and isinstance(layer, Block) else layer for n, layer in layers.items()}
+    inputs = InputsOnHost(context.mesh.device) if config.train.activation_checkpointing == "offload" else None
+    if config.train.activation_checkpointing != "none":
+        layers = {n: Recomputed(layer, inputs) if isinstance(layer, Block) else layer for n, layer in layers.items()}
     stage = Stage(
         list(layers.values()),
         infos,
@@ -74,6 +76,7 @@ def outline(context: Context) -> Stage:
         speaks=mode.speaks_for(mode.inner_batch),
         limits=Limits(shape.vocab_size, shape.max_position_embeddings),
     )
+    stage.inputs = inputs
     stage.units = {name: layer for name, layer in layers.items() if isinstance(layer, Block | Recomputed)}
     return stage
 

@@ -77,7 +77,7 @@ class TrainConfig:
     micro_batch_size: Count = 2
     precision: Dtype = "fp32"
     clip_grad_norm: Annotated[float | None, Range(0)] = 1.0  # None or 0: off
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "offload"] = "none"
     seed: Natural = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False

@@ -46,8 +46,10 @@ class Engine(EngineBase):
         else:
             update = TorchOptimizer(chunks, optimizer)
         super().__init__(stage, context, chunks, update, start)
-        self.stage, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.backward_pipe)
-        self.gatherer = Gatherer(stage.units, self.chunks)
+        self.inputs = stage.inputs
+        self.stage, self.pipe = stage, Pipe(self.mesh.links)
+        self.pipe.connect(self.mesh.device)
+        self.gatherer = Gatherer(stage.units, self.chunks, self.placer)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():
@@ -71,8 +73,8 @@ class Engine(EngineBase):
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
-        self.placer.before_step(self.num_steps)
-        self.gatherer.watch = self.placer.observer
+        ids, mask = microbatches[0].input_ids, microbatches[0].attention_mask
+        self.placer.before_step((len(microbatches), *ids.shape, int(mask is not None)))
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
         runner = Runner(self.stage, self.pipe, microbatches, mark=self.stopwatch.mark)
@@ -87,7 +89,7 @@ class Engine(EngineBase):
         self.stopwatch.mark("update")
         lr = self.lr
         overflow = self._update(norm, scale)
-        self.placer.after_step(self.num_steps)
+        self.placer.after_step()
         loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)

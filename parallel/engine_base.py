@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from parallel.grad_norm import clip_coefficient
 from parallel.layout import ParameterInfo, Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
+from parallel.memory.inputs import InputsOnHost
 from parallel.memory.placer import Placer
 from parallel.memory.start import Start, bytes_of, start
 from parallel.optim import AdamW, TorchOptimizer
@@ -59,7 +61,8 @@ class EngineBase:
         self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
-        self.placer = Placer(self.chunks, optimizer.place, self.config.zero, self.mesh.world, start)
+        self.placer = Placer(self.chunks, optimizer, self.config.zero, self.mesh.world, start)
+        self.inputs: InputsOnHost | None = None  # of layers that are recomputed
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
         self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule
@@ -92,16 +95,18 @@ class EngineBase:
             if mine is None or piece.name in mine
         ]
 
-    def counters(self) -> dict[str, float]:
-        """The numbers that a step changes: what a checkpoint saves beside `state`."""
+    def counters(self) -> dict[str, Any]:
+        """What else a step changes, ready for JSON: what a checkpoint saves beside `state`."""
         scale = self.loss_scale
-        counts = {"step": self.num_steps, "updates": self.num_updates}
-        return counts | {"loss_scale": scale.scale, "good_steps": scale.good_steps}
+        counts: dict[str, Any] = {"step": self.num_steps, "updates": self.num_updates}
+        counts |= {"loss_scale": scale.scale, "good_steps": scale.good_steps}
+        return counts | {"placement": self.placer.state()}
 
-    def restore(self, counters: Mapping[str, float]) -> None:
+    def restore(self, counters: Mapping[str, Any]) -> None:
         """Go on from where `counters` were taken, the pieces of `state` having been filled with what they were then."""
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
         self.optimizer.restore(self.num_updates)
+        self.placer.restore(counters.get("placement", {}))
         if self.loss_scale.is_dynamic:
             self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
 

@@ -16,6 +16,8 @@ from parallel.mesh import Axis
 from parallel.products import add_product, write_product
 from parallel.transfer import Tier
 
+ROUNDS_IN_FLIGHT = 2  # before the eldest is waited for
+
 
 class Gradients:
     """Sums each gradient over microbatches as it arrives, and each chunk over ranks as soon as it is complete.
@@ -26,16 +28,19 @@ class Gradients:
     alone (ZeRO stage 1; Rajbhandari et al. 2020, arXiv 1910.02054, section 5.1). `scatters_each`: microbatches are
     summed over ranks one by one, so that no rank keeps a whole gradient between them (stage 2, section 5.2).
 
-    Buffers are made as gradients arrive: while activations pile up there are none.
+    Buffers are made as gradients arrive: while activations pile up there are none. What is being scattered stays whole
+    until it is waited for, and a host may be a whole backward ahead of its GPU: so no more than a few are on their way.
     """
 
     def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
-        self._sums = [_Sum(chunk, self._completed) for chunk in chunks]
+        self._travelling: list[_Sum] = []  # being scattered, the eldest first
+        self._sums = [_Sum(chunk, self._completed, self._set_out) for chunk in chunks]
         self._scatters_each = scatters_each
         self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
         """Start a step: each gradient will arrive so many times, or never."""
+        self._travelling.clear()
         for total in self._sums:
             total.begin(1 if self._scatters_each and total.chunk.shard.size > 1 else num_microbatches)
             total.is_narrow = num_microbatches == 1
@@ -58,6 +63,13 @@ class Gradients:
     def _completed(self, total: "_Sum") -> None:
         """Called when all that a round waits for has arrived."""
         total.post()
+
+    def _set_out(self, total: "_Sum") -> None:
+        """Called when a round's sum over ranks has started."""
+        if total.chunk.shard.size > 1:
+            self._travelling.append(total)
+        while len(self._travelling) > ROUNDS_IN_FLIGHT:
+            self._travelling.pop(0).collect()
 
 
 class ModuleGradients(Gradients):
@@ -120,8 +132,8 @@ class ModuleGradients(Gradients):
 class _Sum:
     """The gradient of one chunk on its way, round by round: what is summed over ranks at once is one round."""
 
-    def __init__(self, chunk: Chunk, completed: Callable[["_Sum"], None]) -> None:
-        self.chunk, self.completed = chunk, completed
+    def __init__(self, chunk: Chunk, completed: Callable[["_Sum"], None], set_out: Callable[["_Sum"], None]) -> None:
+        self.chunk, self.completed, self.set_out = chunk, completed, set_out
         self.is_narrow = False  # nothing is added to a gradient, unless by other ranks
         self.begin(0)
         for i, info in enumerate(chunk.infos):
@@ -139,7 +151,7 @@ class _Sum:
         self._begin_round()
 
     def wait(self) -> None:
-        self._collect()
+        self.collect()
         assert self.total is not None
         if further := self.chunk.axes[1:]:
             whole = self._on_device(self.total)
@@ -195,7 +207,7 @@ class _Sum:
         for view, arrivals in zip(self.views, self.arrivals, strict=True):
             if not arrivals:
                 view.zero_()
-        self._collect()
+        self.collect()
         assert self.chunk.gradient is not None
         self.posted = True
         if self.chunk.shard.size > 1:
@@ -205,9 +217,10 @@ class _Sum:
         self.chunk.gradient = None
         self._begin_round()
         if self.chunk.axes[0].size == 1:
-            self._collect()  # nobody to wait for: where masters are on the host, it goes there at once
+            self.collect()  # nobody to wait for: where masters are on the host, it goes there at once
+        self.set_out(self)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Add the round that is travelling to those before it."""
         if self.pending is not None:
             arrived, self.pending = self.pending.wait(), None

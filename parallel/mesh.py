@@ -75,7 +75,10 @@ class Mesh:
         self._connect = connect
         self._axes: dict[tuple[str, ...], Axis] = {}
         everything = tuple(topology.shape)
-        made: Groups = {}
+        self._own_groups: list[dist.ProcessGroup] = []
+        ranks = tuple(range(topology.world_size))
+        # The whole world has a group already. A communicator more costs a GPU memory, and a run time to begin.
+        made: Groups = {ranks: _whole_world()} if connect and len(ranks) > 1 else {}
         for names in (*((name,) for name in everything), *merged, everything):
             key = self._key(names)
             if key not in self._axes:
@@ -83,12 +86,17 @@ class Mesh:
         self.world = self._axes[self._key(everything)]
         # The first and the last pipeline stage, over which a tied embedding is summed; one between them is alone.
         self.ends = self._make("ends", topology.ends("pipe") if topology.shape["pipe"] > 1 else [], made)
-        # The pipe again, in process groups of its own: for the gradients that travel back.
-        self.backward_pipe = self._make("backward_pipe", topology.groups(("pipe",)), {})
+        # The pipe again, in process groups of their own: see `p2p.Pipe`.
+        self.links = tuple(self._make(f"pipe link {k}", topology.groups(("pipe",)), {}) for k in range(4))
 
     def axis(self, *names: str) -> Axis:
         """The axis that merges `names`. KeyError where the mesh was not told of this combination when it was made."""
         return self._axes[self._key(names)]
+
+    def close(self) -> None:
+        """Give up the process groups that were made for this mesh. Every rank calls this, with nothing on its way."""
+        while self._own_groups:
+            dist.destroy_process_group(self._own_groups.pop(0))
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -109,9 +117,17 @@ class Mesh:
         for ranks in groups:
             if self._connect and len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks))
+                if self.rank in ranks:
+                    self._own_groups.append(made[ranks])
             if self.rank in ranks:
                 mine = Axis(name, ranks.index(self.rank), len(ranks), ranks, made.get(ranks), self.traffic)
         return mine or Axis(name, 0, 1, (self.rank,), None, self.traffic)
+
+
+def _whole_world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def join(backend: str, rank: int, world_size: int, *, device: torch.device, timeout_minutes: float = 30) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
@@ -18,6 +18,7 @@ from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
 from parallel.labels import IGNORED
+from parallel.memory.inputs import InputsOnHost
 from parallel.memory.start import explaining_host
 from parallel.mesh import on_the_host
 from parallel.module_state import ModuleState
@@ -84,22 +85,25 @@ class ModuleEngine(ModuleState):
         self._agreement = Agreement(self._control)
         self._layers = layers
         comes_and_goes = any(chunk.comes_and_goes for chunk in chunks)
-        self._gatherer = Gatherer(layers if comes_and_goes else {}, chunks, self._agreement.check)
+        self._gatherer = Gatherer(layers if comes_and_goes else {}, chunks, self.placer, self._agreement.check)
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
         self._gradients = ModuleGradients(self._trained, scatters_each=zero >= 2)
         self._infos = {info.parameter: info for chunk in self._trained for info in chunk.infos}
         self._synchronizes = True
         self._awaits_backward = False
+        self._is_between_steps = True
         self._known = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
         modules.make_gradients_dense(module)
         modules.place_buffers(module, context.device, context.dtype, data)
-        if config.train.activation_checkpointing == "full":
-            modules.recompute(module, layers)
         if config.train.compile:
             for layer in layers.values():
                 layer.forward = torch.compile(layer.forward)
-        module.register_forward_pre_hook(lambda module, inputs: self._enter())
+        if config.train.activation_checkpointing == "offload":
+            self.inputs = InputsOnHost(context.device)
+        if config.train.activation_checkpointing != "none":
+            modules.recompute(module, layers, self.inputs, compiles=config.train.compile)
+        module.register_forward_pre_hook(lambda module, *inputs: self._enter(inputs), with_kwargs=True)
         module.register_forward_hook(lambda module, inputs, y: self._leave(), always_call=True)
         if comes_and_goes:
             modules.guard_state(module)
@@ -139,9 +143,8 @@ class ModuleEngine(ModuleState):
         self.optimizer.unused = self._unused()
         skipped = self._update(norm, divisor)
         self.zero_grad()
-        self.placer.after_step(self.num_steps)
-        self.placer.before_step(self.num_steps)
-        self._gatherer.watch = self.placer.observer
+        self.placer.after_step()
+        self._is_between_steps = True
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
     def zero_grad(self) -> None:
@@ -222,10 +225,22 @@ class ModuleEngine(ModuleState):
 
     # -- parts of a forward
 
-    def _enter(self) -> None:
+    def _enter(self, inputs: Any) -> None:
         self._agreement.check("a forward", problem=self._changed())
+        if torch.is_grad_enabled():
+            self._say_work(inputs)
         self._gatherer.start_pass(guarded=True)
         self._gatherer.root.use()
+
+    def _say_work(self, inputs: Any) -> None:
+        """To the placer: a module's work grows with the sizes of its inputs."""
+        work = tuple(size for x in tree_leaves(inputs) if isinstance(x, Tensor) for size in x.shape)
+        if self._is_between_steps:
+            self._is_between_steps = False
+            self._gatherer.end()
+            self.placer.before_step(work)
+        else:
+            self.placer.within_step(work)
 
     def _leave(self) -> None:
         self._awaits_backward |= torch.is_grad_enabled()

@@ -25,7 +25,7 @@ class AdamW:
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
     master precision. Where states are not at home on the device, they stream through it in parts or, on the host, are
-    updated there: `shared` divides the work.
+    updated there: `host_share` of them.
     """
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
@@ -34,7 +34,7 @@ class AdamW:
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
         self.updates = 0
         self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
-        self.shared: SharedUpdate | None = None  # from the first update of such states on
+        self._shared = SharedUpdate(chunks[0].parameters.device)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DISK:
                 self._moments_of(chunk)  # so that there is room for them, or the run does not begin
@@ -50,10 +50,9 @@ class AdamW:
                 published.append(chunk.publish())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is not Tier.DEVICE]
         if streamed:
-            self.shared = self.shared or SharedUpdate(streamed[0].parameters.device)
             here = HostCopy(factor)
             # The disk's first: while the host's are updated, what was changed is written, and read for the next time.
-            self.shared.run(
+            self._shared.run(
                 [self._part_of(chunk) for chunk in sorted(streamed, key=lambda c: c.placement.states is Tier.HOST)],
                 lambda part: self._update(part, factor, lr, self._scaled),
                 lambda part: self._update(part, here.wait(), lr, scaled),
@@ -90,6 +89,19 @@ class AdamW:
     def held(self) -> list[tuple[Tier, Tensor]]:
         """The moments, and where they are."""
         return [(chunk.placement.states, x) for chunk, moments in self.moments.items() for x in moments]
+
+    @property
+    def host_share(self) -> float:
+        """Of the elements whose states are at home on the host, those that are updated there."""
+        return self._shared.share
+
+    @host_share.setter
+    def host_share(self, share: float) -> None:
+        self._shared.share = share
+
+    def balance(self) -> float:
+        """The share with which neither side would have waited for the other in the last update."""
+        return self._shared.balance()
 
     def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if chunk not in self.moments:
@@ -136,6 +148,7 @@ class TorchOptimizer:
     """
 
     ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    host_share = 1.0  # it updates masters where they are
 
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer, *, is_users: bool = True) -> None:
         self.chunks, self.inner, self.is_users = [c for c in chunks if not c.is_frozen], inner, is_users
@@ -269,6 +282,9 @@ class TorchOptimizer:
             )
         self._start_states(self._leaves_of(chunk))
         self._move_states(chunk)
+
+    def balance(self) -> float:
+        return self.host_share
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ behind in.
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -25,17 +26,22 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
     """Box `box` of a normal tensor of `shape` whose every element follows from the key: fp32, on the host.
 
     Rows are drawn in blocks, each from a generator of its own: a rank draws whole rows, but little more than those it
-    keeps a part of.
+    keeps a part of, and as many blocks at once as torch has threads.
     """
     drawn = torch.empty(box_shape(box))
     start, stop = box[0]
-    for block in range(start // ROWS_A_BLOCK, -(-stop // ROWS_A_BLOCK)):
+
+    def draw(block: int) -> None:
         first = block * ROWS_A_BLOCK
         last = min(first + ROWS_A_BLOCK, shape[0])
         generator = torch.Generator().manual_seed(seed_of(*key, block))
         rows = torch.empty(last - first, *shape[1:]).normal_(0, std, generator=generator)
         mine = (max(start, first), min(stop, last))
         drawn[mine[0] - start : mine[1] - start] = rows[slices(((mine[0] - first, mine[1] - first), *box[1:]))]
+
+    blocks = range(start // ROWS_A_BLOCK, -(-stop // ROWS_A_BLOCK))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, blocks))
     return drawn
 
 

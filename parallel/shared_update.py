@@ -17,7 +17,8 @@ FIRST_SHARE = 0.25  # of the elements are the host's, until both sides have been
 class SharedUpdate:
     """Streams parts through the device, but leaves the last, `share` of all elements, to the host where they are.
 
-    The two round differently. So the share stays what it is until somebody sets it: to `balance()`, best.
+    The two round differently. So the share stays what it is until somebody sets it: to `balance()`, best, the same on
+    all ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,17 +43,22 @@ class SharedUpdate:
         )
 
     def balance(self) -> float:
-        """The share with which both sides would have needed as long, each as fast as in the last run, which the device
-        must have done.
+        """The share, to a sixteenth, with which both sides would have needed as long, each as fast as in the last run,
+        which the device must have done.
         """
         device, host = self._rates()
-        return host / (device + host) if host else self.share
+        return round(16 * host / (device + host)) / 16 if host else self.share
 
     def _split(self, parts: Sequence[Part]) -> tuple[Sequence[Part], Sequence[Part]]:
-        first, room = len(parts), self.share * _elements(parts)
-        while first and _is_on_host(parts[first - 1]) and (room := room - len(parts[first - 1].gradient)) >= 0:
-            first -= 1
-        return parts[:first], parts[first:]
+        streamed, left = [], list[Part]()
+        room = self.share * _elements(parts)
+        for part in reversed(parts):
+            if _is_on_host(part) and len(part.gradient) <= room:
+                left.append(part)
+                room -= len(part.gradient)
+            else:
+                streamed.append(part)
+        return streamed[::-1], left[::-1]
 
 
 def _update_in_place(parts: Sequence[Part], update: Update) -> float:
@@ -69,7 +75,10 @@ def _update_in_place(parts: Sequence[Part], update: Update) -> float:
 
 
 def _is_on_host(part: Part) -> bool:
-    return part.chunk.placement == Placement(Tier.HOST, Tier.HOST)
+    """And may be updated there. Of a tied weight another pipeline stage has the same masters among other parts: both
+    leave it to the device.
+    """
+    return part.chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(part.chunk.axes) == 1
 
 
 def _elements(parts: Sequence[Part]) -> int:

@@ -26,6 +26,8 @@ OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_g
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
 HOMES = "tests/test_placement.py"
 ON_DISK = "tests/test_disk.py"
+KEPT = "tests/test_inputs.py"
+PLACER, PLANS = "parallel/memory/placer.py", "tests/test_placer.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -54,7 +56,7 @@ MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode",
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
 CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
-BASE = "parallel/engine_base.py"
+BASE, INPUTS = "parallel/engine_base.py", "parallel/memory/inputs.py"
 MODULE, GATHERER = "parallel/module_engine.py", "parallel/zero/gatherer.py"
 SLICED, DEFERRED, CONSTRUCTION = (f"parallel/zero/{name}.py" for name in ("sliced", "deferred", "construction"))
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
@@ -458,6 +460,46 @@ PLACEMENT = (
            "        for slot in self._slots:\n            slot.wait()\n        self._asked",
            "        self._asked",
            f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+    Mutant("input-kept-on-the-device", "a copy goes to the host, and what it is of stays",
+           INPUTS, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
+           f"{KEPT}::test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks"),
+    Mutant("module-input-kept-on-the-device", "transformers' own checkpoint stays",
+           "parallel/zero/modules.py",
+           "                _replace_checkpoint(module, inputs)\n",
+           "                pass\n",
+           f"{KEPT}::test_what_waits_on_the_device_does_not_grow_with_a_modules_layers[opt]"),
+    Mutant("input-sent-for-when-it-is-needed", "each backward waits for its input",
+           INPUTS, "            before.fetch()\n", "            pass\n",
+           f"{KEPT}::test_an_input_goes_down_and_comes_up_while_a_layer_computes"),
+    Mutant("newest-input-travels", "what the next backward begins with goes down and comes up again",
+           INPUTS, "        kept = Kept(x, self.pool, self._newest)\n",
+           "        kept = Kept(x, self.pool, self._newest)\n        kept.leave()\n",
+           f"{KEPT}::test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none"),
+    Mutant("buffer-not-taken-back", "the host's memory grows with every step",
+           INPUTS, "            self._pool.take_back(self._home)\n", "            pass\n",
+           f"{KEPT}::test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none"),
+    Mutant("buffer-lent-twice", "an input lies where another's was",
+           INPUTS, "return self._free.pop(id(fitting))", "return self._free[id(fitting)]",
+           f"{KEPT}::test_inputs_on_the_host_with_dropout_equal_no_recompute_bit_for_bit[single]"),
+    Mutant("input-of-the-first-backward-alone", "a second backward through the same layers finds another's input",
+           INPUTS, "        x = self._x\n        self._go_away()\n",
+           "        x = self._x\n        self._go_away()\n        self._pool.take_back(self._home)\n",
+           f"{KEPT}::test_a_module_of_ones_own_trains_bit_for_bit_too[twice-1-cuda]"),
+    Mutant("changed-input-computed-with", "what was changed in place goes to the host, or into a recomputation",
+           INPUTS, "if self._x._version != self._version:", "if False:",
+           f"{KEPT}::test_an_input_changed_in_place_is_refused_not_computed_with"),
+    Mutant("longer-steps-unnoticed", "a plan for short sequences is kept for long ones",
+           PLACER, "is_new = not any(", "is_new = not self._seen and not any(",
+           f"{PLANS}::test_larger_steps_are_planned_for_again_and_smaller_ones_keep_the_plan"),
+    Mutant("skipped-layer-unnoticed", "a layer that was not watched is not planned for",
+           PLACER, "self._surprised or not self._used <= self._known", "self._surprised",
+           f"{PLANS}::test_a_layer_that_had_been_skipped_and_longer_inputs_are_planned_for"),
+    Mutant("plan-of-another-budget", "a resumed run goes on by a plan that was made for more memory",
+           PLACER, 'state.get("key") != self._key()', "not state",
+           f"{PLANS}::test_a_resumed_run_goes_on_by_the_plan_it_had"),
+    Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
+           "parallel/shared_update.py", " and len(part.chunk.axes) == 1", "",
+           f"{PLANS}::test_what_two_stages_hold_is_updated_on_the_same_side"),
 )
 
 # fmt: on

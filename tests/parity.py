@@ -162,6 +162,7 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
         trace.norms.append(result.grad_norm)
     whole(engine, [chunk.master for chunk in engine.chunks])
     trace.weights = exported(engine)
+    engine.mesh.close()
     return trace if rank == 0 else None
 
 

@@ -4,10 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cpu_peers, workload
+from benchmarks import cpu_peers, overlap, workload
 from benchmarks.gpu_contenders import Result, Work, measure
+from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob
+from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
+from benchmarks.gpu_peers import PEERS
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
+from models.shapes import resolve
+from parallel.config import parse
 from tests.harness import run
 
 
@@ -47,3 +53,61 @@ def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
     assert agree(result, result)
     assert not agree(result, replace(result, losses=losses))
     assert not agree(replace(result, losses=losses), result)
+
+
+def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
+    scene = Scene(rank, world_size, torch.device("cpu"), out, tiny=True)
+    pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
+    zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
+    jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
+        ParityJob(pipe),
+        BandwidthJob([zero, pipe]),
+        SpeedJob(zero, "opt-tiny", 4, steps=1, trace=True),
+        *(SpeedJob(pipe, "opt-tiny", 4, peer=peer, steps=1) for peer in PEERS),
+        SpeedJob(zero, "opt-tiny", 4, alone=True, steps=1),
+    ]
+    return [row for job in jobs for row in job.run(scene)]
+
+
+def test_the_jobs_of_several_gpus_run_on_a_cpu(tmp_path: Path) -> None:
+    rows, _ = run(jobs_of_a_gpu_run, 2, tmp_path, timeout=120.0)
+    assert not [row for row in rows if row.get("failed")]
+    assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
+    assert {row["name"] for row in rows} >= {*PEERS, "ZeRO 2", "ZeRO 2 alone", "world"}
+    assert all(row["losses"][-1] < row["losses"][0] for row in rows if "losses" in row)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_layout_of_several_gpus_is_a_valid_config(world: int) -> None:
+    for layout in (*parity_layouts(world), *speed_layouts(world)):
+        train = dict(train=dict(global_batch_size=8 * world, micro_batch_size=8))
+        parse(dict(model=dict(name="opt-6.7b")) | train | layout.sections, world_size=world, resolve=resolve)
+    modes = " ".join(layout.name for layout in speed_layouts(world))
+    assert all(mode in modes for mode in ("ZeRO 3", "1d", "2d", "2.5d", "1f1b", *(["3d"] if world == 8 else [])))
+
+
+def test_what_does_not_fit_is_made_smaller_then_recomputed() -> None:
+    zero = Layout("ZeRO 2", dict(zero=dict(stage=2)))
+    assert state_bytes(zero, 4, 1e9, 0) == pytest.approx(1e9 * (2 + 4 / 4 + 12 / 4))
+
+    def bytes_of(samples: int, recompute: bool) -> float:
+        return samples * (1.0 if recompute else 8.0)
+
+    chosen = [fit(zero, 4, 16, bytes_of, room) for room in (40.0, 30.0, 3.0, 1.0)]
+    assert [c and (c.micro, c.recompute) for c in chosen] == [(4, False), (4, True), (2, True), None]
+
+
+def test_communication_under_other_kernels_is_hidden() -> None:
+    def kernel(name: str, start: float, stop: float) -> dict[str, object]:
+        return dict(cat="kernel", name=name, ts=start, dur=stop - start)
+
+    events = [
+        kernel("ncclDevKernel_AllGather", 0, 10),
+        kernel("ncclDevKernel_ReduceScatter", 5, 20),
+        kernel("gemm", 2, 6),
+        kernel("gemm", 4, 8),
+        kernel("gemm", 18, 30),
+        dict(cat="cpu_op", name="aten::mm", ts=0, dur=30),
+    ]
+    assert overlap.shares(events) == pytest.approx((20e-6, 8 / 20))
+    assert overlap.shares(events[2:]) is None

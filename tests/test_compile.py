@@ -42,7 +42,7 @@ def test_compiled_with_dropout_equals_eager() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "offload"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_equals_eager_in_every_mode(layout: str, checkpointing: str) -> None:
     check(*LAYOUTS[layout], activation_checkpointing=checkpointing)

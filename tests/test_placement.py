@@ -113,10 +113,8 @@ def halves(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str
     assert isinstance(engine.optimizer, AdamW)
     for batch in batches_of(3, batch=24):
         engine.train_step(share_of(batch, engine))
-        if engine.optimizer.shared is not None:
-            engine.optimizer.shared.share = share
-    shared = engine.optimizer.shared
-    return whole(engine, [chunk.master for chunk in engine.chunks]), 0.0 if shared is None else shared.balance()
+        engine.optimizer.host_share = share
+    return whole(engine, [chunk.master for chunk in engine.chunks]), engine.optimizer.balance()
 
 
 @pytest.mark.parametrize(("share", "balance"), [(0.0, (0.0, 0.0)), (0.4, (0.01, 0.99)), (1.0, (0.5, 1.0))])

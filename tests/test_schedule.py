@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.mesh import Axis, Traffic
+from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.schedule import (
     SCHEDULES,
     Action,
@@ -103,6 +105,57 @@ def test_receives_ahead_keep_the_order_of_the_messages_between_two_ranks(generat
         assert sorted(names(tuple(ahead))) == sorted(names(actions))
         for keep in (lambda a: not a.op.is_transfer, lambda a: a.op.is_send, lambda a: a.op in (Op.RECV_F, Op.RECV_B)):
             assert list(filter(keep, ahead)) == list(filter(keep, actions))
+
+
+def queue_of(action: Action) -> str:
+    """Where NCCL puts it: each link has a communicator, in whose queue one transfer waits for the one before."""
+    if action.peer is None:
+        return "compute"
+    ends = (action.stage, action.peer) if action.op.is_send else (action.peer, action.stage)
+    return Pipe(tuple(Axis(f"link {k}", 0, 9, (), None, Traffic()) for k in range(4))).link(*ends).name
+
+
+@given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))
+def test_receives_ahead_end_on_a_gpu_whose_queues_keep_their_order(generator: Generator, p: int, m: int) -> None:
+    """A transfer starts when all computes before it are done, and occupies its queue until the other end has come to
+    it. (Were the host to wait in it too, GPipe's last forward would wait for the first backward: `Pipe.connect`.)
+    """
+    left = [receives_ahead(actions) for actions in with_transfers(generator(p, m)).ranks]
+
+    def heads(rank: int) -> list[Action]:
+        """What may run now: first in its queue, all computes before it done, and what it uses there."""
+        found: list[Action] = []
+        for i, action in enumerate(left[rank]):
+            before = left[rank][:i]
+            same = any(queue_of(b) == queue_of(action) for b in before)
+            computes = any(not b.op.is_transfer for b in before)
+            own_receive = Op.RECV_F if action.op is Op.F else Op.RECV_B
+            awaits = any(b.op is own_receive and b.microbatch == action.microbatch for b in before)
+            if not (same or computes or (awaits and not action.op.is_transfer)):
+                found.append(action)
+        return found
+
+    while any(left):
+        ready = [(rank, action) for rank in range(p) for action in heads(rank)]
+        met = {(rank, action.payload, action.op.is_send) for rank, action in ready if action.op.is_transfer}
+        ended = [
+            (rank, action)
+            for rank, action in ready
+            if action.peer is None or (action.peer, action.payload, not action.op.is_send) in met
+        ]
+        assert ended, [names(tuple(actions)) for actions in left]
+        for rank, action in ended:
+            left[rank].remove(action)
+
+
+@given(st.sampled_from(GENERATORS), st.integers(1, 6), st.integers(1, 8))
+def test_nothing_sent_waits_behind_a_receive_posted_ahead(generator: Generator, p: int, m: int) -> None:
+    """It did, in one queue for each direction: every stage then passed activations on a whole cycle late."""
+    for actions in with_transfers(generator(p, m)).ranks:
+        kinds: dict[str, set[Op]] = {}
+        for action in actions:
+            kinds.setdefault(queue_of(action), set()).add(action.op)
+        assert all(len(ops) == 1 for queue, ops in kinds.items() if queue != "compute")
 
 
 @pytest.mark.parametrize("generator", GENERATORS)

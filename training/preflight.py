@@ -117,7 +117,7 @@ def override_notes(overridden: Sequence[str]) -> list[str]:
     return [f"overridden: {assignment}" for assignment in overridden]
 
 
-def metadata(config: Config, counters: Mapping[str, float]) -> dict[str, Any]:
+def metadata(config: Config, counters: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "step": counters["step"],

@@ -1,12 +1,15 @@
 """A step looked on at: what the device holds besides chunks, from one layer's use to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from parallel.chunk import Chunk
 from parallel.memory.policy import ChunkBytes, Moment
+from parallel.phases import clock_of
 
 
 class Observer:
@@ -20,6 +23,8 @@ class Observer:
         self.moments: list[Moment] = []
         self._complete: frozenset[int] = frozenset()
         self._whole = self._present()
+        self._clock = clock_of(device)
+        self._waits: list[tuple[str, Any, Any]] = []
         self._peak()
 
     def used(self, unit: str, *, backward: bool) -> None:
@@ -31,6 +36,17 @@ class Observer:
             first = next(i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit)
             self._complete |= frozenset(range(first + 1, len(self.chunks)))
         self._whole = self._present()
+
+    @contextmanager
+    def waiting(self, unit: str) -> Iterator[None]:
+        """Around the wait for a layer's parameters."""
+        begun = self._clock.now()
+        yield
+        self._waits.append((unit, begun, self._clock.now()))
+
+    def waited(self, units: Container[str]) -> float:
+        """The seconds that computation stood still for the parameters of these, all of it being done by now."""
+        return sum(self._clock.seconds(begun, ended) for unit, begun, ended in self._waits if unit in units)
 
     def end(self) -> list[Moment]:
         """Of the whole step; all gradients are complete."""

@@ -1,66 +1,159 @@
 """`tensor_placement_policy`: where chunks are at home, from a run's first step to its last."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum, auto
+from operator import le
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from parallel.chunk import Chunk
-from parallel.collectives import gather_objects
+from parallel.collectives import all_reduce, gather_objects
 from parallel.config import ZeroConfig
 from parallel.errors import ConfigError, size_text
 from parallel.memory.observer import Observer
-from parallel.memory.policy import Plan, near, peak_of, plan
+from parallel.memory.policy import ChunkBytes, Moment, Plan, near, peak_of, plan
 from parallel.memory.start import Start, alike, explaining_host
 from parallel.mesh import Axis
 from parallel.transfer import Placement, Tier
 
-WATCHED = 1  # from 0: in the step before it memory is made that stays
+Work: TypeAlias = tuple[int, ...]
+"""How large a step is: numbers of which none may grow, lest it need more memory."""
 
-Place = Callable[[Chunk, Placement], None]
+
+class Phase(Enum):
+    """How far a plan has come."""
+
+    FIXED = auto()  # everything stays where it is
+    FRESH = auto()  # before the first step, in which memory is made that stays
+    LEAN = auto()  # everything is on the host, and the next step will be looked on at
+    WATCHING = auto()
+    PLANNED = auto()  # what comes of the plan is yet to be said
+    KEPT = auto()
+
+
+MOVES = {
+    (Phase.FRESH, Phase.LEAN),
+    (Phase.FRESH, Phase.PLANNED),  # a plan that was saved
+    (Phase.LEAN, Phase.WATCHING),
+    (Phase.WATCHING, Phase.PLANNED),
+    (Phase.PLANNED, Phase.KEPT),
+    (Phase.PLANNED, Phase.LEAN),  # other work has come
+    (Phase.KEPT, Phase.LEAN),
+}
+SETTLING = 2  # steps under a new plan before one is measured
+
+
+class Placed(Protocol):
+    """What updates chunks, and moves with them."""
+
+    host_share: float
+
+    def place(self, chunk: Chunk, placement: Placement) -> None: ...
+
+    def balance(self) -> float: ...
 
 
 class Placer:
-    """With `auto`, watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank.
+    """Watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank. A step of
+    more work than any before it, or with a layer that was not used then, is watched again, and the plan made for both.
 
-    `say` hears what was planned and, two steps later, what came of it.
+    `say` hears what was planned and, some steps later, what came of it.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], place: Place, zero: ZeroConfig, world: Axis, start: Start) -> None:
+    def __init__(self, chunks: Sequence[Chunk], optimizer: Placed, zero: ZeroConfig, world: Axis, start: Start) -> None:
         self.chunks, self.world, self.zero, self.start = list(chunks), world, zero, start
         self.say: Callable[[str], None] = lambda text: None
         self.plan: Plan | None = None
-        self.observer: Observer | None = None
-        self._place = place
+        self._optimizer = optimizer
         self._device = chunks[0].parameters.device
-        self._began = self._computed = self._predicted = 0.0
-        self._done = zero.tensor_placement_policy != "auto"
+        self._phase = Phase.FIXED if zero.tensor_placement_policy == "cuda" else Phase.FRESH
+        self._observer: Observer | None = None
+        self._moments: list[Moment] = []  # of every watched step
+        self._seen: list[Work] = []
+        self._used: set[str] = set()  # layers, in this step
+        self._known: set[str] = set()  # those of watched steps
+        self._surprised = False  # by something in the middle of a step
+        self._began = self._computed = 0.0
+        self._since = 0  # steps under the plan
+        self._everywhere: list[list[int]] = []  # each rank's chunks: how many, and of how many elements
         self._refuse_hopeless()
 
-    def before_step(self, step: int) -> None:
-        if self._done or step < WATCHED:
+    def before_step(self, work: Work) -> None:
+        """Between two steps, on all ranks together."""
+        if self._phase is Phase.FIXED:
             return
-        self._synchronize()
+        if self._is_new(work) and self._phase in (Phase.PLANNED, Phase.KEPT):
+            self._make_lean()
+        self._used.clear()
+        self._surprised = False
+        if self._phase is not Phase.KEPT:  # then the host may run ahead
+            self._synchronize()
+        if self._phase is Phase.LEAN:
+            self._move(Phase.WATCHING)
+            self._observer = Observer(self.chunks, self._device)
         self._began = time.perf_counter()
-        if self.plan is None:
-            self.observer = Observer(self.chunks, self._device)
+
+    def within_step(self, work: Work) -> None:
+        """As `before_step`, where a step goes on: if this is more than was said, the next step will be looked on at."""
+        if self._phase is not Phase.FIXED:
+            self._surprised |= self._is_new(work)
+
+    @contextmanager
+    def using(self, unit: str, *, backward: bool) -> Iterator[None]:
+        """Around what makes a layer's parameters whole, before it computes."""
+        self._used.add(unit)
+        if self._observer is None:
+            yield
+            return
+        with self._observer.waiting(unit):
+            yield
+        self._observer.used(unit, backward=backward)
 
     def before_update(self) -> None:
-        if self.observer is not None:
+        if self._observer is not None:
             self._synchronize()
             self._computed = time.perf_counter()
 
-    def after_step(self, step: int) -> None:
+    def after_step(self) -> None:
         """Between two steps: nothing is fetched, and there are no gradients."""
-        if self.observer is not None:
+        if self._phase is Phase.FRESH:
+            self._move(Phase.LEAN)
+        elif self._observer is not None:
             self._synchronize()
-            self._carry_out(self.observer, time.perf_counter())
-            self.observer = None
-        elif self.plan is not None and not self._done and step > WATCHED + 2:
-            self._synchronize()
-            self._done = True
-            self.say(f"placement: measured {self._seen()}a step {time.perf_counter() - self._began:.3f} s")
+            observer, self._observer = self._observer, None
+            self._carry_out(observer, time.perf_counter())
+            return  # whatever it was, it has been seen
+        elif self._phase is Phase.PLANNED:
+            self._since += 1
+            if self._since > SETTLING:
+                self._synchronize()
+                self._move(Phase.KEPT)
+                self.say(f"placement: measured {self._measured()}a step {time.perf_counter() - self._began:.3f} s")
+        if self._phase in (Phase.PLANNED, Phase.KEPT) and self._is_surprised():
+            self._make_lean()
+
+    def state(self) -> dict[str, Any]:
+        """The plan, to be saved with a run: host and device round an update differently."""
+        if self.plan is None:
+            return {}
+        return dict(
+            key=self._key(),
+            moving=[len(self.chunks) - k for k in (self.plan.num_states, self.plan.num_parameters)],
+            peak=self.plan.peak,
+            host_share=self._optimizer.host_share,
+            work=[list(seen) for seen in self._seen],
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Before the first step: go on by a plan that was saved, if it was made for such chunks and such a budget."""
+        if self._phase is not Phase.FRESH or state.get("key") != self._key():
+            return
+        self._seen = [tuple(work) for work in state["work"]]
+        self._known = {chunk.infos[0].unit for chunk in self.chunks}
+        self._place(state["moving"], self.start.sizes, state["peak"], state["host_share"])
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -74,7 +167,7 @@ class Placer:
             raise ConfigError(
                 f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(self.budget)}:"
                 f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
-                f" activation_checkpointing='full'.{more}"
+                f" activation_checkpointing='full' or 'offload'.{more}"
             ) from error
 
     @property
@@ -87,33 +180,96 @@ class Placer:
         return int(torch.cuda.get_device_properties(self._device).total_memory)
 
     def _carry_out(self, observer: Observer, now: float) -> None:
-        moments, room = observer.end(), self.start.room
-        sizes = observer.sizes(self.start.sizes)
-        own = plan(sizes, moments, self.budget, self.zero.gpu_margin_mem_ratio, room)
-        count = len(sizes)
+        self._moments += observer.end()
+        self._known |= self._used
+        sizes, count = observer.sizes(self.start.sizes), len(self.chunks)
+        own = self._own_plan(sizes)
         wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
-        # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed.
-        left = max(gather_objects((count - wanted[0], count - wanted[1]), self.world), key=sum)
-        states, parameters = (max(0, count - rest) for rest in left)
-        num_near = alike(max(states, near(sizes, room, states, parameters) or 0), sizes, self.world)
-        self.plan = Plan(states, parameters, num_near, peak_of(sizes, moments, states, parameters))
-        for i, chunk in enumerate(self.chunks):
+        # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed. The host's
+        # share is the least too: replicas of a master must all be updated on the same side.
+        proposals = gather_objects(([count - k for k in wanted], self._optimizer.balance()), self.world)
+        moving = max((moving for moving, _ in proposals), key=sum)
+        states, parameters = self._staying(moving)
+        peak = peak_of(sizes, self._moments, states, parameters)
+        self._place(moving, sizes, peak, min(share for _, share in proposals))
+        streamed = sum(size.states for size in sizes[states:]) / sum(size.states for size in sizes)
+        spared = observer.waited({chunk.infos[0].unit for chunk in self.chunks[:parameters]})
+        predicted = self._computed - self._began - spared + (now - self._computed) * streamed
+        self.say(f"{self._planned()}, a step {predicted:.3f} s")
+
+    def _own_plan(self, sizes: Sequence[ChunkBytes]) -> Plan | None:
+        if self.zero.tensor_placement_policy == "cpu":
+            return None
+        return plan(sizes, self._moments, self.budget, self.zero.gpu_margin_mem_ratio, self.start.room)
+
+    def _place(self, moving: Sequence[int], sizes: Sequence[ChunkBytes], peak: int, host_share: float) -> None:
+        """Give all but the last chunks their home on the device: so many of them have states, parameters that move. Of
+        these states the first are on the host, as far as there is room.
+        """
+        states, parameters = self._staying(moving)
+        num_near = near(sizes, self.start.room, states, parameters)
+        if num_near is None:  # gradients are wider than was foreseen
+            num_near = states if self.start.room.has_disk else len(self.chunks)
+        num_near = alike(num_near, sizes, self.world)
+        for i, chunk in enumerate(self.chunks):  # the first give room to the next
+            home = Tier.DEVICE if i < parameters else Tier.HOST
             far = Tier.HOST if i < num_near else Tier.DISK
-            self._place(
-                chunk, Placement(Tier.DEVICE if i < parameters else Tier.HOST, Tier.DEVICE if i < states else far)
-            )
-        total = sum(size.states for size in sizes)
-        streamed = sum(size.states for size in sizes[states:]) / total
-        self._predicted = self._computed - self._began + (now - self._computed) * streamed
-        self.say(
-            f"placement: states of {states} and parameters of {parameters} of {count} chunks stay on the device"
-            f"{self._apart(num_near)}; predicted peak {size_text(self.plan.peak)} of {size_text(self.budget)}, a step"
-            f" {self._predicted:.3f} s"
+            self._optimizer.place(chunk, Placement(home, Tier.DEVICE if i < states else far))
+        self._optimizer.host_share = host_share
+        self.plan, self._since = Plan(states, parameters, num_near, peak), 0
+        self._move(Phase.PLANNED)
+
+    def _staying(self, moving: Sequence[int]) -> tuple[int, int]:
+        states, parameters = (max(0, len(self.chunks) - count) for count in moving)
+        return states, parameters
+
+    def _planned(self) -> str:
+        assert self.plan is not None
+        far = len(self.chunks) - self.plan.num_near
+        on_disk = f", states of {far} on the disk" if far else ""
+        return (
+            f"placement: states of {self.plan.num_states} and parameters of {self.plan.num_parameters} of"
+            f" {len(self.chunks)} chunks stay on the device{on_disk}; predicted peak {size_text(self.plan.peak)}"
+            f" of {size_text(self.budget)}"
         )
 
-    def _apart(self, num_near: int) -> str:
-        beyond = len(self.chunks) - num_near
-        return f", states of {beyond} on the disk" if beyond else ""
+    def _is_surprised(self) -> bool:
+        """By more work than was said, or by a layer that had been skipped: the same on all ranks, which agree on the
+        layers that they use.
+        """
+        return self._surprised or not self._used <= self._known
+
+    def _is_new(self, work: Work) -> bool:
+        """Whether this may need more, on any rank, than the steps that were planned for."""
+        is_new = not any(len(work) == len(seen) and all(map(le, work, seen)) for seen in self._seen)
+        if not all_reduce(torch.tensor(is_new, dtype=torch.int64), self.world):
+            return False
+        self._seen.append(work)
+        return True
+
+    def _make_lean(self) -> None:
+        if self.zero.tensor_placement_policy == "cpu":
+            return  # it is
+        self.say("placement: the steps are others now; planning again")
+        for chunk, home in reversed([*zip(self.chunks, self.start.homes, strict=True)]):
+            self._optimizer.place(chunk, home.placement)
+        self._move(Phase.LEAN)
+
+    def _move(self, phase: Phase) -> None:
+        assert (self._phase, phase) in MOVES, f"a plan cannot go from {self._phase.name} to {phase.name}"
+        self._phase = phase
+
+    def _key(self) -> dict[str, Any]:
+        """What a plan depends on."""
+        zero = self.zero
+        return dict(
+            chunks=self._everywhere,
+            stage=zero.stage,
+            policy=zero.tensor_placement_policy,
+            budget=self.budget,
+            margin=zero.gpu_margin_mem_ratio,
+            ranks=self.world.size,
+        )
 
     def _refuse_hopeless(self) -> None:
         """Before anything is computed: what is whole at once must fit, whatever is moved."""
@@ -122,7 +278,10 @@ class Placer:
             if chunk.comes_and_goes:
                 units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
         needed = sum(sorted(units.values())[-3:])
-        most = max(gather_objects(needed, self.world))
+        own = needed, len(self.chunks), sum(chunk.size for chunk in self.chunks)
+        everywhere = gather_objects(own, self.world)
+        self._everywhere = [list(sizes) for _, *sizes in everywhere]
+        most = max(needed for needed, *_ in everywhere)
         if most > self.budget:
             raise ConfigError(
                 f"zero.device_memory: {size_text(self.budget)} cannot hold {size_text(most)}, the parameters"
@@ -130,7 +289,7 @@ class Placer:
                 " split the model by parallel.tensor or parallel.pipeline."
             )
 
-    def _seen(self) -> str:
+    def _measured(self) -> str:
         if self._device.type != "cuda":
             return ""
         return f"peak {size_text(torch.cuda.max_memory_allocated(self._device))}, "

@@ -81,14 +81,14 @@ class Runner:
 
     def _receive(self, action: Action) -> None:
         assert action.peer is not None
-        axis = self.pipe.forward if action.op is Op.RECV_F else self.pipe.backward
+        axis = self.pipe.link(action.peer, self.pipe.rank)
         shape = self.stage.boundary(*self.microbatches[action.microbatch].input_ids.shape)
         like = torch.empty(0, dtype=self.stage.dtype, device=self.device)
         self.receiving[action.op, action.microbatch] = start_receive(shape, like, axis, action.peer)
 
     def _send(self, action: Action) -> None:
         assert action.peer is not None
-        axis = self.pipe.forward if action.op is Op.SEND_F else self.pipe.backward
+        axis = self.pipe.link(self.pipe.rank, action.peer)
         self.mark("transfer", action)
         self.sending.append(start_send(self._outgoing(action), axis, action.peer))
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)

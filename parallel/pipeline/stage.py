@@ -1,27 +1,31 @@
 """A rank's part of a model: some of its layers, in order, and what the outside must know about them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.layout import ParameterInfo
+from parallel.memory.inputs import InputsOnHost
 from parallel.pipeline.microbatch import Limits, Microbatch
 
 
 class Recomputed(nn.Module):
     """A layer of which only the input is kept for backward, which runs the forward again (Chen et al. 2016, section 3).
 
-    No random stream needs restoring: dropout has no state.
+    No random stream needs restoring: dropout has no state. `inputs`: keeps the input, on the host.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, inputs: InputsOnHost | None = None) -> None:
         super().__init__()
         self.layer = layer
+        kept = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        self._checkpoint = kept if inputs is None else inputs.around(kept)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
-        y: Tensor = checkpoint(self.layer, x, microbatch, use_reentrant=False, preserve_rng_state=False)
+        y: Tensor = self._checkpoint(self.layer, x, microbatch)
         return y
 
 
@@ -37,6 +41,7 @@ class Stage(nn.Module):
 
     `units`: the layers, by the unit of their parameters, that can be made whole one at a time, when they compute.
     `fill`: gives parameters that came without a storage their first values.
+    `inputs`: where layers are recomputed and their inputs kept on the host.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Stage(nn.Module):
         super().__init__()
         self.units: Mapping[str, nn.Module] = {}
         self.fill: Callable[[Sequence[ParameterInfo]], None] = lambda infos: None
+        self.inputs: InputsOnHost | None = None
         self.layers, self.infos = nn.ModuleList(layers), list(infos)
         self.boundary, self.dtype, self.speaks, self.limits = boundary, dtype, speaks, limits
 

@@ -3,9 +3,10 @@ section 5.3).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum, auto
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from parallel.chunk import Chunk
 from parallel.collectives import Pending
 from parallel.errors import ModelError
-from parallel.memory.observer import Observer
 from parallel.zero.absent import conceal, reveal
 from parallel.zero.units import ROOT
 
@@ -92,24 +92,29 @@ class Unit:
         self.state = state
 
 
+class Watcher(Protocol):
+    def using(self, unit: str, *, backward: bool) -> AbstractContextManager[None]:
+        """Entered before a layer's parameters are made whole, and left when they are."""
+
+
 class Gatherer:
     """Gathers each layer before its forward and its backward, the one that came next the last time meanwhile, and lets
     it go after.
 
     `layers` are those that come and go, by the name of their unit, in the order of a forward until one has been seen.
     All other chunks are the root (a tied embedding has two places): whole from `begin` to `end`. `agree` is told the
-    name of each layer that is about to be used.
+    name of each layer that is about to be used, and `watcher` of the wait for it.
     """
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
         chunks: Sequence[Chunk],
+        watcher: Watcher,
         agree: Callable[[str], None] = lambda name: None,
     ) -> None:
         of_layers = {name: [chunk for chunk in chunks if chunk.infos[0].unit == name] for name in layers}
-        self.names, self.agree = list(layers), agree
-        self.watch: Observer | None = None  # is told of the same
+        self.names, self.agree, self.watcher = list(layers), agree, watcher
         self.units = [Unit(of_layers[name], name) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
         count = len(self.units)
@@ -172,15 +177,14 @@ class Gatherer:
                 " call the engine, or the module that it was made of."
             )
         self.agree(self.names[i])
-        self.units[i].use()
         now = _backward()
+        with self.watcher.using(self.names[i], backward=now >= 0):
+            self.units[i].use()
         following = self._next[now >= 0]
         then, last = self._last
         if then == now and last >= 0:
             following[last] = i
         self._last = now, i
-        if self.watch is not None:
-            self.watch.used(self.names[i], backward=now >= 0)
         if 0 <= following[i] < len(self.units) and self.units[following[i]].state is State.ABSENT:
             self.units[following[i]].fetch()
 

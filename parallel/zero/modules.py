@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.collectives import broadcast
 from parallel.config import OptimizerConfig
-from parallel.errors import ModelError
+from parallel.errors import ConfigError, ModelError
 from parallel.layout import ParameterInfo, Piece
+from parallel.memory.inputs import InputsOnHost
 from parallel.mesh import Axis
 from parallel.zero.sliced import is_divided, restore
 
@@ -62,15 +63,41 @@ def guard_state(module: nn.Module) -> None:
         part.register_state_dict_pre_hook(refuse)
 
 
-def recompute(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Keep only the input of each layer for backward: in a model's own way, if it has one."""
+def recompute(
+    module: nn.Module, layers: Mapping[str, nn.Module], inputs: InputsOnHost | None = None, *, compiles: bool = False
+) -> None:
+    """Keep only the input of each layer for backward, where `inputs` keeps it: in a model's own way, if it has one.
+
+    Raises ConfigError or ModelError where a model's own way leaves `inputs` no place.
+    """
     for word in ("activation", "gradient"):  # transformers' name for it, and the one before version 5.20
         enable: Any = getattr(module, f"{word}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{word}_checkpointing_kwargs": dict(use_reentrant=False)})
+            if inputs is not None and compiles:
+                raise ConfigError(
+                    "train.compile: layers that recompute themselves are compiled with what they keep, and 'offload'"
+                    " keeps it elsewhere. Try compile=False, or activation_checkpointing='full'."
+                )
+            if inputs is not None:
+                _replace_checkpoint(module, inputs)
             return
+    kept = partial(checkpoint, use_reentrant=False)
     for layer in layers.values():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(kept if inputs is None else inputs.around(kept), layer.forward)
+
+
+def _replace_checkpoint(module: nn.Module, inputs: InputsOnHost) -> None:
+    """The function that transformers has each layer, or what holds the layers, recomputed by."""
+    name = "_gradient_checkpointing_func"
+    users = [part for part in module.modules() if hasattr(part, name)]
+    if not users:
+        raise ModelError(
+            f"train.activation_checkpointing: 'offload' finds no place in {type(module).__name__}, which recomputes its"
+            " layers in a way of its own. Try 'full'."
+        )
+    for part in users:
+        setattr(part, name, inputs.around(getattr(part, name)))
 
 
 def adamw(infos: Sequence[ParameterInfo], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -1,0 +1,386 @@
+"""The parts of `benchmarks.multi_gpu`, each a job that every rank of a world runs together and that leaves rows."""
+
+import gc
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import overlap
+from benchmarks.gpu_layouts import Fit, Layout, fit, state_bytes
+from benchmarks.gpu_peers import LR, PEERS, Work
+from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
+from models.build import comes_in_parts, outline
+from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve
+from parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from parallel.config import parse
+from parallel.context import Place, make_context
+from parallel.engine import Engine
+from parallel.layout import ParameterInfo
+from parallel.mesh import Axis
+from parallel.pipeline.p2p import Pipe, start_receive, start_send
+from parallel.rng import seed_of
+from tests import parity
+from training.metrics import peak_device_bytes, peak_tflops
+
+Row = dict[str, Any]
+"""Always a part, a name and a note; beside these whatever the part has."""
+
+TRACE_BYTES = 4 * 2**20  # of one that is kept
+
+
+@dataclass(frozen=True)
+class Scene:
+    """This rank, where it works, and where files go. `tiny`: so small that a CPU is done in a moment."""
+
+    rank: int
+    world: int
+    device: torch.device
+    out: Path
+    tiny: bool
+
+
+@dataclass(frozen=True)
+class ParityJob:
+    layout: Layout
+    part: str = "parity"
+
+    @property
+    def name(self) -> str:
+        return self.layout.name
+
+    def run(self, scene: Scene) -> list[Row]:
+        """Losses, norms, gradients and weights of a few steps against Hugging Face's on one CPU, in fp32."""
+        path, raw = _parity_model(scene), _parity_config(self.layout, scene)
+        batches = parity.batches_of(3, batch=16)
+        got = parity.train(scene.rank, scene.world, raw, batches)
+        if got is None:
+            return []
+        want = parity.reference(path, raw, batches)
+        named = [(name, parity.relative(got.weights[name], w)) for name, w in want.weights.items()]
+        losses = max(abs(a - b) / abs(b) for a, b in zip(got.losses, want.losses, strict=True))
+        total = sum(g.double().square().sum() for g in want.gradients.values()) ** 0.5
+        errors = dict(
+            loss=losses,
+            gradient=max(
+                float((got.gradients[n].double() - g.double()).norm() / total) for n, g in want.gradients.items()
+            ),
+            weight=max(error for name, error in named if not name.endswith("k_proj.bias")),
+        )
+        note = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        try:
+            parity.compare(got, want, parity.BOUND["fp32"], wide=False)
+        except AssertionError as error:
+            return [Row(part=self.part, name=self.name, note=f"DIFFERS: {error}; {note}", failed=True, **errors)]
+        return [Row(part=self.part, name=self.name, note=f"equal: {note}", **errors)]
+
+
+_PARITY: dict[str, Any] = dict(
+    vocab_size=37,  # nothing divides it
+    hidden_size=32,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    ffn_dim=64,
+    max_position_embeddings=16,
+    dropout=0.0,
+)
+
+
+def _parity_config(layout: Layout, scene: Scene) -> Row:
+    replicas = scene.world // (layout.stages * layout.tensor)
+    path = str(scene.out / ".parity")
+    micro = min(16 // replicas, max(2, layout.tensor))
+    return parity.config_of(
+        layout.sections.get("parallel", {}),
+        precision="fp32",
+        model=dict(path=path),
+        data=dict(sequence_length=6),
+        optimizer=dict(lr=1e-3),
+        zero=layout.sections.get("zero", {}),
+        train=dict(global_batch_size=16, micro_batch_size=micro, device="cpu" if scene.tiny else "auto", steps=3),
+    )
+
+
+def _parity_model(scene: Scene) -> Path:
+    path = scene.out / ".parity"
+    if scene.rank == 0 and not (path / "config.json").exists():
+        parity.save_model(path, **_PARITY)
+    dist.barrier()
+    return path
+
+
+@dataclass(frozen=True)
+class SpeedJob:
+    """A layout, or with `peer` somebody else beside it; `alone`: every rank by itself, as a world of one."""
+
+    layout: Layout
+    model: str
+    samples_a_rank: int
+    peer: str | None = None
+    alone: bool = False
+    steps: int = 3
+    trace: bool = False
+    part: str = "speed"
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout.name} alone" if self.alone else self.peer or self.layout.name
+
+    def run(self, scene: Scene) -> list[Row]:
+        world = 1 if self.alone else scene.world
+        work = work_of(self.layout, self.model, world, self.samples_a_rank, scene)
+        engine = None if self.peer else _ours(self.layout, work, scene, world)
+        step = partial(_loss, engine) if engine is not None else PEERS[self.peer or ""](work)
+        vocabulary = work.shape.vocab_size
+        ids = torch.randint(4, vocabulary, (work.batch, work.sequence), generator=torch.Generator().manual_seed(0))
+        rows = []
+        losses = [step(ids) for _ in range(1 if scene.tiny else 2)]
+        if self.steps:
+            rows.append(self._timed(step, ids, losses, work, scene))
+        if self.trace:
+            rows.append(self._traced(step, ids, scene))
+        if engine is not None:
+            engine.mesh.close()
+        return rows
+
+    def _timed(self, step: Step, ids: Tensor, losses: list[float], work: Work, scene: Scene) -> Row:
+        if scene.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(self.steps):
+            _meet(scene)
+            start = time.perf_counter()
+            losses.append(step(ids))
+            _meet(scene)
+            seconds.append(time.perf_counter() - start)
+        count = 1 if self.alone else scene.world
+        took = median(seconds)
+        speed = ids.numel() / took / count
+        promised = peak_tflops(scene.device)
+        flops = speed * flops_per_token(work.shape, work.sequence)
+        peaks: list[Any] = [None] * scene.world
+        dist.all_gather_object(peaks, (peak_device_bytes(scene.device), speed))
+        if self.alone:
+            speed = min(own for _, own in peaks)
+        return Row(
+            part=self.part,
+            model=self.model,
+            name=self.name,
+            beside=self.layout.name,
+            tokens_per_second=speed * count,
+            per_gpu=speed,
+            mfu=flops / promised / 1e12 if promised else None,
+            peak_gib=max(peak for peak, _ in peaks) / 2**30,
+            seconds=seconds,
+            losses=losses,
+            note=f"{work.batch // work.micro // _replicas(self.layout, count)} × {work.micro} samples a replica"
+            f"{', recomputed' if work.recompute else ''}; loss {losses[0]:.3f} to {losses[-1]:.3f}",
+        )
+
+    def _traced(self, step: Step, ids: Tensor, scene: Scene) -> Row:
+        """One step under the profiler on every rank: whoever did without would wait for who did not."""
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if scene.device.type == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=kinds) as profiler:
+            step(ids)
+            _meet(scene)
+        row = Row(part="overlap", model=self.model, name=self.name, note="")
+        if scene.rank == 0:
+            path = scene.out / f"trace_{self.model}_{self.name.replace(' ', '_')}.json.gz"
+            with tempfile.TemporaryDirectory() as folder:
+                profiler.export_chrome_trace(f"{folder}/trace.json")
+                found = overlap.shares(overlap.keep(Path(folder, "trace.json"), path))
+            row["note"] = "no kernel communicates"
+            if found is not None:
+                seconds, hidden = found
+                row |= dict(communication_seconds=seconds, hidden=hidden)
+                row["note"] = f"{hidden:.0%} of {seconds * 1000:.0f} ms of communication hidden; {path.name}"
+            if path.stat().st_size > TRACE_BYTES:
+                path.unlink()
+                row["note"] += " (too large to keep)"
+        return row
+
+
+def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, scene: Scene) -> Work:
+    """As many samples at a time as fit, and recomputation where it must be; both are the same for a layout and for who
+    stands beside it, so the estimate is for Hugging Face's layers, which keep the more. Raises ValueError.
+    """
+    shape = replace(TINY if scene.tiny else NAMED[model], dropout=0.0, attention_dropout=0.0)
+    sequence = min(2048, shape.max_position_embeddings)
+    room = float(torch.cuda.mem_get_info()[1] if scene.device.type == "cuda" else 2**40) * 0.9 - 3 * 2**30
+    hidden, blocks = shape.hidden_size, shape.num_hidden_layers
+    layer = 12.0 * hidden * hidden
+
+    def activations(samples: int, recompute: bool) -> float:
+        tokens = samples * sequence
+        logits = 0.0 if layout.stages > 1 else tokens * shape.vocab_size * 14.0 * layout.tensor  # whole on every rank
+        kept = 2.0 * blocks + 40.0 if recompute else 40.0 * blocks
+        return tokens * hidden * kept + (logits if layout.peers else 0.0)
+
+    state = state_bytes(layout, world, parameter_count(shape), layer)
+    chosen: Fit | None = fit(layout, world, samples_a_rank * world, activations, room - state)
+    if chosen is None:
+        raise ValueError(f"by estimate it does not fit: {state / 2**30:.0f} GiB of states in {room / 2**30:.0f} GiB")
+    return Work(shape, scene.device, sequence, samples_a_rank * world, chosen.micro, chosen.recompute)
+
+
+TINY = replace(NAMED["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
+
+
+def _replicas(layout: Layout, world: int) -> int:
+    return world // (layout.stages * layout.tensor)
+
+
+def _ours(layout: Layout, work: Work, scene: Scene, world: int) -> Engine:
+    shape = {name: getattr(work.shape, name) for name in OPTShape.__dataclass_fields__}
+    raw = dict(
+        model=shape,
+        data=dict(sequence_length=work.sequence),
+        train=dict(
+            global_batch_size=work.batch,
+            micro_batch_size=work.micro,
+            precision="bf16",
+            clip_grad_norm=CLIP,
+            activation_checkpointing="full" if work.recompute else "none",
+            device="cpu" if scene.tiny else "auto",
+        ),
+        optimizer=dict(lr=LR, eps=EPS, betas=BETAS, weight_decay=WEIGHT_DECAY),
+        lr_scheduler=dict(kind="constant", warmup_steps=0),
+    )
+    config = parse(raw | layout.sections, world_size=world, resolve=resolve)
+    rank = 0 if world == 1 else scene.rank
+    context = make_context(config, Place(rank, world, scene.rank, scene.world))
+    stage = outline(context)
+    if comes_in_parts(config):
+        stage.fill = _fill
+    else:
+        _fill(stage.infos)
+    return Engine(stage, context)
+
+
+def _loss(engine: Engine, ids: Tensor) -> float:
+    return engine.train_step(parity.share_of(dict(input_ids=ids), engine)).loss
+
+
+@torch.no_grad()
+def _fill(infos: Any) -> None:
+    """Random weights, drawn on the device: the host would take minutes. Replicas get the same."""
+    info: ParameterInfo
+    for info in infos:
+        for piece in info.pieces():
+            if len(piece.shape) == 1:
+                piece.data.fill_(float(piece.name.endswith("layer_norm.weight")))
+                continue
+            generator = torch.Generator(piece.data.device).manual_seed(seed_of(piece.name, piece.box))
+            piece.data.normal_(0, 0.02, generator=generator)
+
+
+@dataclass(frozen=True)
+class BandwidthJob:
+    """Each axis of these layouts' meshes, all of its groups at once, beside one large sum over the world."""
+
+    layouts: list[Layout] = field(default_factory=list)
+    part: str = "bandwidth"
+    name: str = "world"
+
+    def run(self, scene: Scene) -> list[Row]:
+        large, small = (2**16, 2**14) if scene.tiny else (2**30, 2**28)  # bytes
+        rows: list[Row] = []
+        seen: set[tuple[object, bool]] = set()
+        whole = 0.0
+        for layout in self.layouts:
+            config = parse(_parity_config(layout, scene), world_size=scene.world, resolve=resolve)
+            context = make_context(config, Place(scene.rank, scene.world, scene.rank, scene.world))
+            mesh = context.mesh
+            if not rows:
+                whole = _all_reduce(mesh.world, large, scene)
+                note = f"all_reduce {whole:.3g} GB/s of {large // 2**20} MiB"
+                rows.append(Row(part=self.part, name="world", note=note, all_reduce=whole))
+            for name, size in mesh.topology.shape.items():
+                groups = tuple(mesh.topology.groups((name,)))
+                if size == 1 or (groups, name == "pipe") in seen:
+                    continue
+                seen.add((groups, name == "pipe"))
+                pipe = Pipe(mesh.links) if name == "pipe" else None
+                if pipe is not None:
+                    pipe.connect(scene.device)
+                found = _speeds(mesh.axis(name), small, scene, is_pipe=pipe is not None)
+                note = ", ".join(f"{kind} {speed:.3g} GB/s ({speed / whole:.0%})" for kind, speed in found.items())
+                rows.append(Row(part=self.part, name=f"{name} of {layout.name}: {groups[0]}", note=note, **found))
+            mesh.close()
+        return rows
+
+
+def _speeds(axis: Axis, size: int, scene: Scene, *, is_pipe: bool) -> dict[str, float]:
+    """GB/s of the bus, as nccl-tests count: what the slowest link carries."""
+    x = torch.zeros(size // 4 // axis.size * axis.size, device=scene.device)
+    own = x.chunk(axis.size)[axis.rank]
+    others = x.nbytes * (axis.size - 1) / axis.size / 1e9
+    found = {
+        "all_reduce": _all_reduce(axis, size, scene),
+        "all_gather": _rate(lambda: start_all_gather(own, 0, axis, out=x).wait(), scene) * others,
+        "reduce_scatter": _rate(lambda: start_reduce_scatter(x, 0, axis, in_place=True).wait(), scene) * others,
+    }
+    if is_pipe:
+        found["send"] = _rate(lambda: _pass_on(x, axis), scene) * x.nbytes / 1e9
+    return found
+
+
+def _pass_on(x: Tensor, axis: Axis) -> None:
+    """From every even rank to the next."""
+    if axis.rank % 2 == 0 and axis.rank + 1 < axis.size:
+        start_send(x, axis, axis.rank + 1).wait()
+    elif axis.rank % 2:
+        start_receive(tuple(x.shape), x, axis, axis.rank - 1).wait()
+
+
+def _all_reduce(axis: Axis, size: int, scene: Scene) -> float:
+    x = torch.zeros(size // 4, device=scene.device)
+    rate = _rate(lambda: start_all_reduce(x, axis, in_place=True).wait(), scene)
+    return rate * size * 2 * (axis.size - 1) / axis.size / 1e9
+
+
+def _rate(collective: Callable[[], object], scene: Scene) -> float:
+    """Times a second."""
+    times = 1 if scene.tiny else 10
+    for _ in range(2):
+        collective()
+    _meet(scene)
+    start = time.perf_counter()
+    for _ in range(times):
+        collective()
+    _meet(scene)
+    return times / (time.perf_counter() - start)
+
+
+def _meet(scene: Scene) -> None:
+    """Every rank is here, and its device idle."""
+    if scene.device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    if scene.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def clean(scene: Scene) -> None:
+    """Give back to the device all that nobody holds any more."""
+    gc.collect()
+    if scene.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def write_rows(out: Path, rows: list[Row]) -> None:
+    temporary = out / ".results.json"
+    temporary.write_text(json.dumps(rows, indent=1))
+    os.replace(temporary, out / "results.json")

@@ -1,0 +1,147 @@
+"""What `benchmarks.multi_gpu` runs on so many GPUs: tables, in which a new mode is one more entry. Knows no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Any
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline is given its
+    samples one by one. `traced`: a step's communication is looked at. `most`: samples at a time, where a peer has no
+    room for more.
+    """
+
+    name: str
+    sections: Raw = field(default_factory=dict)
+    peers: tuple[str, ...] = ()
+    traced: bool = False
+    most: int | None = None
+
+    @property
+    def stages(self) -> int:
+        size: int = self._parallel.get("pipeline", {}).get("size", 1)
+        return size
+
+    @property
+    def tensor(self) -> int:
+        size: int = self._parallel.get("tensor", {}).get("size", 1)
+        return size
+
+    @property
+    def zero(self) -> int:
+        stage: int = self.sections.get("zero", {}).get("stage", 0)
+        return stage
+
+    @property
+    def _parallel(self) -> Raw:
+        found: Raw = self.sections.get("parallel", {})
+        return found
+
+
+def tensor_modes(size: int) -> dict[str, Raw]:
+    """Every tensor mode that so many ranks can make, by name."""
+    found: dict[str, Raw] = {"1d": dict(mode="1d", size=size)}
+    if size >= 2:
+        rows = _rows(size)
+        found[f"2d {rows}×{size // rows}"] = dict(mode="2d", size=size, rows=rows)
+    if size >= 4 and isqrt(size) ** 2 == size:
+        found["2.5d depth 1"] = dict(mode="2.5d", size=size, depth=1)
+    if size % 2 == 0:
+        rows = _rows(size // 2)
+        found[f"2.5d depth 2 of {rows}×{size // 2 // rows}"] = dict(mode="2.5d", size=size, depth=2, rows=rows)
+    edge = round(size ** (1 / 3))
+    if edge > 1 and edge**3 == size:
+        found["3d"] = dict(mode="3d", size=size)
+    return found
+
+
+def _rows(size: int) -> int:
+    """Of the grid of so many that is nearest to a square, no more than its columns."""
+    return max(rows for rows in range(1, size + 1) if size % rows == 0 and rows * rows <= size)
+
+
+def parity_layouts(world: int) -> list[Layout]:
+    """Each mode alone, behind a pipeline of two, and beside two replicas, with every ZeRO stage."""
+    found = [Layout("data"), *(Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (1, 2, 3))]
+    found += [Layout(name, dict(parallel=dict(tensor=mode))) for name, mode in tensor_modes(world).items()]
+    for schedule in ("1f1b", "gpipe"):
+        found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=dict(size=world, schedule=schedule)))))
+    if world >= 4:
+        half = tensor_modes(world // 2).items()
+        found += [Layout(f"pipeline 2 × {n}", dict(parallel=dict(pipeline=dict(size=2), tensor=m))) for n, m in half]
+        found += [Layout(f"ZeRO 3 of 2 × {n}", dict(zero=dict(stage=3), parallel=dict(tensor=m))) for n, m in half]
+        for stage in (1, 2, 3):
+            pipe = dict(zero=dict(stage=stage), parallel=dict(pipeline=dict(size=world // 2)))
+            found.append(Layout(f"ZeRO {stage} of 2 × pipeline", pipe))
+    return found
+
+
+def speed_layouts(world: int) -> list[Layout]:
+    found = [
+        Layout("ZeRO 1", dict(zero=dict(stage=1))),
+        Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",), traced=True),
+        Layout("ZeRO 3", dict(zero=dict(stage=3)), ("fsdp2",), traced=True),
+    ]
+    beside: dict[str, tuple[str, ...]] = {"1d": ("dtensor",)}
+    for name, mode in tensor_modes(world).items():
+        if name != "2.5d depth 1":  # the same as 2d
+            layout = dict(parallel=dict(tensor=mode))
+            is_first = name == "1d"  # and its peer makes whole logits
+            found.append(Layout(name, layout, beside.get(name, ()), traced=is_first, most=4 if is_first else None))
+    for schedule, peers in (("1f1b", ("pipelining",)), ("gpipe", ())):
+        pipe = dict(size=world, schedule=schedule)
+        found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe)), peers))
+    if world >= 4:
+        half = tensor_modes(world // 2)
+        found += [
+            Layout("ZeRO 1 × 1d 2", dict(zero=dict(stage=1), parallel=dict(tensor=dict(mode="1d", size=2)))),
+            Layout("ZeRO 1 × pipeline 2", dict(zero=dict(stage=1), parallel=dict(pipeline=dict(size=2)))),
+            Layout("pipeline 2 × 1d", dict(parallel=dict(pipeline=dict(size=2), tensor=half["1d"]))),
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A replica's samples at a time, and whether layers are recomputed."""
+
+    micro: int
+    recompute: bool
+
+
+def fit(layout: Layout, world: int, batch: int, activations: Callable[[int, bool], float], room: float) -> Fit | None:
+    """The most samples at a time, without recomputation if that fits, whose `activations` (bytes of so many samples on
+    one GPU that has a whole model) leave enough `room`; None where nothing does.
+    """
+    replicas = world // (layout.stages * layout.tensor)
+    most = 1 if layout.stages > 1 else batch // replicas
+    if layout.stages > 1 and layout.tensor > 1:
+        most = layout.tensor
+    most = min(most, max(layout.most or most, layout.tensor))
+    choices = [Fit(micro, recompute) for micro in _halves(most, layout.tensor) for recompute in (False, True)]
+    in_flight = layout.stages  # microbatches at once, in a stage's share of the layers
+    share = in_flight / (layout.stages * layout.tensor)
+    return next((f for f in choices if activations(f.micro, f.recompute) * share < room), None)
+
+
+def _halves(most: int, least: int) -> list[int]:
+    found = [most]
+    while found[-1] % 2 == 0 and found[-1] // 2 >= least:
+        found.append(found[-1] // 2)
+    return found
+
+
+def state_bytes(layout: Layout, world: int, parameters: float, largest_layer: float) -> float:
+    """Of a GPU, in bf16 with fp32 masters: parameters 2, gradients 4, masters and moments 12, divided as ZeRO says;
+    beside slices, the gradients of three layers on their way and, in stage 3, the parameters of three.
+    """
+    own = parameters / (layout.stages * layout.tensor)
+    replicas = world // (layout.stages * layout.tensor)
+    passing = largest_layer / layout.tensor
+    whole = {0: 18.0, 1: 6.0, 2: 2.0, 3: 0.0}[layout.zero]
+    divided = (18.0 - whole) / replicas
+    return own * (whole + divided) + passing * {0: 0.0, 1: 0.0, 2: 12.0, 3: 18.0}[layout.zero]

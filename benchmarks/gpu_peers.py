@@ -1,0 +1,181 @@
+"""Hugging Face's OPT under torch's own parallel APIs on several GPUs: `benchmarks.peers` in bf16, with fp32 masters.
+
+Every function takes the work and returns a step: the global batch ids[G, S] on the host -> its mean loss on every rank.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from benchmarks import peers
+from benchmarks.workload import CLIP, Step
+from models.shapes import OPTShape
+
+LR = 1e-4  # without a warm-up, from random weights
+
+
+@dataclass(frozen=True)
+class Work:
+    """Train `shape` on `batch` samples a step, of which a replica takes `micro` at a time; `recompute`: a layer keeps
+    its input alone.
+    """
+
+    shape: OPTShape
+    device: torch.device
+    sequence: int
+    batch: int
+    micro: int
+    recompute: bool
+
+
+def fsdp2(work: Work) -> Step:
+    return _fsdp2(work, reshard_after_forward=True)
+
+
+def fsdp2_kept(work: Work) -> Step:
+    """Weights stay gathered from forward to backward, as in ZeRO 2."""
+    return _fsdp2(work, reshard_after_forward=False)
+
+
+def _fsdp2(work: Work, *, reshard_after_forward: bool) -> Step:
+    model, world = _model(work, torch.float32), dist.get_world_size()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    peers.shard(model, _mesh(work), mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    optimizer = peers.adamw(model.parameters(), lr=LR)
+
+    def step(ids: Tensor) -> float:
+        loss = _accumulate(model, ids.chunk(world)[dist.get_rank()], work)
+        clip_grad_norm_(model.parameters(), CLIP)
+        peers.update(optimizer)
+        loss /= world
+        dist.all_reduce(loss)
+        return loss.item()
+
+    return step
+
+
+def dtensor(work: Work) -> Step:
+    """Linears as DTensors, columns then rows; embeddings, norms and the head are whole on every rank."""
+    model = _model(work, torch.bfloat16)
+    peers.split_linears(model, _mesh(work))
+    masters = _Masters(model.parameters())
+
+    def step(ids: Tensor) -> float:
+        loss = _accumulate(model, ids, work)
+        split, whole = masters.squares()
+        dist.all_reduce(split)
+        masters.update((split + whole).sqrt())
+        return loss.item()
+
+    return step
+
+
+def pipelining(work: Work) -> Step:
+    """1F1B of `torch.distributed.pipelining`; tied weights and the norm over all stages are the user's business."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    last = world - 1
+    model = _model(work, torch.bfloat16)
+    part = peers.Part(model, rank, world)
+    tied = model.lm_head.weight if rank in (0, last) else None
+    del model
+    stage = PipelineStage(part, rank, world, work.device)
+    schedule = Schedule1F1B(stage, work.batch // work.micro, loss_fn=_loss_of)
+    parameters = list(part.parameters())
+    masters = _Masters(parameters, counted=[not (rank == last and p is tied) for p in parameters])
+    ends = dist.new_group([0, last])
+
+    def step(ids: Tensor) -> float:
+        ids = ids.to(work.device)
+        losses: list[Tensor] = []
+        schedule.step(*([ids] if rank == 0 else []), target=ids if rank == last else None, losses=losses)
+        if tied is not None:
+            dist.all_reduce(tied.grad, group=ends)
+        _, own = masters.squares()
+        sums = torch.stack([own, torch.stack(losses).mean().float() if losses else torch.zeros_like(own)])
+        dist.all_reduce(sums)
+        masters.update(sums[0].sqrt())
+        return sums[1].item()
+
+    return step
+
+
+PEERS: dict[str, Callable[[Work], Step]] = {build.__name__: build for build in (fsdp2, fsdp2_kept, dtensor, pipelining)}
+
+
+class _Masters:
+    """fp32 masters of this rank's part of bf16 parameters, kept apart and copied with `_foreach` calls. `counted`:
+    whether a parameter's gradient counts in the norm here.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], counted: list[bool] | None = None) -> None:
+        self.parameters = list(parameters)
+        self.counted = counted or [True] * len(self.parameters)
+        self.roundings = [_local(p.detach()) for p in self.parameters]
+        self.masters = [x.float() for x in self.roundings]
+        self.optimizer = peers.adamw(self.masters, lr=LR)
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Take over the gradients; the sum of their squares: of DTensors' own parts, and of all others."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            assert parameter.grad is not None
+            master.grad, parameter.grad = _local(parameter.grad).float(), None
+        triples = zip(self.masters, self.parameters, self.counted, strict=True)
+        found = [(m.grad, isinstance(p.data, DTensor)) for m, p, counts in triples if counts and m.grad is not None]
+        split, whole = (get_total_norm([g for g, is_split in found if is_split is s]).square() for s in (True, False))
+        device = self.masters[0].device
+        return split.to(device), whole.to(device)
+
+    def update(self, norm: Tensor) -> None:
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
+        peers.update(self.optimizer)
+        torch._foreach_copy_(self.roundings, self.masters)
+
+
+def _local(x: Tensor) -> Tensor:
+    local: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return local
+
+
+def _accumulate(model: Any, ids: Tensor, work: Work) -> Tensor:
+    """Forward and backward of a replica's samples; their mean loss."""
+    parts = ids.to(work.device).split(work.micro)
+    total = torch.zeros((), device=work.device)
+    for part in parts:
+        loss = _loss_of(model(part, use_cache=False).logits, part) / len(parts)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """In fp32, as Hugging Face's own."""
+    return peers.loss_of(logits.float(), ids)
+
+
+def _mesh(work: Work) -> DeviceMesh:
+    return init_device_mesh(work.device.type, (dist.get_world_size(),))
+
+
+def _model(work: Work, dtype: torch.dtype) -> Any:
+    """Random weights, drawn on the device, the same on every rank."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig.from_dict(asdict(work.shape) | dict(dropout=0.0, attention_dropout=0.0))
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    with torch.device(work.device):
+        model: Any = OPTForCausalLM(config)
+    model.to(dtype).train()
+    if work.recompute:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return model
