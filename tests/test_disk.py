@@ -14,9 +14,10 @@ from torch import Tensor
 
 import parallel
 from parallel import checkpoint, disk, streaming
+from parallel.chunk import Chunk
 from parallel.disk import Disk
 from parallel.memory.policy import host_of
-from parallel.transfer import Arrival, Tier
+from parallel.transfer import Arrival, Placement, Tier
 from tests.harness import run
 from tests.parity import Raw, batches_of, engine_of, share_of, whole
 from tests.test_module_engine import MODELS
@@ -141,6 +142,33 @@ def test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget(
     assert not list((tmp_path / "disk").iterdir())
     assert_alike(run(went_on, ranks, plain, tmp_path, 4)[0], want)
     assert_alike(run(went_on, ranks, raw, tmp_path / "plain", 4)[0], want)
+
+
+def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:
+    """Longer sequences after four steps: a plan is made again, and states go to the disk and come back meanwhile."""
+    engine = engine_in_parts(rank, world_size, raw)
+    place, most, losses, tiers = engine.optimizer.place, 0, [], set[Tier]()
+
+    def placed(chunk: Chunk, placement: Placement) -> None:
+        nonlocal most
+        place(chunk, placement)
+        most = max(most, engine.held()[Tier.HOST])
+
+    engine.optimizer.place = placed  # type: ignore[method-assign]
+    for step in range(8):
+        batch = batches_of(1, batch=24, sequence=4 if step < 4 else 6, seed=step)[0]
+        losses.append(engine.train_step(share_of(batch, engine)).loss)
+        tiers |= {chunk.placement.states for chunk in engine.chunks}
+    return summary(engine, losses) | dict(most=most, tiers=tiers)
+
+
+def test_a_plan_that_is_made_again_keeps_to_the_hosts_budget_on_its_way(tmp_path: Path) -> None:
+    budget = budget_of("single", 0, 0)
+    want = run(lengthened, 1, raw_of("single", "cuda", 0))[0]
+    found = run(lengthened, 1, on_disk(raw_of("single", "auto", 0), tmp_path, host=budget, policy="auto"))[0]
+    assert_alike(found, want)
+    assert found["tiers"] == set(Tier)
+    assert 0 < found["most"] <= budget
 
 
 def module_weights(rank: int, world_size: int, raw: Raw, model: str, folder: Path) -> dict[str, Tensor]:

@@ -211,10 +211,12 @@ class Placer:
         if num_near is None:  # gradients are wider than was foreseen
             num_near = states if self.start.room.has_disk else len(self.chunks)
         num_near = alike(num_near, sizes, self.world)
-        for i, chunk in enumerate(self.chunks):  # the first give room to the next
+        for i, chunk in enumerate(self.chunks):  # what leaves the host gives room to what comes
             home = Tier.DEVICE if i < parameters else Tier.HOST
+            self._optimizer.place(chunk, Placement(home, chunk.placement.states))
+        for i, chunk in enumerate(self.chunks):
             far = Tier.HOST if i < num_near else Tier.DISK
-            self._optimizer.place(chunk, Placement(home, Tier.DEVICE if i < states else far))
+            self._optimizer.place(chunk, Placement(chunk.placement.parameters, Tier.DEVICE if i < states else far))
         self._optimizer.host_share = host_share
         self.plan, self._since = Plan(states, parameters, num_near, peak), 0
         self._move(Phase.PLANNED)
@@ -251,7 +253,10 @@ class Placer:
         if self.zero.tensor_placement_policy == "cpu":
             return  # it is
         self.say("placement: the steps are others now; planning again")
-        for chunk, home in reversed([*zip(self.chunks, self.start.homes, strict=True)]):
+        returns = [*zip(self.chunks, self.start.homes, strict=True)][::-1]
+        for chunk, home in returns:  # states first: some go on to the disk
+            self._optimizer.place(chunk, Placement(chunk.placement.parameters, home.placement.states))
+        for chunk, home in returns:
             self._optimizer.place(chunk, home.placement)
         self._move(Phase.LEAN)
 
