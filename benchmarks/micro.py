@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from benchmarks.workload import SHAPE
 from models import build
 from models.shapes import resolve
-from parallel.chunk import Chunk
+from parallel.chunk import Chunk, Home
 from parallel.config import parse
 from parallel.context import Context, Place, make_context
 from parallel.engine import Engine
 from parallel.layout import Layout, ParameterInfo
-from parallel.memory.placer import ON_HOST
+from parallel.memory.start import ON_HOST
 from parallel.optim import AdamW
 from parallel.tensor import MODES, Mode
 
@@ -95,7 +95,7 @@ class TestUpdate:
     def test_ours(self, state_dtype: str, benchmark: Benchmark) -> None:
         parameter = nn.Parameter(torch.randn(2**12, 2**11))
         info = ParameterInfo("weight", "", parameter, Layout((2**12, 2**11), ((), ())), ("weight",))
-        chunk = Chunk([info], torch.float32, placement=ON_HOST)
+        chunk = Chunk([info], torch.float32, home=Home(ON_HOST))
         optimizer = AdamW([chunk], parse(dict(optimizer=dict(state_dtype=state_dtype))).optimizer)
         gradient, one = torch.randn(chunk.size), torch.ones(())
 

@@ -5,7 +5,7 @@ composes them.
 from parallel.context import Context, current, launch_from_torch
 from parallel.engine import Engine
 from parallel.engine_base import StepResult
-from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError
+from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError, StorageError
 from parallel.initialize import initialize, sharded_init
 from parallel.mesh import leave
 from parallel.module_engine import ModuleEngine, UpdateResult
@@ -20,6 +20,7 @@ __all__ = [
     "ModelError",
     "ModuleEngine",
     "StepResult",
+    "StorageError",
     "UpdateResult",
     "current",
     "initialize",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import Pending, start_all_gather
+from parallel.disk import Disk
 from parallel.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
 from parallel.mesh import ALONE, Axis
 from parallel.transfer import ON_DEVICE, Arrival, Placement, Tier, copies_of, host_empty
@@ -38,6 +39,56 @@ class Segment:
         return found
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where a chunk is at home, and the disk on which its states are or may be."""
+
+    placement: Placement = ON_DEVICE
+    disk: Disk | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a chunk will be, told from the parameters' shapes alone: `axes` and `shard` are those of `Chunk`."""
+
+    infos: list[ParameterInfo]
+    dtype: torch.dtype
+    zero: int
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return _axes(self.infos[0].layout)
+
+    @property
+    def shard(self) -> Axis:
+        return self.axes[0] if self.zero >= 1 else ALONE
+
+    @property
+    def is_frozen(self) -> bool:
+        return not self.infos[0].parameter.requires_grad
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each parameter begins, in elements, and where the last one's padding ends."""
+        return [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in self.infos)]
+
+    @property
+    def size(self) -> int:
+        """Elements, whole."""
+        return _round_up(self.ends[-1], ALIGNMENT * self.axes[0].size)
+
+    @property
+    def num_own(self) -> int:
+        """Elements that this rank updates."""
+        return self.size // self.shard.size
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The masters' precision."""
+        first = self.infos[0].parameter
+        return self.dtype if self.is_frozen else master_dtype(torch.promote_types(first.dtype, self.dtype))
+
+
 class Chunk:
     """Parameters of one unit that decay alike and whose gradients are summed over the same axes, end to end.
 
@@ -53,7 +104,8 @@ class Chunk:
     no values yet. What lies between two parameters, and after the last, is padding: always zero.
 
     `place` says where it is at home. Parameters at home on the host are like partitioned ones: `own`, all of them or a
-    slice, lies there, and `gather` brings them. Masters at home on the host have their gradient there too.
+    slice, lies there, and `gather` brings them. Masters at home on the host or on a disk have their gradient on the
+    host. Those on a disk are mapped files, to be looked at when settled.
 
     Frozen parameters have chunks of their own, in the model's dtype throughout, which get no gradient and no update.
     """
@@ -66,25 +118,24 @@ class Chunk:
         zero: int = 0,
         fill: Fill = lambda infos: None,
         device: torch.device | None = None,
-        placement: Placement = ON_DEVICE,
+        home: Home = Home(),
     ) -> None:
         layout, first = infos[0].layout, infos[0].parameter
-        self.infos = list(infos)
-        self.axes = _axes(layout)
-        self.shard = self.axes[0] if zero >= 1 else ALONE
+        outline = Outline(list(infos), dtype, zero)
+        self.infos, self.axes, self.shard = outline.infos, outline.axes, outline.shard
         self.is_partitioned = zero >= 3 and self.shard.size > 1
         self.is_matrix = infos[0].is_matrix
-        self.is_frozen = not first.requires_grad
+        self.is_frozen = outline.is_frozen
+        self.disk = home.disk
         # Of the ranks that hold the same slice along the first axis, one speaks for it; of those that hold the same
         # masters, one owns them.
         self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
         self.owner = self.speaks and (zero >= 1 or self.axes[0].rank == 0)
-        ends = [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)]
-        self.size = _round_up(ends[-1], ALIGNMENT * self.axes[0].size)
-        self._starts = ends[:-1]
+        self.size = outline.size
+        self._starts = outline.ends[:-1]
         self.gradient: Tensor | None = None
-        wide = dtype if self.is_frozen else master_dtype(torch.promote_types(first.dtype, dtype))
-        whole = torch.zeros(self.size, dtype=wide, device=device or first.device)
+        self.gradient_home: Tensor | None = None  # on the host, from step to step
+        whole = torch.zeros(self.size, dtype=outline.wide, device=device or first.device)
         for info, view in zip(infos, self.views(whole), strict=True):
             if info.parameter.untyped_storage().nbytes():
                 view.copy_(info.parameter.detach())  # one after another: no second model exists
@@ -104,7 +155,7 @@ class Chunk:
         self.own = self.master.to(dtype) if self.is_partitioned else _slice(self.parameters, self.shard)
         if self.is_partitioned:
             self.release()
-        self.place(placement)
+        self.place(home.placement)
 
     @property
     def whole_bytes(self) -> int:
@@ -132,9 +183,14 @@ class Chunk:
         return self.own.data_ptr() != self.master.data_ptr()
 
     def place(self, placement: Placement) -> None:
-        """Give it another home, between two steps: nothing is fetched, and there is no gradient."""
+        """Give it another home, between two steps: nothing is fetched, and there is no gradient. What is frozen has no
+        states: its masters are its parameters.
+        """
+        if self.is_frozen:
+            placement = Placement(placement.parameters, placement.parameters)
         if placement == self.placement:
             return
+        self.settle()
         self.forget_gradient()
         was, own, master = self.placement, self.own, self.master
         came = self.comes_and_goes
@@ -152,15 +208,38 @@ class Chunk:
         else:
             alone = master.data_ptr() != own.data_ptr()
             self.master = self._moved(master, was.states if alone else None, placement.states)
+        if placement.states is Tier.DEVICE:
+            self.gradient_home = None
         if self.comes_and_goes:
             self.release()
 
+    def settle(self) -> None:
+        """Have all that was asked for done: masters on a disk, and what else lies there, are memory like other."""
+        self.copies.synchronize()
+        if self.disk is not None:
+            self.disk.settle()
+
+    def held(self) -> list[tuple[Tier, Tensor]]:
+        """The memory that it has now, moments left out, and where."""
+        found = [(Tier.DEVICE, self.parameters)]
+        if self.comes_and_goes:
+            found.append((self.placement.parameters, self.own))
+        if self.is_rounded:
+            found.append((self.placement.states, self.master))
+        if self.gradient_home is not None:
+            found.append((Tier.HOST, self.gradient_home))
+        return found
+
     def _moved(self, x: Tensor, tier: Tier | None, to: Tier) -> Tensor:
         """A copy of x in another tier; x itself where it is there. None: it is a part of what will be given up."""
-        return x if tier is to else self.empty(to, x).copy_(x)
+        return x if tier is to else self.empty(to, x, "masters").copy_(x)
 
-    def empty(self, tier: Tier, like: Tensor) -> Tensor:
+    def empty(self, tier: Tier, like: Tensor, kind: str = "state") -> Tensor:
+        """`kind` names it to whoever has trouble with it."""
         device = self.parameters.device
+        if tier is Tier.DISK:
+            assert self.disk is not None
+            return self.disk.empty(like.numel(), like.dtype, f"{self.infos[0].name}.{kind}")
         if tier is Tier.HOST:
             return host_empty(like.numel(), like.dtype, device)
         return torch.empty_like(like, device=device)
@@ -213,7 +292,7 @@ class Chunk:
         """After an update that has used it, or instead of one: then parameters return to where it lay."""
         self.gradient = None
         if self.is_lent and not is_spent:
-            self.gradient_written.synchronize()
+            self.settle()
             self.own.copy_(self.master)
         self.is_lent = False
 
@@ -221,7 +300,7 @@ class Chunk:
         """Make the parameters what the masters are, on every rank of `shard`."""
         if self.is_rounded:
             to, came = self.placement.parameters, self.placement.states
-            if to is came:
+            if to is came or Tier.DEVICE not in (to, came):
                 self.own.copy_(self.master)
             elif to is Tier.HOST:  # rounded before it travels
                 self.written = self.copies.down(self.master.to(self.own.dtype), self.own)
@@ -280,14 +359,25 @@ def make_chunks(
     zero: int = 0,
     fill: Fill = lambda infos: None,
     device: torch.device | None = None,
-    placement: Placement = ON_DEVICE,
+    homes: Sequence[Home] = (),
 ) -> list[Chunk]:
-    """Every parameter in a chunk. Ranks along an axis that a chunk is summed over make the same ones, in one order."""
+    """Every parameter in a chunk, as `outlines_of` says; without `homes` all are at home on the device."""
+    outlines = outlines_of(infos, dtype, zero=zero)
+    return [
+        Chunk(outline.infos, dtype, zero=zero, fill=fill, device=device, home=home)
+        for outline, home in zip(outlines, homes or [Home()] * len(outlines), strict=True)
+    ]
+
+
+def outlines_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> list[Outline]:
+    """Of the chunks of these parameters. Ranks along an axis that a chunk is summed over make the same ones, in one
+    order.
+    """
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
         key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
         groups.setdefault(key, []).append(info)
-    return [Chunk(group, dtype, zero=zero, fill=fill, device=device, placement=placement) for group in groups.values()]
+    return [Outline(group, dtype, zero) for group in groups.values()]
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -135,6 +135,8 @@ def parse(
     if known_layout and reader.sound("train"):
         problems += config.microbatch_problems()
         problems += config.batch_problems(world_size) if batches else []
+    if reader.sound("zero"):
+        problems += config.zero.problems()
     if resolve is not None and reader.sound("model", "data"):
         # A model is worth checking beside a broken layout too: with no layout at all.
         config, unfit = resolve(config if known_layout else replace(config, parallel=ParallelConfig()))

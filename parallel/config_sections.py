@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from parallel.config_parallel import ParallelConfig
-from parallel.config_reader import Built, Bytes, Count, Natural, Range
+from parallel.config_reader import Bytes, Count, Natural, Range
 from parallel.errors import either, nearest_multiples, times
 
 Fraction = Annotated[float, Range(0, 1)]
@@ -56,8 +56,18 @@ class ZeroConfig:
     tensor_placement_policy: Literal["cuda", "cpu", "auto"] = "cuda"
     gpu_margin_mem_ratio: Fraction = 0.8
     device_memory: Bytes | None = None
-    host_memory: Annotated[Bytes | None, Built(None)] = None
-    nvme_dir: Annotated[str | None, Built(None)] = None
+    host_memory: Bytes | None = None  # None: a rank's share of what its host has
+    nvme_dir: str | None = None
+
+    def problems(self) -> list[str]:
+        """What has no meaning where everything is on the device."""
+        given = dict(host_memory=self.host_memory, nvme_dir=self.nvme_dir)
+        return [
+            f"zero.{key}: {value!r} with tensor_placement_policy 'cuda', which keeps everything on the device. Try"
+            f" tensor_placement_policy='auto' or 'cpu', or {key}=None."
+            for key, value in given.items()
+            if value is not None and self.tensor_placement_policy == "cuda"
+        ]
 
 
 @dataclass(frozen=True)

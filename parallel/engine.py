@@ -8,12 +8,12 @@ from torch import Tensor
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import EngineBase, StepResult
+from parallel.engine_base import EngineBase, StepResult, start_of
 from parallel.errors import DataError
 from parallel.grad_norm import global_norm
 from parallel.gradients import Gradients
 from parallel.labels import IGNORED, shift
-from parallel.memory.placer import STARTS
+from parallel.memory.start import explaining_host
 from parallel.optim import optimizer_of
 from parallel.phases import Stopwatch
 from parallel.pipeline.microbatch import Microbatch, problem_of
@@ -37,9 +37,10 @@ class Engine(EngineBase):
 
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        placement = STARTS[config.zero.tensor_placement_policy]
-        chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, placement=placement)
-        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer))
+        start = start_of(stage.infos, context, is_torchs=optimizer is not None)
+        with explaining_host(start):
+            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, homes=start.homes)
+        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)
         self.pipe.connect(self.mesh.device)

@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parallel.chunk import Chunk
+from parallel.chunk import Chunk, outlines_of
 from parallel.context import Context
 from parallel.grad_norm import clip_coefficient
-from parallel.layout import Piece
+from parallel.layout import ParameterInfo, Piece
 from parallel.loss_scale import LossScale
 from parallel.lr_schedule import learning_rate
 from parallel.memory.inputs import InputsOnHost
 from parallel.memory.placer import Placer
+from parallel.memory.start import Start, bytes_of, start
 from parallel.optim import Optimizer, TorchOptimizer
-from parallel.transfer import copies_of
+from parallel.transfer import Tier
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,31 @@ class StepResult:
     phases: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
+def start_of(
+    infos: Sequence[ParameterInfo], context: Context, *, num_microbatches: int = 0, is_torchs: bool = False
+) -> Start:
+    """Where the chunks of these parameters will be at home, in steps of the config's number of microbatches or another;
+    `is_torchs`: with an optimizer of torch's. Raises ConfigError, on every rank, where there is too little room.
+    """
+    zero, optimizer, place = context.config.zero, context.config.optimizer, context.place
+    num_microbatches = num_microbatches or context.config.num_microbatches(place.world_size) or 2
+    outlines = outlines_of(infos, context.dtype, zero=zero.stage)
+    sizes = [bytes_of(outline, num_microbatches, optimizer, is_torchs=is_torchs) for outline in outlines]
+    return start(
+        outlines, sizes, zero, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
+    )
+
+
 class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both."""
 
-    def __init__(self, module: nn.Module, context: Context, chunks: Sequence[Chunk], optimizer: Optimizer) -> None:
+    def __init__(
+        self, module: nn.Module, context: Context, chunks: Sequence[Chunk], optimizer: Optimizer, start: Start
+    ) -> None:
         self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
-        self.placer = Placer(self.chunks, optimizer, self.config.zero, self.mesh.world)
+        self.placer = Placer(self.chunks, optimizer, self.config.zero, self.mesh.world, start)
         self.inputs: InputsOnHost | None = None  # of layers that are recomputed
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
@@ -60,7 +78,6 @@ class EngineBase:
 
     def state(self) -> dict[str, list[Piece]]:
         """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
-        copies_of(self.mesh.device).synchronize()
         return self.optimizer.pieces()
 
     def state_pieces(self, *, owned: bool = False) -> list[Piece]:
@@ -90,8 +107,20 @@ class EngineBase:
 
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the model's weights, in master precision."""
-        copies_of(self.mesh.device).synchronize()
+        for chunk in self.chunks:
+            chunk.settle()
         return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
+
+    def held(self) -> dict[Tier, int]:
+        """The bytes of this rank's model data on each tier now: parameters, gradients, masters and moments, and what
+        states on a disk go through.
+        """
+        found = dict.fromkeys(Tier, 0)
+        for tier, x in [*self.optimizer.held(), *(pair for chunk in self.chunks for pair in chunk.held())]:
+            found[tier] += min(x.nbytes, x.untyped_storage().nbytes())
+        for disk in {chunk.disk for chunk in self.chunks if chunk.disk is not None}:
+            found[Tier.HOST] += disk.buffer_bytes
+        return found
 
     def _update(self, norm: Tensor, divisor: float) -> bool:
         """Update every weight by its gradient / `divisor`, clipped by that gradient's `norm`: on no rank where it

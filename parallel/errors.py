@@ -28,6 +28,10 @@ class CheckpointError(ColonnadeError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class StorageError(ColonnadeError):
+    """A disk that fails in the middle of a run: on one rank alone, as a rule."""
+
+
 class ModelError(ColonnadeError):
     """A module that cannot be trained as it is, or that was changed while it was being trained."""
 
@@ -36,6 +40,11 @@ def either(choices: Iterable[object]) -> str:
     """(2, 4, 8) -> '2, 4 or 8'"""
     *rest, last = map(str, choices)
     return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def size_text(count: int) -> str:
+    """Of so many bytes, as a user reads it."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

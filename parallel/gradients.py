@@ -134,7 +134,6 @@ class _Sum:
 
     def __init__(self, chunk: Chunk, completed: Callable[["_Sum"], None], set_out: Callable[["_Sum"], None]) -> None:
         self.chunk, self.completed, self.set_out = chunk, completed, set_out
-        self.home: Tensor | None = None  # on the host, from step to step
         self.is_narrow = False  # nothing is added to a gradient, unless by other ranks
         self.begin(0)
         for i, info in enumerate(chunk.infos):
@@ -236,19 +235,18 @@ class _Sum:
         return found
 
     def _at_home(self, total: Tensor) -> Tensor:
-        """Where the masters are; its norm is taken before it leaves the device."""
+        """Where the update looks for it; its norm is taken before it leaves the device."""
         chunk = self.chunk
         if chunk.placement.states is Tier.DEVICE:
-            self.home = None
             return total
         chunk.gradient_bytes = total.nbytes
         chunk.squares = sum_of_squares(chunk.own_slice(total), chunk.master.dtype)
         lent = chunk.lend(total) if self.is_narrow else None
         if lent is not None:
-            self.home = None
-        elif self.home is None or self.home.dtype != total.dtype:
-            self.home = chunk.empty(Tier.HOST, total)
-        home = self.home if lent is None else lent
+            chunk.gradient_home = None
+        elif chunk.gradient_home is None or chunk.gradient_home.dtype != total.dtype:
+            chunk.gradient_home = chunk.empty(Tier.HOST, total)
+        home = chunk.gradient_home if lent is None else lent
         assert home is not None
         chunk.gradient_written = chunk.copies.down(total, home)
         return home

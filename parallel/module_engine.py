@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import StepResult
+from parallel.engine_base import StepResult, start_of
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
 from parallel.labels import IGNORED
 from parallel.memory.inputs import InputsOnHost
-from parallel.memory.placer import STARTS
+from parallel.memory.start import explaining_host
 from parallel.mesh import on_the_host
 from parallel.module_state import ModuleState
 from parallel.optim import optimizer_of
@@ -73,9 +73,10 @@ class ModuleEngine(ModuleState):
             raise ModelError("model: none of its parameters requires a gradient.")
         zero = config.zero.stage
         fill = partial(modules.fill, axis=data)
-        placement = STARTS[config.zero.tensor_placement_policy]
-        chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device, placement=placement)
-        super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer))
+        start = start_of(infos, context, num_microbatches=2, is_torchs=optimizer is not None)  # as many as a user likes
+        with explaining_host(start):
+            chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device, homes=start.homes)
+        super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.criterion = criterion
         self._control = on_the_host(data)
         self._agreement = Agreement(self._control)

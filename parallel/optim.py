@@ -14,8 +14,8 @@ from parallel.config import Config, OptimizerConfig
 from parallel.errors import ConfigError, ModelError, either
 from parallel.layout import ParameterInfo, Piece
 from parallel.rounding import NARROW, Rounding
-from parallel.shared_update import HOST_PART, SharedUpdate
-from parallel.streaming import PART, Part
+from parallel.shared_update import HOST_PART, SharedUpdate, update_in_place
+from parallel.streaming import PART, Part, Update
 from parallel.transfer import HostCopy, Placement, Tier
 
 Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -28,8 +28,8 @@ class AdamW:
     masters of chunks, one after another; decay on matrices only.
 
     A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
-    master precision. Where states are at home on the host, they stream through the device in parts, or are updated
-    there: `host_share` of them, the rest on the device. `Rounding` is between moments and masters that are wider.
+    master precision. Where states are not at home on the device, they stream through it in parts or, on the host, are
+    updated there: `host_share` of them. `Rounding` is between moments and masters that are wider.
 
     A parameter without a gradient in a step is left alone, moments and all, as torch has it.
     """
@@ -44,6 +44,9 @@ class AdamW:
         self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
         self._shared = SharedUpdate(chunks[0].parameters.device)
         self._rounding: dict[Tier, Rounding] = {}  # by where an update runs, from the first one there on
+        for chunk in self.chunks:
+            if chunk.placement.states is Tier.DISK:
+                self._moments_of(chunk)  # so that there is room for them, or the run does not begin
 
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
@@ -51,31 +54,48 @@ class AdamW:
         infos = (info for chunk in self.chunks for info in chunk.infos if info.parameter in self.unused)
         self._missed |= {info: self._missed.get(info, 0) + 1 for info in infos}
         published = []
+        parts = {chunk: self._parts_of(chunk) for chunk in self.chunks}
         on_device = partial(self._update, factor=factor, lr=lr, scale=self._scaled, tier=Tier.DEVICE)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DEVICE:
-                for part in self._parts_of(chunk):
+                for part in parts[chunk]:
                     on_device(part)
                 chunk.gradient = None
                 published.append(chunk.publish())
-        streamed = [chunk for chunk in self.chunks if chunk.placement.states is Tier.HOST]
+        streamed = [chunk for chunk in self.chunks if chunk.placement.states is not Tier.DEVICE]
         if streamed:
-            here = HostCopy(factor)
-            self._shared.run(
-                [part for chunk in streamed for part in self._parts_of(chunk)],
-                on_device,
-                lambda part: self._update(part, factor=here.wait(), lr=lr, scale=scaled, tier=Tier.HOST),
-            )
+            self._update_elsewhere({chunk: parts[chunk] for chunk in streamed}, on_device, HostCopy(factor), lr)
         for chunk in streamed:
             chunk.forget_gradient(is_spent=True)
             published.append(chunk.spread())
         for pending in published:
             pending.wait()
 
+    def _update_elsewhere(
+        self, parts: Mapping[Chunk, list[Part]], on_device: Update, factor: HostCopy, lr: float
+    ) -> None:
+        """Than on the device: of states at home on the host or on a disk."""
+
+        def on_host(part: Part) -> None:
+            self._update(part, factor=factor.wait(), lr=lr, scale=scaled, tier=Tier.HOST)
+
+        # The disk's first: while the host's are updated, what was changed is written, and read for the next time.
+        found: list[Part] = []
+        for chunk in sorted(parts, key=lambda chunk: chunk.placement.states is Tier.HOST):
+            is_whole = sum(len(part.gradient) for part in parts[chunk]) == len(chunk.master) and len(parts[chunk]) == 1
+            if chunk.placement.states is Tier.DISK and not is_whole:  # it would not begin and end with whole pages
+                chunk.settle()
+                update_in_place(parts[chunk], on_host)
+            else:
+                found += parts[chunk]
+        if found:
+            self._shared.run(found, on_device, on_host)
+
     def pieces(self) -> dict[str, list[Piece]]:
         """The masters and both moments, as pieces of public tensors: views, to be saved or filled."""
         found: dict[str, list[Piece]] = {"master": [], "exp_avg": [], "exp_avg_sq": []}
         for chunk in self.chunks:
+            chunk.settle()
             for kind, flat in zip(found, (chunk.master, *self._moments_of(chunk)), strict=True):
                 found[kind] += chunk.pieces(flat)
         return found
@@ -99,7 +119,7 @@ class AdamW:
         was = chunk.placement.states
         chunk.place(placement)
         if was is not placement.states and chunk in self.moments:
-            first, second = (chunk.empty(placement.states, x).copy_(x) for x in self.moments[chunk])
+            first, second = (chunk.empty(placement.states, x, "moments").copy_(x) for x in self.moments[chunk])
             self.moments[chunk] = first, second
 
     def state_bytes(self, chunk: Chunk) -> int:
@@ -107,6 +127,10 @@ class AdamW:
         if chunk.is_frozen:
             return 0
         return len(chunk.master) * state_size(chunk.master.dtype, self.config)
+
+    def held(self) -> list[tuple[Tier, Tensor]]:
+        """The moments, and where they are."""
+        return [(chunk.placement.states, x) for chunk, moments in self.moments.items() for x in moments]
 
     @property
     def host_share(self) -> float:
@@ -125,7 +149,10 @@ class AdamW:
         if chunk not in self.moments:
             tier, dtype = chunk.placement.states, moment_dtype(chunk.master.dtype, self.config)
             like = torch.empty_like(chunk.master, dtype=dtype, device="meta")
-            self.moments[chunk] = chunk.empty(tier, like).zero_(), chunk.empty(tier, like).zero_()
+            first, second = (chunk.empty(tier, like, "moments") for _ in range(2))
+            for x in (first, second) if tier is not Tier.DISK else ():  # a new file is zero
+                x.zero_()
+            self.moments[chunk] = first, second
         return self.moments[chunk]
 
     def _parts_of(self, chunk: Chunk) -> list[Part]:
@@ -220,6 +247,9 @@ class TorchOptimizer:
         of_parameters = {segment.info.parameter: leaf for segment, leaf in self._segments}
         for group in inner.param_groups:
             group["params"] = [of_parameters[p] for p in group["params"] if p in of_parameters]
+        for chunk in self.chunks:
+            if chunk.placement.states is Tier.DISK:
+                self._start_on_disk(chunk)
 
     @property
     def lr(self) -> float:
@@ -231,10 +261,11 @@ class TorchOptimizer:
         learning rates hold, whatever `lr` is.
         """
         leaves = iter(self._segments)
-        on_host = factor.cpu() if any(chunk.placement.states is Tier.HOST for chunk in self.chunks) else factor
+        is_streamed = any(chunk.placement.states is not Tier.DEVICE for chunk in self.chunks)
+        on_host = factor.cpu() if is_streamed else factor
         for chunk in self.chunks:
             assert chunk.gradient is not None
-            chunk.copies.synchronize()
+            chunk.settle()
             scale = factor if chunk.placement.states is Tier.DEVICE else on_host
             gradient = scaled(chunk.gradient, scale, chunk.master.dtype)
             chunk.forget_gradient(is_spent=True)
@@ -249,12 +280,13 @@ class TorchOptimizer:
 
     def pieces(self) -> dict[str, list[Piece]]:
         """The masters and what the optimizer keeps for each of their elements: views, to be saved or filled."""
+        for chunk in self.chunks:
+            chunk.settle()
         self._start_states()
         found = {"master": [piece for chunk in self.chunks for piece in chunk.pieces(chunk.master)]}
         for segment, leaf in self._segments:
-            for kind, value in self.inner.state[leaf].items():
-                if isinstance(value, Tensor) and value.shape == leaf.shape and kind != "step":
-                    found.setdefault(kind, []).extend(segment.pieces(value))
+            for kind, value in self._elementwise(leaf):
+                found.setdefault(kind, []).extend(segment.pieces(value))
         return found
 
     def counters(self) -> dict[str, Any]:
@@ -290,10 +322,47 @@ class TorchOptimizer:
                 continue
             self._segments[i] = renewed[segment.info], leaf
             leaf.data = renewed[segment.info].data
-            state = self.inner.state[leaf] if was is not placement.states else {}
-            for kind, value in state.items():
-                if isinstance(value, Tensor) and value.shape == leaf.shape:
-                    state[kind] = chunk.empty(placement.states, value).copy_(value)
+        if was is not placement.states and not chunk.is_frozen:
+            self._move_states(chunk)
+
+    def held(self) -> list[tuple[Tier, Tensor]]:
+        """What is kept for every element, and where."""
+        found = []
+        for chunk in self.chunks:
+            for leaf in self._leaves_of(chunk):
+                found += [(chunk.placement.states, x) for _, x in self._elementwise(leaf)]
+        return found
+
+    def _leaves_of(self, chunk: Chunk) -> list[Tensor]:
+        infos = set(chunk.infos)
+        return [leaf for segment, leaf in self._segments if segment.info in infos]
+
+    def _elementwise(self, leaf: Tensor) -> list[tuple[str, Tensor]]:
+        """What is kept for each element of a leaf."""
+        state = self.inner.state.get(leaf, {})
+        return [(k, x) for k, x in state.items() if isinstance(x, Tensor) and x.shape == leaf.shape and k != "step"]
+
+    def _move_states(self, chunk: Chunk) -> None:
+        """To where the chunk's masters are: of each kind one memory."""
+        rooms: dict[str, Tensor] = {}
+        for segment, leaf in zip(chunk.segments(chunk.master), self._leaves_of(chunk), strict=True):
+            start = segment.data.storage_offset() - chunk.master.storage_offset()
+            for kind, x in self._elementwise(leaf):
+                if kind not in rooms:
+                    rooms[kind] = chunk.empty(chunk.placement.states, chunk.master, kind)
+                self.inner.state[leaf][kind] = rooms[kind][start : start + len(x)].copy_(x)
+
+    def _start_on_disk(self, chunk: Chunk) -> None:
+        """Its states from zero, in files, before the first update: so that there is room, or the run does not begin,
+        and the host never has those of more than a chunk. Raises ModelError where zero is not what torch starts from.
+        """
+        if any(group.get("momentum") and group.get("dampening") for group in self.inner.param_groups):
+            raise ModelError(
+                "optimizer: SGD's first step is not dampened, so its states cannot start in zero.nvme_dir. Use"
+                " dampening=0, or leave zero.nvme_dir out."
+            )
+        self._start_states(self._leaves_of(chunk))
+        self._move_states(chunk)
 
     def state_bytes(self, chunk: Chunk) -> int:
         """Of a chunk's masters and of what is kept for them, from the first update on."""
@@ -317,9 +386,12 @@ class TorchOptimizer:
         if not self._is_stepping:
             raise ModelError("optimizer.step(): the gradients are with the engine. Call engine.step() instead.")
 
-    def _start_states(self) -> None:
-        """What torch makes at a first step: a step of nothing, where there was none."""
-        new = [leaf for _, leaf in self._segments if not self.inner.state[leaf]]
+    def _start_states(self, leaves: Sequence[Tensor] | None = None) -> None:
+        """What torch makes at a first step: a step of nothing, where there was none. All zero: torch's own would have
+        a decay in them that is part of the gradient.
+        """
+        leaves = [leaf for _, leaf in self._segments] if leaves is None else leaves
+        new = [leaf for leaf in leaves if not self.inner.state[leaf]]
         rates = [group["lr"] for group in self.inner.param_groups]
         for leaf in new:
             leaf.grad = torch.zeros_like(leaf)
@@ -331,8 +403,9 @@ class TorchOptimizer:
             group["lr"] = rate
         self.inner.zero_grad()
         for leaf in new:
-            if "step" in self.inner.state[leaf]:
-                self.inner.state[leaf]["step"].zero_()
+            for value in self.inner.state[leaf].values():
+                if isinstance(value, Tensor):
+                    value.zero_()
 
 
 Optimizer: TypeAlias = AdamW | TorchOptimizer

@@ -32,7 +32,7 @@ class SharedUpdate:
         """Each one's home as one or the other update leaves the parts of it that are given to it."""
         streamed, left = self._split(in_parts(wholes))
         begun = self._clock.now()
-        host = self._thread.submit(_update_in_place, left, on_host)
+        host = self._thread.submit(update_in_place, left, on_host)
         if streamed:
             self._stream.run(streamed, on_device)
         ended = self._clock.now()
@@ -61,7 +61,7 @@ class SharedUpdate:
         return streamed[::-1], left[::-1]
 
 
-def _update_in_place(parts: Sequence[Part], update: Update) -> float:
+def update_in_place(parts: Sequence[Part], update: Update) -> float:
     """The seconds that it took, from when all gradients were there."""
     for part in parts:
         part.chunk.gradient_written.synchronize()

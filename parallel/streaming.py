@@ -1,4 +1,4 @@
-"""States that are at home on the host, through the device in parts: up, updated and down, three parts at a time."""
+"""States that are not at home on the device, through it in parts: up, updated and down, three parts at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk import Chunk
+from parallel.disk import Disk
 from parallel.transfer import Arrival, Tier, copies_of
 
 PART = 2**23  # elements
@@ -32,6 +33,15 @@ class Part:
         own = None if self.own is None else self.own[start:stop]
         states, gradient = (first, second, third), self.gradient[start:stop]
         return Part(self.chunk, states, gradient, own, self.first + start, self.updates)
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.chunk.placement.states is Tier.DISK
+
+    @property
+    def disk(self) -> Disk:
+        assert self.chunk.disk is not None
+        return self.chunk.disk
 
     def split(self, size: int) -> "Iterator[Part]":
         """The same in smaller parts, of `size` elements."""
@@ -63,7 +73,9 @@ def in_parts(wholes: Sequence[Part]) -> list[Part]:
 
 
 class Stream:
-    """Slots, made once: while one part is updated, the next is on its way up and the one before on its way down."""
+    """Slots, made once: while one part is updated, the next is on its way up and the one before on its way down. Parts
+    whose states are at home on a disk come and go by way of slots on the host (`disk.Disk`).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._copies = copies_of(device)
@@ -71,22 +83,32 @@ class Stream:
 
     def run(self, parts: Sequence[Part], update: Update) -> None:
         """Each part's home as `update` leaves what is given to it on the device."""
+        on_disk = [part for part in parts if part.is_on_disk]
+        if on_disk:
+            on_disk[0].disk.begin([part.states for part in on_disk])
         coming = self._bring(parts[0], self._slots[0])
-        for i, home in enumerate(parts):
-            slot, here = self._slots[i % 3], coming
+        for i, part in enumerate(parts):
+            slot, (home, here) = self._slots[i % 3], coming
             if i + 1 < len(parts):
                 coming = self._bring(parts[i + 1], self._slots[(i + 1) % 3])
             slot.arrived.wait()
             update(here)
             self._take(here, home, slot)
+            if part.is_on_disk:
+                part.disk.store(slot.left)
+        if on_disk:
+            on_disk[0].disk.end()
 
-    def _bring(self, home: Part, slot: _Slot) -> Part:
+    def _bring(self, home: Part, slot: _Slot) -> tuple[Part, Part]:
+        """The part, with states on the host whatever their home, and on the device."""
+        if home.is_on_disk:
+            home = replace(home, states=home.disk.fetch())
         first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(home.states))
         here = replace(home, states=(first, second, third), gradient=slot.view("gradient", home.gradient), own=None)
         for source, room in zip(home.states, here.states, strict=True):
             self._copies.up(source, room, after=slot.left)
         slot.arrived = self._copies.up(home.gradient, here.gradient, after=home.chunk.gradient_written)
-        return here
+        return home, here
 
     def _take(self, here: Part, home: Part, slot: _Slot) -> None:
         if home.own is not None:

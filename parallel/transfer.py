@@ -15,12 +15,13 @@ class Tier(Enum):
 
     DEVICE = auto()
     HOST = auto()
+    DISK = auto()
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a chunk is at home: its parameters between their uses, and its states (masters, moments, and a gradient
-    once it has been summed).
+    """Where a chunk is at home: its parameters between their uses, on the device or the host, and its states: masters,
+    moments, and a gradient once it has been summed, which stays on the host where the others are on a disk.
     """
 
     parameters: Tier = Tier.DEVICE
@@ -53,17 +54,19 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def host_empty(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size] on the host, from where copies to `device` are asynchronous.
+def host_empty(size: int, dtype: torch.dtype, device: torch.device, *, in_pages: bool = False) -> Tensor:
+    """[size] on the host, from where copies to `device` are asynchronous; `in_pages`: it begins at a page.
 
     Registered with the driver as it is, because torch's own pinned memory comes in powers of two; in huge pages, of
-    which there are fewer to pin.
+    which there are fewer to pin. Raises MemoryError where the driver refuses.
     """
-    if device.type != "cuda" or not size:
+    if not size or (device.type != "cuda" and not in_pages):
         return torch.empty(size, dtype=dtype)
     pages = mmap.mmap(-1, size * dtype.itemsize)
     pages.madvise(mmap.MADV_HUGEPAGE)
     x = torch.frombuffer(pages, dtype=dtype)
+    if device.type != "cuda":
+        return x
     runtime, address = torch.cuda.cudart(), x.data_ptr()
     problem = runtime.cudaHostRegister(address, x.nbytes, 0)
     if int(problem):

@@ -22,6 +22,7 @@ FLOORS = (
         "parallel.chunk",
         "parallel.gradients",
         "parallel.transfer",
+        "parallel.disk",
         "parallel.products",
         "parallel.grad_norm",
         "parallel.loss_scale",

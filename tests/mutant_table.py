@@ -25,7 +25,7 @@ ONE_SEED = (
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
 HOMES = "tests/test_placement.py"
-ROUNDED = "tests/test_rounding.py"
+ROUNDED, ON_DISK = "tests/test_rounding.py", "tests/test_disk.py"
 KEPT = "tests/test_inputs.py"
 PLACER, PLANS = "parallel/memory/placer.py", "tests/test_placer.py"
 MODULE_STATE = "tests/test_module_state.py"
@@ -444,6 +444,23 @@ PLACEMENT = (
     Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
            "parallel/memory/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
            f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+    Mutant("host-beyond-its-budget", "states stay on the host although there is no room",
+           "parallel/memory/policy.py", "k) <= host.budget)", "k) <= 2 * host.budget)",
+           f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+    Mutant("slots-uncounted", "what states on a disk go through is not part of the host's budget",
+           "parallel/memory/policy.py", "max((chunk.buffers for", "max((0 for",
+           f"{ON_DISK}::test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget"),
+    Mutant("slot-read-before-it-is-written", "reading ahead takes the place of what was updated",
+           "parallel/disk.py", "        for job in written:\n            job.result()\n", "",
+           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+    Mutant("updates-left-in-their-slots", "nothing comes back to the disk",
+           "parallel/disk.py", "        file.write(start, room[: stop - start])\n", "",
+           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+    Mutant("looked-at-too-early", "a checkpoint has states that are still being written",
+           "parallel/disk.py",
+           "        for slot in self._slots:\n            slot.wait()\n        self._asked",
+           "        self._asked",
+           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
     Mutant("input-kept-on-the-device", "a copy goes to the host, and what it is of stays",
            INPUTS, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
            f"{KEPT}::test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks"),

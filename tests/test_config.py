@@ -267,7 +267,6 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [
-        ({"zero": {"nvme_dir": "/disk"}}, "zero.nvme_dir: '/disk' is not available yet. Try None."),
         (
             {"parallel": {"pipeline": {"schedule": "zero_bubble"}}},
             "parallel.pipeline.schedule: 'zero_bubble' is not available yet. Try 'gpipe' or '1f1b'.",
@@ -281,6 +280,16 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
 )
 def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:
     assert problems(raw) == (problem,)
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("nvme_dir", "/disk", "'/disk'"), ("host_memory", "1KiB", "1024")])
+def test_what_serves_other_places_is_refused_where_everything_is_on_the_device(key: str, value: str, said: str) -> None:
+    assert problems({"zero": {key: value}}) == (
+        f"zero.{key}: {said} with tensor_placement_policy 'cuda', which keeps everything on the device. Try"
+        f" tensor_placement_policy='auto' or 'cpu', or {key}=None.",
+    )
+    for policy in ("cpu", "auto"):
+        assert parse({"zero": {key: value, "tensor_placement_policy": policy}}).zero.tensor_placement_policy == policy
 
 
 @pytest.mark.parametrize(
@@ -303,7 +312,7 @@ def test_all_problems_come_at_once_one_a_line() -> None:
     raw = {
         "modle": {"name": "opt-125m"},
         "parallel": {"tensor": {"mode": "2d", "size": 6}},
-        "zero": {"nvme_dir": "/disk"},
+        "zero": {"nvme_dir": 3},
         "train": {"steps": 0},
         "data": 3,
     }

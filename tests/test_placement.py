@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import parallel
 from parallel import shared_update, streaming
-from parallel.memory.policy import SAFETY, ChunkBytes, Moment, peak_of, plan
+from parallel.memory.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of, near, peak_of, plan
 from parallel.optim import AdamW
 from parallel.transfer import Placement, Tier
 from tests.harness import run
@@ -88,7 +88,7 @@ def lent(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
         seen += [found.loss, found.grad_norm, engine.evaluate([share_of(batch, engine)])]
     assert isinstance(engine.optimizer, AdamW)
     tensors = [x for chunk in engine.chunks for x in (chunk.own, chunk.master, *engine.optimizer.moments[chunk])]
-    tensors += [total.home for total in engine.gradients._sums if total.home is not None]
+    tensors += [chunk.gradient_home for chunk in engine.chunks if chunk.gradient_home is not None]
     return seen, sum(x.nbytes for x in tensors) / sum(chunk.size for chunk in engine.chunks)
 
 
@@ -128,20 +128,24 @@ def test_host_and_device_share_an_update(share: float, balance: tuple[float, flo
 def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
     """Every chunk in another place in every step."""
     engine = engine_of(rank, world_size, raw)
-    places = [Placement(parameters, states) for parameters in Tier for states in Tier]
+    places = [Placement(parameters, states) for parameters in (Tier.DEVICE, Tier.HOST) for states in Tier]
     for step, batch in enumerate(batches_of(6, batch=24)):
         engine.train_step(share_of(batch, engine))
         for i, chunk in enumerate(engine.chunks):
             engine.optimizer.place(chunk, places[(step + i) % len(places)])
+        for chunk in engine.chunks:
+            chunk.settle()
     assert len({chunk.placement for chunk in engine.chunks}) == len(places)
     return whole(engine, [chunk.master for chunk in engine.chunks])
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp64", 0), ("bf16", 1), ("fp64", 3)])
-def test_chunks_may_change_their_homes_between_any_two_steps(precision: str, stage: int) -> None:
+def test_chunks_may_change_their_homes_between_any_two_steps(precision: str, stage: int, tmp_path: Path) -> None:
     layout = "dp2-1d2"
     want = run(moved_never, 4, raw_of(layout, "cuda", stage, precision=precision))
-    got = run(moved_about, 4, raw_of(layout, "cuda", stage, precision=precision))
+    raw = raw_of(layout, "cpu", stage, precision=precision)
+    raw["zero"]["nvme_dir"] = str(tmp_path)
+    got = run(moved_about, 4, raw)
     assert all(torch.equal(got[0][name], want[0][name]) for name in want[0])
 
 
@@ -226,15 +230,21 @@ def test_a_budget_that_cannot_work_is_refused_on_every_rank_with_numbers() -> No
 
 @given(st.data())
 def test_a_plan_fits_and_everything_stays_where_everything_fits(data: st.DataObject) -> None:
-    sizes = st.builds(ChunkBytes, *(st.integers(1, 100) for _ in range(3)))
+    sizes = st.builds(ChunkBytes, *(st.integers(1, 100) for _ in range(6)), st.booleans(), st.booleans())
     chunks = data.draw(st.lists(sizes, min_size=1, max_size=8))
     some = st.frozensets(st.integers(0, len(chunks) - 1))
     moments = data.draw(st.lists(st.builds(Moment, st.integers(0, 300), some, some), min_size=1, max_size=5))
     budget, ratio = data.draw(st.integers(1, 4000)), data.draw(st.floats(0, 1))
-    found, allowed = plan(chunks, moments, budget, ratio), int(budget * SAFETY)
+    room, count = HostRoom(data.draw(st.integers(0, 2500)), data.draw(st.booleans())), len(chunks)
+    found, allowed = plan(chunks, moments, budget, ratio, room), int(budget * SAFETY)
     if found is None:
-        assert peak_of(chunks, moments, 0, 0) > allowed
+        assert peak_of(chunks, moments, 0, 0) > allowed or near(chunks, room) is None
         return
+    used = [host_of(chunks, found.num_states, found.num_parameters, k) for k in range(count + 1)]
+    assert used[found.num_near] <= room.budget
+    assert all(more > room.budget for more in used[found.num_near + 1 :])
+    assert found.num_states <= found.num_near <= count
+    assert room.has_disk or found.num_near == count
     assert found.peak == peak_of(chunks, moments, found.num_states, found.num_parameters) <= allowed
     if peak_of(chunks, moments, len(chunks), len(chunks)) <= allowed:
         assert (found.num_states, found.num_parameters) == (len(chunks), len(chunks))

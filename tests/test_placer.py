@@ -155,13 +155,13 @@ def test_a_resumed_run_goes_on_by_the_plan_it_had(layout: str, tmp_path: Path) -
 def updated_on_the_host(rank: int, world_size: int, raw: Raw) -> set[str]:
     """The names of the parameters, with everything left to the host that may be."""
     names: set[str] = set()
-    update: Callable[..., float] = shared_update._update_in_place
+    update: Callable[..., float] = shared_update.update_in_place
 
     def noted(parts: list[Part], *rest: Any) -> float:
         names.update(info.name for part in parts for info in part.chunk.infos)
         return update(parts, *rest)
 
-    shared_update._update_in_place = noted  # type: ignore[assignment]
+    shared_update.update_in_place = noted  # type: ignore[assignment]
     engine = engine_of(rank, world_size, raw)
     engine.optimizer.host_share = 1.0
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))

@@ -19,6 +19,7 @@ from parallel import checkpoint
 from parallel.collectives import barrier
 from parallel.context import DTYPES, Context, make_context
 from parallel.engine import Engine
+from parallel.engine_base import start_of
 from parallel.shards import together
 from training.metrics import Line, Meter, MetricsFile
 from training.plot import draw_loss
@@ -44,6 +45,7 @@ def run(job: Job) -> None:
     """Train as the job says, on this rank of a world in which every rank does so too."""
     context = make_context(job.config, job.place)
     is_first, world = job.place.rank == 0, context.mesh.world
+    check_room(context)
     screen = Screen(job.config, quiet=not is_first)
     notes = list(job.notes)
     with ExitStack() as until_the_end:
@@ -66,6 +68,15 @@ def run(job: Job) -> None:
             screen.close()
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+def check_room(context: Context) -> None:
+    """Whether the host and its disk hold what is not on the device, told before anything is made or touched.
+
+    Raises ConfigError, on every rank.
+    """
+    if context.config.zero.tensor_placement_policy != "cuda":
+        start_of(outline(context).infos, context)
 
 
 def make_engine(context: Context, job: Job) -> Engine:

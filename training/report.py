@@ -57,7 +57,8 @@ class Screen:
         if caption := cell_caption(inner):
             self.say(caption)
         home = {"cuda": "", "cpu": ", at home on the host", "auto": ", on the device as far as there is room"}
-        self.say(f"on each rank, without activations{home[config.zero.tensor_placement_policy]}")
+        spare = "" if config.zero.nvme_dir is None else f"; what the host has no room for in {config.zero.nvme_dir}"
+        self.say(f"on each rank, without activations{home[config.zero.tensor_placement_policy]}{spare}")
         self.console.print(_stages(preview))
 
     def timeline(self, preview: Preview) -> None:

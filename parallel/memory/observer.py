@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,8 +54,14 @@ class Observer:
         everything = frozenset(range(len(self.chunks)))
         return [*self.moments, Moment(self.moments[-1].working, self._present(), everything)]
 
-    def sizes(self, state_bytes: Callable[[Chunk], int]) -> list[ChunkBytes]:
-        return [ChunkBytes(chunk.whole_bytes, chunk.gradient_bytes, state_bytes(chunk)) for chunk in self.chunks]
+    def sizes(self, foreseen: Sequence[ChunkBytes], state_bytes: Callable[[Chunk], int]) -> list[ChunkBytes]:
+        """With the gradients that were seen: a user's own loop has its own microbatches; and a user's optimizer its own
+        states.
+        """
+        return [
+            replace(size, gradient=chunk.gradient_bytes, states=state_bytes(chunk))
+            for size, chunk in zip(foreseen, self.chunks, strict=True)
+        ]
 
     def _present(self) -> frozenset[int]:
         return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.untyped_storage().nbytes())

@@ -12,15 +12,12 @@ import torch
 from parallel.chunk import Chunk
 from parallel.collectives import all_reduce, gather_objects
 from parallel.config import ZeroConfig
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, size_text
 from parallel.memory.observer import Observer
-from parallel.memory.policy import ChunkBytes, Moment, Plan, peak_of, plan
+from parallel.memory.policy import ChunkBytes, Moment, Plan, near, peak_of, plan
+from parallel.memory.start import Start, alike, explaining_host
 from parallel.mesh import Axis
-from parallel.transfer import ON_DEVICE, Placement, Tier
-
-ON_HOST = Placement(Tier.HOST, Tier.HOST)
-STARTS: Mapping[str, Placement] = {"cuda": ON_DEVICE, "cpu": ON_HOST, "auto": ON_HOST}
-"""By policy: `auto` looks on for a step before it brings anything to the device."""
+from parallel.transfer import Placement, Tier
 
 Work: TypeAlias = tuple[int, ...]
 """How large a step is: numbers of which none may grow, lest it need more memory."""
@@ -68,8 +65,8 @@ class Placer:
     `say` hears what was planned and, some steps later, what came of it.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], optimizer: Placed, zero: ZeroConfig, world: Axis) -> None:
-        self.chunks, self.world, self.zero = list(chunks), world, zero
+    def __init__(self, chunks: Sequence[Chunk], optimizer: Placed, zero: ZeroConfig, world: Axis, start: Start) -> None:
+        self.chunks, self.world, self.zero, self.start = list(chunks), world, zero, start
         self.say: Callable[[str], None] = lambda text: None
         self.plan: Plan | None = None
         self._optimizer = optimizer
@@ -158,18 +155,19 @@ class Placer:
             return
         self._seen = [tuple(work) for work in state["work"]]
         self._known = {chunk.infos[0].unit for chunk in self.chunks}
-        self._place(state["moving"], state["peak"], state["host_share"])
+        self._place(state["moving"], self.start.sizes, state["peak"], state["host_share"])
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
         """A user whose batch does not fit is told so in a ConfigError, with what would help."""
         try:
-            yield
+            with explaining_host(self.start):
+                yield
         except torch.OutOfMemoryError as error:
-            lean = all(chunk.placement == ON_HOST for chunk in self.chunks)
+            lean = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in self.chunks)
             more = "" if lean else " Or try zero.tensor_placement_policy='auto', which moves what it can."
             raise ConfigError(
-                f"train.micro_batch_size: a step does not fit in zero.device_memory={_size(self.budget)}:"
+                f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(self.budget)}:"
                 f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
                 f" activation_checkpointing='full' or 'offload'.{more}"
             ) from error
@@ -186,7 +184,7 @@ class Placer:
     def _carry_out(self, observer: Observer, now: float) -> None:
         self._moments += observer.end()
         self._known |= self._used
-        sizes, count = observer.sizes(self._optimizer.state_bytes), len(self.chunks)
+        sizes, count = observer.sizes(self.start.sizes, self._optimizer.state_bytes), len(self.chunks)
         own = self._own_plan(sizes)
         wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
         # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed. The host's
@@ -195,7 +193,7 @@ class Placer:
         moving = max((moving for moving, _ in proposals), key=sum)
         states, parameters = self._staying(moving)
         peak = peak_of(sizes, self._moments, states, parameters)
-        self._place(moving, peak, min(share for _, share in proposals))
+        self._place(moving, sizes, peak, min(share for _, share in proposals))
         streamed = sum(size.states for size in sizes[states:]) / sum(size.states for size in sizes)
         spared = observer.waited({chunk.infos[0].unit for chunk in self.chunks[:parameters]})
         predicted = self._computed - self._began - spared + (now - self._computed) * streamed
@@ -204,16 +202,25 @@ class Placer:
     def _own_plan(self, sizes: Sequence[ChunkBytes]) -> Plan | None:
         if self.zero.tensor_placement_policy == "cpu":
             return None
-        return plan(sizes, self._moments, self.budget, self.zero.gpu_margin_mem_ratio)
+        return plan(sizes, self._moments, self.budget, self.zero.gpu_margin_mem_ratio, self.start.room)
 
-    def _place(self, moving: Sequence[int], peak: int, host_share: float) -> None:
-        """Give all but the last chunks their home on the device: so many of them have states, parameters that move."""
+    def _place(self, moving: Sequence[int], sizes: Sequence[ChunkBytes], peak: int, host_share: float) -> None:
+        """Give all but the last chunks their home on the device: so many of them have states, parameters that move. Of
+        these states the first are on the host, as far as there is room.
+        """
         states, parameters = self._staying(moving)
+        num_near = near(sizes, self.start.room, states, parameters)
+        if num_near is None:  # gradients are wider than was foreseen
+            num_near = states if self.start.room.has_disk else len(self.chunks)
+        num_near = alike(num_near, sizes, self.world)
+        for i, chunk in enumerate(self.chunks):  # what leaves the host gives room to what comes
+            home = Tier.DEVICE if i < parameters else Tier.HOST
+            self._optimizer.place(chunk, Placement(home, chunk.placement.states))
         for i, chunk in enumerate(self.chunks):
-            tiers = (Tier.DEVICE if i < limit else Tier.HOST for limit in (parameters, states))
-            self._optimizer.place(chunk, Placement(*tiers))
+            far = Tier.HOST if i < num_near else Tier.DISK
+            self._optimizer.place(chunk, Placement(chunk.placement.parameters, Tier.DEVICE if i < states else far))
         self._optimizer.host_share = host_share
-        self.plan, self._since = Plan(states, parameters, peak), 0
+        self.plan, self._since = Plan(states, parameters, num_near, peak), 0
         self._move(Phase.PLANNED)
 
     def _staying(self, moving: Sequence[int]) -> tuple[int, int]:
@@ -222,10 +229,12 @@ class Placer:
 
     def _planned(self) -> str:
         assert self.plan is not None
+        far = len(self.chunks) - self.plan.num_near
+        on_disk = f", states of {far} on the disk" if far else ""
         return (
             f"placement: states of {self.plan.num_states} and parameters of {self.plan.num_parameters} of"
-            f" {len(self.chunks)} chunks stay on the device; predicted peak {_size(self.plan.peak)} of"
-            f" {_size(self.budget)}"
+            f" {len(self.chunks)} chunks stay on the device{on_disk}; predicted peak {size_text(self.plan.peak)}"
+            f" of {size_text(self.budget)}"
         )
 
     def _is_surprised(self) -> bool:
@@ -246,8 +255,11 @@ class Placer:
         if self.zero.tensor_placement_policy == "cpu":
             return  # it is
         self.say("placement: the steps are others now; planning again")
-        for chunk in self.chunks:
-            self._optimizer.place(chunk, ON_HOST)
+        returns = [*zip(self.chunks, self.start.homes, strict=True)][::-1]
+        for chunk, home in returns:  # states first: some go on to the disk
+            self._optimizer.place(chunk, Placement(chunk.placement.parameters, home.placement.states))
+        for chunk, home in returns:
+            self._optimizer.place(chunk, home.placement)
         self._move(Phase.LEAN)
 
     def _move(self, phase: Phase) -> None:
@@ -279,7 +291,7 @@ class Placer:
         most = max(needed for needed, *_ in everywhere)
         if most > self.budget:
             raise ConfigError(
-                f"zero.device_memory: {_size(self.budget)} cannot hold {_size(most)}, the parameters"
+                f"zero.device_memory: {size_text(self.budget)} cannot hold {size_text(most)}, the parameters"
                 " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
                 " split the model by parallel.tensor or parallel.pipeline."
             )
@@ -287,13 +299,8 @@ class Placer:
     def _measured(self) -> str:
         if self._device.type != "cuda":
             return ""
-        return f"peak {_size(torch.cuda.max_memory_allocated(self._device))}, "
+        return f"peak {size_text(torch.cuda.max_memory_allocated(self._device))}, "
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def _size(count: int) -> str:
-    """Of so many bytes, as a user reads it."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -1,4 +1,6 @@
-"""What stays on a device that does not hold everything: a pure function of what was seen and what is allowed."""
+"""What stays on a device that does not hold everything, and on a host that does not either: pure functions of what was
+seen and what is allowed.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,11 +10,35 @@ SAFETY = 0.95  # of the device's memory: an allocator's blocks are not all full
 
 @dataclass(frozen=True)
 class ChunkBytes:
-    """Of a chunk on this rank: its parameters while they are whole, its gradient, its masters and moments."""
+    """Of a chunk on this rank: its parameters while they are whole, its gradient, its masters and moments; and what it
+    has on the host beside: parameters that are at home there, and a wide copy of the gradient while it is used.
+
+    Where parameters are as wide as masters, one memory serves both as long as they have one home; and a gradient that
+    `lends` lies where parameters do, if that is memory of their own. `buffers`: while its states are on a disk.
+    """
 
     parameters: int
     gradient: int
     states: int
+    own: int = 0
+    widened: int = 0
+    buffers: int = 0
+    is_wide: bool = False
+    lends: bool = False
+
+    def on_host(self, *, has_parameters: bool, has_states: bool) -> int:
+        """Its bytes there, of a chunk whose states are not on the device."""
+        own = self.own if has_parameters and not (self.is_wide and has_states) else 0
+        gradient = 0 if self.lends and own else self.gradient
+        return own + gradient + self.widened + (self.states if has_states else 0)
+
+
+@dataclass(frozen=True)
+class HostRoom:
+    """The bytes that chunks may have on the host; and whether a disk takes the states that are too many."""
+
+    budget: int
+    has_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,17 +55,21 @@ class Moment:
 @dataclass(frozen=True)
 class Plan:
     """The states of the first `num_states` chunks, in the order of a forward, and the parameters of the first
-    `num_parameters` are at home on the device; `peak` is what it will hold then, at most, in bytes.
+    `num_parameters` are at home on the device; `peak` is what it will hold then, at most, in bytes. Of the other states
+    those of the first `num_near` chunks are on the host, and the rest on a disk.
 
     First things first: a forward can begin with them while the others' update is still streaming.
     """
 
     num_states: int
     num_parameters: int
+    num_near: int
     peak: int
 
 
-def plan(chunks: Sequence[ChunkBytes], moments: Sequence[Moment], budget: int, margin_ratio: float) -> Plan | None:
+def plan(
+    chunks: Sequence[ChunkBytes], moments: Sequence[Moment], budget: int, margin_ratio: float, host: HostRoom
+) -> Plan | None:
     """The most that fits; None where not even the leanest does. If everything fits, nothing moves.
 
     States come before parameters: keeping a byte of them saves two or more copies that nothing hides, while a layer's
@@ -51,11 +81,33 @@ def plan(chunks: Sequence[ChunkBytes], moments: Sequence[Moment], budget: int, m
     if lean > allowed:
         return None
     if (everything := peak_of(chunks, moments, count, count)) <= allowed:
-        return Plan(count, count, everything)
+        return Plan(count, count, count, everything)
     for_states = lean + int((allowed - lean) * margin_ratio)
     num_states = _most(count, lambda k: peak_of(chunks, moments, k, 0) <= for_states)
     num_parameters = _most(count, lambda k: peak_of(chunks, moments, num_states, k) <= allowed)
-    return Plan(num_states, num_parameters, peak_of(chunks, moments, num_states, num_parameters))
+    num_near = near(chunks, host, num_states, num_parameters)
+    if num_near is None:
+        return None
+    return Plan(num_states, num_parameters, num_near, peak_of(chunks, moments, num_states, num_parameters))
+
+
+def near(chunks: Sequence[ChunkBytes], host: HostRoom, num_states: int = 0, num_parameters: int = 0) -> int | None:
+    """How many chunks' states need not be on a disk, at most; None where the host has too little room for the rest."""
+    count = len(chunks)
+    fewest = num_states if host.has_disk else count
+    fitting = (k for k in range(count, fewest - 1, -1) if host_of(chunks, num_states, num_parameters, k) <= host.budget)
+    return next(fitting, None)
+
+
+def host_of(chunks: Sequence[ChunkBytes], num_states: int, num_parameters: int, num_near: int) -> int:
+    """The bytes of chunks on the host, at most, with what streams states from a disk where any are."""
+    parameters = sum(chunk.own for chunk in chunks[num_parameters:num_states])
+    others = sum(
+        chunk.on_host(has_parameters=i >= num_parameters, has_states=i < num_near)
+        for i, chunk in enumerate(chunks)
+        if i >= num_states
+    )
+    return parameters + others + max((chunk.buffers for chunk in chunks[num_near:]), default=0)
 
 
 def peak_of(chunks: Sequence[ChunkBytes], moments: Sequence[Moment], num_states: int, num_parameters: int) -> int:

@@ -1,0 +1,397 @@
+"""Optimizer states on a disk: weights are as if they were on the device, and the host keeps to its budget."""
+
+import errno
+import gc
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import parallel
+from parallel import checkpoint, disk, streaming
+from parallel.chunk import Chunk
+from parallel.disk import Disk
+from parallel.memory.policy import host_of
+from parallel.transfer import Arrival, Placement, Tier
+from tests.harness import run
+from tests.parity import Raw, batches_of, engine_of, share_of, whole
+from tests.test_module_engine import MODELS
+from tests.test_module_engine import config_of as module_config
+from tests.test_module_engine import engine_of as module_engine
+from tests.test_module_state import train as train_module
+from tests.test_placement import LAYOUTS, raw_of
+
+CPU = torch.device("cpu")
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+BROKEN = OSError(errno.EIO, os.strerror(errno.EIO))
+PARTS = {"fp64": 512, "fp32": 1024, "bf16": 1024, "fp16": 1024}  # elements: a page of masters
+
+
+def on_disk(raw: Raw, folder: Path, *, host: int, policy: str = "cpu") -> Raw:
+    zero = raw["zero"] | dict(tensor_placement_policy=policy, host_memory=host, nvme_dir=str(folder))
+    return raw | dict(zero=zero)
+
+
+def in_small_parts(raw: Raw) -> None:
+    """A page of masters each; and little room for them."""
+    streaming.PART, disk.NUM_SLOTS = PARTS[raw["train"]["precision"]], 3
+
+
+def engine_in_parts(rank: int, world_size: int, raw: Raw) -> parallel.Engine:
+    in_small_parts(raw)
+    return engine_of(rank, world_size, raw)
+
+
+def room(rank: int, world_size: int, raw: Raw, kept: int) -> int:
+    """The bytes that a rank needs on its host for all but the states of its chunks from the `kept`th on."""
+    engine = engine_in_parts(rank, world_size, raw)
+    return host_of(engine.placer.start.sizes, 0, 0, kept)
+
+
+def budget_of(layout: str, stage: int, kept: int = 2, **options: Any) -> int:
+    return max(run(room, LAYOUTS[layout][0], raw_of(layout, "cpu", stage, **options), kept))
+
+
+def trained(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> dict[str, Any]:
+    """Steps, a checkpoint after the second, an overflow in the third where there are any; and what was where."""
+    engine = engine_in_parts(rank, world_size, raw)
+    losses, most, tiers = [], 0, set[Tier]()
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, engine.held()[Tier.HOST])
+
+    for layer in engine.stage.units.values():
+        layer.register_forward_pre_hook(count)
+        for parameter in layer.parameters():
+            parameter.register_hook(count)
+    for step, batch in enumerate(batches_of(steps, batch=24)):
+        if step == 2:
+            metadata = dict(counters=engine.counters())
+            pieces = engine.state_pieces(owned=True)
+            checkpoint.save(folder / "middle", pieces, metadata=metadata, axis=engine.mesh.world, keep=9)
+            if engine.loss_scale.is_dynamic:
+                engine.loss_scale.scale = 2.0**40
+        tiers |= {chunk.placement.states for chunk in engine.chunks}
+        losses.append(engine.train_step(share_of(batch, engine)).loss)
+        count()
+    return summary(engine, losses) | dict(most=most, tiers=tiers)
+
+
+def went_on(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> dict[str, Any]:
+    """From that checkpoint on."""
+    engine = engine_in_parts(rank, world_size, raw)
+    checkpoint.load(folder / "middle", engine.state_pieces())
+    engine.restore(checkpoint.read_metadata(folder / "middle")["counters"])
+    if engine.loss_scale.is_dynamic:
+        engine.loss_scale.scale = 2.0**40
+    losses = [engine.train_step(share_of(batch, engine)).loss for batch in batches_of(steps, batch=24)[2:]]
+    return summary(engine, losses)
+
+
+def summary(engine: parallel.Engine, losses: list[float]) -> dict[str, Any]:
+    for chunk in engine.chunks:
+        chunk.settle()
+    kinds = [[chunk.master for chunk in engine.chunks]]
+    kinds += [list(x) for x in zip(*(engine.optimizer._moments_of(c) for c in engine.chunks), strict=True)]  # type: ignore[union-attr]
+    states = [whole(engine, buffers) for buffers in kinds]
+    start = engine.placer.start
+    near = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
+    foreseen = host_of(start.sizes, 0, 0, near)
+    return dict(losses=losses, states=states, foreseen=foreseen)
+
+
+def assert_alike(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert got["losses"] == want["losses"][-len(got["losses"]) :]
+    for ours, theirs in zip(got["states"], want["states"], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage", "policy", "precision", "micro"),
+    [
+        ("single", 0, "cpu", "fp32", 24),
+        ("single", 0, "auto", "fp64", 4),
+        ("single", 0, "cpu", "fp16", 24),
+        ("pp2", 0, "cpu", "fp64", 4),
+        ("dp2-1d2", 2, "cpu", "bf16", 6),
+        ("dp2-1d2", 3, "auto", "fp64", 4),
+    ],
+)
+def test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget(
+    layout: str, stage: int, policy: str, precision: str, micro: int, tmp_path: Path
+) -> None:
+    """A checkpoint in the middle changes nothing either, and a run at home elsewhere goes on from it."""
+    options: dict[str, Any] = dict(precision=precision, micro_batch_size=micro)
+    ranks = LAYOUTS[layout][0]
+    plain, raw = (raw_of(layout, where, stage, **options) for where in ("cuda", policy))
+    budget = budget_of(layout, stage, 0 if policy == "auto" else 2, **options)
+    raw = on_disk(raw, tmp_path / "disk", host=budget, policy=policy)
+    want = run(trained, ranks, plain, tmp_path / "plain", 4)[0]
+    found = run(trained, ranks, raw, tmp_path, 4)
+    assert_alike(found[0], want)
+    for one in found:
+        assert 0 < one["most"] <= budget
+        assert policy == "auto" or one["most"] == one["foreseen"]
+    assert {Tier.DISK, Tier.DEVICE if policy == "auto" else Tier.HOST} <= set.union(*(one["tiers"] for one in found))
+    assert not list((tmp_path / "disk").iterdir())
+    assert_alike(run(went_on, ranks, plain, tmp_path, 4)[0], want)
+    assert_alike(run(went_on, ranks, raw, tmp_path / "plain", 4)[0], want)
+
+
+def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:
+    """Longer sequences after four steps: a plan is made again, and states go to the disk and come back meanwhile."""
+    engine = engine_in_parts(rank, world_size, raw)
+    place, most, losses, tiers = engine.optimizer.place, 0, [], set[Tier]()
+
+    def placed(chunk: Chunk, placement: Placement) -> None:
+        nonlocal most
+        place(chunk, placement)
+        most = max(most, engine.held()[Tier.HOST])
+
+    engine.optimizer.place = placed  # type: ignore[method-assign]
+    for step in range(8):
+        batch = batches_of(1, batch=24, sequence=4 if step < 4 else 6, seed=step)[0]
+        losses.append(engine.train_step(share_of(batch, engine)).loss)
+        tiers |= {chunk.placement.states for chunk in engine.chunks}
+    return summary(engine, losses) | dict(most=most, tiers=tiers)
+
+
+def test_a_plan_that_is_made_again_keeps_to_the_hosts_budget_on_its_way(tmp_path: Path) -> None:
+    budget = budget_of("single", 0, 0)
+    want = run(lengthened, 1, raw_of("single", "cuda", 0))[0]
+    found = run(lengthened, 1, on_disk(raw_of("single", "auto", 0), tmp_path, host=budget, policy="auto"))[0]
+    assert_alike(found, want)
+    assert found["tiers"] == set(Tier)
+    assert 0 < found["most"] <= budget
+
+
+def module_weights(rank: int, world_size: int, raw: Raw, model: str, folder: Path, passes: bool) -> dict[str, Tensor]:
+    """`passes`: an optimizer of torch's."""
+    in_small_parts(raw)
+    module = MODELS[model]()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if passes else None
+    engine, _ = module_engine(rank, world_size, raw, module, optimizer=optimizer)
+    assert (Tier.DISK in {chunk.placement.states for chunk in engine.chunks}) == ("nvme_dir" in raw["zero"])
+    train_module(engine, 0, 2)
+    engine.save_checkpoint(folder)
+    train_module(engine, 2, 4)
+    engine.load_checkpoint(folder)
+    train_module(engine, 2, 5)
+    return {piece.name + str(piece.box): piece.data.clone() for piece in engine.state_pieces(owned=True)}
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "host", "passes"),
+    [("plain", 0, 80, True), ("opt", 3, 80, True), ("plain", 0, 100, False), ("opt", 2, 100, False)],
+)
+def test_a_module_of_ones_own_too(model: str, stage: int, host: int, passes: bool, tmp_path: Path) -> None:
+    """What got no gradient is left alone, so that some parts do not begin with a page."""
+    raw = module_config(stage)
+    want = run(module_weights, 2, raw, model, tmp_path / "plain", passes)
+    got = run(module_weights, 2, on_disk(raw, tmp_path, host=1024 * host), model, tmp_path / "other", passes)
+    for ours, theirs in zip(got, want, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# -- files
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """On a disk that takes direct reads and writes, as a rule; and where there is nothing but the page cache."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    place = Path("/dev/shm") / f"colonnade-{os.getpid()}"
+    place.mkdir()
+    yield place
+    shutil.rmtree(place)
+
+
+def states_of(home: Disk, count: int) -> list[Tensor]:
+    return [home.empty(count * 1024 + 7, dtype, "state") for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+
+
+def parts_of(states: list[Tensor]) -> list[Any]:
+    return [tuple(x[k : k + 2048] for x in states) for k in range(0, len(states[0]), 2048)]
+
+
+def update(home: Disk, states: list[Tensor]) -> None:
+    """Every element by one, as an update would."""
+    parts = parts_of(states)
+    home.begin(parts)
+    for part in parts:
+        near = home.fetch()
+        assert [(len(x), x.dtype) for x in near] == [(len(x), x.dtype) for x in part]
+        for x in near:
+            x.add_(1)
+        home.store(Arrival())
+    home.end()
+
+
+def update_and_settle(home: Disk, states: list[Tensor]) -> None:
+    update(home, states)
+    home.settle()
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_files_are_the_same_in_parts_and_as_memory(folder: Path, count: int) -> None:
+    home = Disk(str(folder), 0, CPU)
+    states = states_of(home, count)
+    want = 0
+    for turn in range(4):
+        for _ in range(1 + turn % 2):
+            update(home, states)
+            want += 1
+        home.settle()
+        assert all((x == want).all() for x in states)
+        if turn:  # as a resumed run fills them
+            for x in states:
+                x.mul_(2)
+            want *= 2
+        if turn == 2:
+            states += states_of(home, 1)  # another chunk comes
+            del states[3:]
+
+
+def test_nothing_is_left_of_files_that_nobody_has(folder: Path) -> None:
+    def is_mapped() -> bool:
+        gc.collect()
+        return str(folder) in Path("/proc/self/maps").read_text()
+
+    home = Disk(str(folder), 0, CPU)
+    states = states_of(home, 5)
+    update(home, states)
+    assert not list(folder.iterdir())
+    assert is_mapped()
+    home.settle()
+    del states
+    assert not is_mapped()
+    assert not home.file_bytes
+
+
+@pytest.mark.parametrize(("call", "verb"), [("preadv", "read"), ("pwritev", "write")])
+def test_a_disk_that_fails_is_named(folder: Path, call: str, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Disk(str(folder), 3, CPU)
+    states = states_of(home, 40)
+    update(home, states)
+    home.settle()
+    monkeypatch.setattr(os, call, fails(BROKEN))
+    told = f"cannot {verb} {folder}/colonnade.rank_00003.state.*Input/output"
+    with pytest.raises(parallel.StorageError, match=told):
+        update_and_settle(home, states)
+
+
+# -- refusals
+
+
+def fails(error: Exception) -> Any:
+    """A function that does."""
+
+    def function(*_: Any, **__: Any) -> None:
+        raise error
+
+    return function
+
+
+def refused(rank: int, world_size: int, raw: Raw, trouble: str = "") -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        if trouble == "full":
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1024))
+        if trouble == "filling":
+            patch.setattr(os, "posix_fallocate", fails(NO_SPACE))
+        if trouble == "unpinned":
+            patch.setattr(parallel.chunk, "host_empty", fails(MemoryError("the driver refuses to pin 7 bytes.")))
+        try:
+            engine_in_parts(rank, world_size, raw)
+        except parallel.ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_a_host_that_is_too_small_is_refused_on_every_rank_with_numbers_and_cures(tmp_path: Path) -> None:
+    raw = raw_of("pp2", "cpu", 0)
+    least, everything = budget_of("pp2", 0, 0), budget_of("pp2", 0, 99)
+    for said in run(refused, 2, raw | dict(zero=raw["zero"] | dict(host_memory=everything - 1))):
+        assert said.startswith("zero.host_memory: a rank needs 0.")
+        assert "MiB is zero.host_memory. Give it more, or try" in said
+        assert "zero.nvme_dir (a folder" in said
+    for said in run(refused, 2, on_disk(raw, tmp_path, host=least - 1)):
+        assert "on the disk" in said
+        assert "zero.nvme_dir (a folder" not in said
+    assert run(refused, 2, on_disk(raw, tmp_path, host=least)) == ["", ""]
+
+
+def test_a_folder_that_cannot_be_used_is_refused_on_every_rank(tmp_path: Path) -> None:
+    raw, file = raw_of("pp2", "cpu", 0), tmp_path / "file"
+    file.touch()
+    for said in run(refused, 2, on_disk(raw, file, host=2**20)):
+        assert said.startswith(f"zero.nvme_dir: cannot write in {file}: ")
+    for said in run(refused, 2, on_disk(raw, tmp_path, host=budget_of("pp2", 0, 0)), "full"):
+        assert "has 0.00 MiB free, and the optimizer states of its 2 ranks need 0." in said
+    said = run(refused, 1, on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0)), "filling")[0]
+    assert f"zero.nvme_dir: {tmp_path} has no room for" in said
+    assert "No space left" in said
+
+
+def test_memory_that_cannot_be_pinned_is_explained() -> None:
+    said = run(refused, 1, raw_of("single", "cpu", 0), "unpinned")[0]
+    assert said.startswith("zero.host_memory: the host has no room for this rank's chunks")
+    assert "refuses to pin 7 bytes." in said
+
+
+def breaks_down(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[str, str]:
+    """A checkpoint, then one that fills its disk; an update whose disk breaks, and a checkpoint after it."""
+
+    engine = engine_in_parts(rank, world_size, raw)
+    batches = [share_of(batch, engine) for batch in batches_of(5, batch=24)]
+
+    def save(step: int) -> None:
+        target = checkpoint.step_folder(folder, step)
+        pieces = engine.state_pieces(owned=True)
+        checkpoint.save(target, pieces, metadata=engine.counters(), axis=engine.mesh.world, keep=1)
+
+    def go_on(first: int, last: int) -> None:
+        """What was changed is written while others go on."""
+        for batch in batches[first - 1 : last]:
+            engine.train_step(batch)
+
+    go_on(1, 1)
+    save(1)
+    go_on(2, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fails(NO_SPACE))
+        with pytest.raises(parallel.CheckpointError) as first:
+            save(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwritev", fails(BROKEN))
+        with pytest.raises(parallel.StorageError) as second:
+            go_on(3, 4)
+    return str(first.value), str(second.value)
+
+
+def test_a_disk_that_fails_leaves_the_last_checkpoint_as_it_was(tmp_path: Path) -> None:
+    raw = on_disk(raw_of("single", "cpu", 0), tmp_path / "disk", host=budget_of("single", 0))
+    full, broken = run(breaks_down, 1, raw, tmp_path / "run")[0]
+    assert "No space left" in full
+    assert "colonnade.rank_00000" in broken
+    latest = checkpoint.resolve_latest(tmp_path / "run" / "checkpoints")
+    assert latest == checkpoint.step_folder(tmp_path / "run", 1)
+    assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_000001"]
+    engine_from(raw, latest)
+
+
+def engine_from(raw: Raw, folder: Path) -> None:
+    assert run(reads, 1, raw, folder) == [1.0]
+
+
+def reads(rank: int, world_size: int, raw: Raw, folder: Path) -> float:
+    engine = engine_in_parts(rank, world_size, raw)
+    checkpoint.load(folder, engine.state_pieces())
+    return float(checkpoint.read_metadata(folder)["step"])
