@@ -1,18 +1,22 @@
 """OPT in bf16 on one GPU whose memory is capped: tokens a second and peak, a line for each batch and placement.
 
-    python -m benchmarks.offload --model opt-1.3b --device-memory 6GiB --policies auto fsdp2 --batches 6 24 [--steps 4]
+    python -m benchmarks.offload table-1.3b table-2.7b table-6.7b                     # beside FSDP2
+    python -m benchmarks.offload largest-6.7b largest-13b largest-18b --warm-up 2 --steps 3
+    python -m benchmarks.offload --model opt-1.3b --device-memory 6GiB --policies auto fsdp2 --batches 6 24
 
 Random weights, sequences of 1024 random tokens, fp32 masters and moments, clipping, activations recomputed. A policy
-is one of `zero.tensor_placement_policy`, or fsdp2: Hugging Face's model under torch's FSDP2 with its CPU offload.
+is one of `zero.tensor_placement_policy`, or fsdp2: Hugging Face's model under torch's FSDP2 with its CPU offload. Each
+line's `floor` is what no program could do without: see `floor_of`.
 """
 
 import argparse
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,53 +29,123 @@ import models
 import parallel
 from benchmarks.peers import adamw
 from benchmarks.workload import Step
-from models.shapes import NAMED, OPTShape, resolve, shape_of
+from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve, shape_of
 from parallel.config import parse
+from parallel.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes
 
 SEQUENCE, LR = 1024, 1e-4
-WARM_UP = 4  # steps
+MATMUL, COPY, UPDATE = 790e12, 55e9, 0.24e-9  # FLOP/s in bf16; bytes/s each way; seconds an element
+
+Contender: TypeAlias = tuple[Step, OPTShape, parallel.Engine | None]
 
 
-def measure(model: str, zero: dict[str, Any], batch: int, steps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    """A model (its shape possibly changed) under a cap, and what its config says besides."""
+
+    model: str
+    device_memory: str
+    policy: str
+    batch: int
+    shape: Mapping[str, int] = field(default_factory=dict)
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        changes = {**self.shape, **self.train, **self.optimizer}
+        return " ".join((self.model, *(f"{key}={value}" for key, value in changes.items())))
+
+
+LEAN = dict(state_dtype="bf16")
+DISK = dict(nvme_dir="/tmp/colonnade")
+WIDER = dict(hidden_size=6144, word_embed_proj_dim=6144, ffn_dim=24576, num_attention_heads=48)
+
+SETS = {
+    "table-1.3b": [
+        Case("opt-1.3b", "6GiB", "auto", 24),
+        Case("opt-1.3b", "6GiB", "fsdp2", 6),
+        Case("opt-1.3b", "12GiB", "auto", 48),
+        Case("opt-1.3b", "12GiB", "fsdp2", 16),
+        Case("opt-1.3b", "24GiB", "auto", 8),
+        Case("opt-1.3b", "24GiB", "auto", 16),
+        Case("opt-1.3b", "24GiB", "fsdp2", 8),
+    ],
+    "lean-1.3b": [
+        Case("opt-1.3b", "6GiB", "auto", 24, optimizer=LEAN),
+        Case("opt-1.3b", "6GiB", "auto", 48, train=dict(activation_checkpointing="offload")),
+        Case("opt-1.3b", "6GiB", "auto", 24, zero=DISK | dict(host_memory="10GiB"), optimizer=LEAN),
+    ],
+    "table-2.7b": [Case("opt-2.7b", "24GiB", "auto", 8), Case("opt-2.7b", "24GiB", "fsdp2", 8)],
+    "table-6.7b": [Case("opt-6.7b", "24GiB", "auto", 48), Case("opt-6.7b", "24GiB", "fsdp2", 24)],
+    "largest-6.7b": [Case("opt-6.7b", "6GiB", "auto", 8)],
+    "largest-13b": [Case("opt-13b", "24GiB", "auto", 32, zero=DISK, optimizer=LEAN)],
+    "largest-18b": [Case("opt-13b", "24GiB", "auto", 16, shape=WIDER, zero=DISK, optimizer=LEAN)],
+}
+
+
+def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
     """Seconds of each step, the losses, and the most bytes on the device and the host."""
     start = time.perf_counter()
-    build = fsdp2 if zero["tensor_placement_policy"] == "fsdp2" else ours
-    step, shape = build(model, zero, batch)
+    step, shape, engine = fsdp2(case) if case.policy == "fsdp2" else ours(case)
     ready = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, shape.vocab_size, (batch, SEQUENCE), generator=generator)
+    ids = torch.randint(4, shape.vocab_size, (case.batch, SEQUENCE), generator=generator)
     seconds, losses = [], []
-    for _ in range(WARM_UP + steps):
+    for _ in range(warm_up + steps):
         start = time.perf_counter()
         losses.append(step(ids))
         seconds.append(time.perf_counter() - start)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return dict(
-        ready=ready, seconds=seconds[WARM_UP:], losses=losses, device=peak_device_bytes(device), host=peak_host_bytes()
+        ready=ready,
+        seconds=seconds[warm_up:],
+        losses=losses,
+        device=peak_device_bytes(device),
+        host=peak_host_bytes(),
+        floor=floor_of(shape, case.batch, engine),
+        elements=parameter_count(shape),
+        tiers={} if engine is None else {tier.name.lower(): count for tier, count in engine.held().items()},
     )
 
 
-def ours(model: str, zero: dict[str, Any], batch: int) -> tuple[Step, OPTShape]:
-    train = dict(global_batch_size=batch, micro_batch_size=batch, precision="bf16", activation_checkpointing="full")
+def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> float:
+    """The seconds that a step cannot be done without, at the rates of an H200 with 16 cores. Matmuls (the recomputed
+    forward among them) or copies, whichever is longer: a parameter on the host comes twice, in bf16, and its gradient
+    goes once, the other way. Then the update of states on the host, which waits for the norm of all gradients.
+    """
+    chunks = [] if engine is None else engine.chunks
+    count = sum(chunk.size for chunk in chunks) or parameter_count(shape)
+    on_host = [sum(c.size for c in chunks if c.placement.parameters is Tier.HOST) if chunks else count]
+    on_host += [sum(c.size for c in chunks if c.placement.states is not Tier.DEVICE) if chunks else count]
+    parameters, states = on_host
+    matmuls = batch * SEQUENCE * flops_per_token(shape, SEQUENCE) * (4 / 3) / MATMUL
+    return max(matmuls, 2 * 2 * parameters / COPY, 2 * states / COPY) + states * UPDATE
+
+
+def ours(case: Case) -> Contender:
+    train = dict(global_batch_size=case.batch, micro_batch_size=case.batch, precision="bf16")
+    zero = dict(tensor_placement_policy=case.policy, device_memory=case.device_memory)
     config: dict[str, Any] = dict(
-        model=dict(name=model, dropout=0.0),
+        model=dict(name=case.model, dropout=0.0, **case.shape),
         data=dict(sequence_length=SEQUENCE),
-        train=train,
-        zero=zero,
+        train={**train, "activation_checkpointing": "full", **case.train},
+        zero={**zero, **case.zero},
         lr_scheduler=dict(kind="constant", warmup_steps=0),
-        optimizer=dict(lr=LR),
+        optimizer={"lr": LR, **case.optimizer},
     )
     context = parallel.launch_from_torch(config, resolve=resolve)
     engine = parallel.Engine(models.build(context), context)
     engine.placer.say = lambda text: print(text, flush=True)
-    return lambda ids: engine.train_step({"input_ids": ids}).loss, shape_of(context.config)
+    return lambda ids: engine.train_step({"input_ids": ids}).loss, shape_of(context.config), engine
 
 
-def fsdp2(model: str, zero: dict[str, Any], batch: int) -> tuple[Step, OPTShape]:
+def fsdp2(case: Case) -> Contender:
     from transformers import OPTConfig, OPTForCausalLM
 
-    config = parse(dict(model=dict(name=model, dropout=0.0), zero=dict(device_memory=zero["device_memory"])))
+    config = parse(dict(model=dict(name=case.model, dropout=0.0), zero=dict(device_memory=case.device_memory)))
     shape = shape_of(config)
     device = torch.device("cuda", 0)
     total = torch.cuda.get_device_properties(device).total_memory
@@ -100,36 +174,52 @@ def fsdp2(model: str, zero: dict[str, Any], batch: int) -> tuple[Step, OPTShape]
         optimizer.zero_grad()
         return loss.item()
 
-    return step, shape
+    return step, shape, None
+
+
+def show(case: Case, warm_up: int, steps: int) -> None:
+    """In a process of its own: what one leaves on a device or a host must not trouble the next."""
+    name = f"{case.name} {case.device_memory} {case.policy:<5} batch {case.batch}"
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            found = pool.submit(measure, case, warm_up, steps).result()
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            return
+    seconds = median(found["seconds"])
+    memory = " ".join(f"{tier} {found[tier] / 2**30:.2f}" for tier in ("device", "host") if found[tier])
+    print(
+        f"{name}: {case.batch * SEQUENCE / seconds:.0f} tokens/s, a step {seconds:.3f} s, floor {found['floor']:.3f} s;"
+        f" peak GiB: {memory}; ready in {found['ready']:.0f} s;"
+        f" losses {' '.join(f'{loss:.4f}' for loss in found['losses'])}",
+        flush=True,
+    )
+    if found["tiers"]:
+        tiers = (f"{tier} {count / found['elements']:.2f}" for tier, count in found["tiers"].items())
+        print(f"    {found['elements'] / 1e9:.2f}e9 parameters; bytes of each: {', '.join(tiers)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"cases that belong together: {', '.join(SETS)}")
     parser.add_argument("--model", choices=NAMED, default="opt-1.3b")
     parser.add_argument("--device-memory", default="6GiB")
     parser.add_argument("--policies", nargs="+", default=["cpu"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16])
     parser.add_argument("--margin", type=float, default=0.8, help="zero.gpu_margin_mem_ratio")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps, after four that are not")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before those that are timed; a plan takes two")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
     arguments = parser.parse_args()
-    for policy in arguments.policies:
-        for batch in arguments.batches:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                zero = dict(tensor_placement_policy=policy, device_memory=arguments.device_memory)
-                zero |= dict(gpu_margin_mem_ratio=arguments.margin)
-                try:
-                    found = pool.submit(measure, arguments.model, zero, batch, arguments.steps).result()
-                except Exception as error:
-                    print(f"{policy:<5} batch {batch}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                    continue
-            speed = batch * SEQUENCE / median(found["seconds"])
-            memory = " ".join(f"{name} {found[name] / 2**30:.2f}" for name in ("device", "host") if found[name])
-            losses = " ".join(f"{loss:.4f}" for loss in found["losses"])
-            print(
-                f"{arguments.model} {arguments.device_memory} {policy:<5} batch {batch}: {speed:.0f} tokens/s, a step"
-                f" {median(found['seconds']):.3f} s; GiB: {memory}; ready in {found['ready']:.0f} s; losses {losses}",
-                flush=True,
-            )
+    if strangers := set(arguments.sets) - set(SETS):
+        parser.error(f"there is no set {', '.join(strangers)}, but {', '.join(SETS)}")
+    zero = dict(gpu_margin_mem_ratio=arguments.margin)
+    cases = [
+        Case(arguments.model, arguments.device_memory, policy, batch, zero=zero)
+        for policy in arguments.policies
+        for batch in arguments.batches
+    ]
+    for case in [case for name in arguments.sets for case in SETS[name]] if arguments.sets else cases:
+        show(case, arguments.warm_up, arguments.steps)
 
 
 if __name__ == "__main__":

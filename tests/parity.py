@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ SHAPE = dict(
     dropout=0.0,
 )
 PROJECTED = SHAPE | dict(word_embed_proj_dim=12, do_layer_norm_before=False)  # as opt-350m
+AnyEngine = TypeVar("AnyEngine", bound=EngineBase)
 BOUND = {"fp64": 1e-9, "fp32": 1e-5}
 
 
@@ -188,7 +189,14 @@ def engine_of(rank: int, world_size: int, raw: Raw) -> Engine:
     config = parse(raw, world_size=world_size, resolve=resolve)
     context = make_context(config, Place(rank, world_size, rank, world_size))
     torch.set_num_threads(1)
-    return Engine(build(context), context)
+    return updating_in_one_place(Engine(build(context), context))
+
+
+def updating_in_one_place(engine: AnyEngine) -> AnyEngine:
+    """On a GPU, all updates there: the host's AdamW rounds otherwise, and homes are compared bit for bit."""
+    if engine.mesh.device.type == "cuda":
+        engine.optimizer.host_share = 0.0
+    return engine
 
 
 def share_of(batch: Mapping[str, Tensor], engine: Engine) -> Batch:
@@ -223,6 +231,13 @@ def relative(got: Tensor, want: Tensor) -> float:
     """The Frobenius norm of the difference, relative to that of what is wanted."""
     difference = (got.double() - want.double()).norm()
     return float(difference / want.double().norm()) if difference else 0.0  # both may be zero
+
+
+def assert_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """Equal to the last bit, on whatever device they are."""
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert torch.equal(got[name].cpu(), x.cpu()), name
 
 
 def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:

@@ -19,7 +19,7 @@ from parallel.disk import Disk
 from parallel.memory.policy import host_of
 from parallel.transfer import Arrival, Placement, Tier
 from tests.harness import run
-from tests.parity import Raw, batches_of, engine_of, share_of, whole
+from tests.parity import Raw, assert_bits, batches_of, engine_of, share_of, whole
 from tests.test_module_engine import MODELS
 from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
@@ -109,7 +109,7 @@ def summary(engine: parallel.Engine, losses: list[float]) -> dict[str, Any]:
 def assert_alike(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert got["losses"] == want["losses"][-len(got["losses"]) :]
     for ours, theirs in zip(got["states"], want["states"], strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert_bits(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_module_of_ones_own_too(model: str, stage: int, host: int, passes: boo
     want = run(module_weights, 2, raw, model, tmp_path / "plain", passes)
     got = run(module_weights, 2, on_disk(raw, tmp_path, host=1024 * host), model, tmp_path / "other", passes)
     for ours, theirs in zip(got, want, strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert_bits(ours, theirs)
 
 
 # -- files

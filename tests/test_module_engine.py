@@ -15,7 +15,7 @@ from parallel.config import parse
 from parallel.context import Place, make_context, use
 from parallel.module_engine import ModuleEngine
 from tests.harness import run
-from tests.parity import Raw, Trace, compare, whole
+from tests.parity import Raw, Trace, compare, updating_in_one_place, whole
 
 Batch = dict[str, Tensor]
 
@@ -151,7 +151,7 @@ def engine_of(rank: int, world_size: int, raw: Raw, module: nn.Module, **more: A
     use(make_context(config, Place(rank, world_size, rank, world_size)))
     torch.set_num_threads(1)
     engine, _, _, scheduler = parallel.initialize(module, **more)
-    return engine, scheduler
+    return updating_in_one_place(engine), scheduler
 
 
 def config_of(stage: int, *, precision: str = "fp64", **train: Any) -> Raw:

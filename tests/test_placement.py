@@ -14,7 +14,19 @@ from parallel.memory.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of
 from parallel.optim import AdamW
 from parallel.transfer import Placement, Tier
 from tests.harness import run
-from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, engine_of, share_of, train, whole
+from tests.parity import (
+    SHAPE,
+    Raw,
+    Trace,
+    assert_bits,
+    batches_of,
+    config_of,
+    engine_of,
+    relative,
+    share_of,
+    train,
+    whole,
+)
 from tests.test_module_engine import MODELS, batches, loss_of
 from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
@@ -28,14 +40,6 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
     "2.5d-depth2": (8, dict(tensor=dict(mode="2.5d", size=8, depth=2))),
 }
 BUDGETS = {"single": "200KiB", "pp2": "150KiB", "dp2-1d2": "120KiB"}  # some of it must move
-
-
-def assert_same(got: Trace, want: Trace) -> None:
-    """Bit for bit; on a GPU, where a share of the masters is updated by the host's AdamW, as near as fp64 comes."""
-    if torch.cuda.is_available():
-        compare(got, want, 1e-12, wide=True)
-    else:
-        assert_equal(got, want)
 
 
 def raw_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **options: Any) -> Raw:
@@ -67,7 +71,7 @@ def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: i
     for policy in policies:
         if policy == "auto" and torch.cuda.is_available():
             continue  # its allocator cannot be capped at some KiB
-        assert_same(trace_of(layout, policy, stage), want)
+        assert_equal(trace_of(layout, policy, stage), want)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -121,7 +125,10 @@ def halves(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str
 def test_host_and_device_share_an_update(share: float, balance: tuple[float, float]) -> None:
     want = run(halves, 1, raw_of("single", "cuda", 0, precision="bf16"), 0.0)[0]
     got = run(halves, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
-    assert all(torch.equal(got[0][name], want[0][name]) for name in want[0])
+    if share and torch.cuda.is_available():  # whose AdamW rounds otherwise
+        assert all(relative(got[0][name], want[0][name]) <= 1e-5 for name in want[0])
+    else:
+        assert_bits(got[0], want[0])
     assert balance[0] <= got[1] <= balance[1]
 
 
@@ -172,7 +179,7 @@ def test_a_module_of_ones_own_too(model: str, stage: int) -> None:
         zero = dict(stage=stage, tensor_placement_policy=policy, device_memory=memory)
         got = run(module_weights, 2, raw | dict(zero=zero), model)
         for ours, theirs in zip(got, want, strict=True):
-            assert all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in theirs)
+            assert_bits(ours, theirs)
 
 
 def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
