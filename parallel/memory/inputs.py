@@ -55,7 +55,9 @@ class InputsOnHost:
         with saved_tensors_hooks(self._pack, self._unpack):  # within it, the checkpoint's own take their place
             return checkpoint(call, *travelling)
 
-    def _pack(self, x: Tensor) -> "Kept":
+    def _pack(self, x: Tensor) -> "Kept | Tensor":
+        if not x.numel():  # of the checkpoint's own
+            return x
         newest = self._newest()
         if newest is not None:
             newest.leave()
@@ -63,7 +65,9 @@ class InputsOnHost:
         self._newest = weakref.ref(kept)  # it lives as long as autograd's graph
         return kept
 
-    def _unpack(self, kept: "Kept") -> Tensor:
+    def _unpack(self, kept: "Kept | Tensor") -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
         x = kept.take()
         before = kept.before()
         if before is not None:
