@@ -38,12 +38,12 @@ def start_of(
     """Where the chunks of these parameters will be at home, in steps of the config's number of microbatches or another;
     `is_torchs`: with an optimizer of torch's. Raises ConfigError, on every rank, where there is too little room.
     """
-    zero, optimizer, place = context.config.zero, context.config.optimizer, context.place
-    num_microbatches = num_microbatches or context.config.num_microbatches(place.world_size) or 2
-    outlines = outlines_of(infos, context.dtype, zero=zero.stage)
-    sizes = [bytes_of(outline, num_microbatches, optimizer, is_torchs=is_torchs) for outline in outlines]
+    config, place = context.config, context.place
+    num_microbatches = num_microbatches or config.num_microbatches(place.world_size) or 2
+    outlines = outlines_of(infos, context.dtype, zero=config.zero.stage)
+    sizes = [bytes_of(outline, num_microbatches, config.optimizer, is_torchs=is_torchs) for outline in outlines]
     return start(
-        outlines, sizes, zero, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
+        outlines, sizes, config, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
     )
 
 

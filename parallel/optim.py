@@ -145,6 +145,10 @@ class AdamW:
         """The share with which neither side would have waited for the other in the last update."""
         return self._shared.balance()
 
+    def gain(self, share: float) -> float:
+        """The seconds that the last update would have been shorter by with this share."""
+        return self._shared.gain(share)
+
     def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if chunk not in self.moments:
             tier, dtype = chunk.placement.states, moment_dtype(chunk.master.dtype, self.config)
@@ -373,6 +377,9 @@ class TorchOptimizer:
 
     def balance(self) -> float:
         return self.host_share
+
+    def gain(self, share: float) -> float:
+        return 0.0
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,23 @@ from parallel.transfer import Placement, Tier
 
 HOST_PART = 2**20  # elements: what one pass over them leaves in the caches, the next finds there
 FIRST_SHARE = 0.25  # of the elements are the host's, until both sides have been timed
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two did in a run."""
+
+    elements: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Elements a second; 0 where it did none."""
+        return self.elements / (self.seconds or 1e-9)
+
+    def at(self, rate: float) -> float:
+        """The seconds that it would have needed."""
+        return self.elements / rate if rate else 0.0
 
 
 class SharedUpdate:
@@ -26,7 +44,7 @@ class SharedUpdate:
         self._clock = clock_of(device)
         self._stream = Stream(device)
         self._thread = ThreadPoolExecutor(1, "update")
-        self._rates: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0)
+        self._last: Callable[[], tuple[Side, Side]] = lambda: (Side(0, 0.0), Side(0, 0.0))
 
     def run(self, wholes: Sequence[Part], on_device: Update, on_host: Update) -> None:
         """Each one's home as one or the other update leaves the parts of it that are given to it."""
@@ -37,17 +55,24 @@ class SharedUpdate:
             self._stream.run(streamed, on_device)
         ended = self._clock.now()
         seconds = host.result()
-        self._rates = lambda: (
-            _elements(streamed) / (self._clock.seconds(begun, ended) or 1e-9),
-            _elements(left) / (seconds or 1e-9),
+        self._last = lambda: (
+            Side(_elements(streamed), self._clock.seconds(begun, ended)),
+            Side(_elements(left), seconds),
         )
 
     def balance(self) -> float:
         """The share, to a sixteenth, with which both sides would have needed as long, each as fast as in the last run,
         which the device must have done.
         """
-        device, host = self._rates()
+        device, host = (side.rate for side in self._last())
         return round(16 * host / (device + host)) / 16 if host else self.share
+
+    def gain(self, share: float) -> float:
+        """The seconds that this share would have spared the last run, which the device must have done."""
+        device, host = self._last()
+        count = device.elements + host.elements
+        took = max(device.seconds, host.seconds)
+        return took - max(Side(count * (1 - share), 0.0).at(device.rate), Side(count * share, 0.0).at(host.rate))
 
     def _split(self, parts: Sequence[Part]) -> tuple[Sequence[Part], Sequence[Part]]:
         streamed, left = [], list[Part]()

@@ -3,8 +3,9 @@
 import gc
 import os
 import statistics
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from transformers import OPTConfig, OPTForCausalLM
 import parallel
 from models import build
 from models.shapes import resolve
+from parallel import disk
 from parallel.config import parse
 from parallel.context import Place, make_context, use
 from parallel.engine import Engine
 from parallel.module_engine import ModuleEngine
+from parallel.transfer import Tier
 from tests.harness import run
 
 STEPS = range(200, 2001, 200)
@@ -74,21 +77,54 @@ def sample() -> Sample:
     )
 
 
-def config_of(stage: int) -> dict[str, Any]:
+def on_host(memory: str) -> dict[str, Any]:
+    """So little of it that some states are on a disk."""
+    return dict(
+        model=dict(num_hidden_layers=6),
+        zero=dict(tensor_placement_policy="cpu", host_memory=memory, nvme_dir=tempfile.gettempdir()),
+        train=dict(activation_checkpointing="offload"),
+        optimizer=dict(state_dtype="bf16"),
+    )
+
+
+PLANNED: dict[str, Any] = dict(zero=dict(tensor_placement_policy="auto", device_memory="48KiB"))
+KINDS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours on host and disk": on_host("80KiB"),
+    "ours by a plan": PLANNED,
+    "a module": {},
+}
+KINDS |= {"a module on host and disk": on_host("100KiB"), "a module by a plan": PLANNED}
+
+
+def config_of(changes: Mapping[str, Any]) -> dict[str, Any]:
     train = dict(global_batch_size=4, micro_batch_size=2, device="cpu", steps=STEPS.stop)
-    return dict(model=SHAPE, data=dict(sequence_length=8), zero=dict(stage=stage), train=train)
+    base: dict[str, Any] = dict(model=SHAPE, data=dict(sequence_length=8), zero=dict(stage=3), train=train)
+    return base | {name: base.get(name, {}) | section for name, section in changes.items()}
 
 
 def engine_of(rank: int, world_size: int, kind: str) -> Engine | ModuleEngine:
-    config = parse(config_of(3), world_size=world_size, resolve=resolve)
+    disk.NUM_SLOTS = 2
+    raw = config_of(KINDS[kind])
+    config = parse(raw, world_size=world_size, resolve=resolve)
     context = use(make_context(config, Place(rank, world_size)))
-    if kind == "ours":
+    if kind.startswith("ours"):
         return Engine(build(context), context)
     with parallel.sharded_init():
-        model = OPTForCausalLM(OPTConfig(**SHAPE, word_embed_proj_dim=SHAPE["hidden_size"]))
+        model = OPTForCausalLM(OPTConfig(**raw["model"], word_embed_proj_dim=SHAPE["hidden_size"]))
     engine: ModuleEngine
-    engine, *_ = parallel.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    passed = torch.optim.AdamW(model.parameters(), lr=1e-4) if kind == "a module" else None
+    engine, *_ = parallel.initialize(model, passed)
     return engine
+
+
+def tiers_of(rank: int, world_size: int, kind: str) -> set[Tier]:
+    """Where something is after some steps."""
+    engine = engine_of(rank, world_size, kind)
+    ids = torch.randint(4, SHAPE["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(rank))
+    for _ in range(4):
+        engine.train_step({"input_ids": ids})
+    return {tier for tier, count in engine.held().items() if count}
 
 
 LEAKS: dict[str, Callable[[], Any]] = {
@@ -114,7 +150,7 @@ def samples_of(rank: int, world_size: int, kind: str, steps: range, leak: str = 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ours", "a module"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_thousand_steps_leave_nothing_behind(kind: str) -> None:
     """At stage 3, on two ranks. After a warm-up every count stays the same.
 
@@ -131,6 +167,12 @@ def growth(samples: list[Sample]) -> float:
     third = len(samples) // 3
     first, last = (statistics.median(one.resident for one in part) for part in (samples[:third], samples[-third:]))
     return last - first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_runs_are_where_their_names_say(kind: str) -> None:
+    tiers = {"disk": {Tier.HOST, Tier.DISK}, "plan": {Tier.DEVICE, Tier.HOST}}.get(kind.split()[-1], {Tier.DEVICE})
+    assert all(found == tiers for found in run(tiers_of, 2, kind))
 
 
 @pytest.mark.slow

@@ -132,6 +132,17 @@ def test_host_and_device_share_an_update(share: float, balance: tuple[float, flo
     assert balance[0] <= got[1] <= balance[1]
 
 
+def test_what_another_share_of_an_update_would_take_is_foreseen() -> None:
+    """The host has half of the device's rate, so a third is its share."""
+    shared = shared_update.SharedUpdate(torch.device("cpu"))
+    shared._last = lambda: (shared_update.Side(600, 3.0), shared_update.Side(200, 2.0))  # 200 and 100 a second
+    assert shared.balance() == round(16 / 3) / 16
+    assert shared.gain(0.25) == 0.0
+    assert shared.gain(0.0) == pytest.approx(3.0 - 4.0)
+    assert shared.gain(0.5) == pytest.approx(3.0 - 4.0)
+    assert shared.gain(5 / 16) == pytest.approx(3.0 - 2.75)
+
+
 def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
     """Every chunk in another place in every step."""
     engine = engine_of(rank, world_size, raw)

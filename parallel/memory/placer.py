@@ -57,6 +57,8 @@ class Placed(Protocol):
 
     def balance(self) -> float: ...
 
+    def gain(self, share: float) -> float: ...
+
 
 class Placer:
     """Watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank. A step of
@@ -193,10 +195,12 @@ class Placer:
         moving = max((moving for moving, _ in proposals), key=sum)
         states, parameters = self._staying(moving)
         peak = peak_of(sizes, self._moments, states, parameters)
-        self._place(moving, sizes, peak, min(share for _, share in proposals))
+        host_share = min(share for _, share in proposals)
+        self._place(moving, sizes, peak, host_share)
         streamed = sum(size.states for size in sizes[states:]) / sum(size.states for size in sizes)
         spared = observer.waited({chunk.infos[0].unit for chunk in self.chunks[:parameters]})
-        predicted = self._computed - self._began - spared + (now - self._computed) * streamed
+        update = now - self._computed - self._optimizer.gain(host_share)
+        predicted = self._computed - self._began - spared + update * streamed
         self.say(f"{self._planned()}, a step {predicted:.3f} s")
 
     def _own_plan(self, sizes: Sequence[ChunkBytes]) -> Plan | None:

@@ -12,7 +12,7 @@ import torch
 from parallel import disk, streaming
 from parallel.chunk import Home, Outline
 from parallel.collectives import gather_objects
-from parallel.config import OptimizerConfig, ZeroConfig
+from parallel.config import Config, OptimizerConfig, ZeroConfig
 from parallel.disk import PAGE, Disk, check_folder, in_pages
 from parallel.errors import ConfigError, either, size_text
 from parallel.gradients import gradient_dtype
@@ -39,7 +39,7 @@ class Start:
 def start(
     outlines: Sequence[Outline],
     sizes: list[ChunkBytes],
-    zero: ZeroConfig,
+    config: Config,
     *,
     world: Axis,
     peers: int,
@@ -50,11 +50,12 @@ def start(
 
     `peers`: how many ranks share this host. Raises ConfigError, on every rank, where one has too little room.
     """
+    zero = config.zero
     if zero.tensor_placement_policy == "cuda":
         return Start([Home() for _ in sizes], sizes, HostRoom(2**62))
     room = HostRoom(_allowed(zero, outlines, peers), has_disk=zero.nvme_dir is not None)
     num_near = near(sizes, room)
-    refuse_together(folder_problem(zero) or (shortage(sizes, room, zero) if num_near is None else ""), world)
+    refuse_together(folder_problem(zero) or (shortage(sizes, room, config) if num_near is None else ""), world)
     num_near = alike(num_near or 0, sizes, world)
     refuse_together(_disk_problem(sizes[num_near:], zero, world), world)
     home = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
@@ -85,14 +86,15 @@ def bytes_of(
     )
 
 
-def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, zero: ZeroConfig) -> str:
+def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, config: Config) -> str:
     """What is wrong with a host that has too little room."""
     own, gradients, states = (sum(x) for x in zip(*((c.own, c.gradient, c.states) for c in sizes), strict=True))
     least = host_of(sizes, 0, 0, 0 if room.has_disk else len(sizes))
     far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if room.has_disk else ""
-    source = "available" if zero.host_memory is None else "zero.host_memory"
+    source = "available" if config.zero.host_memory is None else "zero.host_memory"
     cures = [] if room.has_disk else ["zero.nvme_dir (a folder on a fast disk, for the optimizer states)"]
-    cures += ["optimizer.state_dtype='bf16'", "zero.stage=3 on more ranks", "parallel.tensor", "parallel.pipeline"]
+    cures += [] if config.optimizer.state_dtype == "bf16" else ["optimizer.state_dtype='bf16'"]
+    cures += ["zero.stage=3 on more ranks", "parallel.tensor", "parallel.pipeline"]
     return (
         f"zero.host_memory: a rank needs {size_text(least)} of its host (parameters {size_text(own)}, gradients"
         f" {size_text(gradients)}, optimizer states {size_text(states)}{far}), and"
