@@ -8,13 +8,12 @@ from torch import Tensor
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import EngineBase, StepResult, start_of
+from parallel.engine_base import EngineBase, StepResult, optimizer_of, start_of
 from parallel.errors import DataError
 from parallel.grad_norm import global_norm
 from parallel.gradients import Gradients
 from parallel.labels import IGNORED, shift
 from parallel.memory.start import explaining_host
-from parallel.optim import optimizer_of
 from parallel.phases import Stopwatch
 from parallel.pipeline.microbatch import Microbatch, problem_of
 from parallel.pipeline.p2p import Pipe

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from parallel.chunk import Chunk, outlines_of
+from parallel.config import Config
 from parallel.context import Context
+from parallel.errors import ConfigError
 from parallel.grad_norm import clip_coefficient
 from parallel.layout import ParameterInfo, Piece
 from parallel.loss_scale import LossScale
@@ -15,8 +18,11 @@ from parallel.lr_schedule import learning_rate
 from parallel.memory.inputs import InputsOnHost
 from parallel.memory.placer import Placer
 from parallel.memory.start import Start, bytes_of, start
-from parallel.optim import Optimizer, TorchOptimizer
+from parallel.optim import AdamW
+from parallel.torch_optim import TorchOptimizer
 from parallel.transfer import Tier
+
+Optimizer: TypeAlias = AdamW | TorchOptimizer
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,18 @@ def start_of(
     return start(
         outlines, sizes, config, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
     )
+
+
+def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Optimizer | None) -> Optimizer:
+    """The one that was passed, divided, or else the config's. Raises ConfigError or ModelError for what cannot be."""
+    if passed is None:
+        return AdamW(chunks, config.optimizer, compiles=config.train.compile)
+    if config.optimizer.state_dtype != "fp32":
+        raise ConfigError(
+            f"optimizer.state_dtype: {config.optimizer.state_dtype!r} is for the config's own AdamW; one that is passed"
+            " keeps what it keeps. Try 'fp32', or pass no optimizer."
+        )
+    return TorchOptimizer(chunks, passed)
 
 
 class EngineBase:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from parallel.chunk import make_chunks
 from parallel.collectives import all_reduce
 from parallel.context import Context
-from parallel.engine_base import StepResult, start_of
+from parallel.engine_base import StepResult, optimizer_of, start_of
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.grad_norm import global_norm
 from parallel.gradients import ModuleGradients
@@ -22,7 +22,6 @@ from parallel.memory.inputs import InputsOnHost
 from parallel.memory.start import explaining_host
 from parallel.mesh import on_the_host
 from parallel.module_state import ModuleState
-from parallel.optim import optimizer_of
 from parallel.transfer import HostCopy, to_device
 from parallel.zero import modules
 from parallel.zero.agreement import Agreement

@@ -27,6 +27,7 @@ FLOORS = (
         "parallel.grad_norm",
         "parallel.loss_scale",
         "parallel.optim",
+        "parallel.torch_optim",
         "parallel.rounding",
         "parallel.streaming",
         "parallel.shared_update",

@@ -53,6 +53,7 @@ def drops(part: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+TORCH_OPTIM = "parallel/torch_optim.py"
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
 ROUND = "parallel/rounding.py"
 CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
@@ -404,7 +405,7 @@ MODULES = (
     Mutant("sum-over-replicas", "a module's gradients are added where a mean was promised",
            MODULE, "self.loss_scale.scale * self.data.size", "self.loss_scale.scale", ANY_MODULE),
     Mutant("unused-parameter-updated", "what got no gradient decays, and its moments with it",
-           OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
+           TORCH_OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
            ANY_MODULE),
     Mutant("replicas-start-apart", "each replica keeps what it drew",
            "parallel/zero/modules.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
@@ -421,7 +422,7 @@ MODULES = (
            MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_they_are_spread"),
     Mutant("checkpoint-without-steps", "every parameter's Adam resumes at the same step",
-           OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
+           TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
            f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
            "parallel/loaders.py", "manual_seed(states[0])", "manual_seed(states[axis.rank])",
@@ -439,7 +440,7 @@ PLACEMENT = (
            GRADIENTS, "        chunk.copies.up(total, found, after=chunk.gradient_written).wait()\n",
            "        found.zero_()\n", f"{HOMES}::test_narrow_parameters_too"),
     Mutant("moved-masters-unseen", "a user's optimizer updates where the masters were",
-           OPTIM, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
+           TORCH_OPTIM, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
            f"{HOMES}::test_a_module_of_ones_own_too"),
     Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
            "parallel/memory/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
