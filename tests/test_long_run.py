@@ -5,6 +5,7 @@ import os
 import statistics
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,16 @@ def samples_of(rank: int, world_size: int, kind: str, steps: range, leak: str = 
         if leak:
             left.append(LEAKS[leak]())
         if step in steps:
+            _wait_for_the_disk(engine)
             found.append(sample())
     return found
+
+
+def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
+    """What its threads are reading ahead they hold in their hands."""
+    for slot in (slot for chunk in engine.chunks[:1] if chunk.disk is not None for slot in chunk.disk._slots):
+        slot.wait()
+    time.sleep(0.02)  # and a thread lets go of a job after it is done
 
 
 @pytest.mark.slow
