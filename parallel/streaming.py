@@ -50,17 +50,17 @@ class Part:
 
 
 class _Slot:
-    """Room for a part on the device."""
+    """Room on the device for a part of so many elements at most."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device, self.size = device, size
         self.room: dict[tuple[str, torch.dtype], Tensor] = {}
         self.arrived, self.left = Arrival(), Arrival()
 
     def view(self, name: str, like: Tensor) -> Tensor:
         key = name, like.dtype
         if key not in self.room:
-            self.room[key] = torch.empty(PART, dtype=like.dtype, device=self.device)
+            self.room[key] = torch.empty(self.size, dtype=like.dtype, device=self.device)
         return self.room[key][: len(like)]
 
 
@@ -73,16 +73,17 @@ def in_parts(wholes: Sequence[Part]) -> list[Part]:
 
 
 class Stream:
-    """Slots, made once: while one part is updated, the next is on its way up and the one before on its way down. Parts
+    """Slots, made once for the largest part: while one part is updated, the next is on its way up and the one before on its way down. Parts
     whose states are at home on a disk come and go by way of slots on the host (`disk.Disk`).
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._copies = copies_of(device)
-        self._slots = [_Slot(device) for _ in range(3)]
+        self._device, self._copies = device, copies_of(device)
+        self._slots: list[_Slot] = []
 
     def run(self, parts: Sequence[Part], update: Update) -> None:
         """Each part's home as `update` leaves what is given to it on the device."""
+        self._make_room(max(len(part.gradient) for part in parts))
         on_disk = [part for part in parts if part.is_on_disk]
         if on_disk:
             on_disk[0].disk.begin([part.states for part in on_disk])
@@ -98,6 +99,11 @@ class Stream:
                 part.disk.store(slot.left)
         if on_disk:
             on_disk[0].disk.end()
+
+    def _make_room(self, size: int) -> None:
+        if not self._slots or self._slots[0].size < size:
+            self._copies.synchronize()  # in the old ones there may be something on its way
+            self._slots = [_Slot(self._device, size) for _ in range(3)]
 
     def _bring(self, home: Part, slot: _Slot) -> tuple[Part, Part]:
         """The part, with states on the host whatever their home, and on the device."""

@@ -159,6 +159,7 @@ def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_thousand_steps_leave_nothing_behind(kind: str) -> None:
     """At stage 3, on two ranks. After a warm-up every count stays the same.
@@ -166,7 +167,7 @@ def test_two_thousand_steps_leave_nothing_behind(kind: str) -> None:
     Memory is judged by the medians of the first and the last third of the samples: a leak of 1 KiB a step would part
     them by as many KiB as steps lie between, here 1,400. Half of that is allowed: what is still to be paged in.
     """
-    for samples in run(samples_of, 2, kind, STEPS, timeout=240):
+    for samples in run(samples_of, 2, kind, STEPS, timeout=600):
         assert {one.counted for one in samples} == {samples[0].counted}
         assert growth(samples) < LEAK * STEPS_APART / 2
 
