@@ -73,8 +73,8 @@ def in_parts(wholes: Sequence[Part]) -> list[Part]:
 
 
 class Stream:
-    """Slots, made once for the largest part: while one part is updated, the next is on its way up and the one before on its way down. Parts
-    whose states are at home on a disk come and go by way of slots on the host (`disk.Disk`).
+    """Slots, as large as the largest part: while one part is updated, the next is on its way up and the one before on
+    its way down. Parts whose states are at home on a disk come and go by way of slots on the host (`disk.Disk`).
     """
 
     def __init__(self, device: torch.device) -> None:
