@@ -152,6 +152,26 @@ def test_a_resumed_run_goes_on_by_the_plan_it_had(layout: str, tmp_path: Path) -
         assert said_afresh == ["states of"]
 
 
+def saved_between_plans(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[list[str], list[float]]:
+    """What was said, and the losses, where a checkpoint is written just before the steps become longer."""
+    engine = engine_of(rank, world_size, raw)
+    said, losses = heard(engine), []
+    for step in range(5):
+        if step == 3:
+            pieces = engine.state_pieces(owned=True)
+            checkpoint.save(folder, pieces, metadata=dict(step=3), axis=engine.mesh.world, keep=9)
+        batch = batches_of(1, batch=24, sequence=4 if step < 3 else 6, seed=step)[0]
+        losses.append(engine.train_step(share_of(batch, engine)).loss)
+    return said, losses
+
+
+def test_a_plan_is_made_again_after_a_checkpoint(tmp_path: Path) -> None:
+    """To be written, a tensor of a CPU is shown to numpy, and after that torch refuses to resize its storage."""
+    said, losses = run(saved_between_plans, 1, raw_of("single", "auto", 0), tmp_path / "step_000003")[0]
+    assert said == ["states of", "the steps", "states of"]
+    assert losses == run(saved_between_plans, 1, raw_of("single", "cuda", 0), tmp_path / "step_000004")[0][1]
+
+
 def updated_on_the_host(rank: int, world_size: int, raw: Raw) -> set[str]:
     """The names of the parameters, with everything left to the host that may be."""
     names: set[str] = set()
