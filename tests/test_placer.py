@@ -14,7 +14,7 @@ from parallel.memory.placer import Phase
 from parallel.streaming import Part
 from parallel.transfer import Placement, Tier
 from tests.harness import run
-from tests.parity import Raw, batches_of, engine_of, share_of
+from tests.parity import SHAPE, Raw, batches_of, engine_of, share_of
 from tests.test_module_engine import config_of
 from tests.test_module_engine import engine_of as module_engine
 from tests.test_placement import raw_of
@@ -150,6 +150,24 @@ def test_a_resumed_run_goes_on_by_the_plan_it_had(layout: str, tmp_path: Path) -
         assert said == []
         assert afresh == [ON_HOST] * len(before)
         assert said_afresh == ["states of"]
+
+
+def peak_and_budget(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
+    engine = engine_of(rank, world_size, raw)
+    for batch in batches_of(2, batch=24):
+        engine.train_step(share_of(batch, engine))
+    assert engine.placer.plan is not None
+    return engine.placer.plan.peak, engine.placer.budget
+
+
+def test_stages_that_want_other_plans_agree_on_one_that_fits_each() -> None:
+    """One would have half of its chunks' states on the device and not all parameters, the other, for which an embedding
+    of states is too much, all parameters: the plan that moves more chunks than another fits the first alone.
+    """
+    raw = raw_of("pp2", "auto", 0, precision="bf16")
+    raw |= dict(model=SHAPE | dict(num_hidden_layers=4), zero=raw["zero"] | dict(device_memory="120KiB"))
+    for peak, budget in run(peak_and_budget, 2, raw):
+        assert peak <= budget
 
 
 def saved_between_plans(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[list[str], list[float]]:

@@ -141,8 +141,8 @@ class Placer:
 
     def state(self) -> dict[str, Any]:
         """The plan, to be saved with a run: host and device round an update differently."""
-        if self.plan is None:
-            return {}
+        if self.plan is None or self._phase not in (Phase.PLANNED, Phase.KEPT):
+            return {}  # or it is about to be made again
         return dict(
             key=self._key(),
             moving=[len(self.chunks) - k for k in (self.plan.num_states, self.plan.num_parameters)],
@@ -189,10 +189,10 @@ class Placer:
         sizes, count = observer.sizes(self.start.sizes, self._optimizer.state_bytes), len(self.chunks)
         own = self._own_plan(sizes)
         wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
-        # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed. The host's
-        # share is the least too: replicas of a master must all be updated on the same side.
+        # Of ranks with other chunks, or less room: as many move on each as anyone needs, of states and of parameters.
+        # The host's share is the least too: replicas of a master must all be updated on the same side.
         proposals = gather_objects(([count - k for k in wanted], self._optimizer.balance()), self.world)
-        moving = max((moving for moving, _ in proposals), key=sum)
+        moving = [max(counts) for counts in zip(*(moving for moving, _ in proposals), strict=True)]
         states, parameters = self._staying(moving)
         peak = peak_of(sizes, self._moments, states, parameters)
         host_share = min(share for _, share in proposals)
