@@ -221,7 +221,8 @@ class ModuleEngine(ModuleState):
     # -- parts of a forward
 
     def _enter(self, inputs: Any) -> None:
-        self._agreement.check("a forward", problem=self._changed())
+        doing = "a forward" if torch.is_grad_enabled() else "a forward without gradients"
+        self._agreement.check(doing, problem=self._changed())
         if torch.is_grad_enabled():
             self._say_work(inputs)
         self._gatherer.start_pass(guarded=True)

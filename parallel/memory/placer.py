@@ -153,7 +153,10 @@ class Placer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Before the first step: go on by a plan that was saved, if it was made for such chunks and such a budget."""
-        if self._phase is not Phase.FRESH or state.get("key") != self._key():
+        if self._phase is not Phase.FRESH:
+            return
+        fits = state.get("key") == self._key()  # of ranks with other devices perhaps not on all
+        if not all(gather_objects(fits, self.world)):
             return
         self._seen = [tuple(work) for work in state["work"]]
         self._known = {chunk.infos[0].unit for chunk in self.chunks}
@@ -259,6 +262,8 @@ class Placer:
         if self.zero.tensor_placement_policy == "cpu":
             return  # it is
         self.say("placement: the steps are others now; planning again")
+        if not self._moments:  # a saved plan, of steps that this process has not watched: they are new to the next one
+            del self._seen[:-1]
         returns = [*zip(self.chunks, self.start.homes, strict=True)][::-1]
         for chunk, home in returns:  # states first: some go on to the disk
             self._optimizer.place(chunk, Placement(chunk.placement.parameters, home.placement.states))
@@ -289,13 +294,13 @@ class Placer:
             if chunk.comes_and_goes:
                 units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
         needed = sum(sorted(units.values())[-3:])
-        own = needed, len(self.chunks), sum(chunk.size for chunk in self.chunks)
+        own = needed, self.budget, len(self.chunks), sum(chunk.size for chunk in self.chunks)
         everywhere = gather_objects(own, self.world)
-        self._everywhere = [list(sizes) for _, *sizes in everywhere]
-        most = max(needed for needed, *_ in everywhere)
-        if most > self.budget:
+        self._everywhere = [list(sizes) for _, _, *sizes in everywhere]
+        if hopeless := [(needed, budget) for needed, budget, *_ in everywhere if needed > budget]:
+            most, budget = max(hopeless)
             raise ConfigError(
-                f"zero.device_memory: {size_text(self.budget)} cannot hold {size_text(most)}, the parameters"
+                f"zero.device_memory: {size_text(budget)} cannot hold {size_text(most)}, the parameters"
                 " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
                 " split the model by parallel.tensor or parallel.pipeline."
             )
