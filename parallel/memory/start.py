@@ -89,8 +89,10 @@ def bytes_of(
 def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, config: Config) -> str:
     """What is wrong with a host that has too little room."""
     own, gradients, states = (sum(x) for x in zip(*((c.own, c.gradient, c.states) for c in sizes), strict=True))
-    least = host_of(sizes, 0, 0, 0 if room.has_disk else len(sizes))
-    far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if room.has_disk else ""
+    count = len(sizes)  # of a model of few chunks the states may be smaller than what they would go through
+    fewest = min((0, count) if room.has_disk else (count,), key=lambda k: host_of(sizes, 0, 0, k))
+    least = host_of(sizes, 0, 0, fewest)
+    far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if fewest < count else ""
     source = "available" if config.zero.host_memory is None else "zero.host_memory"
     cures = [] if room.has_disk else ["zero.nvme_dir (a folder on a fast disk, for the optimizer states)"]
     cures += [] if config.optimizer.state_dtype == "bf16" else ["optimizer.state_dtype='bf16'"]
