@@ -12,7 +12,7 @@ import torch
 from parallel.chunk import Chunk
 from parallel.collectives import all_reduce, gather_objects
 from parallel.config import ZeroConfig
-from parallel.errors import ConfigError, size_text
+from parallel.errors import ConfigError, RoomError, size_text
 from parallel.memory.observer import Observer
 from parallel.memory.policy import ChunkBytes, Moment, Plan, near, peak_of, plan
 from parallel.memory.start import Start, alike, explaining_host
@@ -164,14 +164,14 @@ class Placer:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """A user whose batch does not fit is told so in a ConfigError, with what would help."""
+        """A user whose batch does not fit is told so in a RoomError, with what would help."""
         try:
             with explaining_host(self.start):
                 yield
         except torch.OutOfMemoryError as error:
             lean = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in self.chunks)
             more = "" if lean else " Or try zero.tensor_placement_policy='auto', which moves what it can."
-            raise ConfigError(
+            raise RoomError(
                 f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(self.budget)}:"
                 f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
                 f" activation_checkpointing='full' or 'offload'.{more}"
