@@ -91,7 +91,7 @@ def _start(arguments: argparse.Namespace) -> int:
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     from parallel.context import Place
-    from parallel.errors import ColonnadeError, StorageError
+    from parallel.errors import ColonnadeError, RoomError, StorageError
     from parallel.mesh import leave
     from training import loop, preflight, spawn
 
@@ -115,7 +115,7 @@ def _start(arguments: argparse.Namespace) -> int:
         arguments.nprocs = None
         return spawn.run_ranks(main, arguments, world_size)
     except ColonnadeError as error:
-        if place.rank == 0 or isinstance(error, StorageError):  # a disk may fail one rank alone
+        if place.rank == 0 or isinstance(error, StorageError | RoomError):  # one rank alone may have it
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python takes a handler of ours away before it has ended
         return REFUSED

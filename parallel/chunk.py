@@ -211,6 +211,8 @@ class Chunk:
         if placement.states is Tier.DEVICE:
             self.gradient_home = None
         if self.comes_and_goes:
+            if not self.parameters.untyped_storage().resizable():  # numpy has seen it, as when a checkpoint is written
+                self.parameters = torch.empty_like(self.parameters)
             self.release()
 
     def settle(self) -> None:

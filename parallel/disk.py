@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from parallel.errors import ConfigError, StorageError
+from parallel.errors import ConfigError, RoomError, StorageError
 from parallel.transfer import Arrival, host_empty
 
 PAGE = 4096  # bytes: what a disk is read and written in, past the page cache
@@ -147,14 +147,14 @@ class Disk:
     def empty(self, size: int, dtype: torch.dtype, name: str) -> Tensor:
         """[size], zero, on the disk: to be looked at and changed when settled. `name` says what it is.
 
-        Raises ConfigError where there is no room for it.
+        Raises RoomError where there is none for it.
         """
         self.settle()
         num_bytes = in_pages(size * dtype.itemsize)
         try:
             file = StateFile.make(self.folder, f"colonnade.rank_{self.rank:05d}.{name}", num_bytes)
         except OSError as error:
-            raise ConfigError(
+            raise RoomError(
                 f"zero.nvme_dir: {self.folder} has no room for {num_bytes} bytes of {name}: {error.strerror}."
                 " Try a larger disk."
             ) from error

@@ -20,6 +20,10 @@ class ConfigError(ColonnadeError):
         return "\n".join(self.problems)
 
 
+class RoomError(ConfigError):
+    """A memory or a disk that turns out to have too little room for a config: on one rank alone, perhaps."""
+
+
 class DataError(ColonnadeError):
     """Data that cannot be read, or that is too short for the run."""
 

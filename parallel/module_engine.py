@@ -130,6 +130,7 @@ class ModuleEngine(ModuleState):
     def step(self) -> UpdateResult:
         """Clip and update, then forget the gradients. A parameter that got none on any rank stays as it is."""
         self._agreement.check("a step")
+        self._let_go()
         self._gradients.finish()
         divisor = self.loss_scale.scale * self.data.size
         norm = global_norm(self._trained, self.mesh.world) / divisor
@@ -141,6 +142,10 @@ class ModuleEngine(ModuleState):
         self.placer.after_step()
         self._is_between_steps = True
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        self._let_go()
+        super().restore(counters)
 
     def zero_grad(self) -> None:
         """Forget all gradients since the last step."""
@@ -221,7 +226,8 @@ class ModuleEngine(ModuleState):
     # -- parts of a forward
 
     def _enter(self, inputs: Any) -> None:
-        self._agreement.check("a forward", problem=self._changed())
+        doing = "a forward" if torch.is_grad_enabled() else "a forward without gradients"
+        self._agreement.check(doing, problem=self._changed())
         if torch.is_grad_enabled():
             self._say_work(inputs)
         self._gatherer.start_pass(guarded=True)
@@ -236,6 +242,11 @@ class ModuleEngine(ModuleState):
             self.placer.before_step(work)
         else:
             self.placer.within_step(work)
+
+    def _let_go(self) -> None:
+        """Of what is whole still, since a graph was retained or a backward never came: weights will be others."""
+        self._gatherer.end()
+        self._awaits_backward = False
 
     def _leave(self) -> None:
         self._awaits_backward |= torch.is_grad_enabled()

@@ -15,8 +15,10 @@ from torch import Tensor
 import parallel
 from parallel import checkpoint, disk, streaming
 from parallel.chunk import Chunk
+from parallel.config import parse
 from parallel.disk import Disk
-from parallel.memory.policy import host_of
+from parallel.memory.policy import ChunkBytes, HostRoom, host_of
+from parallel.memory.start import shortage
 from parallel.transfer import Arrival, Placement, Tier
 from tests.harness import run
 from tests.parity import Raw, assert_bits, batches_of, engine_of, share_of, whole
@@ -326,6 +328,15 @@ def test_a_host_that_is_too_small_is_refused_on_every_rank_with_numbers_and_cure
         assert "on the disk" in said
         assert "zero.nvme_dir (a folder" not in said
     assert run(refused, 2, on_disk(raw, tmp_path, host=least)) == ["", ""]
+
+
+def test_no_more_is_asked_of_a_host_than_would_do() -> None:
+    """Of few chunks, the states are less than what they would go through on their way to a disk."""
+    one = ChunkBytes(2**20, 2**20, 3 * 2**20, own=2**20, buffers=18 * 2**20, is_wide=True)
+    said = shortage([one] * 2, HostRoom(2**20, has_disk=True), parse({}))
+    assert "a rank needs 8.00 MiB of its host" in said
+    assert "on the disk" not in said
+    assert "a rank needs 58.00 MiB of its host" in shortage([one] * 20, HostRoom(2**20, has_disk=True), parse({}))
 
 
 def test_a_folder_that_cannot_be_used_is_refused_on_every_rank(tmp_path: Path) -> None:

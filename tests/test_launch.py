@@ -16,8 +16,9 @@ import torch
 import launch
 from models import generate
 from parallel.config import load_raw, parse
+from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError
 from parallel.topology import Topology
-from training import spawn
+from training import loop, spawn
 from training.rank_grid import cell_caption, cell_of, columns_shown
 
 ROOT = Path(__file__).parent.parent
@@ -352,3 +353,19 @@ def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
 def test_generation_refuses_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("model.path: cannot read")
+
+
+@pytest.mark.parametrize("kind", [RoomError, StorageError, ConfigError])
+def test_what_one_rank_alone_may_have_no_room_for_it_says_itself(
+    kind: type[ColonnadeError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank cannot: it waits for the other, until it is ended. What every rank refuses the first one says."""
+
+    def fail(job: object) -> None:
+        raise kind("zero.nvme_dir: no room")
+
+    monkeypatch.setattr(loop, "run", fail)
+    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    assert call("--set", *SMALL, f"output.dir={tmp_path}") == 2
+    assert ("no room" in capsys.readouterr().err) == (kind is not ConfigError)

@@ -48,6 +48,11 @@ def step_early(engine: ModuleEngine) -> None:
     engine.step()
 
 
+def look_on(engine: ModuleEngine) -> None:
+    with torch.no_grad():
+        loss_of(engine, batches()[0][0], step=0)
+
+
 def use_loss_backward(engine: ModuleEngine) -> None:
     loss_of(engine, batches()[0][0], step=0).backward()
 
@@ -59,6 +64,7 @@ ACTS: dict[str, tuple[Callable[[ModuleEngine], None], str]] = {
     "cast": (cast, "rank 1: model: scale moved"),
     "replace": (retie, "rank 1: model: head.weight is not the parameter it was"),
     "thaw": (thaw, "rank 1: model: blocks.0.never was frozen"),
+    "look on": (look_on, "part here: rank 0: a forward; rank 1: a forward without gradients"),
     "step": (step_early, "part here: rank 0: a forward; rank 1: a step"),
 }
 
@@ -87,6 +93,13 @@ def told(rank: int, world_size: int, raw: Raw, act: str) -> str:
 def test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name(act: str) -> None:
     for said in run(told, 3, config_of(3), act, timeout=20):
         assert ACTS[act][1] in said
+
+
+def test_a_rank_that_only_looks_on_is_not_waited_for_where_a_plan_is_made() -> None:
+    """A plan asks all ranks how large a step is, which only a forward with gradients begins."""
+    raw = config_of(2) | dict(zero=dict(stage=2, tensor_placement_policy="auto"))
+    for said in run(told, 2, raw, "look on", timeout=20):
+        assert ACTS["look on"][1] in said
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -95,6 +95,41 @@ def test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened
             assert math.isclose(got[name], value, rel_tol=1e-11, abs_tol=1e-11), name
 
 
+def after_a_forward_alone(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
+    """A loss; after a checkpoint of then has been loaded; after a step, whose graph goes or is retained."""
+    engine, _ = engine_of(rank, world_size, raw, plain())
+    ids = batches()[0][0].tensor_split(world_size)[rank]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return loss_of(engine, ids, step=0).item()
+
+    train(engine, 0, 2)
+    engine.save_checkpoint(folder)
+    found = [loss()]
+    train(engine, 2, 4)
+    loss_of(engine, ids, step=0)
+    engine.load_checkpoint(folder)
+    found.append(loss())
+    for retains in (False, True):
+        engine.load_checkpoint(folder)
+        engine.backward(loss_of(engine, ids, step=0), retain_graph=retains)
+        engine.step()
+        found.append(loss())
+    return found
+
+
+@pytest.mark.parametrize("policy", ["cuda", "cpu"])
+def test_a_forward_without_a_backward_keeps_no_weight_from_before(policy: str, tmp_path: Path) -> None:
+    """What belongs to no layer waits for the backward, whole; it was not fetched again when weights had changed."""
+    raw = config_of(3)
+    for first, second, third, fourth in run(
+        after_a_forward_alone, 2, raw | dict(zero=raw["zero"] | dict(tensor_placement_policy=policy)), tmp_path
+    ):
+        assert first == second
+        assert third == fourth != first
+
+
 def export(rank: int, world_size: int, raw: Raw, model: str, folder: Path) -> None:
     engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
     engine.save_pretrained(folder)

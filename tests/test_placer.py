@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import parallel
 from parallel import checkpoint, shared_update
 from parallel.engine_base import EngineBase
-from parallel.memory.placer import Phase
+from parallel.memory.placer import Phase, Placer
 from parallel.streaming import Part
 from parallel.transfer import Placement, Tier
 from tests.harness import run
-from tests.parity import Raw, batches_of, engine_of, share_of
+from tests.parity import SHAPE, Raw, batches_of, engine_of, share_of
 from tests.test_module_engine import config_of
 from tests.test_module_engine import engine_of as module_engine
 from tests.test_placement import raw_of
@@ -150,6 +151,91 @@ def test_a_resumed_run_goes_on_by_the_plan_it_had(layout: str, tmp_path: Path) -
         assert said == []
         assert afresh == [ON_HOST] * len(before)
         assert said_afresh == ["states of"]
+
+
+def peak_and_budget(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
+    engine = engine_of(rank, world_size, raw)
+    for batch in batches_of(2, batch=24):
+        engine.train_step(share_of(batch, engine))
+    assert engine.placer.plan is not None
+    return engine.placer.plan.peak, engine.placer.budget
+
+
+def test_stages_that_want_other_plans_agree_on_one_that_fits_each() -> None:
+    """One would have half of its chunks' states on the device and not all parameters, the other, for which an embedding
+    of states is too much, all parameters: the plan that moves more chunks than another fits the first alone.
+    """
+    raw = raw_of("pp2", "auto", 0, precision="bf16")
+    raw |= dict(model=SHAPE | dict(num_hidden_layers=4), zero=raw["zero"] | dict(device_memory="120KiB"))
+    for peak, budget in run(peak_and_budget, 2, raw):
+        assert peak <= budget
+
+
+def watched_after_a_resumption(rank: int, world_size: int, raw: Raw, folder: Path) -> list[str]:
+    first = engine_of(rank, world_size, raw)
+    for batch in batches_of(3, batch=24):
+        first.train_step(share_of(batch, first))
+    metadata = dict(step=3, counters=first.counters())
+    checkpoint.save(folder, first.state_pieces(owned=True), metadata=metadata, axis=first.mesh.world, keep=9)
+    second = engine_of(rank, world_size, raw)
+    checkpoint.load(folder, second.state_pieces())
+    second.restore(checkpoint.read_metadata(folder)["counters"])
+    said = heard(second)
+    for batch in [*batches_of(1), *batches_of(1, batch=12, sequence=8), *batches_of(2, batch=24)]:
+        second.train_step(share_of(batch, second))
+    return said
+
+
+def test_what_a_saved_plan_was_made_for_is_watched_before_another_is_made_for_it(tmp_path: Path) -> None:
+    """Steps of fewer but longer samples come: what the ones before need is known to the process that watched them."""
+    said = run(watched_after_a_resumption, 1, raw_of("single", "auto", 0), tmp_path / "step_000003")[0]
+    assert said == ["the steps", "states of"] * 2
+
+
+def saved_between_plans(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[list[str], list[float]]:
+    """What was said, and the losses, where a checkpoint is written just before the steps become longer."""
+    engine = engine_of(rank, world_size, raw)
+    said, losses = heard(engine), []
+    for step in range(5):
+        if step == 3:
+            pieces = engine.state_pieces(owned=True)
+            checkpoint.save(folder, pieces, metadata=dict(step=3), axis=engine.mesh.world, keep=9)
+        batch = batches_of(1, batch=24, sequence=4 if step < 3 else 6, seed=step)[0]
+        losses.append(engine.train_step(share_of(batch, engine)).loss)
+    return said, losses
+
+
+def test_a_plan_is_made_again_after_a_checkpoint(tmp_path: Path) -> None:
+    """To be written, a tensor of a CPU is shown to numpy, and after that torch refuses to resize its storage."""
+    said, losses = run(saved_between_plans, 1, raw_of("single", "auto", 0), tmp_path / "step_000003")[0]
+    assert said == ["states of", "the steps", "states of"]
+    assert losses == run(saved_between_plans, 1, raw_of("single", "cuda", 0), tmp_path / "step_000004")[0][1]
+
+
+def with_less_on_the_second(rank: int, world_size: int, raw: Raw, least: int, folder: Path) -> tuple[str, list[Any]]:
+    """A refusal, or whether the plan was taken up; the second rank's device is another than the first's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Placer, "budget", property(lambda placer: (least if placer.world.rank else 150) * 1024))
+        try:
+            first, second = engine_of(rank, world_size, raw), engine_of(rank, world_size, raw)
+        except parallel.ConfigError as error:
+            return str(error), []
+        for batch in batches_of(3, batch=24):
+            first.train_step(share_of(batch, first))
+        metadata = dict(step=3, counters=first.counters())
+        checkpoint.save(folder, first.state_pieces(owned=True), metadata=metadata, axis=first.mesh.world, keep=9)
+        second.restore(checkpoint.read_metadata(folder)["counters"])
+        return "", homes(second)
+
+
+def test_ranks_with_other_devices_do_the_same(tmp_path: Path) -> None:
+    """What one refuses all refuse; and what a plan was made for is said by the first, but must be so on each."""
+    raw = raw_of("pp2", "auto", 0)
+    for refusal, _ in run(with_less_on_the_second, 2, raw, 2, tmp_path):
+        assert "zero.device_memory: 0.00 MiB cannot hold" in refusal
+    for refusal, found in run(with_less_on_the_second, 2, raw, 140, tmp_path / "step_000003"):
+        assert not refusal
+        assert found == [ON_HOST] * len(found)
 
 
 def updated_on_the_host(rank: int, world_size: int, raw: Raw) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from parallel.chunk import Chunk
 from parallel.collectives import all_reduce, gather_objects
 from parallel.config import ZeroConfig
-from parallel.errors import ConfigError, size_text
+from parallel.errors import ConfigError, RoomError, size_text
 from parallel.memory.observer import Observer
 from parallel.memory.policy import ChunkBytes, Moment, Plan, near, peak_of, plan
 from parallel.memory.start import Start, alike, explaining_host
@@ -141,8 +141,8 @@ class Placer:
 
     def state(self) -> dict[str, Any]:
         """The plan, to be saved with a run: host and device round an update differently."""
-        if self.plan is None:
-            return {}
+        if self.plan is None or self._phase not in (Phase.PLANNED, Phase.KEPT):
+            return {}  # or it is about to be made again
         return dict(
             key=self._key(),
             moving=[len(self.chunks) - k for k in (self.plan.num_states, self.plan.num_parameters)],
@@ -153,7 +153,10 @@ class Placer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Before the first step: go on by a plan that was saved, if it was made for such chunks and such a budget."""
-        if self._phase is not Phase.FRESH or state.get("key") != self._key():
+        if self._phase is not Phase.FRESH:
+            return
+        fits = state.get("key") == self._key()  # of ranks with other devices perhaps not on all
+        if not all(gather_objects(fits, self.world)):
             return
         self._seen = [tuple(work) for work in state["work"]]
         self._known = {chunk.infos[0].unit for chunk in self.chunks}
@@ -161,14 +164,14 @@ class Placer:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """A user whose batch does not fit is told so in a ConfigError, with what would help."""
+        """A user whose batch does not fit is told so in a RoomError, with what would help."""
         try:
             with explaining_host(self.start):
                 yield
         except torch.OutOfMemoryError as error:
             lean = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in self.chunks)
             more = "" if lean else " Or try zero.tensor_placement_policy='auto', which moves what it can."
-            raise ConfigError(
+            raise RoomError(
                 f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(self.budget)}:"
                 f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
                 f" activation_checkpointing='full' or 'offload'.{more}"
@@ -189,10 +192,10 @@ class Placer:
         sizes, count = observer.sizes(self.start.sizes, self._optimizer.state_bytes), len(self.chunks)
         own = self._own_plan(sizes)
         wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
-        # Of ranks with other chunks, or less room: none has more than another, in chunks yet to be placed. The host's
-        # share is the least too: replicas of a master must all be updated on the same side.
+        # Of ranks with other chunks, or less room: as many move on each as anyone needs, of states and of parameters.
+        # The host's share is the least too: replicas of a master must all be updated on the same side.
         proposals = gather_objects(([count - k for k in wanted], self._optimizer.balance()), self.world)
-        moving = max((moving for moving, _ in proposals), key=sum)
+        moving = [max(counts) for counts in zip(*(moving for moving, _ in proposals), strict=True)]
         states, parameters = self._staying(moving)
         peak = peak_of(sizes, self._moments, states, parameters)
         host_share = min(share for _, share in proposals)
@@ -259,6 +262,8 @@ class Placer:
         if self.zero.tensor_placement_policy == "cpu":
             return  # it is
         self.say("placement: the steps are others now; planning again")
+        if not self._moments:  # a saved plan, of steps that this process has not watched: they are new to the next one
+            del self._seen[:-1]
         returns = [*zip(self.chunks, self.start.homes, strict=True)][::-1]
         for chunk, home in returns:  # states first: some go on to the disk
             self._optimizer.place(chunk, Placement(chunk.placement.parameters, home.placement.states))
@@ -289,13 +294,13 @@ class Placer:
             if chunk.comes_and_goes:
                 units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
         needed = sum(sorted(units.values())[-3:])
-        own = needed, len(self.chunks), sum(chunk.size for chunk in self.chunks)
+        own = needed, self.budget, len(self.chunks), sum(chunk.size for chunk in self.chunks)
         everywhere = gather_objects(own, self.world)
-        self._everywhere = [list(sizes) for _, *sizes in everywhere]
-        most = max(needed for needed, *_ in everywhere)
-        if most > self.budget:
+        self._everywhere = [list(sizes) for _, _, *sizes in everywhere]
+        if hopeless := [(needed, budget) for needed, budget, *_ in everywhere if needed > budget]:
+            most, budget = max(hopeless)
             raise ConfigError(
-                f"zero.device_memory: {size_text(self.budget)} cannot hold {size_text(most)}, the parameters"
+                f"zero.device_memory: {size_text(budget)} cannot hold {size_text(most)}, the parameters"
                 " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
                 " split the model by parallel.tensor or parallel.pipeline."
             )

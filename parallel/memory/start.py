@@ -14,7 +14,7 @@ from parallel.chunk import Home, Outline
 from parallel.collectives import gather_objects
 from parallel.config import Config, OptimizerConfig, ZeroConfig
 from parallel.disk import PAGE, Disk, check_folder, in_pages
-from parallel.errors import ConfigError, either, size_text
+from parallel.errors import ConfigError, RoomError, either, size_text
 from parallel.gradients import gradient_dtype
 from parallel.memory.host import available
 from parallel.memory.policy import ChunkBytes, HostRoom, host_of, near
@@ -89,8 +89,10 @@ def bytes_of(
 def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, config: Config) -> str:
     """What is wrong with a host that has too little room."""
     own, gradients, states = (sum(x) for x in zip(*((c.own, c.gradient, c.states) for c in sizes), strict=True))
-    least = host_of(sizes, 0, 0, 0 if room.has_disk else len(sizes))
-    far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if room.has_disk else ""
+    count = len(sizes)  # of a model of few chunks the states may be smaller than what they would go through
+    fewest = min((0, count) if room.has_disk else (count,), key=lambda k: host_of(sizes, 0, 0, k))
+    least = host_of(sizes, 0, 0, fewest)
+    far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if fewest < count else ""
     source = "available" if config.zero.host_memory is None else "zero.host_memory"
     cures = [] if room.has_disk else ["zero.nvme_dir (a folder on a fast disk, for the optimizer states)"]
     cures += [] if config.optimizer.state_dtype == "bf16" else ["optimizer.state_dtype='bf16'"]
@@ -104,12 +106,12 @@ def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, config: Config) -> str
 
 @contextmanager
 def explaining_host(start: Start) -> Iterator[None]:
-    """A user whose host has less room than it seemed is told so in a ConfigError, with what would help."""
+    """A user whose host has less room than it seemed is told so in a RoomError, with what would help."""
     try:
         yield
     except MemoryError as error:
         whole = host_of(start.sizes, 0, 0, len(start.sizes))
-        raise ConfigError(
+        raise RoomError(
             "zero.host_memory: the host has no room for this rank's chunks, which may have"
             f" {size_text(start.room.budget)} there and with all states need {size_text(whole)}: {error} Try a smaller"
             " zero.host_memory and a zero.nvme_dir, zero.stage=3 on more ranks, or a higher limit of locked memory"
