@@ -497,7 +497,7 @@ PLACEMENT = (
            PLACER, "self._surprised or not self._used <= self._known", "self._surprised",
            f"{PLANS}::test_a_layer_that_had_been_skipped_and_longer_inputs_are_planned_for"),
     Mutant("plan-of-another-budget", "a resumed run goes on by a plan that was made for more memory",
-           PLACER, 'state.get("key") != self._key()', "not state",
+           PLACER, 'fits = state.get("key") == self._key()', "fits = bool(state)",
            f"{PLANS}::test_a_resumed_run_goes_on_by_the_plan_it_had"),
     Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
            "parallel/shared_update.py", " and len(part.chunk.axes) == 1", "",
