@@ -174,21 +174,26 @@ def moved_never(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]
     return whole(engine, [chunk.master for chunk in engine.chunks])
 
 
-def module_weights(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, torch.Tensor]:
-    engine, _ = module_engine(rank, world_size, raw, MODELS[model]())
+def module_weights(rank: int, world_size: int, raw: Raw, model: str, passes: bool) -> dict[str, torch.Tensor]:
+    """`passes`: an optimizer of torch's."""
+    module = MODELS[model]()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if passes else None
+    engine, _ = module_engine(rank, world_size, raw, module, optimizer=optimizer)
     train_module(engine, 0, 5)
     placements = {chunk.placement for chunk in engine.chunks}
     assert len(placements) == 1 or raw["zero"].get("tensor_placement_policy") == "auto"
     return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
 
 
-@pytest.mark.parametrize(("model", "stage"), [("plain", 0), ("opt", 2), ("plain", 3), ("opt", 3)])
-def test_a_module_of_ones_own_too(model: str, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "stage", "passes"), [("plain", 0, True), ("opt", 2, False), ("plain", 3, False), ("opt", 3, True)]
+)
+def test_a_module_of_ones_own_too(model: str, stage: int, passes: bool) -> None:
     raw = module_config(stage)
-    want = run(module_weights, 2, raw, model)
+    want = run(module_weights, 2, raw, model, passes)
     for policy, memory in (("cpu", None), ("auto", "80KiB")):
         zero = dict(stage=stage, tensor_placement_policy=policy, device_memory=memory)
-        got = run(module_weights, 2, raw | dict(zero=zero), model)
+        got = run(module_weights, 2, raw | dict(zero=zero), model, passes)
         for ours, theirs in zip(got, want, strict=True):
             assert_bits(ours, theirs)
 
