@@ -58,16 +58,21 @@ def sums(engine: ModuleEngine) -> dict[str, float]:
     return found
 
 
-def save_in_the_middle(rank: int, world_size: int, raw: Raw, folder: Path) -> dict[str, float]:
-    engine, _ = engine_of(rank, world_size, raw, normed())
+def normed_engine(rank: int, world_size: int, raw: Raw, module: nn.Module, passes: bool) -> ModuleEngine:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if passes else None
+    return engine_of(rank, world_size, raw, module, optimizer=optimizer)[0]
+
+
+def save_in_the_middle(rank: int, world_size: int, raw: Raw, folder: Path, passes: bool) -> dict[str, float]:
+    engine = normed_engine(rank, world_size, raw, normed(), passes)
     train(engine, 0, 2)
     engine.save_checkpoint(folder, dict(note="half way"))
     train(engine, 2, 4)
     return sums(engine)
 
 
-def go_on(rank: int, world_size: int, raw: Raw, folder: Path) -> dict[str, float]:
-    engine, _ = engine_of(rank, world_size, raw, normed().apply(_zero))
+def go_on(rank: int, world_size: int, raw: Raw, folder: Path, passes: bool) -> dict[str, float]:
+    engine = normed_engine(rank, world_size, raw, normed().apply(_zero), passes)
     assert engine.load_checkpoint(folder) == dict(note="half way")
     assert engine.num_steps == 2
     train(engine, 2, 4)
@@ -84,12 +89,15 @@ def added(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(part.get(name, 0.0) for part in parts) for name in {n for part in parts for n in part}}
 
 
-def test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Two of its weights had no gradient so far, one of them has one afterwards: its Adam is at another step."""
-    want = added(run(save_in_the_middle, 2, config_of(3), tmp_path))
+@pytest.mark.parametrize("passes", [False, True])
+def test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened(passes: bool, tmp_path: Path) -> None:
+    """Two of its weights had no gradient so far, one of them has one afterwards: its Adam is at another step. `passes`:
+    an optimizer of torch's.
+    """
+    want = added(run(save_in_the_middle, 2, config_of(3), tmp_path, passes))
     assert any(name.startswith("buffer/batch_norm.running_mean") for name in want)
     for stage in (1, 2, 3):
-        got = added(run(go_on, 2, config_of(stage), tmp_path))
+        got = added(run(go_on, 2, config_of(stage), tmp_path, passes))
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert math.isclose(got[name], value, rel_tol=1e-11, abs_tol=1e-11), name
