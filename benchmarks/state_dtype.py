@@ -87,10 +87,11 @@ def draw(losses: dict[str, list[float]], target: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = list(range(1, len(losses["fp32"]) + 1))
+    end = len(steps) - len(steps) // 40  # behind it fewer and fewer values are smoothed over
     for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=True):
         apart = [a - b for a, b in zip(values, losses["fp32"], strict=True)]
         for axes, line in ((left, smoothed(values)), (right, smoothed(apart))):
-            axes.plot(steps, line, linestyle=style, color=CONTENDERS[name], label=name)
+            axes.plot(steps[:end], line[:end], linestyle=style, color=CONTENDERS[name], label=name)
     left.set_title("training loss (nats per token), beta2 = 0.999")
     right.set_title("the same, less that of fp32")
     for axes in (left, right):
