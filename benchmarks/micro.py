@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from benchmarks.workload import SHAPE
 from models import build
 from models.shapes import resolve
-from parallel.chunk import Chunk, Home
+from parallel.chunk import Chunk
 from parallel.config import parse
 from parallel.context import Context, Place, make_context
 from parallel.engine import Engine
 from parallel.layout import Layout, ParameterInfo
 from parallel.memory.start import ON_HOST
 from parallel.optim import AdamW
+from parallel.outline import Home
 from parallel.tensor import MODES, Mode
 
 Benchmark = Callable[[Callable[[], object]], object]

@@ -9,11 +9,11 @@ from torch import nn
 from models.hf import has_weights, load, sources
 from models.opt import Block, LayerSpec, layers_of, trunk_of
 from models.shapes import OPTShape, shape_of
-from parallel.chunk import master_dtype
 from parallel.config import Config, PipelineConfig
 from parallel.context import Context
 from parallel.layout import ParameterInfo
 from parallel.memory.inputs import InputsOnHost
+from parallel.outline import master_dtype
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
 from parallel.pipeline.stage import Recomputed, Stage

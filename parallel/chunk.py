@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 from typing import TypeAlias
 
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import Pending, start_all_gather
-from parallel.disk import Disk
-from parallel.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
-from parallel.mesh import ALONE, Axis
+from parallel.layout import ParameterInfo, Piece, box_shape, rectangles
+from parallel.mesh import Axis
+from parallel.outline import DEVICE, Home, Outline, outlines_of
 from parallel.transfer import ON_DEVICE, Arrival, Placement, Tier, copies_of, host_empty
 
 Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
-
-ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
 
 
 @dataclass(frozen=True)
@@ -37,56 +34,6 @@ class Segment:
             data = flat[offset - self.start :][: prod(shape)].view(shape)
             found += self.info.pieces(data, box)
         return found
-
-
-@dataclass(frozen=True)
-class Home:
-    """Where a chunk is at home, and the disk on which its states are or may be."""
-
-    placement: Placement = ON_DEVICE
-    disk: Disk | None = None
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What a chunk will be, told from the parameters' shapes alone: `axes` and `shard` are those of `Chunk`."""
-
-    infos: list[ParameterInfo]
-    dtype: torch.dtype
-    zero: int
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        return _axes(self.infos[0].layout)
-
-    @property
-    def shard(self) -> Axis:
-        return self.axes[0] if self.zero >= 1 else ALONE
-
-    @property
-    def is_frozen(self) -> bool:
-        return not self.infos[0].parameter.requires_grad
-
-    @property
-    def ends(self) -> list[int]:
-        """Where each parameter begins, in elements, and where the last one's padding ends."""
-        return [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in self.infos)]
-
-    @property
-    def size(self) -> int:
-        """Elements, whole."""
-        return _round_up(self.ends[-1], ALIGNMENT * self.axes[0].size)
-
-    @property
-    def num_own(self) -> int:
-        """Elements that this rank updates."""
-        return self.size // self.shard.size
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The masters' precision."""
-        first = self.infos[0].parameter
-        return self.dtype if self.is_frozen else master_dtype(torch.promote_types(first.dtype, self.dtype))
 
 
 class Chunk:
@@ -118,7 +65,7 @@ class Chunk:
         zero: int = 0,
         fill: Fill = lambda infos: None,
         device: torch.device | None = None,
-        home: Home = Home(),
+        home: Home = DEVICE,
     ) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         outline = Outline(list(infos), dtype, zero)
@@ -367,19 +314,8 @@ def make_chunks(
     outlines = outlines_of(infos, dtype, zero=zero)
     return [
         Chunk(outline.infos, dtype, zero=zero, fill=fill, device=device, home=home)
-        for outline, home in zip(outlines, homes or [Home()] * len(outlines), strict=True)
+        for outline, home in zip(outlines, homes or [DEVICE] * len(outlines), strict=True)
     ]
-
-
-def outlines_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> list[Outline]:
-    """Of the chunks of these parameters. Ranks along an axis that a chunk is summed over make the same ones, in one
-    order.
-    """
-    groups: dict[object, list[ParameterInfo]] = {}
-    for info in infos:
-        key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
-        groups.setdefault(key, []).append(info)
-    return [Outline(group, dtype, zero) for group in groups.values()]
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -391,20 +327,5 @@ def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))
 
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which a parameter of this dtype is summed and updated: fp32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _axes(layout: Layout) -> tuple[Axis, ...]:
-    """The axes that a gradient is summed over: the first, whatever its size, and those beyond it where anybody is."""
-    first, *further = layout.sync or (ALONE,)
-    return first, *(axis for axis in further if axis.size > 1)
-
-
 def _slice(flat: Tensor, axis: Axis) -> Tensor:
     return flat.chunk(axis.size)[axis.rank]
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

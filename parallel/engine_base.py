@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from parallel.chunk import Chunk, outlines_of
+from parallel.chunk import Chunk
 from parallel.config import Config
 from parallel.context import Context
 from parallel.errors import ConfigError
@@ -19,6 +19,7 @@ from parallel.memory.inputs import InputsOnHost
 from parallel.memory.placer import Placer
 from parallel.memory.start import Start, bytes_of, start
 from parallel.optim import AdamW
+from parallel.outline import outlines_of
 from parallel.torch_optim import TorchOptimizer
 from parallel.transfer import Tier
 

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from parallel.chunk import Chunk, master_dtype
+from parallel.chunk import Chunk
 from parallel.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
 from parallel.errors import ModelError
 from parallel.grad_norm import sum_of_squares
 from parallel.mesh import Axis
+from parallel.outline import master_dtype
 from parallel.products import add_product, write_product
 from parallel.transfer import Tier
 

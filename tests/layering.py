@@ -19,6 +19,7 @@ FLOORS = (
         "parallel.labels",
         "parallel.layout",
         "parallel.rng",
+        "parallel.outline",
         "parallel.chunk",
         "parallel.gradients",
         "parallel.transfer",

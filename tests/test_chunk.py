@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from parallel import gradients
-from parallel.chunk import ALIGNMENT, Chunk, make_chunks
+from parallel.chunk import Chunk, make_chunks
 from parallel.collectives import Pending, start_all_reduce
 from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
+from parallel.outline import ALIGNMENT
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from models import build
 from models.shapes import resolve
 from parallel import checkpoint
-from parallel.chunk import ALIGNMENT
 from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.engine import Engine
 from parallel.layout import ParameterInfo, box_shape, rectangles, slices
 from parallel.optim import AdamW
+from parallel.outline import ALIGNMENT
 from parallel.zero.gatherer import State, Unit
 from tests.harness import run
 from tests.parity import (

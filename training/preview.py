@@ -7,12 +7,12 @@ import torch
 from models import opt
 from models.build import outline, split
 from models.shapes import OPTShape, parameter_count, shape_of
-from parallel.chunk import master_dtype
 from parallel.config import Config
 from parallel.context import Place, make_context
 from parallel.gradients import gradient_dtype
 from parallel.layout import ParameterInfo
 from parallel.optim import state_size
+from parallel.outline import master_dtype
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, simulate
 from parallel.tensor import MODES

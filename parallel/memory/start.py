@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from parallel import disk, streaming
-from parallel.chunk import Home, Outline
 from parallel.collectives import gather_objects
 from parallel.config import Config, OptimizerConfig, ZeroConfig
 from parallel.disk import PAGE, Disk, check_folder, in_pages
@@ -20,6 +19,7 @@ from parallel.memory.host import available
 from parallel.memory.policy import ChunkBytes, HostRoom, host_of, near
 from parallel.mesh import Axis
 from parallel.optim import moment_dtype, state_size
+from parallel.outline import Home, Outline
 from parallel.transfer import Placement, Tier
 
 NUM_STATES = 3  # masters and two moments
