@@ -43,6 +43,7 @@ MOVES = {
     (Phase.PLANNED, Phase.LEAN),  # other work has come
     (Phase.KEPT, Phase.LEAN),
 }
+UNLIMITED = 2**62  # bytes: a host that stands for a device has no limit of its own
 SETTLING = 2  # steps under a new plan before one is measured
 
 
@@ -183,7 +184,7 @@ class Placer:
         if self.zero.device_memory is not None:
             return int(self.zero.device_memory)
         if self._device.type != "cuda":
-            return 2**62  # a host has no limit of its own
+            return UNLIMITED
         return int(torch.cuda.get_device_properties(self._device).total_memory)
 
     def _carry_out(self, observer: Observer, now: float) -> None:
@@ -238,10 +239,10 @@ class Placer:
         assert self.plan is not None
         far = len(self.chunks) - self.plan.num_near
         on_disk = f", states of {far} on the disk" if far else ""
+        limit = f" of {size_text(self.budget)}" if self.budget < UNLIMITED else ""
         return (
             f"placement: states of {self.plan.num_states} and parameters of {self.plan.num_parameters} of"
-            f" {len(self.chunks)} chunks stay on the device{on_disk}; predicted peak {size_text(self.plan.peak)}"
-            f" of {size_text(self.budget)}"
+            f" {len(self.chunks)} chunks stay on the device{on_disk}; predicted peak {size_text(self.plan.peak)}{limit}"
         )
 
     def _is_surprised(self) -> bool:
