@@ -10,11 +10,14 @@ line's `floor` is what no program could do without: see `floor_of`.
 """
 
 import argparse
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -199,6 +202,16 @@ def show(case: Case, warm_up: int, steps: int) -> None:
         print(f"    {found['elements'] / 1e9:.2f}e9 parameters; bytes of each: {', '.join(tiers)}", flush=True)
 
 
+def machine() -> str:
+    """The device, the host and the disk that all this runs on."""
+    device = "no GPU"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()} of {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    disk = shutil.disk_usage(Path(DISK["nvme_dir"]).parent).free / 2**30
+    return f"{device}; host: {os.cpu_count()} cores, {host:.0f} GiB; disk: {disk:.0f} GiB; torch {torch.__version__}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"cases that belong together: {', '.join(SETS)}")
@@ -212,6 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if strangers := set(arguments.sets) - set(SETS):
         parser.error(f"there is no set {', '.join(strangers)}, but {', '.join(SETS)}")
+    print(machine(), flush=True)
     zero = dict(gpu_margin_mem_ratio=arguments.margin)
     cases = [
         Case(arguments.model, arguments.device_memory, policy, batch, zero=zero)
