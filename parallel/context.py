@@ -20,7 +20,7 @@ from parallel.mesh import Mesh
 from parallel.tensor import MODES
 from parallel.topology import Topology, mesh_shape
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,12 +101,12 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
 
 def _keep_freed_memory() -> None:
     """What a step frees, the next one will need. Left alone, glibc gives large blocks back to the kernel, which clears
-    every page anew.
+    every page anew. The largest still go: of those it would keep more than are used, as it seldom reuses aligned ones.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-        libc.mallopt(M_MMAP_MAX, 0)  # no block is a mapping of its own
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most that it takes: from there on a block is a mapping
 
 
 @contextmanager

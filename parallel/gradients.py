@@ -1,6 +1,7 @@
 """Gradients, from the backward that makes them to the sum over ranks that an update takes."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -138,7 +139,7 @@ class _Sum:
         self.is_narrow = False  # nothing is added to a gradient, unless by other ranks
         self.begin(0)
         for i, info in enumerate(chunk.infos):
-            info.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
+            info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
 
     def begin(self, arrivals: int) -> None:
         """Forget everything. A round is complete when each parameter has arrived so many times."""
@@ -166,7 +167,7 @@ class _Sum:
         (add_product if self.arrivals[i] else write_product)(a, b, self.views[i].flatten(0, -2))
         self._count(i)
 
-    def _take(self, i: int, parameter: Tensor) -> None:
+    def take(self, i: int, parameter: Tensor) -> None:
         """Called by autograd when a backward has put parameter i's gradient into `.grad`."""
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # its product came already
@@ -251,6 +252,12 @@ class _Sum:
         assert home is not None
         chunk.gradient_written = chunk.copies.down(total, home)
         return home
+
+
+def _arrive(total: "weakref.ref[_Sum]", i: int, parameter: Tensor) -> None:
+    """A hook, which autograd keeps out of the collector's sight: what it held would never be freed."""
+    if (found := total()) is not None:
+        found.take(i, parameter)
 
 
 def gradient_dtype(dtype: torch.dtype, axes: Sequence[Axis], num_microbatches: int) -> torch.dtype:

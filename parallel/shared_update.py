@@ -54,11 +54,8 @@ class SharedUpdate:
         if streamed:
             self._stream.run(streamed, on_device)
         ended = self._clock.now()
-        seconds = host.result()
-        self._last = lambda: (
-            Side(_elements(streamed), self._clock.seconds(begun, ended)),
-            Side(_elements(left), seconds),
-        )
+        seconds, counts = host.result(), (_elements(streamed), _elements(left))  # and nothing holds a part any more
+        self._last = lambda: (Side(counts[0], self._clock.seconds(begun, ended)), Side(counts[1], seconds))
 
     def balance(self) -> float:
         """The share, to a sixteenth, with which both sides would have needed as long, each as fast as in the last run,

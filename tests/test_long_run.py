@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,3 +198,24 @@ def test_what_a_step_leaves_behind_is_counted(leak: str) -> None:
     assert first.counted != second.counted
     (first, second), *_ = run(samples_of, 1, "a module", range(5, 7))
     assert first.counted == second.counted
+
+
+def outlived(rank: int, world_size: int, kind: str) -> tuple[int, int]:
+    """How many chunks outlive their engine; and threads."""
+    threads = threading.active_count()
+    engine = engine_of(rank, world_size, kind)
+    ids = torch.randint(4, SHAPE["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(rank))
+    for _ in range(4):
+        engine.train_step({"input_ids": ids})
+    chunks = [weakref.ref(chunk) for chunk in engine.chunks]
+    del engine
+    gc.collect()
+    deadline = time.monotonic() + 5  # threads end when they notice
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return sum(chunk() is not None for chunk in chunks), threading.active_count() - threads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_that_is_given_up_frees_its_memory(kind: str) -> None:
+    assert run(outlived, 2, kind) == [(0, 0)] * 2

@@ -1,5 +1,6 @@
 """Where chunks are at home changes nothing of what they are."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import parallel
+from models import build
+from models.shapes import resolve
 from parallel import shared_update, streaming
+from parallel.config import parse
+from parallel.context import Place, make_context
 from parallel.memory.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of, near, peak_of, plan
 from parallel.optim import AdamW
-from parallel.transfer import Placement, Tier
+from parallel.transfer import ON_DEVICE, Placement, Tier
 from tests.harness import run
 from tests.parity import (
     SHAPE,
@@ -32,6 +37,7 @@ from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
 from tests.test_module_state import train as train_module
 from tests.test_zero import assert_equal
+from training.metrics import peak_host_bytes
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "single": (1, {}),
@@ -141,6 +147,37 @@ def test_what_another_share_of_an_update_would_take_is_foreseen() -> None:
     assert shared.gain(0.0) == pytest.approx(3.0 - 4.0)
     assert shared.gain(0.5) == pytest.approx(3.0 - 4.0)
     assert shared.gain(5 / 16) == pytest.approx(3.0 - 2.75)
+
+
+def left_behind(rank: int, world_size: int, raw: Raw) -> int:
+    """How many masters are still where they were, once every chunk has moved."""
+    engine = engine_of(rank, world_size, raw)
+    engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
+    masters = [weakref.ref(chunk.master) for chunk in engine.chunks]
+    for chunk in engine.chunks:
+        engine.optimizer.place(chunk, ON_DEVICE)
+    return sum(master() is not None for master in masters)
+
+
+def test_what_has_moved_is_gone_from_where_it_was() -> None:
+    """A host that is nearly full has no room for it until the next update."""
+    assert run(left_behind, 1, raw_of("single", "cpu", 0, precision="bf16")) == [0]
+
+
+def built(rank: int, world_size: int, raw: Raw) -> int:
+    """The bytes that building a model adds to what this process has had at most."""
+    context = make_context(parse(raw, resolve=resolve), Place())
+    before = peak_host_bytes()
+    build(context)
+    return peak_host_bytes() - before
+
+
+def test_of_a_model_that_comes_in_parts_no_more_than_a_layer_is_ever_there() -> None:
+    """128 MiB of 1.5 GiB, and room for another layer."""
+    shape = SHAPE | dict(hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=16384, num_attention_heads=16)
+    shape |= dict(num_hidden_layers=12)
+    raw = dict(model=shape, data=dict(sequence_length=6), zero=dict(tensor_placement_policy="cpu"))
+    assert run(built, 1, raw)[0] < 300 * 2**20
 
 
 def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
