@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from benchmarks import peers
 from benchmarks.workload import CLIP, Step
-from models.shapes import OPTShape
+from models.shapes import OPTShape, layer_costs
+from parallel.pipeline.partition import partition
 
 LR = 1e-4  # without a warm-up, from random weights
 
@@ -80,11 +81,13 @@ def dtensor(work: Work) -> Step:
 
 
 def pipelining(work: Work) -> Step:
-    """1F1B of `torch.distributed.pipelining`; tied weights and the norm over all stages are the user's business."""
+    """1F1B of `torch.distributed.pipelining`, with our stages; tied weights and the norm over all are its user's."""
     rank, world = dist.get_rank(), dist.get_world_size()
     last = world - 1
     model = _model(work, torch.bfloat16)
-    part = peers.Part(model, rank, world)
+    costs = layer_costs(work.shape, work.sequence, work.device.type)
+    own = partition(costs, world)[rank]  # with the embedding and the head
+    part = peers.Part(model, rank, world, range(max(0, own.start - 1), min(own.stop - 1, work.shape.num_hidden_layers)))
     tied = model.lm_head.weight if rank in (0, last) else None
     del model
     stage = PipelineStage(part, rank, world, work.device)

@@ -115,16 +115,19 @@ def split_linears(model: Any, mesh: DeviceMesh) -> None:
 
 
 class Part(nn.Module):
-    """One of `count` equal parts of the layers; the embeddings before the first, the head after the last."""
+    """One of `count` parts of the layers, equal ones unless `blocks` says which; the embeddings before the first, the
+    head after the last.
+    """
 
-    def __init__(self, model: Any, index: int, count: int) -> None:
+    def __init__(self, model: Any, index: int, count: int, blocks: range | None = None) -> None:
         super().__init__()
         decoder = model.model.decoder
-        blocks = len(decoder.layers) // count
+        size = len(decoder.layers) // count
+        blocks = blocks or range(index * size, (index + 1) * size)
         first, last = index == 0, index == count - 1
         self.embed_tokens = decoder.embed_tokens if first else None
         self.embed_positions = decoder.embed_positions if first else None
-        self.layers = decoder.layers[index * blocks : (index + 1) * blocks]
+        self.layers = decoder.layers[blocks.start : blocks.stop]
         self.final_layer_norm = decoder.final_layer_norm if last else None
         self.lm_head = model.lm_head if last else None  # its weight is the first stage's embedding
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from models.hf import has_weights, load, sources
 from models.opt import Block, LayerSpec, layers_of, trunk_of
-from models.shapes import OPTShape, shape_of
+from models.shapes import OPTShape, layer_costs, shape_of
 from parallel.config import Config, PipelineConfig
-from parallel.context import Context
+from parallel.context import Context, device_type
 from parallel.layout import ParameterInfo
 from parallel.memory.inputs import InputsOnHost
 from parallel.outline import master_dtype
@@ -54,8 +54,8 @@ def outline(context: Context) -> Stage:
     config = context.config
     shape = shape_of(config)
     mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype), compiles=config.train.compile)
-    specs = layers_of(shape, mode, config.train.seed, config.data.sequence_length)
-    own = split(specs, config.parallel.pipeline)[context.mesh.axis("pipe").rank]
+    specs = layers_of(shape, mode, config.train.seed)
+    own = split(costs_of(config), config.parallel.pipeline)[context.mesh.axis("pipe").rank]
     layers = {specs[i].name: _built(specs[i], keep=not comes_in_parts(config)) for i in own}
     if config.train.compile:
         for layer in layers.values():
@@ -81,11 +81,16 @@ def outline(context: Context) -> Stage:
     return stage
 
 
-def split(specs: list[LayerSpec], pipeline: PipelineConfig) -> list[range]:
+def costs_of(config: Config) -> list[float]:
+    """Of each layer, on the devices of a run here."""
+    return layer_costs(shape_of(config), config.data.sequence_length, device_type(config.train.device))
+
+
+def split(costs: Sequence[float], pipeline: PipelineConfig) -> list[range]:
     """The layers of each stage: as the config gives them, else by cost."""
     if pipeline.layers is not None:
-        return from_layers(len(specs) - 2, pipeline.layers)
-    return partition([spec.cost for spec in specs], pipeline.size)
+        return from_layers(len(costs) - 2, pipeline.layers)
+    return partition(costs, pipeline.size)
 
 
 def initialize(infos: Sequence[ParameterInfo], shape: OPTShape, seed: int) -> None:

@@ -32,26 +32,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer before it is built. `cost` is its FLOPs for one token forward, for the pipeline's partition."""
+    """A layer before it is built."""
 
     name: str
-    cost: float
     build: Callable[[], nn.Module]
 
 
-def layers_of(shape: OPTShape, mode: Mode, seed: int, sequence_length: int) -> list[LayerSpec]:
+def layers_of(shape: OPTShape, mode: Mode, seed: int) -> list[LayerSpec]:
     """[embedding, block 0 … n−1, head]."""
-    hidden, width, blocks_mode = shape.hidden_size, shape.word_embed_proj_dim, trunk_of(shape, mode)
-    projection = 2.0 * hidden * width if width != hidden else 0.0
-    block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
+    blocks_mode = trunk_of(shape, mode)
     blocks = [
-        LayerSpec(f"layers.{i}", block, partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)))
+        LayerSpec(f"layers.{i}", partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)))
         for i in range(shape.num_hidden_layers)
     ]
     return [
-        LayerSpec("embed", projection, partial(Embed, shape, mode, blocks_mode)),
+        LayerSpec("embed", partial(Embed, shape, mode, blocks_mode)),
         *blocks,
-        LayerSpec("head", projection + 2.0 * shape.vocab_size * width, partial(Head, shape, mode, blocks_mode)),
+        LayerSpec("head", partial(Head, shape, mode, blocks_mode)),
     ]
 
 

@@ -250,6 +250,24 @@ def _positions(shape: OPTShape) -> int:
     return (shape.max_position_embeddings + 2) * shape.hidden_size
 
 
+FLOPS_A_BYTE = {"cuda": 230.0}  # matmuls' against memory's: an H100 in bf16
+FLOPS_A_BYTE_ELSEWHERE = 9.0  # a CPU's core in fp32
+BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0  # that other kernels move, of a hidden element and of a logit: a third of a step's
+
+
+def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[float]:
+    """Of [embedding, block 0 … n−1, head], for the pipeline's partition: FLOPs of one token forward, and as many as
+    this type of device would do in the time of all that is no matmul.
+    """
+    hidden, width = shape.hidden_size, shape.word_embed_proj_dim
+    a_byte = FLOPS_A_BYTE.get(device, FLOPS_A_BYTE_ELSEWHERE)
+    projection = 2.0 * hidden * width if width != hidden else 0.0
+    block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
+    block += a_byte * BLOCK_BYTES * hidden
+    head = projection + (2.0 * width + a_byte * HEAD_BYTES) * shape.vocab_size
+    return [projection, *[block] * shape.num_hidden_layers, head]
+
+
 def flops_per_token(shape: OPTShape, sequence_length: int) -> float:
     """Model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
 

@@ -64,6 +64,11 @@ class Context:
         return self.mesh.device
 
 
+def device_type(wanted: str) -> str:
+    """That of a run's devices, on a machine like this one."""
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count()) else "cpu"
+
+
 def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     """This rank's device, and the backend: nccl where each local rank has a GPU of its own, else gloo."""
     count = torch.cuda.device_count()
@@ -71,7 +76,7 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
         raise ConfigError(
             "train.device: 'cuda' needs a GPU that torch can see, and there is none. Try 'auto' or 'cpu'."
         )
-    if wanted == "cpu" or not count:
+    if device_type(wanted) == "cpu":
         return torch.device("cpu"), "gloo"
     backend = "nccl" if place.local_world_size <= count else "gloo"
     return torch.device("cuda", place.local_rank % count), backend

@@ -71,7 +71,9 @@ class Engine(EngineBase):
         self.placer.before_step((len(microbatches), *ids.shape, int(mask is not None)))
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
-        runner = Runner(self.stage, self.pipe, microbatches, mark=self.stopwatch.mark)
+        keeps = self.config.train.activation_checkpointing == "none"  # what a layer computed, also if products wait
+        weights = self.gradients.deferred if keeps else None
+        runner = Runner(self.stage, self.pipe, microbatches, weights=weights, mark=self.stopwatch.mark)
         total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
         self.stopwatch.mark("reduce")
         total = self._sum(total)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parallel.chunk import Chunk
 from parallel.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
+from parallel.deferred import Deferred
 from parallel.errors import ModelError
 from parallel.grad_norm import sum_of_squares
 from parallel.mesh import Axis
@@ -38,11 +39,13 @@ class Gradients:
         self._travelling: list[_Sum] = []  # being scattered, the eldest first
         self._sums = [_Sum(chunk, self._completed, self._set_out) for chunk in chunks]
         self._scatters_each = scatters_each
+        self.deferred = Deferred()  # products
         self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
         """Start a step: each gradient will arrive so many times, or never."""
         self._travelling.clear()
+        self.deferred.forget()
         for total in self._sums:
             total.begin(1 if self._scatters_each and total.chunk.shard.size > 1 else num_microbatches)
             total.is_narrow = num_microbatches == 1
@@ -52,7 +55,7 @@ class Gradients:
         itself adds it to the sum, where autograd would leave a matrix to be copied.
         """
         total, i = self._places[matrix]
-        return partial(total.take_product, i)
+        return partial(self.deferred.call, total.take_product, i)
 
     def finish(self) -> None:
         """Wait until every chunk's `gradient` is the sum over all ranks: whole, or this rank's slice."""
@@ -162,6 +165,7 @@ class _Sum:
             self.total = self._at_home(whole)
         self.chunk.gradient, self.total = self.total, None
 
+    @torch.no_grad()
     def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
         self._make_buffer()
         (add_product if self.arrivals[i] else write_product)(a, b, self.views[i].flatten(0, -2))

@@ -14,14 +14,14 @@ def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total[M, N] += a[M, K] · b[K, N]"""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out[M, N] += a[M, K] · b[K, N]"""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        total.add_(a @ b)
+        out.add_(a @ b)
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,9 @@ from parallel.collectives import Pending, start_all_reduce
 from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
 from parallel.outline import ALIGNMENT
+from parallel.pipeline import runner
+from parallel.pipeline.p2p import start_send
+from parallel.products import write_product
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
 
@@ -122,3 +125,36 @@ def test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before() ->
         run(events_of_a_step, 2, raw)
         == [["forward", "embedding arrives", "forward", "sum of layers.0", "embedding arrives", "sum of embed"]] * 2
     )
+
+
+def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
+    """What happens in one step, in order: the product of a weight's gradient, and a message to another stage."""
+    engine, events = engine_of(rank, world_size, raw), []
+
+    def sent(*arguments: Any) -> Pending:
+        events.append("s")
+        return start_send(*arguments)
+
+    def product(*arguments: Tensor) -> None:
+        events.append("p")
+        write_product(*arguments)
+
+    with (
+        patch.object(runner, "start_send", sent),
+        patch.object(gradients, "write_product", product),
+        patch.object(gradients, "add_product", product),
+    ):
+        engine.train_step(share_of(batches_of(1)[0], engine))
+    return "".join(events)
+
+
+def test_weights_have_their_gradients_once_the_stage_before_has_its_own() -> None:
+    """Three microbatches, and on each of three stages a block of four linears. What is recomputed is not kept."""
+    model = SHAPE | dict(num_hidden_layers=3)
+    pipe = dict(pipeline=dict(size=3, layers=[1, 1, 1]))
+    first, middle, last = run(products_of_a_step, 3, config_of(pipe, model=model))
+    assert first == "sss" + "pppp" * 3
+    assert middle == "ss" + "spppp" + "s" + "spppp" * 2  # two forwards, then a backward and a forward in turn
+    assert last == "spppp" * 3
+    *_, last = run(products_of_a_step, 3, config_of(pipe, model=model, train=dict(activation_checkpointing="full")))
+    assert last == "pppps" * 3

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from models import opt
-from models.build import outline, split
+from models.build import costs_of, outline, split
 from models.shapes import OPTShape, parameter_count, shape_of
 from parallel.config import Config
 from parallel.context import Place, make_context
@@ -24,7 +24,7 @@ class StagePreview:
     """A pipeline stage as each of its ranks holds it: they are all alike, padding included.
 
     Bytes are of what lasts: weights, gradients at the end of a step, and the optimizer's masters and moments. `cost` is
-    the stage's FLOPs for one token forward, over all of its ranks.
+    the stage's `layer_costs`, over all of its ranks.
     """
 
     layers: tuple[str, ...]
@@ -61,7 +61,7 @@ class Preview:
         return self.config.num_microbatches(self.topology.world_size)
 
     def timeline(self) -> Timeline:
-        """One step of the pipeline, by FLOPs alone: a backward costs two forwards, a transfer nothing."""
+        """One step of the pipeline, by the layers' costs: a backward costs two forwards, a transfer nothing."""
         pipeline = self.config.parallel.pipeline
         plan = with_transfers(SCHEDULES[pipeline.schedule](pipeline.size, self.num_microbatches))
         costs = [stage.cost for stage in self.stages]
@@ -78,8 +78,8 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
     rank = topology.rank_of({axis: stage if axis == "pipe" else 0 for axis in topology.shape})
     context = make_context(config, Place(rank, topology.world_size), connect=False, device=torch.device("meta"))
     mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
-    specs = opt.layers_of(shape_of(config), mode, config.train.seed, config.data.sequence_length)
-    own = [specs[i] for i in split(specs, config.parallel.pipeline)[stage]]
+    specs, costs = opt.layers_of(shape_of(config), mode, config.train.seed), costs_of(config)
+    own = split(costs, config.parallel.pipeline)[stage]
     infos, microbatches = outline(context).infos, config.num_microbatches(topology.world_size)
     parameters = sum(info.parameter.numel() for info in infos)
     master = master_dtype(context.dtype)
@@ -92,7 +92,7 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
     # A weight that is wide enough is its own master.
     state = state_size(master, config.optimizer) - (master.itemsize if master == context.dtype else 0)
     return StagePreview(
-        tuple(spec.name for spec in own),
+        tuple(specs[i].name for i in own),
         parameters,
         weight_bytes=sum(context.dtype.itemsize * of_a_rank(info, from_stage=3) for info in infos),
         gradient_bytes=sum(
@@ -100,5 +100,5 @@ def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
             for info in infos
         ),
         optimizer_bytes=sum(state * of_a_rank(info, from_stage=1) for info in infos),
-        cost=sum(spec.cost for spec in own),
+        cost=sum(costs[i] for i in own),
     )

@@ -66,7 +66,7 @@ class Screen:
         if preview.topology.shape["pipe"] == 1:
             return
         picture = draw(preview.timeline()).splitlines()
-        title = f"one step, {preview.config.parallel.pipeline.schedule}, by FLOPs"
+        title = f"one step, {preview.config.parallel.pipeline.schedule}, by cost"
         if max(map(len, picture)) > self.console.width:
             self.say(f"{title}: {picture[-1]}")
             return

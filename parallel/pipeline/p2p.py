@@ -18,8 +18,8 @@ from parallel.mesh import Axis
 @dataclass(frozen=True)
 class Pipe:
     """The pipe axis four times over, each in a process group of its own: for activations and for gradients, from even
-    stages and from odd ones. NCCL does what it is given in a group in turn: a receive posted ahead would keep back what
-    has to be sent.
+    stages and from odd ones. NCCL does what it is given in a group in turn: a receive would keep back what has to be
+    sent.
     """
 
     links: tuple[Axis, ...]
@@ -39,8 +39,8 @@ class Pipe:
     def connect(self, device: torch.device) -> None:
         """Send a number down the pipe and another back up. Every rank calls this, before a plan runs.
 
-        NCCL connects two ranks when they first meet, and until then keeps the host waiting: a receive that a plan posts
-        ahead would wait for what this rank has yet to post.
+        NCCL connects two ranks when they first meet, and until then keeps the host waiting, perhaps for what this rank
+        has yet to post.
         """
         number = torch.zeros(1, device="cpu" if _goes_by_host(self.links[0]) else device)
         for step in (1, -1):

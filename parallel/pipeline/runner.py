@@ -1,15 +1,17 @@
 """Executes a plan: one rank's actions, one after another."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from parallel.collectives import Pending
+from parallel.deferred import Deferred
 from parallel.phases import Phase
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
-from parallel.pipeline.schedule import Action, Op, Plan, receives_ahead
+from parallel.pipeline.schedule import Action, Op, Plan
 from parallel.pipeline.stage import Stage
 
 SENDS_IN_FLIGHT = 2  # before the eldest is waited for: what is sent stays in memory until then
@@ -18,9 +20,13 @@ SENDS_IN_FLIGHT = 2  # before the eldest is waited for: what is sent stays in me
 class Runner:
     """One run of one stage through a plan with transfers.
 
-    A plan is proved for a backend that lets nobody go on before a transfer is over. Here a receive is posted a compute
-    ahead of need and waited for when it is needed, and a send is waited for later still: with less waiting the same
-    plan ends all the more. `mark` is called with each phase, and the action, that begins.
+    A plan is proved for a backend that lets nobody go on before a transfer is over. Here a send is waited for two sends
+    later: with less waiting the same plan ends all the more. A receive is posted no earlier than it is needed: while
+    NCCL's waits for the other end it takes multiprocessors from what computes.
+
+    `weights`: their gradients, which only the update waits for. Those of a microbatch are made once the gradient that
+    the stage before waits for is on its way (Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.1); None:
+    as backward comes to them. `mark` is called with each phase, and the action, that begins.
     """
 
     def __init__(
@@ -29,9 +35,11 @@ class Runner:
         pipe: Pipe,
         microbatches: Sequence[Microbatch],
         *,
+        weights: Deferred | None = None,
         mark: Callable[[Phase, object], None] = lambda phase, action: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
+        self.weights = weights if pipe.rank > 0 else None  # to the first stage nobody listens
         self.is_last = pipe.rank == pipe.size - 1
         self.device = microbatches[0].input_ids.device
         self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from F to the end of B and SEND_B
@@ -45,7 +53,7 @@ class Runner:
         trains = any(action.op is Op.B for action in actions)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.set_grad_enabled(trains):
-            for action in receives_ahead(actions):
+            for action in actions:
                 match action.op:
                     case Op.F:
                         total += self._forward(action)
@@ -69,7 +77,9 @@ class Runner:
     def _backward(self, action: Action) -> None:
         gradient = self._received(Op.RECV_B, action)
         self.mark("backward", action)
-        self.outputs.pop(action.microbatch).backward(gradient)
+        output = self.outputs.pop(action.microbatch)
+        with nullcontext() if self.weights is None else self.weights.put_off():
+            output.backward(gradient)
 
     def _received(self, op: Op, action: Action) -> Tensor | None:
         """What the action waits for; None at the end of the pipe where nothing comes from."""
@@ -91,6 +101,9 @@ class Runner:
         axis = self.pipe.link(self.pipe.rank, action.peer)
         self.mark("transfer", action)
         self.sending.append(start_send(self._outgoing(action), axis, action.peer))
+        if action.op is Op.SEND_B and self.weights is not None:
+            self.mark("backward", action.payload)
+            self.weights.catch_up()
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
     def _outgoing(self, action: Action) -> Tensor:

@@ -11,7 +11,7 @@ In the pictures a row is a rank, time runs to the right, `F2` is the forward of 
 bubble), and forward and backward are drawn equally long.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
@@ -165,26 +165,6 @@ def with_transfers(plan: Plan) -> Plan:
                 actions.append(Action(send, compute.stage, compute.microbatch, target))
         ranks.append(tuple(actions))
     return Plan(tuple(ranks), plan.num_stages, plan.num_microbatches)
-
-
-def receives_ahead(actions: Sequence[Action]) -> list[Action]:
-    """One rank's actions with every receive moved ahead of the compute before the one that needs it.
-
-    What arrives can then travel while that compute runs. The order of the messages between two ranks stays.
-
-        F0  {SEND_F0 RECV_B0}  B0  {RECV_B1}  B1    becomes    RECV_B0  F0  SEND_F0  RECV_B1  B0  B1
-    """
-    ordered: list[Action] = []
-    since_compute = 0  # where the last compute stands, or the start
-    for action in actions:
-        if action.op in (Op.RECV_F, Op.RECV_B):
-            ordered.insert(since_compute, action)
-            since_compute += 1
-        else:
-            if not action.op.is_transfer:
-                since_compute = len(ordered)
-            ordered.append(action)
-    return ordered
 
 
 def batches(actions: Iterable[Action]) -> Iterator[Action | tuple[Action, ...]]:

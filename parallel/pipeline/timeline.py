@@ -139,8 +139,8 @@ def _describe_deadlock(ranks: list[_Rank], posted: dict[tuple[Action, Op], float
 def draw(timeline: Timeline) -> str:
     """One row a rank: `F2`, `B2` as long as they last, dots where nothing is computed; a summary below.
 
-    A rank that holds several stages shows them: `F4.2` is stage 4, microbatch 2. The typical compute is as wide as
-    its label; what is too short for its own is cut off.
+    A rank that holds several stages shows them: `F4.2` is stage 4, microbatch 2. The shortest compute is as wide as
+    its label, but for those of less than half the usual length: theirs is cut off.
     """
     computes = [[span for span in row if not span.action.op.is_transfer] for row in timeline.rows]
     several = any(len({span.action.stage for span in row}) > 1 for row in computes)
@@ -149,7 +149,8 @@ def draw(timeline: Timeline) -> str:
         return str(action) if several else f"{action.op.value}{action.microbatch}"
 
     widest = 1 + max(len(label(span.action)) for row in computes for span in row)
-    columns_per_unit = widest / median_low(span.end - span.start for row in computes for span in row)
+    lengths = [span.end - span.start for row in computes for span in row]
+    columns_per_unit = widest / min(length for length in lengths if length >= median_low(lengths) / 2)
 
     def column(time: float) -> int:
         return round(time * columns_per_unit)

@@ -16,7 +16,7 @@ from parallel.collectives import MAX, Pending, all_reduce
 from parallel.labels import IGNORED
 from parallel.layout import Layout, index_along
 from parallel.mesh import Axis
-from parallel.products import add_product
+from parallel.products import add_product, write_product
 from parallel.tensor.matmul import Surround
 
 TOKENS_A_CHUNK = 2048  # of this rank
@@ -42,7 +42,8 @@ class _LMLoss(torch.autograd.Function):
         size = max(1, TOKENS_A_CHUNK // len(labels))
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
-        dx, dw = torch.empty_like(x), torch.zeros_like(table.buffer, dtype=wide)
+        is_whole = size >= labels.shape[1] and head.around.gather_w.size == 1  # dw is one product, to be rounded once
+        dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_whole else wide)
         for start in range(0, labels.shape[1], size):
             chunk = slice(start, start + size)
             whole_x = Pending(head.around.whole_input(x[:, chunk]).wait())
@@ -50,7 +51,8 @@ class _LMLoss(torch.autograd.Function):
             loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale, x.dtype)
             total += loss
             if dlogits is not None:
-                travelling, _ = head.around.gradients(dlogits, whole_x, table, partial(add_product, total=dw))
+                arrive = partial(add_product if start else write_product, out=dw)
+                travelling, _ = head.around.gradients(dlogits, whole_x, table, arrive)
                 dx[:, chunk] = travelling.wait()
         if scale is not None:
             ctx.save_for_backward(dx, head.around.own_gradient(dw).to(e.dtype))
