@@ -117,7 +117,7 @@ def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
 
 def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> float:
     """The seconds that a step cannot be done without, at the rates of an H200 with 16 cores. Matmuls (the recomputed
-    forward among them) or copies, whichever is longer: a parameter on the host comes twice, in bf16, and its gradient
+    forward among them, but for each block's last) or copies, whichever is longer: a parameter on the host comes twice, in bf16, and its gradient
     goes once, the other way. Then the update of states on the host, which waits for the norm of all gradients.
     """
     chunks = [] if engine is None else engine.chunks
@@ -125,7 +125,7 @@ def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> flo
     on_host = [sum(c.size for c in chunks if c.placement.parameters is Tier.HOST) if chunks else count]
     on_host += [sum(c.size for c in chunks if c.placement.states is not Tier.DEVICE) if chunks else count]
     parameters, states = on_host
-    matmuls = batch * SEQUENCE * flops_per_token(shape, SEQUENCE) * (4 / 3) / MATMUL
+    matmuls = batch * SEQUENCE * flops_per_token(shape, SEQUENCE) * (11 / 9) / MATMUL
     return max(matmuls, 2 * 2 * parameters / COPY, 2 * states / COPY) + states * UPDATE
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 FLOORS = (
     ("parallel.errors", "parallel.config*", "parallel.topology"),
     ("models.shapes",),
-    ("parallel.mesh", "parallel.phases", "parallel.deferred"),
+    ("parallel.mesh", "parallel.phases", "parallel.deferred", "parallel.recomputation"),
     ("parallel.collectives",),
     (
         "parallel.conjugate",

@@ -492,6 +492,10 @@ PLACEMENT = (
            INPUTS, "        x = self._x\n        self._go_away()\n",
            "        x = self._x\n        self._go_away()\n        self._pool.take_back(self._home)\n",
            f"{KEPT}::test_a_module_of_ones_own_trains_bit_for_bit_too[twice-1-cuda]"),
+    Mutant("recomputed-to-the-end", "a block's last product, and its sum over ranks, are made again for nobody",
+           MATMUL, "    if is_recomputation():", "    if False:",
+           "tests/test_fp16_and_recompute.py::"
+           "test_a_recomputed_block_goes_no_further_than_to_what_its_last_linear_takes"),
     Mutant("changed-input-computed-with", "what was changed in place goes to the host, or into a recomputation",
            INPUTS, "if self._x._version != self._version:", "if False:",
            f"{KEPT}::test_an_input_changed_in_place_is_refused_not_computed_with"),

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from parallel.loss_scale import LossScale
+from parallel.tensor.matmul import Surround
 from tests.harness import run
 from tests.parity import (
     SHAPE,
@@ -86,6 +88,29 @@ def test_recompute_keeps_one_activation_a_block() -> None:
     activation = 4 * 6 * 24 * 8
     assert kept("full", 5) - kept("full", 2) == 3 * activation
     assert kept("none", 5) - kept("none", 2) > 3 * 9 * activation
+
+
+def products(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
+    """How many linears are multiplied in a step's forwards, and how many sums over ranks it makes."""
+    engine = engine_of(rank, world_size, raw)
+    engine.mesh.traffic.reset()
+    with patch.object(Surround, "product", autospec=True, side_effect=Surround.product) as product:
+        engine.train_step(share_of(batches_of(1)[0], engine))
+    return product.call_count, engine.mesh.traffic.calls["all_reduce"]
+
+
+def test_a_recomputed_block_goes_no_further_than_to_what_its_last_linear_takes() -> None:
+    """Of two blocks and three microbatches four linears each, a second time three of them; nor is the last's sum over
+    ranks made again."""
+    layers = dict(num_hidden_layers=2, dropout=0.0)
+    (once, sums), (again, more) = (
+        run(products, 2, config_of(LAYOUTS["1d2"][1], model=SHAPE | layers, train=dict(activation_checkpointing=kind)))[
+            0
+        ]
+        for kind in ("none", "full")
+    )
+    assert (once, again - once) == (24, 18)
+    assert more - sums == 6
 
 
 def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[list[Any], bool, float]:

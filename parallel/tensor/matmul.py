@@ -25,6 +25,7 @@ from parallel.collectives import (
 )
 from parallel.mesh import ALONE, Axis
 from parallel.products import wide_product
+from parallel.recomputation import is_recomputation
 
 T = TypeVar("T")
 
@@ -126,7 +127,27 @@ def matmul(
     return y
 
 
+class _Keep(torch.autograd.Function):
+    """What `_Matmul` keeps, before there is a product: a recomputation that wants nothing more ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x.new_empty(())
+
+
+class _Product(torch.autograd.Function):
+    """What `_Matmul` returns, in a graph that nobody goes back through."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
+        return around.product(around.whole_input(x), around.whole_weight(w), bias)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: Surround, deliver: Deliver | None) -> Tensor:
+    if is_recomputation():
+        kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]
+        return _Product.apply(kept, x, w, bias, around)  # type: ignore[no-untyped-call, no-any-return]
     y: Tensor = _Matmul.apply(x, w, bias, around, deliver)  # type: ignore[no-untyped-call]
     return y
