@@ -116,9 +116,10 @@ def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
 
 
 def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> float:
-    """The seconds that a step cannot be done without, at the rates of an H200 with 16 cores. Matmuls (the recomputed
-    forward among them, but for each block's last) or copies, whichever is longer: a parameter on the host comes twice, in bf16, and its gradient
-    goes once, the other way. Then the update of states on the host, which waits for the norm of all gradients.
+    """The seconds that a step cannot be done without, at the rates of an H200 with 16 cores. Matmuls (a second forward
+    among them, but for each block's last) or copies, whichever is longer: a parameter on the host comes twice, in bf16,
+    and its gradient goes once, the other way. Then the update of states on the host, which waits for the norm of all
+    gradients.
     """
     chunks = [] if engine is None else engine.chunks
     count = sum(chunk.size for chunk in chunks) or parameter_count(shape)
