@@ -102,7 +102,7 @@ class Runner:
         self.mark("transfer", action)
         self.sending.append(start_send(self._outgoing(action), axis, action.peer))
         if action.op is Op.SEND_B and self.weights is not None:
-            self.mark("backward", action.payload)
+            self.mark("backward", f"W{action.stage}.{action.microbatch}")
             self.weights.catch_up()
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
