@@ -47,7 +47,9 @@ def test_inputs_on_the_host_with_dropout_equal_no_recompute_bit_for_bit(name: st
     ranks, parallel, precision, micro, zero = RUNS[name]
 
     def trace(checkpointing: str) -> Trace:
-        options = dict(micro_batch_size=micro, precision=precision)
+        options: Raw = dict(micro_batch_size=micro, precision=precision)
+        if "device_memory" in zero:
+            options |= dict(device="cpu")  # no GPU can be capped at so little
         model = SHAPE | dict(num_hidden_layers=4, dropout=0.3, attention_dropout=0.3)
         raw = raw_of(parallel, checkpointing, model=model, train=options, zero=zero)
         found = run(train, ranks, raw, batches_of(3))[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from models.data import Batch
 from parallel.context import Place, make_context
@@ -173,7 +174,9 @@ def test_a_run_resumes_in_another_layout(tmp_path: Path) -> None:
 
 
 def resume_in_two(rank: int, world_size: int, folder: Path, layout: str, checkpoint: str) -> None:
-    loop.run(start(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, ALONE.local_world_size)))
+    job = start(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, ALONE.local_world_size))
+    dist.barrier()  # ranks that have yet to meet do so before any of them writes
+    loop.run(job)
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import launch
 from parallel.context import Place, make_context
@@ -77,7 +78,9 @@ def trace_two_stages(rank: int, world_size: int, folder: Path) -> dict[str, Any]
     """The last step's line."""
     config = preflight.read_config(None, [*TINY, f"output.dir={folder}", "parallel.pipeline=2"], world_size)
     place = Place(rank, world_size, rank, ALONE.local_world_size)
-    loop.run(preflight.inspect(config, place, profiled=range(2, 4)))
+    job = preflight.inspect(config, place, profiled=range(2, 4))
+    dist.barrier()  # ranks that have yet to meet do so before any of them writes
+    loop.run(job)
     return dict(list(metrics.read(folder / "metrics.jsonl"))[-1])
 
 
