@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -12,28 +13,59 @@ from parallel.streaming import Part, Stream, Update, in_parts
 from parallel.transfer import Placement, Tier
 
 HOST_PART = 2**20  # elements: what one pass over them leaves in the caches, the next finds there
-FIRST_SHARE = 0.25  # of the elements are the host's, until both sides have been timed
+FIRST_SHARE = 0.25  # is the host's, until all sides have been timed
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one of the two did in a run."""
+    """What one of those that work on an update did in it."""
 
     elements: float
     seconds: float
 
-    @property
-    def rate(self) -> float:
-        """Elements a second; 0 where it did none."""
-        return self.elements / (self.seconds or 1e-9)
+    def at(self, elements: float) -> float:
+        """The seconds that it would have needed for so many; 0 where it is not known."""
+        return elements * self.seconds / self.elements if self.elements else 0.0
 
-    def at(self, rate: float) -> float:
-        """The seconds that it would have needed."""
-        return self.elements / rate if rate else 0.0
+
+@dataclass(frozen=True)
+class Run:
+    """An update: the device's part of it, first what came from a disk and then what came from the host, and the host's.
+    Of the elements of the latter two `movable` might have been either's.
+    """
+
+    disk: Side
+    bus: Side
+    host: Side
+    movable: float
+
+    def best(self) -> float | None:
+        """The share of what is movable with which neither side would have waited for the other; None if the host, or
+        the device, did nothing.
+        """
+        if not self.host.elements or not self.disk.elements + self.bus.elements:
+            return None
+        both = self.bus.elements + self.host.elements
+        own = (self.disk.seconds + self.bus.at(both)) / (self.bus.at(1) + self.host.at(1) or 1e-12)
+        return min(1.0, own / self.movable)
+
+    def seconds(self, share: float) -> float:
+        """As it would have been with this share."""
+        own = share * self.movable
+        both = self.bus.elements + self.host.elements
+        return max(self.disk.seconds + self.bus.at(both - own), self.host.at(own))
+
+    @property
+    def took(self) -> float:
+        return max(self.disk.seconds + self.bus.seconds, self.host.seconds)
+
+
+NOTHING = Run(Side(0, 0.0), Side(0, 0.0), Side(0, 0.0), 0)
 
 
 class SharedUpdate:
-    """Streams parts through the device, but leaves the last, `share` of all elements, to the host where they are.
+    """Streams parts through the device, but leaves the last to the host where they are: `share` of the elements whose
+    states are at home there.
 
     The two round differently. So the share stays what it is until somebody sets it: to `balance()`, best, the same on
     all ranks.
@@ -44,38 +76,43 @@ class SharedUpdate:
         self._clock = clock_of(device)
         self._stream = Stream(device)
         self._thread = ThreadPoolExecutor(1, "update")
-        self._last: Callable[[], tuple[Side, Side]] = lambda: (Side(0, 0.0), Side(0, 0.0))
+        self._last: Callable[[], Run] = lambda: NOTHING
 
     def run(self, wholes: Sequence[Part], on_device: Update, on_host: Update) -> None:
         """Each one's home as one or the other update leaves the parts of it that are given to it."""
-        streamed, left = self._split(in_parts(wholes))
-        begun = self._clock.now()
+        parts = in_parts(wholes)
+        from_disk = [part for part in parts if part.is_on_disk]
+        from_host, left = self._split([part for part in parts if not part.is_on_disk])
+        moments = [self._clock.now()]
         host = self._thread.submit(update_in_place, left, on_host)
-        if streamed:
-            self._stream.run(streamed, on_device)
-        ended = self._clock.now()
-        seconds, counts = host.result(), (_elements(streamed), _elements(left))  # and nothing holds a part any more
-        self._last = lambda: (Side(counts[0], self._clock.seconds(begun, ended)), Side(counts[1], seconds))
+        for streamed in (from_disk, from_host):
+            if streamed:
+                self._stream.run(streamed, on_device)
+            moments.append(self._clock.now())
+        seconds, counts = host.result(), [_elements(x) for x in (from_disk, from_host, left)]
+        movable = _elements([part for part in parts if _is_movable(part)])
+
+        def last() -> Run:  # of numbers alone: it holds no part
+            disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(moments))
+            return Run(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
+
+        self._last = last
 
     def balance(self) -> float:
-        """The share, to a sixteenth, with which both sides would have needed as long, each as fast as in the last run,
-        which the device must have done.
-        """
-        device, host = (side.rate for side in self._last())
-        return round(16 * host / (device + host)) / 16 if host else self.share
+        """The best share for the last run, which the device must have done, to a sixteenth."""
+        best = self._last().best()
+        return self.share if best is None else round(16 * best) / 16
 
     def gain(self, share: float) -> float:
         """The seconds that this share would have spared the last run, which the device must have done."""
-        device, host = self._last()
-        count = device.elements + host.elements
-        took = max(device.seconds, host.seconds)
-        return took - max(Side(count * (1 - share), 0.0).at(device.rate), Side(count * share, 0.0).at(host.rate))
+        last = self._last()
+        return last.took - last.seconds(share)
 
     def _split(self, parts: Sequence[Part]) -> tuple[Sequence[Part], Sequence[Part]]:
         streamed, left = [], list[Part]()
-        room = self.share * _elements(parts)
+        room = self.share * _elements([part for part in parts if _is_movable(part)])
         for part in reversed(parts):
-            if _is_on_host(part) and len(part.gradient) <= room:
+            if _is_movable(part) and len(part.gradient) <= room:
                 left.append(part)
                 room -= len(part.gradient)
             else:
@@ -96,9 +133,9 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
     return time.perf_counter() - begun
 
 
-def _is_on_host(part: Part) -> bool:
-    """And may be updated there. Of a tied weight another pipeline stage has the same masters among other parts: both
-    leave it to the device.
+def _is_movable(part: Part) -> bool:
+    """At home on the host, it may be updated there. Of a tied weight another pipeline stage has the same masters among
+    other parts: both leave it to the device.
     """
     return part.chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(part.chunk.axes) == 1
 

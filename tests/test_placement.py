@@ -17,6 +17,7 @@ from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.memory.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of, near, peak_of, plan
 from parallel.optim import AdamW
+from parallel.shared_update import Run, Side
 from parallel.transfer import ON_DEVICE, Placement, Tier
 from tests.harness import run
 from tests.parity import (
@@ -140,14 +141,24 @@ def test_host_and_device_share_an_update(share: float, balance: tuple[float, flo
 
 
 def test_what_another_share_of_an_update_would_take_is_foreseen() -> None:
-    """The host has half of the device's rate, so a third is its share."""
+    """600 elements at 200 a second on the device, and 200 at 100 on the host."""
     shared = shared_update.SharedUpdate(torch.device("cpu"))
-    shared._last = lambda: (shared_update.Side(600, 3.0), shared_update.Side(200, 2.0))  # 200 and 100 a second
+    shared._last = lambda: Run(Side(0, 0.0), Side(600, 3.0), Side(200, 2.0), 800)
     assert shared.balance() == round(16 / 3) / 16
     assert shared.gain(0.25) == 0.0
     assert shared.gain(0.0) == pytest.approx(3.0 - 4.0)
     assert shared.gain(0.5) == pytest.approx(3.0 - 4.0)
     assert shared.gain(5 / 16) == pytest.approx(3.0 - 2.75)
+
+
+@pytest.mark.parametrize(("disk", "share"), [(1.0, 5 / 12), (2.0, 1 / 2), (9.0, 1.0)])
+def test_while_a_disk_is_waited_for_the_host_goes_on(disk: float, share: float) -> None:
+    """The same again, and what is on a disk, which only the device can update."""
+    shared = shared_update.SharedUpdate(torch.device("cpu"))
+    shared._last = lambda: Run(Side(50, disk), Side(600, 3.0), Side(200, 2.0), 800)
+    assert shared.balance() == pytest.approx(share, abs=1 / 32)
+    assert shared.gain(0.25) == 0.0
+    assert shared.gain(1.0) == pytest.approx(disk + 3.0 - max(disk, 8.0))
 
 
 def left_behind(rank: int, world_size: int, raw: Raw) -> int:
