@@ -38,7 +38,7 @@ PARTS = ("parity", "bandwidth", "speed", "overlap")
 START_SECONDS = 90.0  # that workers may take to begin
 LEAST_SECONDS = 15.0  # of the budget, for a job to be started
 WITHOUT_NVLS = dict(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
-COLUMNS = "{:<9} {:<9} {:<24} {:>9} {:>9} {:>6} {:>9} {:>8}  {}"
+COLUMNS = "{:<9} {:<9} {:<34} {:>9} {:>9} {:>6} {:>9} {:>8}  {}"
 HEADINGS = ("part", "model", "", "tokens/s", "per GPU", "MFU", "peak GiB", "ours is", "")
 
 Job: TypeAlias = ParityJob | SpeedJob | BandwidthJob
@@ -236,7 +236,7 @@ def line(row: Row) -> str:
     return COLUMNS.format(
         row["part"],
         row.get("model", ""),
-        row["name"][:24],
+        row["name"][:34],
         number("tokens_per_second", "{:.0f}"),
         number("per_gpu", "{:.0f}"),
         number("mfu", "{:.1%}"),
