@@ -38,6 +38,7 @@ from parallel.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes
 
 SEQUENCE, LR = 1024, 1e-4
+SLOW = 5.0  # seconds
 MATMUL, COPY, UPDATE = 790e12, 55e9, 0.24e-9  # FLOP/s in bf16; bytes/s each way; seconds an element
 
 Contender: TypeAlias = tuple[Step, OPTShape, parallel.Engine | None]
@@ -102,6 +103,8 @@ def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(step(ids))
         seconds.append(time.perf_counter() - start)
+        if seconds[-1] > SLOW:  # all may not be over before somebody's patience is
+            print(f"    step {len(losses)}: {seconds[-1]:.1f} s, loss {losses[-1]:.4f}", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return dict(
         ready=ready,
