@@ -1,5 +1,6 @@
 """Work that nobody waits for."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,7 +10,7 @@ class Deferred:
     """Calls, each made at once or, if it comes while they are being put off, by the next `catch_up`."""
 
     def __init__(self) -> None:
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: deque[Callable[[], None]] = deque()
         self._puts_off = False
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:
@@ -28,15 +29,8 @@ class Deferred:
 
     def catch_up(self) -> None:
         """In the order in which they came; what each held is free as soon as it has been made."""
-        for i, call in enumerate(self._waiting):
-            self._waiting[i] = _nothing
-            call()
-            del call
-        self._waiting.clear()
+        while self._waiting:
+            self._waiting.popleft()()
 
     def forget(self) -> None:
         self._waiting.clear()
-
-
-def _nothing() -> None:
-    pass
