@@ -264,15 +264,32 @@ def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
             assert abs(a - b) <= bound * abs(b), f"{name} of step {step + 1}: {a!r}, wanted {b!r}"
     assert got.weights.keys() == want.weights.keys()
     assert got.gradients.keys() == want.gradients.keys()
-    unit = torch.finfo(torch.float64 if bound < 1e-8 else torch.float32).eps
-    total = math.sqrt(sum(g.double().square().sum().item() for g in want.gradients.values()))
+    noise = _noise(want, torch.float64 if bound < 1e-8 else torch.float32)
     for name, gradient in want.gradients.items():
         norm = gradient.double().norm().item()
         difference = (got.gradients[name].double() - gradient.double()).norm().item()
-        assert difference <= bound * norm + 4 * unit * total, (
+        assert difference <= bound * norm + noise, (
             f"gradient of {name}: off by {difference:.1e}, of a norm of {norm:.1e}"
         )
     for name, weight in want.weights.items():
         if wide or not name.endswith("k_proj.bias"):
             error = relative(got.weights[name], weight)
             assert error <= bound, f"weight {name}: {error:.1e}"
+
+
+def distance(got: Trace, want: Trace) -> float:
+    """The smallest bound within which fp32 compares equal to what is exact."""
+    pairs = [*zip(got.losses, want.losses, strict=True), *zip(got.norms, want.norms, strict=True)]
+    found = [abs(a - b) / abs(b) for a, b in pairs]
+    noise = _noise(want, torch.float32)
+    for name, gradient in want.gradients.items():
+        difference = (got.gradients[name].double() - gradient.double()).norm().item()
+        found.append(max(0.0, difference - noise) / max(gradient.double().norm().item(), noise))
+    found += [relative(got.weights[n], weight) for n, weight in want.weights.items() if not n.endswith("k_proj.bias")]
+    return max(found)
+
+
+def _noise(want: Trace, dtype: torch.dtype) -> float:
+    """What rounding may leave of a gradient that is zero."""
+    total = math.sqrt(sum(g.double().square().sum().item() for g in want.gradients.values()))
+    return 4 * torch.finfo(dtype).eps * total
