@@ -323,7 +323,9 @@ def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path 
     return found
 
 
-@pytest.mark.parametrize(("model", "precision"), [("plain", "fp64"), ("opt", "bf16"), ("plain", "bf16")])
+@pytest.mark.parametrize(
+    ("model", "precision"), [pytest.param("plain", "fp64", marks=pytest.mark.slow), ("opt", "bf16"), ("plain", "bf16")]
+)
 def test_a_modules_narrow_moments_are_the_same_wherever_they_are(model: str, precision: str, tmp_path: Path) -> None:
     """Bit for bit, through a checkpoint too; the second moment of what never got a gradient is zero."""
     for stage in (0, 3):
