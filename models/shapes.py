@@ -250,17 +250,18 @@ def _positions(shape: OPTShape) -> int:
     return (shape.max_position_embeddings + 2) * shape.hidden_size
 
 
-FLOPS_A_BYTE = {"cuda": 230.0}  # matmuls' against memory's: an H100 in bf16
-FLOPS_A_BYTE_ELSEWHERE = 9.0  # a CPU's core in fp32
-BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0  # that other kernels move, of a hidden element and of a logit: a third of a step's
+FLOPS_A_BYTE = {"cuda": 230.0, "cpu": 9.0}  # matmuls' rate against memory's: an H100 in bf16, a core in fp32
+# Bytes that all kernels but matmuls move, of a hidden element of a block and of a logit: a third of them, as a forward
+# is a third of a step's FLOPs. From the kernels of an OPT-6.7b's stages on H100s.
+BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0
 
 
 def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[float]:
     """Of [embedding, block 0 … n−1, head], for the pipeline's partition: FLOPs of one token forward, and as many as
-    this type of device would do in the time of all that is no matmul.
+    this type of device ("cuda" or "cpu") would do in the time of all that is no matmul.
     """
     hidden, width = shape.hidden_size, shape.word_embed_proj_dim
-    a_byte = FLOPS_A_BYTE.get(device, FLOPS_A_BYTE_ELSEWHERE)
+    a_byte = FLOPS_A_BYTE[device]
     projection = 2.0 * hidden * width if width != hidden else 0.0
     block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
     block += a_byte * BLOCK_BYTES * hidden

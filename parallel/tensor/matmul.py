@@ -128,7 +128,9 @@ def matmul(
 
 
 class _Keep(torch.autograd.Function):
-    """What `_Matmul` keeps, before there is a product: a recomputation that wants nothing more ends here."""
+    """x[..., K'], w[N', K''] -> [], and what `_Matmul` keeps, before there is a product: a recomputation that wants
+    nothing more ends here.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """What `_Matmul` returns, in a graph that nobody goes back through."""
+    """y[..., N'] as `_Matmul` returns it, in a graph that nobody goes back through."""
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
