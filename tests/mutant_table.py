@@ -492,6 +492,13 @@ PLACEMENT = (
            INPUTS, "        x = self._x\n        self._go_away()\n",
            "        x = self._x\n        self._go_away()\n        self._pool.take_back(self._home)\n",
            f"{KEPT}::test_a_module_of_ones_own_trains_bit_for_bit_too[twice-1-cuda]"),
+    Mutant("embedding-hears-of-the-last-tokens", "the gradient from some tokens takes the place of the others'",
+           CROSS_ENTROPY, "add_product if start else write_product", "write_product",
+           f"{RULES}::"
+           "test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_time[dtype0-4]"),
+    Mutant("received-too-early", "a receive holds multiprocessors while another microbatch computes",
+           RUNNER, "for action in actions:", "for action in sorted(actions, key=lambda a: a.op is not Op.RECV_F):",
+           "tests/test_chunk.py::test_weights_have_their_gradients_once_the_stage_before_has_its_own"),
     Mutant("recomputed-to-the-end", "a block's last product, and its sum over ranks, are made again for nobody",
            MATMUL, "    if is_recomputation():", "    if False:",
            "tests/test_fp16_and_recompute.py::"
@@ -514,6 +521,9 @@ PLACEMENT = (
     Mutant("engines-stay", "autograd holds the chunks of an engine that nobody has any more",
            GRADIENTS, "partial(_arrive, weakref.ref(self), i)", "partial(self.take, i)",
            "tests/test_long_run.py::test_an_engine_that_is_given_up_frees_its_memory[ours]"),
+    Mutant("disk-timed-as-the-bus", "the host is given less than it could do while the disk is waited for",
+           "parallel/shared_update.py", "from_disk = [part for part in parts if part.is_on_disk]", "from_disk = []",
+           "tests/test_disk.py::test_what_comes_from_a_disk_is_timed_apart_from_what_the_host_may_take"),
     Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
            "parallel/shared_update.py", " and len(part.chunk.axes) == 1", "",
            f"{PLANS}::test_what_two_stages_hold_is_updated_on_the_same_side"),

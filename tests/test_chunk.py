@@ -15,7 +15,7 @@ from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
 from parallel.outline import ALIGNMENT
 from parallel.pipeline import runner
-from parallel.pipeline.p2p import start_send
+from parallel.pipeline.p2p import start_receive, start_send
 from parallel.products import write_product
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
@@ -128,19 +128,25 @@ def test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before() ->
 
 
 def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
-    """What happens in one step, in order: the product of a weight's gradient, and a message to another stage."""
+    """What happens in one step, in order: a receive posted, a forward, a send, the product of a weight's gradient."""
     engine, events = engine_of(rank, world_size, raw), []
 
     def sent(*arguments: Any) -> Pending:
         events.append("s")
         return start_send(*arguments)
 
+    def received(*arguments: Any) -> Pending:
+        events.append("r")
+        return start_receive(*arguments)
+
     def product(*arguments: Tensor) -> None:
         events.append("p")
         write_product(*arguments)
 
+    engine.stage.register_forward_pre_hook(lambda module, inputs: events.append("f"))
     with (
         patch.object(runner, "start_send", sent),
+        patch.object(runner, "start_receive", received),
         patch.object(gradients, "write_product", product),
         patch.object(gradients, "add_product", product),
     ):
@@ -149,12 +155,14 @@ def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
 
 
 def test_weights_have_their_gradients_once_the_stage_before_has_its_own() -> None:
-    """Three microbatches, and on each of three stages a block of four linears. What is recomputed is not kept."""
+    """Three microbatches, and on each of three stages a block of four linears. What is recomputed is not kept. Nothing
+    is received before it is needed: what waits on a GPU takes from what computes.
+    """
     model = SHAPE | dict(num_hidden_layers=3)
     pipe = dict(pipeline=dict(size=3, layers=[1, 1, 1]))
     first, middle, last = run(products_of_a_step, 3, config_of(pipe, model=model))
-    assert first == "sss" + "pppp" * 3
-    assert middle == "ss" + "spppp" + "s" + "spppp" * 2  # two forwards, then a backward and a forward in turn
-    assert last == "spppp" * 3
+    assert first == "fs" * 3 + "rpppp" * 3
+    assert middle == "rfs" * 2 + "rspppp" + "rfs" + "rspppp" * 2  # two forwards, then a backward and a forward in turn
+    assert last == "rfspppp" * 3
     *_, last = run(products_of_a_step, 3, config_of(pipe, model=model, train=dict(activation_checkpointing="full")))
-    assert last == "pppps" * 3
+    assert last == "rfpppps" * 3

@@ -146,6 +146,24 @@ def test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget(
     assert_alike(run(went_on, ranks, raw, tmp_path / "plain", 4)[0], want)
 
 
+def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]:
+    """Elements of the last update that came from a disk, those that either side might have taken, and those that both
+    did; elements whose states are at home on the disk, and on the host.
+    """
+    engine = engine_in_parts(rank, world_size, raw)
+    engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
+    last = engine.optimizer._shared._last()  # type: ignore[union-attr]
+    far, near = (sum(c.size for c in engine.chunks if c.placement.states is tier) for tier in (Tier.DISK, Tier.HOST))
+    return [last.disk.elements, last.movable, last.bus.elements + last.host.elements], [far, near]
+
+
+def test_what_comes_from_a_disk_is_timed_apart_from_what_the_host_may_take(tmp_path: Path) -> None:
+    raw = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0, 2))
+    (disk, movable, both), (far, near) = run(sides, 1, raw)[0]
+    assert 0 < disk == far
+    assert 0 < movable == both == near
+
+
 def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:
     """Longer sequences after four steps: a plan is made again, and states go to the disk and come back meanwhile."""
     engine = engine_in_parts(rank, world_size, raw)

@@ -24,6 +24,7 @@ from parallel.layout import Layout, ParameterInfo, slices
 from parallel.mesh import Mesh
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES
+from parallel.tensor import loss as tensor_loss
 from parallel.tensor.loss import Head, sum_cross_entropy
 from parallel.tensor.matmul import Surround
 from parallel.topology import Topology
@@ -38,6 +39,7 @@ from tests.parity import (
     config_of,
     engine_of,
     reference,
+    relative,
     save_model,
     train,
 )
@@ -191,6 +193,28 @@ def test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch(kind: str) 
     for total, gradient in run(loss_of_a_split_vocabulary, 2, kind):
         torch.testing.assert_close(total, loss.detach())
         torch.testing.assert_close(gradient, F.pad(logits.grad, (0, 1)))
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 6, 12, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_time(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the embedding too. Products of bf16 are added up in fp32, and rounded once."""
+    monkeypatch.setattr(tensor_loss, "TOKENS_A_CHUNK", tokens)
+    generator = torch.Generator().manual_seed(0)
+    x, table = (torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((2, 6, 4), (7, 4)))
+    labels = torch.randint(7, (2, 6), generator=generator)
+    loss = sum_cross_entropy(x, table, labels, Head(Surround(), (), Layout((7, 4), ((), ()))))
+    loss.backward()
+    exact_x, exact_table = (tensor.detach().double().requires_grad_() for tensor in (x, table))
+    exact = F.cross_entropy((exact_x @ exact_table.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    exact.backward()
+    bound = 1e-12 if dtype == torch.float64 else 2**-8
+    for got, want in ((loss, exact), (x.grad, exact_x.grad), (table.grad, exact_table.grad)):
+        assert got is not None
+        assert want is not None
+        assert relative(got.detach(), want.detach()) <= bound
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

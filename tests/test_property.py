@@ -78,7 +78,12 @@ def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
         world_size=size * pipeline * data,
         parallel=dict(pipeline=schedule, tensor=section),
         model=model,
-        train=dict(global_batch_size=micro * data * k, micro_batch_size=micro, seed=draw(st.integers(0, 9))),
+        train=dict(
+            global_batch_size=micro * data * k,
+            micro_batch_size=micro,
+            seed=draw(st.integers(0, 9)),
+            activation_checkpointing=draw(st.sampled_from(["none", "full", "offload"])),
+        ),
         sequence=draw(st.integers(3, 7)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
@@ -132,7 +137,9 @@ def split(case: Case) -> Trace:
 
 def serial(case: Case) -> Trace:
     whole_batch = case.train["global_batch_size"]
-    trace = run(train, 1, raw_of(case, {}, micro_batch_size=whole_batch), batches(case))[0]
+    trace = run(
+        train, 1, raw_of(case, {}, micro_batch_size=whole_batch, activation_checkpointing="none"), batches(case)
+    )[0]
     assert trace is not None
     return trace
 
