@@ -62,7 +62,7 @@ class ParityJob:
     def run(self, scene: Scene) -> list[Row]:
         """Losses, norms, gradients and weights of a few steps against Hugging Face's on one CPU, in fp32."""
         path, raw = _parity_model(scene), _parity_config(self.layout, scene)
-        batches = parity.batches_of(3, batch=16)
+        batches = parity.batches_of(3, batch=16, sequence=SEQUENCE)
         got = parity.train(scene.rank, scene.world, raw, batches)
         if got is None:
             return []
@@ -85,6 +85,7 @@ class ParityJob:
         return [Row(part=self.part, name=self.name, note=f"equal: {note}", **errors)]
 
 
+SEQUENCE = 16  # two parts for each of 8 ranks
 _PARITY: dict[str, Any] = dict(
     vocab_size=37,  # nothing divides it
     hidden_size=32,
@@ -97,14 +98,13 @@ _PARITY: dict[str, Any] = dict(
 
 
 def _parity_config(layout: Layout, scene: Scene) -> Row:
-    replicas = scene.world // (layout.stages * layout.tensor)
     path = str(scene.out / ".parity")
-    micro = min(16 // replicas, max(2, layout.tensor))
+    micro = min(16 // layout.replicas(scene.world), max(2, layout.tensor))
     return parity.config_of(
         layout.sections.get("parallel", {}),
         precision="fp32",
         model=dict(path=path),
-        data=dict(sequence_length=6),
+        data=dict(sequence_length=SEQUENCE),
         optimizer=dict(lr=1e-3),
         zero=layout.sections.get("zero", {}),
         train=dict(global_batch_size=16, micro_batch_size=micro, device="cpu" if scene.tiny else "auto", steps=3),
@@ -172,6 +172,8 @@ class SpeedJob:
         dist.all_gather_object(peaks, (peak_device_bytes(scene.device), speed))
         if self.alone:
             speed = min(own for _, own in peaks)
+        how = f"{work.sequence} tokens each: " if self.layout.longer > 1 else ""
+        how += str(work.batch // work.micro // self.layout.replicas(count))
         return Row(
             part=self.part,
             model=self.model,
@@ -183,8 +185,8 @@ class SpeedJob:
             peak_gib=max(peak for peak, _ in peaks) / 2**30,
             seconds=seconds,
             losses=losses,
-            note=f"{work.batch // work.micro // _replicas(self.layout, count)} × {work.micro} samples a replica"
-            f"{', recomputed' if work.recompute else ''}; loss {losses[0]:.3f} to {losses[-1]:.3f}",
+            note=f"{how} × {work.micro} samples a replica{', recomputed' if work.recompute else ''};"
+            f" loss {losses[0]:.3f} to {losses[-1]:.3f}",
         )
 
     def _traced(self, step: Step, ids: Tensor, scene: Scene) -> Row:
@@ -217,7 +219,9 @@ def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, scene: 
     stands beside it, so the estimate is for Hugging Face's layers, which keep the more. Raises ValueError.
     """
     shape = replace(TINY if scene.tiny else NAMED[model], dropout=0.0, attention_dropout=0.0)
-    sequence = min(2048, shape.max_position_embeddings)
+    sequence = min(2048, shape.max_position_embeddings) * layout.longer
+    shape = replace(shape, max_position_embeddings=max(sequence, shape.max_position_embeddings))
+    batch = samples_a_rank * world // layout.longer
     room = float(torch.cuda.mem_get_info()[1] if scene.device.type == "cuda" else 2**40) * 0.9 - 3 * 2**30
     hidden, blocks = shape.hidden_size, shape.num_hidden_layers
     layer = 12.0 * hidden * hidden
@@ -229,17 +233,13 @@ def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, scene: 
         return tokens * hidden * kept + (logits if layout.peers else 0.0)
 
     state = state_bytes(layout, world, parameter_count(shape), layer)
-    chosen: Fit | None = fit(layout, world, samples_a_rank * world, activations, room - state)
+    chosen: Fit | None = fit(layout, world, batch, activations, room - state)
     if chosen is None:
         raise ValueError(f"by estimate it does not fit: {state / 2**30:.0f} GiB of states in {room / 2**30:.0f} GiB")
-    return Work(shape, scene.device, sequence, samples_a_rank * world, chosen.micro, chosen.recompute)
+    return Work(shape, scene.device, sequence, batch, chosen.micro, chosen.recompute)
 
 
 TINY = replace(NAMED["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
-
-
-def _replicas(layout: Layout, world: int) -> int:
-    return world // (layout.stages * layout.tensor)
 
 
 def _ours(layout: Layout, work: Work, scene: Scene, world: int) -> Engine:

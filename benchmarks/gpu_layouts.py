@@ -6,13 +6,14 @@ from math import isqrt
 from typing import Any
 
 Raw = dict[str, Any]
+KINDS = ("ring", "all_to_all")  # of context
 
 
 @dataclass(frozen=True)
 class Layout:
     """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline is given its
     samples one by one. `traced`: a step's communication is looked at. `most`: samples at a time, where a peer has no
-    room for more.
+    room for more. `longer`: samples so many times as long as others', and as many fewer.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Layout:
     peers: tuple[str, ...] = ()
     traced: bool = False
     most: int | None = None
+    longer: int = 1
 
     @property
     def stages(self) -> int:
@@ -30,6 +32,14 @@ class Layout:
     def tensor(self) -> int:
         size: int = self._parallel.get("tensor", {}).get("size", 1)
         return size
+
+    @property
+    def context(self) -> int:
+        size: int = self._parallel.get("context", {}).get("size", 1)
+        return size
+
+    def replicas(self, world: int) -> int:
+        return world // (self.stages * self.context * self.tensor)
 
     @property
     def zero(self) -> int:
@@ -65,13 +75,28 @@ def _rows(size: int) -> int:
 
 
 def parity_layouts(world: int) -> list[Layout]:
-    """Each mode alone, behind a pipeline of two, and beside two replicas, with every ZeRO stage."""
+    """Each mode alone, behind a pipeline of two, beside two replicas, with every ZeRO stage and split sequences."""
     found = [Layout("data"), *(Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (1, 2, 3))]
     found += [Layout(name, dict(parallel=dict(tensor=mode))) for name, mode in tensor_modes(world).items()]
     for schedule in ("1f1b", "gpipe"):
         found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=dict(size=world, schedule=schedule)))))
+    for kind in KINDS:
+        found.append(Layout(f"context {kind}", dict(parallel=dict(context=dict(size=world, kind=kind)))))
     if world >= 4:
         half = tensor_modes(world // 2).items()
+        for kind in KINDS:
+            context = dict(size=2, kind=kind)
+            found += [
+                Layout(f"context {kind} 2 × {n}", dict(parallel=dict(context=context, tensor=m))) for n, m in half
+            ]
+            found.append(
+                Layout(
+                    f"context {kind} 2 × pipeline", dict(parallel=dict(context=context, pipeline=dict(size=world // 2)))
+                )
+            )
+            found.append(
+                Layout(f"ZeRO 3 of 2 × context {kind}", dict(zero=dict(stage=3), parallel=dict(context=context)))
+            )
         found += [Layout(f"pipeline 2 × {n}", dict(parallel=dict(pipeline=dict(size=2), tensor=m))) for n, m in half]
         found += [Layout(f"ZeRO 3 of 2 × {n}", dict(zero=dict(stage=3), parallel=dict(tensor=m))) for n, m in half]
         for stage in (1, 2, 3):
@@ -95,6 +120,9 @@ def speed_layouts(world: int) -> list[Layout]:
     for schedule, peers in (("1f1b", ("pipelining",)), ("gpipe", ())):
         pipe = dict(size=world, schedule=schedule)
         found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe)), peers))
+    for kind, peers in (("ring", ("context",)), ("all_to_all", ())):
+        sections = dict(zero=dict(stage=2), parallel=dict(context=dict(size=world, kind=kind)))
+        found.append(Layout(f"ZeRO 2 × context {kind}", sections, peers, longer=2 * world))
     if world >= 4:
         half = tensor_modes(world // 2)
         found += [
@@ -117,14 +145,13 @@ def fit(layout: Layout, world: int, batch: int, activations: Callable[[int, bool
     """The most samples at a time, without recomputation if that fits, whose `activations` (bytes of so many samples on
     one GPU that has a whole model) leave enough `room`; None where nothing does.
     """
-    replicas = world // (layout.stages * layout.tensor)
-    most = 1 if layout.stages > 1 else batch // replicas
+    most = 1 if layout.stages > 1 else batch // layout.replicas(world)
     if layout.stages > 1 and layout.tensor > 1:
         most = layout.tensor
     most = min(most, max(layout.most or most, layout.tensor))
     choices = [Fit(micro, recompute) for micro in _halves(most, layout.tensor) for recompute in (False, True)]
     in_flight = layout.stages  # microbatches at once, in a stage's share of the layers
-    share = in_flight / (layout.stages * layout.tensor)
+    share = in_flight / (layout.stages * layout.tensor * layout.context)
     return next((f for f in choices if activations(f.micro, f.recompute) * share < room), None)
 
 
@@ -140,8 +167,8 @@ def state_bytes(layout: Layout, world: int, parameters: float, largest_layer: fl
     beside slices, the gradients of three layers on their way and, in stage 3, the parameters of three.
     """
     own = parameters / (layout.stages * layout.tensor)
-    replicas = world // (layout.stages * layout.tensor)
+    slices = world // (layout.stages * layout.tensor)
     passing = largest_layer / layout.tensor
     whole = {0: 18.0, 1: 6.0, 2: 2.0, 3: 0.0}[layout.zero]
-    divided = (18.0 - whole) / replicas
+    divided = (18.0 - whole) / slices
     return own * (whole + divided) + passing * {0: 0.0, 1: 0.0, 2: 12.0, 3: 18.0}[layout.zero]

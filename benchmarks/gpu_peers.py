@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from benchmarks import peers
@@ -111,7 +113,40 @@ def pipelining(work: Work) -> Step:
     return step
 
 
-PEERS: dict[str, Callable[[Work], Step]] = {build.__name__: build for build in (fsdp2, fsdp2_kept, dtensor, pipelining)}
+def context(work: Work) -> Step:
+    """`torch.distributed.tensor`'s context parallelism under FSDP2 over the same ranks, weights kept."""
+    model, mesh, world = _model(work, torch.float32), _mesh(work), dist.get_world_size()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    peers.shard(model, mesh, mp_policy=policy, reshard_after_forward=False)
+    optimizer = peers.adamw(model.parameters(), lr=LR)
+
+    def step(ids: Tensor) -> float:
+        ids = ids.to(work.device)
+        total = torch.zeros((), device=work.device)
+        for part in ids.split(work.micro):
+            labels = torch.cat([part[:, 1:], torch.full_like(part[:, :1], -100)], 1)
+            positions = torch.arange(part.shape[1], device=part.device).expand_as(part).contiguous()
+            split = [part.clone(), labels, positions]
+            with context_parallel(mesh, buffers=split, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(split)):
+                logits = model(split[0], position_ids=split[2], use_cache=False).logits.float()
+                loss = F.cross_entropy(logits.flatten(0, 1), split[1].flatten(), reduction="sum")
+                loss = loss * world / (len(ids) * (ids.shape[1] - 1))  # FSDP takes a mean over ranks
+                loss.backward()
+            total += loss.detach() / world
+        clip_grad_norm_(model.parameters(), CLIP)
+        peers.update(optimizer)
+        dist.all_reduce(total)
+        return total.item()
+
+    return step
+
+
+PEERS: dict[str, Callable[[Work], Step]] = {
+    build.__name__: build for build in (fsdp2, fsdp2_kept, dtensor, pipelining, context)
+}
+
+
+ON_GPUS_ALONE = {"context"}  # torch has none of it for a CPU
 
 
 class _Masters:

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob, clean, write_rows
 from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
+from benchmarks.gpu_peers import ON_GPUS_ALONE
 from models.shapes import NAMED
 from parallel.context import Place, choose_device
 
@@ -79,6 +80,8 @@ def _speeds(arguments: argparse.Namespace, scene: Scene, model: str) -> Iterator
         if _is_wanted(arguments, layout.name) and (times or trace):
             yield SpeedJob(layout, model, arguments.batch, steps=steps, trace=trace, part=part)
         for peer in layout.peers if times else ():
+            if scene.device.type == "cpu" and peer in ON_GPUS_ALONE:
+                continue
             if _is_wanted(arguments, layout.name, peer):
                 yield SpeedJob(layout, model, arguments.batch, peer=peer, steps=steps)
 

@@ -18,6 +18,7 @@ from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
 from parallel.pipeline.stage import Recomputed, Stage
 from parallel.rng import draw_normal
+from parallel.sequence import sequence_of
 from parallel.tensor import MODES
 
 
@@ -53,7 +54,12 @@ def outline(context: Context) -> Stage:
     """This rank's stage, its parameters zero, in master precision; on device 'meta' it only tells their sizes."""
     config = context.config
     shape = shape_of(config)
-    mode = MODES[config.parallel.tensor.mode](context.mesh, master_dtype(context.dtype), compiles=config.train.compile)
+    mode = MODES[config.parallel.tensor.mode](
+        context.mesh,
+        master_dtype(context.dtype),
+        sequence=sequence_of(context.mesh, config.parallel.context),
+        compiles=config.train.compile,
+    )
     specs = layers_of(shape, mode, config.train.seed)
     own = split(costs_of(config), config.parallel.pipeline)[context.mesh.axis("pipe").rank]
     layers = {specs[i].name: _built(specs[i], keep=not comes_in_parts(config)) for i in own}
@@ -74,7 +80,7 @@ def outline(context: Context) -> Stage:
         boundary=lambda batch, sequence: trunk.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
         speaks=mode.speaks_for(mode.inner_batch),
-        limits=Limits(shape.vocab_size, shape.max_position_embeddings),
+        limits=Limits(shape.vocab_size, shape.max_position_embeddings, config.parallel.context.parts),
     )
     stage.inputs = inputs
     stage.units = {name: layer for name, layer in layers.items() if isinstance(layer, Block | Recomputed)}

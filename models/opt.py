@@ -17,6 +17,7 @@ from models.shapes import OPTShape
 from parallel.layout import global_range
 from parallel.pipeline.microbatch import Microbatch
 from parallel.rng import dropout, seed_of
+from parallel.sequence import Dropping, Masking
 from parallel.tensor import Mode
 
 POSITION_OFFSET = 2  # OPT's positions start at 2; a padded token has position 1
@@ -72,7 +73,7 @@ class Embed(nn.Module):
         found = self.mode.lookup(batch.input_ids, self.embed_tokens)
         if self.project_in is not None:
             found = self.project_in(found)
-        positions: Tensor = self.embed_positions(self.trunk.local(position_ids(batch), self.trunk.batch))
+        positions: Tensor = self.embed_positions(self.trunk.tokens(position_ids(batch), self.trunk.batch))
         return found + positions
 
 
@@ -123,13 +124,14 @@ class Block(nn.Module):
         """The global rows [B_batch, S] and columns [H_hidden] of y[B_batch, S, H_hidden]."""
         sequence, hidden = y.shape[1:]
         samples = self.mode.local(batch.samples, self.mode.batch)
-        rows = samples.unsqueeze(1) * sequence + torch.arange(sequence, device=y.device)
+        rows = samples.unsqueeze(1) * batch.length + self.mode.sequence.positions(sequence, y.device)
         return rows, global_range(self.mode.hidden, hidden, y.device)
 
 
 class Attention(nn.Module):
     """Causal self-attention: x[B_batch, S, H_hidden] -> the same. Heads are split over the hidden axes inside, so
-    attention itself needs no communication. q, k and v are one parameter [3, H, H] and one matmul."""
+    attention needs no communication, but where sequences are split. q, k and v are one parameter [3, H, H] and one
+    matmul."""
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()
@@ -140,38 +142,19 @@ class Attention(nn.Module):
         self.out_proj = mode.linear_out(hidden, hidden, bias=shape.enable_bias)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        fused: Tensor = self.qkv(x)  # [B_inner, S, 3 · H_inner]
-        # Each [B_inner, heads, S, head]. Cut along the last dim: their gradients are put together in one fast copy.
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in fused.chunk(3, -1))
-        mask = self._mask(batch)
-        if self.training and self.dropout > 0:
-            y = self._attend_with_dropout(q, k, v, mask, batch)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(self.mode.sequence.attend(self.qkv(x), self.heads, self._masking(batch)))
         return out
 
-    def _mask(self, batch: Microbatch) -> Tensor | None:
-        """[B_inner, 1, S, S]: the earlier positions that hold a token; None where all do."""
-        if batch.attention_mask is None:
-            return None
-        tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
-        return _causal(tokens.shape[-1], tokens.device) & tokens[:, None, None, :]
-
-    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, batch: Microbatch) -> Tensor:
-        """Attention written out, for a dropout of the probabilities that is the same in every layout."""
-        sequence = q.shape[-2]
-        mask = _causal(sequence, q.device) if mask is None else mask
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=wide).to(q.dtype).masked_fill(~mask, 0)  # a row that sees nothing is zero
-        samples = self.mode.local(batch.samples, self.mode.inner_batch)
-        heads = global_range(self.mode.inner_hidden, self.heads, q.device)
-        count = self.heads * prod(axis.size for axis in self.mode.inner_hidden)
-        columns = torch.arange(sequence, device=q.device)
-        rows = (samples.unsqueeze(1) * count + heads).unsqueeze(-1) * sequence + columns
-        return dropout(weights, self.dropout, self.key, rows, columns) @ v
+    def _masking(self, batch: Microbatch) -> Masking:
+        tokens = dropping = None
+        if batch.attention_mask is not None:
+            tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
+        if self.training and self.dropout > 0:
+            samples = self.mode.local(batch.samples, self.mode.inner_batch)
+            heads = global_range(self.mode.inner_hidden, self.heads, samples.device)
+            count = self.heads * prod(axis.size for axis in self.mode.inner_hidden)
+            dropping = Dropping(self.dropout, self.key, samples.unsqueeze(1) * count + heads)
+        return Masking(tokens, dropping)
 
 
 class Head(nn.Module):
@@ -204,7 +187,3 @@ def position_ids(batch: Microbatch) -> Tensor:
     """[B, S]: 2, 3, … counting tokens; a padded one has 1."""
     mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
     return mask.cumsum(1) * mask - 1 + POSITION_OFFSET
-
-
-def _causal(sequence: int, device: torch.device) -> Tensor:
-    return torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril()

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from parallel.config import Config, ModelConfig, PipelineConfig, TensorConfig
+from parallel.config import Config, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.config_reader import Reader
-from parallel.errors import ConfigError, did_you_mean, either
+from parallel.errors import ConfigError, did_you_mean, either, times
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
 """Those by which Hugging Face and torch mean the same function."""
@@ -130,7 +130,8 @@ def resolve(config: Config) -> tuple[Config, list[str]]:
             f" {shape.max_position_embeddings}. Try {shape.max_position_embeddings}."
         )
     problems += _pipeline_problems(shape.num_hidden_layers, config.parallel.pipeline)
-    problems += _tensor_problems(shape, config.parallel.tensor)
+    tensor = _tensor_problems(shape, config.parallel.tensor)
+    problems += tensor or _context_problems(shape, config.parallel)
     return replace(config, model=replace(model, **asdict(shape))), problems
 
 
@@ -221,6 +222,24 @@ def _tensor_problems(shape: OPTShape, tensor: TensorConfig) -> list[str]:
         case _:
             cuts = ()
     return [problem for cut in cuts for problem in cut.problems(shape)]
+
+
+def _context_problems(shape: OPTShape, parallel: ParallelConfig) -> list[str]:
+    """Whether heads can be split further, where that is how ranks exchange what they attend to."""
+    context, heads = parallel.context, shape.num_attention_heads
+    if context.size == 1 or context.kind != "all_to_all":
+        return []
+    axes = parallel.tensor.axes()
+    tensor = axes.get("t", 1) * axes.get("col", 1) * axes.get("i", 1)
+    if heads % (tensor * context.size) == 0:
+        return []
+    whose = {"the tensor mode's": tensor, "context.size": context.size}
+    tries = [f"size {either(sizes)}" for sizes in [_nearest(context.size, _divisors(heads // tensor))] if sizes != [1]]
+    return [
+        f"model.num_attention_heads: {heads} is not divisible by"
+        f" {times(**{name: size for name, size in whose.items() if size > 1})}, over which kind 'all_to_all' splits"
+        f" heads too. Try {', or '.join([*tries, 'kind='])}'ring'."
+    ]
 
 
 def _divisors(value: int) -> list[int]:

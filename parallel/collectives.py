@@ -123,6 +123,29 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return start_reduce_scatter(x, dim, axis).wait()
 
 
+def all_to_all(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
+    """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]"""
+    if axis.size == 1:
+        return x
+    parts: Tensor = x.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous()
+    axis.traffic.count("all_to_all", parts)
+    found = torch.empty_like(parts)
+    dist.all_to_all_single(found, parts, group=axis.group)
+    return found.movedim(0, cat_dim).flatten(cat_dim, cat_dim + 1)
+
+
+def start_rotate(x: Tensor, axis: Axis) -> Pending:
+    """x of the rank before this one, the last being before the first; this one's goes to the next."""
+    if axis.size == 1:
+        return Pending(x)
+    x = x.contiguous()
+    axis.traffic.count("rotate", x)
+    found, to, source = torch.empty_like(x), [0] * axis.size, [0] * axis.size
+    to[(axis.rank + 1) % axis.size] = source[(axis.rank - 1) % axis.size] = x.numel()
+    work = dist.all_to_all_single(found.view(-1), x.view(-1), source, to, group=axis.group, async_op=True)
+    return Pending(found, work)
+
+
 def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """x[..., N, ...] -> this rank's slice [..., N_axis, ...]. No communication: every rank holds the whole of x."""
     return x.chunk(axis.size, dim)[axis.rank]

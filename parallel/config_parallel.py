@@ -129,8 +129,23 @@ class TensorConfig:
 
 @dataclass(frozen=True)
 class ContextConfig:
-    size: Annotated[Count, Built(1)] = 1
+    size: Count = 1
     kind: Literal["ring", "all_to_all"] = "ring"
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a sequence is split, all of one length: in a ring, each rank has two of them."""
+        return 1 if self.size == 1 else 2 * self.size if self.kind == "ring" else self.size
+
+    def problems(self, sequence_length: int) -> list[str]:
+        """Whether a sequence comes out even."""
+        if sequence_length % self.parts == 0:
+            return []
+        cut = f"parallel.context of size {self.size}, kind {self.kind!r}, splits it into"
+        return [
+            f"data.sequence_length: {sequence_length} is not a multiple of {self.parts}, the parts that {cut}."
+            f" Try {either(nearest_multiples(sequence_length, self.parts))}."
+        ]
 
 
 @dataclass(frozen=True)

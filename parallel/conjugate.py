@@ -3,8 +3,10 @@
     reduce     all-reduce      <->  identity          partial sums become their sum on every rank
     gather     all-gather      <->  reduce-scatter    what is split along a dim is used whole
     scatter    reduce-scatter  <->  all-gather        partial sums become their sum, split along a dim
+    exchange   all-to-all      <->  all-to-all        what is split along one dim is split along another
 
-For a lookup. A matmul has its own forward and backward, with the same collectives around it: `tensor/matmul.py`.
+For a lookup, and attention. A matmul has its own forward and backward, with the same collectives around it:
+`tensor/matmul.py`.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_gather, all_reduce, reduce_scatter
+from parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from parallel.mesh import Axis
 
 
@@ -38,9 +40,14 @@ def _identity(x: Tensor, axis: Axis) -> Tensor:
     return x.view_as(x)
 
 
+def _all_to_all_back(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
+    return all_to_all(x, cat_dim, split_dim, axis)
+
+
 _reduce = _conjugate(all_reduce, _identity)
 _gather = _conjugate(all_gather, reduce_scatter)
 _scatter = _conjugate(reduce_scatter, all_gather)
+_exchange = _conjugate(all_to_all, _all_to_all_back)
 
 
 def reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -56,3 +63,9 @@ def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 def scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Partial sums x[.., N, ..] -> this rank's slice of their sum, [.., N_axis, ..]; the gradient is gathered."""
     return _scatter(x, dim, axis)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def exchange(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
+    """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]; dims from 0."""
+    return _exchange(x, split_dim, cat_dim, axis)

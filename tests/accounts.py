@@ -15,16 +15,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.shapes import OPTShape
-from parallel.config_parallel import TensorConfig
+from parallel.config_parallel import ContextConfig, TensorConfig
 from parallel.mesh import Mesh
+from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
 from parallel.topology import Topology
 
+WITHOUT = ContextConfig()
 
-def mode_of(rank: int, tensor: TensorConfig, dtype: torch.dtype) -> Mode:
-    kind = MODES[tensor.mode]
-    topology = Topology({"pipe": 1, "data": 1, "context": 1, **tensor.axes()})
-    return kind(Mesh(topology, rank, merged=kind.merged_axes()), dtype)
+
+def mode_of(rank: int, tensor: TensorConfig, dtype: torch.dtype, context: ContextConfig = WITHOUT) -> Mode:
+    mesh = mesh_of(rank, tensor, context, connect=dist.is_initialized())
+    return MODES[tensor.mode](mesh, dtype, sequence=sequence_of(mesh, context))
+
+
+def mesh_of(rank: int, tensor: TensorConfig, context: ContextConfig, *, connect: bool = False) -> Mesh:
+    """Of nothing but these."""
+    topology = Topology({"pipe": 1, "data": 1, "context": context.size, **tensor.axes()})
+    return Mesh(topology, rank, merged=MODES[tensor.mode].merged_axes(), connect=connect)
 
 
 def letters(tensor: TensorConfig, shape: OPTShape, batch: int, sequence: int) -> dict[str, int]:
@@ -124,6 +132,7 @@ class Call:
         """Elements that this rank sends if the collective is a ring."""
         n = self.size
         factor = {"all_gather": n - 1, "reduce_scatter": (n - 1) / n, "all_reduce": 2 * (n - 1) / n}
+        factor |= {"all_to_all": (n - 1) / n, "rotate": 1}
         return factor[self.kind] * self.elements  # an all-gather is handed this rank's part, the others the whole
 
 
@@ -137,6 +146,7 @@ class Handed(TorchDispatchMode):
         "allreduce_": ("all_reduce", 0),
         "_allgather_base_": ("all_gather", 1),
         "_reduce_scatter_base_": ("reduce_scatter", 1),
+        "alltoall_base_": ("all_to_all", 1),
     }
 
     def __init__(self, part: str) -> None:
@@ -157,6 +167,8 @@ class Handed(TorchDispatchMode):
             kind, place = self.CALLS[func._opname]  # KeyError: a call of which no formula knows
             (x,) = tree_leaves(args[place])
             group = dist.ProcessGroup.unbox(args[place + 1])
+            if kind == "all_to_all" and any(args[place + 3]):  # parts of different sizes: all of it goes to one rank
+                kind = "rotate"
             self.calls.append(Call(self.part, kind, group.group_name, group.size(), x.numel(), x.nbytes))
         return func(*args, **(kwargs or {}))
 

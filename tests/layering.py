@@ -34,6 +34,7 @@ FLOORS = (
         "parallel.shared_update",
         "parallel.lr_schedule",
     ),
+    ("parallel.sequence.*",),
     ("parallel.tensor.*", "parallel.pipeline.*", "parallel.memory.*"),
     ("parallel.zero.*",),
     ("parallel.shards", "parallel.checkpoint", "parallel.hf_folder"),

@@ -169,6 +169,7 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
 
 def clipped(chunk: Chunk, factor: Tensor) -> Tensor:
     assert chunk.gradient is not None
+    chunk.settle()
     return chunk.gradient.to(factor.device, chunk.master.dtype) * factor.to(chunk.master.dtype)
 
 
@@ -208,6 +209,8 @@ def whole(engine: EngineBase, buffers: list[Tensor]) -> dict[str, Tensor]:
     """Public tensors put together from every rank's chunks, of each a flat buffer. Ranks that hold the same elements
     must agree to the last bit.
     """
+    for chunk in engine.chunks:
+        chunk.settle()  # masters on a host may still be on their way
     pieces = [
         (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), chunk.owner)
         for chunk, flat in zip(engine.chunks, buffers, strict=True)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.shapes import resolve
 from parallel.config import Config, ParallelConfig, TensorConfig, apply_overrides, load_raw, parse
 from parallel.errors import ConfigError
 
@@ -271,7 +272,6 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
             {"parallel": {"pipeline": {"schedule": "zero_bubble"}}},
             "parallel.pipeline.schedule: 'zero_bubble' is not available yet. Try 'gpipe' or '1f1b'.",
         ),
-        ({"parallel": {"context": 2}}, "parallel.context.size: 2 is not available yet. Try 1."),
         (
             tensor(mode="1d", size=2, sequence_parallel=True),
             "parallel.tensor.sequence_parallel: True is not available yet. Try False.",
@@ -280,6 +280,44 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
 )
 def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:
     assert problems(raw) == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (
+            dict(parallel=dict(context=2), data=dict(sequence_length=10)),
+            "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.context of size 2, kind 'ring',"
+            " splits it into. Try 8 or 12.",
+        ),
+        (
+            dict(parallel=dict(context=dict(size=4, kind="all_to_all")), data=dict(sequence_length=10)),
+            "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.context of size 4, kind"
+            " 'all_to_all', splits it into. Try 8 or 12.",
+        ),
+        (
+            dict(parallel=dict(context=dict(size=2, kind="rings"))),
+            "parallel.context.kind: needs one of 'ring', 'all_to_all', got 'rings'. Try 'ring'.",
+        ),
+        (
+            dict(parallel=dict(context=dict(size=3, kind="all_to_all")), data=dict(sequence_length=12)),
+            "model.num_attention_heads: 8 is not divisible by context.size 3, over which kind 'all_to_all' splits heads"
+            " too. Try size 2, 4 or 8, or kind='ring'.",
+        ),
+        (
+            dict(
+                parallel=dict(context=dict(size=4, kind="all_to_all"), tensor=dict(mode="1d", size=4)),
+                data=dict(sequence_length=12),
+            ),
+            "model.num_attention_heads: 8 is not divisible by the tensor mode's 4 × context.size 4 = 16, over which"
+            " kind 'all_to_all' splits heads too. Try size 2, or kind='ring'.",
+        ),
+    ],
+)
+def test_a_context_that_does_not_come_out_even(raw: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, resolve=resolve)
+    assert caught.value.problems == (problem,)
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [("nvme_dir", "/disk", "'/disk'"), ("host_memory", "1KiB", "1024")])

@@ -19,6 +19,7 @@ def tensor(mode: str, size: int, **more: Any) -> Raw:
     return dict(mode=mode, size=size, **more)
 
 
+A2A2 = dict(size=2, kind="all_to_all")
 LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "single": (1, {}),
     "1d2": (2, dict(tensor=tensor("1d", 2))),
@@ -39,8 +40,15 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "dp2": (2, {}),
     "dp2-pp2-1d2": (8, dict(pipeline=2, tensor=tensor("1d", 2))),
     "dp2-2d4": (8, dict(tensor=tensor("2d", 4))),
+    "ring3": (3, dict(context=3)),
+    "ring3-1d2": (6, dict(context=3, tensor=tensor("1d", 2))),
+    "pp2-ring3": (6, dict(pipeline=2, context=3)),
+    "a2a2": (2, dict(context=A2A2)),
+    "a2a2-2d4": (8, dict(context=A2A2, tensor=tensor("2d", 4))),
+    "a2a2-2.5d4-depth2": (8, dict(context=A2A2, tensor=tensor("2.5d", 4, depth=2, rows=1))),
+    "dp2-pp2-a2a2": (8, dict(pipeline=2, context=A2A2)),
 }
-PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4"]
+PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4", "ring3"]
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +88,15 @@ def test_projected_embeddings_and_post_layer_norm_equal_hugging_face(
     models_of: dict[str, Path], layout: str, precision: str
 ) -> None:
     check(models_of["projected"], layout, precision)
+
+
+@pytest.mark.slow
+def test_context_and_3d_on_sixteen_ranks_equal_hugging_face(models_of: dict[str, Path]) -> None:
+    raw = dict(context=A2A2, tensor=tensor("3d", 8))
+    path = models_of["projected"]
+    trace = run(train, 16, config_of(raw, model=dict(path=str(path))), batches_of(4))[0]
+    assert trace is not None
+    compare(trace, wanted(path, "fp64"), BOUND["fp64"], wide=True)
 
 
 @pytest.mark.parametrize("micro", [12, 2, 1])

@@ -6,18 +6,20 @@ and, as a rule (`check`), 1e-5 in fp32. Adam's eps is 1e-3 here: with 1e-8 an el
 by the sign of its rounding error.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from parallel.config_parallel import ContextConfig
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
 
 BOUND = {"fp64": 1e-12, "fp32": 1e-5}
+KINDS: tuple[Literal["ring"], Literal["all_to_all"]] = ("ring", "all_to_all")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
 def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
     size = draw(st.integers(1, max_ranks))
     pipeline = draw(st.integers(1, max_ranks // size))
-    data = draw(st.integers(1, max_ranks // size // pipeline))
+    context = ContextConfig(draw(st.integers(1, max_ranks // size // pipeline)), draw(st.sampled_from(KINDS)))
+    data = draw(st.integers(1, max_ranks // size // pipeline // context.size))
     section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
-    heads = heads_by * draw(st.integers(1, 3))
+    heads = heads_by * draw(st.integers(1, 3)) * (context.size if context.kind == "all_to_all" else 1)
     head = widths_by // heads_by * draw(st.sampled_from([3, 5, 8]))
     hidden, blocks = heads * head, draw(st.integers(max(1, pipeline - 2), max(3, pipeline - 2)))
     model = dict(
@@ -75,8 +78,8 @@ def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
     micro, k = batch_by * draw(st.integers(1, 2)), draw(st.integers(1, 4))
     schedule = dict(size=pipeline, schedule=draw(st.sampled_from(["1f1b", "gpipe"])))
     return Case(
-        world_size=size * pipeline * data,
-        parallel=dict(pipeline=schedule, tensor=section),
+        world_size=size * pipeline * context.size * data,
+        parallel=dict(pipeline=schedule, tensor=section, context=asdict(context)),
         model=model,
         train=dict(
             global_batch_size=micro * data * k,
@@ -84,7 +87,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
             seed=draw(st.integers(0, 9)),
             activation_checkpointing=draw(st.sampled_from(["none", "full", "offload"])),
         ),
-        sequence=draw(st.integers(3, 7)),
+        sequence=draw(st.integers(3, 7)) if context.size == 1 else context.parts * draw(st.integers(1, 2)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),
@@ -168,14 +171,18 @@ EIGHT: dict[str, tuple[Raw, Raw]] = {
     "pp4-dp2": (dict(pipeline=dict(size=4, schedule="gpipe")), MODEL),
     "dp2-pp2-2d-2x1": (dict(pipeline=2, tensor=dict(mode="2d", size=2, rows=2)), MODEL),
     "dp4-1d2": (dict(tensor=dict(mode="1d", size=2)), PROJECTED),
+    "dp2-a2a2-1d2": (dict(context=dict(size=2, kind="all_to_all"), tensor=dict(mode="1d", size=2)), MODEL),
+    "pp2-ring2-2d-1x2": (dict(pipeline=2, context=2, tensor=dict(mode="2d", size=2, rows=1)), PROJECTED),
 }
 
 
 @pytest.mark.parametrize("name", EIGHT)
 def test_eight_ranks_equal_serial(name: str) -> None:
     parallel, shape = EIGHT[name]
-    model = shape | dict(dropout=0.25, attention_dropout=0.25)
-    check(Case(8, parallel, model, dict(global_batch_size=16, micro_batch_size=4), 5, "fp64", masked=True, zero=3))
+    model, sequence = shape | dict(dropout=0.25, attention_dropout=0.25), 4 if "context" in parallel else 5
+    check(
+        Case(8, parallel, model, dict(global_batch_size=16, micro_batch_size=4), sequence, "fp64", masked=True, zero=3)
+    )
 
 
 def test_a_label_that_sees_one_token_alone_gives_q_and_k_no_gradient() -> None:

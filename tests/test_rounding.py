@@ -238,10 +238,28 @@ def everything(engine: EngineBase) -> dict[str, Tensor]:
 def test_host_and_device_round_alike(share: float) -> None:
     want = run(weights_in, 1, narrow(raw_of("single", "cuda", 0, precision="bf16")), 0.0)[0]
     got = run(weights_in, 1, narrow(raw_of("single", "cpu", 0, precision="bf16")), share)[0]
-    if share and torch.cuda.is_available():  # whose AdamW rounds otherwise
-        assert all(relative(got[name], want[name]) <= 1e-5 for name in want if name.startswith("0/"))
+    if share and torch.cuda.is_available():  # whose AdamW rounds otherwise: as layouts in fp32, above
+        masters = {name for name in want if name.startswith("0/") and not name.endswith("k_proj.bias")}
+        errors = {name: relative(got[name], want[name]) for name in masters}
+        assert max(errors.values()) <= 2e-4, errors
     else:
         assert_bits(got, want)
+
+
+def test_a_gpus_noise_is_a_hosts() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    chunk = chunk_of((24, 40), (7,), (130,), (3, 5, 7))
+    values = torch.randn(2, chunk.size)
+    want = rounded(part_of(chunk), (values[0], values[1]), 3)
+    on_host = part_of(chunk)
+    first, second = (x.cuda() for x in on_host.states[1:])
+    part = Part(chunk, (chunk.master.cuda(), first, second), on_host.gradient.cuda(), None, chunk.first, 1)
+    with Rounding(chunk.size, torch.float32, torch.device("cuda")).widened(part, 3) as wide:
+        for x, value in zip(wide, values, strict=True):
+            x.copy_(value)
+    for got, wanted in zip(part.states[1:], want, strict=True):
+        assert torch.equal(got.cpu(), wanted)
 
 
 def without_a_break(rank: int, world_size: int, raw: Raw, folder: Path | None, resumes: bool) -> dict[str, Tensor]:

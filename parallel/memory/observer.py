@@ -25,6 +25,7 @@ class Observer:
         self._whole = self._present()
         self._clock = clock_of(device)
         self._waits: list[tuple[str, Any, Any]] = []
+        self._begun = self._computed = self._clock.now()
         self._peak()
 
     def used(self, unit: str, *, backward: bool) -> None:
@@ -47,6 +48,16 @@ class Observer:
     def waited(self, units: Container[str]) -> float:
         """The seconds that computation stood still for the parameters of these, all of it being done by now."""
         return sum(self._clock.seconds(begun, ended) for unit, begun, ended in self._waits if unit in units)
+
+    def computed(self) -> None:
+        """Called when the device has been given all that comes before the update."""
+        self._computed = self._clock.now()
+
+    def computing(self) -> float:
+        """The seconds until then by the device's computation: gradients may still have been on their way down. All of
+        it being done by now.
+        """
+        return self._clock.seconds(self._begun, self._computed)
 
     def end(self) -> list[Moment]:
         """Of the whole step; all gradients are complete."""

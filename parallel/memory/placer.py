@@ -81,7 +81,7 @@ class Placer:
         self._used: set[str] = set()  # layers, in this step
         self._known: set[str] = set()  # those of watched steps
         self._surprised = False  # by something in the middle of a step
-        self._began = self._computed = 0.0
+        self._began = 0.0
         self._since = 0  # steps under the plan
         self._everywhere: list[list[int]] = []  # each rank's chunks: how many, and of how many elements
         self._refuse_hopeless()
@@ -119,8 +119,8 @@ class Placer:
 
     def before_update(self) -> None:
         if self._observer is not None:
+            self._observer.computed()
             self._synchronize()
-            self._computed = time.perf_counter()
 
     def after_step(self) -> None:
         """Between two steps: nothing is fetched, and there are no gradients."""
@@ -203,8 +203,8 @@ class Placer:
         self._place(moving, sizes, peak, host_share)
         streamed = sum(size.states for size in sizes[states:]) / sum(size.states for size in sizes)
         spared = observer.waited({chunk.infos[0].unit for chunk in self.chunks[:parameters]})
-        update = now - self._computed - self._optimizer.gain(host_share)
-        predicted = self._computed - self._began - spared + update * streamed
+        computing = observer.computing()  # what else the step took is for states elsewhere
+        predicted = computing - spared + (now - self._began - computing - self._optimizer.gain(host_share)) * streamed
         self.say(f"{self._planned()}, a step {predicted:.3f} s")
 
     def _own_plan(self, sizes: Sequence[ChunkBytes]) -> Plan | None:

@@ -23,6 +23,11 @@ class Microbatch:
     attention_mask: Tensor | None = None  # int64 [B, S]
     scale: float = 1.0
 
+    @property
+    def length(self) -> int:
+        """S, of the whole sequence."""
+        return self.input_ids.shape[1]
+
     def split(self, size: int) -> list["Microbatch"]:
         """Microbatches of `size` samples each, in order."""
         count = len(self.input_ids) // size
@@ -37,6 +42,7 @@ class Limits:
 
     vocab_size: int
     max_sequence: int
+    sequence_parts: int = 1
 
 
 def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limits) -> str | None:
@@ -49,6 +55,11 @@ def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limit
         return f"input_ids: {samples} samples are not a multiple of train.micro_batch_size {micro_batch_size}"
     if not 2 <= sequence <= limits.max_sequence:
         return f"input_ids: a sequence of {sequence} is not in 2 … model.max_position_embeddings {limits.max_sequence}"
+    if sequence % limits.sequence_parts:
+        return (
+            f"input_ids: a sequence of {sequence} is not a multiple of {limits.sequence_parts}, the parts that"
+            " parallel.context splits it into"
+        )
     for name, shape in (("labels", ids.shape), ("attention_mask", ids.shape), ("sample_ids", ids.shape[:1])):
         if name in batch and (batch[name].shape != shape or not _counts(batch[name])):
             return f"{name}: wanted integers {list(shape)}, got {_described(batch[name])}"

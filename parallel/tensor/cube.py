@@ -1,10 +1,8 @@
 """3d: matrices and activations split over three directions (Bian et al. 2021, arXiv 2105.14450, section 3)."""
 
+from copy import copy
 from typing import Self
 
-import torch
-
-from parallel.mesh import Mesh
 from parallel.tensor.matmul import Surround
 from parallel.tensor.mode import Mode
 
@@ -24,11 +22,11 @@ class Cube(Mode):
     token_axes = ("i", "w", "o")
     merged = (("w", "i"), ("w", "o"))
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False, swapped: bool = False) -> None:
-        super().__init__(mesh, dtype, compiles=compiles)
-        self.swapped = swapped
-        w = mesh.axis("w")
-        i, o = (mesh.axis("o"), mesh.axis("i")) if swapped else (mesh.axis("i"), mesh.axis("o"))
+    swapped = False
+
+    def arrange(self) -> None:
+        i, w, o = (self.mesh.axis(name) for name in self.axes)
+        i, o = (o, i) if self.swapped else (i, o)
         self.batch, self.inner_batch, self.lookup_batch = (w, i), (w, o), (w,)
         self.hidden, self.inner_hidden = (o,), (i,)
         self.k_in, self.k_out = (o, w), (i, w)
@@ -38,4 +36,7 @@ class Cube(Mode):
 
     def trunk(self) -> Self:
         """i and o swapped, as `project_in` leaves them and `project_out` wants them."""
-        return type(self)(self.mesh, self.dtype, compiles=self.compiles, swapped=not self.swapped)
+        other = copy(self)
+        other.swapped = not self.swapped
+        other.arrange()
+        return other

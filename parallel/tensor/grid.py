@@ -5,9 +5,6 @@ section 3); 2d is 2.5d of depth 1. Where SUMMA broadcasts block after block, one
 column, which works on any rows × cols.
 """
 
-import torch
-
-from parallel.mesh import Mesh
 from parallel.tensor.matmul import Surround
 from parallel.tensor.mode import Mode
 
@@ -27,9 +24,8 @@ class Grid(Mode):
     token_axes = ("depth", "row")
     merged = (("depth",), ("depth", "row"))
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False) -> None:
-        super().__init__(mesh, dtype, compiles=compiles)
-        depth, row, col = mesh.axis("depth"), mesh.axis("row"), mesh.axis("col")
+    def arrange(self) -> None:
+        depth, row, col = (self.mesh.axis(name) for name in self.axes)
         self.batch = self.inner_batch = self.lookup_batch = (depth, row)
         self.hidden = self.inner_hidden = (col,)
         self.k_in = self.k_out = (row,)

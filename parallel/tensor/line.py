@@ -1,8 +1,5 @@
 """1d: matrices split along one direction (Megatron-LM; Shoeybi et al. 2019, section 3)."""
 
-import torch
-
-from parallel.mesh import Mesh
 from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import Surround
 from parallel.tensor.mode import Mode
@@ -20,9 +17,8 @@ class Line(Mode):
 
     axes = ("t",)
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False) -> None:
-        super().__init__(mesh, dtype, compiles=compiles)
-        t = mesh.axis("t")
+    def arrange(self) -> None:
+        t = self.mesh.axis("t")
         self.inner_hidden = self.k_out = (t,)
         self.around_in, self.around_out = Surround(copy_x=t), Surround(reduce_y=t)
         self.reduce_rows = t

@@ -19,6 +19,7 @@ from parallel.collectives import split
 from parallel.conjugate import gather, reduce, scatter
 from parallel.layout import Layout
 from parallel.mesh import ALONE, Axis, Mesh
+from parallel.sequence import WHOLE, Sequence
 from parallel.tensor.layers import Embedding, LayerNorm, Linear, Vocabulary
 from parallel.tensor.loss import Head, sum_cross_entropy
 from parallel.tensor.matmul import Surround, matmul
@@ -59,8 +60,12 @@ class Mode:
     scatter_rows: tuple[int, Axis] = (0, ALONE)
     reduce_rows: Axis = ALONE
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, compiles: bool = False) -> None:
-        self.mesh, self.dtype, self.compiles = mesh, dtype, compiles
+    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, sequence: Sequence = WHOLE, compiles: bool = False) -> None:
+        self.mesh, self.dtype, self.sequence, self.compiles = mesh, dtype, sequence, compiles
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Fill in the table, from the axes of the mesh."""
 
     @classmethod
     def merged_axes(cls) -> tuple[tuple[str, ...], ...]:
@@ -73,9 +78,16 @@ class Mode:
             x = split(x, 0, axis)
         return x
 
+    def tokens(self, x: Tensor, batch: Split) -> Tensor:
+        """x[B, S], whole on every rank -> x[B_batch, S_context]: the tokens that this rank sees of it."""
+        return self.sequence.cut(self.local(x, batch))
+
     def activation_shape(self, batch: int, sequence: int, hidden: int) -> tuple[int, int, int]:
-        """The shape on a rank of x[B_batch, S, H_hidden]."""
-        return batch // prod(a.size for a in self.batch), sequence, hidden // prod(a.size for a in self.hidden)
+        """The shape on a rank of x[B_batch, S_context, H_hidden], of B samples of S tokens."""
+        batch, hidden = (
+            size // prod(a.size for a in axes) for size, axes in ((batch, self.batch), (hidden, self.hidden))
+        )
+        return batch, sequence // self.sequence.axis.size, hidden
 
     def speaks_for(self, batch: Split) -> bool:
         """Whether this rank is the one that counts, among those that hold the same of what only `batch` splits."""
@@ -131,7 +143,7 @@ class Mode:
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
         """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
         table = gather(vocabulary.weight, -1, self.around_in.gather_w)
-        rows = vocabulary.rows(self.local(tokens, self.lookup_batch), table)
+        rows = vocabulary.rows(self.tokens(tokens, self.lookup_batch), table)
         return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
 
     def logits(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -144,7 +156,7 @@ class Mode:
         gradient is multiplied by `scale`.
         """
         head = Head(self.around_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
-        return sum_cross_entropy(x, vocabulary.weight, self.local(labels, self.inner_batch), head, scale)
+        return sum_cross_entropy(x, vocabulary.weight, self.tokens(labels, self.inner_batch), head, scale)
 
     def _linear(
         self, n: tuple[int, Split], k: tuple[int, Split], around: Surround, *, bias: bool = True, fused: int = 1

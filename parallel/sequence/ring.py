@@ -1,0 +1,138 @@
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889, section 3): keys and values go around, queries stay.
+
+What arrives is attended to while the next is on its way. No rank holds more than its own part and one in flight, and
+nothing of the others' is kept for backward, for which they come around once more, their gradients one step behind.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import start_rotate
+from parallel.mesh import Axis
+from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Zigzag:
+    """Of 2n chunks of a sequence, rank r has the r-th from its beginning and the r-th from its end: so each rank has
+    as many keys to see, and what a rank's queries see of another's keys is all of half of the pairs.
+    """
+
+    axis: Axis
+
+    def chunks(self, rank: int) -> tuple[int, ...]:
+        return (rank, 2 * self.axis.size - 1 - rank) if self.axis.size > 1 else (0,)
+
+    def positions(self, rank: int, length: int, device: torch.device) -> Tensor:
+        """int64 [S of that rank], in order"""
+        chunks = self.chunks(rank)
+        size = length // (len(chunks) * self.axis.size)
+        return torch.cat([torch.arange(i * size, (i + 1) * size, device=device) for i in chunks])
+
+    def seen(self, source: int, own: int) -> tuple[slice, slice]:
+        """Which of this rank's `own` positions see which of those that rank `source` has, all of these."""
+        half = own // 2
+        if source == self.axis.rank:
+            return ALL, ALL  # as far as they are earlier
+        return (ALL, slice(0, half)) if source < self.axis.rank else (slice(half, own), ALL)
+
+    def block(self, source: int, own: int, masking: Masking, device: torch.device) -> "tuple[Block, slice, slice]":
+        """What `seen` says, for a kernel."""
+        rows, columns = self.seen(source, own)
+        length = own * self.axis.size
+        here, there = (self.positions(rank, length, device) for rank in (self.axis.rank, source))
+        return Block(here[rows], there[columns], length, source == self.axis.rank, masking), rows, columns
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, zigzag: Zigzag, masking: Masking) -> Tensor:
+        kernel = kernel_for(q, masking)
+        total: _Total | None = None
+        for source, (keys, values) in _around(torch.stack([k, v]), zigzag.axis):
+            block, rows, columns = zigzag.block(source, q.shape[-2], masking, q.device)
+            part = kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
+            total = _Total.of(*part) if total is None else total.add(*part, rows)
+        assert total is not None
+        y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2).copy_(total.y)
+        ctx.save_for_backward(q, k, v, y, total.logsumexp)
+        ctx.how = kernel, zigzag, masking
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, logsumexp = ctx.saved_tensors
+        kernel, zigzag, masking = ctx.how
+        dq, dkv = _gradients(dy, (q, k, v, y, logsumexp), kernel, zigzag, masking)
+        return dq.to(q.dtype), *dkv.to(k.dtype).unbind(0), None, None
+
+
+def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking) -> Tensor:
+    """Causal attention of q, k and v [B, heads, S of this rank's chunks, D] to those of every rank -> y, the same."""
+    y: Tensor = _attend(q, k, v, Zigzag(axis), masking)
+    return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(q: Tensor, k: Tensor, v: Tensor, zigzag: Zigzag, masking: Masking) -> Tensor:
+    y: Tensor = _Ring.apply(q, k, v, zigzag, masking)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _gradients(
+    dy: Tensor, saved: tuple[Tensor, ...], kernel: Kernel, zigzag: Zigzag, masking: Masking
+) -> tuple[Tensor, Tensor]:
+    """(dq, [dk, dv]), in fp32 at least. The sum of a part's own comes around behind it: each rank adds what it finds,
+    and sends it on while it computes what to add to the next.
+    """
+    q, k, v, y, logsumexp = saved
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.zeros_like(q, dtype=wide)
+    travelling = None
+    for source, (keys, values) in _around(torch.stack([k, v]), zigzag.axis):
+        block, rows, columns = zigzag.block(source, q.shape[-2], masking, q.device)
+        of_rows = q[..., rows, :], keys[..., columns, :], values[..., columns, :], y[..., rows, :], logsumexp[..., rows]
+        own, *others = kernel.backward(dy[..., rows, :], of_rows, block)
+        dq[..., rows, :] += own
+        dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device) if travelling is None else travelling.wait()
+        for total, found in zip(dkv, others, strict=True):
+            total[..., columns, :] += found
+        travelling = start_rotate(dkv, zigzag.axis)
+    assert travelling is not None
+    return dq, travelling.wait()
+
+
+def _around(x: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its x) of every rank, this one's first and then those before it; the next is on its way meanwhile."""
+    for step in range(axis.size):
+        coming = start_rotate(x, axis) if step + 1 < axis.size else None
+        yield (axis.rank - step) % axis.size, x
+        if coming is not None:
+            x = coming.wait()
+
+
+@dataclass(frozen=True)
+class _Total:
+    """y[B, heads, R, D] and logsumexp[B, heads, R] of all keys so far, in fp32 at least."""
+
+    y: Tensor
+    logsumexp: Tensor
+
+    @classmethod
+    def of(cls, y: Tensor, logsumexp: Tensor) -> "_Total":
+        return cls(y.to(logsumexp.dtype), logsumexp.clone())
+
+    def add(self, y: Tensor, logsumexp: Tensor, rows: slice) -> "_Total":
+        """In place: those of further keys, which only some rows see (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+        own_y, own = self.y[..., rows, :], self.logsumexp[..., rows]
+        together = torch.logaddexp(own, logsumexp)
+        own_y.mul_((own - together).exp_().unsqueeze(-1))
+        own_y.addcmul_(y.to(own_y.dtype), (logsumexp - together).exp_().unsqueeze(-1))
+        own.copy_(together)
+        return self

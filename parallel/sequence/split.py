@@ -1,0 +1,105 @@
+"""Which positions of a sequence a rank has, and how its queries come to see the keys of the others.
+
+Everything else in a transformer is done position by position, and knows nothing of it.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.collectives import split
+from parallel.conjugate import exchange
+from parallel.mesh import ALONE, Axis
+from parallel.sequence.blocks import Masking
+from parallel.sequence.ring import Zigzag, attend_around
+
+
+class Sequence:
+    """A sequence in `parts` chunks, some of which are this rank's; as it stands here, all of it."""
+
+    def __init__(self, axis: Axis, parts: int) -> None:
+        self.axis, self.parts = axis, parts
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The chunks of this rank, in order."""
+        return (0,)
+
+    @property
+    def head_axes(self) -> tuple[Axis, ...]:
+        """The axes that heads are split over while they attend."""
+        return ()
+
+    def cut(self, x: Tensor) -> Tensor:
+        """x[B, S], whole on every rank -> [B, S_context], this rank's positions of it"""
+        if self.parts == 1:
+            return x
+        chunks = x.chunk(self.parts, 1)
+        return torch.cat([chunks[i] for i in self.own], 1)
+
+    def positions(self, own: int, device: torch.device) -> Tensor:
+        """int64 [own]: where in its sequence each of this rank's positions is."""
+        return self.cut(torch.arange(own * self.axis.size, device=device).unsqueeze(0)).squeeze(0)
+
+    def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
+        """qkv[B, S_context, 3 · heads · D] -> [B, S_context, heads · D]: causal self-attention over the whole S."""
+        q, k, v = _heads_of(qkv, heads)
+        if masking.dropping is not None:  # which torch's does not draw by coordinates
+            y = attend_around(q, k, v, ALONE, masking)
+        else:
+            mask = None if masking.tokens is None else _causal(masking.tokens)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return y.transpose(1, 2).flatten(2)
+
+
+class Ring(Sequence):
+    """Keys and values go around. A rank has a chunk from the beginning and one from the end: see `ring`."""
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        return Zigzag(self.axis).chunks(self.axis.rank)
+
+    def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
+        return attend_around(*_heads_of(qkv, heads), self.axis, masking).transpose(1, 2).flatten(2)
+
+
+class AllToAll(Sequence):
+    """Every rank gets all positions of some heads, and gives them back (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv
+    2309.14509, section 3.1).
+    """
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        return (self.axis.rank,)
+
+    @property
+    def head_axes(self) -> tuple[Axis, ...]:
+        return (self.axis,)
+
+    def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
+        some = heads // self.axis.size
+        whole = exchange(qkv.unflatten(-1, (3, heads, -1)), 3, 1, self.axis).flatten(2)
+        if (drop := masking.dropping) is not None:
+            masking = replace(masking, dropping=replace(drop, lines=split(drop.lines, 1, self.axis)))
+        y = super().attend(whole, some, masking)
+        own: Tensor = exchange(y.unflatten(-1, (some, -1)), 1, 2, self.axis)
+        return own.flatten(2)
+
+
+WHOLE = Sequence(ALONE, 1)
+
+
+def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv[B, S, 3 · heads · D] -> three of [B, heads, S, D]. Cut along the last dim: their gradients are put together
+    in one fast copy.
+    """
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    return q, k, v
+
+
+def _causal(tokens: Tensor) -> Tensor:
+    """tokens[B, S], bool -> [B, 1, S, S]: the earlier positions that hold one."""
+    sequence = tokens.shape[-1]
+    return torch.ones(sequence, sequence, dtype=torch.bool, device=tokens.device).tril() & tokens[:, None, None, :]

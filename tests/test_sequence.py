@@ -1,0 +1,269 @@
+"""A sequence split over ranks: attention across all of them, what they keep for it and what they send."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.opt import Block as TransformerBlock
+from models.shapes import OPTShape
+from parallel.collectives import all_to_all, start_rotate
+from parallel.config_parallel import ContextConfig, TensorConfig
+from parallel.mesh import ALONE, Axis
+from parallel.pipeline.microbatch import Microbatch
+from parallel.rng import dropout
+from parallel.sequence import Dropping, Masking, sequence_of
+from parallel.sequence import blocks as kernels
+from parallel.sequence.blocks import Block, Kernel
+from parallel.sequence.ring import Zigzag
+from tests.accounts import Handed, Held, bytes_kept, letters, mesh_of, mode_of, saved_for_backward, storage_of, value
+from tests.harness import run
+from tests.parity import Raw, batches_of, config_of, engine_of, relative, share_of
+
+NOTATION = Path(__file__).parent.parent / "docs/notation.md"
+KINDS = ("ring", "all_to_all")
+B, HEADS, S, D = 3, 12, 24, 5
+
+
+def context(size: int, kind: str) -> Any:
+    return dict(size=size, kind=kind)
+
+
+# -- attention against attention written down --------------------------------------------------------------------------
+
+
+def qkv(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(B, S, 3 * HEADS * D, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def masking_of(kind: str) -> Masking:
+    """`padded`: at the start of one sample and at the end of another, so that some rows see nothing."""
+    tokens = dropping = None
+    if kind in ("padded", "both"):
+        tokens = torch.ones(B, S, dtype=torch.bool)
+        tokens[0, :7], tokens[1, 20:] = False, False
+    if kind in ("dropout", "both"):
+        lines = torch.arange(B).unsqueeze(1) * HEADS + torch.arange(HEADS)
+        dropping = Dropping(0.3, torch.tensor(11), lines)
+    return Masking(tokens, dropping)
+
+
+def written_down(x: Tensor, masking: Masking) -> Tensor:
+    """Row by row, as a formula has it: no line of it is shared with what it checks, but the draw of a dropout."""
+    q, k, v = (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in x.chunk(3, -1))
+    rows = []
+    for i in range(S):
+        seen = torch.zeros(B, 1, S, dtype=torch.bool)
+        seen[..., : i + 1] = True
+        if masking.tokens is not None:
+            seen &= masking.tokens.unsqueeze(1)
+        scores = (q[:, :, i : i + 1] * k).sum(-1) / D**0.5
+        weights = torch.where(seen, scores - scores.detach().amax(-1, keepdim=True), -torch.inf).exp()
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+        if (drop := masking.dropping) is not None:
+            weights = dropout(weights, drop.p, drop.key, drop.lines * S + i, torch.arange(S))
+        rows.append((weights.unsqueeze(-1) * v).sum(-2))
+    return torch.stack(rows, 1).flatten(2)
+
+
+def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
+    """y of this rank's positions, and the gradient of qkv there, for a gradient of y that is y's own square."""
+    sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
+    x = sequence.cut(qkv()).requires_grad_()
+    y = sequence.attend(x, HEADS, masking_of(masked))
+    y.backward(y.detach() ** 2)
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def joined(parts: list[Tensor], config: ContextConfig) -> Tensor:
+    """[B, S, ...] of every rank's positions."""
+    places = [sequence_of(mesh_of(rank, TensorConfig(), config), config) for rank in range(config.size)]
+    index = torch.cat([place.positions(S // config.size, torch.device("cpu")) for place in places])
+    whole = torch.full_like(torch.cat(parts, 1), torch.nan)
+    whole[:, index] = torch.cat(parts, 1)
+    return whole
+
+
+@pytest.mark.parametrize("masked", ["causal", "padded", "dropout", "both"])
+@pytest.mark.parametrize(
+    ("size", "kind"), [(1, "ring"), (2, "ring"), (3, "ring"), (4, "ring"), (2, KINDS[1]), (4, KINDS[1])]
+)
+def test_attention_across_ranks_is_attention_written_down(size: int, kind: Any, masked: str) -> None:
+    config = ContextConfig(size, kind)
+    found = run(attended, size, config, masked)
+    x = qkv().requires_grad_()
+    want = written_down(x, masking_of(masked))
+    want.backward(want.detach() ** 2)
+    assert x.grad is not None
+    assert relative(joined([y for y, _ in found], config), want.detach()) < 1e-14
+    assert relative(joined([dx for _, dx in found], config), x.grad) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, is_causal: bool) -> None:
+    """In bf16 within two of its roundings, relative to a whole tensor: three products, each rounded once."""
+    on_gpu = torch.cuda.is_available() and dtype == torch.bfloat16
+    device = torch.device("cuda" if on_gpu else "cpu")
+    q, k, v, dy = torch.randn(4, 2, 3, 32, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype).unbind(0)
+    index = torch.arange(32, device=device)
+    block = Block(index, index, 32, is_causal)
+
+    def all_of(kernel: Kernel) -> list[Tensor]:
+        y, logsumexp = kernel.forward(q, k, v, block)
+        return [y, logsumexp, *kernel.backward(dy, (q, k, v, y, logsumexp), block)]
+
+    torchs = kernels.kernel_for(q, Masking())
+    assert torchs is (kernels.FLASH if on_gpu else kernels.FLASH_ON_CPU)
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    for got, want in zip(all_of(torchs), all_of(kernels.WRITTEN_OUT), strict=True):
+        assert got.dtype == want.dtype
+        assert relative(got, want) < bound
+
+
+@given(st.integers(1, 9))
+def test_every_pair_is_seen_once_and_every_rank_sees_as_many(ranks: int) -> None:
+    own = 2 * 3 * (1 if ranks > 1 else 2)
+    length = own * ranks
+    seen = torch.zeros(ranks, length, length, dtype=torch.int64)
+    for rank in range(ranks):
+        zigzag = Zigzag(Axis("context", rank, ranks, tuple(range(ranks)), None, ALONE.traffic))
+        for source in range(ranks):
+            block, _, _ = zigzag.block(source, own, Masking(), torch.device("cpu"))
+            pairs = block.rows.unsqueeze(1) >= block.columns
+            assert block.is_causal or pairs.all()
+            seen[rank][block.rows.unsqueeze(1), block.columns] += pairs
+    assert torch.equal(seen.sum(0), torch.ones(length, length, dtype=torch.int64).tril())
+    assert len(set(seen.sum((1, 2)).tolist())) == 1
+
+
+def moved(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    axis = mesh_of(rank, TensorConfig(), ContextConfig(world_size, "ring"), connect=True).axis("context")
+    mine = torch.arange(2 * 6 * 4).view(2, 6, 4) + 1000 * rank
+    return mine, all_to_all(mine, 1, 2, axis), start_rotate(mine, axis).wait()
+
+
+def test_what_is_exchanged_and_what_goes_around() -> None:
+    given_, exchanged, rotated = zip(*run(moved, 3), strict=True)
+    for rank in range(3):
+        assert torch.equal(exchanged[rank], torch.cat([x[:, 2 * rank : 2 * rank + 2] for x in given_], 2))
+        assert torch.equal(rotated[rank], given_[rank - 1])
+
+
+# -- what is kept and sent ---------------------------------------------------------------------------------------------
+
+SHAPE = OPTShape(
+    vocab_size=37,
+    hidden_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    ffn_dim=64,
+    max_position_embeddings=16,
+    word_embed_proj_dim=64,
+    dropout=0.0,
+)
+LAYOUTS: dict[str, tuple[TensorConfig, ContextConfig]] = {
+    "ring 2": (TensorConfig(), ContextConfig(2, "ring")),
+    "ring 4": (TensorConfig(), ContextConfig(4, "ring")),
+    "all_to_all 2": (TensorConfig(), ContextConfig(2, "all_to_all")),
+    "all_to_all 4": (TensorConfig(), ContextConfig(4, "all_to_all")),
+    "ring 2 × 1d": (TensorConfig("1d", 2), ContextConfig(2, "ring")),
+    "all_to_all 2 × 2d": (TensorConfig("2d", 4), ContextConfig(2, "all_to_all")),
+}
+SAMPLES, LENGTH = 8, 16
+
+
+def names_of(layout: str) -> dict[str, int]:
+    """T is what a microbatch has on one of n ranks."""
+    tensor, config = LAYOUTS[layout]
+    return letters(tensor, SHAPE, SAMPLES, LENGTH // config.size) | dict(n=config.size)
+
+
+def kept(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig) -> tuple[int, int]:
+    """Bytes that a block keeps; and that it holds, but not for all autograd knows."""
+    mode = mode_of(rank, tensor, torch.float32, config)
+    block = TransformerBlock(SHAPE, mode, seed=0)
+    x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), requires_grad=True)
+    tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
+    held = Held()
+    with held, saved_for_backward() as saved:
+        y = block(x, Microbatch(tokens, tokens, torch.arange(SAMPLES)))
+    known = bytes_kept(saved, block) - x.nbytes + y.nbytes
+    assert storage_of(x) in map(storage_of, saved)
+    return bytes_kept(saved, block), held.now_or_soon(known) - known
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_keeps_its_own_tokens_alone(layout: str) -> None:
+    """As without, of fewer tokens; the exchange keeps attention's result once more, as it was before it was given
+    back.
+    """
+    tensor, config = LAYOUTS[layout]
+    names = names_of(layout)
+    formula = re.search(r"^ *kept by a block +(.*)$", mode_of(0, tensor, torch.float32).__doc__ or "", re.MULTILINE)
+    assert formula is not None
+    wanted = value(formula[1], names)
+    if config.kind == "all_to_all":
+        wanted += names["T"] * names["H"] / names["p"]
+    for found in run(kept, tensor.size * config.size, tensor, config):
+        assert found == (wanted * 4, 0)
+
+
+def sent(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig) -> list[float]:
+    """Bytes over the context axis, forward and backward of one block; they are what our own counters say."""
+    mode = mode_of(rank, tensor, torch.bfloat16, config)
+    block = TransformerBlock(SHAPE, mode, seed=0)
+    group = mode.mesh.axis("context").group
+    assert group is not None
+    x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
+    found = []
+    handed = Handed("forward")
+    with handed:
+        y = block(x, Microbatch(tokens, tokens, torch.arange(SAMPLES)))
+        handed.enter("backward")
+        y.sum().backward()
+    assert mode.mesh.traffic.bytes == handed.bytes
+    for way in ("forward", "backward"):
+        calls = [call for call in handed.calls if call.group == group.group_name and call.part == way]
+        found.append(sum(call.sent * call.bytes / call.elements for call in calls))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_sends_what_the_table_says(layout: str) -> None:
+    tensor, config = LAYOUTS[layout]
+    row = re.search(rf"^\| {config.kind} \| (.*) \| (.*) \|$", NOTATION.read_text(encoding="utf-8"), re.MULTILINE)
+    assert row is not None
+    wanted = [2 * value(formula, names_of(layout)) for formula in row.groups()]  # bytes of an element in bf16
+    for found in run(sent, tensor.size * config.size, tensor, config):
+        assert found == wanted
+
+
+# -- a sequence that does not come out even ----------------------------------------------------------------------------
+
+
+def refused(rank: int, world_size: int, raw: Raw) -> str:
+    engine = engine_of(rank, world_size, raw)
+    try:
+        engine.train_step(share_of(batches_of(1, sequence=10)[0], engine))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_batch_whose_sequence_does_not_divide_is_refused_on_every_rank() -> None:
+    raw = config_of(dict(context=context(2, "ring")), data=dict(sequence_length=12))
+    raw["model"] = asdict(SHAPE)
+    for found in run(refused, 2, raw):
+        assert found == (
+            "DataError: batch: input_ids: a sequence of 10 is not a multiple of 4, the parts that parallel.context"
+            " splits it into."
+        )
