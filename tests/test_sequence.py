@@ -113,8 +113,7 @@ def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, is_causal: bool) ->
     on_gpu = torch.cuda.is_available() and dtype == torch.bfloat16
     device = torch.device("cuda" if on_gpu else "cpu")
     q, k, v, dy = torch.randn(4, 2, 3, 32, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype).unbind(0)
-    index = torch.arange(32, device=device)
-    block = Block(index, index, 32, is_causal)
+    block = Block((range(32),), (range(32),), 32, is_causal)
 
     def all_of(kernel: Kernel) -> list[Tensor]:
         y, logsumexp = kernel.forward(q, k, v, block)
@@ -136,10 +135,11 @@ def test_every_pair_is_seen_once_and_every_rank_sees_as_many(ranks: int) -> None
     for rank in range(ranks):
         zigzag = Zigzag(Axis("context", rank, ranks, tuple(range(ranks)), None, ALONE.traffic))
         for source in range(ranks):
-            block, _, _ = zigzag.block(source, own, Masking(), torch.device("cpu"))
-            pairs = block.rows.unsqueeze(1) >= block.columns
+            block, _, _ = zigzag.block(source, own, Masking())
+            rows, columns = block.places(torch.device("cpu"))
+            pairs = rows.unsqueeze(1) >= columns
             assert block.is_causal or pairs.all()
-            seen[rank][block.rows.unsqueeze(1), block.columns] += pairs
+            seen[rank][rows.unsqueeze(1), columns] += pairs
     assert torch.equal(seen.sum(0), torch.ones(length, length, dtype=torch.int64).tril())
     assert len(set(seen.sum((1, 2)).tolist())) == 1
 

@@ -43,23 +43,32 @@ class Masking:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries at positions rows[R] of a sequence of `length` tokens, keys at columns[C], both int64 and in order.
+    """Queries at the positions `rows` of a sequence of `length` tokens, R of them, and keys at `columns`, C, in order.
     `is_causal`: a query sees the keys up to its own position; else all of these.
     """
 
-    rows: Tensor
-    columns: Tensor
+    rows: tuple[range, ...]
+    columns: tuple[range, ...]
     length: int
     is_causal: bool
     masking: Masking = field(default_factory=Masking)
 
-    def hidden(self) -> Tensor | None:
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """rows[R] and columns[C], int64"""
+        rows, columns = (
+            torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
+            for parts in (self.rows, self.columns)
+        )
+        return rows, columns
+
+    def hidden(self, device: torch.device) -> Tensor | None:
         """[B or 1, 1, R or 1, C]: whether a query does not see a key; None where it sees all."""
         tokens, hidden = self.masking.tokens, None
+        rows, columns = self.places(device)
         if self.is_causal:
-            hidden = (self.rows.unsqueeze(1) < self.columns)[None, None]
+            hidden = (rows.unsqueeze(1) < columns)[None, None]
         if tokens is not None:
-            empty = ~tokens[:, self.columns][:, None, None]
+            empty = ~tokens[:, columns][:, None, None]
             hidden = empty if hidden is None else hidden | empty
         return hidden
 
@@ -68,8 +77,8 @@ class Block:
         drop = self.masking.dropping
         if drop is None:
             return None
-        rows = drop.lines.unsqueeze(-1) * self.length + self.rows
-        return dropout(torch.ones_like(like), drop.p, drop.key, rows, self.columns)
+        rows, columns = self.places(like.device)
+        return dropout(torch.ones_like(like), drop.p, drop.key, drop.lines.unsqueeze(-1) * self.length + rows, columns)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def kernel_for(q: Tensor, masking: Masking) -> Kernel:
 def _scores(q: Tensor, k: Tensor, block: Block) -> Tensor:
     """q[B, heads, R, D], k[B, heads, C, D] -> [B, heads, R, C], in fp32 at least, −inf where nothing is seen"""
     scores: Tensor = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    hidden = block.hidden()
+    hidden = block.hidden(q.device)
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import start_rotate
+from parallel.collectives import Pending, start_rotate
 from parallel.mesh import Axis
 from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
 
@@ -29,25 +29,20 @@ class Zigzag:
     def chunks(self, rank: int) -> tuple[int, ...]:
         return (rank, 2 * self.axis.size - 1 - rank) if self.axis.size > 1 else (0,)
 
-    def positions(self, rank: int, length: int, device: torch.device) -> Tensor:
-        """int64 [S of that rank], in order"""
+    def block(self, source: int, own: int, masking: Masking) -> tuple[Block, slice, slice]:
+        """What this rank's `own` positions see of as many that rank `source` has: which of them, of which."""
+        length = own * self.axis.size
+        here, there = (self._positions(rank, length) for rank in (self.axis.rank, source))
+        if source == self.axis.rank:
+            return Block(here, there, length, True, masking), ALL, ALL
+        if source < self.axis.rank:  # its first chunk is before both of ours, its second behind them
+            return Block(here, there[:1], length, False, masking), ALL, slice(0, own // 2)
+        return Block(here[1:], there, length, False, masking), slice(own // 2, own), ALL
+
+    def _positions(self, rank: int, length: int) -> tuple[range, ...]:
         chunks = self.chunks(rank)
         size = length // (len(chunks) * self.axis.size)
-        return torch.cat([torch.arange(i * size, (i + 1) * size, device=device) for i in chunks])
-
-    def seen(self, source: int, own: int) -> tuple[slice, slice]:
-        """Which of this rank's `own` positions see which of those that rank `source` has, all of these."""
-        half = own // 2
-        if source == self.axis.rank:
-            return ALL, ALL  # as far as they are earlier
-        return (ALL, slice(0, half)) if source < self.axis.rank else (slice(half, own), ALL)
-
-    def block(self, source: int, own: int, masking: Masking, device: torch.device) -> "tuple[Block, slice, slice]":
-        """What `seen` says, for a kernel."""
-        rows, columns = self.seen(source, own)
-        length = own * self.axis.size
-        here, there = (self.positions(rank, length, device) for rank in (self.axis.rank, source))
-        return Block(here[rows], there[columns], length, source == self.axis.rank, masking), rows, columns
+        return tuple(range(i * size, (i + 1) * size) for i in chunks)
 
 
 class _Ring(torch.autograd.Function):
@@ -56,7 +51,7 @@ class _Ring(torch.autograd.Function):
         kernel = kernel_for(q, masking)
         total: _Total | None = None
         for source, (keys, values) in _around(torch.stack([k, v]), zigzag.axis):
-            block, rows, columns = zigzag.block(source, q.shape[-2], masking, q.device)
+            block, rows, columns = zigzag.block(source, q.shape[-2], masking)
             part = kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
             total = _Total.of(*part) if total is None else total.add(*part, rows)
         assert total is not None
@@ -88,33 +83,38 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, zigzag: Zigzag, masking: Masking) -
 def _gradients(
     dy: Tensor, saved: tuple[Tensor, ...], kernel: Kernel, zigzag: Zigzag, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """(dq, [dk, dv]), in fp32 at least. The sum of a part's own comes around behind it: each rank adds what it finds,
-    and sends it on while it computes what to add to the next.
+    """(dq, [dk, dv]), in fp32 at least. What others contribute to a part's comes around behind it: each adds what it finds,
+    and sends it on while it computes what to add to the next. Last its own part, while its sum comes home.
     """
     q, k, v, y, logsumexp = saved
-    wide = torch.promote_types(q.dtype, torch.float32)
+    axis, wide = zigzag.axis, torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros_like(q, dtype=wide)
-    travelling = None
-    for source, (keys, values) in _around(torch.stack([k, v]), zigzag.axis):
-        block, rows, columns = zigzag.block(source, q.shape[-2], masking, q.device)
+    travelling: Pending | None = None
+    for source, (keys, values) in _around(torch.stack([k, v]), axis, own_last=True):
+        block, rows, columns = zigzag.block(source, q.shape[-2], masking)
         of_rows = q[..., rows, :], keys[..., columns, :], values[..., columns, :], y[..., rows, :], logsumexp[..., rows]
         own, *others = kernel.backward(dy[..., rows, :], of_rows, block)
         dq[..., rows, :] += own
         dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device) if travelling is None else travelling.wait()
         for total, found in zip(dkv, others, strict=True):
             total[..., columns, :] += found
-        travelling = start_rotate(dkv, zigzag.axis)
-    assert travelling is not None
-    return dq, travelling.wait()
+        if source != axis.rank:
+            travelling = start_rotate(dkv, axis)
+    return dq, dkv
 
 
-def _around(x: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:
-    """(rank, its x) of every rank, this one's first and then those before it; the next is on its way meanwhile."""
-    for step in range(axis.size):
-        coming = start_rotate(x, axis) if step + 1 < axis.size else None
-        yield (axis.rank - step) % axis.size, x
-        if coming is not None:
-            x = coming.wait()
+def _around(x: Tensor, axis: Axis, *, own_last: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its x) of every rank: this one's, and those before it in turn, the next being on its way meanwhile."""
+    there, coming = x, start_rotate(x, axis)
+    if not own_last:
+        yield axis.rank, x
+    for step in range(1, axis.size):
+        there = coming.wait()
+        if step + 1 < axis.size:
+            coming = start_rotate(there, axis)
+        yield (axis.rank - step) % axis.size, there
+    if own_last:
+        yield axis.rank, x
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,6 @@ class _Total:
     def add(self, y: Tensor, logsumexp: Tensor, rows: slice) -> "_Total":
         """In place: those of further keys, which only some rows see (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
         own_y, own = self.y[..., rows, :], self.logsumexp[..., rows]
-        together = torch.logaddexp(own, logsumexp)
-        own_y.mul_((own - together).exp_().unsqueeze(-1))
-        own_y.addcmul_(y.to(own_y.dtype), (logsumexp - together).exp_().unsqueeze(-1))
-        own.copy_(together)
+        own_y.lerp_(y.to(own_y.dtype), (logsumexp - own).sigmoid_().unsqueeze(-1))  # by their share of the whole
+        own.copy_(torch.logaddexp(own, logsumexp))
         return self
