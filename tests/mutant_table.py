@@ -53,6 +53,9 @@ def drops(part: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
+ACROSS = "tests/test_sequence.py::test_attention_across_ranks_is_attention_written_down"
+SEEN = "tests/test_sequence.py::test_every_pair_is_seen_once_and_every_rank_sees_as_many"
 TORCH_OPTIM = "parallel/torch_optim.py"
 ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
 ROUND = "parallel/rounding.py"
@@ -281,7 +284,7 @@ PARAMETERS = (
            "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), shape.init_std",
            SEED),
     Mutant("masters-rounded", "the masters of a bf16 model start as its rounded weights",
-           BUILD, "master_dtype(context.dtype), compiles", "context.dtype, compiles", BF16),
+           BUILD, "master_dtype(context.dtype),\n        sequence", "context.dtype,\n        sequence", BF16),
     Mutant("padding-row-drawn", "the padding token starts with an embedding",
            BUILD, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
@@ -313,22 +316,16 @@ MODEL = (
     Mutant("positions-from-zero", "OPT's positions start at 2",
            OPT, "* mask - 1 + POSITION_OFFSET", "* mask", trains("single")),
     Mutant("a-token-sees-the-future", "attention without the causal mask",
-           OPT,
-           "return _causal(tokens.shape[-1], tokens.device) & tokens[:, None, None, :]",
-           "return tokens[:, None, None, :].expand(-1, -1, tokens.shape[-1], -1)",
+           SPLIT, ".tril() & tokens[:, None, None, :]", " & tokens[:, None, None, :]",
            trains("single")),
     Mutant("padding-is-attended-to", "the attention mask is ignored",
-           OPT,
-           "return _causal(tokens.shape[-1], tokens.device) & tokens[:, None, None, :]",
-           "return _causal(tokens.shape[-1], tokens.device)",
+           SPLIT, ".tril() & tokens[:, None, None, :]", ".tril()",
            trains("single")),
     Mutant("dropout-the-same-for-every-sample", "a mask that knows the position alone",
-           OPT,
-           "rows = samples.unsqueeze(1) * sequence + torch.arange",
-           "rows = samples.unsqueeze(1) * 0 + torch.arange",
+           OPT, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
            drops("Block")),
     Mutant("attention-dropout-the-same-for-every-sample", "a mask that knows head and position alone",
-           OPT, "rows = (samples.unsqueeze(1) * count + heads)", "rows = (samples.unsqueeze(1) * 0 + heads)",
+           OPT, "samples.unsqueeze(1) * count + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas number their samples alike",
            ENGINE,
@@ -340,6 +337,33 @@ MODEL = (
            "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
            "first = self.data.rank * len(ids)",
            f"{RULES}::test_a_batch_repeated_in_the_next_step_meets_other_dropout_masks"),
+)
+
+SEQUENCES = (
+    Mutant("ring-sees-the-future", "a rank attends to another's later chunk instead of its earlier one",
+           RING, "Block(here, there[:1], length", "Block(here, there[1:], length", SEEN),
+    Mutant("ring-merges-the-other-way", "what was attended to before counts for what comes now",
+           RING, "(logsumexp - own).sigmoid_()", "(own - logsumexp).sigmoid_()", f"{ACROSS}[2-ring-causal]"),
+    Mutant("ring-forgets-what-others-added", "the gradients of keys and values begin anew on every rank",
+           RING, "if travelling is None else travelling.wait()", "if True else travelling.wait()",
+           f"{ACROSS}[3-ring-causal]"),
+    Mutant("ring-keeps-one-parts-logsumexp", "attention is a softmax over the keys that came first",
+           RING, "own.copy_(torch.logaddexp(own, logsumexp))", "own", f"{ACROSS}[2-ring-causal]"),
+    Mutant("zigzag-forgotten", "tokens go on from rank to rank, but attention takes them for a zigzag",
+           MODE, "return self.sequence.cut(self.local(x, batch))",
+           "x = self.local(x, batch)\n        return x.chunk(self.sequence.axis.size, 1)[self.sequence.axis.rank]",
+           "tests/test_parity.py::test_training_equals_hugging_face[ring3-fp64]"),
+    Mutant("exchange-drops-the-same-on-every-rank", "a rank's heads take the dropout of the first ones",
+           SPLIT, "lines=split(drop.lines, 1, self.axis)", "lines=drop.lines[:, :some]",
+           f"{ACROSS}[2-all_to_all-dropout]"),
+    Mutant("padding-of-other-ranks", "the mask of the first keys, whatever keys they are",
+           BLOCKS, "~tokens[:, columns]", "~tokens[:, : len(columns)]", f"{ACROSS}[2-ring-padded]"),
+    Mutant("context-not-summed", "ranks that split a sequence keep gradients of their own",
+           MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
+           "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
+    Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a mask",
+           OPT, "self.mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           "tests/test_property.py::test_eight_ranks_equal_serial[pp2-ring2-2d-1x2]"),
 )
 
 ORDER = (
@@ -577,5 +601,6 @@ MUTANTS = (
     *PARAMETERS,
     *PLACES,
     *MODEL,
+    *SEQUENCES,
     *ORDER,
 )

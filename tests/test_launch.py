@@ -95,13 +95,20 @@ def test_what_each_rank_holds_adds_up_to_the_model(capsys: pytest.CaptureFixture
             " 72  73    76  77\n 74  75    78  79",
             "in a cell: col across, row down, depth in blocks",
         ),
+        ({"context": 2, "t": 2}, "36 37\n38 39", "in a cell: t across, context down"),
+        (
+            {"context": 2, "depth": 1, "row": 2, "col": 2},
+            " 72  73    76  77\n 74  75    78  79",
+            "in a cell: col across, row down, context in blocks",
+        ),
         ({"t": 128}, "1152–1279", "in a cell: t across"),
     ],
 )
 def test_a_cell_has_each_rank_at_its_coordinates(axes: dict[str, int], cell: str, caption: str | None) -> None:
-    topology = Topology({"pipe": 2, "data": 8, "context": 1, **axes})
+    inner = {"context": 1} | axes
+    topology = Topology({"pipe": 2, "data": 8, **inner})
     assert cell_of(topology, {"pipe": 1, "data": 1}) == cell
-    assert cell_caption({"context": 1, **axes}) == caption
+    assert cell_caption(inner) == caption
 
 
 def test_columns_that_do_not_fit_are_left_out_but_the_last() -> None:

@@ -29,18 +29,15 @@ def cell_of(topology: Topology, place: Mapping[str, int]) -> str:
 
 def cell_caption(inner: Mapping[str, int]) -> str | None:
     """How to read a cell; None where it holds one rank."""
-    names = [axis for axis, size in inner.items() if size > 1]
-    drawn = _drawn(inner)
-    words = [
-        f"{axis} {word}"
-        for axis, word in zip(reversed(drawn), ("across", "down", "in blocks"), strict=False)
-        if axis in names
-    ]
+    *blocks, down, across = ["", "", *_drawn(inner)]
+    named = [((across,), "across"), ((down,), "down"), (blocks, "in blocks")]
+    seen = [(" × ".join(axis for axis in axes if inner.get(axis, 1) > 1), word) for axes, word in named]
+    words = [f"{axes} {word}" for axes, word in seen if axes]
     return f"in a cell: {', '.join(words)}" if words else None
 
 
 def _drawn(inner: Mapping[str, int]) -> list[str]:
-    """The axes that a cell is drawn along: the context axis, of size 1, is not one of them."""
+    """The axes that a cell is drawn along: the context axis only where it splits something."""
     return [axis for axis, size in inner.items() if axis != "context" or size > 1]
 
 
