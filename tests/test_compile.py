@@ -16,6 +16,8 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
     "2d4": (4, dict(tensor=dict(mode="2d", size=4))),
     "2.5d4": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),
     "3d8": (8, dict(tensor=dict(mode="3d", size=8))),
+    "ring3": (3, dict(context=3)),
+    "a2a2-1d2": (4, dict(context=dict(size=2, kind="all_to_all"), tensor=dict(mode="1d", size=2))),
 }
 
 

@@ -83,8 +83,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, zigzag: Zigzag, masking: Masking) -
 def _gradients(
     dy: Tensor, saved: tuple[Tensor, ...], kernel: Kernel, zigzag: Zigzag, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """(dq, [dk, dv]), in fp32 at least. What others contribute to a part's comes around behind it: each adds what it finds,
-    and sends it on while it computes what to add to the next. Last its own part, while its sum comes home.
+    """(dq, [dk, dv]), in fp32 at least. The gradients of a part's keys and values come around behind it: each rank adds
+    its contribution, and sends them on while it computes the next. Last comes its own part, while theirs come home.
     """
     q, k, v, y, logsumexp = saved
     axis, wide = zigzag.axis, torch.promote_types(q.dtype, torch.float32)

@@ -27,11 +27,6 @@ class Sequence:
         """The chunks of this rank, in order."""
         return (0,)
 
-    @property
-    def head_axes(self) -> tuple[Axis, ...]:
-        """The axes that heads are split over while they attend."""
-        return ()
-
     def cut(self, x: Tensor) -> Tensor:
         """x[B, S], whole on every rank -> [B, S_context], this rank's positions of it"""
         if self.parts == 1:
@@ -73,10 +68,6 @@ class AllToAll(Sequence):
     @property
     def own(self) -> tuple[int, ...]:
         return (self.axis.rank,)
-
-    @property
-    def head_axes(self) -> tuple[Axis, ...]:
-        return (self.axis,)
 
     def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
         some = heads // self.axis.size
