@@ -57,7 +57,7 @@ def outline(context: Context) -> Stage:
     mode = MODES[config.parallel.tensor.mode](
         context.mesh,
         master_dtype(context.dtype),
-        sequence=sequence_of(context.mesh, config.parallel.context),
+        sequence=sequence_of(context.mesh, config.parallel.context, compiles=config.train.compile),
         compiles=config.train.compile,
     )
     specs = layers_of(shape, mode, config.train.seed)

@@ -136,7 +136,8 @@ class Attention(nn.Module):
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()
         self.mode, self.dropout, self.key = mode, shape.attention_dropout, key_of(mode, seed)
-        self.heads = shape.num_attention_heads // prod(axis.size for axis in mode.inner_hidden)
+        self.all_heads = shape.num_attention_heads
+        self.heads = self.all_heads // prod(axis.size for axis in mode.inner_hidden)
         hidden = shape.hidden_size
         self.qkv = mode.linear_in(hidden, hidden, bias=shape.enable_bias, fused=3)
         self.out_proj = mode.linear_out(hidden, hidden, bias=shape.enable_bias)
@@ -152,8 +153,7 @@ class Attention(nn.Module):
         if self.training and self.dropout > 0:
             samples = self.mode.local(batch.samples, self.mode.inner_batch)
             heads = global_range(self.mode.inner_hidden, self.heads, samples.device)
-            count = self.heads * prod(axis.size for axis in self.mode.inner_hidden)
-            dropping = Dropping(self.dropout, self.key, samples.unsqueeze(1) * count + heads)
+            dropping = Dropping(self.dropout, self.key, samples.unsqueeze(1) * self.all_heads + heads)
         return Masking(tokens, dropping)
 
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from parallel.config import Config, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.config import Config, ContextConfig, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.config_reader import Reader
-from parallel.errors import ConfigError, did_you_mean, either, times
+from parallel.errors import ConfigError, did_you_mean, either, nearest_multiples, times
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
 """Those by which Hugging Face and torch mean the same function."""
@@ -124,14 +124,11 @@ def resolve(config: Config) -> tuple[Config, list[str]]:
         return config, list(error.problems)
     shape = _overridden(base, model)
     problems = _model_problems(shape)
-    if config.data.sequence_length > shape.max_position_embeddings:
-        problems.append(
-            f"data.sequence_length: {config.data.sequence_length} is more than model.max_position_embeddings"
-            f" {shape.max_position_embeddings}. Try {shape.max_position_embeddings}."
-        )
-    problems += _pipeline_problems(shape.num_hidden_layers, config.parallel.pipeline)
-    tensor = _tensor_problems(shape, config.parallel.tensor)
-    problems += tensor or _context_problems(shape, config.parallel)
+    sequence_length, parallel = config.data.sequence_length, config.parallel
+    problems += _sequence_problems(shape, sequence_length, parallel.context)
+    problems += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline)
+    tensor = _tensor_problems(shape, parallel.tensor)
+    problems += tensor or _head_problems(shape, sequence_length, parallel)
     return replace(config, model=replace(model, **asdict(shape))), problems
 
 
@@ -224,7 +221,25 @@ def _tensor_problems(shape: OPTShape, tensor: TensorConfig) -> list[str]:
     return [problem for cut in cuts for problem in cut.problems(shape)]
 
 
-def _context_problems(shape: OPTShape, parallel: ParallelConfig) -> list[str]:
+def _sequence_problems(shape: OPTShape, sequence_length: int, context: ContextConfig) -> list[str]:
+    """What positions there are not, and what does not split a sequence."""
+    most = shape.max_position_embeddings
+    if sequence_length > most:
+        return [
+            f"data.sequence_length: {sequence_length} is more than model.max_position_embeddings {most}. Try {most}."
+        ]
+    if context.splits(sequence_length):
+        return []
+    lengths = [n for n in nearest_multiples(sequence_length, context.parts) if n <= most]
+    tries = [either(lengths)] if lengths else []
+    tries.append(f"parallel.context.size={either(_nearest(context.size, context.sizes(sequence_length)))}")
+    return [
+        f"data.sequence_length: {sequence_length} is not a multiple of {context.parts}, the parts that parallel.context"
+        f" of size {context.size}, kind {context.kind!r}, splits it into. Try {', or '.join(tries)}."
+    ]
+
+
+def _head_problems(shape: OPTShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
     """Whether heads can be split further, where that is how ranks exchange what they attend to."""
     context, heads = parallel.context, shape.num_attention_heads
     if context.size == 1 or context.kind != "all_to_all":
@@ -233,12 +248,14 @@ def _context_problems(shape: OPTShape, parallel: ParallelConfig) -> list[str]:
     tensor = axes.get("t", 1) * axes.get("col", 1) * axes.get("i", 1)
     if heads % (tensor * context.size) == 0:
         return []
-    whose = {"the tensor mode's": tensor, "context.size": context.size}
-    tries = [f"size {either(sizes)}" for sizes in [_nearest(context.size, _divisors(heads // tensor))] if sizes != [1]]
+    whose = {"the tensor mode's": tensor, "parallel.context.size": context.size}
+    sizes = [n for n in _divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
+    tries = [f"parallel.context.size={either(_nearest(context.size, sizes))}"]
+    tries += ["kind='ring'"] if replace(context, kind="ring").splits(sequence_length) else []
     return [
         f"model.num_attention_heads: {heads} is not divisible by"
         f" {times(**{name: size for name, size in whose.items() if size > 1})}, over which kind 'all_to_all' splits"
-        f" heads too. Try {', or '.join([*tries, 'kind='])}'ring'."
+        f" heads too. Try {', or '.join(tries)}."
     ]
 
 

@@ -127,6 +127,7 @@ def all_to_all(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
     """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]"""
     if axis.size == 1:
         return x
+    split_dim, cat_dim = split_dim % x.ndim, cat_dim % x.ndim
     parts: Tensor = x.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous()
     axis.traffic.count("all_to_all", parts)
     found = torch.empty_like(parts)

@@ -134,7 +134,6 @@ def parse(
         world_size = None if world else world_size
     if known_layout and reader.sound("train"):
         problems += config.microbatch_problems()
-        problems += config.parallel.context.problems(config.data.sequence_length) if reader.sound("data") else []
         problems += config.batch_problems(world_size) if batches else []
     if reader.sound("zero"):
         problems += config.zero.problems()

@@ -137,15 +137,13 @@ class ContextConfig:
         """Into how many parts a sequence is split, all of one length: in a ring, each rank has two of them."""
         return 1 if self.size == 1 else 2 * self.size if self.kind == "ring" else self.size
 
-    def problems(self, sequence_length: int) -> list[str]:
+    def splits(self, sequence_length: int) -> bool:
         """Whether a sequence comes out even."""
-        if sequence_length % self.parts == 0:
-            return []
-        cut = f"parallel.context of size {self.size}, kind {self.kind!r}, splits it into"
-        return [
-            f"data.sequence_length: {sequence_length} is not a multiple of {self.parts}, the parts that {cut}."
-            f" Try {either(nearest_multiples(sequence_length, self.parts))}."
-        ]
+        return sequence_length % self.parts == 0
+
+    def sizes(self, sequence_length: int) -> list[int]:
+        """Those that split a sequence evenly, in this way."""
+        return [n for n in range(1, sequence_length + 1) if replace(self, size=n).splits(sequence_length)]
 
 
 @dataclass(frozen=True)
@@ -185,4 +183,7 @@ class ParallelConfig:
         for size in range(min(self.pipeline.size - 1, world_size), 0, -1):
             if world_size % (self.model_size // self.pipeline.size * size) == 0:
                 return f", or set pipeline.size={size}"
+        for size in range(min(self.context.size - 1, world_size), 0, -1):
+            if world_size % (self.model_size // self.context.size * size) == 0:
+                return f", or set context.size={size}"
         return ""

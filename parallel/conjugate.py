@@ -67,5 +67,5 @@ def scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
-    """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]; dims from 0."""
+    """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]"""
     return _exchange(x, split_dim, cat_dim, axis)

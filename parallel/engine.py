@@ -125,6 +125,8 @@ class Engine(EngineBase):
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
         ids, labels, samples = (to_device(t.to(torch.int64), self.mesh.device) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
+        if mask is not None and bool(mask.all()):  # it hides nothing, but kernels that know of none are faster
+            mask = None
         mask = None if mask is None else to_device(mask.to(torch.int64), self.mesh.device)
         return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
 

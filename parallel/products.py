@@ -24,6 +24,16 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.add_(a @ b)
 
 
+def wide_batched_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a[..., M, K] · b[..., K, N] in a dtype at least as wide as theirs"""
+    product: Tensor
+    if a.is_cuda and dtype != a.dtype:
+        product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype).unflatten(0, a.shape[:-2])
+    else:
+        product = a.to(dtype) @ b.to(dtype)
+    return product
+
+
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a[M, K] · b[K, N] in a dtype at least as wide as theirs"""
     product = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)

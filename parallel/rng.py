@@ -46,19 +46,24 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
 
 
 def dropout(x: Tensor, p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Zero each element of x[..., R, C] with probability p and scale the others by 1/(1 − p).
+    """Zero each element of x[..., R, C] with probability p and scale the others by 1/(1 − p)."""
+    return x.masked_fill(dropped(p, key, rows, columns), 0) * (1 / (1 - p))
+
+
+def dropped(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """bool [..., R, C], true with probability p.
 
     rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64: an
     element meets the same fate on whatever rank it lies. The two are hashed apart and combined at full size by a
     handful of 32-bit operations.
     """
     bits = mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ mix64(columns ^ key).to(torch.int32)
-    bits ^= (bits >> 15) & 0x1FFFF
-    bits *= 0x2C1B3C6D
-    bits ^= (bits >> 12) & 0xFFFFF
-    bits *= 0x297A2D39
-    dropped = bits < min(round(p * 2**32) - 2**31, 2**31 - 1)
-    return x.masked_fill(dropped, 0) * (1 / (1 - p))
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        high = bits >> shift
+        high &= 2 ** (32 - shift) - 1
+        bits ^= high
+        bits *= factor
+    return bits < min(round(p * 2**32) - 2**31, 2**31 - 1)
 
 
 def mix64(z: Tensor) -> Tensor:

@@ -288,12 +288,17 @@ def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str)
         (
             dict(parallel=dict(context=2), data=dict(sequence_length=10)),
             "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.context of size 2, kind 'ring',"
-            " splits it into. Try 8 or 12.",
+            " splits it into. Try 8 or 12, or parallel.context.size=5.",
+        ),
+        (
+            dict(model=dict(name="opt-125m"), parallel=dict(context=3), data=dict(sequence_length=2048)),
+            "data.sequence_length: 2048 is not a multiple of 6, the parts that parallel.context of size 3, kind 'ring',"
+            " splits it into. Try 2046, or parallel.context.size=2, 4 or 8.",
         ),
         (
             dict(parallel=dict(context=dict(size=4, kind="all_to_all")), data=dict(sequence_length=10)),
             "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.context of size 4, kind"
-            " 'all_to_all', splits it into. Try 8 or 12.",
+            " 'all_to_all', splits it into. Try 8 or 12, or parallel.context.size=2, 5 or 10.",
         ),
         (
             dict(parallel=dict(context=dict(size=2, kind="rings"))),
@@ -301,16 +306,16 @@ def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str)
         ),
         (
             dict(parallel=dict(context=dict(size=3, kind="all_to_all")), data=dict(sequence_length=12)),
-            "model.num_attention_heads: 8 is not divisible by context.size 3, over which kind 'all_to_all' splits heads"
-            " too. Try size 2, 4 or 8, or kind='ring'.",
+            "model.num_attention_heads: 8 is not divisible by parallel.context.size 3, over which kind 'all_to_all'"
+            " splits heads too. Try parallel.context.size=2 or 4, or kind='ring'.",
         ),
         (
             dict(
                 parallel=dict(context=dict(size=4, kind="all_to_all"), tensor=dict(mode="1d", size=4)),
                 data=dict(sequence_length=12),
             ),
-            "model.num_attention_heads: 8 is not divisible by the tensor mode's 4 × context.size 4 = 16, over which"
-            " kind 'all_to_all' splits heads too. Try size 2, or kind='ring'.",
+            "model.num_attention_heads: 8 is not divisible by the tensor mode's 4 × parallel.context.size 4 = 16, over"
+            " which kind 'all_to_all' splits heads too. Try parallel.context.size=2.",
         ),
     ],
 )
@@ -318,6 +323,12 @@ def test_a_context_that_does_not_come_out_even(raw: dict[str, Any], problem: str
     with pytest.raises(ConfigError) as caught:
         parse(raw, resolve=resolve)
     assert caught.value.problems == (problem,)
+
+
+def test_a_world_too_small_for_a_context_is_told_so() -> None:
+    assert problems({"parallel": {"context": 4}}, 6) == (
+        "parallel: world size 6 is not a multiple of context 4. Start 4 or 8 processes, or set context.size=3.",
+    )
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [("nvme_dir", "/disk", "'/disk'"), ("host_memory", "1KiB", "1024")])

@@ -111,6 +111,12 @@ def test_a_cell_has_each_rank_at_its_coordinates(axes: dict[str, int], cell: str
     assert cell_caption(inner) == caption
 
 
+def test_the_way_that_sequences_are_split_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("ring", "all_to_all"):
+        assert call("--check", "--world", "2", "--set", f"parallel.context={{'size': 2, 'kind': '{kind}'}}") == 0
+        assert f"2 ranks = context 2 ({kind})" in capsys.readouterr().out
+
+
 def test_columns_that_do_not_fit_are_left_out_but_the_last() -> None:
     assert columns_shown(4, 10, 40) == [0, 1, 2, 3]
     assert columns_shown(64, 10, 40) == [0, 1, None, 63]

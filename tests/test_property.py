@@ -87,7 +87,9 @@ def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
             seed=draw(st.integers(0, 9)),
             activation_checkpointing=draw(st.sampled_from(["none", "full", "offload"])),
         ),
-        sequence=draw(st.integers(3, 7)) if context.size == 1 else context.parts * draw(st.integers(1, 2)),
+        sequence=draw(st.integers(3, 7))
+        if context.size == 1
+        else context.parts * draw(st.integers(2 if context.parts == 2 else 1, 3)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),

@@ -50,7 +50,9 @@ class Screen:
             f" {plural(replicas, 'replica')} × {plural(preview.num_microbatches, 'microbatch', 'microbatches')}"
             f" × {plural(train.micro_batch_size, 'sample')}"
         )
-        sizes = " × ".join(f"{axis} {size}" for axis, size in topology.shape.items() if size > 1)
+        kinds = {"context": f" ({config.parallel.context.kind})"}
+        shape = topology.shape.items()
+        sizes = " × ".join(f"{axis} {size}{kinds.get(axis, '')}" for axis, size in shape if size > 1)
         self.say(plural(topology.world_size, "rank") + (f" = {sizes}" if sizes else ""))
         self.console.print(_ranks(preview, self.console.width))
         inner = {axis: size for axis, size in topology.shape.items() if axis not in ("pipe", "data")}

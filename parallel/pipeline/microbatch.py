@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from parallel.errors import either, nearest_multiples
 from parallel.labels import IGNORED
 
 
@@ -58,7 +59,7 @@ def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limit
     if sequence % limits.sequence_parts:
         return (
             f"input_ids: a sequence of {sequence} is not a multiple of {limits.sequence_parts}, the parts that"
-            " parallel.context splits it into"
+            f" parallel.context splits it into: try {either(nearest_multiples(sequence, limits.sequence_parts))}"
         )
     for name, shape in (("labels", ids.shape), ("attention_mask", ids.shape), ("sample_ids", ids.shape[:1])):
         if name in batch and (batch[name].shape != shape or not _counts(batch[name])):

@@ -10,6 +10,6 @@ __all__ = ["KINDS", "WHOLE", "Dropping", "Masking", "Sequence", "sequence_of"]
 KINDS: dict[str | None, type[Sequence]] = {None: Sequence, "ring": Ring, "all_to_all": AllToAll}
 
 
-def sequence_of(mesh: Mesh, config: ContextConfig) -> Sequence:
+def sequence_of(mesh: Mesh, config: ContextConfig, *, compiles: bool = False) -> Sequence:
     """How sequences are split on this mesh; over a single rank, not at all."""
-    return KINDS[config.kind if config.size > 1 else None](mesh.axis("context"), config.parts)
+    return KINDS[config.kind if config.size > 1 else None](mesh.axis("context"), compiles=compiles)

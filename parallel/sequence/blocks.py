@@ -7,13 +7,16 @@ appendix B.4: nothing else of the other keys is needed).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from parallel.rng import dropout
+from parallel.products import wide_batched_product
+from parallel.rng import dropped
 
 UNSEEN = -1e30  # the logsumexp of no score at all: finite, so that differences of two are numbers
+LARGEST_HEAD = 256  # that flash takes
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,42 @@ class Masking:
     tokens: Tensor | None = None
     dropping: Dropping | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        return self.tokens is None and self.dropping is None
+
+@dataclass(frozen=True)
+class Pairs:
+    """Queries at positions rows[R] of a sequence of `length` tokens, and keys at columns[C], int64 and in order.
+    `is_causal`: a query sees the keys up to its own position; else all of these.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    length: int
+    is_causal: bool
+    masking: Masking
+
+    def hidden(self) -> Tensor | None:
+        """[B or 1, 1, R or 1, C]: whether a query does not see a key; None where it sees all."""
+        hidden = None
+        if self.is_causal:
+            hidden = (self.rows.unsqueeze(1) < self.columns)[None, None]
+        if self.masking.tokens is not None:
+            empty = ~self.masking.tokens[:, self.columns][:, None, None]
+            hidden = empty if hidden is None else hidden | empty
+        return hidden
+
+    def dropout(self) -> Callable[[Tensor], Tensor]:
+        """Of an x[B, heads, R, C], in place: the same for all that this is called with."""
+        drop = self.masking.dropping
+        if drop is None:
+            return lambda x: x
+        rows = drop.lines.unsqueeze(-1) * self.length + self.rows
+        lost, made_up = dropped(drop.p, drop.key, rows, self.columns), 1 / (1 - drop.p)
+        return lambda x: x.masked_fill_(lost, 0).mul_(made_up)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries at the positions `rows` of a sequence of `length` tokens, R of them, and keys at `columns`, C, in order.
-    `is_causal`: a query sees the keys up to its own position; else all of these.
-    """
+    """`Pairs` by ranges of positions: most kernels need to know no more than whether they are causal."""
 
     rows: tuple[range, ...]
     columns: tuple[range, ...]
@@ -53,32 +82,14 @@ class Block:
     is_causal: bool
     masking: Masking = field(default_factory=Masking)
 
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """rows[R] and columns[C], int64"""
-        rows, columns = (
-            torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
-            for parts in (self.rows, self.columns)
-        )
-        return rows, columns
+    def pairs(self, device: torch.device) -> Pairs:
+        rows, columns = (index(parts, device) for parts in (self.rows, self.columns))
+        return Pairs(rows, columns, self.length, self.is_causal, self.masking)
 
-    def hidden(self, device: torch.device) -> Tensor | None:
-        """[B or 1, 1, R or 1, C]: whether a query does not see a key; None where it sees all."""
-        tokens, hidden = self.masking.tokens, None
-        rows, columns = self.places(device)
-        if self.is_causal:
-            hidden = (rows.unsqueeze(1) < columns)[None, None]
-        if tokens is not None:
-            empty = ~tokens[:, columns][:, None, None]
-            hidden = empty if hidden is None else hidden | empty
-        return hidden
 
-    def dropped(self, like: Tensor) -> Tensor | None:
-        """like's shape, [B, heads, R, C]: 0, or what makes up for it; None without dropout."""
-        drop = self.masking.dropping
-        if drop is None:
-            return None
-        rows, columns = self.places(like.device)
-        return dropout(torch.ones_like(like), drop.p, drop.key, drop.lines.unsqueeze(-1) * self.length + rows, columns)
+def index(parts: tuple[range, ...], device: torch.device) -> Tensor:
+    """All numbers of these ranges, int64."""
+    return torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -89,59 +100,80 @@ class Kernel:
     backward: Callable[[Tensor, tuple[Tensor, ...], Block], tuple[Tensor, ...]]
 
 
-def kernel_for(q: Tensor, masking: Masking) -> Kernel:
-    """torch's own where there is one that does it; the other holds a block's scores, [B, heads, R, C]."""
-    if not masking.is_empty:
-        return WRITTEN_OUT
-    if not q.is_cuda:
+def kernel_for(q: Tensor, masking: Masking, *, compiles: bool = False) -> Kernel:
+    """torch's flash for this device, which has no dropout of ours and, on a GPU, no mask either; else the one that is
+    written out, and holds a block's scores, [B, heads, R, C].
+    """
+    if masking.dropping is None and not q.is_cuda:
         return FLASH_ON_CPU
-    return FLASH if q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 else WRITTEN_OUT
+    if masking == Masking() and q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] in range(8, LARGEST_HEAD + 1, 8):
+        return FLASH
+    return written_out(compiles)
 
 
 # -- any dtype, any mask
 
 
-def _scores(q: Tensor, k: Tensor, block: Block) -> Tensor:
+def _scores(q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
     """q[B, heads, R, D], k[B, heads, C, D] -> [B, heads, R, C], in fp32 at least, −inf where nothing is seen"""
-    scores: Tensor = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    hidden = block.hidden(q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores: Tensor = wide_batched_product(q, k.mT, wide).mul_(q.shape[-1] ** -0.5)
+    hidden = pairs.hidden()
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, block)
+def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, pairs)
     logsumexp = scores.logsumexp(-1).clamp_min(UNSEEN)
     weights = scores.sub_(logsumexp.unsqueeze(-1)).exp_()
-    dropped = block.dropped(weights)
-    return (weights if dropped is None else weights * dropped).to(q.dtype) @ v, logsumexp
+    return pairs.dropout()(weights).to(q.dtype) @ v, logsumexp
 
 
-def _backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, saved: tuple[Tensor, ...], pairs: Pairs) -> tuple[Tensor, ...]:
     q, k, v, y, logsumexp = saved
-    weights = _scores(q, k, block).sub_(logsumexp.unsqueeze(-1)).exp_()
-    dropped, dweights = block.dropped(weights), (dy @ v.mT).to(weights.dtype)
-    if dropped is not None:
-        dweights *= dropped
-    dv = (weights if dropped is None else weights * dropped).to(dy.dtype).mT @ dy
+    weights, dropout = _scores(q, k, pairs).sub_(logsumexp.unsqueeze(-1)).exp_(), pairs.dropout()
+    dweights = dropout(wide_batched_product(dy, v.mT, weights.dtype))
     inner = (dy.to(weights.dtype) * y).sum(-1, keepdim=True)  # of all keys: Σ weights · dweights
-    dscores = ((dweights - inner) * weights * q.shape[-1] ** -0.5).to(q.dtype)
+    dscores = dweights.sub_(inner).mul_(weights).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+    dv = dropout(weights).to(dy.dtype).mT @ dy
     return dscores @ k, dscores.mT @ q, dv
 
 
-WRITTEN_OUT = Kernel(_forward, _backward)
+@cache
+def written_out(compiles: bool = False) -> Kernel:
+    forward = torch.compile(_forward) if compiles else _forward
+    backward = torch.compile(_backward) if compiles else _backward
+    return Kernel(
+        lambda q, k, v, block: forward(q, k, v, block.pairs(q.device)),
+        lambda dy, saved, block: backward(dy, saved, block.pairs(dy.device)),
+    )
 
 
-# -- torch's: no mask, no dropout. Their public face, `scaled_dot_product_attention`, keeps the logsumexp to itself.
+# -- torch's. Their public face, `scaled_dot_product_attention`, keeps the logsumexp to itself.
+
+
+def _cpu_mask(q: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores, and which rows see nothing; None where there is no mask but causality."""
+    if block.masking.tokens is None:
+        return None, None
+    hidden = block.pairs(q.device).hidden()
+    assert hidden is not None
+    mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    return mask.expand(-1, -1, q.shape[-2], -1), hidden.all(-1)
 
 
 def _flash_on_cpu_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, block.is_causal)
-    return y, logsumexp
+    mask, blind = _cpu_mask(q, block)
+    is_causal = block.is_causal and mask is None
+    y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
+    return y, logsumexp if blind is None else logsumexp.masked_fill(blind, UNSEEN)
 
 
 def _flash_on_cpu_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    mask, _ = _cpu_mask(dy, block)
+    is_causal = block.is_causal and mask is None
     grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dy, *saved, 0.0, block.is_causal
+        dy, *saved, 0.0, is_causal, attn_mask=mask
     )
     return grads
 

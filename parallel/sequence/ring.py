@@ -1,12 +1,12 @@
 """Ring attention (Liu et al. 2023, arXiv 2310.01889, section 3): keys and values go around, queries stay.
 
-What arrives is attended to while the next is on its way. No rank holds more than its own part and one in flight, and
-nothing of the others' is kept for backward, for which they come around once more, their gradients one step behind.
+What arrives is attended to while the next is on its way: beside its own a rank holds these two parts. Nothing of the
+others' is kept for backward, for which they come around once more, their gradients one step behind.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
 
 ALL = slice(None)
 
+Rectangle: TypeAlias = tuple[Block, slice, slice]
+"""Which of a rank's positions see which of another's, as slices of both."""
+
 
 @dataclass(frozen=True)
 class Zigzag:
@@ -26,95 +29,126 @@ class Zigzag:
 
     axis: Axis
 
-    def chunks(self, rank: int) -> tuple[int, ...]:
-        return (rank, 2 * self.axis.size - 1 - rank) if self.axis.size > 1 else (0,)
+    def positions(self, rank: int, own: int) -> tuple[range, ...]:
+        """Of the two chunks of a rank, which together have so many."""
+        if self.axis.size == 1:
+            return (range(own),)
+        size = own // 2
+        return tuple(range(i * size, (i + 1) * size) for i in (rank, 2 * self.axis.size - 1 - rank))
 
-    def block(self, source: int, own: int, masking: Masking) -> tuple[Block, slice, slice]:
-        """What this rank's `own` positions see of as many that rank `source` has: which of them, of which."""
+    def of(self, source: int, own: int, masking: Masking) -> Rectangle:
+        """What this rank sees of rank `source`; of itself as far as it is earlier."""
+        here, there = (self.positions(rank, own) for rank in (self.axis.rank, source))
         length = own * self.axis.size
-        here, there = (self._positions(rank, length) for rank in (self.axis.rank, source))
         if source == self.axis.rank:
             return Block(here, there, length, True, masking), ALL, ALL
         if source < self.axis.rank:  # its first chunk is before both of ours, its second behind them
             return Block(here, there[:1], length, False, masking), ALL, slice(0, own // 2)
         return Block(here[1:], there, length, False, masking), slice(own // 2, own), ALL
 
-    def _positions(self, rank: int, length: int) -> tuple[range, ...]:
-        chunks = self.chunks(rank)
-        size = length // (len(chunks) * self.axis.size)
-        return tuple(range(i * size, (i + 1) * size) for i in chunks)
+    def of_itself(self, own: int, masking: Masking) -> tuple[list[Rectangle], list[Rectangle]]:
+        """The same of itself, a part to begin with, the other to end with."""
+        if self.axis.size == 1:
+            return [], [self.of(self.axis.rank, own, masking)]
+        first, last = self.positions(self.axis.rank, own)
+        before, after = slice(0, own // 2), slice(own // 2, own)
+        length = own * self.axis.size
+        ends = [
+            (Block((chunk,), (chunk,), length, True, masking), half, half)
+            for chunk, half in ((first, before), (last, after))
+        ]
+        return [(Block((last,), (first,), length, False, masking), after, before)], ends
+
+
+@dataclass(frozen=True)
+class _How:
+    zigzag: Zigzag
+    masking: Masking
+    kernel: Kernel
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, zigzag: Zigzag, masking: Masking) -> Tensor:
-        kernel = kernel_for(q, masking)
-        total: _Total | None = None
-        for source, (keys, values) in _around(torch.stack([k, v]), zigzag.axis):
-            block, rows, columns = zigzag.block(source, q.shape[-2], masking)
-            part = kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
-            total = _Total.of(*part) if total is None else total.add(*part, rows)
-        assert total is not None
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+        own, axis = q.shape[-2], how.zigzag.axis
+        others = _others(k, v, axis)
+        total = _Total.of(*how.kernel.forward(q, k, v, how.zigzag.of(axis.rank, own, how.masking)[0]))
+        for source, keys, values in others:
+            block, rows, columns = how.zigzag.of(source, own, how.masking)
+            found = how.kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
+            total.add(*found, rows)
+            del keys, values, found  # or they would be there beside the next
         y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2).copy_(total.y)
         ctx.save_for_backward(q, k, v, y, total.logsumexp)
-        ctx.how = kernel, zigzag, masking
+        ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, logsumexp = ctx.saved_tensors
-        kernel, zigzag, masking = ctx.how
-        dq, dkv = _gradients(dy, (q, k, v, y, logsumexp), kernel, zigzag, masking)
-        return dq.to(q.dtype), *dkv.to(k.dtype).unbind(0), None, None
-
-
-def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking) -> Tensor:
-    """Causal attention of q, k and v [B, heads, S of this rank's chunks, D] to those of every rank -> y, the same."""
-    y: Tensor = _attend(q, k, v, Zigzag(axis), masking)
-    return y
+        dq, dkv = _gradients(dy, ctx.saved_tensors, ctx.how)
+        return dq.to(dy.dtype), *dkv.to(dy.dtype).unbind(0), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend(q: Tensor, k: Tensor, v: Tensor, zigzag: Zigzag, masking: Masking) -> Tensor:
-    y: Tensor = _Ring.apply(q, k, v, zigzag, masking)  # type: ignore[no-untyped-call]
+def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
+    """Causal attention of q, k and v [B, heads, S of this rank's chunks, D] to those of every rank -> y, the same."""
+    how = _How(Zigzag(axis), masking, kernel_for(q, masking, compiles=compiles))
+    y: Tensor = _Ring.apply(q, k, v, how)  # type: ignore[no-untyped-call]
     return y
 
 
-def _gradients(
-    dy: Tensor, saved: tuple[Tensor, ...], kernel: Kernel, zigzag: Zigzag, masking: Masking
-) -> tuple[Tensor, Tensor]:
+def _gradients(dy: Tensor, saved: tuple[Tensor, ...], how: _How) -> tuple[Tensor, Tensor]:
     """(dq, [dk, dv]), in fp32 at least. The gradients of a part's keys and values come around behind it: each rank adds
-    its contribution, and sends them on while it computes the next. Last comes its own part, while theirs come home.
+    its contribution, and sends them on while it computes the next. Of its own part a rank does some while the first of
+    the others is on its way, and the rest while its own gradients come home.
     """
     q, k, v, y, logsumexp = saved
-    axis, wide = zigzag.axis, torch.promote_types(q.dtype, torch.float32)
+    own, axis, wide = q.shape[-2], how.zigzag.axis, torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros_like(q, dtype=wide)
-    travelling: Pending | None = None
-    for source, (keys, values) in _around(torch.stack([k, v]), axis, own_last=True):
-        block, rows, columns = zigzag.block(source, q.shape[-2], masking)
+
+    def add(rectangle: Rectangle, keys: Tensor, values: Tensor, dkv: Tensor) -> None:
+        block, rows, columns = rectangle
         of_rows = q[..., rows, :], keys[..., columns, :], values[..., columns, :], y[..., rows, :], logsumexp[..., rows]
-        own, *others = kernel.backward(dy[..., rows, :], of_rows, block)
-        dq[..., rows, :] += own
-        dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device) if travelling is None else travelling.wait()
-        for total, found in zip(dkv, others, strict=True):
-            total[..., columns, :] += found
-        if source != axis.rank:
-            travelling = start_rotate(dkv, axis)
-    return dq, dkv
+        found = how.kernel.backward(dy[..., rows, :], of_rows, block)
+        totals = dq[..., rows, :], *dkv[..., columns, :].unbind(0)
+        for total, part in zip(totals, found, strict=True):
+            total += part
+
+    own_dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device)
+    others, travelling = _others(k, v, axis), None
+    begin, end = how.zigzag.of_itself(own, how.masking)
+    for rectangle in begin:
+        add(rectangle, k, v, own_dkv)
+    for source, keys, values in others:
+        dkv = torch.zeros_like(own_dkv) if travelling is None else travelling.wait()
+        add(how.zigzag.of(source, own, how.masking), keys, values, dkv)
+        travelling = start_rotate(dkv, axis)
+        del keys, values, dkv
+    for rectangle in end:
+        add(rectangle, k, v, own_dkv)
+    return dq, own_dkv if travelling is None else own_dkv.add_(travelling.wait())
 
 
-def _around(x: Tensor, axis: Axis, *, own_last: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """(rank, its x) of every rank: this one's, and those before it in turn, the next being on its way meanwhile."""
-    there, coming = x, start_rotate(x, axis)
-    if not own_last:
-        yield axis.rank, x
+def _others(k: Tensor, v: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(rank, its k, its v) of all others, from the one before to the one behind. The first is on its way from now on,
+    and each next one while one is looked at.
+    """
+    if axis.size == 1:
+        return iter(())
+    return _arriving(start_rotate(torch.stack([k, v]), axis), axis)
+
+
+def _arriving(coming: Pending, axis: Axis) -> Iterator[tuple[int, Tensor, Tensor]]:
     for step in range(1, axis.size):
         there = coming.wait()
         if step + 1 < axis.size:
             coming = start_rotate(there, axis)
-        yield (axis.rank - step) % axis.size, there
-    if own_last:
-        yield axis.rank, x
+        else:
+            del coming
+        keys, values = there.unbind(0)
+        del there
+        yield (axis.rank - step) % axis.size, keys, values
+        del keys, values
 
 
 @dataclass(frozen=True)
@@ -126,11 +160,10 @@ class _Total:
 
     @classmethod
     def of(cls, y: Tensor, logsumexp: Tensor) -> "_Total":
-        return cls(y.to(logsumexp.dtype), logsumexp.clone())
+        return cls(y.to(logsumexp.dtype), logsumexp)
 
-    def add(self, y: Tensor, logsumexp: Tensor, rows: slice) -> "_Total":
+    def add(self, y: Tensor, logsumexp: Tensor, rows: slice) -> None:
         """In place: those of further keys, which only some rows see (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
         own_y, own = self.y[..., rows, :], self.logsumexp[..., rows]
         own_y.lerp_(y.to(own_y.dtype), (logsumexp - own).sigmoid_().unsqueeze(-1))  # by their share of the whole
         own.copy_(torch.logaddexp(own, logsumexp))
-        return self

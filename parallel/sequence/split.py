@@ -12,37 +12,37 @@ from torch import Tensor
 from parallel.collectives import split
 from parallel.conjugate import exchange
 from parallel.mesh import ALONE, Axis
-from parallel.sequence.blocks import Masking
+from parallel.sequence.blocks import Masking, index
 from parallel.sequence.ring import Zigzag, attend_around
 
 
 class Sequence:
-    """A sequence in `parts` chunks, some of which are this rank's; as it stands here, all of it."""
+    """A sequence of which each rank of an axis has as many positions; as it stands here, one rank has all of them.
 
-    def __init__(self, axis: Axis, parts: int) -> None:
-        self.axis, self.parts = axis, parts
+    `compiles`: attention that is written out is compiled.
+    """
 
-    @property
-    def own(self) -> tuple[int, ...]:
-        """The chunks of this rank, in order."""
-        return (0,)
+    def __init__(self, axis: Axis, *, compiles: bool = False) -> None:
+        self.axis, self.compiles = axis, compiles
+
+    def ranges(self, own: int) -> tuple[range, ...]:
+        """The positions of this rank, so many, in order."""
+        return (range(own),)
 
     def cut(self, x: Tensor) -> Tensor:
         """x[B, S], whole on every rank -> [B, S_context], this rank's positions of it"""
-        if self.parts == 1:
-            return x
-        chunks = x.chunk(self.parts, 1)
-        return torch.cat([chunks[i] for i in self.own], 1)
+        own, *more = (x[:, part.start : part.stop] for part in self.ranges(x.shape[1] // self.axis.size))
+        return torch.cat([own, *more], 1) if more else own
 
     def positions(self, own: int, device: torch.device) -> Tensor:
         """int64 [own]: where in its sequence each of this rank's positions is."""
-        return self.cut(torch.arange(own * self.axis.size, device=device).unsqueeze(0)).squeeze(0)
+        return index(self.ranges(own), device)
 
     def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
         """qkv[B, S_context, 3 · heads · D] -> [B, S_context, heads · D]: causal self-attention over the whole S."""
         q, k, v = _heads_of(qkv, heads)
         if masking.dropping is not None:  # which torch's does not draw by coordinates
-            y = attend_around(q, k, v, ALONE, masking)
+            y: Tensor = attend_around(q, k, v, ALONE, masking, compiles=self.compiles)
         else:
             mask = None if masking.tokens is None else _causal(masking.tokens)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -52,12 +52,12 @@ class Sequence:
 class Ring(Sequence):
     """Keys and values go around. A rank has a chunk from the beginning and one from the end: see `ring`."""
 
-    @property
-    def own(self) -> tuple[int, ...]:
-        return Zigzag(self.axis).chunks(self.axis.rank)
+    def ranges(self, own: int) -> tuple[range, ...]:
+        return Zigzag(self.axis).positions(self.axis.rank, own)
 
     def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
-        return attend_around(*_heads_of(qkv, heads), self.axis, masking).transpose(1, 2).flatten(2)
+        y: Tensor = attend_around(*_heads_of(qkv, heads), self.axis, masking, compiles=self.compiles)
+        return y.transpose(1, 2).flatten(2)
 
 
 class AllToAll(Sequence):
@@ -65,9 +65,8 @@ class AllToAll(Sequence):
     2309.14509, section 3.1).
     """
 
-    @property
-    def own(self) -> tuple[int, ...]:
-        return (self.axis.rank,)
+    def ranges(self, own: int) -> tuple[range, ...]:
+        return (range(self.axis.rank * own, (self.axis.rank + 1) * own),)
 
     def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
         some = heads // self.axis.size
@@ -79,7 +78,7 @@ class AllToAll(Sequence):
         return own.flatten(2)
 
 
-WHOLE = Sequence(ALONE, 1)
+WHOLE = Sequence(ALONE)
 
 
 def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
