@@ -51,11 +51,12 @@ def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_ranks: int = 4) -> Case:
-    size = draw(st.integers(1, max_ranks))
-    pipeline = draw(st.integers(1, max_ranks // size))
-    context = ContextConfig(draw(st.integers(1, max_ranks // size // pipeline)), draw(st.sampled_from(KINDS)))
-    data = draw(st.integers(1, max_ranks // size // pipeline // context.size))
+def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
+    size = draw(st.integers(1, max_ranks // min_context))
+    pipeline = draw(st.integers(1, max_ranks // size // min_context))
+    most = max_ranks // size // pipeline
+    context = ContextConfig(draw(st.integers(min_context, most)), draw(st.sampled_from(KINDS)))
+    data = draw(st.integers(1, most // context.size))
     section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
     heads = heads_by * draw(st.integers(1, 3)) * (context.size if context.kind == "all_to_all" else 1)
     head = widths_by // heads_by * draw(st.sampled_from([3, 5, 8]))
@@ -152,6 +153,12 @@ def serial(case: Case) -> Trace:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_drawn_layouts_equal_serial(case: Case) -> None:
+    check(case)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(cases(min_context=2))
+def test_drawn_layouts_that_split_sequences_equal_serial(case: Case) -> None:
     check(case)
 
 
