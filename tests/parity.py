@@ -258,8 +258,8 @@ def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
 
     A gradient that is zero or nearly so in exact arithmetic, where large terms cancel (always k_proj.bias; q and k
     where every label sees few tokens), is rounding noise: four units in the last place of the whole gradient's norm are
-    allowed beside. Below fp64 (not `wide`) Adam turns k_proj.bias's noise into whole steps, so its weights are left
-    out.
+    allowed beside. Below fp64 (not `wide`) Adam turns such noise into whole steps, and a weight that began at zero is
+    nothing else: so k_proj.bias, and whatever else had no gradient but noise, is left out of the weights.
     """
     for name, ours, theirs in (("loss", got.losses, want.losses), ("norm", got.norms, want.norms)):
         assert len(ours) == len(theirs)
@@ -275,7 +275,8 @@ def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
             f"gradient of {name}: off by {difference:.1e}, of a norm of {norm:.1e}"
         )
     for name, weight in want.weights.items():
-        if wide or not name.endswith("k_proj.bias"):
+        is_noise = name.endswith("k_proj.bias") or want.gradients[name].double().norm().item() <= noise
+        if wide or not is_noise:
             error = relative(got.weights[name], weight)
             assert error <= bound, f"weight {name}: {error:.1e}"
 
@@ -288,7 +289,11 @@ def distance(got: Trace, want: Trace) -> float:
     for name, gradient in want.gradients.items():
         difference = (got.gradients[name].double() - gradient.double()).norm().item()
         found.append(max(0.0, difference - noise) / max(gradient.double().norm().item(), noise))
-    found += [relative(got.weights[n], weight) for n, weight in want.weights.items() if not n.endswith("k_proj.bias")]
+    found += [
+        relative(got.weights[n], weight)
+        for n, weight in want.weights.items()
+        if not n.endswith("k_proj.bias") and want.gradients[n].double().norm().item() > noise
+    ]
     return max(found)
 
 
