@@ -275,8 +275,7 @@ def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
             f"gradient of {name}: off by {difference:.1e}, of a norm of {norm:.1e}"
         )
     for name, weight in want.weights.items():
-        is_noise = name.endswith("k_proj.bias") or want.gradients[name].double().norm().item() <= noise
-        if wide or not is_noise:
+        if wide or not _is_of_noise(want, name, noise):
             error = relative(got.weights[name], weight)
             assert error <= bound, f"weight {name}: {error:.1e}"
 
@@ -290,11 +289,15 @@ def distance(got: Trace, want: Trace) -> float:
         difference = (got.gradients[name].double() - gradient.double()).norm().item()
         found.append(max(0.0, difference - noise) / max(gradient.double().norm().item(), noise))
     found += [
-        relative(got.weights[n], weight)
-        for n, weight in want.weights.items()
-        if not n.endswith("k_proj.bias") and want.gradients[n].double().norm().item() > noise
+        relative(got.weights[n], weight) for n, weight in want.weights.items() if not _is_of_noise(want, n, noise)
     ]
     return max(found)
+
+
+def _is_of_noise(want: Trace, name: str, noise: float) -> bool:
+    """Whether a parameter had a gradient, and it was noise."""
+    gradient = want.gradients.get(name)
+    return name.endswith("k_proj.bias") or (gradient is not None and gradient.double().norm().item() <= noise)
 
 
 def _noise(want: Trace, dtype: torch.dtype) -> float:
