@@ -372,6 +372,9 @@ SEQUENCES = (
     Mutant("dropout-numbers-a-part", "a sample's last positions share a mask with the next one's first",
            OPT, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
            "tests/test_property.py::test_eight_ranks_equal_serial[dp2-a2a2-1d2]"),
+    Mutant("a-mask-of-ones-is-kept", "attention takes a kernel for masks where nothing is hidden",
+           ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
+           "tests/test_batches.py::test_a_mask_that_hides_nothing_is_left_out"),
     Mutant("16-bit-scores", "a product is rounded before its softmax",
            BLOCKS, "scores: Tensor = wide_batched_product(q, k.mT, wide)", "scores: Tensor = (q @ k.mT).to(wide)",
            "tests/test_sequence.py::test_what_is_written_out_is_as_exact_as_flash"),
@@ -493,6 +496,10 @@ MODULES = (
 )
 
 PLACEMENT = (
+    Mutant("computation-without-end", "of a watched step all is taken for computation",
+           "parallel/memory/observer.py", "self._clock.seconds(self._begun, self._computed)",
+           "self._clock.seconds(self._begun, self._clock.now())",
+           f"{PLANS}::test_what_comes_after_computation_is_not_taken_for_it"),
     Mutant("host-parameters-not-refreshed", "parameters at home on the host go on as they were",
            CHUNK, "                self.written = self.copies.down(self.master.to(self.own.dtype), self.own)\n",
            "                pass\n", f"{HOMES}::test_chunks_may_change_their_homes_between_any_two_steps"),

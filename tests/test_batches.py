@@ -62,3 +62,17 @@ def test_uneven_tensors_are_not_cut_to_the_shortest() -> None:
     """Half of the labels once trained on half of the batch, without a word."""
     shorter: dict[str, Any] = GOOD | dict(labels=GOOD["input_ids"][:2], sample_ids=torch.arange(4))
     assert "labels" in run(message, 1, RAW, [shorter])[0]
+
+
+def masks_of(rank: int, world_size: int, masks: list[Tensor]) -> list[bool]:
+    engine = engine_of(rank, world_size, RAW)
+    found = [engine._microbatches(GOOD | dict(attention_mask=mask))[0] for mask in masks]
+    return [any(one.attention_mask is not None for one in microbatches) for microbatches in found]
+
+
+def test_a_mask_that_hides_nothing_is_left_out() -> None:
+    """So that attention takes the kernels that know of none."""
+    ones = torch.ones(4, 6, dtype=torch.int64)
+    padded = ones.clone()
+    padded[1, 4:] = 0
+    assert run(masks_of, 1, [ones, padded])[0] == [False, True]

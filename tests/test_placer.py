@@ -1,5 +1,6 @@
 """A plan is made for the steps that there are: other steps are planned for again, and a plan goes with its run."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import parallel
 from parallel import checkpoint, shared_update
 from parallel.engine_base import EngineBase
+from parallel.memory.observer import Observer
 from parallel.memory.placer import Phase, Placer
 from parallel.streaming import Part
 from parallel.transfer import Placement, Tier
@@ -265,3 +267,13 @@ def test_an_illegal_move_of_a_plan_raises() -> None:
     placer = engine_of(0, 1, raw_of("single", "auto", 0)).placer
     with pytest.raises(AssertionError, match="from FRESH to KEPT"):
         placer._move(Phase.KEPT)
+
+
+def test_what_comes_after_computation_is_not_taken_for_it() -> None:
+    """A watched step's gradients may still be on their way down when all else is done: a plan may spare it that."""
+    observer = Observer([], torch.device("cpu"))
+    time.sleep(0.02)
+    observer.computed()
+    found = observer.computing()
+    time.sleep(0.02)
+    assert 0.02 <= found == observer.computing()

@@ -91,16 +91,20 @@ class _Ring(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
-    """Causal attention of q, k and v [B, heads, S of this rank's chunks, D] to those of every rank -> y, the same."""
+    """q, k and v[B, heads, S_axis, D] -> y[B, heads, S_axis, D]: causal attention to the keys of every rank of the axis.
+    Which positions a rank has `Zigzag` says; B and heads may be split besides.
+    """
     how = _How(Zigzag(axis), masking, kernel_for(q, masking, compiles=compiles))
     y: Tensor = _Ring.apply(q, k, v, how)  # type: ignore[no-untyped-call]
     return y
 
 
 def _gradients(dy: Tensor, saved: tuple[Tensor, ...], how: _How) -> tuple[Tensor, Tensor]:
-    """(dq, [dk, dv]), in fp32 at least. The gradients of a part's keys and values come around behind it: each rank adds
-    its contribution, and sends them on while it computes the next. Of its own part a rank does some while the first of
-    the others is on its way, and the rest while its own gradients come home.
+    """dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, heads, S_axis, D], in fp32 at least.
+
+    The gradients of a part's keys and values come around behind it: each rank adds its contribution, and sends them on
+    while it computes the next. Of its own part a rank does some while the first of the others is on its way, and the
+    rest while its own gradients come home.
     """
     q, k, v, y, logsumexp = saved
     own, axis, wide = q.shape[-2], how.zigzag.axis, torch.promote_types(q.dtype, torch.float32)

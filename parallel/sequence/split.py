@@ -63,6 +63,8 @@ class Ring(Sequence):
 class AllToAll(Sequence):
     """Every rank gets all positions of some heads, and gives them back (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv
     2309.14509, section 3.1).
+
+    qkv[B, S_context, 3, heads, D] -> [B, S, 3, heads_context, D]; y[B, S, heads_context, D] -> [B, S_context, heads, D]
     """
 
     def ranges(self, own: int) -> tuple[range, ...]:
