@@ -91,7 +91,7 @@ class _Ring(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
-    """q, k and v[B, heads, S_axis, D] -> y[B, heads, S_axis, D]: causal attention to the keys of every rank of the axis.
+    """q, k and v[B, heads, S_axis, D] -> y[B, heads, S_axis, D]: causal attention to the keys of all its ranks.
     Which positions a rank has `Zigzag` says; B and heads may be split besides.
     """
     how = _How(Zigzag(axis), masking, kernel_for(q, masking, compiles=compiles))
