@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from models.opt import Block as TransformerBlock
 from models.shapes import OPTShape
@@ -108,25 +109,42 @@ def test_attention_across_ranks_is_attention_written_down(size: int, kind: Any, 
     assert relative(joined([dx for _, dx in found], config), x.grad) < 1e-14
 
 
+def torchs_kernels(device: torch.device) -> list[Kernel]:
+    if device.type == "cpu":
+        return [kernels.FLASH_ON_CPU]
+    is_known = torch.cuda.get_device_capability(device) >= (9, 0)  # to cuDNN; before, to flash alone
+    return list(kernels.ON_GPU.values()) if is_known else [kernels.ON_GPU[SDPBackend.FLASH_ATTENTION]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, is_causal: bool) -> None:
-    """In bf16 within two of its roundings, relative to a whole tensor: three products, each rounded once."""
-    on_gpu = torch.cuda.is_available() and dtype == torch.bfloat16
-    device = torch.device("cuda" if on_gpu else "cpu")
-    q, k, v, dy = torch.randn(4, 2, 3, 32, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype).unbind(0)
-    block = Block((range(32),), (range(32),), 32, is_causal)
+@pytest.mark.parametrize("part", ["whole", "own", "earlier"])
+def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
+    """Of all tokens, of the later half alone, and of the later half's queries to the earlier's keys: views, as a ring
+    has them. In bf16 within two of its roundings, relative to a whole tensor: three products, each rounded once.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and dtype == torch.bfloat16 else "cpu")
+    drawn = torch.randn(2, 64, 4, 3, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    q, k, v, dy = drawn.permute(2, 0, 3, 1, 4).unbind(0)  # positions before heads in memory
+    after, before = slice(32, 64), slice(0, 32)
+    rows, columns = {"whole": (slice(0, 64),) * 2, "own": (after, after), "earlier": (after, before)}[part]
+    block = Block((range(64)[rows],), (range(64)[columns],), 64, part != "earlier")
+    of_all = kernels.written_out().forward(q, k, v, Block((range(64),), (range(64),), 64, True))
 
     def all_of(kernel: Kernel) -> list[Tensor]:
-        y, logsumexp = kernel.forward(q, k, v, block)
-        return [y, logsumexp, *kernel.backward(dy, (q, k, v, y, logsumexp), block)]
+        keys, values, queries = k[:, :, columns], v[:, :, columns], q[:, :, rows]
+        y, logsumexp = kernel.forward(queries, keys, values, block)
+        saved = queries, keys, values, *(x[:, :, rows] for x in of_all)
+        return [y, logsumexp, *kernel.backward(dy[:, :, rows], saved, block)]
 
-    torchs = kernels.kernel_for(q, Masking())
-    assert torchs is (kernels.FLASH if on_gpu else kernels.FLASH_ON_CPU)
+    ours = all_of(kernels.written_out())
+    torchs = torchs_kernels(device)
+    assert kernels.kernel_for(q, Masking()) in torchs
     bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
-    for got, want in zip(all_of(torchs), all_of(kernels.written_out()), strict=True):
-        assert got.dtype == want.dtype
-        assert relative(got, want) < bound
+    for kernel in torchs:
+        for got, want in zip(all_of(kernel), ours, strict=True):
+            assert got.dtype == want.dtype
+            assert got.shape == want.shape
+            assert relative(got, want) < bound
 
 
 def test_what_is_written_out_is_as_exact_as_flash() -> None:
@@ -208,11 +226,11 @@ def order(rank: int, world_size: int) -> list[str]:
 
 
 def test_the_next_part_is_on_its_way_while_one_is_attended_to() -> None:
-    """Forward: its own, then two others. Backward, where each sends on the gradients too: some of its own while the
-    first is coming, and the rest while its own gradients come home.
+    """Forward: its own, then two others. Backward, where gradients come one step behind, wanted when there is something
+    to add: some of its own while the first part is coming, and the rest while its own gradients come home.
     """
     for found in run(order, 3):
-        assert "".join(found) == ">#=>#=#|>#=>#>==#>##="
+        assert "".join(found) == ">#=>#=#|>#=>#>=#=>##="
 
 
 def attended_in_16_bits(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:

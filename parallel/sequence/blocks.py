@@ -11,12 +11,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from parallel.products import wide_batched_product
 from parallel.rng import dropped
 
 UNSEEN = -1e30  # the logsumexp of no score at all: finite, so that differences of two are numbers
-LARGEST_HEAD = 256  # that flash takes
+HEAD_UNIT = 8  # of which a kernel for GPUs takes multiples; their public face pads others
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,17 @@ class Kernel:
 
 
 def kernel_for(q: Tensor, masking: Masking, *, compiles: bool = False) -> Kernel:
-    """torch's flash for this device, which has no dropout of ours and, on a GPU, no mask either; else the one that is
-    written out, and holds a block's scores, [B, heads, R, C].
+    """What `scaled_dot_product_attention` would call on this device; but where it has no kernel with a logsumexp, or
+    there is dropout, which is ours, or on a GPU a mask, the one that is written out, and holds a block's scores,
+    [B, heads, R, C].
     """
     if masking.dropping is None and not q.is_cuda:
         return FLASH_ON_CPU
-    if masking == Masking() and q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] in range(8, LARGEST_HEAD + 1, 8):
-        return FLASH
+    if masking == Masking() and q.is_cuda and q.shape[-1] % HEAD_UNIT == 0:
+        part = q[..., : max(1, q.shape[-2] // 2), :]  # no block is shorter
+        chosen = SDPBackend(torch._fused_sdp_choice(part, part, part, is_causal=True))
+        if chosen in ON_GPU:
+            return ON_GPU[chosen]
     return written_out(compiles)
 
 
@@ -197,4 +202,23 @@ def _flash_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tupl
     return grads
 
 
-FLASH = Kernel(_flash_forward, _flash_backward)
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    y, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, block.is_causal)
+    return y, logsumexp.view(y.shape[:-1])
+
+
+def _cudnn_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    q, k, v, y, logsumexp = saved
+    no_random = torch.empty((), dtype=torch.int64, device=q.device)
+    of_all = q, k, v, y, logsumexp.unsqueeze(-1).contiguous(), no_random, no_random
+    no_mask, sizes = None, (None, None, q.shape[-2], k.shape[-2])  # of sequences of one length
+    grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dy, *of_all, no_mask, *sizes, 0.0, block.is_causal
+    )
+    return grads
+
+
+ON_GPU = {
+    SDPBackend.FLASH_ATTENTION: Kernel(_flash_forward, _flash_backward),
+    SDPBackend.CUDNN_ATTENTION: Kernel(_cudnn_forward, _cudnn_backward),
+}

@@ -102,34 +102,39 @@ def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking,
 def _gradients(dy: Tensor, saved: tuple[Tensor, ...], how: _How) -> tuple[Tensor, Tensor]:
     """dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, heads, S_axis, D], in fp32 at least.
 
-    The gradients of a part's keys and values come around behind it: each rank adds its contribution, and sends them on
-    while it computes the next. Of its own part a rank does some while the first of the others is on its way, and the
+    The gradients of a part's keys and values come around behind it, while a rank computes what it has to add, and are
+    sent on while it computes what it adds to the next. Of its own part a rank does some while the first of the others is on its way, and the
     rest while its own gradients come home.
     """
     q, k, v, y, logsumexp = saved
     own, axis, wide = q.shape[-2], how.zigzag.axis, torch.promote_types(q.dtype, torch.float32)
-    dq = torch.zeros_like(q, dtype=wide)
 
-    def add(rectangle: Rectangle, keys: Tensor, values: Tensor, dkv: Tensor) -> None:
+    def contribution(rectangle: Rectangle, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         block, rows, columns = rectangle
         of_rows = q[..., rows, :], keys[..., columns, :], values[..., columns, :], y[..., rows, :], logsumexp[..., rows]
-        found = how.kernel.backward(dy[..., rows, :], of_rows, block)
+        return how.kernel.backward(dy[..., rows, :], of_rows, block)
+
+    def add(found: tuple[Tensor, ...], rectangle: Rectangle, dkv: Tensor) -> None:
+        _, rows, columns = rectangle
         totals = dq[..., rows, :], *dkv[..., columns, :].unbind(0)
         for total, part in zip(totals, found, strict=True):
             total += part
 
-    own_dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device)
     others, travelling = _others(k, v, axis), None
+    dq = torch.zeros_like(q, dtype=wide)
+    own_dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device)
     begin, end = how.zigzag.of_itself(own, how.masking)
     for rectangle in begin:
-        add(rectangle, k, v, own_dkv)
+        add(contribution(rectangle, k, v), rectangle, own_dkv)
     for source, keys, values in others:
+        rectangle = how.zigzag.of(source, own, how.masking)
+        found = contribution(rectangle, keys, values)
         dkv = torch.zeros_like(own_dkv) if travelling is None else travelling.wait()
-        add(how.zigzag.of(source, own, how.masking), keys, values, dkv)
+        add(found, rectangle, dkv)
         travelling = start_rotate(dkv, axis)
-        del keys, values, dkv
+        del keys, values, found, dkv
     for rectangle in end:
-        add(rectangle, k, v, own_dkv)
+        add(contribution(rectangle, k, v), rectangle, own_dkv)
     return dq, own_dkv if travelling is None else own_dkv.add_(travelling.wait())
 
 
