@@ -360,6 +360,12 @@ SEQUENCES = (
            "            pass\n        keys, values = there.unbind(0)\n"
            "        yield (axis.rank - step) % axis.size, keys, values\n        coming = start_rotate(there, axis)\n",
            "tests/test_sequence.py::test_the_next_part_is_on_its_way_while_one_is_attended_to"),
+    Mutant("ring-waits-before-it-computes", "a block stands still until there is something to add it to",
+           RING, "        found = contribution(rectangle, keys, values)\n"
+           "        dkv = torch.zeros_like(own_dkv) if travelling is None else travelling.wait()\n",
+           "        dkv = torch.zeros_like(own_dkv) if travelling is None else travelling.wait()\n"
+           "        found = contribution(rectangle, keys, values)\n",
+           "tests/test_sequence.py::test_the_next_part_is_on_its_way_while_one_is_attended_to"),
     Mutant("rotates-backwards", "what should come from the rank before comes from the one after",
            "parallel/collectives.py",
            "to[(axis.rank + 1) % axis.size] = source[(axis.rank - 1) % axis.size]",
@@ -557,6 +563,9 @@ PLACEMENT = (
            INPUTS, "        x = self._x\n        self._go_away()\n",
            "        x = self._x\n        self._go_away()\n        self._pool.take_back(self._home)\n",
            f"{KEPT}::test_a_module_of_ones_own_trains_bit_for_bit_too[twice-1-cuda]"),
+    Mutant("placement-says-its-last-step", "one step that something held up is said to be what a plan came to",
+           PLACER, "median(self._took[SETTLING:])", "max(self._took[SETTLING:])",
+           "tests/test_placement.py::test_auto_keeps_to_its_budget_and_says_what_it_plans"),
     Mutant("embedding-hears-of-the-last-tokens", "the gradient from some tokens takes the place of the others'",
            CROSS_ENTROPY, "add_product if start else write_product", "write_product",
            f"{RULES}::"

@@ -1,5 +1,7 @@
 """Where chunks are at home changes nothing of what they are."""
 
+import re
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,9 @@ def test_a_module_of_ones_own_too(model: str, stage: int, passes: bool) -> None:
             assert_updated_alike(ours, theirs)
 
 
+HICCUP = 1.0  # seconds
+
+
 def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
     """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said."""
     engine = engine_of(rank, world_size, raw)
@@ -268,8 +273,12 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
         layer.register_forward_pre_hook(count)
         for parameter in layer.parameters():
             parameter.register_hook(count)
-    for batch in batches_of(5, batch=24):
+    for step, batch in enumerate(batches_of(7, batch=24), 1):
+        if step == 6:  # of those that are measured
+            hiccup = engine.stage.register_forward_pre_hook(lambda *_: time.sleep(HICCUP))
         engine.train_step(share_of(batch, engine))
+        if step == 6:
+            hiccup.remove()
     assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
     assert any(c.placement.states is Tier.HOST for c in engine.chunks)
     return most, engine.placer.budget, said
@@ -281,7 +290,9 @@ def test_auto_keeps_to_its_budget_and_says_what_it_plans() -> None:
     most, budget, said = run(on_the_device, 1, raw)[0]
     assert most <= budget == 200 * 1024
     assert "predicted peak" in said[0]
-    assert "measured" in said[1]
+    found = re.fullmatch(r"placement: measured a step ([\d.]+) s", said[1])
+    assert found is not None
+    assert 0 < float(found[1]) < HICCUP
 
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:

@@ -37,7 +37,7 @@ def heard(engine: EngineBase) -> list[str]:
 
 
 # (sequence, samples, microbatches) of each step
-STEPS = [(4, 8, 2)] * 7 + [(6, 8, 2)] * 2 + [(4, 8, 2), (6, 8, 2), (4, 8, 1), (6, 12, 3)]
+STEPS = [(4, 8, 2)] * 9 + [(6, 8, 2)] * 3 + [(4, 8, 2), (6, 8, 2), (4, 8, 1), (6, 12, 3)]
 
 
 def lengths(rank: int, world_size: int, raw: Raw) -> tuple[list[str], list[int], list[float]]:
@@ -59,7 +59,7 @@ def test_larger_steps_are_planned_for_again_and_smaller_ones_keep_the_plan(layou
     options: dict[str, Any] = dict(global_batch_size=8, micro_batch_size=4)
     want = run(lengths, 2 if layout == "pp2" else 1, raw_of(layout, "cuda", 0, **options))[0]
     for said, lean, losses in run(lengths, 2 if layout == "pp2" else 1, raw_of(layout, "auto", 0, **options)):
-        assert lean == [0, 1, 7, 12]  # the first, and the one that is watched; a longer sequence; another microbatch
+        assert lean == [0, 1, 9, 15]  # the first, and the one that is watched; a longer sequence; another microbatch
         assert said == [
             *("states of", "measured a", "the steps", "states of", "measured a", "the steps", "states of"),
         ]

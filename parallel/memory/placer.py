@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from operator import le
+from statistics import median
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -44,7 +45,7 @@ MOVES = {
     (Phase.KEPT, Phase.LEAN),
 }
 UNLIMITED = 2**62  # bytes: a host that stands for a device has no limit of its own
-SETTLING = 2  # steps under a new plan before one is measured
+SETTLING, MEASURED = 2, 3  # steps under a new plan: before they are measured, and of which the median is said
 
 
 class Placed(Protocol):
@@ -82,7 +83,7 @@ class Placer:
         self._known: set[str] = set()  # those of watched steps
         self._surprised = False  # by something in the middle of a step
         self._began = 0.0
-        self._since = 0  # steps under the plan
+        self._took: list[float] = []  # seconds of each step under the plan
         self._everywhere: list[list[int]] = []  # each rank's chunks: how many, and of how many elements
         self._refuse_hopeless()
 
@@ -132,11 +133,11 @@ class Placer:
             self._carry_out(observer, time.perf_counter())
             return  # whatever it was, it has been seen
         elif self._phase is Phase.PLANNED:
-            self._since += 1
-            if self._since > SETTLING:
-                self._synchronize()
+            self._synchronize()
+            self._took.append(time.perf_counter() - self._began)
+            if len(self._took) == SETTLING + MEASURED:
                 self._move(Phase.KEPT)
-                self.say(f"placement: measured {self._measured()}a step {time.perf_counter() - self._began:.3f} s")
+                self.say(f"placement: measured {self._measured()}a step {median(self._took[SETTLING:]):.3f} s")
         if self._phase in (Phase.PLANNED, Phase.KEPT) and self._is_surprised():
             self._make_lean()
 
@@ -228,7 +229,7 @@ class Placer:
             far = Tier.HOST if i < num_near else Tier.DISK
             self._optimizer.place(chunk, Placement(chunk.placement.parameters, Tier.DEVICE if i < states else far))
         self._optimizer.host_share = host_share
-        self.plan, self._since = Plan(states, parameters, num_near, peak), 0
+        self.plan, self._took = Plan(states, parameters, num_near, peak), []
         self._move(Phase.PLANNED)
 
     def _staying(self, moving: Sequence[int]) -> tuple[int, int]:

@@ -103,8 +103,8 @@ def _gradients(dy: Tensor, saved: tuple[Tensor, ...], how: _How) -> tuple[Tensor
     """dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, heads, S_axis, D], in fp32 at least.
 
     The gradients of a part's keys and values come around behind it, while a rank computes what it has to add, and are
-    sent on while it computes what it adds to the next. Of its own part a rank does some while the first of the others is on its way, and the
-    rest while its own gradients come home.
+    sent on while it computes what it adds to the next. Of its own part a rank does some while the first of the others
+    is on its way, and the rest while its own gradients come home.
     """
     q, k, v, y, logsumexp = saved
     own, axis, wide = q.shape[-2], how.zigzag.axis, torch.promote_types(q.dtype, torch.float32)
