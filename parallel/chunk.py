@@ -276,8 +276,8 @@ class Chunk:
         arrival = self.copies.up(self.own, part, after=self.written)
         if self.shard.size == 1:
             return Pending(self.parameters, arrival)
-        arrival.wait()
-        return start_all_gather(part, 0, self.shard, out=self.parameters)
+        with self.copies.uploading():  # behind the copy, so that what computes meanwhile waits for neither
+            return start_all_gather(part, 0, self.shard, out=self.parameters)
 
     def _grow(self) -> None:
         self.parameters.untyped_storage().resize_(self.size * self.parameters.element_size())

@@ -98,13 +98,19 @@ def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[
 
 
 def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the nested dicts, short spellings written out: pipeline=2 is pipeline=dict(size=2)."""
+    """A copy of the nested dicts, other spellings written out: pipeline=2 is pipeline=dict(size=2), and a tensor mode
+    'sequence' is a ring of that size.
+    """
     config: dict[str, Any] = _copy(raw)
     parallel, model = config.get("parallel"), config.get("model")
     if isinstance(parallel, dict):
         for key in ("pipeline", "context"):
             if key in parallel and not isinstance(parallel[key], dict):
                 parallel[key] = {"size": parallel[key]}
+        tensor = parallel.get("tensor")
+        if isinstance(tensor, dict) and tensor.get("mode") == "sequence" and "context" not in parallel:
+            parallel["context"] = {"size": tensor.pop("size", 1)}  # a ring
+            del tensor["mode"]
     if isinstance(model, dict) and "_remove_final_layer_norm" in model and "remove_final_layer_norm" not in model:
         model["remove_final_layer_norm"] = model.pop("_remove_final_layer_norm")
     return config

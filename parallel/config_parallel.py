@@ -105,7 +105,7 @@ class TensorConfig:
             modes = [mode for mode in ("1d", "2d", "2.5d", "3d") if replace(self, mode=mode).fits()]
             return f"size {self.size} needs a mode. Try mode={either(map(repr, modes))}."
         if self.mode == "sequence":
-            return f"mode 'sequence' with size {self.size} is not available yet. Try size=1, or mode='1d'."
+            return f"mode 'sequence' is a ring, and there is parallel.context too. Try context={self.size} alone."
         unit, power = self._form
         nearest = [replace(self, size=size) for size in self._neighbours() if size]
         tries = either(f"{tensor.size} ({tensor._picture()})" for tensor in nearest)

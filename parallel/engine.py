@@ -85,7 +85,7 @@ class Engine(EngineBase):
         self.stopwatch.mark("update")
         lr = self.lr
         overflow = self._update(norm, scale)
-        self.placer.after_step()
+        self.placer.after_step(skipped=overflow)
         loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
@@ -98,13 +98,14 @@ class Engine(EngineBase):
         """
         self.stage.eval()
         total, tokens = 0.0, 0
-        self.gatherer.begin()
-        for batch in batches:
-            microbatches, count = self._microbatches(batch)
-            tokens += count
-            runner = Runner(self.stage, self.pipe, microbatches)
-            total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
-        self.gatherer.end()
+        with self.placer.explaining():
+            self.gatherer.begin()
+            for batch in batches:
+                microbatches, count = self._microbatches(batch)
+                tokens += count
+                runner = Runner(self.stage, self.pipe, microbatches)
+                total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
+            self.gatherer.end()
         return total / tokens if tokens else float("nan")
 
     # -- parts of a step
@@ -116,10 +117,13 @@ class Engine(EngineBase):
         size = self.config.train.micro_batch_size
         problem = problem_of(batch, size, self.stage.limits)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
-        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None])  # on the host: nothing waits for a GPU
-        tokens, refused = all_reduce(sums, self.data).tolist()
+        own = 0 if problem else len(batch["input_ids"])
+        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])  # no GPU is waited for
+        tokens, refused, samples, squares = all_reduce(sums, self.data).tolist()
         if refused:
             raise DataError(f"batch: {problem or 'that of another replica was refused'}.")
+        if samples**2 != self.data.size * squares:
+            raise DataError(f"batch: replicas have different numbers of samples, this one {own}. Give each as many.")
         ids = batch["input_ids"]
         first = (self.num_steps * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))

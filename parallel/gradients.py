@@ -1,6 +1,5 @@
 """Gradients, from the backward that makes them to the sum over ranks that an update takes."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,7 +95,7 @@ class ModuleGradients(Gradients):
         super().begin(num_microbatches)
         self._unsynchronized = False
         for total in self._sums:
-            total.waits_for = total.missing = 0
+            total.expect(0)
 
     @contextmanager
     def backward(self, *, synchronizes: bool) -> Iterator[None]:
@@ -105,7 +104,7 @@ class ModuleGradients(Gradients):
         """
         synchronizes = synchronizes or self._scatters_each
         for total in self._sums:
-            total.missing = len(total.chunk.infos) if synchronizes else math.inf
+            total.missing = len(total.chunk.infos) if synchronizes else None
         self._next, self._unsynchronized = 0, True
         yield
         if synchronizes:
@@ -122,7 +121,7 @@ class ModuleGradients(Gradients):
         return torch.tensor([flag for total in reversed(self._sums) for flag in total.seen], dtype=torch.int64)
 
     def _completed(self, total: "_Sum") -> None:
-        while self._next < len(self._sums) and not self._sums[self._next].missing:
+        while self._next < len(self._sums) and self._sums[self._next].missing == 0:
             self._sums[self._next].post()
             self._next += 1
 
@@ -145,8 +144,8 @@ class _Sum:
             info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
 
     def begin(self, arrivals: int) -> None:
-        """Forget everything. A round is complete when each parameter has arrived so many times."""
-        self.waits_for = arrivals * len(self.chunk.infos)
+        """Forget everything, and expect so many arrivals."""
+        self.expect(arrivals)
         self.pending: Pending | None = None  # the last round's sum over ranks
         self.posted = False
         self.total: Tensor | None = None  # of the rounds before
@@ -154,6 +153,11 @@ class _Sum:
         self.seen = [0] * len(self.chunk.infos)  # since then
         self.chunk.squares = None
         self._begin_round()
+
+    def expect(self, arrivals: int) -> None:
+        """A round is complete when each parameter has arrived so many times; after 0, nothing may arrive."""
+        self.waits_for = arrivals * len(self.chunk.infos)
+        self.missing: int | None = self.waits_for  # gradients, of this round; None: however many come, more may
 
     def wait(self) -> None:
         self.collect()
@@ -176,7 +180,7 @@ class _Sum:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # its product came already
             return
-        if not self.missing:
+        if self.missing == 0:
             raise ModelError(
                 f"{self.chunk.infos[i].name}: a gradient arrived that no engine.backward(loss) was waiting for. Call"
                 " that, not loss.backward(), once for each forward; and if activations are recomputed, do it with"
@@ -192,13 +196,15 @@ class _Sum:
     def _count(self, i: int) -> None:
         self.arrivals[i] += 1
         self.seen[i] = 1
+        if self.missing is None:
+            return
         self.missing -= 1
         if not self.missing:
             self.completed(self)
 
     def _begin_round(self) -> None:
         self.arrivals = [0] * len(self.chunk.infos)
-        self.missing: float = self.waits_for
+        self.missing = self.waits_for
         self.views: list[Tensor] = []  # of the chunk's gradient, by parameter
 
     def _make_buffer(self) -> None:

@@ -37,7 +37,11 @@ class ReplicaBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         assert isinstance(self.batches, Sized)
-        return len(self.batches)
+        count = len(self.batches)
+        if isinstance(batches := self.batches, BatchSampler) and not batches.drop_last:
+            left = len(batches.sampler) % batches.batch_size  # type: ignore[arg-type]
+            count -= 0 < left < self.axis.size  # too few for every replica to have one
+        return count
 
 
 def divide(loader: Any, axis: Axis) -> Any:

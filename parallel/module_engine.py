@@ -117,9 +117,9 @@ class ModuleEngine(ModuleState):
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
         """Add this loss's gradients, averaged over replicas, to those since the last step."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ModelError(f"loss: it must be one number with a gradient, got {modules.described(loss)}.")
-        self._agreement.check("a backward")
+        is_one = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+        problem = "" if is_one else f"loss: it must be one number with a gradient, got {modules.described(loss)}."
+        self._agreement.check("a backward", problem)
         self._gatherer.root.use()  # a backward before this one, of another forward, may have let it go
         with self._gradients.backward(synchronizes=self._synchronizes), self.placer.explaining():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
@@ -137,9 +137,10 @@ class ModuleEngine(ModuleState):
         on_host = HostCopy(norm)
         lr = self.lr
         self.optimizer.unused = self._unused()
-        skipped = self._update(norm, divisor)
+        with self.placer.explaining():
+            skipped = self._update(norm, divisor)
         self.zero_grad()
-        self.placer.after_step()
+        self.placer.after_step(skipped=skipped)
         self._is_between_steps = True
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
@@ -192,24 +193,26 @@ class ModuleEngine(ModuleState):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none.
-        Replicas take part together: each must bring as many batches, of as many microbatches.
+        Replicas take part together: each must bring as many batches, of as many microbatches. Afterwards the module
+        trains, or does not, as before. Raises DataError as `train_step` does.
         """
-        self.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            for inputs, labels, count in self._microbatches(batch):
-                loss = self._loss(inputs, labels).item()
-                sums += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
+        with modules.evaluating(self.module):
+            for batch in batches:
+                for inputs, labels, count in self._microbatches(batch):
+                    loss = self._loss(inputs, labels).item()
+                    sums += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
         self._agreement.check("the end of an evaluation")
         total, tokens = all_reduce(sums, self._control).tolist()
         return total / tokens if tokens else float("nan")
 
     def _microbatches(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], Tensor, int]]:
-        """(inputs, labels, how many of these are counted)"""
-        inputs = dict(batch)
-        labels = inputs.pop("labels", inputs.get("input_ids"))
-        if labels is None:
-            raise DataError(f"batch: it has neither 'labels' nor 'input_ids', but {', '.join(batch) or 'nothing'}.")
+        """(inputs, labels, how many of these are counted). A batch that one replica refuses, all refuse."""
+        labels = batch.get("labels", batch.get("input_ids"))
+        problem = f"batch: it has neither 'labels' nor 'input_ids', but {', '.join(batch) or 'nothing'}."
+        self._agreement.check("a batch", problem if labels is None else "", DataError)
+        assert labels is not None
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
         size = self.config.train.micro_batch_size
         shifts = self.criterion is None and modules.is_causal(self.module)
         for start in range(0, len(labels), size):

@@ -188,16 +188,21 @@ def writing(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def together(axis: Axis) -> Iterator[None]:
-    """What every rank of the axis finishes, or none: an OSError on one becomes a CheckpointError on each.
+    """What every rank of the axis finishes, or none: an OSError on one becomes a CheckpointError on each; any other
+    error stays what it is where it happened, and becomes one on the other ranks.
 
     There must be no other collective in the block: the ranks that fail would miss it.
     """
-    problem = None
+    problem, own = None, None
     try:
         yield
     except OSError as error:
         problem = f"cannot write {error.filename or 'a file'}: {error.strerror}."
+    except Exception as error:
+        problem, own = f"{type(error).__name__}: {error}", error
     problems = [problem for problem in gather_objects(problem, axis) if problem]
+    if own is not None:
+        raise own
     if problems:
         raise CheckpointError("\n".join(dict.fromkeys(problems)))
 

@@ -2,6 +2,8 @@
 
 import mmap
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache, cached_property
@@ -98,6 +100,15 @@ class Copies:
         if source.is_cuda:
             source.record_stream(self._streams[1])
         return self._copy(1, source, out, None)
+
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """A block in which the device is given work for what has come up, and its computation does not wait for it."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.stream(self._streams[0]):
+            yield
 
     def synchronize(self) -> None:
         """Wait, on the host, for all that was asked for."""

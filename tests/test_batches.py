@@ -58,6 +58,21 @@ def test_what_one_replica_refuses_all_refuse() -> None:
     assert "token 29" in second
 
 
+def heard(rank: int, world_size: int, batches: list[dict[str, Tensor]]) -> str:
+    try:
+        engine_of(rank, world_size, RAW).train_step(batches[rank])
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_replicas_bring_as_many_samples_each() -> None:
+    """In ZeRO stages 2 and 3 they would wait for each other, in the others two samples would have one number."""
+    fewer = {name: x[:2] for name, x in GOOD.items()}
+    for said, own in zip(run(heard, 2, [GOOD, fewer]), (4, 2), strict=True):
+        assert said == f"batch: replicas have different numbers of samples, this one {own}. Give each as many."
+
+
 def test_uneven_tensors_are_not_cut_to_the_shortest() -> None:
     """Half of the labels once trained on half of the batch, without a word."""
     shorter: dict[str, Any] = GOOD | dict(labels=GOOD["input_ids"][:2], sample_ids=torch.arange(4))

@@ -170,6 +170,19 @@ def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_the_previous_checkpoint
     load(tmp_path / "step_000001", empty_pieces())
 
 
+def save_what_is_no_json(rank: int, size: int, folder: Path) -> str:
+    everything = pieces_of("replicated", rank, size, whole_tensors(), only_owned=True)
+    with pytest.raises(TypeError if rank == 0 else CheckpointError) as failure:  # rank 0 writes the index
+        save(folder, everything, metadata=dict(extra=torch.ones(2)), axis=world(rank, size), keep=1)
+    return str(failure.value)
+
+
+def test_what_one_rank_cannot_write_no_rank_waits_for(tmp_path: Path) -> None:
+    for said in run(save_what_is_no_json, 2, tmp_path / "step_000001", timeout=20):
+        assert "not JSON serializable" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def save_under_a_file(rank: int, size: int, folder: Path) -> str:
     with pytest.raises(CheckpointError) as failure:
         save_in(rank, size, "rows", folder)

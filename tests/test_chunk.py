@@ -6,17 +6,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel import gradients
 from parallel.chunk import Chunk, make_chunks
-from parallel.collectives import Pending, start_all_reduce
+from parallel.collectives import Pending, start_all_gather, start_all_reduce
 from parallel.layout import Layout, ParameterInfo
 from parallel.mesh import ALONE, Axis
-from parallel.outline import ALIGNMENT
+from parallel.outline import ALIGNMENT, Home
 from parallel.pipeline import runner
 from parallel.pipeline.p2p import start_receive, start_send
 from parallel.products import write_product
+from parallel.transfer import Arrival, Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
 
@@ -65,6 +67,38 @@ def test_slices_along_the_first_axis_are_equal_and_cover_the_buffer() -> None:
             slices.append(chunk.own_slice(torch.arange(chunk.size)))
         assert len({len(part) for part in slices}) == 1
         assert torch.equal(torch.cat(slices), torch.arange(chunk.size))
+
+
+def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
+    """What happens, in order, when a chunk is made whole that is at home on the host; and whether it is."""
+    axis = Axis("data", rank, world_size, tuple(range(world_size)), dist.group.WORLD, ALONE.traffic)
+    info = info_of("a.w", 64, 8, layout=Layout((64, 8), ((), ()), sync=(axis,)))
+    want = info.parameter.detach().clone()
+    chunk = Chunk([info], torch.float32, zero=3, home=Home(Placement(Tier.HOST, Tier.HOST)))
+    found: list[str] = []
+
+    @contextmanager
+    def uploading() -> Iterator[None]:
+        found.append("behind the copy:")
+        yield
+
+    def gathered(*given: Any, **options: Any) -> Pending:
+        found.append("gather")
+        return start_all_gather(*given, **options)
+
+    with (
+        patch.object(Arrival, "wait", lambda arrival: found.append("wait")),
+        patch.object(chunk.copies, "uploading", uploading),
+        patch("parallel.chunk.start_all_gather", gathered),
+    ):
+        pending = chunk.gather()
+        found.append("compute")
+        pending.wait()
+    return found, torch.equal(info.parameter, want)
+
+
+def test_a_chunk_comes_up_and_is_gathered_while_the_device_computes() -> None:
+    assert run(waited, 2) == [(["behind the copy:", "gather", "compute"], True)] * 2
 
 
 @contextmanager

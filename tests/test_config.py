@@ -91,10 +91,13 @@ def test_a_bare_number_is_a_size() -> None:
     assert short == parse({"parallel": {"pipeline": {"size": 2}, "context": {"size": 1}}})
 
 
-def test_tensor_mode_sequence_is_valid_at_size_one_and_refused_by_name_above() -> None:
-    assert parse(tensor(mode="sequence", size=1)).parallel.tensor.axes() == {}
-    assert problems(tensor(mode="sequence", size=4)) == (
-        "parallel.tensor: mode 'sequence' with size 4 is not available yet. Try size=1, or mode='1d'.",
+def test_tensor_mode_sequence_is_a_ring() -> None:
+    for size in (1, 4):
+        found = parse(tensor(mode="sequence", size=size)).parallel
+        assert found == parse({"parallel": {"context": {"size": size, "kind": "ring"}}}).parallel
+    both = {"parallel": {"tensor": {"mode": "sequence", "size": 4}, "context": 2}}
+    assert problems(both) == (
+        "parallel.tensor: mode 'sequence' is a ring, and there is parallel.context too. Try context=4 alone.",
     )
 
 

@@ -57,6 +57,18 @@ def use_loss_backward(engine: ModuleEngine) -> None:
     loss_of(engine, batches()[0][0], step=0).backward()
 
 
+def backward_of_many(engine: ModuleEngine) -> None:
+    engine.backward(torch.ones(3, requires_grad=True))
+
+
+def train_without_labels(engine: ModuleEngine) -> None:
+    engine.train_step(dict(mask=torch.ones(2)))
+
+
+def evaluate_without_labels(engine: ModuleEngine) -> None:
+    engine.evaluate([dict(mask=torch.ones(2))])
+
+
 ACTS: dict[str, tuple[Callable[[ModuleEngine], None], str]] = {
     "skip the first": (partial(skip, layer=0), "part here: rank 0: blocks.0; rank 1: blocks.1"),
     "skip one": (partial(skip, layer=2), "part here: rank 0: blocks.2; rank 1: blocks.3"),
@@ -66,6 +78,9 @@ ACTS: dict[str, tuple[Callable[[ModuleEngine], None], str]] = {
     "thaw": (thaw, "rank 1: model: blocks.0.never was frozen"),
     "look on": (look_on, "part here: rank 0: a forward; rank 1: a forward without gradients"),
     "step": (step_early, "part here: rank 0: a forward; rank 1: a step"),
+    "a loss of many": (backward_of_many, "rank 1: loss: it must be one number with a gradient"),
+    "no labels": (train_without_labels, "rank 1: batch: it has neither 'labels' nor 'input_ids', but mask"),
+    "evaluate without labels": (evaluate_without_labels, "rank 1: batch: it has neither"),
 }
 
 
@@ -84,7 +99,7 @@ def told(rank: int, world_size: int, raw: Raw, act: str) -> str:
         if rank == 1:
             ACTS[act][0](engine)
         step()
-    except parallel.ModelError as error:
+    except (parallel.ModelError, parallel.DataError) as error:
         return str(error)
     return "nothing"
 

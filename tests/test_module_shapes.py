@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDat
 
 import parallel
 from parallel.loaders import divide
+from parallel.mesh import ALONE, Axis
 from parallel.module_engine import ModuleEngine
 from tests.harness import run
 from tests.test_module_engine import config_of, engine_of
@@ -206,6 +207,14 @@ SAMPLERS: dict[str, Callable[[], Sampler[int]]] = {
     "a subset": lambda: SubsetRandomSampler(range(12)),
     "weights": lambda: WeightedRandomSampler([1.0] * 12, 12, replacement=False),
 }
+
+
+def test_a_divided_loader_is_as_long_as_what_it_yields() -> None:
+    for samples in range(1, 18):
+        for drop_last in (False, True):
+            loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, drop_last=drop_last)
+            parts = [divide(loader, Axis("data", rank, 2, (0, 1), None, ALONE.traffic)) for rank in range(2)]
+            assert all(len(part) == len(list(part)) for part in parts)
 
 
 def drawn(rank: int, world_size: int, sampler: str) -> list[int]:

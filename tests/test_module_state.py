@@ -176,6 +176,30 @@ def losses_of(rank: int, world_size: int, raw: Raw, model: str) -> tuple[list[fl
     return found, engine.evaluate([{n: x.tensor_split(world_size)[rank] for n, x in batch.items()}])
 
 
+def modes(rank: int, world_size: int) -> tuple[list[bool], list[bool], list[bool]]:
+    """Which parts of a module train before an evaluation, in it and afterwards."""
+    engine, _ = engine_of(rank, world_size, config_of(0), MODELS["opt"]())
+    within: list[bool] = []
+
+    def trains() -> list[bool]:
+        return [part.training for part in engine.module.modules()]
+
+    engine.train()
+    next(engine.module.children()).eval()  # which a user keeps as it is
+    engine.module.register_forward_pre_hook(lambda *_: within.extend(trains()))
+    before = trains()
+    ids = batches()[0][0]
+    engine.evaluate([dict(input_ids=ids)])
+    return before, within, trains()
+
+
+def test_an_evaluation_leaves_a_module_training_as_it_was() -> None:
+    before, within, after = run(modes, 1)[0]
+    assert not any(within)
+    assert len(set(before)) == 2
+    assert after == before
+
+
 def criterion(output: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, 1), labels.flatten())
 

@@ -366,10 +366,18 @@ def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
     theirs, _ = module_engine(rank, world_size, module_config(0), MODELS["opt"]())
     loss = loss_of(theirs, batches()[0][0], step=0)
     loss.register_hook(exhausted)
+    updating, _ = module_engine(rank, world_size, module_config(0), MODELS["opt"]())
+    updating.backward(loss_of(updating, batches()[0][0], step=0))
+    setattr(updating.optimizer, "step", exhausted)  # noqa: B010
     batch = share_of(batches_of(1, batch=24)[0], ours)
     said = []
-    for act in (lambda: ours.train_step(batch), lambda: theirs.backward(loss)):
-        with pytest.raises(parallel.ConfigError) as caught:
+    for act in (
+        lambda: ours.train_step(batch),
+        lambda: ours.evaluate([batch]),
+        lambda: theirs.backward(loss),
+        lambda: updating.step(),
+    ):
+        with pytest.raises((parallel.ConfigError, torch.OutOfMemoryError)) as caught:
             act()
         said.append(str(caught.value))
     return said

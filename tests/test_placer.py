@@ -66,6 +66,28 @@ def test_larger_steps_are_planned_for_again_and_smaller_ones_keep_the_plan(layou
         assert losses == want[2]
 
 
+def overflowing(rank: int, world_size: int, raw: Raw, overflows: list[bool]) -> tuple[list[str], list[int]]:
+    """What was said, and the steps, from 0, that began with everything on the host."""
+    engine = engine_of(rank, world_size, raw)
+    said, lean = heard(engine), []
+    for step, (batch, overflows_now) in enumerate(zip(batches_of(len(overflows)), overflows, strict=True)):
+        engine.loss_scale.scale = 2.0**40 if overflows_now else 1.0
+        if set(homes(engine)) == {ON_HOST}:
+            lean.append(step)
+        assert engine.train_step(share_of(batch, engine)).skipped is overflows_now
+    return said, lean
+
+
+def test_a_step_that_updates_nothing_is_not_planned_by() -> None:
+    """Neither the first, which makes memory that stays, nor the one that is watched, nor one that is measured."""
+    raw = raw_of("single", "auto", 0, precision="fp16")
+    overflows = [True, False, True, False, *[False] * 4, True, False]
+    said, lean = run(overflowing, 1, raw, overflows)[0]
+    assert lean == [0, 1, 2, 3]
+    assert said == ["states of", "measured a"]
+    assert run(overflowing, 1, raw, overflows[:-1])[0][0] == said[:1]
+
+
 class Skipping(nn.Module):
     """Layers that are told whether to be skipped."""
 

@@ -40,6 +40,7 @@ MOVES = {
     (Phase.FRESH, Phase.PLANNED),  # a plan that was saved
     (Phase.LEAN, Phase.WATCHING),
     (Phase.WATCHING, Phase.PLANNED),
+    (Phase.WATCHING, Phase.LEAN),  # its update was skipped
     (Phase.PLANNED, Phase.KEPT),
     (Phase.PLANNED, Phase.LEAN),  # other work has come
     (Phase.KEPT, Phase.LEAN),
@@ -123,9 +124,15 @@ class Placer:
             self._observer.computed()
             self._synchronize()
 
-    def after_step(self) -> None:
-        """Between two steps: nothing is fetched, and there are no gradients."""
-        if self._phase is Phase.FRESH:
+    def after_step(self, *, skipped: bool) -> None:
+        """Between two steps: nothing is fetched, and there are no gradients. A step that `skipped` its update made no
+        memory for one, and tells nothing of it.
+        """
+        if skipped and self._phase in (Phase.FRESH, Phase.WATCHING, Phase.PLANNED):
+            self._observer = None
+            if self._phase is Phase.WATCHING:
+                self._move(Phase.LEAN)
+        elif self._phase is Phase.FRESH:
             self._move(Phase.LEAN)
         elif self._observer is not None:
             self._synchronize()

@@ -3,7 +3,7 @@
 import torch
 
 from parallel.collectives import all_gather
-from parallel.errors import ModelError
+from parallel.errors import ColonnadeError, ModelError
 from parallel.mesh import Axis
 
 MESSAGE_BYTES = 256
@@ -20,15 +20,15 @@ class Agreement:
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
 
-    def check(self, doing: str, problem: str = "") -> None:
-        """Go on together. A `problem` that one rank has is every rank's."""
+    def check(self, doing: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Go on together. A `problem` that one rank has is every rank's, and raised as this `error`."""
         if self._axis.size == 1:
             if problem:
-                raise ModelError(problem)
+                raise error(problem)
             return
         said = _messages(all_gather(_bytes(f"!{problem}" if problem else doing), 0, self._axis))
         if problems := [f"rank {rank}: {text[1:]}" for rank, text in enumerate(said) if text.startswith("!")]:
-            raise ModelError("\n".join(problems))
+            raise error("\n".join(problems))
         if len(set(said)) > 1:
             ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said))
             raise ModelError(

@@ -1,7 +1,8 @@
 """What is done to a module when an engine takes it over, and what can be told of it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,18 @@ def _replace_checkpoint(module: nn.Module, inputs: InputsOnHost) -> None:
 def is_causal(module: nn.Module) -> bool:
     """Whether the module's own loss shifts its labels: as Hugging Face's language models do."""
     return re.search(r"ForCausalLM|LMHead", type(module).__name__) is not None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A block in which no part of the module trains; afterwards those do that did."""
+    trained = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, before in trained.items():
+            part.training = before
 
 
 def described(loss: object) -> str:
