@@ -131,8 +131,8 @@ class EngineBase:
         return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
 
     def held(self) -> dict[Tier, int]:
-        """The bytes of this rank's model data on each tier now: parameters, gradients, masters and moments, and what
-        states on a disk go through.
+        """The bytes of this rank's model data on each tier, between two steps: parameters, the memory for gradients on
+        the host, masters and moments, and what states on a disk go through.
         """
         found = dict.fromkeys(Tier, 0)
         for tier, x in [*self.optimizer.held(), *(pair for chunk in self.chunks for pair in chunk.held())]:

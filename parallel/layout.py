@@ -31,11 +31,6 @@ class Layout:
     copies: tuple[Axis, ...] = ()
 
     @property
-    def owner(self) -> bool:
-        """Whether this rank, of those that hold the same elements, speaks for them in a checkpoint and an export."""
-        return all(axis.rank == 0 for axis in (*self.sync, *self.copies))
-
-    @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape on a rank, padding included."""
         return tuple(-(-size // prod(a.size for a in axes)) for size, axes in zip(self.shape, self.dims, strict=True))

@@ -147,9 +147,10 @@ def join(backend: str, rank: int, world_size: int, *, device: torch.device, time
 
 
 def on_the_host(axis: Axis) -> Axis:
-    """The whole world again, in a process group of its own that never waits for a device. Its bytes are not counted
-    with the mesh's. Every rank calls this.
+    """An axis that is the whole world, again, in a process group of its own that never waits for a device. Its bytes
+    are not counted with the mesh's. Every rank calls this.
     """
+    assert axis.group is None or axis.size == dist.get_world_size(), f"{axis.name} is not the whole world"
     group = dist.new_group(list(axis.ranks), backend="gloo") if axis.group is not None else None
     return Axis(f"{axis.name} on the host", axis.rank, axis.size, axis.ranks, group, Traffic())
 

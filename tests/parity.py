@@ -27,7 +27,7 @@ from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.engine import Engine
 from parallel.engine_base import EngineBase
-from parallel.layout import slices
+from parallel.layout import Layout, slices
 
 Batch = dict[str, Tensor]
 Raw = dict[str, Any]
@@ -228,6 +228,11 @@ def whole(engine: EngineBase, buffers: list[Tensor]) -> dict[str, Tensor]:
     for name, _, box, data, _ in everything:
         assert np.array_equal(found[name][slices(box)], data), f"{name}{box}: replicas differ"
     return {name: torch.from_numpy(data) for name, data in found.items()}
+
+
+def owns(layout: Layout) -> bool:
+    """Whether this rank is the first of those that hold the same elements."""
+    return all(axis.rank == 0 for axis in (*layout.sync, *layout.copies))
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -18,6 +18,7 @@ from parallel.layout import Layout, Piece, box_shape, slices
 from parallel.mesh import Axis, Traffic
 from parallel.shards import covered_once
 from tests.harness import run
+from tests.parity import owns
 
 SHAPES = {
     "master:fc1.weight": ((12, 8), torch.float64),
@@ -63,7 +64,7 @@ def pieces_of(kind: str, rank: int, size: int, tensors: dict[str, Tensor], *, on
     pieces = []
     for place, (name, tensor) in enumerate(tensors.items()):
         where = layout(kind, place, tuple(tensor.shape), rank, size)
-        if where.owner or not only_owned:
+        if owns(where) or not only_owned:
             pieces.append(Piece(name, where.shape, where.box, tensor[slices(where.box)].clone()))
     return [piece for piece in pieces if piece.data.numel()]
 

@@ -29,6 +29,7 @@ from parallel.tensor.mode import Mode
 from parallel.topology import Topology
 from tests.harness import run
 from tests.mutant_table import MUTANTS
+from tests.parity import owns
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -150,7 +151,7 @@ def train_in_sliced(rank: int, world_size: int, wholes: dict[str, Tensor], token
         for axis in layout.sync:
             grad = reduce(grad, axis)
         whole = torch.zeros(layout.shape, dtype=grad.dtype)
-        whole[tuple(slice(*ends) for ends in layout.box)] = grad if layout.owner else 0
+        whole[tuple(slice(*ends) for ends in layout.box)] = grad if owns(layout) else 0
         found[name] = reduce(whole, mode.mesh.world)
     return found
 

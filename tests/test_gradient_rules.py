@@ -38,6 +38,7 @@ from tests.parity import (
     compare,
     config_of,
     engine_of,
+    owns,
     reference,
     relative,
     save_model,
@@ -137,7 +138,7 @@ def drawn(world_size: int, parallel: Raw) -> tuple[dict[str, Tensor], dict[str, 
             for piece in info.pieces():
                 weights.setdefault(piece.name, torch.full(piece.shape, torch.nan).double())
                 owners.setdefault(piece.name, torch.zeros(piece.shape))
-                if info.layout.owner:
+                if owns(info.layout):
                     weights[piece.name][slices(piece.box)] = piece.data
                     owners[piece.name][slices(piece.box)] += 1
     return weights, owners

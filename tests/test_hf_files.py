@@ -21,6 +21,7 @@ from parallel.layout import Layout, ParameterInfo, Piece, slices
 from parallel.mesh import Axis, Traffic
 from parallel.shards import Entry, write
 from tests.harness import run
+from tests.parity import owns
 
 SMALL: dict[str, Any] = {
     "vocab_size": 51,  # no axis divides it
@@ -92,7 +93,7 @@ def load_and_export(rank: int, size: int, source: Path, target: Path, max_shard_
     infos = infos_of(shape, rank, size)
     hf.check(source, shape)
     num_bytes = hf.load(source, [piece for info in infos for piece in info.pieces()])
-    owned = [piece for info in infos if info.layout.owner for piece in info.pieces()]
+    owned = [piece for info in infos if owns(info.layout) for piece in info.pieces()]
     with patch.object(hf_folder, "MAX_SHARD_BYTES", max_shard_bytes):
         axes, tokenizer = world(rank, size), ByteTokenizer()
         hf.export(target, owned, shape=shape, axis=axes, dtype=torch.float32, tokenizer=tokenizer)
@@ -211,7 +212,7 @@ def test_an_export_has_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -
 
 def export_with_a_full_disk_on_rank_0(rank: int, size: int, target: Path) -> str:
     shape = OPTShape(**SMALL)
-    owned = [piece for info in infos_of(shape, rank, size) if info.layout.owner for piece in info.pieces()]
+    owned = [piece for info in infos_of(shape, rank, size) if owns(info.layout) for piece in info.pieces()]
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # some tensors fit
     with pytest.raises(CheckpointError) as failure:

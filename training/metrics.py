@@ -41,7 +41,7 @@ class Meter:
     `tflops` is what each device achieved: model TFLOP/s (`flops_per_token`: recomputation not counted) over all of the
     world's devices. `mfu` is that over the device's bf16 peak, whatever the precision; null where the peak is unknown.
     `phases` are the parts of `step_seconds`, as this process spent them; `peak_device_bytes` and `peak_host_bytes` are
-    its own too, since its start.
+    its own too, since its start; under the placement 'auto' the device's is since the last plan was made.
     """
 
     config: Config

@@ -1,11 +1,14 @@
 """Pipeline schedules as data: for every rank of the pipe, the list of actions it performs, in order.
 
 A generator (`gpipe`, `one_f_one_b`, `forward_only`) orders the computes; `with_transfers` adds the sends and receives
-between them; `validate.validate` proves the result; `timeline.simulate` times it; the runner executes it:
+between them; `validate.validate` proves the result; `timeline.simulate` times it; the runner executes it, one action
+after the other:
 
     plan = with_transfers(SCHEDULES["1f1b"](num_stages, num_microbatches))
-    for step in batches(plan.ranks[rank]):  # a compute, or the transfers that are posted together
+    for action in plan.ranks[rank]:
         ...
+
+The proof and the clock take it in steps, a compute or the transfers that lie between two (`batches`).
 
 In the pictures a row is a rank, time runs to the right, `F2` is the forward of microbatch 2, dots are idle time (the
 bubble), and forward and backward are drawn equally long.
@@ -168,7 +171,7 @@ def with_transfers(plan: Plan) -> Plan:
 
 
 def batches(actions: Iterable[Action]) -> Iterator[Action | tuple[Action, ...]]:
-    """The steps of one rank: each compute by itself, each run of adjacent transfers as one tuple to post together."""
+    """The steps of one rank: each compute by itself, each run of adjacent transfers as one tuple, posted together."""
     for is_transfer, group in groupby(actions, key=lambda action: action.op.is_transfer):
         if is_transfer:
             yield tuple(group)

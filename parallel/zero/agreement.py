@@ -27,6 +27,8 @@ class Agreement:
                 raise error(problem)
             return
         said = _messages(all_gather(_bytes(f"!{problem}" if problem else doing), 0, self._axis))
+        if problem and len(set(said)) == 1:
+            raise error(problem)
         if problems := [f"rank {rank}: {text[1:]}" for rank, text in enumerate(said) if text.startswith("!")]:
             raise error("\n".join(problems))
         if len(set(said)) > 1:
