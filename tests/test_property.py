@@ -150,13 +150,13 @@ def serial(case: Case) -> Trace:
     return trace
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_drawn_layouts_equal_serial(case: Case) -> None:
     check(case)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(min_context=2))
 def test_drawn_layouts_that_split_sequences_equal_serial(case: Case) -> None:
     check(case)
