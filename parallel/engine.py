@@ -119,10 +119,10 @@ class Engine(EngineBase):
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
         own = 0 if problem else len(batch["input_ids"])
         sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])  # no GPU is waited for
-        tokens, refused, samples, squares = all_reduce(sums, self.data).tolist()
+        tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
         if refused:
             raise DataError(f"batch: {problem or 'that of another replica was refused'}.")
-        if samples**2 != self.data.size * squares:
+        if total**2 != self.data.size * squares:
             raise DataError(f"batch: replicas have different numbers of samples, this one {own}. Give each as many.")
         ids = batch["input_ids"]
         first = (self.num_steps * self.data.size + self.data.rank) * len(ids)

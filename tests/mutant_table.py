@@ -579,7 +579,7 @@ PLACEMENT = (
            "parallel/zero/modules.py", "            part.training = before\n", "            pass\n",
            "tests/test_module_state.py::test_an_evaluation_leaves_a_module_training_as_it_was"),
     Mutant("uneven-samples", "replicas with other numbers of samples wait for each other",
-           ENGINE, "if samples**2 != self.data.size * squares:", "if False:",
+           ENGINE, "if total**2 != self.data.size * squares:", "if False:",
            "tests/test_batches.py::test_replicas_bring_as_many_samples_each"),
     Mutant("loader-counts-what-is-left-out", "a loop waits for a last batch that does not come",
            "parallel/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",

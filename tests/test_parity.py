@@ -51,7 +51,7 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
 }
 PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4", "ring3"]
 IN_FP32 = ("single", "1d2", "2d4", "2.5d8-depth2", "3d8", "pp2", "dp2", "ring3", "a2a2")
-"""Each of what is combined, alone: with the rest the roundings that combine are slow tests."""
+"""What the other layouts are combinations of; those are slow tests in fp32."""
 
 
 def cases(layouts: Iterable[str], in_fp32: Container[str]) -> list[Any]:

@@ -22,7 +22,7 @@ LOOKUP, NORM, LINEARS, LOSS = "lookup", "a LayerNorm", "a block's linears", "hea
 LAYERS: dict[type[nn.Module], list[str]] = {Embed: [LOOKUP], Block: [NORM, NORM, LINEARS], Head: [NORM, LOSS]}
 WAYS = ("forward", "backward")
 SUMS, OUTSIDE = "gradient sums", "outside the layers"
-FEW = 2  # elements: of the count of labels, the loss and the norm, which may be summed over the same axes as gradients
+FEW = 4  # elements: counts of labels and samples, the loss and the norm may be summed over the same axes as gradients
 
 MODEL: Raw = dict(
     vocab_size=37,  # nothing divides it
