@@ -131,10 +131,11 @@ def _check(arguments: argparse.Namespace, place: "Place") -> int:
     if world_size == 1 and not (arguments.world or arguments.nprocs):
         world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
     config = preflight.read_config(arguments.config, arguments.set, world_size)
-    preflight.read_inputs(config)
+    corpus = preflight.read_inputs(config)
     _, notes = preflight.find_start(config, arguments.resume)
+    notes += preflight.input_notes(config, corpus)
     plan, screen = preview(config, world_size), Screen(config, quiet=place.rank != 0)
-    screen.plan(plan, [*preflight.override_notes(arguments.set), *notes])
+    screen.plan(plan, [*preflight.override_notes(arguments.set), *notes, *preflight.device_notes(config)])
     screen.timeline(plan)
     return 0
 

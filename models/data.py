@@ -147,7 +147,7 @@ def _encode(data: DataConfig, vocab_size: int) -> Ids:
         if parts:
             parts.append(np.array([SEPARATOR], np.int32))
         parts.append(tokenizer.encode(text))
-    return np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _read_texts(source: str) -> Iterator[str]:
@@ -176,6 +176,8 @@ def _read_texts(source: str) -> Iterator[str]:
 def _read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"data.path: {file} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}. "
@@ -189,6 +191,8 @@ def _read_token_file(file: Path) -> Ids:
         raise DataError(f"data.path: there is no file {file}. Name a 1-d array of token ids, as numpy.save writes it.")
     try:
         tokens: npt.NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {file}: {error.strerror}.") from error
     except ValueError as error:
         raise DataError(f"data.path: {file} is not an array that numpy can memory-map: {error}") from error
     if tokens.ndim != 1:

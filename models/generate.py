@@ -7,7 +7,6 @@ The model is ours, in one process, as it was trained; nothing is cached, so each
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from models import hf
 from models.build import build
 from models.opt import Head
 from models.shapes import OPTShape, resolve, shape_of
-from models.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, load_tokenizer
+from models.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import parse
 from parallel.context import Place, make_context
 from parallel.errors import ColonnadeError, DataError
@@ -82,12 +81,10 @@ def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a directory. Our own bytes need no library to be read again."""
-    own = ByteTokenizer()
-    with tempfile.TemporaryDirectory() as saved:
-        own.save(Path(saved))
-        files = Path(saved) / "tokenizer.json", folder / "tokenizer.json"
-        is_own = files[1].is_file() and files[0].read_bytes() == files[1].read_bytes()
-    return own if is_own else load_tokenizer(str(folder))
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: it has no tokenizer.json. Put the one there that the model was trained with.")
+    return ByteTokenizer() if is_of_bytes(file) else load_tokenizer(str(folder))
 
 
 def main(argv: list[str] | None = None) -> int:

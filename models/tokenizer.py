@@ -6,6 +6,7 @@ Every tokenizer can leave itself in an exported directory, so that `transformers
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -64,6 +65,13 @@ class ByteTokenizer:
         _write_json(folder / "tokenizer_config.json", _byte_level_config())
 
 
+def is_of_bytes(file: Path) -> bool:
+    """Whether a tokenizer.json is what `ByteTokenizer.save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        ByteTokenizer().save(Path(folder))
+        return (Path(folder) / "tokenizer.json").read_bytes() == file.read_bytes()
+
+
 class FileTokenizer:
     """A tokenizer.json, run by the `tokenizers` library.
 
@@ -78,8 +86,11 @@ class FileTokenizer:
                 "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bytes'."
             )
         config = file.with_name("tokenizer_config.json")
-        self._json = file.read_bytes()
-        self._config = config.read_bytes() if config.is_file() else None
+        try:
+            self._json = file.read_bytes()
+            self._config = config.read_bytes() if config.is_file() else None
+        except OSError as error:
+            raise DataError(f"data.tokenizer: cannot read {error.filename}: {error.strerror}.") from error
         self._tokenizer = _parse(file, self._json)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 

@@ -9,6 +9,7 @@ Each rank writes the pieces it owns; the index says which box of which tensor is
 under its name only when every rank has written its part. Names of tensors mean nothing here.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ from parallel.shards import (
 
 CHECKPOINTS, LATEST, INDEX = "checkpoints", "latest", "checkpoint.json"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,34 @@ def _delete_old(newest: Path, keep: int) -> None:
     others = [folder for folder in _step_folders(newest.parent) if folder.name != newest.name]
     others.sort(key=lambda folder: (_step(folder) < _step(newest), _step(folder)))
     for folder in others[: max(0, len(others) - (keep - 1))]:
+        _delete(folder)
+    for folder in newest.parent.glob(".step_*"):
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """What cannot be deleted is in nobody's way."""
+    try:
         (folder / INDEX).unlink(missing_ok=True)  # first, so that half of a folder is no checkpoint
         shutil.rmtree(folder)
-    for folder in newest.parent.glob(".step_*"):
-        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("cannot delete %s: %s", error.filename or folder, error.strerror)
+
+
+def check(folder: Path) -> None:
+    """Raises a CheckpointError that names the file which is missing, or shorter or longer than it was written."""
+    for name, size in _read_index(folder)["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing.")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size} bytes, was written with {size}.")
+
+
+def before(folder: Path) -> Path | None:
+    """The last checkpoint beside this one of an earlier step."""
+    earlier = [one for one in _step_folders(folder.parent) if _is_checkpoint(one) and _step(one) < _step(folder)]
+    return max(earlier, key=_step, default=None)
 
 
 def load(folder: Path, pieces: Iterable[Piece]) -> int:
@@ -128,14 +155,8 @@ def load(folder: Path, pieces: Iterable[Piece]) -> int:
 
     Raises a CheckpointError that names the file or the tensor: missing, damaged, of another shape, or in part only.
     """
-    index = _read_index(folder)
-    for name, size in index["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing.")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size} bytes, was written with {size}.")
-    return Archive(folder, _stored(folder, index["tensors"]), CheckpointError).fill(pieces)
+    check(folder)
+    return Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError).fill(pieces)
 
 
 def _stored(folder: Path, tensors: dict[str, Any]) -> dict[str, Stored]:

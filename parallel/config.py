@@ -1,5 +1,6 @@
 """The door for configs: a file or a dict, and overrides, become one frozen `Config` or one `ConfigError`."""
 
+import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -45,11 +46,13 @@ Resolver: TypeAlias = Callable[[Config], tuple[Config, list[str]]]
 
 
 def load_raw(path: str | Path) -> dict[str, Any]:
-    """The names that a config file assigns, modules, functions and underscored ones left out.
+    """The names that a config file assigns, modules, functions and underscored ones left out; or a run's config.json.
 
     `parse` says which of them are no sections. Raises ConfigError with the file and line of what goes wrong.
     """
     file = Path(path)
+    if file.suffix == ".json":
+        return _read_json(file)
     namespace: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), namespace)
@@ -68,6 +71,16 @@ def load_raw(path: str | Path) -> dict[str, Any]:
         for name, value in namespace.items()
         if not (name.startswith("_") or isinstance(value, ModuleType) or callable(value))
     }
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot read the config: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: not a config: it holds no sections.")
+    return raw
 
 
 def _raised(file: Path, error: Exception) -> str:
@@ -98,21 +111,25 @@ def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[
 
 
 def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the nested dicts, other spellings written out: pipeline=2 is pipeline=dict(size=2), and a tensor mode
-    'sequence' is a ring of that size.
-    """
+    """A copy of the nested dicts, short spellings written out: pipeline=2 is pipeline=dict(size=2)."""
     config: dict[str, Any] = _copy(raw)
     parallel, model = config.get("parallel"), config.get("model")
     if isinstance(parallel, dict):
         for key in ("pipeline", "context"):
             if key in parallel and not isinstance(parallel[key], dict):
                 parallel[key] = {"size": parallel[key]}
-        tensor = parallel.get("tensor")
-        if isinstance(tensor, dict) and tensor.get("mode") == "sequence" and "context" not in parallel:
-            parallel["context"] = {"size": tensor.pop("size", 1)}  # a ring
-            del tensor["mode"]
     if isinstance(model, dict) and "_remove_final_layer_norm" in model and "remove_final_layer_norm" not in model:
         model["remove_final_layer_norm"] = model.pop("_remove_final_layer_norm")
+    return config
+
+
+def _with_ring(config: dict[str, Any]) -> dict[str, Any]:
+    """A tensor mode 'sequence' is a ring of that size, where there is no other."""
+    parallel = config.get("parallel")
+    tensor = parallel.get("tensor") if isinstance(parallel, dict) else None
+    if isinstance(tensor, dict) and tensor.get("mode") == "sequence" and "context" not in config["parallel"]:
+        config["parallel"]["context"] = {"size": tensor.pop("size", 1)}
+        del tensor["mode"]
     return config
 
 
@@ -129,7 +146,7 @@ def parse(
     Without a world size, what depends on one is not checked; without a resolver, what depends on the model is not.
     """
     reader = Reader()
-    config = reader.section(Config, normalize(raw))
+    config = reader.section(Config, _with_ring(normalize(raw)))
     problems = reader.problems
     geometry = config.parallel.problems() if reader.sound("parallel") else []
     problems += geometry

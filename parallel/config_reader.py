@@ -182,7 +182,9 @@ def _article(kind: type) -> str:
 
 
 def _nearest(kind: type, raw: object) -> object:
-    """What `raw` was probably meant to be: 20 for '20' and for 20.0."""
+    """What `raw` was probably meant to be: 20 for '20' and for 20.0, '20' for 20."""
+    if kind is str and isinstance(raw, int | float):
+        return str(raw)
     value = literal(raw) if isinstance(raw, str) else raw
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

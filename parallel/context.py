@@ -98,10 +98,15 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
     else:
         _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # ranks on one host share its cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+            torch.set_num_threads(max(1, _cores() // place.local_world_size))
     if place.world_size > 1:
         meshes.join(backend, place.rank, place.world_size, device=device)
     return Context(config, Mesh(topology, place.rank, device=device, merged=merged), place)
+
+
+def _cores() -> int:
+    """Those that this process may use: a job's share of a host, where there is such a thing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -113,7 +113,7 @@ class EngineBase:
         """What else a step changes, ready for JSON: what a checkpoint saves beside `state`."""
         scale = self.loss_scale
         counts: dict[str, Any] = {"step": self.num_steps, "updates": self.num_updates}
-        counts |= {"loss_scale": scale.scale, "good_steps": scale.good_steps}
+        counts |= {"loss_scale": scale.scale if scale.is_dynamic else None, "good_steps": scale.good_steps}
         return counts | {"placement": self.placer.state()}
 
     def restore(self, counters: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ class EngineBase:
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
         self.optimizer.restore(self.num_updates)
         self.placer.restore(counters.get("placement", {}))
-        if self.loss_scale.is_dynamic:
+        if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # in fp16 before, too
             self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
 
     def weights(self) -> list[Piece]:

@@ -53,8 +53,9 @@ def size_text(count: int) -> str:
 
 def closest(word: str, words: Iterable[str]) -> str | None:
     """The one of `words` that `word` most looks like, or None where nothing comes near."""
-    matches = difflib.get_close_matches(word, list(words), n=1)
-    return matches[0] if matches else None
+    known = {one.casefold(): one for one in words}
+    matches = difflib.get_close_matches(word.casefold(), known, n=1)
+    return known[matches[0]] if matches else None
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Directories in Hugging Face's format, of a model that lies in pieces on many ranks."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from parallel.mesh import Axis
 from parallel.shards import DTYPE_NAMES, Entry, adding, covered_once, write, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5}\.safetensors|\.safetensors(\.index\.json)?)")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -32,7 +34,7 @@ def write_folder(
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)
-    with adding(folder, "model*.safetensors*", axis) as temporary:
+    with adding(folder, WEIGHTS, axis) as temporary:
         if axis.rank > 0:
             for piece in owned:
                 send(piece.data.to("cpu", entries[order[piece.name]].dtype), axis, to=0)

@@ -12,7 +12,7 @@ from parallel.collectives import gather_objects
 from parallel.engine_base import EngineBase
 from parallel.hf_folder import write_folder
 from parallel.layout import Piece
-from parallel.shards import Entry
+from parallel.shards import Entry, together
 from parallel.zero import modules
 
 
@@ -52,7 +52,9 @@ class ModuleState(EngineBase):
         found = checkpoint.find(str(folder), Path(folder), option="load_checkpoint")
         assert found is not None
         metadata = checkpoint.read_metadata(found)
-        checkpoint.load(found, self.state_pieces())
+        pieces = self.state_pieces()
+        with together(self.mesh.world):
+            checkpoint.load(found, pieces)
         self.restore(metadata["counters"])
         self.optimizer.restore(self.num_updates, steps=metadata["steps"], rates=metadata.get("rates"))
         extra: dict[str, Any] = metadata["extra"]

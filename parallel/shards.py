@@ -6,6 +6,7 @@ on a file system that all ranks see.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,7 +200,7 @@ def together(axis: Axis) -> Iterator[None]:
     except OSError as error:
         problem = f"cannot write {error.filename or 'a file'}: {error.strerror}."
     except Exception as error:
-        problem, own = f"{type(error).__name__}: {error}", error
+        problem, own = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}", error
     problems = [problem for problem in gather_objects(problem, axis) if problem]
     if own is not None:
         raise own
@@ -219,7 +220,7 @@ def replacing(folder: Path, axis: Axis) -> Iterator[Path]:
 
 
 @contextmanager
-def adding(folder: Path, pattern: str, axis: Axis) -> Iterator[Path]:
+def adding(folder: Path, pattern: re.Pattern[str], axis: Axis) -> Iterator[Path]:
     """A temporary folder in `folder`, into which every rank may write; once all are done its files replace those of
     `folder` that have their names or match `pattern`, and leave all others alone. Fails as `replacing` does.
     """
@@ -247,11 +248,14 @@ def _prepared(temporary: Path, axis: Axis, *, finish: Callable[[], None]) -> Ite
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into(folder: Path, temporary: Path, pattern: str) -> None:
-    for old in folder.glob(pattern):
-        old.unlink()
-    for file in sorted(temporary.iterdir()):
+def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
+    """The new ones first: whenever it ends, there is no file less than before."""
+    added = sorted(temporary.iterdir())
+    for file in added:
         file.replace(folder / file.name)
+    for old in {file.name for file in folder.iterdir()} - {file.name for file in added}:
+        if pattern.fullmatch(old):
+            (folder / old).unlink()
 
 
 def _rename(temporary: Path, folder: Path) -> None:

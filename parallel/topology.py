@@ -66,11 +66,6 @@ class Topology:
         across = self._offsets(self.shape.keys() - set(axes))
         return [tuple(base + offset for offset in along) for base in across]
 
-    def group_of(self, rank: int, axes: Collection[str]) -> tuple[int, ...]:
-        """The group along these axes that holds `rank`."""
-        first = self.rank_of({axis: 0 if axis in axes else place for axis, place in self.coordinates(rank).items()})
-        return tuple(first + offset for offset in self._offsets(axes))
-
     def ends(self, axis: str) -> list[tuple[int, int]]:
         """The (first, last) rank of every group along an axis: those that share an embedding tied across a pipeline."""
         return [(group[0], group[-1]) for group in self.groups((axis,))]

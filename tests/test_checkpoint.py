@@ -1,11 +1,13 @@
 """Checkpoints: what one layout saved, any other loads, bit for bit; and what is damaged or unwritable is named."""
 
+import errno
 import json
 import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,6 +213,20 @@ def test_checkpoints_of_an_abandoned_future_go_first(tmp_path: Path) -> None:
     save_alone(tmp_path / "step_000002", keep=2)
     assert resolve_latest(tmp_path) == tmp_path / "step_000002"
     assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["step_000001", "step_000002"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, **_: Any) -> None:
+        if path.name == "step_000001":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    save_alone(step_folder(tmp_path, 1))
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    save_alone(step_folder(tmp_path, 2), keep=1)
+    assert find("auto", tmp_path) == step_folder(tmp_path, 2)
+    assert "cannot delete" in caplog.text
 
 
 def test_resume_finds_a_run_its_checkpoints_and_a_single_one(tmp_path: Path) -> None:

@@ -420,6 +420,20 @@ def test_dotted_keys_apply_on_top_of_short_spellings_and_the_last_one_wins() -> 
     assert raw == {"parallel": {"pipeline": 2}}, "an override changes nothing of its caller's"
 
 
+def test_a_ring_may_be_spelled_key_by_key() -> None:
+    keys = ["parallel.tensor.mode=sequence", "parallel.tensor.size=4"]
+    want = parse({"parallel": {"context": 4}})
+    assert all(parse(apply_overrides({}, given)) == want for given in (keys, keys[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "cure"),
+    [("train.precision=BF16", "'bf16'"), ("parallel.tensor.mode=2D", "'2d'"), ("output.dir=2024", "'2024'")],
+)
+def test_a_cure_is_what_was_meant(assignment: str, cure: str) -> None:
+    assert problems(apply_overrides({}, [assignment]))[0].endswith(f"Try {cure}.")
+
+
 def test_malformed_overrides_are_named_all_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         apply_overrides({}, ["train.steps", "train..steps=1", "train.steps=1", "train.steps.x=1"])
@@ -456,6 +470,17 @@ def test_a_file_that_fails_names_its_line(tmp_path: Path, source: str, line: int
         load_raw(file)
     assert str(caught.value).startswith(f"{file}:{line}: ")
     assert words in str(caught.value)
+
+
+def test_the_config_of_a_run_is_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    config = parse({"parallel": {"pipeline": 2}, "train": {"steps": 3}})
+    file.write_text(json.dumps(config.to_dict()))
+    assert parse(load_raw(file)) == config
+    for content in ("{", "[]"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"config\.json: "):
+            load_raw(file)
 
 
 def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path) -> None:

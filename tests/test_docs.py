@@ -52,6 +52,19 @@ def is_config(code: str) -> bool:
     return names <= SECTIONS
 
 
+def test_the_readme_says_what_its_config_has_from_no_default(tmp_path: Path) -> None:
+    """A line of it is deleted as if it were one: no checkpoint, then."""
+    (config,) = filter(is_config, blocks(ROOT / "README.md", "python"))
+    file = tmp_path / "readme.py"
+    file.write_text(config, encoding="utf-8")
+    ours, defaults = (parse(raw, resolve=resolve).to_dict() for raw in (load_raw(file), {}))
+    differing = {
+        name for section, keys in ours.items() for name, value in keys.items() if value != defaults[section][name]
+    }
+    said = {found[1] for line in config.splitlines() if (found := re.match(r"    (\w+)=.*# .*\bdefault\b", line))}
+    assert said == differing
+
+
 def test_the_readme_has_a_config_that_parses_and_says_every_section(tmp_path: Path) -> None:
     (config,) = filter(is_config, blocks(ROOT / "README.md", "python"))
     file = tmp_path / "readme.py"

@@ -70,6 +70,22 @@ def test_recompute_equals_no_recompute_bit_for_bit(layout: str, dropout: float) 
     assert all(torch.equal(kept.weights[name], recomputed.weights[name]) for name in kept.weights)
 
 
+def scales(rank: int, world_size: int, precisions: tuple[str, str]) -> float:
+    """The loss scale of a run that goes on, in the second precision, from where one in the first was after a step."""
+    first, second = (engine_of(rank, world_size, config_of({}, precision=precision)) for precision in precisions)
+    first.loss_scale.scale = 8.0 if first.loss_scale.is_dynamic else 1.0
+    first.train_step(share_of(batches_of(1)[0], first))
+    second.restore(first.counters())
+    return second.loss_scale.scale
+
+
+@pytest.mark.parametrize(
+    ("precisions", "scale"), [(("fp16", "fp16"), 8.0), (("fp32", "fp16"), 2.0**16), (("fp16", "fp32"), 1.0)]
+)
+def test_a_loss_scale_goes_on_where_there_was_one(precisions: tuple[str, str], scale: float) -> None:
+    assert run(scales, 1, precisions) == [scale]
+
+
 def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
     """What a forward of one microbatch keeps for its backward, parameters left out."""
     engine = engine_of(rank, world_size, raw)

@@ -1,11 +1,14 @@
 """A run from start to end, and what it leaves."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,29 @@ def resume_in_two(rank: int, world_size: int, folder: Path, layout: str, checkpo
     loop.run(job)
 
 
+SAVES = "output.checkpoint_every=3"
+
+
+def heard_in_two(rank: int, world_size: int, folder: Path, resume: str | None) -> str:
+    place = Place(rank, world_size, rank, ALONE.local_world_size)
+    job = start(folder, "parallel.tensor={'mode': '1d', 'size': 2}", SAVES, resume=resume, place=place)
+    dist.barrier()
+    try:
+        loop.run(job)
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_one_rank_alone_cannot_read_every_rank_is_told(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "one" / "checkpoints" / "step_000003"
+    assert run(heard_in_two, 2, tmp_path / "one", None) == ["nothing"] * 2
+    file = checkpoint / "rank_00001.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    for said in run(heard_in_two, 2, tmp_path / "two", str(checkpoint)):
+        assert "rank_00001.safetensors is damaged" in said
+
+
 def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(tmp_path: Path) -> None:
     loop.run(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
     with pytest.raises(CheckpointError, match=r"ffn_dim 64, not 48"):
@@ -186,10 +212,84 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(t
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("change", "words"), [("num_attention_heads=2", "4, not 2"), ("activation_function=gelu", "")])
+def test_a_checkpoint_of_another_function_of_the_same_weights_is_refused(
+    tmp_path: Path, change: str, words: str
+) -> None:
+    loop.run(start(tmp_path / "run", "train.steps=2", "output.checkpoint_every=2", "output.export=False"))
+    with pytest.raises(CheckpointError, match=f"of another model: it has {change.split('=')[0]} {words}"):
+        start(tmp_path / "run", f"model.{change}", resume="auto")
+    start(tmp_path / "run", "model.attention_dropout=0.3", "model.init_std=0.1", resume="auto")
+
+
+def test_a_damaged_checkpoint_is_refused_before_the_folder_is_touched_with_the_one_before(tmp_path: Path) -> None:
+    loop.run(start(tmp_path / "run", "output.checkpoint_every=3", "output.export=False"))
+    newest, other = tmp_path / "run" / "checkpoints" / "step_000006", tmp_path / "other"
+    file = newest / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=rf"is damaged.*Try --resume {newest.parent}/step_000003\."):
+        start(other, resume=str(newest))
+    assert not other.exists()
+
+
+def test_weights_and_disks_in_a_folder_that_will_be_renamed_are_refused(tmp_path: Path) -> None:
+    """Once such a run began from drawn weights, without a word."""
+    folder = tmp_path / "run"
+    loop.run(start(folder, "train.steps=2", "output.checkpoint_every=2"))
+    with pytest.raises(ConfigError, match=r"model.path: .*export lies in output.dir"):
+        start(folder, f"model.path={folder}/export")
+    with pytest.raises(ConfigError, match=r"zero.nvme_dir: .* lies in output.dir"):
+        start(folder, f"zero.nvme_dir={folder}/logs", "zero.tensor_placement_policy=cpu")
+    again = start(tmp_path / "other", f"model.path={folder}/export")
+    assert f"weights from {folder}/export" in again.notes
+    assert "weights drawn from train.seed 0" in start(tmp_path / "other").notes
+    assert start(folder, f"model.path={folder}/export", resume="auto").start is not None
+
+
+def test_what_a_user_may_not_have_meant_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    loop.run(start(folder, "train.steps=1"))
+    file = folder / "export" / "tokenizer.json"
+    other = tmp_path / "other", f"model.path={folder}/export"
+    assert not any("tokenizer of its own" in note for note in start(*other).notes)
+    file.write_text(file.read_text() + " ")
+    assert any("tokenizer of its own" in note for note in start(*other).notes)
+    notes = start(*other, "data.validation_fraction=0", "output.eval_every=2").notes
+    assert any("no validation" in note for note in notes)
+
+
+def test_stages_that_are_cut_as_for_cpus_are_said_to_be(tmp_path: Path) -> None:
+    for assignment, says in (("train.device=auto", not torch.cuda.device_count()), ("train.device=cpu", False)):
+        config = preflight.read_config(None, ["parallel.pipeline=2", assignment], 2)
+        assert bool(preflight.device_notes(config)) is says
+
+
+def test_a_lock_is_looked_at_by_many_at_once_and_left_by_none(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, resumed=True)
+    with suppress(RuntimeError), folder.held():
+        assert folder.is_held()
+        raise RuntimeError
+    assert not folder.lock.exists()
+    folder.lock.touch()
+    with folder.lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not folder.is_held()
+
+
+def test_a_file_system_without_locks_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    folder = RunFolder(tmp_path, resumed=True)
+    with folder.held():
+        assert not folder.is_held()
+
+
 def test_resuming_where_there_is_nothing_starts_anew_and_says_so(tmp_path: Path) -> None:
     job = start(tmp_path / "run", resume="auto")
     assert job.start is None
-    assert "nothing to resume" in job.notes[-1]
+    assert "nothing to resume" in job.notes[0]
     with pytest.raises(CheckpointError):
         start(tmp_path / "run", resume=str(tmp_path / "nowhere"))
 

@@ -323,10 +323,11 @@ def export_into(rank: int, world_size: int, folder: Path) -> None:
 def test_an_export_leaves_other_files_of_its_folder_alone(tmp_path: Path) -> None:
     """It used to replace the folder, and whatever else a user kept there."""
     (tmp_path / "thesis.txt").write_text("years")
+    (tmp_path / "model_ema.safetensors").write_text("a user's own")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("of an earlier export in two shards")
     run(export_into, 2, tmp_path)
     found = {file.name for file in tmp_path.iterdir()}
-    assert found >= {"thesis.txt", "checkpoints", "model.safetensors", "config.json"}
+    assert found >= {"thesis.txt", "model_ema.safetensors", "checkpoints", "model.safetensors", "config.json"}
     assert not any(name.startswith(("model-", ".")) for name in found)
 
 

@@ -84,7 +84,9 @@ def make_engine(context: Context, job: Job) -> Engine:
     if job.start is None:
         return Engine(build(context), context)
     engine = Engine(outline(context), context)
-    checkpoint.load(job.start, engine.state_pieces())
+    pieces = engine.state_pieces()
+    with together(context.mesh.world):
+        checkpoint.load(job.start, pieces)
     engine.restore(checkpoint.read_metadata(job.start)["counters"])
     log.info("resumed after step %d from %s", engine.num_steps, job.start)
     return engine
@@ -155,11 +157,11 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
         tracer.close()
         if metrics is not None:
             metrics.close()
-    if metrics is not None and not draw_loss(folder.metrics, folder.plot):
-        screen.say("no loss.png: it takes matplotlib (pip install matplotlib)")
     if engine.config.output.export:
         _export(engine, job)
-    screen.finish(folder)
+    if metrics is not None and not draw_loss(folder.metrics, folder.plot):
+        screen.say("no loss.png: it takes matplotlib (pip install matplotlib)")
+    screen.finish(folder, engine.num_steps)
 
 
 def _export(engine: Engine, job: Job) -> None:

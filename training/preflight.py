@@ -12,10 +12,10 @@ import torch
 from models import hf
 from models.data import Corpus, load_tokens
 from models.shapes import OPTShape, resolve, shape_of
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import Tokenizer, is_of_bytes, load_tokenizer
 from parallel import checkpoint
 from parallel.config import Config, apply_overrides, load_raw, parse
-from parallel.context import Place, choose_device
+from parallel.context import Place, choose_device, device_type
 from parallel.errors import CheckpointError, ConfigError
 from training.run_folder import RunFolder
 
@@ -71,7 +71,8 @@ def inspect(
     run = Path(config.output.dir)
     folder = RunFolder(run, resumed=start is not None and start.resolve().is_relative_to(run.resolve()))
     folder.check()
-    notes = [*override_notes(overridden), *notes, *unprofiled]
+    check_set_aside(config, folder)
+    notes = [*override_notes(overridden), *notes, *unprofiled, *input_notes(config, corpus)]
     return Job(config, place, corpus, _tokenizer(config), folder, start, profiled, tuple(notes))
 
 
@@ -85,15 +86,57 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(f"train.compile: True needs {missing}, and there is none. Try False.")
 
 
+def check_set_aside(config: Config, folder: RunFolder) -> None:
+    """Raises ConfigError for what will be looked for later in a folder that has another name by then."""
+    if folder.resumed or not folder.path.exists():
+        return
+    for key, path in (("model.path", config.model.path), ("zero.nvme_dir", config.zero.nvme_dir)):
+        if path is not None and Path(path).resolve().is_relative_to(folder.path.resolve()):
+            raise ConfigError(
+                f"{key}: {path} lies in output.dir {folder.path}, an earlier run that is renamed when this one begins."
+                " Set another output.dir."
+            )
+
+
+def input_notes(config: Config, corpus: Corpus) -> list[str]:
+    """What a user may not have meant."""
+    found, path = [], config.model.path
+    if path is not None and config.data.tokenizer == "bytes" and not config.data.path.endswith(".npy"):
+        file = Path(path) / "tokenizer.json"
+        if hf.has_weights(path) and file.is_file() and not is_of_bytes(file):
+            found.append(f"the data are bytes, and {path} has a tokenizer of its own: data.tokenizer={path} takes it")
+    if config.output.eval_every and not corpus.num_validation:
+        found.append("no validation: data.validation_fraction leaves no sample for output.eval_every")
+    return found
+
+
 def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what is to be said of it. Raises CheckpointError."""
+    """The checkpoint to go on from, and what is to be said of what a run begins with. Raises CheckpointError."""
+    path = config.model.path
+    drawn = path is None or not hf.has_weights(path)
+    beginning = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
     if resume is None:
-        return None, []
+        return None, [beginning]
     start = checkpoint.find(resume, Path(config.output.dir))
     if start is None:
-        return None, [f"nothing to resume in {config.output.dir}: starting from the beginning"]
+        return None, [f"nothing to resume in {config.output.dir}: starting from the beginning", beginning]
+    try:
+        checkpoint.check(start)
+    except CheckpointError as error:
+        earlier = checkpoint.before(start)
+        raise CheckpointError(f"{error} Try --resume {earlier}.") if earlier else error  # noqa: B904
     check_same_model(start, shape_of(config))
     return start, [f"resuming from {start}"]
+
+
+def device_notes(config: Config) -> list[str]:
+    """What a plan that is made on this machine may get wrong."""
+    pipeline = config.parallel.pipeline
+    if config.train.device != "auto" or pipeline.size == 1 or pipeline.layers is not None:
+        return []
+    if device_type("auto") == "cuda":
+        return []
+    return ["stages are cut as for CPUs: train.device=cuda cuts them as for GPUs"]
 
 
 def find_profiled(asked: range, start: Path | None, steps: int) -> tuple[range, list[str]]:
@@ -127,17 +170,21 @@ def metadata(config: Config, counters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init_std", "bos_token_id", "eos_token_id"}
+"""Of a model's shape: with another value the same weights are the same function."""
+
+
 def check_same_model(start: Path, shape: OPTShape) -> None:
-    """Raise CheckpointError if the checkpoint's tensors are not those of this model."""
+    """Raise CheckpointError if the checkpoint is of another function than this model."""
     try:
         saved = OPTShape(**checkpoint.read_metadata(start)["model"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"--resume: {start} is not a checkpoint of this program: {error}.") from error
-    if hf.expected_tensors(saved) == hf.expected_tensors(shape):
-        return
     ours, theirs = asdict(shape), asdict(saved)
-    differing = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]
-    raise CheckpointError(f"--resume: {start} is of another model: it has {'; '.join(differing)}.")
+    keys = [key for key in ours if key not in MAY_CHANGE and ours[key] != theirs[key]]
+    if keys:
+        differing = "; ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in keys)
+        raise CheckpointError(f"--resume: {start} is of another model: it has {differing}.")
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:

@@ -109,13 +109,13 @@ class Screen:
 
     # -- after --------------------------------------------------------------------------------------------------------
 
-    def finish(self, folder: RunFolder) -> None:
-        """The end of it all, and where to find what."""
+    def finish(self, folder: RunFolder, steps: int) -> None:
+        """The end of it all, after so many steps, and where to find what."""
         self.close()
         self.say("done")
         table = Table(show_header=False, box=None, padding=(0, 2))
         if self._last is None:
-            table.add_row("steps", f"none to take: {self.config.train.steps} were taken before")
+            table.add_row("steps", f"none to take: {steps} were taken before")
         else:
             table.add_row("final loss", f"{self._last['loss']:.4f}")
             if self._validation is not None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import IO
 
 from parallel.config import Config
 from parallel.errors import ConfigError
@@ -70,21 +71,21 @@ class RunFolder:
     def is_held(self) -> bool:
         """Whether a run that goes on writes here. Its lock ends with its process, however that ends."""
         try:
-            with self.lock.open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self.lock.open() as file:  # all ranks may look at once: they share it
+                return not _locks(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        return False
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """While inside, no other run may write here."""
         with self.lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-            self.lock.unlink(missing_ok=True)
+            if not _locks(file, fcntl.LOCK_EX):
+                raise self._other_run()
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
 
     def make(self, config: Config) -> Path | None:
         """Make the folder with its config.json, on rank 0 alone; returns the name that an earlier run now has.
@@ -92,11 +93,14 @@ class RunFolder:
         Raises OSError, also where another run has begun to write here since `check`.
         """
         if self.is_held():
-            raise BlockingIOError(errno.EAGAIN, "another run writes here", str(self.path))
+            raise self._other_run()
         aside = None if self.resumed or not self.path.exists() else self._set_aside()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         return aside
+
+    def _other_run(self) -> OSError:
+        return BlockingIOError(errno.EAGAIN, "another run writes here", str(self.path))
 
     def _set_aside(self) -> Path:
         """Rename to the first of NAME.1, NAME.2, ... that is free."""
@@ -114,3 +118,15 @@ class RunFolder:
             logging.getLogger(package).setLevel(logging.INFO)
         logging.captureWarnings(True)
         return handler
+
+
+def _locks(file: IO[str], how: int) -> bool:
+    """Whether nobody else's lock is in the way: where the file system has no locks, nobody's is."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
