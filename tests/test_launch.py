@@ -277,7 +277,7 @@ def session(leader: int) -> list[int]:
 @pytest.mark.parametrize(
     ("number", "processes", "code"),
     [
-        (signal.SIGINT, 1, 130),
+        pytest.param(signal.SIGINT, 1, 130, marks=pytest.mark.slow),
         (signal.SIGINT, 2, 130),
         pytest.param(signal.SIGTERM, 2, 143, marks=pytest.mark.slow),
         (signal.SIGKILL, 2, -9),

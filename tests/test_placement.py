@@ -84,7 +84,7 @@ def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: i
         assert_equal(trace_of(layout, policy, stage), want)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp16"])
+@pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16")), "bf16"])
 def test_narrow_parameters_too(precision: str) -> None:
     for options in (dict(micro_batch_size=6), dict(activation_checkpointing="full")):
         want = trace_of("dp2-1d2", "cuda", 2, precision=precision, **options)
@@ -208,7 +208,9 @@ def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]
     return whole(engine, [chunk.master for chunk in engine.chunks])
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp64", 0), ("bf16", 1), ("fp64", 3)])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16", 1), ("fp64", 3), pytest.param("fp64", 0, marks=pytest.mark.slow)]
+)
 def test_chunks_may_change_their_homes_between_any_two_steps(precision: str, stage: int, tmp_path: Path) -> None:
     layout = "dp2-1d2"
     want = run(moved_never, 4, raw_of(layout, "cuda", stage, precision=precision))

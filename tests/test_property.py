@@ -150,7 +150,7 @@ def serial(case: Case) -> Trace:
     return trace
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=18, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_drawn_layouts_equal_serial(case: Case) -> None:
     check(case)

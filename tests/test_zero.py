@@ -67,7 +67,9 @@ def replicas(layout: str) -> int:
     return {"dp4": 4, "2.5d-depth2": 1}.get(layout, 2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name == "dp2-2d4" else []) for name in LAYOUTS]
+)
 def test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32(layout: str) -> None:
     whole = 24 // replicas(layout)
     want = trace_of(layout, 0, micro=whole, precision="fp32")
