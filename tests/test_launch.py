@@ -304,6 +304,22 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_traceback(
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_ranks_are_still_being_started_leaves_no_traceback(tmp_path: Path) -> None:
+    process = started(tmp_path, "--nprocs", "2")
+    try:
+        assert wait_until(lambda: len(session(process.pid)) > 2, 60)  # itself, and what starts the ranks
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert error == "\ninterrupted\n"
+        assert wait_until(lambda: not session(process.pid), 10)
+    finally:
+        for left in session(process.pid):
+            os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_with_its_exit_code(tmp_path: Path) -> None:
     process = started(tmp_path, "--nprocs", "2")
     try:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeVar
@@ -30,6 +31,7 @@ def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "training.loop"])
+    _start_server()
     port = _free_port()
     ranks: list[ForkServerProcess] = []
     try:
@@ -41,6 +43,15 @@ def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
         return _first_failure(ranks)
     finally:
         _end(ranks)
+
+
+def _start_server() -> None:
+    """Deaf to Ctrl-C from its first moment: it would end in a traceback while it imports."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
