@@ -51,17 +51,29 @@ def load_raw(path: str | Path) -> dict[str, Any]:
     `parse` says which of them are no sections. Raises ConfigError with the file and line of what goes wrong.
     """
     file = Path(path)
-    if file.suffix == ".json":
-        return _read_json(file)
-    namespace: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
     try:
-        exec(compile(file.read_bytes(), str(file), "exec"), namespace)
+        content = file.read_bytes()
     except OSError as error:
-        if error.filename != str(file):  # not ours, but one that the config itself wanted to read
-            raise ConfigError(_raised(file, error)) from error
-        match = closest(file.name, (other.name for other in file.parent.glob("*.py")))
+        match = closest(file.name, (other.name for other in file.parent.glob(f"*{file.suffix}")))
         hint = f" Did you mean {str(file.with_name(match))!r}?" if match else ""
         raise ConfigError(f"{file}: cannot read the config: {error.strerror}.{hint}") from error
+    return _from_json(file, content) if file.suffix == ".json" else _from_python(file, content)
+
+
+def _from_json(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        raw = json.loads(content)
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: not a config: it holds no sections.")
+    return raw
+
+
+def _from_python(file: Path, content: bytes) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
+    try:
+        exec(compile(content, str(file), "exec"), namespace)
     except SyntaxError as error:
         raise ConfigError(f"{file}:{error.lineno}: {error.msg}.") from error
     except Exception as error:
@@ -71,16 +83,6 @@ def load_raw(path: str | Path) -> dict[str, Any]:
         for name, value in namespace.items()
         if not (name.startswith("_") or isinstance(value, ModuleType) or callable(value))
     }
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot read the config: {error}.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: not a config: it holds no sections.")
-    return raw
 
 
 def _raised(file: Path, error: Exception) -> str:
@@ -123,14 +125,18 @@ def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _with_ring(config: dict[str, Any]) -> dict[str, Any]:
-    """A tensor mode 'sequence' is a ring of that size, where there is no other."""
+def _make_ring(config: dict[str, Any]) -> list[str]:
+    """In place: a tensor mode 'sequence' becomes a ring of that size. Returns what is wrong with it."""
     parallel = config.get("parallel")
     tensor = parallel.get("tensor") if isinstance(parallel, dict) else None
-    if isinstance(tensor, dict) and tensor.get("mode") == "sequence" and "context" not in config["parallel"]:
-        config["parallel"]["context"] = {"size": tensor.pop("size", 1)}
-        del tensor["mode"]
-    return config
+    if not isinstance(tensor, dict) or tensor.get("mode") != "sequence":
+        return []
+    size = tensor.pop("size", 1)
+    del tensor["mode"]
+    if "context" in config["parallel"]:
+        return [f"parallel.tensor: mode 'sequence' is a ring, as parallel.context is. Try context={size} alone."]
+    config["parallel"]["context"] = {"size": size}
+    return []
 
 
 def _copy(value: Any) -> Any:
@@ -145,9 +151,10 @@ def parse(
 
     Without a world size, what depends on one is not checked; without a resolver, what depends on the model is not.
     """
-    reader = Reader()
-    config = reader.section(Config, _with_ring(normalize(raw)))
-    problems = reader.problems
+    reader, written_out = Reader(), normalize(raw)
+    ring = _make_ring(written_out)
+    config = reader.section(Config, written_out)
+    problems = ring + reader.problems
     geometry = config.parallel.problems() if reader.sound("parallel") else []
     problems += geometry
     known_layout = reader.sound("parallel") and not geometry

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from parallel.config_reader import Built, Count, Natural
 from parallel.errors import either, nearest_multiples, times
 
-TensorMode = Literal["1d", "2d", "2.5d", "3d", "sequence"]
+TensorMode = Literal["1d", "2d", "2.5d", "3d"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TensorConfig:
 
     def fits(self) -> bool:
         """Whether `size` ranks can be laid out in this mode."""
-        return self._neighbours()[0] == self.size and (self.size == 1 or self.mode not in (None, "sequence"))
+        return self._neighbours()[0] == self.size and (self.size == 1 or self.mode is not None)
 
     def axes(self) -> dict[str, int]:
         """The mode's axes of the mesh, from the outside in; none where the mode is serial."""
@@ -104,8 +104,6 @@ class TensorConfig:
         if self.mode is None:
             modes = [mode for mode in ("1d", "2d", "2.5d", "3d") if replace(self, mode=mode).fits()]
             return f"size {self.size} needs a mode. Try mode={either(map(repr, modes))}."
-        if self.mode == "sequence":
-            return f"mode 'sequence' is a ring, and there is parallel.context too. Try context={self.size} alone."
         unit, power = self._form
         nearest = [replace(self, size=size) for size in self._neighbours() if size]
         tries = either(f"{tensor.size} ({tensor._picture()})" for tensor in nearest)

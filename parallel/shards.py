@@ -198,7 +198,7 @@ def together(axis: Axis) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"cannot write {error.filename or 'a file'}: {error.strerror}."
+        problem = f"{error.filename or 'a file'}: {error.strerror}."
     except Exception as error:
         problem, own = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}", error
     problems = [problem for problem in gather_objects(problem, axis) if problem]

@@ -360,6 +360,12 @@ SEQUENCES = (
            "            pass\n        keys, values = there.unbind(0)\n"
            "        yield (axis.rank - step) % axis.size, keys, values\n        coming = start_rotate(there, axis)\n",
            "tests/test_sequence.py::test_the_next_part_is_on_its_way_while_one_is_attended_to"),
+    Mutant("ring-attends-by-flash", "a GPU that has a faster kernel does not use it",
+           BLOCKS, "return ON_GPU[chosen]", "return ON_GPU[SDPBackend.FLASH_ATTENTION]",
+           "tests/test_sequence.py::test_a_gpu_attends_by_the_kernel_that_torch_would_choose"),
+    Mutant("kernel-asked-for-the-whole", "a block is half as long as what torch was asked about",
+           BLOCKS, "q[..., : max(1, q.shape[-2] // 2), :]", "q",
+           "tests/test_sequence.py::test_a_gpu_attends_by_the_kernel_that_torch_would_choose"),
     Mutant("ring-waits-before-it-computes", "a block stands still until there is something to add it to",
            RING, "        found = contribution(rectangle, keys, values)\n"
            "        dkv = torch.zeros_like(own_dkv) if travelling is None else travelling.wait()\n",
@@ -568,7 +574,7 @@ PLACEMENT = (
            "        with self.copies.uploading():  # behind",
            "tests/test_chunk.py::test_a_chunk_comes_up_and_is_gathered_while_the_device_computes"),
     Mutant("planned-by-a-skipped-step", "a step whose update was skipped is taken for what steps are",
-           PLACER, "if skipped and self._phase in", "if False and self._phase in",
+           PLACER, "        if skipped:\n            if self._phase", "        if False:\n            if self._phase",
            "tests/test_placer.py::test_a_step_that_updates_nothing_is_not_planned_by"),
     Mutant("update-out-of-memory", "an update for which there is no memory says nothing of cures",
            "parallel/module_engine.py",

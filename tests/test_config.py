@@ -95,10 +95,10 @@ def test_tensor_mode_sequence_is_a_ring() -> None:
     for size in (1, 4):
         found = parse(tensor(mode="sequence", size=size)).parallel
         assert found == parse({"parallel": {"context": {"size": size, "kind": "ring"}}}).parallel
-    both = {"parallel": {"tensor": {"mode": "sequence", "size": 4}, "context": 2}}
-    assert problems(both) == (
-        "parallel.tensor: mode 'sequence' is a ring, and there is parallel.context too. Try context=4 alone.",
-    )
+    both = {"parallel": {"tensor": {"mode": "sequence", "size": 4}, "context": 2}, "train": {"steps": "x"}}
+    ring, other = problems(both)
+    assert ring == "parallel.tensor: mode 'sequence' is a ring, as parallel.context is. Try context=4 alone."
+    assert other.startswith("train.steps: ")
 
 
 # The tensor geometry

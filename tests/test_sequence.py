@@ -147,6 +147,37 @@ def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
             assert relative(got, want) < bound
 
 
+@pytest.mark.parametrize(
+    ("choice", "head", "masking"),
+    [
+        (SDPBackend.CUDNN_ATTENTION, 8, Masking()),
+        (SDPBackend.FLASH_ATTENTION, 64, Masking()),
+        (SDPBackend.EFFICIENT_ATTENTION, 8, Masking()),  # whose logsumexp is padded
+        (SDPBackend.CUDNN_ATTENTION, 12, Masking()),  # torch would pad it
+        (SDPBackend.CUDNN_ATTENTION, 8, masking_of("padded")),
+        (SDPBackend.FLASH_ATTENTION, 8, masking_of("dropout")),
+    ],
+)
+def test_a_gpu_attends_by_the_kernel_that_torch_would_choose(choice: SDPBackend, head: int, masking: Masking) -> None:
+    """Of queries half as many as a rank has: of the blocks, some are that short."""
+    asked: list[torch.Size] = []
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    def choose(q: Tensor, *_: Tensor, is_causal: bool) -> int:
+        asked.append(q.shape)
+        return choice.value
+
+    with patch.object(torch, "_fused_sdp_choice", choose):
+        found = kernels.kernel_for(torch.empty(2, 3, 32, head).as_subclass(OnGpu), masking)
+    if masking == Masking() and head % 8 == 0:
+        assert asked == [(2, 3, 16, head)]
+        assert found is kernels.ON_GPU.get(choice, kernels.written_out(False))
+    else:
+        assert found is kernels.written_out(False)
+
+
 def test_what_is_written_out_is_as_exact_as_flash() -> None:
     """Scores in fp32, in both; large ones show it."""
     q, k, v, dy = (3 * torch.randn(4, 2, 3, 64, 16, generator=torch.Generator().manual_seed(0))).bfloat16().unbind(0)

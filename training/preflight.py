@@ -123,8 +123,9 @@ def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[st
     try:
         checkpoint.check(start)
     except CheckpointError as error:
-        earlier = checkpoint.before(start)
-        raise CheckpointError(f"{error} Try --resume {earlier}.") if earlier else error  # noqa: B904
+        if earlier := checkpoint.before(start):
+            raise CheckpointError(f"{error} Try --resume {earlier}.") from error
+        raise
     check_same_model(start, shape_of(config))
     return start, [f"resuming from {start}"]
 

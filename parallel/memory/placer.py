@@ -128,15 +128,14 @@ class Placer:
         """Between two steps: nothing is fetched, and there are no gradients. A step that `skipped` its update made no
         memory for one, and tells nothing of it.
         """
-        if skipped and self._phase in (Phase.FRESH, Phase.WATCHING, Phase.PLANNED):
-            self._observer = None
+        observer, self._observer = self._observer, None
+        if skipped:
             if self._phase is Phase.WATCHING:
                 self._move(Phase.LEAN)
         elif self._phase is Phase.FRESH:
             self._move(Phase.LEAN)
-        elif self._observer is not None:
+        elif observer is not None:
             self._synchronize()
-            observer, self._observer = self._observer, None
             self._carry_out(observer, time.perf_counter())
             return  # whatever it was, it has been seen
         elif self._phase is Phase.PLANNED:

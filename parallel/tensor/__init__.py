@@ -7,10 +7,8 @@ from parallel.tensor.mode import Mode
 
 __all__ = ["MODES", "Mode"]
 
-# "sequence" is a valid spelling where its size is 1: then it splits nothing.
 MODES: dict[str | None, type[Mode]] = {
     None: Mode,
-    "sequence": Mode,
     "1d": Line,
     "2d": Grid,
     "2.5d": Grid,
