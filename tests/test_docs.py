@@ -65,6 +65,20 @@ def test_the_readme_says_what_its_config_has_from_no_default(tmp_path: Path) -> 
     assert said == differing
 
 
+def do_as_the_readme(rank: int, world_size: int, code: str) -> None:
+    for key, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size).items():
+        os.environ[key] = str(value)
+    os.chdir(ROOT)
+    exec(code, {})
+
+
+def test_the_readmes_library_does_what_it_says(tmp_path: Path) -> None:
+    """It once printed what an engine does not have."""
+    (code,) = (block for block in blocks(ROOT / "README.md", "python") if "models.build(context)" in block)
+    run(do_as_the_readme, 8, code.replace("runs/mine", str(tmp_path / "mine")))
+    assert OPTForCausalLM.from_pretrained(tmp_path / "mine").config.vocab_size == 260
+
+
 def test_the_readme_has_a_config_that_parses_and_says_every_section(tmp_path: Path) -> None:
     (config,) = filter(is_config, blocks(ROOT / "README.md", "python"))
     file = tmp_path / "readme.py"
