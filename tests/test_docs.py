@@ -30,8 +30,11 @@ from parallel.topology import Topology
 from tests.harness import run
 from tests.mutant_table import MUTANTS
 from tests.parity import owns
+from tests.test_loop import ALONE
+from training import loop, metrics, preflight
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {"model", "data", "parallel", "zero", "train", "optimizer", "lr_scheduler", "output"}
 
@@ -63,6 +66,22 @@ def test_the_readme_says_what_its_config_has_from_no_default(tmp_path: Path) -> 
     }
     said = {found[1] for line in config.splitlines() if (found := re.match(r"    (\w+)=.*# .*\bdefault\b", line))}
     assert said == differing
+
+
+def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the rounding of other machines: a sum of a million elements loses some 1e-13. One once had a wrong digit."""
+    monkeypatch.chdir(ROOT)
+    (script,) = (block for block in blocks(ROOT / "README.md", "sh") if "output.dir=runs/one" in block)
+    shared, command = (re.search(pattern, script) for pattern in (r'S="(.*)"', r"--config (\S+) .*(parallel=\S+)"))
+    assert shared is not None
+    assert command is not None
+    changes = [*shared[1].split(), command[2], f"output.dir={tmp_path / 'one'}"]
+    loop.run(preflight.inspect(preflight.read_config(command[1], changes, 1), ALONE))
+    found = [(line["loss"], line["grad_norm"]) for line in metrics.read(tmp_path / "one" / "metrics.jsonl")]
+    rows = re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    for (one, eight, norm_one, norm_eight), (loss, norm) in zip(rows, found, strict=True):
+        assert [float(one), float(eight)] == pytest.approx([loss] * 2, rel=1e-12)
+        assert [float(norm_one), float(norm_eight)] == pytest.approx([norm] * 2, rel=1e-12)
 
 
 def do_as_the_readme(rank: int, world_size: int, code: str) -> None:
