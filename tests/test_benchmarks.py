@@ -1,12 +1,13 @@
 """The benchmarks compare like with like: every contender computes the same."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cpu_peers, overlap, workload
+from benchmarks import cpu_peers, overlap, ring, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
@@ -14,6 +15,7 @@ from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
 from models.shapes import resolve
 from parallel.config import parse
+from parallel.context import Place, make_context
 from tests.harness import run
 
 
@@ -111,3 +113,14 @@ def test_communication_under_other_kernels_is_hidden() -> None:
     ]
     assert overlap.shares(events) == pytest.approx((20e-6, 8 / 20))
     assert overlap.shares(events[2:]) is None
+
+
+def parts_of_a_ring(rank: int, world_size: int) -> dict[str, str]:
+    config = parse(dict(parallel=dict(context=world_size)), world_size=world_size)
+    return ring.measure(make_context(config, Place(rank, world_size)), tokens=8, heads=2, head=4)
+
+
+def test_the_parts_of_a_ring_are_timed_on_a_cpu_too() -> None:
+    for found in run(parts_of_a_ring, 2):
+        assert list(found) == ["FLASH_ON_CPU", "a hop", "ring", "nothing sent", "all_to_all"]
+        assert all(re.match(r"\d+\.\d+ ms", text) for text in found.values())

@@ -1,0 +1,165 @@
+"""Attention of one layer whose sequences are split, in parts: what its kernels do, what a hop carries, what is hidden.
+
+    torchrun --nproc-per-node 4 -m benchmarks.ring [--tokens 4096] [--heads 32] [--head 128]    # nccl, bf16
+    torchrun --nproc-per-node 2 -m benchmarks.ring --tokens 64 --heads 4 --head 16              # gloo, on a CPU, fp32
+
+Kernels are given what a rank sees of an earlier one, all of its queries and half of the other's keys. `nothing sent`:
+a ring whose ranks go on with copies of their own keys. torch's is `context_parallel`, which is for GPUs alone.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+
+from benchmarks.multi_gpu import WITHOUT_NVLS
+from parallel.collectives import Pending, start_rotate
+from parallel.config import parse
+from parallel.config_parallel import ContextConfig
+from parallel.context import Context, Place, environment, make_context
+from parallel.mesh import Axis
+from parallel.phases import clock_of
+from parallel.sequence import Masking, ring, sequence_of
+from parallel.sequence import blocks as kernels
+from parallel.sequence.blocks import Block, Kernel
+
+TIMES, WARM_UP = 10, 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """q, k, v and the gradient of y, [1, heads, S_context, D], of one rank."""
+
+    context: Context
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dy: Tensor
+
+    @classmethod
+    def of(cls, context: Context, tokens: int, heads: int, head: int) -> "Layer":
+        dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+        drawn = (torch.randn(1, tokens, heads, head, device=context.device, dtype=dtype) for _ in range(4))
+        q, k, v, dy = (x.transpose(1, 2) for x in drawn)
+        return cls(context, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy)
+
+    @property
+    def axis(self) -> Axis:
+        return self.context.mesh.axis("context")
+
+    def seconds(self, act: Callable[[], object]) -> float:
+        """The median of some."""
+        clock, taken = clock_of(self.context.device), []
+        for _ in range(WARM_UP + TIMES):
+            begun = clock.now()
+            act()
+            taken.append((begun, clock.now()))
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)
+        return median(clock.seconds(*one) for one in taken[WARM_UP:])
+
+    def both(self, attend: Callable[[], Tensor]) -> str:
+        """Forward and backward."""
+
+        def act() -> None:
+            attend().backward(self.dy)
+            for x in (self.q, self.k, self.v):
+                x.grad = None
+
+        return f"{1e3 * self.seconds(act):.3f} ms forward and backward"
+
+
+def rates(layer: Layer, kernel: Kernel) -> str:
+    """All of a rank's queries to half of as many keys."""
+    own, half = layer.q.shape[-2], layer.q.shape[-2] // 2
+    block = Block((range(own),), (range(half),), own, False)
+    flops = 4 * own * half * layer.q.shape[1] * layer.q.shape[-1]
+    with torch.no_grad():
+        given = layer.q, layer.k[..., :half, :], layer.v[..., :half, :]
+        found = kernel.forward(*given, block)
+        forward = layer.seconds(lambda: kernel.forward(*given, block))
+        backward = layer.seconds(lambda: kernel.backward(layer.dy, (*given, *found), block))
+    rate, back = flops / forward / 1e12, 2.5 * flops / backward / 1e12
+    return f"{1e3 * forward:.3f} ms, {rate:.3g} TFLOP/s; backward {1e3 * backward:.3f} ms, {back:.3g} TFLOP/s"
+
+
+def hop(layer: Layer) -> str:
+    """Of keys and values, on all ranks at once."""
+    parts = torch.stack([layer.k, layer.v]).detach()
+    took = layer.seconds(lambda: start_rotate(parts, layer.axis).wait())
+    return f"{1e3 * took:.3f} ms, {parts.nbytes / took / 1e9:.3g} GB/s"
+
+
+def around(layer: Layer) -> str:
+    return layer.both(lambda: ring.attend_around(layer.q, layer.k, layer.v, layer.axis, Masking()))
+
+
+def alone(layer: Layer) -> str:
+    with patch.object(ring, "start_rotate", lambda x, axis: Pending(x.clone())):
+        return around(layer)
+
+
+def exchanged(layer: Layer) -> str:
+    heads, head = layer.q.shape[1], layer.q.shape[-1]
+    if heads % layer.axis.size:
+        return f"{heads} heads do not divide"
+    sequence = sequence_of(layer.context.mesh, ContextConfig(layer.axis.size, "all_to_all"))
+
+    def attend() -> Tensor:
+        qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (layer.q, layer.k, layer.v)], -1)
+        y: Tensor = sequence.attend(qkv, heads, Masking()).unflatten(-1, (heads, head)).transpose(1, 2)
+        return y
+
+    return layer.both(attend)
+
+
+def torchs(layer: Layer) -> str:
+    mesh = init_device_mesh("cuda", (layer.axis.size,))
+    split = [torch.zeros(1, layer.q.shape[-2] * layer.axis.size, device=layer.q.device)]
+    with context_parallel(mesh, buffers=split, buffer_seq_dims=[1], no_restore_buffers=set(split)):
+        return layer.both(lambda: F.scaled_dot_product_attention(layer.q, layer.k, layer.v, is_causal=True))
+
+
+def parts_of(layer: Layer) -> dict[str, Callable[[Layer], str]]:
+    on_gpu = layer.context.device.type == "cuda"
+    torchs_own = {backend.name: kernel for backend, kernel in kernels.ON_GPU.items()} if on_gpu else {}
+    found = torchs_own or {"FLASH_ON_CPU": kernels.FLASH_ON_CPU}
+    table: dict[str, Callable[[Layer], str]] = {name: partial(rates, kernel=kernel) for name, kernel in found.items()}
+    table |= {"a hop": hop, "ring": around, "nothing sent": alone, "all_to_all": exchanged}
+    return table | ({"torch's": torchs} if on_gpu else {})
+
+
+def measure(context: Context, tokens: int, heads: int, head: int) -> dict[str, str]:
+    """What came of each part; rank 0 prints it."""
+    layer, found = Layer.of(context, tokens, heads, head), {}
+    for name, part in parts_of(layer).items():
+        found[name] = part(layer)
+        if layer.axis.rank == 0:
+            print(f"{name:20} {found[name]}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a rank")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--head", type=int, default=128, help="its width")
+    arguments = parser.parse_args()
+    place = Place.from_environment()
+    config = parse(dict(parallel=dict(context=place.world_size)), world_size=place.world_size)
+    with environment(**WITHOUT_NVLS):
+        measure(make_context(config, place), arguments.tokens, arguments.heads, arguments.head)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
