@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,17 @@ def test_validation_is_the_last_samples_once_and_padding_has_no_label(num_valida
     assert [(row, row, place) for place, row in enumerate(expected)] == rows[:num_validation]
     assert [labels for _, labels, _ in rows[num_validation:]] == [[-100] * 4] * (-num_validation % 4)
     assert all(batch["input_ids"].shape == (4, 4) and batch["input_ids"].dtype == torch.int64 for batch in batches)
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
+def test_a_file_that_cannot_be_read_is_named(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
+    for file in (text, tokenizer):
+        file.write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    named = tokenizer if key == "data.tokenizer" else text
+    with pytest.raises(DataError, match=rf"{key}: cannot read {named}: Permission denied\."):
+        load_tokens(data_config(text, tokenizer=str(tokenizer) if named == tokenizer else "bytes"), VOCAB)

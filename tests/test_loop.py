@@ -294,9 +294,12 @@ def test_resuming_where_there_is_nothing_starts_anew_and_says_so(tmp_path: Path)
         start(tmp_path / "run", resume=str(tmp_path / "nowhere"))
 
 
-def test_a_resumed_run_that_is_already_complete_exports_and_ends(tmp_path: Path) -> None:
+def test_a_resumed_run_that_is_already_complete_exports_and_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loop.run(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
-    loop.run(start(tmp_path / "run", resume="auto"))
+    loop.run(start(tmp_path / "run", "train.steps=3", resume="auto"))
+    assert "none to take: 6 were taken before" in capsys.readouterr().out
     assert len(lines_of(tmp_path / "run")) == 6
     assert (tmp_path / "run" / "export").exists()
 

@@ -320,6 +320,24 @@ def export_into(rank: int, world_size: int, folder: Path) -> None:
     engine.load_checkpoint(folder)
 
 
+def read_back(rank: int, world_size: int, folder: Path) -> str:
+    engine, _ = engine_of(rank, world_size, config_of(3), MODELS["opt"]())
+    try:
+        engine.load_checkpoint(folder)
+    except parallel.CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_shard_that_one_rank_cannot_read_every_rank_is_told_of(tmp_path: Path) -> None:
+    run(export_into, 2, tmp_path)
+    assert run(read_back, 2, tmp_path) == ["nothing"] * 2
+    (file,) = tmp_path.glob("checkpoints/*/rank_00001.safetensors")
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    for said in run(read_back, 2, tmp_path, timeout=20):
+        assert "rank_00001.safetensors is damaged" in said
+
+
 def test_an_export_leaves_other_files_of_its_folder_alone(tmp_path: Path) -> None:
     """It used to replace the folder, and whatever else a user kept there."""
     (tmp_path / "thesis.txt").write_text("years")
