@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from parallel.context import Place
+    from parallel.engine.context import Place
 
 INTERRUPTED, TERMINATED, REFUSED = 130, 143, 2  # exit codes
 
@@ -90,9 +90,9 @@ def _start(arguments: argparse.Namespace) -> int:
     # When one rank refuses, torchrun ends the others at once. They shall come to refuse too, so that rank 0 says why.
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    from parallel.context import Place
+    from parallel.engine.context import Place
     from parallel.errors import ColonnadeError, RoomError, StorageError
-    from parallel.mesh import leave
+    from parallel.mesh.mesh import leave
     from training import loop, preflight, spawn
 
     place = Place()

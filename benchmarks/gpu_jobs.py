@@ -22,14 +22,14 @@ from benchmarks.gpu_peers import LR, PEERS, Work
 from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
 from models.build import comes_in_parts, outline
 from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve
-from parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from parallel.config import parse
-from parallel.context import Place, make_context
-from parallel.engine import Engine
-from parallel.layout import ParameterInfo
-from parallel.mesh import Axis
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
+from parallel.layout.layout import ParameterInfo
+from parallel.layout.rng import seed_of
+from parallel.mesh.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from parallel.mesh.mesh import Axis
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
-from parallel.rng import seed_of
 from tests import parity
 from training.metrics import peak_device_bytes, peak_tflops
 

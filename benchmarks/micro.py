@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from benchmarks.workload import SHAPE
 from models import build
 from models.shapes import resolve
-from parallel.chunk import Chunk
+from parallel.chunk.chunk import Chunk
+from parallel.chunk.spec import Home
 from parallel.config import parse
-from parallel.context import Context, Place, make_context
-from parallel.engine import Engine
-from parallel.layout import Layout, ParameterInfo
-from parallel.memory.start import ON_HOST
-from parallel.optim import AdamW
-from parallel.outline import Home
+from parallel.engine.context import Context, Place, make_context
+from parallel.engine.engine import Engine
+from parallel.layout.layout import Layout, ParameterInfo
+from parallel.optim.adamw import AdamW
+from parallel.placement.initial import ON_HOST
 from parallel.tensor import MODES, Mode
 
 Benchmark = Callable[[Callable[[], object]], object]

@@ -33,7 +33,7 @@ from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob, c
 from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
 from benchmarks.gpu_peers import ON_GPUS_ALONE
 from models.shapes import NAMED
-from parallel.context import Place, choose_device
+from parallel.engine.context import Place, choose_device
 
 PARTS = ("parity", "bandwidth", "speed", "overlap")
 START_SECONDS = 90.0  # that workers may take to begin

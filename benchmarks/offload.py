@@ -34,7 +34,7 @@ from benchmarks.peers import adamw
 from benchmarks.workload import Step
 from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve, shape_of
 from parallel.config import parse
-from parallel.transfer import Tier
+from parallel.storage.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes
 
 SEQUENCE, LR = 1024, 1e-4

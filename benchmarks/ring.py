@@ -22,12 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
 from benchmarks.multi_gpu import WITHOUT_NVLS
-from parallel.collectives import Pending, start_rotate
 from parallel.config import parse
-from parallel.config_parallel import ContextConfig
-from parallel.context import Context, Place, environment, make_context
-from parallel.mesh import Axis
-from parallel.phases import clock_of
+from parallel.config.parallel import ContextConfig
+from parallel.engine.context import Context, Place, environment, make_context
+from parallel.mesh.collectives import Pending, start_rotate
+from parallel.mesh.mesh import Axis
+from parallel.ops.clock import clock_of
 from parallel.sequence import Masking, ring, sequence_of
 from parallel.sequence import blocks as kernels
 from parallel.sequence.blocks import Block, Kernel

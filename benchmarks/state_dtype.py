@@ -17,11 +17,11 @@ from models import build
 from models.data import Loader, SampleOrder, load_tokens
 from models.shapes import resolve, shape_of
 from parallel.config import Config, parse
-from parallel.context import Place, make_context
-from parallel.engine import Engine
-from parallel.optim import AdamW
-from parallel.rounding import Rounding
-from parallel.streaming import Part
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
+from parallel.optim.adamw import AdamW
+from parallel.optim.rounding import Rounding
+from parallel.optim.streaming import Part
 from training.plot import smoothed
 
 CONTENDERS = {"fp32": "#2a6fbb", "bf16": "#e07b00", "bf16, to the nearest": "#999999"}

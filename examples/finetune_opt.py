@@ -24,9 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 import parallel
 from models.tokenizer import ByteTokenizer
 from parallel.collectives import all_reduce
-from parallel.context import Place
-from parallel.errors import ColonnadeError, DataError
-from parallel.mesh import leave
 
 Samples = list[dict[str, torch.Tensor]]
 
@@ -41,7 +38,9 @@ def main(args: argparse.Namespace) -> None:
     with parallel.sharded_init():  # in ZeRO stage 3 no rank ever holds the whole model
         model = AutoModelForCausalLM.from_pretrained(args.model) if args.model else small_model(args.sequence)
     if args.sequence > (longest := model.config.max_position_embeddings):
-        raise DataError(f"--sequence: {args.sequence} tokens are more than the {longest} that the model has room for.")
+        raise parallel.DataError(
+            f"--sequence: {args.sequence} tokens are more than the {longest} that the model has room for."
+        )
     tokenizer = read_tokenizer(args.model, model.config.vocab_size)
     training, held_out = read_samples(args, tokenizer)
 
@@ -81,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
     after, export = engine.evaluate(eval_loader), args.output / "export"
     engine.save_pretrained(export)
-    leave()
+    parallel.leave()
     if is_first:  # from here on it is Hugging Face alone, in one process
         tokenizer.save_pretrained(export)
         print(f"perplexity {math.exp(after):.4f} after training; the model is in {export}")
@@ -114,7 +113,7 @@ def read_samples(args: argparse.Namespace, tokenizer: Any) -> tuple[Samples, Sam
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     samples: Samples = [{"input_ids": x, "labels": x} for x in tokens.split(args.sequence) if len(x) == args.sequence]
     if len(samples) < 2 * args.batch:
-        raise DataError(
+        raise parallel.DataError(
             f"--text: {len(tokens)} tokens make {len(samples)} samples of {args.sequence}: too few for a batch of"
             f" {args.batch} to train on and one to evaluate. Use a longer text, or a smaller --sequence or --batch."
         )
@@ -151,8 +150,8 @@ if __name__ == "__main__":
     arguments = read_arguments()
     try:
         main(arguments)
-    except (ColonnadeError, OSError, UnicodeError) as error:  # the last two: of files
-        if Place.from_environment().rank > 0:
+    except (parallel.ColonnadeError, OSError, UnicodeError) as error:  # the last two: of files
+        if parallel.Place.from_environment().rank > 0:
             time.sleep(5)  # torchrun ends all ranks once one has gone: the first shall be the one that says why
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -9,15 +9,16 @@ from torch import nn
 from models.hf import has_weights, load, sources
 from models.opt import Block, LayerSpec, layers_of, trunk_of
 from models.shapes import OPTShape, layer_costs, shape_of
+from parallel.activations.offload import InputsOnHost
+from parallel.activations.recompute import Recomputed
+from parallel.chunk.precision import master_dtype
 from parallel.config import Config, PipelineConfig
-from parallel.context import Context, device_type
-from parallel.layout import ParameterInfo
-from parallel.memory.inputs import InputsOnHost
-from parallel.outline import master_dtype
+from parallel.engine.context import Context, device_type
+from parallel.layout.layout import ParameterInfo
+from parallel.layout.rng import draw_normal
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
-from parallel.pipeline.stage import Recomputed, Stage
-from parallel.rng import draw_normal
+from parallel.pipeline.stage import Stage
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES
 

@@ -20,7 +20,7 @@ import torch
 from models.tokenizer import PAD, SEPARATOR, Ids, load_tokenizer
 from parallel.config import DataConfig
 from parallel.errors import DataError
-from parallel.labels import IGNORED
+from parallel.layout.labels import IGNORED
 
 Indexes: TypeAlias = npt.NDArray[np.int64]
 Batch: TypeAlias = dict[str, torch.Tensor]

@@ -19,7 +19,7 @@ from models.opt import Head
 from models.shapes import OPTShape, resolve, shape_of
 from models.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import parse
-from parallel.context import Place, make_context
+from parallel.engine.context import Place, make_context
 from parallel.errors import ColonnadeError, DataError
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.stage import Stage

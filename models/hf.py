@@ -11,11 +11,11 @@ import torch
 
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
+from parallel.checkpoint.hf_folder import INDEX, SINGLE, write_folder
+from parallel.checkpoint.shards import DTYPE_NAMES, Archive, Entry, Part, Stored, opened, read_json, write_json
 from parallel.errors import DataError
-from parallel.hf_folder import INDEX, SINGLE, write_folder
-from parallel.layout import Piece
-from parallel.mesh import Axis
-from parallel.shards import DTYPE_NAMES, Archive, Entry, Part, Stored, opened, read_json, write_json
+from parallel.layout.layout import Piece
+from parallel.mesh.mesh import Axis
 
 TIED = "lm_head.weight"  # the token embedding once more: we neither read nor write it
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.shapes import OPTShape
-from parallel.layout import global_range
+from parallel.layout.layout import global_range
+from parallel.layout.rng import dropout, seed_of
 from parallel.pipeline.microbatch import Microbatch
-from parallel.rng import dropout, seed_of
 from parallel.sequence import Dropping, Masking
 from parallel.tensor import Mode
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.config import Config, ContextConfig, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
-from parallel.config_reader import Reader
+from parallel.config.reader import Reader
 from parallel.errors import ConfigError, did_you_mean, either, nearest_multiples, times
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")

@@ -2,13 +2,13 @@
 composes them.
 """
 
-from parallel.context import Context, current, launch_from_torch
-from parallel.engine import Engine
-from parallel.engine_base import StepResult
+from parallel.engine.base import StepResult
+from parallel.engine.context import Context, Place, current, launch_from_torch
+from parallel.engine.engine import Engine
+from parallel.engine.initialize import initialize, sharded_init
+from parallel.engine.module_engine import ModuleEngine, UpdateResult
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError, StorageError
-from parallel.initialize import initialize, sharded_init
-from parallel.mesh import leave
-from parallel.module_engine import ModuleEngine, UpdateResult
+from parallel.mesh.mesh import leave
 
 __all__ = [
     "CheckpointError",
@@ -19,6 +19,7 @@ __all__ = [
     "Engine",
     "ModelError",
     "ModuleEngine",
+    "Place",
     "StepResult",
     "StorageError",
     "UpdateResult",

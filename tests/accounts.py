@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.shapes import OPTShape
-from parallel.config_parallel import ContextConfig, TensorConfig
-from parallel.mesh import Mesh
+from parallel.config.parallel import ContextConfig, TensorConfig
+from parallel.mesh.mesh import Mesh
+from parallel.mesh.topology import Topology
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
-from parallel.topology import Topology
 
 WITHOUT = ContextConfig()
 

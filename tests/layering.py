@@ -7,53 +7,42 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-# From the ground up. A module imports from its own floor or from one below. `NAME.*` is a package and all that is in
-# it, `NAME*` every module so begun; a plain name is that module alone (for a package: its facade, the __init__.py).
+# From the ground up: each folder of `parallel/` has a floor of its own, and imports from itself or from those below.
+# `NAME.*` is a package and all that is in it; a plain name is that module alone (for a package: its __init__.py).
 FLOORS = (
-    ("parallel.errors", "parallel.config*", "parallel.topology"),
-    ("models.shapes",),
-    ("parallel.mesh", "parallel.phases", "parallel.deferred", "parallel.recomputation"),
-    ("parallel.collectives",),
-    (
-        "parallel.conjugate",
-        "parallel.labels",
-        "parallel.layout",
-        "parallel.rng",
-        "parallel.outline",
-        "parallel.chunk",
-        "parallel.gradients",
-        "parallel.transfer",
-        "parallel.disk",
-        "parallel.products",
-        "parallel.grad_norm",
-        "parallel.loss_scale",
-        "parallel.optim",
-        "parallel.torch_optim",
-        "parallel.rounding",
-        "parallel.streaming",
-        "parallel.shared_update",
-        "parallel.lr_schedule",
-    ),
-    ("parallel.sequence.*",),
-    ("parallel.tensor.*", "parallel.pipeline.*", "parallel.memory.*"),
-    ("parallel.zero.*",),
-    ("parallel.shards", "parallel.checkpoint", "parallel.hf_folder"),
-    ("parallel.context",),
-    ("parallel.engine_base",),
-    ("parallel.engine", "parallel.module_state", "parallel.module_engine"),
-    ("parallel.initialize", "parallel.loaders"),
-    ("parallel",),
-    ("models.*",),
-    ("training", "training.*"),
-    ("launch",),
+    "parallel.errors",
+    "parallel.config.*",
+    "models.shapes",
+    "parallel.mesh.*",
+    "parallel.layout.*",
+    "parallel.ops.*",
+    "parallel.sequence.*",
+    "parallel.storage.*",
+    "parallel.activations.*",
+    "parallel.tensor.*",
+    "parallel.chunk.*",
+    "parallel.checkpoint.*",
+    "parallel.optim.*",
+    "parallel.placement.*",
+    "parallel.zero.*",
+    "parallel.modules.*",
+    "parallel.pipeline.*",
+    "parallel.engine.*",
+    "parallel.collectives",
+    "parallel",
+    "models.*",
+    "training.*",
+    "launch",
 )
 
-SAY_TORCH_DISTRIBUTED = ("parallel.mesh", "parallel.collectives", "parallel.pipeline.p2p")
+SAY_TORCH_DISTRIBUTED = ("parallel.mesh.mesh", "parallel.mesh.collectives", "parallel.pipeline.p2p")
 
 # Modules of plain data and arithmetic: without torch, and importing none of ours that has it.
 PURE = (
-    *FLOORS[0],
-    *FLOORS[1],
+    "parallel.errors",
+    "parallel.config.*",
+    "models.shapes",
+    "parallel.mesh.topology",
     "parallel.pipeline.schedule",
     "parallel.pipeline.validate",
     "parallel.pipeline.timeline",
@@ -66,7 +55,7 @@ STRANGERS = (
     ("parallel.pipeline.*", "parallel.tensor.*"),
     ("parallel.zero.*", "parallel.tensor.*"),
     ("parallel.zero.*", "parallel.pipeline.*"),
-    ("parallel.engine", "models.*"),
+    ("parallel.storage.*", "parallel.mesh.*"),
 )
 
 
@@ -101,9 +90,7 @@ def matches(name: str, *patterns: str) -> bool:
 
 def floor_of(name: str) -> int | None:
     """The floor of a module; of the patterns that fit it, the longest knows it best."""
-    fitting = [
-        (len(pattern), floor) for floor, patterns in enumerate(FLOORS) for pattern in patterns if matches(name, pattern)
-    ]
+    fitting = [(len(pattern), floor) for floor, pattern in enumerate(FLOORS) if matches(name, pattern)]
     return max(fitting)[1] if fitting else None
 
 
@@ -184,7 +171,7 @@ def wrong_with_import(name: str, target: str) -> Iterator[str]:
     if target_floor is None:
         yield f"imports {target}, which has no floor; give it a floor in FLOORS"
     elif floor is not None and target_floor > floor:
-        yield f"on floor {floor} imports {target} from floor {target_floor} above"
+        yield f"on the floor of {FLOORS[floor]} imports {target} from that of {FLOORS[target_floor]} above"
     if name.startswith(f"{target}."):
         yield f"imports the facade of its own package, {target}"
     if matches(name, *PURE) and not matches(target, *PURE):

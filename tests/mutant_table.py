@@ -27,7 +27,7 @@ ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_p
 HOMES = "tests/test_placement.py"
 ROUNDED, ON_DISK = "tests/test_rounding.py", "tests/test_disk.py"
 KEPT = "tests/test_inputs.py"
-PLACER, PLANS = "parallel/memory/placer.py", "tests/test_placer.py"
+PLACER, PLANS = "parallel/placement/manager.py", "tests/test_placer.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -56,14 +56,14 @@ MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode",
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_is_attention_written_down"
 SEEN = "tests/test_sequence.py::test_every_pair_is_seen_once_and_every_rank_sees_as_many"
-TORCH_OPTIM = "parallel/torch_optim.py"
-ENGINE, OPTIM, LAYOUT = "parallel/engine.py", "parallel/optim.py", "parallel/layout.py"
-ROUND = "parallel/rounding.py"
-CHUNK, GRADIENTS = "parallel/chunk.py", "parallel/gradients.py"
-RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/conjugate.py", "parallel/grad_norm.py"
-BASE, INPUTS = "parallel/engine_base.py", "parallel/memory/inputs.py"
-MODULE, GATHERER = "parallel/module_engine.py", "parallel/zero/gatherer.py"
-SLICED, DEFERRED, CONSTRUCTION = (f"parallel/zero/{name}.py" for name in ("sliced", "deferred", "construction"))
+TORCH_OPTIM = "parallel/optim/torch_optim.py"
+ENGINE, OPTIM, LAYOUT = "parallel/engine/engine.py", "parallel/optim/adamw.py", "parallel/layout/layout.py"
+ROUND = "parallel/optim/rounding.py"
+CHUNK, GRADIENTS = "parallel/chunk/chunk.py", "parallel/optim/gradients.py"
+RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/mesh/conjugate.py", "parallel/optim/grad_norm.py"
+BASE, INPUTS = "parallel/engine/base.py", "parallel/activations/offload.py"
+MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.py"
+SLICED, RECORDER, CONSTRUCTION = (f"parallel/modules/{name}.py" for name in ("sliced", "recorder", "construction"))
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
 
 # fmt: off
@@ -218,13 +218,13 @@ MEANS = (
            ENGINE, "scale=self.loss_scale.scale / max(1, tokens)", "scale=1.0", trains("single")),
     Mutant("count-of-this-replica", "the mean is over one replica's labels",
            ENGINE,
-           "tokens, refused = all_reduce(sums, self.data).tolist()",
-           "tokens, refused = sums.tolist()",
+           "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
+           "tokens = int(sums[0]); _, refused, total, squares = all_reduce(sums, self.data).tolist()",
            trains("dp2")),
     Mutant("mean-of-replica-means", "each replica divides by its own count, then they average",
            ENGINE,
-           "tokens, refused = all_reduce(sums, self.data).tolist()",
-           "tokens, refused = (sums * self.data.size).tolist()",
+           "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
+           "tokens = int(sums[0]) * self.data.size; _, refused, total, squares = all_reduce(sums, self.data).tolist()",
            trains("dp2")),
     Mutant("mean-of-microbatch-means", "each microbatch weighs the same, whatever its labels",
            RUNNER,
@@ -288,7 +288,8 @@ PARAMETERS = (
     Mutant("padding-row-drawn", "the padding token starts with an embedding",
            BUILD, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
-           LAYOUT, "return all(axis.rank == 0 for axis in (*self.sync, *self.copies))", "return True", SEED),
+           CHUNK, "self.owner = self.speaks and (zero >= 1 or self.axes[0].rank == 0)", "self.owner = True",
+           trains("dp2")),
 )
 
 PLACES = (
@@ -300,9 +301,9 @@ PLACES = (
            "    for axis in reversed(axes):\n        index = index",
            trains("3d2x2x2")),
     Mutant("ranks-column-major", "the outermost axis varies fastest",
-           "parallel/topology.py", "math.prod(sizes[place + 1 :])", "math.prod(sizes[:place])", TOPOLOGY),
+           "parallel/mesh/topology.py", "math.prod(sizes[place + 1 :])", "math.prod(sizes[:place])", TOPOLOGY),
     Mutant("merged-axes-in-the-wrong-order", "the ranks of a merged axis are numbered the wrong way round",
-           "parallel/topology.py",
+           "parallel/mesh/topology.py",
            "for axis in self.shape if axis in axes]",
            "for axis in reversed(list(self.shape)) if axis in axes]",
            GROUPS),
@@ -373,7 +374,7 @@ SEQUENCES = (
            "        found = contribution(rectangle, keys, values)\n",
            "tests/test_sequence.py::test_the_next_part_is_on_its_way_while_one_is_attended_to"),
     Mutant("rotates-backwards", "what should come from the rank before comes from the one after",
-           "parallel/collectives.py",
+           "parallel/mesh/collectives.py",
            "to[(axis.rank + 1) % axis.size] = source[(axis.rank - 1) % axis.size]",
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_what_is_exchanged_and_what_goes_around"),
@@ -454,21 +455,21 @@ SHARDED_INIT = (
     Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
            SLICED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
     Mutant("tied-stand-ins-compared", "a weight stored under both its names is read as two",
-           DEFERRED, "func is torch.ops.aten.equal.default", "False", LOADED),
+           RECORDER, "func is torch.ops.aten.equal.default", "False", LOADED),
     Mutant("arrivals-stay-whole", "weights are read one by one, and all kept",
            CONSTRUCTION,
            "divide(parameter, self.axis)\n\n    def",
            "pass\n\n    def",
            "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
     Mutant("overwritten-values-kept", "what an initialization overwrites is held until the model is complete",
-           DEFERRED,
+           RECORDER,
            "target = dataclasses.replace(place, content=None)",
            "target = place",
            "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
     Mutant("each-rank-draws-its-own-model", "slices of as many models as there are seeds",
            CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
     Mutant("a-draw-for-each-reading", "what is computed from a drawn weight is computed from another draw",
-           DEFERRED,
+           RECORDER,
            "torch.default_generator.manual_seed(self.seed)",
            "torch.default_generator.seed()",
            "tests/test_sharded_init.py::test_initialization_of_a_users_own_is_kept"),
@@ -486,10 +487,10 @@ MODULES = (
            TORCH_OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
            ANY_MODULE),
     Mutant("replicas-start-apart", "each replica keeps what it drew",
-           "parallel/zero/modules.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
+           "parallel/modules/adapters.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
            ANY_MODULE),
     Mutant("problem-of-one-rank-kept", "the others wait for a rank that has raised",
-           "parallel/zero/agreement.py", 'f"!{problem}" if problem else doing', "doing", f"{REFUSALS}[cast]"),
+           "parallel/modules/agreement.py", "    raise error(told)", "    raise error(problem)", f"{REFUSALS}[cast]"),
     Mutant("recomputed-layer-let-go", "a layer is gathered once more after its recomputation",
            GATHERER, "if _backward() < 0:", "if True:",
            "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),
@@ -503,20 +504,20 @@ MODULES = (
            TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
            f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
-           "parallel/loaders.py", "manual_seed(states[0])", "manual_seed(states[axis.rank])",
+           "parallel/engine/loaders.py", "manual_seed(states[0])", "manual_seed(states[axis.rank])",
            f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
 )
 
 PLACEMENT = (
     Mutant("computation-without-end", "of a watched step all is taken for computation",
-           "parallel/memory/observer.py", "self._clock.seconds(self._begun, self._computed)",
+           "parallel/placement/profile.py", "self._clock.seconds(self._begun, self._computed)",
            "self._clock.seconds(self._begun, self._clock.now())",
            f"{PLANS}::test_what_comes_after_computation_is_not_taken_for_it"),
     Mutant("host-parameters-not-refreshed", "parameters at home on the host go on as they were",
            CHUNK, "                self.written = self.copies.down(self.master.to(self.own.dtype), self.own)\n",
            "                pass\n", f"{HOMES}::test_chunks_may_change_their_homes_between_any_two_steps"),
     Mutant("narrow-parameters-left-on-the-host", "what streamed through the device is not rounded",
-           "parallel/streaming.py", "                self._copies.down(narrow.copy_(here.states[0]), home.own)\n",
+           "parallel/optim/streaming.py", "                self._copies.down(narrow.copy_(here.states[0]), home.own)\n",
            "                pass\n", f"{HOMES}::test_narrow_parameters_too"),
     Mutant("rounds-on-the-host-replaced", "the host keeps the last microbatch's gradient alone",
            GRADIENTS, "        chunk.copies.up(total, found, after=chunk.gradient_written).wait()\n",
@@ -525,22 +526,22 @@ PLACEMENT = (
            TORCH_OPTIM, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
            f"{HOMES}::test_a_module_of_ones_own_too"),
     Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
-           "parallel/memory/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
+           "parallel/placement/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
            f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
     Mutant("host-beyond-its-budget", "states stay on the host although there is no room",
-           "parallel/memory/policy.py", "k) <= host.budget)", "k) <= 2 * host.budget)",
+           "parallel/placement/policy.py", "k) <= host.budget)", "k) <= 2 * host.budget)",
            f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
     Mutant("slots-uncounted", "what states on a disk go through is not part of the host's budget",
-           "parallel/memory/policy.py", "max((chunk.buffers for", "max((0 for",
+           "parallel/placement/policy.py", "max((chunk.buffers for", "max((0 for",
            f"{ON_DISK}::test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget"),
     Mutant("slot-read-before-it-is-written", "reading ahead takes the place of what was updated",
-           "parallel/disk.py", "        for job in written:\n            job.result()\n", "",
+           "parallel/storage/disk.py", "        for job in written:\n            job.result()\n", "",
            f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
     Mutant("updates-left-in-their-slots", "nothing comes back to the disk",
-           "parallel/disk.py", "        file.write(start, room[: stop - start])\n", "",
+           "parallel/storage/disk.py", "        file.write(start, room[: stop - start])\n", "",
            f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
     Mutant("looked-at-too-early", "a checkpoint has states that are still being written",
-           "parallel/disk.py",
+           "parallel/storage/disk.py",
            "        for slot in self._slots:\n            slot.wait()\n        self._asked",
            "        self._asked",
            f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
@@ -548,7 +549,7 @@ PLACEMENT = (
            INPUTS, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
            f"{KEPT}::test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks"),
     Mutant("module-input-kept-on-the-device", "transformers' own checkpoint stays",
-           "parallel/zero/modules.py",
+           "parallel/modules/adapters.py",
            "                _replace_checkpoint(module, inputs)\n",
            "                pass\n",
            f"{KEPT}::test_what_waits_on_the_device_does_not_grow_with_a_modules_layers[opt]"),
@@ -570,25 +571,25 @@ PLACEMENT = (
            "        x = self._x\n        self._go_away()\n        self._pool.take_back(self._home)\n",
            f"{KEPT}::test_a_module_of_ones_own_trains_bit_for_bit_too[twice-1-cuda]"),
     Mutant("computes-after-it-gathers", "a layer waits for the copy of the next one's parameters",
-           "parallel/chunk.py", "        with self.copies.uploading():  # behind", "        arrival.wait()\n"
+           "parallel/chunk/chunk.py", "        with self.copies.uploading():  # behind", "        arrival.wait()\n"
            "        with self.copies.uploading():  # behind",
            "tests/test_chunk.py::test_a_chunk_comes_up_and_is_gathered_while_the_device_computes"),
     Mutant("planned-by-a-skipped-step", "a step whose update was skipped is taken for what steps are",
            PLACER, "        if skipped:\n            if self._phase", "        if False:\n            if self._phase",
            "tests/test_placer.py::test_a_step_that_updates_nothing_is_not_planned_by"),
     Mutant("update-out-of-memory", "an update for which there is no memory says nothing of cures",
-           "parallel/module_engine.py",
+           "parallel/engine/module_engine.py",
            "        with self.placer.explaining():\n            skipped = self._update(norm, divisor)\n",
            "        skipped = self._update(norm, divisor)\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-goes-on", "a module that has been evaluated trains no more",
-           "parallel/zero/modules.py", "            part.training = before\n", "            pass\n",
+           "parallel/modules/adapters.py", "            part.training = before\n", "            pass\n",
            "tests/test_module_state.py::test_an_evaluation_leaves_a_module_training_as_it_was"),
     Mutant("uneven-samples", "replicas with other numbers of samples wait for each other",
            ENGINE, "if total**2 != self.data.size * squares:", "if False:",
            "tests/test_batches.py::test_replicas_bring_as_many_samples_each"),
     Mutant("loader-counts-what-is-left-out", "a loop waits for a last batch that does not come",
-           "parallel/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",
+           "parallel/engine/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",
            "tests/test_module_shapes.py::test_a_divided_loader_is_as_long_as_what_it_yields"),
     Mutant("placement-says-its-last-step", "one step that something held up is said to be what a plan came to",
            PLACER, "median(self._took[SETTLING:])", "max(self._took[SETTLING:])",
@@ -617,16 +618,17 @@ PLACEMENT = (
            PLACER, 'fits = state.get("key") == self._key()', "fits = bool(state)",
            f"{PLANS}::test_a_resumed_run_goes_on_by_the_plan_it_had"),
     Mutant("parts-are-kept", "what an update streamed stays on the host though its chunk has moved",
-           "parallel/shared_update.py", "Side(counts[0],", "Side(_elements(streamed),",
+           "parallel/optim/shared_update.py", "Side(counts[0],", "Side(_elements(streamed),",
            f"{HOMES}::test_what_has_moved_is_gone_from_where_it_was"),
     Mutant("engines-stay", "autograd holds the chunks of an engine that nobody has any more",
            GRADIENTS, "partial(_arrive, weakref.ref(self), i)", "partial(self.take, i)",
            "tests/test_long_run.py::test_an_engine_that_is_given_up_frees_its_memory[ours]"),
     Mutant("disk-timed-as-the-bus", "the host is given less than it could do while the disk is waited for",
-           "parallel/shared_update.py", "from_disk = [part for part in parts if part.is_on_disk]", "from_disk = []",
+           "parallel/optim/shared_update.py",
+           "from_disk = [part for part in parts if part.is_on_disk]", "from_disk = []",
            "tests/test_disk.py::test_what_comes_from_a_disk_is_timed_apart_from_what_the_host_may_take"),
     Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
-           "parallel/shared_update.py", " and len(part.chunk.axes) == 1", "",
+           "parallel/optim/shared_update.py", " and len(part.chunk.axes) == 1", "",
            f"{PLANS}::test_what_two_stages_hold_is_updated_on_the_same_side"),
 )
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from models import build
 from models.hf import export
 from models.shapes import resolve, shape_of
-from parallel.chunk import Chunk
-from parallel.collectives import gather_objects
+from parallel.chunk.chunk import Chunk
 from parallel.config import parse
-from parallel.context import Place, make_context
-from parallel.engine import Engine
-from parallel.engine_base import EngineBase
-from parallel.layout import Layout, slices
+from parallel.engine.base import EngineBase
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
+from parallel.layout.layout import Layout, slices
+from parallel.mesh.collectives import gather_objects
 
 Batch = dict[str, Tensor]
 Raw = dict[str, Any]

@@ -15,7 +15,7 @@ from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
 from models.shapes import resolve
 from parallel.config import parse
-from parallel.context import Place, make_context
+from parallel.engine.context import Place, make_context
 from tests.harness import run
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint import find, load, read_metadata, resolve_latest, save, step_folder
+from parallel.checkpoint.checkpoint import find, load, read_metadata, resolve_latest, save, step_folder
+from parallel.checkpoint.shards import covered_once
 from parallel.errors import CheckpointError
-from parallel.layout import Layout, Piece, box_shape, slices
-from parallel.mesh import Axis, Traffic
-from parallel.shards import covered_once
+from parallel.layout.layout import Layout, Piece, box_shape, slices
+from parallel.mesh.mesh import Axis, Traffic
 from tests.harness import run
 from tests.parity import owns
 

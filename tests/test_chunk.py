@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel import gradients
-from parallel.chunk import Chunk, make_chunks
-from parallel.collectives import Pending, start_all_gather, start_all_reduce
-from parallel.layout import Layout, ParameterInfo
-from parallel.mesh import ALONE, Axis
-from parallel.outline import ALIGNMENT, Home
+from parallel.chunk.chunk import Chunk, make_chunks
+from parallel.chunk.spec import ALIGNMENT, Home
+from parallel.layout.layout import Layout, ParameterInfo
+from parallel.mesh.collectives import Pending, start_all_gather, start_all_reduce
+from parallel.mesh.mesh import ALONE, Axis
+from parallel.ops.products import write_product
+from parallel.optim import gradients
 from parallel.pipeline import runner
 from parallel.pipeline.p2p import start_receive, start_send
-from parallel.products import write_product
-from parallel.transfer import Arrival, Placement, Tier
+from parallel.storage.transfer import Arrival, Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
 
@@ -89,7 +89,7 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
     with (
         patch.object(Arrival, "wait", lambda arrival: found.append("wait")),
         patch.object(chunk.copies, "uploading", uploading),
-        patch("parallel.chunk.start_all_gather", gathered),
+        patch("parallel.chunk.chunk.start_all_gather", gathered),
     ):
         pending = chunk.gather()
         found.append("compute")

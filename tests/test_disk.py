@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 import parallel
-from parallel import checkpoint, disk, streaming
-from parallel.chunk import Chunk
+from parallel.checkpoint import checkpoint
+from parallel.chunk.chunk import Chunk
 from parallel.config import parse
-from parallel.disk import Disk
-from parallel.memory.policy import ChunkBytes, HostRoom, host_of
-from parallel.memory.start import shortage
-from parallel.transfer import Arrival, Placement, Tier
+from parallel.optim import streaming
+from parallel.placement.initial import shortage
+from parallel.placement.policy import ChunkBytes, HostRoom, host_of
+from parallel.storage import disk
+from parallel.storage.disk import Disk
+from parallel.storage.transfer import Arrival, Placement, Tier
 from tests.harness import run
 from tests.parity import Raw, assert_bits, assert_updated_alike, batches_of, engine_of, share_of, whole
 from tests.test_module_engine import MODELS
@@ -327,7 +329,7 @@ def refused(rank: int, world_size: int, raw: Raw, trouble: str = "") -> str:
         if trouble == "filling":
             patch.setattr(os, "posix_fallocate", fails(NO_SPACE))
         if trouble == "unpinned":
-            patch.setattr(parallel.chunk, "host_empty", fails(MemoryError("the driver refuses to pin 7 bytes.")))
+            patch.setattr("parallel.chunk.chunk.host_empty", fails(MemoryError("the driver refuses to pin 7 bytes.")))
         try:
             engine_in_parts(rank, world_size, raw)
         except parallel.ConfigError as error:

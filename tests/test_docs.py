@@ -18,15 +18,15 @@ from transformers import OPTConfig, OPTForCausalLM
 import parallel
 from models.shapes import resolve
 from parallel.config import load_raw, parse
-from parallel.conjugate import reduce
 from parallel.errors import ColonnadeError
-from parallel.labels import shift
-from parallel.mesh import Mesh
+from parallel.layout.labels import shift
+from parallel.mesh.conjugate import reduce
+from parallel.mesh.mesh import Mesh
+from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import SCHEDULES, Action, batches, with_transfers
 from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
-from parallel.topology import Topology
 from tests.harness import run
 from tests.mutant_table import MUTANTS
 from tests.parity import owns
@@ -105,6 +105,12 @@ def test_the_readme_has_a_config_that_parses_and_says_every_section(tmp_path: Pa
     raw = load_raw(file)
     assert raw.keys() == SECTIONS
     assert parse(raw, world_size=8, resolve=resolve).num_microbatches(8) == 4
+
+
+def test_every_mutant_finds_its_line_exactly_once() -> None:
+    """Three of them once did not, and were planted nowhere."""
+    stale = [m.name for m in MUTANTS if (ROOT / m.file).read_text(encoding="utf-8").count(m.before) != 1]
+    assert stale == []
 
 
 def test_the_readme_counts_the_mutants() -> None:

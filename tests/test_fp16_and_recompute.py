@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from parallel.loss_scale import LossScale
+from parallel.optim.loss_scale import LossScale
 from parallel.tensor.matmul import Surround
 from tests.harness import run
 from tests.parity import (

@@ -15,19 +15,19 @@ from torch import Tensor
 from models import build
 from models.opt import Attention, Block
 from models.shapes import OPTShape, resolve
-from parallel.chunk import Chunk
+from parallel.chunk.chunk import Chunk
 from parallel.config import parse
-from parallel.context import Place, make_context
-from parallel.grad_norm import clip_coefficient, global_norm
-from parallel.labels import IGNORED
-from parallel.layout import Layout, ParameterInfo, slices
-from parallel.mesh import Mesh
+from parallel.engine.context import Place, make_context
+from parallel.layout.labels import IGNORED
+from parallel.layout.layout import Layout, ParameterInfo, slices
+from parallel.mesh.mesh import Mesh
+from parallel.mesh.topology import Topology
+from parallel.optim.grad_norm import clip_coefficient, global_norm
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES
 from parallel.tensor import loss as tensor_loss
 from parallel.tensor.loss import Head, sum_cross_entropy
 from parallel.tensor.matmul import Surround
-from parallel.topology import Topology
 from tests.harness import run
 from tests.parity import (
     SHAPE,

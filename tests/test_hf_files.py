@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from models import hf
 from models.shapes import OPTShape, from_hugging_face
 from models.tokenizer import ByteTokenizer
-from parallel import hf_folder
+from parallel.checkpoint import hf_folder
+from parallel.checkpoint.shards import Entry, write
 from parallel.errors import CheckpointError, DataError
-from parallel.layout import Layout, ParameterInfo, Piece, slices
-from parallel.mesh import Axis, Traffic
-from parallel.shards import Entry, write
+from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
+from parallel.mesh.mesh import Axis, Traffic
 from tests.harness import run
 from tests.parity import owns
 

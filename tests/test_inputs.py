@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.engine import Engine
-from parallel.memory.inputs import HostPool, InputsOnHost, Kept
-from parallel.module_engine import ModuleEngine
-from parallel.transfer import Copies
+from parallel.activations.offload import HostPool, InputsOnHost, Kept
+from parallel.engine.engine import Engine
+from parallel.engine.module_engine import ModuleEngine
+from parallel.storage.transfer import Copies
 from tests.accounts import Held
 from tests.harness import run
 from tests.parity import SHAPE, Raw, Trace, batches_of, config_of, engine_of, share_of, train

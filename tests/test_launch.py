@@ -17,7 +17,7 @@ import launch
 from models import generate
 from parallel.config import load_raw, parse
 from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError
-from parallel.topology import Topology
+from parallel.mesh.topology import Topology
 from training import loop, spawn
 from training.rank_grid import cell_caption, cell_of, columns_shown
 

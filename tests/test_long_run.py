@@ -20,12 +20,12 @@ from transformers import OPTConfig, OPTForCausalLM
 import parallel
 from models import build
 from models.shapes import resolve
-from parallel import disk
 from parallel.config import parse
-from parallel.context import Place, make_context, use
-from parallel.engine import Engine
-from parallel.module_engine import ModuleEngine
-from parallel.transfer import Tier
+from parallel.engine.context import Place, make_context, use
+from parallel.engine.engine import Engine
+from parallel.engine.module_engine import ModuleEngine
+from parallel.storage import disk
+from parallel.storage.transfer import Tier
 from tests.harness import run
 
 STEPS = range(200, 2001, 200)

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from models.data import Batch
-from parallel.context import Place, make_context
-from parallel.engine import Engine
-from parallel.engine_base import StepResult
+from parallel.engine.base import StepResult
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, ConfigError
 from tests.harness import run
 from training import loop, metrics, plot, preflight

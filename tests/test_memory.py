@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.opt import Block
 from models.shapes import OPTShape
-from parallel.config_parallel import TensorConfig
+from parallel.config.parallel import TensorConfig
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
 from tests.accounts import Held, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value

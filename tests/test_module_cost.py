@@ -6,9 +6,9 @@ import pytest
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.module_engine import ModuleEngine
-from parallel.optim import AdamW
-from parallel.outline import ALIGNMENT
+from parallel.chunk.spec import ALIGNMENT
+from parallel.engine.module_engine import ModuleEngine
+from parallel.optim.adamw import AdamW
 from parallel.zero.gatherer import State
 from tests.harness import run
 from tests.parity import Raw

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.chunk import Chunk
+from parallel.chunk.chunk import Chunk
 from parallel.config import parse
-from parallel.context import Place, make_context, use
-from parallel.module_engine import ModuleEngine
+from parallel.engine.context import Place, make_context, use
+from parallel.engine.module_engine import ModuleEngine
+from parallel.mesh.collectives import all_reduce
 from tests.harness import run
 from tests.parity import Raw, Trace, compare, updating_in_one_place, whole
 
@@ -194,7 +195,7 @@ def ours(rank: int, world_size: int, raw: Raw, model: str, optimizer: str) -> Tr
                     engine.backward(loss)
             else:
                 engine.backward(loss)
-            trace.losses.append(parallel.collectives.all_reduce(loss.detach(), engine.data).item() / world_size)
+            trace.losses.append(all_reduce(loss.detach(), engine.data).item() / world_size)
         result = engine.step()
         scheduler.step()
         assert result.grad_norm is not None

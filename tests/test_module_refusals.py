@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from parallel.module_engine import ModuleEngine
+from parallel.engine.module_engine import ModuleEngine
 from tests.harness import run
 from tests.parity import Raw
 from tests.test_module_engine import Plain, batches, config_of, engine_of, loss_of, plain

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import parallel
-from parallel.loaders import divide
-from parallel.mesh import ALONE, Axis
-from parallel.module_engine import ModuleEngine
+from parallel.engine.loaders import divide
+from parallel.engine.module_engine import ModuleEngine
+from parallel.mesh.mesh import ALONE, Axis
 from tests.harness import run
 from tests.test_module_engine import config_of, engine_of
 

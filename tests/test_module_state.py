@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import LlamaForCausalLM, OPTForCausalLM
 
 import parallel
-from parallel.collectives import all_reduce
 from parallel.config import parse
-from parallel.context import Place, make_context, use
-from parallel.module_engine import ModuleEngine
+from parallel.engine.context import Place, make_context, use
+from parallel.engine.module_engine import ModuleEngine
+from parallel.mesh.collectives import all_reduce
 from tests.harness import run
 from tests.parity import Raw
 from tests.test_module_engine import MODELS, Plain, batches, config_of, engine_of, loss_of, plain

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import parallel
 from models import build
 from models.shapes import resolve
-from parallel import shared_update, streaming
 from parallel.config import parse
-from parallel.context import Place, make_context
-from parallel.memory.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of, near, peak_of, plan
-from parallel.optim import AdamW
-from parallel.shared_update import Run, Side
-from parallel.transfer import ON_DEVICE, Placement, Tier
+from parallel.engine.context import Place, make_context
+from parallel.optim import shared_update, streaming
+from parallel.optim.adamw import AdamW
+from parallel.optim.shared_update import Run, Side
+from parallel.placement.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of, near, peak_of, plan
+from parallel.storage.transfer import ON_DEVICE, Placement, Tier
 from tests.harness import run
 from tests.parity import (
     SHAPE,
@@ -339,7 +339,7 @@ def test_a_plan_fits_and_everything_stays_where_everything_fits(data: st.DataObj
 
 def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
     """A checkpoint of a model that lives on the host, taken up by one that lives on the device, and the other way."""
-    from parallel import checkpoint
+    from parallel.checkpoint import checkpoint
 
     batches = batches_of(4, batch=24)
     first = engine_of(rank, world_size, raw)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from parallel import checkpoint, shared_update
-from parallel.engine_base import EngineBase
-from parallel.memory.observer import Observer
-from parallel.memory.placer import Phase, Placer
-from parallel.streaming import Part
-from parallel.transfer import Placement, Tier
+from parallel.checkpoint import checkpoint
+from parallel.engine.base import EngineBase
+from parallel.optim import shared_update
+from parallel.optim.streaming import Part
+from parallel.placement.manager import Phase, Placer
+from parallel.placement.profile import Observer
+from parallel.storage.transfer import Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, engine_of, share_of
 from tests.test_module_engine import config_of

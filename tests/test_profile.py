@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 import launch
-from parallel.context import Place, make_context
-from parallel.engine import Engine
-from parallel.engine_base import StepResult
+from parallel.engine.base import StepResult
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
+from parallel.engine.phases import PHASES, Stopwatch
 from parallel.errors import ConfigError
-from parallel.phases import PHASES, Stopwatch
 from parallel.pipeline.schedule import Op, one_f_one_b
 from tests.harness import run
 from tests.test_loop import ALONE, TINY, lines_of, start

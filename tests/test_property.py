@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parallel.config_parallel import ContextConfig
+from parallel.config.parallel import ContextConfig
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
 

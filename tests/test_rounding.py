@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from models.shapes import resolve
-from parallel import checkpoint, optim, shared_update, streaming
-from parallel.chunk import Chunk
+from parallel.checkpoint import checkpoint
+from parallel.chunk.chunk import Chunk
 from parallel.config import parse
-from parallel.engine_base import EngineBase
-from parallel.layout import Layout, ParameterInfo
-from parallel.mesh import ALONE, Axis
-from parallel.optim import AdamW
-from parallel.rounding import TABLE, Rounding
-from parallel.streaming import Part
-from parallel.transfer import Tier
+from parallel.engine.base import EngineBase
+from parallel.layout.layout import Layout, ParameterInfo
+from parallel.mesh.mesh import ALONE, Axis
+from parallel.optim import adamw as optim
+from parallel.optim import shared_update, streaming
+from parallel.optim.adamw import AdamW
+from parallel.optim.rounding import TABLE, Rounding
+from parallel.optim.streaming import Part
+from parallel.storage.transfer import Tier
 from tests.harness import run
 from tests.parity import (
     SHAPE,

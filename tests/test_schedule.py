@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.mesh import Axis, Traffic
+from parallel.mesh.mesh import Axis, Traffic
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.schedule import (
     SCHEDULES,

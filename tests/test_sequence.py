@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend
 
 from models.opt import Block as TransformerBlock
 from models.shapes import OPTShape
-from parallel.collectives import Pending, all_to_all, start_rotate
-from parallel.config_parallel import ContextConfig, TensorConfig
-from parallel.mesh import ALONE, Axis
+from parallel.config.parallel import ContextConfig, TensorConfig
+from parallel.layout.rng import dropout
+from parallel.mesh.collectives import Pending, all_to_all, start_rotate
+from parallel.mesh.mesh import ALONE, Axis
 from parallel.pipeline.microbatch import Microbatch
-from parallel.rng import dropout
 from parallel.sequence import Dropping, Masking, ring, sequence_of
 from parallel.sequence import blocks as kernels
 from parallel.sequence.blocks import Block, Kernel, index

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.chunk import stand_in
-from parallel.mesh import ALONE
-from parallel.zero.construction import construction
-from parallel.zero.sliced import is_divided, restore
+from parallel.chunk.chunk import stand_in
+from parallel.mesh.mesh import ALONE
+from parallel.modules.construction import construction
+from parallel.modules.sliced import is_divided, restore
 from tests.accounts import Held
 from tests.harness import run
 from tests.parity import SHAPE

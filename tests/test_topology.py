@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.config import ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
-from parallel.topology import Topology, mesh_shape
+from parallel.mesh.topology import Topology
 
 AXES = ("pipe", "data", "context", "depth", "row", "col")
 shapes = st.lists(st.integers(1, 3), min_size=1, max_size=len(AXES)).map(
@@ -70,7 +70,7 @@ def test_ends_are_the_first_and_last_plane_of_an_axis(shape: dict[str, int]) -> 
 )
 def test_the_mesh_is_pipe_data_context_then_the_modes_own(tensor: TensorConfig, inner: dict[str, int]) -> None:
     parallel = ParallelConfig(PipelineConfig(2), tensor, ContextConfig(2))
-    shape = mesh_shape(parallel, 12 * tensor.size)
+    shape = parallel.mesh_shape(12 * tensor.size)
     assert list(shape.items()) == [("pipe", 2), ("data", 3), ("context", 2), *inner.items()]
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from models.opt import Block, Embed, Head
 from models.shapes import OPTShape
-from parallel.config_parallel import TensorConfig
-from parallel.engine import Engine
+from parallel.config.parallel import TensorConfig
+from parallel.engine.engine import Engine
 from parallel.tensor import loss
 from tests.accounts import Call, Handed, letters, value
 from tests.harness import run

@@ -11,7 +11,7 @@ from models.build import build, outline
 from models.hf import load
 from models.shapes import resolve
 from parallel.config import parse
-from parallel.context import Context, Place, make_context
+from parallel.engine.context import Context, Place, make_context
 from tests.harness import run
 from tests.parity import (
     SHAPE,

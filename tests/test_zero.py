@@ -12,13 +12,13 @@ from torch import Tensor
 
 from models import build
 from models.shapes import resolve
-from parallel import checkpoint
+from parallel.checkpoint import checkpoint
+from parallel.chunk.spec import ALIGNMENT
 from parallel.config import parse
-from parallel.context import Place, make_context
-from parallel.engine import Engine
-from parallel.layout import ParameterInfo, box_shape, rectangles, slices
-from parallel.optim import AdamW
-from parallel.outline import ALIGNMENT
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
+from parallel.layout.layout import ParameterInfo, box_shape, rectangles, slices
+from parallel.optim.adamw import AdamW
 from parallel.zero.gatherer import State, Unit
 from tests.harness import run
 from tests.parity import (

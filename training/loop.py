@@ -15,12 +15,12 @@ from models.build import build, outline
 from models.data import Loader, SampleOrder
 from models.hf import export
 from models.shapes import shape_of
-from parallel import checkpoint
-from parallel.collectives import barrier
-from parallel.context import DTYPES, Context, make_context
-from parallel.engine import Engine
-from parallel.engine_base import start_of
-from parallel.shards import together
+from parallel.checkpoint import checkpoint
+from parallel.checkpoint.shards import together
+from parallel.engine.base import start_of
+from parallel.engine.context import DTYPES, Context, make_context
+from parallel.engine.engine import Engine
+from parallel.mesh.collectives import barrier
 from training.metrics import Line, Meter, MetricsFile
 from training.plot import draw_loss
 from training.preflight import Job, metadata

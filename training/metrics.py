@@ -15,7 +15,7 @@ import torch
 
 from models.shapes import flops_per_token, shape_of
 from parallel.config import Config
-from parallel.engine_base import StepResult
+from parallel.engine.base import StepResult
 
 Line: TypeAlias = dict[str, Any]
 

@@ -13,9 +13,9 @@ from models import hf
 from models.data import Corpus, load_tokens
 from models.shapes import OPTShape, resolve, shape_of
 from models.tokenizer import Tokenizer, is_of_bytes, load_tokenizer
-from parallel import checkpoint
+from parallel.checkpoint import checkpoint
 from parallel.config import Config, apply_overrides, load_raw, parse
-from parallel.context import Place, choose_device, device_type
+from parallel.engine.context import Place, choose_device, device_type
 from parallel.errors import CheckpointError, ConfigError
 from training.run_folder import RunFolder
 

@@ -7,16 +7,14 @@ import torch
 from models import opt
 from models.build import costs_of, outline, split
 from models.shapes import OPTShape, parameter_count, shape_of
+from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
 from parallel.config import Config
-from parallel.context import Place, make_context
-from parallel.gradients import gradient_dtype
-from parallel.layout import ParameterInfo
-from parallel.optim import state_size
-from parallel.outline import master_dtype
+from parallel.engine.context import Place, make_context
+from parallel.layout.layout import ParameterInfo
+from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, simulate
 from parallel.tensor import MODES
-from parallel.topology import Topology, mesh_shape
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Preview:
 
 def preview(config: Config, world_size: int) -> Preview:
     """Lay a resolved config out over `world_size` ranks."""
-    topology = Topology(mesh_shape(config.parallel, world_size))
+    topology = Topology(config.parallel.mesh_shape(world_size))
     return Preview(config, topology, tuple(_stage(config, topology, s) for s in range(config.parallel.pipeline.size)))
 
 

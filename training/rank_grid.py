@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import prod
 
-from parallel.topology import Topology
+from parallel.mesh.topology import Topology
 
 LARGEST_CELL = 64  # ranks drawn one by one; more are named by the first and the last
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parallel.errors import either, nearest_multiples
-from parallel.labels import IGNORED
+from parallel.layout.labels import IGNORED
 
 
 @dataclass(frozen=True)

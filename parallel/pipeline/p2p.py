@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Pending
-from parallel.mesh import Axis
+from parallel.mesh.collectives import Pending
+from parallel.mesh.mesh import Axis
 
 
 @dataclass(frozen=True)

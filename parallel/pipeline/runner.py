@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from parallel.collectives import Pending
-from parallel.deferred import Deferred
-from parallel.phases import Phase
+from parallel.mesh.collectives import Pending
+from parallel.ops.deferred import Deferred
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
 from parallel.pipeline.schedule import Action, Op, Plan
 from parallel.pipeline.stage import Stage
+
+PipelinePhase: TypeAlias = Literal["forward", "backward", "transfer"]
+"""Where the time of a plan's actions goes."""
 
 SENDS_IN_FLIGHT = 2  # before the eldest is waited for: what is sent stays in memory until then
 
@@ -36,7 +39,7 @@ class Runner:
         microbatches: Sequence[Microbatch],
         *,
         weights: Deferred | None = None,
-        mark: Callable[[Phase, object], None] = lambda phase, action: None,
+        mark: Callable[[PipelinePhase, object], None] = lambda phase, action: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
         self.weights = weights if pipe.rank > 0 else None  # to the first stage nobody listens

@@ -1,40 +1,13 @@
 """A rank's part of a model: some of its layers, in order, and what the outside must know about them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from parallel.layout import ParameterInfo
-from parallel.memory.inputs import InputsOnHost
+from parallel.activations.offload import InputsOnHost
+from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.microbatch import Limits, Microbatch
-from parallel.recomputation import recomputation
-
-
-class Recomputed(nn.Module):
-    """A layer of which only the input is kept for backward, which runs the forward again (Chen et al. 2016, section 3),
-    as far as it goes to what was not kept: not to the last product, nor to its collectives.
-
-    No random stream needs restoring: dropout has no state. `inputs`: keeps the input, on the host.
-    """
-
-    def __init__(self, layer: nn.Module, inputs: InputsOnHost | None = None) -> None:
-        super().__init__()
-        self.layer = layer
-        kept = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
-        self._checkpoint = kept if inputs is None else inputs.around(kept)
-
-    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
-        y: Tensor = self._checkpoint(self.layer, x, microbatch)
-        return y
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a forward, and around its second run."""
-    return nullcontext(), recomputation()
 
 
 class Stage(nn.Module):

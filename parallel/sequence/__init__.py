@@ -1,7 +1,7 @@
 """Context parallelism: a sequence split over ranks, one table of the ways to attend across them all."""
 
 from parallel.config import ContextConfig
-from parallel.mesh import Mesh
+from parallel.mesh.mesh import Mesh
 from parallel.sequence.blocks import Dropping, Masking
 from parallel.sequence.split import WHOLE, AllToAll, Ring, Sequence
 

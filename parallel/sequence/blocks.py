@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from parallel.products import wide_batched_product
-from parallel.rng import dropped
+from parallel.layout.rng import dropped
+from parallel.ops.products import wide_batched_product
 
 UNSEEN = -1e30  # the logsumexp of no score at all: finite, so that differences of two are numbers
 HEAD_UNIT = 8  # of which a kernel for GPUs takes multiples; their public face pads others

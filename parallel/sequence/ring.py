@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from parallel.collectives import Pending, start_rotate
-from parallel.mesh import Axis
+from parallel.mesh.collectives import Pending, start_rotate
+from parallel.mesh.mesh import Axis
 from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
 
 ALL = slice(None)

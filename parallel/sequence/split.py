@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.collectives import split
-from parallel.conjugate import exchange
-from parallel.mesh import ALONE, Axis
+from parallel.mesh.collectives import split
+from parallel.mesh.conjugate import exchange
+from parallel.mesh.mesh import ALONE, Axis
 from parallel.sequence.blocks import Masking, index
 from parallel.sequence.ring import Zigzag, attend_around
 

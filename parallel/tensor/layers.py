@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.collectives import all_gather, all_reduce
-from parallel.layout import Layout
-from parallel.mesh import Axis
+from parallel.layout.layout import Layout
+from parallel.mesh.collectives import all_gather, all_reduce
+from parallel.mesh.mesh import Axis
 from parallel.tensor.matmul import Deliver, Surround, matmul
 
 EPS = 1e-5  # of every LayerNorm, as in OPT

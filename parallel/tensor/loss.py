@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import MAX, Pending, all_reduce
-from parallel.labels import IGNORED
-from parallel.layout import Layout, index_along
-from parallel.mesh import Axis
-from parallel.products import add_product, write_product
+from parallel.layout.labels import IGNORED
+from parallel.layout.layout import Layout, index_along
+from parallel.mesh.collectives import MAX, Pending, all_reduce
+from parallel.mesh.mesh import Axis
+from parallel.ops.products import add_product, write_product
 from parallel.tensor.matmul import Surround
 
 TOKENS_A_CHUNK = 2048  # of this rank

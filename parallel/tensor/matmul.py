@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.collectives import (
+from parallel.activations.recompute import is_recomputation
+from parallel.mesh.collectives import (
     Pending,
     all_reduce,
     reduce_scatter,
@@ -23,9 +24,8 @@ from parallel.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from parallel.mesh import ALONE, Axis
-from parallel.products import wide_product
-from parallel.recomputation import is_recomputation
+from parallel.mesh.mesh import ALONE, Axis
+from parallel.ops.products import wide_product
 
 T = TypeVar("T")
 

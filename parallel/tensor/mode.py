@@ -15,10 +15,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from parallel.collectives import split
-from parallel.conjugate import gather, reduce, scatter
-from parallel.layout import Layout
-from parallel.mesh import ALONE, Axis, Mesh
+from parallel.layout.layout import Layout
+from parallel.mesh.collectives import split
+from parallel.mesh.conjugate import gather, reduce, scatter
+from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.sequence import WHOLE, Sequence
 from parallel.tensor.layers import Embedding, LayerNorm, Linear, Vocabulary
 from parallel.tensor.loss import Head, sum_cross_entropy

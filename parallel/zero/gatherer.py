@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from parallel.chunk import Chunk
-from parallel.collectives import Pending
+from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
-from parallel.zero.absent import conceal, reveal
-from parallel.zero.units import ROOT
+from parallel.layout.layout import ROOT
+from parallel.mesh.collectives import Pending
+from parallel.zero.unavailable import conceal, reveal
 
 
 class State(Enum):

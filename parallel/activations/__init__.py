@@ -1,0 +1,1 @@
+"""What is kept for backward: recomputation, and activations offloaded to the host."""

@@ -1,0 +1,1 @@
+"""Files: checkpoints, Hugging Face directories, and the safetensors below both."""

@@ -1,0 +1,1 @@
+"""Parameters in flat buffers: the unit that is communicated, updated and placed."""

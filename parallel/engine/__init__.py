@@ -1,0 +1,1 @@
+"""A training step, composed: the engines, and how a user's program reaches them."""

@@ -1,0 +1,146 @@
+"""One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from parallel.chunk.chunk import make_chunks
+from parallel.engine.base import EngineBase, StepResult, optimizer_of, start_of
+from parallel.engine.context import Context
+from parallel.engine.phases import Stopwatch
+from parallel.errors import DataError
+from parallel.layout.labels import IGNORED, shift
+from parallel.mesh.collectives import all_reduce
+from parallel.optim.grad_norm import global_norm
+from parallel.optim.gradients import Gradients
+from parallel.pipeline.microbatch import Microbatch, problem_of
+from parallel.pipeline.p2p import Pipe
+from parallel.pipeline.runner import Runner
+from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
+from parallel.pipeline.stage import Stage
+from parallel.pipeline.validate import validate
+from parallel.placement.initial import explaining_host
+from parallel.storage.transfer import HostCopy, to_device
+from parallel.tensor.layers import Linear
+from parallel.zero.gatherer import Gatherer
+
+
+class Engine(EngineBase):
+    """Trains one stage of a model in its place in the mesh.
+
+    A batch is this replica's samples, micro × k of them, the same on every rank of the replica: `input_ids` [B, S], and
+    optionally `labels` (−100: not counted; shifted inside; default: the inputs), `attention_mask`, and `sample_ids`
+    [B], which number the samples over the run and key dropout (default: counted by step).
+    """
+
+    def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
+        config, zero = context.config, context.config.zero.stage
+        start = start_of(stage.infos, context, is_torchs=optimizer is not None)
+        with explaining_host(start):
+            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, homes=start.homes)
+        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), start)
+        self.inputs = stage.inputs
+        self.stage, self.pipe = stage, Pipe(self.mesh.links)
+        self.pipe.connect(self.mesh.device)
+        self.gatherer = Gatherer(stage.units, self.chunks, self.placer)
+        stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
+        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
+        for module in stage.modules():
+            if isinstance(module, Linear) and module.can_deliver:
+                module.deliver = self.gradients.receiver(module.weight)
+        self.stopwatch = Stopwatch(self.mesh.device)
+        self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
+
+    def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """Forward and backward of all microbatches, one update; none on any rank where a gradient overflowed in fp16.
+
+        Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label;
+        ConfigError where the device has too little memory.
+        """
+        with self.placer.explaining():
+            return self._train_step(batch)
+
+    def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+        self.stopwatch.mark("data")
+        self.stage.train()
+        microbatches, tokens = self._microbatches(batch)
+        if not tokens:
+            raise DataError("batch: no label to learn from: all of them are -100.")
+        ids, mask = microbatches[0].input_ids, microbatches[0].attention_mask
+        self.placer.before_step((len(microbatches), *ids.shape, int(mask is not None)))
+        self.gradients.begin(len(microbatches))
+        self.gatherer.begin()
+        keeps = self.config.train.activation_checkpointing == "none"  # what a layer computed, also if products wait
+        weights = self.gradients.deferred if keeps else None
+        runner = Runner(self.stage, self.pipe, microbatches, weights=weights, mark=self.stopwatch.mark)
+        total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
+        self.stopwatch.mark("reduce")
+        total = self._sum(total)
+        self.gatherer.end()
+        self.gradients.finish()
+        scale = self.loss_scale.scale
+        norm = global_norm(self.chunks, self.mesh.world) / scale
+        result = HostCopy(torch.stack([total / tokens, norm]))
+        self.stopwatch.mark("update")
+        lr = self.lr
+        overflow = self._update(norm, scale)
+        self.placer.after_step(skipped=overflow)
+        loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
+        phases = self.stopwatch.read()
+        return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
+        """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none.
+
+        Replicas take part together: each must bring as many batches. Raises DataError as `train_step` does.
+        """
+        self.stage.eval()
+        total, tokens = 0.0, 0
+        with self.placer.explaining():
+            self.gatherer.begin()
+            for batch in batches:
+                microbatches, count = self._microbatches(batch)
+                tokens += count
+                runner = Runner(self.stage, self.pipe, microbatches)
+                total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
+            self.gatherer.end()
+        return total / tokens if tokens else float("nan")
+
+    # -- parts of a step
+
+    def _microbatches(self, batch: Mapping[str, Tensor]) -> tuple[list[Microbatch], int]:
+        """The batch on this rank's device, and the counted labels of all replicas' batches: they are known before the
+        first forward, so that sums are divided once, globally. A batch that one replica refuses, all refuse.
+        """
+        size = self.config.train.micro_batch_size
+        problem = problem_of(batch, size, self.stage.limits)
+        labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
+        own = 0 if problem else len(batch["input_ids"])
+        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])  # no GPU is waited for
+        tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
+        if refused:
+            raise DataError(f"batch: {problem or 'that of another replica was refused'}.")
+        if total**2 != self.data.size * squares:
+            raise DataError(f"batch: replicas have different numbers of samples, this one {own}. Give each as many.")
+        ids = batch["input_ids"]
+        first = (self.num_steps * self.data.size + self.data.rank) * len(ids)
+        samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
+        ids, labels, samples = (to_device(t.to(torch.int64), self.mesh.device) for t in (ids, labels, samples))
+        mask = batch.get("attention_mask")
+        if mask is not None and bool(mask.all()):  # it hides nothing, but kernels that know of none are faster
+            mask = None
+        mask = None if mask is None else to_device(mask.to(torch.int64), self.mesh.device)
+        return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
+
+    def _sum(self, total: Tensor) -> Tensor:
+        """The loss summed over every rank that speaks for its part of it, the same on all of them."""
+        return all_reduce(total if self.stage.speaks else torch.zeros_like(total), self.mesh.world)
+
+    def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
+        key = generate, num_microbatches
+        if key not in self._plans:
+            self._plans[key] = with_transfers(generate(self.pipe.size, num_microbatches))
+            validate(self._plans[key])
+        return self._plans[key]

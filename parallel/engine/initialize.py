@@ -1,0 +1,77 @@
+"""The door of the library: a model and what trains it, in; an engine, out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.engine.context import current, environment
+from parallel.engine.engine import Engine
+from parallel.engine.loaders import divide
+from parallel.engine.module_engine import Criterion, ModuleEngine
+from parallel.errors import ModelError
+from parallel.mesh.mesh import ALONE
+from parallel.modules.construction import construction
+from parallel.pipeline.stage import Stage
+
+
+@contextmanager
+def sharded_init() -> Iterator[None]:
+    """A block in which models are loaded or constructed, without any rank ever holding one whole.
+
+        with parallel.sharded_init():
+            model = OPTForCausalLM.from_pretrained(path)
+
+    In ZeRO stage 3 each data-parallel rank keeps a slice of every parameter; otherwise the model comes out whole. Its
+    values are the same in every stage, on any number of ranks: random ones follow from the first rank's torch
+    generator. Every rank enters and leaves the block together. Raises DataError for a tensor that is not in the files.
+    """
+    context = current()
+    replicas = context.mesh.axis("data")
+    over = replicas if context.config.zero.stage == 3 else ALONE
+    # By default transformers reads all tensors ahead, in threads.
+    with environment(HF_DEACTIVATE_ASYNC_LOAD="1"), construction(replicas, over):
+        yield
+
+
+class NoScheduler:
+    """Stands where no learning-rate scheduler was passed: does nothing."""
+
+    def step(self, *_: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    criterion: Criterion | None = None,
+    train_dataloader: Any = None,
+    eval_dataloader: Any = None,
+    lr_scheduler: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """(engine, train_dataloader, eval_dataloader, lr_scheduler), for the context of the last `launch_from_torch`.
+
+    The engine is an `Engine` for a stage of `models.build`, a `ModuleEngine` for any other module, which is changed in
+    place: its parameters become views of the engine's buffers, on this rank's device, in the config's precision. Every
+    replica starts with rank 0's values. A passed optimizer wins over the config's (its class, groups, hyperparameters),
+    and so does its learning rate over the config's schedule. A DataLoader of global batches comes back as one of this
+    replica's parts (`loaders.divide`). The scheduler is the one passed, or one that does nothing.
+
+    Raises ConfigError or ModelError for what cannot be trained so.
+    """
+    context = current()
+    engine: Engine | ModuleEngine
+    if isinstance(model, Stage):
+        if criterion is not None:
+            raise ModelError("criterion: a stage of models.build makes its own loss. Leave the criterion out.")
+        engine = Engine(model, context, optimizer)
+    else:
+        engine = ModuleEngine(model, context, optimizer, criterion)
+    loaders = [divide(loader, engine.data) for loader in (train_dataloader, eval_dataloader)]
+    return engine, *loaders, lr_scheduler if lr_scheduler is not None else NoScheduler()

@@ -1,0 +1,1 @@
+"""Heterogeneous memory: which chunks are on the device, on the host and on the disk."""

@@ -1,0 +1,167 @@
+"""Where chunks are at home when a run begins, told before any of them is made: a model may be larger than the host."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from parallel.chunk.precision import gradient_dtype, moment_dtype, state_size
+from parallel.chunk.spec import Home, Outline
+from parallel.config import Config, OptimizerConfig, ZeroConfig
+from parallel.errors import ConfigError, RoomError, either, size_text
+from parallel.mesh.collectives import gather_objects
+from parallel.mesh.mesh import Axis
+from parallel.optim import streaming
+from parallel.placement.policy import ChunkBytes, HostRoom, host_of, near
+from parallel.storage import disk
+from parallel.storage.disk import PAGE, Disk, check_folder, in_pages
+from parallel.storage.host import available
+from parallel.storage.transfer import Placement, Tier
+
+NUM_STATES = 3  # masters and two moments
+ON_HOST = Placement(Tier.HOST, Tier.HOST)
+ON_DISK = Placement(Tier.HOST, Tier.DISK)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Of each chunk its home and its bytes, and the room on the host that they were chosen for."""
+
+    homes: list[Home]
+    sizes: list[ChunkBytes]
+    room: HostRoom
+
+
+def start(
+    outlines: Sequence[Outline],
+    sizes: list[ChunkBytes],
+    config: Config,
+    *,
+    world: Axis,
+    peers: int,
+    device: torch.device,
+) -> Start:
+    """Everything on the device or, with `cpu` and with `auto`, which looks on for a step before it brings anything
+    there, on the host; of the states those of as many chunks as fit beside the rest, and the others on the disk.
+
+    `peers`: how many ranks share this host. Raises ConfigError, on every rank, where one has too little room.
+    """
+    zero = config.zero
+    if zero.tensor_placement_policy == "cuda":
+        return Start([Home() for _ in sizes], sizes, HostRoom(2**62))
+    room = HostRoom(_allowed(zero, outlines, peers), has_disk=zero.nvme_dir is not None)
+    num_near = near(sizes, room)
+    refuse_together(folder_problem(zero) or (shortage(sizes, room, config) if num_near is None else ""), world)
+    num_near = alike(num_near or 0, sizes, world)
+    refuse_together(_disk_problem(sizes[num_near:], zero, world), world)
+    home = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
+    return Start([Home(ON_HOST if i < num_near else ON_DISK, home) for i in range(len(sizes))], sizes, room)
+
+
+def bytes_of(
+    outline: Outline, num_microbatches: int, optimizer: OptimizerConfig, *, is_torchs: bool = False
+) -> ChunkBytes:
+    """Of a chunk to be, in steps of so many microbatches; `is_torchs`: the optimizer, which takes all gradients at once
+    in the masters' precision, and states on a disk as they are.
+    """
+    count, narrow, wide = outline.num_own, outline.dtype.itemsize, outline.wide.itemsize
+    whole = outline.size * narrow
+    if outline.is_frozen:
+        return ChunkBytes(whole, 0, 0, own=count * narrow)
+    dtype = gradient_dtype(outline.dtype, outline.axes, num_microbatches)
+    widths = wide, *[moment_dtype(outline.wide, optimizer).itemsize] * 2
+    return ChunkBytes(
+        whole,
+        count * dtype.itemsize,
+        count * state_size(outline.wide, optimizer),
+        own=count * narrow,
+        widened=count * wide if is_torchs and dtype.itemsize < wide else 0,
+        buffers=0 if is_torchs else disk.NUM_SLOTS * sum(in_pages(min(count, streaming.PART) * w) for w in widths),
+        is_wide=outline.dtype == outline.wide,
+        lends=num_microbatches == 1 and dtype == outline.dtype,
+    )
+
+
+def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, config: Config) -> str:
+    """What is wrong with a host that has too little room."""
+    own, gradients, states = (sum(x) for x in zip(*((c.own, c.gradient, c.states) for c in sizes), strict=True))
+    count = len(sizes)  # of a model of few chunks the states may be smaller than what they would go through
+    fewest = min((0, count) if room.has_disk else (count,), key=lambda k: host_of(sizes, 0, 0, k))
+    least = host_of(sizes, 0, 0, fewest)
+    far = f" on the disk, {size_text(max(c.buffers for c in sizes))} for their way" if fewest < count else ""
+    source = "available" if config.zero.host_memory is None else "zero.host_memory"
+    cures = [] if room.has_disk else ["zero.nvme_dir (a folder on a fast disk, for the optimizer states)"]
+    cures += [] if config.optimizer.state_dtype == "bf16" else ["optimizer.state_dtype='bf16'"]
+    cures += ["zero.stage=3 on more ranks", "parallel.tensor", "parallel.pipeline"]
+    return (
+        f"zero.host_memory: a rank needs {size_text(least)} of its host (parameters {size_text(own)}, gradients"
+        f" {size_text(gradients)}, optimizer states {size_text(states)}{far}), and"
+        f" {size_text(room.budget)} is {source}. Give it more, or try {either(cures)}."
+    )
+
+
+@contextmanager
+def explaining_host(start: Start) -> Iterator[None]:
+    """A user whose host has less room than it seemed is told so in a RoomError, with what would help."""
+    try:
+        yield
+    except MemoryError as error:
+        whole = host_of(start.sizes, 0, 0, len(start.sizes))
+        raise RoomError(
+            "zero.host_memory: the host has no room for this rank's chunks, which may have"
+            f" {size_text(start.room.budget)} there and with all states need {size_text(whole)}: {error} Try a smaller"
+            " zero.host_memory and a zero.nvme_dir, zero.stage=3 on more ranks, or a higher limit of locked memory"
+            " (ulimit -l)."
+        ) from error
+
+
+def folder_problem(zero: ZeroConfig) -> str:
+    """What is wrong with `nvme_dir`, but for its room; it is made where it is missing."""
+    try:
+        if zero.nvme_dir is not None:
+            check_folder(zero.nvme_dir)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def refuse_together(problem: str, world: Axis) -> None:
+    """Raise ConfigError on every rank if one has a problem."""
+    if problems := [found for found in gather_objects(problem, world) if found]:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def alike(num_near: int, sizes: Sequence[ChunkBytes], world: Axis) -> int:
+    """The same on ranks that have the same chunks, the least of them: copies of a weight are updated in one way."""
+    own = [size.states for size in sizes]
+    found: list[int] = [number for states, number in gather_objects((own, num_near), world) if states == own]
+    return min(found)
+
+
+def _allowed(zero: ZeroConfig, outlines: Sequence[Outline], peers: int) -> int:
+    """Bytes of the host for the chunks of this rank. What its parameters take there already becomes a part of them."""
+    if zero.host_memory is not None:
+        return int(zero.host_memory)
+    parameters = (info.parameter for outline in outlines for info in outline.infos)
+    held = sum(p.untyped_storage().nbytes() for p in parameters if p.device.type == "cpu")
+    return int(available() // peers + held)
+
+
+def _disk_problem(sizes: Sequence[ChunkBytes], zero: ZeroConfig, world: Axis) -> str:
+    """Whether the files of all ranks that share a disk fit there."""
+    if zero.nvme_dir is None:
+        return ""
+    mine = sum(size.states + NUM_STATES * PAGE for size in sizes if size.states)
+    place = socket.gethostname(), os.stat(zero.nvme_dir).st_dev
+    needs = [need for where, need in gather_objects((place, mine), world) if where == place]
+    free = shutil.disk_usage(zero.nvme_dir).free
+    if sum(needs) <= free:
+        return ""
+    return (
+        f"zero.nvme_dir: {zero.nvme_dir} has {size_text(free)} free, and the optimizer states of its"
+        f" {len(needs)} ranks need {size_text(sum(needs))}. Try a larger disk, or a larger zero.host_memory."
+    )
