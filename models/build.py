@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from models.hf import has_weights, load, sources
-from models.opt import Block, LayerSpec, layers_of, trunk_of
+from models.opt import Block, LayerSpec, blocks_mode_of, layers_of
 from models.shapes import OPTShape, layer_costs, shape_of
 from parallel.activations.offload import InputsOnHost
 from parallel.activations.recompute import Recomputed
@@ -70,7 +70,7 @@ def outline(context: Context) -> Stage:
                 layer.compile()
     if "embed" in layers and "head" in layers:  # tied: one parameter where one stage has both ends
         layers["head"].embed_tokens = layers["embed"].embed_tokens
-    trunk = trunk_of(shape, mode)
+    blocks_mode = blocks_mode_of(shape, mode)
     infos = _infos(layers)
     inputs = InputsOnHost(context.mesh.device) if config.train.activation_checkpointing == "offload" else None
     if config.train.activation_checkpointing != "none":
@@ -78,9 +78,9 @@ def outline(context: Context) -> Stage:
     stage = Stage(
         list(layers.values()),
         infos,
-        boundary=lambda batch, sequence: trunk.activation_shape(batch, sequence, shape.hidden_size),
+        boundary=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
-        speaks=mode.speaks_for(mode.inner_batch),
+        is_counted=mode.counts_for(mode.inner_batch),
         limits=Limits(shape.vocab_size, shape.max_position_embeddings, config.parallel.context.parts),
     )
     stage.inputs = inputs

@@ -12,7 +12,7 @@ import torch
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
 from parallel.checkpoint.hf_folder import INDEX, SINGLE, write_folder
-from parallel.checkpoint.shards import DTYPE_NAMES, Archive, Entry, Part, Stored, opened, read_json, write_json
+from parallel.checkpoint.shards import DTYPE_NAMES, Archive, Entry, Stored, StoredPart, opened, read_json, write_json
 from parallel.errors import DataError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import Axis
@@ -98,7 +98,7 @@ def _archive(path: Path) -> Archive:
                     raise DataError(f"model.path: {file}: {key} is {stored.get_dtype()}, not one of {_few(FLOATS)}.")
                 size = tuple(stored.get_shape())
                 name = f"model.{key}" if key.startswith("decoder.") else key
-                tensors[name] = Stored(size, (Part(file, key, tuple((0, stop) for stop in size)),))
+                tensors[name] = Stored(size, (StoredPart(file, key, tuple((0, stop) for stop in size)),))
     return Archive(path, tensors, DataError)
 
 

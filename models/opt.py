@@ -41,7 +41,7 @@ class LayerSpec:
 
 def layers_of(shape: OPTShape, mode: Mode, seed: int) -> list[LayerSpec]:
     """[embedding, block 0 … n−1, head]."""
-    blocks_mode = trunk_of(shape, mode)
+    blocks_mode = blocks_mode_of(shape, mode)
     blocks = [
         LayerSpec(f"layers.{i}", partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)))
         for i in range(shape.num_hidden_layers)
@@ -53,27 +53,27 @@ def layers_of(shape: OPTShape, mode: Mode, seed: int) -> list[LayerSpec]:
     ]
 
 
-def trunk_of(shape: OPTShape, mode: Mode) -> Mode:
+def blocks_mode_of(shape: OPTShape, mode: Mode) -> Mode:
     """The mode of the blocks: where projections stand around them, the one that these lead to."""
-    return mode.trunk() if shape.word_embed_proj_dim != shape.hidden_size else mode
+    return mode.blocks_mode() if shape.word_embed_proj_dim != shape.hidden_size else mode
 
 
 class Embed(nn.Module):
     """Token and position embeddings: nothing -> x[B_batch, S, H_hidden] of the trunk."""
 
-    def __init__(self, shape: OPTShape, mode: Mode, trunk: Mode) -> None:
+    def __init__(self, shape: OPTShape, mode: Mode, blocks_mode: Mode) -> None:
         super().__init__()
-        self.mode, self.trunk = mode, trunk
+        self.mode, self.blocks_mode = mode, blocks_mode
         hidden, width = shape.hidden_size, shape.word_embed_proj_dim
         self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
-        self.embed_positions = trunk.positions(shape.max_position_embeddings + POSITION_OFFSET, hidden)
+        self.embed_positions = blocks_mode.positions(shape.max_position_embeddings + POSITION_OFFSET, hidden)
         self.project_in = mode.project_in(hidden, width) if width != hidden else None
 
     def forward(self, x: None, batch: Microbatch) -> Tensor:
         found = self.mode.lookup(batch.input_ids, self.embed_tokens)
         if self.project_in is not None:
             found = self.project_in(found)
-        positions: Tensor = self.embed_positions(self.trunk.tokens(position_ids(batch), self.trunk.batch))
+        positions: Tensor = self.embed_positions(self.blocks_mode.tokens(position_ids(batch), self.blocks_mode.batch))
         return found + positions
 
 
@@ -160,11 +160,11 @@ class Attention(nn.Module):
 class Head(nn.Module):
     """The last LayerNorm, the projection and the tied embedding's logits: x -> the summed loss of this rank."""
 
-    def __init__(self, shape: OPTShape, mode: Mode, trunk: Mode) -> None:
+    def __init__(self, shape: OPTShape, mode: Mode, blocks_mode: Mode) -> None:
         super().__init__()
         self.mode = mode
         hidden, width, affine = shape.hidden_size, shape.word_embed_proj_dim, shape.layer_norm_elementwise_affine
-        self.final_layer_norm = trunk.layer_norm(hidden, affine=affine) if shape.has_final_layer_norm else None
+        self.final_layer_norm = blocks_mode.layer_norm(hidden, affine=affine) if shape.has_final_layer_norm else None
         self.project_out = mode.project_out(width, hidden) if width != hidden else None
         self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
 

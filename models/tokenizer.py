@@ -157,8 +157,8 @@ def _byte_level_config() -> dict[str, object]:
 def _byte_characters() -> list[str]:
     """The character that ByteLevel shows each byte as: itself where it prints, else the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_in = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(stand_in)) for byte in range(256)]
+    placeholder = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(placeholder)) for byte in range(256)]
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

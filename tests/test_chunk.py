@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk, make_chunks
-from parallel.chunk.spec import ALIGNMENT, Home
+from parallel.chunk.spec import ALIGNMENT, ChunkStorage
 from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.collectives import Pending, start_all_gather, start_all_reduce
 from parallel.mesh.mesh import ALONE, Axis
@@ -18,7 +18,7 @@ from parallel.ops.products import write_product
 from parallel.optim import gradients
 from parallel.pipeline import runner
 from parallel.pipeline.p2p import start_receive, start_send
-from parallel.storage.transfer import Arrival, Placement, Tier
+from parallel.storage.transfer import CopyEvent, Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
 
@@ -39,7 +39,7 @@ def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:
         assert info.parameter.untyped_storage().data_ptr() == chunk.parameters.untyped_storage().data_ptr()
         assert info.parameter.storage_offset() % ALIGNMENT == 0
     chunk.master.add_(1.0)
-    chunk.publish().wait()
+    chunk.write_back().wait()
     assert torch.equal(infos[1].parameter, (values[1] + 1).bfloat16())
 
 
@@ -74,7 +74,7 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
     axis = Axis("data", rank, world_size, tuple(range(world_size)), dist.group.WORLD, ALONE.traffic)
     info = info_of("a.w", 64, 8, layout=Layout((64, 8), ((), ()), sync=(axis,)))
     want = info.parameter.detach().clone()
-    chunk = Chunk([info], torch.float32, zero=3, home=Home(Placement(Tier.HOST, Tier.HOST)))
+    chunk = Chunk([info], torch.float32, zero=3, home=ChunkStorage(Placement(Tier.HOST, Tier.HOST)))
     found: list[str] = []
 
     @contextmanager
@@ -87,7 +87,7 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
         return start_all_gather(*given, **options)
 
     with (
-        patch.object(Arrival, "wait", lambda arrival: found.append("wait")),
+        patch.object(CopyEvent, "wait", lambda arrival: found.append("wait")),
         patch.object(chunk.copies, "uploading", uploading),
         patch("parallel.chunk.chunk.start_all_gather", gathered),
     ):

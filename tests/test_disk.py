@@ -21,7 +21,7 @@ from parallel.placement.initial import shortage
 from parallel.placement.policy import ChunkBytes, HostRoom, host_of
 from parallel.storage import disk
 from parallel.storage.disk import Disk
-from parallel.storage.transfer import Arrival, Placement, Tier
+from parallel.storage.transfer import CopyEvent, Placement, Tier
 from tests.harness import run
 from tests.parity import Raw, assert_bits, assert_updated_alike, batches_of, engine_of, share_of, whole
 from tests.test_module_engine import MODELS
@@ -54,7 +54,7 @@ def engine_in_parts(rank: int, world_size: int, raw: Raw) -> parallel.Engine:
 def room(rank: int, world_size: int, raw: Raw, kept: int) -> int:
     """The bytes that a rank needs on its host for all but the states of its chunks from the `kept`th on."""
     engine = engine_in_parts(rank, world_size, raw)
-    return host_of(engine.placer.start.sizes, 0, 0, kept)
+    return host_of(engine.placement_manager.start.sizes, 0, 0, kept)
 
 
 def budget_of(layout: str, stage: int, kept: int = 2, **options: Any) -> int:
@@ -104,9 +104,9 @@ def summary(engine: parallel.Engine, losses: list[float]) -> dict[str, Any]:
     kinds = [[chunk.master for chunk in engine.chunks]]
     kinds += [list(x) for x in zip(*(engine.optimizer._moments_of(c) for c in engine.chunks), strict=True)]  # type: ignore[union-attr]
     states = [whole(engine, buffers) for buffers in kinds]
-    start = engine.placer.start
-    near = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
-    foreseen = host_of(start.sizes, 0, 0, near)
+    start = engine.placement_manager.start
+    max_states_on_host = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
+    foreseen = host_of(start.sizes, 0, 0, max_states_on_host)
     return dict(losses=losses, states=states, foreseen=foreseen)
 
 
@@ -155,28 +155,30 @@ def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]
     engine = engine_in_parts(rank, world_size, raw)
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
     last = engine.optimizer._shared._last()  # type: ignore[union-attr]
-    far, near = (sum(c.size for c in engine.chunks if c.placement.states is tier) for tier in (Tier.DISK, Tier.HOST))
-    return [last.disk.elements, last.movable, last.bus.elements + last.host.elements], [far, near]
+    on_disk, on_host = (
+        sum(c.size for c in engine.chunks if c.placement.states is tier) for tier in (Tier.DISK, Tier.HOST)
+    )
+    return [last.disk.elements, last.movable, last.bus.elements + last.host.elements], [on_disk, on_host]
 
 
 def test_what_comes_from_a_disk_is_timed_apart_from_what_the_host_may_take(tmp_path: Path) -> None:
     raw = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0, 2))
-    (disk, movable, both), (far, near) = run(sides, 1, raw)[0]
+    (disk, movable, both), (far, max_states_on_host) = run(sides, 1, raw)[0]
     assert 0 < disk == far
-    assert 0 < movable == both == near
+    assert 0 < movable == both == max_states_on_host
 
 
 def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:
     """Longer sequences after four steps: a plan is made again, and states go to the disk and come back meanwhile."""
     engine = engine_in_parts(rank, world_size, raw)
-    place, most, losses, tiers = engine.optimizer.place, 0, [], set[Tier]()
+    place, most, losses, tiers = engine.optimizer.move, 0, [], set[Tier]()
 
     def placed(chunk: Chunk, placement: Placement) -> None:
         nonlocal most
         place(chunk, placement)
         most = max(most, engine.held()[Tier.HOST])
 
-    engine.optimizer.place = placed  # type: ignore[method-assign]
+    engine.optimizer.move = placed  # type: ignore[method-assign]
     for step in range(8):
         batch = batches_of(1, batch=24, sequence=4 if step < 4 else 6, seed=step)[0]
         losses.append(engine.train_step(share_of(batch, engine)).loss)
@@ -249,11 +251,11 @@ def update(home: Disk, states: list[Tensor]) -> None:
     parts = parts_of(states)
     home.begin(parts)
     for part in parts:
-        near = home.fetch()
-        assert [(len(x), x.dtype) for x in near] == [(len(x), x.dtype) for x in part]
-        for x in near:
+        max_states_on_host = home.fetch()
+        assert [(len(x), x.dtype) for x in max_states_on_host] == [(len(x), x.dtype) for x in part]
+        for x in max_states_on_host:
             x.add_(1)
-        home.store(Arrival())
+        home.store(CopyEvent())
     home.end()
 
 

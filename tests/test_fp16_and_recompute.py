@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parallel.optim.loss_scale import LossScale
-from parallel.tensor.matmul import Surround
+from parallel.tensor.matmul import LinearCollectives
 from tests.harness import run
 from tests.parity import (
     SHAPE,
@@ -119,7 +119,7 @@ def products(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
     """How many linears are multiplied in a step's forwards, and how many sums over ranks it makes."""
     engine = engine_of(rank, world_size, raw)
     engine.mesh.traffic.reset()
-    with patch.object(Surround, "product", autospec=True, side_effect=Surround.product) as product:
+    with patch.object(LinearCollectives, "product", autospec=True, side_effect=LinearCollectives.product) as product:
         engine.train_step(share_of(batches_of(1)[0], engine))
     return product.call_count, engine.mesh.traffic.calls["all_reduce"]
 

@@ -26,8 +26,8 @@ from parallel.optim.grad_norm import clip_coefficient, global_norm
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES
 from parallel.tensor import loss as tensor_loss
-from parallel.tensor.loss import Head, sum_cross_entropy
-from parallel.tensor.matmul import Surround
+from parallel.tensor.loss import HeadLayout, sum_cross_entropy
+from parallel.tensor.matmul import LinearCollectives
 from tests.harness import run
 from tests.parity import (
     SHAPE,
@@ -177,7 +177,7 @@ def loss_of_a_split_vocabulary(rank: int, world_size: int, kind: str) -> tuple[T
     axis = Mesh(Topology(dict(pipe=1, t=world_size)), rank).axis("t")
     logits, labels = large_logits(kind)
     x = F.pad(logits, (0, 1), value=1e6).requires_grad_()
-    head = Head(Surround(copy_x=axis), (axis,), Layout((7, 8), ((axis,), ())))
+    head = HeadLayout(LinearCollectives(copy_x=axis), (axis,), Layout((7, 8), ((axis,), ())))
     loss = sum_cross_entropy(x, torch.eye(8).tensor_split(world_size)[rank], labels, head)
     loss.backward()
     assert x.grad is not None
@@ -206,7 +206,7 @@ def test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_tim
     generator = torch.Generator().manual_seed(0)
     x, table = (torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((2, 6, 4), (7, 4)))
     labels = torch.randint(7, (2, 6), generator=generator)
-    loss = sum_cross_entropy(x, table, labels, Head(Surround(), (), Layout((7, 4), ((), ()))))
+    loss = sum_cross_entropy(x, table, labels, HeadLayout(LinearCollectives(), (), Layout((7, 4), ((), ()))))
     loss.backward()
     exact_x, exact_table = (tensor.detach().double().requires_grad_() for tensor in (x, table))
     exact = F.cross_entropy((exact_x @ exact_table.T).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -223,7 +223,7 @@ def test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_tim
 DROPPED: dict[str, Any] = dict(dropout=0.5, attention_dropout=0.5, init_std=0.3)
 
 
-def alike(samples: int) -> Microbatch:
+def agreed_minimum(samples: int) -> Microbatch:
     """Samples that differ in nothing but their number."""
     ids = torch.full((samples, 6), 5)
     return Microbatch(ids, ids, torch.arange(samples))
@@ -238,7 +238,7 @@ def test_no_two_samples_and_no_two_places_in_one_share_a_dropout_mask(part: type
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         parameter.data.normal_(generator=generator)
-    rows = layer(torch.ones(4, 6, shape.hidden_size, dtype=torch.float64), alike(4)).flatten(0, 1)
+    rows = layer(torch.ones(4, 6, shape.hidden_size, dtype=torch.float64), agreed_minimum(4)).flatten(0, 1)
     assert len(rows.detach().unique(dim=0)) == len(rows)
 
 

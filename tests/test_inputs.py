@@ -128,7 +128,7 @@ def test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none
 def order(rank: int, world_size: int, raw: Raw) -> list[str]:
     """What a step's backward asks for and computes."""
     engine, events = engine_of(rank, world_size, raw), list[str]()
-    up, down = Copies.up, Copies.down
+    up, down = Copies.upload, Copies.download
 
     def note_up(*args: Any, **kwargs: Any) -> Any:
         events.append("up")
@@ -138,7 +138,7 @@ def order(rank: int, world_size: int, raw: Raw) -> list[str]:
         events.append("down")
         return down(*args, **kwargs)
 
-    Copies.up, Copies.down = note_up, note_down  # type: ignore[method-assign]
+    Copies.upload, Copies.download = note_up, note_down  # type: ignore[method-assign]
     for i, recomputed in enumerate(engine.stage.units.values()):
         layer = recomputed.get_submodule("layer")
         layer.register_forward_pre_hook(lambda module, inputs, i=i: events.append(f"block {i}"))

@@ -23,7 +23,7 @@ from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, ConfigError
 from tests.harness import run
 from training import loop, metrics, plot, preflight
-from training.metrics import Line, Meter, MetricsFile
+from training.metrics import Meter, MetricsFile, MetricsLine
 from training.run_folder import RunFolder
 
 TINY = (
@@ -50,7 +50,7 @@ def start(folder: Path, *assignments: str, resume: str | None = None, place: Pla
     return preflight.inspect(config, place, resume=resume)
 
 
-def lines_of(folder: Path) -> list[Line]:
+def lines_of(folder: Path) -> list[MetricsLine]:
     """metrics.jsonl without what no two runs have in common."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder / "metrics.jsonl")]
 
@@ -384,7 +384,7 @@ def test_an_engine_fits_without_a_launcher_taking_each_step_its_own_batch(tmp_pa
     engine = loop.make_engine(make_context(job.config, job.place), job)
     loader = loop.make_loader(engine, job)
     taken: list[int] = []
-    heard: list[Line] = []
+    heard: list[MetricsLine] = []
     training = loader.training
 
     def watched(step: int) -> Batch:

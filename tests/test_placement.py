@@ -19,7 +19,16 @@ from parallel.engine.context import Place, make_context
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
 from parallel.optim.shared_update import Run, Side
-from parallel.placement.policy import SAFETY, ChunkBytes, HostRoom, Moment, host_of, near, peak_of, plan
+from parallel.placement.policy import (
+    SAFETY,
+    ChunkBytes,
+    HostRoom,
+    MemorySample,
+    host_of,
+    max_states_on_host,
+    peak_of,
+    plan_placement,
+)
 from parallel.storage.transfer import ON_DEVICE, Placement, Tier
 from tests.harness import run
 from tests.parity import (
@@ -169,7 +178,7 @@ def left_behind(rank: int, world_size: int, raw: Raw) -> int:
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
     masters = [weakref.ref(chunk.master) for chunk in engine.chunks]
     for chunk in engine.chunks:
-        engine.optimizer.place(chunk, ON_DEVICE)
+        engine.optimizer.move(chunk, ON_DEVICE)
     return sum(master() is not None for master in masters)
 
 
@@ -201,7 +210,7 @@ def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]
     for step, batch in enumerate(batches_of(6, batch=24)):
         engine.train_step(share_of(batch, engine))
         for i, chunk in enumerate(engine.chunks):
-            engine.optimizer.place(chunk, places[(step + i) % len(places)])
+            engine.optimizer.move(chunk, places[(step + i) % len(places)])
         for chunk in engine.chunks:
             chunk.settle()
     assert len({chunk.placement for chunk in engine.chunks}) == len(places)
@@ -257,7 +266,7 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
     """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said."""
     engine = engine_of(rank, world_size, raw)
     most, said = 0, list[str]()
-    engine.placer.say = said.append
+    engine.placement_manager.say = said.append
 
     def count(*_: Any) -> None:
         nonlocal most
@@ -265,7 +274,7 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
         for chunk in engine.chunks:
             here += chunk.parameters.untyped_storage().nbytes()
             resident = chunk.placement.states is Tier.DEVICE
-            shares = chunk.master.data_ptr() == chunk.own.data_ptr() and not chunk.comes_and_goes
+            shares = chunk.master.data_ptr() == chunk.own.data_ptr() and not chunk.is_gathered_on_demand
             here += resident * (3 - shares) * chunk.master.nbytes
             if resident and chunk.gradient is not None:
                 here += chunk.gradient.nbytes
@@ -286,7 +295,7 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
         engine.train_step(share_of(batch, engine))
     assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
     assert any(c.placement.states is Tier.HOST for c in engine.chunks)
-    return most, engine.placer.budget, said
+    return most, engine.placement_manager.budget, said
 
 
 def test_auto_keeps_to_its_budget_and_says_what_it_plans() -> None:
@@ -320,18 +329,18 @@ def test_a_plan_fits_and_everything_stays_where_everything_fits(data: st.DataObj
     sizes = st.builds(ChunkBytes, *(st.integers(1, 100) for _ in range(6)), st.booleans(), st.booleans())
     chunks = data.draw(st.lists(sizes, min_size=1, max_size=8))
     some = st.frozensets(st.integers(0, len(chunks) - 1))
-    moments = data.draw(st.lists(st.builds(Moment, st.integers(0, 300), some, some), min_size=1, max_size=5))
+    moments = data.draw(st.lists(st.builds(MemorySample, st.integers(0, 300), some, some), min_size=1, max_size=5))
     budget, ratio = data.draw(st.integers(1, 4000)), data.draw(st.floats(0, 1))
     room, count = HostRoom(data.draw(st.integers(0, 2500)), data.draw(st.booleans())), len(chunks)
-    found, allowed = plan(chunks, moments, budget, ratio, room), int(budget * SAFETY)
+    found, allowed = plan_placement(chunks, moments, budget, ratio, room), int(budget * SAFETY)
     if found is None:
-        assert peak_of(chunks, moments, 0, 0) > allowed or near(chunks, room) is None
+        assert peak_of(chunks, moments, 0, 0) > allowed or max_states_on_host(chunks, room) is None
         return
     used = [host_of(chunks, found.num_states, found.num_parameters, k) for k in range(count + 1)]
-    assert used[found.num_near] <= room.budget
-    assert all(more > room.budget for more in used[found.num_near + 1 :])
-    assert found.num_states <= found.num_near <= count
-    assert room.has_disk or found.num_near == count
+    assert used[found.num_host_states] <= room.budget
+    assert all(more > room.budget for more in used[found.num_host_states + 1 :])
+    assert found.num_states <= found.num_host_states <= count
+    assert room.has_disk or found.num_host_states == count
     assert found.peak == peak_of(chunks, moments, found.num_states, found.num_parameters) <= allowed
     if peak_of(chunks, moments, len(chunks), len(chunks)) <= allowed:
         assert (found.num_states, found.num_parameters) == (len(chunks), len(chunks))

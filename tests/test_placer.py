@@ -14,8 +14,8 @@ from parallel.checkpoint import checkpoint
 from parallel.engine.base import EngineBase
 from parallel.optim import shared_update
 from parallel.optim.streaming import Part
-from parallel.placement.manager import Phase, Placer
-from parallel.placement.profile import Observer
+from parallel.placement.manager import PlacementManager, PlanState
+from parallel.placement.profile import StepProfile
 from parallel.storage.transfer import Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, engine_of, share_of
@@ -26,14 +26,14 @@ from tests.test_placement import raw_of
 ON_HOST = Placement(Tier.HOST, Tier.HOST)
 
 
-def homes(engine: EngineBase) -> list[Placement]:
+def storages(engine: EngineBase) -> list[Placement]:
     return [chunk.placement for chunk in engine.chunks]
 
 
 def heard(engine: EngineBase) -> list[str]:
     """What will be said of its plans, by first words."""
     said: list[str] = []
-    engine.placer.say = lambda text: said.append(" ".join(text.split()[1:3]))
+    engine.placement_manager.say = lambda text: said.append(" ".join(text.split()[1:3]))
     return said
 
 
@@ -48,7 +48,7 @@ def lengths(rank: int, world_size: int, raw: Raw) -> tuple[list[str], list[int],
     for step, (sequence, samples, _) in enumerate(STEPS):
         batch = batches_of(1, batch=samples, sequence=sequence, seed=step)[0]
         handle = engine.stage.register_forward_pre_hook(
-            lambda *_, step=step: lean.append(step) if set(homes(engine)) == {ON_HOST} else None
+            lambda *_, step=step: lean.append(step) if set(storages(engine)) == {ON_HOST} else None
         )
         losses.append(engine.train_step(share_of(batch, engine)).loss)
         handle.remove()
@@ -73,7 +73,7 @@ def overflowing(rank: int, world_size: int, raw: Raw, overflows: list[bool]) -> 
     said, lean = heard(engine), []
     for step, (batch, overflows_now) in enumerate(zip(batches_of(len(overflows)), overflows, strict=True)):
         engine.loss_scale.scale = 2.0**40 if overflows_now else 1.0
-        if set(homes(engine)) == {ON_HOST}:
+        if set(storages(engine)) == {ON_HOST}:
             lean.append(step)
         assert engine.train_step(share_of(batch, engine)).skipped is overflows_now
     return said, lean
@@ -114,7 +114,7 @@ def skipping(rank: int, world_size: int, raw: Raw, skipped: list[int], sequences
         ids = batches_of(1, batch=4, sequence=sequence, vocabulary=31, seed=step)[0]["input_ids"]
         ids = ids.tensor_split(engine.data.size)[engine.data.rank]
         loss = engine(input_ids=ids, labels=ids, skipped=skip)
-        if set(homes(engine)) == {ON_HOST}:
+        if set(storages(engine)) == {ON_HOST}:
             lean.append(step)
         engine.backward(loss)
         engine.step()
@@ -150,13 +150,13 @@ def resumed(rank: int, world_size: int, raw: Raw, other: Raw, folder: Path) -> l
     first.optimizer.host_share = 0.5
     metadata = dict(step=3, counters=first.counters())
     checkpoint.save(folder, first.state_pieces(owned=True), metadata=metadata, axis=first.mesh.world, keep=9)
-    found: list[Any] = [homes(first)]
+    found: list[Any] = [storages(first)]
     for config in (raw, other):
         second = engine_of(rank, world_size, config)
         checkpoint.load(folder, second.state_pieces())
         second.restore(checkpoint.read_metadata(folder)["counters"])
         said = heard(second)
-        found.append((homes(second), second.optimizer.host_share))
+        found.append((storages(second), second.optimizer.host_share))
         for batch in batches[3:]:
             second.train_step(share_of(batch, second))
         found.append(said)
@@ -182,8 +182,8 @@ def peak_and_budget(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
     engine = engine_of(rank, world_size, raw)
     for batch in batches_of(2, batch=24):
         engine.train_step(share_of(batch, engine))
-    assert engine.placer.plan is not None
-    return engine.placer.plan.peak, engine.placer.budget
+    assert engine.placement_manager.plan is not None
+    return engine.placement_manager.plan.peak, engine.placement_manager.budget
 
 
 def test_stages_that_want_other_plans_agree_on_one_that_fits_each() -> None:
@@ -240,7 +240,11 @@ def test_a_plan_is_made_again_after_a_checkpoint(tmp_path: Path) -> None:
 def with_less_on_the_second(rank: int, world_size: int, raw: Raw, least: int, folder: Path) -> tuple[str, list[Any]]:
     """A refusal, or whether the plan was taken up; the second rank's device is another than the first's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Placer, "budget", property(lambda placer: (least if placer.world.rank else 150) * 1024))
+        patch.setattr(
+            PlacementManager,
+            "budget",
+            property(lambda manager: (least if manager.world.rank else 150) * 1024),
+        )
         try:
             first, second = engine_of(rank, world_size, raw), engine_of(rank, world_size, raw)
         except parallel.ConfigError as error:
@@ -250,7 +254,7 @@ def with_less_on_the_second(rank: int, world_size: int, raw: Raw, least: int, fo
         metadata = dict(step=3, counters=first.counters())
         checkpoint.save(folder, first.state_pieces(owned=True), metadata=metadata, axis=first.mesh.world, keep=9)
         second.restore(checkpoint.read_metadata(folder)["counters"])
-        return "", homes(second)
+        return "", storages(second)
 
 
 def test_ranks_with_other_devices_do_the_same(tmp_path: Path) -> None:
@@ -287,14 +291,14 @@ def test_what_two_stages_hold_is_updated_on_the_same_side() -> None:
 
 
 def test_an_illegal_move_of_a_plan_raises() -> None:
-    placer = engine_of(0, 1, raw_of("single", "auto", 0)).placer
+    placement_manager = engine_of(0, 1, raw_of("single", "auto", 0)).placement_manager
     with pytest.raises(AssertionError, match="from FRESH to KEPT"):
-        placer._move(Phase.KEPT)
+        placement_manager._move(PlanState.KEPT)
 
 
 def test_what_comes_after_computation_is_not_taken_for_it() -> None:
     """A watched step's gradients may still be on their way down when all else is done: a plan may spare it that."""
-    observer = Observer([], torch.device("cpu"))
+    observer = StepProfile([], torch.device("cpu"))
     time.sleep(0.02)
     observer.computed()
     found = observer.computing()

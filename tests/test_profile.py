@@ -48,7 +48,7 @@ def test_the_phases_of_a_step_add_up_to_its_seconds(device: str, tmp_path: Path)
         pytest.skip("there is no GPU")
     job = start(tmp_path, f"train.device={device}")
     context = make_context(job.config, job.place)
-    engine, lines = loop.make_engine(context, job), list[metrics.Line]()
+    engine, lines = loop.make_engine(context, job), list[metrics.MetricsLine]()
     loop.fit(engine, loop.make_loader(engine, job), loop.Listeners(lines.append, lambda step: None), validates=True)
     assert "validation_loss" in lines[-1]
     if device == "cuda":  # what the device has not come to counts in the next line

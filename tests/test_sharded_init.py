@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.chunk.chunk import stand_in
+from parallel.chunk.chunk import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.sliced import is_divided, restore
@@ -356,7 +356,7 @@ def test_a_state_dict_copied_in_a_block_is_kept() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_a_stand_in_has_a_shape_and_holds_one_element(dtype: torch.dtype) -> None:
-    x = stand_in((5, 7), dtype, torch.device("cpu"))
+    x = placeholder((5, 7), dtype, torch.device("cpu"))
     assert (x.shape, x.numel(), x.untyped_storage().nbytes()) == ((5, 7), 35, dtype.itemsize)
     assert x.isnan().all() or not dtype.is_floating_point
     assert (x + x).shape == x.shape

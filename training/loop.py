@@ -17,11 +17,11 @@ from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import together
-from parallel.engine.base import start_of
+from parallel.engine.base import initial_placement_of
 from parallel.engine.context import DTYPES, Context, make_context
 from parallel.engine.engine import Engine
 from parallel.mesh.collectives import barrier
-from training.metrics import Line, Meter, MetricsFile
+from training.metrics import Meter, MetricsFile, MetricsLine
 from training.plot import draw_loss
 from training.preflight import Job, metadata
 from training.preview import preview
@@ -36,7 +36,7 @@ class Listeners:
     """Who hears of a run while it goes on: of each step's line, and of each checkpoint that is due. `around` is entered
     with a step's number before it and left after it."""
 
-    step: Callable[[Line], None]
+    step: Callable[[MetricsLine], None]
     checkpoint: Callable[[int], None]
     around: Callable[[int], AbstractContextManager[object]] = nullcontext
 
@@ -76,7 +76,7 @@ def check_room(context: Context) -> None:
     Raises ConfigError, on every rank.
     """
     if context.config.zero.tensor_placement_policy != "cuda":
-        start_of(outline(context).infos, context)
+        initial_placement_of(outline(context).infos, context)
 
 
 def make_engine(context: Context, job: Job) -> Engine:
@@ -133,7 +133,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
     folder, world = job.folder, engine.mesh.world
     metrics = MetricsFile(folder.metrics, after=engine.num_steps) if world.rank == 0 else None
 
-    def hear(line: Line) -> None:
+    def hear(line: MetricsLine) -> None:
         log.info("%s", line)
         if metrics is not None:
             metrics.write(line)
@@ -149,7 +149,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
 
     trace = folder.trace(world.rank)
     tracer = Tracer(job.profiled, trace, engine.mesh.device, done=lambda: screen.say(f"traced: {trace}"))
-    engine.placer.say = screen.say
+    engine.placement_manager.say = screen.say
     listeners = Listeners(hear, save, tracer.around)
     try:
         fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)

@@ -17,7 +17,7 @@ from models.shapes import flops_per_token, shape_of
 from parallel.config import Config
 from parallel.engine.base import StepResult
 
-Line: TypeAlias = dict[str, Any]
+MetricsLine: TypeAlias = dict[str, Any]
 
 PEAK_TFLOPS = {
     r"A10G?": 125.0,
@@ -48,7 +48,7 @@ class Meter:
     world_size: int
     device: torch.device
 
-    def line(self, step: int, result: StepResult, seconds: float) -> Line:
+    def line(self, step: int, result: StepResult, seconds: float) -> MetricsLine:
         """The line of step `step`, counted from 1."""
         train, sequence = self.config.train, self.config.data.sequence_length
         tokens = train.global_batch_size * sequence
@@ -104,7 +104,7 @@ class MetricsFile:
         os.replace(temporary, path)
         self._file = path.open("a")
 
-    def write(self, line: Line) -> None:
+    def write(self, line: MetricsLine) -> None:
         self._file.write(_encode(line))
         self._file.flush()
 
@@ -112,7 +112,7 @@ class MetricsFile:
         self._file.close()
 
 
-def read(path: Path) -> Iterator[Line]:
+def read(path: Path) -> Iterator[MetricsLine]:
     """The lines of a metrics.jsonl, if there is one; a last one that a crash cut short is left out."""
     text = path.read_text() if path.exists() else ""
     for line in text.splitlines(keepends=True):
@@ -120,6 +120,6 @@ def read(path: Path) -> Iterator[Line]:
             yield json.loads(line)
 
 
-def _encode(line: Line) -> str:
+def _encode(line: MetricsLine) -> str:
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from training.metrics import Line, read
+from training.metrics import MetricsLine, read
 
 BLUE, ORANGE = "#2a6fbb", "#e07b00"
 SMOOTH_FROM = 30  # steps: a shorter run is readable as it is
@@ -41,7 +41,7 @@ def draw_loss(metrics: Path, target: Path) -> bool:
     return True
 
 
-def _column(lines: list[Line], key: str) -> tuple[list[int], list[float]]:
+def _column(lines: list[MetricsLine], key: str) -> tuple[list[int], list[float]]:
     """The steps that have a finite value under `key`, and the values."""
     found = [(int(line["step"] or 0), float(value)) for line in lines if (value := line.get(key)) is not None]
     return [step for step, _ in found], [value for _, value in found]
@@ -52,7 +52,7 @@ def smoothed(values: list[float]) -> list[float]:
     reach = max(2, len(values) // 40)
     found = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        window = values[i - near : i + near + 1]
+        max_states_on_host = min(reach, i, len(values) - 1 - i)
+        window = values[i - max_states_on_host : i + max_states_on_host + 1]
         found.append(sum(window) / len(window))
     return found

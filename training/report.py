@@ -13,7 +13,7 @@ from rich.text import Text
 
 from parallel.config import Config
 from parallel.pipeline.timeline import draw
-from training.metrics import Line
+from training.metrics import MetricsLine
 from training.preview import Preview
 from training.rank_grid import cell_caption, cell_of, columns_shown
 from training.run_folder import RunFolder
@@ -31,7 +31,7 @@ class Screen:
         self.console = Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         self._bar: Progress | None = None
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._last: Line | None = None
+        self._last: MetricsLine | None = None
         self._validation: float | None = None
         self._tokens, self._seconds, self._began = 0.0, 0.0, time.monotonic()
 
@@ -88,7 +88,7 @@ class Screen:
 
     # -- during -------------------------------------------------------------------------------------------------------
 
-    def step(self, line: Line) -> None:
+    def step(self, line: MetricsLine) -> None:
         """A step was taken: move the bar, or print a line every `log_every` steps and where there was an evaluation."""
         step, steps = int(line["step"] or 0), self.config.train.steps
         seconds = float(line["step_seconds"] or 0)

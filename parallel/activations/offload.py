@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from parallel.errors import ModelError
-from parallel.storage.transfer import Arrival, copies_of, host_empty
+from parallel.storage.transfer import CopyEvent, copies_of, host_empty
 
 
 class InputsOnHost:
@@ -93,7 +93,7 @@ class Kept:
         self._version = x._version
         self._like = x.shape, torch.empty_like(x, device="meta").stride(), x.dtype
         self._home: Tensor | None = None  # bytes of the pool
-        self._arrival = Arrival()  # the end of its last copy
+        self._arrival = CopyEvent()  # the end of its last copy
 
     def leave(self) -> None:
         """Go down to the host, unless it is there."""
@@ -101,7 +101,7 @@ class Kept:
             return
         x = self._unchanged()
         self._home = self._pool.lend(x.numel() * x.element_size())
-        self._arrival = self._pool.copies.down(x, self._on_host())
+        self._arrival = self._pool.copies.download(x, self._on_host())
         self._go_away()
 
     def fetch(self) -> None:
@@ -111,7 +111,7 @@ class Kept:
         self._move(State.COMING)
         shape, stride, dtype = self._like
         self._x = torch.empty_strided(shape, stride, dtype=dtype, device=self._pool.device)
-        self._arrival = self._pool.copies.up(self._on_host(), self._x, after=self._arrival)
+        self._arrival = self._pool.copies.upload(self._on_host(), self._x, after=self._arrival)
 
     def take(self) -> Tensor:
         """The input, for work posted from now on; it is still on the host for another time."""

@@ -23,8 +23,8 @@ import torch
 from parallel.checkpoint.shards import (
     Archive,
     Entry,
-    Part,
     Stored,
+    StoredPart,
     covered_once,
     file_bytes,
     read_json,
@@ -163,7 +163,9 @@ def _stored(folder: Path, tensors: dict[str, Any]) -> dict[str, Stored]:
     """The tensors of an index, as `Archive` knows them."""
     found = {}
     for name, tensor in tensors.items():
-        parts = (Part(folder / part["file"], part["key"], tuple(map(tuple, part["box"]))) for part in tensor["parts"])
+        parts = (
+            StoredPart(folder / part["file"], part["key"], tuple(map(tuple, part["box"]))) for part in tensor["parts"]
+        )
         found[name] = Stored(tuple(tensor["shape"]), tuple(parts))
     return found
 

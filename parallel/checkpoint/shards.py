@@ -40,7 +40,7 @@ DTYPE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """Where a box of a public tensor is stored: it is the tensor `key` of `file`."""
 
     file: Path
@@ -53,7 +53,7 @@ class Stored:
     """A public tensor of a folder: its whole shape, and its parts, which do not overlap."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Archive:
 
     def fill(self, pieces: Iterable[Piece]) -> int:
         """Fill each piece from the parts that overlap it, cast to its dtype. Returns the bytes read."""
-        wanted: dict[Path, list[tuple[Part, Piece]]] = {}
+        wanted: dict[Path, list[tuple[StoredPart, Piece]]] = {}
         for piece in pieces:
             for part in self._parts_of(piece):
                 wanted.setdefault(part.file, []).append((part, piece))
@@ -77,7 +77,7 @@ class Archive:
                     num_bytes += _copy(content, part, piece)
         return num_bytes
 
-    def _parts_of(self, piece: Piece) -> list[Part]:
+    def _parts_of(self, piece: Piece) -> list[StoredPart]:
         """The parts that overlap a piece: together they cover it."""
         stored = self.tensors.get(piece.name)
         if stored is None:
@@ -90,7 +90,7 @@ class Archive:
         return [part for part, volume in volumes.items() if volume]
 
 
-def _copy(content: Any, part: Part, piece: Piece) -> int:
+def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
     """Copy what a part and a piece have in common. The slice is a view of the mapped file: no other page is touched."""
     common = overlap(part.box, piece.box)
     found = content.get_slice(part.key)[slices(common, [start for start, _ in part.box])]

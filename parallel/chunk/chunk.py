@@ -8,11 +8,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from parallel.chunk.spec import DEVICE, Home, Outline, outlines_of
+from parallel.chunk.spec import DEVICE, ChunkStorage, Outline, outlines_of
 from parallel.layout.layout import ParameterInfo, Piece, box_shape, rectangles
 from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.mesh.mesh import Axis
-from parallel.storage.transfer import ON_DEVICE, Arrival, Placement, Tier, copies_of, host_empty
+from parallel.storage.transfer import ON_DEVICE, CopyEvent, Placement, Tier, copies_of, host_empty
 
 Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
@@ -65,7 +65,7 @@ class Chunk:
         zero: int = 0,
         fill: Fill = lambda infos: None,
         device: torch.device | None = None,
-        home: Home = DEVICE,
+        home: ChunkStorage = DEVICE,
     ) -> None:
         layout, first = infos[0].layout, infos[0].parameter
         outline = Outline(list(infos), dtype, zero)
@@ -76,8 +76,8 @@ class Chunk:
         self.disk = home.disk
         # Of the ranks that hold the same slice along the first axis, one speaks for it; of those that hold the same
         # masters, one owns them.
-        self.speaks = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
-        self.owner = self.speaks and (zero >= 1 or self.axes[0].rank == 0)
+        self.is_counted = all(axis.rank == 0 for axis in (*self.axes[1:], *layout.copies))
+        self.owner = self.is_counted and (zero >= 1 or self.axes[0].rank == 0)
         self.size = outline.size
         self._starts = outline.ends[:-1]
         self.gradient: Tensor | None = None
@@ -95,14 +95,14 @@ class Chunk:
             self.master = self.master.clone()  # the whole is given up
         self.placement = ON_DEVICE
         self.copies = copies_of(whole.device)
-        self.written = Arrival()  # the last copy of parameters down to the host
-        self.gradient_written, self.gradient_bytes = Arrival(), 0
+        self.written = CopyEvent()  # the last copy of parameters down to the host
+        self.gradient_written, self.gradient_bytes = CopyEvent(), 0
         self.squares: Tensor | None = None  # of this rank's slice of a gradient that has left the device
         self.is_lent = False  # `own` holds the gradient, until the update
         self.own = self.master.to(dtype) if self.is_partitioned else _slice(self.parameters, self.shard)
         if self.is_partitioned:
             self.release()
-        self.place(home.placement)
+        self.move_to(home.placement)
 
     @property
     def whole_bytes(self) -> int:
@@ -120,7 +120,7 @@ class Chunk:
         return self.shard.rank * len(self.master)
 
     @property
-    def comes_and_goes(self) -> bool:
+    def is_gathered_on_demand(self) -> bool:
         """Whether parameters are whole only between `gather` and `release`."""
         return self.is_partitioned or self.placement.parameters is Tier.HOST
 
@@ -129,7 +129,7 @@ class Chunk:
         """Whether parameters are narrower than masters, or lie elsewhere: then `own` is memory of its own."""
         return self.own.data_ptr() != self.master.data_ptr()
 
-    def place(self, placement: Placement) -> None:
+    def move_to(self, placement: Placement) -> None:
         """Give it another home, between two steps: nothing is fetched, and there is no gradient. What is frozen has no
         states: its masters are its parameters.
         """
@@ -140,9 +140,9 @@ class Chunk:
         self.settle()
         self.forget_gradient()
         was, own, master = self.placement, self.own, self.master
-        came = self.comes_and_goes
+        came = self.is_gathered_on_demand
         self.placement = placement
-        if self.comes_and_goes:
+        if self.is_gathered_on_demand:
             self.own = self._moved(own, was.parameters if came else None, placement.parameters)
         elif came:
             self._grow()
@@ -157,7 +157,7 @@ class Chunk:
             self.master = self._moved(master, was.states if alone else None, placement.states)
         if placement.states is Tier.DEVICE:
             self.gradient_home = None
-        if self.comes_and_goes:
+        if self.is_gathered_on_demand:
             if not self.parameters.untyped_storage().resizable():  # numpy has seen it, as when a checkpoint is written
                 self.parameters = torch.empty_like(self.parameters)
             self.release()
@@ -171,7 +171,7 @@ class Chunk:
     def held(self) -> list[tuple[Tier, Tensor]]:
         """The memory that it has now, moments left out, and where."""
         found = [(Tier.DEVICE, self.parameters)]
-        if self.comes_and_goes:
+        if self.is_gathered_on_demand:
             found.append((self.placement.parameters, self.own))
         if self.is_rounded:
             found.append((self.placement.states, self.master))
@@ -245,23 +245,23 @@ class Chunk:
             self.own.copy_(self.master)
         self.is_lent = False
 
-    def publish(self) -> Pending:
+    def write_back(self) -> Pending:
         """Make the parameters what the masters are, on every rank of `shard`."""
         if self.is_rounded:
             to, came = self.placement.parameters, self.placement.states
             if to is came or Tier.DEVICE not in (to, came):
                 self.own.copy_(self.master)
             elif to is Tier.HOST:  # rounded before it travels
-                self.written = self.copies.down(self.master.to(self.own.dtype), self.own)
+                self.written = self.copies.download(self.master.to(self.own.dtype), self.own)
             else:
                 wide = self.empty(Tier.DEVICE, self.master)
-                self.copies.up(self.master, wide).wait()
+                self.copies.upload(self.master, wide).wait()
                 self.own.copy_(wide)
         return self.spread()
 
     def spread(self) -> Pending:
         """Give every rank of `shard` this one's `own`, unless parameters are absent until they are gathered."""
-        if self.comes_and_goes:
+        if self.is_gathered_on_demand:
             return Pending(self.own)
         return start_all_gather(self.own, 0, self.shard, out=self.parameters)
 
@@ -273,10 +273,10 @@ class Chunk:
         if self.placement.parameters is Tier.DEVICE:
             return start_all_gather(self.own, 0, self.shard, out=self.parameters)
         part = _slice(self.parameters, self.shard)
-        arrival = self.copies.up(self.own, part, after=self.written)
+        arrival = self.copies.upload(self.own, part, after=self.written)
         if self.shard.size == 1:
             return Pending(self.parameters, arrival)
-        with self.copies.uploading():  # behind the copy, so that what computes meanwhile waits for neither
+        with self.copies.on_upload_stream():  # behind the copy, so that what computes meanwhile waits for neither
             return start_all_gather(part, 0, self.shard, out=self.parameters)
 
     def _grow(self) -> None:
@@ -287,12 +287,12 @@ class Chunk:
         """Give up all of the parameters but `own`."""
         self.parameters.untyped_storage().resize_(0)
         like = self.parameters
-        self._nothing = stand_in((), like.dtype, like.device)
+        self._nothing = placeholder((), like.dtype, like.device)
         self._show([self._nothing.expand(info.parameter.shape) for info in self.infos])
 
     def shows(self, parameter: nn.Parameter) -> bool:
         """Whether the memory of one of its parameters is still this chunk's."""
-        buffers = [self.parameters, *([self._nothing] if self.comes_and_goes else [])]
+        buffers = [self.parameters, *([self._nothing] if self.is_gathered_on_demand else [])]
         own = parameter.untyped_storage().data_ptr()
         return any(own == buffer.untyped_storage().data_ptr() for buffer in buffers)
 
@@ -308,17 +308,17 @@ def make_chunks(
     zero: int = 0,
     fill: Fill = lambda infos: None,
     device: torch.device | None = None,
-    homes: Sequence[Home] = (),
+    storages: Sequence[ChunkStorage] = (),
 ) -> list[Chunk]:
-    """Every parameter in a chunk, as `outlines_of` says; without `homes` all are at home on the device."""
+    """Every parameter in a chunk, as `outlines_of` says; without `storages` all are at home on the device."""
     outlines = outlines_of(infos, dtype, zero=zero)
     return [
         Chunk(outline.infos, dtype, zero=zero, fill=fill, device=device, home=home)
-        for outline, home in zip(outlines, homes or [DEVICE] * len(outlines), strict=True)
+        for outline, home in zip(outlines, storages or [DEVICE] * len(outlines), strict=True)
     ]
 
 
-def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of this shape that holds a single element, NaN (0 in a dtype that has none).
 
     Not one of no storage at all: elementwise kernels read it regardless, and crash.

@@ -16,14 +16,14 @@ ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
 
 
 @dataclass(frozen=True)
-class Home:
+class ChunkStorage:
     """Where a chunk is at home, and the disk on which its states are or may be."""
 
     placement: Placement = ON_DEVICE
     disk: Disk | None = None
 
 
-DEVICE = Home()
+DEVICE = ChunkStorage()
 
 
 @dataclass(frozen=True)

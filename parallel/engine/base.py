@@ -19,8 +19,8 @@ from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
 from parallel.optim.lr_schedule import learning_rate
 from parallel.optim.torch_optim import TorchOptimizer
-from parallel.placement.initial import Start, bytes_of, start
-from parallel.placement.manager import Placer
+from parallel.placement.initial import InitialPlacement, bytes_of, start
+from parallel.placement.manager import PlacementManager
 from parallel.storage.transfer import Tier
 
 Optimizer: TypeAlias = AdamW | TorchOptimizer
@@ -39,9 +39,9 @@ class StepResult:
     phases: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
-def start_of(
+def initial_placement_of(
     infos: Sequence[ParameterInfo], context: Context, *, num_microbatches: int = 0, is_torchs: bool = False
-) -> Start:
+) -> InitialPlacement:
     """Where the chunks of these parameters will be at home, in steps of the config's number of microbatches or another;
     `is_torchs`: with an optimizer of torch's. Raises ConfigError, on every rank, where there is too little room.
     """
@@ -70,12 +70,17 @@ class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both."""
 
     def __init__(
-        self, module: nn.Module, context: Context, chunks: Sequence[Chunk], optimizer: Optimizer, start: Start
+        self,
+        module: nn.Module,
+        context: Context,
+        chunks: Sequence[Chunk],
+        optimizer: Optimizer,
+        start: InitialPlacement,
     ) -> None:
         self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
-        self.placer = Placer(self.chunks, optimizer, self.config.zero, self.mesh.world, start)
+        self.placement_manager = PlacementManager(self.chunks, optimizer, self.config.zero, self.mesh.world, start)
         self.inputs: InputsOnHost | None = None  # of layers that are recomputed
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
@@ -114,13 +119,13 @@ class EngineBase:
         scale = self.loss_scale
         counts: dict[str, Any] = {"step": self.num_steps, "updates": self.num_updates}
         counts |= {"loss_scale": scale.scale if scale.is_dynamic else None, "good_steps": scale.good_steps}
-        return counts | {"placement": self.placer.state()}
+        return counts | {"placement": self.placement_manager.state()}
 
     def restore(self, counters: Mapping[str, Any]) -> None:
         """Go on from where `counters` were taken, the pieces of `state` having been filled with what they were then."""
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
         self.optimizer.restore(self.num_updates)
-        self.placer.restore(counters.get("placement", {}))
+        self.placement_manager.restore(counters.get("placement", {}))
         if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # in fp16 before, too
             self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
 
@@ -145,7 +150,7 @@ class EngineBase:
         """Update every weight by its gradient / `divisor`, clipped by that gradient's `norm`: on no rank where it
         overflowed in fp16, which is the answer.
         """
-        self.placer.before_update()
+        self.placement_manager.before_update()
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
         if not overflow:
             self.optimizer.step(clip_coefficient(norm, self.config.train.clip_grad_norm) / divisor, self.lr)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import make_chunks
-from parallel.engine.base import EngineBase, StepResult, optimizer_of, start_of
+from parallel.engine.base import EngineBase, StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.phases import Stopwatch
 from parallel.errors import DataError
@@ -20,7 +20,7 @@ from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
-from parallel.placement.initial import explaining_host
+from parallel.placement.initial import explain_host_shortage
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.tensor.layers import Linear
 from parallel.zero.gatherer import Gatherer
@@ -36,14 +36,14 @@ class Engine(EngineBase):
 
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        start = start_of(stage.infos, context, is_torchs=optimizer is not None)
-        with explaining_host(start):
-            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, homes=start.homes)
+        start = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
+        with explain_host_shortage(start):
+            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, storages=start.storages)
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)
         self.pipe.connect(self.mesh.device)
-        self.gatherer = Gatherer(stage.units, self.chunks, self.placer)
+        self.gatherer = Gatherer(stage.units, self.chunks, self.placement_manager)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():
@@ -58,7 +58,7 @@ class Engine(EngineBase):
         Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label;
         ConfigError where the device has too little memory.
         """
-        with self.placer.explaining():
+        with self.placement_manager.explain_shortage():
             return self._train_step(batch)
 
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -68,7 +68,7 @@ class Engine(EngineBase):
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
         ids, mask = microbatches[0].input_ids, microbatches[0].attention_mask
-        self.placer.before_step((len(microbatches), *ids.shape, int(mask is not None)))
+        self.placement_manager.before_step((len(microbatches), *ids.shape, int(mask is not None)))
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
         keeps = self.config.train.activation_checkpointing == "none"  # what a layer computed, also if products wait
@@ -85,7 +85,7 @@ class Engine(EngineBase):
         self.stopwatch.mark("update")
         lr = self.lr
         overflow = self._update(norm, scale)
-        self.placer.after_step(skipped=overflow)
+        self.placement_manager.after_step(skipped=overflow)
         loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
@@ -98,7 +98,7 @@ class Engine(EngineBase):
         """
         self.stage.eval()
         total, tokens = 0.0, 0
-        with self.placer.explaining():
+        with self.placement_manager.explain_shortage():
             self.gatherer.begin()
             for batch in batches:
                 microbatches, count = self._microbatches(batch)
@@ -136,7 +136,7 @@ class Engine(EngineBase):
 
     def _sum(self, total: Tensor) -> Tensor:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""
-        return all_reduce(total if self.stage.speaks else torch.zeros_like(total), self.mesh.world)
+        return all_reduce(total if self.stage.is_counted else torch.zeros_like(total), self.mesh.world)
 
     def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
         key = generate, num_microbatches

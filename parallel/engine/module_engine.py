@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import make_chunks
-from parallel.engine.base import StepResult, optimizer_of, start_of
+from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.module_state import ModuleState
 from parallel.errors import ConfigError, DataError, ModelError
@@ -24,7 +24,7 @@ from parallel.modules.agreement import Agreement
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
-from parallel.placement.initial import explaining_host
+from parallel.placement.initial import explain_host_shortage
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.zero.gatherer import Gatherer
 
@@ -72,16 +72,22 @@ class ModuleEngine(ModuleState):
             raise ModelError("model: none of its parameters requires a gradient.")
         zero = config.zero.stage
         fill = partial(modules.fill, axis=data)
-        start = start_of(infos, context, num_microbatches=2, is_torchs=optimizer is not None)  # as many as a user likes
-        with explaining_host(start):
-            chunks = make_chunks(infos, context.dtype, zero=zero, fill=fill, device=context.device, homes=start.homes)
+        start = initial_placement_of(
+            infos, context, num_microbatches=2, is_torchs=optimizer is not None
+        )  # as many as a user likes
+        with explain_host_shortage(start):
+            chunks = make_chunks(
+                infos, context.dtype, zero=zero, fill=fill, device=context.device, storages=start.storages
+            )
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.criterion = criterion
         self._control = on_the_host(data)
         self._agreement = Agreement(self._control)
         self._layers = layers
-        comes_and_goes = any(chunk.comes_and_goes for chunk in chunks)
-        self._gatherer = Gatherer(layers if comes_and_goes else {}, chunks, self.placer, self._agreement.check)
+        is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
+        self._gatherer = Gatherer(
+            layers if is_gathered_on_demand else {}, chunks, self.placement_manager, self._agreement.check
+        )
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
         self._gradients = ModuleGradients(self._trained, scatters_each=zero >= 2)
         self._infos = {info.parameter: info for chunk in self._trained for info in chunk.infos}
@@ -101,7 +107,7 @@ class ModuleEngine(ModuleState):
             modules.recompute(module, layers, self.inputs, compiles=config.train.compile)
         module.register_forward_pre_hook(lambda module, *inputs: self._enter(inputs), with_kwargs=True)
         module.register_forward_hook(lambda module, inputs, y: self._leave(), always_call=True)
-        if comes_and_goes:
+        if is_gathered_on_demand:
             modules.guard_state(module)
 
     # -- the user's loop
@@ -112,7 +118,7 @@ class ModuleEngine(ModuleState):
         or ranks do not run the same layers.
         """
         args, kwargs = tree_map(self._input, (args, kwargs))
-        with self.placer.explaining():
+        with self.placement_manager.explain_shortage():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
@@ -121,7 +127,7 @@ class ModuleEngine(ModuleState):
         problem = "" if is_one else f"loss: it must be one number with a gradient, got {modules.described(loss)}."
         self._agreement.check("a backward", problem)
         self._gatherer.root.use()  # a backward before this one, of another forward, may have let it go
-        with self._gradients.backward(synchronizes=self._synchronizes), self.placer.explaining():
+        with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
         self._awaits_backward = retain_graph
         if not retain_graph:
@@ -137,10 +143,10 @@ class ModuleEngine(ModuleState):
         on_host = HostCopy(norm)
         lr = self.lr
         self.optimizer.unused = self._unused()
-        with self.placer.explaining():
+        with self.placement_manager.explain_shortage():
             skipped = self._update(norm, divisor)
         self.zero_grad()
-        self.placer.after_step(skipped=skipped)
+        self.placement_manager.after_step(skipped=skipped)
         self._is_between_steps = True
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
@@ -242,9 +248,9 @@ class ModuleEngine(ModuleState):
         if self._is_between_steps:
             self._is_between_steps = False
             self._gatherer.end()
-            self.placer.before_step(work)
+            self.placement_manager.before_step(work)
         else:
-            self.placer.within_step(work)
+            self.placement_manager.within_step(work)
 
     def _let_go(self) -> None:
         """Of what is whole still, since a graph was retained or a backward never came: weights will be others."""

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from parallel.errors import DataError
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.modules.recorder import HOST, Concealed, Notebook, is_on_meta, replace
+from parallel.modules.recorder import HOST, Concealed, Recorder, is_on_meta, replace
 from parallel.modules.sliced import divide, is_divided
 
 
@@ -48,7 +48,7 @@ class _Nursery:
     """The modules that have been put together during a block, and what became of their parameters."""
 
     def __init__(self, axis: Axis) -> None:
-        self.axis, self.notebook = axis, Notebook(axis)
+        self.axis, self.notebook = axis, Recorder(axis)
         self._modules: dict[nn.Module, None] = {}  # in order
         self._parents: dict[nn.Module, tuple[nn.Module, str]] = {}
         # By identity; the parameters are held too, lest another gets the same.

@@ -57,7 +57,7 @@ class Made:
 class Written:
     """Memory after a call wrote into it. `before` is what it was; None where all of it was overwritten."""
 
-    place: "Place"
+    place: "Location"
     call: "Call"
     before: "Content | None"
 
@@ -80,7 +80,7 @@ Read: TypeAlias = dict[Content, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Location:
     """Where a tensor on the meta device lies: in which memory, with which content at the time, and how.
 
     `content` is None for the target of a call that overwrites it.
@@ -110,7 +110,7 @@ class Call:
         """Do it on the host; `memory` is what lies at `key`, and is written to."""
 
         def real(x: Any) -> Any:
-            if not isinstance(x, Place):
+            if not isinstance(x, Location):
                 return HOST if x == META else x
             if x.key == key and memory is not None:
                 return x.within(memory)
@@ -126,7 +126,7 @@ class Call:
             return self.function(*args, **kwargs)
 
 
-class Notebook(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes all that happens to tensors that were put off (`defer`), and to what is computed from them."""
 
     def __init__(self, axis: Axis) -> None:
@@ -183,16 +183,16 @@ class Notebook(TorchDispatchMode):
         covers = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
         if covers and name == "copy_" and isinstance(source := call.arguments[0][1], Tensor):
             return self._know(x, Given(Slice.of(source.to(x.dtype).expand_as(x), self.axis), x.shape))
-        reads = [y for y in tree_leaves(call.arguments) if isinstance(y, Place) and y.key == place.key]
+        reads = [y for y in tree_leaves(call.arguments) if isinstance(y, Location) and y.key == place.key]
         if not (covers and name in OVERWRITE and len(reads) == 1):
             return self._know(x, Written(place, call, place.content))
         target = dataclasses.replace(place, content=None)  # so that nothing keeps what was there before
         others = tree_map(lambda y: target if y is reads[0] else y, call.arguments)
         return self._know(x, Written(target, dataclasses.replace(call, arguments=others), None))
 
-    def _place(self, x: Tensor) -> Place:
+    def _place(self, x: Tensor) -> Location:
         key = key_of(x)
-        return Place(key, self._contents[key], x.size(), x.stride(), int(x.storage_offset()), x.dtype)
+        return Location(key, self._contents[key], x.size(), x.stride(), int(x.storage_offset()), x.dtype)
 
     def _know(self, x: Tensor, content: Content) -> None:
         self._storages[key_of(x)], self._contents[key_of(x)] = x.untyped_storage(), content
@@ -203,7 +203,7 @@ class Concealed(TorchFunctionMode):
     what is made beside such a tensor, on its device, would have no data either.
     """
 
-    def __init__(self, notebook: Notebook) -> None:
+    def __init__(self, notebook: Recorder) -> None:
         super().__init__()
         self.notebook = notebook
 

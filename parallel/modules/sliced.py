@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parallel.chunk.chunk import stand_in
+from parallel.chunk.chunk import placeholder
 from parallel.mesh.collectives import MAX, all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 
@@ -42,7 +42,7 @@ def divide(parameter: nn.Parameter, axis: Axis) -> None:
     """From here on this rank holds its slice of the parameter, and a stand-in for the rest."""
     assert not is_divided(parameter)
     setattr(parameter, ATTRIBUTE, Slice.of(parameter, axis))
-    parameter.data = stand_in(tuple(parameter.shape), parameter.dtype, parameter.device)
+    parameter.data = placeholder(tuple(parameter.shape), parameter.dtype, parameter.device)
 
 
 def is_divided(parameter: Tensor) -> bool:

@@ -60,7 +60,7 @@ class AdamW:
                 for part in parts[chunk]:
                     on_device(part)
                 chunk.gradient = None
-                published.append(chunk.publish())
+                published.append(chunk.write_back())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is not Tier.DEVICE]
         if streamed:
             self._update_elsewhere({chunk: parts[chunk] for chunk in streamed}, on_device, HostCopy(factor), lr)
@@ -111,12 +111,12 @@ class AdamW:
         had = [(info, int((steps or {}).get(info.name, updates))) for chunk in self.chunks for info in chunk.infos]
         self._missed = {info: updates - count for info, count in had if count < updates}
         for chunk in self.chunks:
-            chunk.publish().wait()
+            chunk.write_back().wait()
 
-    def place(self, chunk: Chunk, placement: Placement) -> None:
+    def move(self, chunk: Chunk, placement: Placement) -> None:
         """Give a chunk another home, and its moments."""
         was = chunk.placement.states
-        chunk.place(placement)
+        chunk.move_to(placement)
         if was is not placement.states and chunk in self.moments:
             first, second = (chunk.empty(placement.states, x, "moments").copy_(x) for x in self.moments[chunk])
             self.moments[chunk] = first, second

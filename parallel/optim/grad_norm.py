@@ -24,7 +24,7 @@ def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
         if squares is None:
             assert chunk.gradient is not None
             squares = sum_of_squares(chunk.own_slice(chunk.gradient), chunk.master.dtype)
-        total += squares * chunk.speaks
+        total += squares * chunk.is_counted
     return all_reduce(total, world).sqrt()
 
 

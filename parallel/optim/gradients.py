@@ -242,7 +242,7 @@ class _Sum:
         if chunk.placement.states is Tier.DEVICE:
             return total
         found = chunk.empty(Tier.DEVICE, total)
-        chunk.copies.up(total, found, after=chunk.gradient_written).wait()
+        chunk.copies.upload(total, found, after=chunk.gradient_written).wait()
         return found
 
     def _at_home(self, total: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class _Sum:
             chunk.gradient_home = chunk.empty(Tier.HOST, total)
         home = chunk.gradient_home if lent is None else lent
         assert home is not None
-        chunk.gradient_written = chunk.copies.down(total, home)
+        chunk.gradient_written = chunk.copies.download(total, home)
         return home
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
 from parallel.storage.disk import Disk
-from parallel.storage.transfer import Arrival, Tier, copies_of
+from parallel.storage.transfer import CopyEvent, Tier, copies_of
 
 PART = 2**23  # elements
 
@@ -55,7 +55,7 @@ class _Slot:
     def __init__(self, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
         self.room: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.arrived, self.left = Arrival(), Arrival()
+        self.arrived, self.left = CopyEvent(), CopyEvent()
 
     def view(self, name: str, like: Tensor) -> Tensor:
         key = name, like.dtype
@@ -112,8 +112,8 @@ class Stream:
         first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(home.states))
         here = replace(home, states=(first, second, third), gradient=slot.view("gradient", home.gradient), own=None)
         for source, room in zip(home.states, here.states, strict=True):
-            self._copies.up(source, room, after=slot.left)
-        slot.arrived = self._copies.up(home.gradient, here.gradient, after=home.chunk.gradient_written)
+            self._copies.upload(source, room, after=slot.left)
+        slot.arrived = self._copies.upload(home.gradient, here.gradient, after=home.chunk.gradient_written)
         return home, here
 
     def _take(self, here: Part, home: Part, slot: _Slot) -> None:
@@ -122,7 +122,7 @@ class Stream:
                 home.own.copy_(here.states[0])
             else:
                 narrow = slot.view("own", home.own)
-                self._copies.down(narrow.copy_(here.states[0]), home.own)
+                self._copies.download(narrow.copy_(here.states[0]), home.own)
         for room, place in zip(here.states, home.states, strict=True):
-            slot.left = self._copies.down(room, place)
+            slot.left = self._copies.download(room, place)
         home.chunk.written = slot.left

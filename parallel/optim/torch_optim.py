@@ -76,7 +76,7 @@ class TorchOptimizer:
         with self._stepping():
             self.inner.step()
         self.inner.zero_grad()
-        for pending in [chunk.publish() for chunk in self.chunks]:
+        for pending in [chunk.write_back() for chunk in self.chunks]:
             pending.wait()
 
     def pieces(self) -> dict[str, list[Piece]]:
@@ -111,12 +111,12 @@ class TorchOptimizer:
             if "step" in self.inner.state[leaf]:
                 self.inner.state[leaf]["step"].fill_((steps or {}).get(segment.info.name, updates))
         for chunk in self.chunks:
-            chunk.publish().wait()
+            chunk.write_back().wait()
 
-    def place(self, chunk: Chunk, placement: Placement) -> None:
+    def move(self, chunk: Chunk, placement: Placement) -> None:
         """Give a chunk another home, and what is kept for it."""
         was = chunk.placement.states
-        chunk.place(placement)
+        chunk.move_to(placement)
         renewed = {segment.info: segment for segment in chunk.segments(chunk.master)}  # masters may lie elsewhere now
         for i, (segment, leaf) in enumerate(self._segments):
             if segment.info not in renewed:

@@ -16,8 +16,8 @@ class Stage(nn.Module):
     forward(x, microbatch): x is None on the first stage, elsewhere the previous stage's output; the last returns the
     loss summed over this rank's tokens, the others activations of `boundary(B, S)`'s shape.
 
-    `infos` are the parameters of this rank, each once. `speaks`: whether this rank, among those that compute the same
-    loss, is the one that counts.
+    `infos` are the parameters of this rank, each once. `is_counted`: whether this rank's loss is the one that counts,
+    among the ranks that compute the same loss.
     `limits`: what the model can be given.
 
     `units`: the layers, by the unit of their parameters, that can be made whole one at a time, when they compute.
@@ -32,7 +32,7 @@ class Stage(nn.Module):
         *,
         boundary: Callable[[int, int], tuple[int, ...]],
         dtype: torch.dtype,
-        speaks: bool,
+        is_counted: bool,
         limits: Limits,
     ) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Stage(nn.Module):
         self.fill: Callable[[Sequence[ParameterInfo]], None] = lambda infos: None
         self.inputs: InputsOnHost | None = None
         self.layers, self.infos = nn.ModuleList(layers), list(infos)
-        self.boundary, self.dtype, self.speaks, self.limits = boundary, dtype, speaks, limits
+        self.boundary, self.dtype, self.is_counted, self.limits = boundary, dtype, is_counted, limits
 
     def forward(self, x: Tensor | None, microbatch: Microbatch) -> Tensor:
         for layer in self.layers:

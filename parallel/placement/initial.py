@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from parallel.chunk.precision import gradient_dtype, moment_dtype, state_size
-from parallel.chunk.spec import Home, Outline
+from parallel.chunk.spec import ChunkStorage, Outline
 from parallel.config import Config, OptimizerConfig, ZeroConfig
 from parallel.errors import ConfigError, RoomError, either, size_text
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.optim import streaming
-from parallel.placement.policy import ChunkBytes, HostRoom, host_of, near
+from parallel.placement.policy import ChunkBytes, HostRoom, host_of, max_states_on_host
 from parallel.storage import disk
 from parallel.storage.disk import PAGE, Disk, check_folder, in_pages
 from parallel.storage.host import available
@@ -28,10 +28,10 @@ ON_DISK = Placement(Tier.HOST, Tier.DISK)
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialPlacement:
     """Of each chunk its home and its bytes, and the room on the host that they were chosen for."""
 
-    homes: list[Home]
+    storages: list[ChunkStorage]
     sizes: list[ChunkBytes]
     room: HostRoom
 
@@ -44,7 +44,7 @@ def start(
     world: Axis,
     peers: int,
     device: torch.device,
-) -> Start:
+) -> InitialPlacement:
     """Everything on the device or, with `cpu` and with `auto`, which looks on for a step before it brings anything
     there, on the host; of the states those of as many chunks as fit beside the rest, and the others on the disk.
 
@@ -52,14 +52,18 @@ def start(
     """
     zero = config.zero
     if zero.tensor_placement_policy == "cuda":
-        return Start([Home() for _ in sizes], sizes, HostRoom(2**62))
+        return InitialPlacement([ChunkStorage() for _ in sizes], sizes, HostRoom(2**62))
     room = HostRoom(_allowed(zero, outlines, peers), has_disk=zero.nvme_dir is not None)
-    num_near = near(sizes, room)
-    refuse_together(folder_problem(zero) or (shortage(sizes, room, config) if num_near is None else ""), world)
-    num_near = alike(num_near or 0, sizes, world)
-    refuse_together(_disk_problem(sizes[num_near:], zero, world), world)
-    home = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
-    return Start([Home(ON_HOST if i < num_near else ON_DISK, home) for i in range(len(sizes))], sizes, room)
+    num_host_states = max_states_on_host(sizes, room)
+    refuse_together(folder_problem(zero) or (shortage(sizes, room, config) if num_host_states is None else ""), world)
+    num_host_states = agreed_minimum(num_host_states or 0, sizes, world)
+    refuse_together(_disk_problem(sizes[num_host_states:], zero, world), world)
+    disk_of_rank = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
+    return InitialPlacement(
+        [ChunkStorage(ON_HOST if i < num_host_states else ON_DISK, disk_of_rank) for i in range(len(sizes))],
+        sizes,
+        room,
+    )
 
 
 def bytes_of(
@@ -105,7 +109,7 @@ def shortage(sizes: Sequence[ChunkBytes], room: HostRoom, config: Config) -> str
 
 
 @contextmanager
-def explaining_host(start: Start) -> Iterator[None]:
+def explain_host_shortage(start: InitialPlacement) -> Iterator[None]:
     """A user whose host has less room than it seemed is told so in a RoomError, with what would help."""
     try:
         yield
@@ -135,10 +139,10 @@ def refuse_together(problem: str, world: Axis) -> None:
         raise ConfigError(*dict.fromkeys(problems))
 
 
-def alike(num_near: int, sizes: Sequence[ChunkBytes], world: Axis) -> int:
+def agreed_minimum(num_host_states: int, sizes: Sequence[ChunkBytes], world: Axis) -> int:
     """The same on ranks that have the same chunks, the least of them: copies of a weight are updated in one way."""
     own = [size.states for size in sizes]
-    found: list[int] = [number for states, number in gather_objects((own, num_near), world) if states == own]
+    found: list[int] = [number for states, number in gather_objects((own, num_host_states), world) if states == own]
     return min(found)
 
 

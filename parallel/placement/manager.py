@@ -15,16 +15,23 @@ from parallel.config import ZeroConfig
 from parallel.errors import ConfigError, RoomError, size_text
 from parallel.mesh.collectives import all_reduce, gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.placement.initial import Start, alike, explaining_host
-from parallel.placement.policy import ChunkBytes, Moment, Plan, near, peak_of, plan
-from parallel.placement.profile import Observer
+from parallel.placement.initial import InitialPlacement, agreed_minimum, explain_host_shortage
+from parallel.placement.policy import (
+    ChunkBytes,
+    MemorySample,
+    PlacementPlan,
+    max_states_on_host,
+    peak_of,
+    plan_placement,
+)
+from parallel.placement.profile import StepProfile
 from parallel.storage.transfer import Placement, Tier
 
 Work: TypeAlias = tuple[int, ...]
 """How large a step is: numbers of which none may grow, lest it need more memory."""
 
 
-class Phase(Enum):
+class PlanState(Enum):
     """How far a plan has come."""
 
     FIXED = auto()  # everything stays where it is
@@ -36,14 +43,14 @@ class Phase(Enum):
 
 
 MOVES = {
-    (Phase.FRESH, Phase.LEAN),
-    (Phase.FRESH, Phase.PLANNED),  # a plan that was saved
-    (Phase.LEAN, Phase.WATCHING),
-    (Phase.WATCHING, Phase.PLANNED),
-    (Phase.WATCHING, Phase.LEAN),  # its update was skipped
-    (Phase.PLANNED, Phase.KEPT),
-    (Phase.PLANNED, Phase.LEAN),  # other work has come
-    (Phase.KEPT, Phase.LEAN),
+    (PlanState.FRESH, PlanState.LEAN),
+    (PlanState.FRESH, PlanState.PLANNED),  # a plan that was saved
+    (PlanState.LEAN, PlanState.WATCHING),
+    (PlanState.WATCHING, PlanState.PLANNED),
+    (PlanState.WATCHING, PlanState.LEAN),  # its update was skipped
+    (PlanState.PLANNED, PlanState.KEPT),
+    (PlanState.PLANNED, PlanState.LEAN),  # other work has come
+    (PlanState.KEPT, PlanState.LEAN),
 }
 UNLIMITED = 2**62  # bytes: a host that stands for a device has no limit of its own
 SETTLING, MEASURED = 2, 3  # steps under a new plan: before they are measured, and of which the median is said
@@ -54,7 +61,7 @@ class Placed(Protocol):
 
     host_share: float
 
-    def place(self, chunk: Chunk, placement: Placement) -> None: ...
+    def move(self, chunk: Chunk, placement: Placement) -> None: ...
 
     def state_bytes(self, chunk: Chunk) -> int: ...
 
@@ -63,22 +70,24 @@ class Placed(Protocol):
     def gain(self, share: float) -> float: ...
 
 
-class Placer:
+class PlacementManager:
     """Watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank. A step of
     more work than any before it, or with a layer that was not used then, is watched again, and the plan made for both.
 
     `say` hears what was planned and, some steps later, what came of it.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], optimizer: Placed, zero: ZeroConfig, world: Axis, start: Start) -> None:
+    def __init__(
+        self, chunks: Sequence[Chunk], optimizer: Placed, zero: ZeroConfig, world: Axis, start: InitialPlacement
+    ) -> None:
         self.chunks, self.world, self.zero, self.start = list(chunks), world, zero, start
         self.say: Callable[[str], None] = lambda text: None
-        self.plan: Plan | None = None
+        self.plan: PlacementPlan | None = None
         self._optimizer = optimizer
         self._device = chunks[0].parameters.device
-        self._phase = Phase.FIXED if zero.tensor_placement_policy == "cuda" else Phase.FRESH
-        self._observer: Observer | None = None
-        self._moments: list[Moment] = []  # of every watched step
+        self._phase = PlanState.FIXED if zero.tensor_placement_policy == "cuda" else PlanState.FRESH
+        self._observer: StepProfile | None = None
+        self._moments: list[MemorySample] = []  # of every watched step
         self._seen: list[Work] = []
         self._used: set[str] = set()  # layers, in this step
         self._known: set[str] = set()  # those of watched steps
@@ -90,22 +99,22 @@ class Placer:
 
     def before_step(self, work: Work) -> None:
         """Between two steps, on all ranks together."""
-        if self._phase is Phase.FIXED:
+        if self._phase is PlanState.FIXED:
             return
-        if self._is_new(work) and self._phase in (Phase.PLANNED, Phase.KEPT):
+        if self._is_new(work) and self._phase in (PlanState.PLANNED, PlanState.KEPT):
             self._make_lean()
         self._used.clear()
         self._surprised = False
-        if self._phase is not Phase.KEPT:  # then the host may run ahead
+        if self._phase is not PlanState.KEPT:  # then the host may run ahead
             self._synchronize()
-        if self._phase is Phase.LEAN:
-            self._move(Phase.WATCHING)
-            self._observer = Observer(self.chunks, self._device)
+        if self._phase is PlanState.LEAN:
+            self._move(PlanState.WATCHING)
+            self._observer = StepProfile(self.chunks, self._device)
         self._began = time.perf_counter()
 
     def within_step(self, work: Work) -> None:
         """As `before_step`, where a step goes on: if this is more than was said, the next step will be looked on at."""
-        if self._phase is not Phase.FIXED:
+        if self._phase is not PlanState.FIXED:
             self._surprised |= self._is_new(work)
 
     @contextmanager
@@ -130,26 +139,26 @@ class Placer:
         """
         observer, self._observer = self._observer, None
         if skipped:
-            if self._phase is Phase.WATCHING:
-                self._move(Phase.LEAN)
-        elif self._phase is Phase.FRESH:
-            self._move(Phase.LEAN)
+            if self._phase is PlanState.WATCHING:
+                self._move(PlanState.LEAN)
+        elif self._phase is PlanState.FRESH:
+            self._move(PlanState.LEAN)
         elif observer is not None:
             self._synchronize()
             self._carry_out(observer, time.perf_counter())
             return  # whatever it was, it has been seen
-        elif self._phase is Phase.PLANNED:
+        elif self._phase is PlanState.PLANNED:
             self._synchronize()
             self._took.append(time.perf_counter() - self._began)
             if len(self._took) == SETTLING + MEASURED:
-                self._move(Phase.KEPT)
+                self._move(PlanState.KEPT)
                 self.say(f"placement: measured {self._measured()}a step {median(self._took[SETTLING:]):.3f} s")
-        if self._phase in (Phase.PLANNED, Phase.KEPT) and self._is_surprised():
+        if self._phase in (PlanState.PLANNED, PlanState.KEPT) and self._is_surprised():
             self._make_lean()
 
     def state(self) -> dict[str, Any]:
         """The plan, to be saved with a run: host and device round an update differently."""
-        if self.plan is None or self._phase not in (Phase.PLANNED, Phase.KEPT):
+        if self.plan is None or self._phase not in (PlanState.PLANNED, PlanState.KEPT):
             return {}  # or it is about to be made again
         return dict(
             key=self._key(),
@@ -161,7 +170,7 @@ class Placer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Before the first step: go on by a plan that was saved, if it was made for such chunks and such a budget."""
-        if self._phase is not Phase.FRESH:
+        if self._phase is not PlanState.FRESH:
             return
         fits = state.get("key") == self._key()  # of ranks with other devices perhaps not on all
         if not all(gather_objects(fits, self.world)):
@@ -171,10 +180,10 @@ class Placer:
         self._place(state["moving"], self.start.sizes, state["peak"], state["host_share"])
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
+    def explain_shortage(self) -> Iterator[None]:
         """A user whose batch does not fit is told so in a RoomError, with what would help."""
         try:
-            with explaining_host(self.start):
+            with explain_host_shortage(self.start):
                 yield
         except torch.OutOfMemoryError as error:
             lean = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in self.chunks)
@@ -194,7 +203,7 @@ class Placer:
             return UNLIMITED
         return int(torch.cuda.get_device_properties(self._device).total_memory)
 
-    def _carry_out(self, observer: Observer, now: float) -> None:
+    def _carry_out(self, observer: StepProfile, now: float) -> None:
         self._moments += observer.end()
         self._known |= self._used
         sizes, count = observer.sizes(self.start.sizes, self._optimizer.state_bytes), len(self.chunks)
@@ -214,29 +223,29 @@ class Placer:
         predicted = computing - spared + (now - self._began - computing - self._optimizer.gain(host_share)) * streamed
         self.say(f"{self._planned()}, a step {predicted:.3f} s")
 
-    def _own_plan(self, sizes: Sequence[ChunkBytes]) -> Plan | None:
+    def _own_plan(self, sizes: Sequence[ChunkBytes]) -> PlacementPlan | None:
         if self.zero.tensor_placement_policy == "cpu":
             return None
-        return plan(sizes, self._moments, self.budget, self.zero.gpu_margin_mem_ratio, self.start.room)
+        return plan_placement(sizes, self._moments, self.budget, self.zero.gpu_margin_mem_ratio, self.start.room)
 
     def _place(self, moving: Sequence[int], sizes: Sequence[ChunkBytes], peak: int, host_share: float) -> None:
         """Give all but the last chunks their home on the device: so many of them have states, parameters that move. Of
         these states the first are on the host, as far as there is room.
         """
         states, parameters = self._staying(moving)
-        num_near = near(sizes, self.start.room, states, parameters)
-        if num_near is None:  # gradients are wider than was foreseen
-            num_near = states if self.start.room.has_disk else len(self.chunks)
-        num_near = alike(num_near, sizes, self.world)
+        num_host_states = max_states_on_host(sizes, self.start.room, states, parameters)
+        if num_host_states is None:  # gradients are wider than was foreseen
+            num_host_states = states if self.start.room.has_disk else len(self.chunks)
+        num_host_states = agreed_minimum(num_host_states, sizes, self.world)
         for i, chunk in enumerate(self.chunks):  # what leaves the host gives room to what comes
             home = Tier.DEVICE if i < parameters else Tier.HOST
-            self._optimizer.place(chunk, Placement(home, chunk.placement.states))
+            self._optimizer.move(chunk, Placement(home, chunk.placement.states))
         for i, chunk in enumerate(self.chunks):
-            far = Tier.HOST if i < num_near else Tier.DISK
-            self._optimizer.place(chunk, Placement(chunk.placement.parameters, Tier.DEVICE if i < states else far))
+            far = Tier.HOST if i < num_host_states else Tier.DISK
+            self._optimizer.move(chunk, Placement(chunk.placement.parameters, Tier.DEVICE if i < states else far))
         self._optimizer.host_share = host_share
-        self.plan, self._took = Plan(states, parameters, num_near, peak), []
-        self._move(Phase.PLANNED)
+        self.plan, self._took = PlacementPlan(states, parameters, num_host_states, peak), []
+        self._move(PlanState.PLANNED)
 
     def _staying(self, moving: Sequence[int]) -> tuple[int, int]:
         states, parameters = (max(0, len(self.chunks) - count) for count in moving)
@@ -244,7 +253,7 @@ class Placer:
 
     def _planned(self) -> str:
         assert self.plan is not None
-        far = len(self.chunks) - self.plan.num_near
+        far = len(self.chunks) - self.plan.num_host_states
         on_disk = f", states of {far} on the disk" if far else ""
         limit = f" of {size_text(self.budget)}" if self.budget < UNLIMITED else ""
         return (
@@ -272,14 +281,14 @@ class Placer:
         self.say("placement: the steps are others now; planning again")
         if not self._moments:  # a saved plan, of steps that this process has not watched: they are new to the next one
             del self._seen[:-1]
-        returns = [*zip(self.chunks, self.start.homes, strict=True)][::-1]
+        returns = [*zip(self.chunks, self.start.storages, strict=True)][::-1]
         for chunk, home in returns:  # states first: some go on to the disk
-            self._optimizer.place(chunk, Placement(chunk.placement.parameters, home.placement.states))
+            self._optimizer.move(chunk, Placement(chunk.placement.parameters, home.placement.states))
         for chunk, home in returns:
-            self._optimizer.place(chunk, home.placement)
-        self._move(Phase.LEAN)
+            self._optimizer.move(chunk, home.placement)
+        self._move(PlanState.LEAN)
 
-    def _move(self, phase: Phase) -> None:
+    def _move(self, phase: PlanState) -> None:
         assert (self._phase, phase) in MOVES, f"a plan cannot go from {self._phase.name} to {phase.name}"
         self._phase = phase
 
@@ -299,7 +308,7 @@ class Placer:
         """Before anything is computed: what is whole at once must fit, whatever is moved."""
         units: dict[str, int] = {}
         for chunk in self.chunks:
-            if chunk.comes_and_goes:
+            if chunk.is_gathered_on_demand:
                 units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
         needed = sum(sorted(units.values())[-3:])
         own = needed, self.budget, len(self.chunks), sum(chunk.size for chunk in self.chunks)

@@ -42,7 +42,7 @@ class HostRoom:
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemorySample:
     """A stretch of a step in which everything was at home on the host: the most bytes on the device besides chunks, the
     chunks that were whole, and those whose gradient was complete.
     """
@@ -53,23 +53,23 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """The states of the first `num_states` chunks, in the order of a forward, and the parameters of the first
     `num_parameters` are at home on the device; `peak` is what it will hold then, at most, in bytes. Of the other states
-    those of the first `num_near` chunks are on the host, and the rest on a disk.
+    those of the first `num_host_states` chunks are on the host, and the rest on a disk.
 
     First things first: a forward can begin with them while the others' update is still streaming.
     """
 
     num_states: int
     num_parameters: int
-    num_near: int
+    num_host_states: int
     peak: int
 
 
-def plan(
-    chunks: Sequence[ChunkBytes], moments: Sequence[Moment], budget: int, margin_ratio: float, host: HostRoom
-) -> Plan | None:
+def plan_placement(
+    chunks: Sequence[ChunkBytes], moments: Sequence[MemorySample], budget: int, margin_ratio: float, host: HostRoom
+) -> PlacementPlan | None:
     """The most that fits; None where not even the leanest does. If everything fits, nothing moves.
 
     States come before parameters: keeping a byte of them saves two or more copies that nothing hides, while a layer's
@@ -81,17 +81,21 @@ def plan(
     if lean > allowed:
         return None
     if (everything := peak_of(chunks, moments, count, count)) <= allowed:
-        return Plan(count, count, count, everything)
+        return PlacementPlan(count, count, count, everything)
     for_states = lean + int((allowed - lean) * margin_ratio)
     num_states = _most(count, lambda k: peak_of(chunks, moments, k, 0) <= for_states)
     num_parameters = _most(count, lambda k: peak_of(chunks, moments, num_states, k) <= allowed)
-    num_near = near(chunks, host, num_states, num_parameters)
-    if num_near is None:
+    num_host_states = max_states_on_host(chunks, host, num_states, num_parameters)
+    if num_host_states is None:
         return None
-    return Plan(num_states, num_parameters, num_near, peak_of(chunks, moments, num_states, num_parameters))
+    return PlacementPlan(
+        num_states, num_parameters, num_host_states, peak_of(chunks, moments, num_states, num_parameters)
+    )
 
 
-def near(chunks: Sequence[ChunkBytes], host: HostRoom, num_states: int = 0, num_parameters: int = 0) -> int | None:
+def max_states_on_host(
+    chunks: Sequence[ChunkBytes], host: HostRoom, num_states: int = 0, num_parameters: int = 0
+) -> int | None:
     """How many chunks' states need not be on a disk, at most; None where the host has too little room for the rest."""
     count = len(chunks)
     fewest = num_states if host.has_disk else count
@@ -99,18 +103,18 @@ def near(chunks: Sequence[ChunkBytes], host: HostRoom, num_states: int = 0, num_
     return next(fitting, None)
 
 
-def host_of(chunks: Sequence[ChunkBytes], num_states: int, num_parameters: int, num_near: int) -> int:
+def host_of(chunks: Sequence[ChunkBytes], num_states: int, num_parameters: int, num_host_states: int) -> int:
     """The bytes of chunks on the host, at most, with what streams states from a disk where any are."""
     parameters = sum(chunk.own for chunk in chunks[num_parameters:num_states])
     others = sum(
-        chunk.on_host(has_parameters=i >= num_parameters, has_states=i < num_near)
+        chunk.on_host(has_parameters=i >= num_parameters, has_states=i < num_host_states)
         for i, chunk in enumerate(chunks)
         if i >= num_states
     )
-    return parameters + others + max((chunk.buffers for chunk in chunks[num_near:]), default=0)
+    return parameters + others + max((chunk.buffers for chunk in chunks[num_host_states:]), default=0)
 
 
-def peak_of(chunks: Sequence[ChunkBytes], moments: Sequence[Moment], num_states: int, num_parameters: int) -> int:
+def peak_of(chunks: Sequence[ChunkBytes], moments: Sequence[MemorySample], num_states: int, num_parameters: int) -> int:
     """The most bytes of all moments, with so many chunks' states and parameters at home on the device."""
     resident = sum(chunk.states for chunk in chunks[:num_states])
     resident += sum(chunk.parameters for chunk in chunks[:num_parameters])

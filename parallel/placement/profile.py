@@ -9,10 +9,10 @@ import torch
 
 from parallel.chunk.chunk import Chunk
 from parallel.ops.clock import clock_of
-from parallel.placement.policy import ChunkBytes, Moment
+from parallel.placement.policy import ChunkBytes, MemorySample
 
 
-class Observer:
+class StepProfile:
     """Told of each layer as it is used, while all chunks are at home on the host.
 
     On a CPU, where a second host pool stands for the device, nothing but chunks is counted.
@@ -20,7 +20,7 @@ class Observer:
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self.chunks, self.device = list(chunks), device
-        self.moments: list[Moment] = []
+        self.moments: list[MemorySample] = []
         self._complete: frozenset[int] = frozenset()
         self._whole = self._present()
         self._clock = clock_of(device)
@@ -32,7 +32,7 @@ class Observer:
         """A layer is about to be: what has been since the last one makes a moment."""
         whole = self._whole | self._present()
         present = sum(self.chunks[i].whole_bytes for i in whole)
-        self.moments.append(Moment(max(0, self._peak() - present), whole, self._complete))
+        self.moments.append(MemorySample(max(0, self._peak() - present), whole, self._complete))
         if backward:
             first = next(i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit)
             self._complete |= frozenset(range(first + 1, len(self.chunks)))
@@ -59,11 +59,11 @@ class Observer:
         """
         return self._clock.seconds(self._begun, self._computed)
 
-    def end(self) -> list[Moment]:
+    def end(self) -> list[MemorySample]:
         """Of the whole step; all gradients are complete."""
         self.used("", backward=False)
         everything = frozenset(range(len(self.chunks)))
-        return [*self.moments, Moment(self.moments[-1].working, self._present(), everything)]
+        return [*self.moments, MemorySample(self.moments[-1].working, self._present(), everything)]
 
     def sizes(self, foreseen: Sequence[ChunkBytes], state_bytes: Callable[[Chunk], int]) -> list[ChunkBytes]:
         """With the gradients that were seen: a user's own loop has its own microbatches; and a user's optimizer its own

@@ -16,7 +16,7 @@ from parallel.sequence.blocks import Masking, index
 from parallel.sequence.ring import Zigzag, attend_around
 
 
-class Sequence:
+class SequenceSplit:
     """A sequence of which each rank of an axis has as many positions; as it stands here, one rank has all of them.
 
     `compiles`: attention that is written out is compiled.
@@ -49,7 +49,7 @@ class Sequence:
         return y.transpose(1, 2).flatten(2)
 
 
-class Ring(Sequence):
+class Ring(SequenceSplit):
     """Keys and values go around. A rank has a chunk from the beginning and one from the end: see `ring`."""
 
     def ranges(self, own: int) -> tuple[range, ...]:
@@ -60,7 +60,7 @@ class Ring(Sequence):
         return y.transpose(1, 2).flatten(2)
 
 
-class AllToAll(Sequence):
+class AllToAll(SequenceSplit):
     """Every rank gets all positions of some heads, and gives them back (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv
     2309.14509, section 3.1).
 
@@ -80,7 +80,7 @@ class AllToAll(Sequence):
         return own.flatten(2)
 
 
-WHOLE = Sequence(ALONE)
+WHOLE = SequenceSplit(ALONE)
 
 
 def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

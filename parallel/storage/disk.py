@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError, RoomError, StorageError
-from parallel.storage.transfer import Arrival, host_empty
+from parallel.storage.transfer import CopyEvent, host_empty
 
 PAGE = 4096  # bytes: what a disk is read and written in, past the page cache
 NUM_SLOTS = 6  # parts that are being read, updated or written at a time
@@ -180,7 +180,7 @@ class Disk:
         first, second, third = (room[: x.nbytes].view(x.dtype) for room, x in zip(slot.rooms, like, strict=True))
         return first, second, third
 
-    def store(self, left: Arrival) -> None:
+    def store(self, left: CopyEvent) -> None:
         """The part that was fetched longest ago, and is in its slot again with `left`."""
         slot, part = self._slots[self._stored % NUM_SLOTS], self._parts[self._stored]
         slot.writes = [
@@ -225,7 +225,7 @@ class Disk:
         file, start, stop = self._place_of(x)
         file.read(start, room[: stop - start])
 
-    def _write(self, x: Tensor, room: Tensor, left: Arrival) -> None:
+    def _write(self, x: Tensor, room: Tensor, left: CopyEvent) -> None:
         left.synchronize()
         file, start, stop = self._place_of(x)
         file.write(start, room[: stop - start])

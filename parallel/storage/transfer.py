@@ -91,18 +91,18 @@ class Copies:
     def _streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         return torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
 
-    def up(self, source: Tensor, out: Tensor, *, after: "Arrival | None" = None) -> "Arrival":
+    def upload(self, source: Tensor, out: Tensor, *, after: "CopyEvent | None" = None) -> "CopyEvent":
         """From the host, `after` a copy that writes the source. `out` must not be freed before the arrival."""
         return self._copy(0, source, out, after)
 
-    def down(self, source: Tensor, out: Tensor) -> "Arrival":
+    def download(self, source: Tensor, out: Tensor) -> "CopyEvent":
         """To the host. The source may be freed at once."""
         if source.is_cuda:
             source.record_stream(self._streams[1])
         return self._copy(1, source, out, None)
 
     @contextmanager
-    def uploading(self) -> Iterator[None]:
+    def on_upload_stream(self) -> Iterator[None]:
         """A block in which the device is given work for what has come up, and its computation does not wait for it."""
         if self.device.type != "cuda":
             yield
@@ -116,17 +116,17 @@ class Copies:
             for stream in self._streams:
                 stream.synchronize()
 
-    def _copy(self, queue: int, source: Tensor, out: Tensor, after: "Arrival | None") -> "Arrival":
+    def _copy(self, queue: int, source: Tensor, out: Tensor, after: "CopyEvent | None") -> "CopyEvent":
         if self.device.type != "cuda":
             out.copy_(source)
-            return Arrival()
+            return CopyEvent()
         stream = self._streams[queue]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             if after is not None:
                 after.wait()
             out.copy_(source, non_blocking=True)
-        return Arrival(stream.record_event())
+        return CopyEvent(stream.record_event())
 
 
 @cache
@@ -135,7 +135,7 @@ def copies_of(device: torch.device) -> Copies:
     return Copies(device)
 
 
-class Arrival:
+class CopyEvent:
     """The end of a copy: work that the current stream is given after `wait` finds it done."""
 
     def __init__(self, event: torch.cuda.Event | None = None) -> None:

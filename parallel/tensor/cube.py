@@ -3,7 +3,7 @@
 from copy import copy
 from typing import Self
 
-from parallel.tensor.matmul import Surround
+from parallel.tensor.matmul import LinearCollectives
 from parallel.tensor.mode import Mode
 
 
@@ -30,11 +30,11 @@ class Cube(Mode):
         self.batch, self.inner_batch, self.lookup_batch = (w, i), (w, o), (w,)
         self.hidden, self.inner_hidden = (o,), (i,)
         self.k_in, self.k_out = (o, w), (i, w)
-        self.around_in = Surround(gather_x=(0, i), gather_w=w, scatter_y=(0, o))
-        self.around_out = Surround(gather_x=(0, o), gather_w=w, scatter_y=(0, i))
+        self.collectives_in = LinearCollectives(gather_x=(0, i), gather_w=w, scatter_y=(0, o))
+        self.collectives_out = LinearCollectives(gather_x=(0, o), gather_w=w, scatter_y=(0, i))
         self.scatter_rows = (0, i)
 
-    def trunk(self) -> Self:
+    def blocks_mode(self) -> Self:
         """i and o swapped, as `project_in` leaves them and `project_out` wants them."""
         other = copy(self)
         other.swapped = not self.swapped

@@ -5,7 +5,7 @@ section 3); 2d is 2.5d of depth 1. Where SUMMA broadcasts block after block, one
 column, which works on any rows × cols.
 """
 
-from parallel.tensor.matmul import Surround
+from parallel.tensor.matmul import LinearCollectives
 from parallel.tensor.mode import Mode
 
 
@@ -29,5 +29,5 @@ class Grid(Mode):
         self.batch = self.inner_batch = self.lookup_batch = (depth, row)
         self.hidden = self.inner_hidden = (col,)
         self.k_in = self.k_out = (row,)
-        self.around_in = self.around_out = Surround(gather_x=(-1, col), gather_w=row)
+        self.collectives_in = self.collectives_out = LinearCollectives(gather_x=(-1, col), gather_w=row)
         self.scatter_rows = (-1, col)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parallel.layout.layout import Layout
 from parallel.mesh.collectives import all_gather, all_reduce
 from parallel.mesh.mesh import Axis
-from parallel.tensor.matmul import Deliver, Surround, matmul
+from parallel.tensor.matmul import Deliver, LinearCollectives, matmul
 
 EPS = 1e-5  # of every LayerNorm, as in OPT
 
@@ -30,7 +30,7 @@ class Linear(Sharded):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, around: Surround, weight: Layout, bias: Layout | None, like: Tensor) -> None:
+    def __init__(self, around: LinearCollectives, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
         self.around = around
         self.deliver: Deliver | None = None  # of the weight's gradient, set by who sums it up; None: autograd's `.grad`

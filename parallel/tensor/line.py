@@ -1,7 +1,7 @@
 """1d: matrices split along one direction (Megatron-LM; Shoeybi et al. 2019, section 3)."""
 
 from parallel.tensor.layers import Linear
-from parallel.tensor.matmul import Surround
+from parallel.tensor.matmul import LinearCollectives
 from parallel.tensor.mode import Mode
 
 
@@ -20,11 +20,11 @@ class Line(Mode):
     def arrange(self) -> None:
         t = self.mesh.axis("t")
         self.inner_hidden = self.k_out = (t,)
-        self.around_in, self.around_out = Surround(copy_x=t), Surround(reduce_y=t)
+        self.collectives_in, self.collectives_out = LinearCollectives(copy_x=t), LinearCollectives(reduce_y=t)
         self.reduce_rows = t
 
     def project_in(self, n: int, k: int) -> Linear:
         """Whole on every rank, W[N, K]: both its ends lie between blocks, where nothing is split."""
-        return self._linear((n, ()), (k, ()), Surround(), bias=False)
+        return self._linear((n, ()), (k, ()), LinearCollectives(), bias=False)
 
     project_out = project_in

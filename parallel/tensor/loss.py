@@ -17,19 +17,19 @@ from parallel.layout.layout import Layout, index_along
 from parallel.mesh.collectives import MAX, Pending, all_reduce
 from parallel.mesh.mesh import Axis
 from parallel.ops.products import add_product, write_product
-from parallel.tensor.matmul import Surround
+from parallel.tensor.matmul import LinearCollectives
 
 TOKENS_A_CHUNK = 2048  # of this rank
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadLayout:
     """What a mode says of its head: the collectives around it, and how the vocabulary is split over `axes`.
 
     `compiles`: what touches all logits is compiled into fewer passes over them.
     """
 
-    around: Surround
+    around: LinearCollectives
     axes: tuple[Axis, ...]
     vocabulary: Layout
     compiles: bool = False
@@ -37,7 +37,7 @@ class Head:
 
 class _LMLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float | None) -> Tensor:
         table = Pending(head.around.whole_weight(e).wait())
         size = max(1, TOKENS_A_CHUNK // len(labels))
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -64,7 +64,7 @@ class _LMLoss(torch.autograd.Function):
         return dx, de, None, None, None
 
 
-def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: float = 1.0) -> Tensor:
+def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float = 1.0) -> Tensor:
     """x as a linear_in takes it, e[V_axes, H_k_in], labels[B, S] as a linear_in leaves tokens -> Σ cross entropy.
 
     The sum, in fp32 at least, is over the labels that are counted; ranks of `axes` get the same. Its gradient comes out
@@ -77,7 +77,7 @@ def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: Head, scale: f
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, head: Head, scale: float | None, dtype: torch.dtype
+    logits: Tensor, labels: Tensor, head: HeadLayout, scale: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient).
 

@@ -34,7 +34,7 @@ Deliver: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Surround:
+class LinearCollectives:
     """The collectives around x · Wᵀ. Each comes with its conjugate in backward; ALONE means none.
 
     gather_x (dim, axis): x is split along the dim, and the sum of dx is scattered along it
@@ -99,7 +99,7 @@ class Surround:
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround, deliver: Deliver | None
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives, deliver: Deliver | None
     ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.around, ctx.has_bias, ctx.deliver = around, bias is not None, deliver
@@ -115,7 +115,7 @@ class _Matmul(torch.autograd.Function):
 
 
 def matmul(
-    x: Tensor, w: Tensor, around: Surround, bias: Tensor | None = None, deliver: Deliver | None = None
+    x: Tensor, w: Tensor, around: LinearCollectives, bias: Tensor | None = None, deliver: Deliver | None = None
 ) -> Tensor:
     """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split.
 
@@ -142,12 +142,12 @@ class _Product(torch.autograd.Function):
     """y[..., N'] as `_Matmul` returns it, in a graph that nobody goes back through."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, around: Surround) -> Tensor:
+    def forward(ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives) -> Tensor:
         return around.product(around.whole_input(x), around.whole_weight(w), bias)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: Surround, deliver: Deliver | None) -> Tensor:
+def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives, deliver: Deliver | None) -> Tensor:
     if is_recomputation():
         kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]
         return _Product.apply(kept, x, w, bias, around)  # type: ignore[no-untyped-call, no-any-return]

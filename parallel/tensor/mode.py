@@ -19,10 +19,10 @@ from parallel.layout.layout import Layout
 from parallel.mesh.collectives import split
 from parallel.mesh.conjugate import gather, reduce, scatter
 from parallel.mesh.mesh import ALONE, Axis, Mesh
-from parallel.sequence import WHOLE, Sequence
+from parallel.sequence import WHOLE, SequenceSplit
 from parallel.tensor.layers import Embedding, LayerNorm, Linear, Vocabulary
-from parallel.tensor.loss import Head, sum_cross_entropy
-from parallel.tensor.matmul import Surround, matmul
+from parallel.tensor.loss import HeadLayout, sum_cross_entropy
+from parallel.tensor.matmul import LinearCollectives, matmul
 
 Split = tuple[Axis, ...]
 
@@ -52,15 +52,17 @@ class Mode:
     k_out: Split = ()
 
     # The collectives around a linear, into a block and out of it.
-    around_in: Surround = Surround()
-    around_out: Surround = Surround()
+    collectives_in: LinearCollectives = LinearCollectives()
+    collectives_out: LinearCollectives = LinearCollectives()
 
     # A lookup takes the tokens split over lookup_batch, and finds partial sums over inner_hidden.
     lookup_batch: Split = ()
     scatter_rows: tuple[int, Axis] = (0, ALONE)
     reduce_rows: Axis = ALONE
 
-    def __init__(self, mesh: Mesh, dtype: torch.dtype, *, sequence: Sequence = WHOLE, compiles: bool = False) -> None:
+    def __init__(
+        self, mesh: Mesh, dtype: torch.dtype, *, sequence: SequenceSplit = WHOLE, compiles: bool = False
+    ) -> None:
         self.mesh, self.dtype, self.sequence, self.compiles = mesh, dtype, sequence, compiles
         self.arrange()
 
@@ -89,7 +91,7 @@ class Mode:
         )
         return batch, sequence // self.sequence.axis.size, hidden
 
-    def speaks_for(self, batch: Split) -> bool:
+    def counts_for(self, batch: Split) -> bool:
         """Whether this rank is the one that counts, among those that hold the same of what only `batch` splits."""
         return all(self.mesh.axis(name).rank == 0 for name in self.axes if name not in {axis.name for axis in batch})
 
@@ -108,21 +110,21 @@ class Mode:
 
     def linear_in(self, n: int, k: int, *, bias: bool = True, fused: int = 1) -> Linear:
         """Into a block. `fused` weights of one shape are one parameter [fused, N, K] and give fused · N features."""
-        return self._linear((n, self.inner_hidden), (k, self.k_in), self.around_in, bias=bias, fused=fused)
+        return self._linear((n, self.inner_hidden), (k, self.k_in), self.collectives_in, bias=bias, fused=fused)
 
     def linear_out(self, n: int, k: int, *, bias: bool = True) -> Linear:
         """Out of a block."""
-        return self._linear((n, self.hidden), (k, self.k_out), self.around_out, bias=bias)
+        return self._linear((n, self.hidden), (k, self.k_out), self.collectives_out, bias=bias)
 
     def project_in(self, n: int, k: int) -> Linear:
-        """From between blocks, as the embedding leaves x, to between blocks, as `trunk()` wants it. No bias."""
+        """From between blocks, as the embedding leaves x, to between blocks, as `blocks_mode()` wants it. No bias."""
         return self.linear_in(n, k, bias=False)
 
     def project_out(self, n: int, k: int) -> Linear:
-        """From between blocks of `trunk()` to between blocks, as the head wants x. No bias."""
+        """From between blocks of `blocks_mode()` to between blocks, as the head wants x. No bias."""
         return self.linear_out(n, k, bias=False)
 
-    def trunk(self) -> Self:
+    def blocks_mode(self) -> Self:
         """The mode of the blocks between `project_in` and `project_out`."""
         return self
 
@@ -142,29 +144,37 @@ class Mode:
 
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
         """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
-        table = gather(vocabulary.weight, -1, self.around_in.gather_w)
+        table = gather(vocabulary.weight, -1, self.collectives_in.gather_w)
         rows = vocabulary.rows(self.tokens(tokens, self.lookup_batch), table)
         return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
 
     def logits(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
         """x[B_batch, S, H_hidden] -> [B_inner_batch, S, V_inner_hidden], padding included"""
-        return matmul(x, vocabulary.weight, self.around_in)
+        return matmul(x, vocabulary.weight, self.collectives_in)
 
     def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor, scale: float = 1.0) -> Tensor:
         """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's
         labels, which are split as inside a block; ranks that differ in `inner_hidden` alone get the same sum. Its
         gradient is multiplied by `scale`.
         """
-        head = Head(self.around_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
+        head = HeadLayout(self.collectives_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
         return sum_cross_entropy(x, vocabulary.weight, self.tokens(labels, self.inner_batch), head, scale)
 
     def _linear(
-        self, n: tuple[int, Split], k: tuple[int, Split], around: Surround, *, bias: bool = True, fused: int = 1
+        self,
+        n: tuple[int, Split],
+        k: tuple[int, Split],
+        collectives: LinearCollectives,
+        *,
+        bias: bool = True,
+        fused: int = 1,
     ) -> Linear:
         (n_size, n_split), (k_size, k_split) = n, k
         count, unsplit = ((), ()) if fused == 1 else ((fused,), ((),))
         weight = self.layout((*count, n_size, k_size), *unsplit, n_split, k_split)
-        return Linear(around, weight, self.layout((*count, n_size), *unsplit, n_split) if bias else None, self._empty())
+        return Linear(
+            collectives, weight, self.layout((*count, n_size), *unsplit, n_split) if bias else None, self._empty()
+        )
 
     def _empty(self) -> Tensor:
         """No elements; parameters are made like it."""

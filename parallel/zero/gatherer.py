@@ -17,7 +17,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
 from parallel.layout.layout import ROOT
 from parallel.mesh.collectives import Pending
-from parallel.zero.unavailable import conceal, reveal
+from parallel.zero.unavailable import mark_available, mark_unavailable
 
 
 class State(Enum):
@@ -42,36 +42,36 @@ class Unit:
     @property
     def is_missing(self) -> bool:
         """Whether there is anything that is not there."""
-        return self.state is State.ABSENT and any(chunk.comes_and_goes for chunk in self.chunks)
+        return self.state is State.ABSENT and any(chunk.is_gathered_on_demand for chunk in self.chunks)
 
     def fetch(self) -> None:
         self._move(State.FETCHING)
-        self._pending = [chunk.gather() for chunk in self.chunks if chunk.comes_and_goes]
+        self._pending = [chunk.gather() for chunk in self.chunks if chunk.is_gathered_on_demand]
 
     def wait(self) -> None:
         self._move(State.WHOLE)
         for pending in self._pending:
             pending.wait()
         self._pending = []
-        reveal(self._parameters())
+        mark_available(self._parameters())
 
     def release(self) -> None:
         self._move(State.ABSENT)
         for chunk in self.chunks:
-            if chunk.comes_and_goes:
+            if chunk.is_gathered_on_demand:
                 chunk.release()
         self.guard(self._is_guarded)
 
     def guard(self, is_guarded: bool) -> None:
         self._is_guarded = is_guarded
         if is_guarded and self.state is not State.WHOLE:
-            conceal(self._parameters(), self.name)
+            mark_unavailable(self._parameters(), self.name)
         else:
-            reveal(self._parameters())
+            mark_available(self._parameters())
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         """Those that come and go."""
-        return (info.parameter for chunk in self.chunks if chunk.comes_and_goes for info in chunk.infos)
+        return (info.parameter for chunk in self.chunks if chunk.is_gathered_on_demand for info in chunk.infos)
 
     def use(self) -> None:
         """Be whole, at once if it was fetched ahead."""

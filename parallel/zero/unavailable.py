@@ -13,7 +13,7 @@ ATTRIBUTE = "_layer_it_comes_with"
 GRADIENT = getattr(Tensor.grad, "__get__")  # noqa: B009
 
 
-class Absent(nn.Parameter):
+class UnavailableParameter(nn.Parameter):
     """What a parameter is while its layer is not whole: it tells of its shape, its dtype and its `.grad`, but nothing
     is computed from its values, which would be NaN and come out far from here, or in a comparison not at all.
     """
@@ -26,7 +26,7 @@ class Absent(nn.Parameter):
         given = tree_leaves((args, kwargs))
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and all(x is not y for y in given)]
         if made and func != GRADIENT:
-            layer = next(getattr(x, ATTRIBUTE) for x in given if isinstance(x, Absent))
+            layer = next(getattr(x, ATTRIBUTE) for x in given if isinstance(x, UnavailableParameter))
             raise ModelError(
                 f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 those of an entry"
                 " of a ModuleList are there only in its own forward and backward. Call the entry itself, or keep the"
@@ -35,17 +35,17 @@ class Absent(nn.Parameter):
         return result
 
 
-def conceal(parameters: Iterable[nn.Parameter], layer: str) -> None:
+def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str) -> None:
     """Whoever computes with them from now on is told that they come with `layer`."""
     for parameter in parameters:
         if type(parameter) is nn.Parameter:
             setattr(parameter, ATTRIBUTE, layer)
-            parameter.__class__ = Absent
+            parameter.__class__ = UnavailableParameter
 
 
-def reveal(parameters: Iterable[nn.Parameter]) -> None:
+def mark_available(parameters: Iterable[nn.Parameter]) -> None:
     """They are parameters as any other again."""
     for parameter in parameters:
-        if isinstance(parameter, Absent):
+        if isinstance(parameter, UnavailableParameter):
             delattr(parameter, ATTRIBUTE)
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
