@@ -92,7 +92,7 @@ def _start(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     from parallel.engine.context import Place
     from parallel.errors import ColonnadeError, RoomError, StorageError
-    from parallel.mesh.mesh import leave
+    from parallel.mesh.process_groups import leave
     from training import loop, preflight, spawn
 
     place = Place()

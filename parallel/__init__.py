@@ -8,7 +8,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.initialize import initialize, sharded_init
 from parallel.engine.module_engine import ModuleEngine, UpdateResult
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError, StorageError
-from parallel.mesh.mesh import leave
+from parallel.mesh.process_groups import leave
 
 __all__ = [
     "CheckpointError",

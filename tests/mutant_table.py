@@ -63,7 +63,9 @@ CHUNK, GRADIENTS = "parallel/chunk/chunk.py", "parallel/optim/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/mesh/conjugate.py", "parallel/optim/grad_norm.py"
 BASE, INPUTS = "parallel/engine/base.py", "parallel/activations/offload.py"
 MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.py"
-SLICED, RECORDER, CONSTRUCTION = (f"parallel/modules/{name}.py" for name in ("sliced", "recorder", "construction"))
+SHARDED, LAZY, RECORDER, CONSTRUCTION = (
+    f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
+)
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
 
 # fmt: off
@@ -406,7 +408,7 @@ SEQUENCES = (
            "x = self.local(x, batch)\n        return x.chunk(self.sequence.axis.size, 1)[self.sequence.axis.rank]",
            "tests/test_parity.py::test_training_equals_hugging_face[ring3-fp64]"),
     Mutant("exchange-drops-the-same-on-every-rank", "a rank's heads take the dropout of the first ones",
-           SPLIT, "lines=split(drop.lines, 1, self.axis)", "lines=drop.lines[:, :some]",
+           SPLIT, "lines=local_slice(drop.lines, 1, self.axis)", "lines=drop.lines[:, :some]",
            f"{ACROSS}[2-all_to_all-dropout]"),
     Mutant("padding-of-other-ranks", "the mask of the first keys, whatever keys they are",
            BLOCKS, "tokens[:, self.columns]", "tokens[:, : len(self.columns)]", f"{ACROSS}[2-ring-padded]"),
@@ -455,23 +457,23 @@ ORDER = (
 
 SHARDED_INIT = (
     Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
-           SLICED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
+           SHARDED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
     Mutant("tied-stand-ins-compared", "a weight stored under both its names is read as two",
            RECORDER, "func is torch.ops.aten.equal.default", "False", LOADED),
     Mutant("arrivals-stay-whole", "weights are read one by one, and all kept",
            CONSTRUCTION,
-           "divide(parameter, self.axis)\n\n    def",
+           "shard_parameter(parameter, self.axis)\n\n    def",
            "pass\n\n    def",
            "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
     Mutant("overwritten-values-kept", "what an initialization overwrites is held until the model is complete",
            RECORDER,
-           "target = dataclasses.replace(place, content=None)",
-           "target = place",
+           "blank = dataclasses.replace(target, content=None)",
+           "blank = target",
            "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
     Mutant("each-rank-draws-its-own-model", "slices of as many models as there are seeds",
            CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
     Mutant("a-draw-for-each-reading", "what is computed from a drawn weight is computed from another draw",
-           RECORDER,
+           LAZY,
            "torch.default_generator.manual_seed(self.seed)",
            "torch.default_generator.seed()",
            "tests/test_sharded_init.py::test_initialization_of_a_users_own_is_kept"),
@@ -489,10 +491,10 @@ MODULES = (
            TORCH_OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
            ANY_MODULE),
     Mutant("replicas-start-apart", "each replica keeps what it drew",
-           "parallel/modules/adapters.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
+           "parallel/modules/parameters.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
            ANY_MODULE),
     Mutant("problem-of-one-rank-kept", "the others wait for a rank that has raised",
-           "parallel/modules/agreement.py", "    raise error(told)", "    raise error(problem)", f"{REFUSALS}[cast]"),
+           "parallel/modules/agreement.py", "    raise error(all_problems)", "    raise error(problem)", f"{REFUSALS}[cast]"),
     Mutant("recomputed-layer-let-go", "a layer is gathered once more after its recomputation",
            GATHERER, "if _backward() < 0:", "if True:",
            "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),
@@ -551,7 +553,7 @@ PLACEMENT = (
            INPUTS, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
            f"{KEPT}::test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks"),
     Mutant("module-input-kept-on-the-device", "transformers' own checkpoint stays",
-           "parallel/modules/adapters.py",
+           "parallel/modules/recompute.py",
            "                _replace_checkpoint(module, inputs)\n",
            "                pass\n",
            f"{KEPT}::test_what_waits_on_the_device_does_not_grow_with_a_modules_layers[opt]"),
@@ -586,7 +588,7 @@ PLACEMENT = (
            "        skipped = self._update(norm, divisor)\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-goes-on", "a module that has been evaluated trains no more",
-           "parallel/modules/adapters.py", "            part.training = before\n", "            pass\n",
+           "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
            "tests/test_module_state.py::test_an_evaluation_leaves_a_module_training_as_it_was"),
     Mutant("uneven-samples", "replicas with other numbers of samples wait for each other",
            ENGINE, "if total**2 != self.data.size * squares:", "if False:",

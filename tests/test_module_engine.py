@@ -179,7 +179,8 @@ def ours(rank: int, world_size: int, raw: Raw, model: str, optimizer: str) -> Tr
 
     def observed(factor: Tensor, lr: float) -> None:
         if engine.num_steps == 0:
-            arrived = dict(zip(engine._infos.values(), engine._gradients.arrived().tolist(), strict=True))
+            infos = [info for chunk in engine._trained for info in chunk.infos]
+            arrived = dict(zip(infos, engine._gradients.arrived().tolist(), strict=True))
             found = whole(engine, [_gradient(chunk, factor) for chunk in engine.chunks])
             trace.gradients = {info.name: found[info.name] for info, flag in arrived.items() if flag}
         inner(factor, lr)

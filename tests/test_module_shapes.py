@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import parallel
-from parallel.engine.loaders import divide
+from parallel.engine.loaders import divide_loader
 from parallel.engine.module_engine import ModuleEngine
 from parallel.mesh.mesh import ALONE, Axis
 from tests.harness import run
@@ -213,7 +213,7 @@ def test_a_divided_loader_is_as_long_as_what_it_yields() -> None:
     for samples in range(1, 18):
         for drop_last in (False, True):
             loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, drop_last=drop_last)
-            parts = [divide(loader, Axis("data", rank, 2, (0, 1), None, ALONE.traffic)) for rank in range(2)]
+            parts = [divide_loader(loader, Axis("data", rank, 2, (0, 1), None, ALONE.traffic)) for rank in range(2)]
             assert all(len(part) == len(list(part)) for part in parts)
 
 
@@ -222,7 +222,7 @@ def drawn(rank: int, world_size: int, sampler: str) -> list[int]:
     engine, _ = engine_of(rank, world_size, config_of(0), made(Blocks))
     torch.manual_seed(rank)
     loader = DataLoader(TensorDataset(torch.arange(12)), batch_size=4, sampler=SAMPLERS[sampler]())
-    return [int(x) for (batch,) in divide(loader, engine.data) for x in batch]
+    return [int(x) for (batch,) in divide_loader(loader, engine.data) for x in batch]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

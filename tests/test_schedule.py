@@ -16,9 +16,9 @@ from parallel.pipeline.schedule import (
     Op,
     Plan,
     PlanError,
-    batches,
     forward_only,
     gpipe,
+    group_transfers,
     one_f_one_b,
     with_transfers,
 )
@@ -36,7 +36,10 @@ def names(actions: tuple[Action, ...]) -> list[str]:
 
 
 def step_names(actions: tuple[Action, ...]) -> list[str]:
-    return [str(step) if isinstance(step, Action) else "{" + " ".join(names(step)) + "}" for step in batches(actions)]
+    return [
+        str(step) if isinstance(step, Action) else "{" + " ".join(names(step)) + "}"
+        for step in group_transfers(actions)
+    ]
 
 
 @given(st.sampled_from(GENERATORS), STAGES, MICROBATCHES)

@@ -22,7 +22,7 @@ import parallel
 from parallel.chunk.chunk import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
-from parallel.modules.sliced import is_divided, restore
+from parallel.modules.sharded import is_sharded, unshard_parameter
 from tests.accounts import Held
 from tests.harness import run
 from tests.parity import SHAPE
@@ -84,12 +84,12 @@ def values_of(model: nn.Module, *, divided: bool) -> Values:
     """Every parameter's values, gathered where it is divided, as all of them have to be or none."""
     values = {}
     for name, parameter in model.named_parameters():
-        assert is_divided(parameter) == divided, name
+        assert is_sharded(parameter) == divided, name
         assert parameter.device.type == "cpu", name
         if divided:
             values[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
-            restore(parameter, values[name])
-            assert not is_divided(parameter)
+            unshard_parameter(parameter, values[name])
+            assert not is_sharded(parameter)
         else:
             values[name] = parameter.detach().clone()
     return values

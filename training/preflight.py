@@ -15,7 +15,8 @@ from models.shapes import OPTShape, resolve, shape_of
 from models.tokenizer import Tokenizer, is_of_bytes, load_tokenizer
 from parallel.checkpoint import checkpoint
 from parallel.config import Config, apply_overrides, load_raw, parse
-from parallel.engine.context import Place, choose_device, device_type
+from parallel.engine.context import Place
+from parallel.engine.device import choose_device, device_type
 from parallel.errors import CheckpointError, ConfigError
 from training.run_folder import RunFolder
 
@@ -63,7 +64,7 @@ def inspect(
 ) -> Job:
     """Look at all that the run will need: data, weights, device, checkpoint, folder. Raises a user's error."""
     corpus = read_inputs(config)
-    device, _ = choose_device(config.train.device, place)
+    device, _ = choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
     if config.train.compile:
         check_compiler(device)
     start, notes = find_start(config, resume)

@@ -14,6 +14,7 @@ from parallel.config import Config
 from parallel.engine.context import Context
 from parallel.errors import ConfigError
 from parallel.layout.layout import ParameterInfo, Piece
+from parallel.mesh.mesh import Mesh
 from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
@@ -75,16 +76,26 @@ class EngineBase:
         context: Context,
         chunks: Sequence[Chunk],
         optimizer: Optimizer,
-        start: InitialPlacement,
+        initial_placement: InitialPlacement,
     ) -> None:
-        self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
+        self.module, self.context = module, context
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
-        self.placement_manager = PlacementManager(self.chunks, optimizer, self.config.zero, self.mesh.world, start)
+        self.placement_manager = PlacementManager(
+            self.chunks, optimizer, self.config.zero, self.mesh.world, initial_placement
+        )
         self.inputs: InputsOnHost | None = None  # of layers that are recomputed
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = 0  # taken, skipped ones too: the place in the data
         self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule
+
+    @property
+    def config(self) -> Config:
+        return self.context.config
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.context.mesh
 
     def train(self, mode: bool = True) -> None:
         self.module.train(mode)

@@ -14,7 +14,7 @@ from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch, problem_of
+from parallel.pipeline.microbatch import Microbatch, batch_problem
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
@@ -115,7 +115,7 @@ class Engine(EngineBase):
         first forward, so that sums are divided once, globally. A batch that one replica refuses, all refuse.
         """
         size = self.config.train.micro_batch_size
-        problem = problem_of(batch, size, self.stage.limits)
+        problem = batch_problem(batch, size, self.stage.limits)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
         own = 0 if problem else len(batch["input_ids"])
         sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])  # no GPU is waited for

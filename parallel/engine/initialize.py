@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from parallel.engine.context import current, environment
+from parallel.engine.context import current
 from parallel.engine.engine import Engine
-from parallel.engine.loaders import divide
-from parallel.engine.module_engine import Criterion, ModuleEngine
+from parallel.engine.environment import environment_variables
+from parallel.engine.loaders import divide_loader
+from parallel.engine.module_engine import ModuleEngine
 from parallel.errors import ModelError
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
+from parallel.modules.loss import Criterion
 from parallel.pipeline.stage import Stage
 
 
@@ -32,7 +34,7 @@ def sharded_init() -> Iterator[None]:
     replicas = context.mesh.axis("data")
     over = replicas if context.config.zero.stage == 3 else ALONE
     # By default transformers reads all tensors ahead, in threads.
-    with environment(HF_DEACTIVATE_ASYNC_LOAD="1"), construction(replicas, over):
+    with environment_variables(HF_DEACTIVATE_ASYNC_LOAD="1"), construction(replicas, over):
         yield
 
 
@@ -61,7 +63,7 @@ def initialize(
     place: its parameters become views of the engine's buffers, on this rank's device, in the config's precision. Every
     replica starts with rank 0's values. A passed optimizer wins over the config's (its class, groups, hyperparameters),
     and so does its learning rate over the config's schedule. A DataLoader of global batches comes back as one of this
-    replica's parts (`loaders.divide`). The scheduler is the one passed, or one that does nothing.
+    replica's parts (`loaders.divide_loader`). The scheduler is the one passed, or one that does nothing.
 
     Raises ConfigError or ModelError for what cannot be trained so.
     """
@@ -73,5 +75,5 @@ def initialize(
         engine = Engine(model, context, optimizer)
     else:
         engine = ModuleEngine(model, context, optimizer, criterion)
-    loaders = [divide(loader, engine.data) for loader in (train_dataloader, eval_dataloader)]
+    loaders = [divide_loader(loader, engine.data) for loader in (train_dataloader, eval_dataloader)]
     return engine, *loaders, lr_scheduler if lr_scheduler is not None else NoScheduler()

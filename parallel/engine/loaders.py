@@ -44,7 +44,7 @@ class ReplicaBatches(Sampler[list[int]]):
         return count
 
 
-def divide(loader: Any, axis: Axis) -> Any:
+def divide_loader(loader: Any, axis: Axis) -> Any:
     """The same batches as in one process, of which this replica takes its part; a shuffle is rank 0's.
 
     Returned as they are: what is no DataLoader; one whose batches are not drawn by index; and one with a

@@ -13,7 +13,8 @@ from parallel.checkpoint.shards import Entry, together
 from parallel.engine.base import EngineBase
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
-from parallel.modules import adapters as modules
+from parallel.modules.buffers import buffer_pieces
+from parallel.modules.hf_configs import write_hf_configs
 
 
 class ModuleState(EngineBase):
@@ -27,9 +28,9 @@ class ModuleState(EngineBase):
         """
         wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
         entries = [Entry(i.name, i.public_shape, wide) for chunk in self.chunks for i in chunk.infos]
-        entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in modules.buffer_pieces(self.module)]
+        entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in buffer_pieces(self.module)]
         entries.sort(key=lambda entry: -entry.dtype.itemsize)
-        describe = partial(modules.write_configs, self.module, wide)
+        describe = partial(write_hf_configs, self.module, wide)
         write_folder(Path(folder), self.weights(), entries, axis=self.mesh.world, describe=describe)
 
     def save_checkpoint(self, folder: str | Path, extra: Mapping[str, Any] | None = None, *, keep: int = 2) -> Path:
@@ -62,7 +63,7 @@ class ModuleState(EngineBase):
 
     def weights(self) -> list[Piece]:
         """The pieces that this rank owns of the weights, in master precision, and on the first rank the buffers."""
-        return super().weights() + (modules.buffer_pieces(self.module) if self.mesh.rank == 0 else [])
+        return super().weights() + (buffer_pieces(self.module) if self.mesh.rank == 0 else [])
 
     def state(self) -> dict[str, list[Piece]]:
-        return super().state() | {"buffer": modules.buffer_pieces(self.module)}
+        return super().state() | {"buffer": buffer_pieces(self.module)}

@@ -147,7 +147,7 @@ def start_rotate(x: Tensor, axis: Axis) -> Pending:
     return Pending(found, work)
 
 
-def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+def local_slice(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """x[..., N, ...] -> this rank's slice [..., N_axis, ...]. No communication: every rank holds the whole of x."""
     return x.chunk(axis.size, dim)[axis.rank]
 

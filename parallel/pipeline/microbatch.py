@@ -46,7 +46,7 @@ class Limits:
     sequence_parts: int = 1
 
 
-def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limits) -> str | None:
+def batch_problem(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limits) -> str | None:
     """What is wrong with a replica's batch: its tensors by name, host tensors for choice. None where nothing is."""
     ids = batch.get("input_ids")
     if ids is None or ids.ndim != 2 or not _counts(ids):

@@ -8,7 +8,7 @@ after the other:
     for action in plan.ranks[rank]:
         ...
 
-The proof and the clock take it in steps, a compute or the transfers that lie between two (`batches`).
+The proof and the clock take it in steps, a compute or the transfers that lie between two (`group_transfers`).
 
 In the pictures a row is a rank, time runs to the right, `F2` is the forward of microbatch 2, dots are idle time (the
 bubble), and forward and backward are drawn equally long.
@@ -148,11 +148,12 @@ def _one_stage_a_rank(orders: list[list[Op]], num_microbatches: int) -> Plan:
 
 
 def with_transfers(plan: Plan) -> Plan:
-    """Receive a compute's input just before it, send its output just after; a stage on the same rank needs neither.
+    """Return the plan with a receive just before each compute that needs an input, and a send just after its output.
 
-    So whatever lies between two computes is adjacent, and `batches` posts it at once. In steady 1F1B a stage posts
-    {send an activation, receive a gradient} to the next stage, then {send the gradient, receive an activation} to the
-    previous one: both ends of a link post both directions together, and neither has to buffer for the other.
+    Between two stages on one rank nothing is sent. All transfers between two computes are adjacent, so that
+    `group_transfers` makes one step of them. In steady 1F1B a stage posts {send an activation, receive a gradient} to
+    the next stage, then {send the gradient, receive an activation} to the previous one: both ends of a link post both
+    directions together, and neither has to buffer for the other.
     """
     home = plan.rank_of_stage()
     ranks = []
@@ -170,7 +171,7 @@ def with_transfers(plan: Plan) -> Plan:
     return Plan(tuple(ranks), plan.num_stages, plan.num_microbatches)
 
 
-def batches(actions: Iterable[Action]) -> Iterator[Action | tuple[Action, ...]]:
+def group_transfers(actions: Iterable[Action]) -> Iterator[Action | tuple[Action, ...]]:
     """The steps of one rank: each compute by itself, each run of adjacent transfers as one tuple, posted together."""
     for is_transfer, group in groupby(actions, key=lambda action: action.op.is_transfer):
         if is_transfer:

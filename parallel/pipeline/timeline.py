@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from parallel.pipeline.schedule import Action, Op, Plan, PlanError, batches
+from parallel.pipeline.schedule import Action, Op, Plan, PlanError, group_transfers
 
 PARTNER = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
 
@@ -82,7 +82,7 @@ def simulate(
     Raises PlanError, naming what each rank waits for, if ranks wait for ever.
     """
     costs = {Op.F: _per_stage(forward_cost, plan), Op.B: _per_stage(backward_cost, plan)}
-    ranks = [_Rank(list(batches(actions))) for actions in plan.ranks]
+    ranks = [_Rank(list(group_transfers(actions))) for actions in plan.ranks]
     posted: dict[tuple[Action, Op], float] = {}
 
     def end_of(step: Action | tuple[Action, ...], start: float) -> float | None:
