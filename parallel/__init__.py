@@ -1,5 +1,5 @@
-"""Parallel training, hand-written on torch: process groups, tensor-parallel layers, a pipeline, and the engine that
-composes them.
+"""Parallel training, written by hand on torch: process groups, tensor-parallel layers, a pipeline, ZeRO, and engines
+that compose them.
 """
 
 from parallel.engine.base import StepResult

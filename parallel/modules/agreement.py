@@ -39,8 +39,8 @@ class Agreement:
         if len(set(messages)) > 1:
             ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages))
             raise ModelError(
-                f"the ranks part here: {ranks}. Every rank must run the same layers, forwards and steps in the same"
-                " order."
+                f"the ranks do different things: {ranks}. Every rank must run the same layers, forwards and steps in"
+                " the same order."
             )
 
 

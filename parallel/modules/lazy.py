@@ -71,7 +71,7 @@ class Mutated:
 
 
 Content: TypeAlias = Constant | Output | Mutated
-"""What a storage holds at some time. `materialize` computes it anew at each call, and the caller keeps the result."""
+"""The content of a storage at some time. `materialize` computes it anew at each call; the caller owns the result."""
 
 Cache: TypeAlias = dict[Content, Tensor]
 """The contents that were read in the course of one `materialize`, since several operations may read the same."""

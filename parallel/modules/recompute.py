@@ -42,8 +42,8 @@ def _replace_checkpoint(module: nn.Module, inputs: InputsOnHost) -> None:
     users = [part for part in module.modules() if hasattr(part, name)]
     if not users:
         raise ModelError(
-            f"train.activation_checkpointing: 'offload' finds no place in {type(module).__name__}, which recomputes its"
-            " layers in a way of its own. Try 'full'."
+            f"train.activation_checkpointing: 'offload' is not possible for {type(module).__name__}, which recomputes"
+            " its layers in a way of its own. Try 'full'."
         )
     for part in users:
         setattr(part, name, inputs.around(getattr(part, name)))

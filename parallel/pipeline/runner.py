@@ -1,4 +1,4 @@
-"""Executes a plan: one rank's actions, one after another."""
+"""The execution of a plan: one rank's actions, one after another."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,21 +15,22 @@ from parallel.pipeline.schedule import Action, Op, Plan
 from parallel.pipeline.stage import Stage
 
 PipelinePhase: TypeAlias = Literal["forward", "backward", "transfer"]
-"""Where the time of a plan's actions goes."""
+"""The phases of a step that the time of a plan's actions is counted in."""
 
-SENDS_IN_FLIGHT = 2  # before the eldest is waited for: what is sent stays in memory until then
+SENDS_IN_FLIGHT = 2  # a further one waits for the oldest: what is sent stays in memory until its send has ended
 
 
 class Runner:
-    """One run of one stage through a plan with transfers.
+    """Executes one plan with transfers on one rank, for its stage and these microbatches.
 
-    A plan is proved for a backend that lets nobody go on before a transfer is over. Here a send is waited for two sends
-    later: with less waiting the same plan ends all the more. A receive is posted no earlier than it is needed: while
-    NCCL's waits for the other end it takes multiprocessors from what computes.
+    The plan is deadlock-free with blocking sends, so also with asynchronous ones; here a send is waited for two sends
+    later. A receive is posted no earlier than it is needed: while NCCL's receive waits for the other end, it takes
+    multiprocessors from what computes.
 
-    `weights`: their gradients, which only the update waits for. Those of a microbatch are made once the gradient that
-    the stage before waits for is on its way (Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.1); None:
-    as backward comes to them. `mark` is called with each phase, and the action, that begins.
+    `weights`: the gradients of weights, which only the update waits for. Those of a microbatch are computed after the
+    gradient that the previous stage waits for has been sent (Qi et al. 2023, "Zero Bubble Pipeline Parallelism",
+    section 2.1). None: they are computed during backward, in autograd's order. `mark` is called with each phase that
+    begins, and with its action.
     """
 
     def __init__(
@@ -42,16 +43,19 @@ class Runner:
         mark: Callable[[PipelinePhase, object], None] = lambda phase, action: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
-        self.weights = weights if pipe.rank > 0 else None  # to the first stage nobody listens
+        self.weights = weights if pipe.rank > 0 else None  # no rank waits for a gradient from the first stage
         self.is_last = pipe.rank == pipe.size - 1
         self.device = microbatches[0].input_ids.device
-        self.inputs: dict[int, Tensor] = {}  # activations of the stage before, from F to the end of B and SEND_B
-        self.outputs: dict[int, Tensor] = {}  # what the stage made of them, from F to B
+        self.inputs: dict[int, Tensor] = {}  # activations of the previous stage, from F to the end of B and SEND_B
+        self.outputs: dict[int, Tensor] = {}  # of this stage, from F to B
         self.receiving: dict[tuple[Op, int], Pending] = {}  # from RECV_F to F, and from RECV_B to B
         self.sending: list[Pending] = []
 
     def run(self, plan: Plan) -> Tensor:
-        """The loss summed over this rank's tokens, in fp64; zero where this is not the last stage."""
+        """Execute the plan, and return the loss summed over this rank's tokens, in fp64; zero but on the last stage.
+
+        A plan with backwards leaves the gradients with the parameters' hooks; one without computes no gradients.
+        """
         actions = plan.ranks[self.pipe.rank]
         trains = any(action.op is Op.B for action in actions)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -85,7 +89,7 @@ class Runner:
             output.backward(gradient)
 
     def _received(self, op: Op, action: Action) -> Tensor | None:
-        """What the action waits for; None at the end of the pipe where nothing comes from."""
+        """Wait for the tensor that the action needs, and return it; None at an end of the pipe, where it needs none."""
         pending = self.receiving.pop((op, action.microbatch), None)
         if pending is None:
             return None
