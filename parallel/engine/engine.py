@@ -83,8 +83,8 @@ class Engine(EngineBase):
         self.gatherer.begin()
         # With recomputation, products that wait would keep more recomputed activations at a time.
         is_recomputed = self.config.train.activation_checkpointing != "none"
-        weights = None if is_recomputed else self.gradients.deferred
-        runner = Runner(self.stage, self.pipe, microbatches, weights=weights, mark=self.stopwatch.mark)
+        deferred = None if is_recomputed else self.gradients.deferred
+        runner = Runner(self.stage, self.pipe, microbatches, weight_gradients=deferred, mark=self.stopwatch.mark)
         total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
         self.stopwatch.mark("reduce")
         total = self._sum(total)

@@ -22,11 +22,12 @@ META, HOST = torch.device("meta"), torch.device("cpu")
 class Constant:
     """A storage that had values before any operation was recorded, of which this rank keeps a shard."""
 
-    held: Shard
+    shard: Shard
     shape: torch.Size
 
     def materialize(self, cache: "Cache") -> Tensor:
-        return self.held.gather(torch.empty(self.shape, dtype=self.held.part.dtype))
+        """All-gather the values; every rank calls this."""
+        return self.shard.gather(torch.empty(self.shape, dtype=self.shard.part.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Output:
     like: Tensor
 
     def materialize(self, cache: "Cache") -> Tensor:
+        """Run the operation, and return its result."""
         like = self.like
         memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         return memory.copy_(tree_leaves(self.operation.run(cache))[self.index])
@@ -55,6 +57,7 @@ class Mutated:
     before: "Content | None"
 
     def materialize(self, cache: "Cache") -> Tensor:
+        """Compute the content before the first of all mutations, then run these in order."""
         mutations: list[Mutated] = []
         content: Content | None = self
         while isinstance(content, Mutated):  # a loop, since a recursion might be too deep

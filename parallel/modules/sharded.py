@@ -56,8 +56,8 @@ def unshard_parameter(parameter: nn.Parameter, out: Tensor) -> None:
     Every rank of the axis does so for the same parameters in the same order. The parameter's data stays a placeholder,
     and it does not matter what became of that meanwhile (a cast, a move to another device).
     """
-    held: Shard = getattr(parameter, ATTRIBUTE)
-    held.gather(out)
+    shard: Shard = getattr(parameter, ATTRIBUTE)
+    shard.gather(out)
     delattr(parameter, ATTRIBUTE)
 
 

@@ -27,10 +27,10 @@ class Runner:
     later. A receive is posted no earlier than it is needed: while NCCL's receive waits for the other end, it takes
     multiprocessors from what computes.
 
-    `weights`: the gradients of weights, which only the update waits for. Those of a microbatch are computed after the
-    gradient that the previous stage waits for has been sent (Qi et al. 2023, "Zero Bubble Pipeline Parallelism",
-    section 2.1). None: they are computed during backward, in autograd's order. `mark` is called with each phase that
-    begins, and with its action.
+    `weight_gradients` defers the gradients of weights, which only the update waits for: those of a microbatch are
+    computed after the gradient that the previous stage waits for has been sent (Qi et al. 2023, "Zero Bubble Pipeline
+    Parallelism", section 2.1). With None they are computed during backward, in autograd's order. `mark` is called with
+    each phase that begins, and with its action.
     """
 
     def __init__(
@@ -39,11 +39,12 @@ class Runner:
         pipe: Pipe,
         microbatches: Sequence[Microbatch],
         *,
-        weights: Deferred | None = None,
+        weight_gradients: Deferred | None = None,
         mark: Callable[[PipelinePhase, object], None] = lambda phase, action: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
-        self.weights = weights if pipe.rank > 0 else None  # no rank waits for a gradient from the first stage
+        # No rank waits for a gradient from the first stage, so there is nothing to defer for.
+        self.weight_gradients = weight_gradients if pipe.rank > 0 else None
         self.is_last = pipe.rank == pipe.size - 1
         self.device = microbatches[0].input_ids.device
         self.inputs: dict[int, Tensor] = {}  # activations of the previous stage, from F to the end of B and SEND_B
@@ -74,7 +75,7 @@ class Runner:
         return total
 
     def _forward(self, action: Action) -> Tensor | float:
-        m, x = action.microbatch, self._received(Op.RECV_F, action)
+        m, x = action.microbatch, self._wait_for_input(Op.RECV_F, action)
         self.mark("forward", action)
         if x is not None and torch.is_grad_enabled():
             self.inputs[m] = x.requires_grad_()
@@ -82,13 +83,13 @@ class Runner:
         return self.outputs[m].detach() if self.is_last else 0.0
 
     def _backward(self, action: Action) -> None:
-        gradient = self._received(Op.RECV_B, action)
+        gradient = self._wait_for_input(Op.RECV_B, action)
         self.mark("backward", action)
         output = self.outputs.pop(action.microbatch)
-        with nullcontext() if self.weights is None else self.weights.put_off():
+        with nullcontext() if self.weight_gradients is None else self.weight_gradients.put_off():
             output.backward(gradient)
 
-    def _received(self, op: Op, action: Action) -> Tensor | None:
+    def _wait_for_input(self, op: Op, action: Action) -> Tensor | None:
         """Wait for the tensor that the action needs, and return it; None at an end of the pipe, where it needs none."""
         pending = self.receiving.pop((op, action.microbatch), None)
         if pending is None:
@@ -107,13 +108,13 @@ class Runner:
         assert action.peer is not None
         axis = self.pipe.link(self.pipe.rank, action.peer)
         self.mark("transfer", action)
-        self.sending.append(start_send(self._outgoing(action), axis, action.peer))
-        if action.op is Op.SEND_B and self.weights is not None:
+        self.sending.append(start_send(self._tensor_to_send(action), axis, action.peer))
+        if action.op is Op.SEND_B and self.weight_gradients is not None:
             self.mark("backward", f"W{action.stage}.{action.microbatch}")
-            self.weights.catch_up()
+            self.weight_gradients.catch_up()
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
-    def _outgoing(self, action: Action) -> Tensor:
+    def _tensor_to_send(self, action: Action) -> Tensor:
         if action.op is Op.SEND_B:
             grad = self.inputs.pop(action.microbatch).grad
             assert grad is not None

@@ -40,10 +40,12 @@ class Op(Enum):
 
     @property
     def is_transfer(self) -> bool:
+        """True for an action that sends or receives."""
         return self not in (Op.F, Op.B)
 
     @property
     def is_send(self) -> bool:
+        """True for an action that sends."""
         return self in (Op.SEND_F, Op.SEND_B)
 
 

@@ -31,7 +31,7 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """The fraction of the ranks' time in which they compute nothing; transfers belong to it."""
+        """The fraction of the ranks' time in which they do not compute: waits and transfers."""
         busy = sum(span.end - span.start for row in self.rows for span in row if not span.action.op.is_transfer)
         return 1 - busy / (len(self.rows) * self.makespan)
 
