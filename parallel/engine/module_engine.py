@@ -63,7 +63,8 @@ class ModuleEngine(ModuleState):
     In ZeRO stage 3 a parameter is NaN outside the forward and backward of its layer (see `modules.units.layers_of`) or,
     where it belongs to no layer, of the module.
 
-    Raises ConfigError or ModelError for a config, a module or an optimizer that it cannot train.
+    A passed optimizer is used instead of the config's AdamW. `criterion`, for a module without a loss of its own, is
+    described at `train_step`. Raises ConfigError or ModelError for what it cannot train.
     """
 
     def __init__(
@@ -121,7 +122,11 @@ class ModuleEngine(ModuleState):
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
-        """Add the gradients of this loss, a scalar, to those since the last step; each is averaged over replicas."""
+        """Add the gradients of this loss, averaged over replicas, to those since the last step.
+
+        Raises ModelError, on every rank, for a loss that is not a scalar with a gradient, and where ranks do different
+        things; ConfigError where the device has too little memory.
+        """
         self._passes.begin_backward(loss_problem(loss))
         with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
