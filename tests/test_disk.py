@@ -17,9 +17,9 @@ from parallel.checkpoint import checkpoint
 from parallel.chunk.chunk import Chunk
 from parallel.config import parse
 from parallel.optim import streaming
-from parallel.placement.initial import shortage
-from parallel.placement.policy import ChunkBytes, HostRoom, host_of
-from parallel.storage import disk
+from parallel.placement.policy import ChunkBytes, HostRoom, host_bytes
+from parallel.placement.shortage import host_shortage
+from parallel.storage import swapper
 from parallel.storage.disk import Disk
 from parallel.storage.transfer import CopyEvent, Placement, Tier
 from tests.harness import run
@@ -43,7 +43,7 @@ def on_disk(raw: Raw, folder: Path, *, host: int, policy: str = "cpu") -> Raw:
 
 def in_small_parts(raw: Raw) -> None:
     """A page of masters each; and little room for them."""
-    streaming.PART, disk.NUM_SLOTS = PARTS[raw["train"]["precision"]], 3
+    streaming.PART, swapper.NUM_SLOTS = PARTS[raw["train"]["precision"]], 3
 
 
 def engine_in_parts(rank: int, world_size: int, raw: Raw) -> parallel.Engine:
@@ -54,7 +54,7 @@ def engine_in_parts(rank: int, world_size: int, raw: Raw) -> parallel.Engine:
 def room(rank: int, world_size: int, raw: Raw, kept: int) -> int:
     """The bytes that a rank needs on its host for all but the states of its chunks from the `kept`th on."""
     engine = engine_in_parts(rank, world_size, raw)
-    return host_of(engine.placement_manager.start.sizes, 0, 0, kept)
+    return host_bytes(engine.placement_manager.initial.sizes, 0, 0, kept)
 
 
 def budget_of(layout: str, stage: int, kept: int = 2, **options: Any) -> int:
@@ -104,9 +104,9 @@ def summary(engine: parallel.Engine, losses: list[float]) -> dict[str, Any]:
     kinds = [[chunk.master for chunk in engine.chunks]]
     kinds += [list(x) for x in zip(*(engine.optimizer._moments_of(c) for c in engine.chunks), strict=True)]  # type: ignore[union-attr]
     states = [whole(engine, buffers) for buffers in kinds]
-    start = engine.placement_manager.start
+    start = engine.placement_manager.initial
     max_states_on_host = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
-    foreseen = host_of(start.sizes, 0, 0, max_states_on_host)
+    foreseen = host_bytes(start.sizes, 0, 0, max_states_on_host)
     return dict(losses=losses, states=states, foreseen=foreseen)
 
 
@@ -354,11 +354,11 @@ def test_a_host_that_is_too_small_is_refused_on_every_rank_with_numbers_and_cure
 
 def test_no_more_is_asked_of_a_host_than_would_do() -> None:
     """Of few chunks, the states are less than what they would go through on their way to a disk."""
-    one = ChunkBytes(2**20, 2**20, 3 * 2**20, own=2**20, buffers=18 * 2**20, is_wide=True)
-    said = shortage([one] * 2, HostRoom(2**20, has_disk=True), parse({}))
+    one = ChunkBytes(2**20, 2**20, 3 * 2**20, host_parameters=2**20, slots=18 * 2**20, has_master_dtype=True)
+    said = host_shortage([one] * 2, HostRoom(2**20, has_disk=True), parse({}))
     assert "a rank needs 8.00 MiB of its host" in said
     assert "on the disk" not in said
-    assert "a rank needs 58.00 MiB of its host" in shortage([one] * 20, HostRoom(2**20, has_disk=True), parse({}))
+    assert "a rank needs 58.00 MiB of its host" in host_shortage([one] * 20, HostRoom(2**20, has_disk=True), parse({}))
 
 
 def test_a_folder_that_cannot_be_used_is_refused_on_every_rank(tmp_path: Path) -> None:

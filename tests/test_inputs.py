@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.activations.offload import HostPool, InputsOnHost, Kept
+from parallel.activations.host_pool import HostPool
+from parallel.activations.kept_input import KeptInput
+from parallel.activations.offload import InputsOnHost
 from parallel.engine.engine import Engine
 from parallel.engine.module_engine import ModuleEngine
 from parallel.storage.transfer import Copies
@@ -89,14 +91,14 @@ def traffic(rank: int, world_size: int, raw: Raw) -> list[tuple[int, int, int]]:
     """
     engine = engine_of(rank, world_size, raw)
     inputs = _inputs(engine)
-    lent, lend = 0, inputs.pool.lend
+    lent, acquire = 0, inputs.pool.acquire
 
     def count(size: int) -> Tensor:
         nonlocal lent
         lent += 1
-        return lend(size)
+        return acquire(size)
 
-    inputs.pool.lend = count  # type: ignore[method-assign]
+    inputs.pool.acquire = count  # type: ignore[method-assign]
     seen = []
     for batch in batches_of(3):
         engine.train_step(share_of(batch, engine))
@@ -309,8 +311,8 @@ def test_layers_that_are_compiled_with_their_own_recomputation_are_refused() -> 
 )
 def test_an_input_comes_back_as_it_was_as_often_as_it_is_wanted(x: Tensor) -> None:
     pool, want = HostPool(torch.device("cpu")), x.clone()
-    kept = Kept(x, pool, lambda: None)
-    kept.leave()
+    kept = KeptInput(x, pool, lambda: None)
+    kept.offload()
     x.fill_(torch.nan)
     for _ in range(2):
         found = kept.take()
@@ -321,9 +323,9 @@ def test_an_input_comes_back_as_it_was_as_often_as_it_is_wanted(x: Tensor) -> No
 def test_sequences_of_many_lengths_share_the_buffers_of_the_longest() -> None:
     pool = HostPool(torch.device("cpu"))
     for size in (30, 10, 50, 20, 40, 50):
-        buffers = [pool.lend(size) for _ in range(3)]
+        buffers = [pool.acquire(size) for _ in range(3)]
         assert len({id(buffer) for buffer in buffers}) == 3
         assert min(map(len, buffers)) >= size
         for buffer in buffers:
-            pool.take_back(buffer)
+            pool.release(buffer)
     assert pool.nbytes == 3 * 50

@@ -24,7 +24,7 @@ from parallel.config import parse
 from parallel.engine.context import Place, make_context, use
 from parallel.engine.engine import Engine
 from parallel.engine.module_engine import ModuleEngine
-from parallel.storage import disk
+from parallel.storage import swapper
 from parallel.storage.transfer import Tier
 from tests.harness import run
 
@@ -114,7 +114,7 @@ def config_of(kind: str, world_size: int, device: str) -> dict[str, Any]:
 
 
 def engine_of(rank: int, world_size: int, kind: str, device: str = "cpu") -> Engine | ModuleEngine:
-    disk.NUM_SLOTS = 2
+    swapper.NUM_SLOTS = 2
     raw = config_of(kind, world_size, device)
     config = parse(raw, world_size=world_size, resolve=resolve)
     context = use(make_context(config, Place(rank, world_size)))
@@ -166,8 +166,8 @@ def samples_of(
 
 def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
     """What its threads are reading ahead they hold in their hands."""
-    for slot in (slot for chunk in engine.chunks[:1] if chunk.disk is not None for slot in chunk.disk._slots):
-        slot.wait()
+    for disk in (chunk.disk for chunk in engine.chunks[:1] if chunk.disk is not None):
+        disk.swapper.wait()
     time.sleep(0.02)  # and a thread lets go of a job after it is done
 
 

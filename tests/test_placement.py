@@ -24,9 +24,9 @@ from parallel.placement.policy import (
     ChunkBytes,
     HostRoom,
     MemorySample,
-    host_of,
+    host_bytes,
     max_states_on_host,
-    peak_of,
+    peak_bytes,
     plan_placement,
 )
 from parallel.storage.transfer import ON_DEVICE, Placement, Tier
@@ -266,7 +266,7 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
     """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said."""
     engine = engine_of(rank, world_size, raw)
     most, said = 0, list[str]()
-    engine.placement_manager.say = said.append
+    engine.placement_manager.log = said.append
 
     def count(*_: Any) -> None:
         nonlocal most
@@ -334,16 +334,16 @@ def test_a_plan_fits_and_everything_stays_where_everything_fits(data: st.DataObj
     room, count = HostRoom(data.draw(st.integers(0, 2500)), data.draw(st.booleans())), len(chunks)
     found, allowed = plan_placement(chunks, moments, budget, ratio, room), int(budget * SAFETY)
     if found is None:
-        assert peak_of(chunks, moments, 0, 0) > allowed or max_states_on_host(chunks, room) is None
+        assert peak_bytes(chunks, moments, 0, 0) > allowed or max_states_on_host(chunks, room) is None
         return
-    used = [host_of(chunks, found.num_states, found.num_parameters, k) for k in range(count + 1)]
+    used = [host_bytes(chunks, found.num_device_states, found.num_device_parameters, k) for k in range(count + 1)]
     assert used[found.num_host_states] <= room.budget
     assert all(more > room.budget for more in used[found.num_host_states + 1 :])
-    assert found.num_states <= found.num_host_states <= count
+    assert found.num_device_states <= found.num_host_states <= count
     assert room.has_disk or found.num_host_states == count
-    assert found.peak == peak_of(chunks, moments, found.num_states, found.num_parameters) <= allowed
-    if peak_of(chunks, moments, len(chunks), len(chunks)) <= allowed:
-        assert (found.num_states, found.num_parameters) == (len(chunks), len(chunks))
+    assert found.peak == peak_bytes(chunks, moments, found.num_device_states, found.num_device_parameters) <= allowed
+    if peak_bytes(chunks, moments, len(chunks), len(chunks)) <= allowed:
+        assert (found.num_device_states, found.num_device_parameters) == (len(chunks), len(chunks))
 
 
 def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:

@@ -38,7 +38,7 @@ class Recomputed(nn.Module):
         super().__init__()
         self.layer = layer
         kept = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
-        self._checkpoint = kept if inputs is None else inputs.around(kept)
+        self._checkpoint = kept if inputs is None else inputs.wrap(kept)
 
     def forward(self, *inputs: Any) -> Any:
         return self._checkpoint(self.layer, *inputs)

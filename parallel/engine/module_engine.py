@@ -24,7 +24,6 @@ from parallel.modules.agreement import Agreement
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
-from parallel.placement.initial import explain_host_shortage
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.zero.gatherer import Gatherer
 
@@ -75,7 +74,7 @@ class ModuleEngine(ModuleState):
         start = initial_placement_of(
             infos, context, num_microbatches=2, is_torchs=optimizer is not None
         )  # as many as a user likes
-        with explain_host_shortage(start):
+        with start.explain_host_shortage():
             chunks = make_chunks(
                 infos, context.dtype, zero=zero, fill=fill, device=context.device, storages=start.storages
             )

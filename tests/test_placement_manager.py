@@ -14,8 +14,9 @@ from parallel.checkpoint import checkpoint
 from parallel.engine.base import EngineBase
 from parallel.optim import shared_update
 from parallel.optim.streaming import Part
-from parallel.placement.manager import PlacementManager, PlanState
-from parallel.placement.profile import StepProfile
+from parallel.placement import manager
+from parallel.placement.plan_state import PlanState
+from parallel.placement.profile import TimeProfile
 from parallel.storage.transfer import Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, engine_of, share_of
@@ -33,7 +34,7 @@ def storages(engine: EngineBase) -> list[Placement]:
 def heard(engine: EngineBase) -> list[str]:
     """What will be said of its plans, by first words."""
     said: list[str] = []
-    engine.placement_manager.say = lambda text: said.append(" ".join(text.split()[1:3]))
+    engine.placement_manager.log = lambda text: said.append(" ".join(text.split()[1:3]))
     return said
 
 
@@ -240,11 +241,7 @@ def test_a_plan_is_made_again_after_a_checkpoint(tmp_path: Path) -> None:
 def with_less_on_the_second(rank: int, world_size: int, raw: Raw, least: int, folder: Path) -> tuple[str, list[Any]]:
     """A refusal, or whether the plan was taken up; the second rank's device is another than the first's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            PlacementManager,
-            "budget",
-            property(lambda manager: (least if manager.world.rank else 150) * 1024),
-        )
+        patch.setattr(manager, "device_budget", lambda zero, device: (least if rank else 150) * 1024)
         try:
             first, second = engine_of(rank, world_size, raw), engine_of(rank, world_size, raw)
         except parallel.ConfigError as error:
@@ -291,16 +288,16 @@ def test_what_two_stages_hold_is_updated_on_the_same_side() -> None:
 
 
 def test_an_illegal_move_of_a_plan_raises() -> None:
-    placement_manager = engine_of(0, 1, raw_of("single", "auto", 0)).placement_manager
-    with pytest.raises(AssertionError, match="from FRESH to KEPT"):
-        placement_manager._move(PlanState.KEPT)
+    lifecycle = engine_of(0, 1, raw_of("single", "auto", 0)).placement_manager._lifecycle
+    with pytest.raises(AssertionError, match="from FIRST_STEP to KEPT"):
+        lifecycle.move_to(PlanState.KEPT)
 
 
 def test_what_comes_after_computation_is_not_taken_for_it() -> None:
     """A watched step's gradients may still be on their way down when all else is done: a plan may spare it that."""
-    observer = StepProfile([], torch.device("cpu"))
+    times = TimeProfile(torch.device("cpu"))
     time.sleep(0.02)
-    observer.computed()
-    found = observer.computing()
+    times.end_computation()
+    found = times.seconds_computing()
     time.sleep(0.02)
-    assert 0.02 <= found == observer.computing()
+    assert 0.02 <= found == times.seconds_computing()
