@@ -75,7 +75,7 @@ GATHERED: Any = SimpleNamespace(is_gathered_on_demand=True, infos=[SimpleNamespa
 
 
 def agreements(rank: int, world_size: int) -> list[Any]:
-    """What two ranks agree on that differ in everything."""
+    """Return what two ranks agree on that differ in everything, and the messages with which they refuse."""
     world = Mesh(Topology({"pipe": 1, "data": world_size}), rank).world
     zero = ZeroConfig(device_memory=Bytes(100))
     agreement = RankAgreement([GATHERED] * (1 + rank), zero, 100 + rank, world)
