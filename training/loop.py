@@ -149,7 +149,7 @@ def _train(engine: Engine, job: Job, screen: Screen) -> None:
 
     trace = folder.trace(world.rank)
     tracer = Tracer(job.profiled, trace, engine.mesh.device, done=lambda: screen.say(f"traced: {trace}"))
-    engine.placement_manager.say = screen.say
+    engine.placement_manager.log = screen.say
     listeners = Listeners(hear, save, tracer.around)
     try:
         fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
