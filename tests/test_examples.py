@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import OPTForCausalLM
 
+import parallel
 from examples import finetune_opt
 from parallel.errors import DataError
 from tests.harness import run
@@ -36,7 +37,7 @@ def example(rank: int, world_size: int, *options: str) -> str:
     arguments = finetune_opt.read_arguments([*OPTIONS, *options])
     place = dict(RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     printed = io.StringIO()
-    with patch.dict(os.environ, place), patch.object(finetune_opt, "leave"), redirect_stdout(printed):
+    with patch.dict(os.environ, place), patch.object(parallel, "leave"), redirect_stdout(printed):
         finetune_opt.main(arguments)
     return printed.getvalue()
 
