@@ -93,7 +93,8 @@ def _start(arguments: argparse.Namespace) -> int:
     from parallel.engine.context import Place
     from parallel.errors import ColonnadeError, RoomError, StorageError
     from parallel.mesh.mesh import leave
-    from training import loop, preflight, spawn
+    from training.config import read_config
+    from training.preflight import prepare
 
     place = Place()
     try:
@@ -101,19 +102,21 @@ def _start(arguments: argparse.Namespace) -> int:
         if arguments.check:
             return _check(arguments, place)
         world_size = arguments.nprocs or place.world_size
-        config = preflight.read_config(arguments.config, arguments.set, world_size)
-        job = preflight.inspect(
-            config, place, resume=arguments.resume, profiled=arguments.profile, overridden=arguments.set
-        )
+        config = read_config(arguments.config, arguments.set, world_size)
+        job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
         signal.signal(signal.SIGTERM, _terminate)
         if ended:
             return TERMINATED
         if arguments.nprocs is None:
-            loop.run(job)
+            from training.run import run_job
+
+            run_job(job)
             leave()
             return 0
+        from training.spawn import run_ranks
+
         arguments.nprocs = None
-        return spawn.run_ranks(main, arguments, world_size)
+        return run_ranks(main, arguments, world_size)
     except ColonnadeError as error:
         if place.rank == 0 or isinstance(error, StorageError | RoomError):  # one rank alone may have it
             print(error, file=sys.stderr)
@@ -123,20 +126,28 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, place: "Place") -> int:
     """Print the plan for the world asked for, else the one we are in, else the smallest that holds a replica."""
-    from training import preflight
-    from training.preview import preview
-    from training.report import Screen
+    from training.config import override_messages, read_config
+    from training.console import make_console
+    from training.inputs import input_messages, read_corpus
+    from training.layout_report import print_layout, print_timeline
+    from training.preview import device_messages, preview_of
+    from training.resume import find_checkpoint, start_messages
 
     world_size = arguments.world or arguments.nprocs or place.world_size
     if world_size == 1 and not (arguments.world or arguments.nprocs):
-        world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
-    config = preflight.read_config(arguments.config, arguments.set, world_size)
-    corpus = preflight.read_inputs(config)
-    _, notes = preflight.find_start(config, arguments.resume)
-    notes += preflight.input_notes(config, corpus)
-    plan, screen = preview(config, world_size), Screen(config, quiet=place.rank != 0)
-    screen.plan(plan, [*preflight.override_notes(arguments.set), *notes, *preflight.device_notes(config)])
-    screen.timeline(plan)
+        world_size = read_config(arguments.config, arguments.set, None).parallel.model_size
+    config = read_config(arguments.config, arguments.set, world_size)
+    corpus = read_corpus(config)
+    found = find_checkpoint(config, arguments.resume)
+    messages = [
+        *override_messages(arguments.set),
+        *start_messages(config, arguments.resume, found),
+        *input_messages(config, corpus),
+        *device_messages(config),
+    ]
+    preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
+    print_layout(console, preview, messages)
+    print_timeline(console, preview)
     return 0
 
 

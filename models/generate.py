@@ -25,11 +25,11 @@ from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.stage import Stage
 
 
-def load(folder: Path) -> tuple[Stage, OPTShape]:
+def load_model(folder: Path) -> tuple[Stage, OPTShape]:
     """The whole model of a directory, as one stage in a world of one. Raises ConfigError or DataError."""
     config = parse({"model": {"path": str(folder)}, "data": {"sequence_length": 2}}, resolve=resolve)
     shape = shape_of(config)
-    hf.check(folder, shape)
+    hf.check_weights(folder, shape)
     return build(make_context(config, Place())).eval(), shape
 
 
@@ -69,7 +69,7 @@ def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, tempe
 
 def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed: int) -> str:
     """The prompt and what the model of `folder` makes of it. Raises ConfigError or DataError."""
-    stage, shape = load(folder)
+    stage, shape = load_model(folder)
     tokenizer = read_tokenizer(folder)
     ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([SEPARATOR])
     if tokenizer.vocab_size > shape.vocab_size:

@@ -63,12 +63,12 @@ def _norm_tensors(name: str, shape: OPTShape) -> dict[str, tuple[int, ...]]:
 
 
 def has_weights(path: str | Path) -> bool:
-    """Whether the directory holds weights, of whatever format: `check` says if they can be read."""
+    """Whether the directory holds weights, of whatever format: `check_weights` says if they can be read."""
     path = Path(path)
     return (path / SINGLE).is_file() or (path / INDEX).is_file() or any(path.glob("pytorch_model*"))
 
 
-def check(path: str | Path, shape: OPTShape) -> None:
+def check_weights(path: str | Path, shape: OPTShape) -> None:
     """Raise a DataError unless the directory has every tensor of the model, in its shape. Only headers are read."""
     found, expected = _archive(Path(path)).tensors, expected_tensors(shape)
     if missing := [name for name in expected if name not in found]:
@@ -82,7 +82,7 @@ def check(path: str | Path, shape: OPTShape) -> None:
         raise DataError(f"model.path: {path}: {_few(differing)}.")
 
 
-def load(path: str | Path, pieces: Iterable[Piece]) -> int:
+def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
     """Fill each piece with its slice of the weights, cast to its dtype. Returns the bytes read: those slices alone."""
     return _archive(Path(path)).fill(pieces)
 

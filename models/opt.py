@@ -37,13 +37,14 @@ class LayerSpec:
 
     name: str
     build: Callable[[], nn.Module]
+    is_block: bool = False  # a transformer block: compiled, recomputed and gathered on demand as a unit
 
 
 def layers_of(shape: OPTShape, mode: Mode, seed: int) -> list[LayerSpec]:
     """[embedding, block 0 … n−1, head]."""
     blocks_mode = blocks_mode_of(shape, mode)
     blocks = [
-        LayerSpec(f"layers.{i}", partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)))
+        LayerSpec(f"layers.{i}", partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)), is_block=True)
         for i in range(shape.num_hidden_layers)
     ]
     return [

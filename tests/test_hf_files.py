@@ -91,8 +91,8 @@ def load_and_export(rank: int, size: int, source: Path, target: Path, max_shard_
     """What is loaded is also compared, on each rank, by the caller's reading of the export. Returns the bytes read."""
     shape = from_hugging_face(source)
     infos = infos_of(shape, rank, size)
-    hf.check(source, shape)
-    num_bytes = hf.load(source, [piece for info in infos for piece in info.pieces()])
+    hf.check_weights(source, shape)
+    num_bytes = hf.load_weights(source, [piece for info in infos for piece in info.pieces()])
     owned = [piece for info in infos if owns(info.layout) for piece in info.pieces()]
     with patch.object(hf_folder, "MAX_SHARD_BYTES", max_shard_bytes):
         axes, tokenizer = world(rank, size), ByteTokenizer()
@@ -156,7 +156,7 @@ def test_a_rank_reads_its_own_slices_and_no_more(tmp_path: Path) -> None:
     tensors, seen = public_tensors(model), 0
     for rank in range(4):
         pieces = [piece for info in infos_of(from_hugging_face(tmp_path), rank, 4) for piece in info.pieces()]
-        assert hf.load(tmp_path, pieces) == 4 * sum(piece.data.numel() for piece in pieces)
+        assert hf.load_weights(tmp_path, pieces) == 4 * sum(piece.data.numel() for piece in pieces)
         for piece in pieces:
             assert torch.equal(piece.data, tensors[piece.name][slices(piece.box)])
             seen += piece.data.numel()
@@ -171,7 +171,7 @@ def load_a_column_of_a_giant(rank: int, size: int, folder: Path) -> int:
     """The growth of the peak resident memory, in bytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     piece = Piece("model.decoder.giant.weight", GIANT, ((0, 16), (70000, 70008)), torch.ones(16, 8))
-    assert hf.load(folder, [piece]) == 16 * 8 * 4
+    assert hf.load_weights(folder, [piece]) == 16 * 8 * 4
     assert piece.data.abs().sum() == 0
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
@@ -191,9 +191,9 @@ def test_weights_of_the_bare_decoder_are_read_too(tmp_path: Path) -> None:
     """OPTModel.save_pretrained leaves out the prefix that OPTForCausalLM adds."""
     model = hugging_face_model("plain")
     model.model.save_pretrained(tmp_path)
-    hf.check(tmp_path, from_hugging_face(tmp_path))
+    hf.check_weights(tmp_path, from_hugging_face(tmp_path))
     data = torch.zeros(16)
-    hf.load(tmp_path, [Piece("model.decoder.layers.1.fc2.bias", (16,), ((0, 16),), data)])
+    hf.load_weights(tmp_path, [Piece("model.decoder.layers.1.fc2.bias", (16,), ((0, 16),), data)])
     assert torch.equal(data, model.model.decoder.layers[1].fc2.bias)
 
 
@@ -203,7 +203,7 @@ def test_an_export_has_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -
     model.save_pretrained(tmp_path / "source")
     shape = from_hugging_face(tmp_path / "source")
     pieces = [piece for info in infos_of(shape, 0, 1) for piece in info.pieces()]
-    hf.load(tmp_path / "source", pieces)
+    hf.load_weights(tmp_path / "source", pieces)
     hf.export(tmp_path / "export", pieces, shape=shape, axis=world(0, 1), dtype=dtype)
     again = OPTForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     for name, tensor in public_tensors(model).items():
@@ -250,9 +250,9 @@ def save_zeros(folder: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.d
 
 
 def refusal(folder: Path) -> str:
-    """What `check` says of a directory that should hold SMALL."""
+    """What `check_weights` says of a directory that should hold SMALL."""
     with pytest.raises(DataError) as failure:
-        hf.check(folder, OPTShape(**SMALL))
+        hf.check_weights(folder, OPTShape(**SMALL))
     return str(failure.value)
 
 

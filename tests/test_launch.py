@@ -18,7 +18,7 @@ from models import generate
 from parallel.config import load_raw, parse
 from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError
 from parallel.mesh.topology import Topology
-from training import loop, spawn
+from training import spawn
 from training.rank_grid import cell_caption, cell_of, columns_shown
 
 ROOT = Path(__file__).parent.parent
@@ -374,7 +374,7 @@ def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
         for _ in range(9):
             logits = theirs(expected[None, -8:]).logits[0, -1]
             expected = torch.cat([expected, logits.argmax(keepdim=True)])
-    stage, shape = generate.load(tmp_path)
+    stage, shape = generate.load_model(tmp_path)
     ours = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=0, seed=0)
     assert ours.tolist() == expected.tolist()
 
@@ -393,7 +393,7 @@ def test_what_one_rank_alone_may_have_no_room_for_it_says_itself(
     def fail(job: object) -> None:
         raise kind("zero.nvme_dir: no room")
 
-    monkeypatch.setattr(loop, "run", fail)
+    monkeypatch.setattr("training.run.run_job", fail)
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     assert call("--set", *SMALL, f"output.dir={tmp_path}") == 2

@@ -19,8 +19,13 @@ from parallel.errors import ConfigError
 from parallel.pipeline.schedule import Op, one_f_one_b
 from tests.harness import run
 from tests.test_loop import ALONE, TINY, lines_of, start
-from training import loop, metrics, preflight
-from training.tracer import Tracer
+from training import metrics
+from training.config import read_config
+from training.loop import Listeners, fit
+from training.preflight import prepare
+from training.resume import steps_taken
+from training.run import make_engine, make_loader, run_job
+from training.tracer import Tracer, steps_to_trace
 
 CPU = torch.device("cpu")
 
@@ -48,8 +53,8 @@ def test_the_phases_of_a_step_add_up_to_its_seconds(device: str, tmp_path: Path)
         pytest.skip("there is no GPU")
     job = start(tmp_path, f"train.device={device}")
     context = make_context(job.config, job.place)
-    engine, lines = loop.make_engine(context, job), list[metrics.MetricsLine]()
-    loop.fit(engine, loop.make_loader(engine, job), loop.Listeners(lines.append, lambda step: None), validates=True)
+    engine, lines = make_engine(context, job), list[metrics.MetricsLine]()
+    fit(engine, make_loader(engine, job), Listeners(lines.append, lambda step: None), validates=True)
     assert "validation_loss" in lines[-1]
     if device == "cuda":  # what the device has not come to counts in the next line
         total = sum(sum(line["phases"].values()) for line in lines)
@@ -76,11 +81,11 @@ def ranges(trace: Path) -> list[str]:
 
 def trace_two_stages(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """The last step's line."""
-    config = preflight.read_config(None, [*TINY, f"output.dir={folder}", "parallel.pipeline=2"], world_size)
+    config = read_config(None, [*TINY, f"output.dir={folder}", "parallel.pipeline=2"], world_size)
     place = Place(rank, world_size, rank, ALONE.local_world_size)
-    job = preflight.inspect(config, place, profiled=range(2, 4))
+    job = prepare(config, place, profile=range(2, 4))
     dist.barrier()  # ranks that have yet to meet do so before any of them writes
-    loop.run(job)
+    run_job(job)
     return dict(list(metrics.read(folder / "metrics.jsonl"))[-1])
 
 
@@ -99,9 +104,9 @@ def test_each_stage_of_a_pipeline_leaves_a_trace_of_the_steps_asked_for(tmp_path
 
 def test_a_profiler_lives_for_the_steps_asked_for_alone(tmp_path: Path) -> None:
     file, done, alive = tmp_path / "profile" / "rank_0.json", list[list[str]](), list[bool]()
-    tracer = Tracer(range(2, 4), file, CPU, done=lambda: done.append(ranges(file)))
+    tracer = Tracer(range(2, 4), file, CPU, on_written=lambda: done.append(ranges(file)))
     for step in range(1, 6):
-        with tracer.around(step):
+        with tracer.around_step(step):
             alive.append(torch.autograd.profiler._is_profiler_enabled)
         assert done == ([["step 2", "step 3"]] if step >= 3 else [])
     assert alive == [False, True, True, False, False]
@@ -120,7 +125,7 @@ def test_a_run_that_breaks_off_among_its_traced_steps_ends_the_profiler(
     monkeypatch.setattr(Engine, "train_step", break_down)
     job = start(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        loop.run(dataclasses.replace(job, profiled=range(1, 3)))
+        run_job(dataclasses.replace(job, traced_steps=range(1, 3)))
     assert [*alive, torch.autograd.profiler._is_profiler_enabled] == [True, False]
     assert not (tmp_path / "run" / "profile").exists()
 
@@ -138,10 +143,10 @@ def test_launch_profiles_what_there_is_of_the_steps_and_says_where(
 
 
 def test_a_resumed_run_traces_the_steps_that_it_takes(tmp_path: Path) -> None:
-    loop.run(start(tmp_path, "output.checkpoint_every=3", "output.keep_checkpoints=2", "output.export=False"))
+    run_job(start(tmp_path, "output.checkpoint_every=3", "output.keep_checkpoints=2", "output.export=False"))
     checkpoint = tmp_path / "checkpoints" / "step_000003"
     for asked, taken in ((range(2, 4), range(0)), (range(2, 6), range(4, 6)), (range(5, 9), range(5, 7))):
-        coming, notes = preflight.find_profiled(asked, checkpoint, 6)
+        coming, notes = steps_to_trace(asked, taken=steps_taken(checkpoint), steps=6)
         assert list(coming) == list(taken)
         expected = [f"--profile {asked.start}:{asked.stop}: nothing to trace, 3 of 6 steps were taken before"]
         assert notes == ([] if taken else expected)
@@ -174,7 +179,7 @@ def test_steps_that_make_no_sense_exit_with_2_and_a_cure(
 
 
 def test_steps_past_the_last_are_refused_before_the_folder_is_touched(tmp_path: Path) -> None:
-    config = preflight.read_config(None, [*TINY, f"output.dir={tmp_path / 'run'}"], 1)
+    config = read_config(None, [*TINY, f"output.dir={tmp_path / 'run'}"], 1)
     with pytest.raises(ConfigError, match=r"--profile 7:9: step 7 is past the last, train\.steps=6\. Try 6:7\."):
-        preflight.inspect(config, ALONE, profiled=range(7, 9))
+        prepare(config, ALONE, profile=range(7, 9))
     assert list(tmp_path.iterdir()) == []

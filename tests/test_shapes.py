@@ -9,16 +9,8 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from models.shapes import (
-    NAMED,
-    OPTShape,
-    flops_per_token,
-    from_hugging_face,
-    layer_costs,
-    parameter_count,
-    resolve,
-    shape_of,
-)
+from models.costs import flops_per_token, layer_costs, parameter_count
+from models.shapes import NAMED, OPTShape, from_hugging_face, resolve, shape_of
 from parallel.config import ModelConfig, parse
 from parallel.errors import ConfigError
 from parallel.pipeline.partition import partition

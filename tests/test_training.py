@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.build import build, outline
-from models.hf import load
+from models.build import build, stage_of
+from models.hf import load_weights
 from models.shapes import resolve
 from parallel.config import parse
 from parallel.engine.context import Context, Place, make_context
@@ -183,8 +183,8 @@ def test_a_rank_reads_only_its_slices_of_a_hugging_face_directory(opt: Path, lay
     contexts = [context_of(raw, rank, world_size) for rank in range(world_size)]
     file_bytes = sum(p.numel() for p in build(context_of(config_of({}, model=dict(path=str(opt))), 0, 1)).parameters())
     for context in contexts:
-        stage = outline(context)
+        stage = stage_of(context)
         pieces = [piece for info in stage.infos for piece in info.pieces()]
-        read = load(opt, pieces)
+        read = load_weights(opt, pieces)
         assert read == 8 * sum(piece.data.numel() for piece in pieces)
         assert read < 0.75 * 8 * file_bytes

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from models.shapes import flops_per_token, shape_of
+from models.costs import flops_per_token
+from models.shapes import shape_of
 from parallel.config import Config
 from parallel.engine.base import StepResult
 

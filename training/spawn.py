@@ -30,7 +30,7 @@ def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
     However this ends, no rank outlives it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "training.loop"])
+    context.set_forkserver_preload(["torch", "training.run"])
     _start_server()
     port = _free_port()
     ranks: list[ForkServerProcess] = []

@@ -38,7 +38,9 @@ class Engine(EngineBase):
         config, zero = context.config, context.config.zero.stage
         start = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
         with explain_host_shortage(start):
-            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, storages=start.storages)
+            chunks = make_chunks(
+                stage.infos, context.dtype, zero=zero, fill=stage.set_initial_values, storages=start.storages
+            )
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)
@@ -115,7 +117,7 @@ class Engine(EngineBase):
         first forward, so that sums are divided once, globally. A batch that one replica refuses, all refuse.
         """
         size = self.config.train.micro_batch_size
-        problem = problem_of(batch, size, self.stage.limits)
+        problem = problem_of(batch, size, self.stage.interface.limits)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
         own = 0 if problem else len(batch["input_ids"])
         sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])  # no GPU is waited for
@@ -136,7 +138,7 @@ class Engine(EngineBase):
 
     def _sum(self, total: Tensor) -> Tensor:
         """The loss summed over every rank that speaks for its part of it, the same on all of them."""
-        return all_reduce(total if self.stage.is_counted else torch.zeros_like(total), self.mesh.world)
+        return all_reduce(total if self.stage.interface.is_counted else torch.zeros_like(total), self.mesh.world)
 
     def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
         key = generate, num_microbatches
