@@ -36,11 +36,10 @@ def build(context: Context) -> Stage:
 
 
 def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
-    """Return this rank's stage, its parameters in the dtype of the master weights, with the values of `set_values`.
+    """Return this rank's stage, with parameters in the dtype of the master weights.
 
-    `set_values` is called at once, or chunk by chunk when an engine takes the stage over if the stage is
-    `is_built_in_parts`. Without it the parameters are zero; a checkpoint is then loaded over them. On the device "meta"
-    parameters have sizes only.
+    `set_values` gives them their values: at once or, if the stage `is_built_in_parts`, chunk by chunk when an engine is
+    made of it. By default they are zero, to be read from a checkpoint. On the device "meta" they have sizes only.
     """
     config, mode = context.config, mode_of(context)
     in_parts = is_built_in_parts(config)

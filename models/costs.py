@@ -4,7 +4,7 @@ from models.shapes import OPTShape
 
 
 def parameter_count(shape: OPTShape) -> int:
-    """Parameters of the whole model, the tied embedding once."""
+    """Return the number of parameters of the whole model, with the tied embedding counted once."""
     hidden, ffn, width = shape.hidden_size, shape.ffn_dim, shape.word_embed_proj_dim
     norm = 2 * hidden * shape.layer_norm_elementwise_affine
     attention = 4 * (hidden * hidden + hidden * shape.enable_bias)
@@ -16,19 +16,21 @@ def parameter_count(shape: OPTShape) -> int:
 
 
 def _positions(shape: OPTShape) -> int:
-    """Elements of the position table: OPT's positions start at 2."""
+    """Return the number of elements of the position table, which has two more rows: OPT's positions start at 2."""
     return (shape.max_position_embeddings + 2) * shape.hidden_size
 
 
-FLOPS_A_BYTE = {"cuda": 230.0, "cpu": 9.0}  # matmuls' rate against memory's: an H100 in bf16, a core in fp32
-# Bytes that all kernels but matmuls move, of a hidden element of a block and of a logit: a third of them, as a forward
-# is a third of a step's FLOPs. From the kernels of an OPT-6.7b's stages on H100s.
+FLOPS_A_BYTE = {"cuda": 230.0, "cpu": 9.0}  # FLOPs of matmuls in the time of moving a byte: H100 in bf16, core in fp32
+# The bytes that all kernels except matmuls move, for each hidden element of a block and for each logit. This is a third
+# of a step's bytes, as a forward is a third of a step's FLOPs. Measured on the kernels of OPT-6.7b's stages on H100s.
 BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0
 
 
 def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[float]:
-    """Of [embedding, block 0 … n−1, head], for the pipeline's partition: FLOPs of one token forward, and as many as
-    this type of device ("cuda" or "cpu") would do in the time of all that is no matmul.
+    """Return the cost of each layer, [embedding, block 0 … n−1, head], by which the pipeline is cut into stages.
+
+    A cost is the FLOPs of one token forward, plus the FLOPs that this type of device ("cuda" or "cpu") would do in the
+    time of everything that is not a matmul.
     """
     hidden, width = shape.hidden_size, shape.word_embed_proj_dim
     a_byte = FLOPS_A_BYTE[device]
@@ -40,10 +42,10 @@ def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[floa
 
 
 def flops_per_token(shape: OPTShape, sequence_length: int) -> float:
-    """Model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
+    """Return the model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
 
-    N leaves out the position table, a lookup, and counts the tied embedding once, as the head's matmul. Attention is
-    counted in full, not halved for causality; recomputation is not counted.
+    N is without the position table, which is only looked up, and counts the tied embedding once, as the matmul of the
+    head. Attention is counted in full, not halved because it is causal. Recomputation is not counted.
     """
     matmuls = 6.0 * (parameter_count(shape) - _positions(shape))
     return matmuls + 12.0 * shape.num_hidden_layers * shape.hidden_size * sequence_length

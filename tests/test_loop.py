@@ -304,7 +304,7 @@ def test_a_resumed_run_that_is_already_complete_exports_and_ends(
 ) -> None:
     run_job(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
     run_job(start(tmp_path / "run", "train.steps=3", resume="auto"))
-    assert "none to take: 6 were taken before" in capsys.readouterr().out
+    assert "none left to take: 6 were taken before" in capsys.readouterr().out
     assert len(lines_of(tmp_path / "run")) == 6
     assert (tmp_path / "run" / "export").exists()
 

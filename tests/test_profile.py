@@ -162,10 +162,10 @@ def test_a_resumed_run_traces_the_steps_that_it_takes(tmp_path: Path) -> None:
     [
         (("10",), "'10' is not A:B; 10:13 traces steps 10, 11 and 12"),
         (("a:b",), "'a:b' is not A:B; "),
-        (("0:3",), "0:3 has no 1 <= A < B: steps count from 1, B is not included. Try 1:3"),
+        (("0:3",), "0:3 needs 1 <= A < B: steps count from 1, and B is not included. Try 1:3"),
         (("5:5",), "Try 5:6"),
         (("7:3",), "Try 7:8"),
-        (("10:13", "--check"), "--profile goes with a run, and --check starts none"),
+        (("10:13", "--check"), "--profile is for a run, and --check starts none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

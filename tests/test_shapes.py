@@ -152,11 +152,11 @@ def test_resolve_fills_in_every_field_and_overrides_win() -> None:
         ),
         (
             {"parallel": {"pipeline": {"size": 3, "layers": (1, 1, 1)}}},
-            "parallel.pipeline.layers: (1, 1, 1) adds up to 3, got a model of 4 layers. Try (1, 2, 1).",
+            "parallel.pipeline.layers: (1, 1, 1) adds up to 3, but the model has 4 layers. Try (1, 2, 1).",
         ),
         (
             {"parallel": {"pipeline": {"size": 6, "layers": (0, 1, 1, 1, 2, 0)}}},
-            "parallel.pipeline.layers: (0, 1, 1, 1, 2, 0) adds up to 5, got a model of 4 layers."
+            "parallel.pipeline.layers: (0, 1, 1, 1, 2, 0) adds up to 5, but the model has 4 layers."
             " Try (0, 1, 1, 1, 1, 0).",
         ),
         (

@@ -77,4 +77,4 @@ def export_model(engine: Engine, job: Job) -> None:
 def plot_loss(job: Job, screen: Screen) -> None:
     """Draw loss.png from metrics.jsonl, or say what is missing."""
     if not draw_loss(job.folder.metrics, job.folder.plot):
-        screen.print("no loss.png: it takes matplotlib (pip install matplotlib)")
+        screen.print("no loss.png: it needs matplotlib (pip install matplotlib)")

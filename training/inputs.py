@@ -1,4 +1,4 @@
-"""What a run reads: its corpus, its tokenizer, and the weights that it starts from."""
+"""The inputs of a run: its corpus, its tokenizer, and a check of the weights that it starts from."""
 
 from pathlib import Path
 
@@ -31,8 +31,8 @@ def input_messages(config: Config, corpus: Corpus) -> list[str]:
         file = Path(path) / "tokenizer.json"
         if has_weights(path) and file.is_file() and not is_of_bytes(file):
             messages.append(
-                f"the data are bytes, and {path} has a tokenizer of its own: data.tokenizer={path} takes it"
+                f"the data are read as bytes, but {path} has a tokenizer of its own: data.tokenizer={path} uses it"
             )
     if config.output.eval_every and not corpus.num_validation:
-        messages.append("no validation: data.validation_fraction leaves no sample for output.eval_every")
+        messages.append("no validation: output.eval_every is set, but data.validation_fraction leaves no sample for it")
     return messages

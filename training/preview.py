@@ -81,7 +81,7 @@ def device_messages(config: Config) -> list[str]:
         return []
     if device_type("auto") == "cuda":
         return []
-    return ["stages are cut as for CPUs: train.device=cuda cuts them as for GPUs"]
+    return ["the pipeline is split for CPUs: train.device=cuda shows how it is split for GPUs"]
 
 
 def _stage_of_rank(config: Config, place: Place, *, cost: float) -> StagePreview:

@@ -1,4 +1,4 @@
-"""What a run starts from: a checkpoint, published weights, or weights drawn from the seed."""
+"""The start of a run: a checkpoint that it resumes from, weights that it reads, or weights drawn from the seed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

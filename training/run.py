@@ -78,7 +78,7 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
         with together(world):
             if world.rank == 0:
                 if earlier := job.folder.make(job.config):
-                    messages.append(f"the earlier run is now {earlier}")
+                    messages.append(f"the earlier run was renamed to {earlier}")
                 until_the_end.enter_context(job.folder.lock.held())
         yield messages
 

@@ -1,4 +1,4 @@
-"""What a run shows on the screen, on rank 0 alone: its layout, its progress, and a summary at its end."""
+"""The screen of a run, on rank 0 alone: its layout, its progress, and a summary at its end."""
 
 import statistics
 import sys
@@ -76,14 +76,14 @@ class Screen:
         self.print("done")
         table = Table(show_header=False, box=None, padding=(0, 2))
         if self._last is None:
-            table.add_row("steps", f"none to take: {steps} were taken before")
+            table.add_row("steps", f"none left to take: {steps} were taken before")
         else:
             table.add_row("final loss", f"{self._last['loss']:.4f}")
             if self._validation is not None:
                 table.add_row("validation loss", f"{self._validation:.4f}")
             table.add_row("speed", f"{self._tokens / self._seconds:,.0f} tokens/s")
             table.add_row("time", duration(time.monotonic() - self._began))
-        for name, path in (("metrics", folder.metrics), ("picture", folder.plot), ("model", folder.export)):
+        for name, path in (("metrics", folder.metrics), ("plot", folder.plot), ("model", folder.export)):
             if path.exists():
                 table.add_row(name, str(path))
         self.console.print(table)

@@ -17,7 +17,7 @@ SetValues: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
 @dataclass(frozen=True)
 class StageInterface:
-    """What a stage takes and returns.
+    """The form of what a stage takes and returns.
 
     `activation_shape`: (B, S) of a microbatch -> the shape of the activations between stages, as each rank holds them.
     `dtype`: the dtype of these activations.
