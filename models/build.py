@@ -1,7 +1,7 @@
 """Build the stage that this rank holds of the model that a config names.
 
-`stage_of` reads as the list of what is done: choose the tensor mode, choose this rank's layers, build them, tie the
-embeddings, compile the blocks, recompute the blocks, and put them into a `Stage`. Each is a function of its own below.
+`stage_of` does it step by step: it chooses the tensor mode and this rank's layers, builds these, ties the embeddings,
+lets the blocks be compiled and recomputed, and puts all into a `Stage`. Each step is a function of its own.
 """
 
 from collections.abc import Iterable, Sequence

@@ -60,7 +60,10 @@ def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
 
 
 def export_model(engine: Engine, job: Job) -> None:
-    """Write the weights and the tokenizer as a Hugging Face directory, in fp64 for an fp64 run, else in fp32."""
+    """Write a Hugging Face directory of the weights, in `output.export_dtype`, and the tokenizer.
+
+    The default dtype is fp64 for an fp64 run, else fp32.
+    """
     config = engine.config
     dtype = DTYPES[config.output.export_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")]
     export(
@@ -75,6 +78,6 @@ def export_model(engine: Engine, job: Job) -> None:
 
 
 def plot_loss(job: Job, screen: Screen) -> None:
-    """Draw loss.png from metrics.jsonl, or say what is missing."""
+    """Draw loss.png from metrics.jsonl, or print what is missing."""
     if not draw_loss(job.folder.metrics, job.folder.plot):
         screen.print("no loss.png: it needs matplotlib (pip install matplotlib)")

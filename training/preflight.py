@@ -51,7 +51,8 @@ def prepare(
     if config.train.compile:
         check_compiler(device)
     found = find_checkpoint(config, resume)
-    traced, not_traced = steps_to_trace(profile, taken=steps_taken(found), steps=config.train.steps)
+    taken = steps_taken(found) if profile else 0
+    traced, not_traced = steps_to_trace(profile, taken=taken, steps=config.train.steps)
     run = Path(config.output.dir)
     folder = RunFolder(run, resumed=found is not None and found.resolve().is_relative_to(run.resolve()))
     folder.check_writable()

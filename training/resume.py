@@ -16,9 +16,9 @@ MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init_std", "bos_toke
 
 
 def find_checkpoint(config: Config, resume: str | None) -> Path | None:
-    """Return the checkpoint that `--resume` names, "auto" the newest of the run, or None if there is none to resume.
+    """Return the checkpoint that `--resume` names; "auto" is the newest of the run, or None if it has none yet.
 
-    Raises CheckpointError if it is damaged, of another model, or not there.
+    Raises CheckpointError if the checkpoint is damaged, of another model, or not there.
     """
     found = None if resume is None else checkpoint.find(resume, Path(config.output.dir))
     if found is None:
@@ -34,7 +34,7 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
 
 
 def start_messages(config: Config, resume: str | None, found: Path | None) -> list[str]:
-    """Return the messages that say what a run starts from: `found`, the checkpoint for `--resume`, or its weights."""
+    """Return the messages about what a run starts from: `found`, the checkpoint for `--resume`, or else its weights."""
     if found is not None:
         return [f"resuming from {found}"]
     path = config.model.path
