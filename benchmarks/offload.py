@@ -32,7 +32,8 @@ import models
 import parallel
 from benchmarks.peers import adamw
 from benchmarks.workload import Step
-from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve, shape_of
+from models.costs import flops_per_token, parameter_count
+from models.shapes import NAMED, OPTShape, resolve, shape_of
 from parallel.config import parse
 from parallel.storage.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes

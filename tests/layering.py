@@ -42,6 +42,7 @@ PURE = (
     "parallel.errors",
     "parallel.config.*",
     "models.shapes",
+    "models.costs",
     "parallel.mesh.topology",
     "parallel.pipeline.schedule",
     "parallel.pipeline.validate",

@@ -70,6 +70,7 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
+INITIAL_VALUES = "models/initial_values.py"
 
 # fmt: off
 DROPPED_REDUCTIONS = (
@@ -286,14 +287,14 @@ PARAMETERS = (
     Mutant("maximum-of-this-rank", "each rank adds up exponentials to another base",
            CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
     Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole",
-           BUILD,
+           INITIAL_VALUES,
            "draw_normal(piece.shape, piece.box, shape.init_std",
            "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), shape.init_std",
            SEED),
     Mutant("masters-rounded", "the masters of a bf16 model start as its rounded weights",
            BUILD, "master_dtype(context.dtype),\n        sequence", "context.dtype,\n        sequence", BF16),
     Mutant("padding-row-drawn", "the padding token starts with an embedding",
-           BUILD, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
+           INITIAL_VALUES, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
            CHUNK, "self.owner = self.is_counted and (zero >= 1 or self.axes[0].rank == 0)", "self.owner = True",
            trains("dp2")),

@@ -31,7 +31,10 @@ from tests.harness import run
 from tests.mutant_table import MUTANTS
 from tests.parity import owns
 from tests.test_loop import ALONE
-from training import loop, metrics, preflight
+from training import metrics
+from training.config import read_config
+from training.preflight import prepare
+from training.run import run_job
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +79,7 @@ def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeyp
     assert shared is not None
     assert command is not None
     changes = [*shared[1].split(), command[2], f"output.dir={tmp_path / 'one'}"]
-    loop.run(preflight.inspect(preflight.read_config(command[1], changes, 1), ALONE))
+    run_job(prepare(read_config(command[1], changes, 1), ALONE))
     found = [(line["loss"], line["grad_norm"]) for line in metrics.read(tmp_path / "one" / "metrics.jsonl")]
     rows = re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
     for (one, eight, norm_one, norm_eight), (loss, norm) in zip(rows, found, strict=True):

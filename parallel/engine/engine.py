@@ -46,7 +46,9 @@ class Engine(EngineBase):
         config, zero = context.config, context.config.zero.stage
         placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
         with placement.explain_host_shortage():
-            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, storages=placement.storages)
+            chunks = make_chunks(
+                stage.infos, context.dtype, zero=zero, fill=stage.set_initial_values, storages=placement.storages
+            )
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)
@@ -127,7 +129,7 @@ class Engine(EngineBase):
         DataError on every rank where one replica cannot use its batch.
         """
         size = self.config.train.micro_batch_size
-        problem = batch_problem(batch, size, self.stage.limits)
+        problem = batch_problem(batch, size, self.stage.interface.limits)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.
@@ -151,7 +153,7 @@ class Engine(EngineBase):
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""
-        return all_reduce(total if self.stage.is_counted else torch.zeros_like(total), self.mesh.world)
+        return all_reduce(total if self.stage.interface.is_counted else torch.zeros_like(total), self.mesh.world)
 
     def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
         """Return a plan with transfers, which is made and validated once."""

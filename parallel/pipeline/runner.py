@@ -100,8 +100,8 @@ class Runner:
     def _receive(self, action: Action) -> None:
         assert action.peer is not None
         axis = self.pipe.link(action.peer, self.pipe.rank)
-        shape = self.stage.boundary(*self.microbatches[action.microbatch].input_ids.shape)
-        like = torch.empty(0, dtype=self.stage.dtype, device=self.device)
+        shape = self.stage.interface.activation_shape(*self.microbatches[action.microbatch].input_ids.shape)
+        like = torch.empty(0, dtype=self.stage.interface.dtype, device=self.device)
         self.receiving[action.op, action.microbatch] = start_receive(shape, like, axis, action.peer)
 
     def _send(self, action: Action) -> None:
