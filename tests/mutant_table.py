@@ -57,6 +57,7 @@ MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode",
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_is_attention_written_down"
 SEEN = "tests/test_sequence.py::test_every_pair_is_seen_once_and_every_rank_sees_as_many"
+IMPORTS, MARKS = "tests/test_imports.py", "parallel/ops/compiling.py"
 TORCH_OPTIM = "parallel/optim/torch_optim.py"
 ENGINE, OPTIM, LAYOUT = "parallel/engine/engine.py", "parallel/optim/adamw.py", "parallel/layout/layout.py"
 ROUND = "parallel/optim/rounding.py"
@@ -672,6 +673,18 @@ ROUNDING = (
            ANY_MODULE),
 )
 
+COMPILING = (
+    Mutant("compiled-into", "compiled code inlines a function that communicates",
+           MARKS, "    function._torchdynamo_disable = True  # type: ignore[attr-defined]\n", "",
+           f"{IMPORTS}::test_compiled_code_does_not_look_into_a_marked_function"),
+    Mutant("compiled-below", "what a function that communicates calls is compiled by itself",
+           MARKS, "_FrameExecStrategy(skip, skip)", "_FrameExecStrategy(skip, eval_frame._FrameAction.DEFAULT)",
+           f"{IMPORTS}::test_compiled_code_does_not_look_into_a_marked_hook"),
+    Mutant("compiler-imported", "every process imports torch's compiler",
+           "parallel/mesh/conjugate.py", "@not_compiled\ndef exchange", "@torch.compiler.disable\ndef exchange",
+           f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -689,4 +702,5 @@ MUTANTS = (
     *MODEL,
     *SEQUENCES,
     *ORDER,
+    *COMPILING,
 )
