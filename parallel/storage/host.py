@@ -33,7 +33,7 @@ def _left_in_groups() -> Iterator[int]:
         else:
             continue
         group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # in a container the path may not exist: then the top is its own group
+        for folder in (group, *group.parents):  # in a container the path may be the host's: then top is its own
             if folder.is_relative_to(top) and (folder / names[0]).is_file():
                 yield from _left_in(folder, *names)
 
