@@ -1,13 +1,18 @@
-"""Train OPT as a config says.
+"""Train an OPT language model as a config file says.
 
-    python launch.py                                           one process, the built-in default
-    torchrun --nproc-per-node 8 launch.py --config FILE        eight
-    python launch.py --nprocs 8 --config FILE                  the same, started by itself
+    python launch.py                                       one process, the built-in config: a small model
+    python launch.py --config FILE --check                 show how a config is laid out, without starting it
+    python launch.py --config FILE --nprocs 8              eight processes on this host
+    torchrun --nproc-per-node 8 launch.py --config FILE    the same eight, started by torchrun
 
-Torch is imported once the arguments make sense: neither --help nor a typo has to wait for it.
+The files in configs/ are examples. README.md lists the keys of a config and the files that a run leaves.
 """
 
+# Torch takes seconds to import. So it is imported in the functions that need it, once the arguments have been read:
+# --help and a mistyped option need not wait for it.
+
 import argparse
+import gc
 import os
 import re
 import signal
@@ -22,34 +27,51 @@ INTERRUPTED, TERMINATED, REFUSED = 130, 143, 2  # exit codes
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line. Exits with code 2 if they make no sense."""
     parser = _Parser(prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="a Python file of dicts (default: the built-in one)")
-    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override dotted keys; last wins")
-    add("--resume", metavar="auto|DIR", help="go on from this run's newest checkpoint, or from DIR")
-    add("--check", action="store_true", help="read, validate, print layout and memory; start nothing")
-    add("--world", metavar="N", type=count, help="with --check: how many processes (default: the fewest that fit)")
+    add("--config", metavar="FILE", help="the config, a Python file of dicts or a run's config.json")
+    add(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change keys of the config, as in --set train.steps=20 parallel.pipeline=2; a later value of a key wins",
+    )
+    add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
+    add(
+        "--resume",
+        metavar="auto|DIR",
+        help="continue from a checkpoint: auto is the newest one of this run, DIR is a checkpoint or a run's folder."
+        " The layout may be another one",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="check the config and its inputs, print the layout and the memory of each rank, and start nothing",
+    )
+    add("--world", metavar="N", type=count, help="with --check: the number of processes (default: the fewest that fit)")
     add(
         "--profile",
         metavar="A:B",
         type=step_range,
         default=range(0),
-        help="trace steps A to B-1, counted from 1 as in metrics.jsonl (a Python slice: without B), on every rank, into"
-        " profile/rank_N.json of the run's folder: for chrome://tracing or Perfetto",
+        help="write a trace of the steps A to B-1 (steps count from 1) on each rank, for chrome://tracing or Perfetto:"
+        " profile/rank_N.json in the run's folder",
     )
-    add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
     arguments = parser.parse_args(argv)
     if arguments.world is not None and not arguments.check:
-        parser.error("--world goes with --check; to start processes say --nprocs, or use torchrun")
+        parser.error("--world is for --check alone; use --nprocs or torchrun to start processes")
     if arguments.profile and arguments.check:
-        parser.error("--profile goes with a run, and --check starts none; leave one of the two out")
+        parser.error("--profile is for a run, and --check starts none; leave one of the two out")
     if arguments.nprocs is not None and "RANK" in os.environ:
-        parser.error("--nprocs under torchrun: it has started the processes already; leave one of the two out")
+        parser.error("--nprocs is not for torchrun, which has started the processes already; leave one of the two out")
     return arguments
 
 
 class _Parser(argparse.ArgumentParser):
-    """Under torchrun, rank 0 alone says what is wrong."""
+    """An argument parser that prints what is wrong on rank 0 alone, where torchrun has started several ranks."""
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
@@ -58,6 +80,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
+    """Return a number of processes, at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -65,78 +88,106 @@ def count(text: str) -> int:
 
 
 def step_range(text: str) -> range:
-    """'10:13' -> range(10, 13)"""
+    """Return the steps of A:B, B not included: '10:13' -> range(10, 13)."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not A:B; 10:13 traces steps 10, 11 and 12")
     first, stop = int(found[1]), int(found[2])
     if not 1 <= first < stop:
-        cure = f"{max(1, first)}:{max(2, first + 1, stop)}"
-        raise argparse.ArgumentTypeError(f"{text} has no 1 <= A < B: steps count from 1, B is not included. Try {cure}")
+        valid = f"{max(1, first)}:{max(2, first + 1, stop)}"
+        raise argparse.ArgumentTypeError(
+            f"{text} needs 1 <= A < B: steps count from 1, and B is not included. Try {valid}"
+        )
     return range(first, stop)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Do what the arguments say; returns the exit code."""
+    """Do what the arguments say and return the exit code."""
     try:
-        return _start(arguments)
+        return _launch(arguments)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
 
 
-def _start(arguments: argparse.Namespace) -> int:
-    # When one rank refuses, torchrun ends the others at once. They shall come to refuse too, so that rank 0 says why.
+def _launch(arguments: argparse.Namespace) -> int:
+    """Check, or prepare the run and train in this process or in new ones; a refusal is printed without a traceback."""
+    # When one rank refuses, torchrun sends SIGTERM to the others at once. They ignore it until they have checked the
+    # run themselves, so that rank 0 comes to print why it is refused.
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    _import_torch()
     from parallel.engine.context import Place
     from parallel.errors import ColonnadeError, RoomError, StorageError
-    from parallel.mesh.mesh import leave
-    from training import loop, preflight, spawn
+    from parallel.mesh.process_groups import leave
+    from training.config import read_config
+    from training.preflight import prepare
 
     place = Place()
     try:
         place = Place.from_environment()
         if arguments.check:
-            return _check(arguments, place)
+            return _print_layout(arguments, place)
         world_size = arguments.nprocs or place.world_size
-        config = preflight.read_config(arguments.config, arguments.set, world_size)
-        job = preflight.inspect(
-            config, place, resume=arguments.resume, profiled=arguments.profile, overridden=arguments.set
-        )
+        config = read_config(arguments.config, arguments.set, world_size)
+        job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
         signal.signal(signal.SIGTERM, _terminate)
         if ended:
             return TERMINATED
         if arguments.nprocs is None:
-            loop.run(job)
+            from training.run import run_job
+
+            run_job(job)
             leave()
             return 0
+        from training.spawn import run_ranks
+
         arguments.nprocs = None
-        return spawn.run_ranks(main, arguments, world_size)
+        return run_ranks(main, arguments, world_size)
     except ColonnadeError as error:
-        if place.rank == 0 or isinstance(error, StorageError | RoomError):  # one rank alone may have it
+        if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
             print(error, file=sys.stderr)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python takes a handler of ours away before it has ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return REFUSED
 
 
-def _check(arguments: argparse.Namespace, place: "Place") -> int:
-    """Print the plan for the world asked for, else the one we are in, else the smallest that holds a replica."""
-    from training import preflight
-    from training.preview import preview
-    from training.report import Screen
+def _import_torch() -> None:
+    """Import torch, and exempt its objects from garbage collection.
+
+    They are half a million, and stay to the end: each full collection, the one at exit among them, would take 0.1 s to
+    look through them. Nothing is exempt in a process that has imported torch before, as tests have.
+    """
+    if "torch" not in sys.modules:
+        import torch  # noqa: F401
+
+        gc.freeze()
+
+
+def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
+    """Print the layout in the world that was asked for, else in this one, else in the smallest that holds a replica."""
+    from training.config import override_messages, read_config
+    from training.console import make_console
+    from training.inputs import input_messages, read_corpus
+    from training.layout_report import print_layout, print_timeline
+    from training.preview import device_messages, preview_of
+    from training.resume import find_checkpoint, start_messages
 
     world_size = arguments.world or arguments.nprocs or place.world_size
     if world_size == 1 and not (arguments.world or arguments.nprocs):
-        world_size = preflight.read_config(arguments.config, arguments.set, None).parallel.model_size
-    config = preflight.read_config(arguments.config, arguments.set, world_size)
-    corpus = preflight.read_inputs(config)
-    _, notes = preflight.find_start(config, arguments.resume)
-    notes += preflight.input_notes(config, corpus)
-    plan, screen = preview(config, world_size), Screen(config, quiet=place.rank != 0)
-    screen.plan(plan, [*preflight.override_notes(arguments.set), *notes, *preflight.device_notes(config)])
-    screen.timeline(plan)
+        world_size = read_config(arguments.config, arguments.set, None).parallel.model_size
+    config = read_config(arguments.config, arguments.set, world_size)
+    corpus = read_corpus(config)
+    found = find_checkpoint(config, arguments.resume)
+    messages = [
+        *override_messages(arguments.set),
+        *start_messages(config, arguments.resume, found),
+        *input_messages(config, corpus),
+        *device_messages(config),
+    ]
+    preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
+    print_layout(console, preview, messages)
+    print_timeline(console, preview)
     return 0
 
 

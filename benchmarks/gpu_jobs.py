@@ -20,8 +20,9 @@ from benchmarks import overlap
 from benchmarks.gpu_layouts import Fit, Layout, fit, state_bytes
 from benchmarks.gpu_peers import LR, PEERS, Work
 from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
-from models.build import comes_in_parts, outline
-from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve
+from models.build import stage_of
+from models.costs import flops_per_token, parameter_count
+from models.shapes import NAMED, OPTShape, resolve
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
@@ -261,12 +262,7 @@ def _ours(layout: Layout, work: Work, scene: Scene, world: int) -> Engine:
     config = parse(raw | layout.sections, world_size=world, resolve=resolve)
     rank = 0 if world == 1 else scene.rank
     context = make_context(config, Place(rank, world, scene.rank, scene.world))
-    stage = outline(context)
-    if comes_in_parts(config):
-        stage.fill = _fill
-    else:
-        _fill(stage.infos)
-    return Engine(stage, context)
+    return Engine(stage_of(context, _fill), context)
 
 
 def _loss(engine: Engine, ids: Tensor) -> float:

@@ -20,7 +20,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from benchmarks import peers
 from benchmarks.workload import CLIP, Step
-from models.shapes import OPTShape, layer_costs
+from models.costs import layer_costs
+from models.shapes import OPTShape
 from parallel.pipeline.partition import partition
 
 LR = 1e-4  # without a warm-up, from random weights

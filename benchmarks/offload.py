@@ -32,7 +32,8 @@ import models
 import parallel
 from benchmarks.peers import adamw
 from benchmarks.workload import Step
-from models.shapes import NAMED, OPTShape, flops_per_token, parameter_count, resolve, shape_of
+from models.costs import flops_per_token, parameter_count
+from models.shapes import NAMED, OPTShape, resolve, shape_of
 from parallel.config import parse
 from parallel.storage.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes
@@ -146,7 +147,7 @@ def ours(case: Case) -> Contender:
     )
     context = parallel.launch_from_torch(config, resolve=resolve)
     engine = parallel.Engine(models.build(context), context)
-    engine.placement_manager.say = lambda text: print(text, flush=True)
+    engine.placement_manager.log = lambda text: print(text, flush=True)
     return lambda ids: engine.train_step({"input_ids": ids}).loss, shape_of(context.config), engine
 
 

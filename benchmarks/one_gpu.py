@@ -18,8 +18,9 @@ import torch
 import models
 import parallel
 from benchmarks.gpu_contenders import CONTENDERS, Result, Work, measure
+from models.costs import flops_per_token
 from models.hf import export
-from models.shapes import NAMED, flops_per_token, from_hugging_face, resolve, shape_of
+from models.shapes import NAMED, from_hugging_face, resolve, shape_of
 
 AGREEMENT = 2**-7  # of losses, relative to the first: bf16's epsilon
 COLUMNS = "{:<14} {:>9} {:>17} {:>6} {:>9} {:>10} {:>9}"

@@ -1,10 +1,10 @@
-"""Eight GPUs: two replicas, each layer split over four (1d, Megatron's way).
+"""Eight GPUs: two replicas, each layer split over four as in Megatron-LM (1d).
 
 torchrun --nproc-per-node 8 launch.py --config configs/opt_125m_1d.py
 """
 
 model = dict(name="opt-125m")
-data = dict(sequence_length=2048)  # path and tokenizer: your text; without them it is Python's manual, in bytes
+data = dict(sequence_length=2048)  # set path and tokenizer to your text; the default is Python's manual, in bytes
 parallel = dict(tensor=dict(mode="1d", size=4))
 train = dict(steps=100_000, global_batch_size=256, micro_batch_size=8, precision="bf16")
 optimizer = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)

@@ -1,10 +1,10 @@
-"""Eight GPUs: each matrix split over a cube of 2 × 2 × 2.
+"""Eight GPUs: each matrix split over a cube of 2 × 2 × 2 (3d).
 
 torchrun --nproc-per-node 8 launch.py --config configs/opt_1p3b_3d.py
 """
 
 model = dict(name="opt-1.3b")
-data = dict(sequence_length=2048)  # path and tokenizer: your text; without them it is Python's manual, in bytes
+data = dict(sequence_length=2048)  # set path and tokenizer to your text; the default is Python's manual, in bytes
 parallel = dict(tensor=dict(mode="3d", size=8))
 train = dict(steps=100_000, global_batch_size=512, micro_batch_size=8, precision="bf16")
 optimizer = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1)

@@ -1,10 +1,10 @@
-"""Eight GPUs: two replicas, each matrix split over a square of 2 × 2.
+"""Eight GPUs: two replicas, each matrix split over a square of 2 × 2 (2d).
 
 torchrun --nproc-per-node 8 launch.py --config configs/opt_350m_2d.py
 """
 
 model = dict(name="opt-350m")
-data = dict(sequence_length=2048)  # path and tokenizer: your text; without them it is Python's manual, in bytes
+data = dict(sequence_length=2048)  # set path and tokenizer to your text; the default is Python's manual, in bytes
 parallel = dict(tensor=dict(mode="2d", size=4))
 train = dict(steps=100_000, global_batch_size=256, micro_batch_size=8, precision="bf16")
 optimizer = dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""One process on a laptop: a small OPT learns English, byte by byte, from Python's manual. A few minutes.
+"""One process on a laptop: in a few minutes a small OPT learns English from Python's manual, byte by byte.
 
 python launch.py --config configs/opt_tiny_laptop.py
 """

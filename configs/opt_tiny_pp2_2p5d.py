@@ -1,4 +1,4 @@
-"""The demo: eight processes, a pipeline of 2 × 2.5d of 4. A small OPT begins to learn the bytes of Python's manual.
+"""The demo: eight processes train a small OPT on Python's manual, in a pipeline of 2 stages × 2.5d over 4 ranks.
 
 python launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
 """

@@ -1,4 +1,4 @@
-"""The models that the framework trains: OPT."""
+"""The models that the library trains: OPT."""
 
 from models.build import build
 

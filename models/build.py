@@ -1,133 +1,153 @@
-"""Model × mode × stage: this rank's part of the model that a config names."""
+"""Build the stage that this rank holds of the model that a config names.
 
-from collections.abc import Sequence
+`stage_of` does it step by step: it chooses the tensor mode and this rank's layers, builds these, ties the embeddings,
+lets the blocks be compiled and recomputed, and puts all into a `Stage`. Each step is a function of its own.
+"""
+
+from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
-from models.hf import has_weights, load, sources
-from models.opt import Block, LayerSpec, blocks_mode_of, layers_of
-from models.shapes import OPTShape, layer_costs, shape_of
+from models.costs import layer_costs
+from models.hf import sources
+from models.initial_values import set_initial_values
+from models.opt import LayerSpec, blocks_mode_of, layers_of
+from models.shapes import shape_of
 from parallel.activations.offload import InputsOnHost
 from parallel.activations.recompute import Recomputed
 from parallel.chunk.precision import master_dtype
 from parallel.config import Config, PipelineConfig
-from parallel.engine.context import Context, device_type
+from parallel.engine.context import Context
+from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
-from parallel.layout.rng import draw_normal
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.stage import SetValues, Stage, StageInterface, keep_values
 from parallel.sequence import sequence_of
-from parallel.tensor import MODES
+from parallel.tensor import MODES, Mode
 
 
 def build(context: Context) -> Stage:
-    """This rank's stage, with weights from `model.path` where it has them, else drawn from the seed: now or, where it
-    `comes_in_parts`, a chunk at a time as an engine takes it over.
+    """Return this rank's stage, with weights from `model.path` where it has any, else drawn from the seed.
 
     Raises ConfigError or DataError.
     """
-    stage = outline(context)
-    if not comes_in_parts(context.config):
-        fill(stage.infos, context.config)
-    else:
-        stage.fill = partial(fill, config=context.config)
-    return stage
+    return stage_of(context, partial(set_initial_values, config=context.config))
 
 
-def comes_in_parts(config: Config) -> bool:
-    """Whether a rank is not to hold its stage whole on the device, not even at first."""
+def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
+    """Return this rank's stage, with parameters in the dtype of the master weights.
+
+    `set_values` gives them their values: at once or, if the stage `is_built_in_parts`, chunk by chunk when an engine is
+    made of it. By default they are zero, to be read from a checkpoint. On the device "meta" they have sizes only.
+    """
+    config, mode = context.config, mode_of(context)
+    in_parts = is_built_in_parts(config)
+    specs = specs_of_stage(context, mode)
+    blocks = [spec.name for spec in specs if spec.is_block]
+    layers = {spec.name: build_layer(spec, keep_storage=not in_parts) for spec in specs}
+    tie_embeddings(layers)
+    infos = parameter_infos(layers)
+    if not in_parts:
+        set_values(infos)
+    if config.train.compile:
+        compile_layers(layers, blocks)
+    inputs = InputsOnHost(context.device) if config.train.activation_checkpointing == "offload" else None
+    if config.train.activation_checkpointing != "none":
+        layers = recomputed(layers, blocks, inputs)
+    return Stage(
+        list(layers.values()),
+        infos,
+        interface=interface_of(context, mode),
+        units={name: layers[name] for name in blocks},
+        set_initial_values=set_values if in_parts else keep_values,
+        inputs=inputs,
+    )
+
+
+def is_built_in_parts(config: Config) -> bool:
+    """Return whether a rank must never hold all of its stage on the device, not even at the start."""
     return config.zero.stage == 3 or config.zero.tensor_placement_policy != "cuda"
 
 
-def fill(infos: Sequence[ParameterInfo], config: Config) -> None:
-    """Give these parameters the values that a training begins with."""
-    path = config.model.path
-    if path is not None and has_weights(Path(path)):
-        load(Path(path), [piece for info in infos for piece in info.pieces()])
-    else:
-        initialize(infos, shape_of(config), config.train.seed)
-
-
-def outline(context: Context) -> Stage:
-    """This rank's stage, its parameters zero, in master precision; on device 'meta' it only tells their sizes."""
-    config = context.config
-    shape = shape_of(config)
-    mode = MODES[config.parallel.tensor.mode](
+def mode_of(context: Context) -> Mode:
+    """Return the tensor mode that the config names. It makes parameters in the dtype of the master weights."""
+    parallel, compiles = context.config.parallel, context.config.train.compile
+    return MODES[parallel.tensor.mode](
         context.mesh,
         master_dtype(context.dtype),
-        sequence=sequence_of(context.mesh, config.parallel.context, compiles=config.train.compile),
-        compiles=config.train.compile,
+        sequence=sequence_of(context.mesh, parallel.context, compiles=compiles),
+        compiles=compiles,
     )
-    specs = layers_of(shape, mode, config.train.seed)
-    own = split(costs_of(config), config.parallel.pipeline)[context.mesh.axis("pipe").rank]
-    layers = {specs[i].name: _built(specs[i], keep=not comes_in_parts(config)) for i in own}
-    if config.train.compile:
-        for layer in layers.values():
-            if isinstance(layer, Block):
-                layer.compile()
-    if "embed" in layers and "head" in layers:  # tied: one parameter where one stage has both ends
-        layers["head"].embed_tokens = layers["embed"].embed_tokens
-    blocks_mode = blocks_mode_of(shape, mode)
-    infos = _infos(layers)
-    inputs = InputsOnHost(context.mesh.device) if config.train.activation_checkpointing == "offload" else None
-    if config.train.activation_checkpointing != "none":
-        layers = {n: Recomputed(layer, inputs) if isinstance(layer, Block) else layer for n, layer in layers.items()}
-    stage = Stage(
-        list(layers.values()),
-        infos,
-        boundary=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
-        dtype=context.dtype,
-        is_counted=mode.counts_for(mode.inner_batch),
-        limits=Limits(shape.vocab_size, shape.max_position_embeddings, config.parallel.context.parts),
-    )
-    stage.inputs = inputs
-    stage.units = {name: layer for name, layer in layers.items() if isinstance(layer, Block | Recomputed)}
-    return stage
 
 
-def costs_of(config: Config) -> list[float]:
-    """Of each layer, on the devices of a run here."""
-    return layer_costs(shape_of(config), config.data.sequence_length, device_type(config.train.device))
+# -- which layers ------------------------------------------------------------------------------------------------------
 
 
-def split(costs: Sequence[float], pipeline: PipelineConfig) -> list[range]:
-    """The layers of each stage: as the config gives them, else by cost."""
+def specs_of_stage(context: Context, mode: Mode) -> list[LayerSpec]:
+    """Return the layers of the pipeline stage that this rank belongs to, in order."""
+    config = context.config
+    specs = layers_of(shape_of(config), mode, config.train.seed)
+    stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
+    return [specs[i] for i in stages[context.mesh.axis("pipe").rank]]
+
+
+def layers_of_stages(costs: Sequence[float], pipeline: PipelineConfig) -> list[range]:
+    """Return the layers of each stage: as `pipeline.layers` says, else so that the stages' costs are even."""
     if pipeline.layers is not None:
         return from_layers(len(costs) - 2, pipeline.layers)
     return partition(costs, pipeline.size)
 
 
-def initialize(infos: Sequence[ParameterInfo], shape: OPTShape, seed: int) -> None:
-    """Draw every weight as Hugging Face's OPT does, from its public name and the seed: the same in every layout.
+def costs_of(config: Config) -> list[float]:
+    """Return the cost of each layer, on the type of device that a run on this machine would use."""
+    return layer_costs(shape_of(config), config.data.sequence_length, device_type(config.train.device))
 
-    Matrices are normal with `init_std`, biases zero, LayerNorms one; the padding token's embedding is zero.
+
+# -- the layers --------------------------------------------------------------------------------------------------------
+
+
+def build_layer(spec: LayerSpec, *, keep_storage: bool) -> nn.Module:
+    """Return the layer, its parameters zero or, without `keep_storage`, with no memory of their own.
+
+    Without it, at most one layer of the stage is in memory at a time.
     """
-    for info in infos:
-        for piece in info.pieces():
-            if len(piece.shape) == 1:
-                piece.data.fill_(float(piece.name.endswith("layer_norm.weight")))
-                continue
-            drawn = draw_normal(piece.shape, piece.box, shape.init_std, seed, piece.name)
-            start, stop = piece.box[0]
-            if piece.name.endswith("embed_tokens.weight") and start <= shape.pad_token_id < stop:
-                drawn[shape.pad_token_id - start] = 0
-            piece.data.copy_(drawn)
-
-
-def _built(spec: LayerSpec, *, keep: bool) -> nn.Module:
-    """The layer, its parameters zero or, unless kept, without a storage: then no more than a layer is ever there."""
     layer = spec.build()
-    if not keep:
+    if not keep_storage:
         for parameter in layer.parameters():
             parameter.data.untyped_storage().resize_(0)
     return layer
 
 
-def _infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
-    """Every parameter of these layers, once, with its layout and its public names."""
+def tie_embeddings(layers: dict[str, nn.Module]) -> None:
+    """Make the head use the embedding's parameter, on a stage that has both.
+
+    Otherwise the first and the last stage have a copy each, and the layout of the copies sums their gradients.
+    """
+    if "embed" in layers and "head" in layers:
+        layers["head"].embed_tokens = layers["embed"].embed_tokens
+
+
+def compile_layers(layers: dict[str, nn.Module], names: Iterable[str]) -> None:
+    """Let torch.compile compile the forward of each of these layers when it is first called."""
+    for name in names:
+        layers[name].compile()
+
+
+def recomputed(layers: dict[str, nn.Module], names: Iterable[str], inputs: InputsOnHost | None) -> dict[str, nn.Module]:
+    """Return the layers, those named here wrapped so that they keep only their input and run again in backward.
+
+    `inputs`: the host storage that the inputs are offloaded to; None keeps them on the device.
+    """
+    return layers | {name: Recomputed(layers[name], inputs) for name in names}
+
+
+# -- what the engine must know of them ---------------------------------------------------------------------------------
+
+
+def parameter_infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
+    """Return every parameter of these layers, once, with its layout and its public names."""
     infos: dict[int, ParameterInfo] = {}
     for layer, module in layers.items():
         for path, part in module.named_modules():
@@ -136,3 +156,15 @@ def _infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
                 full = ".".join(filter(None, (layer, path, name)))
                 infos.setdefault(id(parameter), ParameterInfo(full, layer, parameter, layout, sources(full)))
     return list(infos.values())
+
+
+def interface_of(context: Context, mode: Mode) -> StageInterface:
+    """Return the shape and dtype of the activations between stages, and the batches that the model can be given."""
+    shape, parts = shape_of(context.config), context.config.parallel.context.parts
+    blocks_mode = blocks_mode_of(shape, mode)
+    return StageInterface(
+        activation_shape=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
+        dtype=context.dtype,
+        is_counted=mode.counts_for(mode.inner_batch),
+        limits=Limits(shape.vocab_size, shape.max_position_embeddings, parts),
+    )

@@ -1,7 +1,8 @@
-"""Text and token files to batches.
+"""Make batches from text and token files.
 
-A corpus is one row of token ids, cut into N = tokens // S samples; the last ones are for validation. Which samples a
-step takes is a function of (seed, step) alone, so the order is the same in every layout and a resume replays nothing.
+A corpus is one row of token ids, cut into N = tokens // S samples, the last of which are for validation. The samples of
+a step follow from (seed, step) alone. So their order is the same in every layout, and a resumed run need not replay the
+steps before it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from parallel.layout.labels import IGNORED
 Indexes: TypeAlias = npt.NDArray[np.int64]
 Batch: TypeAlias = dict[str, torch.Tensor]
 
-CHECKED_AT_ONCE = 1 << 22  # tokens
+CHECKED_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens[T]` as N = T // S samples of S tokens; the last `num_validation` are kept from training."""
+    """`tokens[T]`, cut into N = T // S samples of S tokens. The last `num_validation` are not trained on."""
 
     tokens: Ids
     sequence_length: int
@@ -45,24 +46,24 @@ class Corpus:
         return self.num_samples - self.num_validation
 
     def sample(self, index: int) -> Indexes:
-        """`tokens[i*S:(i+1)*S]`, a copy."""
+        """Return a copy of sample i, `tokens[i*S:(i+1)*S]`."""
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
         start = index * self.sequence_length
         return np.array(self.tokens[start : start + self.sequence_length], np.int64)
 
 
 class SampleOrder:
-    """Which of `num_samples` training samples each step takes: in turn, or in a fresh permutation for each epoch."""
+    """The order in which steps take the training samples: as they come, or in a new permutation for each epoch."""
 
     def __init__(self, num_samples: int, *, shuffle: bool, seed: int) -> None:
         self.num_samples = num_samples
         self._shuffle = shuffle
         self._seed = seed
-        # Two, because a step may begin in one epoch and end in the next.
+        # Two are kept, because a step may begin in one epoch and end in the next.
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 
     def step(self, step: int, global_batch: int) -> Indexes:
-        """The `global_batch` sample indexes of a step, counted from 0."""
+        """Return the indexes of the `global_batch` samples that a step takes. Steps count from 0."""
         first = step * global_batch
         epochs, offsets = np.divmod(np.arange(first, first + global_batch), self.num_samples)
         if not self._shuffle:
@@ -70,13 +71,13 @@ class SampleOrder:
         return np.concatenate([self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def _draw_permutation(self, epoch: int) -> Indexes:
-        # Sorting raw draws: those are the same in every numpy version, `Generator.permutation` need not be.
+        # The raw bits are the same in every version of numpy; the result of `Generator.permutation` may change.
         bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
         return np.argsort(bits.random_raw(self.num_samples), kind="stable")
 
 
 class Loader:
-    """The batches of one data-parallel replica: rows [d*G/D, (d+1)*G/D) of each global batch of G samples."""
+    """The batches of data-parallel replica d of D: rows [d*G/D, (d+1)*G/D) of each global batch of G samples."""
 
     def __init__(
         self, corpus: Corpus, order: SampleOrder, *, global_batch: int, replica: int = 0, num_replicas: int = 1
@@ -89,34 +90,41 @@ class Loader:
         self._block = slice(replica * rows, (replica + 1) * rows)
 
     def training(self, step: int) -> Batch:
-        """Step, counted from 0 -> input_ids[G/D, S]; sample_ids[G/D], the places in the run, which key dropout."""
+        """Return the training batch of a step, counted from 0: input_ids[G/D, S] and sample_ids[G/D].
+
+        The sample ids number the samples of the whole run, and dropout masks follow from them.
+        """
         samples = self._order.step(step, self._global_batch)[self._block]
         input_ids = np.stack([self._corpus.sample(int(index)) for index in samples])
-        return {"input_ids": torch.from_numpy(input_ids), "sample_ids": self._places(step)}
+        return {"input_ids": torch.from_numpy(input_ids), "sample_ids": self._sample_ids(step)}
 
     def validation(self) -> Iterator[Batch]:
-        """All validation samples once, in order: input_ids[G/D, S], labels[G/D, S], sample_ids[G/D].
+        """Yield all validation samples once, in order: input_ids[G/D, S], labels[G/D, S] and sample_ids[G/D].
 
-        Each global batch is whole, so that any layout divides it: the last is filled up with rows without labels.
+        Every global batch has G samples, so that any layout divides it: the last one is filled up with rows that have
+        no labels.
         """
         for step in range(math.ceil(self._corpus.num_validation / self._global_batch)):
-            places = self._places(step)
-            input_ids = torch.full((len(places), self._corpus.sequence_length), PAD)
+            sample_ids = self._sample_ids(step)
+            input_ids = torch.full((len(sample_ids), self._corpus.sequence_length), PAD)
             labels = torch.full_like(input_ids, IGNORED)
-            for row, place in enumerate(places.tolist()):
-                if place < self._corpus.num_validation:
-                    input_ids[row] = torch.from_numpy(self._corpus.sample(self._corpus.num_training + place))
+            for row, index in enumerate(sample_ids.tolist()):
+                if index < self._corpus.num_validation:
+                    input_ids[row] = torch.from_numpy(self._corpus.sample(self._corpus.num_training + index))
                     labels[row] = input_ids[row]
-            yield {"input_ids": input_ids, "labels": labels, "sample_ids": places}
+            yield {"input_ids": input_ids, "labels": labels, "sample_ids": sample_ids}
 
-    def _places(self, step: int) -> torch.Tensor:
-        """kG + j of this replica's rows j."""
+    def _sample_ids(self, step: int) -> torch.Tensor:
+        """Return kG + j for each row j of this replica in step k."""
         first = step * self._global_batch
         return torch.arange(first + self._block.start, first + self._block.stop)
 
 
 def load_tokens(data: DataConfig, vocab_size: int) -> Corpus:
-    """The corpus that a config names, every token of it below `vocab_size`. DataError where there is none."""
+    """Return the corpus that a config names.
+
+    Raises DataError if it cannot be read, is too short, or has a token id outside `vocab_size`.
+    """
     tokens = _read_token_file(Path(data.path)) if data.path.endswith(".npy") else _encode(data, vocab_size)
     _check_ids(tokens, vocab_size, source=data.path)
     num_samples = len(tokens) // data.sequence_length
@@ -135,11 +143,11 @@ def load_tokens(data: DataConfig, vocab_size: int) -> Corpus:
 
 
 def _encode(data: DataConfig, vocab_size: int) -> Ids:
-    """The texts of `data.path` as token ids, with `</s>` between two texts."""
+    """Return the texts of `data.path` as token ids, with `</s>` between two texts."""
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"data.tokenizer: '{data.tokenizer}' has {tokenizer.vocab_size} ids, the model's vocabulary only "
+            f"data.tokenizer: '{data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary only "
             f"{vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
         )
     parts: list[Ids] = []
@@ -151,10 +159,10 @@ def _encode(data: DataConfig, vocab_size: int) -> Ids:
 
 
 def _read_texts(source: str) -> Iterator[str]:
-    """At least one text: the built-in corpus, FILE.txt, or the *.txt of a folder, sorted by name."""
+    """Yield the texts of the built-in corpus, of FILE.txt, or of the *.txt of a folder in the order of their names."""
     path = Path(source)
     if source == "python-docs":
-        # 465 KB of English that comes with every CPython.
+        # This is 465 KB of English that comes with every CPython.
         from pydoc_data.topics import topics
 
         yield "\n".join(topics[name] for name in sorted(topics))
@@ -186,7 +194,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_token_file(file: Path) -> Ids:
-    """A 1-d array of token ids, memory-mapped."""
+    """Return a 1-d array of token ids, mapped into memory."""
     if not file.is_file():
         raise DataError(f"data.path: there is no file {file}. Name a 1-d array of token ids, as numpy.save writes it.")
     try:
@@ -203,7 +211,7 @@ def _read_token_file(file: Path) -> Ids:
 
 
 def _check_ids(tokens: Ids, vocab_size: int, *, source: str) -> None:
-    """A block at a time: the array may be a file larger than the memory."""
+    """Raise DataError for the first token id outside the vocabulary. One block of tokens is in memory at a time."""
     for start in range(0, len(tokens), CHECKED_AT_ONCE):
         block = tokens[start : start + CHECKED_AT_ONCE]
         (outside,) = np.nonzero((block < 0) | (block >= vocab_size))

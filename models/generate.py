@@ -1,8 +1,9 @@
-"""Text from an exported model, or from any Hugging Face OPT directory with weights and a tokenizer.
+"""Generate text with an exported model, or with any Hugging Face OPT directory that has weights and a tokenizer.
 
-python -m models.generate runs/NAME/export --prompt "The " --tokens 200
+    python -m models.generate runs/NAME/export --prompt "The " --tokens 200
 
-The model is ours, in one process, as it was trained; nothing is cached, so each token costs a whole forward.
+It runs the code that trained the model, in one process. Keys and values are not cached, so each new token costs a
+forward of the whole text.
 """
 
 import argparse
@@ -25,17 +26,17 @@ from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.stage import Stage
 
 
-def load(folder: Path) -> tuple[Stage, OPTShape]:
-    """The whole model of a directory, as one stage in a world of one. Raises ConfigError or DataError."""
+def load_model(folder: Path) -> tuple[Stage, OPTShape]:
+    """Return the whole model of a directory, as the single stage of one process. Raises ConfigError or DataError."""
     config = parse({"model": {"path": str(folder)}, "data": {"sequence_length": 2}}, resolve=resolve)
     shape = shape_of(config)
-    hf.check(folder, shape)
+    hf.check_weights(folder, shape)
     return build(make_context(config, Place())).eval(), shape
 
 
 @torch.no_grad()
 def next_logits(stage: Stage, tokens: Tensor) -> Tensor:
-    """tokens[S] -> logits[V] of the token after them"""
+    """Return the logits of the token that follows: tokens[S] -> logits[V]."""
     ids = tokens.unsqueeze(0)
     batch = Microbatch(ids, labels=ids, samples=torch.zeros(1, dtype=torch.int64), attention_mask=None, scale=1.0)
     *layers, head = stage.layers
@@ -48,9 +49,10 @@ def next_logits(stage: Stage, tokens: Tensor) -> Tensor:
 
 
 def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, temperature: float, seed: int) -> Tensor:
-    """prompt[S] -> prompt and up to `count` tokens more, ended by `eos_token_id`; temperature 0 takes the likeliest.
+    """Return prompt[S] and up to `count` new tokens; `eos_token_id` ends the text sooner.
 
-    What the positions have no room for is forgotten, the oldest first.
+    Temperature 0 takes the most likely token each time. If the text has more tokens than the model has positions, the
+    oldest tokens are left out of the input.
     """
     device = next(stage.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -68,35 +70,38 @@ def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, tempe
 
 
 def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed: int) -> str:
-    """The prompt and what the model of `folder` makes of it. Raises ConfigError or DataError."""
-    stage, shape = load(folder)
+    """Return the prompt and the text that the model in `folder` continues it with. Raises ConfigError or DataError."""
+    stage, shape = load_model(folder)
     tokenizer = read_tokenizer(folder)
     ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([SEPARATOR])
     if tokenizer.vocab_size > shape.vocab_size:
         raise DataError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model's vocabulary only {shape.vocab_size}."
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {shape.vocab_size}. Put the one there that the model was trained with."
         )
     return tokenizer.decode(generate(stage, shape, ids, count, temperature=temperature, seed=seed).cpu().numpy())
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a directory. Our own bytes need no library to be read again."""
+    """Return the tokenizer of a directory. The byte tokenizer needs no library to be read again."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise DataError(f"{folder}: it has no tokenizer.json. Put the one there that the model was trained with.")
+        raise DataError(f"{folder}: there is no tokenizer.json. Put the one there that the model was trained with.")
     return ByteTokenizer() if is_of_bytes(file) else load_tokenizer(str(folder))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m models.generate", description="Text from an exported model.")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="config.json, safetensors, tokenizer.json")
-    parser.add_argument("--prompt", default="The ", help="what to go on from (default: %(default)r)")
-    parser.add_argument("--tokens", type=int, default=200, help="how many more (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    about = "Generate text with an exported model, or with any Hugging Face OPT directory."
+    parser = argparse.ArgumentParser(prog="python -m models.generate", description=about)
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="has config.json, safetensors and tokenizer.json: runs/NAME/export")
+    add("--prompt", default="The ", help="the beginning of the text (default: %(default)r)")
+    add("--tokens", type=int, default=200, help="how many tokens to generate (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: the most likely token each time (default: %(default)s)")
+    add("--seed", type=int, default=0, help="the seed of the random choices (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.temperature < 0:
-        parser.error(f"--temperature: {arguments.temperature} is negative. Try 0 for the likeliest token.")
+        parser.error(f"--temperature: {arguments.temperature} is negative. Try 0, the most likely token each time.")
     options = dict(temperature=arguments.temperature, seed=arguments.seed)
     try:
         print(complete(arguments.folder, arguments.prompt, arguments.tokens, **options))

@@ -1,6 +1,7 @@
-"""Hugging Face OPT directories: its names for our parameters, weights in, and weights out, slice by slice.
+"""Read and write Hugging Face OPT directories, and translate the names of parameters into theirs.
 
-Reading, a rank maps the files and touches only its own slices. Writing, rank 0 puts together one tensor at a time.
+To read, each rank maps the files into memory and touches only its own slices. To write, rank 0 puts together one tensor
+at a time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,12 +18,12 @@ from parallel.errors import DataError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import Axis
 
-TIED = "lm_head.weight"  # the token embedding once more: we neither read nor write it
+TIED = "lm_head.weight"  # the token embedding a second time: neither read nor written
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def sources(name: str) -> tuple[str, ...]:
-    """Hugging Face's name for a parameter of ours; three of them for the fused q, k, v."""
+    """Return Hugging Face's name of one of our parameters; three names for the fused q, k, v."""
     public = f"model.decoder.{name.removeprefix('embed.').removeprefix('head.')}"
     if ".self_attn.qkv." not in public:
         return (public,)
@@ -30,7 +31,7 @@ def sources(name: str) -> tuple[str, ...]:
 
 
 def expected_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:
-    """Every public tensor of a model and its shape, in the order of the model."""
+    """Return the name and the shape of every tensor of Hugging Face's model, in the order of the model."""
     hidden, width = shape.hidden_size, shape.word_embed_proj_dim
     tensors: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (shape.vocab_size, width),
@@ -63,13 +64,13 @@ def _norm_tensors(name: str, shape: OPTShape) -> dict[str, tuple[int, ...]]:
 
 
 def has_weights(path: str | Path) -> bool:
-    """Whether the directory holds weights, of whatever format: `check` says if they can be read."""
+    """Return whether the directory has weights in any format; `check_weights` tells if we can read them."""
     path = Path(path)
     return (path / SINGLE).is_file() or (path / INDEX).is_file() or any(path.glob("pytorch_model*"))
 
 
-def check(path: str | Path, shape: OPTShape) -> None:
-    """Raise a DataError unless the directory has every tensor of the model, in its shape. Only headers are read."""
+def check_weights(path: str | Path, shape: OPTShape) -> None:
+    """Raise DataError unless the directory has every tensor of the model in the right shape. Only headers are read."""
     found, expected = _archive(Path(path)).tensors, expected_tensors(shape)
     if missing := [name for name in expected if name not in found]:
         raise DataError(f"model.path: {path} lacks {len(missing)} of {len(expected)} tensors: {_few(missing)}.")
@@ -82,13 +83,13 @@ def check(path: str | Path, shape: OPTShape) -> None:
         raise DataError(f"model.path: {path}: {_few(differing)}.")
 
 
-def load(path: str | Path, pieces: Iterable[Piece]) -> int:
-    """Fill each piece with its slice of the weights, cast to its dtype. Returns the bytes read: those slices alone."""
+def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
+    """Fill each piece with its slice of the weights, cast to its dtype. Returns the number of bytes read."""
     return _archive(Path(path)).fill(pieces)
 
 
 def _archive(path: Path) -> Archive:
-    """The weights of a directory, under the names of OPTForCausalLM, even if it was OPTModel that wrote them."""
+    """Return the weights of a directory under the names of OPTForCausalLM, even if OPTModel wrote them."""
     tensors = {}
     for file in _files(path):
         with opened(file, DataError) as content:
@@ -103,7 +104,7 @@ def _archive(path: Path) -> Archive:
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, all there."""
+    """Return the safetensors files of a directory. Raises DataError if one is missing."""
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if (path / INDEX).is_file():
@@ -118,14 +119,14 @@ def _files(path: Path) -> list[Path]:
         raise DataError(f"model.path: {path} is not a directory.")
     if has_weights(path):
         raise DataError(
-            f"model.path: {path} has its weights as pytorch_model.bin only; they are read as safetensors. Convert them:"
+            f"model.path: {path} has its weights only as pytorch_model.bin, but safetensors are needed. Convert them:"
             f" OPTForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)."
         )
     raise DataError(f"model.path: {path} has neither {SINGLE} nor {INDEX}.")
 
 
 def _few(words: Sequence[str]) -> str:
-    """The first four of the words, and how many more there are."""
+    """Return the first four of the words, and the number of the others."""
     more = [f"and {len(words) - 4} more"] if len(words) > 4 else []
     return ", ".join([*words[:4], *more])
 
@@ -139,9 +140,9 @@ def export(
     dtype: torch.dtype,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write a directory that OPTForCausalLM.from_pretrained reads.
+    """Write a directory that OPTForCausalLM.from_pretrained reads. Every rank of `axis` calls this.
 
-    `pieces` are those this rank owns. If rank 0 cannot write, every rank raises a CheckpointError.
+    `pieces` are those that this rank owns. If rank 0 cannot write, every rank raises CheckpointError.
     """
     entries = [Entry(name, size, dtype) for name, size in expected_tensors(shape).items()]
 

@@ -1,7 +1,7 @@
 """OPT (Zhang et al. 2022, arXiv 2205.01068) as a list of layers, written once for every tensor mode.
 
-x[B_batch, S, H_hidden] travels between layers; the axes that split it are the mode's. Submodules carry Hugging Face's
-names, so that `hf.sources` is short.
+Between two layers the activations are x[B_batch, S, H_hidden]; the mode says over which axes they are split. Submodules
+have Hugging Face's names, so that `hf.sources` is short.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import Dropping, Masking
 from parallel.tensor import Mode
 
-POSITION_OFFSET = 2  # OPT's positions start at 2; a padded token has position 1
+POSITION_OFFSET = 2  # OPT's positions start at 2; padding has position 1
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -33,17 +33,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer before it is built."""
+    """A layer that is not built yet."""
 
     name: str
     build: Callable[[], nn.Module]
+    is_block: bool = False  # a transformer block: compiled, recomputed and gathered on demand as a unit
 
 
 def layers_of(shape: OPTShape, mode: Mode, seed: int) -> list[LayerSpec]:
-    """[embedding, block 0 … n−1, head]."""
+    """Return all layers of the model: [embedding, block 0 … n−1, head]."""
     blocks_mode = blocks_mode_of(shape, mode)
     blocks = [
-        LayerSpec(f"layers.{i}", partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)))
+        LayerSpec(f"layers.{i}", partial(Block, shape, blocks_mode, seed_of(seed, "dropout", i)), is_block=True)
         for i in range(shape.num_hidden_layers)
     ]
     return [
@@ -54,12 +55,15 @@ def layers_of(shape: OPTShape, mode: Mode, seed: int) -> list[LayerSpec]:
 
 
 def blocks_mode_of(shape: OPTShape, mode: Mode) -> Mode:
-    """The mode of the blocks: where projections stand around them, the one that these lead to."""
+    """Return the mode of the blocks: another one than the embedding's if there are projections between the two.
+
+    OPT-350m has such projections, because its embedding is narrower than its blocks.
+    """
     return mode.blocks_mode() if shape.word_embed_proj_dim != shape.hidden_size else mode
 
 
 class Embed(nn.Module):
-    """Token and position embeddings: nothing -> x[B_batch, S, H_hidden] of the trunk."""
+    """Token and position embeddings: None -> x[B_batch, S, H_hidden], the input of the first block."""
 
     def __init__(self, shape: OPTShape, mode: Mode, blocks_mode: Mode) -> None:
         super().__init__()
@@ -78,16 +82,18 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: x[B_batch, S, H_hidden] -> the same. LayerNorm stands before each half, or (350m) after.
+    """A transformer block: x[B_batch, S, H_hidden] -> the same shape.
 
-    For backward it keeps a rank's own part, nothing gathered, of
+    A LayerNorm comes before each of the two halves (attention and feed-forward) or, in OPT-350m, after each. Each rank
+    keeps for backward its own part of these, and nothing that was gathered:
 
-        [B, S, H] between blocks   what enters the two LayerNorms, q k v and fc1
-        [B, S, H] inside           q, k, v and what attention makes of them
-        [B, S, F]                  the activation's result, fc2's input; unless it is relu, its own input too
-        [B, S, heads], [B, S, 1]   attention's logsumexp; the mean and deviation of each LayerNorm
+        [B, S, H] between blocks   the inputs of the two LayerNorms, of q k v, and of fc1
+        [B, S, H] inside           q, k, v and the output of attention
+        [B, S, F]                  the output of the activation, which is fc2's input; also its input, unless it is relu
+        [B, S, heads], [B, S, 1]   attention's logsumexp; the mean and the standard deviation of each LayerNorm
 
-    and with dropout a mask of bytes for each half. `kept by a block` in a mode's docstring is the sum.
+    With dropout there is also a mask of bytes for each half. The line `kept by a block` in a mode's docstring is the
+    sum of these.
     """
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
@@ -113,7 +119,7 @@ class Block(nn.Module):
     def _residual(
         self, x: Tensor, norm: nn.Module, function: Callable[[Tensor], Tensor], batch: Microbatch, *, half: int
     ) -> Tensor:
-        """x + dropout(function(norm(x))), or norm(x + dropout(function(x)))"""
+        """Return x + dropout(function(norm(x))), or norm(x + dropout(function(x))) where the LayerNorm comes after."""
         y = function(norm(x) if self.norm_first else x)
         if self.training and self.dropout > 0:
             y = dropout(y, self.dropout, self.keys[half], *self._coordinates(y, batch))
@@ -121,7 +127,7 @@ class Block(nn.Module):
         return y if self.norm_first else norm(y)
 
     def _coordinates(self, y: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        """The global rows [B_batch, S] and columns [H_hidden] of y[B_batch, S, H_hidden]."""
+        """Return the global rows [B_batch, S] and columns [H_hidden] of the elements of y[B_batch, S, H_hidden]."""
         sequence, hidden = y.shape[1:]
         samples = self.mode.local(batch.samples, self.mode.batch)
         rows = samples.unsqueeze(1) * batch.length + self.mode.sequence.positions(sequence, y.device)
@@ -129,9 +135,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: x[B_batch, S, H_hidden] -> the same. Heads are split over the hidden axes inside, so
-    attention needs no communication, but where sequences are split. q, k and v are one parameter [3, H, H] and one
-    matmul."""
+    """Causal self-attention: x[B_batch, S, H_hidden] -> the same shape.
+
+    Heads are split over the axes `mode.inner_hidden`, so attention needs communication only where sequences are split
+    (context parallelism). q, k and v are one parameter [3, H, H] and one matmul.
+    """
 
     def __init__(self, shape: OPTShape, mode: Mode, seed: int) -> None:
         super().__init__()
@@ -158,7 +166,7 @@ class Attention(nn.Module):
 
 
 class Head(nn.Module):
-    """The last LayerNorm, the projection and the tied embedding's logits: x -> the summed loss of this rank."""
+    """The last LayerNorm, the projection, and the logits of the tied embedding: x -> the summed loss of this rank."""
 
     def __init__(self, shape: OPTShape, mode: Mode, blocks_mode: Mode) -> None:
         super().__init__()
@@ -169,7 +177,7 @@ class Head(nn.Module):
         self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
 
     def features(self, x: Tensor) -> Tensor:
-        """x of the trunk -> what the embedding is multiplied with, [B_batch, S, E_hidden]"""
+        """Return what the embedding multiplies: x[B_batch, S, H_hidden] of the last block -> [B_batch, S, E_hidden]."""
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -179,11 +187,11 @@ class Head(nn.Module):
 
 
 def key_of(mode: Mode, *parts: object) -> Tensor:
-    """A key for dropout. A tensor: compiled code is made for one number, but for any tensor."""
+    """Return the key of a dropout. It is a tensor, since code would be compiled anew for each key that is a number."""
     return torch.tensor(seed_of(*parts), device=mode.mesh.device)
 
 
 def position_ids(batch: Microbatch) -> Tensor:
-    """[B, S]: 2, 3, … counting tokens; a padded one has 1."""
+    """Return the positions [B, S]: 2, 3, … counting the tokens of each sample; padding has position 1."""
     mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
     return mask.cumsum(1) * mask - 1 + POSITION_OFFSET

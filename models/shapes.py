@@ -1,4 +1,7 @@
-"""The sizes of OPT, by name or from a Hugging Face directory, and what a config must respect to fit one. No torch."""
+"""The sizes of OPT models, by name or from a Hugging Face directory, and the check that a config fits them.
+
+This module needs no torch.
+"""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,12 +13,12 @@ from parallel.config.reader import Reader
 from parallel.errors import ConfigError, did_you_mean, either, nearest_multiples, times
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
-"""Those by which Hugging Face and torch mean the same function."""
+"""The activation functions that have the same name in Hugging Face and in torch."""
 
 
 @dataclass(frozen=True)
 class OPTShape:
-    """Everything that makes one OPT differ from another, under Hugging Face's names and with its defaults (125m)."""
+    """Everything in which two OPT models can differ, under Hugging Face's names and with its defaults (OPT-125m)."""
 
     vocab_size: int = 50272
     hidden_size: int = 768
@@ -44,7 +47,7 @@ class OPTShape:
 
 
 def _published(layers: int, hidden: int, heads: int) -> OPTShape:
-    """A row of table 1 of OPT (Zhang et al., 2022, arXiv:2205.01068)."""
+    """Return a row of table 1 of the OPT paper (Zhang et al., 2022, arXiv:2205.01068)."""
     return OPTShape(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -69,7 +72,7 @@ NAMED = {
 
 
 def from_hugging_face(path: str | Path) -> OPTShape:
-    """The shape that DIR/config.json describes; a field it leaves out has OPTConfig's default. Raises ConfigError."""
+    """Return the shape in DIR/config.json. A field that it leaves out has OPTConfig's default. Raises ConfigError."""
     file = Path(path) / "config.json"
     try:
         raw = json.loads(file.read_bytes())
@@ -81,31 +84,31 @@ def from_hugging_face(path: str | Path) -> OPTShape:
         raise ConfigError(f"model.path: {file} is not JSON: {error}.") from error
     if not isinstance(raw, dict) or raw.get("model_type") != "opt":
         kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ConfigError(f"model.path: {file} describes model_type {kind!r}. Only 'opt' is built.")
+        raise ConfigError(f"model.path: {file} describes model_type {kind!r}. Only 'opt' is available.")
     known = {field.name for field in fields(OPTShape)}
     plain = {key.removeprefix("_"): value for key, value in raw.items()}
-    if plain.get("pad_token_id", 1) is None:  # no row of the embedding would be without a gradient
+    if plain.get("pad_token_id", 1) is None:  # every row of the embedding would have a gradient then
         raise ConfigError(f"model.path: pad_token_id null in {file} is not available. Try {OPTShape.pad_token_id}.")
     reader = Reader()
     read = reader.section(ModelConfig, {key: plain[key] for key in known & plain.keys()}, (str(file),))
     if reader.problems:
         raise ConfigError(*reader.problems)
-    # OPTConfig's own default: the embedding is as wide as the model unless it says otherwise.
+    # This is OPTConfig's default too: the embedding is as wide as the model unless the file says otherwise.
     width = OPTShape.hidden_size if read.hidden_size is None else read.hidden_size
     return _overridden(OPTShape(hidden_size=width, word_embed_proj_dim=width), read)
 
 
 def _overridden(base: OPTShape, model: ModelConfig) -> OPTShape:
-    """`base` with what `model` says otherwise; an embedding as wide as the model stays so."""
+    """Return `base` with the fields that `model` sets. An embedding that was as wide as the model stays as wide."""
     values: dict[str, Any] = {field.name: getattr(model, field.name) for field in fields(OPTShape)}
-    said = {key: value for key, value in values.items() if value is not None}
-    if base.word_embed_proj_dim == base.hidden_size and "hidden_size" in said:
-        said.setdefault("word_embed_proj_dim", said["hidden_size"])
-    return replace(base, **said)
+    changes = {key: value for key, value in values.items() if value is not None}
+    if base.word_embed_proj_dim == base.hidden_size and "hidden_size" in changes:
+        changes.setdefault("word_embed_proj_dim", changes["hidden_size"])
+    return replace(base, **changes)
 
 
 def shape_of(config: Config) -> OPTShape:
-    """The shape of a config, which is resolved first if it is not yet. Raises ConfigError."""
+    """Return the shape of a config's model. The config is resolved first if it is not yet. Raises ConfigError."""
     if any(getattr(config.model, field.name) is None for field in fields(OPTShape)):
         config, problems = resolve(config)
         if problems:
@@ -114,7 +117,10 @@ def shape_of(config: Config) -> OPTShape:
 
 
 def resolve(config: Config) -> tuple[Config, list[str]]:
-    """The config with every field of its model filled in, and what does not fit the model: `parse` takes this."""
+    """Return the config with every field of its model set, and the problems: one line for each thing that does not fit.
+
+    `parallel.config.parse` takes this function as its `resolve`.
+    """
     model = config.model
     if model.path is None and model.name not in NAMED:
         return config, [f"model.name: unknown model {model.name!r}. {did_you_mean(model.name, NAMED)}"]
@@ -133,7 +139,7 @@ def resolve(config: Config) -> tuple[Config, list[str]]:
 
 
 def _model_problems(shape: OPTShape) -> list[str]:
-    """What no layout could cure."""
+    """Return the problems that the model has in every layout."""
     found = []
     if shape.hidden_size % shape.num_attention_heads:
         tries = either(_nearest(shape.num_attention_heads, _divisors(shape.hidden_size)))
@@ -157,7 +163,7 @@ def _model_problems(shape: OPTShape) -> list[str]:
 
 
 def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
-    """Every layer on one stage, every stage with some work."""
+    """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer."""
     if pipeline.size > num_layers + 2:
         return [
             f"parallel.pipeline.size: {pipeline.size} stages are more than embedding, {num_layers} layers and head can"
@@ -165,10 +171,10 @@ def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
         ]
     if pipeline.layers is not None and sum(pipeline.layers) != num_layers:
         some, more = divmod(num_layers, pipeline.size)
-        # The first stage is the last to get one more: it has the embedding, and the last one has the head.
+        # One more layer goes to stages 1, 2, … and to stage 0 last: it has the embedding already.
         even = tuple(some + ((stage - 1) % pipeline.size < more) for stage in range(pipeline.size))
         return [
-            f"parallel.pipeline.layers: {pipeline.layers} adds up to {sum(pipeline.layers)}, got a model of"
+            f"parallel.pipeline.layers: {pipeline.layers} adds up to {sum(pipeline.layers)}, but the model has"
             f" {num_layers} layers. Try {even}."
         ]
     return []
@@ -176,7 +182,11 @@ def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A tensor mode cuts each of these widths into parts ** power; the message counts in parts ** total."""
+    """Widths that a tensor mode splits.
+
+    Each field of the shape named in `keys` must be divisible by `parts ** power`. A message names the number of parts
+    by `name`, and other numbers that would work by `wording`, which are `parts ** total`.
+    """
 
     keys: tuple[str, ...]
     parts: int
@@ -197,7 +207,7 @@ class _Cut:
 
 
 def _tensor_problems(shape: OPTShape, tensor: TensorConfig) -> list[str]:
-    """What the tensor mode does not divide. The vocabulary is not among it: it is padded."""
+    """Return the widths that the tensor mode does not divide. The vocabulary may have any size: it is padded."""
     heads, widths = ("num_attention_heads",), ("hidden_size", "ffn_dim", "word_embed_proj_dim")
     axes = tensor.axes()
     cuts: tuple[_Cut, ...]
@@ -222,7 +232,7 @@ def _tensor_problems(shape: OPTShape, tensor: TensorConfig) -> list[str]:
 
 
 def _sequence_problems(shape: OPTShape, sequence_length: int, context: ContextConfig) -> list[str]:
-    """What positions there are not, and what does not split a sequence."""
+    """Return the problems of the sequence length: too few positions for it, or ranks that do not split it evenly."""
     most = shape.max_position_embeddings
     if sequence_length > most:
         return [
@@ -240,7 +250,7 @@ def _sequence_problems(shape: OPTShape, sequence_length: int, context: ContextCo
 
 
 def _head_problems(shape: OPTShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
-    """Whether heads can be split further, where that is how ranks exchange what they attend to."""
+    """Return the problem of heads that context parallelism cannot split: its kind 'all_to_all' exchanges heads."""
     context, heads = parallel.context, shape.num_attention_heads
     if context.size == 1 or context.kind != "all_to_all":
         return []
@@ -248,13 +258,13 @@ def _head_problems(shape: OPTShape, sequence_length: int, parallel: ParallelConf
     tensor = axes.get("t", 1) * axes.get("col", 1) * axes.get("i", 1)
     if heads % (tensor * context.size) == 0:
         return []
-    whose = {"the tensor mode's": tensor, "parallel.context.size": context.size}
+    factors = {"the tensor mode's": tensor, "parallel.context.size": context.size}
     sizes = [n for n in _divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
     tries = [f"parallel.context.size={either(_nearest(context.size, sizes))}"]
     tries += ["kind='ring'"] if replace(context, kind="ring").splits(sequence_length) else []
     return [
         f"model.num_attention_heads: {heads} is not divisible by"
-        f" {times(**{name: size for name, size in whose.items() if size > 1})}, over which kind 'all_to_all' splits"
+        f" {times(**{name: size for name, size in factors.items() if size > 1})}, over which kind 'all_to_all' splits"
         f" heads too. Try {', or '.join(tries)}."
     ]
 
@@ -264,52 +274,6 @@ def _divisors(value: int) -> list[int]:
 
 
 def _nearest(value: int, choices: list[int]) -> list[int]:
-    """The three choices nearest to `value`, in order; 1 only where there is no other."""
-    worthy = [choice for choice in choices if choice > 1] or choices
-    return sorted(sorted(worthy, key=lambda choice: abs(choice - value))[:3])
-
-
-def parameter_count(shape: OPTShape) -> int:
-    """Parameters of the whole model, the tied embedding once."""
-    hidden, ffn, width = shape.hidden_size, shape.ffn_dim, shape.word_embed_proj_dim
-    norm = 2 * hidden * shape.layer_norm_elementwise_affine
-    attention = 4 * (hidden * hidden + hidden * shape.enable_bias)
-    feed_forward = 2 * hidden * ffn + (hidden + ffn) * shape.enable_bias
-    projections = 2 * hidden * width * (width != hidden)
-    embeddings = shape.vocab_size * width + _positions(shape)
-    layers = shape.num_hidden_layers * (attention + feed_forward + 2 * norm)
-    return embeddings + projections + layers + norm * shape.has_final_layer_norm
-
-
-def _positions(shape: OPTShape) -> int:
-    """Elements of the position table: OPT's positions start at 2."""
-    return (shape.max_position_embeddings + 2) * shape.hidden_size
-
-
-FLOPS_A_BYTE = {"cuda": 230.0, "cpu": 9.0}  # matmuls' rate against memory's: an H100 in bf16, a core in fp32
-# Bytes that all kernels but matmuls move, of a hidden element of a block and of a logit: a third of them, as a forward
-# is a third of a step's FLOPs. From the kernels of an OPT-6.7b's stages on H100s.
-BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0
-
-
-def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[float]:
-    """Of [embedding, block 0 … n−1, head], for the pipeline's partition: FLOPs of one token forward, and as many as
-    this type of device ("cuda" or "cpu") would do in the time of all that is no matmul.
-    """
-    hidden, width = shape.hidden_size, shape.word_embed_proj_dim
-    a_byte = FLOPS_A_BYTE[device]
-    projection = 2.0 * hidden * width if width != hidden else 0.0
-    block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
-    block += a_byte * BLOCK_BYTES * hidden
-    head = projection + (2.0 * width + a_byte * HEAD_BYTES) * shape.vocab_size
-    return [projection, *[block] * shape.num_hidden_layers, head]
-
-
-def flops_per_token(shape: OPTShape, sequence_length: int) -> float:
-    """Model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
-
-    N leaves out the position table, a lookup, and counts the tied embedding once, as the head's matmul. Attention is
-    counted in full, not halved for causality; recomputation is not counted.
-    """
-    matmuls = 6.0 * (parameter_count(shape) - _positions(shape))
-    return matmuls + 12.0 * shape.num_hidden_layers * shape.hidden_size * sequence_length
+    """Return the three choices nearest to `value`, in order; 1 is among them only if there is no other."""
+    larger = [choice for choice in choices if choice > 1] or choices
+    return sorted(sorted(larger, key=lambda choice: abs(choice - value))[:3])

@@ -1,6 +1,6 @@
-"""Text to token ids and back: bytes, the default, or any Hugging Face `tokenizer.json`.
+"""Tokenizers, which turn text into token ids and back: bytes, the default, or any Hugging Face `tokenizer.json`.
 
-Every tokenizer can leave itself in an exported directory, so that `transformers` reads there what we trained with.
+Each can save itself in an exported directory, where `transformers` then finds the tokenizer of the training.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ PAD, SEPARATOR = SPECIALS.index("<pad>"), SPECIALS.index("</s>")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `vocab_size` is one more than the largest id."""
+    """A tokenizer. `vocab_size` is one more than the largest id."""
 
     @property
     def vocab_size(self) -> int: ...
 
     def encode(self, text: str) -> Ids:
-        """The ids of a text, with no special tokens added."""
+        """Return the ids of a text, without special tokens."""
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """The text of some ids, special tokens dropped."""
+        """Return the text of these ids. Special tokens are left out."""
 
     def save(self, folder: Path) -> None:
-        """Leave tokenizer.json and tokenizer_config.json in an exported Hugging Face directory."""
+        """Write tokenizer.json and tokenizer_config.json into an exported Hugging Face directory."""
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, a tokenizer.json, or a folder with one. Anything else is a DataError."""
+    """Return the tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder with one.
+
+    Raises DataError.
+    """
     return ByteTokenizer() if spec == "bytes" else FileTokenizer(Path(spec))
 
 
 class ByteTokenizer:
-    """UTF-8: the id of a byte is the byte + 4, past OPT's specials."""
+    """Bytes of UTF-8 as tokens: the id of a byte is the byte + 4, after OPT's four special tokens."""
 
     vocab_size = 256 + len(SPECIALS)
 
@@ -54,7 +57,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """The text; bytes that are not UTF-8 become U+FFFD, ids that are no byte are dropped."""
+        """Return the text. Bytes that are not UTF-8 become U+FFFD, and ids that are not bytes are left out."""
         array = np.asarray(ids, np.int64)
         is_byte = (array >= len(SPECIALS)) & (array < self.vocab_size)
         return (array[is_byte] - len(SPECIALS)).astype(np.uint8).tobytes().decode(errors="replace")
@@ -65,14 +68,15 @@ class ByteTokenizer:
 
 
 def is_of_bytes(file: Path) -> bool:
-    """Whether a tokenizer.json is what `ByteTokenizer.save` writes."""
+    """Return whether a tokenizer.json is the one that `ByteTokenizer.save` writes."""
     return file.read_bytes() == _json_text(_byte_level_json()).encode()
 
 
 class FileTokenizer:
     """A tokenizer.json, run by the `tokenizers` library.
 
-    The files are held as they were read: a run may be renamed, and its tokenizer with it, long before the export.
+    The contents of its files are kept in memory for the export, because the files may have been moved by then: a
+    tokenizer in the folder of an earlier run is renamed together with that run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,16 +118,16 @@ def _parse(file: Path, content: bytes) -> tokenizers.Tokenizer:
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower class
         raise DataError(f"data.tokenizer: {file} is not a tokenizer.json that 'tokenizers' reads: {error}") from error
-    # A saved tokenizer often carries the truncation of its last use, which would cut a corpus to 512 tokens in silence.
+    # A saved tokenizer often has the truncation of its last use in it, which would silently cut a corpus to 512 tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _byte_level_json() -> dict[str, object]:
-    """The byte tokenizer in the format of `tokenizers`: a byte-level BPE with no merges."""
+    """Return the byte tokenizer in the format of `tokenizers`: a byte-level BPE without merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     vocab = {token: id for id, token in enumerate(SPECIALS)}
     vocab |= {character: byte + len(SPECIALS) for byte, character in enumerate(_byte_characters())}
@@ -150,12 +154,12 @@ def _byte_level_config() -> dict[str, object]:
         "eos_token": eos,
         "unk_token": unk,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is four bytes, as it was in training
+        "split_special_tokens": True,  # "</s>" in a text is four byte tokens, as it was in training
     }
 
 
 def _byte_characters() -> list[str]:
-    """The character that ByteLevel shows each byte as: itself where it prints, else the next one from U+0100 on."""
+    """Return the character by which ByteLevel shows each byte: the byte's own if it prints, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     placeholder = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(placeholder)) for byte in range(256)]

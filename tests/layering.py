@@ -13,9 +13,9 @@ FLOORS = (
     "parallel.errors",
     "parallel.config.*",
     "models.shapes",
+    "parallel.ops.*",
     "parallel.mesh.*",
     "parallel.layout.*",
-    "parallel.ops.*",
     "parallel.sequence.*",
     "parallel.storage.*",
     "parallel.activations.*",
@@ -35,13 +35,14 @@ FLOORS = (
     "launch",
 )
 
-SAY_TORCH_DISTRIBUTED = ("parallel.mesh.mesh", "parallel.mesh.collectives", "parallel.pipeline.p2p")
+SAY_TORCH_DISTRIBUTED = ("parallel.mesh.process_groups", "parallel.mesh.collectives", "parallel.pipeline.p2p")
 
 # Modules of plain data and arithmetic: without torch, and importing none of ours that has it.
 PURE = (
     "parallel.errors",
     "parallel.config.*",
     "models.shapes",
+    "models.costs",
     "parallel.mesh.topology",
     "parallel.pipeline.schedule",
     "parallel.pipeline.validate",

@@ -1,4 +1,4 @@
-"""Tokens, samples and their order, against the definitions written out one element at a time."""
+"""Tokens, samples and their order, compared with their definitions written out one element at a time."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def byte_ids(text: str) -> list[int]:
 
 
 def counting_corpus(num_samples: int, sequence_length: int = 4, num_validation: int = 0) -> Corpus:
-    """No two tokens alike, and a tail that is no sample."""
+    """Return a corpus in which all tokens differ, with a rest at the end that is too short for a sample."""
     return Corpus(np.arange(num_samples * sequence_length + sequence_length - 1), sequence_length, num_validation)
 
 
-# Tokenizers
+# -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
 @given(st.text())
-def test_bytes_come_back_as_the_text_they_were(text: str) -> None:
+def test_bytes_decode_to_the_text_that_was_encoded(text: str) -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode(text).tolist() == byte_ids(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_decoding_drops_specials_and_padding_ids_and_replaces_broken_utf8() -> None:
+def test_decoding_leaves_out_specials_and_padding_ids_and_replaces_invalid_utf8() -> None:
     assert ByteTokenizer().decode([0, 1, 4 + ord("a"), 2, 3, 260, 4 + 0xC3]) == "a\ufffd"
 
 
@@ -53,7 +53,7 @@ def test_transformers_reads_the_saved_byte_tokenizer_as_the_same_ids(tmp_path: P
     transformers = pytest.importorskip("transformers")
     ByteTokenizer().save(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    # Every two-byte character holds every byte that UTF-8 has up to there; the rest are three and four bytes long.
+    # All characters of one and two bytes, and so every byte that UTF-8 uses in them; a sample of the longer ones.
     every_plane = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 4999)]))
     for text in ["", " a  b\n\n\tc ", "it's <s> a </s><pad> text<unk>", "Ünïcödé 漢字 🙂", every_plane]:
         ids = theirs(text)["input_ids"]
@@ -67,7 +67,7 @@ def test_transformers_reads_the_saved_byte_tokenizer_as_the_same_ids(tmp_path: P
 
 @pytest.fixture
 def word_tokenizer(tmp_path: Path) -> Path:
-    """A folder with a two-word tokenizer.json whose saved truncation would cut any text to one token."""
+    """Return a folder with a two-word tokenizer.json, whose saved truncation would cut any text to one token."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 4, "cat": 9}, unk_token="the"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -117,7 +117,7 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-# Reading
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_built_in_corpus_is_pythons_help_topics_in_order() -> None:
@@ -143,7 +143,7 @@ def test_a_folder_is_joined_by_token_2_in_the_order_of_names(tmp_path: Path) -> 
     assert load_tokens(data_config(tmp_path), VOCAB).tokens.tolist() == [*byte_ids("first"), 2, *byte_ids("second")]
 
 
-def test_text_goes_through_the_tokenizer_of_the_config(word_tokenizer: Path, tmp_path: Path) -> None:
+def test_text_is_encoded_by_the_tokenizer_of_the_config(word_tokenizer: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("cat cat the cat")
     assert load_tokens(data_config(file, tokenizer=str(word_tokenizer)), VOCAB).tokens.tolist() == [9, 9, 4, 9]
@@ -157,13 +157,13 @@ def test_a_token_file_stays_memory_mapped(tmp_path: Path, dtype: str) -> None:
     before = corpus.sample(6)
     assert before.dtype == np.int64
     assert before.tolist() == [24, 25, 26, 27]
-    # What is written to the file now is seen in the corpus, but not in a sample taken before.
+    # What is now written to the file appears in the corpus, but not in a sample that was taken before.
     np.lib.format.open_memmap(file, mode="r+")[25] = 3
     assert corpus.sample(6).tolist() == [24, 3, 26, 27]
     assert before.tolist() == [24, 25, 26, 27]
 
 
-# What is refused
+# -- refusing ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused() -> None:
         load_tokens(data_config("python-docs"), 259)
 
 
-# Order
+# -- order -------------------------------------------------------------------------------------------------------------
 
 
 @given(num_samples=st.integers(1, 40), global_batch=st.integers(1, 50), step=st.integers(0, 10**6))
@@ -253,7 +253,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     assert len(epochs) == 6
 
 
-def test_a_step_is_the_same_whatever_was_asked_before() -> None:
+def test_a_step_is_the_same_whatever_steps_were_drawn_before() -> None:
     running = SampleOrder(7, shuffle=True, seed=3)
     steps = [running.step(step, 4).tolist() for step in range(12)]
     for step in reversed(range(12)):
@@ -268,11 +268,11 @@ def test_shuffled_order_does_not_depend_on_the_batch_size() -> None:
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    """A resumed run must find the order it left, whatever numpy it comes back with."""
+    """A resumed run must find the order of the run before it, also with another version of numpy."""
     assert SampleOrder(8, shuffle=True, seed=1).step(1, 8).tolist() == [5, 3, 2, 7, 0, 1, 4, 6]
 
 
-# Batches
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 6])
@@ -304,7 +304,7 @@ def test_validation_is_the_last_samples_once_and_padding_has_no_label(num_valida
     ]
     rows = [row for batch in batches for row in zip(*(batch[key].tolist() for key in batch), strict=True)]
     expected = [list(range(4 * i, 4 * i + 4)) for i in range(10 - num_validation, 10)]
-    assert [(row, row, place) for place, row in enumerate(expected)] == rows[:num_validation]
+    assert [(row, row, index) for index, row in enumerate(expected)] == rows[:num_validation]
     assert [labels for _, labels, _ in rows[num_validation:]] == [[-100] * 4] * (-num_validation % 4)
     assert all(batch["input_ids"].shape == (4, 4) and batch["input_ids"].dtype == torch.int64 for batch in batches)
 

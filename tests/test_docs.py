@@ -25,7 +25,7 @@ from parallel.layout.labels import shift
 from parallel.mesh.conjugate import reduce
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
-from parallel.pipeline.schedule import SCHEDULES, Action, batches, with_transfers
+from parallel.pipeline.schedule import SCHEDULES, Action, group_transfers, with_transfers
 from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
@@ -34,7 +34,10 @@ from tests.layering import FLOORS
 from tests.mutant_table import MUTANTS
 from tests.parity import owns
 from tests.test_loop import ALONE
-from training import loop, metrics, preflight
+from training import metrics
+from training.config import read_config
+from training.preflight import prepare
+from training.run import run_job
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -116,7 +119,7 @@ def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeyp
     assert shared is not None
     assert command is not None
     changes = [*shared[1].split(), command[2], f"output.dir={tmp_path / 'one'}"]
-    loop.run(preflight.inspect(preflight.read_config(command[1], changes, 1), ALONE))
+    run_job(prepare(read_config(command[1], changes, 1), ALONE))
     found = [(line["loss"], line["grad_norm"]) for line in metrics.read(tmp_path / "one" / "metrics.jsonl")]
     rows = re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
     for (one, eight, norm_one, norm_eight), (loss, norm) in zip(rows, found, strict=True):
@@ -131,7 +134,7 @@ def test_the_demo_begins_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.
     changes = ["parallel={}", f"train.steps={len(rows)}", "output.export=False", f"output.dir={tmp_path / 'demo'}"]
     demo = "configs/opt_tiny_pp2_2p5d.py"
     assert demo in README
-    loop.run(preflight.inspect(preflight.read_config(demo, changes, 1), ALONE))
+    run_job(prepare(read_config(demo, changes, 1), ALONE))
     found = list(metrics.read(tmp_path / "demo" / "metrics.jsonl"))
     assert [int(step) for step, _, _ in rows] == [line["step"] for line in found]
     assert [lr for _, lr, _ in rows] == [f"{line['lr']:.2e}" for line in found]
@@ -278,7 +281,7 @@ def test_a_decision_has_its_date_its_parts_and_no_more_than_a_page(page: Path) -
 def test_the_timeline_in_the_architecture_is_what_draw_draws() -> None:
     picture = draw(simulate(with_transfers(SCHEDULES["1f1b"](4, 8)), forward_cost=1, backward_cost=2))
     rows = with_transfers(SCHEDULES["1f1b"](2, 2)).ranks
-    actions = "\n".join(f"rank {rank}  {'  '.join(map(posted, batches(row)))}" for rank, row in enumerate(rows))
+    actions = "\n".join(f"rank {rank}  {'  '.join(map(posted, group_transfers(row)))}" for rank, row in enumerate(rows))
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     assert picture in text
     assert actions in text
@@ -429,7 +432,7 @@ def test_the_debugging_page_compares_gradients_by_name_and_reads_a_profile(
     same += ["output.export=False", "output.checkpoint_every=1", "train.global_batch_size=4"]
     for name, size in (("one", 4), ("pipeline", 2)):
         changes = [*same, f"train.micro_batch_size={size}", f"output.dir=runs/{name}"]
-        loop.run(preflight.inspect(preflight.read_config(None, changes, 1), ALONE, profiled=range(1, 2)))
+        run_job(prepare(read_config(None, changes, 1), ALONE, profile=range(1, 2)))
     capsys.readouterr()
 
     exec(debugging_script("exp_avg"), {})

@@ -1,4 +1,4 @@
-"""The example does what it says: it learns, on any number of ranks alike, and leaves what Hugging Face reads."""
+"""The example does what it says: it learns, equally on any number of ranks, and Hugging Face reads its export."""
 
 import io
 import math
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import OPTForCausalLM
 
+import parallel
 from examples import finetune_opt
 from parallel.errors import DataError
 from tests.harness import run
@@ -26,17 +27,17 @@ OPTIONS = (
     f"--text {TEXT} --sequence {SEQUENCE} --batch {BATCH} --steps {STEPS} --log-every 1 --save-every {SAVED}".split()
 )
 
-# A loss is about 5, and printed to 6 places; it may differ by fp32's 1e-5 (tests/parity.py) of that, so a perplexity,
-# its exponential, by 5e-5 of itself.
+# A loss is about 5 and is printed to 6 places. It may differ by 1e-5 of that, the bound of fp32 (tests/parity.py). So a
+# perplexity, which is its exponential, may differ by 5e-5 of itself.
 LOSS, PERPLEXITY = 5e-5, 1e-4
 
 
 def example(rank: int, world_size: int, *options: str) -> str:
-    """What it prints, in ranks that have met already."""
+    """Run the example in a rank that is connected already, and return what it prints."""
     arguments = finetune_opt.read_arguments([*OPTIONS, *options])
     place = dict(RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     printed = io.StringIO()
-    with patch.dict(os.environ, place), patch.object(finetune_opt, "leave"), redirect_stdout(printed):
+    with patch.dict(os.environ, place), patch.object(parallel, "leave"), redirect_stdout(printed):
         finetune_opt.main(arguments)
     return printed.getvalue()
 
@@ -45,7 +46,7 @@ def numbers(printed: str, word: str) -> list[float]:
     return [float(x) for x in re.findall(rf"{word} ([\d.]+)", printed)]
 
 
-def test_a_run_learns_alike_in_one_process_and_divided_over_two_and_resumes(tmp_path: Path) -> None:
+def test_a_run_learns_equally_in_one_process_and_in_two_and_resumes(tmp_path: Path) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     (alone,) = run(example, 1, "--output", one)
     first, second = run(example, 2, "--stage", "3", "--output", two)
@@ -59,14 +60,14 @@ def test_a_run_learns_alike_in_one_process_and_divided_over_two_and_resumes(tmp_
     assert numbers(first, "perplexity") == pytest.approx([before, after, exported], rel=PERPLEXITY)
     assert perplexity_of(tmp_path / "two" / "export") == pytest.approx(after, rel=PERPLEXITY)
 
-    shutil.rmtree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:06d}")  # as if it had been killed before
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:06d}")  # as if the run had been killed before it
     resumed, _ = run(example, 2, "--stage", "2", "--resume", "--output", one)
     assert numbers(resumed, "loss") == pytest.approx(losses[SAVED:], abs=LOSS)
     assert numbers(resumed, "perplexity")[1] == pytest.approx(after, rel=PERPLEXITY)
 
 
 def perplexity_of(export: Path) -> float:
-    """By torch alone, on what the example says that it holds out."""
+    """Return the perplexity of an export, by torch alone, on the part of the text that the example holds out."""
     tokens = torch.tensor(list(TEXT.read_bytes())) + 4  # after OPT's four special tokens
     rows = tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
     rows = rows[-(len(rows) // BATCH // 20 * BATCH) :]
@@ -85,20 +86,20 @@ def test_a_text_too_short_to_train_on_and_to_evaluate_is_refused(tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--stage", "4"], "zero.stage: needs one of 0, 1, 2, 3, got 4"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--batch", "9"], "9 is not a multiple"),
     ],
 )
-def test_under_torchrun_what_cannot_be_is_said_once_without_a_traceback_of_ours(
-    tmp_path: Path, options: list[str], said: str
+def test_under_torchrun_a_refusal_is_printed_once_without_a_traceback_of_ours(
+    tmp_path: Path, options: list[str], message: str
 ) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / "examples/finetune_opt.py"), *OPTIONS, "--output", str(tmp_path / "out"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
-    assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count(said) == 1
+    assert done.returncode == 1  # the exit code of torchrun itself
+    assert done.stderr.count(message) == 1
     assert "exitcode  : 2" in done.stderr
     assert 'finetune_opt.py", line' not in done.stderr

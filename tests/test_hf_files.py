@@ -1,4 +1,4 @@
-"""Hugging Face directories: we read what transformers writes, by the slice; it reads what we write, bit for bit."""
+"""Hugging Face directories: we read, by the slice, what transformers writes; it reads what we write, bit for bit."""
 
 import json
 import resource
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "projected": {"word_embed_proj_dim": 8, "do_layer_norm_before": False},  # as 350m
+    "projected": {"word_embed_proj_dim": 8, "do_layer_norm_before": False},  # as in OPT-350m
     "bare": {"enable_bias": False, "layer_norm_elementwise_affine": False},
     "no final norm": {"_remove_final_layer_norm": True},
 }
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def hugging_face_model(variant: str) -> Any:
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig(**(SMALL | VARIANTS[variant])))
-    for parameter in model.parameters():  # no two elements alike: biases and norms too
+    for parameter in model.parameters():  # all elements differ, those of biases and norms too
         nn.init.normal_(parameter)
     return model
 
@@ -61,7 +61,7 @@ def world(rank: int, size: int) -> Axis:
 
 
 def parameters_of(shape: OPTShape) -> dict[str, tuple[int, ...]]:
-    """Our parameters and their shapes, with q, k and v fused."""
+    """Return our parameters and their shapes, with q, k and v fused."""
     parameters = {}
     for public, size in hf.expected_tensors(shape).items():
         name = public.removeprefix("model.decoder.")
@@ -74,7 +74,7 @@ def parameters_of(shape: OPTShape) -> dict[str, tuple[int, ...]]:
 
 
 def infos_of(shape: OPTShape, rank: int, size: int) -> list[ParameterInfo]:
-    """Zeros for this rank: a matrix is split over rows and columns, a vector over columns alone, fused or not."""
+    """Return zeros for this rank: a matrix is split over rows and columns, a vector over columns only, fused or not."""
     row, column = axis(rank // 2, max(1, size // 2)), axis(rank % 2, min(2, size))
     infos = []
     for name, whole in parameters_of(shape).items():
@@ -88,11 +88,14 @@ def infos_of(shape: OPTShape, rank: int, size: int) -> list[ParameterInfo]:
 
 
 def load_and_export(rank: int, size: int, source: Path, target: Path, max_shard_bytes: int) -> int:
-    """What is loaded is also compared, on each rank, by the caller's reading of the export. Returns the bytes read."""
+    """Load a directory in parts, export it again, and return the bytes read.
+
+    The caller compares the export with the source, and with it what each rank has loaded.
+    """
     shape = from_hugging_face(source)
     infos = infos_of(shape, rank, size)
-    hf.check(source, shape)
-    num_bytes = hf.load(source, [piece for info in infos for piece in info.pieces()])
+    hf.check_weights(source, shape)
+    num_bytes = hf.load_weights(source, [piece for info in infos for piece in info.pieces()])
     owned = [piece for info in infos if owns(info.layout) for piece in info.pieces()]
     with patch.object(hf_folder, "MAX_SHARD_BYTES", max_shard_bytes):
         axes, tokenizer = world(rank, size), ByteTokenizer()
@@ -147,7 +150,7 @@ def test_transformers_reads_back_bit_for_bit_what_it_wrote(
     files = sorted(target.glob("*.safetensors"))
     assert [path.name for path in target.parent.iterdir()] == ["export"]
     assert (len(files) > 1) == (max_shard_bytes == 7000)
-    assert all(file.stat().st_size < 7000 + 4000 for file in files) or len(files) == 1  # a header is no tensor
+    assert all(file.stat().st_size < 7000 + 4000 for file in files) or len(files) == 1  # with the header
 
 
 def test_a_rank_reads_its_own_slices_and_no_more(tmp_path: Path) -> None:
@@ -156,44 +159,44 @@ def test_a_rank_reads_its_own_slices_and_no_more(tmp_path: Path) -> None:
     tensors, seen = public_tensors(model), 0
     for rank in range(4):
         pieces = [piece for info in infos_of(from_hugging_face(tmp_path), rank, 4) for piece in info.pieces()]
-        assert hf.load(tmp_path, pieces) == 4 * sum(piece.data.numel() for piece in pieces)
+        assert hf.load_weights(tmp_path, pieces) == 4 * sum(piece.data.numel() for piece in pieces)
         for piece in pieces:
             assert torch.equal(piece.data, tensors[piece.name][slices(piece.box)])
             seen += piece.data.numel()
     num_vector = sum(tensor.numel() for tensor in tensors.values() if tensor.ndim == 1)
-    assert seen == sum(tensor.numel() for tensor in tensors.values()) + num_vector  # a vector is on both rows
+    assert seen == sum(tensor.numel() for tensor in tensors.values()) + num_vector  # vectors are on both rows
 
 
-GIANT = (16, 2**24)  # 1 GiB, in rows longer than what a system reads ahead of a touched page
+GIANT = (16, 2**24)  # 1 GiB; its rows are longer than what a system reads ahead when a page is touched
 
 
 def load_a_column_of_a_giant(rank: int, size: int, folder: Path) -> int:
-    """The growth of the peak resident memory, in bytes."""
+    """Load eight columns of the tensor, and return by how many bytes the peak resident memory grows."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     piece = Piece("model.decoder.giant.weight", GIANT, ((0, 16), (70000, 70008)), torch.ones(16, 8))
-    assert hf.load(folder, [piece]) == 16 * 8 * 4
+    assert hf.load_weights(folder, [piece]) == 16 * 8 * 4
     assert piece.data.abs().sum() == 0
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def test_a_column_slice_does_not_bring_in_the_tensor(tmp_path: Path) -> None:
+def test_reading_a_column_slice_does_not_read_the_tensor(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     entry = Entry("model.decoder.giant.weight", GIANT, torch.float32)
     header = json.dumps({entry.key: {"dtype": "F32", "shape": entry.shape, "data_offsets": [0, entry.num_bytes]}})
     with file.open("wb") as out:
         out.write(len(header).to_bytes(8, "little") + header.encode())
-        out.truncate(8 + len(header) + entry.num_bytes)  # a hole: it takes no place on the disk
+        out.truncate(8 + len(header) + entry.num_bytes)  # a hole, which takes no space on the disk
     (growth,) = run(load_a_column_of_a_giant, 1, tmp_path)
     assert growth < entry.num_bytes / 4
 
 
 def test_weights_of_the_bare_decoder_are_read_too(tmp_path: Path) -> None:
-    """OPTModel.save_pretrained leaves out the prefix that OPTForCausalLM adds."""
+    """OPTModel.save_pretrained leaves out the prefix that OPTForCausalLM adds to names."""
     model = hugging_face_model("plain")
     model.model.save_pretrained(tmp_path)
-    hf.check(tmp_path, from_hugging_face(tmp_path))
+    hf.check_weights(tmp_path, from_hugging_face(tmp_path))
     data = torch.zeros(16)
-    hf.load(tmp_path, [Piece("model.decoder.layers.1.fc2.bias", (16,), ((0, 16),), data)])
+    hf.load_weights(tmp_path, [Piece("model.decoder.layers.1.fc2.bias", (16,), ((0, 16),), data)])
     assert torch.equal(data, model.model.decoder.layers[1].fc2.bias)
 
 
@@ -203,7 +206,7 @@ def test_an_export_has_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -
     model.save_pretrained(tmp_path / "source")
     shape = from_hugging_face(tmp_path / "source")
     pieces = [piece for info in infos_of(shape, 0, 1) for piece in info.pieces()]
-    hf.load(tmp_path / "source", pieces)
+    hf.load_weights(tmp_path / "source", pieces)
     hf.export(tmp_path / "export", pieces, shape=shape, axis=world(0, 1), dtype=dtype)
     again = OPTForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     for name, tensor in public_tensors(model).items():
@@ -214,7 +217,7 @@ def export_with_a_full_disk_on_rank_0(rank: int, size: int, target: Path) -> str
     shape = OPTShape(**SMALL)
     owned = [piece for info in infos_of(shape, rank, size) if owns(info.layout) for piece in info.pieces()]
     if rank == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # some tensors fit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # bytes: some tensors fit
     with pytest.raises(CheckpointError) as failure:
         hf.export(target, owned, shape=shape, axis=world(rank, size), dtype=torch.float32)
     return str(failure.value)
@@ -224,13 +227,13 @@ def test_a_full_disk_fails_on_every_rank_and_leaves_the_old_export(tmp_path: Pat
     old = tmp_path / "export" / "config.json"
     old.parent.mkdir()
     old.write_text("the old one")
-    for told in run(export_with_a_full_disk_on_rank_0, 4, tmp_path / "export"):
-        assert "model.safetensors: File too large" in told
+    for message in run(export_with_a_full_disk_on_rank_0, 4, tmp_path / "export"):
+        assert "model.safetensors: File too large" in message
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert old.read_text() == "the old one"
 
 
-def test_a_tensor_that_nobody_owns_is_not_exported(tmp_path: Path) -> None:
+def test_an_export_without_an_owner_of_a_tensor_fails(tmp_path: Path) -> None:
     shape = OPTShape(**SMALL)
     pieces = [piece for info in infos_of(shape, 0, 1) for piece in info.pieces()]
     with pytest.raises(AssertionError, match="is not owned once"):
@@ -239,7 +242,7 @@ def test_a_tensor_that_nobody_owns_is_not_exported(tmp_path: Path) -> None:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A directory with the weights of SMALL in one file, all zero."""
+    """Return a directory with the weights of SMALL in one file, all zero."""
     save_zeros(tmp_path, hf.expected_tensors(OPTShape(**SMALL)))
     return tmp_path
 
@@ -250,18 +253,18 @@ def save_zeros(folder: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.d
 
 
 def refusal(folder: Path) -> str:
-    """What `check` says of a directory that should hold SMALL."""
+    """Return the message with which `check_weights` refuses a directory that should hold SMALL."""
     with pytest.raises(DataError) as failure:
-        hf.check(folder, OPTShape(**SMALL))
+        hf.check_weights(folder, OPTShape(**SMALL))
     return str(failure.value)
 
 
 def test_missing_tensors_are_counted_and_named(directory: Path) -> None:
     expected = hf.expected_tensors(OPTShape(**SMALL))
     save_zeros(directory, {name: size for name, size in expected.items() if "layers.1." not in name})
-    told = refusal(directory)
-    assert f"lacks 16 of {len(expected)} tensors: model.decoder.layers.1.self_attn.q_proj.weight" in told
-    assert "and 12 more" in told
+    message = refusal(directory)
+    assert f"lacks 16 of {len(expected)} tensors: model.decoder.layers.1.self_attn.q_proj.weight" in message
+    assert "and 12 more" in message
 
 
 def test_a_tensor_of_another_shape_is_named_with_file_and_both_shapes(directory: Path) -> None:
@@ -290,11 +293,11 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
 
 def test_old_weights_are_refused_with_the_way_to_convert_them(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    assert hf.has_weights(directory)  # else they would be taken for none, and drawn from the seed
+    assert hf.has_weights(directory)  # else weights would be drawn from the seed instead
     assert "save_pretrained" in refusal(directory)
 
 
-def test_no_directory_and_no_weights_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_directory_and_one_without_weights_have_different_messages(tmp_path: Path) -> None:
     assert not hf.has_weights(tmp_path)
     assert "has neither model.safetensors nor" in refusal(tmp_path)
     assert "is not a directory" in refusal(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What a user types, and what the shell gets back."""
+"""The command line: its arguments, refusals and exit codes, and whole runs that it starts."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from models import generate
 from parallel.config import load_raw, parse
 from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError
 from parallel.mesh.topology import Topology
-from training import loop, spawn
+from training import spawn
 from training.rank_grid import cell_caption, cell_of, columns_shown
 
 ROOT = Path(__file__).parent.parent
@@ -41,14 +41,14 @@ def call(*arguments: str) -> int:
 
 
 def worlds_of(config: Path) -> list[str]:
-    """The fewest processes that hold the model, and up to four times as many."""
+    """Return the fewest processes that hold the model, and up to four times as many."""
     parsed = parse(load_raw(config))
     replicas = min(4, parsed.train.global_batch_size // parsed.train.micro_batch_size)
     return [str(count * parsed.parallel.model_size) for count in (1, replicas)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_of_ours_passes_the_check(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_config_in_the_repository_passes_the_check(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for world in worlds_of(config):
         assert call("--config", str(config), "--check", "--world", world) == 0
         shown = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_a_check_shows_ranks_layers_bytes_and_the_pipeline_and_starts_nothing(
 
 
 def test_what_each_rank_holds_adds_up_to_the_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """1d over two ranks halves the matrices; by hand: a rank of opt-tiny, with fp32 Adam 16 bytes a parameter."""
+    """Mode 1d over two ranks halves the matrices. Counted by hand for opt-tiny: 16 bytes a parameter for fp32 Adam."""
     embedding, positions, norm = 260 * 128 // 2, 2050 * 128, 2 * 128
     layer = (3 * (128 * 128 + 128) + 128 * 128 + 512 * 128 + 512 + 128 * 512) // 2 + 2 * 128 + 2 * norm
     parameters = embedding + positions + 4 * layer + norm
@@ -111,13 +111,13 @@ def test_a_cell_has_each_rank_at_its_coordinates(axes: dict[str, int], cell: str
     assert cell_caption(inner) == caption
 
 
-def test_the_way_that_sequences_are_split_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kind_of_context_parallelism_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("ring", "all_to_all"):
         assert call("--check", "--world", "2", "--set", f"parallel.context={{'size': 2, 'kind': '{kind}'}}") == 0
         assert f"2 ranks = context 2 ({kind})" in capsys.readouterr().out
 
 
-def test_columns_that_do_not_fit_are_left_out_but_the_last() -> None:
+def test_columns_that_do_not_fit_are_left_out_except_the_last() -> None:
     assert columns_shown(4, 10, 40) == [0, 1, 2, 3]
     assert columns_shown(64, 10, 40) == [0, 1, None, 63]
     assert columns_shown(64, 90, 40) == [0, None, 63]
@@ -141,7 +141,7 @@ def test_columns_that_do_not_fit_are_left_out_but_the_last() -> None:
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_refused_in_words_and_nothing_is_touched(
+def test_a_mistake_is_refused_with_a_message_and_nothing_is_written(
     arguments: tuple[str, ...],
     message: str,
     tmp_path: Path,
@@ -165,7 +165,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     assert capsys.readouterr().err.startswith("train.device: 'cuda'")
 
 
-def test_only_rank_zero_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_zero_prints_problems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in ("1", "0"):
         for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
@@ -188,7 +188,7 @@ def test_nprocs_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert exit.value.code == 2
 
 
-def test_under_torchrun_each_rank_exits_with_2_and_one_speaks(tmp_path: Path) -> None:
+def test_under_torchrun_each_rank_exits_with_2_and_one_prints_why(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "launch.py")]
     done = subprocess.run(
         [*command, "--set", "train.steps=0"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
@@ -203,7 +203,7 @@ def test_under_torchrun_each_rank_exits_with_2_and_one_speaks(tmp_path: Path) ->
 
 
 def obey(orders: dict[int, str]) -> int:
-    """A rank that does as it is told: by default it outstays any test."""
+    """Do in this rank what `orders` has for it, by default for -1; without an order, sleep longer than any test."""
     rank = int(os.environ["RANK"])
     assert os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]
     match orders.get(rank, orders.get(-1, "stay")):
@@ -213,9 +213,9 @@ def obey(orders: dict[int, str]) -> int:
             return 3
         case "refuse":
             return 2
-        case str(told) if told.startswith("refuse, and say so in "):
+        case str(order) if order.startswith("refuse, and write why to "):
             time.sleep(0.3)
-            Path(told.removeprefix("refuse, and say so in ")).write_text("why")
+            Path(order.removeprefix("refuse, and write why to ")).write_text("why")
             return 2
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -238,15 +238,15 @@ def test_the_first_failing_rank_ends_the_others_and_its_exit_code_is_passed_on(
     assert time.monotonic() - began < 30
 
 
-def test_the_first_rank_may_say_what_all_ranks_refuse(tmp_path: Path) -> None:
-    """The others, who say nothing, are sooner done."""
-    said = tmp_path / "said"
-    assert spawn.run_ranks(obey, {0: f"refuse, and say so in {said}", 1: "refuse", 2: "refuse"}, 3) == 2
-    assert said.read_text() == "why"
+def test_the_first_rank_is_given_time_to_print_what_all_ranks_refuse(tmp_path: Path) -> None:
+    """The other ranks print nothing, so they exit sooner."""
+    message = tmp_path / "message"
+    assert spawn.run_ranks(obey, {0: f"refuse, and write why to {message}", 1: "refuse", 2: "refuse"}, 3) == 2
+    assert message.read_text() == "why"
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """launch.py in a session of its own, running for ever."""
+    """Start launch.py in a session of its own, with more steps than it will take."""
     command = [sys.executable, str(ROOT / "launch.py"), "--set", *SMALL, "train.steps=1000000", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -262,7 +262,7 @@ def wait_until(true: Callable[[], object], seconds: float) -> bool:
 
 
 def session(leader: int) -> list[int]:
-    """The processes of a session that are alive."""
+    """Return the processes of a session that are alive."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -307,7 +307,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_traceback(
 def test_ctrl_c_while_ranks_are_still_being_started_leaves_no_traceback(tmp_path: Path) -> None:
     process = started(tmp_path, "--nprocs", "2")
     try:
-        assert wait_until(lambda: len(session(process.pid)) > 2, 60)  # itself, and what starts the ranks
+        assert wait_until(lambda: len(session(process.pid)) > 2, 60)  # launch.py, and those that start its ranks
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=30)
@@ -360,7 +360,7 @@ def test_two_processes_train_and_the_export_generates(tmp_path: Path) -> None:
 
 
 def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
-    """Greedy, past the positions' end too: there the oldest tokens are forgotten."""
+    """Greedy, and for more tokens than there are positions: the oldest tokens are then left out."""
     transformers = pytest.importorskip("transformers")
     config = transformers.OPTConfig(
         vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=12,
@@ -374,26 +374,26 @@ def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
         for _ in range(9):
             logits = theirs(expected[None, -8:]).logits[0, -1]
             expected = torch.cat([expected, logits.argmax(keepdim=True)])
-    stage, shape = generate.load(tmp_path)
+    stage, shape = generate.load_model(tmp_path)
     ours = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=0, seed=0)
     assert ours.tolist() == expected.tolist()
 
 
-def test_generation_refuses_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_refuses_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("model.path: cannot read")
 
 
 @pytest.mark.parametrize("kind", [RoomError, StorageError, ConfigError])
-def test_what_one_rank_alone_may_have_no_room_for_it_says_itself(
+def test_a_rank_that_alone_lacks_room_prints_so_itself(
     kind: type[ColonnadeError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first rank cannot: it waits for the other, until it is ended. What every rank refuses the first one says."""
+    """Rank 0 cannot print it: it waits for the other rank until it is ended. What every rank refuses, rank 0 prints."""
 
     def fail(job: object) -> None:
         raise kind("zero.nvme_dir: no room")
 
-    monkeypatch.setattr(loop, "run", fail)
+    monkeypatch.setattr("training.run.run_job", fail)
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     assert call("--set", *SMALL, f"output.dir={tmp_path}") == 2

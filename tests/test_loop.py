@@ -1,4 +1,4 @@
-"""A run from start to end, and what it leaves."""
+"""Whole runs, the files that they leave, and runs that resume."""
 
 import dataclasses
 import errno
@@ -22,8 +22,13 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, ConfigError
 from tests.harness import run
-from training import loop, metrics, plot, preflight
+from training import metrics, plot
+from training.config import read_config
+from training.loop import Listeners, fit
 from training.metrics import Meter, MetricsFile, MetricsLine
+from training.preflight import Job, prepare
+from training.preview import device_messages
+from training.run import make_engine, make_loader, run_job
 from training.run_folder import RunFolder
 
 TINY = (
@@ -42,21 +47,21 @@ TINY = (
 TIMES = ("step_seconds", "phases", "tokens_per_second", "tflops", "peak_host_bytes")
 
 
-ALONE = Place(local_world_size=os.cpu_count() or 1)  # one thread: the tests share the cores with others
+ALONE = Place(local_world_size=os.cpu_count() or 1)  # one thread for each rank: other tests run on the cores too
 
 
-def start(folder: Path, *assignments: str, resume: str | None = None, place: Place = ALONE) -> preflight.Job:
-    config = preflight.read_config(None, [*TINY, f"output.dir={folder}", *assignments], place.world_size)
-    return preflight.inspect(config, place, resume=resume)
+def prepared(folder: Path, *assignments: str, resume: str | None = None, place: Place = ALONE) -> Job:
+    config = read_config(None, [*TINY, f"output.dir={folder}", *assignments], place.world_size)
+    return prepare(config, place, resume=resume)
 
 
 def lines_of(folder: Path) -> list[MetricsLine]:
-    """metrics.jsonl without what no two runs have in common."""
+    """Return the lines of metrics.jsonl without the keys in which any two runs differ."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder / "metrics.jsonl")]
 
 
 def strict_json(text: str) -> Any:
-    """JSON as the standard has it: without NaN."""
+    """Return the value of JSON as the standard defines it: NaN is an error."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -67,9 +72,9 @@ def strict_json(text: str) -> Any:
 # -- what a run leaves -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_the_contract_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_the_files_that_the_readme_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    loop.run(start(folder, "output.eval_every=4", "output.checkpoint_every=2", "output.log_every=3"))
+    run_job(prepared(folder, "output.eval_every=4", "output.checkpoint_every=2", "output.log_every=3"))
     lines = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in lines] == [step * 8 * 16 for step in range(1, 7)]
@@ -98,9 +103,9 @@ def test_a_run_leaves_what_the_contract_lists(tmp_path: Path, capsys: pytest.Cap
     assert f"{lines[-1]['validation_loss']:.4f}" in shown
 
 
-def test_an_earlier_run_is_set_aside_and_a_resumed_one_gone_on_with(tmp_path: Path) -> None:
+def test_an_earlier_run_is_renamed_and_a_resumed_one_keeps_its_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", resumed=False)
-    config = preflight.read_config(None, TINY, 1)
+    config = read_config(None, TINY, 1)
     assert folder.make(config) is None
     (folder.path / "mark").write_text("first")
     assert folder.make(config) == tmp_path / "run.1"
@@ -112,32 +117,32 @@ def test_an_earlier_run_is_set_aside_and_a_resumed_one_gone_on_with(tmp_path: Pa
     assert (folder.path / "mark").read_text() == "third"
 
 
-def test_a_folder_in_which_a_run_goes_on_is_refused_to_another(tmp_path: Path) -> None:
-    """The second of two runs of one name once renamed the first one's folder under its feet."""
+def test_a_folder_in_which_a_run_is_writing_is_refused_to_another_run(tmp_path: Path) -> None:
+    """The second of two runs with one name once renamed the folder of the first, which was still running."""
     folder = RunFolder(tmp_path / "run", resumed=False)
-    folder.make(preflight.read_config(None, TINY, 1))
-    with folder.held():
+    folder.make(read_config(None, TINY, 1))
+    with folder.lock.held():
         for other in (folder, dataclasses.replace(folder, resumed=True)):
             with pytest.raises(ConfigError, match="a run that has not ended writes in"):
-                other.check()
+                other.check_writable()
             with pytest.raises(BlockingIOError):
-                other.make(preflight.read_config(None, TINY, 1))
+                other.make(read_config(None, TINY, 1))
         assert not (tmp_path / "run.1").exists()
-    folder.check()
-    assert not folder.lock.exists()
+    folder.check_writable()
+    assert not folder.lock.file.exists()
 
 
-def test_a_run_that_dies_leaves_its_traceback_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_leaves_its_traceback_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down(engine: Engine, batch: object) -> StepResult:
         raise ZeroDivisionError("the reason")
 
     monkeypatch.setattr(Engine, "train_step", break_down)
     with pytest.raises(ZeroDivisionError):
-        loop.run(start(tmp_path / "run"))
+        run_job(prepared(tmp_path / "run"))
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     assert "Traceback" in log
     assert "ZeroDivisionError: the reason" in log
-    assert not [h for h in logging.getLogger().handlers if str(tmp_path) in str(h)]  # and it is closed
+    assert not [h for h in logging.getLogger().handlers if str(tmp_path) in str(h)]  # the log is closed
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -146,12 +151,12 @@ def test_a_run_that_dies_leaves_its_traceback_in_its_log(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, shuffle: bool) -> None:
     options = (f"data.shuffle={shuffle}", "output.checkpoint_every=2", "output.eval_every=2")
-    loop.run(start(tmp_path / "whole", *options))
-    loop.run(start(tmp_path / "cut", *options, "train.steps=5", "lr_scheduler.kind=constant"))
-    loop.run(start(tmp_path / "constant", *options, "lr_scheduler.kind=constant"))
-    again = start(tmp_path / "cut", *options, "lr_scheduler.kind=constant", resume="auto")
-    assert again.start == tmp_path / "cut" / "checkpoints" / "step_000004"
-    loop.run(again)
+    run_job(prepared(tmp_path / "whole", *options))
+    run_job(prepared(tmp_path / "cut", *options, "train.steps=5", "lr_scheduler.kind=constant"))
+    run_job(prepared(tmp_path / "constant", *options, "lr_scheduler.kind=constant"))
+    again = prepared(tmp_path / "cut", *options, "lr_scheduler.kind=constant", resume="auto")
+    assert again.resume_from == tmp_path / "cut" / "checkpoints" / "step_000004"
+    run_job(again)
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "constant")
     first, second = (tmp_path / name / "export" / "model.safetensors" for name in ("cut", "constant"))
     assert first.read_bytes() == second.read_bytes()
@@ -159,7 +164,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
 
 
 def test_a_run_resumes_in_another_layout(tmp_path: Path) -> None:
-    loop.run(start(tmp_path / "one", "output.checkpoint_every=3"))
+    run_job(prepared(tmp_path / "one", "output.checkpoint_every=3"))
     checkpoint = str(tmp_path / "one" / "checkpoints" / "step_000003")
     literal = {
         "tensor": "parallel.tensor={'mode': '1d', 'size': 2}",
@@ -177,38 +182,38 @@ def test_a_run_resumes_in_another_layout(tmp_path: Path) -> None:
 
 
 def resume_in_two(rank: int, world_size: int, folder: Path, layout: str, checkpoint: str) -> None:
-    job = start(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, ALONE.local_world_size))
-    dist.barrier()  # ranks that have yet to meet do so before any of them writes
-    loop.run(job)
+    job = prepared(folder, layout, resume=checkpoint, place=Place(rank, world_size, rank, ALONE.local_world_size))
+    dist.barrier()  # every rank is connected before any of them writes
+    run_job(job)
 
 
 SAVES = "output.checkpoint_every=3"
 
 
-def heard_in_two(rank: int, world_size: int, folder: Path, resume: str | None) -> str:
+def error_in_two(rank: int, world_size: int, folder: Path, resume: str | None) -> str:
     place = Place(rank, world_size, rank, ALONE.local_world_size)
-    job = start(folder, "parallel.tensor={'mode': '1d', 'size': 2}", SAVES, resume=resume, place=place)
+    job = prepared(folder, "parallel.tensor={'mode': '1d', 'size': 2}", SAVES, resume=resume, place=place)
     dist.barrier()
     try:
-        loop.run(job)
+        run_job(job)
     except CheckpointError as error:
         return str(error)
-    return "nothing"
+    return "no error"
 
 
-def test_what_one_rank_alone_cannot_read_every_rank_is_told(tmp_path: Path) -> None:
+def test_a_file_that_one_rank_cannot_read_is_named_on_every_rank(tmp_path: Path) -> None:
     checkpoint = tmp_path / "one" / "checkpoints" / "step_000003"
-    assert run(heard_in_two, 2, tmp_path / "one", None) == ["nothing"] * 2
+    assert run(error_in_two, 2, tmp_path / "one", None) == ["no error"] * 2
     file = checkpoint / "rank_00001.safetensors"
     file.write_bytes(b"\xff" * file.stat().st_size)
-    for said in run(heard_in_two, 2, tmp_path / "two", str(checkpoint)):
-        assert "rank_00001.safetensors is damaged" in said
+    for message in run(error_in_two, 2, tmp_path / "two", str(checkpoint)):
+        assert "rank_00001.safetensors is damaged" in message
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(tmp_path: Path) -> None:
-    loop.run(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run_job(prepared(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
     with pytest.raises(CheckpointError, match=r"ffn_dim 64, not 48"):
-        start(tmp_path / "other", "model.ffn_dim=48", resume=str(tmp_path / "run"))
+        prepared(tmp_path / "other", "model.ffn_dim=48", resume=str(tmp_path / "run"))
     assert not (tmp_path / "other").exists()
 
 
@@ -216,90 +221,88 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_folder_is_touched(t
 def test_a_checkpoint_of_another_function_of_the_same_weights_is_refused(
     tmp_path: Path, change: str, words: str
 ) -> None:
-    loop.run(start(tmp_path / "run", "train.steps=2", "output.checkpoint_every=2", "output.export=False"))
+    run_job(prepared(tmp_path / "run", "train.steps=2", "output.checkpoint_every=2", "output.export=False"))
     with pytest.raises(CheckpointError, match=f"of another model: it has {change.split('=')[0]} {words}"):
-        start(tmp_path / "run", f"model.{change}", resume="auto")
-    start(tmp_path / "run", "model.attention_dropout=0.3", "model.init_std=0.1", resume="auto")
+        prepared(tmp_path / "run", f"model.{change}", resume="auto")
+    prepared(tmp_path / "run", "model.attention_dropout=0.3", "model.init_std=0.1", resume="auto")
 
 
-def test_a_damaged_checkpoint_is_refused_before_the_folder_is_touched_with_the_one_before(tmp_path: Path) -> None:
-    loop.run(start(tmp_path / "run", "output.checkpoint_every=3", "output.export=False"))
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written_and_the_one_before_is_named(tmp_path: Path) -> None:
+    run_job(prepared(tmp_path / "run", "output.checkpoint_every=3", "output.export=False"))
     newest, other = tmp_path / "run" / "checkpoints" / "step_000006", tmp_path / "other"
     file = newest / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=rf"is damaged.*Try --resume {newest.parent}/step_000003\."):
-        start(other, resume=str(newest))
+        prepared(other, resume=str(newest))
     assert not other.exists()
 
 
 def test_weights_and_disks_in_a_folder_that_will_be_renamed_are_refused(tmp_path: Path) -> None:
-    """Once such a run began from drawn weights, without a word."""
+    """Such a run once started from drawn weights, without any message."""
     folder = tmp_path / "run"
-    loop.run(start(folder, "train.steps=2", "output.checkpoint_every=2"))
+    run_job(prepared(folder, "train.steps=2", "output.checkpoint_every=2"))
     with pytest.raises(ConfigError, match=r"model.path: .*export lies in output.dir"):
-        start(folder, f"model.path={folder}/export")
+        prepared(folder, f"model.path={folder}/export")
     with pytest.raises(ConfigError, match=r"zero.nvme_dir: .* lies in output.dir"):
-        start(folder, f"zero.nvme_dir={folder}/logs", "zero.tensor_placement_policy=cpu")
-    again = start(tmp_path / "other", f"model.path={folder}/export")
-    assert f"weights from {folder}/export" in again.notes
-    assert "weights drawn from train.seed 0" in start(tmp_path / "other").notes
-    assert start(folder, f"model.path={folder}/export", resume="auto").start is not None
+        prepared(folder, f"zero.nvme_dir={folder}/logs", "zero.tensor_placement_policy=cpu")
+    again = prepared(tmp_path / "other", f"model.path={folder}/export")
+    assert f"weights from {folder}/export" in again.messages
+    assert "weights drawn from train.seed 0" in prepared(tmp_path / "other").messages
+    assert prepared(folder, f"model.path={folder}/export", resume="auto").resume_from is not None
 
 
-def test_what_a_user_may_not_have_meant_is_said(tmp_path: Path) -> None:
+def test_inputs_that_a_user_may_not_have_meant_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    loop.run(start(folder, "train.steps=1"))
+    run_job(prepared(folder, "train.steps=1"))
     file = folder / "export" / "tokenizer.json"
     other = tmp_path / "other", f"model.path={folder}/export"
-    assert not any("tokenizer of its own" in note for note in start(*other).notes)
+    assert not any("tokenizer of its own" in message for message in prepared(*other).messages)
     file.write_text(file.read_text() + " ")
-    assert any("tokenizer of its own" in note for note in start(*other).notes)
-    notes = start(*other, "data.validation_fraction=0", "output.eval_every=2").notes
-    assert any("no validation" in note for note in notes)
+    assert any("tokenizer of its own" in message for message in prepared(*other).messages)
+    messages = prepared(*other, "data.validation_fraction=0", "output.eval_every=2").messages
+    assert any("no validation" in message for message in messages)
 
 
-def test_stages_that_are_cut_as_for_cpus_are_said_to_be(tmp_path: Path) -> None:
-    for assignment, says in (("train.device=auto", not torch.cuda.device_count()), ("train.device=cpu", False)):
-        config = preflight.read_config(None, ["parallel.pipeline=2", assignment], 2)
-        assert bool(preflight.device_notes(config)) is says
+def test_a_pipeline_that_is_split_for_cpus_is_reported(tmp_path: Path) -> None:
+    for assignment, reported in (("train.device=auto", not torch.cuda.device_count()), ("train.device=cpu", False)):
+        config = read_config(None, ["parallel.pipeline=2", assignment], 2)
+        assert bool(device_messages(config)) is reported
 
 
-def test_a_lock_is_looked_at_by_many_at_once_and_left_by_none(tmp_path: Path) -> None:
+def test_many_may_look_at_a_lock_at_once_and_it_is_removed_whatever_happens(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, resumed=True)
-    with suppress(RuntimeError), folder.held():
-        assert folder.is_held()
+    with suppress(RuntimeError), folder.lock.held():
+        assert folder.lock.is_held()
         raise RuntimeError
-    assert not folder.lock.exists()
-    folder.lock.touch()
-    with folder.lock.open() as other:
+    assert not folder.lock.file.exists()
+    folder.lock.file.touch()
+    with folder.lock.file.open() as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        assert not folder.is_held()
+        assert not folder.lock.is_held()
 
 
-def test_a_file_system_without_locks_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_blocks_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     folder = RunFolder(tmp_path, resumed=True)
-    with folder.held():
-        assert not folder.is_held()
+    with folder.lock.held():
+        assert not folder.lock.is_held()
 
 
-def test_resuming_where_there_is_nothing_starts_anew_and_says_so(tmp_path: Path) -> None:
-    job = start(tmp_path / "run", resume="auto")
-    assert job.start is None
-    assert "nothing to resume" in job.notes[0]
+def test_resuming_without_a_checkpoint_starts_from_the_beginning_with_a_message(tmp_path: Path) -> None:
+    job = prepared(tmp_path / "run", resume="auto")
+    assert job.resume_from is None
+    assert "nothing to resume" in job.messages[0]
     with pytest.raises(CheckpointError):
-        start(tmp_path / "run", resume=str(tmp_path / "nowhere"))
+        prepared(tmp_path / "run", resume=str(tmp_path / "nowhere"))
 
 
-def test_a_resumed_run_that_is_already_complete_exports_and_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    loop.run(start(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
-    loop.run(start(tmp_path / "run", "train.steps=3", resume="auto"))
-    assert "none to take: 6 were taken before" in capsys.readouterr().out
+def test_a_resumed_run_with_no_steps_left_exports_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_job(prepared(tmp_path / "run", "output.checkpoint_every=6", "output.export=False"))
+    run_job(prepared(tmp_path / "run", "train.steps=3", resume="auto"))
+    assert "none left to take: 6 were taken before" in capsys.readouterr().out
     assert len(lines_of(tmp_path / "run")) == 6
     assert (tmp_path / "run" / "export").exists()
 
@@ -317,7 +320,7 @@ def test_metrics_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
     assert [strict_json(line)["loss"] for line in flushed] == [1.5, None, None]
 
 
-def test_a_resume_drops_the_lines_past_its_checkpoint_and_half_a_line(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_the_lines_after_its_checkpoint_and_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     file = MetricsFile(path, after=2)
@@ -346,8 +349,8 @@ def test_the_peak_of_a_device_follows_from_its_name(
 
 
 def test_tflops_are_those_of_one_device() -> None:
-    """6 N + 12 L H S for each token, with N counted by hand: no position table, the embedding once."""
-    config = preflight.read_config(None, TINY, 1)
+    """Each token takes 6 N + 12 L H S, with N counted by hand: without the position table, the embedding once."""
+    config = read_config(None, TINY, 1)
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
     flops = 8 * 16 * (6 * (260 * 32 + 2 * layer + 2 * 32) + 12 * 2 * 32 * 16)
     line = Meter(config, 4, torch.device("cpu")).line(3, StepResult(2.0, 1.0, 0.1, 120), 0.5)
@@ -361,7 +364,7 @@ def test_smoothing_keeps_a_straight_line_straight() -> None:
     assert plot.smoothed([0.0, 1.0] * 100)[50:150] == pytest.approx([0.5] * 100, abs=0.1)
 
 
-def test_without_matplotlib_a_run_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert plot.draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png") is False
@@ -372,19 +375,19 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, make: C
     make(tmp_path / "runs")
     try:
         with pytest.raises(ConfigError, match=r"output\.dir"):
-            RunFolder(tmp_path / "runs" / "x", resumed=False).check()
+            RunFolder(tmp_path / "runs" / "x", resumed=False).check_writable()
     except pytest.fail.Exception:
         if (tmp_path / "runs").is_dir():
             pytest.skip("this user may write anywhere")
         raise
 
 
-def test_an_engine_fits_without_a_launcher_taking_each_step_its_own_batch(tmp_path: Path) -> None:
-    job = start(tmp_path / "run")
-    engine = loop.make_engine(make_context(job.config, job.place), job)
-    loader = loop.make_loader(engine, job)
+def test_the_loop_needs_no_launcher_and_gives_each_step_its_own_batch(tmp_path: Path) -> None:
+    job = prepared(tmp_path / "run")
+    engine = make_engine(make_context(job.config, job.place), job)
+    loader = make_loader(engine, job)
     taken: list[int] = []
-    heard: list[MetricsLine] = []
+    lines: list[MetricsLine] = []
     training = loader.training
 
     def watched(step: int) -> Batch:
@@ -392,7 +395,7 @@ def test_an_engine_fits_without_a_launcher_taking_each_step_its_own_batch(tmp_pa
         return training(step)
 
     loader.training = watched  # type: ignore[method-assign]
-    loop.fit(engine, loader, loop.Listeners(heard.append, lambda step: None), validates=False)
+    fit(engine, loader, Listeners(lines.append, lambda step: None), validates=False)
     assert taken == [0, 1, 2, 3, 4, 5]
-    assert [line["step"] for line in heard] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run").exists()

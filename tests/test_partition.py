@@ -1,4 +1,4 @@
-"""Splitting a model's items over pipeline stages, against brute force over every possible split."""
+"""The split of a model's items over pipeline stages, compared with every possible split."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -37,8 +37,8 @@ def test_partition_matches_brute_force_with_its_tie_breaks(costs: list[float], d
     ("costs", "expected"),
     [
         ([1, 1, 1, 1], [range(0, 2), range(2, 4)]),
-        ([1, 1, 1], [range(0, 1), range(1, 3)]),  # a tie: the first stage is the lighter one
-        ([0, 1, 1, 1, 1, 2], [range(0, 4), range(4, 6)]),  # a heavy head costs its stage two blocks
+        ([1, 1, 1], [range(0, 1), range(1, 3)]),  # a tie: the first stage gets less
+        ([0, 1, 1, 1, 1, 2], [range(0, 4), range(4, 6)]),  # the head costs as much as two blocks
         ([0.1, 0.1, 0.1, 0.1], [range(0, 2), range(2, 4)]),
     ],
 )
@@ -51,7 +51,7 @@ def test_partition_evens_out_the_stages_below_the_largest() -> None:
 
 
 @pytest.mark.parametrize("num_stages", [0, 4])
-def test_partition_refuses_stages_that_it_cannot_fill(num_stages: int) -> None:
+def test_more_stages_than_items_and_no_stages_are_refused(num_stages: int) -> None:
     with pytest.raises(ValueError, match=f"3 items cannot fill {num_stages} pipeline stages.*between 1 and 3"):
         partition([1, 1, 1], num_stages)
 
@@ -65,8 +65,8 @@ def test_layers_put_the_embedding_first_and_the_head_last() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([2, 3], r"place 5 blocks, the model has 4"),
-        ([], r"place 0 blocks, the model has 4"),
+        ([2, 3], r"have 5 blocks, the model has 4"),
+        ([], r"have 0 blocks, the model has 4"),
         ([2, 0, 2], r"stage 1 would hold nothing"),
         ([5, -1], r"negative"),
     ],

@@ -40,7 +40,7 @@ from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
 from tests.test_module_state import train as train_module
 from tests.test_placement import raw_of
-from training.preview import preview
+from training.preview import preview_of
 
 BF16 = dict(state_dtype="bf16", betas=(0.9, 0.999))
 
@@ -320,7 +320,7 @@ def bytes_held(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
 def test_the_preview_counts_four_bytes_of_moments(precision: str, own: int) -> None:
     """A weight that is wide enough is its own master, and is counted as a weight."""
     raw = narrow(config_of({}, precision=precision, model=SHAPE))
-    stage = preview(parse(raw, world_size=1, resolve=resolve), 1).stages[0]
+    stage = preview_of(parse(raw, world_size=1, resolve=resolve), 1).stages[0]
     assert stage.optimizer_bytes == own * stage.parameters
     held, count = run(bytes_held, 1, raw)[0]
     assert held == (12 if precision == "fp64" else 8) * count

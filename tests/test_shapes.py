@@ -1,4 +1,4 @@
-"""The sizes of OPT against Hugging Face, and what a config must respect to fit one."""
+"""The sizes of OPT models, compared with Hugging Face's, and the check that a config fits them."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -9,16 +9,8 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from models.shapes import (
-    NAMED,
-    OPTShape,
-    flops_per_token,
-    from_hugging_face,
-    layer_costs,
-    parameter_count,
-    resolve,
-    shape_of,
-)
+from models.costs import flops_per_token, layer_costs, parameter_count
+from models.shapes import NAMED, OPTShape, from_hugging_face, resolve, shape_of
 from parallel.config import ModelConfig, parse
 from parallel.errors import ConfigError
 from parallel.pipeline.partition import partition
@@ -75,7 +67,7 @@ def test_a_named_size_has_about_the_parameters_it_is_named_for(name: str, billio
 
 
 def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
-    """The reference walks the matmuls; the formula also gives biases and norms 6 FLOPs each, a thousandth here."""
+    """The reference adds up the matmuls. The formula also counts 6 FLOPs for each bias and norm, a thousandth here."""
     shape, length = NAMED["opt-1.3b"], 1024
     hidden, ffn = shape.hidden_size, shape.ffn_dim
     layer = 2 * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * (2 * hidden * length)  # scores, and values
@@ -83,12 +75,12 @@ def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
     assert flops_per_token(shape, length) == pytest.approx(3 * forward, rel=1e-3)
 
 
-# Reading a Hugging Face directory
+# -- reading a Hugging Face directory ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "blocks"), [("cuda", [8, 8, 9, 7]), ("cpu", [8, 8, 8, 8])])
-def test_stages_are_cut_by_what_a_device_takes_for_more_than_matmuls(device: str, blocks: list[int]) -> None:
-    """Of the 6.7b's stages on H100s the last took 717 ms of a step and the others 585, with 8 blocks each."""
+def test_the_partition_counts_the_time_of_more_than_matmuls(device: str, blocks: list[int]) -> None:
+    """OPT-6.7b's last stage took 717 ms of a step on H100s, the others 585, with 8 blocks in each."""
     costs = layer_costs(NAMED["opt-6.7b"], 2048, device)
     first, *middle, last = (len(stage) for stage in partition(costs, 4))
     assert [first - 1, *middle, last - 1] == blocks
@@ -101,7 +93,7 @@ def test_what_hugging_face_saves_reads_back(tmp_path: Path, name: str) -> None:
     assert from_hugging_face(tmp_path) == NAMED[name]
 
 
-def test_an_embedding_is_as_wide_as_the_model_unless_it_says_otherwise(tmp_path: Path) -> None:
+def test_an_embedding_is_as_wide_as_the_model_unless_its_width_is_given(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "opt", "hidden_size": 48, "word_embed_proj_dim": None})
     )
@@ -121,7 +113,7 @@ def test_an_embedding_is_as_wide_as_the_model_unless_it_says_otherwise(tmp_path:
         ('{"model_type": "opt", "pad_token_id": null}', "pad_token_id null"),
     ],
 )
-def test_a_directory_that_is_no_opt_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+def test_a_directory_of_another_model_or_none_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     (problem,) = problems(model={"path": str(tmp_path)})
@@ -129,7 +121,7 @@ def test_a_directory_that_is_no_opt_is_refused(tmp_path: Path, text: str | None,
     assert words in problem
 
 
-# Resolving
+# -- resolving ---------------------------------------------------------------------------------------------------------
 
 
 def test_resolve_fills_in_every_field_and_overrides_win() -> None:
@@ -160,11 +152,11 @@ def test_resolve_fills_in_every_field_and_overrides_win() -> None:
         ),
         (
             {"parallel": {"pipeline": {"size": 3, "layers": (1, 1, 1)}}},
-            "parallel.pipeline.layers: (1, 1, 1) adds up to 3, got a model of 4 layers. Try (1, 2, 1).",
+            "parallel.pipeline.layers: (1, 1, 1) adds up to 3, but the model has 4 layers. Try (1, 2, 1).",
         ),
         (
             {"parallel": {"pipeline": {"size": 6, "layers": (0, 1, 1, 1, 2, 0)}}},
-            "parallel.pipeline.layers: (0, 1, 1, 1, 2, 0) adds up to 5, got a model of 4 layers."
+            "parallel.pipeline.layers: (0, 1, 1, 1, 2, 0) adds up to 5, but the model has 4 layers."
             " Try (0, 1, 1, 1, 1, 0).",
         ),
         (
@@ -173,7 +165,7 @@ def test_resolve_fills_in_every_field_and_overrides_win() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_a_model_names_the_nearest(raw: dict[str, Any], problem: str) -> None:
+def test_a_value_that_does_not_fit_a_model_is_refused_with_the_nearest(raw: dict[str, Any], problem: str) -> None:
     assert problems(**raw) == (problem,)
 
 

@@ -1,4 +1,4 @@
-"""What training promises beyond four steps on full samples: masks, evaluation, bf16, replicas, one seed, one model."""
+"""Training beyond four steps on full samples: masks, evaluation, bf16, replicas, and one model from one seed."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.build import build, outline
-from models.hf import load
+from models.build import build, stage_of
+from models.hf import load_weights
 from models.shapes import resolve
 from parallel.config import parse
 from parallel.engine.context import Context, Place, make_context
@@ -47,7 +47,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def padded(batches: list[Batch]) -> list[Batch]:
-    """Samples padded on the left, on the right, and not at all; one sample has no label but one."""
+    """Return the samples padded on the left, on the right, and not at all. One sample has a single label."""
     found = []
     for batch in batches:
         mask = torch.ones_like(batch["input_ids"])
@@ -61,7 +61,7 @@ def padded(batches: list[Batch]) -> list[Batch]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padded_samples_train_as_in_hugging_face(opt: Path, layout: str) -> None:
-    """Microbatches with different numbers of labels: a mean of their means would differ."""
+    """The microbatches have different numbers of labels, so a mean of their means would differ."""
     world_size, parallel = LAYOUTS[layout]
     micro = 2 if layout.startswith("dp2") else 4
     raw = config_of(parallel, steps=2, model=dict(path=str(opt)), train=dict(micro_batch_size=micro))
@@ -70,8 +70,8 @@ def test_padded_samples_train_as_in_hugging_face(opt: Path, layout: str) -> None
     compare(got, reference(opt, raw, padded(batches_of(2))), 1e-9, wide=True)
 
 
-def test_padded_rows_see_nothing_where_attention_has_dropout(opt: Path) -> None:
-    """Padding at the start sees no token, yet predicts the first: with dropout it once saw all, the future too."""
+def test_padded_rows_attend_to_nothing_with_attention_dropout(opt: Path) -> None:
+    """Padding at the start sees no token but predicts the first one. With dropout it once saw all, later ones too."""
     raw = config_of({}, steps=2, model=dict(path=str(opt), attention_dropout=1e-12), train=dict(micro_batch_size=12))
     got = run(train, 1, raw, padded(batches_of(2)))[0]
     assert got is not None
@@ -109,7 +109,7 @@ def test_evaluation_equals_hugging_face_on_every_rank(opt: Path, layout: str) ->
 
 
 def test_depth_replicas_stay_bit_identical_over_twenty_steps(opt: Path) -> None:
-    """`train` puts the weights together from all ranks, and fails where two that hold the same elements differ."""
+    """`train` gathers the weights from all ranks, and fails if two ranks that hold the same elements differ."""
     world_size, parallel = LAYOUTS["2.5d8"]
     raw = config_of(parallel, steps=20, precision="fp32", model=dict(path=str(opt)), train=dict(micro_batch_size=12))
     trace = run(train, world_size, raw, batches_of(20))[0]
@@ -136,7 +136,7 @@ def test_bf16_gradients_err_at_most_twice_as_much_as_unsplit_bf16(opt: Path, lay
 
 
 def together(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """The relative error of all tensors taken as one vector."""
+    """Return the relative error of all tensors, taken as one vector."""
     return relative(torch.cat([got[name].flatten() for name in want]), torch.cat([w.flatten() for w in want.values()]))
 
 
@@ -147,7 +147,7 @@ def drawn(rank: int, world_size: int, raw: Raw) -> Trace:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_seed_draws_one_model_in_every_layout(precision: str) -> None:
-    """To the last bit; several row blocks, a vocabulary that nothing divides, a padding row that is zero."""
+    """All bits are equal: of several row blocks, a vocabulary that no axis divides, and a padding row of zeros."""
     model = SHAPE | dict(vocab_size=203, max_position_embeddings=130)
 
     def weights(world_size: int, parallel: Raw, seed: int = 3) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def test_one_seed_draws_one_model_in_every_layout(precision: str) -> None:
         return run(drawn, world_size, config_of(parallel, precision=precision, model=model, train=train))[0].weights
 
     serial = weights(1, {})
-    if precision == "bf16":  # the masters are drawn, not widened from what was rounded
+    if precision == "bf16":  # master weights are drawn in fp32, not widened from rounded weights
         in_full = run(drawn, 1, config_of({}, model=model, train=dict(seed=3, micro_batch_size=12)))[0].weights
         assert all(torch.equal(serial[name], in_full[name]) for name in serial)
     for world_size, parallel in (LAYOUTS[name] for name in ("1d2", "2d4", "3d8")):
@@ -183,8 +183,8 @@ def test_a_rank_reads_only_its_slices_of_a_hugging_face_directory(opt: Path, lay
     contexts = [context_of(raw, rank, world_size) for rank in range(world_size)]
     file_bytes = sum(p.numel() for p in build(context_of(config_of({}, model=dict(path=str(opt))), 0, 1)).parameters())
     for context in contexts:
-        stage = outline(context)
+        stage = stage_of(context)
         pieces = [piece for info in stage.infos for piece in info.pieces()]
-        read = load(opt, pieces)
+        read = load_weights(opt, pieces)
         assert read == 8 * sum(piece.data.numel() for piece in pieces)
         assert read < 0.75 * 8 * file_bytes

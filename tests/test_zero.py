@@ -240,13 +240,13 @@ def bytes_at_start(rank: int, world_size: int, raw: Raw) -> tuple[list[int], int
         sizes = {storage._cdata: storage.nbytes() for storage in storages}.values()
         return sum(size for size in sizes if size > 8)  # not the element that stands in for what is absent
 
-    found, fill = [held()], stage.fill
+    found, fill = [held()], stage.set_initial_values
 
     def watched(infos: Sequence[ParameterInfo]) -> None:
         fill(infos)
         found.append(held())
 
-    stage.fill = watched
+    stage.set_initial_values = watched
     engine = Engine(stage, context)
     return [*found, held()], 8 * max(chunk.size for chunk in engine.chunks)
 

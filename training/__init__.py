@@ -1,1 +1,1 @@
-"""A training run: checks before it, the loop, what is printed and drawn, what is left behind. `launch.py` drives it."""
+"""A training run: the checks before it, the loop, what it prints, and the files it leaves. `launch.py` starts it."""

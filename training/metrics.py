@@ -1,4 +1,4 @@
-"""metrics.jsonl: what each step did and what it cost, a line of JSON a step."""
+"""Write and read metrics.jsonl, which has a line of JSON for each step: what it did and what it cost."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from models.shapes import flops_per_token, shape_of
+from models.costs import flops_per_token
+from models.shapes import shape_of
 from parallel.config import Config
 from parallel.engine.base import StepResult
 
@@ -31,17 +32,18 @@ PEAK_TFLOPS = {
     r"RTX 3090": 71.0,
     r"RTX 4090": 165.0,
 }
-"""Dense bf16 TFLOP/s with fp32 accumulation, as NVIDIA's data sheets have them; the first name that fits counts."""
+"""Dense bf16 TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that matches counts."""
 
 
 @dataclass(frozen=True)
 class Meter:
-    """Turns a step and its seconds into a line.
+    """Makes the metrics of a step from its result and its seconds.
 
-    `tflops` is what each device achieved: model TFLOP/s (`flops_per_token`: recomputation not counted) over all of the
-    world's devices. `mfu` is that over the device's bf16 peak, whatever the precision; null where the peak is unknown.
-    `phases` are the parts of `step_seconds`, as this process spent them; `peak_device_bytes` and `peak_host_bytes` are
-    its own too, since its start; under the placement 'auto' the device's is since the last plan was made.
+    `tflops` is what each device achieved: the model's TFLOP/s (`flops_per_token`, without recomputation) divided by the
+    number of devices. `mfu` is `tflops` divided by the device's bf16 peak, whatever the precision, and null where the
+    peak is not known. `phases` are the parts of `step_seconds` as this process spent them. `peak_device_bytes` and
+    `peak_host_bytes` are of this process too, since it started; with tensor_placement_policy="auto" those of the device
+    are since the last placement plan was made.
     """
 
     config: Config
@@ -49,7 +51,7 @@ class Meter:
     device: torch.device
 
     def line(self, step: int, result: StepResult, seconds: float) -> MetricsLine:
-        """The line of step `step`, counted from 1."""
+        """Return the line of a step, counted from 1."""
         train, sequence = self.config.train, self.config.data.sequence_length
         tokens = train.global_batch_size * sequence
         flops = tokens * flops_per_token(shape_of(self.config), sequence)
@@ -73,7 +75,7 @@ class Meter:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The dense bf16 TFLOP/s that the device's maker promises; None for a CPU and for a GPU not in the table."""
+    """Return the dense bf16 TFLOP/s in the device's data sheet; None for a CPU and for a GPU not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -81,20 +83,21 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """The most that torch had allocated on the device; 0 on a CPU."""
+    """Return the most memory that torch has had allocated on the device; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Return the most memory that this process has had resident."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class MetricsFile:
-    """metrics.jsonl, open for the lines of the steps after `after`: those past it that an earlier run left are dropped.
+    """A metrics.jsonl that is open for writing. Lines of steps after `after`, left by an earlier run, are removed.
 
-    Every line is valid JSON, so NaN and the infinities become null. A line is on its way to disk when `write` returns.
+    Every line is valid JSON, so NaN and the infinities become null. When `write` returns, the operating system has the
+    line, so it is not lost if the process is killed.
     """
 
     def __init__(self, path: Path, *, after: int) -> None:
@@ -113,7 +116,7 @@ class MetricsFile:
 
 
 def read(path: Path) -> Iterator[MetricsLine]:
-    """The lines of a metrics.jsonl, if there is one; a last one that a crash cut short is left out."""
+    """Yield the lines of a metrics.jsonl, if there is one. A last line that a crash cut short is left out."""
     text = path.read_text() if path.exists() else ""
     for line in text.splitlines(keepends=True):
         if line.endswith("\n"):

@@ -1,15 +1,15 @@
-"""loss.png: the loss of a run, drawn from its metrics.jsonl."""
+"""Draw loss.png, the loss of a run, from its metrics.jsonl."""
 
 from pathlib import Path
 
 from training.metrics import MetricsLine, read
 
 BLUE, ORANGE = "#2a6fbb", "#e07b00"
-SMOOTH_FROM = 30  # steps: a shorter run is readable as it is
+SMOOTH_FROM = 30  # steps: the curve of a shorter run is readable as it is
 
 
 def draw_loss(metrics: Path, target: Path) -> bool:
-    """Draw training and validation loss over the steps. False where matplotlib is not installed."""
+    """Draw training and validation loss over the steps. Returns False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -42,17 +42,20 @@ def draw_loss(metrics: Path, target: Path) -> bool:
 
 
 def _column(lines: list[MetricsLine], key: str) -> tuple[list[int], list[float]]:
-    """The steps that have a finite value under `key`, and the values."""
+    """Return the steps that have a finite value under `key`, and the values."""
     found = [(int(line["step"] or 0), float(value)) for line in lines if (value := line.get(key)) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """The mean of each value and its neighbours, about a twentieth of the run, fewer near the ends: no lag, no bias."""
-    reach = max(2, len(values) // 40)
-    found = []
+    """Return the mean of each value and its neighbours: about a twentieth of the run, and fewer near its ends.
+
+    There are equally many on both sides, so the curve has neither lag nor bias.
+    """
+    most = max(2, len(values) // 40)
+    means = []
     for i in range(len(values)):
-        max_states_on_host = min(reach, i, len(values) - 1 - i)
-        window = values[i - max_states_on_host : i + max_states_on_host + 1]
-        found.append(sum(window) / len(window))
-    return found
+        reach = min(most, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        means.append(sum(window) / len(window))
+    return means

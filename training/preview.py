@@ -1,28 +1,28 @@
-"""What a config comes to in a world of some size: each stage's layers, its bytes and its pace, with nothing started."""
+"""A run laid out over a number of ranks: the layers, bytes and cost of each pipeline stage, with nothing started."""
 
 from dataclasses import dataclass
 
 import torch
 
-from models import opt
-from models.build import costs_of, outline, split
-from models.shapes import OPTShape, parameter_count, shape_of
+from models.build import costs_of, layers_of_stages, mode_of, specs_of_stage, stage_of
+from models.costs import parameter_count
+from models.shapes import OPTShape, shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
 from parallel.config import Config
 from parallel.engine.context import Place, make_context
+from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, simulate
-from parallel.tensor import MODES
 
 
 @dataclass(frozen=True)
 class StagePreview:
-    """A pipeline stage as each of its ranks holds it: they are all alike, padding included.
+    """A pipeline stage as each of its ranks holds it: they all hold equally much, padding included.
 
-    Bytes are of what lasts: weights, gradients at the end of a step, and the optimizer's masters and moments. `cost` is
-    the stage's `layer_costs`, over all of its ranks.
+    The bytes are those that last between steps: weights, gradients at the end of a step, and the optimizer's master
+    weights and moments. `cost` is the sum of the stage's `layer_costs`, for all of its ranks together.
     """
 
     layers: tuple[str, ...]
@@ -51,7 +51,7 @@ class Preview:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, the tied embedding once, padding not at all."""
+        """The parameters of the whole model, the tied embedding once, without padding."""
         return parameter_count(self.shape)
 
     @property
@@ -59,44 +59,53 @@ class Preview:
         return self.config.num_microbatches(self.topology.world_size)
 
     def timeline(self) -> Timeline:
-        """One step of the pipeline, by the layers' costs: a backward costs two forwards, a transfer nothing."""
+        """Simulate one step of the pipeline by the layers' costs: a backward costs two forwards, a transfer nothing."""
         pipeline = self.config.parallel.pipeline
         plan = with_transfers(SCHEDULES[pipeline.schedule](pipeline.size, self.num_microbatches))
         costs = [stage.cost for stage in self.stages]
         return simulate(plan, costs, [2 * cost for cost in costs])
 
 
-def preview(config: Config, world_size: int) -> Preview:
-    """Lay a resolved config out over `world_size` ranks."""
-    topology = Topology(config.parallel.mesh_shape(world_size))
-    return Preview(config, topology, tuple(_stage(config, topology, s) for s in range(config.parallel.pipeline.size)))
+def preview_of(config: Config, world_size: int) -> Preview:
+    """Return a config, with every field set, laid out over `world_size` ranks."""
+    topology, costs, stages = Topology(config.parallel.mesh_shape(world_size)), costs_of(config), []
+    for index, layers in enumerate(layers_of_stages(costs, config.parallel.pipeline)):
+        rank = topology.rank_of({axis: index if axis == "pipe" else 0 for axis in topology.shape})
+        stages.append(_stage_of_rank(config, Place(rank, world_size), cost=sum(costs[i] for i in layers)))
+    return Preview(config, topology, tuple(stages))
 
 
-def _stage(config: Config, topology: Topology, stage: int) -> StagePreview:
-    rank = topology.rank_of({axis: stage if axis == "pipe" else 0 for axis in topology.shape})
-    context = make_context(config, Place(rank, topology.world_size), connect=False, device=torch.device("meta"))
-    mode = MODES[config.parallel.tensor.mode](context.mesh, context.dtype)
-    specs, costs = opt.layers_of(shape_of(config), mode, config.train.seed), costs_of(config)
-    own = split(costs, config.parallel.pipeline)[stage]
-    infos, microbatches = outline(context).infos, config.num_microbatches(topology.world_size)
-    parameters = sum(info.parameter.numel() for info in infos)
-    master = master_dtype(context.dtype)
+def device_messages(config: Config) -> list[str]:
+    """Return a message if this machine cuts the pipeline into other stages than a machine with GPUs would."""
+    pipeline = config.parallel.pipeline
+    if config.train.device != "auto" or pipeline.size == 1 or pipeline.layers is not None:
+        return []
+    if device_type("auto") == "cuda":
+        return []
+    return ["the pipeline is split for CPUs: train.device=cuda shows how it is split for GPUs"]
 
-    def of_a_rank(info: ParameterInfo, *, from_stage: int) -> int:
-        """Elements on each rank of what ZeRO divides from this stage on."""
-        ranks = info.layout.sync[0].size if config.zero.stage >= from_stage else 1
-        return -(-info.parameter.numel() // ranks)
 
-    # A weight that is wide enough is its own master.
-    state = state_size(master, config.optimizer) - (master.itemsize if master == context.dtype else 0)
+def _stage_of_rank(config: Config, place: Place, *, cost: float) -> StagePreview:
+    """Return the stage that a rank belongs to, built on the device "meta", where parameters have sizes and no data."""
+    context = make_context(config, place, connect=False, device=torch.device("meta"))
+    infos, zero = stage_of(context).infos, config.zero.stage
+    microbatches, dtype, master = config.num_microbatches(place.world_size), context.dtype, master_dtype(context.dtype)
+    # A weight that is wide enough is its own master weight.
+    state = state_size(master, config.optimizer) - (master.itemsize if master == dtype else 0)
     return StagePreview(
-        tuple(specs[i].name for i in own),
-        parameters,
-        weight_bytes=sum(context.dtype.itemsize * of_a_rank(info, from_stage=3) for info in infos),
+        tuple(spec.name for spec in specs_of_stage(context, mode_of(context))),
+        sum(info.parameter.numel() for info in infos),
+        weight_bytes=sum(dtype.itemsize * _elements_on_rank(info, divided=zero >= 3) for info in infos),
         gradient_bytes=sum(
-            gradient_dtype(context.dtype, info.layout.sync, microbatches).itemsize * of_a_rank(info, from_stage=2)
+            gradient_dtype(dtype, info.layout.sync, microbatches).itemsize * _elements_on_rank(info, divided=zero >= 2)
             for info in infos
         ),
-        optimizer_bytes=sum(state * of_a_rank(info, from_stage=1) for info in infos),
-        cost=sum(costs[i] for i in own),
+        optimizer_bytes=sum(state * _elements_on_rank(info, divided=zero >= 1) for info in infos),
+        cost=cost,
     )
+
+
+def _elements_on_rank(info: ParameterInfo, *, divided: bool) -> int:
+    """Return the elements of a parameter on each rank: all of them, or a share where ZeRO divides them."""
+    ranks = info.layout.sync[0].size if divided else 1
+    return -(-info.parameter.numel() // ranks)

@@ -1,20 +1,20 @@
-"""The picture of a mesh: its ranks where their coordinates put them. No torch."""
+"""A drawing of a mesh: each rank at its coordinates. This module needs no torch."""
 
 from collections.abc import Mapping
 from math import prod
 
 from parallel.mesh.topology import Topology
 
-LARGEST_CELL = 64  # ranks drawn one by one; more are named by the first and the last
+LARGEST_CELL = 64  # ranks that are drawn one by one; of more only the first and the last are named
 
 
-def cell_of(topology: Topology, place: Mapping[str, int]) -> str:
-    """The ranks at `place` (a coordinate for each outer axis), laid out along the other axes.
+def cell_of(topology: Topology, outer: Mapping[str, int]) -> str:
+    """Return the ranks at `outer` (a coordinate for each outer axis), laid out along the other axes.
 
-    The last axis runs across, the one before it down, and what is left makes blocks side by side.
+    The last axis runs across, the one before it down, and the others make blocks side by side.
     """
-    inner = {axis: size for axis, size in topology.shape.items() if axis not in place}
-    first = topology.rank_of({**place, **dict.fromkeys(inner, 0)})
+    inner = {axis: size for axis, size in topology.shape.items() if axis not in outer}
+    first = topology.rank_of({**outer, **dict.fromkeys(inner, 0)})
     count = prod(inner.values())
     if count > LARGEST_CELL:
         return f"{first}–{first + count - 1}"
@@ -28,28 +28,28 @@ def cell_of(topology: Topology, place: Mapping[str, int]) -> str:
 
 
 def cell_caption(inner: Mapping[str, int]) -> str | None:
-    """How to read a cell; None where it holds one rank."""
+    """Return a line that says along which axes the ranks of a cell lie, or None for a cell of one rank."""
     *blocks, down, across = ["", "", *_drawn(inner)]
     named = [((across,), "across"), ((down,), "down"), (blocks, "in blocks")]
-    seen = [(" × ".join(axis for axis in axes if inner.get(axis, 1) > 1), word) for axes, word in named]
-    words = [f"{axes} {word}" for axes, word in seen if axes]
+    parts = [(" × ".join(axis for axis in axes if inner.get(axis, 1) > 1), word) for axes, word in named]
+    words = [f"{axes} {word}" for axes, word in parts if axes]
     return f"in a cell: {', '.join(words)}" if words else None
 
 
 def _drawn(inner: Mapping[str, int]) -> list[str]:
-    """The axes that a cell is drawn along: the context axis only where it splits something."""
+    """Return the axes along which a cell is drawn. The context axis is left out if its size is 1."""
     return [axis for axis, size in inner.items() if axis != "context" or size > 1]
 
 
 def _extents(inner: Mapping[str, int]) -> tuple[int, int, int]:
-    """Blocks, and in each of them rows and columns."""
+    """Return the number of blocks in a cell, and the rows and columns of each."""
     sizes = [inner[axis] for axis in _drawn(inner)]
     *outer, down, across = [1, 1, *sizes]
     return prod(outer), down, across
 
 
 def columns_shown(count: int, column_width: int, width: int) -> list[int | None]:
-    """Which of `count` columns fit; None stands for those left out."""
+    """Return which of `count` columns fit into `width`; None stands for those that are left out."""
     if count * column_width <= width:
         return list(range(count))
     first = max(1, width // column_width - 2)

@@ -1,7 +1,7 @@
-"""Ranks started by ourselves, on one host: what torchrun does, sooner and without its daemons.
+"""Start the ranks of one host, as torchrun does but sooner and without its agent.
 
-Importing torch takes seconds, so a fork server imports it once and every rank is a fork of that. The server does
-nothing else: no backward, no CUDA, for a fork must not inherit their threads.
+Importing torch takes seconds, so a fork server imports it once, and every rank is a fork of the server. The server does
+nothing else: it runs no backward and no CUDA, because a fork must not inherit their threads.
 """
 
 import multiprocessing
@@ -20,17 +20,17 @@ from typing import TypeVar
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0
-REFUSED = 2  # the exit code of a rank that a user's error has ended
+REFUSED = 2  # the exit code of a rank that refuses what the user gave
 
 
 def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
     """Call `main(argument)` in each of `num_ranks` processes, in the environment that torchrun would give them.
 
-    Returns 0 when all have returned 0, else the exit code of the first that did not, the others having been ended.
-    However this ends, no rank outlives it.
+    Returns 0 if all ranks return 0. Otherwise it ends the others and returns the exit code of the first rank that
+    failed. No rank is left running, however this function ends.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "training.loop"])
+    context.set_forkserver_preload(["torch", "training.run"])
     _start_server()
     port = _free_port()
     ranks: list[ForkServerProcess] = []
@@ -46,7 +46,7 @@ def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
 
 
 def _start_server() -> None:
-    """Deaf to Ctrl-C from its first moment: it would end in a traceback while it imports."""
+    """Start the fork server. It ignores Ctrl-C from the first: during its imports that would end in a traceback."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
@@ -73,14 +73,15 @@ def _free_port() -> int:
 
 
 def _rank(main: Callable[[T], int], argument: T, environment: dict[str, str]) -> None:
-    """A rank's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and that ends the ranks in order
+    """Run a rank, in its own process, until it exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends the ranks
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.update(environment)
     sys.exit(main(argument))
 
 
 def _die_with_parent() -> None:
+    """Wait for the end of the parent, even one that is killed, and then end this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -88,14 +89,15 @@ def _die_with_parent() -> None:
 
 
 def _first_failure(ranks: Sequence[ForkServerProcess]) -> int:
+    """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
     running = {process.sentinel: process for process in ranks}
     while running:
         ended = [running.pop(sentinel) for sentinel in wait(list(running)) if isinstance(sentinel, int)]
         failed = [process for process in ended if _exit_code(process)]
         if failed:
             if all(_exit_code(process) == REFUSED for process in failed):
-                ranks[0].join(GRACE_SECONDS)  # what every rank refuses the first one says: let it
-            # A rank killed by a signal makes others fail, which may be noticed in the same moment.
+                ranks[0].join(GRACE_SECONDS)  # every rank refuses the same, and rank 0 prints why: let it finish
+            # When a signal kills a rank, others may fail because of it in the same moment: the largest code is its own.
             first = max(failed, key=_exit_code)
             print(f"{first.name} ended with exit code {_exit_code(first)}; ending the others", file=sys.stderr)
             return _exit_code(first)
@@ -103,14 +105,14 @@ def _first_failure(ranks: Sequence[ForkServerProcess]) -> int:
 
 
 def _exit_code(process: ForkServerProcess) -> int:
-    """As a shell has it: 128 + the number of the signal that killed it."""
+    """Return the exit code as a shell gives it: 128 + the number of the signal if one killed the process."""
     process.join()
     assert process.exitcode is not None
     return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
 
 
 def _end(ranks: Sequence[ForkServerProcess]) -> None:
-    """Ask those that still run to end, and kill those that do not within the grace."""
+    """Ask the ranks that still run to end, and kill those that do not within GRACE_SECONDS."""
     for process in ranks:
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS

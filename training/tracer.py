@@ -7,21 +7,39 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from parallel.errors import ConfigError
+
+
+def steps_to_trace(asked: range, *, taken: int, steps: int) -> tuple[range, list[str]]:
+    """Return those of the steps asked for that a run of `steps` will take after the `taken` ones, and messages.
+
+    Steps are counted from 1. Raises ConfigError if the run ends before the first of the steps asked for.
+    """
+    if not asked:
+        return asked, []
+    text = f"{asked.start}:{asked.stop}"
+    if asked.start > steps:
+        raise ConfigError(
+            f"--profile {text}: step {asked.start} is past the last, train.steps={steps}. Try {steps}:{steps + 1}."
+        )
+    coming = range(max(asked.start, taken + 1), min(asked.stop, steps + 1))
+    return coming, [] if coming else [f"--profile {text}: nothing to trace, {taken} of {steps} steps were taken before"]
+
 
 class Tracer:
-    """Leaves in `file` a trace of `steps`, numbered from 1: what this rank and its GPU did, by name.
+    """Writes to `file` a trace of `steps`, counted from 1: what this rank and its GPU did, by name.
 
-    The profiler lives from before the first of them until after the last; around other steps there is none. `done` is
-    called once the file is written.
+    The profiler exists from before the first of these steps until after the last, and around other steps there is none.
+    `on_written` is called once the file is written.
     """
 
-    def __init__(self, steps: range, file: Path, device: torch.device, done: Callable[[], None]) -> None:
-        self.steps, self.file, self.device, self.done = steps, file, device, done
+    def __init__(self, steps: range, file: Path, device: torch.device, *, on_written: Callable[[], None]) -> None:
+        self.steps, self.file, self.device, self.on_written = steps, file, device, on_written
         self._profiler: profile | None = None
 
     @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """Around a training step: its range in the trace, if it is one of those asked for."""
+    def around_step(self, step: int) -> Iterator[None]:
+        """Trace a training step, the body of the `with` statement, if it is one of those asked for."""
         if step not in self.steps:
             yield
             return
@@ -35,10 +53,10 @@ class Tracer:
             self.close()
             self.file.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.file))
-            self.done()
+            self.on_written()
 
     def close(self) -> None:
-        """End the profiler, should a run break off among its steps: a process that exits with it alive may crash."""
+        """Stop the profiler if a run ends during its traced steps: a process that exits while it runs may crash."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None

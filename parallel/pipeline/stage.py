@@ -1,6 +1,8 @@
-"""A rank's part of a model: some of its layers, in order, and what the outside must know about them."""
+"""One rank's part of a model: some of its layers, in order, and what the pipeline and the engine must know of them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,20 +11,42 @@ from parallel.activations.offload import InputsOnHost
 from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.microbatch import Limits, Microbatch
 
+SetValues: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
+"""A function that gives each of these parameters its first value."""
+
+
+@dataclass(frozen=True)
+class StageInterface:
+    """The form of what a stage takes and returns.
+
+    `activation_shape`: (B, S) of a microbatch -> the shape of the activations between stages, as each rank holds them.
+    `dtype`: the dtype of these activations.
+    `is_counted`: whether this rank's loss enters the sum over ranks. Of the ranks that compute the same loss one is
+    counted.
+    `limits`: the token ids and lengths that the model can be given.
+    """
+
+    activation_shape: Callable[[int, int], tuple[int, ...]]
+    dtype: torch.dtype
+    is_counted: bool
+    limits: Limits
+
+
+def keep_values(infos: Sequence[ParameterInfo]) -> None:
+    """Leave the parameters as they are."""
+
 
 class Stage(nn.Module):
-    """One pipeline stage of a model.
+    """One pipeline stage of a model, as this rank holds it.
 
-    forward(x, microbatch): x is None on the first stage, elsewhere the previous stage's output; the last returns the
-    loss summed over this rank's tokens, the others activations of `boundary(B, S)`'s shape.
+    forward(x, microbatch): x is None on the first stage and the previous stage's output on the others. The last stage
+    returns the loss summed over this rank's tokens, the others return activations.
 
-    `infos` are the parameters of this rank, each once. `is_counted`: whether this rank's loss is the one that counts,
-    among the ranks that compute the same loss.
-    `limits`: what the model can be given.
-
-    `units`: the layers, by the unit of their parameters, that can be made whole one at a time, when they compute.
-    `fill`: gives parameters that came without a storage their first values.
-    `inputs`: where layers are recomputed and their inputs kept on the host.
+    `infos`: the parameters of this rank, each once.
+    `units`: the layers whose parameters can be gathered on demand, one layer at a time, by the name of their unit
+    (`ParameterInfo.unit`).
+    `set_initial_values`: called with the parameters that were built without a storage, once they have one.
+    `inputs`: the host storage of the layers' inputs, where layers are recomputed and their inputs offloaded.
     """
 
     def __init__(
@@ -30,17 +54,15 @@ class Stage(nn.Module):
         layers: Sequence[nn.Module],
         infos: Sequence[ParameterInfo],
         *,
-        boundary: Callable[[int, int], tuple[int, ...]],
-        dtype: torch.dtype,
-        is_counted: bool,
-        limits: Limits,
+        interface: StageInterface,
+        units: Mapping[str, nn.Module],
+        set_initial_values: SetValues = keep_values,
+        inputs: InputsOnHost | None = None,
     ) -> None:
         super().__init__()
-        self.units: Mapping[str, nn.Module] = {}
-        self.fill: Callable[[Sequence[ParameterInfo]], None] = lambda infos: None
-        self.inputs: InputsOnHost | None = None
         self.layers, self.infos = nn.ModuleList(layers), list(infos)
-        self.boundary, self.dtype, self.is_counted, self.limits = boundary, dtype, is_counted, limits
+        self.interface, self.units = interface, units
+        self.set_initial_values, self.inputs = set_initial_values, inputs
 
     def forward(self, x: Tensor | None, microbatch: Microbatch) -> Tensor:
         for layer in self.layers:

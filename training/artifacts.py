@@ -1,0 +1,83 @@
+"""The files that a run leaves: metrics, checkpoints and traces while it trains, and then an export and a plot."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.hf import export
+from models.shapes import shape_of
+from parallel.checkpoint import checkpoint
+from parallel.engine.context import DTYPES
+from parallel.engine.engine import Engine
+from training.loop import Listeners
+from training.metrics import MetricsFile, MetricsLine
+from training.plot import draw_loss
+from training.preflight import Job
+from training.resume import metadata_of
+from training.screen import Screen
+from training.tracer import Tracer
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_while_training(engine: Engine, job: Job, screen: Screen) -> Iterator[Listeners]:
+    """Yield listeners that write metrics.jsonl (on rank 0), checkpoints and traces, and show each step on the screen.
+
+    Its files are closed when the `with` statement ends, whatever ended it.
+    """
+    rank = engine.mesh.world.rank
+    metrics = MetricsFile(job.folder.metrics, after=engine.num_steps) if rank == 0 else None
+    trace = job.folder.trace(rank)
+    tracer = Tracer(job.traced_steps, trace, engine.mesh.device, on_written=lambda: screen.print(f"traced: {trace}"))
+
+    def on_step(line: MetricsLine) -> None:
+        log.info("%s", line)
+        if metrics is not None:
+            metrics.write(line)
+        screen.step(line)
+
+    def on_checkpoint(step: int) -> None:
+        target = save_checkpoint(engine, job, step)
+        log.info("saved %s", target)
+        screen.print(f"saved {target}")
+
+    try:
+        yield Listeners(on_step, on_checkpoint, tracer.around_step)
+    finally:
+        tracer.close()
+        if metrics is not None:
+            metrics.close()
+
+
+def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
+    """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns."""
+    target = checkpoint.step_folder(job.folder.path, step)
+    keep, metadata = engine.config.output.keep_checkpoints, metadata_of(engine.config, engine.counters())
+    checkpoint.save(target, engine.state_pieces(owned=True), metadata=metadata, axis=engine.mesh.world, keep=keep)
+    return target
+
+
+def export_model(engine: Engine, job: Job) -> None:
+    """Write a Hugging Face directory of the weights, in `output.export_dtype`, and the tokenizer.
+
+    The default dtype is fp64 for an fp64 run, else fp32.
+    """
+    config = engine.config
+    dtype = DTYPES[config.output.export_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")]
+    export(
+        job.folder.export,
+        engine.weights(),
+        shape=shape_of(config),
+        axis=engine.mesh.world,
+        dtype=dtype,
+        tokenizer=job.tokenizer,
+    )
+    log.info("exported %s", job.folder.export)
+
+
+def plot_loss(job: Job, screen: Screen) -> None:
+    """Draw loss.png from metrics.jsonl, or print what is missing."""
+    if not draw_loss(job.folder.metrics, job.folder.plot):
+        screen.print("no loss.png: it needs matplotlib (pip install matplotlib)")

@@ -1,0 +1,97 @@
+"""The printed report of a run before it starts: its ranks, the layers and bytes of each, the pipeline's timeline."""
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel.config import Config
+from parallel.pipeline.timeline import draw
+from training.console import print_line
+from training.preview import Preview
+from training.rank_grid import cell_caption, cell_of, columns_shown
+from training.text import layers_text, plural, readable_bytes
+
+# where parameters and optimizer states are kept, by zero.tensor_placement_policy
+PLACEMENT = {
+    "cuda": "",
+    "cpu": "; all of it is offloaded to the host",
+    "auto": "; on the device as far as it fits, the rest on the host",
+}
+
+
+def print_layout(console: Console, preview: Preview, messages: Iterable[str]) -> None:
+    """Print the messages, the ranks, the layers of each stage, and the bytes on each rank."""
+    for line in (*messages, *_summary(preview)):
+        print_line(console, line)
+    console.print(_ranks(preview, console.width))
+    inner = {axis: size for axis, size in preview.topology.shape.items() if axis not in ("pipe", "data")}
+    if caption := cell_caption(inner):
+        print_line(console, caption)
+    print_line(console, _memory_title(preview.config))
+    console.print(_stages(preview))
+
+
+def print_timeline(console: Console, preview: Preview) -> None:
+    """Print a drawing of one step of the pipeline or, if it is wider than the console, only its bubble."""
+    if preview.topology.shape["pipe"] == 1:
+        return
+    picture = draw(preview.timeline()).splitlines()
+    title = f"one step of the {preview.config.parallel.pipeline.schedule} schedule, by estimated cost"
+    if max(map(len, picture)) > console.width:
+        print_line(console, f"{title}: {picture[-1]}")
+        return
+    print_line(console, f"{title} (F forward, B backward; microbatches count from 0):")
+    for line in picture:
+        print_line(console, line)
+
+
+def _summary(preview: Preview) -> Iterator[str]:
+    """Yield the size of the model, how a global batch is divided, and the sizes of the mesh."""
+    config, topology = preview.config, preview.topology
+    train, replicas = config.train, topology.shape["data"]
+    yield f"{config.model.path or config.model.name}: {preview.parameters:,} parameters in {train.precision}"
+    yield (
+        f"batch: {train.global_batch_size} × {config.data.sequence_length} tokens ="
+        f" {plural(replicas, 'replica')} × {plural(preview.num_microbatches, 'microbatch', 'microbatches')}"
+        f" × {plural(train.micro_batch_size, 'sample')}"
+    )
+    kinds = {"context": f" ({config.parallel.context.kind})"}
+    sizes = " × ".join(f"{axis} {size}{kinds.get(axis, '')}" for axis, size in topology.shape.items() if size > 1)
+    yield plural(topology.world_size, "rank") + (f" = {sizes}" if sizes else "")
+
+
+def _memory_title(config: Config) -> str:
+    """Return the line above the bytes of each rank, which says where they are kept."""
+    placement, disk = PLACEMENT[config.zero.tensor_placement_policy], config.zero.nvme_dir
+    overflow = "" if disk is None else f", and in {disk} the optimizer states that do not fit there"
+    return f"memory of each rank, without activations{placement}{overflow}"
+
+
+def _ranks(preview: Preview, width: int) -> Table:
+    """Return the grid of ranks: a row for each stage, a column for each replica, and in a cell those sharing layers."""
+    topology = preview.topology
+    table = Table()
+    first = cell_of(topology, {"pipe": 0, "data": topology.shape["data"] - 1})
+    replicas = columns_shown(topology.shape["data"], max(map(len, first.splitlines())) + 3, width - 12)
+    table.add_column("")
+    for replica in replicas:
+        table.add_column("…" if replica is None else f"data {replica}", justify="center")
+    for stage in range(topology.shape["pipe"]):
+        cells = ["" if d is None else cell_of(topology, {"pipe": stage, "data": d}) for d in replicas]
+        table.add_row(f"pipe {stage}", *cells)
+    return table
+
+
+def _stages(preview: Preview) -> Table:
+    """Return the layers of each stage, and what each of its ranks holds."""
+    table = Table()
+    table.add_column("")
+    table.add_column("layers")
+    for name in ("parameters", "weights", "gradients", "optimizer", "total"):
+        table.add_column(name, justify="right")
+    for index, stage in enumerate(preview.stages):
+        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, stage.total_bytes)
+        numbers = [f"{stage.parameters:,}", *map(readable_bytes, sizes)]
+        table.add_row(f"pipe {index}", layers_text(stage.layers), *numbers)
+    return table

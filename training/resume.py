@@ -1,0 +1,73 @@
+"""The start of a run: a checkpoint that it resumes from, weights that it reads, or weights drawn from the seed."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from models.hf import has_weights
+from models.shapes import OPTShape, shape_of
+from parallel.checkpoint import checkpoint
+from parallel.config import Config
+from parallel.errors import CheckpointError
+
+MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init_std", "bos_token_id", "eos_token_id"}
+"""The fields of a model's shape that may differ: the same weights are then still the same function."""
+
+
+def find_checkpoint(config: Config, resume: str | None) -> Path | None:
+    """Return the checkpoint that `--resume` names; "auto" is the newest of the run, or None if it has none yet.
+
+    Raises CheckpointError if the checkpoint is damaged, of another model, or not there.
+    """
+    found = None if resume is None else checkpoint.find(resume, Path(config.output.dir))
+    if found is None:
+        return None
+    try:
+        checkpoint.check(found)
+    except CheckpointError as error:
+        if earlier := checkpoint.before(found):
+            raise CheckpointError(f"{error} Try --resume {earlier}.") from error
+        raise
+    check_same_model(found, shape_of(config))
+    return found
+
+
+def start_messages(config: Config, resume: str | None, found: Path | None) -> list[str]:
+    """Return the messages about what a run starts from: `found`, the checkpoint for `--resume`, or else its weights."""
+    if found is not None:
+        return [f"resuming from {found}"]
+    path = config.model.path
+    drawn = path is None or not has_weights(path)
+    origin = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
+    if resume is None:
+        return [origin]
+    return [f"nothing to resume in {config.output.dir}: starting from the beginning", origin]
+
+
+def check_same_model(folder: Path, shape: OPTShape) -> None:
+    """Raise CheckpointError if the checkpoint is of another function than this model."""
+    try:
+        saved = OPTShape(**checkpoint.read_metadata(folder)["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error
+    ours, theirs = asdict(shape), asdict(saved)
+    keys = [key for key in ours if key not in MAY_CHANGE and ours[key] != theirs[key]]
+    if keys:
+        differing = "; ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in keys)
+        raise CheckpointError(f"--resume: {folder} is of another model: it has {differing}.")
+
+
+def metadata_of(config: Config, counters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says about its run."""
+    return {
+        "step": counters["step"],
+        "counters": dict(counters),
+        "model": asdict(shape_of(config)),
+        "config": config.to_dict(),
+    }
+
+
+def steps_taken(folder: Path | None) -> int:
+    """Return the number of steps that a run had taken when it saved this checkpoint; 0 without a checkpoint."""
+    return 0 if folder is None else int(checkpoint.read_metadata(folder)["step"])

@@ -1,0 +1,114 @@
+"""A whole run on one rank: its ranks are connected, its folder, log and screen are opened, and it trains."""
+
+import logging
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import astuple
+
+import torch
+
+from models.build import build, stage_of
+from models.data import Loader, SampleOrder
+from parallel.checkpoint import checkpoint
+from parallel.checkpoint.shards import together
+from parallel.engine.base import initial_placement_of
+from parallel.engine.context import Context, make_context
+from parallel.engine.engine import Engine
+from parallel.mesh.collectives import barrier
+from parallel.mesh.mesh import Axis
+from training.artifacts import export_model, plot_loss, written_while_training
+from training.log_file import log_file
+from training.loop import fit
+from training.preflight import Job
+from training.preview import preview_of
+from training.screen import Screen
+
+log = logging.getLogger(__name__)
+
+
+def run_job(job: Job) -> None:
+    """Train as the job says. Every rank of the world calls this."""
+    context = make_context(job.config, job.place)
+    check_room(context)
+    screen = Screen(job.config, quiet=job.place.rank != 0)
+    with (
+        run_folder(job, context.mesh.world) as messages,
+        log_file(job.folder.log(job.place.rank), append=job.folder.resumed),
+        closing(screen),
+    ):
+        log_environment(context)
+        screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
+        train(make_engine(context, job), job, screen)
+        barrier(context.mesh.world)
+        log.info("done")
+
+
+def train(engine: Engine, job: Job, screen: Screen) -> None:
+    """Train to the last step, and leave the metrics, checkpoints, traces, export and plot that the job asks for."""
+    engine.placement_manager.log = screen.print
+    with written_while_training(engine, job, screen) as listeners:
+        fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
+    if engine.config.output.export:
+        export_model(engine, job)
+    if engine.mesh.world.rank == 0:
+        plot_loss(job, screen)
+    screen.finish(job.folder, engine.num_steps)
+
+
+def check_room(context: Context) -> None:
+    """Raise ConfigError, on every rank, if the host and its disk cannot hold what is offloaded to them.
+
+    Nothing has been allocated or written then.
+    """
+    if context.config.zero.tensor_placement_policy != "cuda":
+        initial_placement_of(stage_of(context).infos, context)
+
+
+@contextmanager
+def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
+    """Make the run's folder and lock it, on rank 0, until the `with` statement ends. Yields messages about it.
+
+    An OSError on rank 0 is raised on every rank.
+    """
+    messages = []
+    with ExitStack() as until_the_end:
+        with together(world):
+            if world.rank == 0:
+                if earlier := job.folder.make(job.config):
+                    messages.append(f"the earlier run was renamed to {earlier}")
+                until_the_end.enter_context(job.folder.lock.held())
+        yield messages
+
+
+def make_engine(context: Context, job: Job) -> Engine:
+    """Return an engine before the first step, or in the state that the job's checkpoint has."""
+    if job.resume_from is None:
+        return Engine(build(context), context)
+    engine = Engine(stage_of(context), context)
+    pieces = engine.state_pieces()
+    with together(context.mesh.world):
+        checkpoint.load(job.resume_from, pieces)
+    engine.restore(checkpoint.read_metadata(job.resume_from)["counters"])
+    log.info("resumed after step %d from %s", engine.num_steps, job.resume_from)
+    return engine
+
+
+def make_loader(engine: Engine, job: Job) -> Loader:
+    """Return the loader of this replica's share of the corpus."""
+    train, data = engine.config.train, engine.config.data
+    order = SampleOrder(job.corpus.num_training, shuffle=data.shuffle, seed=train.seed)
+    batch, axis = train.global_batch_size, engine.data
+    return Loader(job.corpus, order, global_batch=batch, replica=axis.rank, num_replicas=axis.size)
+
+
+def log_environment(context: Context) -> None:
+    """Write to the log what a reader of it must know: versions, host, process, rank, device, and the whole config."""
+    place = context.place
+    log.info("python %s, torch %s, %s", platform.python_version(), torch.__version__, platform.platform())
+    log.info("host %s, process %d", socket.gethostname(), os.getpid())
+    log.info("rank %d of %d, on this host %d of %d", *astuple(place))
+    log.info("device %s, coordinates %s", context.device, context.mesh.coordinates)
+    log.info("config %s", context.config.to_dict())
