@@ -166,7 +166,8 @@ def samples_of(
 
 def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
     """What its threads are reading ahead they hold in their hands."""
-    for slot in (slot for chunk in engine.chunks[:1] if chunk.disk is not None for slot in chunk.disk._slots):
+    disk = engine.chunks[0].memory.disk
+    for slot in disk._slots if disk is not None else ():
         slot.wait()
     time.sleep(0.02)  # and a thread lets go of a job after it is done
 

@@ -13,7 +13,7 @@ import parallel
 from parallel.checkpoint import checkpoint
 from parallel.engine.base import EngineBase
 from parallel.optim import shared_update
-from parallel.optim.streaming import Part
+from parallel.optim.part import Part
 from parallel.placement.manager import PlacementManager, PlanState
 from parallel.placement.profile import StepProfile
 from parallel.storage.transfer import Placement, Tier

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.spec import outlines_of
+from parallel.chunk.spec import specs_of
 from parallel.config import Config
 from parallel.engine.context import Context
 from parallel.errors import ConfigError
@@ -18,7 +18,7 @@ from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
 from parallel.optim.lr_schedule import learning_rate
-from parallel.optim.torch_optim import TorchOptimizer
+from parallel.optim.torch_optimizer import TorchOptimizer
 from parallel.placement.initial import InitialPlacement, bytes_of, start
 from parallel.placement.manager import PlacementManager
 from parallel.storage.transfer import Tier
@@ -47,10 +47,10 @@ def initial_placement_of(
     """
     config, place = context.config, context.place
     num_microbatches = num_microbatches or config.num_microbatches(place.world_size) or 2
-    outlines = outlines_of(infos, context.dtype, zero=config.zero.stage)
-    sizes = [bytes_of(outline, num_microbatches, config.optimizer, is_torchs=is_torchs) for outline in outlines]
+    specs = specs_of(infos, context.dtype, zero=config.zero.stage)
+    sizes = [bytes_of(spec, num_microbatches, config.optimizer, is_torchs=is_torchs) for spec in specs]
     return start(
-        outlines, sizes, config, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
+        specs, sizes, config, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
     )
 
 
@@ -133,7 +133,7 @@ class EngineBase:
         """The pieces that this rank owns of the model's weights, in master precision."""
         for chunk in self.chunks:
             chunk.settle()
-        return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
+        return [piece for chunk in self.chunks if chunk.spec.is_owner for piece in chunk.spec.pieces(chunk.master)]
 
     def held(self) -> dict[Tier, int]:
         """The bytes of this rank's model data on each tier, between two steps: parameters, the memory for gradients on
@@ -142,7 +142,7 @@ class EngineBase:
         found = dict.fromkeys(Tier, 0)
         for tier, x in [*self.optimizer.held(), *(pair for chunk in self.chunks for pair in chunk.held())]:
             found[tier] += min(x.nbytes, x.untyped_storage().nbytes())
-        for disk in {chunk.disk for chunk in self.chunks if chunk.disk is not None}:
+        for disk in {chunk.memory.disk for chunk in self.chunks if chunk.memory.disk is not None}:
             found[Tier.HOST] += disk.buffer_bytes
         return found
 

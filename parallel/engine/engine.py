@@ -38,7 +38,7 @@ class Engine(EngineBase):
         config, zero = context.config, context.config.zero.stage
         start = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
         with explain_host_shortage(start):
-            chunks = make_chunks(stage.infos, context.dtype, zero=zero, fill=stage.fill, storages=start.storages)
+            chunks = make_chunks(start.specs, start.storages, fill=stage.fill)
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)

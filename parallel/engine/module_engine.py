@@ -76,9 +76,7 @@ class ModuleEngine(ModuleState):
             infos, context, num_microbatches=2, is_torchs=optimizer is not None
         )  # as many as a user likes
         with explain_host_shortage(start):
-            chunks = make_chunks(
-                infos, context.dtype, zero=zero, fill=fill, device=context.device, storages=start.storages
-            )
+            chunks = make_chunks(start.specs, start.storages, fill=fill, device=context.device)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), start)
         self.criterion = criterion
         self._control = on_the_host(data)
@@ -281,7 +279,7 @@ class ModuleEngine(ModuleState):
             return f"model: {strangers[0]} is not the parameter it was. {cure}"
         for name, (parameter, trains) in self._known.items():
             chunk = self._chunk_of.get(parameter)
-            if chunk is not None and not chunk.shows(parameter):
+            if chunk is not None and not chunk.parameters.shows(parameter):
                 return f"model: {name} moved: its memory is not the engine's any more. {cure}"
             if parameter.requires_grad and not trains:
                 return f"model: {name} was frozen and requires a gradient now. {cure}"

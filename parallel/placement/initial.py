@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from parallel.chunk.precision import gradient_dtype, moment_dtype, state_size
-from parallel.chunk.spec import ChunkStorage, Outline
+from parallel.chunk.spec import ChunkSpec, ChunkStorage
 from parallel.config import Config, OptimizerConfig, ZeroConfig
 from parallel.errors import ConfigError, RoomError, either, size_text
 from parallel.mesh.collectives import gather_objects
@@ -31,13 +31,14 @@ ON_DISK = Placement(Tier.HOST, Tier.DISK)
 class InitialPlacement:
     """Of each chunk its home and its bytes, and the room on the host that they were chosen for."""
 
+    specs: Sequence[ChunkSpec]
     storages: list[ChunkStorage]
     sizes: list[ChunkBytes]
     room: HostRoom
 
 
 def start(
-    outlines: Sequence[Outline],
+    specs: Sequence[ChunkSpec],
     sizes: list[ChunkBytes],
     config: Config,
     *,
@@ -52,14 +53,15 @@ def start(
     """
     zero = config.zero
     if zero.tensor_placement_policy == "cuda":
-        return InitialPlacement([ChunkStorage() for _ in sizes], sizes, HostRoom(2**62))
-    room = HostRoom(_allowed(zero, outlines, peers), has_disk=zero.nvme_dir is not None)
+        return InitialPlacement(specs, [ChunkStorage() for _ in sizes], sizes, HostRoom(2**62))
+    room = HostRoom(_allowed(zero, specs, peers), has_disk=zero.nvme_dir is not None)
     num_host_states = max_states_on_host(sizes, room)
     refuse_together(folder_problem(zero) or (shortage(sizes, room, config) if num_host_states is None else ""), world)
     num_host_states = agreed_minimum(num_host_states or 0, sizes, world)
     refuse_together(_disk_problem(sizes[num_host_states:], zero, world), world)
     disk_of_rank = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
     return InitialPlacement(
+        specs,
         [ChunkStorage(ON_HOST if i < num_host_states else ON_DISK, disk_of_rank) for i in range(len(sizes))],
         sizes,
         room,
@@ -67,26 +69,26 @@ def start(
 
 
 def bytes_of(
-    outline: Outline, num_microbatches: int, optimizer: OptimizerConfig, *, is_torchs: bool = False
+    spec: ChunkSpec, num_microbatches: int, optimizer: OptimizerConfig, *, is_torchs: bool = False
 ) -> ChunkBytes:
     """Of a chunk to be, in steps of so many microbatches; `is_torchs`: the optimizer, which takes all gradients at once
     in the masters' precision, and states on a disk as they are.
     """
-    count, narrow, wide = outline.num_own, outline.dtype.itemsize, outline.wide.itemsize
-    whole = outline.size * narrow
-    if outline.is_frozen:
+    count, narrow, wide = spec.num_own, spec.dtype.itemsize, spec.master_dtype.itemsize
+    whole = spec.size * narrow
+    if spec.is_frozen:
         return ChunkBytes(whole, 0, 0, own=count * narrow)
-    dtype = gradient_dtype(outline.dtype, outline.axes, num_microbatches)
-    widths = wide, *[moment_dtype(outline.wide, optimizer).itemsize] * 2
+    dtype = gradient_dtype(spec.dtype, spec.axes, num_microbatches)
+    widths = wide, *[moment_dtype(spec.master_dtype, optimizer).itemsize] * 2
     return ChunkBytes(
         whole,
         count * dtype.itemsize,
-        count * state_size(outline.wide, optimizer),
+        count * state_size(spec.master_dtype, optimizer),
         own=count * narrow,
         widened=count * wide if is_torchs and dtype.itemsize < wide else 0,
         buffers=0 if is_torchs else disk.NUM_SLOTS * sum(in_pages(min(count, streaming.PART) * w) for w in widths),
-        is_wide=outline.dtype == outline.wide,
-        lends=num_microbatches == 1 and dtype == outline.dtype,
+        is_wide=spec.is_wide,
+        lends=num_microbatches == 1 and dtype == spec.dtype,
     )
 
 
@@ -146,11 +148,11 @@ def agreed_minimum(num_host_states: int, sizes: Sequence[ChunkBytes], world: Axi
     return min(found)
 
 
-def _allowed(zero: ZeroConfig, outlines: Sequence[Outline], peers: int) -> int:
+def _allowed(zero: ZeroConfig, specs: Sequence[ChunkSpec], peers: int) -> int:
     """Bytes of the host for the chunks of this rank. What its parameters take there already becomes a part of them."""
     if zero.host_memory is not None:
         return int(zero.host_memory)
-    parameters = (info.parameter for outline in outlines for info in outline.infos)
+    parameters = (info.parameter for spec in specs for info in spec.infos)
     held = sum(p.untyped_storage().nbytes() for p in parameters if p.device.type == "cpu")
     return int(available() // peers + held)
 

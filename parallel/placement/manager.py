@@ -84,7 +84,7 @@ class PlacementManager:
         self.say: Callable[[str], None] = lambda text: None
         self.plan: PlacementPlan | None = None
         self._optimizer = optimizer
-        self._device = chunks[0].parameters.device
+        self._device = chunks[0].memory.device
         self._phase = PlanState.FIXED if zero.tensor_placement_policy == "cuda" else PlanState.FRESH
         self._observer: StepProfile | None = None
         self._moments: list[MemorySample] = []  # of every watched step
@@ -309,7 +309,7 @@ class PlacementManager:
         units: dict[str, int] = {}
         for chunk in self.chunks:
             if chunk.is_gathered_on_demand:
-                units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
+                units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.spec.whole_bytes
         needed = sum(sorted(units.values())[-3:])
         own = needed, self.budget, len(self.chunks), sum(chunk.size for chunk in self.chunks)
         everywhere = gather_objects(own, self.world)

@@ -31,7 +31,7 @@ class StepProfile:
     def used(self, unit: str, *, backward: bool) -> None:
         """A layer is about to be: what has been since the last one makes a moment."""
         whole = self._whole | self._present()
-        present = sum(self.chunks[i].whole_bytes for i in whole)
+        present = sum(self.chunks[i].spec.whole_bytes for i in whole)
         self.moments.append(MemorySample(max(0, self._peak() - present), whole, self._complete))
         if backward:
             first = next(i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit)
@@ -70,12 +70,12 @@ class StepProfile:
         states.
         """
         return [
-            replace(size, gradient=chunk.gradient_bytes, states=state_bytes(chunk))
+            replace(size, gradient=chunk.gradient.num_bytes, states=state_bytes(chunk))
             for size, chunk in zip(foreseen, self.chunks, strict=True)
         ]
 
     def _present(self) -> frozenset[int]:
-        return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.untyped_storage().nbytes())
+        return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.is_whole)
 
     def _peak(self) -> int:
         """The most bytes since it was asked for last."""
