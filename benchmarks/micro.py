@@ -14,7 +14,7 @@ from benchmarks.workload import SHAPE
 from models import build
 from models.shapes import resolve
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.spec import ChunkStorage
+from parallel.chunk.spec import ChunkSpec, ChunkStorage
 from parallel.config import parse
 from parallel.engine.context import Context, Place, make_context
 from parallel.engine.engine import Engine
@@ -96,12 +96,12 @@ class TestUpdate:
     def test_ours(self, state_dtype: str, benchmark: Benchmark) -> None:
         parameter = nn.Parameter(torch.randn(2**12, 2**11))
         info = ParameterInfo("weight", "", parameter, Layout((2**12, 2**11), ((), ())), ("weight",))
-        chunk = Chunk([info], torch.float32, home=ChunkStorage(ON_HOST))
+        chunk = Chunk(ChunkSpec([info], torch.float32), ChunkStorage(ON_HOST))
         optimizer = AdamW([chunk], parse(dict(optimizer=dict(state_dtype=state_dtype))).optimizer)
         gradient, one = torch.randn(chunk.size), torch.ones(())
 
         def update() -> None:
-            chunk.gradient = gradient
+            chunk.gradient.hold(gradient)
             optimizer.step(one, lr=1e-3)
 
         optimizer.host_share = 1.0

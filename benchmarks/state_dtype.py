@@ -20,8 +20,8 @@ from parallel.config import Config, parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
 from parallel.optim.adamw import AdamW
+from parallel.optim.part import Part
 from parallel.optim.rounding import Rounding
-from parallel.optim.streaming import Part
 from training.plot import smoothed
 
 CONTENDERS = {"fp32": "#2a6fbb", "bf16": "#e07b00", "bf16, to the nearest": "#999999"}

@@ -58,10 +58,13 @@ SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "rin
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_is_attention_written_down"
 SEEN = "tests/test_sequence.py::test_every_pair_is_seen_once_and_every_rank_sees_as_many"
 IMPORTS, MARKS = "tests/test_imports.py", "parallel/ops/compiling.py"
-TORCH_OPTIM = "parallel/optim/torch_optim.py"
-ENGINE, OPTIM, LAYOUT = "parallel/engine/engine.py", "parallel/optim/adamw.py", "parallel/layout/layout.py"
+TORCH_OPTIM, LEAVES = "parallel/optim/torch_optimizer.py", "parallel/optim/leaves.py"
+ENGINE, COUNTS, LAYOUT = "parallel/engine/engine.py", "parallel/optim/update_counts.py", "parallel/layout/layout.py"
 ROUND = "parallel/optim/rounding.py"
-CHUNK, GRADIENTS = "parallel/chunk/chunk.py", "parallel/optim/gradients.py"
+CHUNK, SPEC, ACCUMULATOR, BUFFER, GRADIENT = (
+    f"parallel/chunk/{name}.py" for name in ("chunk", "spec", "accumulator", "parameters", "gradient")
+)
+CHUNK_SUM = "parallel/optim/chunk_sum.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/mesh/conjugate.py", "parallel/optim/grad_norm.py"
 BASE = "parallel/engine/base.py"
 INPUTS, INPUT = "parallel/activations/offload.py", "parallel/activations/kept_input.py"
@@ -157,39 +160,39 @@ GRADIENT_RULE = (
     Mutant("tied-gradient-not-summed", "the embedding's two ends drift apart",
            MODE, "sync.append(self.mesh.ends)", "pass", trains("pp2")),
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
-           GRADIENTS, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
+           CHUNK_SUM, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
     Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
-           GRADIENTS, "self.views[i].add_(gradient)", "self.views[i].copy_(gradient)", trains("single")),
+           ACCUMULATOR, "view.add_(gradient)", "view.copy_(gradient)", trains("single")),
     Mutant("sum-before-the-last-microbatch", "ranks add up a gradient that is not whole yet",
-           GRADIENTS,
+           CHUNK_SUM,
            "self.waits_for = arrivals * len(", "self.waits_for = len(",
            OVERLAP),
     Mutant("sum-after-the-backward", "nothing travels until the last gradient is there",
-           GRADIENTS, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
+           CHUNK_SUM, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
     Mutant("padding-of-a-gradient-left-as-it-was", "garbage in it counts in the norm",
-           CHUNK,
-           "self.gradient[start + info.parameter.numel() : stop].zero_()",
+           ACCUMULATOR,
+           "self.buffer[start + info.parameter.numel() : stop].zero_()",
            "pass",
            "tests/test_chunk.py::test_the_padding_of_a_new_gradient_is_zero"),
     Mutant("gradient-of-the-last-step-kept", "sums go on from step to step",
-           GRADIENTS,
-           "        self.arrivals = [0] * len(self.chunk.infos)\n",
-           "        self.arrivals = getattr(self, 'arrivals', [0] * len(self.chunk.infos))\n",
+           ACCUMULATOR,
+           "        self.arrivals = [0] * len(self.spec.infos)\n",
+           "        self.arrivals = getattr(self, 'arrivals', [0] * len(self.spec.infos))\n",
            trains("single")),
 )
 
 ZERO = (
     Mutant("last-round-alone", "of microbatches that are scattered one by one the last replaces the others",
-           GRADIENTS,
-           "arrived if self.total is None else self._on_device(self.total).add_(arrived)", "arrived",
+           CHUNK_SUM,
+           "arrived if gradient.total is None else gradient.on_device().add_(arrived)", "arrived",
            f"{STAGES}::test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding[dp2]"),
     Mutant("updated-slices-stay-at-home", "each rank goes on with its own slice new and the others' old",
            CHUNK,
-           "        return start_all_gather(self.own, 0, self.shard, out=self.parameters)\n\n    def gather",
-           "        return Pending(self.own)\n\n    def gather",
+           "return self.parameters.all_gather() if self.sharing.slice_is_view else Pending(self.parameters.own)",
+           "return Pending(self.parameters.own)",
            f"{STAGES}::test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32[dp2]"),
     Mutant("narrow-parameters-not-refreshed", "a bf16 model goes on with the parameters of the step before",
-           CHUNK, "                self.own.copy_(self.master)\n", "                pass\n",
+           BUFFER, "            self.own.copy_(master)\n", "            pass\n",
            "tests/test_chunk.py::test_parameters_become_views_of_one_buffer_and_keep_their_values"),
     Mutant("gathered-and-kept", "a layer's parameters stay whole after its forward",
            "parallel/zero/gatherer.py", "            self.units[i].leave()\n", "            pass\n",
@@ -201,17 +204,17 @@ ZERO = (
 
 NORM_AND_CLIP = (
     Mutant("norm-counts-replicas", "what several ranks hold counts several times",
-           CHUNK, "(*self.axes[1:], *layout.copies)", "self.axes[1:]", trains("1d2")),
+           SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.axes[1:]", trains("1d2")),
     Mutant("norm-counts-a-slice-of-every-replica-whole", "replicas count the same elements",
-           NORM, "chunk.own_slice(chunk.gradient)", "chunk.gradient", trains("dp2")),
+           GRADIENT, "sum_of_squares(self.spec.counted_slice(total),", "sum_of_squares(total,", trains("dp2")),
     Mutant("norm-counts-the-tied-embedding-twice", "both ends of the pipe own it",
-           CHUNK, "(*self.axes[1:], *layout.copies)", "layout.copies", trains("pp2")),
+           SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.infos[0].layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of what it holds",
            NORM, "return all_reduce(total, world).sqrt()", "return total.sqrt()", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank that owns nothing of it is not noticed",
            NORM,
-           "total += squares * chunk.is_counted",
-           "total += squares if chunk.is_counted else 0",
+           "total += chunk.gradient.squares() * chunk.spec.is_counted",
+           "total += chunk.gradient.squares() if chunk.spec.is_counted else 0",
            f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[1d2-1]"),
     Mutant("skipped-step-moves-the-schedule", "the learning rate goes on although nothing was updated",
            BASE, "learning_rate(schedule, rate, self.num_updates,", "learning_rate(schedule, rate, self.num_steps,",
@@ -297,7 +300,7 @@ PARAMETERS = (
     Mutant("padding-row-drawn", "the padding token starts with an embedding",
            INITIAL_VALUES, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
-           CHUNK, "self.owner = self.is_counted and (zero >= 1 or self.axes[0].rank == 0)", "self.owner = True",
+           SPEC, "return self.is_counted and (self.zero >= 1 or self.axes[0].rank == 0)", "return True",
            trains("dp2")),
 )
 
@@ -523,16 +526,16 @@ PLACEMENT = (
            "self._clock.seconds(self._begun, self._clock.now())",
            f"{PLANS}::test_the_time_after_the_computation_is_not_counted_as_computation"),
     Mutant("host-parameters-not-refreshed", "parameters at home on the host go on as they were",
-           CHUNK, "                self.written = self.copies.download(self.master.to(self.own.dtype), self.own)\n",
-           "                pass\n", f"{HOMES}::test_chunks_may_move_between_any_two_steps"),
+           BUFFER, "            self._written = copies.download(master.to(self.own.dtype), self.own)\n",
+           "            pass\n", f"{HOMES}::test_chunks_may_move_between_any_two_steps"),
     Mutant("narrow-parameters-left-on-the-host", "what streamed through the device is not rounded",
            "parallel/optim/streaming.py", "                self._copies.download(narrow.copy_(here.states[0]), home.own)\n",
            "                pass\n", f"{HOMES}::test_training_from_the_host_is_the_same_in_every_precision"),
     Mutant("rounds-on-the-host-replaced", "the host keeps the last microbatch's gradient alone",
-           GRADIENTS, "        chunk.copies.upload(total, found, after=chunk.gradient_written).wait()\n",
+           GRADIENT, "        self.memory.copies.upload(self.total, found, after=self.written).wait()\n",
            "        found.zero_()\n", f"{HOMES}::test_training_from_the_host_is_the_same_in_every_precision"),
     Mutant("moved-masters-unseen", "a user's optimizer updates where the masters were",
-           TORCH_OPTIM, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
+           LEAVES, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
            f"{HOMES}::test_a_users_own_module_trains_the_same_under_every_policy"),
     Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
            "parallel/placement/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
@@ -578,8 +581,8 @@ PLACEMENT = (
            "        x = self._x\n        self._give_up()\n        self._pool.release(self._buffer)\n",
            f"{KEPT}::test_a_users_own_module_trains_the_same_bit_for_bit[twice-1-cuda]"),
     Mutant("computes-after-it-gathers", "a layer waits for the copy of the next one's parameters",
-           "parallel/chunk/chunk.py", "        with self.copies.on_upload_stream():  # behind", "        arrival.wait()\n"
-           "        with self.copies.on_upload_stream():  # behind",
+           BUFFER, "        with copies.on_upload_stream():  # behind",
+           "        arrival.wait()\n        with copies.on_upload_stream():  # behind",
            "tests/test_chunk.py::test_a_chunk_comes_up_and_is_gathered_while_the_device_computes"),
     Mutant("planned-by-a-skipped-step", "a step whose update was skipped is taken for what steps are",
            MANAGER, "        if skipped:\n            if state", "        if False:\n            if state",
@@ -629,14 +632,14 @@ PLACEMENT = (
            "parallel/optim/shared_update.py", "Side(counts[0],", "Side(_elements(streamed),",
            f"{HOMES}::test_a_chunk_that_has_moved_leaves_nothing_where_it_was"),
     Mutant("engines-stay", "autograd holds the chunks of an engine that nobody has any more",
-           GRADIENTS, "partial(_arrive, weakref.ref(self), i)", "partial(self.take, i)",
+           CHUNK_SUM, "partial(_arrive, weakref.ref(self), i)", "partial(self.take, i)",
            "tests/test_long_run.py::test_an_engine_without_references_frees_its_memory[ours]"),
     Mutant("disk-timed-as-the-bus", "the host is given less than it could do while the disk is waited for",
            "parallel/optim/shared_update.py",
            "from_disk = [part for part in parts if part.is_on_disk]", "from_disk = []",
            "tests/test_disk.py::test_states_from_a_disk_are_timed_apart_from_those_that_the_host_may_update"),
     Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
-           "parallel/optim/shared_update.py", " and len(part.chunk.axes) == 1", "",
+           "parallel/optim/shared_update.py", " and len(part.chunk.spec.axes) == 1", "",
            f"{PLANS}::test_a_weight_that_two_stages_hold_is_updated_on_the_same_side"),
 )
 
@@ -654,7 +657,7 @@ ROUNDING = (
            ROUND, "seed_of(piece.name, moment, update, dim)", "seed_of(piece.name, update, dim)",
            f"{ROUNDED}::test_moments_updates_tensors_and_places_have_noise_of_their_own"),
     Mutant("noise-of-a-part", "an element's noise follows from its place in a part",
-           ROUND, "part.chunk.pieces(noise, first=part.first)", "part.chunk.pieces(noise, first=0)",
+           ROUND, "part.chunk.spec.pieces(noise, first=part.first)", "part.chunk.spec.pieces(noise, first=0)",
            f"{ROUNDED}::test_an_elements_noise_knows_neither_ranks_nor_parts[2]"),
     Mutant("rows-read-one-place", "all rows of a matrix have one noise",
            ROUND, "starts = (rows.flatten() + places[-1]", "starts = (0 * rows.flatten() + places[-1]",
@@ -666,10 +669,10 @@ ROUNDING = (
            ROUND, "            bits &= -(2**16)\n", "            bits += 2**15\n            bits &= -(2**16)\n",
            f"{ROUNDED}::test_zero_stays_zero_and_what_bf16_holds_stays_what_it_is"),
     Mutant("updates-of-the-others", "a parameter's bias correction counts updates that it had no part in",
-           OPTIM, "updates = self.updates - self._missed.get(info, 0)", "updates = self.updates",
+           COUNTS, "updates = self.total - self._missed.get(info, 0)", "updates = self.total",
            ANY_MODULE),
     Mutant("unused-elements-updated", "what got no gradient decays by our own AdamW, and its moments with it",
-           OPTIM, "            if info.parameter in self.unused:\n                continue\n", "",
+           COUNTS, "            if info.parameter in self._unused:\n                continue\n", "",
            ANY_MODULE),
 )
 

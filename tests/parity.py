@@ -168,9 +168,9 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
 
 
 def clipped(chunk: Chunk, factor: Tensor) -> Tensor:
-    assert chunk.gradient is not None
+    assert chunk.gradient.total is not None
     chunk.settle()
-    return chunk.gradient.to(factor.device, chunk.master.dtype) * factor.to(chunk.master.dtype)
+    return chunk.gradient.total.to(factor.device, chunk.master.dtype) * factor.to(chunk.master.dtype)
 
 
 def exported(engine: Engine) -> dict[str, Tensor]:
@@ -212,9 +212,9 @@ def whole(engine: EngineBase, buffers: list[Tensor]) -> dict[str, Tensor]:
     for chunk in engine.chunks:
         chunk.settle()  # masters on a host may still be on their way
     pieces = [
-        (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), chunk.owner)
+        (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), chunk.spec.is_owner)
         for chunk, flat in zip(engine.chunks, buffers, strict=True)
-        for piece in chunk.pieces(flat)
+        for piece in chunk.spec.pieces(flat)
     ]
     everything = [piece for part in gather_objects(pieces, engine.mesh.world) for piece in part]
     found: dict[str, np.ndarray] = {}

@@ -2,22 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.chunk.chunk import Chunk, make_chunks
-from parallel.chunk.spec import ALIGNMENT, ChunkStorage
+from parallel.chunk import accumulator
+from parallel.chunk.chunk import Chunk
+from parallel.chunk.spec import ALIGNMENT, ChunkSpec, ChunkStorage, specs_of
 from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.collectives import Pending, start_all_gather, start_all_reduce
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.products import write_product
-from parallel.optim import gradients
+from parallel.optim import chunk_sum, gradients
 from parallel.pipeline import runner
 from parallel.pipeline.p2p import start_receive, start_send
+from parallel.storage.disk import Disk
 from parallel.storage.transfer import CopyEvent, Placement, Tier
 from tests.harness import run
 from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
@@ -31,12 +36,12 @@ def info_of(name: str, *shape: int, layout: Layout | None = None) -> ParameterIn
 def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:
     infos = [info_of("a.weight", 5, 7), info_of("a.other", 3, 3)]
     values = [info.parameter.detach().clone() for info in infos]
-    chunk = Chunk(infos, torch.bfloat16)
+    chunk = Chunk(ChunkSpec(infos, torch.bfloat16))
     assert chunk.size % ALIGNMENT == 0
-    for info, value, master in zip(infos, values, chunk.views(chunk.master), strict=True):
+    for info, value, master in zip(infos, values, chunk.spec.views(chunk.master), strict=True):
         assert torch.equal(master, value)
         assert torch.equal(info.parameter, value.bfloat16())
-        assert info.parameter.untyped_storage().data_ptr() == chunk.parameters.untyped_storage().data_ptr()
+        assert info.parameter.untyped_storage().data_ptr() == chunk.parameters.whole.untyped_storage().data_ptr()
         assert info.parameter.storage_offset() % ALIGNMENT == 0
     chunk.master.add_(1.0)
     chunk.write_back().wait()
@@ -45,8 +50,8 @@ def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:
 
 def test_masters_wide_enough_are_the_parameters_themselves() -> None:
     info = info_of("a.weight", 4, 4)
-    chunk = Chunk([info], torch.float32)
-    assert info.parameter.data_ptr() == chunk.master.data_ptr() == chunk.parameters.data_ptr()
+    chunk = Chunk(ChunkSpec([info], torch.float32))
+    assert info.parameter.data_ptr() == chunk.master.data_ptr() == chunk.parameters.whole.data_ptr()
 
 
 def test_chunks_part_by_unit_decay_and_axes() -> None:
@@ -54,7 +59,7 @@ def test_chunks_part_by_unit_decay_and_axes() -> None:
     summed = Layout((4, 4), ((), ()), sync=(data,))
     infos = [info_of(name, 4, 4) for name in ("a.v", "a.w", "b.w")]
     infos += [info_of("b.bias", 4), info_of("b.u", 4, 4, layout=summed)]
-    names = [[info.name for info in chunk.infos] for chunk in make_chunks(infos, torch.float32)]
+    names = [[info.name for info in spec.infos] for spec in specs_of(infos, torch.float32)]
     assert names == [["a.v", "a.w"], ["b.w"], ["b.bias"], ["b.u"]]
 
 
@@ -63,10 +68,11 @@ def test_slices_along_the_first_axis_are_equal_and_cover_the_buffer() -> None:
         slices = []
         for rank in range(size):
             axis = Axis("data", rank, size, tuple(range(size)), None, ALONE.traffic)
-            chunk = Chunk([info_of("a.w", 7, 11, layout=Layout((7, 11), ((), ()), sync=(axis,)))], torch.float32)
-            slices.append(chunk.own_slice(torch.arange(chunk.size)))
+            info = info_of("a.w", 7, 11, layout=Layout((7, 11), ((), ()), sync=(axis,)))
+            spec = ChunkSpec([info], torch.float32)
+            slices.append(spec.counted_slice(torch.arange(spec.size)))
         assert len({len(part) for part in slices}) == 1
-        assert torch.equal(torch.cat(slices), torch.arange(chunk.size))
+        assert torch.equal(torch.cat(slices), torch.arange(spec.size))
 
 
 def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
@@ -74,7 +80,7 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
     axis = Axis("data", rank, world_size, tuple(range(world_size)), dist.group.WORLD, ALONE.traffic)
     info = info_of("a.w", 64, 8, layout=Layout((64, 8), ((), ()), sync=(axis,)))
     want = info.parameter.detach().clone()
-    chunk = Chunk([info], torch.float32, zero=3, home=ChunkStorage(Placement(Tier.HOST, Tier.HOST)))
+    chunk = Chunk(ChunkSpec([info], torch.float32, zero=3), ChunkStorage(Placement(Tier.HOST, Tier.HOST)))
     found: list[str] = []
 
     @contextmanager
@@ -88,8 +94,8 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
 
     with (
         patch.object(CopyEvent, "wait", lambda arrival: found.append("wait")),
-        patch.object(chunk.copies, "uploading", uploading),
-        patch("parallel.chunk.chunk.start_all_gather", gathered),
+        patch.object(chunk.memory.copies, "on_upload_stream", uploading),
+        patch("parallel.chunk.parameters.start_all_gather", gathered),
     ):
         pending = chunk.gather()
         found.append("compute")
@@ -99,6 +105,49 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
 
 def test_a_chunk_comes_up_and_is_gathered_while_the_device_computes() -> None:
     assert run(waited, 2) == [(["behind the copy:", "gather", "compute"], True)] * 2
+
+
+PLACEMENTS = [Placement(parameters, states) for parameters in (Tier.DEVICE, Tier.HOST) for states in Tier]
+
+
+def moved(rank: int, world_size: int, dtype: torch.dtype, zero: int, folder: Path) -> list[str]:
+    """Move a chunk from every placement to every other. Return what is not as `sharing` says, and which values differ:
+    each move after a gradient took the parameters' memory, where it may.
+    """
+    axis = Axis("data", rank, world_size, tuple(range(world_size)), dist.group.WORLD, ALONE.traffic)
+    info = info_of("a.w", 64, 8, layout=Layout((64, 8), ((), ()), sync=(axis,)))
+    values = info.parameter.detach().clone()
+    disk = Disk(str(folder), rank, torch.device("cpu"))
+    spec = ChunkSpec([info], dtype, zero=zero)
+    chunk, wrong = Chunk(spec, ChunkStorage(disk=disk)), []
+    want = spec.own_slice(values.flatten())
+    for before, after in product(PLACEMENTS, PLACEMENTS):
+        for placement in (before, after):
+            chunk.gradient.begin(1)
+            chunk.store_gradient(torch.zeros_like(chunk.parameters.own))
+            chunk.move_to(placement)
+            assert chunk.placement == placement
+            own, whole = (x.untyped_storage().data_ptr() for x in (chunk.parameters.own, chunk.parameters.whole))
+            shared = own == whole, chunk.master.data_ptr() == chunk.parameters.own.data_ptr()
+            is_whole = chunk.parameters.is_whole
+            if (chunk.sharing.slice_is_view, chunk.sharing.masters_are_slice) != shared or is_whole != shared[0]:
+                wrong.append(f"{before} to {after}: {chunk.sharing}, but {shared}")
+            chunk.settle()
+            if chunk.is_gathered_on_demand:
+                chunk.gather().wait()
+            if not torch.equal(chunk.master, want) or not torch.equal(info.parameter, values.to(dtype)):
+                wrong.append(f"{before} to {after}: other values")
+            if chunk.is_gathered_on_demand:
+                chunk.release()
+    return wrong
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_shares_the_memory_that_its_sharing_names_wherever_it_moves(
+    dtype: torch.dtype, zero: int, tmp_path: Path
+) -> None:
+    assert run(moved, 2, dtype, zero, tmp_path) == [[], []]
 
 
 @contextmanager
@@ -111,26 +160,25 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 def test_the_padding_of_a_new_gradient_is_zero() -> None:
-    chunk = Chunk([info_of("a.v", 5, 7), info_of("a.w", 3)], torch.float32)
+    chunk = Chunk(ChunkSpec([info_of("a.v", 5, 7), info_of("a.w", 3)], torch.float32))
     with fresh_memory_is_nan():
-        views = chunk.make_gradient(torch.float32)
+        views = chunk.gradient.accumulator.views()
     for view in views:
         assert view.isnan().all()
         view.zero_()
-    assert chunk.gradient is not None
-    assert not chunk.gradient.any()
+    assert not chunk.gradient.accumulator.take().any()
 
 
 def test_a_parameter_that_no_backward_reaches_has_a_gradient_of_zero() -> None:
     infos = [info_of("a.used", 4), info_of("a.unused", 4)]
-    chunk = Chunk(infos, torch.float32)
+    chunk = Chunk(ChunkSpec(infos, torch.float32))
     sums = gradients.Gradients([chunk])
     sums.begin(1)
     with fresh_memory_is_nan():
         (infos[0].parameter * 3).sum().backward()
         sums.finish()
-    assert chunk.gradient is not None
-    assert [view.tolist() for view in chunk.views(chunk.gradient)] == [[3.0] * 4, [0.0] * 4]
+    assert chunk.gradient.total is not None
+    assert [view.tolist() for view in chunk.spec.views(chunk.gradient.total)] == [[3.0] * 4, [0.0] * 4]
 
 
 def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
@@ -138,7 +186,7 @@ def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
     start of each chunk's sum over ranks.
     """
     engine, events = engine_of(rank, world_size, raw), []
-    units = {chunk.master.numel(): chunk.infos[0].unit for chunk in engine.chunks if chunk.is_matrix}
+    units = {chunk.master.numel(): chunk.infos[0].unit for chunk in engine.chunks if chunk.spec.is_matrix}
     embedding = next(info for info in engine.stage.infos if info.name.endswith("embed_tokens.weight"))
     embedding.parameter.register_hook(lambda gradient: events.append("embedding arrives"))
     engine.stage.register_forward_pre_hook(lambda module, inputs: events.append("forward"))
@@ -148,7 +196,7 @@ def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
             events.append(f"sum of {units[x.numel()]}")
         return start_all_reduce(x, axis, **options)
 
-    with patch.object(gradients, "start_all_reduce", started):
+    with patch.object(chunk_sum, "start_all_reduce", started):
         engine.train_step(share_of(batches_of(1)[0], engine))
     return events
 
@@ -181,8 +229,8 @@ def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
     with (
         patch.object(runner, "start_send", sent),
         patch.object(runner, "start_receive", received),
-        patch.object(gradients, "write_product", product),
-        patch.object(gradients, "add_product", product),
+        patch.object(accumulator, "write_product", product),
+        patch.object(accumulator, "add_product", product),
     ):
         engine.train_step(share_of(batches_of(1)[0], engine))
     return "".join(events)

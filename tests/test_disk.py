@@ -106,7 +106,7 @@ def summary(engine: parallel.Engine, losses: list[float]) -> dict[str, Any]:
     for chunk in engine.chunks:
         chunk.settle()
     kinds = [[chunk.master for chunk in engine.chunks]]
-    kinds += [list(x) for x in zip(*(engine.optimizer._moments_of(c) for c in engine.chunks), strict=True)]  # type: ignore[union-attr]
+    kinds += [list(x) for x in zip(*(engine.optimizer.moments.of(c) for c in engine.chunks), strict=True)]  # type: ignore[union-attr]
     states = [whole(engine, buffers) for buffers in kinds]
     num_host_states = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
     foreseen = host_bytes(engine.placement_manager.initial.sizes, 0, 0, num_host_states)
@@ -341,7 +341,7 @@ def refused(rank: int, world_size: int, raw: Raw, trouble: str = "") -> str:
         if trouble == "filling":
             patch.setattr(os, "posix_fallocate", fails(NO_SPACE))
         if trouble == "unpinned":
-            patch.setattr("parallel.chunk.chunk.host_empty", fails(MemoryError("the driver refuses to pin 7 bytes.")))
+            patch.setattr("parallel.chunk.memory.host_empty", fails(MemoryError("the driver refuses to pin 7 bytes.")))
         try:
             engine_in_parts(rank, world_size, raw)
         except parallel.ConfigError as error:

@@ -16,6 +16,7 @@ from models import build
 from models.opt import Attention, Block
 from models.shapes import OPTShape, resolve
 from parallel.chunk.chunk import Chunk
+from parallel.chunk.spec import ChunkSpec
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.layout.labels import IGNORED
@@ -105,9 +106,12 @@ def test_the_parts_of_these_batches_have_different_numbers_of_labels() -> None:
 def test_clipping_equals_torch(limit: float) -> None:
     """The norm is 5: one limit is below it, one is met, one leaves the gradient alone."""
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    chunk = Chunk([ParameterInfo("layer.w", "layer", parameter, Layout((2,), ((),)), ("w",))], torch.float64)
-    (ours,) = chunk.make_gradient(torch.float64)
+    info = ParameterInfo("layer.w", "layer", parameter, Layout((2,), ((),)), ("w",))
+    chunk = Chunk(ChunkSpec([info], torch.float64))
+    gradient = torch.zeros(chunk.size, dtype=torch.float64)
+    (ours,) = chunk.spec.views(gradient)
     ours.copy_(torch.tensor([3.0, -4.0]))
+    chunk.store_gradient(gradient)
     parameter.grad = ours.clone()
     norm = global_norm([chunk], Mesh(Topology(dict(pipe=1)), 0).world)
     coefficient = clip_coefficient(norm, limit)
@@ -118,8 +122,9 @@ def test_clipping_equals_torch(limit: float) -> None:
 def test_the_norm_of_many_numbers_is_exact_to_a_few_units_in_the_last_place() -> None:
     """torch's own, of as many fp32 numbers on a CPU, is off by 5e-4: its sum runs in fp32."""
     parameter = torch.nn.Parameter(torch.randn(12_000_000, generator=torch.Generator().manual_seed(0)))
-    chunk = Chunk([ParameterInfo("layer.w", "layer", parameter, Layout((12_000_000,), ((),)), ("w",))], torch.float32)
-    chunk.gradient = chunk.master
+    info = ParameterInfo("layer.w", "layer", parameter, Layout((12_000_000,), ((),)), ("w",))
+    chunk = Chunk(ChunkSpec([info], torch.float32))
+    chunk.store_gradient(chunk.master)
     norm = global_norm([chunk], Mesh(Topology(dict(pipe=1)), 0).world)
     torch.testing.assert_close(norm, chunk.master.double().norm(), rtol=1e-8, atol=0.0)
 

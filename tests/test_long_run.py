@@ -166,7 +166,8 @@ def samples_of(
 
 def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
     """Wait until no thread reads ahead: it holds references to the tensors that it reads."""
-    for disk in (chunk.disk for chunk in engine.chunks[:1] if chunk.disk is not None):
+    disk = engine.chunks[0].memory.disk
+    if disk is not None:
         disk.swapper.wait()
     time.sleep(0.02)  # a thread releases a job some time after it is done
 

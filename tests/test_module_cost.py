@@ -31,17 +31,18 @@ def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, di
     update = engine.optimizer.step
 
     def counted(factor: Tensor, lr: float) -> None:
-        found["gradients"] = sum(c.gradient.untyped_storage().nbytes() for c in engine.chunks if c.gradient is not None)
+        totals = [chunk.gradient.total for chunk in engine.chunks]
+        found["gradients"] = sum(x.untyped_storage().nbytes() for x in totals if x is not None)
         update(factor, lr)
 
     engine.optimizer.step = counted  # type: ignore[method-assign]
     step(engine)
     found["masters"] = sum(c.master.untyped_storage().nbytes() for c in engine.chunks)
-    buffers = [chunk.parameters for chunk in engine.chunks]
-    buffers += [chunk.own for chunk in engine.chunks if chunk.is_partitioned]
+    buffers = [chunk.parameters.whole for chunk in engine.chunks]
+    buffers += [chunk.parameters.own for chunk in engine.chunks if chunk.spec.is_partitioned]
     found["parameters"] = sum(x.untyped_storage().nbytes() for x in buffers)
     assert isinstance(engine.optimizer, AdamW)
-    moments = [x for both in engine.optimizer.moments.values() for x in both]
+    moments = [x for _, x in engine.optimizer.moments.held()]
     found["moments"] = sum(x.untyped_storage().nbytes() for x in moments)
     return sum(c.size for c in engine.chunks), sum(len(c.master) for c in engine.chunks), found
 
@@ -119,7 +120,7 @@ def most_whole(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, i
     step(engine)
     step(engine, 2)
     engine.evaluate([dict(input_ids=batches()[0][0])])
-    left = sum(chunk.parameters.untyped_storage().nbytes() for chunk in engine.chunks)
+    left = sum(chunk.parameters.whole.untyped_storage().nbytes() for chunk in engine.chunks)
     return most, sum(unit.state is not State.ABSENT for unit in engine._passes.gatherer.units), left
 
 

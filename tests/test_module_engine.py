@@ -209,7 +209,7 @@ def train_by_engine(rank: int, world_size: int, raw: Raw, model: str, optimizer:
 
 
 def _gradient(chunk: Chunk, factor: Tensor) -> Tensor:
-    return chunk.master * 0 if chunk.gradient is None else chunk.gradient.to(factor.device) * factor
+    return chunk.master * 0 if chunk.gradient.total is None else chunk.gradient.total.to(factor.device) * factor
 
 
 STAGES = (0, 1, 2, 3)

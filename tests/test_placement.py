@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import parallel
 from models import build
 from models.shapes import resolve
+from parallel.chunk.sharing import Sharing
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.optim import shared_update, streaming
@@ -110,8 +111,10 @@ def losses_and_bytes(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], f
         found = engine.train_step(share_of(batch, engine))
         seen += [found.loss, found.grad_norm, engine.evaluate([share_of(batch, engine)])]
     assert isinstance(engine.optimizer, AdamW)
-    tensors = [x for chunk in engine.chunks for x in (chunk.own, chunk.master, *engine.optimizer.moments[chunk])]
-    tensors += [chunk.gradient_home for chunk in engine.chunks if chunk.gradient_home is not None]
+    tensors = [
+        x for chunk in engine.chunks for x in (chunk.parameters.own, chunk.master, *engine.optimizer.moments.of(chunk))
+    ]
+    tensors += [c.gradient.host_buffer for c in engine.chunks if c.gradient.host_buffer is not None]
     return seen, sum(x.nbytes for x in tensors) / sum(chunk.size for chunk in engine.chunks)
 
 
@@ -273,12 +276,13 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
         nonlocal most
         held = 0
         for chunk in engine.chunks:
-            held += chunk.parameters.untyped_storage().nbytes()
+            held += chunk.parameters.whole.untyped_storage().nbytes()
             resident = chunk.placement.states is Tier.DEVICE
-            shares = chunk.master.data_ptr() == chunk.own.data_ptr() and not chunk.is_gathered_on_demand
+            shares = chunk.sharing is Sharing.ALL
             held += resident * (3 - shares) * chunk.master.nbytes
-            if resident and chunk.gradient is not None:
-                held += chunk.gradient.nbytes
+            for gradient in (chunk.gradient.accumulator.buffer, chunk.gradient.total):
+                if resident and gradient is not None:
+                    held += gradient.nbytes
         most = max(most, held)
 
     for layer in engine.stage.units.values():

@@ -13,7 +13,7 @@ import parallel
 from parallel.checkpoint import checkpoint
 from parallel.engine.base import EngineBase
 from parallel.optim import shared_update
-from parallel.optim.streaming import Part
+from parallel.optim.part import Part
 from parallel.placement import manager
 from parallel.placement.plan_state import PlanState
 from parallel.placement.profile import TimeProfile

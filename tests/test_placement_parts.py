@@ -71,7 +71,9 @@ def test_the_sizes_of_a_saved_plan_are_forgotten_where_none_of_them_was_profiled
 
 # -- what ranks agree on
 
-GATHERED: Any = SimpleNamespace(is_gathered_on_demand=True, infos=[SimpleNamespace(unit="a")], whole_bytes=10, size=5)
+GATHERED: Any = SimpleNamespace(
+    is_gathered_on_demand=True, infos=[SimpleNamespace(unit="a")], spec=SimpleNamespace(whole_bytes=10), size=5
+)
 
 
 def agreements(rank: int, world_size: int) -> list[Any]:
@@ -235,7 +237,8 @@ def test_a_plan_is_described_with_its_disk_and_its_limit(
 def test_the_device_must_hold_the_largest_layers_that_are_gathered_at_once() -> None:
     def chunk(unit: str, whole_bytes: int, is_gathered: bool = True) -> Any:
         infos = [SimpleNamespace(unit=unit)]
-        return SimpleNamespace(is_gathered_on_demand=is_gathered, infos=infos, whole_bytes=whole_bytes)
+        spec = SimpleNamespace(whole_bytes=whole_bytes)
+        return SimpleNamespace(is_gathered_on_demand=is_gathered, infos=infos, spec=spec)
 
     chunks = [chunk("a", 1), chunk("a", 4), chunk("b", 2), chunk("c", 3), chunk("d", 1), chunk("e", 99, False)]
     assert gathered_at_once(chunks) == 5 + 2 + 3

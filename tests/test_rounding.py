@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.shapes import resolve
 from parallel.checkpoint import checkpoint
 from parallel.chunk.chunk import Chunk
+from parallel.chunk.spec import ChunkSpec
 from parallel.config import parse
 from parallel.engine.base import EngineBase
 from parallel.layout.layout import Layout, ParameterInfo
@@ -17,8 +18,8 @@ from parallel.mesh.mesh import ALONE, Axis
 from parallel.optim import adamw as optim
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
+from parallel.optim.part import Part
 from parallel.optim.rounding import TABLE, Rounding
-from parallel.optim.streaming import Part
 from parallel.storage.transfer import Tier
 from tests.harness import run
 from tests.parity import (
@@ -58,12 +59,12 @@ def chunk_of(*shapes: tuple[int, ...], rank: int = 0, ranks: int = 1) -> Chunk:
     for i, shape in enumerate(shapes):
         layout = Layout(shape, ((),) * len(shape), sync=(axis,))
         infos.append(ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, (f"a.{i}",)))
-    return Chunk(infos, torch.float32, zero=1)
+    return Chunk(ChunkSpec(infos, torch.float32, zero=1))
 
 
 def part_of(chunk: Chunk, moments: tuple[Tensor, Tensor] | None = None) -> Part:
     first, second = moments or tuple(torch.zeros(len(chunk.master), dtype=torch.bfloat16) for _ in range(2))
-    return Part(chunk, (chunk.master, first, second), torch.zeros_like(chunk.master), None, chunk.first, 1)
+    return Part(chunk, (chunk.master, first, second), torch.zeros_like(chunk.master), None, chunk.spec.first, 1)
 
 
 def rounded(part: Part, values: tuple[Tensor, Tensor], update: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -86,7 +87,7 @@ def test_the_mean_over_updates_is_what_was_rounded(dtype: torch.dtype) -> None:
     values *= 10.0 ** torch.randint(-20, 3, (2, chunk.size), generator=generator)
     total = torch.zeros(2, chunk.size, dtype=torch.float64)
     covered = torch.zeros(chunk.size, dtype=torch.bool)
-    for view in chunk.views(covered):
+    for view in chunk.spec.views(covered):
         view.fill_(True)
     unit = 2.0 ** (values.abs().double().log2().floor() - 7)
     for update in range(updates):
@@ -117,13 +118,13 @@ def test_an_elements_noise_knows_neither_ranks_nor_parts(ranks: int) -> None:
     want = rounded(part_of(chunk_of(*shapes)), tuple(values[:, : chunk_of(*shapes).size]), 3)
     for rank in range(ranks):
         chunk = chunk_of(*shapes, rank=rank, ranks=ranks)
-        mine = slice(chunk.first, chunk.first + len(chunk.master))
+        mine = slice(chunk.spec.first, chunk.spec.first + len(chunk.master))
         held = part_of(chunk)
         for part in held.split(33):
             here = slice(part.first, part.first + len(part.gradient))
             rounded(part, (values[0, here], values[1, here]), 3)
         for got, wanted in zip(held.states[1:], want, strict=True):
-            for segment in chunk.segments(got):
+            for segment in chunk.spec.segments(got):
                 at = segment.data.storage_offset() + mine.start
                 assert torch.equal(segment.data, wanted[at : at + len(segment.data)]), segment.info.name
 
@@ -234,7 +235,7 @@ def everything(engine: EngineBase) -> dict[str, Tensor]:
     moments = engine.optimizer.moments
     found: dict[str, Tensor] = {}
     for kind in range(3):
-        flats = [(chunk.master, *moments[chunk])[kind] for chunk in engine.chunks]
+        flats = [(chunk.master, *moments.of(chunk))[kind] for chunk in engine.chunks]
         found |= {f"{kind}/{name}": x for name, x in whole(engine, flats).items()}
     return found
 
@@ -261,7 +262,7 @@ def test_a_gpus_noise_is_a_hosts() -> None:
     want = rounded(part_of(chunk), (values[0], values[1]), 3)
     on_host = part_of(chunk)
     first, second = (x.cuda() for x in on_host.states[1:])
-    part = Part(chunk, (chunk.master.cuda(), first, second), on_host.gradient.cuda(), None, chunk.first, 1)
+    part = Part(chunk, (chunk.master.cuda(), first, second), on_host.gradient.cuda(), None, chunk.spec.first, 1)
     with Rounding(chunk.size, torch.float32, torch.device("cuda")).widened(part, 3) as wide:
         for x, value in zip(wide, values, strict=True):
             x.copy_(value)
@@ -343,7 +344,7 @@ def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path 
     found: dict[str, Tensor] = {}
     for kind in range(3):
         for chunk in trained:
-            for piece in chunk.pieces((chunk.master, *engine.optimizer.moments[chunk])[kind]):
+            for piece in chunk.spec.pieces((chunk.master, *engine.optimizer.moments.of(chunk))[kind]):
                 found[f"{kind}/{piece.name}{piece.box}"] = piece.data.clone()
     return found
 
@@ -370,7 +371,7 @@ def module_trace(rank: int, world_size: int, raw: Raw) -> tuple[dict[str, Tensor
     engine, _ = module_engine(rank, world_size, raw, MODELS["plain"]())
     train_module(engine, 0, 3)
     assert isinstance(engine.optimizer, AdamW)
-    kinds = {x.dtype for moments in engine.optimizer.moments.values() for x in moments}
+    kinds = {x.dtype for _, x in engine.optimizer.moments.held()}
     return whole(engine, [chunk.master for chunk in engine.chunks]), kinds
 
 

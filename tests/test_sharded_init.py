@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.chunk.chunk import placeholder
+from parallel.chunk.parameters import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.sharded import is_sharded, unshard_parameter

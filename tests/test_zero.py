@@ -118,17 +118,18 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
     update = optimizer.step
 
     def counted(factor: Tensor, lr: float) -> None:
-        held["gradients"] = sum(c.gradient.untyped_storage().nbytes() for c in engine.chunks if c.gradient is not None)
+        totals = [chunk.gradient.total for chunk in engine.chunks]
+        held["gradients"] = sum(x.untyped_storage().nbytes() for x in totals if x is not None)
         update(factor, lr)
 
     engine.optimizer.step = counted  # type: ignore[method-assign]
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
     states = [chunk.master for chunk in engine.chunks]
-    states += [x for moments in optimizer.moments.values() for x in moments]
+    states += [x for _, x in optimizer.moments.held()]
     held["states"] = sum(x.untyped_storage().nbytes() for x in states)
     assert held["states"] == sum(map(optimizer.state_bytes, engine.chunks))
-    parameters = [chunk.parameters for chunk in engine.chunks]
-    parameters += [chunk.own for chunk in engine.chunks if chunk.is_partitioned]
+    parameters = [chunk.parameters.whole for chunk in engine.chunks]
+    parameters += [chunk.parameters.own for chunk in engine.chunks if chunk.spec.is_partitioned]
     held["parameters"] = sum(x.untyped_storage().nbytes() for x in parameters)
     return sum(c.size for c in engine.chunks), sum(len(c.master) for c in engine.chunks), held
 
@@ -260,7 +261,7 @@ def test_stage_3_never_holds_a_model_whole_at_its_start() -> None:
 def evaluated(rank: int, world_size: int, raw: Raw) -> tuple[float, int]:
     engine = engine_of(rank, world_size, raw)
     loss = engine.evaluate([share_of(batch, engine) for batch in batches_of(2, batch=24)])
-    return loss, sum(chunk.parameters.untyped_storage().nbytes() for chunk in engine.chunks)
+    return loss, sum(chunk.parameters.whole.untyped_storage().nbytes() for chunk in engine.chunks)
 
 
 def test_evaluation_in_stage_3_gives_the_same_loss_and_gives_the_parameters_up_again() -> None:

@@ -1,13 +1,15 @@
-"""What chunks will be, told before any of them is made."""
+"""The specification of a chunk: which parameters lie where in its flat buffer, and which rank owns which part of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import torch
+from torch import Tensor
 
 from parallel.chunk.precision import master_dtype
-from parallel.layout.layout import Layout, ParameterInfo
+from parallel.layout.layout import Layout, ParameterInfo, Piece, box_shape, rectangles
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.storage.disk import Disk
 from parallel.storage.transfer import ON_DEVICE, Placement
@@ -17,7 +19,7 @@ ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
 
 @dataclass(frozen=True)
 class ChunkStorage:
-    """Where a chunk is at home, and the disk on which its states are or may be."""
+    """The placement of a chunk, and the disk on which its states are or may be."""
 
     placement: Placement = ON_DEVICE
     disk: Disk | None = None
@@ -27,34 +29,65 @@ DEVICE = ChunkStorage()
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What a chunk will be, told from the parameters' shapes alone: `axes` and `shard` are those of `Chunk`."""
+class Segment:
+    """Consecutive elements of a parameter, flat, from element `start` on: `data` is a view of a flat buffer."""
 
-    infos: list[ParameterInfo]
-    dtype: torch.dtype
-    zero: int
+    info: ParameterInfo
+    start: int
+    data: Tensor
+
+    def pieces(self, flat: Tensor) -> list[Piece]:
+        """Return the same elements as pieces of public tensors: views of `flat`, a buffer of this segment's size."""
+        found = []
+        stop = self.start + len(flat)
+        for offset, box in rectangles(tuple(self.info.parameter.shape), self.start, stop):
+            shape = box_shape(box)
+            data = flat[offset - self.start :][: prod(shape)].view(shape)
+            found += self.info.pieces(data, box)
+        return found
+
+
+class ChunkSpec:
+    """What a chunk is before it has any memory. Everything here follows from shapes, layouts and the ZeRO stage.
+
+    `axes` are those over which the gradient is summed. `shard` is the axis over whose ranks the update is divided, an
+    equal slice for each: the first of `axes` from ZeRO stage 1 on, and an axis of size 1 before that.
+    """
+
+    def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> None:
+        self.infos, self.dtype, self.zero = list(infos), dtype, zero
+        self.axes = _summed_axes(infos[0].layout)
+        self.shard = self.axes[0] if zero >= 1 else ALONE
+        self.is_frozen = not infos[0].parameter.requires_grad
+        widest = torch.promote_types(infos[0].parameter.dtype, dtype)
+        self.master_dtype = dtype if self.is_frozen else master_dtype(widest)
+        *self.starts, end = 0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)
+        self.size = _round_up(end, ALIGNMENT * self.axes[0].size)  # elements, with padding
 
     @property
-    def axes(self) -> tuple[Axis, ...]:
-        return _axes(self.infos[0].layout)
+    def is_matrix(self) -> bool:
+        """Whether the parameters are matrices: these alone decay."""
+        return self.infos[0].is_matrix
 
     @property
-    def shard(self) -> Axis:
-        return self.axes[0] if self.zero >= 1 else ALONE
+    def is_partitioned(self) -> bool:
+        """Whether parameters are divided too, between their uses (stage 3)."""
+        return self.zero >= 3 and self.shard.size > 1
 
     @property
-    def is_frozen(self) -> bool:
-        return not self.infos[0].parameter.requires_grad
+    def is_counted(self) -> bool:
+        """Whether this rank counts its slice in the norm: one rank of those that hold the same slice does."""
+        return all(axis.rank == 0 for axis in (*self.axes[1:], *self.infos[0].layout.copies))
 
     @property
-    def ends(self) -> list[int]:
-        """Where each parameter begins, in elements, and where the last one's padding ends."""
-        return [0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in self.infos)]
+    def is_owner(self) -> bool:
+        """Whether this rank saves and exports its master weights: one rank of those that hold the same ones does."""
+        return self.is_counted and (self.zero >= 1 or self.axes[0].rank == 0)
 
     @property
-    def size(self) -> int:
-        """Elements, whole."""
-        return _round_up(self.ends[-1], ALIGNMENT * self.axes[0].size)
+    def is_wide(self) -> bool:
+        """Whether parameters have the dtype of master weights, so that one memory can be both."""
+        return self.dtype == self.master_dtype
 
     @property
     def num_own(self) -> int:
@@ -62,27 +95,74 @@ class Outline:
         return self.size // self.shard.size
 
     @property
-    def wide(self) -> torch.dtype:
-        """The masters' precision."""
-        first = self.infos[0].parameter
-        return self.dtype if self.is_frozen else master_dtype(torch.promote_types(first.dtype, self.dtype))
+    def first(self) -> int:
+        """The index in the whole buffer of the first element that this rank updates."""
+        return self.shard.rank * self.num_own
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the parameters while they are whole."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where each parameter begins in the whole buffer, and where the padding after it ends."""
+        return list(zip(self.starts, [*self.starts[1:], self.size], strict=True))
+
+    def own_slice(self, whole: Tensor) -> Tensor:
+        """Return the view [n_shard] of a whole buffer [n] that this rank updates."""
+        return _slice(whole, self.shard)
+
+    def counted_slice(self, gradient: Tensor) -> Tensor:
+        """Return the part of a gradient, [n] or [n_shard], that this rank of the first axis counts in the norm."""
+        return gradient if len(gradient) < self.size else _slice(gradient, self.axes[0])
+
+    def views(self, whole: Tensor) -> list[Tensor]:
+        """Return each parameter's part of a whole buffer, in the parameter's local shape."""
+        return [
+            whole[start : start + info.parameter.numel()].view(info.parameter.shape)
+            for start, info in zip(self.starts, self.infos, strict=True)
+        ]
+
+    def segments(self, flat: Tensor, first: int | None = None) -> list[Segment]:
+        """Return the parts of parameters in a flat buffer: the whole one, this rank's slice, or what begins at element
+        `first` of the whole one.
+        """
+        if first is None:
+            first = 0 if len(flat) == self.size else self.axes[0].rank * len(flat)
+        found = []
+        for start, info in zip(self.starts, self.infos, strict=True):
+            begin = max(first - start, 0)
+            end = min(first + len(flat) - start, info.parameter.numel())
+            if begin < end:
+                found.append(Segment(info, begin, flat[start + begin - first : start + end - first]))
+        return found
+
+    def pieces(self, flat: Tensor, first: int | None = None) -> list[Piece]:
+        """Return the pieces of public tensors in a flat buffer as `segments` takes it: views of it."""
+        return [piece for segment in self.segments(flat, first) for piece in segment.pieces(segment.data)]
 
 
-def outlines_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> list[Outline]:
-    """Of the chunks of these parameters. Ranks along an axis that a chunk is summed over make the same ones, in one
-    order.
+def specs_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> list[ChunkSpec]:
+    """Put parameters into chunks: those of one unit that decay alike and whose gradients are summed over the same axes.
+
+    Ranks along an axis that a chunk is summed over get the same chunks, in the same order.
     """
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
-        key = info.unit, _axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
+        key = info.unit, _summed_axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
         groups.setdefault(key, []).append(info)
-    return [Outline(group, dtype, zero) for group in groups.values()]
+    return [ChunkSpec(group, dtype, zero=zero) for group in groups.values()]
 
 
-def _axes(layout: Layout) -> tuple[Axis, ...]:
-    """The axes that a gradient is summed over: the first, whatever its size, and those beyond it where anybody is."""
+def _summed_axes(layout: Layout) -> tuple[Axis, ...]:
+    """The axes that a gradient is summed over: the first, whatever its size, and the others of more than one rank."""
     first, *further = layout.sync or (ALONE,)
     return first, *(axis for axis in further if axis.size > 1)
+
+
+def _slice(flat: Tensor, axis: Axis) -> Tensor:
+    return flat.chunk(axis.size)[axis.rank]
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.spec import outlines_of
+from parallel.chunk.spec import specs_of
 from parallel.config import Config
 from parallel.engine.context import Context
 from parallel.errors import ConfigError
@@ -22,7 +22,7 @@ from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
 from parallel.optim.lr_schedule import learning_rate
-from parallel.optim.torch_optim import TorchOptimizer
+from parallel.optim.torch_optimizer import TorchOptimizer
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.initial import InitialPlacement, initial_placement
 from parallel.placement.manager import PlacementManager
@@ -58,10 +58,10 @@ def initial_placement_of(
     """
     config, place = context.config, context.place
     num_microbatches = num_microbatches or config.num_microbatches(place.world_size) or 2
-    outlines = outlines_of(infos, context.dtype, zero=config.zero.stage)
-    sizes = [foreseen_bytes(outline, num_microbatches, config.optimizer, is_torchs=is_torchs) for outline in outlines]
+    specs = specs_of(infos, context.dtype, zero=config.zero.stage)
+    sizes = [foreseen_bytes(spec, num_microbatches, config.optimizer, is_torchs=is_torchs) for spec in specs]
     return initial_placement(
-        outlines,
+        specs,
         sizes,
         config,
         world=context.mesh.world,
@@ -170,7 +170,7 @@ class EngineBase:
         """Return the pieces that this rank owns of the model's weights, in the precision of the master weights."""
         for chunk in self.chunks:
             chunk.settle()
-        return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
+        return [piece for chunk in self.chunks if chunk.spec.is_owner for piece in chunk.spec.pieces(chunk.master)]
 
     def held(self) -> dict[Tier, int]:
         """Return the bytes of this rank's model data on each tier, between two steps.
@@ -181,7 +181,7 @@ class EngineBase:
         found = dict.fromkeys(Tier, 0)
         for tier, x in [*self.optimizer.held(), *(pair for chunk in self.chunks for pair in chunk.held())]:
             found[tier] += min(x.nbytes, x.untyped_storage().nbytes())
-        for disk in {chunk.disk for chunk in self.chunks if chunk.disk is not None}:
+        for disk in {chunk.memory.disk for chunk in self.chunks if chunk.memory.disk is not None}:
             found[Tier.HOST] += disk.buffer_bytes
         return found
 

@@ -46,9 +46,7 @@ class Engine(EngineBase):
         config, zero = context.config, context.config.zero.stage
         placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
         with placement.explain_host_shortage():
-            chunks = make_chunks(
-                stage.infos, context.dtype, zero=zero, fill=stage.set_initial_values, storages=placement.storages
-            )
+            chunks = make_chunks(placement.specs, placement.storages, fill=stage.set_initial_values)
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)

@@ -246,12 +246,10 @@ def _make_chunks(
     placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
     with placement.explain_host_shortage():
         chunks = make_chunks(
-            infos,
-            context.dtype,
-            zero=context.config.zero.stage,
+            placement.specs,
+            placement.storages,
             fill=partial(broadcast_parameters, axis=context.mesh.axis("data")),
             device=context.device,
-            storages=placement.storages,
         )
     return chunks, placement
 

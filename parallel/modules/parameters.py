@@ -69,7 +69,7 @@ class OriginalParameters:
                 return f"model: {name} is not the parameter it was. {cure}"
         for name, (parameter, required_grad) in self._parameters.items():
             chunk = self._chunk_of.get(parameter)
-            if chunk is not None and not chunk.shows(parameter):
+            if chunk is not None and not chunk.parameters.shows(parameter):
                 return f"model: {name} moved: its memory is not the engine's any more. {cure}"
             if parameter.requires_grad and not required_grad:
                 return f"model: {name} was frozen and requires a gradient now. {cure}"

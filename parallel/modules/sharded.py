@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parallel.chunk.chunk import placeholder
+from parallel.chunk.parameters import placeholder
 from parallel.mesh.collectives import MAX, all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 

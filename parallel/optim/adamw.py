@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.precision import moment_dtype, state_size
+from parallel.chunk.precision import state_size
 from parallel.config import OptimizerConfig
-from parallel.layout.layout import ParameterInfo, Piece
+from parallel.layout.layout import Piece
+from parallel.optim.moments import Moments
+from parallel.optim.part import Part
 from parallel.optim.rounding import Rounding
 from parallel.optim.shared_update import HOST_PART, SharedUpdate, update_in_place
-from parallel.optim.streaming import PART, Part, Update
+from parallel.optim.streaming import PART, Update
+from parallel.optim.update_counts import UpdateCounts
 from parallel.storage.transfer import HostCopy, Placement, Tier
 
 Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -37,21 +40,18 @@ class AdamW:
         self.chunks, self.config = [chunk for chunk in chunks if not chunk.is_frozen], config
         # Dynamic: chunks differ in size.
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
-        self.updates = 0
         self.unused: Container[nn.Parameter] = ()  # those that got no gradient
-        self._missed: dict[ParameterInfo, int] = {}  # updates, of those that missed any
-        self.moments: dict[Chunk, tuple[Tensor, Tensor]] = {}  # the first and the second, from the first update on
-        self._shared = SharedUpdate(chunks[0].parameters.device)
+        self._counts = UpdateCounts()
+        self.moments = Moments(config)
+        self._shared = SharedUpdate(chunks[0].memory.device)
         self._rounding: dict[Tier, Rounding] = {}  # by where an update runs, from the first one there on
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DISK:
-                self._moments_of(chunk)  # so that there is room for them, or the run does not begin
+                self.moments.of(chunk)  # so that there is room for them, or the run does not begin
 
     def step(self, factor: Tensor, lr: float) -> None:
         """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
-        self.updates += 1
-        infos = (info for chunk in self.chunks for info in chunk.infos if info.parameter in self.unused)
-        self._missed |= {info: self._missed.get(info, 0) + 1 for info in infos}
+        self._counts.begin(self.chunks, self.unused)
         published = []
         parts = {chunk: self._parts_of(chunk) for chunk in self.chunks}
         on_device = partial(self._update, factor=factor, lr=lr, scale=self._scaled, tier=Tier.DEVICE)
@@ -59,14 +59,14 @@ class AdamW:
             if chunk.placement.states is Tier.DEVICE:
                 for part in parts[chunk]:
                     on_device(part)
-                chunk.gradient = None
+                chunk.gradient.forget()
                 published.append(chunk.write_back())
         streamed = [chunk for chunk in self.chunks if chunk.placement.states is not Tier.DEVICE]
         if streamed:
             self._update_elsewhere({chunk: parts[chunk] for chunk in streamed}, on_device, HostCopy(factor), lr)
         for chunk in streamed:
-            chunk.forget_gradient(is_spent=True)
-            published.append(chunk.spread())
+            chunk.gradient.forget()
+            published.append(chunk.all_gather_updated())
         for pending in published:
             pending.wait()
 
@@ -95,21 +95,19 @@ class AdamW:
         found: dict[str, list[Piece]] = {"master": [], "exp_avg": [], "exp_avg_sq": []}
         for chunk in self.chunks:
             chunk.settle()
-            for kind, flat in zip(found, (chunk.master, *self._moments_of(chunk)), strict=True):
-                found[kind] += chunk.pieces(flat)
+            for kind, flat in zip(found, (chunk.master, *self.moments.of(chunk)), strict=True):
+                found[kind] += chunk.spec.pieces(flat)
         return found
 
     def counters(self) -> dict[str, Any]:
         """What `restore` takes: how many updates each parameter that missed some has had."""
-        return dict(steps={info.name: self.updates - missed for info, missed in self._missed.items()})
+        return dict(steps=self._counts.of_those_that_missed_some())
 
     def restore(self, updates: int, *, steps: Mapping[str, float] | None = None, **_: Any) -> None:
         """Take the masters and moments as they are now, filled through `pieces`, as those after `updates` updates;
         `steps`: of the parameters that have had fewer.
         """
-        self.updates = updates
-        had = [(info, int((steps or {}).get(info.name, updates))) for chunk in self.chunks for info in chunk.infos]
-        self._missed = {info: updates - count for info, count in had if count < updates}
+        self._counts.restore(updates, self.chunks, steps or {})
         for chunk in self.chunks:
             chunk.write_back().wait()
 
@@ -117,9 +115,8 @@ class AdamW:
         """Give a chunk another home, and its moments."""
         was = chunk.placement.states
         chunk.move_to(placement)
-        if was is not placement.states and chunk in self.moments:
-            first, second = (chunk.empty(placement.states, x, "moments").copy_(x) for x in self.moments[chunk])
-            self.moments[chunk] = first, second
+        if was is not placement.states:
+            self.moments.move(chunk)
 
     def state_bytes(self, chunk: Chunk) -> int:
         """Of a chunk's masters and moments."""
@@ -129,7 +126,7 @@ class AdamW:
 
     def held(self) -> list[tuple[Tier, Tensor]]:
         """The moments, and where they are."""
-        return [(chunk.placement.states, x) for chunk, moments in self.moments.items() for x in moments]
+        return self.moments.held()
 
     @property
     def host_share(self) -> float:
@@ -148,34 +145,17 @@ class AdamW:
         """The seconds that the last update would have been shorter by with this share."""
         return self._shared.gain(share)
 
-    def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        if chunk not in self.moments:
-            tier, dtype = chunk.placement.states, moment_dtype(chunk.master.dtype, self.config)
-            like = torch.empty(chunk.master.shape, dtype=dtype, device="meta")
-            first, second = (chunk.empty(tier, like, "moments") for _ in range(2))
-            for x in (first, second) if tier is not Tier.DISK else ():  # a new file is zero
-                x.zero_()
-            self.moments[chunk] = first, second
-        return self.moments[chunk]
-
     def _parts_of(self, chunk: Chunk) -> list[Part]:
         """What of a chunk is to be updated: neighbours that have had as many updates together."""
-        assert chunk.gradient is not None
-        states = chunk.master, *self._moments_of(chunk)
-        own = chunk.own if chunk.is_rounded else None
-        runs: list[tuple[int, int, int]] = []  # start and stop in the whole, updates
-        for info, (start, stop) in zip(chunk.infos, chunk.ranges, strict=True):
-            if info.parameter in self.unused:
-                continue
-            updates = self.updates - self._missed.get(info, 0)
-            if runs and runs[-1][1:] == (start, updates):
-                start = runs.pop()[0]
-            runs.append((start, stop, updates))
+        gradient, spec = chunk.gradient.total, chunk.spec
+        assert gradient is not None
+        states = chunk.master, *self.moments.of(chunk)
+        own = None if chunk.sharing.masters_are_slice else chunk.parameters.own
         found = []
-        for start, stop, updates in runs:
-            begin, end = (min(max(x - chunk.first, 0), len(chunk.master)) for x in (start, stop))
+        for run in self._counts.runs(spec):
+            begin, end = (min(max(x - spec.first, 0), spec.num_own) for x in (run.start, run.stop))
             if begin < end:
-                found.append(Part(chunk, states, chunk.gradient, own, chunk.first, updates).cut(begin, end))
+                found.append(Part(chunk, states, gradient, own, spec.first, run.updates).cut(begin, end))
         return found
 
     def _update(self, part: Part, *, factor: Tensor, lr: float, scale: Scale, tier: Tier) -> None:
@@ -186,7 +166,7 @@ class AdamW:
             return
         rounding = self._rounding_on(tier, master)
         for piece in part.split(rounding.size):
-            with rounding.widened(piece, self.updates) as wide:
+            with rounding.widened(piece, self._counts.total) as wide:
                 self._adamw(piece, wide, scale(piece.gradient, factor, master.dtype), lr)
 
     def _rounding_on(self, tier: Tier, like: Tensor) -> Rounding:
@@ -210,7 +190,7 @@ class AdamW:
             beta1=self.config.betas[0],
             beta2=self.config.betas[1],
             lr=lr,
-            weight_decay=self.config.weight_decay if part.chunk.is_matrix else 0.0,
+            weight_decay=self.config.weight_decay if part.chunk.spec.is_matrix else 0.0,
             eps=self.config.eps,
             maximize=False,
         )

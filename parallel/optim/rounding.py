@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import Piece
 from parallel.layout.rng import mix64, seed_of
-from parallel.optim.streaming import Part
+from parallel.optim.part import Part
 
 TABLE = 2**20  # numbers: few enough to stay in a device's cache
 
@@ -54,7 +54,7 @@ class Rounding:
         noise = self._noise[: len(part.gradient)]
         key = part.chunk, part.first, len(noise)
         if key not in self._pieces:
-            self._pieces[key] = part.chunk.pieces(noise, first=part.first)
+            self._pieces[key] = part.chunk.spec.pieces(noise, first=part.first)
         for piece in self._pieces[key]:
             self._write(piece, moment, update)
         return noise

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 
 from parallel.ops.clock import clock_of
-from parallel.optim.streaming import Part, Stream, Update, in_parts
+from parallel.optim.part import Part
+from parallel.optim.streaming import Stream, Update, in_parts
 from parallel.storage.transfer import Placement, Tier
 
 HOST_PART = 2**20  # elements: what one pass over them leaves in the caches, the next finds there
@@ -123,7 +124,7 @@ class SharedUpdate:
 def update_in_place(parts: Sequence[Part], update: Update) -> float:
     """The seconds that it took, from when all gradients were there."""
     for part in parts:
-        part.chunk.gradient_written.synchronize()
+        part.arrived.synchronize()
     begun = time.perf_counter()
     for part in parts:
         for piece in part.split(HOST_PART):
@@ -137,7 +138,7 @@ def _is_movable(part: Part) -> bool:
     """At home on the host, it may be updated there. Of a tied weight another pipeline stage has the same masters among
     other parts: both leave it to the device.
     """
-    return part.chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(part.chunk.axes) == 1
+    return part.chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(part.chunk.spec.axes) == 1
 
 
 def _elements(parts: Sequence[Part]) -> int:

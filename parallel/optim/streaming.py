@@ -1,52 +1,15 @@
 """States that are not at home on the device, through it in parts: up, updated and down, three parts at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from parallel.chunk.chunk import Chunk
-from parallel.storage.disk import Disk
+from parallel.optim.part import Part
 from parallel.storage.transfer import CopyEvent, Tier, copies_of
 
 PART = 2**23  # elements
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some elements of a chunk's masters and moments, of its gradient, and of parameters where they are narrower.
-
-    `first`: where they begin in the whole chunk; `updates`: how many they have had, with this one.
-    """
-
-    chunk: Chunk
-    states: tuple[Tensor, Tensor, Tensor]
-    gradient: Tensor
-    own: Tensor | None
-    first: int
-    updates: int
-
-    def cut(self, start: int, stop: int) -> "Part":
-        """Its elements from `start` to `stop`."""
-        first, second, third = (x[start:stop] for x in self.states)
-        own = None if self.own is None else self.own[start:stop]
-        states, gradient = (first, second, third), self.gradient[start:stop]
-        return Part(self.chunk, states, gradient, own, self.first + start, self.updates)
-
-    @property
-    def is_on_disk(self) -> bool:
-        return self.chunk.placement.states is Tier.DISK
-
-    @property
-    def disk(self) -> Disk:
-        assert self.chunk.disk is not None
-        return self.chunk.disk
-
-    def split(self, size: int) -> "Iterator[Part]":
-        """The same in smaller parts, of `size` elements."""
-        for k in range(0, len(self.gradient), size):
-            yield self.cut(k, k + size)
 
 
 class _Slot:
@@ -113,7 +76,7 @@ class Stream:
         here = replace(home, states=(first, second, third), gradient=slot.view("gradient", home.gradient), own=None)
         for source, room in zip(home.states, here.states, strict=True):
             self._copies.upload(source, room, after=slot.left)
-        slot.arrived = self._copies.upload(home.gradient, here.gradient, after=home.chunk.gradient_written)
+        slot.arrived = self._copies.upload(home.gradient, here.gradient, after=home.arrived)
         return home, here
 
     def _take(self, here: Part, home: Part, slot: _Slot) -> None:
@@ -125,4 +88,4 @@ class Stream:
                 self._copies.download(narrow.copy_(here.states[0]), home.own)
         for room, place in zip(here.states, home.states, strict=True):
             slot.left = self._copies.download(room, place)
-        home.chunk.written = slot.left
+        home.chunk.parameters.record_write(slot.left)

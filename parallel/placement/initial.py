@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.chunk.spec import ChunkStorage, Outline
+from parallel.chunk.spec import ChunkSpec, ChunkStorage
 from parallel.config import Config
 from parallel.mesh.mesh import Axis
 from parallel.placement.agreement import agreed_minimum, refuse_together
@@ -22,8 +22,9 @@ ON_DISK = Placement(Tier.HOST, Tier.DISK)
 
 @dataclass(frozen=True)
 class InitialPlacement:
-    """The storage and the bytes of each chunk, and the room on the host that they were chosen for."""
+    """The specification, storage and bytes of each chunk, and the room on the host that the storage was chosen for."""
 
+    specs: Sequence[ChunkSpec]
     storages: list[ChunkStorage]
     sizes: list[ChunkBytes]
     room: HostRoom
@@ -34,7 +35,7 @@ class InitialPlacement:
 
 
 def initial_placement(
-    outlines: Sequence[Outline],
+    specs: Sequence[ChunkSpec],
     sizes: list[ChunkBytes],
     config: Config,
     *,
@@ -51,8 +52,8 @@ def initial_placement(
     """
     zero = config.zero
     if zero.tensor_placement_policy == "cuda":
-        return InitialPlacement([ChunkStorage() for _ in sizes], sizes, HostRoom(UNLIMITED))
-    room = host_room(zero, outlines, num_ranks_on_host)
+        return InitialPlacement(specs, [ChunkStorage() for _ in sizes], sizes, HostRoom(UNLIMITED))
+    room = host_room(zero, specs, num_ranks_on_host)
     num_host_states = max_states_on_host(sizes, room)
     shortage = host_shortage(sizes, room, config) if num_host_states is None else ""
     refuse_together(folder_problem(zero) or shortage, world)
@@ -60,4 +61,4 @@ def initial_placement(
     refuse_together(disk_shortage(sizes[num_host_states:], zero, world), world)
     disk = Disk(zero.nvme_dir, world.rank, device) if zero.nvme_dir is not None else None
     placements = [ON_HOST if i < num_host_states else ON_DISK for i in range(len(sizes))]
-    return InitialPlacement([ChunkStorage(placement, disk) for placement in placements], sizes, room)
+    return InitialPlacement(specs, [ChunkStorage(placement, disk) for placement in placements], sizes, room)

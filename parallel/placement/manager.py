@@ -42,7 +42,7 @@ class PlacementManager:
         """Raises ConfigError, on every rank, where on one no plan could ever fit the device."""
         self.chunks, self.optimizer, self.zero, self.initial = list(chunks), optimizer, zero, initial
         self.log: Callable[[str], None] = lambda text: None
-        self._device = chunks[0].parameters.device
+        self._device = chunks[0].memory.device
         self.budget = device_budget(zero, self._device)
         self._agreement = RankAgreement(chunks, zero, self.budget, world)
         self._lifecycle = PlanLifecycle(is_fixed=zero.tensor_placement_policy == "cuda")

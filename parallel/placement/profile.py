@@ -30,7 +30,7 @@ class MemoryProfile:
     def use(self, unit: str, *, backward: bool) -> None:
         """End a sample: a layer is about to compute. In a backward the gradients of all later layers are complete."""
         whole = self._whole | self._present()
-        present = sum(self.chunks[i].whole_bytes for i in whole)
+        present = sum(self.chunks[i].spec.whole_bytes for i in whole)
         self.samples.append(MemorySample(max(0, self._peak() - present), whole, self._complete))
         if backward:
             first = next(i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit)
@@ -45,7 +45,7 @@ class MemoryProfile:
 
     def _present(self) -> frozenset[int]:
         """Return the chunks whose parameters are whole now."""
-        return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.untyped_storage().nbytes())
+        return frozenset(i for i, c in enumerate(self.chunks) if c.parameters.is_whole)
 
     def _peak(self) -> int:
         """Return the most bytes that the device held since the last call."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.spec import Outline
+from parallel.chunk.spec import ChunkSpec
 from parallel.config import ZeroConfig
 from parallel.placement.policy import HostRoom
 from parallel.storage.host import available
@@ -23,7 +23,7 @@ def device_budget(zero: ZeroConfig, device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def host_room(zero: ZeroConfig, outlines: Sequence[Outline], num_ranks: int) -> HostRoom:
+def host_room(zero: ZeroConfig, specs: Sequence[ChunkSpec], num_ranks: int) -> HostRoom:
     """Return the room on the host for the chunks of this rank, one of `num_ranks` that share the host.
 
     What its parameters take there already counts as room, since they become a part of the chunks.
@@ -31,7 +31,7 @@ def host_room(zero: ZeroConfig, outlines: Sequence[Outline], num_ranks: int) -> 
     has_disk = zero.nvme_dir is not None
     if zero.host_memory is not None:
         return HostRoom(int(zero.host_memory), has_disk)
-    parameters = (info.parameter for outline in outlines for info in outline.infos)
+    parameters = (info.parameter for spec in specs for info in spec.infos)
     held = sum(p.untyped_storage().nbytes() for p in parameters if p.device.type == "cpu")
     return HostRoom(int(available() // num_ranks + held), has_disk)
 
@@ -41,5 +41,5 @@ def gathered_at_once(chunks: Sequence[Chunk]) -> int:
     layers: dict[str, int] = {}
     for chunk in chunks:
         if chunk.is_gathered_on_demand:
-            layers[chunk.infos[0].unit] = layers.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
+            layers[chunk.infos[0].unit] = layers.get(chunk.infos[0].unit, 0) + chunk.spec.whole_bytes
     return sum(sorted(layers.values())[-LAYERS_AT_ONCE:])

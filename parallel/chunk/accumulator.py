@@ -1,0 +1,66 @@
+"""The buffer into which a backward adds the gradients of a chunk's parameters."""
+
+import torch
+from torch import Tensor
+
+from parallel.chunk.spec import ChunkSpec
+from parallel.ops.products import add_product, write_product
+
+
+class Accumulator:
+    """Adds up the gradients of one round: those of the microbatches that are summed over ranks at once.
+
+    buffer [n]  on the device, from the first arrival to `take`: while activations pile up there is none
+    arrivals    for each parameter, how many gradients have been added in this round
+    """
+
+    def __init__(self, spec: ChunkSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.begin(spec.master_dtype)
+
+    def begin(self, dtype: torch.dtype) -> None:
+        """Begin a round whose buffer will have this dtype; what has been added in another round is forgotten."""
+        self.dtype = dtype
+        self.buffer: Tensor | None = None
+        self._views: list[Tensor] = []  # of the buffer, by parameter
+        self.arrivals = [0] * len(self.spec.infos)
+
+    def views(self) -> list[Tensor]:
+        """Return each parameter's view of the buffer, which is made if there is none: zero where there is padding, and
+        not yet filled elsewhere.
+        """
+        if self.buffer is None:
+            self.buffer = torch.empty(self.spec.size, dtype=self.dtype, device=self.device)
+            for info, (start, stop) in zip(self.spec.infos, self.spec.ranges, strict=True):
+                self.buffer[start + info.parameter.numel() : stop].zero_()
+            self._views = self.spec.views(self.buffer)
+        return self._views
+
+    def add(self, i: int, gradient: Tensor) -> None:
+        """Add a gradient of parameter i."""
+        view = self.views()[i]
+        if self.arrivals[i]:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+        self.arrivals[i] += 1
+
+    @torch.no_grad()
+    def add_factors(self, i: int, a: Tensor, b: Tensor) -> None:
+        """Add the product a[N, T] · b[T, K] to the gradient of parameter i, a matrix [N, K]."""
+        view = self.views()[i].flatten(0, -2)
+        (add_product if self.arrivals[i] else write_product)(a, b, view)
+        self.arrivals[i] += 1
+
+    def complete(self) -> None:
+        """Make the gradients zero of which none has arrived."""
+        for view, arrivals in zip(self.views(), self.arrivals, strict=True):
+            if not arrivals:
+                view.zero_()
+
+    def take(self) -> Tensor:
+        """Return the buffer, which becomes the caller's, and begin the next round."""
+        assert self.buffer is not None
+        taken = self.buffer
+        self.begin(self.dtype)
+        return taken

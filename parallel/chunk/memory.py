@@ -1,0 +1,37 @@
+"""The memory of a chunk: allocation on the device, on the host and on a disk, and the copies between them."""
+
+import torch
+from torch import Tensor
+
+from parallel.storage.disk import Disk
+from parallel.storage.transfer import Tier, copies_of, host_empty
+
+
+class ChunkMemory:
+    """Allocates what a chunk has on each tier; `name` is the chunk's in the messages about its files on the disk."""
+
+    def __init__(self, device: torch.device, disk: Disk | None, name: str) -> None:
+        self.device, self.disk, self.name = device, disk, name
+        self.copies = copies_of(device)
+
+    def empty(self, tier: Tier, like: Tensor, kind: str = "state") -> Tensor:
+        """Return a tensor [n] of the size and dtype of `like`. `kind` says in messages what it is.
+
+        Raises RoomError where the disk has no room for it, MemoryError where the host has none.
+        """
+        if tier is Tier.DISK:
+            assert self.disk is not None
+            return self.disk.empty(like.numel(), like.dtype, f"{self.name}.{kind}")
+        if tier is Tier.HOST:
+            return host_empty(like.numel(), like.dtype, self.device)
+        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+
+    def copy(self, x: Tensor, tier: Tier) -> Tensor:
+        """Return a copy of x on a tier; it is complete when this returns, or for the device's current stream."""
+        return self.empty(tier, x, "masters").copy_(x)
+
+    def settle(self) -> None:
+        """Wait for all copies, and for the disk: then tensors on the host and on the disk can be read and written."""
+        self.copies.synchronize()
+        if self.disk is not None:
+            self.disk.settle()

@@ -1,0 +1,119 @@
+"""The parameters of a chunk in one flat buffer, of which the module's own parameters are views."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parallel.chunk.memory import ChunkMemory
+from parallel.chunk.spec import ChunkSpec
+from parallel.mesh.collectives import Pending, start_all_gather
+from parallel.storage.transfer import CopyEvent, Tier
+
+
+class ParameterBuffer:
+    """What FSDP calls a flat parameter.
+
+    whole [n]      on the device, in the model's dtype; without memory between `release` and `gather`
+    own [n_shard]  this rank's slice of it: a view of `whole`, or memory apart on `tier` where parameters are gathered
+                   on demand
+
+    While `whole` has no memory a module's parameter shows its shape, but is NaN throughout.
+    """
+
+    def __init__(self, spec: ChunkSpec, whole: Tensor, own: Tensor, memory: ChunkMemory) -> None:
+        self.spec, self.memory = spec, memory
+        self.whole, self.own, self.tier = whole, own, Tier.DEVICE
+        self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
+        self._placeholder: Tensor | None = None  # what the module's parameters show while `whole` has no memory
+        self._show(spec.views(whole))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole buffer has memory now."""
+        return bool(self.whole.untyped_storage().nbytes())
+
+    def gather(self) -> Pending:
+        """Start to make the parameters whole (FSDP's unshard), in the storage that they had before: what autograd saved
+        of them is there.
+        """
+        spec, copies = self.spec, self.memory.copies
+        self._allocate()
+        if self.tier is Tier.DEVICE:
+            return start_all_gather(self.own, 0, spec.shard, out=self.whole)
+        part = spec.own_slice(self.whole)
+        arrival = copies.upload(self.own, part, after=self._written)
+        if spec.shard.size == 1:
+            return Pending(self.whole, arrival)
+        with copies.on_upload_stream():  # behind the copy, so that what computes meanwhile waits for neither
+            return start_all_gather(part, 0, spec.shard, out=self.whole)
+
+    def release(self) -> None:
+        """Free the whole buffer (FSDP's reshard), and keep `own`."""
+        self.whole.untyped_storage().resize_(0)
+        shared = placeholder((), self.whole.dtype, self.whole.device)
+        self._placeholder = shared
+        self._show([shared.expand(info.parameter.shape) for info in self.spec.infos])
+
+    def write(self, master: Tensor, tier: Tier) -> None:
+        """Round master weights [n_shard], which are on `tier`, into `own`."""
+        copies = self.memory.copies
+        if self.tier is tier or Tier.DEVICE not in (self.tier, tier):
+            self.own.copy_(master)
+        elif self.tier is Tier.HOST:  # rounded before it is copied
+            self._written = copies.download(master.to(self.own.dtype), self.own)
+        else:
+            wide = self.memory.empty(Tier.DEVICE, master)
+            copies.upload(master, wide).wait()
+            self.own.copy_(wide)
+
+    def record_write(self, written: CopyEvent) -> None:
+        """Let the next `gather` wait for a copy into `own` that was launched elsewhere."""
+        self._written = written
+
+    def all_gather(self) -> Pending:
+        """Give every rank of `shard` this rank's updated slice, while `own` is a view of the whole buffer."""
+        return start_all_gather(self.own, 0, self.spec.shard, out=self.whole)
+
+    def move_apart(self, tier: Tier, *, is_apart: bool) -> None:
+        """Give `own` memory of its own on a tier. `is_apart`: it has some already. `whole` keeps its memory."""
+        if not is_apart or tier is not self.tier:
+            self.own = self.memory.copy(self.own, tier)
+        self.tier = tier
+
+    def move_into_whole(self) -> None:
+        """Make the parameters whole for good: `own`, which has memory of its own, becomes a view."""
+        self._allocate()
+        apart, self.own, self.tier = self.own, self.spec.own_slice(self.whole), Tier.DEVICE
+        self.own.copy_(apart)
+        self.all_gather().wait()
+        self._placeholder = None
+
+    def free_whole(self) -> None:
+        """Release the whole buffer after `own` has moved apart."""
+        if not self.whole.untyped_storage().resizable():  # numpy has seen it, as when a checkpoint is written
+            self.whole = torch.empty_like(self.whole)
+        self.release()
+
+    def shows(self, parameter: nn.Parameter) -> bool:
+        """Return whether the memory of one of the module's parameters is still this buffer's."""
+        buffers = [self.whole] if self._placeholder is None else [self.whole, self._placeholder]
+        found = parameter.untyped_storage().data_ptr()
+        return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
+
+    def _allocate(self) -> None:
+        self.whole.untyped_storage().resize_(self.spec.whole_bytes)
+        self._show(self.spec.views(self.whole))
+
+    def _show(self, views: Sequence[Tensor]) -> None:
+        for info, view in zip(self.spec.infos, views, strict=True):
+            info.parameter.data = view
+
+
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of this shape that holds a single element, NaN (0 in a dtype that has none).
+
+    It has a storage, since elementwise kernels read it regardless, and crash where there is none.
+    """
+    empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))

@@ -1,0 +1,121 @@
+"""The sum of one chunk's gradient over microbatches and ranks."""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from parallel.chunk.chunk import Chunk
+from parallel.errors import ModelError
+from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
+
+
+class ChunkSum:
+    """Counts the gradients of one chunk as they arrive, and sums them over ranks round by round: a round is what is
+    summed over ranks at once.
+
+    `completed` is called when all that a round waits for has arrived, `launched` when its sum over ranks has started.
+    """
+
+    def __init__(
+        self, chunk: Chunk, completed: Callable[["ChunkSum"], None], launched: Callable[["ChunkSum"], None]
+    ) -> None:
+        self.chunk, self.completed, self.launched = chunk, completed, launched
+        self.seen = [0] * len(chunk.infos)  # for each parameter, whether a gradient has arrived since `begin`
+        self.pending: Pending | None = None  # the last round's sum over ranks
+        self.posted = False
+        self.expect(0)
+        for i, info in enumerate(chunk.infos):
+            info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
+
+    def begin(self, num_microbatches: int, arrivals: int) -> None:
+        """Forget everything, and start a step in each of whose rounds each parameter arrives so many times."""
+        self.expect(arrivals)
+        self.pending, self.posted = None, False
+        self.seen = [0] * len(self.chunk.infos)
+        self.chunk.forget_gradient()
+        self.chunk.gradient.begin(num_microbatches)
+
+    def expect(self, arrivals: int) -> None:
+        """A round is complete when each parameter has arrived so many times; after 0, nothing may arrive."""
+        self.waits_for = arrivals * len(self.chunk.infos)
+        self.missing: int | None = self.waits_for  # gradients, of this round; None: however many come, more may
+
+    def expect_in_this_round(self, arrivals: int | None) -> None:
+        """This round, and no other, is complete when each parameter has arrived so many times; None: it never is."""
+        self.missing = None if arrivals is None else arrivals * len(self.chunk.infos)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all has arrived that the current round waits for."""
+        return self.missing == 0
+
+    def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
+        """Take the factors a[N, T] and b[T, K] of a gradient of parameter i."""
+        self.chunk.gradient.accumulator.add_factors(i, a, b)
+        self._count(i)
+
+    def take(self, i: int, parameter: Tensor) -> None:
+        """Called by autograd when a backward has put parameter i's gradient into `.grad`."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:  # its product came already
+            return
+        if self.missing == 0:
+            raise ModelError(
+                f"{self.chunk.infos[i].name}: a gradient arrived that no engine.backward(loss) was waiting for. Call"
+                " that, not loss.backward(), once for each forward; and if activations are recomputed, do it with"
+                " use_reentrant=False."
+            )
+        self.chunk.gradient.accumulator.add(i, gradient)
+        self._count(i)
+
+    def _count(self, i: int) -> None:
+        self.seen[i] = 1
+        if self.missing is None:
+            return
+        self.missing -= 1
+        if not self.missing:
+            self.completed(self)
+
+    def post(self) -> None:
+        """Start a round's sum over ranks."""
+        spec, accumulator = self.chunk.spec, self.chunk.gradient.accumulator
+        accumulator.complete()
+        self.collect()
+        self.posted = True
+        if spec.shard.size > 1:
+            self.pending = start_reduce_scatter(accumulator.take(), 0, spec.shard, in_place=True)
+        else:
+            self.pending = start_all_reduce(accumulator.take(), spec.axes[0], in_place=True)
+        self.missing = self.waits_for
+        if spec.axes[0].size == 1:
+            self.collect()  # nobody to wait for: where masters are on the host, it goes there at once
+        self.launched(self)
+
+    def collect(self) -> None:
+        """Add the round that is travelling to those before it."""
+        if self.pending is not None:
+            arrived, self.pending = self.pending.wait(), None
+            gradient = self.chunk.gradient
+            self.chunk.store_gradient(arrived if gradient.total is None else gradient.on_device().add_(arrived))
+
+    def post_rest(self) -> None:
+        """Start the sum of a round that has begun, or of zeros where no gradient has ever arrived."""
+        if self.chunk.gradient.accumulator.buffer is not None or not self.posted:
+            self.post()
+
+    def wait(self) -> None:
+        """Wait until the chunk's gradient is the sum over all ranks: whole, or this rank's slice."""
+        self.collect()
+        if further := self.chunk.spec.axes[1:]:
+            whole = self.chunk.gradient.on_device()
+            for axis in further:
+                all_reduce(whole, axis, in_place=True)
+            self.chunk.store_gradient(whole)
+
+
+def _arrive(total: "weakref.ref[ChunkSum]", i: int, parameter: Tensor) -> None:
+    """A hook, which autograd keeps out of the collector's sight: what it held would never be freed."""
+    if (found := total()) is not None:
+        found.take(i, parameter)

@@ -1,0 +1,159 @@
+"""A user's own torch optimizer, on master weights that are divided over ranks and may be on any tier."""
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.chunk.chunk import Chunk
+from parallel.errors import ModelError, either
+from parallel.layout.layout import Piece
+from parallel.optim.adamw import scaled
+from parallel.optim.leaves import Leaves
+from parallel.storage.transfer import Placement, Tier
+
+ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+
+class TorchOptimizer:
+    """A torch optimizer that updates every element by itself, on this rank's segments of master weights in place of the
+    parameters it was made for.
+
+    Its groups stay its own, so that its hyperparameters, and whoever schedules them, go on as they were. A parameter
+    without a gradient in a step is left alone, moments and all, as torch has it. Raises ModelError for an optimizer
+    that cannot be divided so.
+    """
+
+    host_share = 1.0  # it updates master weights where they are
+
+    def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
+        _check(chunks, inner)
+        self.chunks, self.inner = [c for c in chunks if not c.is_frozen], inner
+        self.unused: Container[nn.Parameter] = ()  # those that got no gradient
+        inner.register_step_pre_hook(lambda *_: self._refuse_strangers())
+        self._leaves = Leaves(self.chunks, inner)
+        for chunk in self.chunks:
+            if chunk.placement.states is Tier.DISK:
+                self._start_on_disk(chunk)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group."""
+        return float(self.inner.param_groups[0]["lr"])
+
+    def step(self, factor: Tensor, lr: float) -> None:
+        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar. The groups'
+        learning rates hold, whatever `lr` is.
+        """
+        leaves = iter(self._leaves)
+        is_streamed = any(chunk.placement.states is not Tier.DEVICE for chunk in self.chunks)
+        on_host = factor.cpu() if is_streamed else factor
+        for chunk in self.chunks:
+            assert chunk.gradient.total is not None
+            chunk.settle()
+            scale = factor if chunk.placement.states is Tier.DEVICE else on_host
+            gradient = scaled(chunk.gradient.total, scale, chunk.master.dtype)
+            chunk.gradient.forget()
+            for segment in chunk.spec.segments(gradient):
+                _, leaf = next(leaves)
+                leaf.grad = None if segment.info.parameter in self.unused else segment.data
+        with self._leaves.stepping():
+            self.inner.step()
+        self.inner.zero_grad()
+        for pending in [chunk.write_back() for chunk in self.chunks]:
+            pending.wait()
+
+    def pieces(self) -> dict[str, list[Piece]]:
+        """Return the master weights and what the optimizer keeps for each of their elements, as pieces of public
+        tensors: views, to be saved or filled.
+        """
+        for chunk in self.chunks:
+            chunk.settle()
+        self._leaves.start_states()
+        found = {"master": [piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)]}
+        for segment, leaf in self._leaves:
+            for kind, value in self._leaves.states(leaf):
+                found.setdefault(kind, []).extend(segment.pieces(value))
+        return found
+
+    def counters(self) -> dict[str, Any]:
+        """Return what `restore` takes: how many updates each parameter that has a segment here has had, as many as it
+        had gradients; and the groups' learning rates.
+        """
+        self._leaves.start_states()
+        states = [(segment.info.name, self.inner.state[leaf]) for segment, leaf in self._leaves]
+        steps = {name: float(state["step"]) for name, state in states if "step" in state}
+        return dict(steps=steps, rates=[group["lr"] for group in self.inner.param_groups])
+
+    def restore(
+        self, updates: int, *, steps: Mapping[str, float] | None = None, rates: Sequence[float] | None = None
+    ) -> None:
+        """Take the master weights and states as they are now, filled through `pieces`, as those after `updates`
+        updates; `steps` has the counts of the parameters that have had others.
+        """
+        for group, rate in zip(self.inner.param_groups, rates or (), strict=rates is not None):
+            group["lr"] = rate
+        for segment, leaf in self._leaves:
+            if "step" in self.inner.state[leaf]:
+                self.inner.state[leaf]["step"].fill_((steps or {}).get(segment.info.name, updates))
+        for chunk in self.chunks:
+            chunk.write_back().wait()
+
+    def move(self, chunk: Chunk, placement: Placement) -> None:
+        """Move a chunk to another placement, and what is kept for it."""
+        was = chunk.placement.states
+        chunk.move_to(placement)
+        self._leaves.follow(chunk)
+        if was is not placement.states and not chunk.is_frozen:
+            self._leaves.move_states(chunk)
+
+    def held(self) -> list[tuple[Tier, Tensor]]:
+        """Return what is kept for every element, and the tier of each tensor."""
+        return self._leaves.held(self.chunks)
+
+    def state_bytes(self, chunk: Chunk) -> int:
+        """Return the bytes of a chunk's master weights and of what is kept for them, from the first update on."""
+        return 0 if chunk.is_frozen else chunk.master.nbytes + self._leaves.state_bytes(chunk)
+
+    def balance(self) -> float:
+        """Return the only share that there is of updates on the host."""
+        return self.host_share
+
+    def gain(self, share: float) -> float:
+        """Return the seconds that another share would spare: none."""
+        return 0.0
+
+    def _start_on_disk(self, chunk: Chunk) -> None:
+        """Start a chunk's states from zero, in files, before the first update: so that there is room, or the run does
+        not begin, and the host never has those of more than a chunk. Raises ModelError where torch does not start from
+        zero.
+        """
+        if any(group.get("momentum") and group.get("dampening") for group in self.inner.param_groups):
+            raise ModelError(
+                "optimizer: SGD's first step is not dampened, so its states cannot start in zero.nvme_dir. Use"
+                " dampening=0, or leave zero.nvme_dir out."
+            )
+        self._leaves.start_states(self._leaves.of(chunk))
+        self._leaves.move_states(chunk)
+
+    def _refuse_strangers(self) -> None:
+        if not self._leaves.is_stepping:
+            raise ModelError("optimizer.step(): the gradients are with the engine. Call engine.step() instead.")
+
+
+def _check(chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
+    """Raise ModelError for an optimizer that cannot update divided master weights of these chunks."""
+    if type(inner) not in ELEMENTWISE:
+        known = either(cls.__name__ for cls in ELEMENTWISE)
+        raise ModelError(
+            f"optimizer: {type(inner).__name__} is not known to update every element by itself. Use {known}."
+        )
+    if inner.state:
+        raise ModelError(
+            "optimizer: it has taken steps already. Pass a new one: engine.load_checkpoint restores a state."
+        )
+    parameters = {info.parameter for chunk in chunks for info in chunk.infos}
+    strangers = sum(p not in parameters for group in inner.param_groups for p in group["params"])
+    if strangers:
+        raise ModelError(f"optimizer: {strangers} of its parameters are not the model's. Make it after the model.")
