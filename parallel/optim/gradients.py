@@ -12,7 +12,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.precision import gradient_dtype
 from parallel.errors import ModelError
 from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
-from parallel.ops.deferred import Deferred
+from parallel.ops.deferred import DeferredCalls
 from parallel.ops.products import add_product, write_product
 from parallel.optim.grad_norm import sum_of_squares
 from parallel.storage.transfer import Tier
@@ -37,7 +37,7 @@ class Gradients:
         self._travelling: list[_Sum] = []  # being scattered, the eldest first
         self._sums = [_Sum(chunk, self._completed, self._set_out) for chunk in chunks]
         self._scatters_each = scatters_each
-        self.deferred = Deferred()  # products
+        self.deferred = DeferredCalls()  # products
         self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh.collectives import Pending
-from parallel.ops.deferred import Deferred
+from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
 from parallel.pipeline.schedule import Action, Op, Plan
@@ -38,7 +38,7 @@ class Runner:
         pipe: Pipe,
         microbatches: Sequence[Microbatch],
         *,
-        weights: Deferred | None = None,
+        weights: DeferredCalls | None = None,
         mark: Callable[[PipelinePhase, object], None] = lambda phase, action: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
@@ -81,7 +81,7 @@ class Runner:
         gradient = self._received(Op.RECV_B, action)
         self.mark("backward", action)
         output = self.outputs.pop(action.microbatch)
-        with nullcontext() if self.weights is None else self.weights.put_off():
+        with nullcontext() if self.weights is None else self.weights.deferring():
             output.backward(gradient)
 
     def _received(self, op: Op, action: Action) -> Tensor | None:
@@ -106,7 +106,7 @@ class Runner:
         self.sending.append(start_send(self._outgoing(action), axis, action.peer))
         if action.op is Op.SEND_B and self.weights is not None:
             self.mark("backward", f"W{action.stage}.{action.microbatch}")
-            self.weights.catch_up()
+            self.weights.run_deferred()
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
     def _outgoing(self, action: Action) -> Tensor:
