@@ -48,7 +48,7 @@ def trains(layout: str) -> str:
 
 
 def drops(part: str) -> str:
-    return f"{RULES}::test_no_two_samples_and_no_two_places_in_one_share_a_dropout_mask[{part}]"
+    return f"{RULES}::test_no_two_samples_and_no_two_positions_have_one_dropout_mask[{part}]"
 
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
@@ -335,12 +335,12 @@ MODEL = (
            ENGINE,
            "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
            "first = self.num_steps * self.data.size * len(ids)",
-           f"{RULES}::test_replicas_drop_what_one_rank_would_drop"),
+           f"{RULES}::test_replicas_have_the_dropout_masks_of_a_single_rank"),
     Mutant("dropout-the-same-in-every-step", "samples are numbered anew in each step",
            ENGINE,
            "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
            "first = self.data.rank * len(ids)",
-           f"{RULES}::test_a_batch_repeated_in_the_next_step_meets_other_dropout_masks"),
+           f"{RULES}::test_a_batch_repeated_in_the_next_step_has_other_dropout_masks"),
 )
 
 SEQUENCES = (
@@ -387,7 +387,7 @@ SEQUENCES = (
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share a mask with the next one's first",
            OPT, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
-           "tests/test_property.py::test_eight_ranks_equal_serial[dp2-a2a2-1d2]"),
+           "tests/test_property.py::test_eight_ranks_equal_a_single_rank[dp2-a2a2-1d2]"),
     Mutant("a-mask-of-ones-is-kept", "attention takes a kernel for masks where nothing is hidden",
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
            "tests/test_batches.py::test_a_mask_that_hides_nothing_is_left_out"),
@@ -416,7 +416,7 @@ SEQUENCES = (
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a mask",
            OPT, "self.mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
-           "tests/test_property.py::test_eight_ranks_equal_serial[pp2-ring2-2d-1x2]"),
+           "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
 ORDER = (
@@ -601,7 +601,7 @@ PLACEMENT = (
     Mutant("embedding-gradient-of-the-last-tokens", "the gradient from some tokens replaces that from the others",
            CROSS_ENTROPY, "add_product if start else write_product", "write_product",
            f"{RULES}::"
-           "test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_time[dtype0-4]"),
+           "test_loss_and_gradients_do_not_depend_on_how_many_logits_exist_at_a_time[dtype0-4]"),
     Mutant("received-too-early", "a receive holds multiprocessors while another microbatch computes",
            RUNNER, "for action in actions:", "for action in sorted(actions, key=lambda a: a.op is not Op.RECV_F):",
            "tests/test_chunk.py::test_weights_have_their_gradients_once_the_stage_before_has_its_own"),

@@ -25,7 +25,17 @@ from parallel.sequence import AttentionDropout, Masking, ring, sequence_of
 from parallel.sequence import blocks as kernels
 from parallel.sequence.blocks import Block, Kernel, positions_in
 from parallel.sequence.ring import Zigzag
-from tests.accounts import Handed, Held, bytes_kept, letters, mesh_of, mode_of, saved_for_backward, storage_of, value
+from tests.accounts import (
+    Allocations,
+    RecordedCalls,
+    bytes_kept,
+    letters,
+    mesh_of,
+    mode_of,
+    saved_for_backward,
+    storage_of,
+    value,
+)
 from tests.harness import run
 from tests.parity import Raw, batches_of, config_of, engine_of, relative, share_of
 
@@ -340,12 +350,12 @@ def kept(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig
     block = TransformerBlock(SHAPE, mode, seed=0)
     x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), requires_grad=True)
     tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
-    held = Held()
+    held = Allocations()
     with held, saved_for_backward() as saved:
         y = block(x, Microbatch(tokens, tokens, torch.arange(SAMPLES)))
     known = bytes_kept(saved, block) - x.nbytes + y.nbytes
     assert storage_of(x) in map(storage_of, saved)
-    return bytes_kept(saved, block), held.now_or_soon(known) - known
+    return bytes_kept(saved, block), held.wait_for(known) - known
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -374,7 +384,7 @@ def sent(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig
     x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), dtype=torch.bfloat16, requires_grad=True)
     tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
     found = []
-    handed = Handed("forward")
+    handed = RecordedCalls("forward")
     with handed:
         y = block(x, Microbatch(tokens, tokens, torch.arange(SAMPLES)))
         handed.enter("backward")

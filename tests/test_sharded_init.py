@@ -23,7 +23,7 @@ from parallel.chunk.chunk import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.sliced import is_divided, restore
-from tests.accounts import Held
+from tests.accounts import Allocations
 from tests.harness import run
 from tests.parity import SHAPE
 
@@ -254,16 +254,16 @@ def test_initialization_of_a_users_own_is_kept(alone: dict[str, Built]) -> None:
     assert torch.equal(values["normed.parametrizations.weight.original0"], direction.norm(dim=1, keepdim=True))
 
 
-class Seen(Held):
-    """Held, which knows of what is registered too: a file's reader makes tensors beside torch's dispatch."""
+class Seen(Allocations):
+    """Allocations that knows of what is registered too: a file's reader makes tensors beside torch's dispatch."""
 
-    def _note(self, tree: Any, *, is_new: bool) -> None:
+    def _register(self, tree: Any, *, is_new: bool) -> None:
         leaves = tree_leaves(tree)
         strided = [x for x in leaves if isinstance(x, Tensor) and x.untyped_storage().device.type != "meta"]
-        super()._note(strided, is_new=True)
+        super()._register(strided, is_new=True)
 
     def see(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        self._note(parameter, is_new=True)
+        self._register(parameter, is_new=True)
         self.peak = max(self.peak, self.now)
 
 

@@ -13,7 +13,7 @@ from models.shapes import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
 from parallel.tensor import loss
-from tests.accounts import Call, Handed, letters, value
+from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run
 from tests.parity import Raw, batches_of, config_of, engine_of, share_of
 
@@ -61,7 +61,7 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
     engine = engine_of(rank, world_size, raw)
     loss.TOKENS_A_CHUNK = CHUNK * B // tensor.batch_parts
     engine.mesh.traffic.reset()
-    handed = Handed(OUTSIDE)
+    handed = RecordedCalls(OUTSIDE)
     with handed:
         mark_parts(engine, handed)
         engine.train_step(share_of(batch, engine))
@@ -80,7 +80,7 @@ def named(call: Call, sync: set[str]) -> Call:
     return replace(call, part=SUMS) if is_sum else call
 
 
-def mark_parts(engine: Engine, handed: Handed) -> None:
+def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
     """Have `handed.part` follow a step: a layer forward from its call, backward from the gradient of its output.
 
     The tied embedding's gradient is the last of a backward; what comes after it, and before a forward, is in no layer.

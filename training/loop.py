@@ -16,7 +16,7 @@ from models.data import Loader, SampleOrder
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
-from parallel.checkpoint.shards import together
+from parallel.checkpoint.shards import fail_together
 from parallel.engine.base import initial_placement_of
 from parallel.engine.context import DTYPES, Context, make_context
 from parallel.engine.engine import Engine
@@ -49,7 +49,7 @@ def run(job: Job) -> None:
     screen = Screen(job.config, quiet=not is_first)
     notes = list(job.notes)
     with ExitStack() as until_the_end:
-        with together(world):
+        with fail_together(world):
             if is_first:
                 if aside := job.folder.make(job.config):
                     notes.append(f"the earlier run is now {aside}")
@@ -85,7 +85,7 @@ def make_engine(context: Context, job: Job) -> Engine:
         return Engine(build(context), context)
     engine = Engine(outline(context), context)
     pieces = engine.state_pieces()
-    with together(context.mesh.world):
+    with fail_together(context.mesh.world):
         checkpoint.load(job.start, pieces)
     engine.restore(checkpoint.read_metadata(job.start)["counters"])
     log.info("resumed after step %d from %s", engine.num_steps, job.start)

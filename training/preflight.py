@@ -117,13 +117,13 @@ def find_start(config: Config, resume: str | None) -> tuple[Path | None, list[st
     beginning = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
     if resume is None:
         return None, [beginning]
-    start = checkpoint.find(resume, Path(config.output.dir))
+    start = checkpoint.find_checkpoint(resume, Path(config.output.dir))
     if start is None:
         return None, [f"nothing to resume in {config.output.dir}: starting from the beginning", beginning]
     try:
-        checkpoint.check(start)
+        checkpoint.check_files(start)
     except CheckpointError as error:
-        if earlier := checkpoint.before(start):
+        if earlier := checkpoint.previous_checkpoint(start):
             raise CheckpointError(f"{error} Try --resume {earlier}.") from error
         raise
     check_same_model(start, shape_of(config))
