@@ -101,7 +101,7 @@ def hop(layer: Layer) -> str:
 
 
 def around(layer: Layer) -> str:
-    return layer.both(lambda: ring.attend_around(layer.q, layer.k, layer.v, layer.axis, Masking()))
+    return layer.both(lambda: ring.ring_attention(layer.q, layer.k, layer.v, layer.axis, Masking()))
 
 
 def alone(layer: Layer) -> str:

@@ -13,7 +13,16 @@ import torch
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
 from parallel.checkpoint.hf_folder import INDEX, SINGLE, write_folder
-from parallel.checkpoint.shards import DTYPE_NAMES, Archive, Entry, Stored, StoredPart, opened, read_json, write_json
+from parallel.checkpoint.shards import (
+    DTYPE_NAMES,
+    Archive,
+    Entry,
+    StoredPart,
+    StoredTensor,
+    open_safetensors,
+    read_json,
+    write_json,
+)
 from parallel.errors import DataError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import Axis
@@ -85,21 +94,21 @@ def check_weights(path: str | Path, shape: OPTShape) -> None:
 
 def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
     """Fill each piece with its slice of the weights, cast to its dtype. Returns the number of bytes read."""
-    return _archive(Path(path)).fill(pieces)
+    return _archive(Path(path)).read_into(pieces)
 
 
 def _archive(path: Path) -> Archive:
     """Return the weights of a directory under the names of OPTForCausalLM, even if OPTModel wrote them."""
     tensors = {}
     for file in _files(path):
-        with opened(file, DataError) as content:
+        with open_safetensors(file, DataError) as content:
             for key in sorted(set(content.keys()) - {TIED}):
                 stored = content.get_slice(key)
                 if stored.get_dtype() not in FLOATS:
                     raise DataError(f"model.path: {file}: {key} is {stored.get_dtype()}, not one of {_few(FLOATS)}.")
                 size = tuple(stored.get_shape())
                 name = f"model.{key}" if key.startswith("decoder.") else key
-                tensors[name] = Stored(size, (StoredPart(file, key, tuple((0, stop) for stop in size)),))
+                tensors[name] = StoredTensor(size, (StoredPart(file, key, tuple((0, stop) for stop in size)),))
     return Archive(path, tensors, DataError)
 
 

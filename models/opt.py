@@ -17,7 +17,7 @@ from models.shapes import OPTShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import dropout, seed_of
 from parallel.pipeline.microbatch import Microbatch
-from parallel.sequence import Dropping, Masking
+from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
 
 POSITION_OFFSET = 2  # OPT's positions start at 2; padding has position 1
@@ -155,14 +155,14 @@ class Attention(nn.Module):
         return out
 
     def _masking(self, batch: Microbatch) -> Masking:
-        tokens = dropping = None
+        tokens = dropout = None
         if batch.attention_mask is not None:
             tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
         if self.training and self.dropout > 0:
             samples = self.mode.local(batch.samples, self.mode.inner_batch)
             heads = global_range(self.mode.inner_hidden, self.heads, samples.device)
-            dropping = Dropping(self.dropout, self.key, samples.unsqueeze(1) * self.all_heads + heads)
-        return Masking(tokens, dropping)
+            dropout = AttentionDropout(self.dropout, self.key, samples.unsqueeze(1) * self.all_heads + heads)
+        return Masking(tokens, dropout)
 
 
 class Head(nn.Module):

@@ -1,4 +1,7 @@
-"""What a rank keeps, holds and sends, counted where torch saves, allocates and dispatches; formulas as written."""
+"""Counts the bytes that a rank keeps for backward, allocates and sends, and evaluates the documents' formulas.
+
+They are counted inside torch, where it saves, allocates and dispatches, and not by the code under test.
+"""
 
 import time
 import weakref
@@ -21,47 +24,48 @@ from parallel.mesh.topology import Topology
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
 
-WITHOUT = ContextConfig()
+UNSPLIT = ContextConfig()
 
 
-def mode_of(rank: int, tensor: TensorConfig, dtype: torch.dtype, context: ContextConfig = WITHOUT) -> Mode:
+def mode_of(rank: int, tensor: TensorConfig, dtype: torch.dtype, context: ContextConfig = UNSPLIT) -> Mode:
+    """Return a tensor mode on a mesh of these two sections, with process groups if there are any."""
     mesh = mesh_of(rank, tensor, context, connect=dist.is_initialized())
     return MODES[tensor.mode](mesh, dtype, sequence=sequence_of(mesh, context))
 
 
 def mesh_of(rank: int, tensor: TensorConfig, context: ContextConfig, *, connect: bool = False) -> Mesh:
-    """Of nothing but these."""
+    """Return a mesh with the axes of these two sections alone."""
     topology = Topology({"pipe": 1, "data": 1, "context": context.size, **tensor.axes()})
     return Mesh(topology, rank, merged=MODES[tensor.mode].merged_axes(), connect=connect)
 
 
 def letters(tensor: TensorConfig, shape: OPTShape, batch: int, sequence: int) -> dict[str, int]:
-    """What the letters of docs/notation.md stand for."""
+    """Return the values of the letters of docs/notation.md."""
     axes = tensor.axes()
     d, r, c, q = (axes.get(name, 1) for name in ("depth", "row", "col", "w"))
     H, F, L = shape.hidden_size, shape.ffn_dim, shape.num_hidden_layers
     P, W = shape.max_position_embeddings + 2, 4 * H * H + 2 * H * F
-    parts = axes.get("t", 1) * c * q  # of the vocabulary
+    parts = axes.get("t", 1) * c * q  # the vocabulary's
     V = -(-shape.vocab_size // parts) * parts
     sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, A=shape.num_attention_heads)
     return sizes | dict(H=H, F=F, L=L, W=W, V=V, M=L * W + V * H, I=L * (3 * H + F), U=(6 * L + 2 + P) * H)
 
 
 def value(formula: str, letters: Mapping[str, int]) -> float:
-    """What a formula, as the documents write it, comes to: exactly, while only powers of two divide."""
+    """Evaluate a formula of the documents. The result is exact if it divides only by powers of two."""
     for sign, python in (("·", "*"), ("−", "-"), ("²", "**2")):
         formula = formula.replace(sign, python)
     return float(eval(formula, dict(letters)))
 
 
 def storage_of(x: Tensor) -> int:
-    """What tells x's memory from others'."""
+    """Return a number that identifies the memory of x."""
     return int(x.untyped_storage()._cdata)
 
 
 @contextmanager
 def saved_for_backward() -> Iterator[list[Tensor]]:
-    """Everything that autograd is asked to save, by torch's functions and by ours."""
+    """Collect every tensor that autograd is asked to save, by torch's functions and by ours."""
     saved: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -73,16 +77,16 @@ def saved_for_backward() -> Iterator[list[Tensor]]:
 
 
 def bytes_kept(saved: list[Tensor], module: nn.Module) -> int:
-    """The bytes of what was saved, shared memory once, that of the module's own parameters left out."""
+    """Return the bytes of saved tensors: shared memory counts once, the module's own parameters do not count."""
     sizes = {storage_of(x): x.untyped_storage().nbytes() for x in saved}
     return sum(sizes[key] for key in sizes.keys() - set(map(storage_of, module.parameters())))
 
 
-class Held(TorchDispatchMode):
-    """The bytes that tensors made under this mode hold: `now`, and at most so far, `peak`.
+class Allocations(TorchDispatchMode):
+    """The bytes of the tensors that were made in this mode: `now`, and the most so far, `peak`.
 
-    Memory comes into being with the result of an operation, and goes with the last tensor that shares it. What an
-    operation is given without having been seen before was there already, and is not counted.
+    Memory is allocated with the result of an operation, and freed with the last tensor that shares it. The arguments of
+    an operation that no operation before has returned existed before this mode, and are not counted.
     """
 
     def __init__(self) -> None:
@@ -92,23 +96,23 @@ class Held(TorchDispatchMode):
 
     @property
     def now(self) -> int:
-        return sum(list(self.sizes.values()))  # a copy: a collective's own thread may let go of its tensors meanwhile
+        return sum(list(self.sizes.values()))  # a copy, since a collective's thread may free its tensors meanwhile
 
-    def now_or_soon(self, wanted: int) -> int:
-        """`now`; but such a thread may be late, so up to seconds are given to come to what is wanted."""
+    def wait_for(self, wanted: int) -> int:
+        """Return `now` once it is `wanted`, or after 5 seconds: a collective's thread may free its tensors late."""
         deadline = time.monotonic() + 5
         while self.now != wanted and time.monotonic() < deadline:
             time.sleep(0.001)
         return self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), is_new=False)
+        self._register((args, kwargs), is_new=False)
         result = func(*args, **(kwargs or {}))
-        self._note(result, is_new=True)
+        self._register(result, is_new=True)
         self.peak = max(self.peak, self.now)
         return result
 
-    def _note(self, tree: Any, *, is_new: bool) -> None:
+    def _register(self, tree: Any, *, is_new: bool) -> None:
         for x in tree_leaves(tree):
             if isinstance(x, Tensor) and storage_of(x) not in self.sizes:
                 storage = x.untyped_storage()
@@ -118,7 +122,7 @@ class Held(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Call:
-    """One collective as a rank made it: the part of a step it fell in, its group, and what was handed over."""
+    """A collective that a rank called: in which part of a step, of what kind, over which group, with how much data."""
 
     part: str
     kind: str
@@ -129,20 +133,20 @@ class Call:
 
     @property
     def sent(self) -> float:
-        """Elements that this rank sends if the collective is a ring."""
-        n = self.size
+        """The number of elements that this rank sends if the collective is a ring."""
+        n = self.size  # an all-gather is called with this rank's part, the other collectives with the whole tensor
         factor = {"all_gather": n - 1, "reduce_scatter": (n - 1) / n, "all_reduce": 2 * (n - 1) / n}
         factor |= {"all_to_all": (n - 1) / n, "rotate": 1}
-        return factor[self.kind] * self.elements  # an all-gather is handed this rank's part, the others the whole
+        return factor[self.kind] * self.elements
 
 
-class Handed(TorchDispatchMode):
-    """The calls of torch.distributed, each caught as it reaches the backend.
+class RecordedCalls(TorchDispatchMode):
+    """Records the calls of torch.distributed as they reach the backend.
 
-    Nothing of ours is asked: neither the counters in `Traffic` nor the functions in `collectives.py`.
+    It uses neither the counters in `Traffic` nor the functions in `collectives.py`, which it checks.
     """
 
-    CALLS: ClassVar = {  # torch's operation: our name, and the argument that is handed over; the group comes next
+    CALLS: ClassVar = {  # torch's operation: our name, and the index of the tensor argument; the group is the next one
         "allreduce_": ("all_reduce", 0),
         "_allgather_base_": ("all_gather", 1),
         "_reduce_scatter_base_": ("reduce_scatter", 1),
@@ -156,7 +160,7 @@ class Handed(TorchDispatchMode):
 
     @property
     def bytes(self) -> Counter[str]:
-        """Of all calls together, by kind."""
+        """The bytes of all calls of each kind."""
         total: Counter[str] = Counter()
         for call in self.calls:
             total[call.kind] += call.bytes
@@ -164,14 +168,14 @@ class Handed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            kind, place = self.CALLS[func._opname]  # KeyError: a call of which no formula knows
+            kind, place = self.CALLS[func._opname]  # KeyError: a call that no formula counts
             (x,) = tree_leaves(args[place])
             group = dist.ProcessGroup.unbox(args[place + 1])
-            if kind == "all_to_all" and any(args[place + 3]):  # parts of different sizes: all of it goes to one rank
+            if kind == "all_to_all" and any(args[place + 3]):  # parts have sizes of their own: all goes to one rank
                 kind = "rotate"
             self.calls.append(Call(self.part, kind, group.group_name, group.size(), x.numel(), x.nbytes))
         return func(*args, **(kwargs or {}))
 
     def enter(self, part: str, *_: object) -> None:
-        """What follows belongs to `part`. The other arguments are a hook's, which this is made to be."""
+        """Count what follows under `part`. The other arguments are those of a module's hook, which this can be."""
         self.part = part

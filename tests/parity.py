@@ -1,7 +1,7 @@
-"""The independent reference, and a run of ours to compare with it.
+"""An independent reference, and a run of ours that is compared with it.
 
-The reference is Hugging Face's OPT with torch's own loss, clipping and AdamW, in one process: no line of it is shared
-with what it checks. Weights, gradients and moments are compared under their public names, whole.
+The reference is Hugging Face's OPT with torch's own loss, clipping and AdamW, in one process. It shares no line with
+the code that it checks. Whole weights, gradients and moments are compared, under their public names.
 """
 
 import math
@@ -33,7 +33,7 @@ Batch = dict[str, Tensor]
 Raw = dict[str, Any]
 
 SHAPE = dict(
-    vocab_size=37,  # nothing divides it
+    vocab_size=37,  # a prime, which no axis divides
     hidden_size=24,
     num_hidden_layers=3,
     num_attention_heads=12,
@@ -41,14 +41,14 @@ SHAPE = dict(
     max_position_embeddings=16,
     dropout=0.0,
 )
-PROJECTED = SHAPE | dict(word_embed_proj_dim=12, do_layer_norm_before=False)  # as opt-350m
+PROJECTED = SHAPE | dict(word_embed_proj_dim=12, do_layer_norm_before=False)  # like opt-350m
 AnyEngine = TypeVar("AnyEngine", bound=EngineBase)
 BOUND = {"fp64": 1e-9, "fp32": 1e-5}
 
 
 @dataclass
 class Trace:
-    """What a run leaves to compare: of each step the loss and the norm, and public tensors by name."""
+    """The results of a run: loss and gradient norm of each step, and whole public tensors by name."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Trace:
 
 
 def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **sections: Any) -> Raw:
-    """A raw config for a comparison: clipping active, decay strong enough to see, a warm-up inside the run.
+    """Return a raw config for a comparison: clipping is active, decay is strong, and the warm-up ends during the run.
 
     With Adam's usual eps of 1e-8 a gradient that is rounding noise moves its element by a whole lr: in fp32 Hugging
     Face's own weights are then 7e-6 from fp64's, while gradients agree to 1e-6 everywhere. 1e-6 is above that noise.
@@ -75,7 +75,7 @@ def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **secti
 
 
 def batches_of(count: int, *, batch: int = 12, sequence: int = 6, vocabulary: int = 37, seed: int = 0) -> list[Batch]:
-    """Random tokens, the padding token 1 among them in every batch."""
+    """Return batches of random tokens; each contains the padding token 1."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
@@ -86,9 +86,9 @@ def batches_of(count: int, *, batch: int = 12, sequence: int = 6, vocabulary: in
 
 
 def save_model(folder: Path, **shape: Any) -> Path:
-    """A Hugging Face OPT whose weights leave nothing at zero or one, biases and the padding row included.
+    """Save a Hugging Face OPT in which no weight is zero or one, biases and the padding row included.
 
-    Every precision holds them exactly, so that an error is one of arithmetic.
+    All weights are exact in every precision, so that errors come from arithmetic alone.
     """
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -103,7 +103,7 @@ def save_model(folder: Path, **shape: Any) -> Path:
 
 
 def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
-    """Hugging Face, one process, the same weights, tokens and hyperparameters."""
+    """Train Hugging Face's OPT in one process, with the same weights, tokens and hyperparameters."""
     from transformers import OPTForCausalLM
 
     config = parse(raw)
@@ -135,7 +135,7 @@ def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
 
 
 def _learning_rate(raw: Raw, k: int) -> float:
-    """The contract's formula, written again."""
+    """Return the learning rate of step k by the formula of docs/data.md, written independently."""
     lr: float = raw["optimizer"]["lr"]
     w: int = raw["lr_scheduler"]["warmup_steps"]
     steps: int = raw["train"]["steps"]
@@ -146,7 +146,7 @@ def _learning_rate(raw: Raw, k: int) -> float:
 
 
 def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace | None:
-    """Our run on this rank of a world that has met; rank 0 returns the trace, with every tensor whole."""
+    """Train with our engine on this rank; rank 0 returns the trace, with whole tensors."""
     engine = engine_of(rank, world_size, raw)
     trace, update = Trace(), engine.optimizer.step
 
@@ -168,13 +168,14 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
 
 
 def clipped(chunk: Chunk, factor: Tensor) -> Tensor:
+    """Return the clipped gradient of a chunk, a flat buffer."""
     assert chunk.gradient.total is not None
     chunk.settle()
     return chunk.gradient.total.to(factor.device, chunk.master.dtype) * factor.to(chunk.master.dtype)
 
 
 def exported(engine: Engine) -> dict[str, Tensor]:
-    """The weights as rank 0 reads them from the Hugging Face directory that all ranks write."""
+    """Export a Hugging Face directory, and return the weights that rank 0 reads from it."""
     world, config = engine.mesh.world, engine.config
     is_first = world.rank == 0
     folder = Path(gather_objects(tempfile.mkdtemp() if is_first else None, world)[0])
@@ -187,70 +188,76 @@ def exported(engine: Engine) -> dict[str, Tensor]:
 
 
 def engine_of(rank: int, world_size: int, raw: Raw) -> Engine:
+    """Build the model and the engine of a raw config on this rank."""
     config = parse(raw, world_size=world_size, resolve=resolve)
     context = make_context(config, Place(rank, world_size, rank, world_size))
     torch.set_num_threads(1)
-    return updating_in_one_place(Engine(build(context), context))
+    return updating_on_device(Engine(build(context), context))
 
 
-def updating_in_one_place(engine: AnyEngine) -> AnyEngine:
-    """On a GPU, all updates there: the host's AdamW rounds otherwise, and homes are compared bit for bit."""
+def updating_on_device(engine: AnyEngine) -> AnyEngine:
+    """Make an engine on a GPU update everything there, and return it.
+
+    The host's AdamW rounds in another way, and runs with other placements are compared bit for bit.
+    """
     if engine.mesh.device.type == "cuda":
         engine.optimizer.host_share = 0.0
     return engine
 
 
 def share_of(batch: Mapping[str, Tensor], engine: Engine) -> Batch:
-    """The samples of this replica: a contiguous part of the global batch."""
+    """Return this replica's samples, a contiguous part of the global batch."""
     return {name: x.tensor_split(engine.data.size)[engine.data.rank] for name, x in batch.items()}
 
 
 def whole(engine: EngineBase, buffers: list[Tensor]) -> dict[str, Tensor]:
-    """Public tensors put together from every rank's chunks, of each a flat buffer. Ranks that hold the same elements
-    must agree to the last bit.
+    """Join the public tensors of all ranks, from a flat buffer for each chunk.
+
+    Each element must have exactly one owner, and ranks that hold the same elements must agree to the last bit.
     """
     for chunk in engine.chunks:
-        chunk.settle()  # masters on a host may still be on their way
+        chunk.settle()  # copies of masters on a host may still be in flight
     pieces = [
         (piece.name, piece.shape, piece.box, piece.data.double().cpu().numpy(), chunk.spec.is_owner)
         for chunk, flat in zip(engine.chunks, buffers, strict=True)
         for piece in chunk.spec.pieces(flat)
     ]
-    everything = [piece for part in gather_objects(pieces, engine.mesh.world) for piece in part]
+    all_pieces = [piece for part in gather_objects(pieces, engine.mesh.world) for piece in part]
     found: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
-    for name, shape, box, data, owner in everything:
+    for name, shape, box, data, owner in all_pieces:
         if owner:
             found.setdefault(name, np.full(shape, np.nan))[slices(box)] = data
             counts.setdefault(name, np.zeros(shape))[slices(box)] += 1
     for name, count in counts.items():
         assert (count == 1).all(), f"{name}: an element has {count.min():.0f} to {count.max():.0f} owners"
-    for name, _, box, data, _ in everything:
+    for name, _, box, data, _ in all_pieces:
         assert np.array_equal(found[name][slices(box)], data), f"{name}{box}: replicas differ"
     return {name: torch.from_numpy(data) for name, data in found.items()}
 
 
 def owns(layout: Layout) -> bool:
-    """Whether this rank is the first of those that hold the same elements."""
+    """Return whether this rank is the first of the ranks that hold the same elements."""
     return all(axis.rank == 0 for axis in (*layout.sync, *layout.copies))
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """The Frobenius norm of the difference, relative to that of what is wanted."""
+    """Return the Frobenius norm of the difference, relative to the norm of `want`."""
     difference = (got.double() - want.double()).norm()
     return float(difference / want.double().norm()) if difference else 0.0  # both may be zero
 
 
 def assert_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """Equal to the last bit, on whatever device they are."""
+    """Assert that tensors are equal to the last bit, on any devices."""
     assert got.keys() == want.keys()
     for name, x in want.items():
         assert torch.equal(got[name].cpu(), x.cpu()), name
 
 
-def assert_updated_alike(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """fp64, updated on a host or on a device: equal to the last bit, or nearly where the device is a GPU, whose AdamW
-    rounds otherwise.
+def assert_same_update(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """Assert that fp64 tensors are equal, one updated on the host and the other on the device.
+
+    They are equal to the last bit, or nearly so if the device is a GPU, whose AdamW rounds in another way.
     """
     if torch.cuda.is_available():
         torch.testing.assert_close(dict(got), dict(want), rtol=1e-9, atol=1e-12, check_device=False)
@@ -259,12 +266,13 @@ def assert_updated_alike(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) 
 
 
 def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
-    """Everything within the bound, relative to its own norm.
+    """Assert that the error of every loss, norm, gradient and weight is within the bound, relative to its own norm.
 
-    A gradient that is zero or nearly so in exact arithmetic, where large terms cancel (always k_proj.bias; q and k
-    where every label sees few tokens), is rounding noise: four units in the last place of the whole gradient's norm are
-    allowed beside. Below fp64 (not `wide`) Adam turns such noise into whole steps, and a weight that began at zero is
-    nothing else: so k_proj.bias, and whatever else had no gradient but noise, is left out of the weights.
+    A gradient that is zero, or nearly so, in exact arithmetic because large terms cancel (k_proj.bias always; q and k
+    where every label sees few tokens) is rounding noise. So an error of four units in the last place of the whole
+    gradient's norm is allowed beside the bound. Below fp64 (not `wide`) Adam turns such noise into whole steps, of
+    which a weight that began at zero then consists: so the weights of k_proj.bias, and of others whose gradient was
+    noise, are not compared.
     """
     for name, ours, theirs in (("loss", got.losses, want.losses), ("norm", got.norms, want.norms)):
         assert len(ours) == len(theirs)
@@ -280,13 +288,13 @@ def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
             f"gradient of {name}: off by {difference:.1e}, of a norm of {norm:.1e}"
         )
     for name, weight in want.weights.items():
-        if wide or not _is_of_noise(want, name, noise):
+        if wide or not _has_only_noise(want, name, noise):
             error = relative(got.weights[name], weight)
             assert error <= bound, f"weight {name}: {error:.1e}"
 
 
 def distance(got: Trace, want: Trace) -> float:
-    """The smallest bound within which fp32 compares equal to what is exact."""
+    """Return the smallest bound with which `compare` accepts an fp32 trace beside the exact one."""
     pairs = [*zip(got.losses, want.losses, strict=True), *zip(got.norms, want.norms, strict=True)]
     found = [abs(a - b) / abs(b) for a, b in pairs]
     noise = _noise(want, torch.float32)
@@ -294,18 +302,18 @@ def distance(got: Trace, want: Trace) -> float:
         difference = (got.gradients[name].double() - gradient.double()).norm().item()
         found.append(max(0.0, difference - noise) / max(gradient.double().norm().item(), noise))
     found += [
-        relative(got.weights[n], weight) for n, weight in want.weights.items() if not _is_of_noise(want, n, noise)
+        relative(got.weights[n], weight) for n, weight in want.weights.items() if not _has_only_noise(want, n, noise)
     ]
     return max(found)
 
 
-def _is_of_noise(want: Trace, name: str, noise: float) -> bool:
-    """Whether a parameter had a gradient, and it was noise."""
+def _has_only_noise(want: Trace, name: str, noise: float) -> bool:
+    """Return whether a parameter's gradient was rounding noise."""
     gradient = want.gradients.get(name)
     return name.endswith("k_proj.bias") or (gradient is not None and gradient.double().norm().item() <= noise)
 
 
 def _noise(want: Trace, dtype: torch.dtype) -> float:
-    """What rounding may leave of a gradient that is zero."""
+    """Return the norm that rounding may give to a gradient that is zero: four units in the last place."""
     total = math.sqrt(sum(g.double().square().sum().item() for g in want.gradients.values()))
     return 4 * torch.finfo(dtype).eps * total

@@ -1,4 +1,4 @@
-"""Checkpoints: what one layout saved, any other loads, bit for bit; and what is damaged or unwritable is named."""
+"""Checkpoints: any layout loads bit for bit what another saved, and errors name the file that is damaged or full."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint.checkpoint import find, load, read_metadata, resolve_latest, save, step_folder
+from parallel.checkpoint.checkpoint import find_checkpoint, load, read_metadata, resolve_latest, save, step_folder
 from parallel.checkpoint.shards import covered_once
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Layout, Piece, box_shape, slices
@@ -25,7 +25,7 @@ from tests.parity import owns
 SHAPES = {
     "master:fc1.weight": ((12, 8), torch.float64),
     "exp_avg:fc1.weight": ((12, 8), torch.float32),
-    "embed_tokens.weight": ((7, 6), torch.bfloat16),  # no axis divides 7: it is padded
+    "embed_tokens.weight": ((7, 6), torch.bfloat16),  # padded, since no axis divides 7
     "fc1.bias": ((10,), torch.float32),
     "step": ((), torch.int64),
 }
@@ -41,7 +41,7 @@ def whole_tensors() -> dict[str, Tensor]:
 
 
 def axis(rank: int, size: int) -> Axis:
-    """An axis to plan with, or, of size 1, to save alone with."""
+    """Return an axis without a process group, for layouts, or of size 1 to save on one rank."""
     return Axis("planned", rank, size, tuple(range(size)), None, Traffic())
 
 
@@ -50,24 +50,24 @@ def world(rank: int, size: int) -> Axis:
 
 
 def layout(kind: str, place: int, shape: tuple[int, ...], rank: int, size: int) -> Layout:
-    """The layout of the tensor at `place` among all. What is replicated belongs to one rank, each time another."""
-    everybody = axis(rank, size)
+    """Return the layout of the tensor with index `place`. Replicated tensors are owned by one rank, in turn."""
+    all_ranks = axis(rank, size)
     if kind == "rows" and shape:
-        return Layout(shape, ((everybody,), *[()] * (len(shape) - 1)))
+        return Layout(shape, ((all_ranks,), *[()] * (len(shape) - 1)))
     if kind == "columns" and len(shape) == 2:
-        return Layout(shape, ((), (everybody,)))
+        return Layout(shape, ((), (all_ranks,)))
     if kind == "grid" and len(shape) == 2:
         return Layout(shape, ((axis(rank // 2, 2),), (axis(rank % 2, 2),)))
-    return Layout(shape, ((),) * len(shape), copies=(axis((rank - place) % size, size),))  # that rank is its first
+    return Layout(shape, ((),) * len(shape), copies=(axis((rank - place) % size, size),))  # rank 0 of it is the owner
 
 
 def pieces_of(kind: str, rank: int, size: int, tensors: dict[str, Tensor], *, only_owned: bool) -> list[Piece]:
-    """The pieces that a rank holds, with the values of `tensors`."""
+    """Return the pieces of a rank, with the values of `tensors`."""
     pieces = []
     for place, (name, tensor) in enumerate(tensors.items()):
-        where = layout(kind, place, tuple(tensor.shape), rank, size)
-        if owns(where) or not only_owned:
-            pieces.append(Piece(name, where.shape, where.box, tensor[slices(where.box)].clone()))
+        own = layout(kind, place, tuple(tensor.shape), rank, size)
+        if owns(own) or not only_owned:
+            pieces.append(Piece(name, own.shape, own.box, tensor[slices(own.box)].clone()))
     return [piece for piece in pieces if piece.data.numel()]
 
 
@@ -110,7 +110,7 @@ def test_a_piece_is_cast_to_its_own_dtype(tmp_path: Path) -> None:
 
 
 def test_every_tensor_of_a_file_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
-    """Else a reader cannot map it as it is."""
+    """Otherwise a reader could not map it without a copy."""
     save_alone(tmp_path / "step_000001")
     content = (tmp_path / "step_000001" / "rank_00000.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -122,7 +122,7 @@ def test_every_tensor_of_a_file_starts_at_a_multiple_of_its_item_size(tmp_path: 
         assert (8 + length + entry["data_offsets"][0]) % item_size == 0, key
 
 
-def test_covered_once_sees_a_gap_and_an_overlap_of_the_same_size() -> None:
+def test_covered_once_notices_a_gap_and_an_overlap_of_equal_size() -> None:
     halves = [((0, 4), (0, 3)), ((0, 4), (3, 6))]
     assert covered_once((4, 6), halves)
     assert covered_once((), [()])
@@ -139,16 +139,16 @@ def save_what_two_ranks_own(rank: int, size: int, folder: Path) -> str:
     return str(failure.value)
 
 
-def test_what_two_ranks_own_is_refused_on_each_of_them(tmp_path: Path) -> None:
+def test_a_tensor_that_two_ranks_own_is_refused_on_each_of_them(tmp_path: Path) -> None:
     assert all(
-        "is not owned exactly once" in told for told in run(save_what_two_ranks_own, 2, tmp_path / "step_000001")
+        "is not owned exactly once" in message for message in run(save_what_two_ranks_own, 2, tmp_path / "step_000001")
     )
     assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
 def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond `num_bytes`: a write then fails as it does on a full disk."""
+    """Let no file of this process grow beyond `num_bytes`: a write then fails as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -165,24 +165,24 @@ def save_with_a_full_disk_on_rank_1(rank: int, size: int, checkpoints: Path) -> 
 
 
 def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    for told in run(save_with_a_full_disk_on_rank_1, 2, tmp_path):
-        assert "step_000002" in told
-        assert "rank_00001.safetensors: File too large" in told
+    for message in run(save_with_a_full_disk_on_rank_1, 2, tmp_path):
+        assert "step_000002" in message
+        assert "rank_00001.safetensors: File too large" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000001"]
     assert resolve_latest(tmp_path) == tmp_path / "step_000001"
     load(tmp_path / "step_000001", empty_pieces())
 
 
-def save_what_is_no_json(rank: int, size: int, folder: Path) -> str:
+def save_metadata_that_is_no_json(rank: int, size: int, folder: Path) -> str:
     everything = pieces_of("replicated", rank, size, whole_tensors(), only_owned=True)
     with pytest.raises(TypeError if rank == 0 else CheckpointError) as failure:  # rank 0 writes the index
         save(folder, everything, metadata=dict(extra=torch.ones(2)), axis=world(rank, size), keep=1)
     return str(failure.value)
 
 
-def test_what_one_rank_cannot_write_no_rank_waits_for(tmp_path: Path) -> None:
-    for said in run(save_what_is_no_json, 2, tmp_path / "step_000001", timeout=20):
-        assert "not JSON serializable" in said
+def test_no_rank_waits_after_one_rank_failed_to_write(tmp_path: Path) -> None:
+    for message in run(save_metadata_that_is_no_json, 2, tmp_path / "step_000001", timeout=20):
+        assert "not JSON serializable" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,13 +192,13 @@ def save_under_a_file(rank: int, size: int, folder: Path) -> str:
     return str(failure.value)
 
 
-def test_a_folder_that_cannot_be_made_fails_on_every_rank(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    for told in run(save_under_a_file, 2, tmp_path / "checkpoints" / "step_000001"):
-        assert f"{tmp_path}/checkpoints" in told
+def test_a_folder_that_cannot_be_made_raises_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file instead of the folder")
+    for message in run(save_under_a_file, 2, tmp_path / "checkpoints" / "step_000001"):
+        assert f"{tmp_path}/checkpoints" in message
 
 
-def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_other_folders_stay(tmp_path: Path) -> None:
     (tmp_path / "step_best").mkdir()
     (tmp_path / ".step_000002.incomplete").mkdir()  # a save that was interrupted
     for step in (1, 2, 3):
@@ -206,8 +206,8 @@ def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000002", "step_000003", "step_best"]
 
 
-def test_checkpoints_of_an_abandoned_future_go_first(tmp_path: Path) -> None:
-    """A run resumed from step 1 saves step 2 again: its old steps 2, 3 and 4 are of a run that is no more."""
+def test_checkpoints_of_later_steps_are_deleted_first(tmp_path: Path) -> None:
+    """A run resumed from step 1 saves step 2 again: the old checkpoints of steps 2, 3 and 4 are obsolete."""
     for step in (1, 2, 3, 4):
         save_alone(tmp_path / f"step_{step:06d}", keep=9)
     save_alone(tmp_path / "step_000002", keep=2)
@@ -215,7 +215,7 @@ def test_checkpoints_of_an_abandoned_future_go_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["step_000001", "step_000002"]
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
+def test_a_run_goes_on_if_an_old_checkpoint_cannot_be_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(path: Path, **_: Any) -> None:
@@ -225,26 +225,26 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
     save_alone(step_folder(tmp_path, 1))
     monkeypatch.setattr(shutil, "rmtree", refuse)
     save_alone(step_folder(tmp_path, 2), keep=1)
-    assert find("auto", tmp_path) == step_folder(tmp_path, 2)
+    assert find_checkpoint("auto", tmp_path) == step_folder(tmp_path, 2)
     assert "cannot delete" in caplog.text
 
 
-def test_resume_finds_a_run_its_checkpoints_and_a_single_one(tmp_path: Path) -> None:
-    assert find("auto", tmp_path) is None
+def test_resume_accepts_a_run_its_checkpoints_and_one_checkpoint(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", tmp_path) is None
     for step in (1, 2):
         save_alone(step_folder(tmp_path, step))
     first, second = step_folder(tmp_path, 1), step_folder(tmp_path, 2)
-    assert find("auto", tmp_path) == second
-    assert find(str(tmp_path), Path("elsewhere")) == second
-    assert find(str(tmp_path / "checkpoints"), Path("elsewhere")) == second
-    assert find(str(first), Path("elsewhere")) == first
+    assert find_checkpoint("auto", tmp_path) == second
+    assert find_checkpoint(str(tmp_path), Path("elsewhere")) == second
+    assert find_checkpoint(str(tmp_path / "checkpoints"), Path("elsewhere")) == second
+    assert find_checkpoint(str(first), Path("elsewhere")) == first
     shutil.rmtree(second)  # `latest` still names it
-    assert find("auto", tmp_path) == first
+    assert find_checkpoint("auto", tmp_path) == first
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
-        find(str(tmp_path / "nowhere"), tmp_path)
+        find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty holds no checkpoint"):
-        find(str(tmp_path / "empty"), tmp_path)
+        find_checkpoint(str(tmp_path / "empty"), tmp_path)
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_a_damaged_index_is_named(saved: Path, content: str) -> None:
         read_metadata(saved)
 
 
-def test_a_tensor_that_was_not_saved_is_named(saved: Path) -> None:
+def test_a_tensor_that_is_not_in_the_checkpoint_is_named(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor fc2\.bias"):
         load(saved, [Piece("fc2.bias", (4,), ((0, 4),), torch.zeros(4))])
 

@@ -23,7 +23,7 @@ from parallel.storage import swapper
 from parallel.storage.disk import Disk
 from parallel.storage.transfer import CopyEvent, Placement, Tier
 from tests.harness import run
-from tests.parity import Raw, assert_bits, assert_updated_alike, batches_of, engine_of, share_of, whole
+from tests.parity import Raw, assert_bits, assert_same_update, batches_of, engine_of, share_of, whole
 from tests.test_module_engine import MODELS
 from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
@@ -227,7 +227,7 @@ def test_a_users_own_module_trains_the_same_from_a_disk(
     want = run(module_weights, 2, raw, model, tmp_path / "plain", passes)
     got = run(module_weights, 2, on_disk(raw, tmp_path, host=1024 * host), model, tmp_path / "other", passes)
     for ours, theirs in zip(got, want, strict=True):
-        assert_updated_alike(ours, theirs)
+        assert_same_update(ours, theirs)
 
 
 # -- files

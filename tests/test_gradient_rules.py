@@ -1,6 +1,6 @@
-"""Each rule of gradients by itself, in the fewest ranks that can break it: what `tests.mutants` turns red one by one.
+"""Each gradient rule separately, on the fewest ranks that can break it; most of `tests.mutants` must fail here.
 
-The microbatches have different numbers of labels, and so have the replicas: a mean of their means would differ.
+Microbatches have different numbers of labels, and so have replicas, so that a mean of their means would be wrong.
 """
 
 from functools import cache
@@ -68,7 +68,10 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unequal_batches() -> list[Batch]:
-    """Samples 0 and 1 of 12 are padded at the end, 5 at the start, and 8 has one label: no two parts have as many."""
+    """Return batches of 12 samples in which no two microbatches, and no two replicas, have as many labels.
+
+    Samples 0 and 1 are padded at the end, 5 at the start, and 8 has one label.
+    """
     batches = batches_of(2)
     for batch in batches:
         mask = torch.ones_like(batch["input_ids"])
@@ -104,7 +107,7 @@ def test_the_parts_of_these_batches_have_different_numbers_of_labels() -> None:
 
 @pytest.mark.parametrize("limit", [0.5, 5.0, 50.0])
 def test_clipping_equals_torch(limit: float) -> None:
-    """The norm is 5: one limit is below it, one is met, one leaves the gradient alone."""
+    """The norm is 5: one limit is below it, one is equal to it, and one does not change the gradient."""
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     info = ParameterInfo("layer.w", "layer", parameter, Layout((2,), ((),)), ("w",))
     chunk = Chunk(ChunkSpec([info], torch.float64))
@@ -120,7 +123,7 @@ def test_clipping_equals_torch(limit: float) -> None:
 
 
 def test_the_norm_of_many_numbers_is_exact_to_a_few_units_in_the_last_place() -> None:
-    """torch's own, of as many fp32 numbers on a CPU, is off by 5e-4: its sum runs in fp32."""
+    """torch's own norm of as many fp32 numbers on a CPU has an error of 5e-4, since it adds in fp32."""
     parameter = torch.nn.Parameter(torch.randn(12_000_000, generator=torch.Generator().manual_seed(0)))
     info = ParameterInfo("layer.w", "layer", parameter, Layout((12_000_000,), ((),)), ("w",))
     chunk = Chunk(ChunkSpec([info], torch.float32))
@@ -129,11 +132,11 @@ def test_the_norm_of_many_numbers_is_exact_to_a_few_units_in_the_last_place() ->
     torch.testing.assert_close(norm, chunk.master.double().norm(), rtol=1e-8, atol=0.0)
 
 
-# -- where parameters begin --------------------------------------------------------------------------------------------
+# -- initial parameters ------------------------------------------------------------------------------------------------
 
 
 def drawn(world_size: int, parallel: Raw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model that the ranks of a layout draw together, and how many of them own each element."""
+    """Return the weights that the ranks of a layout draw together, and the number of owners of each element."""
     raw = config_of(parallel, model=MODEL, train=dict(global_batch_size=16))
     config = parse(raw, world_size=world_size, resolve=resolve)
     weights: dict[str, Tensor] = {}
@@ -165,9 +168,10 @@ def test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once(layout: 
 
 
 def large_logits(kind: str) -> tuple[Tensor, Tensor]:
-    """fp32 logits[2, 3, 7] whose exponentials overflow, and labels with one that is not counted.
+    """Return fp32 logits[2, 3, 7] whose exponentials overflow, and labels[2, 3], one of which is not counted.
 
-    Either they are hundreds apart, or near to each other and all so large that adding them loses what sets them apart.
+    "apart": they differ by hundreds. "near": they differ by little, and are so large that adding two of them would lose
+    the difference.
     """
     logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0, 3, 4], [6, IGNORED, 5]])
@@ -175,9 +179,9 @@ def large_logits(kind: str) -> tuple[Tensor, Tensor]:
 
 
 def loss_of_a_split_vocabulary(rank: int, world_size: int, kind: str) -> tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient with respect to all logits[2, 3, 8]: the last of 8 is padding, full of garbage.
+    """Return the summed loss and its gradient with respect to all logits[2, 3, 8], the last of which are padding.
 
-    The embedding is the identity, so that x is the logits themselves.
+    The padding has arbitrary values. The embedding is the identity matrix, so that x are the logits.
     """
     axis = Mesh(Topology(dict(pipe=1, t=world_size)), rank).axis("t")
     logits, labels = large_logits(kind)
@@ -203,10 +207,10 @@ def test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch(kind: str) 
 
 @pytest.mark.parametrize("tokens", [2, 4, 6, 12, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_time(
+def test_loss_and_gradients_do_not_depend_on_how_many_logits_exist_at_a_time(
     tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the embedding too. Products of bf16 are added up in fp32, and rounded once."""
+    """The embedding's gradient is the same too. Products of bf16 are added up in fp32, and rounded once."""
     monkeypatch.setattr(tensor_loss, "TOKENS_A_CHUNK", tokens)
     generator = torch.Generator().manual_seed(0)
     x, table = (torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((2, 6, 4), (7, 4)))
@@ -228,32 +232,32 @@ def test_loss_and_gradients_are_the_same_however_few_tokens_have_logits_at_a_tim
 DROPPED: dict[str, Any] = dict(dropout=0.5, attention_dropout=0.5, init_std=0.3)
 
 
-def agreed_minimum(samples: int) -> Microbatch:
-    """Samples that differ in nothing but their number."""
-    ids = torch.full((samples, 6), 5)
-    return Microbatch(ids, ids, torch.arange(samples))
+def equal_samples(count: int) -> Microbatch:
+    """Return samples that differ only in their numbers."""
+    ids = torch.full((count, 6), 5)
+    return Microbatch(ids, ids, torch.arange(count))
 
 
 @pytest.mark.parametrize("part", [Block, Attention])
-def test_no_two_samples_and_no_two_places_in_one_share_a_dropout_mask(part: type[Block] | type[Attention]) -> None:
-    """The rows of equal samples, which without dropout would come out equal."""
+def test_no_two_samples_and_no_two_positions_have_one_dropout_mask(part: type[Block] | type[Attention]) -> None:
+    """All rows of equal samples differ, which are equal without dropout."""
     rates = dict(dropout=0.5, attention_dropout=0.0) if part is Block else dict(dropout=0.0, attention_dropout=0.5)
     shape = OPTShape(**MODEL | rates)
     layer = part(shape, MODES[None](Mesh(Topology(dict(pipe=1, data=1, context=1)), 0), torch.float64), 3)
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         parameter.data.normal_(generator=generator)
-    rows = layer(torch.ones(4, 6, shape.hidden_size, dtype=torch.float64), agreed_minimum(4)).flatten(0, 1)
+    rows = layer(torch.ones(4, 6, shape.hidden_size, dtype=torch.float64), equal_samples(4)).flatten(0, 1)
     assert len(rows.detach().unique(dim=0)) == len(rows)
 
 
-def test_a_batch_repeated_in_the_next_step_meets_other_dropout_masks() -> None:
+def test_a_batch_repeated_in_the_next_step_has_other_dropout_masks() -> None:
     engine = engine_of(0, 1, config_of({}, steps=2, model=MODEL | DROPPED, optimizer=dict(lr=0.0)))
     batch = batches_of(1)[0]
     assert engine.train_step(batch).loss != engine.train_step(batch).loss
 
 
-def test_replicas_drop_what_one_rank_would_drop() -> None:
+def test_replicas_have_the_dropout_masks_of_a_single_rank() -> None:
     def trace(world_size: int, micro: int) -> Trace:
         raw = config_of(
             {}, steps=2, model=MODEL | DROPPED, train=dict(micro_batch_size=micro), optimizer=dict(eps=1e-3)

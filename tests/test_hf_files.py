@@ -16,7 +16,7 @@ from models import hf
 from models.shapes import OPTShape, from_hugging_face
 from models.tokenizer import ByteTokenizer
 from parallel.checkpoint import hf_folder
-from parallel.checkpoint.shards import Entry, write
+from parallel.checkpoint.shards import Entry, write_tensors
 from parallel.errors import CheckpointError, DataError
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
 from parallel.mesh.mesh import Axis, Traffic
@@ -249,7 +249,7 @@ def directory(tmp_path: Path) -> Path:
 
 def save_zeros(folder: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> None:
     entries = [Entry(name, size, dtype) for name, size in tensors.items()]
-    write(folder / "model.safetensors", entries, (torch.zeros(size, dtype=dtype) for size in tensors.values()))
+    write_tensors(folder / "model.safetensors", entries, (torch.zeros(size, dtype=dtype) for size in tensors.values()))
 
 
 def refusal(folder: Path) -> str:

@@ -14,7 +14,7 @@ from parallel.activations.offload import InputsOnHost
 from parallel.engine.engine import Engine
 from parallel.engine.module_engine import ModuleEngine
 from parallel.storage.transfer import Copies
-from tests.accounts import Held
+from tests.accounts import Allocations
 from tests.harness import run
 from tests.parity import SHAPE, Raw, Trace, batches_of, config_of, engine_of, share_of, train
 from tests.test_module_engine import Plain, batches, loss_of
@@ -69,7 +69,7 @@ def held_between(rank: int, world_size: int, raw: Raw) -> int:
     batch = share_of(batches_of(1)[0], engine)
     engine.train_step(batch)  # from now on there are buffers on the host
     (microbatch, *_), _ = engine._microbatches(batch)
-    held = Held()
+    held = Allocations()
     with held:
         loss = engine.stage(None, microbatch)
     kept = held.now
@@ -244,7 +244,7 @@ def held_by_a_module(rank: int, world_size: int, raw: Raw, model: str, blocks: i
     ids = batches()[0][0]
     unused = loss_of(engine, ids, step=0)
     del unused
-    held = Held()
+    held = Allocations()
     with held:
         loss = loss_of(engine, ids, step=0)
     kept = held.now

@@ -14,7 +14,7 @@ from models.shapes import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
-from tests.accounts import Held, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
+from tests.accounts import Allocations, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
 from tests.harness import run
 from tests.parity import config_of, engine_of
 
@@ -100,7 +100,7 @@ def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None =
     block = Block(shape, mode, seed=0)
     x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
     tokens = torch.zeros(B, S, dtype=torch.int64)
-    held = Held()
+    held = Allocations()
     with held, saved_for_backward() as saved:
         y = block(x, Microbatch(tokens, tokens, torch.arange(B), attention_mask))
     total = bytes_kept(saved, block)
@@ -108,7 +108,7 @@ def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None =
     own = set(map(storage_of, block.parameters()))
     # Dropout in attention has a table of its heads' numbers, which is no activation.
     known += 8 * len(mode.local(tokens, mode.inner_batch)) * block.self_attn.heads * (shape.attention_dropout > 0)
-    return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.now_or_soon(known) - known)
+    return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
 
 
 def formula_of(tensor: TensorConfig) -> str:
@@ -184,7 +184,7 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
     def once(sequence: int) -> int:
         x = torch.ones(mode.activation_shape(B, sequence, H), requires_grad=True)
         labels = torch.zeros(B, sequence, dtype=torch.int64)
-        held = Held()
+        held = Allocations()
         with held:
             mode.lm_loss(x, table, labels)
         return held.peak

@@ -16,7 +16,7 @@ from parallel.engine.context import Place, make_context, use
 from parallel.engine.module_engine import ModuleEngine
 from parallel.mesh.collectives import all_reduce
 from tests.harness import run
-from tests.parity import Raw, Trace, compare, updating_in_one_place, whole
+from tests.parity import Raw, Trace, compare, updating_on_device, whole
 
 Batch = dict[str, Tensor]
 
@@ -154,7 +154,7 @@ def engine_of(rank: int, world_size: int, raw: Raw, module: nn.Module, **more: A
     use(make_context(config, Place(rank, world_size, rank, world_size)))
     torch.set_num_threads(1)
     engine, _, _, scheduler = parallel.initialize(module, **more)
-    return updating_in_one_place(engine), scheduler
+    return updating_on_device(engine), scheduler
 
 
 def config_of(stage: int, *, precision: str = "fp64", **train: Any) -> Raw:

@@ -1,5 +1,6 @@
-"""Every layout equals Hugging Face: losses, norms, gradients and weights of four steps, from the same weights and
-tokens.
+"""Every layout trains as Hugging Face's OPT does: losses, norms, gradients and weights of four steps are equal.
+
+Both begin with the same weights and train on the same tokens.
 """
 
 from collections.abc import Container, Iterable
@@ -51,11 +52,11 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
 }
 PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4", "ring3"]
 IN_FP32 = ("single", "1d2", "2d4", "2.5d8-depth2", "3d8", "pp2", "dp2", "ring3", "a2a2")
-"""What the other layouts are combinations of; those are slow tests in fp32."""
+"""The layouts of which the others are combinations. In fp32 the others are slow tests."""
 
 
 def cases(layouts: Iterable[str], in_fp32: Container[str]) -> list[Any]:
-    """Every layout in fp64, where nothing hides behind rounding, and in fp32."""
+    """Return every layout in fp64, where rounding hides no error, and in fp32."""
     wide = [pytest.param(name, "fp64", id=f"{name}-fp64") for name in layouts]
     return wide + [
         pytest.param(name, "fp32", id=f"{name}-fp32", marks=[] if name in in_fp32 else pytest.mark.slow)
@@ -65,7 +66,7 @@ def cases(layouts: Iterable[str], in_fp32: Container[str]) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def models_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Hugging Face directory of each shape."""
+    """Return a Hugging Face directory of each shape."""
     folder = tmp_path_factory.mktemp("models")
     return {
         "tied": save_model(folder / "tied", **SHAPE),
@@ -75,11 +76,12 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @cache
 def wanted(path: Path, precision: str) -> Trace:
+    """Return the trace of the reference, which is trained once for all layouts."""
     return reference(path, config_of({}, precision=precision), batches_of(4))
 
 
 def check(path: Path, layout: str, precision: str, *, micro: int | None = None) -> None:
-    """By default three microbatches a replica: accumulation is in every comparison."""
+    """Compare a layout with the reference. By default each replica sums the gradients of three microbatches."""
     world_size, parallel = LAYOUTS[layout]
     micro = micro or (2 if layout.startswith("dp2") else 4)
     raw = config_of(parallel, precision=precision, model=dict(path=str(path)), train=dict(micro_batch_size=micro))

@@ -37,7 +37,7 @@ from tests.parity import (
     Raw,
     Trace,
     assert_bits,
-    assert_updated_alike,
+    assert_same_update,
     batches_of,
     config_of,
     engine_of,
@@ -260,7 +260,7 @@ def test_a_users_own_module_trains_the_same_under_every_policy(model: str, stage
         zero = dict(stage=stage, tensor_placement_policy=policy, device_memory=memory)
         got = run(module_weights, 2, module_config(stage, device=device) | dict(zero=zero), model, passes)
         for ours, theirs in zip(got, want, strict=True):
-            assert_updated_alike(ours, theirs)
+            assert_same_update(ours, theirs)
 
 
 HICCUP = 1.0  # seconds

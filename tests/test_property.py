@@ -1,9 +1,9 @@
-"""Drawn layouts equal serial: loss, norm, every gradient and every updated weight, dropout and masks included.
+"""Layouts drawn at random train as a single rank does: loss, norm, all gradients and all updated weights are equal.
 
-Serial is ours on one rank, which `test_parity` compares with Hugging Face. Both start from the seed alone, so the draws
-also show that one seed gives one model in every layout. Bounds: relative Frobenius error 1e-12 in fp64 (seen: 3e-15)
-and, as a rule (`check`), 1e-5 in fp32. Adam's eps is 1e-3 here: with 1e-8 an element whose exact gradient is zero moves
-by the sign of its rounding error.
+Dropout and padding masks are included. The single rank is our own engine, which `test_parity` compares with Hugging
+Face. Both begin with nothing but the seed, so this also shows that one seed gives one model in every layout. Bounds:
+relative Frobenius error 1e-12 in fp64 (seen: 3e-15) and, with exceptions (`check`), 1e-5 in fp32. Adam's eps is 1e-3
+here: with 1e-8 an element whose exact gradient is zero moves by the sign of its rounding error.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ KINDS: tuple[Literal["ring"], Literal["all_to_all"]] = ("ring", "all_to_all")
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, and a model and a batch that it divides."""
+    """A layout, and a model and a batch whose sizes it divides."""
 
     world_size: int
     parallel: Raw
@@ -34,11 +34,11 @@ class Case:
     precision: str
     masked: bool
     zero: int = 0
-    home: str = "cuda"
+    placement: str = "cuda"
 
 
 def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
-    """Every tensor section of `size` ranks below 8, with (what divides the heads, the widths, the batch)."""
+    """Return every tensor section of `size` < 8 ranks, with the divisors of heads, widths and batch."""
     if size == 1:
         return [({}, 1, 1, 1)]
     found: list[tuple[Raw, int, int, int]] = [(dict(mode="1d", size=size), size, size, 1)]
@@ -94,7 +94,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),
-        home=draw(st.sampled_from(["cuda", "cpu"])),
+        placement=draw(st.sampled_from(["cuda", "cpu"])),
     )
 
 
@@ -108,7 +108,7 @@ def raw_of(case: Case, parallel: Raw, **more: Any) -> Raw:
 def batches(case: Case) -> list[Batch]:
     size, vocabulary = case.train["global_batch_size"], case.model["vocab_size"]
     found = batches_of(2, batch=size, sequence=case.sequence, vocabulary=vocabulary)
-    if case.masked:  # some samples are padded at the end, some at the start, and their padding is no label
+    if case.masked:  # some samples are padded at the end, some at the start; padding is no label
         for batch in found:
             mask = torch.ones_like(batch["input_ids"])
             mask[::3, -1:] = 0
@@ -119,29 +119,31 @@ def batches(case: Case) -> list[Batch]:
 
 
 def check(case: Case) -> None:
-    """Some draws are so sensitive that fp32's own rounding is more than its bound. These must be equal in fp64, and in
-    fp32 no further from serial than the bound and four times what parts serial itself from fp64.
+    """Compare a case with a single rank.
+
+    Some cases are so sensitive that rounding in fp32 exceeds the bound. These must be equal in fp64. In fp32 they may
+    differ from the single rank by the bound and four times the distance of the single rank from fp64.
     """
-    got, want, bound = split(case), serial(case), BOUND[case.precision]
+    got, want, bound = split(case), single_rank(case), BOUND[case.precision]
     try:
         compare(got, want, bound, wide=False)
     except AssertionError:
         if case.precision == "fp64":
             raise
         exactly = replace(case, precision="fp64")
-        exact = serial(exactly)
+        exact = single_rank(exactly)
         compare(split(exactly), exact, BOUND["fp64"], wide=False)
         compare(got, want, bound + 4 * distance(want, exact), wide=False)
 
 
 def split(case: Case) -> Trace:
-    raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero, tensor_placement_policy=case.home))
+    raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero, tensor_placement_policy=case.placement))
     trace = run(train, case.world_size, raw, batches(case))[0]
     assert trace is not None
     return trace
 
 
-def serial(case: Case) -> Trace:
+def single_rank(case: Case) -> Trace:
     whole_batch = case.train["global_batch_size"]
     trace = run(
         train, 1, raw_of(case, {}, micro_batch_size=whole_batch, activation_checkpointing="none"), batches(case)
@@ -152,13 +154,13 @@ def serial(case: Case) -> Trace:
 
 @settings(max_examples=18, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
-def test_drawn_layouts_equal_serial(case: Case) -> None:
+def test_drawn_layouts_equal_a_single_rank(case: Case) -> None:
     check(case)
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(min_context=2))
-def test_drawn_layouts_that_split_sequences_equal_serial(case: Case) -> None:
+def test_drawn_layouts_that_split_sequences_equal_a_single_rank(case: Case) -> None:
     check(case)
 
 
@@ -166,7 +168,7 @@ def test_drawn_layouts_that_split_sequences_equal_serial(case: Case) -> None:
 @pytest.mark.timeout(3600)
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(max_ranks=6))
-def test_many_drawn_layouts_equal_serial(case: Case) -> None:
+def test_many_drawn_layouts_equal_a_single_rank(case: Case) -> None:
     check(case)
 
 
@@ -186,7 +188,7 @@ EIGHT: dict[str, tuple[Raw, Raw]] = {
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_eight_ranks_equal_serial(name: str) -> None:
+def test_eight_ranks_equal_a_single_rank(name: str) -> None:
     parallel, shape = EIGHT[name]
     model, sequence = shape | dict(dropout=0.25, attention_dropout=0.25), 4 if "context" in parallel else 5
     check(
@@ -194,8 +196,8 @@ def test_eight_ranks_equal_serial(name: str) -> None:
     )
 
 
-def test_a_label_that_sees_one_token_alone_gives_q_and_k_no_gradient() -> None:
-    """A softmax over one score does not depend on it: what is left of the gradient is noise, and differs by layout."""
+def test_a_label_that_sees_only_one_token_gives_q_and_k_no_gradient() -> None:
+    """A softmax over one score does not depend on it: the gradient is rounding noise, which differs between layouts."""
     model = MODEL | dict(num_hidden_layers=1, dropout=0.0, attention_dropout=0.0)
     case = Case(
         2, dict(tensor=dict(mode="1d", size=2)), model, dict(global_batch_size=1, micro_batch_size=1), 3, "fp64", True

@@ -1,4 +1,4 @@
-"""A sequence split over ranks: attention across all of them, what they keep for it and what they send."""
+"""A sequence split over ranks: attention across all of them, the bytes they keep for it and the bytes they send."""
 
 import re
 from collections.abc import Callable
@@ -21,11 +21,21 @@ from parallel.layout.rng import dropout
 from parallel.mesh.collectives import Pending, all_to_all, start_rotate
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.pipeline.microbatch import Microbatch
-from parallel.sequence import Dropping, Masking, ring, sequence_of
+from parallel.sequence import AttentionDropout, Masking, ring, sequence_of
 from parallel.sequence import blocks as kernels
-from parallel.sequence.blocks import Block, Kernel, index
+from parallel.sequence.blocks import Block, Kernel, positions_in
 from parallel.sequence.ring import Zigzag
-from tests.accounts import Handed, Held, bytes_kept, letters, mesh_of, mode_of, saved_for_backward, storage_of, value
+from tests.accounts import (
+    Allocations,
+    RecordedCalls,
+    bytes_kept,
+    letters,
+    mesh_of,
+    mode_of,
+    saved_for_backward,
+    storage_of,
+    value,
+)
 from tests.harness import run
 from tests.parity import Raw, batches_of, config_of, engine_of, relative, share_of
 
@@ -38,7 +48,7 @@ def context(size: int, kind: str) -> Any:
     return dict(size=size, kind=kind)
 
 
-# -- attention against attention written down --------------------------------------------------------------------------
+# -- attention against its formula -------------------------------------------------------------------------------------
 
 
 def qkv(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,19 +56,19 @@ def qkv(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def masking_of(kind: str) -> Masking:
-    """`padded`: at the start of one sample and at the end of another, so that some rows see nothing."""
-    tokens = dropping = None
+    """Return a masking; `padded` is at the start of one sample, where rows see nothing, and at the end of another."""
+    tokens = drop = None
     if kind in ("padded", "both"):
         tokens = torch.ones(B, S, dtype=torch.bool)
         tokens[0, :7], tokens[1, 20:] = False, False
     if kind in ("dropout", "both"):
-        lines = torch.arange(B).unsqueeze(1) * HEADS + torch.arange(HEADS)
-        dropping = Dropping(0.3, torch.tensor(11), lines)
-    return Masking(tokens, dropping)
+        heads = torch.arange(B).unsqueeze(1) * HEADS + torch.arange(HEADS)
+        drop = AttentionDropout(0.3, torch.tensor(11), heads)
+    return Masking(tokens, drop)
 
 
-def written_down(x: Tensor, masking: Masking) -> Tensor:
-    """Row by row, as a formula has it: no line of it is shared with what it checks, but the draw of a dropout."""
+def reference(x: Tensor, masking: Masking) -> Tensor:
+    """Compute attention row by row, as its formula says. It shares only the drawing of dropout with what it checks."""
     q, k, v = (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in x.chunk(3, -1))
     rows = []
     for i in range(S):
@@ -69,16 +79,16 @@ def written_down(x: Tensor, masking: Masking) -> Tensor:
         scores = (q[:, :, i : i + 1] * k).sum(-1) / D**0.5
         weights = torch.where(seen, scores - scores.detach().amax(-1, keepdim=True), -torch.inf).exp()
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
-        if (drop := masking.dropping) is not None:
-            weights = dropout(weights, drop.p, drop.key, drop.lines * S + i, torch.arange(S))
+        if (drop := masking.dropout) is not None:
+            weights = dropout(weights, drop.p, drop.key, drop.heads * S + i, torch.arange(S))
         rows.append((weights.unsqueeze(-1) * v).sum(-2))
     return torch.stack(rows, 1).flatten(2)
 
 
 def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
-    """y of this rank's positions, and the gradient of qkv there, for a gradient of y that is y's own square."""
+    """Return y at this rank's positions, and the gradient of qkv there, where y's gradient is the square of y."""
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
-    x = sequence.cut(qkv()).requires_grad_()
+    x = sequence.local_part(qkv()).requires_grad_()
     y = sequence.attend(x, HEADS, masking_of(masked))
     y.backward(y.detach() ** 2)
     assert x.grad is not None
@@ -86,9 +96,9 @@ def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> 
 
 
 def joined(parts: list[Tensor], config: ContextConfig) -> Tensor:
-    """[B, S, ...] of every rank's positions."""
-    places = [sequence_of(mesh_of(rank, TensorConfig(), config), config) for rank in range(config.size)]
-    index = torch.cat([place.positions(S // config.size, torch.device("cpu")) for place in places])
+    """Return [B, S, ...] in the order of positions, from every rank's part."""
+    splits = [sequence_of(mesh_of(rank, TensorConfig(), config), config) for rank in range(config.size)]
+    index = torch.cat([split.positions(S // config.size, torch.device("cpu")) for split in splits])
     whole = torch.full_like(torch.cat(parts, 1), torch.nan)
     whole[:, index] = torch.cat(parts, 1)
     return whole
@@ -98,11 +108,11 @@ def joined(parts: list[Tensor], config: ContextConfig) -> Tensor:
 @pytest.mark.parametrize(
     ("size", "kind"), [(1, "ring"), (2, "ring"), (3, "ring"), (4, "ring"), (2, KINDS[1]), (4, KINDS[1])]
 )
-def test_attention_across_ranks_is_attention_written_down(size: int, kind: Any, masked: str) -> None:
+def test_attention_across_ranks_equals_its_formula(size: int, kind: Any, masked: str) -> None:
     config = ContextConfig(size, kind)
     found = run(attended, size, config, masked)
     x = qkv().requires_grad_()
-    want = written_down(x, masking_of(masked))
+    want = reference(x, masking_of(masked))
     want.backward(want.detach() ** 2)
     assert x.grad is not None
     assert relative(joined([y for y, _ in found], config), want.detach()) < 1e-14
@@ -112,15 +122,16 @@ def test_attention_across_ranks_is_attention_written_down(size: int, kind: Any, 
 def torchs_kernels(device: torch.device) -> list[Kernel]:
     if device.type == "cpu":
         return [kernels.FLASH_ON_CPU]
-    is_known = torch.cuda.get_device_capability(device) >= (9, 0)  # to cuDNN; before, to flash alone
+    is_known = torch.cuda.get_device_capability(device) >= (9, 0)  # cuDNN supports it; older devices have flash alone
     return list(kernels.ON_GPU.values()) if is_known else [kernels.ON_GPU[SDPBackend.FLASH_ATTENTION]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", ["whole", "own", "earlier"])
-def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
-    """Of all tokens, of the later half alone, and of the later half's queries to the earlier's keys: views, as a ring
-    has them. In bf16 within two of its roundings, relative to a whole tensor: three products, each rounded once.
+def test_torchs_kernels_equal_unfused_attention(dtype: torch.dtype, part: str) -> None:
+    """All tokens attend to all, the later half to itself, and the later half to the earlier: views, as a ring has them.
+
+    In bf16 they agree within two of its roundings, relative to a whole tensor: three products, each rounded once.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and dtype == torch.bfloat16 else "cpu")
     drawn = torch.randn(2, 64, 4, 3, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -128,7 +139,7 @@ def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
     after, before = slice(32, 64), slice(0, 32)
     rows, columns = {"whole": (slice(0, 64),) * 2, "own": (after, after), "earlier": (after, before)}[part]
     block = Block((range(64)[rows],), (range(64)[columns],), 64, part != "earlier")
-    of_all = kernels.written_out().forward(q, k, v, Block((range(64),), (range(64),), 64, True))
+    of_all = kernels.unfused().forward(q, k, v, Block((range(64),), (range(64),), 64, True))
 
     def all_of(kernel: Kernel) -> list[Tensor]:
         keys, values, queries = k[:, :, columns], v[:, :, columns], q[:, :, rows]
@@ -136,7 +147,7 @@ def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
         saved = queries, keys, values, *(x[:, :, rows] for x in of_all)
         return [y, logsumexp, *kernel.backward(dy[:, :, rows], saved, block)]
 
-    ours = all_of(kernels.written_out())
+    ours = all_of(kernels.unfused())
     torchs = torchs_kernels(device)
     assert kernels.kernel_for(q, Masking()) in torchs
     bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
@@ -152,14 +163,14 @@ def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
     [
         (SDPBackend.CUDNN_ATTENTION, 8, Masking()),
         (SDPBackend.FLASH_ATTENTION, 64, Masking()),
-        (SDPBackend.EFFICIENT_ATTENTION, 8, Masking()),  # whose logsumexp is padded
+        (SDPBackend.EFFICIENT_ATTENTION, 8, Masking()),  # its logsumexp is padded
         (SDPBackend.CUDNN_ATTENTION, 12, Masking()),  # torch would pad it
         (SDPBackend.CUDNN_ATTENTION, 8, masking_of("padded")),
         (SDPBackend.FLASH_ATTENTION, 8, masking_of("dropout")),
     ],
 )
-def test_a_gpu_attends_by_the_kernel_that_torch_would_choose(choice: SDPBackend, head: int, masking: Masking) -> None:
-    """Of queries half as many as a rank has: of the blocks, some are that short."""
+def test_a_gpu_attends_with_the_kernel_that_torch_would_choose(choice: SDPBackend, head: int, masking: Masking) -> None:
+    """torch is asked for half of a rank's queries, since some blocks have only so many."""
     asked: list[torch.Size] = []
 
     class OnGpu(Tensor):
@@ -173,13 +184,13 @@ def test_a_gpu_attends_by_the_kernel_that_torch_would_choose(choice: SDPBackend,
         found = kernels.kernel_for(torch.empty(2, 3, 32, head).as_subclass(OnGpu), masking)
     if masking == Masking() and head % 8 == 0:
         assert asked == [(2, 3, 16, head)]
-        assert found is kernels.ON_GPU.get(choice, kernels.written_out(False))
+        assert found is kernels.ON_GPU.get(choice, kernels.unfused(False))
     else:
-        assert found is kernels.written_out(False)
+        assert found is kernels.unfused(False)
 
 
-def test_what_is_written_out_is_as_exact_as_flash() -> None:
-    """Scores in fp32, in both; large ones show it."""
+def test_unfused_attention_is_as_exact_as_flash() -> None:
+    """Both compute scores in fp32, which matters for large ones."""
     q, k, v, dy = (3 * torch.randn(4, 2, 3, 64, 16, generator=torch.Generator().manual_seed(0))).bfloat16().unbind(0)
     block = Block((range(64),), (range(64),), 64, True)
     exact = [x.double() for x in (q, k, v, dy)]
@@ -191,25 +202,25 @@ def test_what_is_written_out_is_as_exact_as_flash() -> None:
             found.append([y, *kernel.backward(d, (a, b, c, y, logsumexp), block)])
         return [relative(got, want) for got, want in zip(*found, strict=True)]
 
-    flash, ours = errors(kernels.FLASH_ON_CPU), errors(kernels.written_out())
+    flash, ours = errors(kernels.FLASH_ON_CPU), errors(kernels.unfused())
     assert all(one < 1.5 * other for one, other in zip(ours, flash, strict=True)), (ours, flash)
 
 
 @given(st.integers(1, 9))
-def test_every_pair_is_seen_once_and_every_rank_sees_as_many(ranks: int) -> None:
-    own, device = 6, torch.device("cpu")
-    length = own * ranks
+def test_every_pair_is_computed_once_and_every_rank_computes_as_many(ranks: int) -> None:
+    local, device = 6, torch.device("cpu")
+    length = local * ranks
     forward, backward = torch.zeros(2, ranks, length, length, dtype=torch.int64).unbind(0)
     for rank in range(ranks):
         zigzag = Zigzag(Axis("context", rank, ranks, tuple(range(ranks)), None, ALONE.traffic))
-        of_others = [(n, zigzag.of(n, own, Masking())) for n in range(ranks) if n != rank]
-        begin, end = ([(rank, part) for part in parts] for parts in zigzag.of_itself(own, Masking()))
-        whole = (rank, zigzag.of(rank, own, Masking()))
-        for seen, parts in ((forward, [whole, *of_others]), (backward, [*begin, *of_others, *end])):
+        remote = [(n, zigzag.part_of(n, local, Masking())) for n in range(ranks) if n != rank]
+        first, last = ([(rank, part) for part in parts] for parts in zigzag.own_parts(local, Masking()))
+        whole = (rank, zigzag.part_of(rank, local, Masking()))
+        for seen, parts in ((forward, [whole, *remote]), (backward, [*first, *remote, *last])):
             for source, (block, rows, columns) in parts:
                 pairs = block.pairs(device)
-                assert torch.equal(index(zigzag.positions(rank, own), device)[rows], pairs.rows)
-                assert torch.equal(index(zigzag.positions(source, own), device)[columns], pairs.columns)
+                assert torch.equal(positions_in(zigzag.positions(rank, local), device)[rows], pairs.rows)
+                assert torch.equal(positions_in(zigzag.positions(source, local), device)[columns], pairs.columns)
                 earlier = pairs.rows.unsqueeze(1) >= pairs.columns
                 assert block.is_causal or earlier.all()
                 seen[rank][pairs.rows.unsqueeze(1), pairs.columns] += earlier
@@ -219,36 +230,36 @@ def test_every_pair_is_seen_once_and_every_rank_sees_as_many(ranks: int) -> None
 
 
 def order(rank: int, world_size: int) -> list[str]:
-    """What a ring does, in order: `>` a part is sent on, `=` one is there, `#` a block is attended to."""
+    """Return what a ring does, in order: `>` sends keys and values on, `=` receives some, `#` computes a block."""
     found: list[str] = []
     config = ContextConfig(world_size, "ring")
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
 
     @dataclass(frozen=True)
-    class Watched:
+    class Recorded:
         pending: Pending
 
         def wait(self) -> Tensor:
             found.append("=")
             return self.pending.wait()
 
-    def sent(x: Tensor, axis: Axis) -> Watched:
+    def sent(x: Tensor, axis: Axis) -> Recorded:
         found.append(">")
-        return Watched(start_rotate(x, axis))
+        return Recorded(start_rotate(x, axis))
 
-    def attends(how: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*given_: Any) -> Any:
+    def recorded(attend: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
             found.append("#")
-            return how(*given_)
+            return attend(*arguments)
 
-        return watched
+        return call
 
     torchs = kernels.FLASH_ON_CPU
-    watched = Kernel(attends(torchs.forward), attends(torchs.backward))
-    x = sequence.cut(qkv()).requires_grad_()
+    kernel = Kernel(recorded(torchs.forward), recorded(torchs.backward))
+    x = sequence.local_part(qkv()).requires_grad_()
     with (
         patch.object(ring, "start_rotate", sent),
-        patch.object(ring, "kernel_for", lambda q, masking, compiles: watched),
+        patch.object(ring, "kernel_for", lambda q, masking, compiles: kernel),
     ):
         y = sequence.attend(x, HEADS, Masking())
         found.append("|")
@@ -256,9 +267,11 @@ def order(rank: int, world_size: int) -> list[str]:
     return found
 
 
-def test_the_next_part_is_on_its_way_while_one_is_attended_to() -> None:
-    """Forward: its own, then two others. Backward, where gradients come one step behind, wanted when there is something
-    to add: some of its own while the first part is coming, and the rest while its own gradients come home.
+def test_keys_are_in_flight_while_others_are_attended_to() -> None:
+    """Forward: a rank computes its own block, then those of two others, each while the next is in flight.
+
+    Backward: gradients follow one step behind, and are waited for once there is something to add. A part of its own
+    block is computed while the first keys are in flight, and the rest while its own gradients return.
     """
     for found in run(order, 3):
         assert "".join(found) == ">#=>#=#|>#=>#>=#=>##="
@@ -266,7 +279,7 @@ def test_the_next_part_is_on_its_way_while_one_is_attended_to() -> None:
 
 def attended_in_16_bits(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
-    x = sequence.cut(qkv()).bfloat16().requires_grad_()
+    x = sequence.local_part(qkv()).bfloat16().requires_grad_()
     y = sequence.attend(x, HEADS, masking_of(masked))
     y.backward(torch.ones_like(y))
     assert x.grad is not None
@@ -274,10 +287,10 @@ def attended_in_16_bits(rank: int, world_size: int, config: ContextConfig, maske
 
 
 @pytest.mark.parametrize("masked", ["causal", "padded"])
-def test_a_ring_in_16_bits_errs_no_more_than_one_rank_does(masked: str) -> None:
-    """A rank rounds a result once, and a ring each part of it before they are added, in fp32: by half as much again."""
+def test_a_ring_in_16_bits_is_about_as_exact_as_one_rank(masked: str) -> None:
+    """One rank rounds a result once. A ring rounds each part of it before they are added in fp32: half as much more."""
     x = qkv().bfloat16().double().requires_grad_()
-    want = written_down(x, masking_of(masked))
+    want = reference(x, masking_of(masked))
     want.backward(torch.ones_like(want))
     assert x.grad is not None
     errors = []
@@ -295,14 +308,14 @@ def moved(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return mine, all_to_all(mine, 1, 2, axis), start_rotate(mine, axis).wait()
 
 
-def test_what_is_exchanged_and_what_goes_around() -> None:
+def test_all_to_all_and_rotate_move_the_right_parts() -> None:
     given_, exchanged, rotated = zip(*run(moved, 3), strict=True)
     for rank in range(3):
         assert torch.equal(exchanged[rank], torch.cat([x[:, 2 * rank : 2 * rank + 2] for x in given_], 2))
         assert torch.equal(rotated[rank], given_[rank - 1])
 
 
-# -- what is kept and sent ---------------------------------------------------------------------------------------------
+# -- bytes kept and bytes sent -----------------------------------------------------------------------------------------
 
 SHAPE = OPTShape(
     vocab_size=37,
@@ -326,29 +339,30 @@ SAMPLES, LENGTH = 8, 16
 
 
 def names_of(layout: str) -> dict[str, int]:
-    """T is what a microbatch has on one of n ranks."""
+    """Return the letters of docs/notation.md; T is a microbatch's tokens on one of the n ranks of the context axis."""
     tensor, config = LAYOUTS[layout]
     return letters(tensor, SHAPE, SAMPLES, LENGTH // config.size) | dict(n=config.size)
 
 
 def kept(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig) -> tuple[int, int]:
-    """Bytes that a block keeps; and that it holds, but not for all autograd knows."""
+    """Return the bytes that a block keeps for backward, and those that stay allocated beside what autograd knows."""
     mode = mode_of(rank, tensor, torch.float32, config)
     block = TransformerBlock(SHAPE, mode, seed=0)
     x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), requires_grad=True)
     tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
-    held = Held()
+    held = Allocations()
     with held, saved_for_backward() as saved:
         y = block(x, Microbatch(tokens, tokens, torch.arange(SAMPLES)))
     known = bytes_kept(saved, block) - x.nbytes + y.nbytes
     assert storage_of(x) in map(storage_of, saved)
-    return bytes_kept(saved, block), held.now_or_soon(known) - known
+    return bytes_kept(saved, block), held.wait_for(known) - known
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_block_keeps_its_own_tokens_alone(layout: str) -> None:
-    """As without, of fewer tokens; the exchange keeps attention's result once more, as it was before it was given
-    back.
+def test_a_block_keeps_only_its_own_tokens(layout: str) -> None:
+    """It keeps as much as a block that is not split keeps of as many tokens.
+
+    all_to_all keeps attention's result once more, in the form that it has before the exchange back.
     """
     tensor, config = LAYOUTS[layout]
     names = names_of(layout)
@@ -362,7 +376,7 @@ def test_a_block_keeps_its_own_tokens_alone(layout: str) -> None:
 
 
 def sent(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig) -> list[float]:
-    """Bytes over the context axis, forward and backward of one block; they are what our own counters say."""
+    """Return the bytes sent over the context axis in a block's forward and backward; our own counters agree."""
     mode = mode_of(rank, tensor, torch.bfloat16, config)
     block = TransformerBlock(SHAPE, mode, seed=0)
     group = mode.mesh.axis("context").group
@@ -370,20 +384,20 @@ def sent(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig
     x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), dtype=torch.bfloat16, requires_grad=True)
     tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
     found = []
-    handed = Handed("forward")
+    handed = RecordedCalls("forward")
     with handed:
         y = block(x, Microbatch(tokens, tokens, torch.arange(SAMPLES)))
         handed.enter("backward")
         y.sum().backward()
     assert mode.mesh.traffic.bytes == handed.bytes
-    for way in ("forward", "backward"):
-        calls = [call for call in handed.calls if call.group == group.group_name and call.part == way]
+    for part in ("forward", "backward"):
+        calls = [call for call in handed.calls if call.group == group.group_name and call.part == part]
         found.append(sum(call.sent * call.bytes / call.elements for call in calls))
     return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_block_sends_what_the_table_says(layout: str) -> None:
+def test_a_block_sends_as_much_as_the_table_says(layout: str) -> None:
     tensor, config = LAYOUTS[layout]
     row = re.search(rf"^\| {config.kind} \| (.*) \| (.*) \|$", NOTATION.read_text(encoding="utf-8"), re.MULTILINE)
     assert row is not None
@@ -392,7 +406,7 @@ def test_a_block_sends_what_the_table_says(layout: str) -> None:
         assert found == wanted
 
 
-# -- a sequence that does not come out even ----------------------------------------------------------------------------
+# -- a sequence that cannot be split evenly ----------------------------------------------------------------------------
 
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:

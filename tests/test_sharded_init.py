@@ -23,7 +23,7 @@ from parallel.chunk.parameters import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.sharded import is_sharded, unshard_parameter
-from tests.accounts import Held
+from tests.accounts import Allocations
 from tests.harness import run
 from tests.parity import SHAPE
 
@@ -254,16 +254,16 @@ def test_a_users_own_initialization_is_kept(alone: dict[str, Built]) -> None:
     assert torch.equal(values["normed.parametrizations.weight.original0"], direction.norm(dim=1, keepdim=True))
 
 
-class Seen(Held):
+class Seen(Allocations):
     """Counts also the tensors that are registered: a reader of files makes tensors without torch's dispatch."""
 
-    def _note(self, tree: Any, *, is_new: bool) -> None:
+    def _register(self, tree: Any, *, is_new: bool) -> None:
         leaves = tree_leaves(tree)
         strided = [x for x in leaves if isinstance(x, Tensor) and x.untyped_storage().device.type != "meta"]
-        super()._note(strided, is_new=True)
+        super()._register(strided, is_new=True)
 
     def see(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        self._note(parameter, is_new=True)
+        self._register(parameter, is_new=True)
         self.peak = max(self.peak, self.now)
 
 

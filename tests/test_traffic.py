@@ -13,7 +13,7 @@ from models.shapes import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
 from parallel.tensor import loss
-from tests.accounts import Call, Handed, letters, value
+from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run
 from tests.parity import Raw, batches_of, config_of, engine_of, share_of
 
@@ -61,7 +61,7 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
     engine = engine_of(rank, world_size, raw)
     loss.TOKENS_A_CHUNK = CHUNK * B // tensor.batch_parts
     engine.mesh.traffic.reset()
-    handed = Handed(OUTSIDE)
+    handed = RecordedCalls(OUTSIDE)
     with handed:
         mark_parts(engine, handed)
         engine.train_step(share_of(batch, engine))
@@ -81,7 +81,7 @@ def named(call: Call, sync: set[str]) -> Call:
     return replace(call, part=SUMS) if is_sum else call
 
 
-def mark_parts(engine: Engine, handed: Handed) -> None:
+def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
     """Register hooks that set `handed.part` in the course of a step.
 
     The part is a layer's forward from its call, and its backward from the gradient of its output. The tied embedding's

@@ -20,13 +20,13 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
 
     Raises CheckpointError if the checkpoint is damaged, of another model, or not there.
     """
-    found = None if resume is None else checkpoint.find(resume, Path(config.output.dir))
+    found = None if resume is None else checkpoint.find_checkpoint(resume, Path(config.output.dir))
     if found is None:
         return None
     try:
-        checkpoint.check(found)
+        checkpoint.check_files(found)
     except CheckpointError as error:
-        if earlier := checkpoint.before(found):
+        if earlier := checkpoint.previous_checkpoint(found):
             raise CheckpointError(f"{error} Try --resume {earlier}.") from error
         raise
     check_same_model(found, shape_of(config))

@@ -13,7 +13,7 @@ import torch
 from models.build import build, stage_of
 from models.data import Loader, SampleOrder
 from parallel.checkpoint import checkpoint
-from parallel.checkpoint.shards import together
+from parallel.checkpoint.shards import fail_together
 from parallel.engine.base import initial_placement_of
 from parallel.engine.context import Context, make_context
 from parallel.engine.engine import Engine
@@ -75,7 +75,7 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
     """
     messages = []
     with ExitStack() as until_the_end:
-        with together(world):
+        with fail_together(world):
             if world.rank == 0:
                 if earlier := job.folder.make(job.config):
                     messages.append(f"the earlier run was renamed to {earlier}")
@@ -89,7 +89,7 @@ def make_engine(context: Context, job: Job) -> Engine:
         return Engine(build(context), context)
     engine = Engine(stage_of(context), context)
     pieces = engine.state_pieces()
-    with together(context.mesh.world):
+    with fail_together(context.mesh.world):
         checkpoint.load(job.resume_from, pieces)
     engine.restore(checkpoint.read_metadata(job.resume_from)["counters"])
     log.info("resumed after step %d from %s", engine.num_steps, job.resume_from)

@@ -1,1 +1,1 @@
-"""Files: checkpoints, Hugging Face directories, and the safetensors below both."""
+"""Files: checkpoints, Hugging Face directories, and the safetensors files that both consist of."""

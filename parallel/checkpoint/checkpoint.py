@@ -1,12 +1,12 @@
-"""Checkpoints: pieces of public tensors in, pieces out, in whatever layout they are held then.
+"""Checkpoints: ranks write their pieces of public tensors, and read pieces again, in any other layout.
 
     runs/NAME/checkpoints/
         step_000100/              checkpoint.json, rank_00000.safetensors, rank_00001.safetensors, ...
         step_000200/
-        latest                    the name of the newest
+        latest                    the name of the newest checkpoint
 
-Each rank writes the pieces it owns; the index says which box of which tensor is in which file. A checkpoint appears
-under its name only when every rank has written its part. Names of tensors mean nothing here.
+Each rank writes the pieces that it owns. checkpoint.json is the index: which box of which tensor is in which file. A
+checkpoint gets its name only after every rank has written its part. This module does not interpret the tensors' names.
 """
 
 import logging
@@ -23,16 +23,16 @@ import torch
 from parallel.checkpoint.shards import (
     Archive,
     Entry,
-    Stored,
     StoredPart,
+    StoredTensor,
     covered_once,
-    file_bytes,
+    fail_together,
+    file_size,
     read_json,
-    replacing,
-    together,
-    write,
+    replace_folder,
     write_json,
-    writing,
+    write_synced,
+    write_tensors,
 )
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Box, Piece, box_shape
@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A piece without its data: what every rank learns of the others' pieces."""
+class SavedPiece:
+    """A piece without its data, which every rank sends to all others."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,30 +56,33 @@ class Saved:
 
     @property
     def entry(self) -> Entry:
-        """Under the tensor's name and the box: a rank may own several boxes of one tensor."""
-        where = ",".join(f"{start}:{stop}" for start, stop in self.box)
-        return Entry(f"{self.name}[{where}]", box_shape(self.box), self.dtype)
+        """The piece as a tensor of a file. Its key contains the box: a rank may own several boxes of one tensor."""
+        box = ",".join(f"{start}:{stop}" for start, stop in self.box)
+        return Entry(f"{self.name}[{box}]", box_shape(self.box), self.dtype)
 
 
 def step_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps of the run in folder `run`."""
     return run / CHECKPOINTS / f"step_{step:06d}"
 
 
 def save(folder: Path, pieces: Iterable[Piece], *, metadata: Mapping[str, Any], axis: Axis, keep: int) -> None:
-    """Write the pieces that the ranks of `axis` own, each element of each tensor owned by one of them, and `metadata`.
+    """Write the pieces that the ranks of `axis` own, and `metadata`, into `folder`.
 
-    Then name `folder` the latest and delete all but `keep` checkpoints beside it. If any rank cannot write, every rank
-    raises a CheckpointError, and the earlier checkpoints are as they were.
+    Each element of each tensor is owned by one of these ranks. Afterwards `folder` is the latest checkpoint, and all
+    but `keep` checkpoints beside it are deleted. If a rank cannot write, every rank raises a CheckpointError, and the
+    earlier checkpoints stay as they were.
     """
-    owned = sorted(pieces, key=lambda piece: -piece.data.element_size())  # as `write` needs them
-    mine = [Saved(piece.name, piece.shape, piece.box, piece.data.dtype) for piece in owned]
+    owned = sorted(pieces, key=lambda piece: -piece.data.element_size())  # `write_tensors` needs this order
+    mine = [SavedPiece(piece.name, piece.shape, piece.box, piece.data.dtype) for piece in owned]
     saved = gather_objects(mine, axis)
     index = _index(saved, metadata)
-    with replacing(folder, axis) as temporary:
-        write(temporary / _file_name(axis.rank), [one.entry for one in mine], (piece.data for piece in owned))
+    with replace_folder(folder, axis) as temporary:
+        file = temporary / _file_name(axis.rank)
+        write_tensors(file, [piece.entry for piece in mine], (piece.data for piece in owned))
         if axis.rank == 0:
             write_json(temporary / INDEX, index)
-    with together(axis):
+    with fail_together(axis):
         if axis.rank == 0:
             _name_latest(folder)
             _delete_old(folder, keep)
@@ -89,33 +92,37 @@ def _file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _index(saved: list[list[Saved]], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What checkpoint.json says: the size of each file, and the boxes of each tensor. `saved` has a list per rank."""
+def _index(saved: list[list[SavedPiece]], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of checkpoint.json: the size of each file and the boxes of each tensor.
+
+    `saved` has a list of pieces for each rank.
+    """
     tensors: dict[str, dict[str, Any]] = {}
-    for rank, ones in enumerate(saved):
-        for one in ones:
-            tensor = tensors.setdefault(one.name, {"shape": one.shape, "parts": []})
-            assert tensor["shape"] == one.shape, f"rank {rank} holds {one.name} as {one.shape}, not {tensor['shape']}"
-            tensor["parts"].append({"file": _file_name(rank), "key": one.entry.key, "box": one.box})
+    for rank, pieces in enumerate(saved):
+        for piece in pieces:
+            tensor = tensors.setdefault(piece.name, {"shape": piece.shape, "parts": []})
+            problem = f"rank {rank} has {piece.name} of shape {piece.shape}, and not {tensor['shape']}"
+            assert tensor["shape"] == piece.shape, problem
+            tensor["parts"].append({"file": _file_name(rank), "key": piece.entry.key, "box": piece.box})
     for name, tensor in tensors.items():
         boxes = [part["box"] for part in tensor["parts"]]
         assert covered_once(tensor["shape"], boxes), f"{name} {tensor['shape']} is not owned exactly once: {boxes}"
-    files = {_file_name(rank): file_bytes([one.entry for one in ones]) for rank, ones in enumerate(saved)}
+    files = {_file_name(rank): file_size([piece.entry for piece in pieces]) for rank, pieces in enumerate(saved)}
     return {"metadata": metadata, "files": files, "tensors": tensors}
 
 
 def _name_latest(folder: Path) -> None:
     temporary = folder.with_name(f".{LATEST}.incomplete")
-    with writing(temporary) as out:
+    with write_synced(temporary) as out:
         out.write(f"{folder.name}\n".encode())
     os.replace(temporary, folder.with_name(LATEST))
 
 
 def _delete_old(newest: Path, keep: int) -> None:
-    """Keep the newest and the keep - 1 before it.
+    """Delete all checkpoints but the newest and the keep - 1 before it.
 
-    A checkpoint of a later step was left by a run that has since been resumed from an earlier one: it goes first. So
-    does what an interrupted save has left.
+    A checkpoint of a later step was left by a run that has since been resumed from an earlier one: it is deleted first.
+    What an interrupted save has left is deleted too.
     """
     others = [folder for folder in _step_folders(newest.parent) if folder.name != newest.name]
     others.sort(key=lambda folder: (_step(folder) < _step(newest), _step(folder)))
@@ -126,16 +133,16 @@ def _delete_old(newest: Path, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """What cannot be deleted is in nobody's way."""
+    """Delete a checkpoint; log a warning if that fails, since the run can go on."""
     try:
-        (folder / INDEX).unlink(missing_ok=True)  # first, so that half of a folder is no checkpoint
+        (folder / INDEX).unlink(missing_ok=True)  # first, so that the rest of a folder is not taken for a checkpoint
         shutil.rmtree(folder)
     except OSError as error:
         log.warning("cannot delete %s: %s", error.filename or folder, error.strerror)
 
 
-def check(folder: Path) -> None:
-    """Raises a CheckpointError that names the file which is missing, or shorter or longer than it was written."""
+def check_files(folder: Path) -> None:
+    """Raise a CheckpointError if a file of a checkpoint is missing, or has another size than it was written with."""
     for name, size in _read_index(folder)["files"].items():
         file = folder / name
         if not file.is_file():
@@ -144,34 +151,35 @@ def check(folder: Path) -> None:
             raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size} bytes, was written with {size}.")
 
 
-def before(folder: Path) -> Path | None:
-    """The last checkpoint beside this one of an earlier step."""
-    earlier = [one for one in _step_folders(folder.parent) if _is_checkpoint(one) and _step(one) < _step(folder)]
-    return max(earlier, key=_step, default=None)
+def previous_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint beside this one that is the last before its step, or None."""
+    others = filter(_is_checkpoint, _step_folders(folder.parent))
+    return max((other for other in others if _step(other) < _step(folder)), key=_step, default=None)
 
 
 def load(folder: Path, pieces: Iterable[Piece]) -> int:
-    """Fill each piece from whatever boxes the files hold, and read nothing else. Returns the bytes read.
+    """Read each piece's data from the boxes that overlap it, and nothing else; return the number of bytes read.
 
-    Raises a CheckpointError that names the file or the tensor: missing, damaged, of another shape, or in part only.
+    Raises a CheckpointError that names the file or the tensor if it is missing, damaged, of another shape, or not
+    complete.
     """
-    check(folder)
-    return Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError).fill(pieces)
+    check_files(folder)
+    return Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError).read_into(pieces)
 
 
-def _stored(folder: Path, tensors: dict[str, Any]) -> dict[str, Stored]:
-    """The tensors of an index, as `Archive` knows them."""
+def _stored(folder: Path, tensors: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Return the tensors of an index in the form that `Archive` needs."""
     found = {}
     for name, tensor in tensors.items():
         parts = (
             StoredPart(folder / part["file"], part["key"], tuple(map(tuple, part["box"]))) for part in tensor["parts"]
         )
-        found[name] = Stored(tuple(tensor["shape"]), tuple(parts))
+        found[name] = StoredTensor(tuple(tensor["shape"]), tuple(parts))
     return found
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What was saved along with the pieces."""
+    """Return the metadata that was saved with the pieces."""
     metadata: dict[str, Any] = _read_index(folder)["metadata"]
     return metadata
 
@@ -183,10 +191,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return dict(index)
 
 
-def find(resume: str, run: Path, option: str = "--resume") -> Path | None:
-    """The checkpoint that this option means: of this run if 'auto', None if it has none yet; else of a directory.
+def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | None:
+    """Return the checkpoint that this option names: with 'auto' the latest of this run, or None if it has none yet.
 
-    The directory may be a run's folder, its checkpoints folder, or a checkpoint.
+    Otherwise `resume` is a run's folder, its checkpoints folder, or a checkpoint. Raises CheckpointError.
     """
     if resume == "auto":
         return resolve_latest(run / CHECKPOINTS)
@@ -201,7 +209,7 @@ def find(resume: str, run: Path, option: str = "--resume") -> Path | None:
 
 
 def resolve_latest(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names; if it is gone, the one of the highest step; None if there is none."""
+    """Return the checkpoint that the file `latest` names; if there is none, that of the highest step; else None."""
     latest = checkpoints / LATEST
     if latest.is_file():
         named = checkpoints / latest.read_text().strip()

@@ -1,4 +1,4 @@
-"""Directories in Hugging Face's format, of a model that lies in pieces on many ranks."""
+"""Writes directories in Hugging Face's format, of a model whose pieces are on many ranks."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.shards import DTYPE_NAMES, Entry, adding, covered_once, write, write_json
+from parallel.checkpoint.shards import DTYPE_NAMES, Entry, covered_once, replace_files, write_json, write_tensors
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Box, Piece, slices
 from parallel.mesh.collectives import gather_objects, receive, send
@@ -22,19 +22,19 @@ MAX_SHARD_BYTES = 5 * 10**9
 def write_folder(
     folder: Path, pieces: Iterable[Piece], entries: Sequence[Entry], *, axis: Axis, describe: Callable[[Path], None]
 ) -> None:
-    """Write the tensors that `entries` describe, and beside them what `describe` writes on rank 0.
+    """Write the tensors that `entries` describe into `folder`, and the files that `describe` writes there on rank 0.
 
-    `pieces` are those this rank owns: each element of each tensor is owned by one rank of the axis. They go to rank 0
-    in the order of the entries, a tensor at a time. Other files of the folder stay. If it cannot write, every rank
-    raises a CheckpointError, and what was there is as it was.
+    `pieces` are those that this rank owns: each element of each tensor is owned by one rank of the axis. They are sent
+    to rank 0 in the order of the entries, one tensor at a time. Other files of the folder stay. If rank 0 cannot write,
+    every rank raises a CheckpointError, and the folder stays as it was.
     """
-    for entry in entries:  # before a rank waits for another
+    for entry in entries:  # checked before a rank waits for another
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)
-    with adding(folder, WEIGHTS, axis) as temporary:
+    with replace_files(folder, WEIGHTS, axis) as temporary:
         if axis.rank > 0:
             for piece in owned:
                 send(piece.data.to("cpu", entries[order[piece.name]].dtype), axis, to=0)
@@ -43,16 +43,17 @@ def write_folder(
             try:
                 _write_weights(temporary, entries, tensors)
                 describe(temporary)
-            finally:  # whatever went wrong here, the others send, and must be heard
+            finally:  # even after an error: the other ranks send, and wait until that is received
                 for _ in tensors:
                     pass
 
 
 Owners = dict[str, list[tuple[int, Box]]]
-"""For each tensor the rank that owns a box of it, and the box, in the order in which they are sent."""
+"""The boxes of each tensor, each with the rank that owns it, in the order in which they are sent."""
 
 
 def _owners(boxes_of_ranks: list[list[tuple[str, Box]]], entries: Sequence[Entry]) -> Owners:
+    """Return which rank owns which box, and check that the boxes cover each tensor exactly once."""
     owners: Owners = {entry.key: [] for entry in entries}
     for rank, boxes in enumerate(boxes_of_ranks):
         for name, box in boxes:
@@ -64,23 +65,23 @@ def _owners(boxes_of_ranks: list[list[tuple[str, Box]]], entries: Sequence[Entry
 
 
 def _assemble(entries: Sequence[Entry], owners: Owners, owned: Sequence[Piece], axis: Axis) -> Iterator[Tensor]:
-    """Each tensor, whole, on rank 0: its own pieces, and those that the others send."""
+    """Yield each tensor, whole, on rank 0, from its own pieces and those that other ranks send."""
     own = iter(owned)
     for entry in entries:
         whole = torch.empty(entry.shape, dtype=entry.dtype)
         for rank, box in owners[entry.key]:
-            here = whole[slices(box)]
-            here.copy_(next(own).data if rank == 0 else receive(here, axis, rank))
+            part = whole[slices(box)]
+            part.copy_(next(own).data if rank == 0 else receive(part, axis, rank))
         yield whole
 
 
 def _write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tensor]) -> None:
-    """One file, or numbered shards and their index."""
+    """Write one file, or numbered shards and their index."""
     shards = _shards(entries)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        write(folder / name, shard, itertools.islice(tensors, len(shard)))
+        write_tensors(folder / name, shard, itertools.islice(tensors, len(shard)))
     if len(shards) > 1:
         weight_map = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.num_bytes for entry in entries)
@@ -88,7 +89,7 @@ def _write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Ten
 
 
 def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """The entries in order, in runs of at most MAX_SHARD_BYTES, unless one alone is larger."""
+    """Divide the entries, in order, into shards of at most MAX_SHARD_BYTES; a larger tensor is a shard by itself."""
     shards: list[list[Entry]] = [[]]
     room = MAX_SHARD_BYTES
     for entry in entries:

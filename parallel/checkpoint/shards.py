@@ -1,7 +1,7 @@
-"""What checkpoints and Hugging Face directories share: parts of tensors in safetensors files.
+"""Safetensors files with parts of tensors, for checkpoints and Hugging Face directories.
 
-They are read by the slice and written a tensor at a time, into folders that appear whole or not at all. Every folder is
-on a file system that all ranks see.
+Files are read by slices and written one tensor at a time, into folders that get their name when they are complete.
+Every folder is on a file system that all ranks can see.
 """
 
 import json
@@ -24,7 +24,7 @@ from parallel.layout.layout import Box, Piece, box_shape, overlap, slices
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 
-DTYPE_NAMES = {
+DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -41,7 +41,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Where a box of a public tensor is stored: it is the tensor `key` of `file`."""
+    """A box of a public tensor, stored as the tensor `key` of `file`."""
 
     file: Path
     key: str
@@ -49,8 +49,8 @@ class StoredPart:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A public tensor of a folder: its whole shape, and its parts, which do not overlap."""
+class StoredTensor:
+    """A public tensor of a folder: its whole shape and its parts, which do not overlap."""
 
     shape: tuple[int, ...]
     parts: tuple[StoredPart, ...]
@@ -58,27 +58,27 @@ class Stored:
 
 @dataclass(frozen=True)
 class Archive:
-    """The public tensors stored in a folder. What is wrong with it is raised as `error`."""
+    """The public tensors that are stored in a folder. Problems with its files are raised as `error`."""
 
     folder: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     error: type[ColonnadeError]
 
-    def fill(self, pieces: Iterable[Piece]) -> int:
-        """Fill each piece from the parts that overlap it, cast to its dtype. Returns the bytes read."""
+    def read_into(self, pieces: Iterable[Piece]) -> int:
+        """Read each piece's data from the parts that overlap it, cast to its dtype; return the number of bytes read."""
         wanted: dict[Path, list[tuple[StoredPart, Piece]]] = {}
         for piece in pieces:
             for part in self._parts_of(piece):
                 wanted.setdefault(part.file, []).append((part, piece))
         num_bytes = 0
         for file, pairs in wanted.items():
-            with opened(file, self.error) as content:
+            with open_safetensors(file, self.error) as content:
                 for part, piece in pairs:
                     num_bytes += _copy(content, part, piece)
         return num_bytes
 
     def _parts_of(self, piece: Piece) -> list[StoredPart]:
-        """The parts that overlap a piece: together they cover it."""
+        """Return the parts that overlap a piece. Raises the archive's error if they do not cover it."""
         stored = self.tensors.get(piece.name)
         if stored is None:
             raise self.error(f"{self.folder} has no tensor {piece.name}.")
@@ -91,7 +91,7 @@ class Archive:
 
 
 def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
-    """Copy what a part and a piece have in common. The slice is a view of the mapped file: no other page is touched."""
+    """Copy the overlap of a part and a piece; return its bytes. Only its own pages are read from the file."""
     common = overlap(part.box, piece.box)
     found = content.get_slice(part.key)[slices(common, [start for start, _ in part.box])]
     piece.data[slices(common, [start for start, _ in piece.box])].copy_(found)
@@ -99,8 +99,8 @@ def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
 
 
 @contextmanager
-def opened(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
-    """A safetensors file to read from. What is wrong with it, now or inside the block, is raised as `error`."""
+def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
+    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`."""
     try:
         with safe_open(file, framework="pt") as content:
             yield content
@@ -113,7 +113,7 @@ def opened(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
 
 
 def read_json(file: Path, error: type[ColonnadeError]) -> Any:
-    """What a JSON file says. What is wrong with it is raised as `error`."""
+    """Return the content of a JSON file. Problems with it are raised as `error`."""
     try:
         return json.loads(file.read_bytes())
     except OSError as cause:
@@ -123,7 +123,8 @@ def read_json(file: Path, error: type[ColonnadeError]) -> Any:
 
 
 def write_json(file: Path, content: object) -> None:
-    with writing(file) as out:
+    """Write a JSON file."""
+    with write_synced(file) as out:
         out.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
@@ -140,25 +141,29 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> None:
-    """Write `tensors`, described by `entries` in the same order, one at a time: never two of them on the host.
+def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> None:
+    """Write `tensors`, which `entries` describe in the same order, one at a time: the host never holds two of them.
 
-    A reader maps the file, so each must start at a multiple of its item size: wide dtypes come before narrow ones.
+    A reader maps the file, so each tensor must start at a multiple of its item size: wide dtypes come before narrow
+    ones.
     """
-    with writing(file) as out:
+    with write_synced(file) as out:
         out.write(_header(entries))
         for entry, tensor in zip(entries, tensors, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
             out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def file_bytes(entries: Sequence[Entry]) -> int:
-    """How large a file with these entries is."""
+def file_size(entries: Sequence[Entry]) -> int:
+    """Return the size of a file with these entries, in bytes."""
     return len(_header(entries)) + sum(entry.num_bytes for entry in entries)
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    """Its own length in 8 bytes, then JSON: dtype, shape and place of each tensor. Padded to start the data aligned."""
+    """Return a file's header: its length in 8 bytes, then JSON with each tensor's dtype, shape and offsets.
+
+    It is padded with spaces, so that the data start at a multiple of 8 bytes.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     start = 0
     for entry in entries:
@@ -175,8 +180,8 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 
 @contextmanager
-def writing(file: Path) -> Iterator[Any]:
-    """A new file, on the disk when the block ends. Its errors carry its name, which those of a write do not."""
+def write_synced(file: Path) -> Iterator[Any]:
+    """Open a new file to write, and sync it to the disk at the end of the block. Errors of a write get its name."""
     try:
         with file.open("wb") as out:
             yield out
@@ -188,11 +193,12 @@ def writing(file: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def together(axis: Axis) -> Iterator[None]:
-    """What every rank of the axis finishes, or none: an OSError on one becomes a CheckpointError on each; any other
-    error stays what it is where it happened, and becomes one on the other ranks.
+def fail_together(axis: Axis) -> Iterator[None]:
+    """Make the block fail on every rank of the axis if it fails on one.
 
-    There must be no other collective in the block: the ranks that fail would miss it.
+    An OSError on any rank becomes a CheckpointError on each. Any other error is raised as it is on the rank where it
+    happened, and becomes a CheckpointError on the others. The block must contain no collective, which a rank that fails
+    would miss.
     """
     problem, own = None, None
     try:
@@ -209,38 +215,40 @@ def together(axis: Axis) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(folder: Path, axis: Axis) -> Iterator[Path]:
-    """A temporary sibling of `folder`, into which every rank may write, and which takes its name once all are done.
+def replace_folder(folder: Path, axis: Axis) -> Iterator[Path]:
+    """Provide a temporary folder into which every rank may write, and which replaces `folder` after all have done so.
 
-    If a rank fails, the sibling is removed, `folder` stays as it was, and every rank raises a CheckpointError.
+    If a rank fails, the temporary folder is removed, `folder` stays as it was, and every rank raises a CheckpointError.
     """
     temporary = folder.with_name(f".{folder.name}.incomplete")
-    with _prepared(temporary, axis, finish=lambda: _rename(temporary, folder)):
+    with _temporary_folder(temporary, axis, finish=lambda: _rename(temporary, folder)):
         yield temporary
 
 
 @contextmanager
-def adding(folder: Path, pattern: re.Pattern[str], axis: Axis) -> Iterator[Path]:
-    """A temporary folder in `folder`, into which every rank may write; once all are done its files replace those of
-    `folder` that have their names or match `pattern`, and leave all others alone. Fails as `replacing` does.
+def replace_files(folder: Path, pattern: re.Pattern[str], axis: Axis) -> Iterator[Path]:
+    """Provide a temporary folder inside `folder` into which every rank may write.
+
+    After all have done so its files are moved into `folder`. They replace the files there that have their names or
+    match `pattern`; all others stay. It fails as `replace_folder` does.
     """
     folder = folder.resolve()
     temporary = folder / ".incomplete"
-    with _prepared(temporary, axis, finish=lambda: _move_into(folder, temporary, pattern)):
+    with _temporary_folder(temporary, axis, finish=lambda: _move_into(folder, temporary, pattern)):
         yield temporary
 
 
 @contextmanager
-def _prepared(temporary: Path, axis: Axis, *, finish: Callable[[], None]) -> Iterator[None]:
-    """A new folder, that the first rank makes and, when all have written into it, finishes; nothing of it is left."""
+def _temporary_folder(temporary: Path, axis: Axis, *, finish: Callable[[], None]) -> Iterator[None]:
+    """Make a folder on the first rank; call `finish` there after all ranks have written into it; remove the folder."""
     try:
-        with together(axis):
+        with fail_together(axis):
             if axis.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-        with together(axis):
+        with fail_together(axis):
             yield
-        with together(axis):
+        with fail_together(axis):
             if axis.rank == 0:
                 finish()
     finally:
@@ -249,28 +257,31 @@ def _prepared(temporary: Path, axis: Axis, *, finish: Callable[[], None]) -> Ite
 
 
 def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
-    """The new ones first: whenever it ends, there is no file less than before."""
-    added = sorted(temporary.iterdir())
-    for file in added:
+    """Move the new files into a folder, then delete old ones: if it is interrupted, no file is missing."""
+    new = sorted(temporary.iterdir())
+    for file in new:
         file.replace(folder / file.name)
-    for old in {file.name for file in folder.iterdir()} - {file.name for file in added}:
+    for old in {file.name for file in folder.iterdir()} - {file.name for file in new}:
         if pattern.fullmatch(old):
             (folder / old).unlink()
 
 
 def _rename(temporary: Path, folder: Path) -> None:
-    """A folder cannot be replaced in one step: an old one is moved aside first, so that there is never half of one."""
-    aside = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Replace a folder. That takes two steps; the old one is renamed first, so that no folder is ever incomplete."""
+    old = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(aside)
+        folder.rename(old)
     temporary.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def covered_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Whether each element of a tensor lies in exactly one of the boxes: as many elements, and no two boxes overlap."""
+    """Return whether each element of a tensor is in exactly one of the boxes.
+
+    That is so if the boxes have as many elements as the tensor, and no two of them overlap.
+    """
     starts, stops = torch.tensor(boxes, dtype=torch.int64).reshape(len(boxes), len(shape), 2).unbind(-1)
-    meets = torch.maximum(starts[:, None], starts) < torch.minimum(stops[:, None], stops)  # [n, n, dims]
+    overlaps = torch.maximum(starts[:, None], starts) < torch.minimum(stops[:, None], stops)  # [n, n, dims]
     num_elements = int((stops - starts).prod(-1).sum())
-    return num_elements == prod(shape) and int(meets.all(-1).sum()) == len(boxes)  # each box meets itself alone
+    return num_elements == prod(shape) and int(overlaps.all(-1).sum()) == len(boxes)  # each box with itself

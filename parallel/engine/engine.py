@@ -55,8 +55,8 @@ class Engine(EngineBase):
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():
-            if isinstance(module, Linear) and module.can_deliver:
-                module.deliver = self.gradients.receiver(module.weight)
+            if isinstance(module, Linear) and module.can_accumulate:
+                module.accumulate = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device)
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
 

@@ -9,7 +9,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import write_folder
-from parallel.checkpoint.shards import Entry, together
+from parallel.checkpoint.shards import Entry, fail_together
 from parallel.engine.base import EngineBase
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
@@ -52,11 +52,11 @@ class ModuleState(EngineBase):
 
         Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another model.
         """
-        found = checkpoint.find(str(folder), Path(folder), option="load_checkpoint")
+        found = checkpoint.find_checkpoint(str(folder), Path(folder), option="load_checkpoint")
         assert found is not None
         metadata = checkpoint.read_metadata(found)
         pieces = self.state_pieces()
-        with together(self.mesh.world):
+        with fail_together(self.mesh.world):
             checkpoint.load(found, pieces)
         self.restore(metadata["counters"])
         self.optimizer.restore(self.num_updates, steps=metadata["steps"], rates=metadata.get("rates"))

@@ -1,1 +1,1 @@
-"""What a parameter is: its layout over the axes, its initial values, and the labels it is trained on."""
+"""Parameters: their layouts over the axes of the mesh, their initial values, and the labels they are trained on."""

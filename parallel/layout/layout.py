@@ -1,7 +1,7 @@
-"""Where a parameter lies: said once, and everything else follows.
+"""Layouts: one object describes how a parameter is split, and everything else follows from it.
 
-From a `Layout` come the local shape, the slice to initialize, the gradient sum, the weight in the norm, and the boxes
-of checkpoints and Hugging Face files. No layer has state-dict code of its own.
+From a `Layout` follow the local shape, the slice to initialize, the axes over which the gradient is summed, which rank
+counts an element in the norm, and the boxes of checkpoints and Hugging Face files. No layer has state-dict code.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,43 +13,50 @@ from torch import Tensor, nn
 
 from parallel.mesh.mesh import Axis
 
-Box = tuple[tuple[int, int], ...]  # for each dim, start and stop
+Box = tuple[tuple[int, int], ...]
+"""A rectangular part of a tensor: start and stop along each dim."""
 
 ROOT = ""
-"""The unit of a parameter that belongs to no layer, or to several."""
+"""The name of the unit of all parameters that belong to no layer, or to several."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A global tensor of `shape`, split along each dim over the axes in `dims` (outermost first).
+    """A global tensor of `shape` whose every dim is split over the axes in `dims`.
 
-    A dim that its axes do not divide is padded at the end; `shape` is without padding. `sync`: the axes over which the
-    gradient is summed. `copies`: further axes along which ranks hold the same elements, and come to the same gradient
-    by themselves.
+    The weight W[N_c, K_r] of a linear in mode 2d has shape (N, K) and dims ((col,), (row,)). A dim that its axes do not
+    divide is padded at its end.
     """
 
     shape: tuple[int, ...]
+    """The shape of the global tensor, without padding."""
+
     dims: tuple[tuple[Axis, ...], ...]
+    """The axes that split each dim, outermost first."""
+
     sync: tuple[Axis, ...] = ()
+    """The axes over which the gradient is summed."""
+
     copies: tuple[Axis, ...] = ()
+    """Further axes along which ranks hold the same elements and compute the same gradient, so that no sum is needed."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape on a rank, padding included."""
+        """The shape of the tensor on a rank, with padding."""
         return tuple(-(-size // prod(a.size for a in axes)) for size, axes in zip(self.shape, self.dims, strict=True))
 
     @property
     def first_row(self) -> int:
-        """The global index of the first row on this rank, whether it is padding or not."""
+        """The global index of the first row on this rank, even if that row is padding."""
         return index_along(self.dims[0]) * self.local_shape[0]
 
     @property
     def box(self) -> Box:
-        """The part of the global tensor that this rank holds, padding excluded: it may be empty."""
+        """The part of the global tensor that this rank holds, without padding. It may be empty."""
         return self.box_of(tuple((0, local) for local in self.local_shape))
 
     def box_of(self, part: Box) -> Box:
-        """Where box `part` of this rank's tensor lies in the global one, padding excluded."""
+        """Return the box in the global tensor of box `part` of this rank's tensor, without padding."""
         ranges = []
         for size, local, axes, (start, stop) in zip(self.shape, self.local_shape, self.dims, part, strict=True):
             first = index_along(axes) * local
@@ -59,10 +66,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a public tensor that this rank holds: `data` is box `box` of the tensor `name`, whose whole shape is
-    `shape`.
+    """A part of a public tensor on this rank: `data` is box `box` of the tensor `name`, whose whole shape is `shape`.
 
-    `data` is a view: writing into it writes the parameter.
+    A public tensor has the name and the shape that it has in Hugging Face's files. `data` is a view: writing into it
+    writes the parameter.
     """
 
     name: str
@@ -73,29 +80,34 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class ParameterInfo:
-    """A parameter of this rank: its own name, the layer it belongs to, its layout, and the public tensors it holds a
-    part of.
-
-    `sources` has one name or, where public tensors of one shape are fused along dim 0, one for each index of it.
-    """
+    """A parameter of this rank: its name, its layer, its layout, and the public tensors of which it holds a part."""
 
     name: str
     unit: str
+    """The name of the layer that it belongs to, or ROOT."""
+
     parameter: nn.Parameter
     layout: Layout
     sources: tuple[str, ...]
+    """The name of its public tensor. If public tensors of one shape are fused along dim 0, one name for each index: the
+    weight [3, N, K] of q, k and v has three.
+    """
 
     @property
     def public_shape(self) -> tuple[int, ...]:
+        """The shape of each of its public tensors."""
         return self.layout.shape if len(self.sources) == 1 else self.layout.shape[1:]
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the public tensors are matrices: a fused bias has two dims here, but is three vectors outside."""
+        """True if the public tensors are matrices. A fused bias [3, N] is no matrix: it is three public vectors."""
         return len(self.public_shape) >= 2
 
     def pieces(self, data: Tensor | None = None, part: Box | None = None) -> list[Piece]:
-        """The parts of public tensors held here, as views of `data`: the local parameter, or box `part` of it."""
+        """Return the parts of public tensors on this rank, as views of `data`.
+
+        `data`: the local tensor, or box `part` of it; by default the parameter itself. Padding is left out.
+        """
         data = self.parameter.detach() if data is None else data
         box = self.layout.box if part is None else self.layout.box_of(part)
         data = data[tuple(slice(0, stop - start) for start, stop in box)]
@@ -108,7 +120,7 @@ class ParameterInfo:
 
 
 def index_along(axes: tuple[Axis, ...]) -> int:
-    """Which part of a dim split over these axes (outermost first) this rank holds."""
+    """Return the index of this rank's part, of a dim that is split over these axes (outermost first)."""
     index = 0
     for axis in axes:
         index = index * axis.size + axis.rank
@@ -116,21 +128,25 @@ def index_along(axes: tuple[Axis, ...]) -> int:
 
 
 def global_range(axes: tuple[Axis, ...], size: int, device: torch.device) -> Tensor:
-    """The global indices, int64 [size], of this rank's part of a dim split over these axes."""
+    """Return the global indices, int64 [size], of this rank's part of a dim that is split over these axes."""
     start = index_along(axes) * size
     return torch.arange(start, start + size, device=device)
 
 
 def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, Box]]:
-    """Boxes that together are elements `start` … `stop` of a row-major tensor, each with the place of its first."""
+    """Yield boxes that together are the elements from `start` up to, but not including, `stop` of a row-major tensor.
+
+    They come in order, each with the flat index of its first element. With start 1 and stop 7 a tensor [3, 3] has three
+    boxes: the end of row 0 (at 1), row 1 (at 3), and the first element of row 2 (at 6).
+    """
     if start >= stop:
         return
     if not shape:
         yield start, ()
         return
     row = prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the rows that are whole
-    if first > last:  # inside a single row
+    first, last = -(-start // row), stop // row  # the first whole row, and the row after the last whole one
+    if first > last:  # all elements are inside a single row
         yield from _in_row(shape, last, start, stop)
         return
     yield from _in_row(shape, first - 1, start, first * row)
@@ -140,21 +156,23 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[
 
 
 def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[tuple[int, Box]]:
+    """Yield the boxes of the elements from `start` to `stop`, all of them in row `index`."""
     first = index * prod(shape[1:])
     for offset, box in rectangles(shape[1:], start - first, stop - first):
         yield first + offset, ((index, index + 1), *box)
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """The box that both cover; it may be empty."""
+    """Return the box that both boxes cover. It may be empty."""
     return tuple((max(s, t), max(max(s, t), min(e, f))) for (s, e), (t, f) in zip(a, b, strict=True))
 
 
 def box_shape(box: Box) -> tuple[int, ...]:
+    """Return the size of a box along each dim."""
     return tuple(stop - start for start, stop in box)
 
 
 def slices(box: Box, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
-    """The index that selects `box` in a tensor whose first element is at `origin` of the global one."""
+    """Return the index that selects `box` in a tensor whose first element is at `origin` in the global tensor."""
     origin = origin or (0,) * len(box)
     return tuple(slice(start - o, stop - o) for (start, stop), o in zip(box, origin, strict=True))

@@ -1,8 +1,7 @@
-"""Randomness that belongs to the model, not to the layout.
+"""Random numbers that depend on the model and not on its layout.
 
-A weight is drawn from its name and the seed; a dropout mask is a function of the element's global coordinates. So one
-seed gives one model, and one training run, in every layout: nothing here has a state that a rank could be ahead of or
-behind in.
+A weight is drawn from its name and the seed; a dropout mask is a function of an element's global coordinates. So one
+seed gives one model, and one training run, in every layout. No generator has a state that could differ between ranks.
 """
 
 import hashlib
@@ -14,19 +13,21 @@ from torch import Tensor
 from parallel.layout.layout import Box, box_shape, slices
 
 ROWS_A_BLOCK = 64
+"""The number of rows of a weight that share one random generator. Another value gives other weights."""
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from the parts' text, by SHA-256."""
+    """Return a 63-bit seed: the first bits of the SHA-256 hash of the parts' text."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> Tensor:
-    """Box `box` of a normal tensor of `shape` whose every element follows from the key: fp32, on the host.
+    """Return box `box` of a normal tensor of `shape` that is a function of the key alone: fp32, on the host.
 
-    Rows are drawn in blocks, each from a generator of its own: a rank draws whole rows, but little more than those it
-    keeps a part of, and as many blocks at once as torch has threads.
+    Rows are drawn in blocks of ROWS_A_BLOCK, each from a generator whose seed is the hash of the key and the block's
+    number. So a rank draws only the blocks that its box meets, always whole rows of them, and as many blocks at once as
+    torch has threads.
     """
     drawn = torch.empty(box_shape(box))
     start, stop = box[0]
@@ -46,16 +47,16 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
 
 
 def dropout(x: Tensor, p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Zero each element of x[..., R, C] with probability p and scale the others by 1/(1 − p)."""
-    return x.masked_fill(dropped(p, key, rows, columns), 0) * (1 / (1 - p))
+    """Return x[..., R, C] with each element zero with probability p, and the others multiplied by 1/(1 − p)."""
+    return x.masked_fill(dropout_mask(p, key, rows, columns), 0) * (1 / (1 - p))
 
 
-def dropped(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """bool [..., R, C], true with probability p.
+def dropout_mask(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return a bool tensor [..., R, C] whose elements are True, which means dropped, with probability p.
 
-    rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64: an
-    element meets the same fate on whatever rank it lies. The two are hashed apart and combined at full size by a
-    handful of 32-bit operations.
+    rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64. So
+    an element's value does not depend on the rank that holds it. Rows and columns are hashed separately, and combined
+    at full size by a few 32-bit operations.
     """
     bits = mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ mix64(columns ^ key).to(torch.int32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -67,7 +68,9 @@ def dropped(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def mix64(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", fig. 16)."""
+    """Return the hash of each 64-bit element by SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable
+    pseudorandom number generators", fig. 16).
+    """
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
     return z ^ ((z >> 31) & (2**33 - 1))

@@ -1,1 +1,1 @@
-"""Operations of a rank by itself: matrix products, work that is deferred, clocks."""
+"""Operations without communication: matrix products, deferred calls, clocks, and a mark for torch.compile."""

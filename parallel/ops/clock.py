@@ -1,4 +1,4 @@
-"""The clock of a device: moments in its stream of work, and the seconds between them."""
+"""The clock of a device: time marks in its stream of work, and the seconds between two of them."""
 
 import time
 from collections.abc import Callable
@@ -10,20 +10,25 @@ import torch
 
 @dataclass(frozen=True)
 class Clock:
-    """`now` notes a moment, which `is_past` once it has come; `seconds` lie between two that are past."""
+    """Three functions that measure time on a device without waiting for it."""
 
     now: Callable[[], Any]
+    """Returns a time mark. On a GPU it is an event that its current stream has yet to reach."""
+
     is_past: Callable[[Any], bool]
+    """Returns whether the device has reached a mark."""
+
     seconds: Callable[[Any, Any], float]
+    """Returns the seconds from one mark to another; the device must have reached both."""
 
 
 def clock_of(device: torch.device) -> Clock:
-    """On a GPU a moment is when its current stream comes to it."""
+    """Return the clock of a device: events in the current stream of a GPU, or the host's time."""
     return _gpu_clock() if device.type == "cuda" else _host_clock()
 
 
 def _host_clock() -> Clock:
-    return Clock(time.perf_counter, lambda moment: True, lambda start, end: end - start)
+    return Clock(time.perf_counter, lambda mark: True, lambda start, end: end - start)
 
 
 def _gpu_clock() -> Clock:

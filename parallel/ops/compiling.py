@@ -1,4 +1,4 @@
-"""A mark for functions that torch.compile calls as they are: those that communicate, and those with hooks."""
+"""A mark for functions that torch.compile must not look into: functions that communicate, and hooks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,13 +12,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 def not_compiled(function: F) -> F:
     """Return the function, marked so that torch.compile compiles neither it nor what it calls.
 
-    This does what `torch.compiler.disable` does, without its two costs: that imports torch's compiler, a second of CPU
-    time in every process that never compiles anything, and wraps the function, a microsecond a call. Compiled code ends
-    a graph where it calls a function with the attribute, as with torch's own `disable` and `skip`
-    (torch/_dynamo/decorators.py). The strategy is for the call itself, outside of a graph: torch's frame evaluator
-    then hands neither this frame nor those below it to the compiler.
+    It does what `torch.compiler.disable` does, without two costs. `disable` imports torch's compiler, a second of CPU
+    time in every process, and wraps the function, half a microsecond a call. Here two marks are set, which are those of
+    torch's own decorators (torch/_dynamo/decorators.py): because of the attribute, compiled code ends a graph where it
+    calls the function; because of the strategy, torch's frame evaluator hands neither the frame of that call nor the
+    frames below it to the compiler.
     """
-    if not hasattr(eval_frame, "set_code_exec_strategy"):  # it is private to torch: 2.11 to 2.13 have it
+    if not hasattr(eval_frame, "set_code_exec_strategy"):  # private to torch; 2.11 and 2.13 have it
         return torch.compiler.disable(function)  # type: ignore[no-any-return]
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))

@@ -1,11 +1,15 @@
-"""Matrix products that end up in a buffer, wider than their factors where it is: in one pass where the device can."""
+"""Matrix products in a dtype as wide as their factors or wider.
+
+A GPU multiplies bf16 or fp16 factors, sums in fp32 and writes fp32 in one pass. A CPU does not: there the product is
+rounded to the factors' dtype first, or the factors are widened.
+"""
 
 import torch
 from torch import Tensor
 
 
 def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out[M, N] = a[M, K] · b[K, N]"""
+    """Compute out[M, N] = a[M, K] · b[K, N]. `out` may have a wider dtype than a and b."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -15,7 +19,7 @@ def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out[M, N] += a[M, K] · b[K, N]"""
+    """Compute out[M, N] += a[M, K] · b[K, N]. `out` may have a wider dtype than a and b."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
@@ -25,7 +29,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def wide_batched_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a[..., M, K] · b[..., K, N] in a dtype at least as wide as theirs"""
+    """Return a[..., M, K] · b[..., K, N] -> [..., M, N] in `dtype`, which is at least as wide as theirs."""
     product: Tensor
     if a.is_cuda and dtype != a.dtype:
         product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype).unflatten(0, a.shape[:-2])
@@ -35,7 +39,7 @@ def wide_batched_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a[M, K] · b[K, N] in a dtype at least as wide as theirs"""
+    """Return a[M, K] · b[K, N] -> [M, N] in `dtype`, which is at least as wide as theirs."""
     product = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     write_product(a, b, product)
     return product

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
-from parallel.ops.deferred import Deferred
+from parallel.ops.deferred import DeferredCalls
 from parallel.optim.chunk_sum import ChunkSum
 
 ROUNDS_IN_FLIGHT = 2  # before the eldest is waited for
@@ -31,7 +31,7 @@ class Gradients:
         self._in_flight: list[ChunkSum] = []  # being scattered, the eldest first
         self._sums = [ChunkSum(chunk, self._completed, self._launched) for chunk in chunks]
         self._scatters_each = scatters_each
-        self.deferred = Deferred()  # products
+        self.deferred = DeferredCalls()  # products
         self._places = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh.collectives import Pending
-from parallel.ops.deferred import Deferred
+from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
 from parallel.pipeline.schedule import Action, Op, Plan
@@ -39,7 +39,7 @@ class Runner:
         pipe: Pipe,
         microbatches: Sequence[Microbatch],
         *,
-        weight_gradients: Deferred | None = None,
+        weight_gradients: DeferredCalls | None = None,
         mark: Callable[[PipelinePhase, object], None] = lambda phase, action: None,
     ) -> None:
         self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
@@ -86,7 +86,7 @@ class Runner:
         gradient = self._wait_for_input(Op.RECV_B, action)
         self.mark("backward", action)
         output = self.outputs.pop(action.microbatch)
-        with nullcontext() if self.weight_gradients is None else self.weight_gradients.put_off():
+        with nullcontext() if self.weight_gradients is None else self.weight_gradients.deferring():
             output.backward(gradient)
 
     def _wait_for_input(self, op: Op, action: Action) -> Tensor | None:
@@ -111,7 +111,7 @@ class Runner:
         self.sending.append(start_send(self._tensor_to_send(action), axis, action.peer))
         if action.op is Op.SEND_B and self.weight_gradients is not None:
             self.mark("backward", f"W{action.stage}.{action.microbatch}")
-            self.weight_gradients.catch_up()
+            self.weight_gradients.run_deferred()
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
     def _tensor_to_send(self, action: Action) -> Tensor:

@@ -1,8 +1,8 @@
-"""Attention of some queries to some keys, forward and backward: what the whole is put together from.
+"""Attention of some queries to some keys, forward and backward: the blocks from which ring attention is put together.
 
-A forward returns, beside y[B, heads, R, D], the logsumexp of each query's scores, [B, heads, R]. A backward is given
-those of all keys, y too, and returns what these keys contribute to the gradients (Dao et al. 2022, "FlashAttention",
-appendix B.4: nothing else of the other keys is needed).
+A forward returns y[B, heads, R, D] and the logsumexp of each query's scores, [B, heads, R]. A backward is given y and
+logsumexp over all keys, and returns what the keys of this block contribute to the gradients. It needs nothing else of
+the other keys (Dao et al. 2022, "FlashAttention", arXiv 2205.14135, appendix B.4).
 """
 
 from collections.abc import Callable
@@ -13,38 +13,47 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from parallel.layout.rng import dropped
+from parallel.layout.rng import dropout_mask
 from parallel.ops.products import wide_batched_product
 
-UNSEEN = -1e30  # the logsumexp of no score at all: finite, so that differences of two are numbers
-HEAD_UNIT = 8  # of which a kernel for GPUs takes multiples; their public face pads others
+UNSEEN = -1e30
+"""The logsumexp of a query that sees no key: finite, so that the difference of two of them is a number."""
+
+HEAD_UNIT = 8
+"""GPU kernels take head sizes that are multiples of this. torch pads others, but not for callers of its kernels."""
 
 
 @dataclass(frozen=True)
-class Dropping:
-    """Dropout of attention's probabilities, the same in every layout. lines[B, heads]: the number of a sample's head
-    among all of the run; with a query's and a key's position it tells an element.
-    """
+class AttentionDropout:
+    """Dropout of attention's probabilities that is the same in every layout."""
 
     p: float
+    """The probability that an element becomes zero."""
+
     key: Tensor
-    lines: Tensor
+    """A seed of `layout.rng`: int64, a scalar."""
+
+    heads: Tensor
+    """A number for each head of each sample, int64 [B, heads], among all heads of all samples of the run. Together with
+    the positions of a query and a key it identifies an element.
+    """
 
 
 @dataclass(frozen=True)
 class Masking:
-    """What else than causality keeps a query from a key. tokens[B, S]: the positions of the whole sequence that hold a
-    token, bool; None where all do.
-    """
+    """Padding and dropout: all that attention applies besides causality."""
 
     tokens: Tensor | None = None
-    dropping: Dropping | None = None
+    """True where a position of the whole sequence holds a token, bool [B, S]. None: all positions do."""
+
+    dropout: AttentionDropout | None = None
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Queries at positions rows[R] of a sequence of `length` tokens, and keys at columns[C], int64 and in order.
-    `is_causal`: a query sees the keys up to its own position; else all of these.
+    """Queries and keys by their positions in a sequence of `length` tokens: int64 rows[R] and columns[C], in order.
+
+    `is_causal`: a query sees the keys up to its own position. Otherwise it sees all of these keys.
     """
 
     rows: Tensor
@@ -54,7 +63,7 @@ class Pairs:
     masking: Masking
 
     def hidden(self) -> Tensor | None:
-        """[B or 1, 1, R or 1, C]: whether a query does not see a key; None where it sees all."""
+        """Return [B or 1, 1, R or 1, C], True where a query does not see a key; None if every query sees every key."""
         hidden = None
         if self.is_causal:
             hidden = (self.rows.unsqueeze(1) < self.columns)[None, None]
@@ -64,18 +73,18 @@ class Pairs:
         return hidden
 
     def dropout(self) -> Callable[[Tensor], Tensor]:
-        """Of an x[B, heads, R, C], in place: the same for all that this is called with."""
-        drop = self.masking.dropping
+        """Return a function that applies dropout to x[B, heads, R, C] in place, with the same mask at every call."""
+        drop = self.masking.dropout
         if drop is None:
             return lambda x: x
-        rows = drop.lines.unsqueeze(-1) * self.length + self.rows
-        lost, made_up = dropped(drop.p, drop.key, rows, self.columns), 1 / (1 - drop.p)
-        return lambda x: x.masked_fill_(lost, 0).mul_(made_up)
+        rows = drop.heads.unsqueeze(-1) * self.length + self.rows
+        mask, scale = dropout_mask(drop.p, drop.key, rows, self.columns), 1 / (1 - drop.p)
+        return lambda x: x.masked_fill_(mask, 0).mul_(scale)
 
 
 @dataclass(frozen=True)
 class Block:
-    """`Pairs` by ranges of positions: most kernels need to know no more than whether they are causal."""
+    """The same as `Pairs`, by ranges of positions. Most kernels need to know only whether a block is causal."""
 
     rows: tuple[range, ...]
     columns: tuple[range, ...]
@@ -84,43 +93,49 @@ class Block:
     masking: Masking = field(default_factory=Masking)
 
     def pairs(self, device: torch.device) -> Pairs:
-        rows, columns = (index(parts, device) for parts in (self.rows, self.columns))
+        """Return the block with its positions as tensors."""
+        rows, columns = (positions_in(ranges, device) for ranges in (self.rows, self.columns))
         return Pairs(rows, columns, self.length, self.is_causal, self.masking)
 
 
-def index(parts: tuple[range, ...], device: torch.device) -> Tensor:
-    """All numbers of these ranges, int64."""
-    return torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
+def positions_in(ranges: tuple[range, ...], device: torch.device) -> Tensor:
+    """Return all numbers of these ranges in order, int64."""
+    return torch.cat([torch.arange(part.start, part.stop, device=device) for part in ranges])
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """forward(q, k, v, block) -> (y, logsumexp); backward(dy, (q, k, v, y, logsumexp), block) -> (dq, dk, dv)"""
+    """A forward and a backward of attention.
+
+    forward   q[B, heads, R, D], k, v[B, heads, C, D], block -> y[B, heads, R, D], logsumexp[B, heads, R]
+    backward  dy, (q, k, v, y, logsumexp), block -> dq, dk, dv
+    """
 
     forward: Callable[[Tensor, Tensor, Tensor, Block], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, tuple[Tensor, ...], Block], tuple[Tensor, ...]]
 
 
 def kernel_for(q: Tensor, masking: Masking, *, compiles: bool = False) -> Kernel:
-    """What `scaled_dot_product_attention` would call on this device; but where it has no kernel with a logsumexp, or
-    there is dropout, which is ours, or on a GPU a mask, the one that is written out, and holds a block's scores,
-    [B, heads, R, C].
+    """Return the kernel that torch's `scaled_dot_product_attention` would choose for q[B, heads, R, D] on its device.
+
+    Where that one returns no logsumexp, with dropout (which torch would not draw by coordinates), or on a GPU with a
+    padding mask, it is `unfused` instead, which holds a block's scores, [B, heads, R, C]; `compiles` is for that one.
     """
-    if masking.dropping is None and not q.is_cuda:
+    if masking.dropout is None and not q.is_cuda:
         return FLASH_ON_CPU
     if masking == Masking() and q.is_cuda and q.shape[-1] % HEAD_UNIT == 0:
-        part = q[..., : max(1, q.shape[-2] // 2), :]  # no block is shorter
-        chosen = SDPBackend(torch._fused_sdp_choice(part, part, part, is_causal=True))
+        half = q[..., : max(1, q.shape[-2] // 2), :]  # as long as the shortest block
+        chosen = SDPBackend(torch._fused_sdp_choice(half, half, half, is_causal=True))
         if chosen in ON_GPU:
             return ON_GPU[chosen]
-    return written_out(compiles)
+    return unfused(compiles)
 
 
-# -- any dtype, any mask
+# -- unfused attention: any dtype, any mask, dropout
 
 
 def _scores(q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
-    """q[B, heads, R, D], k[B, heads, C, D] -> [B, heads, R, C], in fp32 at least, −inf where nothing is seen"""
+    """Return q[B, heads, R, D] · k[B, heads, C, D]ᵀ / √D in at least fp32, with −inf where a query sees no key."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores: Tensor = wide_batched_product(q, k.mT, wide).mul_(q.shape[-1] ** -0.5)
     hidden = pairs.hidden()
@@ -138,14 +153,15 @@ def _backward(dy: Tensor, saved: tuple[Tensor, ...], pairs: Pairs) -> tuple[Tens
     q, k, v, y, logsumexp = saved
     weights, dropout = _scores(q, k, pairs).sub_(logsumexp.unsqueeze(-1)).exp_(), pairs.dropout()
     dweights = dropout(wide_batched_product(dy, v.mT, weights.dtype))
-    inner = (dy.to(weights.dtype) * y).sum(-1, keepdim=True)  # of all keys: Σ weights · dweights
+    inner = (dy.to(weights.dtype) * y).sum(-1, keepdim=True)  # Σ weights · dweights over all keys
     dscores = dweights.sub_(inner).mul_(weights).mul_(q.shape[-1] ** -0.5).to(q.dtype)
     dv = dropout(weights).to(dy.dtype).mT @ dy
     return dscores @ k, dscores.mT @ q, dv
 
 
 @cache
-def written_out(compiles: bool = False) -> Kernel:
+def unfused(compiles: bool = False) -> Kernel:
+    """Return attention in plain torch operations, which torch.compile may fuse."""
     forward = torch.compile(_forward) if compiles else _forward
     backward = torch.compile(_backward) if compiles else _backward
     return Kernel(
@@ -154,11 +170,14 @@ def written_out(compiles: bool = False) -> Kernel:
     )
 
 
-# -- torch's. Their public face, `scaled_dot_product_attention`, keeps the logsumexp to itself.
+# -- torch's kernels, called directly, since `scaled_dot_product_attention` does not return the logsumexp
 
 
 def _cpu_mask(q: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to scores, and which rows see nothing; None where there is no mask but causality."""
+    """Return what is added to the scores [B, 1, R, C], and which queries [B, 1, R] see nothing; without padding None.
+
+    Without padding the kernel needs no mask: it knows causality.
+    """
     if block.masking.tokens is None:
         return None, None
     hidden = block.pairs(q.device).hidden()
@@ -168,10 +187,10 @@ def _cpu_mask(q: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _flash_on_cpu_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    mask, blind = _cpu_mask(q, block)
+    mask, sees_nothing = _cpu_mask(q, block)
     is_causal = block.is_causal and mask is None
     y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
-    return y, logsumexp if blind is None else logsumexp.masked_fill(blind, UNSEEN)
+    return y, logsumexp if sees_nothing is None else logsumexp.masked_fill(sees_nothing, UNSEEN)
 
 
 def _flash_on_cpu_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
@@ -193,11 +212,11 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tenso
 
 def _flash_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
     q, k, v, y, logsumexp = saved
-    of_all = q, k, v, y, logsumexp.contiguous()  # the kernel would read past the rows of a part
+    tensors = q, k, v, y, logsumexp.contiguous()  # of a slice the kernel would read other rows
     no_random = torch.empty(2, dtype=torch.uint64, device=q.device)
-    sizes = None, None, q.shape[-2], k.shape[-2]  # of sequences of one length
+    sizes = None, None, q.shape[-2], k.shape[-2]  # all sequences have one length
     grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        dy, *of_all, *sizes, 0.0, block.is_causal, no_random, no_random
+        dy, *tensors, *sizes, 0.0, block.is_causal, no_random, no_random
     )
     return grads
 
@@ -210,10 +229,10 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tenso
 def _cudnn_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
     q, k, v, y, logsumexp = saved
     no_random = torch.empty((), dtype=torch.int64, device=q.device)
-    of_all = q, k, v, y, logsumexp.unsqueeze(-1).contiguous(), no_random, no_random
-    no_mask, sizes = None, (None, None, q.shape[-2], k.shape[-2])  # of sequences of one length
+    tensors = q, k, v, y, logsumexp.unsqueeze(-1).contiguous(), no_random, no_random
+    no_mask, sizes = None, (None, None, q.shape[-2], k.shape[-2])  # all sequences have one length
     grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dy, *of_all, no_mask, *sizes, 0.0, block.is_causal
+        dy, *tensors, no_mask, *sizes, 0.0, block.is_causal
     )
     return grads
 

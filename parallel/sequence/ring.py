@@ -1,7 +1,12 @@
-"""Ring attention (Liu et al. 2023, arXiv 2310.01889, section 3): keys and values go around, queries stay.
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889, section 3): keys and values are passed from rank to rank.
 
-What arrives is attended to while the next is on its way: beside its own a rank holds these two parts. Nothing of the
-others' is kept for backward, for which they come around once more, their gradients one step behind.
+Queries stay where they are. A rank attends to one block of keys and values while the next one is in flight, so beside
+its own it holds at most two blocks of other ranks. None of them is kept for backward: there they are passed around
+again, and the gradients of each follow one step behind it.
+
+Each rank has two chunks of the sequence, one from its beginning and one from its end, so that causal attention gives
+every rank the same work: Megatron-LM's context parallelism does so too; striped attention (Brandon et al. 2023, arXiv
+2311.09431) reaches the same by interleaving tokens.
 """
 
 from collections.abc import Iterator
@@ -18,51 +23,57 @@ from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
 
 ALL = slice(None)
 
-Rectangle: TypeAlias = tuple[Block, slice, slice]
-"""Which of a rank's positions see which of another's, as slices of both."""
+Part: TypeAlias = tuple[Block, slice, slice]
+"""A block of queries and keys; the slice of this rank's queries, and the slice of a rank's keys, that belong to it."""
 
 
 @dataclass(frozen=True)
 class Zigzag:
-    """Of 2n chunks of a sequence, rank r has the r-th from its beginning and the r-th from its end: so each rank has
-    as many keys to see, and what a rank's queries see of another's keys is all of half of the pairs.
+    """The positions of each rank: of 2n chunks of a sequence, rank r has chunk r and chunk 2n − 1 − r.
+
+    On two ranks: rank 0 has chunks 0 and 3, rank 1 has 1 and 2. So every rank's queries see equally many keys, and what
+    they see of another rank's keys is a full rectangle, half of all pairs, for which no mask is needed.
     """
 
     axis: Axis
 
-    def positions(self, rank: int, own: int) -> tuple[range, ...]:
-        """Of the two chunks of a rank, which together have so many."""
+    def positions(self, rank: int, local: int) -> tuple[range, ...]:
+        """Return the positions of a rank's two chunks, which have `local` tokens together."""
         if self.axis.size == 1:
-            return (range(own),)
-        size = own // 2
+            return (range(local),)
+        size = local // 2
         return tuple(range(i * size, (i + 1) * size) for i in (rank, 2 * self.axis.size - 1 - rank))
 
-    def of(self, source: int, own: int, masking: Masking) -> Rectangle:
-        """What this rank sees of rank `source`; of itself as far as it is earlier."""
-        here, there = (self.positions(rank, own) for rank in (self.axis.rank, source))
-        length = own * self.axis.size
+    def part_of(self, source: int, local: int, masking: Masking) -> Part:
+        """Return the pairs of this rank's queries and rank `source`'s keys in which the query sees the key."""
+        queries, keys = (self.positions(rank, local) for rank in (self.axis.rank, source))
+        length = local * self.axis.size
         if source == self.axis.rank:
-            return Block(here, there, length, True, masking), ALL, ALL
-        if source < self.axis.rank:  # its first chunk is before both of ours, its second behind them
-            return Block(here, there[:1], length, False, masking), ALL, slice(0, own // 2)
-        return Block(here[1:], there, length, False, masking), slice(own // 2, own), ALL
+            return Block(queries, keys, length, True, masking), ALL, ALL
+        if source < self.axis.rank:  # its first chunk is before both of ours, its second one after both
+            return Block(queries, keys[:1], length, False, masking), ALL, slice(0, local // 2)
+        return Block(queries[1:], keys, length, False, masking), slice(local // 2, local), ALL
 
-    def of_itself(self, own: int, masking: Masking) -> tuple[list[Rectangle], list[Rectangle]]:
-        """The same of itself, a part to begin with, the other to end with."""
+    def own_parts(self, local: int, masking: Masking) -> tuple[list[Part], list[Part]]:
+        """Return the pairs of this rank's queries and its own keys, to be computed first and to be computed last.
+
+        First: the rectangle of its second chunk's queries and its first chunk's keys. Last: the two causal triangles.
+        """
         if self.axis.size == 1:
-            return [], [self.of(self.axis.rank, own, masking)]
-        first, last = self.positions(self.axis.rank, own)
-        before, after = slice(0, own // 2), slice(own // 2, own)
-        length = own * self.axis.size
-        ends = [
+            return [], [self.part_of(self.axis.rank, local, masking)]
+        chunks = self.positions(self.axis.rank, local)
+        halves = slice(0, local // 2), slice(local // 2, local)
+        length = local * self.axis.size
+        rectangle = Block(chunks[1:], chunks[:1], length, False, masking), halves[1], halves[0]
+        triangles: list[Part] = [
             (Block((chunk,), (chunk,), length, True, masking), half, half)
-            for chunk, half in ((first, before), (last, after))
+            for chunk, half in zip(chunks, halves, strict=True)
         ]
-        return [(Block((last,), (first,), length, False, masking), after, before)], ends
+        return [rectangle], triangles
 
 
 @dataclass(frozen=True)
-class _How:
+class _Options:
     zigzag: Zigzag
     masking: Masking
     kernel: Kernel
@@ -70,110 +81,119 @@ class _How:
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
-        own, axis = q.shape[-2], how.zigzag.axis
-        others = _others(k, v, axis)
-        total = _Total.of(*how.kernel.forward(q, k, v, how.zigzag.of(axis.rank, own, how.masking)[0]))
-        for source, keys, values in others:
-            block, rows, columns = how.zigzag.of(source, own, how.masking)
-            found = how.kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
-            total.add(*found, rows)
-            del keys, values, found  # or they would be there beside the next
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
+        local, axis, kernel = q.shape[-2], options.zigzag.axis, options.kernel
+        remote = _remote_keys_and_values(k, v, axis)
+        block, _, _ = options.zigzag.part_of(axis.rank, local, options.masking)
+        total = _Accumulated.start(*kernel.forward(q, k, v, block))
+        for source, keys, values in remote:
+            block, rows, columns = options.zigzag.part_of(source, local, options.masking)
+            result = kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
+            total.merge(*result, rows)
+            del keys, values, result  # or they would be held beside the next ones
         y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2).copy_(total.y)
         ctx.save_for_backward(q, k, v, y, total.logsumexp)
-        ctx.how = how
+        ctx.options = options
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dkv = _gradients(dy, ctx.saved_tensors, ctx.how)
+        dq, dkv = _gradients(dy, ctx.saved_tensors, ctx.options)
         return dq.to(dy.dtype), *dkv.to(dy.dtype).unbind(0), None
 
 
 @not_compiled
-def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
-    """q, k and v[B, heads, S_axis, D] -> y[B, heads, S_axis, D]: causal attention to the keys of all its ranks.
-    Which positions a rank has `Zigzag` says; B and heads may be split besides.
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
+    """Attend causally to the keys of all ranks of the axis: q, k, v[B, heads, S_axis, D] -> y[B, heads, S_axis, D].
+
+    `Zigzag` defines which positions a rank has; B and heads may be split over other axes. An axis of size 1 has all
+    positions. `compiles`: attention that is not fused is compiled.
     """
-    how = _How(Zigzag(axis), masking, kernel_for(q, masking, compiles=compiles))
-    y: Tensor = _Ring.apply(q, k, v, how)  # type: ignore[no-untyped-call]
+    options = _Options(Zigzag(axis), masking, kernel_for(q, masking, compiles=compiles))
+    y: Tensor = _Ring.apply(q, k, v, options)  # type: ignore[no-untyped-call]
     return y
 
 
-def _gradients(dy: Tensor, saved: tuple[Tensor, ...], how: _How) -> tuple[Tensor, Tensor]:
-    """dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, heads, S_axis, D], in fp32 at least.
+def _gradients(dy: Tensor, saved: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Tensor]:
+    """Return the gradients, dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, heads, S_axis, D].
 
-    The gradients of a part's keys and values come around behind it, while a rank computes what it has to add, and are
-    sent on while it computes what it adds to the next. Of its own part a rank does some while the first of the others
-    is on its way, and the rest while its own gradients come home.
+    Both are in fp32 at least. The gradients of a rank's keys and values are passed around one step behind them: a rank
+    computes its contribution while they arrive, adds it, and sends them on while it computes the contribution to the
+    next ones. Of its own block a rank computes one part while the first remote block arrives, and the other parts while
+    its own gradients return to it.
     """
     q, k, v, y, logsumexp = saved
-    own, axis, wide = q.shape[-2], how.zigzag.axis, torch.promote_types(q.dtype, torch.float32)
+    local, axis, wide = q.shape[-2], options.zigzag.axis, torch.promote_types(q.dtype, torch.float32)
 
-    def contribution(rectangle: Rectangle, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        block, rows, columns = rectangle
+    def contribution(part: Part, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        block, rows, columns = part
         of_rows = q[..., rows, :], keys[..., columns, :], values[..., columns, :], y[..., rows, :], logsumexp[..., rows]
-        return how.kernel.backward(dy[..., rows, :], of_rows, block)
+        return options.kernel.backward(dy[..., rows, :], of_rows, block)
 
-    def add(found: tuple[Tensor, ...], rectangle: Rectangle, dkv: Tensor) -> None:
-        _, rows, columns = rectangle
+    def add(result: tuple[Tensor, ...], part: Part, dkv: Tensor) -> None:
+        _, rows, columns = part
         totals = dq[..., rows, :], *dkv[..., columns, :].unbind(0)
-        for total, part in zip(totals, found, strict=True):
-            total += part
+        for total, summand in zip(totals, result, strict=True):
+            total += summand
 
-    others, travelling = _others(k, v, axis), None
+    remote, in_flight = _remote_keys_and_values(k, v, axis), None
     dq = torch.zeros_like(q, dtype=wide)
     own_dkv = torch.zeros((2, *k.shape), dtype=wide, device=k.device)
-    begin, end = how.zigzag.of_itself(own, how.masking)
-    for rectangle in begin:
-        add(contribution(rectangle, k, v), rectangle, own_dkv)
-    for source, keys, values in others:
-        rectangle = how.zigzag.of(source, own, how.masking)
-        found = contribution(rectangle, keys, values)
-        dkv = torch.zeros_like(own_dkv) if travelling is None else travelling.wait()
-        add(found, rectangle, dkv)
-        travelling = start_rotate(dkv, axis)
-        del keys, values, found, dkv
-    for rectangle in end:
-        add(contribution(rectangle, k, v), rectangle, own_dkv)
-    return dq, own_dkv if travelling is None else own_dkv.add_(travelling.wait())
+    first, last = options.zigzag.own_parts(local, options.masking)
+    for part in first:
+        add(contribution(part, k, v), part, own_dkv)
+    for source, keys, values in remote:
+        part = options.zigzag.part_of(source, local, options.masking)
+        result = contribution(part, keys, values)
+        dkv = torch.zeros_like(own_dkv) if in_flight is None else in_flight.wait()
+        add(result, part, dkv)
+        in_flight = start_rotate(dkv, axis)
+        del keys, values, result, dkv
+    for part in last:
+        add(contribution(part, k, v), part, own_dkv)
+    return dq, own_dkv if in_flight is None else own_dkv.add_(in_flight.wait())
 
 
-def _others(k: Tensor, v: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(rank, its k, its v) of all others, from the one before to the one behind. The first is on its way from now on,
-    and each next one while one is looked at.
+def _remote_keys_and_values(k: Tensor, v: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Return an iterator over (rank, its k, its v) of all other ranks, beginning with the rank before this one.
+
+    The first pair is launched by this call, and each next one while the caller uses the one before it.
     """
     if axis.size == 1:
         return iter(())
-    return _arriving(start_rotate(torch.stack([k, v]), axis), axis)
+    return _in_turn(start_rotate(torch.stack([k, v]), axis), axis)
 
 
-def _arriving(coming: Pending, axis: Axis) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _in_turn(in_flight: Pending, axis: Axis) -> Iterator[tuple[int, Tensor, Tensor]]:
     for step in range(1, axis.size):
-        there = coming.wait()
+        received = in_flight.wait()
         if step + 1 < axis.size:
-            coming = start_rotate(there, axis)
+            in_flight = start_rotate(received, axis)
         else:
-            del coming
-        keys, values = there.unbind(0)
-        del there
+            del in_flight
+        keys, values = received.unbind(0)
+        del received
         yield (axis.rank - step) % axis.size, keys, values
         del keys, values
 
 
 @dataclass(frozen=True)
-class _Total:
-    """y[B, heads, R, D] and logsumexp[B, heads, R] of all keys so far, in fp32 at least."""
+class _Accumulated:
+    """y[B, heads, R, D] and logsumexp[B, heads, R] over all keys so far, in fp32 at least."""
 
     y: Tensor
     logsumexp: Tensor
 
     @classmethod
-    def of(cls, y: Tensor, logsumexp: Tensor) -> "_Total":
+    def start(cls, y: Tensor, logsumexp: Tensor) -> "_Accumulated":
         return cls(y.to(logsumexp.dtype), logsumexp)
 
-    def add(self, y: Tensor, logsumexp: Tensor, rows: slice) -> None:
-        """In place: those of further keys, which only some rows see (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+    def merge(self, y: Tensor, logsumexp: Tensor, rows: slice) -> None:
+        """Add the result over further keys, which only some rows see, in place.
+
+        Each of the two results is weighted by its share of the whole sum of exponentials (Milakov & Gimelshein 2018,
+        arXiv 1805.02867).
+        """
         own_y, own = self.y[..., rows, :], self.logsumexp[..., rows]
-        own_y.lerp_(y.to(own_y.dtype), (logsumexp - own).sigmoid_().unsqueeze(-1))  # by their share of the whole
+        own_y.lerp_(y.to(own_y.dtype), (logsumexp - own).sigmoid_().unsqueeze(-1))
         own.copy_(torch.logaddexp(own, logsumexp))

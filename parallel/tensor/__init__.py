@@ -1,4 +1,4 @@
-"""Tensor parallelism: what a mode is, one file a mode, and one table of them all."""
+"""Tensor parallelism: the layers, the matmul and the loss that all modes share, a file for each mode, and a table."""
 
 from parallel.tensor.cube import Cube
 from parallel.tensor.grid import Grid
@@ -7,7 +7,7 @@ from parallel.tensor.mode import Mode
 
 __all__ = ["MODES", "Mode"]
 
-MODES: dict[str | None, type[Mode]] = {
+MODES: dict[str | None, type[Mode]] = {  # by the value of parallel.tensor.mode
     None: Mode,
     "1d": Line,
     "2d": Grid,

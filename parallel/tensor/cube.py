@@ -1,4 +1,4 @@
-"""3d: matrices and activations split over three directions (Bian et al. 2021, arXiv 2105.14450, section 3)."""
+"""Mode 3d: matrices and activations are split over the three axes of a cube (Bian et al. 2021, arXiv 2105.14450)."""
 
 from copy import copy
 from typing import Self
@@ -8,12 +8,11 @@ from parallel.tensor.mode import Mode
 
 
 class Cube(Mode):
-    """Activations are x[B_wi, S, H_o] between blocks and y[B_wo, S, H_i] inside one: linear_in swaps i and o, and
-    linear_out swaps them back.
+    """Activations are x[B_wi, S, H_o] between blocks and y[B_wo, S, H_i] inside a block (section 3 of the paper).
 
     linear_in     x[B_wi, S, K_o] · W[N_i, K_ow] -> y[B_wo, S, N_i]   gather x over i, W over w; scatter y over o
-    linear_out    the same with i and o swapped
-    embedding     E[V_i, H_ow]: look all of B_w up in the gathered E[V_i, H_o], then scatter the batch over i
+    linear_out    y[B_wo, S, K_i] · W[N_o, K_iw] -> x[B_wi, S, N_o]   the same with i and o swapped
+    embedding     E[V_i, H_ow]: gather E over its width, look up the tokens of B_w, then scatter the batch over i
 
     kept by a block   T · (8 · H + F + A + 4 · q) / p
     """
@@ -35,7 +34,7 @@ class Cube(Mode):
         self.scatter_rows = (0, i)
 
     def blocks_mode(self) -> Self:
-        """i and o swapped, as `project_in` leaves them and `project_out` wants them."""
+        """Return the mode with i and o swapped: `project_in` leaves x so, and `project_out` swaps them back."""
         other = copy(self)
         other.swapped = not self.swapped
         other.arrange()

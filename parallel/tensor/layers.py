@@ -1,4 +1,4 @@
-"""Layers that hold parameters with their layouts. What surrounds a matmul is the mode's business."""
+"""The layers of a transformer, whose parameters have layouts. A mode says how they are split, and builds them."""
 
 from typing import Any
 
@@ -10,13 +10,16 @@ from parallel.layout.layout import Layout
 from parallel.mesh.collectives import all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.tensor.matmul import Deliver, LinearCollectives, matmul
+from parallel.tensor.matmul import Accumulate, LinearCollectives, matmul
 
-EPS = 1e-5  # of every LayerNorm, as in OPT
+EPS = 1e-5  # added to the variance in every LayerNorm, as in OPT
 
 
 class Sharded(nn.Module):
-    """A module whose parameters have layouts. They are zero at first; who builds the model fills all but padding."""
+    """A module whose parameters have layouts.
+
+    They are zero at first. Building a model fills all of them but padding. `like`: a tensor of their dtype and device.
+    """
 
     def __init__(self, like: Tensor, **layouts: Layout | None) -> None:
         super().__init__()
@@ -26,28 +29,31 @@ class Sharded(nn.Module):
 
 
 class Linear(Sharded):
-    """A matmul with its mode's collectives around it, and a bias. The weight is [N, K] or, fused, [count, N, K]."""
+    """A linear with the collectives of its mode, x[..., K'] -> y[..., N']: see `Mode.linear_in` and `linear_out`.
+
+    The weight is [N, K] or, where several weights are fused into one parameter, [count, N, K].
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, around: LinearCollectives, weight: Layout, bias: Layout | None, like: Tensor) -> None:
+    def __init__(self, collectives: LinearCollectives, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
-        self.around = around
-        self.deliver: Deliver | None = None  # of the weight's gradient, set by who sums it up; None: autograd's `.grad`
+        self.collectives = collectives
+        self.accumulate: Accumulate | None = None  # the sum of the weight's gradient, if it is not left to autograd
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.flatten()
-        return matmul(x, self.weight.flatten(0, -2), self.around, bias, self.deliver)
+        return matmul(x, self.weight.flatten(0, -2), self.collectives, bias, self.accumulate)
 
     @property
-    def can_deliver(self) -> bool:
-        """Whether the weight's gradient is a product on this rank, and not scattered after it."""
-        return self.around.gather_w.size == 1
+    def can_accumulate(self) -> bool:
+        """True if the weight's gradient is a product on this rank, which no reduce-scatter follows."""
+        return self.collectives.gather_w.size == 1
 
 
 class LayerNorm(Sharded):
-    """LayerNorm over a dim split over `axes`: x[..., H_axes] -> the same, with weight[H_axes] and bias[H_axes]."""
+    """LayerNorm over a dim split over `axes`: x[..., H_axes] -> y[..., H_axes], with weight and bias [H_axes]."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -58,17 +64,18 @@ class LayerNorm(Sharded):
         self.axes = tuple(axis for axis in axes if axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.axes:  # whole on every rank: torch's fused kernel
+        if not self.axes:  # every rank has the whole dim: torch's fused kernel
             return F.layer_norm(x, (self.hidden,), self.weight, self.bias, EPS)
         y: Tensor = _split_norm(x, self.weight, self.bias, self.hidden, self.axes)
         return y
 
 
 class _SplitNorm(torch.autograd.Function):
-    """LayerNorm over a split dim, its statistics in fp32 at least; keeps x and two numbers a row, as torch's kernel.
+    """LayerNorm over a split dim, x[..., H_axes] -> y[..., H_axes], with statistics in fp32 at least.
 
-    Both statistics travel in one collective. Ranks send their own mean and variance, which are then merged (Chan et al.
-    1979): sums and sums of squares would be as short, but cancel.
+    For backward it keeps x and two numbers a row, as torch's kernel does. One all-gather an axis sends mean and
+    variance of each rank's part, which are then merged (Chan, Golub & LeVeque 1979). A sum and a sum of squares would
+    be as short, but their difference loses digits.
     """
 
     @staticmethod
@@ -105,12 +112,13 @@ class _SplitNorm(torch.autograd.Function):
 
 @not_compiled
 def _split_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, hidden: int, axes: tuple[Axis, ...]) -> Tensor:
+    """Return the LayerNorm of x[..., H_axes] over all of H = `hidden`."""
     y: Tensor = _SplitNorm.apply(x, weight, bias, hidden, axes)  # type: ignore[no-untyped-call]
     return y
 
 
 class Embedding(Sharded):
-    """Rows of a table that is not split along them: indices[B, S] -> weight[indices]."""
+    """A table that is not split along its rows: indices[B, S] -> weight[indices], [B, S, H_axes]."""
 
     weight: nn.Parameter
 
@@ -122,9 +130,9 @@ class Embedding(Sharded):
 
 
 class Vocabulary(Sharded):
-    """The token embedding E, looked up at the bottom of a model and multiplied at its top.
+    """The token embedding E[V_axes, H_axes], which the first layer looks up and the head multiplies by.
 
-    `padding_idx` gets no gradient through the lookup, only through the head: Hugging Face's embedding is made so.
+    The row `padding_idx` gets no gradient through the lookup, only through the head, as in Hugging Face's OPT.
     """
 
     weight: nn.Parameter
@@ -134,7 +142,7 @@ class Vocabulary(Sharded):
         self.layout, self.padding_idx = layout, padding_idx
 
     def rows(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Rows of table[V_axes, H'], this rank's part of the vocabulary; zero where another rank holds the token."""
+        """Look tokens[B, S] up in this rank's rows, table[V_axes, H'] -> [B, S, H'], zero for tokens of other ranks."""
         first = self.layout.first_row
         index = tokens - first
         mine = (index >= 0) & (index < table.shape[0])

@@ -1,4 +1,4 @@
-"""1d: matrices split along one direction (Megatron-LM; Shoeybi et al. 2019, section 3)."""
+"""Mode 1d: matrices are split along one dim (Megatron-LM; Shoeybi et al. 2019, arXiv 1909.08053, section 3)."""
 
 from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import LinearCollectives
@@ -6,11 +6,13 @@ from parallel.tensor.mode import Mode
 
 
 class Line(Mode):
-    """Activations between blocks are whole on every rank, x[B, S, H]; inside a block the hidden dim is split over t.
+    """Activations are whole on every rank between blocks, x[B, S, H]; inside a block they are y[B, S, H_t].
 
-    linear_in     x[B, S, K] · W[N_t, K] -> y[B, S, N_t]      nothing forward, all-reduce of dx backward
-    linear_out    x[B, S, K_t] · W[N, K_t] -> y[B, S, N]      all-reduce of y forward, nothing backward
-    embedding     E[V_t, H]: all-reduce of the rows found
+    linear_in     x[B, S, K] · W[N_t, K] -> y[B, S, N_t]      forward nothing, backward all-reduces dx
+    linear_out    y[B, S, K_t] · W[N, K_t] -> x[B, S, N]      forward all-reduces x, backward nothing
+    embedding     E[V_t, H]: look up, with zeros for tokens of other ranks, then all-reduce
+
+    linear_in is Megatron-LM's ColumnParallelLinear, linear_out its RowParallelLinear.
 
     kept by a block   T · (4 · H + 4) + T · (4 · H + F + A) / p
     """
@@ -24,7 +26,7 @@ class Line(Mode):
         self.reduce_rows = t
 
     def project_in(self, n: int, k: int) -> Linear:
-        """Whole on every rank, W[N, K]: both its ends lie between blocks, where nothing is split."""
+        """Return a linear with a whole W[N, K] on every rank, since x is whole both before and after it."""
         return self._linear((n, ()), (k, ()), LinearCollectives(), bias=False)
 
     project_out = project_in

@@ -1,7 +1,7 @@
-"""The head and its loss as one call: logits of a few positions at a time, and their gradient at once.
+"""The head and its cross entropy in one call, over a vocabulary that is split (Shoeybi et al. 2019, section 3).
 
-The logits [B, S, V] never exist, nor are they computed twice: what a backward would want of them, the gradients of x
-and of the embedding, is made in the forward, chunk by chunk.
+Logits of a few positions are computed at a time, and their gradient at once. So the logits [B, S, V] never exist, and
+are not computed twice: the gradients of x and of the embedding are made in forward, chunk by chunk.
 """
 
 from collections.abc import Callable
@@ -19,56 +19,62 @@ from parallel.mesh.mesh import Axis
 from parallel.ops.products import add_product, write_product
 from parallel.tensor.matmul import LinearCollectives
 
-TOKENS_A_CHUNK = 2048  # of this rank
+TOKENS_A_CHUNK = 2048  # tokens of this rank whose logits exist at a time
 
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """What a mode says of its head: the collectives around it, and how the vocabulary is split over `axes`.
+    """The mode's description of the head."""
 
-    `compiles`: what touches all logits is compiled into fewer passes over them.
-    """
+    collectives: LinearCollectives
+    """The collectives around the product of x and the embedding."""
 
-    around: LinearCollectives
     axes: tuple[Axis, ...]
+    """The axes that split the vocabulary."""
+
     vocabulary: Layout
+    """The layout of the embedding."""
+
     compiles: bool = False
+    """True: operations on all logits are compiled into fewer passes over them."""
 
 
 class _LMLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float | None) -> Tensor:
-        table = Pending(head.around.whole_weight(e).wait())
+        table = Pending(head.collectives.start_gather_w(e).wait())
         size = max(1, TOKENS_A_CHUNK // len(labels))
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
-        is_whole = size >= labels.shape[1] and head.around.gather_w.size == 1  # dw is one product, to be rounded once
-        dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_whole else wide)
+        is_one_product = size >= labels.shape[1] and head.collectives.gather_w.size == 1  # one product, rounded once
+        dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_one_product else wide)
         for start in range(0, labels.shape[1], size):
             chunk = slice(start, start + size)
-            whole_x = Pending(head.around.whole_input(x[:, chunk]).wait())
-            logits = head.around.wide_product(whole_x, table, wide)
+            whole_x = Pending(head.collectives.start_gather_x(x[:, chunk]).wait())
+            logits = head.collectives.wide_product(whole_x, table, wide)
             loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale, x.dtype)
             total += loss
             if dlogits is not None:
-                arrive = partial(add_product if start else write_product, out=dw)
-                travelling, _ = head.around.gradients(dlogits, whole_x, table, arrive)
-                dx[:, chunk] = travelling.wait()
+                multiply = partial(add_product if start else write_product, out=dw)
+                in_flight, _ = head.collectives.gradients(dlogits, whole_x, table, multiply)
+                dx[:, chunk] = in_flight.wait()
         if scale is not None:
-            ctx.save_for_backward(dx, head.around.own_gradient(dw).to(e.dtype))
+            ctx.save_for_backward(dx, head.collectives.scatter_dw(dw).to(e.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dx, de = (grad.mul_(grads[0].to(grad.dtype)) for grad in ctx.saved_tensors)  # a second backward would raise
+        # In place, so that a second backward raises.
+        dx, de = (grad.mul_(grads[0].to(grad.dtype)) for grad in ctx.saved_tensors)
         return dx, de, None, None, None
 
 
 def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float = 1.0) -> Tensor:
-    """x as a linear_in takes it, e[V_axes, H_k_in], labels[B, S] as a linear_in leaves tokens -> Σ cross entropy.
+    """Return the sum of cross entropies over the labels that are counted, in fp32 at least.
 
-    The sum, in fp32 at least, is over the labels that are counted; ranks of `axes` get the same. Its gradient comes out
-    multiplied by `scale` already (1/count, a loss scale): it enters in fp32, before any cast to a narrower dtype.
+    x[B_batch, S, H_hidden], e[V_axes, H_k_in], labels[B_inner_batch, S] -> []: the embedding is a linear_in. All ranks
+    of `head.axes` get the same sum. Its gradient is multiplied by `scale` (1/count, a loss scale) in fp32, before it is
+    cast to a narrower dtype.
     """
     total: Tensor = _LMLoss.apply(  # type: ignore[no-untyped-call]
         x, e, labels, head, scale if torch.is_grad_enabled() else None
@@ -79,14 +85,15 @@ def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, sc
 def cross_entropy(
     logits: Tensor, labels: Tensor, head: HeadLayout, scale: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """logits[B, S, V_axes], labels[B, S] -> (Σ logsumexp(logits) − logits[label], scale · its gradient).
+    """Return Σ (logsumexp(logits) − logits[label]) over counted labels, and `scale` times its gradient in `dtype`.
 
-    Logits are in fp32 at least, and used up. The gradient is in `dtype`; none is made where `scale` is None. Padding is
-    masked. One scalar a token travels, never a logit (Shoeybi et al. 2019, section 3).
+    logits[B, S, V_axes] in fp32 at least, which are overwritten; labels[B, S] -> [], [B, S, V_axes]. There is no
+    gradient if `scale` is None. The vocabulary's padding is masked. Ranks send three numbers for each token, never a
+    logit: the largest logit, the sum of exponentials, and the label's logit (Shoeybi et al. 2019, section 3).
     """
     start, stop = head.vocabulary.box[0]
     first = index_along(head.axes) * head.vocabulary.local_shape[0]
-    logits[..., stop - start :] = torch.finfo(logits.dtype).min  # not -inf: a rank may hold nothing but padding
+    logits[..., stop - start :] = torch.finfo(logits.dtype).min  # not -inf: all rows of a rank may be padding
     counted = labels != IGNORED
     index = labels - first
     mine = (index >= 0) & (index < stop - start)
@@ -107,7 +114,7 @@ def cross_entropy(
     if scale is None:
         return loss, None
     weight = counted.to(total.dtype) * scale
-    share = own_total / total  # of all probability, this rank's
+    share = own_total / total  # this rank's share of the probabilities, which are softmaxes over its own logits
     at_label = (probabilities.gather(-1, index).squeeze(-1) * share - mine.to(share.dtype)) * weight
     out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     gradient = differentiate(probabilities, share * weight, out)
@@ -115,18 +122,18 @@ def cross_entropy(
 
 
 def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits[..., V] -> (softmax over these V, the largest logit, Σ exp(logits − the largest))"""
+    """Return softmax, maximum and Σ exp(logits − maximum), each over V: logits[..., V] -> [..., V], [...], [...]."""
     top, place = logits.max(-1, keepdim=True)
     probabilities = logits.softmax(-1)
     return probabilities, top.squeeze(-1), probabilities.gather(-1, place).reciprocal().squeeze(-1)
 
 
 def _differentiate(probabilities: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """probabilities[..., V] · weight[...], rounded into `out` in the same pass"""
+    """Compute out[..., V] = probabilities[..., V] · weight[...], rounded to its dtype in the same pass."""
     return torch.mul(probabilities, weight.unsqueeze(-1), out=out)
 
 
 @cache
 def _passes(compiles: bool) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
-    """What touches all logits."""
+    """Return the two functions that touch all logits, compiled or not."""
     return (torch.compile(_normalize), torch.compile(_differentiate)) if compiles else (_normalize, _differentiate)

@@ -1,10 +1,10 @@
-"""The one matmul of every mode: a table says which collectives stand around it.
+"""The matmul of every mode: a table says which collectives surround it.
 
-    y = x · Wᵀ       x gathered along one dim, W along K, y scattered along a dim or reduced
+    y = x · Wᵀ       x is gathered along one dim, W along K; y is scattered along a dim, or reduced
 
-Between forward and backward a rank keeps what it was given, never what it gathered: backward gathers again (as SUMMA
-does; Xu et al. 2021, arXiv 2104.05343, section 3.1). Gathers are posted together before either is awaited, and dx
-travels while dW is computed.
+Between forward and backward a rank keeps its own parts of x and W, never what it gathered: backward gathers them again,
+as SUMMA does (Xu et al. 2021, arXiv 2104.05343, section 3.1). Both all-gathers are launched before either is awaited,
+and dx is in flight while dW is computed.
 """
 
 from collections.abc import Callable
@@ -30,107 +30,139 @@ from parallel.ops.products import wide_product
 
 T = TypeVar("T")
 
-Deliver: TypeAlias = Callable[[Tensor, Tensor], None]
-"""Takes dyᵀ[N', T] and x[T, K] for their product, a weight's gradient."""
+Accumulate: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Adds dyᵀ[N', T] · x[T, K], a weight's gradient, to a sum that is kept elsewhere."""
 
 
 @dataclass(frozen=True)
 class LinearCollectives:
-    """The collectives around x · Wᵀ. Each comes with its conjugate in backward; ALONE means none.
+    """The collectives around y = x · Wᵀ. In backward each is replaced by its conjugate; ALONE means no collective.
 
-    gather_x (dim, axis): x is split along the dim, and the sum of dx is scattered along it
-    gather_w axis: W is split along K, and the sum of dW is scattered along it
-    scatter_y (dim, axis): y is partial sums and leaves split along the dim; dy is gathered
-    copy_x axis: x is whole on every rank; dx is partial sums, to be reduced
-    reduce_y axis: y is partial sums, to be reduced; dy is whole on every rank
+    member      forward                            backward
+    gather_x    all-gather x along a dim           reduce-scatter dx along it
+    gather_w    all-gather W along K               reduce-scatter dW along it
+    scatter_y   reduce-scatter y along a dim       all-gather dy along it
+    copy_x      nothing: all ranks have x          all-reduce dx
+    reduce_y    all-reduce y                       nothing: all ranks have dy
+
+    Megatron-LM's ColumnParallelLinear is LinearCollectives(copy_x=t), its RowParallelLinear is
+    LinearCollectives(reduce_y=t).
     """
 
     gather_x: tuple[int, Axis] = (0, ALONE)
+    """The dim along which x is split, and the axis."""
+
     gather_w: Axis = ALONE
+    """The axis over which W[N', K] is split along K."""
+
     scatter_y: tuple[int, Axis] = (0, ALONE)
+    """The dim along which y is to be split, and the axis. Each of its ranks has a partial sum of y."""
+
     copy_x: Axis = ALONE
+    """The axis whose ranks have the same x. Each of them computes a partial sum of dx."""
+
     reduce_y: Axis = ALONE
+    """The axis whose ranks have partial sums of y, and are all to have their sum."""
 
     @property
     def is_local(self) -> bool:
-        """Whether nobody is asked for anything, in either direction."""
+        """True if nothing is communicated, forward or backward."""
         axes = (self.gather_x[1], self.gather_w, self.scatter_y[1], self.copy_x, self.reduce_y)
         return all(axis.size == 1 for axis in axes)
 
-    def whole_weight(self, w: Tensor) -> Pending:
-        """w[N', K_gather_w] -> [N', K]"""
+    def start_gather_w(self, w: Tensor) -> Pending:
+        """Launch the all-gather of the weight, w[N', K_gather_w] -> [N', K]."""
         return start_all_gather(w, -1, self.gather_w)
 
-    def whole_input(self, x: Tensor) -> Pending:
-        """x[..., K'], split along gather_x's dim -> the whole of it"""
+    def start_gather_x(self, x: Tensor) -> Pending:
+        """Launch the all-gather of the input, x[..., K'] -> the same, whole along the dim of gather_x."""
         return start_all_gather(x, *self.gather_x)
 
-    def product(self, whole_x: Pending, whole_weight: Pending, bias: Tensor | None = None) -> Tensor:
-        """x · Wᵀ with its collectives, plus the bias: with the matmul, or once its partial sums have been added up."""
+    def product(self, x: Pending, w: Pending, bias: Tensor | None = None) -> Tensor:
+        """Return x · Wᵀ + bias of a gathered x[..., K] and w[N', K], reduced or scattered as the table says.
+
+        The bias is added by the matmul itself, or to the sum of partial sums.
+        """
         is_partial = self.scatter_y[1].size * self.reduce_y.size > 1
-        y = self._summed(F.linear(whole_x.wait(), whole_weight.wait(), None if is_partial else bias))
+        y = self._summed(F.linear(x.wait(), w.wait(), None if is_partial else bias))
         return y.add_(bias) if is_partial and bias is not None else y
 
-    def wide_product(self, whole_x: Pending, whole_weight: Pending, dtype: torch.dtype) -> Tensor:
-        """x[..., K] · W[N', K]ᵀ -> [..., N'] with its collectives, in a dtype at least as wide as theirs"""
-        x = whole_x.wait()
-        y = wide_product(x.flatten(0, -2), whole_weight.wait().T, dtype)
-        return self._summed(y.unflatten(0, x.shape[:-1]))
+    def wide_product(self, x: Pending, w: Pending, dtype: torch.dtype) -> Tensor:
+        """Return the same without a bias, in a dtype at least as wide as theirs."""
+        whole_x = x.wait()
+        y = wide_product(whole_x.flatten(0, -2), w.wait().T, dtype)
+        return self._summed(y.unflatten(0, whole_x.shape[:-1]))
 
     def _summed(self, y: Tensor) -> Tensor:
         return all_reduce(reduce_scatter(y, *self.scatter_y), self.reduce_y)
 
     def gradients(
-        self, dy: Tensor, whole_x: Pending, whole_weight: Pending, deliver: Callable[[Tensor, Tensor], T]
+        self, dy: Tensor, x: Pending, w: Pending, multiply: Callable[[Tensor, Tensor], T]
     ) -> tuple[Pending, T]:
-        """(dx, still travelling; what `deliver` makes of dyᵀ[N', T] and x[T, K], whose product is this rank's dW)"""
-        dy = start_all_gather(dy, *self.scatter_y).wait()
-        dx = dy @ whole_weight.wait()
-        if self.copy_x is not ALONE:
-            travelling = start_all_reduce(dx, self.copy_x)
-        else:
-            travelling = start_reduce_scatter(dx, *self.gather_x)
-        return travelling, deliver(dy.flatten(0, -2).T, whole_x.wait().flatten(0, -2))
+        """Return dx, in flight, and the result of `multiply` for dyᵀ[N', T] and x[T, K], whose product is dW.
 
-    def own_gradient(self, dw: Tensor) -> Tensor:
-        """dW[N', K], partial sums -> [N', K_gather_w]"""
+        dy[..., N'] has y's split; x[..., K] and w[N', K] are gathered. The product is this rank's part of dW, and a
+        partial sum where W was gathered: see `scatter_dw`.
+        """
+        dy = start_all_gather(dy, *self.scatter_y).wait()
+        dx = dy @ w.wait()
+        if self.copy_x is not ALONE:
+            in_flight = start_all_reduce(dx, self.copy_x)
+        else:
+            in_flight = start_reduce_scatter(dx, *self.gather_x)
+        return in_flight, multiply(dy.flatten(0, -2).T, x.wait().flatten(0, -2))
+
+    def scatter_dw(self, dw: Tensor) -> Tensor:
+        """Return this rank's part of the weight's gradient, partial sums dw[N', K] -> [N', K_gather_w]."""
         return reduce_scatter(dw, -1, self.gather_w)
 
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives, deliver: Deliver | None
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        collectives: LinearCollectives,
+        accumulate: Accumulate | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.around, ctx.has_bias, ctx.deliver = around, bias is not None, deliver
-        return around.product(around.whole_input(x), around.whole_weight(w), bias)
+        ctx.collectives, ctx.has_bias, ctx.accumulate = collectives, bias is not None, accumulate
+        return collectives.product(collectives.start_gather_x(x), collectives.start_gather_w(w), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, w = ctx.saved_tensors
-        around, deliver = ctx.around, ctx.deliver or torch.mm
-        dx, dw = around.gradients(dy, around.whole_input(x), around.whole_weight(w), deliver)
+        collectives, multiply = ctx.collectives, ctx.accumulate or torch.mm
+        dx, dw = collectives.gradients(dy, collectives.start_gather_x(x), collectives.start_gather_w(w), multiply)
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return dx.wait(), None if dw is None else around.own_gradient(dw), db, None, None
+        return dx.wait(), None if dw is None else collectives.scatter_dw(dw), db, None, None
 
 
 def matmul(
-    x: Tensor, w: Tensor, around: LinearCollectives, bias: Tensor | None = None, deliver: Deliver | None = None
+    x: Tensor,
+    w: Tensor,
+    collectives: LinearCollectives,
+    bias: Tensor | None = None,
+    accumulate: Accumulate | None = None,
 ) -> Tensor:
-    """x[..., K'] · w[N', K'']ᵀ -> [..., N'] with the collectives of `around`; the mode says how K and N are split.
+    """Return x[..., K'] · w[N', K'']ᵀ + bias[N'] -> y[..., N'], with these collectives; a mode defines the splits.
 
-    `deliver` is given the two factors of w's gradient, if these need no collective: autograd then learns of none.
+    `accumulate` is called with the two factors of w's gradient, if no reduce-scatter follows their product. Autograd
+    then gets no gradient for w.
     """
-    if torch.compiler.is_compiling() and around.is_local:
-        return F.linear(x, w, bias)  # what a compiler can look into
-    y: Tensor = _matmul(x, w, bias, around, deliver)
+    if torch.compiler.is_compiling() and collectives.is_local:
+        return F.linear(x, w, bias)  # which a compiler can fuse with what surrounds it
+    y: Tensor = _matmul(x, w, bias, collectives, accumulate)
     return y
 
 
 class _Keep(torch.autograd.Function):
-    """x[..., K'], w[N', K''] -> [], and what `_Matmul` keeps, before there is a product: a recomputation that wants
-    nothing more ends here.
+    """Keeps for backward what `_Matmul` keeps, before the product is computed: x[..., K'], w[N', K''] -> [].
+
+    torch's checkpoint stops a recomputation as soon as everything that was kept has been kept again. So a block's last
+    product is not computed a second time.
     """
 
     @staticmethod
@@ -140,17 +172,21 @@ class _Keep(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """y[..., N'] as `_Matmul` returns it, in a graph that nobody goes back through."""
+    """Computes y[..., N'] as `_Matmul` does, in a recomputation, through whose graph no gradient flows."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives) -> Tensor:
-        return around.product(around.whole_input(x), around.whole_weight(w), bias)
+    def forward(
+        ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives
+    ) -> Tensor:
+        return collectives.product(collectives.start_gather_x(x), collectives.start_gather_w(w), bias)
 
 
 @not_compiled
-def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives, deliver: Deliver | None) -> Tensor:
+def _matmul(
+    x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives, accumulate: Accumulate | None
+) -> Tensor:
     if is_recomputation():
         kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]
-        return _Product.apply(kept, x, w, bias, around)  # type: ignore[no-untyped-call, no-any-return]
-    y: Tensor = _Matmul.apply(x, w, bias, around, deliver)  # type: ignore[no-untyped-call]
+        return _Product.apply(kept, x, w, bias, collectives)  # type: ignore[no-untyped-call, no-any-return]
+    y: Tensor = _Matmul.apply(x, w, bias, collectives, accumulate)  # type: ignore[no-untyped-call]
     return y

@@ -1,12 +1,15 @@
-"""What a tensor mode is: a table that says how tensors are split and which collectives stand around a matmul.
+"""Tensor modes: a table of how tensors are split, and of the collectives around a matmul.
 
-Weights are [N, K], as in nn.Linear. Notation: x[B_dr, S, H_c] has its batch dim split over the axes d then r, and its
-hidden dim over c. A model is written once, in the layers that follow from the table:
+Weights are [N, K], as in nn.Linear. Notation: in x[B_dr, S, H_c] the batch dim is split over the axis d and then over
+r, and the hidden dim over c. A model is written once, with the layers that follow from the table:
 
     between blocks    x[B_batch, S, H_hidden]
     linear_in         x[B_batch, S, K_hidden] · W[N_inner_hidden, K_k_in]  ->  y[B_inner_batch, S, N_inner_hidden]
     linear_out        y[B_inner_batch, S, K_inner_hidden] · W[N_hidden, K_k_out]  ->  x[B_batch, S, N_hidden]
     embedding, head   E[V_inner_hidden, H_k_in]: the head is a linear_in; logits are [B_inner_batch, S, V_inner_hidden]
+
+linear_in leads into a block (q k v, fc1) and is Megatron-LM's ColumnParallelLinear in mode 1d; linear_out leads out of
+it (out_proj, fc2) and is its RowParallelLinear.
 """
 
 from math import prod
@@ -19,85 +22,111 @@ from parallel.layout.layout import Layout
 from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import gather, reduce, scatter
 from parallel.mesh.mesh import ALONE, Axis, Mesh
-from parallel.sequence import WHOLE, SequenceSplit
+from parallel.sequence import UNSPLIT, SequenceSplit
 from parallel.tensor.layers import Embedding, LayerNorm, Linear, Vocabulary
 from parallel.tensor.loss import HeadLayout, sum_cross_entropy
 from parallel.tensor.matmul import LinearCollectives, matmul
 
 Split = tuple[Axis, ...]
+"""The axes that split a dim, outermost first."""
 
 
 class Mode:
-    """One way to split a transformer over ranks; as it stands here, none: every rank computes the whole.
+    """One way to split a transformer over ranks. This base class: none, every rank computes all of it.
 
     kept by a block   T · (8 · H + F + A + 4)
 
-    That is in elements, for backward, on each rank; what they are, `models.opt.Block` says; letters are those of
+    These are the elements that each rank keeps for backward; `models.opt.Block` lists them. The letters are those of
     docs/notation.md.
-
-    On the class, for the mesh and the gradient rule: `axes` are the mode's own directions, outermost first,
-    `token_axes` those that split tokens anywhere, `merged` the combinations over which some gradient is summed.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
+    """The mode's axes of the mesh, outermost first."""
+
     token_axes: ClassVar[tuple[str, ...]] = ()
+    """The axes among them that split tokens, between or inside blocks."""
+
     merged: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """The combinations of axes over which some gradient is summed, together with data and context."""
 
-    # The axes that split each dim, outermost first.
     batch: Split = ()
+    """The axes that split the batch between blocks."""
+
     hidden: Split = ()
+    """The axes that split the hidden dim between blocks."""
+
     inner_batch: Split = ()
+    """The axes that split the batch inside a block."""
+
     inner_hidden: Split = ()
+    """The axes that split the hidden dim inside a block, and the rows of the embedding."""
+
     k_in: Split = ()
+    """The axes that split the input dim of linear_in's weight, and the width of the embedding."""
+
     k_out: Split = ()
+    """The axes that split the input dim of linear_out's weight."""
 
-    # The collectives around a linear, into a block and out of it.
     collectives_in: LinearCollectives = LinearCollectives()
-    collectives_out: LinearCollectives = LinearCollectives()
+    """The collectives around linear_in."""
 
-    # A lookup takes the tokens split over lookup_batch, and finds partial sums over inner_hidden.
+    collectives_out: LinearCollectives = LinearCollectives()
+    """The collectives around linear_out."""
+
     lookup_batch: Split = ()
+    """The axes that split the tokens which a rank looks up. The rows found are partial sums over inner_hidden."""
+
     scatter_rows: tuple[int, Axis] = (0, ALONE)
+    """The dim along which the sum of these rows is scattered, and the axis."""
+
     reduce_rows: Axis = ALONE
+    """The axis over which they are all-reduced instead."""
 
     def __init__(
-        self, mesh: Mesh, dtype: torch.dtype, *, sequence: SequenceSplit = WHOLE, compiles: bool = False
+        self, mesh: Mesh, dtype: torch.dtype, *, sequence: SequenceSplit = UNSPLIT, compiles: bool = False
     ) -> None:
         self.mesh, self.dtype, self.sequence, self.compiles = mesh, dtype, sequence, compiles
         self.arrange()
 
     def arrange(self) -> None:
-        """Fill in the table, from the axes of the mesh."""
+        """Set the fields of the table from the axes of the mesh."""
 
     @classmethod
     def merged_axes(cls) -> tuple[tuple[str, ...], ...]:
-        """The combinations of axes that a mesh must build for this mode."""
+        """Return the combinations of axes for which a mesh must have process groups in this mode."""
         return (("data", "context"), *(("data", "context", *names) for names in cls.merged))
 
     def local(self, x: Tensor, batch: Split) -> Tensor:
-        """x[B, ...], whole on every rank -> x[B_batch, ...]: the samples that this rank sees of it."""
+        """Return this rank's samples of what every rank has: x[B, ...] -> x[B_batch, ...]."""
         for axis in batch:
             x = local_slice(x, 0, axis)
         return x
 
     def tokens(self, x: Tensor, batch: Split) -> Tensor:
-        """x[B, S], whole on every rank -> x[B_batch, S_context]: the tokens that this rank sees of it."""
-        return self.sequence.cut(self.local(x, batch))
+        """Return this rank's tokens of what every rank has: x[B, S] -> x[B_batch, S_context]."""
+        return self.sequence.local_part(self.local(x, batch))
 
     def activation_shape(self, batch: int, sequence: int, hidden: int) -> tuple[int, int, int]:
-        """The shape on a rank of x[B_batch, S_context, H_hidden], of B samples of S tokens."""
+        """Return the shape of x[B_batch, S_context, H_hidden] on a rank, for B samples of S tokens."""
         batch, hidden = (
             size // prod(a.size for a in axes) for size, axes in ((batch, self.batch), (hidden, self.hidden))
         )
         return batch, sequence // self.sequence.axis.size, hidden
 
     def counts_for(self, batch: Split) -> bool:
-        """Whether this rank is the one that counts, among those that hold the same of what only `batch` splits."""
+        """Return whether this rank counts, among those that have the same part of a tensor that only `batch` splits.
+
+        Exactly one of them does: a loss that all of them compute is added once.
+        """
         return all(self.mesh.axis(name).rank == 0 for name in self.axes if name not in {axis.name for axis in batch})
 
     def layout(self, shape: tuple[int, ...], *dims: Split, tied: bool = False) -> Layout:
-        """A parameter's layout, with the one gradient rule: **its gradient is summed over every axis that splits tokens
-        and does not split the parameter**. `tied`: a copy on the last pipeline stage is the same parameter.
+        """Return a parameter's layout: its global shape, the axes that split each dim, and the gradient rule.
+
+        The rule: **a gradient is summed over every axis that splits tokens and does not split the parameter.** A rank
+        computes a gradient from its own tokens. Along an axis that splits both, the collectives around the matmul have
+        already brought in what the other ranks' tokens contribute; along one that splits neither, all ranks compute the
+        same gradient. `tied`: the parameter has a copy on the last pipeline stage, whose gradient is added too.
         """
         own = {axis.name for axes in dims for axis in axes}
         sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in own))]
@@ -109,53 +138,67 @@ class Mode:
     # -- layers
 
     def linear_in(self, n: int, k: int, *, bias: bool = True, fused: int = 1) -> Linear:
-        """Into a block. `fused` weights of one shape are one parameter [fused, N, K] and give fused · N features."""
+        """Return the linear into a block, x[B_batch, S, K_hidden] -> y[B_inner_batch, S, N_inner_hidden].
+
+        In mode 1d it is Megatron-LM's ColumnParallelLinear. `fused` weights of one shape are one parameter
+        [fused, N, K], and y has fused · N features.
+        """
         return self._linear((n, self.inner_hidden), (k, self.k_in), self.collectives_in, bias=bias, fused=fused)
 
     def linear_out(self, n: int, k: int, *, bias: bool = True) -> Linear:
-        """Out of a block."""
+        """Return the linear out of a block, y[B_inner_batch, S, K_inner_hidden] -> x[B_batch, S, N_hidden].
+
+        In mode 1d it is Megatron-LM's RowParallelLinear.
+        """
         return self._linear((n, self.hidden), (k, self.k_out), self.collectives_out, bias=bias)
 
     def project_in(self, n: int, k: int) -> Linear:
-        """From between blocks, as the embedding leaves x, to between blocks, as `blocks_mode()` wants it. No bias."""
+        """Return the linear from the embedding's width to the blocks', without a bias.
+
+        x[B_batch, S, K_hidden] as the embedding leaves it -> the same split of `blocks_mode()`.
+        """
         return self.linear_in(n, k, bias=False)
 
     def project_out(self, n: int, k: int) -> Linear:
-        """From between blocks of `blocks_mode()` to between blocks, as the head wants x. No bias."""
+        """Return the linear from the blocks' width to the head's, without a bias: the reverse of `project_in`."""
         return self.linear_out(n, k, bias=False)
 
     def blocks_mode(self) -> Self:
-        """The mode of the blocks between `project_in` and `project_out`."""
+        """Return the mode of the blocks between `project_in` and `project_out`, which may split x in another way."""
         return self
 
     def layer_norm(self, hidden: int, *, affine: bool = True) -> LayerNorm:
-        """LayerNorm of x[B_batch, S, H_hidden] over H, with weight[H_hidden] and bias[H_hidden]."""
+        """Return the LayerNorm of x[B_batch, S, H_hidden] over H, with weight[H_hidden] and bias[H_hidden]."""
         layout = self.layout((hidden,), self.hidden) if affine else None
         return LayerNorm(hidden, self.hidden, layout, self._empty())
 
     def positions(self, count: int, hidden: int) -> Embedding:
-        """A table P[count, H_hidden]: indices[B_batch, S] -> [B_batch, S, H_hidden]"""
+        """Return the position table P[count, H_hidden]: indices[B_batch, S] -> [B_batch, S, H_hidden]."""
         return Embedding(self.layout((count, hidden), (), self.hidden), self._empty())
 
     def vocabulary(self, size: int, hidden: int, *, padding_idx: int | None) -> Vocabulary:
-        """The token embedding that the head shares, padded where its axes do not divide the vocabulary."""
+        """Return the token embedding E[V_inner_hidden, H_k_in], which the head shares.
+
+        It is padded where its axes do not divide the vocabulary.
+        """
         layout = self.layout((size, hidden), self.inner_hidden, self.k_in, tied=True)
         return Vocabulary(layout, padding_idx, self._empty())
 
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """tokens[B, S], whole on every rank, in E[V_inner_hidden, H_k_in] -> x[B_batch, S, H_hidden]"""
+        """Look tokens up in E[V_inner_hidden, H_k_in]: tokens[B, S], whole on every rank -> x[B_batch, S, H_hidden]."""
         table = gather(vocabulary.weight, -1, self.collectives_in.gather_w)
         rows = vocabulary.rows(self.tokens(tokens, self.lookup_batch), table)
         return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
 
     def logits(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """x[B_batch, S, H_hidden] -> [B_inner_batch, S, V_inner_hidden], padding included"""
+        """Return the logits, x[B_batch, S, H_hidden] -> [B_inner_batch, S, V_inner_hidden], with padding."""
         return matmul(x, vocabulary.weight, self.collectives_in)
 
     def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor, scale: float = 1.0) -> Tensor:
-        """x[B_batch, S, H_hidden], labels[B, S], whole and already shifted -> the cross entropy summed over this rank's
-        labels, which are split as inside a block; ranks that differ in `inner_hidden` alone get the same sum. Its
-        gradient is multiplied by `scale`.
+        """Return the cross entropy of x[B_batch, S, H_hidden], summed over this rank's labels.
+
+        labels[B, S] are whole on every rank and already shifted; a rank's are [B_inner_batch, S_context]. Ranks that
+        differ only along `inner_hidden` get the same sum. The gradient is multiplied by `scale`.
         """
         head = HeadLayout(self.collectives_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
         return sum_cross_entropy(x, vocabulary.weight, self.tokens(labels, self.inner_batch), head, scale)
@@ -177,5 +220,5 @@ class Mode:
         )
 
     def _empty(self) -> Tensor:
-        """No elements; parameters are made like it."""
+        """Return a tensor without elements, with the dtype and the device of parameters."""
         return torch.empty(0, dtype=self.dtype, device=self.mesh.device)
