@@ -99,7 +99,7 @@ class Allocations(TorchDispatchMode):
         return sum(list(self.sizes.values()))  # a copy, since a collective's thread may free its tensors meanwhile
 
     def wait_for(self, wanted: int) -> int:
-        """Return `now` as soon as it is `wanted`, or after 5 seconds: a collective's thread may free its tensors late."""
+        """Return `now` once it is `wanted`, or after 5 seconds: a collective's thread may free its tensors late."""
         deadline = time.monotonic() + 5
         while self.now != wanted and time.monotonic() < deadline:
             time.sleep(0.001)
