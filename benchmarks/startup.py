@@ -1,10 +1,10 @@
-"""CPU time before a run begins: that of `import torch`, and of commands of launch.py that start nothing, beside it.
+"""CPU seconds of launch.py's commands that start nothing, beside those of `import torch`.
 
-    python -m benchmarks.startup                # five rounds; no file is left
+    python -m benchmarks.startup                # five rounds; it writes no files
 
-Each is a process of its own, in turns; the least of its CPU seconds counts, user and system together. `--check` takes
-as long as `import torch`: what it does beside that is made up for by collections of garbage that are left out. It took
-2.1 times as long when every process imported torch's compiler (tests/test_imports.py).
+Each command runs in a new process, one after another in every round. The smallest sum of user and system time is
+printed. `--check` takes about as long as `import torch`: the garbage collections that launch.py avoids make up for its
+own work. It took 2.1 times as long when every process imported torch's compiler (tests/test_imports.py).
 """
 
 import argparse
@@ -35,7 +35,7 @@ def cpu_seconds(arguments: list[str]) -> float:
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """Return the least CPU seconds of each command, of so many rounds."""
+    """Return the smallest CPU seconds of each command in this many rounds."""
     found = [{name: cpu_seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(rounds)]
     return {name: min(one[name] for one in found) for name in COMMANDS}
 
