@@ -118,7 +118,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     from parallel.engine.context import Place
     from parallel.errors import ColonnadeError, RoomError, StorageError
-    from parallel.mesh.mesh import leave
+    from parallel.mesh.process_groups import leave
     from training.config import read_config
     from training.preflight import prepare
 

@@ -33,7 +33,8 @@ from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob, c
 from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
 from benchmarks.gpu_peers import ON_GPUS_ALONE
 from models.shapes import NAMED
-from parallel.engine.context import Place, choose_device
+from parallel.engine.context import Place
+from parallel.engine.device import choose_device
 
 PARTS = ("parity", "bandwidth", "speed", "overlap")
 START_SECONDS = 90.0  # that workers may take to begin
@@ -298,7 +299,8 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     place = Place.from_environment()
-    device, backend = choose_device("cpu" if arguments.tiny else "auto", place)
+    wanted = "cpu" if arguments.tiny else "auto"
+    device, backend = choose_device(wanted, local_rank=place.local_rank, local_world_size=place.local_world_size)
     if device.type == "cpu" and not arguments.tiny:
         sys.exit("There is no GPU. Try --tiny.")
     dist.init_process_group("gloo", rank=place.rank, world_size=place.world_size)

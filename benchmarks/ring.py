@@ -24,7 +24,8 @@ from torch.distributed.tensor.experimental import context_parallel
 from benchmarks.multi_gpu import WITHOUT_NVLS
 from parallel.config import parse
 from parallel.config.parallel import ContextConfig
-from parallel.engine.context import Context, Place, environment, make_context
+from parallel.engine.context import Context, Place, make_context
+from parallel.engine.environment import environment_variables
 from parallel.mesh.collectives import Pending, start_rotate
 from parallel.mesh.mesh import Axis
 from parallel.ops.clock import clock_of
@@ -156,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     place = Place.from_environment()
     config = parse(dict(parallel=dict(context=place.world_size)), world_size=place.world_size)
-    with environment(**WITHOUT_NVLS):
+    with environment_variables(**WITHOUT_NVLS):
         measure(make_context(config, place), arguments.tokens, arguments.heads, arguments.head)
     dist.destroy_process_group()
 

@@ -18,7 +18,8 @@ from parallel.activations.offload import InputsOnHost
 from parallel.activations.recompute import Recomputed
 from parallel.chunk.precision import master_dtype
 from parallel.config import Config, PipelineConfig
-from parallel.engine.context import Context, device_type
+from parallel.engine.context import Context
+from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.microbatch import Limits
 from parallel.pipeline.partition import from_layers, partition

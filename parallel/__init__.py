@@ -1,5 +1,5 @@
-"""Parallel training, hand-written on torch: process groups, tensor-parallel layers, a pipeline, and the engine that
-composes them.
+"""Parallel training, written by hand on torch: process groups, tensor-parallel layers, a pipeline, ZeRO, and engines
+that compose them.
 """
 
 from parallel.engine.base import StepResult
@@ -8,7 +8,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.initialize import initialize, sharded_init
 from parallel.engine.module_engine import ModuleEngine, UpdateResult
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError, StorageError
-from parallel.mesh.mesh import leave
+from parallel.mesh.process_groups import leave
 
 __all__ = [
     "CheckpointError",

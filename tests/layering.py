@@ -35,7 +35,7 @@ FLOORS = (
     "launch",
 )
 
-SAY_TORCH_DISTRIBUTED = ("parallel.mesh.mesh", "parallel.mesh.collectives", "parallel.pipeline.p2p")
+SAY_TORCH_DISTRIBUTED = ("parallel.mesh.process_groups", "parallel.mesh.collectives", "parallel.pipeline.p2p")
 
 # Modules of plain data and arithmetic: without torch, and importing none of ours that has it.
 PURE = (

@@ -17,10 +17,10 @@ class Mutant:
 
 RULES = "tests/test_gradient_rules.py"
 STAGES = "tests/test_zero.py"
-LOADED = "tests/test_sharded_init.py::test_a_model_loaded_in_slices_is_the_one_that_from_pretrained_loads[2-3]"
+LOADED = "tests/test_sharded_init.py::test_a_model_loaded_in_shards_is_the_one_that_from_pretrained_loads[2-3]"
 ONE_SEED = (
     "tests/test_sharded_init.py::"
-    "test_a_model_constructed_in_slices_has_one_seeds_values_in_every_stage_on_any_ranks[2-3]"
+    "test_a_model_constructed_in_shards_has_one_seeds_values_in_every_stage_on_any_ranks[2-3]"
 )
 OVERLAP = "tests/test_chunk.py::test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before"
 ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_plain_torch_does"
@@ -29,9 +29,9 @@ ROUNDED, ON_DISK = "tests/test_rounding.py", "tests/test_disk.py"
 KEPT = "tests/test_inputs.py"
 PLACER, PLANS = "parallel/placement/manager.py", "tests/test_placer.py"
 MODULE_STATE = "tests/test_module_state.py"
-REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name"
+REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_is_refused_by_name_on_every_rank"
 HALF = "tests/test_fp16_and_recompute.py"
-TOPOLOGY = "tests/test_topology.py::test_coordinates_are_where_the_rank_stands_in_a_row_major_box"
+TOPOLOGY = "tests/test_topology.py::test_coordinates_are_the_position_of_a_rank_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
 LINKS = "tests/test_schedule.py::test_1f1b_posts_both_directions_of_a_link_together"
@@ -63,7 +63,9 @@ CHUNK, GRADIENTS = "parallel/chunk/chunk.py", "parallel/optim/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/mesh/conjugate.py", "parallel/optim/grad_norm.py"
 BASE, INPUTS = "parallel/engine/base.py", "parallel/activations/offload.py"
 MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.py"
-SLICED, RECORDER, CONSTRUCTION = (f"parallel/modules/{name}.py" for name in ("sliced", "recorder", "construction"))
+SHARDED, LAZY, RECORDER, CONSTRUCTION = (
+    f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
+)
 OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
 INITIAL_VALUES = "models/initial_values.py"
 
@@ -304,7 +306,7 @@ PLACES = (
            "    for axis in reversed(axes):\n        index = index",
            trains("3d2x2x2")),
     Mutant("ranks-column-major", "the outermost axis varies fastest",
-           "parallel/mesh/topology.py", "math.prod(sizes[place + 1 :])", "math.prod(sizes[:place])", TOPOLOGY),
+           "parallel/mesh/topology.py", "math.prod(sizes[i + 1 :])", "math.prod(sizes[:i])", TOPOLOGY),
     Mutant("merged-axes-in-the-wrong-order", "the ranks of a merged axis are numbered the wrong way round",
            "parallel/mesh/topology.py",
            "for axis in self.shape if axis in axes]",
@@ -390,7 +392,7 @@ SEQUENCES = (
            "tests/test_property.py::test_eight_ranks_equal_serial[dp2-a2a2-1d2]"),
     Mutant("a-mask-of-ones-is-kept", "attention takes a kernel for masks where nothing is hidden",
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
-           "tests/test_batches.py::test_a_mask_that_hides_nothing_is_left_out"),
+           "tests/test_batches.py::test_a_mask_without_padding_is_left_out"),
     Mutant("16-bit-scores", "a product is rounded before its softmax",
            BLOCKS, "scores: Tensor = wide_batched_product(q, k.mT, wide)", "scores: Tensor = (q @ k.mT).to(wide)",
            "tests/test_sequence.py::test_what_is_written_out_is_as_exact_as_flash"),
@@ -407,7 +409,7 @@ SEQUENCES = (
            "x = self.local(x, batch)\n        return x.chunk(self.sequence.axis.size, 1)[self.sequence.axis.rank]",
            "tests/test_parity.py::test_training_equals_hugging_face[ring3-fp64]"),
     Mutant("exchange-drops-the-same-on-every-rank", "a rank's heads take the dropout of the first ones",
-           SPLIT, "lines=split(drop.lines, 1, self.axis)", "lines=drop.lines[:, :some]",
+           SPLIT, "lines=local_slice(drop.lines, 1, self.axis)", "lines=drop.lines[:, :some]",
            f"{ACROSS}[2-all_to_all-dropout]"),
     Mutant("padding-of-other-ranks", "the mask of the first keys, whatever keys they are",
            BLOCKS, "tokens[:, self.columns]", "tokens[:, : len(self.columns)]", f"{ACROSS}[2-ring-padded]"),
@@ -438,10 +440,10 @@ ORDER = (
            "            else:\n                actions.append(compute)",
            LINKS),
     Mutant("weights-before-the-message", "the stage before waits for gradients that only the update needs",
-           RUNNER, "weights if pipe.rank > 0 else None", "None",
+           RUNNER, "weight_gradients if pipe.rank > 0 else None", "None",
            "tests/test_chunk.py::test_weights_have_their_gradients_once_the_stage_before_has_its_own"),
     Mutant("weights-put-off-for-ever", "the first stage, which sends nothing back, never comes to its weights",
-           RUNNER, "weights if pipe.rank > 0 else None", "weights", trains("pp2-gpipe")),
+           RUNNER, "weight_gradients if pipe.rank > 0 else None", "weight_gradients", trains("pp2-gpipe")),
     Mutant("oldest-activation-sent-again", "the next stage gets another microbatch's activations",
            RUNNER,
            "return self.outputs[action.microbatch].detach()",
@@ -456,26 +458,26 @@ ORDER = (
 
 SHARDED_INIT = (
     Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
-           SLICED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
+           SHARDED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
     Mutant("tied-stand-ins-compared", "a weight stored under both its names is read as two",
            RECORDER, "func is torch.ops.aten.equal.default", "False", LOADED),
     Mutant("arrivals-stay-whole", "weights are read one by one, and all kept",
            CONSTRUCTION,
-           "divide(parameter, self.axis)\n\n    def",
+           "shard_parameter(parameter, self.axis)\n\n    def",
            "pass\n\n    def",
-           "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
+           "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("overwritten-values-kept", "what an initialization overwrites is held until the model is complete",
            RECORDER,
-           "target = dataclasses.replace(place, content=None)",
-           "target = place",
-           "tests/test_sharded_init.py::test_a_rank_holds_its_slices_and_one_parameter_at_most"),
+           "blank = dataclasses.replace(target, content=None)",
+           "blank = target",
+           "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("each-rank-draws-its-own-model", "slices of as many models as there are seeds",
            CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
     Mutant("a-draw-for-each-reading", "what is computed from a drawn weight is computed from another draw",
-           RECORDER,
+           LAZY,
            "torch.default_generator.manual_seed(self.seed)",
            "torch.default_generator.seed()",
-           "tests/test_sharded_init.py::test_initialization_of_a_users_own_is_kept"),
+           "tests/test_sharded_init.py::test_a_users_own_initialization_is_kept"),
     Mutant("missing-weight-drawn", "a damaged directory trains from noise",
            CONSTRUCTION,
            'if hasattr(root, "from_pretrained") and not',
@@ -490,10 +492,10 @@ MODULES = (
            TORCH_OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
            ANY_MODULE),
     Mutant("replicas-start-apart", "each replica keeps what it drew",
-           "parallel/modules/adapters.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
+           "parallel/modules/parameters.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
            ANY_MODULE),
     Mutant("problem-of-one-rank-kept", "the others wait for a rank that has raised",
-           "parallel/modules/agreement.py", "    raise error(told)", "    raise error(problem)", f"{REFUSALS}[cast]"),
+           "parallel/modules/agreement.py", "    raise error(all_problems)", "    raise error(problem)", f"{REFUSALS}[cast]"),
     Mutant("recomputed-layer-let-go", "a layer is gathered once more after its recomputation",
            GATHERER, "if _backward() < 0:", "if True:",
            "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),
@@ -502,12 +504,12 @@ MODULES = (
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
     Mutant("microbatches-weigh-the-same", "a mean of means, whatever they are means of",
            MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
-           f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_they_are_spread"),
+           f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "every parameter's Adam resumes at the same step",
            TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
-           f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened"),
+           f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
-           "parallel/engine/loaders.py", "manual_seed(states[0])", "manual_seed(states[axis.rank])",
+           "parallel/engine/loaders.py", "manual_seed(seeds[0])", "manual_seed(seeds[axis.rank])",
            f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
 )
 
@@ -552,7 +554,7 @@ PLACEMENT = (
            INPUTS, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
            f"{KEPT}::test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks"),
     Mutant("module-input-kept-on-the-device", "transformers' own checkpoint stays",
-           "parallel/modules/adapters.py",
+           "parallel/modules/recompute.py",
            "                _replace_checkpoint(module, inputs)\n",
            "                pass\n",
            f"{KEPT}::test_what_waits_on_the_device_does_not_grow_with_a_modules_layers[opt]"),
@@ -587,11 +589,11 @@ PLACEMENT = (
            "        skipped = self._update(norm, divisor)\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-goes-on", "a module that has been evaluated trains no more",
-           "parallel/modules/adapters.py", "            part.training = before\n", "            pass\n",
+           "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
            "tests/test_module_state.py::test_an_evaluation_leaves_a_module_training_as_it_was"),
     Mutant("uneven-samples", "replicas with other numbers of samples wait for each other",
            ENGINE, "if total**2 != self.data.size * squares:", "if False:",
-           "tests/test_batches.py::test_replicas_bring_as_many_samples_each"),
+           "tests/test_batches.py::test_replicas_with_different_numbers_of_samples_are_refused"),
     Mutant("loader-counts-what-is-left-out", "a loop waits for a last batch that does not come",
            "parallel/engine/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",
            "tests/test_module_shapes.py::test_a_divided_loader_is_as_long_as_what_it_yields"),

@@ -38,7 +38,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
 
 
 def message(rank: int, world_size: int, raw: Raw, batches: list[dict[str, Tensor]]) -> str:
-    """What training on this rank's batch raises; then a good batch, which must still work."""
+    """Return what training on this rank's batch raises; after it a good batch must still work."""
     engine = engine_of(rank, world_size, raw)
     with pytest.raises(DataError) as caught:
         engine.train_step(batches[rank])
@@ -52,13 +52,14 @@ def test_a_bad_batch_is_refused(case: str) -> None:
     assert words in run(message, 1, RAW, [batch])[0]
 
 
-def test_what_one_replica_refuses_all_refuse() -> None:
+def test_a_batch_that_one_replica_refuses_is_refused_by_all() -> None:
     first, second = run(message, 2, RAW, [GOOD, ids_with(29)])
     assert first == "batch: that of another replica was refused."
     assert "token 29" in second
 
 
-def heard(rank: int, world_size: int, batches: list[dict[str, Tensor]]) -> str:
+def refusal(rank: int, world_size: int, batches: list[dict[str, Tensor]]) -> str:
+    """Return what training on this rank's batch raises."""
     try:
         engine_of(rank, world_size, RAW).train_step(batches[rank])
     except DataError as error:
@@ -66,15 +67,17 @@ def heard(rank: int, world_size: int, batches: list[dict[str, Tensor]]) -> str:
     return "nothing"
 
 
-def test_replicas_bring_as_many_samples_each() -> None:
-    """In ZeRO stages 2 and 3 they would wait for each other, in the others two samples would have one number."""
+def test_replicas_with_different_numbers_of_samples_are_refused() -> None:
+    """They would wait for each other in ZeRO stages 2 and 3; in the others two samples would have the same number."""
     fewer = {name: x[:2] for name, x in GOOD.items()}
-    for said, own in zip(run(heard, 2, [GOOD, fewer]), (4, 2), strict=True):
-        assert said == f"batch: replicas have different numbers of samples, this one {own}. Give each as many."
+    for message, own in zip(run(refusal, 2, [GOOD, fewer]), (4, 2), strict=True):
+        assert (
+            message == f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
+        )
 
 
 def test_uneven_tensors_are_not_cut_to_the_shortest() -> None:
-    """Half of the labels once trained on half of the batch, without a word."""
+    """An engine that was given half of the labels once trained on half of the batch, and raised nothing."""
     shorter: dict[str, Any] = GOOD | dict(labels=GOOD["input_ids"][:2], sample_ids=torch.arange(4))
     assert "labels" in run(message, 1, RAW, [shorter])[0]
 
@@ -85,8 +88,8 @@ def masks_of(rank: int, world_size: int, masks: list[Tensor]) -> list[bool]:
     return [any(one.attention_mask is not None for one in microbatches) for microbatches in found]
 
 
-def test_a_mask_that_hides_nothing_is_left_out() -> None:
-    """So that attention takes the kernels that know of none."""
+def test_a_mask_without_padding_is_left_out() -> None:
+    """Attention can then use the kernels that take no mask."""
     ones = torch.ones(4, 6, dtype=torch.int64)
     padded = ones.clone()
     padded[1, 4:] = 0

@@ -1,4 +1,4 @@
-"""train.compile changes nothing but speed."""
+"""train.compile changes no result, to the rounding of the arithmetic."""
 
 from typing import Any
 
@@ -22,7 +22,11 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
 
 
 def check(world_size: int, parallel: Raw, **options: Any) -> None:
-    """Compiled code adds up in another order; the bound is that of drawn layouts, and Adam's eps is theirs."""
+    """Compare a compiled run with an eager one.
+
+    Compiled code sums in another order. The bound, and Adam's eps, are those of the randomly drawn layouts
+    (tests/test_property.py).
+    """
 
     def trace(compiles: bool) -> Trace:
         model = SHAPE | dict(num_hidden_layers=2, dropout=0.3, attention_dropout=0.3)

@@ -23,7 +23,7 @@ from parallel.layout.labels import shift
 from parallel.mesh.conjugate import reduce
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
-from parallel.pipeline.schedule import SCHEDULES, Action, batches, with_transfers
+from parallel.pipeline.schedule import SCHEDULES, Action, group_transfers, with_transfers
 from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
@@ -155,7 +155,7 @@ def test_the_files_that_the_documents_name_exist(document: Path) -> None:
 def test_the_timeline_in_the_architecture_is_what_draw_draws() -> None:
     picture = draw(simulate(with_transfers(SCHEDULES["1f1b"](4, 8)), forward_cost=1, backward_cost=2))
     rows = with_transfers(SCHEDULES["1f1b"](2, 2)).ranks
-    actions = "\n".join(f"rank {rank}  {'  '.join(map(posted, batches(row)))}" for rank, row in enumerate(rows))
+    actions = "\n".join(f"rank {rank}  {'  '.join(map(posted, group_transfers(row)))}" for rank, row in enumerate(rows))
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     assert picture in text
     assert actions in text

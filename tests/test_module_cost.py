@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.chunk.spec import ALIGNMENT
 from parallel.engine.module_engine import ModuleEngine
+from parallel.modules.units import layers_of
 from parallel.optim.adamw import AdamW
 from parallel.zero.gatherer import State
 from tests.harness import run
@@ -107,19 +108,19 @@ def most_whole(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, i
 
     def count(*_: Any) -> None:
         nonlocal most
-        most = max(most, sum(unit.state is not State.ABSENT for unit in engine._gatherer.units))
+        most = max(most, sum(unit.state is not State.ABSENT for unit in engine._passes.gatherer.units))
 
     for chunk in engine.chunks:
         for info in chunk.infos:
             if info.unit and info.parameter.requires_grad:
                 info.parameter.register_hook(count)
-    for layer in engine._layers.values():
+    for layer in layers_of(engine.module).values():
         layer.register_forward_pre_hook(count)
     step(engine)
     step(engine, 2)
     engine.evaluate([dict(input_ids=batches()[0][0])])
     left = sum(chunk.parameters.untyped_storage().nbytes() for chunk in engine.chunks)
-    return most, sum(unit.state is not State.ABSENT for unit in engine._gatherer.units), left
+    return most, sum(unit.state is not State.ABSENT for unit in engine._passes.gatherer.units), left
 
 
 @pytest.mark.parametrize("options", [{}, dict(activation_checkpointing="full")])

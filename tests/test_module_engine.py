@@ -1,4 +1,4 @@
-"""Any module under ZeRO: every stage equals plain torch in one process."""
+"""Any module under ZeRO trains in every stage as in plain torch in one process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +22,16 @@ Batch = dict[str, Tensor]
 
 
 class Plain(nn.Module):
-    """Shared, frozen, unused and prime-sized parameters, layers of two kinds, keyword inputs and a tuple between them;
-    one weight is used only by batches of odd ids."""
+    """A module with shared, frozen, unused and prime-sized parameters, and layers that differ in size.
+
+    Its layers have keyword inputs and return a tuple. The parameter `sometimes` is used in some of the steps only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(31, 13)
         self.blocks = nn.ModuleList(PlainBlock(13, 17 + 2 * i) for i in range(4))
-        self.blocks[3].shared = self.blocks[1].out  # by two layers
+        self.blocks[3].shared = self.blocks[1].out  # shared by two layers
         self.head = nn.Linear(13, 31, bias=False)
         self.head.weight = self.embed.weight
         self.scale = nn.Parameter(torch.ones(()))
@@ -112,22 +114,22 @@ STEPS, BATCH, ACCUMULATED = 3, 12, 3
 
 
 def batches() -> list[list[Tensor]]:
-    """For each step, ids of as many backwards."""
+    """Return the token ids [BATCH, 6] of each backward, for each step."""
     generator = torch.Generator().manual_seed(1)
     draw: Callable[[], Tensor] = lambda: torch.randint(0, 31, (BATCH, 6), generator=generator)  # noqa: E731
     return [[draw() for _ in range(ACCUMULATED)] for _ in range(STEPS)]
 
 
 def loss_of(model: Any, ids: Tensor, *, step: int) -> Tensor:
-    """The mean cross entropy of the next token, the same for every replica's share."""
+    """Return the mean cross entropy of the next token over these samples."""
     more = dict(sometimes=step == 1) if hasattr(getattr(model, "module", model), "sometimes") else {}
     output = model(input_ids=ids, **more)
     logits = output if isinstance(output, Tensor) else output.logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device))
 
 
-def serial(model: str, optimizer: str) -> Trace:
-    """Plain torch, one process, fp64."""
+def train_by_torch(model: str, optimizer: str) -> Trace:
+    """Return the trace of training by plain torch, in one process and fp64."""
     module = MODELS[model]().double().train()
     update = OPTIMIZERS[optimizer](list(module.parameters()))
     rates = torch.optim.lr_scheduler.LambdaLR(update, lambda step: RATES.get(optimizer, 0.9) ** step)
@@ -164,9 +166,10 @@ def config_of(stage: int, *, precision: str = "fp64", **train: Any) -> Raw:
     )
 
 
-def ours(rank: int, world_size: int, raw: Raw, model: str, optimizer: str) -> Trace | None:
+def train_by_engine(rank: int, world_size: int, raw: Raw, model: str, optimizer: str) -> Trace | None:
+    """Return, on rank 0, the trace of training by a ModuleEngine on these ranks."""
     module = MODELS[model]()
-    if rank:  # what other ranks drew must not matter
+    if rank:  # the first values of other ranks must not matter
         for parameter in module.parameters():
             parameter.data.add_(1.0)
     update = OPTIMIZERS[optimizer](list(module.parameters()))
@@ -179,7 +182,8 @@ def ours(rank: int, world_size: int, raw: Raw, model: str, optimizer: str) -> Tr
 
     def observed(factor: Tensor, lr: float) -> None:
         if engine.num_steps == 0:
-            arrived = dict(zip(engine._infos.values(), engine._gradients.arrived().tolist(), strict=True))
+            infos = [info for chunk in engine._trained for info in chunk.infos]
+            arrived = dict(zip(infos, engine._gradients.arrived().tolist(), strict=True))
             found = whole(engine, [_gradient(chunk, factor) for chunk in engine.chunks])
             trace.gradients = {info.name: found[info.name] for info, flag in arrived.items() if flag}
         inner(factor, lr)
@@ -214,19 +218,20 @@ STAGES = (0, 1, 2, 3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_stage_trains_a_module_as_plain_torch_does(ranks: int, optimizer: str) -> None:
-    want = serial("plain", optimizer)
+    want = train_by_torch("plain", optimizer)
     for stage in STAGES:
-        got = run(ours, ranks, config_of(stage), "plain", optimizer)[0]
+        got = run(train_by_engine, ranks, config_of(stage), "plain", optimizer)[0]
         assert got is not None
         compare(got, want, 1e-12, wide=True)
 
 
 @pytest.mark.parametrize(("model", "bound"), [("opt", 1e-9), ("gpt2", 1e-9), ("llama", 1e-6)])
 def test_every_stage_trains_hugging_faces_models_as_plain_torch_does(model: str, bound: float) -> None:
-    """Llama's norm computes in fp32 whatever comes in: the last bits of fp64 flip roundings of 6e-8 there, in
-    every layer and step."""
-    want = serial(model, "adamw")
+    """Llama's bound is wider: its norm computes in fp32, whatever the dtype of its input, and there different last bits
+    of fp64 flip roundings of 6e-8, in every layer and step.
+    """
+    want = train_by_torch(model, "adamw")
     for stage, ranks in zip(STAGES, (2, 3, 2, 3), strict=True):
-        got = run(ours, ranks, config_of(stage), model, "adamw")[0]
+        got = run(train_by_engine, ranks, config_of(stage), model, "adamw")[0]
         assert got is not None
         compare(got, want, bound, wide=False)

@@ -1,4 +1,4 @@
-"""What a module under an engine cannot bear: told by name, on every rank, and never waited for."""
+"""Misuse of a module under an engine is refused by name, on every rank, and no rank waits forever."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from tests.test_module_engine import Plain, batches, config_of, engine_of, loss_
 
 
 class Skipping(Plain):
-    """Leaves a layer out when told to."""
+    """A module that leaves one layer out, if `skipped` is its index."""
 
     skipped: int | None = None
 
@@ -48,7 +48,7 @@ def step_early(engine: ModuleEngine) -> None:
     engine.step()
 
 
-def look_on(engine: ModuleEngine) -> None:
+def forward_without_gradients(engine: ModuleEngine) -> None:
     with torch.no_grad():
         loss_of(engine, batches()[0][0], step=0)
 
@@ -70,22 +70,25 @@ def evaluate_without_labels(engine: ModuleEngine) -> None:
 
 
 ACTS: dict[str, tuple[Callable[[ModuleEngine], None], str]] = {
-    "skip the first": (partial(skip, layer=0), "part here: rank 0: blocks.0; rank 1: blocks.1"),
-    "skip one": (partial(skip, layer=2), "part here: rank 0: blocks.2; rank 1: blocks.3"),
-    "skip the last": (partial(skip, layer=3), "part here: rank 0: blocks.3; rank 1: a backward"),
+    "skip the first": (partial(skip, layer=0), "do different things: rank 0: blocks.0; rank 1: blocks.1"),
+    "skip one": (partial(skip, layer=2), "do different things: rank 0: blocks.2; rank 1: blocks.3"),
+    "skip the last": (partial(skip, layer=3), "do different things: rank 0: blocks.3; rank 1: a backward"),
     "cast": (cast, "rank 1: model: scale moved"),
     "replace": (retie, "rank 1: model: head.weight is not the parameter it was"),
     "thaw": (thaw, "rank 1: model: blocks.0.never was frozen"),
-    "look on": (look_on, "part here: rank 0: a forward; rank 1: a forward without gradients"),
-    "step": (step_early, "part here: rank 0: a forward; rank 1: a step"),
+    "forward without gradients": (
+        forward_without_gradients,
+        "do different things: rank 0: a forward; rank 1: a forward without gradients",
+    ),
+    "step": (step_early, "do different things: rank 0: a forward; rank 1: a step"),
     "a loss of many": (backward_of_many, "rank 1: loss: it must be one number with a gradient"),
     "no labels": (train_without_labels, "rank 1: batch: it has neither 'labels' nor 'input_ids', but mask"),
     "evaluate without labels": (evaluate_without_labels, "rank 1: batch: it has neither"),
 }
 
 
-def told(rank: int, world_size: int, raw: Raw, act: str) -> str:
-    """What a rank hears when rank 1 alone does this after a first step."""
+def refusal(rank: int, world_size: int, raw: Raw, act: str) -> str:
+    """Return what is raised on this rank when rank 1 alone does this after a first step."""
     torch.manual_seed(3)
     engine, _ = engine_of(rank, world_size, raw, Skipping())
     ids = batches()[0][0].tensor_split(world_size)[rank]
@@ -105,24 +108,24 @@ def told(rank: int, world_size: int, raw: Raw, act: str) -> str:
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name(act: str) -> None:
-    for said in run(told, 3, config_of(3), act, timeout=20):
-        assert ACTS[act][1] in said
+def test_what_one_rank_alone_does_to_a_module_is_refused_by_name_on_every_rank(act: str) -> None:
+    for message in run(refusal, 3, config_of(3), act, timeout=20):
+        assert ACTS[act][1] in message
 
 
-def test_a_rank_that_only_looks_on_is_not_waited_for_where_a_plan_is_made() -> None:
-    """A plan asks all ranks how large a step is, which only a forward with gradients begins."""
+def test_a_forward_without_gradients_on_one_rank_is_refused_where_a_placement_is_planned() -> None:
+    """A plan needs the size of the step from all ranks, and only a forward with gradients begins a step."""
     raw = config_of(2) | dict(zero=dict(stage=2, tensor_placement_policy="auto"))
-    for said in run(told, 2, raw, "look on", timeout=20):
-        assert ACTS["look on"][1] in said
+    for message in run(refusal, 2, raw, "forward without gradients", timeout=20):
+        assert ACTS["forward without gradients"][1] in message
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_layer_that_one_rank_skips_adds_nothing_where_parameters_are_whole(stage: int) -> None:
-    assert run(told, 2, config_of(stage), "skip one", timeout=20) == ["nothing"] * 2
+def test_a_layer_that_one_rank_skips_is_allowed_where_parameters_are_whole(stage: int) -> None:
+    assert run(refusal, 2, config_of(stage), "skip one", timeout=20) == ["nothing"] * 2
 
 
-def told_alone(rank: int, world_size: int, raw: Raw, act: str) -> str:
+def refusal_alone(rank: int, world_size: int, raw: Raw, act: str) -> str:
     torch.manual_seed(3)
     model = Skipping()
     engine, _ = engine_of(rank, world_size, raw, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
@@ -146,7 +149,7 @@ def optimizer_of_another_model(engine: ModuleEngine) -> None:
     initialize_with(torch.optim.SGD, plain(), plain())
 
 
-def narrow_states(engine: ModuleEngine) -> None:
+def optimizer_with_bf16_states(engine: ModuleEngine) -> None:
     raw = config_of(0) | dict(optimizer=dict(state_dtype="bf16"))
     model = plain()
     engine_of(0, 1, raw, model, optimizer=torch.optim.AdamW(model.parameters()))
@@ -161,8 +164,8 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
     "a loss of many": lambda engine: engine.backward(torch.ones(3, requires_grad=True)),
     "a loss without gradient": lambda engine: engine.backward(torch.ones(())),
     "another optimizer": optimizer_of_another_kind,
-    "a stranger's optimizer": optimizer_of_another_model,
-    "states of its own": narrow_states,
+    "another model's optimizer": optimizer_of_another_model,
+    "bf16 states of a passed optimizer": optimizer_with_bf16_states,
     "nothing to train": nothing_to_train,
     "optimizer.step": lambda engine: engine.optimizer.inner.step(),  # type: ignore[union-attr]
 }
@@ -175,11 +178,11 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
         ("a loss of many", "must be one number with a gradient, got a tensor of shape (3,)"),
         ("a loss without gradient", "must be one number with a gradient"),
         ("another optimizer", "Adagrad is not known"),
-        ("a stranger's optimizer", "are not the model's"),
-        ("states of its own", "optimizer.state_dtype: 'bf16' is for the config's own AdamW"),
+        ("another model's optimizer", "are not the model's"),
+        ("bf16 states of a passed optimizer", "optimizer.state_dtype: 'bf16' is for the config's own AdamW"),
         ("nothing to train", "none of its parameters"),
         ("optimizer.step", "Call engine.step() instead"),
     ],
 )
 def test_misuse_is_refused_by_name(act: str, message: str) -> None:
-    assert message in run(told_alone, 1, config_of(3), act)[0]
+    assert message in run(refusal_alone, 1, config_of(3), act)[0]

@@ -1,4 +1,4 @@
-"""Modules that are put together in unusual ways, and loops that are: as in plain torch, or told by name."""
+"""Unusual modules and loops train as in plain torch, or are refused by name."""
 
 import itertools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import parallel
-from parallel.engine.loaders import divide
+from parallel.engine.loaders import divide_loader
 from parallel.engine.module_engine import ModuleEngine
 from parallel.mesh.mesh import ALONE, Axis
 from tests.harness import run
@@ -20,7 +20,7 @@ from tests.test_module_engine import config_of, engine_of
 
 
 class Blocks(nn.Module):
-    """Three linear layers, called one after another: in each test in another way."""
+    """A linear layer and three more in a ModuleList, called one after another; subclasses use them differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Blocks(nn.Module):
 
 
 class WithNothing(Blocks):
-    """An entry of the list is None."""
+    """Blocks of which an entry of the list is None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class WithNothing(Blocks):
 
 
 class Nested(Blocks):
-    """The entries are containers, which nobody calls."""
+    """Blocks whose entries are containers, which are never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +64,8 @@ class Nested(Blocks):
 
 
 class Sparse(Blocks):
+    """Blocks with an embedding that has sparse gradients."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 5, sparse=True)
@@ -74,7 +76,7 @@ class Sparse(Blocks):
 
 
 class WeightsOnly(Blocks):
-    """Uses the layers' weights, and never calls them."""
+    """Blocks that use the layers' weights, and never call the layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -83,7 +85,7 @@ class WeightsOnly(Blocks):
 
 
 class Compares(Blocks):
-    """With a NaN it would go the other way, and nobody would know."""
+    """Blocks with a comparison of a weight: with a NaN it would silently be False."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -163,26 +165,26 @@ REFUSED: dict[str, tuple[type[Blocks], Callable[[ModuleEngine], Any], str]] = {
 
 
 def refused(rank: int, world_size: int, act: str) -> list[str]:
-    """What it says, twice; and then a usual step is taken."""
+    """Return the message of the refusal, which is raised twice; after it a usual step must work."""
     kind, do, _ = REFUSED[act]
     engine, _ = engine_of(rank, world_size, config_of(3), made(kind))
-    said = []
+    messages = []
     for _ in range(2):
         with pytest.raises(parallel.ModelError) as caught:
             do(engine)
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     if kind is Blocks:
         loss = once(engine, batch())
         engine.backward(loss)
         assert loss.isfinite()
         assert engine.step().grad_norm
-    return said
+    return messages
 
 
 @pytest.mark.parametrize("act", REFUSED)
-def test_values_that_are_elsewhere_in_stage_3_are_refused_by_name_and_never_nan(act: str) -> None:
-    for said in run(refused, 2, act):
-        assert all(REFUSED[act][2] in text for text in said)
+def test_use_of_values_that_are_not_gathered_in_stage_3_is_refused_by_name_and_never_nan(act: str) -> None:
+    for messages in run(refused, 2, act):
+        assert all(REFUSED[act][2] in message for message in messages)
 
 
 def exported_buffers(rank: int, world_size: int, dtype: torch.dtype, folder: str) -> str:
@@ -199,8 +201,8 @@ def exported_buffers(rank: int, world_size: int, dtype: torch.dtype, folder: str
 def test_a_buffer_of_any_dtype_is_exported_or_refused_on_every_rank(tmp_path: Any) -> None:
     assert run(exported_buffers, 2, torch.complex64, str(tmp_path)) == ["saved"] * 2
     assert load_file(tmp_path / "model.safetensors")["table"].dtype == torch.complex64
-    for said in run(exported_buffers, 2, torch.complex128, str(tmp_path), timeout=20):
-        assert "table: it is torch.complex128" in said
+    for message in run(exported_buffers, 2, torch.complex128, str(tmp_path), timeout=20):
+        assert "table: it is torch.complex128" in message
 
 
 SAMPLERS: dict[str, Callable[[], Sampler[int]]] = {
@@ -213,19 +215,21 @@ def test_a_divided_loader_is_as_long_as_what_it_yields() -> None:
     for samples in range(1, 18):
         for drop_last in (False, True):
             loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, drop_last=drop_last)
-            parts = [divide(loader, Axis("data", rank, 2, (0, 1), None, ALONE.traffic)) for rank in range(2)]
+            parts = [divide_loader(loader, Axis("data", rank, 2, (0, 1), None, ALONE.traffic)) for rank in range(2)]
             assert all(len(part) == len(list(part)) for part in parts)
 
 
 def drawn(rank: int, world_size: int, sampler: str) -> list[int]:
-    """The samples of an epoch, of a replica whose torch generator is its own."""
+    """Return the samples of an epoch on this replica, whose torch generator has a seed of its own."""
     engine, _ = engine_of(rank, world_size, config_of(0), made(Blocks))
     torch.manual_seed(rank)
     loader = DataLoader(TensorDataset(torch.arange(12)), batch_size=4, sampler=SAMPLERS[sampler]())
-    return [int(x) for (batch,) in divide(loader, engine.data) for x in batch]
+    return [int(x) for (batch,) in divide_loader(loader, engine.data) for x in batch]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_random_sampler_of_torch_draws_each_sample_on_one_replica(sampler: str) -> None:
-    """Only RandomSampler was: replicas took parts of different batches, some samples twice and some never."""
+    """Only RandomSampler was handled once: with others, replicas took parts of different batches, so that some samples
+    came twice and some never.
+    """
     assert sorted(itertools.chain(*run(drawn, 2, sampler))) == list(range(12))

@@ -1,4 +1,4 @@
-"""What an engine of any module leaves behind, how it is fed, and its options: all equal to plain torch."""
+"""The files, the data and the options of an engine of any module: results equal those of plain torch."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from tests.test_module_engine import MODELS, Plain, batches, config_of, engine_o
 
 
 class Normed(Plain):
-    """With statistics that training changes."""
+    """Plain with batch normalization, whose statistics training changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def train(engine: ModuleEngine, first: int, last: int) -> None:
 
 
 def sums(engine: ModuleEngine) -> dict[str, float]:
-    """Of every element that this rank owns, by the kind and name of its tensor."""
+    """Return the sum of the elements that this rank owns of each tensor, by its kind and name."""
     found: dict[str, float] = {}
     for piece in engine.state_pieces(owned=True):
         found[piece.name] = found.get(piece.name, 0.0) + piece.data.double().sum().item()
@@ -81,7 +81,7 @@ def go_on(rank: int, world_size: int, raw: Raw, folder: Path, passes: bool) -> d
 
 def _zero(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
-        if parameter.requires_grad:  # what is frozen is not in a checkpoint
+        if parameter.requires_grad:  # frozen parameters are not in a checkpoint
             parameter.data.zero_()
 
 
@@ -90,9 +90,9 @@ def added(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("passes", [False, True])
-def test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened(passes: bool, tmp_path: Path) -> None:
-    """Two of its weights had no gradient so far, one of them has one afterwards: its Adam is at another step. `passes`:
-    an optimizer of torch's.
+def test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened(passes: bool, tmp_path: Path) -> None:
+    """Two of the weights have no gradient before the checkpoint, and one of them has one after it: its Adam is at
+    another step. `passes`: with an optimizer of torch's.
     """
     want = added(run(save_in_the_middle, 2, config_of(3), tmp_path, passes))
     assert any(name.startswith("buffer/batch_norm.running_mean") for name in want)
@@ -104,7 +104,9 @@ def test_a_checkpoint_of_one_stage_goes_on_in_another_as_if_nothing_had_happened
 
 
 def after_a_forward_alone(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
-    """A loss; after a checkpoint of then has been loaded; after a step, whose graph goes or is retained."""
+    """Return the losses of one batch: at a checkpoint; after more steps and a forward, with the checkpoint loaded; then
+    after one step more, whose graph is freed or retained.
+    """
     engine, _ = engine_of(rank, world_size, raw, plain())
     ids = batches()[0][0].tensor_split(world_size)[rank]
 
@@ -128,8 +130,10 @@ def after_a_forward_alone(rank: int, world_size: int, raw: Raw, folder: Path) ->
 
 
 @pytest.mark.parametrize("policy", ["cuda", "cpu"])
-def test_a_forward_without_a_backward_keeps_no_weight_from_before(policy: str, tmp_path: Path) -> None:
-    """What belongs to no layer waits for the backward, whole; it was not fetched again when weights had changed."""
+def test_a_forward_without_a_backward_keeps_no_old_weight(policy: str, tmp_path: Path) -> None:
+    """Parameters of no layer stay gathered until the backward; once they were not gathered again after the weights had
+    changed.
+    """
     raw = config_of(3)
     for first, second, third, fourth in run(
         after_a_forward_alone, 2, raw | dict(zero=raw["zero"] | dict(tensor_placement_policy=policy)), tmp_path
@@ -164,7 +168,7 @@ def test_a_plain_modules_export_has_each_tensor_once_and_its_buffers(tmp_path: P
 
 
 def losses_of(rank: int, world_size: int, raw: Raw, model: str) -> tuple[list[float], float]:
-    """Of some train_steps on padded samples, and of an evaluation."""
+    """Return the results of some train_steps on padded samples, and the loss of an evaluation."""
     module = MODELS[model]()
     engine, _ = engine_of(rank, world_size, raw, module, criterion=criterion if model == "plain" else None)
     found = []
@@ -177,7 +181,7 @@ def losses_of(rank: int, world_size: int, raw: Raw, model: str) -> tuple[list[fl
 
 
 def modes(rank: int, world_size: int) -> tuple[list[bool], list[bool], list[bool]]:
-    """Which parts of a module train before an evaluation, in it and afterwards."""
+    """Return which parts of a module are in training mode before an evaluation, during it and after it."""
     engine, _ = engine_of(rank, world_size, config_of(0), MODELS["opt"]())
     within: list[bool] = []
 
@@ -185,7 +189,7 @@ def modes(rank: int, world_size: int) -> tuple[list[bool], list[bool], list[bool
         return [part.training for part in engine.module.modules()]
 
     engine.train()
-    next(engine.module.children()).eval()  # which a user keeps as it is
+    next(engine.module.children()).eval()  # a user keeps this part in evaluation mode
     engine.module.register_forward_pre_hook(lambda *_: within.extend(trains()))
     before = trains()
     ids = batches()[0][0]
@@ -205,13 +209,13 @@ def criterion(output: Tensor, labels: Tensor) -> Tensor:
 
 
 def padded(ids: Tensor) -> Tensor:
-    """Labels of which every sample counts another number; the last sample none."""
+    """Return labels of which the samples count different numbers, and the last sample none."""
     rows, columns = torch.meshgrid(torch.arange(len(ids)), torch.arange(ids.shape[1]), indexing="ij")
     return torch.where((columns <= rows % ids.shape[1]) & (rows < len(ids) - 1), ids, -100)
 
 
 @pytest.mark.parametrize("model", ["plain", "opt", "gpt2"])
-def test_train_step_takes_the_mean_over_all_labels_however_they_are_spread(model: str) -> None:
+def test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them(model: str) -> None:
     """Hugging Face's own loss is rounded to fp32."""
     bound = 1e-12 if model == "plain" else 1e-6
     want, whole = run(losses_of, 1, config_of(0, micro_batch_size=12), model)[0]
@@ -238,7 +242,7 @@ def test_recomputing_activations_changes_nothing(model: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_stage_gives_the_same_weights_in_every_precision(precision: str) -> None:
-    """Bit for bit: there is one microbatch, so the order of sums is the same."""
+    """They are equal bit for bit: there is one microbatch, so the order of sums is the same."""
     want = collected(run(weights_after, 2, config_of(0, precision=precision), "opt"))
     for stage in (1, 2, 3):
         got = collected(run(weights_after, 2, config_of(stage, precision=precision), "opt"))
@@ -247,7 +251,7 @@ def test_every_stage_gives_the_same_weights_in_every_precision(precision: str) -
 
 
 def collected(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The elements of every tensor, in order."""
+    """Return the elements of every tensor, sorted."""
     rows: dict[str, list[tuple[str, Tensor]]] = {}
     for part in parts:
         for key, data in part.items():
@@ -267,7 +271,7 @@ def from_a_folder(rank: int, world_size: int, raw: Raw, folder: Path) -> float:
     return all_reduce(loss, engine.data).item() / world_size
 
 
-def test_a_model_loaded_in_slices_trains_like_one_loaded_whole(tmp_path: Path) -> None:
+def test_a_model_loaded_in_shards_trains_like_one_loaded_whole(tmp_path: Path) -> None:
     MODELS["opt"]().save_pretrained(tmp_path)  # type: ignore[operator]
     want = run(from_a_folder, 1, config_of(0, micro_batch_size=12), tmp_path)[0]
     for ranks, stage in ((2, 3), (3, 3), (2, 1)):
@@ -275,7 +279,7 @@ def test_a_model_loaded_in_slices_trains_like_one_loaded_whole(tmp_path: Path) -
 
 
 def loaded(rank: int, world_size: int, batch_size: int) -> list[list[int]]:
-    """Of two epochs, every batch this replica is given."""
+    """Return every batch that this replica is given in two epochs."""
     use(make_context(parse({}, world_size=world_size), Place(rank, world_size, rank, world_size)))
     torch.manual_seed(rank)
     data = TensorDataset(torch.arange(22))
@@ -329,17 +333,17 @@ def read_back(rank: int, world_size: int, folder: Path) -> str:
     return "nothing"
 
 
-def test_a_shard_that_one_rank_cannot_read_every_rank_is_told_of(tmp_path: Path) -> None:
+def test_a_shard_that_one_rank_cannot_read_is_an_error_on_every_rank(tmp_path: Path) -> None:
     run(export_into, 2, tmp_path)
     assert run(read_back, 2, tmp_path) == ["nothing"] * 2
     (file,) = tmp_path.glob("checkpoints/*/rank_00001.safetensors")
     file.write_bytes(b"\xff" * file.stat().st_size)
-    for said in run(read_back, 2, tmp_path, timeout=20):
-        assert "rank_00001.safetensors is damaged" in said
+    for message in run(read_back, 2, tmp_path, timeout=20):
+        assert "rank_00001.safetensors is damaged" in message
 
 
-def test_an_export_leaves_other_files_of_its_folder_alone(tmp_path: Path) -> None:
-    """It used to replace the folder, and whatever else a user kept there."""
+def test_an_export_keeps_other_files_of_its_folder(tmp_path: Path) -> None:
+    """It once replaced the folder, with all other files that a user had there."""
     (tmp_path / "thesis.txt").write_text("years")
     (tmp_path / "model_ema.safetensors").write_text("a user's own")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("of an earlier export in two shards")
@@ -350,7 +354,9 @@ def test_an_export_leaves_other_files_of_its_folder_alone(tmp_path: Path) -> Non
 
 
 def overflowed(rank: int, world_size: int, raw: Raw) -> tuple[list[bool], float]:
-    """Whether each of four steps was skipped, rank 1's loss having been infinite in the second; the scale after."""
+    """Return whether each of four steps was skipped, and the loss scale after them; rank 1's loss is infinite in the
+    second.
+    """
     engine, _ = engine_of(rank, world_size, raw, MODELS["opt"]())
     skipped = []
     for step in range(4):
@@ -366,7 +372,7 @@ def overflowed(rank: int, world_size: int, raw: Raw) -> tuple[list[bool], float]
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_overflow_on_one_rank_makes_every_rank_skip_and_halve(stage: int) -> None:
-    """Its first scale may overflow by itself."""
+    """The first step may be skipped too, since the first scale may overflow by itself."""
     (skipped, scale), other = run(overflowed, 2, config_of(stage, precision="fp16"))
     assert (skipped, scale) == other
     assert skipped[1:] == [True, False, False]

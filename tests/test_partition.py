@@ -65,8 +65,8 @@ def test_layers_put_the_embedding_first_and_the_head_last() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([2, 3], r"place 5 blocks, the model has 4"),
-        ([], r"place 0 blocks, the model has 4"),
+        ([2, 3], r"have 5 blocks, the model has 4"),
+        ([], r"have 0 blocks, the model has 4"),
         ([2, 0, 2], r"stage 1 would hold nothing"),
         ([5, -1], r"negative"),
     ],

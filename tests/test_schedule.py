@@ -1,4 +1,4 @@
-"""Pipeline plans: the schedules against their closed forms, and the validator against broken plans."""
+"""Pipeline plans: the schedules have the properties of their closed forms, and the validator refuses broken plans."""
 
 import inspect
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from parallel.pipeline.schedule import (
     Op,
     Plan,
     PlanError,
-    batches,
     forward_only,
     gpipe,
+    group_transfers,
     one_f_one_b,
     with_transfers,
 )
@@ -36,7 +36,10 @@ def names(actions: tuple[Action, ...]) -> list[str]:
 
 
 def step_names(actions: tuple[Action, ...]) -> list[str]:
-    return [str(step) if isinstance(step, Action) else "{" + " ".join(names(step)) + "}" for step in batches(actions)]
+    return [
+        str(step) if isinstance(step, Action) else "{" + " ".join(names(step)) + "}"
+        for step in group_transfers(actions)
+    ]
 
 
 @given(st.sampled_from(GENERATORS), STAGES, MICROBATCHES)
@@ -51,7 +54,7 @@ def test_every_schedule_is_valid_and_in_order(generator: Generator, num_stages: 
 
 @given(NAMES, STAGES, MICROBATCHES, COST, COST)
 def test_bubble_and_makespan_match_the_closed_form(name: str, p: int, m: int, forward: int, backward: int) -> None:
-    """Rendezvous costs nothing over free buffering: (p - 1) idle slots, whatever the ratio of backward to forward."""
+    """Rendezvous costs no more than buffering: there are (p - 1) idle slots, for any ratio of backward to forward."""
     timeline = simulate(with_transfers(SCHEDULES[name](p, m)), forward, backward)
     assert timeline.makespan == (m + p - 1) * (forward + backward)
     assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
@@ -87,7 +90,7 @@ def test_1f1b_posts_both_directions_of_a_link_together() -> None:
 
 
 def queue_of(action: Action) -> str:
-    """Where NCCL puts it: each link has a communicator, in whose queue one transfer waits for the one before."""
+    """Return the queue that NCCL puts an action into: each link has a communicator, whose transfers run in order."""
     if action.peer is None:
         return "compute"
     ends = (action.stage, action.peer) if action.op.is_send else (action.peer, action.stage)
@@ -96,13 +99,14 @@ def queue_of(action: Action) -> str:
 
 @given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))
 def test_a_plan_ends_on_a_gpu_whose_queues_keep_their_order(generator: Generator, p: int, m: int) -> None:
-    """A transfer starts when all computes before it are done, and occupies its queue until the other end has come to
-    it. (Were the host to wait in it too, GPipe's last forward would wait for the first backward: `Pipe.connect`.)
+    """A transfer starts when all computes before it are done, and occupies its queue until its other end starts too.
+
+    (If the host waited for it as well, GPipe's last forward would wait for the first backward: see `Pipe.connect`.)
     """
     left = [list(actions) for actions in with_transfers(generator(p, m)).ranks]
 
     def heads(rank: int) -> list[Action]:
-        """What may run now: first in its queue, all computes before it done, and what it uses there."""
+        """Return the actions that may run now: first in their queue, after all earlier computes, with their input."""
         found: list[Action] = []
         for i, action in enumerate(left[rank]):
             before = left[rank][:i]
@@ -129,7 +133,7 @@ def test_a_plan_ends_on_a_gpu_whose_queues_keep_their_order(generator: Generator
 
 @given(st.sampled_from(GENERATORS), st.integers(1, 6), st.integers(1, 8))
 def test_nothing_sent_waits_behind_a_receive(generator: Generator, p: int, m: int) -> None:
-    """It did, in one queue for each direction: every stage then passed activations on a whole cycle late."""
+    """It once did, in one queue for each direction: every stage then sent its activations a whole cycle late."""
     for actions in with_transfers(generator(p, m)).ranks:
         kinds: dict[str, set[Op]] = {}
         for action in actions:
@@ -166,7 +170,7 @@ def test_a_long_backward_is_drawn_long() -> None:
 
 
 def test_several_stages_on_a_rank_exchange_nothing_between_themselves() -> None:
-    """Stages 0 and 3 on rank 0, 1 and 2 on rank 1: a V. Only the links 0-1 and 2-3 cross ranks."""
+    """The plan is a V: stages 0 and 3 are on rank 0, 1 and 2 on rank 1. Only 0-1 and 2-3 are on two ranks."""
     forward = ((0, Op.F, 0), (1, Op.F, 1), (1, Op.F, 2), (0, Op.F, 3))
     backward = tuple((rank, Op.B, stage) for rank, _, stage in reversed(forward))
     ranks = tuple(tuple(Action(op, stage, 0) for at, op, stage in forward + backward if at == rank) for rank in (0, 1))
@@ -184,11 +188,11 @@ def test_several_stages_on_a_rank_exchange_nothing_between_themselves() -> None:
     assert "F3.0 B3.0" in draw(simulate(plan, 1, 1))
 
 
-# --- what the validator refuses. A plan is edited by the names of its actions, as they print. ---
+# --- plans that the validator refuses. A plan is edited by the names of its actions, as they are printed. ---
 
 
 def edit(plan: Plan, rank: int, *, drop: str = "", before: str = "", swap: tuple[str, str] | None = None) -> Plan:
-    """`plan` with one action of `rank` dropped (and, with `before`, put back ahead of that one), or two swapped."""
+    """Return `plan` with one action of `rank` dropped (with `before`, moved in front of that one), or two swapped."""
     actions = list(plan.ranks[rank])
     where = {str(action): position for position, action in enumerate(actions)}
     if swap is not None:
@@ -218,7 +222,7 @@ def refuse(plan: Plan, message: str) -> None:
 
 
 def test_a_missing_or_repeated_compute_is_refused(plan: Plan) -> None:
-    refuse(edit(plan, 1, drop="B1.2"), r"microbatch 2 must meet stage 1 once: B1\.2 runs 0 times")
+    refuse(edit(plan, 1, drop="B1.2"), r"microbatch 2 must pass stage 1 once: B1\.2 runs 0 times")
     refuse(edit(plan, 1, drop="F1.2"), r"F1\.2 runs 0 times")
     twice = with_rank(plan, 2, [*plan.ranks[2], Action(Op.F, 2, 3)])
     refuse(twice, r"F2\.3 runs 2 times")
@@ -245,13 +249,13 @@ def test_a_transfer_missing_at_both_ends_is_refused(plan: Plan) -> None:
 
 def test_messages_in_another_order_at_each_end_are_refused(plan: Plan) -> None:
     crossed = edit(plan, 1, swap=("RECV_F1.0<0", "RECV_F1.1<0"))
-    refuse(crossed, r"message 0 from rank 0 to rank 1 is the result of F0\.0 to its sender and of F0\.1 to its rec")
+    refuse(crossed, r"message 0 from rank 0 to rank 1 is the result of F0\.0 for its sender and of F0\.1 for its")
     refuse(
-        edit(plan, 2, swap=("SEND_B2.1>1", "SEND_B2.2>1")), r"message 1 from rank 2 to rank 1 .* both ends must keep"
+        edit(plan, 2, swap=("SEND_B2.1>1", "SEND_B2.2>1")), r"message 1 from rank 2 to rank 1 .* both ends must have"
     )
 
 
-def test_use_before_arrival_and_sending_before_computing_are_refused(plan: Plan) -> None:
+def test_use_before_receiving_and_sending_before_computing_are_refused(plan: Plan) -> None:
     refuse(edit(plan, 1, swap=("F1.0", "RECV_F1.0<0")), r"rank 1 reaches F1\.0 before it has the result of F0\.0")
     refuse(
         edit(plan, 0, swap=("F0.1", "SEND_F0.1>1")), r"rank 0 reaches SEND_F0\.1>1 before it has the result of F0\.1"
@@ -260,12 +264,12 @@ def test_use_before_arrival_and_sending_before_computing_are_refused(plan: Plan)
 
 
 def test_two_sends_that_wait_for_each_other_are_refused() -> None:
-    """GPipe on rank 0 sends activation 2 before it takes gradient 0; 1F1B on rank 1 wants that gradient taken first."""
+    """GPipe on rank 0 sends activation 2 before it receives gradient 0; 1F1B on rank 1 sends that gradient first."""
     first, second = with_transfers(gpipe(2, 4)), with_transfers(one_f_one_b(2, 4))
     mixed = replace(first, ranks=(first.ranks[0], second.ranks[1]))
     refuse(
         mixed,
-        r"the plan waits for ever:\n"
+        r"the plan waits forever:\n"
         r"  rank 0 is stuck after F0\.2 in {SEND_F0\.2>1}: waits for SEND_F0\.2>1 \(rank 1 has not posted\)\n"
         r"  rank 1 is stuck after B1\.0 in {SEND_B1\.0>0, RECV_F1\.1<0}: waits for SEND_B1\.0>0"
         r" \(rank 0 has not posted\)",
@@ -273,7 +277,7 @@ def test_two_sends_that_wait_for_each_other_are_refused() -> None:
 
 
 def test_a_receive_posted_too_early_is_refused(plan: Plan) -> None:
-    """Rank 0 wants gradient 0 before it lets go of activation 1, which 1F1B on rank 1 needs first."""
+    """Rank 0 waits for gradient 0 before it sends activation 1, which 1F1B on rank 1 needs first."""
     early = edit(plan, 0, drop="RECV_B0.0<1", before="F0.1")
     refuse(early, r"rank 0 is stuck after F0\.0 .* waits for RECV_B0\.0<1")
 

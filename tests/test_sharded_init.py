@@ -1,4 +1,4 @@
-"""sharded_init: models that no rank ever holds whole, loaded or constructed, with the values they would have anyway."""
+"""sharded_init: models that are loaded or constructed without any rank holding one whole have the usual values."""
 
 import json
 import math
@@ -22,7 +22,7 @@ import parallel
 from parallel.chunk.chunk import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
-from parallel.modules.sliced import is_divided, restore
+from parallel.modules.sharded import is_sharded, unshard_parameter
 from tests.accounts import Held
 from tests.harness import run
 from tests.parity import SHAPE
@@ -40,7 +40,7 @@ DEEP: dict[str, Any] = SHAPE | dict(num_hidden_layers=6)
 
 
 class Plain(nn.Module):
-    """Parameters of every kind, initialized in every way."""
+    """A module with parameters of every kind, initialized in every way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,22 +74,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def launch(rank: int, world_size: int, stage: int) -> None:
-    """As torchrun would have it, in ranks that have met already."""
+    """Do as a script under torchrun does, in ranks that have joined a process group already."""
     config = dict(zero=dict(stage=stage), train=dict(global_batch_size=12, micro_batch_size=1, device="cpu"))
     with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"):
         parallel.launch_from_torch(config)
 
 
-def values_of(model: nn.Module, *, divided: bool) -> Values:
-    """Every parameter's values, gathered where it is divided, as all of them have to be or none."""
+def values_of(model: nn.Module, *, sharded: bool) -> Values:
+    """Return every parameter's values; all of them must be sharded, and are then gathered, or none."""
     values = {}
     for name, parameter in model.named_parameters():
-        assert is_divided(parameter) == divided, name
+        assert is_sharded(parameter) == sharded, name
         assert parameter.device.type == "cpu", name
-        if divided:
+        if sharded:
             values[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
-            restore(parameter, values[name])
-            assert not is_divided(parameter)
+            unshard_parameter(parameter, values[name])
+            assert not is_sharded(parameter)
         else:
             values[name] = parameter.detach().clone()
     return values
@@ -97,7 +97,7 @@ def values_of(model: nn.Module, *, divided: bool) -> Values:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Saved models in several files each; `twice` has the tied weight under both its names."""
+    """Save models, in several files each; `twice` has the tied weight under both of its names."""
     found = {name: tmp_path_factory.mktemp(name) for name in ("opt", "llama", "deep", "twice", "missing")}
     torch.manual_seed(1)
     kinds: dict[str, dict[str, Any]] = dict(opt=SHAPE, deep=DEEP, twice=SHAPE, missing=SHAPE)
@@ -117,7 +117,7 @@ LOST = "model.decoder.layers.1.fc1.bias"
 
 
 def edit(folder: Path, name: str, change: Callable[[Values], Values]) -> None:
-    """Change the file that holds a tensor, and the index with it."""
+    """Change the file that has this tensor, and the index accordingly."""
     listing = folder / "model.safetensors.index.json"
     index = json.loads(listing.read_text())
     file = index["weight_map"].pop(name)
@@ -132,12 +132,12 @@ class Loaded:
     values: Values
     tied: bool
     trainable: bool
-    cast: Values  # read as bf16, made fp16 before it is gathered
+    cast: Values  # loaded as bf16, cast to fp16 before it is gathered
 
 
 def load(rank: int, world_size: int, folders: dict[str, Path], stage: int) -> dict[str, Loaded]:
     launch(rank, world_size, stage)
-    divided = stage == 3 and world_size > 1
+    sharded = stage == 3 and world_size > 1
     found = {}
     for name, kind in (("opt", OPTForCausalLM), ("llama", LlamaForCausalLM), ("twice", OPTForCausalLM)):
         with parallel.sharded_init():
@@ -145,13 +145,13 @@ def load(rank: int, world_size: int, folders: dict[str, Path], stage: int) -> di
             cast = kind.from_pretrained(folders[name], dtype=torch.bfloat16)
         tied = model.get_input_embeddings().weight is model.lm_head.weight
         trainable = all(parameter.requires_grad for parameter in model.parameters())
-        cast_values = values_of(nn.Module.half(cast), divided=divided)
-        found[name] = Loaded(values_of(model, divided=divided), tied, trainable, cast_values)
+        cast_values = values_of(nn.Module.half(cast), sharded=sharded)
+        found[name] = Loaded(values_of(model, sharded=sharded), tied, trainable, cast_values)
     return found
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 3)])
-def test_a_model_loaded_in_slices_is_the_one_that_from_pretrained_loads(
+def test_a_model_loaded_in_shards_is_the_one_that_from_pretrained_loads(
     folders: dict[str, Path], world_size: int, stage: int
 ) -> None:
     for found in run(load, world_size, folders, stage):
@@ -186,7 +186,7 @@ def build(rank: int, world_size: int, stage: int, seeds: list[int]) -> dict[str,
             names.setdefault(id(parameter), []).append(key)
         tied = [tuple(group) for group in names.values() if len(group) > 1]
         frozen = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
-        found[name] = Built(values_of(model, divided=stage == 3 and world_size > 1), tied, frozen, drawn)
+        found[name] = Built(values_of(model, sharded=stage == 3 and world_size > 1), tied, frozen, drawn)
     return found
 
 
@@ -196,10 +196,10 @@ def alone() -> dict[str, Built]:
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 3), (2, 0), (2, 3), (3, 3)])
-def test_a_model_constructed_in_slices_has_one_seeds_values_in_every_stage_on_any_ranks(
+def test_a_model_constructed_in_shards_has_one_seeds_values_in_every_stage_on_any_ranks(
     alone: dict[str, Built], world_size: int, stage: int
 ) -> None:
-    """The first rank's seed: the others are given another."""
+    """The values follow from the first rank's seed; each rank has another."""
     for found in run(build, world_size, stage, [5, 6, 7][:world_size]):
         for name, want in alone.items():
             got = found[name]
@@ -210,9 +210,9 @@ def test_a_model_constructed_in_slices_has_one_seeds_values_in_every_stage_on_an
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
-def test_what_is_drawn_follows_hugging_faces_rules(alone: dict[str, Built], name: str) -> None:
-    """Constants are equal. A deviation estimated from N elements is off by 1/√(2N) of itself: six times that for each
-    of the two models.
+def test_random_values_follow_hugging_faces_rules(alone: dict[str, Built], name: str) -> None:
+    """Constants are equal. A standard deviation estimated from N elements has a relative error of 1/√(2N): six times
+    that is allowed for each of the two models.
     """
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -235,7 +235,7 @@ def tied_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def test_initialization_of_a_users_own_is_kept(alone: dict[str, Built]) -> None:
+def test_a_users_own_initialization_is_kept(alone: dict[str, Built]) -> None:
     built = alone["plain"]
     values, (copied, original) = built.values, ("encoder.layers.1", "encoder.layers.0")
     assert built.tied == [("embed.weight", "head.weight")]
@@ -255,7 +255,7 @@ def test_initialization_of_a_users_own_is_kept(alone: dict[str, Built]) -> None:
 
 
 class Seen(Held):
-    """Held, which knows of what is registered too: a file's reader makes tensors beside torch's dispatch."""
+    """Counts also the tensors that are registered: a reader of files makes tensors without torch's dispatch."""
 
     def _note(self, tree: Any, *, is_new: bool) -> None:
         leaves = tree_leaves(tree)
@@ -292,8 +292,8 @@ def peaks(rank: int, world_size: int, folder: Path) -> dict[str, int]:
     return found
 
 
-def test_a_rank_holds_its_slices_and_one_parameter_at_most(folders: dict[str, Path]) -> None:
-    """Beside them a few numbers for each parameter: its stand-in, padding, a scalar; and the state of torch's
+def test_a_rank_holds_its_shards_and_one_parameter_at_most(folders: dict[str, Path]) -> None:
+    """It also holds a few numbers for each parameter (its placeholder, padding, a scalar) and the state of torch's
     generator, from each of two ranks, pickled and not.
     """
     sizes = [parameter.nbytes for parameter in OPTForCausalLM(OPTConfig(**DEEP)).parameters()]
@@ -304,7 +304,7 @@ def test_a_rank_holds_its_slices_and_one_parameter_at_most(folders: dict[str, Pa
 
 
 def refuse(rank: int, world_size: int, folder: Path, stage: int) -> tuple[str, bool]:
-    """What is said of a missing tensor, and whether torch and the environment are afterwards what they were."""
+    """Return the message about a missing tensor, and whether torch and the environment are restored after it."""
     launch(rank, world_size, stage)
     message = ""
     try:
@@ -326,11 +326,11 @@ def test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched(folde
         assert LOST in message
         assert str(folders["missing"]) in message
         assert clean
-    # Where nothing is divided, Hugging Face's own way: it draws the tensor, and says so.
+    # Where nothing is sharded, Hugging Face does as usual: it draws the tensor, and prints a warning.
     assert run(refuse, 1, folders["missing"], 3) == [("", True)]
 
 
-def test_blocks_nest_and_leave_the_meta_device_to_those_who_ask_for_it() -> None:
+def test_blocks_nest_and_keep_parameters_on_the_meta_device_that_a_user_puts_there() -> None:
     with construction(ALONE, ALONE):
         with construction(ALONE, ALONE):
             inner = nn.Linear(3, 2)
@@ -355,7 +355,7 @@ def test_a_state_dict_copied_in_a_block_is_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_a_stand_in_has_a_shape_and_holds_one_element(dtype: torch.dtype) -> None:
+def test_a_placeholder_has_a_shape_and_holds_one_element(dtype: torch.dtype) -> None:
     x = placeholder((5, 7), dtype, torch.device("cpu"))
     assert (x.shape, x.numel(), x.untyped_storage().nbytes()) == ((5, 7), 35, dtype.itemsize)
     assert x.isnan().all() or not dtype.is_floating_point

@@ -1,4 +1,4 @@
-"""Rank arithmetic against numpy's own row-major boxes."""
+"""The arithmetic of ranks and coordinates, compared with numpy's row-major arrays."""
 
 import itertools
 from typing import Any
@@ -19,7 +19,7 @@ shapes = st.lists(st.integers(1, 3), min_size=1, max_size=len(AXES)).map(
 
 @st.composite
 def shape_and_axes(draw: st.DrawFn) -> tuple[dict[str, int], list[str]]:
-    """A mesh and some of its axes, in any order."""
+    """Draw the shape of a mesh, and some of its axes in any order."""
     shape = draw(shapes)
     return shape, draw(st.lists(st.sampled_from(list(shape)), unique=True))
 
@@ -30,12 +30,12 @@ def box(shape: dict[str, int]) -> np.ndarray[Any, Any]:
 
 
 @given(shapes)
-def test_coordinates_are_where_the_rank_stands_in_a_row_major_box(shape: dict[str, int]) -> None:
+def test_coordinates_are_the_position_of_a_rank_in_a_row_major_box(shape: dict[str, int]) -> None:
     topology, ranks = Topology(shape), box(shape)
     assert topology.world_size == ranks.size
-    for place in itertools.product(*map(range, ranks.shape)):
-        coordinates = dict(zip(shape, place, strict=True))
-        rank = int(ranks[place])
+    for index in itertools.product(*map(range, ranks.shape)):
+        coordinates = dict(zip(shape, index, strict=True))
+        rank = int(ranks[index])
         assert topology.coordinates(rank) == coordinates
         assert topology.rank_of(coordinates) == rank
 

@@ -1,4 +1,4 @@
-"""What a training step sends, part by part, is what the tables in docs/notation.md say: no more, no less."""
+"""A training step sends exactly what the tables in docs/notation.md say, in each of its parts."""
 
 import re
 from dataclasses import asdict, replace
@@ -49,9 +49,9 @@ LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
 
 
 def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatches: int) -> tuple[list[Call], str]:
-    """Every call of a step, and the name of the group over depth.
+    """Return every collective call of a step, and the name of the process group over depth.
 
-    They are caught where torch dispatches them, and must be what our own counters have counted, to the byte.
+    The calls are caught where torch dispatches them. Our own counters must have counted the same, to the byte.
     """
     replicas = world_size // tensor.size
     samples = B * microbatches * replicas
@@ -73,17 +73,19 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
 
 
 def named(call: Call, sync: set[str]) -> Call:
-    """The call, its part made `gradient sums` where it is one, whenever in a step that may be: no layer all-reduces
-    anything over a group that some gradient is summed over.
+    """Return the call, with the part `gradient sums` if it is one; it may be launched during any part of a step.
+
+    It is recognized by its group: no layer all-reduces anything over a group that some gradient is summed over.
     """
     is_sum = call.kind == "all_reduce" and call.group in sync and call.elements > FEW
     return replace(call, part=SUMS) if is_sum else call
 
 
 def mark_parts(engine: Engine, handed: Handed) -> None:
-    """Have `handed.part` follow a step: a layer forward from its call, backward from the gradient of its output.
+    """Register hooks that set `handed.part` in the course of a step.
 
-    The tied embedding's gradient is the last of a backward; what comes after it, and before a forward, is in no layer.
+    The part is a layer's forward from its call, and its backward from the gradient of its output. The tied embedding's
+    gradient is the last of a backward: calls after it, and before the next forward, are in no layer.
     """
     for layer in engine.stage.layers:
         forward, backward = (partial(handed.enter, f"{type(layer).__name__} {way}") for way in WAYS)
@@ -96,7 +98,7 @@ def mark_parts(engine: Engine, handed: Handed) -> None:
 
 @cache
 def steps(layout: str, microbatches: int) -> list[tuple[list[Call], str]]:
-    """Of every rank; they are started once for all tests of a layout."""
+    """Return what `calls_of_a_step` returns on every rank; it runs once for all tests of a layout."""
     _, tensor, replicas = LAYOUTS[layout]
     return run(calls_of_a_step, tensor.size * replicas, tensor, microbatches)
 
@@ -106,7 +108,7 @@ def sent(calls: list[Call], part: str) -> float:
 
 
 def formulas(row: str, part: str) -> list[str]:
-    """The last cells of a row of the tables: forward and backward of a part, or what the gradient sums send."""
+    """Return the last cells of a row of the tables: a part's forward and backward, or what the gradient sums send."""
     found = re.search(rf"^\| {re.escape(row)} \| {part} \| (.*) \|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     return found[1].split(" | ")
@@ -133,7 +135,7 @@ def test_each_part_of_a_step_sends_what_the_tables_say(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outside_its_layers_a_step_sends_but_gradients_and_a_few_numbers(layout: str) -> None:
+def test_outside_its_layers_a_step_sends_only_gradients_and_a_few_numbers(layout: str) -> None:
     for calls, _ in steps(layout, 1):
         others = [call.elements for call in calls if call.part == OUTSIDE]
         assert len(others) <= 3  # the count of labels, the loss, the norm
@@ -141,7 +143,7 @@ def test_outside_its_layers_a_step_sends_but_gradients_and_a_few_numbers(layout:
 
 
 def test_gradients_are_summed_once_a_step_over_depth_too() -> None:
-    """2.5d: three microbatches send thrice what one sends, but over depth no more than one does."""
+    """Three microbatches send three times what one sends in 2.5d, but over depth they send the same."""
     layout = "2.5d2x2x2"
     for (one, depth), (three, _) in zip(steps(layout, 1), steps(layout, 3), strict=True):
         for part in {call.part for call in one}:
@@ -158,10 +160,10 @@ def test_gradients_are_summed_once_a_step_over_depth_too() -> None:
         ("3-D", "3d", TensorConfig("3d", 64)),
     ],
 )
-def test_the_linears_send_what_the_paper_does_but_for_what_the_documents_say(
+def test_the_linears_send_what_the_paper_says_except_for_what_the_documents_list(
     paper: str, row: str, tensor: TensorConfig
 ) -> None:
-    """Arithmetic between two tables; that ours says what is sent is for the tests above."""
+    """This is arithmetic between two tables; the tests above compare our own with what is sent."""
     names = letters(tensor, OPTShape(**MODEL), B, S)
     names["q"] = max(names["q"], names["c"])
     (cells,) = re.findall(rf"^\| {paper} \| (.*) \|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)

@@ -11,7 +11,8 @@ import torch
 from models.data import Corpus
 from models.tokenizer import Tokenizer
 from parallel.config import Config
-from parallel.engine.context import Place, choose_device
+from parallel.engine.context import Place
+from parallel.engine.device import choose_device
 from parallel.errors import ConfigError
 from training.config import override_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
@@ -47,7 +48,7 @@ def prepare(
     Nothing is written. Raises ConfigError, DataError or CheckpointError.
     """
     corpus = read_corpus(config)
-    device, _ = choose_device(config.train.device, place)
+    device, _ = choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
     if config.train.compile:
         check_compiler(device)
     found = find_checkpoint(config, resume)

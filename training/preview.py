@@ -9,7 +9,8 @@ from models.costs import parameter_count
 from models.shapes import OPTShape, shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
 from parallel.config import Config
-from parallel.engine.context import Place, device_type, make_context
+from parallel.engine.context import Place, make_context
+from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import SCHEDULES, with_transfers

@@ -1,1 +1,1 @@
-"""A training step, composed: the engines, and how a user's program reaches them."""
+"""The engines, which compose a training step of all parts, and the functions by which a program makes them."""

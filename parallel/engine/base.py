@@ -1,4 +1,7 @@
-"""What a step does to the weights, whatever computed their gradients."""
+"""The base of all engines: the update of the weights, and what a checkpoint saves of it.
+
+How gradients are computed is the subclasses' part.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from parallel.config import Config
 from parallel.engine.context import Context
 from parallel.errors import ConfigError
 from parallel.layout.layout import ParameterInfo, Piece
+from parallel.mesh.mesh import Mesh
 from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
@@ -28,8 +32,12 @@ Optimizer: TypeAlias = AdamW | TorchOptimizer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank: `loss` is from before the update, `grad_norm` from before clipping,
-    `tokens` the number of labels that the loss is the mean over. `phases` is what it took of this rank, in seconds."""
+    """The result of a step, the same on every rank except for `phases`.
+
+    `loss` is the loss before the update, the mean over `tokens` labels. `grad_norm` is the norm before clipping; None
+    where an fp16 gradient overflowed and the update was `skipped`. `lr` is the learning rate of the update. `phases`
+    are the seconds that each phase of the step took on this rank.
+    """
 
     loss: float
     grad_norm: float | None
@@ -42,8 +50,10 @@ class StepResult:
 def initial_placement_of(
     infos: Sequence[ParameterInfo], context: Context, *, num_microbatches: int = 0, is_torchs: bool = False
 ) -> InitialPlacement:
-    """Where the chunks of these parameters will be at home, in steps of the config's number of microbatches or another;
-    `is_torchs`: with an optimizer of torch's. Raises ConfigError, on every rank, where there is too little room.
+    """Return the placement of the chunks of these parameters before the first step, before the chunks are made.
+
+    `num_microbatches` is that of a step; 0: the config's. `is_torchs`: with an optimizer of torch's. Every rank calls
+    this. Raises ConfigError, on every rank, where one has too little room.
     """
     config, place = context.config, context.place
     num_microbatches = num_microbatches or config.num_microbatches(place.world_size) or 2
@@ -55,19 +65,27 @@ def initial_placement_of(
 
 
 def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Optimizer | None) -> Optimizer:
-    """The one that was passed, divided, or else the config's. Raises ConfigError or ModelError for what cannot be."""
+    """Return the optimizer of the chunks: the one that was passed, sharded as they are, or else the config's AdamW.
+
+    Raises ConfigError or ModelError for one that cannot be sharded.
+    """
     if passed is None:
         return AdamW(chunks, config.optimizer, compiles=config.train.compile)
     if config.optimizer.state_dtype != "fp32":
         raise ConfigError(
-            f"optimizer.state_dtype: {config.optimizer.state_dtype!r} is for the config's own AdamW; one that is passed"
-            " keeps what it keeps. Try 'fp32', or pass no optimizer."
+            f"optimizer.state_dtype: {config.optimizer.state_dtype!r} is for the config's own AdamW; an optimizer that"
+            " is passed has states of its own dtype. Try 'fp32', or pass no optimizer."
         )
     return TorchOptimizer(chunks, passed)
 
 
 class EngineBase:
-    """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both."""
+    """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both.
+
+    `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included: it is
+    the position in the data. `num_updates` counts those that were not skipped: it is the position in the schedule of
+    the learning rate. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
+    """
 
     def __init__(
         self,
@@ -75,21 +93,34 @@ class EngineBase:
         context: Context,
         chunks: Sequence[Chunk],
         optimizer: Optimizer,
-        start: InitialPlacement,
+        initial_placement: InitialPlacement,
     ) -> None:
-        self.module, self.context, self.config, self.mesh = module, context, context.config, context.mesh
+        self.module, self.context = module, context
         self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
-        self.placement_manager = PlacementManager(self.chunks, optimizer, self.config.zero, self.mesh.world, start)
-        self.inputs: InputsOnHost | None = None  # of layers that are recomputed
+        self.placement_manager = PlacementManager(
+            self.chunks, optimizer, self.config.zero, self.mesh.world, initial_placement
+        )
+        self.inputs: InputsOnHost | None = None
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
-        self.num_steps = 0  # taken, skipped ones too: the place in the data
-        self.num_updates = 0  # those that were not skipped: the place in the learning rate's schedule
+        self.num_steps = self.num_updates = 0
+
+    @property
+    def config(self) -> Config:
+        """The config of the context."""
+        return self.context.config
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the context."""
+        return self.context.mesh
 
     def train(self, mode: bool = True) -> None:
+        """Put the module into training mode or, with False, into evaluation mode, as torch's `train` does."""
         self.module.train(mode)
 
     def eval(self) -> None:
+        """Put the module into evaluation mode."""
         self.train(False)
 
     @property
@@ -101,11 +132,11 @@ class EngineBase:
         return learning_rate(schedule, rate, self.num_updates, self.config.train.steps)
 
     def state(self) -> dict[str, list[Piece]]:
-        """All that a step changes, as pieces of public tensors by kind: what a checkpoint saves and fills again."""
+        """Return all tensors that a step changes, as pieces by kind: a checkpoint saves them, and loads into them."""
         return self.optimizer.pieces()
 
     def state_pieces(self, *, owned: bool = False) -> list[Piece]:
-        """The same in one list, each name with its kind before it; `owned`: only what this rank speaks for."""
+        """Return the pieces of `state` in one list, each named KIND/NAME; `owned`: only those that this rank saves."""
         mine = {piece.name for piece in self.weights()} if owned else None
         return [
             Piece(f"{kind}/{piece.name}", piece.shape, piece.box, piece.data)
@@ -115,29 +146,31 @@ class EngineBase:
         ]
 
     def counters(self) -> dict[str, Any]:
-        """What else a step changes, ready for JSON: what a checkpoint saves beside `state`."""
+        """Return all else that a step changes, as values for JSON: a checkpoint saves them beside `state`."""
         scale = self.loss_scale
         counts: dict[str, Any] = {"step": self.num_steps, "updates": self.num_updates}
         counts |= {"loss_scale": scale.scale if scale.is_dynamic else None, "good_steps": scale.good_steps}
         return counts | {"placement": self.placement_manager.state()}
 
     def restore(self, counters: Mapping[str, Any]) -> None:
-        """Go on from where `counters` were taken, the pieces of `state` having been filled with what they were then."""
+        """Go on from where `counters` were saved; the pieces of `state` must hold what they held then."""
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
         self.optimizer.restore(self.num_updates)
         self.placement_manager.restore(counters.get("placement", {}))
-        if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # in fp16 before, too
+        if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # None: saved in another precision
             self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
 
     def weights(self) -> list[Piece]:
-        """The pieces that this rank owns of the model's weights, in master precision."""
+        """Return the pieces that this rank owns of the model's weights, in the precision of the master weights."""
         for chunk in self.chunks:
             chunk.settle()
         return [piece for chunk in self.chunks if chunk.owner for piece in chunk.pieces(chunk.master)]
 
     def held(self) -> dict[Tier, int]:
-        """The bytes of this rank's model data on each tier, between two steps: parameters, the memory for gradients on
-        the host, masters and moments, and what states on a disk go through.
+        """Return the bytes of this rank's model data on each tier, between two steps.
+
+        These are parameters, the memory for gradients on the host, master weights and moments, and the host's buffers
+        for states that are on a disk.
         """
         found = dict.fromkeys(Tier, 0)
         for tier, x in [*self.optimizer.held(), *(pair for chunk in self.chunks for pair in chunk.held())]:
@@ -147,11 +180,12 @@ class EngineBase:
         return found
 
     def _update(self, norm: Tensor, divisor: float) -> bool:
-        """Update every weight by its gradient / `divisor`, clipped by that gradient's `norm`: on no rank where it
-        overflowed in fp16, which is the answer.
+        """Update every weight by gradient / `divisor`, clipped; `norm` is the global norm of that quotient.
+
+        Returns whether the gradient overflowed in fp16: then no rank updates anything.
         """
         self.placement_manager.before_update()
-        overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # of one norm, so all ranks agree
+        overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # ranks agree: the norm is the same
         if not overflow:
             self.optimizer.step(clip_coefficient(norm, self.config.train.clip_grad_norm) / divisor, self.lr)
             self.num_updates += 1

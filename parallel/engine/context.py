@@ -1,11 +1,9 @@
-"""Who and where this process is: the one place that reads and sets the environment, and the context that the short
-public forms use.
+"""A process among those of a run: its rank, its config and its mesh; and the current context, which the functions of
+the library use that take none.
 """
 
-import ctypes
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +12,23 @@ from typing import Any
 import torch
 
 from parallel.config import Config, Resolver, load_raw, parse
+from parallel.engine.device import choose_device, set_up_device
 from parallel.errors import ConfigError
-from parallel.mesh.mesh import Mesh, join
+from parallel.mesh.mesh import Mesh
+from parallel.mesh.process_groups import join_world
 from parallel.mesh.topology import Topology
 from parallel.tensor import MODES
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process among those started together: its rank, how many there are, and the same on its own host."""
+    """The place of this process among those that were started together.
+
+    `rank` is its number among `world_size` processes, `local_rank` its number among the `local_world_size` processes of
+    its own host. Both count from 0.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -35,7 +37,10 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """What torchrun says; without RANK, a world of one. Raises ConfigError where it contradicts itself."""
+        """Return the place that torchrun's environment variables give; without RANK, a world of one process.
+
+        Raises ConfigError where RANK is set, and another variable is missing or is no number.
+        """
         if "RANK" not in os.environ:
             return cls()
         try:
@@ -48,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A config, and this process's place in the mesh that it describes."""
+    """A config, the mesh that it describes as this rank sees it, and the place of this process."""
 
     config: Config
     mesh: Mesh
@@ -56,88 +61,38 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of parameters and activations: `train.precision`."""
         return DTYPES[self.config.train.precision]
 
     @property
     def device(self) -> torch.device:
+        """The device of this rank."""
         return self.mesh.device
 
 
-def device_type(wanted: str) -> str:
-    """That of a run's devices, on a machine like this one."""
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count()) else "cpu"
-
-
-def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
-    """This rank's device, and the backend: nccl where each local rank has a GPU of its own, else gloo."""
-    count = torch.cuda.device_count()
-    if wanted == "cuda" and not count:
-        raise ConfigError(
-            "train.device: 'cuda' needs a GPU that torch can see, and there is none. Try 'auto' or 'cpu'."
-        )
-    if device_type(wanted) == "cpu":
-        return torch.device("cpu"), "gloo"
-    backend = "nccl" if place.local_world_size <= count else "gloo"
-    return torch.device("cuda", place.local_rank % count), backend
-
-
 def make_context(config: Config, place: Place, *, connect: bool = True, device: torch.device | None = None) -> Context:
-    """The context of a config at a place. With `connect=False` nothing is started: for planning, on any `device`."""
+    """Return the context of a config at a place: choose and set up the device, join the other ranks, make the mesh.
+
+    `connect=False` does nothing but make a mesh without process groups, for planning on any `device`.
+    """
     topology = Topology(config.parallel.mesh_shape(place.world_size))
     merged = MODES[config.parallel.tensor.mode].merged_axes()
     if not connect:
         return Context(config, Mesh(topology, place.rank, device=device, merged=merged, connect=False), place)
-    device, backend = choose_device(config.train.device, place)
-    if device.type == "cuda":
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        torch.cuda.set_device(device)
-        if config.zero.device_memory is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, config.zero.device_memory / total), device)
-    else:
-        _keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks on one host share its cores
-            torch.set_num_threads(max(1, _cores() // place.local_world_size))
+    device, backend = choose_device(
+        config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size
+    )
+    set_up_device(device, memory_limit=config.zero.device_memory, local_world_size=place.local_world_size)
     if place.world_size > 1:
-        join(backend, place.rank, place.world_size, device=device)
+        join_world(backend, place.rank, place.world_size, device=device)
     return Context(config, Mesh(topology, place.rank, device=device, merged=merged), place)
-
-
-def _cores() -> int:
-    """Those that this process may use: a job's share of a host, where there is such a thing."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _keep_freed_memory() -> None:
-    """What a step frees, the next one will need. Left alone, glibc gives large blocks back to the kernel, which clears
-    every page anew. The largest still go: of those it would keep more than are used, as it seldom reuses aligned ones.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most that it takes: from there on a block is a mapping
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """A block in which other libraries find these in the environment."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 _current: ContextVar[Context] = ContextVar("context")
 
 
 def current() -> Context:
-    """The context of the last `launch_from_torch` or `use`."""
+    """Return the context of the last `launch_from_torch` or `use`. Raises RuntimeError where there was none."""
     try:
         return _current.get()
     except LookupError:
@@ -145,15 +100,17 @@ def current() -> Context:
 
 
 def use(context: Context) -> Context:
-    """Make it the current one."""
+    """Make this context the current one, and return it."""
     _current.set(context)
     return context
 
 
 def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolve: Resolver | None = None) -> Context:
-    """Read a config (a file, a dict, or one already parsed), join the ranks that torchrun started, and make the mesh.
+    """Read a config, join the ranks that torchrun started, make the mesh, and return the context, now the current one.
 
-    Without RANK in the environment, a world of one. Raises ConfigError before any process group exists.
+    `config` is a file, a dict, or a config that was parsed already. Without RANK in the environment it is a world of
+    one process. `resolve` fills in the sizes of a named model, as `parse` does. Raises ConfigError, with all the
+    problems of the config, before any process group exists.
     """
     place = Place.from_environment()
     if not isinstance(config, Config):

@@ -1,4 +1,7 @@
-"""One training step, composed: a plan, gradients, a norm, an update. Knows no model."""
+"""The engine of a model in stages: one training step of a plan, gradients, a norm and an update.
+
+It knows no model.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,7 +17,7 @@ from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch, problem_of
+from parallel.pipeline.microbatch import Microbatch, batch_problem
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
@@ -27,21 +30,27 @@ from parallel.zero.gatherer import Gatherer
 
 
 class Engine(EngineBase):
-    """Trains one stage of a model in its place in the mesh.
+    """Trains this rank's stage of a model, in a mesh of any shape.
 
-    A batch is this replica's samples, micro × k of them, the same on every rank of the replica: `input_ids` [B, S], and
-    optionally `labels` (−100: not counted; shifted inside; default: the inputs), `attention_mask`, and `sample_ids`
-    [B], which number the samples over the run and key dropout (default: counted by step).
+    A batch is a dict of this replica's samples, the same on every rank of the replica; B is a multiple of
+    `train.micro_batch_size`. All tensors are of integers:
+
+    input_ids [B, S]
+    labels [B, S]            optional; −100 is not counted; they are shifted inside. Default: the inputs
+    attention_mask [B, S]    optional; 1 where there is a token, 0 at padding. Default: no padding
+    sample_ids [B]           optional; the samples' numbers over the run, which dropout depends on. Default: counted
+
+    Raises ConfigError or ModelError for a config or an optimizer that it cannot train with.
     """
 
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        start = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
-        with explain_host_shortage(start):
+        placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
+        with explain_host_shortage(placement):
             chunks = make_chunks(
-                stage.infos, context.dtype, zero=zero, fill=stage.set_initial_values, storages=start.storages
+                stage.infos, context.dtype, zero=zero, fill=stage.set_initial_values, storages=placement.storages
             )
-        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), start)
+        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)
         self.pipe.connect(self.mesh.device)
@@ -55,10 +64,11 @@ class Engine(EngineBase):
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """Forward and backward of all microbatches, one update; none on any rank where a gradient overflowed in fp16.
+        """Do forward and backward of all microbatches, and one update; no rank updates after an overflow in fp16.
 
-        Raises DataError, on every rank and before anything is changed, for a batch that cannot be used or has no label;
-        ConfigError where the device has too little memory.
+        Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
+        on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError where
+        the device has too little memory.
         """
         with self.placement_manager.explain_shortage():
             return self._train_step(batch)
@@ -73,9 +83,10 @@ class Engine(EngineBase):
         self.placement_manager.before_step((len(microbatches), *ids.shape, int(mask is not None)))
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
-        keeps = self.config.train.activation_checkpointing == "none"  # what a layer computed, also if products wait
-        weights = self.gradients.deferred if keeps else None
-        runner = Runner(self.stage, self.pipe, microbatches, weights=weights, mark=self.stopwatch.mark)
+        # With recomputation, products that wait would keep more recomputed activations at a time.
+        is_recomputed = self.config.train.activation_checkpointing != "none"
+        deferred = None if is_recomputed else self.gradients.deferred
+        runner = Runner(self.stage, self.pipe, microbatches, weight_gradients=deferred, mark=self.stopwatch.mark)
         total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
         self.stopwatch.mark("reduce")
         total = self._sum(total)
@@ -88,15 +99,15 @@ class Engine(EngineBase):
         lr = self.lr
         overflow = self._update(norm, scale)
         self.placement_manager.after_step(skipped=overflow)
-        loss, grad_norm = result.wait().tolist()  # while the device updates, the host may go on to the next batch
+        loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none.
+        """Return the mean loss over all counted labels of all batches, the same on every rank; NaN without a label.
 
-        Replicas take part together: each must bring as many batches. Raises DataError as `train_step` does.
+        Every replica must give as many batches as the others. Raises DataError as `train_step` does.
         """
         self.stage.eval()
         total, tokens = 0.0, 0
@@ -113,34 +124,40 @@ class Engine(EngineBase):
     # -- parts of a step
 
     def _microbatches(self, batch: Mapping[str, Tensor]) -> tuple[list[Microbatch], int]:
-        """The batch on this rank's device, and the counted labels of all replicas' batches: they are known before the
-        first forward, so that sums are divided once, globally. A batch that one replica refuses, all refuse.
+        """Return the batch as microbatches on this rank's device, and the number of counted labels of all replicas.
+
+        That number is known before the first forward, so that sums are divided once, by the global count. Raises
+        DataError on every rank where one replica cannot use its batch.
         """
         size = self.config.train.micro_batch_size
-        problem = problem_of(batch, size, self.stage.interface.limits)
+        problem = batch_problem(batch, size, self.stage.interface.limits)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
         own = 0 if problem else len(batch["input_ids"])
-        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])  # no GPU is waited for
+        # These are on the host, so that no GPU is waited for.
+        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])
         tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
         if refused:
             raise DataError(f"batch: {problem or 'that of another replica was refused'}.")
-        if total**2 != self.data.size * squares:
-            raise DataError(f"batch: replicas have different numbers of samples, this one {own}. Give each as many.")
+        if total**2 != self.data.size * squares:  # equal only where all numbers of samples are
+            raise DataError(
+                f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
+            )
         ids = batch["input_ids"]
         first = (self.num_steps * self.data.size + self.data.rank) * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
         ids, labels, samples = (to_device(t.to(torch.int64), self.mesh.device) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
-        if mask is not None and bool(mask.all()):  # it hides nothing, but kernels that know of none are faster
+        if mask is not None and bool(mask.all()):  # it masks nothing, and kernels without a mask are faster
             mask = None
         mask = None if mask is None else to_device(mask.to(torch.int64), self.mesh.device)
         return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
 
     def _sum(self, total: Tensor) -> Tensor:
-        """The loss summed over every rank that speaks for its part of it, the same on all of them."""
+        """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""
         return all_reduce(total if self.stage.interface.is_counted else torch.zeros_like(total), self.mesh.world)
 
     def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
+        """Return a plan with transfers, which is made and validated once."""
         key = generate, num_microbatches
         if key not in self._plans:
             self._plans[key] = with_transfers(generate(self.pipe.size, num_microbatches))

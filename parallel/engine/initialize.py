@@ -1,4 +1,4 @@
-"""The door of the library: a model and what trains it, in; an engine, out."""
+"""The entry points of the library: `initialize` makes an engine of a model, `sharded_init` shards the model first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,37 +7,41 @@ from typing import Any
 import torch
 from torch import nn
 
-from parallel.engine.context import current, environment
+from parallel.engine.context import current
 from parallel.engine.engine import Engine
-from parallel.engine.loaders import divide
-from parallel.engine.module_engine import Criterion, ModuleEngine
+from parallel.engine.environment import environment_variables
+from parallel.engine.loaders import divide_loader
+from parallel.engine.module_engine import ModuleEngine
 from parallel.errors import ModelError
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
+from parallel.modules.loss import Criterion
 from parallel.pipeline.stage import Stage
 
 
 @contextmanager
 def sharded_init() -> Iterator[None]:
-    """A block in which models are loaded or constructed, without any rank ever holding one whole.
+    """Load or construct models in the block without any rank ever holding one whole.
 
         with parallel.sharded_init():
             model = OPTForCausalLM.from_pretrained(path)
 
-    In ZeRO stage 3 each data-parallel rank keeps a slice of every parameter; otherwise the model comes out whole. Its
-    values are the same in every stage, on any number of ranks: random ones follow from the first rank's torch
-    generator. Every rank enters and leaves the block together. Raises DataError for a tensor that is not in the files.
+    In ZeRO stage 3 each data-parallel rank keeps a shard of every parameter; in other stages the model is whole after
+    the block. Its values are the same in every stage, on any number of ranks: random ones follow from the first rank's
+    torch generator. Every rank enters and leaves the block together. Raises DataError for a tensor that is not in the
+    files; RuntimeError before `launch_from_torch`. (The counterparts are FSDP's construction on the meta device,
+    torchdistx's deferred_init and DeepSpeed's zero.Init.)
     """
     context = current()
     replicas = context.mesh.axis("data")
-    over = replicas if context.config.zero.stage == 3 else ALONE
-    # By default transformers reads all tensors ahead, in threads.
-    with environment(HF_DEACTIVATE_ASYNC_LOAD="1"), construction(replicas, over):
+    shard_axis = replicas if context.config.zero.stage == 3 else ALONE
+    # By default transformers reads all tensors ahead, in threads: then a rank would hold the whole model.
+    with environment_variables(HF_DEACTIVATE_ASYNC_LOAD="1"), construction(replicas, shard_axis):
         yield
 
 
 class NoScheduler:
-    """Stands where no learning-rate scheduler was passed: does nothing."""
+    """The learning-rate scheduler that `initialize` returns where none was passed; it does nothing."""
 
     def step(self, *_: Any) -> None: ...
 
@@ -55,15 +59,20 @@ def initialize(
     eval_dataloader: Any = None,
     lr_scheduler: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """(engine, train_dataloader, eval_dataloader, lr_scheduler), for the context of the last `launch_from_torch`.
+    """Return (engine, train_dataloader, eval_dataloader, lr_scheduler) for the current context.
 
-    The engine is an `Engine` for a stage of `models.build`, a `ModuleEngine` for any other module, which is changed in
-    place: its parameters become views of the engine's buffers, on this rank's device, in the config's precision. Every
-    replica starts with rank 0's values. A passed optimizer wins over the config's (its class, groups, hyperparameters),
-    and so does its learning rate over the config's schedule. A DataLoader of global batches comes back as one of this
-    replica's parts (`loaders.divide`). The scheduler is the one passed, or one that does nothing.
+    That is the context of the last `launch_from_torch`.
 
-    Raises ConfigError or ModelError for what cannot be trained so.
+    The engine is an `Engine` for a stage of `models.build`, a `ModuleEngine` for any other module. Such a module is
+    changed in place: its parameters become views of the engine's buffers, on this rank's device, in the config's
+    precision. Every replica starts with rank 0's values.
+
+    A passed optimizer is used instead of the config's (its class, groups and hyperparameters), and its learning rate
+    instead of the config's schedule. `criterion`: see `ModuleEngine.train_step`. A DataLoader of global batches is
+    returned as one of this replica's parts (see `loaders.divide_loader`). The scheduler is the one that was passed, or
+    one that does nothing. Every rank calls this with the same arguments.
+
+    Raises ConfigError or ModelError for what cannot be trained in this way; RuntimeError before `launch_from_torch`.
     """
     context = current()
     engine: Engine | ModuleEngine
@@ -73,5 +82,5 @@ def initialize(
         engine = Engine(model, context, optimizer)
     else:
         engine = ModuleEngine(model, context, optimizer, criterion)
-    loaders = [divide(loader, engine.data) for loader in (train_dataloader, eval_dataloader)]
+    loaders = [divide_loader(loader, engine.data) for loader in (train_dataloader, eval_dataloader)]
     return engine, *loaders, lr_scheduler if lr_scheduler is not None else NoScheduler()

@@ -1,4 +1,4 @@
-"""A DataLoader of the whole batch becomes one of a replica's part of it."""
+"""DataLoaders of global batches, of which each replica takes its part."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from copy import copy
@@ -22,8 +22,10 @@ from parallel.mesh.mesh import Axis
 
 
 class ReplicaBatches(Sampler[list[int]]):
-    """Of every batch of indices the part of one replica: contiguous, and as large as every other's. What is left of a
-    batch that does not divide, at most one sample less than there are replicas, is left out.
+    """Yields one replica's part of every batch of indices: a contiguous part, of the same size on every replica.
+
+    Of a batch whose size the number of replicas does not divide, the remaining samples at its end are left out. It is
+    the counterpart of DistributedSampler, for whole batches.
     """
 
     def __init__(self, batches: Iterable[list[int]], axis: Axis) -> None:
@@ -40,15 +42,16 @@ class ReplicaBatches(Sampler[list[int]]):
         count = len(self.batches)
         if isinstance(batches := self.batches, BatchSampler) and not batches.drop_last:
             left = len(batches.sampler) % batches.batch_size  # type: ignore[arg-type]
-            count -= 0 < left < self.axis.size  # too few for every replica to have one
+            count -= 0 < left < self.axis.size  # too few samples for every replica to have one
         return count
 
 
-def divide(loader: Any, axis: Axis) -> Any:
-    """The same batches as in one process, of which this replica takes its part; a shuffle is rank 0's.
+def divide_loader(loader: Any, axis: Axis) -> Any:
+    """Return a loader of this replica's part of the loader's batches: together they are those of one process.
 
-    Returned as they are: what is no DataLoader; one whose batches are not drawn by index; and one with a
-    DistributedSampler, which divides them already. Raises ConfigError where batches do not divide.
+    A random sampler draws what rank 0's would. Every rank of the axis calls this. Anything but a DataLoader, a loader
+    whose batches are not drawn by index, and one with a DistributedSampler, which divides them already, are returned as
+    they are. Raises ConfigError where the number of replicas does not divide the batch size.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
@@ -79,12 +82,12 @@ def divide(loader: Any, axis: Axis) -> Any:
 
 
 def _with_common_seed(sampler: Any, axis: Axis) -> Any:
-    """A random sampler draws the same on every replica: from the state that rank 0's generator has now."""
+    """Return the sampler or, of a random one, a copy that draws the same on every replica, by a seed of rank 0's."""
     if not isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         return sampler
     generator: torch.Generator | None = sampler.generator
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    states: Sequence[int] = gather_objects(seed, axis)
+    seeds: Sequence[int] = gather_objects(seed, axis)
     sampler = copy(sampler)
-    sampler.generator = torch.Generator().manual_seed(states[0])
+    sampler.generator = torch.Generator().manual_seed(seeds[0])
     return sampler

@@ -1,6 +1,6 @@
-"""Data parallelism and ZeRO for any torch module: the user's own loop around it."""
+"""Data parallelism and ZeRO for any torch module, with the user's own loop around it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -8,33 +8,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from parallel.activations.offload import InputsOnHost
-from parallel.chunk.chunk import make_chunks
+from parallel.chunk.chunk import Chunk, make_chunks
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.module_state import ModuleState
 from parallel.errors import ConfigError, DataError, ModelError
-from parallel.layout.labels import IGNORED
+from parallel.layout.layout import ParameterInfo
 from parallel.mesh.collectives import all_reduce
-from parallel.mesh.mesh import on_the_host
-from parallel.modules import adapters as modules
+from parallel.mesh.mesh import axis_on_host
 from parallel.modules.agreement import Agreement
+from parallel.modules.buffers import broadcast_buffers
+from parallel.modules.evaluation import evaluating
+from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
+from parallel.modules.parameters import (
+    OriginalParameters,
+    broadcast_parameters,
+    make_gradients_dense,
+    refuse_state_dict,
+)
+from parallel.modules.passes import ModulePasses
+from parallel.modules.recompute import recompute_layers
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
-from parallel.placement.initial import explain_host_shortage
+from parallel.placement.initial import InitialPlacement, explain_host_shortage
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.zero.gatherer import Gatherer
-
-Criterion = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What `ModuleEngine.step` did, the same on every rank: `grad_norm` is from before clipping, None where an fp16
-    gradient overflowed and the update was skipped."""
+    """The result of `ModuleEngine.step`, the same on every rank.
+
+    `grad_norm` is the norm before clipping; None where an fp16 gradient overflowed and the update was `skipped`. `lr`
+    is the learning rate of the update.
+    """
 
     grad_norm: float | None
     lr: float
@@ -42,15 +53,18 @@ class UpdateResult:
 
 
 class ModuleEngine(ModuleState):
-    """Trains a module whose forward is its own affair, on this replica's samples.
+    """Trains a module on this replica's samples; its forward may be anything (the counterparts are DDP and FSDP).
 
         loss = engine(**batch).loss; engine.backward(loss); engine.step(); engine.zero_grad()
 
-    Gradients are the mean over replicas, and over nothing else: two backwards before a step add up. Parameters and
-    floating-point inputs have the config's precision, and so have buffers of the module's state; masters are fp32 at
-    least. Gradients never stay in `.grad`: `step` clips them as the config says and reports their norm. In ZeRO stage 3
-    a parameter is NaN outside the forward and backward of its layer (see `zero.units.layers_of`) or, where it belongs
-    to no layer, of the module.
+    Gradients are the mean over replicas, and over nothing else: those of two backwards before a step add up. Parameters
+    and floating-point inputs have the config's precision, and so have the buffers of the module's state; master weights
+    are fp32 at least. Gradients never stay in `.grad`: `step` clips them as the config says, and reports their norm.
+    In ZeRO stage 3 a parameter is NaN outside the forward and backward of its layer (see `modules.units.layers_of`) or,
+    where it belongs to no layer, of the module.
+
+    A passed optimizer is used instead of the config's AdamW. `criterion`, for a module without a loss of its own, is
+    described at `train_step`. Raises ConfigError or ModelError for what it cannot train.
     """
 
     def __init__(
@@ -70,73 +84,62 @@ class ModuleEngine(ModuleState):
         infos = infos_of(module, layers, data)
         if not any(info.parameter.requires_grad for info in infos):
             raise ModelError("model: none of its parameters requires a gradient.")
-        zero = config.zero.stage
-        fill = partial(modules.fill, axis=data)
-        start = initial_placement_of(
-            infos, context, num_microbatches=2, is_torchs=optimizer is not None
-        )  # as many as a user likes
-        with explain_host_shortage(start):
-            chunks = make_chunks(
-                infos, context.dtype, zero=zero, fill=fill, device=context.device, storages=start.storages
-            )
-        super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), start)
-        self.criterion = criterion
-        self._control = on_the_host(data)
-        self._agreement = Agreement(self._control)
-        self._layers = layers
-        is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
-        self._gatherer = Gatherer(
-            layers if is_gathered_on_demand else {}, chunks, self.placement_manager, self._agreement.check
+        chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
+        super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
+        self._agreement = Agreement(axis_on_host(data))
+        self._loss = ModuleLoss(
+            module,
+            criterion,
+            size=config.train.micro_batch_size,
+            device=context.device,
+            agreement=self._agreement,
         )
+        is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
+        gatherer = Gatherer(
+            layers if is_gathered_on_demand else {}, chunks, self.placement_manager, self._agreement.agree_on
+        )
+        original = OriginalParameters(module, chunks)
+        self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, original)
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
-        self._gradients = ModuleGradients(self._trained, scatters_each=zero >= 2)
-        self._infos = {info.parameter: info for chunk in self._trained for info in chunk.infos}
+        self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
         self._synchronizes = True
-        self._awaits_backward = False
-        self._is_between_steps = True
-        self._known = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
-        self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
-        modules.make_gradients_dense(module)
-        modules.place_buffers(module, context.device, context.dtype, data)
-        if config.train.compile:
-            for layer in layers.values():
-                layer.forward = torch.compile(layer.forward)
-        if config.train.activation_checkpointing == "offload":
-            self.inputs = InputsOnHost(context.device)
-        if config.train.activation_checkpointing != "none":
-            modules.recompute(module, layers, self.inputs, compiles=config.train.compile)
-        module.register_forward_pre_hook(lambda module, *inputs: self._enter(inputs), with_kwargs=True)
-        module.register_forward_hook(lambda module, inputs, y: self._leave(), always_call=True)
+        self.inputs = _prepare(module, layers, context)
+        self._passes.follow(module)
         if is_gathered_on_demand:
-            modules.guard_state(module)
+            refuse_state_dict(module)
 
     # -- the user's loop
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns for these inputs, tensors moved to this rank's device and floating-point ones cast to
-        the config's precision. Raises ModelError, on every rank, where the module was changed since it was taken over
-        or ranks do not run the same layers.
+        """Return the module's output for these inputs.
+
+        Tensors are moved to this rank's device, and floating-point ones cast to the config's precision. Raises
+        ModelError, on every rank, where the module was changed since the engine took it over, or where ranks do not run
+        the same layers; ConfigError where the device has too little memory.
         """
         args, kwargs = tree_map(self._input, (args, kwargs))
         with self.placement_manager.explain_shortage():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
-        """Add this loss's gradients, averaged over replicas, to those since the last step."""
-        is_one = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
-        problem = "" if is_one else f"loss: it must be one number with a gradient, got {modules.described(loss)}."
-        self._agreement.check("a backward", problem)
-        self._gatherer.root.use()  # a backward before this one, of another forward, may have let it go
+        """Add the gradients of this loss, averaged over replicas, to those since the last step.
+
+        Raises ModelError, on every rank, for a loss that is not a scalar with a gradient, and where ranks do different
+        things; ConfigError where the device has too little memory.
+        """
+        self._passes.begin_backward(loss_problem(loss))
         with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
-        self._awaits_backward = retain_graph
-        if not retain_graph:
-            self._gatherer.end()
+        self._passes.end_backward(retains_graph=retain_graph)
 
     def step(self) -> UpdateResult:
-        """Clip and update, then forget the gradients. A parameter that got none on any rank stays as it is."""
-        self._agreement.check("a step")
-        self._let_go()
+        """Clip the gradients, update the weights, then forget the gradients.
+
+        A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
+        something else.
+        """
+        self._agreement.agree_on("a step")
+        self._passes.release()
         self._gradients.finish()
         divisor = self.loss_scale.scale * self.data.size
         norm = global_norm(self._trained, self.mesh.world) / divisor
@@ -147,11 +150,12 @@ class ModuleEngine(ModuleState):
             skipped = self._update(norm, divisor)
         self.zero_grad()
         self.placement_manager.after_step(skipped=skipped)
-        self._is_between_steps = True
+        self._passes.end_step()
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
     def restore(self, counters: Mapping[str, Any]) -> None:
-        self._let_go()
+        """Do as `EngineBase.restore`, and forget what was gathered of the weights before."""
+        self._passes.release()
         super().restore(counters)
 
     def zero_grad(self) -> None:
@@ -160,8 +164,10 @@ class ModuleEngine(ModuleState):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards in here add up on this rank; the next one outside, or a step, sums them over replicas. In ZeRO
-        stages 2 and 3, where no rank keeps a whole gradient, each is summed at once: the result is the same.
+        """Have gradients add up on this rank alone in the block, as DDP's no_sync does.
+
+        The next backward after it, or a step, sums them over replicas. In ZeRO stages 2 and 3, where no rank keeps a
+        whole gradient, each is summed at once: the result is the same.
         """
         before, self._synchronizes = self._synchronizes, False
         try:
@@ -169,25 +175,26 @@ class ModuleEngine(ModuleState):
         finally:
             self._synchronizes = before
 
-    # -- a step at once
+    # -- a whole step, and an evaluation
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """One update by this replica's samples, micro × k of them; every tensor's dim 0 is the samples.
+        """Do one update by this replica's samples, micro × k of them; every tensor's dim 0 is the samples.
 
         The loss is the mean over the counted labels (those that are not −100) of all microbatches and replicas: the
         model's own `.loss` or, with a criterion, criterion(output, labels), each a mean over its microbatch. Labels are
-        `batch["labels"]`, or the `input_ids` of a language model. Raises DataError for a batch that has neither.
+        `batch["labels"]`, or the `input_ids` of a language model. Raises DataError for a batch that has neither, or no
+        counted label on any replica.
         """
         self.train()
-        microbatches = list(self._microbatches(batch))
-        counts = torch.tensor([count for _, _, count in microbatches], dtype=torch.int64)
-        tokens = int(all_reduce(counts.sum(), self._control))
+        microbatches = list(self._loss.microbatches(batch))
+        counts = torch.tensor([microbatch.num_counted for microbatch in microbatches], dtype=torch.int64)
+        tokens = int(all_reduce(counts.sum(), self._agreement.axis))
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
         self.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for i, (inputs, labels, count) in enumerate(microbatches):
-            loss = self._loss(inputs, labels)
+        for i, microbatch in enumerate(microbatches):
+            loss, count = self._loss.of(self, microbatch), microbatch.num_counted
             if count:  # the mean of nothing is NaN
                 total += loss.detach() * count
             with self.no_sync() if i < len(microbatches) - 1 else nullcontext():
@@ -198,69 +205,22 @@ class ModuleEngine(ModuleState):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """The mean loss over all counted labels of all batches, the same on every rank; NaN where there are none.
-        Replicas take part together: each must bring as many batches, of as many microbatches. Afterwards the module
-        trains, or does not, as before. Raises DataError as `train_step` does.
+        """Return the mean loss over all counted labels of all batches, the same on every rank; NaN without a label.
+
+        Every replica must give as many batches as the others, of as many microbatches. Afterwards each part of the
+        module is in training or evaluation mode as it was before. Raises DataError for a batch without labels.
         """
         sums = torch.zeros(2, dtype=torch.float64)
-        with modules.evaluating(self.module):
+        with evaluating(self.module):
             for batch in batches:
-                for inputs, labels, count in self._microbatches(batch):
-                    loss = self._loss(inputs, labels).item()
+                for microbatch in self._loss.microbatches(batch):
+                    loss, count = self._loss.of(self, microbatch).item(), microbatch.num_counted
                     sums += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
-        self._agreement.check("the end of an evaluation")
-        total, tokens = all_reduce(sums, self._control).tolist()
+        self._agreement.agree_on("the end of an evaluation")
+        total, tokens = all_reduce(sums, self._agreement.axis).tolist()
         return total / tokens if tokens else float("nan")
 
-    def _microbatches(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], Tensor, int]]:
-        """(inputs, labels, how many of these are counted). A batch that one replica refuses, all refuse."""
-        labels = batch.get("labels", batch.get("input_ids"))
-        problem = f"batch: it has neither 'labels' nor 'input_ids', but {', '.join(batch) or 'nothing'}."
-        self._agreement.check("a batch", problem if labels is None else "", DataError)
-        assert labels is not None
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        size = self.config.train.micro_batch_size
-        shifts = self.criterion is None and modules.is_causal(self.module)
-        for start in range(0, len(labels), size):
-            part = {name: x[start : start + size] for name, x in inputs.items()}
-            own = labels[start : start + size]
-            counted = own[:, 1:] if shifts else own
-            yield part, own, int((counted != IGNORED).sum())
-
-    def _loss(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        if self.criterion is None:
-            return self(**inputs, labels=labels).loss  # type: ignore[no-any-return]
-        return self.criterion(self(**inputs), to_device(labels, self.mesh.device))
-
-    # -- parts of a forward
-
-    def _enter(self, inputs: Any) -> None:
-        doing = "a forward" if torch.is_grad_enabled() else "a forward without gradients"
-        self._agreement.check(doing, problem=self._changed())
-        if torch.is_grad_enabled():
-            self._say_work(inputs)
-        self._gatherer.start_pass(guarded=True)
-        self._gatherer.root.use()
-
-    def _say_work(self, inputs: Any) -> None:
-        """To the placer: a module's work grows with the sizes of its inputs."""
-        work = tuple(size for x in tree_leaves(inputs) if isinstance(x, Tensor) for size in x.shape)
-        if self._is_between_steps:
-            self._is_between_steps = False
-            self._gatherer.end()
-            self.placement_manager.before_step(work)
-        else:
-            self.placement_manager.within_step(work)
-
-    def _let_go(self) -> None:
-        """Of what is whole still, since a graph was retained or a backward never came: weights will be others."""
-        self._gatherer.end()
-        self._awaits_backward = False
-
-    def _leave(self) -> None:
-        self._awaits_backward |= torch.is_grad_enabled()
-        if not self._awaits_backward:
-            self._gatherer.end()
+    # -- details
 
     def _input(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -269,20 +229,45 @@ class ModuleEngine(ModuleState):
         return x.to(self.context.dtype) if x.is_floating_point() else x
 
     def _unused(self) -> set[nn.Parameter]:
-        """The parameters that got no gradient since the last step, on any rank."""
-        arrived = all_reduce(self._gradients.arrived(), self._control).tolist()
-        return {parameter for parameter, count in zip(self._infos, arrived, strict=True) if not count}
+        """Return the parameters that have had no gradient since the last step, on any rank."""
+        arrived = all_reduce(self._gradients.arrived(), self._agreement.axis).tolist()
+        parameters = [info.parameter for chunk in self._trained for info in chunk.infos]
+        return {parameter for parameter, count in zip(parameters, arrived, strict=True) if not count}
 
-    def _changed(self) -> str:
-        """What is not as it was when the module was taken over."""
-        found = dict(self.module.named_parameters(remove_duplicate=False))
-        cure = "Change a model before parallel.initialize, not after."
-        if strangers := [n for n in {**found, **self._known} if found.get(n) is not self._known.get(n, (None,))[0]]:
-            return f"model: {strangers[0]} is not the parameter it was. {cure}"
-        for name, (parameter, trains) in self._known.items():
-            chunk = self._chunk_of.get(parameter)
-            if chunk is not None and not chunk.shows(parameter):
-                return f"model: {name} moved: its memory is not the engine's any more. {cure}"
-            if parameter.requires_grad and not trains:
-                return f"model: {name} was frozen and requires a gradient now. {cure}"
-        return ""
+
+def _make_chunks(
+    infos: Sequence[ParameterInfo], context: Context, *, is_torchs: bool
+) -> tuple[list[Chunk], InitialPlacement]:
+    """Return the chunks of these parameters, with rank 0's values, and their placement before the first step.
+
+    `is_torchs`: with an optimizer of torch's.
+    """
+    # A step has as many microbatches as the user likes: 2 stands for any number above 1.
+    placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
+    with explain_host_shortage(placement):
+        chunks = make_chunks(
+            infos,
+            context.dtype,
+            zero=context.config.zero.stage,
+            fill=partial(broadcast_parameters, axis=context.mesh.axis("data")),
+            device=context.device,
+            storages=placement.storages,
+        )
+    return chunks, placement
+
+
+def _prepare(module: nn.Module, layers: Mapping[str, nn.Module], context: Context) -> InputsOnHost | None:
+    """Change the module as the config says: its buffers, and how its layers compute.
+
+    Returns the inputs of its recomputed layers, where those are kept on the host.
+    """
+    train = context.config.train
+    make_gradients_dense(module)
+    broadcast_buffers(module, context.device, context.dtype, context.mesh.axis("data"))
+    if train.compile:
+        for layer in layers.values():
+            layer.forward = torch.compile(layer.forward)
+    inputs = InputsOnHost(context.device) if train.activation_checkpointing == "offload" else None
+    if train.activation_checkpointing != "none":
+        recompute_layers(module, layers, inputs, compiles=train.compile)
+    return inputs

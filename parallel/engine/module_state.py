@@ -1,4 +1,4 @@
-"""What an engine of any module writes and reads: directories that `from_pretrained` reads, and checkpoints."""
+"""The files of an engine of any module: directories that `from_pretrained` reads, and checkpoints."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,29 +13,32 @@ from parallel.checkpoint.shards import Entry, together
 from parallel.engine.base import EngineBase
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
-from parallel.modules import adapters as modules
+from parallel.modules.buffers import buffer_pieces
+from parallel.modules.hf_configs import write_hf_configs
 
 
 class ModuleState(EngineBase):
-    """The part of a `ModuleEngine` that deals with files. The buffers of its module belong to its state."""
+    """The part of a `ModuleEngine` that writes and reads files. The buffers of its module belong to its state."""
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the weights as a Hugging Face directory: safetensors under the module's own names, a shared one once,
-        and the configs it has. In fp32, or fp64 where the engine's precision is that, unless `dtype` says otherwise.
+        """Write the weights as a Hugging Face directory, on every rank together.
 
-        Raises CheckpointError on every rank where rank 0 cannot write.
+        It has safetensors under the module's own names, a shared tensor once, and the module's configs. Their dtype is
+        `dtype`, by default fp32, or fp64 where that is the engine's precision. Other files of the folder are kept.
+        Raises CheckpointError on every rank where rank 0 cannot write, or where a tensor's dtype cannot be saved.
         """
         wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
         entries = [Entry(i.name, i.public_shape, wide) for chunk in self.chunks for i in chunk.infos]
-        entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in modules.buffer_pieces(self.module)]
+        entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in buffer_pieces(self.module)]
         entries.sort(key=lambda entry: -entry.dtype.itemsize)
-        describe = partial(modules.write_configs, self.module, wide)
+        describe = partial(write_hf_configs, self.module, wide)
         write_folder(Path(folder), self.weights(), entries, axis=self.mesh.world, describe=describe)
 
     def save_checkpoint(self, folder: str | Path, extra: Mapping[str, Any] | None = None, *, keep: int = 2) -> Path:
-        """Write weights, states and counters to folder/checkpoints/step_N; `extra`, ready for JSON, goes along.
+        """Write weights, optimizer states and counters to folder/checkpoints/step_N, on every rank together.
 
-        Frozen parameters are not saved. Any number of ranks and any stage can go on from it. Raises CheckpointError.
+        Returns that path. `extra`, of values for JSON, is saved too. Frozen parameters are not saved. Training can be
+        resumed on any number of ranks and in any stage. The last `keep` checkpoints are kept. Raises CheckpointError.
         """
         target = checkpoint.step_folder(Path(folder), self.num_steps)
         own = self.optimizer.counters()
@@ -45,9 +48,9 @@ class ModuleState(EngineBase):
         return target
 
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
-        """Go on from a checkpoint, or the latest of a folder that was saved to; returns the `extra` that it has.
+        """Resume from a checkpoint, or from the latest in a folder that was saved to, and return its `extra`.
 
-        Raises CheckpointError for one that is missing, damaged, or of another model.
+        Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another model.
         """
         found = checkpoint.find(str(folder), Path(folder), option="load_checkpoint")
         assert found is not None
@@ -61,8 +64,12 @@ class ModuleState(EngineBase):
         return extra
 
     def weights(self) -> list[Piece]:
-        """The pieces that this rank owns of the weights, in master precision, and on the first rank the buffers."""
-        return super().weights() + (modules.buffer_pieces(self.module) if self.mesh.rank == 0 else [])
+        """Return the pieces that this rank owns of the weights, in the precision of the master weights.
+
+        The first rank's include the buffers.
+        """
+        return super().weights() + (buffer_pieces(self.module) if self.mesh.rank == 0 else [])
 
     def state(self) -> dict[str, list[Piece]]:
-        return super().state() | {"buffer": modules.buffer_pieces(self.module)}
+        """Return all tensors that a step changes, as pieces by kind, the buffers among them."""
+        return super().state() | {"buffer": buffer_pieces(self.module)}

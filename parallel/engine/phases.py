@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds by phase, without a wait of its own."""
+"""The phases of a step, and a stopwatch that measures their seconds without waiting for a device."""
 
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -8,38 +8,41 @@ from torch.profiler import record_function
 from parallel.ops.clock import clock_of
 
 Phase: TypeAlias = Literal["data", "forward", "backward", "transfer", "reduce", "update"]
-"""A step's own, in order: the loader's batch and the count of its labels; the stage's layers; sends and receives
-between stages; sums of loss and gradients over ranks, with the norm; clipping and AdamW. Collectives inside a layer
-belong to `forward` and `backward`."""
+"""The phases of a step, in order.
+
+`data` is the loader's batch and the count of its labels, `forward` and `backward` the stage's layers with their
+collectives, `transfer` the sends and receives between stages, `reduce` the sums of loss and gradients over ranks and
+the norm, `update` clipping and AdamW.
+"""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Stopwatch:
-    """Time belongs to the phase marked last, until it is read; from then to the next mark the stopwatch stands still.
+    """Measures the time of each phase: a phase lasts from its mark to the next mark or reading.
 
-    A GPU is behind the host that gives it work. There a mark is an event in the current stream, and a phase lasts as
-    long as the stream took from one to the next, with its waits for the host and for other ranks. Nothing is ever
-    waited for: what the GPU has not come to yet counts in the next reading.
+    From a reading to the next mark no time is counted. A GPU runs behind the host that gives it work: there a mark is
+    an event in the current stream, and a phase is the stream's time between two events, with its waits for the host and
+    for other ranks. The stopwatch never waits: what the GPU has not reached yet is counted in the next reading.
 
-    While a profiler runs, its trace shows each phase as a range of that name, followed by what `mark` was told of it.
+    While a profiler runs, its trace shows each phase as a range of that name, followed by the detail that `mark` had.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._clock = clock_of(device)
-        self._marks: list[tuple[Phase | None, Any]] = []  # None: standing still
+        self._marks: list[tuple[Phase | None, Any]] = []  # None: no phase, from here no time is counted
         self._range: record_function | None = None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
-        """From now on time belongs to this phase."""
+        """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
         self._end_range()
         self._marks.append((phase, self._clock.now()))
-        if torch.autograd.profiler._is_profiler_enabled:  # a range takes the host 9 µs, even where nobody records it
+        if torch.autograd.profiler._is_profiler_enabled:  # a range takes the host 9 µs, even if it is not recorded
             self._range = record_function(f"{phase} {detail}".rstrip())
             self._range.__enter__()
 
     def read(self) -> dict[str, float]:
-        """The seconds of every phase since the last reading, as far as the device has got."""
+        """Return the seconds of every phase since the last reading, as far as the device has come."""
         self._end_range()
         self._marks.append((None, self._clock.now()))
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)

@@ -1,9 +1,10 @@
-"""Collectives over an axis. Each returns a new tensor, leaves its argument alone unless told to reuse it, and counts
-the bytes handed to it.
+"""Collectives over an axis. Each returns a new tensor, does not change its argument unless it is told to, and counts
+the bytes that it is given.
 
-`start_…` posts a collective and returns at once; `wait` gives its result, so that work can be done in between. Only an
-axis of size 1 is special, and only here: there is nobody to talk to, so the argument itself comes back. torch 2.13
-renames two calls and deprecates the old names; this is the one place that knows.
+`start_…` launches a collective and returns a `Pending` at once; its `wait` returns the result, so that work can be done
+in between. Only here is an axis of size 1 special: there is no other rank, so the argument itself is returned. In
+shapes, N_axis is this rank's slice of a dim N that the axis splits. torch 2.13 renames two calls and deprecates the old
+names; only this file depends on it.
 """
 
 from collections.abc import Callable
@@ -24,19 +25,24 @@ _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or di
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective in flight: `finish` makes its result of `buffer`, once `work` is done."""
+    """A collective or a message in flight.
+
+    `wait` waits for `work` (under NCCL the current stream waits, not the host), and returns `finish(buffer)`.
+    """
 
     buffer: Tensor
     work: Any = None
     finish: Callable[[Tensor], Tensor] = lambda buffer: buffer
 
     def wait(self) -> Tensor:
+        """Wait until the work is done, and return its result."""
         if self.work is not None:
             self.work.wait()
         return self.finish(self.buffer)
 
 
 def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Pending:
+    """Start what `all_reduce` does."""
     if axis.size == 1:
         return Pending(x)
     x = x if in_place else x.clone(memory_format=torch.contiguous_format)
@@ -45,15 +51,15 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = F
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Tensor:
-    """The sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank.
+    """Return the sum (or `op`) of x over the axis, on each of its ranks. MAX loses a NaN that is not on the first rank.
 
-    `in_place`: x, contiguous and the caller's own, is overwritten by it.
+    `in_place`: x, which must be contiguous, is overwritten by the result.
     """
     return start_all_reduce(x, axis, op, in_place=in_place).wait()
 
 
 def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = None) -> Pending:
-    """`out`: where it goes, flat; x may be this rank's part of it."""
+    """Start what `all_gather` does. `out`: the flat tensor to gather into; x may be this rank's part of it."""
     if axis.size == 1:
         return Pending(x)
     if out is not None:
@@ -69,16 +75,17 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = No
 
 
 def _gather_into(out: Tensor, x: Tensor, axis: Axis) -> Any:
-    """gloo's own all-gather goes by way of a copy, in and out; a broadcast of each part does not: half the time.
+    """Launch an all-gather of x[N_axis] into out[N], and return its work.
 
-    What lies in its place already NCCL leaves there.
+    gloo's own all-gather copies its input and its output; a broadcast of each part does not, and takes half the time.
+    NCCL copies no part that is in its place already.
     """
     parts = out.chunk(axis.size)
-    is_there = _share(x, out)
-    assert not is_there or x.data_ptr() == parts[axis.rank].data_ptr()
+    is_in_place = _share_storage(x, out)
+    assert not is_in_place or x.data_ptr() == parts[axis.rank].data_ptr()
     if out.is_cuda:
         return _all_gather_single(out, x, group=axis.group, async_op=True)
-    if not is_there:
+    if not is_in_place:
         parts[axis.rank].copy_(x)
     sources = zip(parts, axis.ranks, strict=True)
     return _Works([dist.broadcast(part, source, group=axis.group, async_op=True) for part, source in sources])
@@ -86,7 +93,7 @@ def _gather_into(out: Tensor, x: Tensor, axis: Axis) -> Any:
 
 @dataclass(frozen=True)
 class _Works:
-    """Several collectives as one."""
+    """The works of several collectives, waited for together."""
 
     works: list[Any]
 
@@ -95,22 +102,22 @@ class _Works:
             work.wait()
 
 
-def _share(x: Tensor, y: Tensor) -> bool:
+def _share_storage(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """x[..., N_axis, ...] -> [..., N, ...]: the slices of every rank, concatenated along `dim` in rank order."""
+    """Concatenate the slices of all ranks along `dim`, in order of rank: x[..., N_axis, ...] -> [..., N, ...]."""
     return start_all_gather(x, dim, axis).wait()
 
 
 def start_reduce_scatter(x: Tensor, dim: int, axis: Axis, *, in_place: bool = False) -> Pending:
-    """`in_place`: x is the caller's own, and used up."""
+    """Start what `reduce_scatter` does. `in_place`: x may be overwritten, and holds nothing of use afterwards."""
     if axis.size == 1:
         return Pending(x)
     slices: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim % x.ndim, 0).contiguous()
     axis.traffic.count("reduce_scatter", slices)
-    if in_place and not x.is_cuda:  # gloo's own is an all-reduce of a copy, of which it then takes a slice
+    if in_place and not x.is_cuda:  # gloo's own is an all-reduce of a copy, then a slice of it
         work = dist.all_reduce(slices, group=axis.group, async_op=True)
         return Pending(slices, work, lambda slices: slices[axis.rank].clone())
     mine = slices.new_empty(slices[0].numel())
@@ -119,12 +126,15 @@ def start_reduce_scatter(x: Tensor, dim: int, axis: Axis, *, in_place: bool = Fa
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """x[..., N, ...], one summand a rank -> [..., N_axis, ...]: this rank's slice along `dim` of the sum."""
+    """Return this rank's slice, along `dim`, of the sum of x over the axis: x[..., N, ...] -> [..., N_axis, ...]."""
     return start_reduce_scatter(x, dim, axis).wait()
 
 
 def all_to_all(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
-    """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]"""
+    """Split x along one dim and concatenate along another: x[.., N, .., M_axis, ..] -> [.., N_axis, .., M, ..].
+
+    N is along `split_dim`, M along `cat_dim`; they may be in either order.
+    """
     if axis.size == 1:
         return x
     split_dim, cat_dim = split_dim % x.ndim, cat_dim % x.ndim
@@ -136,7 +146,7 @@ def all_to_all(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
 
 
 def start_rotate(x: Tensor, axis: Axis) -> Pending:
-    """x of the rank before this one, the last being before the first; this one's goes to the next."""
+    """Start to send x to the next rank of the axis and to receive that of the previous one; the ranks form a ring."""
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
@@ -147,13 +157,16 @@ def start_rotate(x: Tensor, axis: Axis) -> Pending:
     return Pending(found, work)
 
 
-def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """x[..., N, ...] -> this rank's slice [..., N_axis, ...]. No communication: every rank holds the whole of x."""
+def local_slice(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Return this rank's slice of an x that every rank holds whole: x[..., N, ...] -> [..., N_axis, ...].
+
+    Nothing is communicated.
+    """
     return x.chunk(axis.size, dim)[axis.rank]
 
 
 def broadcast(x: Tensor, axis: Axis) -> Tensor:
-    """x of the first rank of the axis, on each of them: in place, x being contiguous and the caller's own."""
+    """Overwrite x, which must be contiguous, with that of the axis' first rank, and return it."""
     if axis.size > 1:
         axis.traffic.count("broadcast", x)
         dist.broadcast(x, axis.ranks[0], group=axis.group)
@@ -161,12 +174,13 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
 
 
 def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis has called this."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
 
 
 def gather_objects(value: object, axis: Axis) -> list[Any]:
-    """Every rank's picklable value, in rank order, on every rank. For small things: names, boxes, messages."""
+    """Return every rank's value, in order of rank. Values are pickled, and should be small: names, boxes, messages."""
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
@@ -175,13 +189,13 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
 
 
 def send(x: Tensor, axis: Axis, to: int) -> None:
-    """Send x to the rank at coordinate `to`. Host tensors go by gloo whatever the backend."""
+    """Send x to the rank at coordinate `to`. A tensor on the host is sent by gloo, whatever the backend is."""
     axis.traffic.count("send", x)
     dist.send(x.contiguous(), axis.ranks[to], group=axis.group)
 
 
 def receive(like: Tensor, axis: Axis, source: int) -> Tensor:
-    """A tensor of the shape and dtype of `like` from the rank at coordinate `source`."""
+    """Receive a tensor of the shape and dtype of `like` from the rank at coordinate `source`."""
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
     dist.recv(received, axis.ranks[source], group=axis.group)
     return received

@@ -1,11 +1,11 @@
-"""Differentiable collectives: the backward of each is its conjugate.
+"""Differentiable collectives: the backward of each is its conjugate (Megatron-LM's f and g are such a pair).
 
     reduce     all-reduce      <->  identity          partial sums become their sum on every rank
-    gather     all-gather      <->  reduce-scatter    what is split along a dim is used whole
+    gather     all-gather      <->  reduce-scatter    a tensor that is split along a dim becomes whole
     scatter    reduce-scatter  <->  all-gather        partial sums become their sum, split along a dim
-    exchange   all-to-all      <->  all-to-all        what is split along one dim is split along another
+    exchange   all-to-all      <->  all-to-all        a tensor that is split along one dim is split along another
 
-For a lookup, and attention. A matmul has its own forward and backward, with the same collectives around it:
+Lookups and attention use them. A matmul has its own forward and backward, with the same collectives around it:
 `tensor/matmul.py`.
 """
 
@@ -20,7 +20,7 @@ from parallel.mesh.mesh import Axis
 
 
 def _conjugate(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A differentiable function of (x, *how): `forward` runs on x, `backward` on its gradient, both with `how`."""
+    """Return a differentiable function of (x, *how): `forward(x, *how)`, with the gradient `backward(grad, *how)`."""
 
     class Pair(torch.autograd.Function):
         @staticmethod
@@ -51,21 +51,21 @@ _exchange = _conjugate(all_to_all, _all_to_all_back)
 
 
 def reduce(x: Tensor, axis: Axis) -> Tensor:
-    """Partial sums x -> their sum on every rank; the gradient, the same on every rank, passes through."""
+    """Return the sum of x over the axis. Its gradient is the same on every rank, and is that of each x."""
     return _reduce(x, axis)
 
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """x[.., N_axis, ..] -> x[.., N, ..]; the gradients of its uses are summed, and each rank keeps its slice."""
+    """All-gather x[.., N_axis, ..] -> [.., N, ..]. Its gradient is summed over the axis, each rank has its slice."""
     return _gather(x, dim, axis)
 
 
 def scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Partial sums x[.., N, ..] -> this rank's slice of their sum, [.., N_axis, ..]; the gradient is gathered."""
+    """Reduce-scatter partial sums x[.., N, ..] -> [.., N_axis, ..]. Its gradient is all-gathered."""
     return _scatter(x, dim, axis)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
-    """x[.., N, .., M_axis, ..], N along `split_dim` and M along `cat_dim` -> [.., N_axis, .., M, ..]"""
+    """Do as `all_to_all`: x[.., N, .., M_axis, ..] -> [.., N_axis, .., M, ..]. Its gradient is exchanged back."""
     return _exchange(x, split_dim, cat_dim, axis)

@@ -1,1 +1,1 @@
-"""A user's own `nn.Module` under ZeRO: its layers, its construction in slices, agreement between ranks."""
+"""A user's own `nn.Module` under ZeRO: its layers, parameters and buffers, its sharded construction, and its passes."""

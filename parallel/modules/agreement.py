@@ -1,4 +1,4 @@
-"""Ranks that run a program nobody has checked, before they wait for each other."""
+"""Agreement between ranks on what they do next, for programs in which ranks may do different things by mistake."""
 
 import torch
 
@@ -10,40 +10,46 @@ MESSAGE_BYTES = 256
 
 
 class Agreement:
-    """Every rank says what it is about to do, and none does it unless all do.
+    """Every rank tells the others what it is about to do, and none does it unless all do the same.
 
-    Otherwise a rank whose program took another way would wait for a collective that the others never join, or worse
-    join another one: all ranks raise the same ModelError instead. `axis` has a group of its own on the host, so what a
-    device does is not waited for.
+    Otherwise a rank whose program takes another way would wait for a collective that the others never join, or, worse,
+    join another one. Here all ranks raise the same ModelError instead. `axis` has a process group of its own on the
+    host, so that a device is not waited for.
     """
 
     def __init__(self, axis: Axis) -> None:
-        self._axis = axis
+        self.axis = axis
 
-    def check(self, doing: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
-        """Go on together. A `problem` that one rank has is every rank's, and raised as this `error`."""
-        if self._axis.size == 1:
+    def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Return when every rank of the axis has called this for the same action, without a problem.
+
+        A `problem` that any rank has is raised on every rank, as this `error`. Raises ModelError on every rank where
+        the actions differ.
+        """
+        if self.axis.size == 1:
             if problem:
                 raise error(problem)
             return
-        said = _messages(all_gather(_bytes(f"!{problem}" if problem else doing), 0, self._axis))
-        if problem and len(set(said)) == 1:
+        messages = _unpack(all_gather(_pack(f"!{problem}" if problem else action), 0, self.axis))
+        if problem and len(set(messages)) == 1:
             raise error(problem)
-        if problems := [f"rank {rank}: {text[1:]}" for rank, text in enumerate(said) if text.startswith("!")]:
-            told = "\n".join(problems)
-            raise error(told)
-        if len(set(said)) > 1:
-            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said))
+        if problems := [f"rank {rank}: {text[1:]}" for rank, text in enumerate(messages) if text.startswith("!")]:
+            all_problems = "\n".join(problems)
+            raise error(all_problems)
+        if len(set(messages)) > 1:
+            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages))
             raise ModelError(
-                f"the ranks part here: {ranks}. Every rank must run the same layers, forwards and steps in the same"
-                " order."
+                f"the ranks do different things: {ranks}. Every rank must run the same layers, forwards and steps in"
+                " the same order."
             )
 
 
-def _bytes(text: str) -> torch.Tensor:
+def _pack(text: str) -> torch.Tensor:
+    """Return the text as uint8[MESSAGE_BYTES], cut off or padded with spaces."""
     encoded = text.encode()[:MESSAGE_BYTES]
     return torch.frombuffer(bytearray(encoded.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
 
 
-def _messages(gathered: torch.Tensor) -> list[str]:
+def _unpack(gathered: torch.Tensor) -> list[str]:
+    """Return the texts of uint8[ranks · MESSAGE_BYTES], in order of rank."""
     return [bytes(part.tolist()).decode(errors="replace").rstrip() for part in gathered.view(-1, MESSAGE_BYTES)]

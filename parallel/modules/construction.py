@@ -1,4 +1,4 @@
-"""A model that no rank ever holds whole: its parameters are divided over the replicas as they come to be."""
+"""Construction of a model that no rank ever holds whole: its parameters are sharded as soon as they have values."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,81 +14,86 @@ from torch.nn.parameter import is_lazy
 from parallel.errors import DataError
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.modules.recorder import HOST, Concealed, Recorder, is_on_meta, replace
-from parallel.modules.sliced import divide, is_divided
+from parallel.modules.lazy import HOST
+from parallel.modules.recorder import Recorder, ReportHostDevice, is_on_meta, set_data
+from parallel.modules.sharded import is_sharded, shard_parameter
 
 
 @contextmanager
-def construction(replicas: Axis, over: Axis) -> Iterator[None]:
-    """What is loaded or constructed in this block is divided over an axis; one of size 1 leaves it whole.
+def construction(replicas: Axis, shard_axis: Axis) -> Iterator[None]:
+    """Shard what is loaded or constructed in the block over `shard_axis`; an axis of size 1 leaves it whole.
 
-    *Loading*: weights that arrive one by one where parameters on the meta device stood, as in transformers'
-    `from_pretrained`, are divided on arrival. *Construction*: a new parameter is put off, and gets its values when the
-    block ends, one parameter at a time. A rank holds its slices and the parameter in the making.
+    *Loading*: weights that replace parameters on the meta device one by one, as in transformers' `from_pretrained`, are
+    sharded on arrival. *Construction*: the operations on a new parameter are recorded, and run when the block ends, one
+    parameter after another. So a rank holds its shards and one whole parameter at a time.
 
-    The values are the same whatever `over` is: random ones are drawn from the generator of the first of the `replicas`,
-    where it stood when the block began. A block within another leaves all to the outer one.
+    The values do not depend on `shard_axis`: random ones are drawn from the generator of the first of the `replicas`,
+    in the state that it has when the block begins. A block within another leaves all to the outer one.
     """
     torch.set_rng_state(gather_objects(torch.get_rng_state(), replicas)[0])
-    nursery = _Nursery(over)
+    new = _NewParameters(shard_axis)
     hooks = (
-        register_module_parameter_registration_hook(nursery.on_parameter),
-        register_module_module_registration_hook(nursery.on_module),
+        register_module_parameter_registration_hook(new.on_parameter),
+        register_module_module_registration_hook(new.on_module),
     )
     try:
-        with nursery.notebook, Concealed(nursery.notebook):
+        with new.recorder, ReportHostDevice(new.recorder):
             yield
     finally:
         for hook in hooks:
             hook.remove()
-    nursery.finish()
+    new.materialize()
 
 
-class _Nursery:
-    """The modules that have been put together during a block, and what became of their parameters."""
+class _NewParameters:
+    """The parameters that are registered during a block, and the modules that they are registered in."""
 
     def __init__(self, axis: Axis) -> None:
-        self.axis, self.notebook = axis, Recorder(axis)
-        self._modules: dict[nn.Module, None] = {}  # in order
+        self.axis, self.recorder = axis, Recorder(axis)
+        self._modules: dict[nn.Module, None] = {}  # in the order of their registration
         self._parents: dict[nn.Module, tuple[nn.Module, str]] = {}
-        # By identity; the parameters are held too, lest another gets the same.
-        self._homes: dict[int, tuple[nn.Parameter, torch.device]] = {}
-        self._arrived: dict[int, nn.Parameter] = {}
+        # By id; the parameters are kept too, so that no other gets the same id.
+        self._devices: dict[int, tuple[nn.Parameter, torch.device]] = {}  # of those that are recorded
+        self._loaded: dict[int, nn.Parameter] = {}
 
     def on_module(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        """Called by torch when a module becomes the child of another."""
         if module is not None:
             self._modules |= {parent: None, module: None}
             self._parents[module] = parent, name
 
     def on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        """Called by torch just before the parameter takes its place, where an earlier one may stand."""
+        """Called by torch just before the parameter is set in the module, in place of an earlier one perhaps."""
         self._modules[module] = None
-        if parameter is None or is_lazy(parameter) or self._is_settled(parameter):  # type: ignore[redundant-expr]
+        if parameter is None or is_lazy(parameter) or self._is_handled(parameter):  # type: ignore[redundant-expr]
             return
-        stood = module._parameters.get(name)
-        if stood is not None and is_on_meta(stood) and not self.notebook.knows(stood):
-            self._arrive(module, name, parameter)
+        earlier = module._parameters.get(name)
+        if earlier is not None and is_on_meta(earlier) and not self.recorder.is_recorded(earlier):
+            self._shard_loaded(module, name, parameter)
         else:
-            self._homes[id(parameter)] = parameter, parameter.device
-            self.notebook.defer(parameter)
+            self._devices[id(parameter)] = parameter, parameter.device
+            self.recorder.record(parameter)
 
-    def _is_settled(self, parameter: nn.Parameter) -> bool:
-        """It has been met before, and another module shares it; or it is on the meta device by the user's wish."""
-        met = is_divided(parameter) or id(parameter) in self._arrived or self.notebook.knows(parameter)
-        return met or is_on_meta(parameter)
+    def _is_handled(self, parameter: nn.Parameter) -> bool:
+        """Return whether there is nothing to do: another module shares it, or the user wants it on the meta device."""
+        known = is_sharded(parameter) or id(parameter) in self._loaded or self.recorder.is_recorded(parameter)
+        return known or is_on_meta(parameter)
 
-    def _arrive(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        self._arrived[id(parameter)] = parameter
+    def _shard_loaded(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        self._loaded[id(parameter)] = parameter
         if self.axis.size > 1:
             self._refuse_if_missing(module, name, parameter)
-            divide(parameter, self.axis)
+            shard_parameter(parameter, self.axis)
 
     def _refuse_if_missing(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        """transformers marks what it has read; where there was nothing to read it makes a tensor to be drawn."""
+        """Raise DataError where transformers found no such tensor in its files.
+
+        It marks what it has read; in place of a missing tensor it makes one that it means to draw later.
+        """
         root, path = module, name
         while root in self._parents:
-            root, place = self._parents[root]
-            path = f"{place}.{path}"
+            root, child = self._parents[root]
+            path = f"{child}.{path}"
         if hasattr(root, "from_pretrained") and not getattr(parameter, "_is_hf_initialized", False):
             source = getattr(getattr(root, "config", None), "name_or_path", None) or "the directory"
             raise DataError(
@@ -97,13 +102,13 @@ class _Nursery:
             )
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Give every parameter that was put off its values, those of copied modules too."""
+    def materialize(self) -> None:
+        """Give every recorded parameter its values, also those of modules that were copied."""
         visited: set[nn.Module] = set()
         modules = [module for top in self._modules for _, module in top.named_modules(memo=visited)]
         for parameter in (x for module in modules for x in module.parameters(recurse=False)):
-            if self.notebook.knows(parameter):
-                _, home = self._homes.get(id(parameter), (parameter, HOST))
-                replace(parameter, self.notebook.value_of(parameter).to(home))
+            if self.recorder.is_recorded(parameter):
+                _, device = self._devices.get(id(parameter), (parameter, HOST))
+                set_data(parameter, self.recorder.materialize(parameter).to(device))
                 if self.axis.size > 1:
-                    divide(parameter, self.axis)
+                    shard_parameter(parameter, self.axis)

@@ -1,4 +1,7 @@
-"""A module of which nothing is known, as units that can come and go: its layers, and a root that holds the rest."""
+"""The units of any module: its layers, which are gathered on demand in stage 3, and a root that has the rest.
+
+They are the counterpart of the modules that FSDP wraps.
+"""
 
 from collections.abc import Iterator
 
@@ -10,32 +13,33 @@ from parallel.mesh.mesh import Axis
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The entries of every ModuleList that is not inside another's, by their names, in order.
+    """Return the layers of a module by their names, in order: the entries of every ModuleList that is not in a layer.
 
-    Transformers keep their blocks so: a decoder's, or an encoder's and a decoder's. A list in a block, of experts say,
-    is a part of the block. An entry that has no forward, as a ModuleDict, cannot be called: its own entries are.
+    Transformers keep their blocks in this way: a decoder's, or an encoder's and a decoder's. A list within a block, of
+    experts for example, is a part of the block. An entry without a forward, such as a ModuleDict, is never called: its
+    own entries are the layers.
     """
     found: dict[str, nn.Module] = {}
     for name, part in module.named_modules():
         if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{layer}.") for layer in found):
-            found |= dict(_called(name, part))
+            found |= dict(_callable_entries(name, part))
     return found
 
 
-def _called(name: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _callable_entries(name: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for key, entry in container.named_children():
         path = f"{name}.{key}".lstrip(".")
         if type(entry).forward is nn.Module.forward:
-            yield from _called(path, entry)
+            yield from _callable_entries(path, entry)
         else:
             yield path, entry
 
 
 def infos_of(module: nn.Module, layers: dict[str, nn.Module], data: Axis) -> list[ParameterInfo]:
-    """Every floating-point parameter, once, under its first name: whole on every rank, its gradient summed over `data`.
+    """Return every floating-point parameter once, under its first name; its gradient is summed over `data`.
 
-    Those of one layer alone belong to its unit, all others to the root: what two layers share, too. Raises ModelError
-    for a parameter that can neither be summed nor left as it is.
+    The parameters of a single layer belong to its unit, all others to the root, and so do those that two layers share.
+    Raises ModelError for a parameter of another dtype that requires a gradient.
     """
     owners: dict[nn.Parameter, set[str]] = {}
     names: dict[nn.Parameter, str] = {}

@@ -1,1 +1,4 @@
-"""Pipeline parallelism: a plan is data (`schedule`, `partition`), proved (`validate`), drawn (`timeline`), then run."""
+"""Pipeline parallelism: a plan is data (`schedule`), proved (`validate`), drawn (`timeline`) and executed (`runner`).
+
+The counterpart is torch.distributed.pipelining.
+"""

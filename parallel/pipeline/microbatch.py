@@ -1,4 +1,4 @@
-"""What goes through a pipeline: microbatches, and what is wrong with a batch that cannot become some."""
+"""Microbatches, which go through a pipeline, and the check of a batch that they are made of."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,13 @@ from parallel.layout.labels import IGNORED
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Samples that go through the pipeline together, whole on every rank of a replica; each layer takes its split.
+    """Samples that go through the pipeline together: B of them, of S tokens each.
 
-    `labels` are already shifted: the label of each position, −100 where there is none. `samples` number them over the
-    whole run: what dropout follows. `attention_mask` is 1 where there is a token, None where all are. The gradient of
-    the summed loss is multiplied by `scale`: 1 / the number of labels in the whole step.
+    Every rank of a replica has all of them, and each layer takes the part that its mode gives this rank. `labels` are
+    already shifted: the label of each position, −100 where there is none. `samples` are the numbers of the samples over
+    the whole run, which dropout depends on. `attention_mask` is 1 where there is a token and 0 at padding; None where
+    there is no padding. The gradient of the summed loss is multiplied by `scale`: the loss scale divided by the number
+    of labels in the whole step.
     """
 
     input_ids: Tensor  # int64 [B, S]
@@ -26,11 +28,11 @@ class Microbatch:
 
     @property
     def length(self) -> int:
-        """S, of the whole sequence."""
+        """S, the length of the whole sequence."""
         return self.input_ids.shape[1]
 
     def split(self, size: int) -> list["Microbatch"]:
-        """Microbatches of `size` samples each, in order."""
+        """Return microbatches of `size` samples each, in order, as views."""
         count = len(self.input_ids) // size
         masks = [None] * count if self.attention_mask is None else self.attention_mask.split(size)
         parts = zip(self.input_ids.split(size), self.labels.split(size), self.samples.split(size), masks, strict=True)
@@ -39,17 +41,20 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can be given."""
+    """The batches that a model accepts.
+
+    Token ids are below `vocab_size`, sequences have at most `max_sequence` tokens and divide by `sequence_parts`.
+    """
 
     vocab_size: int
     max_sequence: int
     sequence_parts: int = 1
 
 
-def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limits) -> str | None:
-    """What is wrong with a replica's batch: its tensors by name, host tensors for choice. None where nothing is."""
+def batch_problem(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limits) -> str | None:
+    """Return what is wrong with a replica's batch, or None. Its tensors are best on the host: their values are read."""
     ids = batch.get("input_ids")
-    if ids is None or ids.ndim != 2 or not _counts(ids):
+    if ids is None or ids.ndim != 2 or not _is_integer(ids):
         return f"input_ids: wanted integers [samples, sequence], got {_described(ids)}"
     samples, sequence = ids.shape
     if not samples or samples % micro_batch_size:
@@ -62,7 +67,7 @@ def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limit
             f" parallel.context splits it into: try {either(nearest_multiples(sequence, limits.sequence_parts))}"
         )
     for name, shape in (("labels", ids.shape), ("attention_mask", ids.shape), ("sample_ids", ids.shape[:1])):
-        if name in batch and (batch[name].shape != shape or not _counts(batch[name])):
+        if name in batch and (batch[name].shape != shape or not _is_integer(batch[name])):
             return f"{name}: wanted integers {list(shape)}, got {_described(batch[name])}"
     labels = batch.get("labels", ids)
     for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
@@ -72,7 +77,7 @@ def problem_of(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limit
     return None
 
 
-def _counts(x: Tensor) -> bool:
+def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 

@@ -1,4 +1,4 @@
-"""Which items of a model (embedding, blocks, head) each pipeline stage holds: contiguous, every item exactly once."""
+"""The items of a model (embedding, blocks, head) that each pipeline stage holds: contiguous, each item exactly once."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,11 +7,12 @@ from math import lcm
 
 
 def partition(costs: Sequence[float], num_stages: int) -> list[range]:
-    """Split items into `num_stages` non-empty runs so that the costliest stage, the pipeline's pace, is cheapest.
+    """Split items into `num_stages` non-empty ranges so that the largest cost of a stage is as small as possible.
 
-    Exact, by dynamic programming. Among equals the second costliest stage is as cheap as possible, then the third,
-    and so on: the most even split. What still ties goes to the split whose first stages hold fewer items, because in
-    1F1B an earlier stage keeps the activations of more microbatches.
+    The stage of the largest cost sets the pipeline's speed. The result is exact, by dynamic programming. Among equal
+    splits the second largest cost is as small as possible, then the third, and so on: it is the most even split. Of
+    those that are still equal it is the one whose first stages hold fewer items, because in 1F1B an earlier stage keeps
+    the activations of more microbatches. Raises ValueError where there are fewer items than stages.
     """
     num_items = len(costs)
     if not 1 <= num_stages <= num_items:
@@ -21,8 +22,8 @@ def partition(costs: Sequence[float], num_stages: int) -> list[range]:
         )
     prefix = [0, *accumulate(_exact(costs))]
 
-    # best[start]: the split of items[start:] into the stages so far, as (stage costs from the largest down, starts).
-    # Adding one stage to two such lists keeps their order, so the best whole contains the best rest.
+    # best[start] is the best split of items[start:] into the stages so far: (costs, the largest first; starts).
+    # Adding one stage to two splits keeps their order, so the best split of all items contains the best of the rest.
     best: dict[int, tuple[list[int], list[int]]] = {num_items: ([], [num_items])}
     for num_later in range(num_stages):
         best = {
@@ -38,22 +39,23 @@ def partition(costs: Sequence[float], num_stages: int) -> list[range]:
 
 
 def _exact(costs: Sequence[float]) -> list[int]:
-    """The same costs as whole numbers of a common unit: then rounding can neither make nor break a tie."""
+    """Return the costs as whole numbers of a common unit, so that rounding can neither make nor break a tie."""
     fractions = [Fraction(cost) for cost in costs]
     unit = lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * unit) for fraction in fractions]
 
 
 def from_layers(num_blocks: int, layers: Sequence[int]) -> list[range]:
-    """The user's count of transformer blocks for each stage, over the items [embedding, block 0, ..., head].
+    """Return the items of each stage, [embedding, block 0, ..., head], for the user's number of blocks in each.
 
-    The embedding joins the first stage and the head the last, so these two may hold no block; the others may not.
+    The embedding belongs to the first stage and the head to the last, so these two may have no block; the others must
+    have one. Raises ValueError for numbers that do not fit the model.
     """
     if any(count < 0 for count in layers):
         raise ValueError(f"layers {list(layers)}: a stage cannot hold a negative number of blocks")
     if sum(layers) != num_blocks or not layers:
         raise ValueError(
-            f"layers {list(layers)} place {sum(layers)} blocks, the model has {num_blocks}: "
+            f"layers {list(layers)} have {sum(layers)} blocks, the model has {num_blocks}: "
             f"make them add up to {num_blocks}"
         )
     for stage, count in enumerate(layers[1:-1], start=1):
@@ -61,6 +63,6 @@ def from_layers(num_blocks: int, layers: Sequence[int]) -> list[range]:
             raise ValueError(
                 f"layers {list(layers)}: stage {stage} would hold nothing; give it a block or use fewer stages"
             )
-    stops = [1 + placed for placed in accumulate(layers)]
+    stops = [1 + num_before for num_before in accumulate(layers)]
     stops[-1] += 1
     return [range(start, stop) for start, stop in pairwise([0, *stops])]

@@ -1,17 +1,17 @@
-"""A plan played against the clock: when each action runs, how much of the time is bubble, and its picture."""
+"""The simulation of a plan: when each action runs, how much of the time is bubble, and a picture of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from parallel.pipeline.schedule import Action, Op, Plan, PlanError, batches
+from parallel.pipeline.schedule import Action, Op, Plan, PlanError, group_transfers
 
-PARTNER = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
+OTHER_END = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One action and its time; a transfer's span runs from its post to the end of its whole batch."""
+    """One action with its start and end; a transfer lasts from the time it is posted to the end of its whole group."""
 
     action: Action
     start: float
@@ -20,23 +20,24 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """`rows[r]` are the spans of rank r, in order; times are in the unit of the costs."""
+    """The spans of all ranks: `rows[r]` are those of rank r, in order. Times are in the unit of the costs."""
 
     rows: tuple[tuple[Span, ...], ...]
 
     @property
     def makespan(self) -> float:
+        """The time at which the last rank has finished."""
         return max(row[-1].end for row in self.rows)
 
     @property
     def bubble_fraction(self) -> float:
-        """The share of the ranks' time in which they compute nothing, transfers included."""
+        """The fraction of the ranks' time in which they do not compute: waits and transfers."""
         busy = sum(span.end - span.start for row in self.rows for span in row if not span.action.op.is_transfer)
         return 1 - busy / (len(self.rows) * self.makespan)
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
-        """For each rank, the most (stage, microbatch) activations alive at once; without a backward none is kept."""
+        """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept."""
         return tuple(_peak_in_flight([span.action for span in row]) for row in self.rows)
 
 
@@ -54,7 +55,7 @@ def _peak_in_flight(actions: Sequence[Action]) -> int:
 
 @dataclass(slots=True)
 class _Rank:
-    """One rank while it is simulated: what it still has to do, and what it has done by `clock`."""
+    """The state of one rank in a simulation: of its `steps`, `position` are done at the time `clock`."""
 
     steps: list[Action | tuple[Action, ...]]
     clock: float = 0.0
@@ -75,36 +76,36 @@ def simulate(
     backward_cost: float | Sequence[float],
     transfer_cost: float = 0.0,
 ) -> Timeline:
-    """Time `plan` under strict rendezvous: the least buffering, hence the most waiting, that a backend may have.
+    """Time a plan under strict rendezvous: with no buffering, and so with the longest waits that a backend may have.
 
-    A message starts once both its ends are posted and takes `transfer_cost`; the messages of a batch travel side by
-    side, and the batch is over when the last of them is. A compute's cost is one for all stages, or one for each.
-    Raises PlanError, naming what each rank waits for, if ranks wait for ever.
+    A message starts when both of its ends are posted, and takes `transfer_cost`. The messages of a group are sent
+    concurrently, and the group ends with the last of them. A compute's cost is one number for all stages, or one for
+    each. Raises PlanError, which names what each rank waits for, where ranks wait forever.
     """
     costs = {Op.F: _per_stage(forward_cost, plan), Op.B: _per_stage(backward_cost, plan)}
-    ranks = [_Rank(list(batches(actions))) for actions in plan.ranks]
+    ranks = [_Rank(list(group_transfers(actions))) for actions in plan.ranks]
     posted: dict[tuple[Action, Op], float] = {}
 
     def end_of(step: Action | tuple[Action, ...], start: float) -> float | None:
-        """When `step`, begun at `start`, is over; None while a partner has not posted its end of a message."""
+        """Return when `step`, begun at `start`, ends; None while a peer has not posted its end of a message."""
         if isinstance(step, Action):
             return start + costs[step.op][step.stage]
         posted.update({(transfer.payload, transfer.op): start for transfer in step})
-        if _unmet(step, posted):
+        if _unmatched(step, posted):
             return None
         return max(start, *(posted[_other_end(transfer)] for transfer in step)) + transfer_cost
 
-    # The order in which ranks are visited changes no time: each span follows from what it waits for alone.
-    moved = True
-    while moved:
-        moved = False
+    # The order in which ranks are visited changes no time: each span depends only on what it waits for.
+    progressed = True
+    while progressed:
+        progressed = False
         for rank in ranks:
             while rank.position < len(rank.steps):
                 end = end_of(rank.steps[rank.position], rank.clock)
                 if end is None:
                     break
                 rank.finish_step(end)
-                moved = True
+                progressed = True
     if any(rank.position < len(rank.steps) for rank in ranks):
         raise PlanError(_describe_deadlock(ranks, posted))
     return Timeline(tuple(tuple(rank.spans) for rank in ranks))
@@ -115,32 +116,34 @@ def _per_stage(cost: float | Sequence[float], plan: Plan) -> Sequence[float]:
 
 
 def _other_end(transfer: Action) -> tuple[Action, Op]:
-    return transfer.payload, PARTNER[transfer.op]
+    return transfer.payload, OTHER_END[transfer.op]
 
 
-def _unmet(batch: tuple[Action, ...], posted: dict[tuple[Action, Op], float]) -> list[Action]:
-    return [transfer for transfer in batch if _other_end(transfer) not in posted]
+def _unmatched(group: tuple[Action, ...], posted: dict[tuple[Action, Op], float]) -> list[Action]:
+    """Return the transfers of a group whose other end is not posted."""
+    return [transfer for transfer in group if _other_end(transfer) not in posted]
 
 
 def _describe_deadlock(ranks: list[_Rank], posted: dict[tuple[Action, Op], float]) -> str:
-    lines = ["the plan waits for ever:"]
+    lines = ["the plan waits forever:"]
     for number, rank in enumerate(ranks):
         if rank.position == len(rank.steps):
             lines.append(f"  rank {number} has finished")
             continue
-        batch = rank.steps[rank.position]
-        assert isinstance(batch, tuple), "a compute never waits"
+        group = rank.steps[rank.position]
+        assert isinstance(group, tuple), "a compute never waits"
         after = f"after {rank.spans[-1].action}" if rank.spans else "at its start"
-        waits = " and ".join(f"{transfer} (rank {transfer.peer} has not posted)" for transfer in _unmet(batch, posted))
-        lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, batch))}}}: waits for {waits}")
+        waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in _unmatched(group, posted))
+        lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, group))}}}: waits for {waits}")
     return "\n".join(lines)
 
 
 def draw(timeline: Timeline) -> str:
-    """One row a rank: `F2`, `B2` as long as they last, dots where nothing is computed; a summary below.
+    """Return a picture with one row for each rank, and a summary below.
 
-    A rank that holds several stages shows them: `F4.2` is stage 4, microbatch 2. The shortest compute is as wide as
-    its label, but for those of less than half the usual length: theirs is cut off.
+    `F2` and `B2` are as wide as they are long, dots are time in which nothing is computed. Where a rank holds several
+    stages the labels name them: `F4.2` is stage 4, microbatch 2. The shortest compute is as wide as its label, except
+    for those that take less than half the usual time, whose labels are cut off.
     """
     computes = [[span for span in row if not span.action.op.is_transfer] for row in timeline.rows]
     several = any(len({span.action.stage for span in row}) > 1 for row in computes)
@@ -171,6 +174,6 @@ def draw(timeline: Timeline) -> str:
 
 
 def _idle(num_columns: int, cell: int) -> str:
-    """Dots in the rhythm of the shortest compute: `.. .. `."""
+    """Return dots, grouped to the width of the shortest compute: `.. .. `."""
     dots = ("." * (cell - 1) + " ") * (num_columns // cell + 1)
     return dots[:num_columns]

@@ -1,7 +1,7 @@
-"""The proof that a plan computes the right thing and ends, without a process or a tensor.
+"""The proof that a plan computes the right thing and comes to an end, without a process or a tensor.
 
-What the runner's backend may do is taken at its worst: a batch of transfers is over only when every member has met
-its partner's posted one (no buffering), and messages between two ranks arrive in the order they were sent (no tags).
+It assumes the least that a backend may offer: a group of transfers ends only when the other end of each of them is
+posted (no buffering), and messages between two ranks arrive in the order in which they are sent (no tags).
 """
 
 from collections import Counter, defaultdict
@@ -13,19 +13,19 @@ __all__ = ["PlanError", "validate"]
 
 
 def validate(plan: Plan) -> None:
-    """Raise PlanError unless every microbatch meets every stage once, in order, and no rank waits for ever.
+    """Raise PlanError unless every microbatch passes every stage once, in order, and no rank waits forever.
 
-    A plan without any B is an evaluation; with one, every forward needs its backward.
+    A plan without any B is an evaluation; in any other, every forward needs its backward.
     """
     _check_computes(plan)
-    _check_homes(plan)
+    _check_stages(plan)
     _check_messages(plan)
     _check_order(plan)
     simulate(plan, forward_cost=1, backward_cost=1)
 
 
 def _check_computes(plan: Plan) -> None:
-    """Each (stage, microbatch) is computed exactly once, forward and, in a training plan, backward."""
+    """Check that each (stage, microbatch) is computed exactly once, forward and, in a training plan, backward."""
     counts = Counter(action for actions in plan.ranks for action in actions if not action.op.is_transfer)
     ops = [op for op in (Op.F, Op.B) if op is Op.F or any(action.op is Op.B for action in counts)]
     for op in ops:
@@ -34,26 +34,25 @@ def _check_computes(plan: Plan) -> None:
                 count = counts.pop(Action(op, stage, microbatch), 0)
                 if count != 1:
                     raise PlanError(
-                        f"microbatch {microbatch} must meet stage {stage} once: "
+                        f"microbatch {microbatch} must pass stage {stage} once: "
                         f"{op.value}{stage}.{microbatch} runs {count} times"
                     )
     for stray in counts:
         raise PlanError(f"{stray} is outside of {plan.num_stages} stages x {plan.num_microbatches} microbatches")
 
 
-def _check_homes(plan: Plan) -> None:
-    """A stage's parameters live on one rank: there, and only there, it computes, sends and receives."""
-    home = plan.rank_of_stage()
+def _check_stages(plan: Plan) -> None:
+    """Check that a stage computes, sends and receives on one rank only: its parameters are there."""
+    rank_of_stage = plan.rank_of_stage()
     for rank, actions in enumerate(plan.ranks):
         for action in actions:
-            if home.get(action.stage) != rank:
-                raise PlanError(
-                    f"rank {rank} has {action}, but stage {action.stage} is on rank {home.get(action.stage)}"
-                )
+            expected = rank_of_stage.get(action.stage)
+            if expected != rank:
+                raise PlanError(f"rank {rank} has {action}, but stage {action.stage} is on rank {expected}")
 
 
 def _check_messages(plan: Plan) -> None:
-    """Between two ranks every message is sent once and received once, in the same order at both ends."""
+    """Check that between two ranks every message is sent and received once, in the same order at both ends."""
     sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
     received: dict[tuple[int, int], list[Action]] = defaultdict(list)
     for rank, actions in enumerate(plan.ranks):
@@ -80,27 +79,27 @@ def _check_channel(source: int, target: int, sent: list[Action], received: list[
     for position, (first, second) in enumerate(zip(sent, received, strict=True)):
         if first != second:
             raise PlanError(
-                f"message {position} from rank {source} to rank {target} is the result of {first} to its sender "
-                f"and of {second} to its receiver: both ends must keep one order"
+                f"message {position} from rank {source} to rank {target} is the result of {first} for its "
+                f"sender and of {second} for its receiver: both ends must have the same order"
             )
 
 
 def _check_order(plan: Plan) -> None:
-    """On each rank, nothing is used or sent before it was computed or received there."""
+    """Check that on each rank nothing is used or sent before it is computed or received there."""
     for rank, actions in enumerate(plan.ranks):
-        present: set[Action] = set()
+        available: set[Action] = set()
         for action in actions:
             for need in _needs(action, plan.num_stages):
-                if need not in present:
+                if need not in available:
                     raise PlanError(f"rank {rank} reaches {action} before it has the result of {need}")
             if not action.op.is_transfer:
-                present.add(action)
+                available.add(action)
             elif not action.op.is_send:
-                present.add(action.payload)
+                available.add(action.payload)
 
 
 def _needs(action: Action, num_stages: int) -> list[Action]:
-    """The computes whose results `action` uses."""
+    """Return the computes whose results the action uses."""
     stage, microbatch = action.stage, action.microbatch
     match action.op:
         case Op.F:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.mesh.collectives import split
+from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import exchange
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.sequence.blocks import Masking, index
@@ -74,7 +74,7 @@ class AllToAll(SequenceSplit):
         some = heads // self.axis.size
         whole = exchange(qkv.unflatten(-1, (3, heads, -1)), 3, 1, self.axis).flatten(2)
         if (drop := masking.dropping) is not None:
-            masking = replace(masking, dropping=replace(drop, lines=split(drop.lines, 1, self.axis)))
+            masking = replace(masking, dropping=replace(drop, lines=local_slice(drop.lines, 1, self.axis)))
         y = super().attend(whole, some, masking)
         own: Tensor = exchange(y.unflatten(-1, (some, -1)), 1, 2, self.axis)
         return own.flatten(2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.layout.layout import Layout
-from parallel.mesh.collectives import split
+from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import gather, reduce, scatter
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.sequence import WHOLE, SequenceSplit
@@ -77,7 +77,7 @@ class Mode:
     def local(self, x: Tensor, batch: Split) -> Tensor:
         """x[B, ...], whole on every rank -> x[B_batch, ...]: the samples that this rank sees of it."""
         for axis in batch:
-            x = split(x, 0, axis)
+            x = local_slice(x, 0, axis)
         return x
 
     def tokens(self, x: Tensor, batch: Split) -> Tensor:

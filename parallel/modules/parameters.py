@@ -1,0 +1,76 @@
+"""The parameters of a module that an engine takes over: their first values, and a watch for later changes."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from parallel.chunk.chunk import Chunk
+from parallel.errors import ModelError
+from parallel.layout.layout import ParameterInfo
+from parallel.mesh.collectives import broadcast
+from parallel.mesh.mesh import Axis
+from parallel.modules.sharded import is_sharded, unshard_parameter
+
+
+def broadcast_parameters(infos: Sequence[ParameterInfo], axis: Axis) -> None:
+    """Give these parameters rank 0's values on every rank of the axis.
+
+    Those that `sharded_init` has sharded are the same on all ranks already, and are all-gathered.
+    """
+    for info in infos:
+        if is_sharded(info.parameter):
+            unshard_parameter(info.parameter, info.parameter.data)
+        else:
+            broadcast(info.parameter.data, axis)
+
+
+def make_gradients_dense(module: nn.Module) -> None:
+    """Switch sparse gradients of embeddings off: what is summed over replicas in a flat buffer is dense."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False
+
+
+def refuse_state_dict(module: nn.Module) -> None:
+    """Have `module.state_dict()` raise ModelError: in ZeRO stage 3 it would return values that are not there.
+
+    With `keep_vars` it is allowed, since it then returns the parameters themselves, whose values nobody has read yet.
+    """
+
+    def refuse(part: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:
+            raise ModelError(
+                "model: in zero stage 3 a state_dict has no values: each rank holds a slice. Use engine.save_pretrained"
+                " or engine.save_checkpoint, on every rank."
+            )
+
+    for part in module.modules():
+        part.register_state_dict_pre_hook(refuse)
+
+
+class OriginalParameters:
+    """A module's parameters as they were when an engine took them over: what they are compared with later.
+
+    An engine can follow new values. It cannot follow a parameter that is replaced, added or removed, one whose memory
+    is no longer that of its chunk (after a cast, or a move to another device), or a frozen one that is to be trained.
+    """
+
+    def __init__(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
+        self._module = module
+        self._parameters = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
+        self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
+
+    def change(self) -> str:
+        """Return a message about the first change that an engine cannot follow, or an empty string without one."""
+        present = dict(self._module.named_parameters(remove_duplicate=False))
+        cure = "Change a model before parallel.initialize, not after."
+        for name in {**present, **self._parameters}:
+            if present.get(name) is not self._parameters.get(name, (None,))[0]:
+                return f"model: {name} is not the parameter it was. {cure}"
+        for name, (parameter, required_grad) in self._parameters.items():
+            chunk = self._chunk_of.get(parameter)
+            if chunk is not None and not chunk.shows(parameter):
+                return f"model: {name} moved: its memory is not the engine's any more. {cure}"
+            if parameter.requires_grad and not required_grad:
+                return f"model: {name} was frozen and requires a gradient now. {cure}"
+        return ""

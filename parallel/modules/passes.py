@@ -1,0 +1,85 @@
+"""The forwards and backwards that a user's loop does between two steps: before and after each of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from parallel.modules.agreement import Agreement
+from parallel.modules.parameters import OriginalParameters
+from parallel.placement.manager import PlacementManager
+from parallel.zero.gatherer import Gatherer
+
+
+class ModulePasses:
+    """Has the ranks agree on every forward and backward of a module, and its parameters gathered for as long as needed.
+
+    The parameters of the root (those that belong to no layer) are gathered at the beginning of a forward and, where
+    gradients are enabled, kept until its backward has ended. The placement manager is told how large each forward is.
+    """
+
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        placement_manager: PlacementManager,
+        agreement: Agreement,
+        original: OriginalParameters,
+    ) -> None:
+        self.gatherer = gatherer
+        self._placement_manager, self._agreement, self._original = placement_manager, agreement, original
+        self._awaits_backward = False
+        self._is_between_steps = True
+
+    def follow(self, module: nn.Module) -> None:
+        """Register hooks by which every forward of the module begins and ends here."""
+        module.register_forward_pre_hook(lambda module, *inputs: self.begin_forward(inputs), with_kwargs=True)
+        module.register_forward_hook(lambda module, inputs, y: self.end_forward(), always_call=True)
+
+    def begin_forward(self, inputs: Any) -> None:
+        """Gather the root. Raises ModelError on every rank where one does something else, or its module was changed."""
+        action = "a forward" if torch.is_grad_enabled() else "a forward without gradients"
+        self._agreement.agree_on(action, problem=self._original.change())
+        if torch.is_grad_enabled():
+            self._report_work(inputs)
+        self.gatherer.start_pass(guarded=True)
+        self.gatherer.root.use()
+
+    def end_forward(self) -> None:
+        """Release what is gathered, unless a backward is to follow."""
+        self._awaits_backward |= torch.is_grad_enabled()
+        if not self._awaits_backward:
+            self.gatherer.end()
+
+    def begin_backward(self, problem: str) -> None:
+        """Gather the root. Raises ModelError on every rank where one does something else, or has a problem."""
+        self._agreement.agree_on("a backward", problem)
+        self.gatherer.root.use()  # an earlier backward, of another forward, may have released it
+
+    def end_backward(self, *, retains_graph: bool) -> None:
+        """Release what is gathered, unless the graph is retained for another backward."""
+        self._awaits_backward = retains_graph
+        if not retains_graph:
+            self.gatherer.end()
+
+    def release(self) -> None:
+        """Release what is still gathered because a graph was retained, or because a backward was never done.
+
+        Called before the weights change, so that no rank goes on with the old ones.
+        """
+        self.gatherer.end()
+        self._awaits_backward = False
+
+    def end_step(self) -> None:
+        """Note that the next forward with gradients begins a step."""
+        self._is_between_steps = True
+
+    def _report_work(self, inputs: Any) -> None:
+        """Tell the placement manager the sizes of all inputs, with which the work of a module grows."""
+        work = tuple(size for x in tree_leaves(inputs) if isinstance(x, Tensor) for size in x.shape)
+        if self._is_between_steps:
+            self._is_between_steps = False
+            self.gatherer.end()
+            self._placement_manager.before_step(work)
+        else:
+            self._placement_manager.within_step(work)
