@@ -27,7 +27,8 @@ ANY_MODULE = "tests/test_module_engine.py::test_every_stage_trains_a_module_as_p
 HOMES = "tests/test_placement.py"
 ROUNDED, ON_DISK = "tests/test_rounding.py", "tests/test_disk.py"
 KEPT = "tests/test_inputs.py"
-PLACER, PLANS = "parallel/placement/manager.py", "tests/test_placer.py"
+MANAGER, WORKLOADS = "parallel/placement/manager.py", "parallel/placement/workloads.py"
+PLANS = "tests/test_placement_manager.py"
 MODULE_STATE = "tests/test_module_state.py"
 REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_module_is_refused_by_name_on_every_rank"
 HALF = "tests/test_fp16_and_recompute.py"
@@ -56,12 +57,15 @@ MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode",
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_is_attention_written_down"
 SEEN = "tests/test_sequence.py::test_every_pair_is_seen_once_and_every_rank_sees_as_many"
+IMPORTS, MARKS = "tests/test_imports.py", "parallel/ops/compiling.py"
 TORCH_OPTIM = "parallel/optim/torch_optim.py"
 ENGINE, OPTIM, LAYOUT = "parallel/engine/engine.py", "parallel/optim/adamw.py", "parallel/layout/layout.py"
 ROUND = "parallel/optim/rounding.py"
 CHUNK, GRADIENTS = "parallel/chunk/chunk.py", "parallel/optim/gradients.py"
 RUNNER, CONJUGATE, NORM = "parallel/pipeline/runner.py", "parallel/mesh/conjugate.py", "parallel/optim/grad_norm.py"
-BASE, INPUTS = "parallel/engine/base.py", "parallel/activations/offload.py"
+BASE = "parallel/engine/base.py"
+INPUTS, INPUT = "parallel/activations/offload.py", "parallel/activations/kept_input.py"
+SWAPPER = "parallel/storage/swapper.py"
 MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.py"
 SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
@@ -517,71 +521,69 @@ PLACEMENT = (
     Mutant("computation-without-end", "of a watched step all is taken for computation",
            "parallel/placement/profile.py", "self._clock.seconds(self._begun, self._computed)",
            "self._clock.seconds(self._begun, self._clock.now())",
-           f"{PLANS}::test_what_comes_after_computation_is_not_taken_for_it"),
+           f"{PLANS}::test_the_time_after_the_computation_is_not_counted_as_computation"),
     Mutant("host-parameters-not-refreshed", "parameters at home on the host go on as they were",
            CHUNK, "                self.written = self.copies.download(self.master.to(self.own.dtype), self.own)\n",
-           "                pass\n", f"{HOMES}::test_chunks_may_change_their_homes_between_any_two_steps"),
+           "                pass\n", f"{HOMES}::test_chunks_may_move_between_any_two_steps"),
     Mutant("narrow-parameters-left-on-the-host", "what streamed through the device is not rounded",
            "parallel/optim/streaming.py", "                self._copies.download(narrow.copy_(here.states[0]), home.own)\n",
-           "                pass\n", f"{HOMES}::test_narrow_parameters_too"),
+           "                pass\n", f"{HOMES}::test_training_from_the_host_is_the_same_in_every_precision"),
     Mutant("rounds-on-the-host-replaced", "the host keeps the last microbatch's gradient alone",
            GRADIENTS, "        chunk.copies.upload(total, found, after=chunk.gradient_written).wait()\n",
-           "        found.zero_()\n", f"{HOMES}::test_narrow_parameters_too"),
+           "        found.zero_()\n", f"{HOMES}::test_training_from_the_host_is_the_same_in_every_precision"),
     Mutant("moved-masters-unseen", "a user's optimizer updates where the masters were",
            TORCH_OPTIM, "            leaf.data = renewed[segment.info].data\n", "            pass\n",
-           f"{HOMES}::test_a_module_of_ones_own_too"),
+           f"{HOMES}::test_a_users_own_module_trains_the_same_under_every_policy"),
     Mutant("plan-beyond-its-budget", "parameters stay although there is no room",
            "parallel/placement/policy.py", "num_states, k) <= allowed)", "num_states, k) <= 2 * allowed)",
-           f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+           f"{HOMES}::test_a_plan_fits_and_everything_stays_on_the_device_if_it_fits"),
     Mutant("host-beyond-its-budget", "states stay on the host although there is no room",
-           "parallel/placement/policy.py", "k) <= host.budget)", "k) <= 2 * host.budget)",
-           f"{HOMES}::test_a_plan_fits_and_everything_stays_where_everything_fits"),
+           "parallel/placement/policy.py", "k) <= host.budget:", "k) <= 2 * host.budget:",
+           f"{HOMES}::test_a_plan_fits_and_everything_stays_on_the_device_if_it_fits"),
     Mutant("slots-uncounted", "what states on a disk go through is not part of the host's budget",
-           "parallel/placement/policy.py", "max((chunk.buffers for", "max((0 for",
+           "parallel/placement/policy.py", "max((chunk.slots for", "max((0 for",
            f"{ON_DISK}::test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget"),
     Mutant("slot-read-before-it-is-written", "reading ahead takes the place of what was updated",
-           "parallel/storage/disk.py", "        for job in written:\n            job.result()\n", "",
-           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+           SWAPPER, "        for job in written:\n            job.result()\n", "",
+           f"{ON_DISK}::test_files_have_the_same_content_in_parts_and_as_mapped_memory"),
     Mutant("updates-left-in-their-slots", "nothing comes back to the disk",
-           "parallel/storage/disk.py", "        file.write(start, room[: stop - start])\n", "",
-           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+           SWAPPER, "        file.write_at(start, buffer[: stop - start])\n", "",
+           f"{ON_DISK}::test_files_have_the_same_content_in_parts_and_as_mapped_memory"),
     Mutant("looked-at-too-early", "a checkpoint has states that are still being written",
-           "parallel/storage/disk.py",
-           "        for slot in self._slots:\n            slot.wait()\n        self._asked",
-           "        self._asked",
-           f"{ON_DISK}::test_files_are_the_same_in_parts_and_as_memory"),
+           SWAPPER, "        self.wait()\n", "",
+           f"{ON_DISK}::test_files_have_the_same_content_in_parts_and_as_mapped_memory"),
     Mutant("input-kept-on-the-device", "a copy goes to the host, and what it is of stays",
-           INPUTS, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
-           f"{KEPT}::test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks"),
+           INPUT, "        del self._x\n", "        self.__dict__.setdefault('left', []).append(self._x)\n",
+           f"{KEPT}::test_what_is_kept_on_the_device_does_not_grow_with_the_number_of_blocks"),
     Mutant("module-input-kept-on-the-device", "transformers' own checkpoint stays",
            "parallel/modules/recompute.py",
            "                _replace_checkpoint(module, inputs)\n",
            "                pass\n",
-           f"{KEPT}::test_what_waits_on_the_device_does_not_grow_with_a_modules_layers[opt]"),
+           f"{KEPT}::test_what_is_kept_on_the_device_does_not_grow_with_a_modules_layers[opt]"),
     Mutant("input-sent-for-when-it-is-needed", "each backward waits for its input",
-           INPUTS, "            before.fetch()\n", "            pass\n",
-           f"{KEPT}::test_an_input_goes_down_and_comes_up_while_a_layer_computes"),
+           INPUTS, "            previous.prefetch()\n", "            pass\n",
+           f"{KEPT}::test_an_input_is_offloaded_and_copied_back_while_a_layer_computes"),
     Mutant("newest-input-travels", "what the next backward begins with goes down and comes up again",
-           INPUTS, "        kept = Kept(x, self.pool, self._newest)\n",
-           "        kept = Kept(x, self.pool, self._newest)\n        kept.leave()\n",
-           f"{KEPT}::test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none"),
+           INPUTS, "        kept = KeptInput(x, self.pool, self._newest)\n",
+           "        kept = KeptInput(x, self.pool, self._newest)\n        kept.offload()\n",
+           f"{KEPT}::test_there_are_as_many_buffers_as_inputs_on_the_host_at_once_and_an_evaluation_keeps_none"),
     Mutant("buffer-not-taken-back", "the host's memory grows with every step",
-           INPUTS, "            self._pool.take_back(self._home)\n", "            pass\n",
-           f"{KEPT}::test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none"),
+           INPUT, "            self._pool.release(self._buffer)\n", "            pass\n",
+           f"{KEPT}::test_there_are_as_many_buffers_as_inputs_on_the_host_at_once_and_an_evaluation_keeps_none"),
     Mutant("buffer-lent-twice", "an input lies where another's was",
-           INPUTS, "return self._free.pop(id(fitting))", "return self._free[id(fitting)]",
+           "parallel/activations/host_pool.py", "return self._free.pop(id(fitting))", "return self._free[id(fitting)]",
            f"{KEPT}::test_inputs_on_the_host_with_dropout_equal_no_recompute_bit_for_bit[single]"),
     Mutant("input-of-the-first-backward-alone", "a second backward through the same layers finds another's input",
-           INPUTS, "        x = self._x\n        self._go_away()\n",
-           "        x = self._x\n        self._go_away()\n        self._pool.take_back(self._home)\n",
-           f"{KEPT}::test_a_module_of_ones_own_trains_bit_for_bit_too[twice-1-cuda]"),
+           INPUT, "        x = self._x\n        self._give_up()\n",
+           "        x = self._x\n        self._give_up()\n        self._pool.release(self._buffer)\n",
+           f"{KEPT}::test_a_users_own_module_trains_the_same_bit_for_bit[twice-1-cuda]"),
     Mutant("computes-after-it-gathers", "a layer waits for the copy of the next one's parameters",
            "parallel/chunk/chunk.py", "        with self.copies.on_upload_stream():  # behind", "        arrival.wait()\n"
            "        with self.copies.on_upload_stream():  # behind",
            "tests/test_chunk.py::test_a_chunk_comes_up_and_is_gathered_while_the_device_computes"),
     Mutant("planned-by-a-skipped-step", "a step whose update was skipped is taken for what steps are",
-           PLACER, "        if skipped:\n            if self._phase", "        if False:\n            if self._phase",
-           "tests/test_placer.py::test_a_step_that_updates_nothing_is_not_planned_by"),
+           MANAGER, "        if skipped:\n            if state", "        if False:\n            if state",
+           f"{PLANS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update for which there is no memory says nothing of cures",
            "parallel/engine/module_engine.py",
            "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
@@ -598,8 +600,8 @@ PLACEMENT = (
            "parallel/engine/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",
            "tests/test_module_shapes.py::test_a_divided_loader_is_as_long_as_what_it_yields"),
     Mutant("placement-says-its-last-step", "one step that something held up is said to be what a plan came to",
-           PLACER, "median(self._took[SETTLING:])", "max(self._took[SETTLING:])",
-           "tests/test_placement.py::test_auto_keeps_to_its_budget_and_says_what_it_plans"),
+           "parallel/placement/report.py", "median(self._seconds[SETTLING:])", "max(self._seconds[SETTLING:])",
+           "tests/test_placement.py::test_auto_keeps_to_its_budget_and_logs_what_it_plans"),
     Mutant("embedding-hears-of-the-last-tokens", "the gradient from some tokens takes the place of the others'",
            CROSS_ENTROPY, "add_product if start else write_product", "write_product",
            f"{RULES}::"
@@ -612,30 +614,30 @@ PLACEMENT = (
            "tests/test_fp16_and_recompute.py::"
            "test_a_recomputed_block_goes_no_further_than_to_what_its_last_linear_takes"),
     Mutant("changed-input-computed-with", "what was changed in place goes to the host, or into a recomputation",
-           INPUTS, "if self._x._version != self._version:", "if False:",
-           f"{KEPT}::test_an_input_changed_in_place_is_refused_not_computed_with"),
+           INPUT, "if self._x._version != self._version:", "if False:",
+           f"{KEPT}::test_an_input_changed_in_place_is_refused_instead_of_used"),
     Mutant("longer-steps-unnoticed", "a plan for short sequences is kept for long ones",
-           PLACER, "is_new = not any(", "is_new = not self._seen and not any(",
+           WORKLOADS, "return any(len(size)", "return bool(self.sizes) or any(len(size)",
            f"{PLANS}::test_larger_steps_are_planned_for_again_and_smaller_ones_keep_the_plan"),
     Mutant("skipped-layer-unnoticed", "a layer that was not watched is not planned for",
-           PLACER, "self._surprised or not self._used <= self._known", "self._surprised",
-           f"{PLANS}::test_a_layer_that_had_been_skipped_and_longer_inputs_are_planned_for"),
+           WORKLOADS, "self._has_grown or not self._layers_of_step <= self._layers", "self._has_grown",
+           f"{PLANS}::test_a_layer_that_was_skipped_so_far_and_longer_inputs_end_a_plan"),
     Mutant("plan-of-another-budget", "a resumed run goes on by a plan that was made for more memory",
-           PLACER, 'fits = state.get("key") == self._key()', "fits = bool(state)",
-           f"{PLANS}::test_a_resumed_run_goes_on_by_the_plan_it_had"),
+           MANAGER, 'fits = state.get("key") == self._agreement.key', "fits = bool(state)",
+           f"{PLANS}::test_a_resumed_run_keeps_its_plan"),
     Mutant("parts-are-kept", "what an update streamed stays on the host though its chunk has moved",
            "parallel/optim/shared_update.py", "Side(counts[0],", "Side(_elements(streamed),",
-           f"{HOMES}::test_what_has_moved_is_gone_from_where_it_was"),
+           f"{HOMES}::test_a_chunk_that_has_moved_leaves_nothing_where_it_was"),
     Mutant("engines-stay", "autograd holds the chunks of an engine that nobody has any more",
            GRADIENTS, "partial(_arrive, weakref.ref(self), i)", "partial(self.take, i)",
-           "tests/test_long_run.py::test_an_engine_that_is_given_up_frees_its_memory[ours]"),
+           "tests/test_long_run.py::test_an_engine_without_references_frees_its_memory[ours]"),
     Mutant("disk-timed-as-the-bus", "the host is given less than it could do while the disk is waited for",
            "parallel/optim/shared_update.py",
            "from_disk = [part for part in parts if part.is_on_disk]", "from_disk = []",
-           "tests/test_disk.py::test_what_comes_from_a_disk_is_timed_apart_from_what_the_host_may_take"),
+           "tests/test_disk.py::test_states_from_a_disk_are_timed_apart_from_those_that_the_host_may_update"),
     Mutant("tied-weight-updated-on-two-sides", "one stage leaves it to the host, the other does not",
            "parallel/optim/shared_update.py", " and len(part.chunk.axes) == 1", "",
-           f"{PLANS}::test_what_two_stages_hold_is_updated_on_the_same_side"),
+           f"{PLANS}::test_a_weight_that_two_stages_hold_is_updated_on_the_same_side"),
 )
 
 ROUNDING = (
@@ -671,6 +673,18 @@ ROUNDING = (
            ANY_MODULE),
 )
 
+COMPILING = (
+    Mutant("compiled-into", "compiled code inlines a function that communicates",
+           MARKS, "    function._torchdynamo_disable = True  # type: ignore[attr-defined]\n", "",
+           f"{IMPORTS}::test_compiled_code_does_not_look_into_a_marked_function"),
+    Mutant("compiled-below", "what a function that communicates calls is compiled by itself",
+           MARKS, "_FrameExecStrategy(skip, skip)", "_FrameExecStrategy(skip, eval_frame._FrameAction.DEFAULT)",
+           f"{IMPORTS}::test_compiled_code_does_not_look_into_a_marked_hook"),
+    Mutant("compiler-imported", "every process imports torch's compiler",
+           "parallel/mesh/conjugate.py", "@not_compiled\ndef exchange", "@torch.compiler.disable\ndef exchange",
+           f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -688,4 +702,5 @@ MUTANTS = (
     *MODEL,
     *SEQUENCES,
     *ORDER,
+    *COMPILING,
 )

@@ -1,5 +1,6 @@
-"""Raw config in, frozen config or all of its problems out."""
+"""`parse` returns a frozen config, or raises all of its problems at once."""
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import parallel.config
 from models.shapes import resolve
 from parallel.config import Config, ParallelConfig, TensorConfig, apply_overrides, load_raw, parse
 from parallel.errors import ConfigError
 
 
 def problems(raw: dict[str, Any], world_size: int | None = None) -> tuple[str, ...]:
+    """Return the problems that `parse` raises; fail if it raises none."""
     with pytest.raises(ConfigError) as caught:
         parse(raw, world_size=world_size)
     return caught.value.problems
 
 
 def tensor(**keys: Any) -> dict[str, Any]:
+    """Return a raw config whose section `parallel.tensor` has these keys."""
     return {"parallel": {"tensor": keys}}
 
 
@@ -83,7 +87,21 @@ def test_config_survives_json() -> None:
     assert config.model.remove_final_layer_norm is True
 
 
-# The spellings of Colossal-AI
+@pytest.mark.parametrize("name", ["model", "parallel", "sections"])
+def test_every_field_is_documented_where_it_is_declared(name: str) -> None:
+    """A docstring follows each field of each section; the sections themselves are documented by their classes."""
+    source = Path(parallel.config.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    for kind in ast.parse(source).body:
+        if not isinstance(kind, ast.ClassDef) or kind.name == "Config":
+            continue
+        assert ast.get_docstring(kind), kind.name
+        for field, following in zip(kind.body, kind.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                is_documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert is_documented, f"{kind.name}.{ast.unparse(field.target)}"
+
+
+# Colossal-AI's spellings
 
 
 def test_a_bare_number_is_a_size() -> None:
@@ -101,7 +119,7 @@ def test_tensor_mode_sequence_is_a_ring() -> None:
     assert other.startswith("train.steps: ")
 
 
-# The tensor geometry
+# Sizes of the tensor modes
 
 
 @pytest.mark.parametrize(
@@ -162,12 +180,12 @@ def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> No
         ),
     ],
 )
-def test_a_size_that_a_mode_cannot_lay_out_names_the_nearest(keys: dict[str, Any], problem: str) -> None:
+def test_a_size_that_a_mode_cannot_have_is_refused_with_the_nearest_ones(keys: dict[str, Any], problem: str) -> None:
     assert problems(tensor(**keys)) == (problem,)
 
 
 @given(st.sampled_from(["1d", "2d", "2.5d", "3d"]), st.integers(1, 200), st.integers(1, 5), st.integers(0, 5))
-def test_a_size_fits_exactly_when_axes_multiply_to_it(mode: Any, size: int, depth: int, rows: int) -> None:
+def test_a_size_fits_exactly_if_the_axes_can_multiply_to_it(mode: Any, size: int, depth: int, rows: int) -> None:
     depth = depth if mode == "2.5d" else 1
     keys = TensorConfig(mode, size, depth, rows or None if mode in ("2d", "2.5d") else None)
     edges = range(1, size + 1)
@@ -179,10 +197,10 @@ def test_a_size_fits_exactly_when_axes_multiply_to_it(mode: Any, size: int, dept
     assert keys.fits() == expected["2d" if mode == "2.5d" else mode]
 
 
-# Worlds and batches
+# World sizes and batch sizes
 
 
-def test_a_world_that_replicas_do_not_fill_names_the_nearest_world_and_size() -> None:
+def test_a_world_size_that_is_no_multiple_of_a_replica_is_refused_with_sizes_that_work() -> None:
     raw = {"parallel": {"pipeline": 2, "tensor": {"mode": "1d", "size": 8}}}
     assert problems(raw, world_size=8) == (
         "parallel: world size 8 is not a multiple of pipeline 2 × tensor 8 = 16."
@@ -193,7 +211,7 @@ def test_a_world_that_replicas_do_not_fill_names_the_nearest_world_and_size() ->
     )
 
 
-def test_what_is_left_of_the_world_is_data_parallel() -> None:
+def test_the_data_parallel_size_is_the_world_size_over_the_ranks_of_a_replica() -> None:
     config = parse({"parallel": {"pipeline": 2, "tensor": {"mode": "2d", "size": 4}}}, world_size=16)
     assert config.data_parallel_size(16) == 2
     assert config.num_microbatches(16) == 4  # 16 = 2 × 2 × 4
@@ -230,13 +248,13 @@ def test_what_is_left_of_the_world_is_data_parallel() -> None:
         ),
     ],
 )
-def test_a_batch_that_does_not_come_out_even_names_the_nearest(
+def test_a_batch_size_that_does_not_divide_is_refused_with_the_nearest_ones(
     train: dict[str, Any], keys: dict[str, Any], world_size: int | None, problem: str
 ) -> None:
     assert problems({"train": train, **tensor(**keys)}, world_size) == (problem,)
 
 
-def test_a_warm_up_may_outlast_the_run() -> None:
+def test_a_warm_up_may_be_longer_than_the_run() -> None:
     assert parse({"train": {"steps": 2}}).lr_scheduler.warmup_steps == 10
 
 
@@ -263,7 +281,9 @@ def test_a_warm_up_may_outlast_the_run() -> None:
         ("zero", {"host_memory": "6 gigs"}, "needs a number of bytes, got '6 gigs'. Try '6GiB'."),
     ],
 )
-def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any], problem: str) -> None:
+def test_a_bad_value_is_refused_with_its_key_and_one_that_works(
+    section: str, keys: dict[str, Any], problem: str
+) -> None:
     (key,) = keys
     assert problems({section: keys}) == (f"{section}.{key}: {problem}",)
 
@@ -281,7 +301,7 @@ def test_a_bad_value_names_key_value_and_cure(section: str, keys: dict[str, Any]
         ),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:
+def test_a_value_that_is_not_supported_yet_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:
     assert problems(raw) == (problem,)
 
 
@@ -322,22 +342,22 @@ def test_what_is_not_built_is_refused_by_name(raw: dict[str, Any], problem: str)
         ),
     ],
 )
-def test_a_context_that_does_not_come_out_even(raw: dict[str, Any], problem: str) -> None:
+def test_a_context_size_that_does_not_divide_is_refused_with_sizes_that_work(raw: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(raw, resolve=resolve)
     assert caught.value.problems == (problem,)
 
 
-def test_a_world_too_small_for_a_context_is_told_so() -> None:
+def test_a_world_too_small_for_a_context_is_refused_with_sizes_that_work() -> None:
     assert problems({"parallel": {"context": 4}}, 6) == (
         "parallel: world size 6 is not a multiple of context 4. Start 4 or 8 processes, or set context.size=3.",
     )
 
 
-@pytest.mark.parametrize(("key", "value", "said"), [("nvme_dir", "/disk", "'/disk'"), ("host_memory", "1KiB", "1024")])
-def test_what_serves_other_places_is_refused_where_everything_is_on_the_device(key: str, value: str, said: str) -> None:
+@pytest.mark.parametrize(("key", "value", "shown"), [("nvme_dir", "/disk", "'/disk'"), ("host_memory", "1KiB", "1024")])
+def test_limits_of_host_and_disk_are_refused_if_everything_is_on_the_device(key: str, value: str, shown: str) -> None:
     assert problems({"zero": {key: value}}) == (
-        f"zero.{key}: {said} with tensor_placement_policy 'cuda', which keeps everything on the device. Try"
+        f"zero.{key}: {shown} with tensor_placement_policy 'cuda', which keeps everything on the device. Try"
         f" tensor_placement_policy='auto' or 'cpu', or {key}=None.",
     )
     for policy in ("cpu", "auto"):
@@ -355,12 +375,12 @@ def test_what_serves_other_places_is_refused_where_everything_is_on_the_device(k
         ),
     ],
 )
-def test_pipeline_layers_fill_the_stages(layers: list[int], problem: str) -> None:
+def test_pipeline_layers_must_fit_the_stages(layers: list[int], problem: str) -> None:
     raw = {"parallel": {"pipeline": {"size": 3, "layers": layers}}}
     assert problems(raw) == (f"parallel.pipeline.layers: {problem}",)
 
 
-def test_all_problems_come_at_once_one_a_line() -> None:
+def test_all_problems_are_raised_at_once_one_a_line() -> None:
     raw = {
         "modle": {"name": "opt-125m"},
         "parallel": {"tensor": {"mode": "2d", "size": 6}},
@@ -379,7 +399,7 @@ def test_all_problems_come_at_once_one_a_line() -> None:
     ]
 
 
-def test_a_broken_layout_does_not_hide_what_the_model_has_to_say() -> None:
+def test_an_invalid_layout_does_not_hide_the_problems_of_the_model() -> None:
     layouts = []
 
     def resolve(config: Config) -> tuple[Config, list[str]]:
@@ -404,37 +424,37 @@ def test_an_override_is_a_literal_or_else_a_string() -> None:
     }
 
 
-def test_a_dict_replaces_the_whole_of_what_was_there() -> None:
+def test_a_dict_replaces_a_whole_section() -> None:
     raw = {"parallel": {"tensor": {"mode": "2.5d", "size": 8, "depth": 2}}}
     assert apply_overrides(raw, ["parallel.tensor={'mode': '1d', 'size': 4}"]) == tensor(mode="1d", size=4)
     assert apply_overrides(raw, ["parallel={'pipeline': 2}"]) == {"parallel": {"pipeline": {"size": 2}}}
 
 
-def test_dotted_keys_apply_on_top_of_short_spellings_and_the_last_one_wins() -> None:
+def test_dotted_keys_change_short_spellings_and_the_last_one_wins() -> None:
     raw = {"parallel": {"pipeline": 2}}
     gpipe = apply_overrides(raw, ["parallel.pipeline.schedule=gpipe"])
     assert gpipe == {"parallel": {"pipeline": {"size": 2, "schedule": "gpipe"}}}
     assert apply_overrides(gpipe, ["parallel.pipeline=4", "parallel.pipeline=1"]) == {
         "parallel": {"pipeline": {"size": 1}}
     }
-    assert raw == {"parallel": {"pipeline": 2}}, "an override changes nothing of its caller's"
+    assert raw == {"parallel": {"pipeline": 2}}, "an override has changed the dict that it was given"
 
 
-def test_a_ring_may_be_spelled_key_by_key() -> None:
+def test_the_sequence_mode_may_be_set_key_by_key() -> None:
     keys = ["parallel.tensor.mode=sequence", "parallel.tensor.size=4"]
     want = parse({"parallel": {"context": 4}})
     assert all(parse(apply_overrides({}, given)) == want for given in (keys, keys[::-1]))
 
 
 @pytest.mark.parametrize(
-    ("assignment", "cure"),
+    ("assignment", "suggestion"),
     [("train.precision=BF16", "'bf16'"), ("parallel.tensor.mode=2D", "'2d'"), ("output.dir=2024", "'2024'")],
 )
-def test_a_cure_is_what_was_meant(assignment: str, cure: str) -> None:
-    assert problems(apply_overrides({}, [assignment]))[0].endswith(f"Try {cure}.")
+def test_the_suggested_value_is_what_was_probably_meant(assignment: str, suggestion: str) -> None:
+    assert problems(apply_overrides({}, [assignment]))[0].endswith(f"Try {suggestion}.")
 
 
-def test_malformed_overrides_are_named_all_at_once() -> None:
+def test_malformed_overrides_are_refused_all_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         apply_overrides({}, ["train.steps", "train..steps=1", "train.steps=1", "train.steps.x=1"])
     assert caught.value.problems == (
@@ -447,7 +467,7 @@ def test_malformed_overrides_are_named_all_at_once() -> None:
 # Files
 
 
-def test_a_file_gives_its_dicts_and_nothing_else(tmp_path: Path) -> None:
+def test_a_file_gives_its_values_without_modules_functions_and_private_names(tmp_path: Path) -> None:
     file = tmp_path / "run.py"
     file.write_text("import math\n_h = 4\ndef f(): pass\ntrain = dict(steps=_h)\nmodle = dict()\n")
     assert load_raw(file) == {"train": {"steps": 4}, "modle": {}}
@@ -463,7 +483,7 @@ def test_a_file_gives_its_dicts_and_nothing_else(tmp_path: Path) -> None:
         ("import os\nos.stat('nowhere')\n", 2, "FileNotFoundError"),
     ],
 )
-def test_a_file_that_fails_names_its_line(tmp_path: Path, source: str, line: int, words: str) -> None:
+def test_an_error_in_a_file_is_raised_with_its_line(tmp_path: Path, source: str, line: int, words: str) -> None:
     file = tmp_path / "run.py"
     file.write_text(source)
     with pytest.raises(ConfigError) as caught:
@@ -472,7 +492,7 @@ def test_a_file_that_fails_names_its_line(tmp_path: Path, source: str, line: int
     assert words in str(caught.value)
 
 
-def test_the_config_of_a_run_is_a_config(tmp_path: Path) -> None:
+def test_the_config_json_of_a_run_can_be_loaded(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     config = parse({"parallel": {"pipeline": 2}, "train": {"steps": 3}})
     file.write_text(json.dumps(config.to_dict()))
@@ -483,7 +503,7 @@ def test_the_config_of_a_run_is_a_config(tmp_path: Path) -> None:
             load_raw(file)
 
 
-def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_with_the_name_of_a_similar_one(tmp_path: Path) -> None:
     (tmp_path / "opt_tiny.py").touch()
     with pytest.raises(ConfigError, match=r"opt_tny.py: .*Did you mean '.*opt_tiny.py'\?"):
         load_raw(tmp_path / "opt_tny.py")

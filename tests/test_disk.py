@@ -1,4 +1,4 @@
-"""Optimizer states on a disk: weights are as if they were on the device, and the host keeps to its budget."""
+"""Optimizer states on a disk give the same weights as states on the device, and the host keeps to its budget."""
 
 import errno
 import gc
@@ -17,9 +17,9 @@ from parallel.checkpoint import checkpoint
 from parallel.chunk.chunk import Chunk
 from parallel.config import parse
 from parallel.optim import streaming
-from parallel.placement.initial import shortage
-from parallel.placement.policy import ChunkBytes, HostRoom, host_of
-from parallel.storage import disk
+from parallel.placement.policy import ChunkBytes, HostRoom, host_bytes
+from parallel.placement.shortage import host_shortage
+from parallel.storage import swapper
 from parallel.storage.disk import Disk
 from parallel.storage.transfer import CopyEvent, Placement, Tier
 from tests.harness import run
@@ -33,7 +33,7 @@ from tests.test_placement import LAYOUTS, raw_of
 CPU = torch.device("cpu")
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 BROKEN = OSError(errno.EIO, os.strerror(errno.EIO))
-PARTS = {"fp64": 512, "fp32": 1024, "bf16": 1024, "fp16": 1024}  # elements: a page of masters
+PARTS = {"fp64": 512, "fp32": 1024, "bf16": 1024, "fp16": 1024}  # elements: their masters fill a page
 
 
 def on_disk(raw: Raw, folder: Path, *, host: int, policy: str = "cpu") -> Raw:
@@ -42,8 +42,8 @@ def on_disk(raw: Raw, folder: Path, *, host: int, policy: str = "cpu") -> Raw:
 
 
 def in_small_parts(raw: Raw) -> None:
-    """A page of masters each; and little room for them."""
-    streaming.PART, disk.NUM_SLOTS = PARTS[raw["train"]["precision"]], 3
+    """Make the parts of an update so small that their masters fill a page each, and give them only three slots."""
+    streaming.PART, swapper.NUM_SLOTS = PARTS[raw["train"]["precision"]], 3
 
 
 def engine_in_parts(rank: int, world_size: int, raw: Raw) -> parallel.Engine:
@@ -52,17 +52,20 @@ def engine_in_parts(rank: int, world_size: int, raw: Raw) -> parallel.Engine:
 
 
 def room(rank: int, world_size: int, raw: Raw, kept: int) -> int:
-    """The bytes that a rank needs on its host for all but the states of its chunks from the `kept`th on."""
+    """Return the bytes that a rank needs on its host if only its first `kept` chunks have their states there."""
     engine = engine_in_parts(rank, world_size, raw)
-    return host_of(engine.placement_manager.start.sizes, 0, 0, kept)
+    return host_bytes(engine.placement_manager.initial.sizes, 0, 0, kept)
 
 
 def budget_of(layout: str, stage: int, kept: int = 2, **options: Any) -> int:
+    """Return what `room` returns, the maximum over ranks."""
     return max(run(room, LAYOUTS[layout][0], raw_of(layout, "cpu", stage, **options), kept))
 
 
 def trained(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> dict[str, Any]:
-    """Steps, a checkpoint after the second, an overflow in the third where there are any; and what was where."""
+    """Train, with a checkpoint after the second step and, in fp16, an overflow in the third. Return the `summary`, the
+    most bytes on the host, and the tiers on which states were.
+    """
     engine = engine_in_parts(rank, world_size, raw)
     losses, most, tiers = [], 0, set[Tier]()
 
@@ -87,8 +90,8 @@ def trained(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> d
     return summary(engine, losses) | dict(most=most, tiers=tiers)
 
 
-def went_on(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> dict[str, Any]:
-    """From that checkpoint on."""
+def resumed(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> dict[str, Any]:
+    """Resume from that checkpoint, and return the `summary`."""
     engine = engine_in_parts(rank, world_size, raw)
     checkpoint.load(folder / "middle", engine.state_pieces())
     engine.restore(checkpoint.read_metadata(folder / "middle")["counters"])
@@ -99,18 +102,18 @@ def went_on(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> d
 
 
 def summary(engine: parallel.Engine, losses: list[float]) -> dict[str, Any]:
+    """Return the losses, the masters and moments, and the bytes that were foreseen on the host for where states are."""
     for chunk in engine.chunks:
         chunk.settle()
     kinds = [[chunk.master for chunk in engine.chunks]]
     kinds += [list(x) for x in zip(*(engine.optimizer._moments_of(c) for c in engine.chunks), strict=True)]  # type: ignore[union-attr]
     states = [whole(engine, buffers) for buffers in kinds]
-    start = engine.placement_manager.start
-    max_states_on_host = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
-    foreseen = host_of(start.sizes, 0, 0, max_states_on_host)
+    num_host_states = sum(chunk.placement.states is not Tier.DISK for chunk in engine.chunks)
+    foreseen = host_bytes(engine.placement_manager.initial.sizes, 0, 0, num_host_states)
     return dict(losses=losses, states=states, foreseen=foreseen)
 
 
-def assert_alike(got: dict[str, Any], want: dict[str, Any]) -> None:
+def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert got["losses"] == want["losses"][-len(got["losses"]) :]
     for ours, theirs in zip(got["states"], want["states"], strict=True):
         assert_bits(ours, theirs)
@@ -130,7 +133,7 @@ def assert_alike(got: dict[str, Any], want: dict[str, Any]) -> None:
 def test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget(
     layout: str, stage: int, policy: str, precision: str, micro: int, tmp_path: Path
 ) -> None:
-    """A checkpoint in the middle changes nothing either, and a run at home elsewhere goes on from it."""
+    """A checkpoint in the middle changes nothing either, and a run with its states on another tier resumes from it."""
     options: dict[str, Any] = dict(precision=precision, micro_batch_size=micro)
     ranks = LAYOUTS[layout][0]
     plain, raw = (raw_of(layout, where, stage, **options) for where in ("cuda", policy))
@@ -138,19 +141,19 @@ def test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget(
     raw = on_disk(raw, tmp_path / "disk", host=budget, policy=policy)
     want = run(trained, ranks, plain, tmp_path / "plain", 4)[0]
     found = run(trained, ranks, raw, tmp_path, 4)
-    assert_alike(found[0], want)
+    assert_same(found[0], want)
     for one in found:
         assert 0 < one["most"] <= budget
         assert policy == "auto" or one["most"] == one["foreseen"]
     assert {Tier.DISK, Tier.DEVICE if policy == "auto" else Tier.HOST} <= set.union(*(one["tiers"] for one in found))
     assert not list((tmp_path / "disk").iterdir())
-    assert_alike(run(went_on, ranks, plain, tmp_path, 4)[0], want)
-    assert_alike(run(went_on, ranks, raw, tmp_path / "plain", 4)[0], want)
+    assert_same(run(resumed, ranks, plain, tmp_path, 4)[0], want)
+    assert_same(run(resumed, ranks, raw, tmp_path / "plain", 4)[0], want)
 
 
 def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]:
-    """Elements of the last update that came from a disk, those that either side might have taken, and those that both
-    did; elements whose states are at home on the disk, and on the host.
+    """Return the elements of the last update that came from a disk, those that either side may update, and those that
+    the sides did update of these; and the elements whose states are on the disk, and on the host.
     """
     engine = engine_in_parts(rank, world_size, raw)
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
@@ -161,24 +164,26 @@ def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]
     return [last.disk.elements, last.movable, last.bus.elements + last.host.elements], [on_disk, on_host]
 
 
-def test_what_comes_from_a_disk_is_timed_apart_from_what_the_host_may_take(tmp_path: Path) -> None:
+def test_states_from_a_disk_are_timed_apart_from_those_that_the_host_may_update(tmp_path: Path) -> None:
     raw = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0, 2))
-    (disk, movable, both), (far, max_states_on_host) = run(sides, 1, raw)[0]
-    assert 0 < disk == far
-    assert 0 < movable == both == max_states_on_host
+    (from_disk, movable, both), (on_disk_now, on_host_now) = run(sides, 1, raw)[0]
+    assert 0 < from_disk == on_disk_now
+    assert 0 < movable == both == on_host_now
 
 
 def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:
-    """Longer sequences after four steps: a plan is made again, and states go to the disk and come back meanwhile."""
+    """Train with longer sequences after four steps: a plan is made again, for which states go to the disk and come
+    back. Return the `summary`, the most bytes on the host after any move, and the tiers on which states were.
+    """
     engine = engine_in_parts(rank, world_size, raw)
-    place, most, losses, tiers = engine.optimizer.move, 0, [], set[Tier]()
+    move, most, losses, tiers = engine.optimizer.move, 0, [], set[Tier]()
 
-    def placed(chunk: Chunk, placement: Placement) -> None:
+    def move_and_count(chunk: Chunk, placement: Placement) -> None:
         nonlocal most
-        place(chunk, placement)
+        move(chunk, placement)
         most = max(most, engine.held()[Tier.HOST])
 
-    engine.optimizer.move = placed  # type: ignore[method-assign]
+    engine.optimizer.move = move_and_count  # type: ignore[method-assign]
     for step in range(8):
         batch = batches_of(1, batch=24, sequence=4 if step < 4 else 6, seed=step)[0]
         losses.append(engine.train_step(share_of(batch, engine)).loss)
@@ -186,17 +191,17 @@ def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:
     return summary(engine, losses) | dict(most=most, tiers=tiers)
 
 
-def test_a_plan_that_is_made_again_keeps_to_the_hosts_budget_on_its_way(tmp_path: Path) -> None:
+def test_the_host_keeps_to_its_budget_while_a_plan_is_made_again(tmp_path: Path) -> None:
     budget = budget_of("single", 0, 0)
     want = run(lengthened, 1, raw_of("single", "cuda", 0))[0]
     found = run(lengthened, 1, on_disk(raw_of("single", "auto", 0), tmp_path, host=budget, policy="auto"))[0]
-    assert_alike(found, want)
+    assert_same(found, want)
     assert found["tiers"] == set(Tier)
     assert 0 < found["most"] <= budget
 
 
 def module_weights(rank: int, world_size: int, raw: Raw, model: str, folder: Path, passes: bool) -> dict[str, Tensor]:
-    """`passes`: an optimizer of torch's."""
+    """Return the states after a run that goes back to its checkpoint. `passes`: the user passes torch's optimizer."""
     in_small_parts(raw)
     module = MODELS[model]()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if passes else None
@@ -214,8 +219,10 @@ def module_weights(rank: int, world_size: int, raw: Raw, model: str, folder: Pat
     ("model", "stage", "host", "passes"),
     [("plain", 0, 80, True), ("opt", 3, 80, True), ("plain", 0, 100, False), ("opt", 2, 100, False)],
 )
-def test_a_module_of_ones_own_too(model: str, stage: int, host: int, passes: bool, tmp_path: Path) -> None:
-    """What got no gradient is left alone, so that some parts do not begin with a page."""
+def test_a_users_own_module_trains_the_same_from_a_disk(
+    model: str, stage: int, host: int, passes: bool, tmp_path: Path
+) -> None:
+    """A parameter without a gradient is not updated, so that some parts do not begin at a page."""
     raw = module_config(stage)
     want = run(module_weights, 2, raw, model, tmp_path / "plain", passes)
     got = run(module_weights, 2, on_disk(raw, tmp_path, host=1024 * host), model, tmp_path / "other", passes)
@@ -228,95 +235,97 @@ def test_a_module_of_ones_own_too(model: str, stage: int, host: int, passes: boo
 
 @pytest.fixture(params=["disk", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """On a disk that takes direct reads and writes, as a rule; and where there is nothing but the page cache."""
+    """A folder on a disk, which supports O_DIRECT as a rule, and one in memory, which has only the page cache."""
     if request.param == "disk":
         yield tmp_path
         return
-    place = Path("/dev/shm") / f"colonnade-{os.getpid()}"
-    place.mkdir()
-    yield place
-    shutil.rmtree(place)
+    in_memory = Path("/dev/shm") / f"colonnade-{os.getpid()}"
+    in_memory.mkdir()
+    yield in_memory
+    shutil.rmtree(in_memory)
 
 
-def states_of(home: Disk, count: int) -> list[Tensor]:
-    return [home.empty(count * 1024 + 7, dtype, "state") for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+def states_of(disk: Disk, count: int) -> list[Tensor]:
+    return [disk.empty(count * 1024 + 7, dtype, "state") for dtype in (torch.float32, torch.float32, torch.bfloat16)]
 
 
 def parts_of(states: list[Tensor]) -> list[Any]:
     return [tuple(x[k : k + 2048] for x in states) for k in range(0, len(states[0]), 2048)]
 
 
-def update(home: Disk, states: list[Tensor]) -> None:
-    """Every element by one, as an update would."""
+def update(disk: Disk, states: list[Tensor]) -> None:
+    """Add one to every element, part by part as an update does."""
     parts = parts_of(states)
-    home.begin(parts)
+    disk.begin(parts)
     for part in parts:
-        max_states_on_host = home.fetch()
-        assert [(len(x), x.dtype) for x in max_states_on_host] == [(len(x), x.dtype) for x in part]
-        for x in max_states_on_host:
+        fetched = disk.fetch()
+        assert [(len(x), x.dtype) for x in fetched] == [(len(x), x.dtype) for x in part]
+        for x in fetched:
             x.add_(1)
-        home.store(CopyEvent())
-    home.end()
+        disk.store(CopyEvent())
+    disk.end()
 
 
-def update_and_settle(home: Disk, states: list[Tensor]) -> None:
-    update(home, states)
-    home.settle()
+def update_and_settle(disk: Disk, states: list[Tensor]) -> None:
+    update(disk, states)
+    disk.settle()
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
-def test_files_are_the_same_in_parts_and_as_memory(folder: Path, count: int) -> None:
-    home = Disk(str(folder), 0, CPU)
-    states = states_of(home, count)
+def test_files_have_the_same_content_in_parts_and_as_mapped_memory(folder: Path, count: int) -> None:
+    disk = Disk(str(folder), 0, CPU)
+    states = states_of(disk, count)
     want = 0
     for turn in range(4):
         for _ in range(1 + turn % 2):
-            update(home, states)
+            update(disk, states)
             want += 1
-        home.settle()
+        disk.settle()
         assert all((x == want).all() for x in states)
-        if turn:  # as a resumed run fills them
+        if turn:  # a resumed run fills them like this
             for x in states:
                 x.mul_(2)
             want *= 2
         if turn == 2:
-            states += states_of(home, 1)  # another chunk comes
+            states += states_of(disk, 1)  # another chunk comes to the disk
             del states[3:]
 
 
-def test_nothing_is_left_of_files_that_nobody_has(folder: Path) -> None:
+def test_nothing_is_left_of_files_whose_tensors_are_gone(folder: Path) -> None:
     def is_mapped() -> bool:
         gc.collect()
         return str(folder) in Path("/proc/self/maps").read_text()
 
-    home = Disk(str(folder), 0, CPU)
-    states = states_of(home, 5)
-    update(home, states)
+    disk = Disk(str(folder), 0, CPU)
+    states = states_of(disk, 5)
+    update(disk, states)
     assert not list(folder.iterdir())
     assert is_mapped()
-    home.settle()
+    disk.settle()
     del states
     assert not is_mapped()
-    assert not home.file_bytes
+    assert not disk.file_bytes
 
 
 @pytest.mark.parametrize(("call", "verb"), [("preadv", "read"), ("pwritev", "write")])
-def test_a_disk_that_fails_is_named(folder: Path, call: str, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = Disk(str(folder), 3, CPU)
-    states = states_of(home, 40)
-    update(home, states)
-    home.settle()
+def test_the_message_of_a_failing_disk_names_the_file(
+    folder: Path, call: str, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(str(folder), 3, CPU)
+    states = states_of(disk, 40)
+    update(disk, states)
+    disk.settle()
     monkeypatch.setattr(os, call, fails(BROKEN))
-    told = f"cannot {verb} {folder}/colonnade.rank_00003.state.*Input/output"
-    with pytest.raises(parallel.StorageError, match=told):
-        update_and_settle(home, states)
+    message = f"cannot {verb} {folder}/colonnade.rank_00003.state.*Input/output"
+    with pytest.raises(parallel.StorageError, match=message):
+        update_and_settle(disk, states)
 
 
 # -- refusals
 
 
 def fails(error: Exception) -> Any:
-    """A function that does."""
+    """Return a function that raises this error."""
 
     def function(*_: Any, **__: Any) -> None:
         raise error
@@ -325,6 +334,7 @@ def fails(error: Exception) -> Any:
 
 
 def refused(rank: int, world_size: int, raw: Raw, trouble: str = "") -> str:
+    """Return the message with which an engine is refused, or an empty string."""
     with pytest.MonkeyPatch.context() as patch:
         if trouble == "full":
             patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1024))
@@ -342,45 +352,48 @@ def refused(rank: int, world_size: int, raw: Raw, trouble: str = "") -> str:
 def test_a_host_that_is_too_small_is_refused_on_every_rank_with_numbers_and_cures(tmp_path: Path) -> None:
     raw = raw_of("pp2", "cpu", 0)
     least, everything = budget_of("pp2", 0, 0), budget_of("pp2", 0, 99)
-    for said in run(refused, 2, raw | dict(zero=raw["zero"] | dict(host_memory=everything - 1))):
-        assert said.startswith("zero.host_memory: a rank needs 0.")
-        assert "MiB is zero.host_memory. Give it more, or try" in said
-        assert "zero.nvme_dir (a folder" in said
-    for said in run(refused, 2, on_disk(raw, tmp_path, host=least - 1)):
-        assert "on the disk" in said
-        assert "zero.nvme_dir (a folder" not in said
+    for message in run(refused, 2, raw | dict(zero=raw["zero"] | dict(host_memory=everything - 1))):
+        assert message.startswith("zero.host_memory: a rank needs 0.")
+        assert "MiB is zero.host_memory. Give it more, or try" in message
+        assert "zero.nvme_dir (a folder" in message
+    for message in run(refused, 2, on_disk(raw, tmp_path, host=least - 1)):
+        assert "on the disk" in message
+        assert "zero.nvme_dir (a folder" not in message
     assert run(refused, 2, on_disk(raw, tmp_path, host=least)) == ["", ""]
 
 
-def test_no_more_is_asked_of_a_host_than_would_do() -> None:
-    """Of few chunks, the states are less than what they would go through on their way to a disk."""
-    one = ChunkBytes(2**20, 2**20, 3 * 2**20, own=2**20, buffers=18 * 2**20, is_wide=True)
-    said = shortage([one] * 2, HostRoom(2**20, has_disk=True), parse({}))
-    assert "a rank needs 8.00 MiB of its host" in said
-    assert "on the disk" not in said
-    assert "a rank needs 58.00 MiB of its host" in shortage([one] * 20, HostRoom(2**20, has_disk=True), parse({}))
+def test_a_refusal_asks_for_no_more_host_memory_than_is_enough() -> None:
+    """The states of few chunks are smaller than the slots through which they would go to a disk."""
+    one = ChunkBytes(2**20, 2**20, 3 * 2**20, host_parameters=2**20, slots=18 * 2**20, has_master_dtype=True)
+    message = host_shortage([one] * 2, HostRoom(2**20, has_disk=True), parse({}))
+    assert "a rank needs 8.00 MiB of its host" in message
+    assert "on the disk" not in message
+    assert "a rank needs 58.00 MiB of its host" in host_shortage([one] * 20, HostRoom(2**20, has_disk=True), parse({}))
 
 
 def test_a_folder_that_cannot_be_used_is_refused_on_every_rank(tmp_path: Path) -> None:
     raw, file = raw_of("pp2", "cpu", 0), tmp_path / "file"
     file.touch()
-    for said in run(refused, 2, on_disk(raw, file, host=2**20)):
-        assert said.startswith(f"zero.nvme_dir: cannot write in {file}: ")
-    for said in run(refused, 2, on_disk(raw, tmp_path, host=budget_of("pp2", 0, 0)), "full"):
-        assert "has 0.00 MiB free, and the optimizer states of its 2 ranks need 0." in said
-    said = run(refused, 1, on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0)), "filling")[0]
-    assert f"zero.nvme_dir: {tmp_path} has no room for" in said
-    assert "No space left" in said
+    for message in run(refused, 2, on_disk(raw, file, host=2**20)):
+        assert message.startswith(f"zero.nvme_dir: cannot write in {file}: ")
+    for message in run(refused, 2, on_disk(raw, tmp_path, host=budget_of("pp2", 0, 0)), "full"):
+        assert "has 0.00 MiB free, and the optimizer states of its 2 ranks need 0." in message
+    filling = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0))
+    (message,) = run(refused, 1, filling, "filling")
+    assert f"zero.nvme_dir: {tmp_path} has no room for" in message
+    assert "No space left" in message
 
 
 def test_memory_that_cannot_be_pinned_is_explained() -> None:
-    said = run(refused, 1, raw_of("single", "cpu", 0), "unpinned")[0]
-    assert said.startswith("zero.host_memory: the host has no room for this rank's chunks")
-    assert "refuses to pin 7 bytes." in said
+    (message,) = run(refused, 1, raw_of("single", "cpu", 0), "unpinned")
+    assert message.startswith("zero.host_memory: the host has no room for this rank's chunks")
+    assert "refuses to pin 7 bytes." in message
 
 
 def breaks_down(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[str, str]:
-    """A checkpoint, then one that fills its disk; an update whose disk breaks, and a checkpoint after it."""
+    """Save a checkpoint, then one for which its disk has no space left; then update while the disk of states fails.
+    Return both messages.
+    """
 
     engine = engine_in_parts(rank, world_size, raw)
     batches = [share_of(batch, engine) for batch in batches_of(5, batch=24)]
@@ -390,14 +403,14 @@ def breaks_down(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[str
         pieces = engine.state_pieces(owned=True)
         checkpoint.save(target, pieces, metadata=engine.counters(), axis=engine.mesh.world, keep=1)
 
-    def go_on(first: int, last: int) -> None:
-        """What was changed is written while others go on."""
+    def train(first: int, last: int) -> None:
+        """Take these steps. An update's writes may fail in the step after it, as they go on behind it."""
         for batch in batches[first - 1 : last]:
             engine.train_step(batch)
 
-    go_on(1, 1)
+    train(1, 1)
     save(1)
-    go_on(2, 2)
+    train(2, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fails(NO_SPACE))
         with pytest.raises(parallel.CheckpointError) as first:
@@ -405,7 +418,7 @@ def breaks_down(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "pwritev", fails(BROKEN))
         with pytest.raises(parallel.StorageError) as second:
-            go_on(3, 4)
+            train(3, 4)
     return str(first.value), str(second.value)
 
 
@@ -417,14 +430,10 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_as_it_was(tmp_path: Path) 
     latest = checkpoint.resolve_latest(tmp_path / "run" / "checkpoints")
     assert latest == checkpoint.step_folder(tmp_path / "run", 1)
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_000001"]
-    engine_from(raw, latest)
+    assert run(step_of_checkpoint, 1, raw, latest) == [1.0]
 
 
-def engine_from(raw: Raw, folder: Path) -> None:
-    assert run(reads, 1, raw, folder) == [1.0]
-
-
-def reads(rank: int, world_size: int, raw: Raw, folder: Path) -> float:
+def step_of_checkpoint(rank: int, world_size: int, raw: Raw, folder: Path) -> float:
     engine = engine_in_parts(rank, world_size, raw)
     checkpoint.load(folder, engine.state_pieces())
     return float(checkpoint.read_metadata(folder)["step"])

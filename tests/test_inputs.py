@@ -1,4 +1,4 @@
-"""Inputs of recomputed layers on the host change nothing of a training but where they lie."""
+"""Training gives the same numbers with the inputs of recomputed layers on the host, and keeps less on the device."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.activations.offload import HostPool, InputsOnHost, Kept
+from parallel.activations.host_pool import HostPool
+from parallel.activations.kept_input import KeptInput
+from parallel.activations.offload import InputsOnHost
 from parallel.engine.engine import Engine
 from parallel.engine.module_engine import ModuleEngine
 from parallel.storage.transfer import Copies
@@ -51,7 +53,7 @@ def test_inputs_on_the_host_with_dropout_equal_no_recompute_bit_for_bit(name: st
     def trace(checkpointing: str) -> Trace:
         options: Raw = dict(micro_batch_size=micro, precision=precision)
         if "device_memory" in zero:
-            options |= dict(device="cpu")  # no GPU can be capped at so little
+            options |= dict(device="cpu")  # a GPU cannot be capped at so little
         model = SHAPE | dict(num_hidden_layers=4, dropout=0.3, attention_dropout=0.3)
         raw = raw_of(parallel, checkpointing, model=model, train=options, zero=zero)
         found = run(train, ranks, raw, batches_of(3))[0]
@@ -62,10 +64,10 @@ def test_inputs_on_the_host_with_dropout_equal_no_recompute_bit_for_bit(name: st
 
 
 def held_between(rank: int, world_size: int, raw: Raw) -> int:
-    """Bytes that a forward leaves behind for its backward, on the device or wherever they were not before it."""
+    """Return the bytes that a forward keeps for its backward, on the device or in new memory on the host."""
     engine = engine_of(rank, world_size, raw)
     batch = share_of(batches_of(1)[0], engine)
-    engine.train_step(batch)  # from now on buffers on the host are there
+    engine.train_step(batch)  # from now on there are buffers on the host
     (microbatch, *_), _ = engine._microbatches(batch)
     held = Held()
     with held:
@@ -75,7 +77,7 @@ def held_between(rank: int, world_size: int, raw: Raw) -> int:
     return kept
 
 
-def test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_of_blocks() -> None:
+def test_what_is_kept_on_the_device_does_not_grow_with_the_number_of_blocks() -> None:
     def kept(checkpointing: str, blocks: int) -> int:
         return run(held_between, 1, raw_of({}, checkpointing, model=SHAPE | dict(num_hidden_layers=blocks)))[0]
 
@@ -84,25 +86,25 @@ def test_what_waits_on_the_device_for_a_backward_does_not_grow_with_the_number_o
 
 
 def traffic(rank: int, world_size: int, raw: Raw) -> list[tuple[int, int, int]]:
-    """(inputs that went down so far, bytes of the host's buffers, how many of them are free): after each of three
-    steps, and after an evaluation.
+    """Return, after each of three steps and after an evaluation, how many inputs were offloaded so far, the bytes of
+    the host's buffers, and how many of the buffers are free.
     """
     engine = engine_of(rank, world_size, raw)
     inputs = _inputs(engine)
-    lent, lend = 0, inputs.pool.lend
+    offloaded, acquire = 0, inputs.pool.acquire
 
     def count(size: int) -> Tensor:
-        nonlocal lent
-        lent += 1
-        return lend(size)
+        nonlocal offloaded
+        offloaded += 1
+        return acquire(size)
 
-    inputs.pool.lend = count  # type: ignore[method-assign]
+    inputs.pool.acquire = count  # type: ignore[method-assign]
     seen = []
     for batch in batches_of(3):
         engine.train_step(share_of(batch, engine))
-        seen.append((lent, inputs.pool.nbytes, len(inputs.pool._free)))
+        seen.append((offloaded, inputs.pool.nbytes, len(inputs.pool._free)))
     engine.evaluate([share_of(batches_of(1)[0], engine)])
-    return [*seen, (lent, inputs.pool.nbytes, len(inputs.pool._free))]
+    return [*seen, (offloaded, inputs.pool.nbytes, len(inputs.pool._free))]
 
 
 def _inputs(engine: Engine | ModuleEngine) -> InputsOnHost:
@@ -112,12 +114,12 @@ def _inputs(engine: Engine | ModuleEngine) -> InputsOnHost:
 
 @pytest.mark.parametrize(
     ("parallel", "wanted"),
-    [  # of each rank: inputs that go down in a step of three microbatches, and at most at once
-        ({}, [(9, 3)]),  # a backward begins with the newest input, which stays
+    [  # for each rank: inputs offloaded in a step of three microbatches, and the most that are on the host at once
+        ({}, [(9, 3)]),  # a backward begins with the newest input, which stays on the device
         (dict(pipeline=dict(size=2, layers=[2, 2])), [(5, 3), (3, 1)]),  # on the first stage F0 F1 B0 F2 B1 B2
     ],
 )
-def test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none(
+def test_there_are_as_many_buffers_as_inputs_on_the_host_at_once_and_an_evaluation_keeps_none(
     parallel: Raw, wanted: list[tuple[int, int]]
 ) -> None:
     raw = raw_of(parallel, "offload", model=SHAPE | dict(num_hidden_layers=4))
@@ -126,19 +128,19 @@ def test_buffers_are_as_many_as_inputs_wait_at_once_and_an_evaluation_keeps_none
 
 
 def order(rank: int, world_size: int, raw: Raw) -> list[str]:
-    """What a step's backward asks for and computes."""
+    """Return the uploads, downloads and blocks of a step, in the order in which they are launched."""
     engine, events = engine_of(rank, world_size, raw), list[str]()
-    up, down = Copies.upload, Copies.download
+    upload, download = Copies.upload, Copies.download
 
-    def note_up(*args: Any, **kwargs: Any) -> Any:
-        events.append("up")
-        return up(*args, **kwargs)
+    def noted_upload(*args: Any, **kwargs: Any) -> Any:
+        events.append("upload")
+        return upload(*args, **kwargs)
 
-    def note_down(*args: Any, **kwargs: Any) -> Any:
-        events.append("down")
-        return down(*args, **kwargs)
+    def noted_download(*args: Any, **kwargs: Any) -> Any:
+        events.append("download")
+        return download(*args, **kwargs)
 
-    Copies.upload, Copies.download = note_up, note_down  # type: ignore[method-assign]
+    Copies.upload, Copies.download = noted_upload, noted_download  # type: ignore[method-assign]
     for i, recomputed in enumerate(engine.stage.units.values()):
         layer = recomputed.get_submodule("layer")
         layer.register_forward_pre_hook(lambda module, inputs, i=i: events.append(f"block {i}"))
@@ -146,10 +148,10 @@ def order(rank: int, world_size: int, raw: Raw) -> list[str]:
     return events
 
 
-def test_an_input_goes_down_and_comes_up_while_a_layer_computes() -> None:
+def test_an_input_is_offloaded_and_copied_back_while_a_layer_computes() -> None:
     raw = raw_of({}, "offload", model=SHAPE | dict(num_hidden_layers=4), train=dict(micro_batch_size=12))
-    forward = ["block 0", "down", "block 1", "down", "block 2", "down", "block 3"]
-    backward = ["up", "block 3", "up", "block 2", "up", "block 1", "block 0"]
+    forward = ["block 0", "download", "block 1", "download", "block 2", "download", "block 3"]
+    backward = ["upload", "block 3", "upload", "block 2", "upload", "block 1", "block 0"]
     assert run(order, 1, raw)[0] == forward + backward
 
 
@@ -177,7 +179,7 @@ def plain(blocks: int) -> nn.Module:
 
 
 class Twice(nn.Module):
-    """One tensor is what two layers are given, one of them for both of its arguments; layers are no one's list's."""
+    """A model that gives one tensor to two layers, to one of them for both of its arguments."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -209,7 +211,7 @@ def trained(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, Tenso
     torch.manual_seed(3)
     engine, _ = module_engine(rank, world_size, raw, MODELS[model](4))
     engine.train()
-    torch.manual_seed(rank)  # of dropout
+    torch.manual_seed(rank)  # for dropout
     for step, parts in enumerate(batches()):
         shares = [ids.tensor_split(world_size)[rank] for ids in parts]
         first, second = (loss_of(engine, ids, step=step) for ids in shares[:2])
@@ -219,13 +221,13 @@ def trained(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, Tenso
             engine.backward(loss)
         engine.step()
     if engine.inputs is not None:
-        assert sum(map(len, engine.inputs.pool._free.values())) == engine.inputs.pool.nbytes > 0  # all came back
+        assert sum(map(len, engine.inputs.pool._free.values())) == engine.inputs.pool.nbytes > 0  # all are free again
     return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
 
 
 @pytest.mark.parametrize("policy", ["cuda", "cpu"])
 @pytest.mark.parametrize(("model", "stage"), [("opt", 3), ("gpt2", 0), ("llama", 2), ("plain", 3), ("twice", 1)])
-def test_a_module_of_ones_own_trains_bit_for_bit_too(model: str, stage: int, policy: str) -> None:
+def test_a_users_own_module_trains_the_same_bit_for_bit(model: str, stage: int, policy: str) -> None:
     def weights(checkpointing: str) -> list[dict[str, Tensor]]:
         zero = dict(stage=stage, tensor_placement_policy=policy)
         return run(trained, 2, module_config(stage, activation_checkpointing=checkpointing) | dict(zero=zero), model)
@@ -236,12 +238,12 @@ def test_a_module_of_ones_own_trains_bit_for_bit_too(model: str, stage: int, pol
 
 
 def held_by_a_module(rank: int, world_size: int, raw: Raw, model: str, blocks: int) -> int:
-    """As `held_between`. A forward that no backward follows gives its buffers back."""
+    """Return what `held_between` returns, for a module. Its first forward has no backward, and frees its buffers."""
     engine, _ = module_engine(rank, world_size, raw, MODELS[model](blocks))
     engine.train()
     ids = batches()[0][0]
-    del_me = loss_of(engine, ids, step=0)
-    del del_me
+    unused = loss_of(engine, ids, step=0)
+    del unused
     held = Held()
     with held:
         loss = loss_of(engine, ids, step=0)
@@ -251,7 +253,7 @@ def held_by_a_module(rank: int, world_size: int, raw: Raw, model: str, blocks: i
 
 
 @pytest.mark.parametrize("model", ["opt", "gpt2", "llama", "twice"])
-def test_what_waits_on_the_device_does_not_grow_with_a_modules_layers(model: str) -> None:
+def test_what_is_kept_on_the_device_does_not_grow_with_a_modules_layers(model: str) -> None:
     def kept(checkpointing: str, blocks: int) -> int:
         raw = module_config(0, activation_checkpointing=checkpointing)
         return run(held_by_a_module, 1, raw, model, blocks)[0]
@@ -260,8 +262,8 @@ def test_what_waits_on_the_device_does_not_grow_with_a_modules_layers(model: str
     assert kept("full", 5) >= kept("full", 3) + 2 * 12 * 6 * 12 * 8
 
 
-class Hasty(Twice):
-    """Goes on in a layer's input."""
+class ChangesItsInput(Twice):
+    """A model that changes a layer's input in place after the layer has run."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
@@ -274,7 +276,7 @@ class Hasty(Twice):
 
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:
-    engine, _ = module_engine(rank, world_size, raw, Hasty(2))
+    engine, _ = module_engine(rank, world_size, raw, ChangesItsInput(2))
     try:
         engine.backward(loss_of(engine, batches()[0][0], step=0))
     except parallel.ModelError as error:
@@ -282,24 +284,24 @@ def refused(rank: int, world_size: int, raw: Raw) -> str:
     return ""
 
 
-def test_an_input_changed_in_place_is_refused_not_computed_with() -> None:
-    (said,) = run(refused, 1, module_config(0, activation_checkpointing="offload"))
-    assert "changed in place" in said
+def test_an_input_changed_in_place_is_refused_instead_of_used() -> None:
+    (message,) = run(refused, 1, module_config(0, activation_checkpointing="offload"))
+    assert "changed in place" in message
 
 
 def compiled(rank: int, world_size: int, raw: Raw) -> str:
-    module_engine(rank, world_size, raw, plain(4))  # a checkpoint of ours is around what is compiled
+    module_engine(rank, world_size, raw, plain(4))  # here our checkpoint calls what is compiled
     with pytest.raises(parallel.ConfigError) as caught:
         module_engine(rank, world_size, raw, opt(2))
     return str(caught.value)
 
 
 def test_layers_that_are_compiled_with_their_own_recomputation_are_refused() -> None:
-    (said,) = run(compiled, 1, module_config(0, activation_checkpointing="offload", compile=True))
-    assert said.startswith("train.compile: ")
+    (message,) = run(compiled, 1, module_config(0, activation_checkpointing="offload", compile=True))
+    assert message.startswith("train.compile: ")
 
 
-# -- what is kept, and where -------------------------------------------------------------------------------------------
+# -- an input and its buffer -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,10 +309,10 @@ def test_layers_that_are_compiled_with_their_own_recomputation_are_refused() -> 
     [torch.rand(3, 4, 5).transpose(0, 2), torch.rand(4, 1).expand(4, 6), torch.rand(8, 6)[::2, 1:], torch.rand(0, 3)],
     ids=["transposed", "expanded", "sparse", "empty"],
 )
-def test_an_input_comes_back_as_it_was_as_often_as_it_is_wanted(x: Tensor) -> None:
+def test_an_input_can_be_taken_from_the_host_repeatedly(x: Tensor) -> None:
     pool, want = HostPool(torch.device("cpu")), x.clone()
-    kept = Kept(x, pool, lambda: None)
-    kept.leave()
+    kept = KeptInput(x, pool, lambda: None)
+    kept.offload()
     x.fill_(torch.nan)
     for _ in range(2):
         found = kept.take()
@@ -321,9 +323,9 @@ def test_an_input_comes_back_as_it_was_as_often_as_it_is_wanted(x: Tensor) -> No
 def test_sequences_of_many_lengths_share_the_buffers_of_the_longest() -> None:
     pool = HostPool(torch.device("cpu"))
     for size in (30, 10, 50, 20, 40, 50):
-        buffers = [pool.lend(size) for _ in range(3)]
+        buffers = [pool.acquire(size) for _ in range(3)]
         assert len({id(buffer) for buffer in buffers}) == 3
         assert min(map(len, buffers)) >= size
         for buffer in buffers:
-            pool.take_back(buffer)
+            pool.release(buffer)
     assert pool.nbytes == 3 * 50

@@ -1,4 +1,4 @@
-"""A run that is long stays what it was: no tensor, file, thread or memory is left behind by a step."""
+"""A long run does not grow: a step leaves no tensor, file, thread or memory behind."""
 
 import gc
 import os
@@ -24,13 +24,13 @@ from parallel.config import parse
 from parallel.engine.context import Place, make_context, use
 from parallel.engine.engine import Engine
 from parallel.engine.module_engine import ModuleEngine
-from parallel.storage import disk
+from parallel.storage import swapper
 from parallel.storage.transfer import Tier
 from tests.harness import run
 
 STEPS = range(200, 2001, 200)
 STEPS_APART = 1400  # from the middle of the first three samples to that of the last three
-LEAK = 1 << 10  # bytes a step that must show
+LEAK = 1 << 10  # bytes: so much in every step must be noticed
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=37,
@@ -45,20 +45,20 @@ SHAPE: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds between two steps."""
+    """The resources that a process holds between two steps."""
 
     tensors: int
     tensor_bytes: int
     files: int
     threads: int  # Python's
-    tasks: int  # all of them: of gloo, of autograd
+    tasks: int  # all threads, with those of gloo and of autograd
     resident: int  # bytes
     device_bytes: int  # of tensors on a GPU
-    pinned_bytes: int  # of torch's own memory that a GPU copies from; ours is of tensors
+    pinned_bytes: int  # of torch's own pinned memory; the project's is counted with the tensors
 
     @property
     def counted(self) -> tuple[int, ...]:
-        """What has to be the same always."""
+        """The counts that have to stay the same."""
         sizes = self.tensor_bytes, self.device_bytes, self.pinned_bytes
         return self.tensors, *sizes, self.files, self.threads, self.tasks
 
@@ -68,7 +68,7 @@ def sample() -> Sample:
     storages: dict[int, int] = {}
     tensors = 0
     for x in gc.get_objects():
-        if issubclass(type(x), Tensor):  # isinstance would wake lazy modules
+        if issubclass(type(x), Tensor):  # isinstance would import lazy modules
             tensors += 1
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     on_gpu = torch.cuda.is_initialized()
@@ -86,7 +86,7 @@ def sample() -> Sample:
 
 
 PLANNED: dict[str, Any] = dict(zero=dict(tensor_placement_policy="auto", device_memory="48KiB"))
-FAR: dict[str, Any] = dict(
+OFFLOADED: dict[str, Any] = dict(
     model=dict(num_hidden_layers=6),
     zero=dict(tensor_placement_policy="cpu", nvme_dir=tempfile.gettempdir()),
     train=dict(activation_checkpointing="offload"),
@@ -94,14 +94,14 @@ FAR: dict[str, Any] = dict(
 )
 KINDS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours on host and disk": FAR,
+    "ours on host and disk": OFFLOADED,
     "ours by a plan": PLANNED,
     "a module": {},
-    "a module on host and disk": FAR,
+    "a module on host and disk": OFFLOADED,
     "a module by a plan": PLANNED,
 }
 HOST = {"ours on host and disk": 160, "a module on host and disk": 200}
-"""KiB that all ranks have together: so little that some states are on a disk."""
+"""The KiB of host memory of all ranks together: so little that some states are on a disk."""
 
 
 def config_of(kind: str, world_size: int, device: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def config_of(kind: str, world_size: int, device: str) -> dict[str, Any]:
 
 
 def engine_of(rank: int, world_size: int, kind: str, device: str = "cpu") -> Engine | ModuleEngine:
-    disk.NUM_SLOTS = 2
+    swapper.NUM_SLOTS = 2
     raw = config_of(kind, world_size, device)
     config = parse(raw, world_size=world_size, resolve=resolve)
     context = use(make_context(config, Place(rank, world_size)))
@@ -129,7 +129,7 @@ def engine_of(rank: int, world_size: int, kind: str, device: str = "cpu") -> Eng
 
 
 def tiers_of(rank: int, world_size: int, kind: str) -> set[Tier]:
-    """Where something is after some steps."""
+    """Return the tiers that hold something after some steps."""
     engine = engine_of(rank, world_size, kind)
     ids = torch.randint(4, SHAPE["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(rank))
     for _ in range(4):
@@ -148,7 +148,7 @@ LEAKS: dict[str, Callable[[], Any]] = {
 def samples_of(
     rank: int, world_size: int, kind: str, steps: range, leak: str = "", device: str = "cpu"
 ) -> list[Sample]:
-    """What a rank holds after each of the `steps`, counted from 1, of a run that ends with the last of them."""
+    """Return a rank's samples after each of the `steps`, counted from 1, of a run that ends with the last of them."""
     engine = engine_of(rank, world_size, kind, device)
     ids = torch.randint(4, SHAPE["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(rank))
     found, left = [], []
@@ -165,20 +165,21 @@ def samples_of(
 
 
 def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
-    """What its threads are reading ahead they hold in their hands."""
-    for slot in (slot for chunk in engine.chunks[:1] if chunk.disk is not None for slot in chunk.disk._slots):
-        slot.wait()
-    time.sleep(0.02)  # and a thread lets go of a job after it is done
+    """Wait until no thread reads ahead: it holds references to the tensors that it reads."""
+    for disk in (chunk.disk for chunk in engine.chunks[:1] if chunk.disk is not None):
+        disk.swapper.wait()
+    time.sleep(0.02)  # a thread releases a job some time after it is done
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(660)
 @pytest.mark.parametrize(("kind", "device"), [*((kind, "cpu") for kind in KINDS), *((kind, "cuda") for kind in HOST)])
 def test_two_thousand_steps_leave_nothing_behind(kind: str, device: str) -> None:
-    """At stage 3, on two ranks, or with one GPU. After a warm-up every count stays the same.
+    """The run is of ZeRO stage 3, on two ranks, or with one GPU. After a warm-up every count stays the same.
 
-    Memory is judged by the medians of the first and the last third of the samples: a leak of 1 KiB a step would part
-    them by as many KiB as steps lie between, here 1,400. Half of that is allowed: what is still to be paged in.
+    Memory is compared by the medians of the first and the last third of the samples. A leak of 1 KiB in every step
+    would make these differ by as many KiB as there are steps between them, here 1,400. Half of that is allowed, for
+    memory that is used for the first time.
     """
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
@@ -188,20 +189,20 @@ def test_two_thousand_steps_leave_nothing_behind(kind: str, device: str) -> None
 
 
 def growth(samples: list[Sample]) -> float:
-    """Bytes from the median of the first third to that of the last."""
+    """Return the bytes from the median of the first third to that of the last."""
     third = len(samples) // 3
     first, last = (statistics.median(one.resident for one in part) for part in (samples[:third], samples[-third:]))
     return last - first
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_runs_are_where_their_names_say(kind: str) -> None:
+def test_the_model_data_of_each_kind_of_run_is_on_the_tiers_of_its_name(kind: str) -> None:
     tiers = {"disk": {Tier.HOST, Tier.DISK}, "plan": {Tier.DEVICE, Tier.HOST}}.get(kind.split()[-1], {Tier.DEVICE})
     assert all(found == tiers for found in run(tiers_of, 2, kind))
 
 
 @pytest.mark.slow
-def test_bytes_that_no_tensor_holds_show_in_the_memory() -> None:
+def test_leaked_bytes_that_no_tensor_holds_are_noticed() -> None:
     for samples in run(samples_of, 1, "ours", STEPS, "bytes", timeout=240):
         assert growth(samples) > LEAK * STEPS_APART / 2
 
@@ -215,7 +216,7 @@ def test_what_a_step_leaves_behind_is_counted(leak: str) -> None:
 
 
 def outlived(rank: int, world_size: int, kind: str) -> tuple[int, int]:
-    """How many chunks outlive their engine; and threads."""
+    """Return how many chunks, and how many threads, outlive their engine."""
     threads = threading.active_count()
     engine = engine_of(rank, world_size, kind)
     ids = torch.randint(4, SHAPE["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(rank))
@@ -224,12 +225,12 @@ def outlived(rank: int, world_size: int, kind: str) -> tuple[int, int]:
     chunks = [weakref.ref(chunk) for chunk in engine.chunks]
     del engine
     gc.collect()
-    deadline = time.monotonic() + 5  # threads end when they notice
+    deadline = time.monotonic() + 5  # threads end some time after their executor is gone
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
     return sum(chunk() is not None for chunk in chunks), threading.active_count() - threads
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_engine_that_is_given_up_frees_its_memory(kind: str) -> None:
+def test_an_engine_without_references_frees_its_memory(kind: str) -> None:
     assert run(outlived, 2, kind) == [(0, 0)] * 2

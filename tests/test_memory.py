@@ -1,4 +1,4 @@
-"""What a rank keeps between forward and backward is what its mode's docstring says, and no logits ever exist whole."""
+"""A rank keeps between forward and backward what its mode's docstring says, and the logits never exist as a whole."""
 
 import re
 from dataclasses import asdict, dataclass, replace
@@ -35,26 +35,26 @@ FLOAT = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class Kept:
-    """A block's: bytes in all; the elements of each tensor; bytes that are held, but not for all autograd knows."""
+    """The tensors that a block keeps for backward: their bytes in all, and the numbers of elements that occur."""
 
     bytes: int
     sizes: set[int]
-    hidden: int
+    hidden: int  # bytes that are held too, but not saved by autograd
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes held at most by the loss of 8 and of 16 chunks; those of the former's x, and of one chunk's logits."""
+    """The peak bytes of the loss of a shorter sequence, which has 8 chunks, and of a longer one, which has 16."""
 
     shorter: int
     longer: int
-    x: int
-    logits: int
+    x: int  # the bytes of the shorter one's input
+    logits: int  # the bytes of one chunk's logits
 
 
 @dataclass(frozen=True)
 class Account:
-    """What one rank reports."""
+    """The measurements of one rank: each variant's block, a whole model, and the loss."""
 
     blocks: dict[str, Kept]
     model: int
@@ -63,7 +63,7 @@ class Account:
 
 @cache
 def accounts(layout: str) -> list[Account]:
-    """Every rank's; the ranks are started once for all tests of a layout."""
+    """Return the measurements of every rank. The ranks are started once for all tests of a layout."""
     return run(account, LAYOUTS[layout].size, LAYOUTS[layout])
 
 
@@ -104,15 +104,15 @@ def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None =
     with held, saved_for_backward() as saved:
         y = block(x, Microbatch(tokens, tokens, torch.arange(B), attention_mask))
     total = bytes_kept(saved, block)
-    known = total - x.nbytes + y.nbytes  # x was there before, and y is nobody's but ours
+    known = total - x.nbytes + y.nbytes  # x existed before, and y is held by this function alone
     own = set(map(storage_of, block.parameters()))
-    # Dropout of attention has the numbers of its heads, which are no activation.
+    # Dropout in attention has a table of its heads' numbers, which is no activation.
     known += 8 * len(mode.local(tokens, mode.inner_batch)) * block.self_attn.heads * (shape.attention_dropout > 0)
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.now_or_soon(known) - known)
 
 
 def formula_of(tensor: TensorConfig) -> str:
-    """What stands in the docstring of the mode's class."""
+    """Return the formula in the docstring of the mode's class."""
     found = re.search(r"^ *kept by a block +(.*)$", MODES[tensor.mode].__doc__ or "", re.MULTILINE)
     assert found is not None
     return found[1]
@@ -125,21 +125,21 @@ def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> N
     T, H, F, A, p = (a[letter] for letter in "THFAp")
     between = T * H // (1 if tensor.mode == "1d" else p)
     tokens = T // (1 if tensor.mode == "1d" else tensor.batch_parts)
-    own = {between, T * H // p, T * F // p, A * T // p, tokens}  # elements of a rank's part of each tensor
+    own = {between, T * H // p, T * F // p, A * T // p, tokens}  # elements of a rank's part of each kind of tensor
     wanted = value(formula_of(tensor), a) * FLOAT
     for kept in (found.blocks for found in accounts(layout)):
         for name in ("pre-norm", "post-norm"):
             assert kept[name].bytes == wanted
             assert kept[name].sizes == own
         assert kept["gelu"].bytes == wanted + T * F // p * FLOAT
-        assert kept["padding"].bytes == wanted + tokens * S * FLOAT  # the kernel's mask, in floats
-        assert kept["dropout"].bytes == wanted + 2 * between  # two masks, a byte an element
-        assert kept["attention dropout"].bytes == wanted  # no probabilities: they are made again, by coordinates
+        assert kept["padding"].bytes == wanted + tokens * S * FLOAT  # the attention kernel's mask, in floats
+        assert kept["dropout"].bytes == wanted + 2 * between  # two masks, a byte for each element
+        assert kept["attention dropout"].bytes == wanted  # no probabilities: backward computes them again
         assert not any(found.hidden for found in kept.values())
 
 
 @pytest.mark.parametrize("layout", ["serial", "1d2", "2d2x2", "3d2x2x2"])
-def test_the_documents_and_the_docstrings_have_one_formula(layout: str) -> None:
+def test_the_documents_have_the_formula_of_the_docstrings(layout: str) -> None:
     assert f" {formula_of(LAYOUTS[layout])} |" in NOTATION.read_text(encoding="utf-8")
 
 
@@ -147,7 +147,7 @@ def test_the_documents_and_the_docstrings_have_one_formula(layout: str) -> None:
 
 
 def kept_by_a_model(rank: int, world_size: int, tensor: TensorConfig) -> int:
-    """Bytes kept by embedding, blocks, head and loss, the gradients that the loss makes at once among them."""
+    """Return the bytes kept by embedding, blocks, head and loss, with the gradients that the loss computes at once."""
     model = dict(vocab_size=260, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, ffn_dim=256, dropout=0.0)
     raw = config_of(dict(tensor=asdict(tensor)), precision="fp32", model=model)
     stage = engine_of(rank, world_size, raw).stage
@@ -159,7 +159,9 @@ def kept_by_a_model(rank: int, world_size: int, tensor: TensorConfig) -> int:
 
 @pytest.mark.parametrize("layout", ["2d2x2", "2.5d2x2x2", "3d2x2x2"])
 def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
-    """Within 5%: LayerNorm's two numbers a token, and the tokens themselves, are not split along the hidden dim."""
+    """The tolerance is 5%, because LayerNorm's two numbers for each token, and the tokens, are not split along the
+    hidden dim.
+    """
     (serial,), ranks = accounts("serial"), accounts(layout)
     for found in ranks:
         assert found.model == pytest.approx(serial.model / len(ranks), rel=0.05)
@@ -176,7 +178,7 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
     table = mode.vocabulary(V, H, padding_idx=1)
 
     def peak(sequence: int) -> int:
-        """The least of some: a collective's thread may let go of its tensors late."""
+        """Return the lower of two measurements: the thread of a collective may release its tensors late."""
         return min(once(sequence) for _ in range(2))
 
     def once(sequence: int) -> int:
@@ -194,8 +196,8 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loss_holds_the_logits_of_a_chunk_however_long_the_sequence(layout: str) -> None:
-    """What grows with it is dx."""
+def test_the_loss_holds_the_logits_of_one_chunk_however_long_the_sequence(layout: str) -> None:
+    """Only dx grows with the sequence."""
     for peaks in (found.loss for found in accounts(layout)):
         assert abs(peaks.longer - peaks.shorter - peaks.x) < peaks.logits
         assert peaks.shorter < 8 * peaks.logits

@@ -1,4 +1,4 @@
-"""Where chunks are at home changes nothing of what they are."""
+"""The placement of chunks changes nothing of what is trained."""
 
 import re
 import time
@@ -24,9 +24,9 @@ from parallel.placement.policy import (
     ChunkBytes,
     HostRoom,
     MemorySample,
-    host_of,
+    host_bytes,
     max_states_on_host,
-    peak_of,
+    peak_bytes,
     plan_placement,
 )
 from parallel.storage.transfer import ON_DEVICE, Placement, Tier
@@ -58,7 +58,7 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
     "dp2-1d2": (4, dict(tensor=dict(mode="1d", size=2))),
     "2.5d-depth2": (8, dict(tensor=dict(mode="2.5d", size=8, depth=2))),
 }
-BUDGETS = {"single": "200KiB", "pp2": "150KiB", "dp2-1d2": "120KiB"}  # some of it must move
+BUDGETS = {"single": "200KiB", "pp2": "150KiB", "dp2-1d2": "120KiB"}  # so little that something is offloaded
 
 
 def raw_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **options: Any) -> Raw:
@@ -87,21 +87,21 @@ def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
         pytest.param("2.5d-depth2", 3, ("cpu",), marks=pytest.mark.slow),
     ],
 )
-def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, policies: tuple[str, ...]) -> None:
+def test_training_is_the_same_bit_for_bit_by_every_policy(layout: str, stage: int, policies: tuple[str, ...]) -> None:
     want = trace_of(layout, "cuda", stage)
     for policy in policies:
         assert_equal(trace_of(layout, policy, stage), want)
 
 
 @pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16")), "bf16"])
-def test_narrow_parameters_too(precision: str) -> None:
+def test_training_from_the_host_is_the_same_in_every_precision(precision: str) -> None:
     for options in (dict(micro_batch_size=6), dict(activation_checkpointing="full")):
         want = trace_of("dp2-1d2", "cuda", 2, precision=precision, **options)
         assert_equal(trace_of("dp2-1d2", "cpu", 2, precision=precision, **options), want)
 
 
-def lent(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
-    """Losses, and validation between the steps; bytes of chunks on the host after each step, for each element."""
+def losses_and_bytes(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
+    """Return the losses and norms of steps with evaluations between them, and the bytes of chunks for each element."""
     engine = engine_of(rank, world_size, raw)
     seen: list[Any] = []
     for step, batch in enumerate(batches_of(5, batch=24)):
@@ -116,13 +116,13 @@ def lent(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_at_one_microbatch_a_gradient_takes_its_parameters_place(
+def test_with_one_microbatch_a_gradient_reuses_the_memory_of_its_parameters(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Overflows, after which parameters return to it, do not change that, nor does an evaluation."""
+    """Nothing is changed by overflows, after which the parameters are put back there, nor by evaluations."""
     for micro, per_parameter in ((24, 14), (12, 18)):
         found, wanted = (
-            run(lent, 1, raw_of("single", policy, 0, precision=precision, micro_batch_size=micro))[0]
+            run(losses_and_bytes, 1, raw_of("single", policy, 0, precision=precision, micro_batch_size=micro))[0]
             for policy in ("cpu", "cuda")
         )
         assert found[0] == wanted[0]
@@ -130,8 +130,9 @@ def test_at_one_microbatch_a_gradient_takes_its_parameters_place(
         assert found[1] == per_parameter
 
 
-def halves(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str, torch.Tensor], float]:
-    streaming.PART, shared_update.HOST_PART = 1024, 256  # whole vectors: a rest would be rounded otherwise
+def shared(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the masters after three steps, two of them with this share of the host, and the balance after them."""
+    streaming.PART, shared_update.HOST_PART = 1024, 256  # whole vectors: a remainder would be rounded differently
     engine = engine_of(rank, world_size, raw)
     assert isinstance(engine.optimizer, AdamW)
     for batch in batches_of(3, batch=24):
@@ -142,17 +143,17 @@ def halves(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str
 
 @pytest.mark.parametrize(("share", "balance"), [(0.0, (0.0, 0.0)), (0.4, (0.01, 0.99)), (1.0, (0.5, 1.0))])
 def test_host_and_device_share_an_update(share: float, balance: tuple[float, float]) -> None:
-    want = run(halves, 1, raw_of("single", "cuda", 0, precision="bf16"), 0.0)[0]
-    got = run(halves, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
-    if share and torch.cuda.is_available():  # whose AdamW rounds otherwise
+    want = run(shared, 1, raw_of("single", "cuda", 0, precision="bf16"), 0.0)[0]
+    got = run(shared, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
+    if share and torch.cuda.is_available():  # its AdamW rounds differently
         assert all(relative(got[0][name], want[0][name]) <= 1e-5 for name in want[0])
     else:
         assert_bits(got[0], want[0])
     assert balance[0] <= got[1] <= balance[1]
 
 
-def test_what_another_share_of_an_update_would_take_is_foreseen() -> None:
-    """600 elements at 200 a second on the device, and 200 at 100 on the host."""
+def test_the_gain_of_another_host_share_is_predicted() -> None:
+    """The device updates 600 elements at 200 a second, and the host 200 at 100 a second."""
     shared = shared_update.SharedUpdate(torch.device("cpu"))
     shared._last = lambda: Run(Side(0, 0.0), Side(600, 3.0), Side(200, 2.0), 800)
     assert shared.balance() == round(16 / 3) / 16
@@ -163,8 +164,8 @@ def test_what_another_share_of_an_update_would_take_is_foreseen() -> None:
 
 
 @pytest.mark.parametrize(("disk", "share"), [(1.0, 5 / 12), (2.0, 1 / 2), (9.0, 1.0)])
-def test_while_a_disk_is_waited_for_the_host_goes_on(disk: float, share: float) -> None:
-    """The same again, and what is on a disk, which only the device can update."""
+def test_the_host_has_a_larger_share_if_the_device_waits_for_a_disk(disk: float, share: float) -> None:
+    """The speeds are the same, but there are also states on a disk, which only the device can update."""
     shared = shared_update.SharedUpdate(torch.device("cpu"))
     shared._last = lambda: Run(Side(50, disk), Side(600, 3.0), Side(200, 2.0), 800)
     assert shared.balance() == pytest.approx(share, abs=1 / 32)
@@ -173,7 +174,7 @@ def test_while_a_disk_is_waited_for_the_host_goes_on(disk: float, share: float) 
 
 
 def left_behind(rank: int, world_size: int, raw: Raw) -> int:
-    """How many masters are still where they were, once every chunk has moved."""
+    """Return how many masters still exist where they were, once every chunk has moved."""
     engine = engine_of(rank, world_size, raw)
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
     masters = [weakref.ref(chunk.master) for chunk in engine.chunks]
@@ -182,21 +183,21 @@ def left_behind(rank: int, world_size: int, raw: Raw) -> int:
     return sum(master() is not None for master in masters)
 
 
-def test_what_has_moved_is_gone_from_where_it_was() -> None:
-    """A host that is nearly full has no room for it until the next update."""
+def test_a_chunk_that_has_moved_leaves_nothing_where_it_was() -> None:
+    """A host that is nearly full has no room to keep it until the next update."""
     assert run(left_behind, 1, raw_of("single", "cpu", 0, precision="bf16")) == [0]
 
 
 def built(rank: int, world_size: int, raw: Raw) -> int:
-    """The bytes that building a model adds to what this process has had at most."""
+    """Return by how many bytes building a model raises the peak memory of this process."""
     context = make_context(parse(raw, resolve=resolve), Place())
     before = peak_host_bytes()
     build(context)
     return peak_host_bytes() - before
 
 
-def test_of_a_model_that_comes_in_parts_no_more_than_a_layer_is_ever_there() -> None:
-    """128 MiB of 1.5 GiB, and room for another layer."""
+def test_building_a_model_on_the_host_holds_no_more_than_a_layer_at_a_time() -> None:
+    """A layer takes 128 MiB of 1.5 GiB. There is room for another one."""
     shape = SHAPE | dict(hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=16384, num_attention_heads=16)
     shape |= dict(num_hidden_layers=12)
     raw = dict(model=shape, data=dict(sequence_length=6), zero=dict(tensor_placement_policy="cpu"))
@@ -204,23 +205,23 @@ def test_of_a_model_that_comes_in_parts_no_more_than_a_layer_is_ever_there() -> 
 
 
 def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]:
-    """Every chunk in another place in every step."""
+    """Return the masters after steps between which every chunk moves."""
     engine = engine_of(rank, world_size, raw)
-    places = [Placement(parameters, states) for parameters in (Tier.DEVICE, Tier.HOST) for states in Tier]
+    placements = [Placement(parameters, states) for parameters in (Tier.DEVICE, Tier.HOST) for states in Tier]
     for step, batch in enumerate(batches_of(6, batch=24)):
         engine.train_step(share_of(batch, engine))
         for i, chunk in enumerate(engine.chunks):
-            engine.optimizer.move(chunk, places[(step + i) % len(places)])
+            engine.optimizer.move(chunk, placements[(step + i) % len(placements)])
         for chunk in engine.chunks:
             chunk.settle()
-    assert len({chunk.placement for chunk in engine.chunks}) == len(places)
+    assert len({chunk.placement for chunk in engine.chunks}) == len(placements)
     return whole(engine, [chunk.master for chunk in engine.chunks])
 
 
 @pytest.mark.parametrize(
     ("precision", "stage"), [("bf16", 1), ("fp64", 3), pytest.param("fp64", 0, marks=pytest.mark.slow)]
 )
-def test_chunks_may_change_their_homes_between_any_two_steps(precision: str, stage: int, tmp_path: Path) -> None:
+def test_chunks_may_move_between_any_two_steps(precision: str, stage: int, tmp_path: Path) -> None:
     layout = "dp2-1d2"
     want = run(moved_never, 4, raw_of(layout, "cuda", stage, precision=precision))
     raw = raw_of(layout, "cpu", stage, precision=precision)
@@ -237,7 +238,7 @@ def moved_never(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]
 
 
 def module_weights(rank: int, world_size: int, raw: Raw, model: str, passes: bool) -> dict[str, torch.Tensor]:
-    """`passes`: an optimizer of torch's."""
+    """Return the weights after five steps. `passes`: the user passes an optimizer of torch's."""
     module = MODELS[model]()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if passes else None
     engine, _ = module_engine(rank, world_size, raw, module, optimizer=optimizer)
@@ -250,9 +251,9 @@ def module_weights(rank: int, world_size: int, raw: Raw, model: str, passes: boo
 @pytest.mark.parametrize(
     ("model", "stage", "passes"), [("plain", 0, True), ("opt", 2, False), ("plain", 3, False), ("opt", 3, True)]
 )
-def test_a_module_of_ones_own_too(model: str, stage: int, passes: bool) -> None:
+def test_a_users_own_module_trains_the_same_under_every_policy(model: str, stage: int, passes: bool) -> None:
     want = run(module_weights, 2, module_config(stage), model, passes)
-    for policy, memory, device in (("cpu", None, "auto"), ("auto", "80KiB", "cpu")):  # no GPU can be capped at that
+    for policy, memory, device in (("cpu", None, "auto"), ("auto", "80KiB", "cpu")):  # a GPU cannot be capped at that
         zero = dict(stage=stage, tensor_placement_policy=policy, device_memory=memory)
         got = run(module_weights, 2, module_config(stage, device=device) | dict(zero=zero), model, passes)
         for ours, theirs in zip(got, want, strict=True):
@@ -263,22 +264,22 @@ HICCUP = 1.0  # seconds
 
 
 def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
-    """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said."""
+    """Return the most bytes of chunks on the device while any layer was used, the budget, and the lines logged."""
     engine = engine_of(rank, world_size, raw)
-    most, said = 0, list[str]()
-    engine.placement_manager.say = said.append
+    most, lines = 0, list[str]()
+    engine.placement_manager.log = lines.append
 
     def count(*_: Any) -> None:
         nonlocal most
-        here = 0
+        held = 0
         for chunk in engine.chunks:
-            here += chunk.parameters.untyped_storage().nbytes()
+            held += chunk.parameters.untyped_storage().nbytes()
             resident = chunk.placement.states is Tier.DEVICE
             shares = chunk.master.data_ptr() == chunk.own.data_ptr() and not chunk.is_gathered_on_demand
-            here += resident * (3 - shares) * chunk.master.nbytes
+            held += resident * (3 - shares) * chunk.master.nbytes
             if resident and chunk.gradient is not None:
-                here += chunk.gradient.nbytes
-        most = max(most, here)
+                held += chunk.gradient.nbytes
+        most = max(most, held)
 
     for layer in engine.stage.units.values():
         layer.register_forward_pre_hook(count)
@@ -290,21 +291,21 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
         time.sleep(HICCUP)
 
     for step, batch in enumerate(batches_of(7, batch=24), 1):
-        if step == 6:  # of those that are measured
+        if step == 6:  # one of those that are measured
             hook = engine.stage.register_forward_pre_hook(hold_up)
         engine.train_step(share_of(batch, engine))
     assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
     assert any(c.placement.states is Tier.HOST for c in engine.chunks)
-    return most, engine.placement_manager.budget, said
+    return most, engine.placement_manager.budget, lines
 
 
-def test_auto_keeps_to_its_budget_and_says_what_it_plans() -> None:
+def test_auto_keeps_to_its_budget_and_logs_what_it_plans() -> None:
     raw = raw_of("single", "auto", 0)
     raw["zero"]["device_memory"] = "200KiB"
-    most, budget, said = run(on_the_device, 1, raw)[0]
+    most, budget, lines = run(on_the_device, 1, raw)[0]
     assert most <= budget == 200 * 1024
-    assert "predicted peak" in said[0]
-    found = re.fullmatch(r"placement: measured a step ([\d.]+) s", said[1])
+    assert "predicted peak" in lines[0]
+    found = re.fullmatch(r"placement: measured a step ([\d.]+) s", lines[1])
     assert found is not None
     assert 0 < float(found[1]) < HICCUP
 
@@ -320,34 +321,37 @@ def refused(rank: int, world_size: int, raw: Raw) -> str:
 def test_a_budget_that_cannot_work_is_refused_on_every_rank_with_numbers() -> None:
     raw = raw_of("pp2", "auto", 0)
     raw["zero"]["device_memory"] = "8KiB"
-    for said in run(refused, 2, raw):
-        assert "zero.device_memory: 0.01 MiB cannot hold 0.0" in said
+    for message in run(refused, 2, raw):
+        assert "zero.device_memory: 0.01 MiB cannot hold 0.0" in message
 
 
 @given(st.data())
-def test_a_plan_fits_and_everything_stays_where_everything_fits(data: st.DataObject) -> None:
+def test_a_plan_fits_and_everything_stays_on_the_device_if_it_fits(data: st.DataObject) -> None:
     sizes = st.builds(ChunkBytes, *(st.integers(1, 100) for _ in range(6)), st.booleans(), st.booleans())
     chunks = data.draw(st.lists(sizes, min_size=1, max_size=8))
     some = st.frozensets(st.integers(0, len(chunks) - 1))
-    moments = data.draw(st.lists(st.builds(MemorySample, st.integers(0, 300), some, some), min_size=1, max_size=5))
-    budget, ratio = data.draw(st.integers(1, 4000)), data.draw(st.floats(0, 1))
-    room, count = HostRoom(data.draw(st.integers(0, 2500)), data.draw(st.booleans())), len(chunks)
-    found, allowed = plan_placement(chunks, moments, budget, ratio, room), int(budget * SAFETY)
+    samples = data.draw(st.lists(st.builds(MemorySample, st.integers(0, 300), some, some), min_size=1, max_size=5))
+    count, ratio = len(chunks), data.draw(st.floats(0, 1))
+    least, most = peak_bytes(chunks, samples, 0, 0), peak_bytes(chunks, samples, count, count)
+    fitting = int(least / SAFETY) + 1
+    budget = data.draw(st.integers(fitting, max(fitting, most)) | st.integers(1, 4000))  # the former fits some of it
+    room = HostRoom(data.draw(st.just(4000) | st.integers(0, 2500)), data.draw(st.booleans()))
+    found, allowed = plan_placement(chunks, samples, budget, ratio, room), int(budget * SAFETY)
     if found is None:
-        assert peak_of(chunks, moments, 0, 0) > allowed or max_states_on_host(chunks, room) is None
+        assert least > allowed or max_states_on_host(chunks, room) is None
         return
-    used = [host_of(chunks, found.num_states, found.num_parameters, k) for k in range(count + 1)]
+    used = [host_bytes(chunks, found.num_device_states, found.num_device_parameters, k) for k in range(count + 1)]
     assert used[found.num_host_states] <= room.budget
     assert all(more > room.budget for more in used[found.num_host_states + 1 :])
-    assert found.num_states <= found.num_host_states <= count
+    assert found.num_device_states <= found.num_host_states <= count
     assert room.has_disk or found.num_host_states == count
-    assert found.peak == peak_of(chunks, moments, found.num_states, found.num_parameters) <= allowed
-    if peak_of(chunks, moments, len(chunks), len(chunks)) <= allowed:
-        assert (found.num_states, found.num_parameters) == (len(chunks), len(chunks))
+    assert found.peak == peak_bytes(chunks, samples, found.num_device_states, found.num_device_parameters) <= allowed
+    if most <= allowed:
+        assert (found.num_device_states, found.num_device_parameters) == (count, count)
 
 
 def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
-    """A checkpoint of a model that lives on the host, taken up by one that lives on the device, and the other way."""
+    """Return the losses of a run with its chunks on the host (or device) resumed by one with them on the other tier."""
     from parallel.checkpoint import checkpoint
 
     batches = batches_of(4, batch=24)
@@ -364,13 +368,13 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
     return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
 
 
-def test_a_checkpoint_knows_no_places(tmp_path: Path) -> None:
+def test_a_checkpoint_made_under_one_policy_is_resumed_under_another(tmp_path: Path) -> None:
     losses = [run(resumed, 4, raw_of("dp2-1d2", policy, 3), tmp_path)[0] for policy in ("cpu", "cuda")]
     assert losses[0] == losses[1]
 
 
 def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
-    """What the engines say when the device has no memory left in a step of theirs."""
+    """Return the messages of engines whose device runs out of memory in a step."""
 
     def exhausted(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
@@ -384,7 +388,7 @@ def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
     updating.backward(loss_of(updating, batches()[0][0], step=0))
     setattr(updating.optimizer, "step", exhausted)  # noqa: B010
     batch = share_of(batches_of(1, batch=24)[0], ours)
-    said = []
+    messages = []
     for act in (
         lambda: ours.train_step(batch),
         lambda: ours.evaluate([batch]),
@@ -393,12 +397,12 @@ def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
     ):
         with pytest.raises((parallel.ConfigError, torch.OutOfMemoryError)) as caught:
             act()
-        said.append(str(caught.value))
-    return said
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_a_step_that_does_not_fit_says_what_would_help() -> None:
-    for said in run(out_of_memory, 1, raw_of("single", "cuda", 0))[0]:
-        assert "a step does not fit in" in said
-        assert "Tried to allocate 2 GiB. Try a smaller micro_batch_size" in said
-        assert "tensor_placement_policy='auto'" in said
+    for message in run(out_of_memory, 1, raw_of("single", "cuda", 0))[0]:
+        assert "a step does not fit in" in message
+        assert "Tried to allocate 2 GiB. Try a smaller micro_batch_size" in message
+        assert "tensor_placement_policy='auto'" in message

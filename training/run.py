@@ -48,7 +48,7 @@ def run_job(job: Job) -> None:
 
 def train(engine: Engine, job: Job, screen: Screen) -> None:
     """Train to the last step, and leave the metrics, checkpoints, traces, export and plot that the job asks for."""
-    engine.placement_manager.say = screen.print
+    engine.placement_manager.log = screen.print
     with written_while_training(engine, job, screen) as listeners:
         fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
     if engine.config.output.export:

@@ -1,1 +1,1 @@
-"""What is kept for backward: recomputation, and activations offloaded to the host."""
+"""The activations that are kept for backward: recomputed, or offloaded to the host."""

@@ -1,4 +1,4 @@
-"""Recomputation: a layer whose forward runs again in backward, and whether a forward is such a second run."""
+"""Recomputation (activation checkpointing): a layer's forward runs again in backward, and can be told apart."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,39 +11,41 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.activations.offload import InputsOnHost
 
-_RUNS = ContextVar("recomputation", default=False)
+_IS_RUNNING = ContextVar("recomputation", default=False)
 
 
 @contextmanager
 def recomputation() -> Iterator[None]:
-    before = _RUNS.set(True)
+    """Mark the forward in this block as a second one."""
+    before = _IS_RUNNING.set(True)
     try:
         yield
     finally:
-        _RUNS.reset(before)
+        _IS_RUNNING.reset(before)
 
 
 def is_recomputation() -> bool:
-    return _RUNS.get()
+    """Return whether the running forward is a second one, within a backward."""
+    return _IS_RUNNING.get()
 
 
 class Recomputed(nn.Module):
-    """A layer of which only the input is kept for backward, which runs the forward again (Chen et al. 2016, section 3),
-    as far as it goes to what was not kept: not to the last product, nor to its collectives.
+    """A layer that keeps only its input for backward, which runs the forward again (Chen et al. 2016, section 3).
 
-    No random stream needs restoring: dropout has no state. `inputs`: keeps the input, on the host.
+    The second forward stops when all tensors that backward needs exist: before the last matrix product and its
+    collectives. No random state needs to be restored, because dropout has none. `inputs` keeps the input on the host.
     """
 
     def __init__(self, layer: nn.Module, inputs: InputsOnHost | None = None) -> None:
         super().__init__()
         self.layer = layer
         kept = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
-        self._checkpoint = kept if inputs is None else inputs.around(kept)
+        self._checkpoint = kept if inputs is None else inputs.wrap(kept)
 
     def forward(self, *inputs: Any) -> Any:
         return self._checkpoint(self.layer, *inputs)
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a forward, and around its second run."""
+    """Return the contexts of a first forward, and of its second run."""
     return nullcontext(), recomputation()

@@ -191,7 +191,7 @@ class Chunk:
             return self.disk.empty(like.numel(), like.dtype, f"{self.infos[0].name}.{kind}")
         if tier is Tier.HOST:
             return host_empty(like.numel(), like.dtype, device)
-        return torch.empty_like(like, device=device)
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter's part of a whole flat buffer, in the parameter's local shape."""

@@ -1,11 +1,11 @@
-"""The config: a file or a dict, read once, checked whole, and from then on frozen dataclasses."""
+"""The config: a file or a dict, read once, checked as a whole, and frozen dataclasses from then on."""
 
+from parallel.config.model import ModelConfig
 from parallel.config.parallel import ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.config.parsing import Resolver, apply_overrides, load_raw, normalize, parse
 from parallel.config.sections import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     OutputConfig,
     SchedulerConfig,

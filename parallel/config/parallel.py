@@ -1,10 +1,10 @@
-"""The `parallel` section: how a model is split over ranks, and which splits can be laid out."""
+"""The `parallel` section of a config: how a model is split over ranks, and which splits are possible."""
 
 import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from parallel.config.reader import Built, Count, Natural
+from parallel.config.reader import Count, Natural, Supported
 from parallel.errors import either, nearest_multiples, times
 
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
@@ -12,13 +12,31 @@ TensorMode = Literal["1d", "2d", "2.5d", "3d"]
 
 @dataclass(frozen=True)
 class PipelineConfig:
+    """`parallel.pipeline`: consecutive layers are one stage, and the stages pass microbatches on to one another.
+
+    `parallel.pipeline=2` is short for `parallel.pipeline=dict(size=2)`.
+    """
+
     size: Count = 1
-    schedule: Annotated[Literal["gpipe", "1f1b", "interleaved", "zero_bubble"], Built("gpipe", "1f1b")] = "1f1b"
+    """The number of stages. Each rank holds the layers of one stage."""
+
+    schedule: Annotated[Literal["gpipe", "1f1b", "interleaved", "zero_bubble"], Supported("gpipe", "1f1b")] = "1f1b"
+    """The order of forwards and backwards. "gpipe": all forwards, then all backwards. "1f1b": one forward, one backward
+    in turn; the same idle time, and a stage keeps activations of at most `size` microbatches, which is why it is the
+    default. "interleaved" and "zero_bubble" are not available yet.
+    """
+
     layers: tuple[Natural, ...] | None = None
-    chunks: Annotated[Count | None, Built(None)] = None
+    """The number of blocks on each stage, such as (1, 3). Their sum is the model's number of blocks; only the first
+    stage, which has the embedding, and the last, which has the head, may have none. None: blocks are divided so that
+    the slowest stage is as fast as possible, by the cost of each layer.
+    """
+
+    chunks: Annotated[Count | None, Supported(None)] = None
+    """The number of groups of layers on each stage, for the interleaved schedule, which is not available yet."""
 
     def problems(self) -> list[str]:
-        """What is wrong with the layers of each stage; whether they add up is for who knows the model."""
+        """Return what is wrong with `layers`, except for their sum, which only the model can check."""
         if self.layers is None:
             return []
         if len(self.layers) != self.size:
@@ -38,15 +56,35 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TensorConfig:
+    """`parallel.tensor`: the matrices of every layer, and its activations, are split over ranks."""
+
     mode: TensorMode | None = None
+    """The kind of split. "1d": along one direction, as in Megatron-LM. "2d": over a grid of rows × columns (Optimus).
+    "2.5d": over grids at several depths, each with its own part of the batch (Tesseract). "3d": over a cube. None: not
+    at all; then `size` is 1. "sequence" is read as `parallel.context` of this size (`parsing.py`).
+    """
+
     size: Count = 1
+    """The number of ranks that share each layer. 1d: any number. 2d: a square, or a multiple of `rows`. 2.5d: `depth`
+    times a square, or a multiple of `depth` × `rows`. 3d: a cube. It must also divide the model: 1d the heads and
+    ffn_dim; 2d and 2.5d the heads by columns, and every width by rows and by columns; 3d the heads by the cube's edge,
+    and every width by the square of the edge. The vocabulary is padded instead.
+    """
+
     depth: Count = 1
+    """The number of grids, for 2.5d alone. Each depth has all weights and its own part of the batch."""
+
     rows: Count | None = None
-    sequence_parallel: Annotated[bool, Built(False)] = False
+    """The number of rows of each grid, for 2d and 2.5d alone; there are size / (depth × rows) columns. None: as many
+    rows as columns.
+    """
+
+    sequence_parallel: Annotated[bool, Supported(False)] = False
+    """True: 1d also splits activations between blocks, along the sequence. It is not available yet."""
 
     @property
     def _form(self) -> tuple[int, int]:
-        """(unit, power): the sizes that can be laid out are unit × k ** power."""
+        """The pair (unit, power): the sizes that this mode can have are unit × k ** power, for whole numbers k."""
         match self.mode:
             case "2d" | "2.5d":
                 return (self.depth * self.rows, 1) if self.rows else (self.depth, 2)
@@ -56,18 +94,18 @@ class TensorConfig:
                 return 1, 1
 
     def _neighbours(self) -> tuple[int, int]:
-        """The largest size that can be laid out and is at most `size`, or 0, and the next one."""
+        """Return the largest size that this mode can have and is at most `size`, or 0, and the next larger one."""
         unit, power = self._form
         root = round((self.size // unit) ** (1 / power))
         root -= root**power > self.size // unit
         return unit * root**power, unit * (root + 1) ** power
 
     def fits(self) -> bool:
-        """Whether `size` ranks can be laid out in this mode."""
+        """Return whether this mode can have `size` ranks."""
         return self._neighbours()[0] == self.size and (self.size == 1 or self.mode is not None)
 
     def axes(self) -> dict[str, int]:
-        """The mode's axes of the mesh, from the outside in; none where the mode is serial."""
+        """Return the size of each axis that the mode has in the mesh, outermost first; without a mode there is none."""
         assert self.fits()
         match self.mode:
             case "1d":
@@ -83,12 +121,12 @@ class TensorConfig:
 
     @property
     def batch_parts(self) -> int:
-        """Into how many parts the mode splits a microbatch: depth × row, or w × i (as many as w × o)."""
+        """The number of parts into which the mode splits a microbatch: depth × row, or w × i (as many as w × o)."""
         axes = self.axes()
         return axes.get("depth", 1) * axes.get("row", 1) * axes.get("w", 1) * axes.get("i", 1)
 
     def problems(self) -> list[str]:
-        """What keeps `size` from being laid out."""
+        """Return what is wrong with `size`, `depth` and `rows` in this mode, each with a value that would work."""
         found = []
         if self.depth != 1 and self.mode != "2.5d":
             found.append(f"parallel.tensor.depth: {self.depth} needs mode '2.5d', got {self.mode!r}. Try depth=1.")
@@ -101,6 +139,7 @@ class TensorConfig:
         return found
 
     def _misfit(self) -> str:
+        """Return why this mode cannot have `size` ranks, and the nearest sizes that it can have."""
         if self.mode is None:
             modes = [mode for mode in ("1d", "2d", "2.5d", "3d") if replace(self, mode=mode).fits()]
             return f"size {self.size} needs a mode. Try mode={either(map(repr, modes))}."
@@ -121,44 +160,65 @@ class TensorConfig:
         return f"mode {self.mode!r} needs {needs}, got {self.size}. Try {tries}."
 
     def _picture(self) -> str:
+        """Return the axes' sizes as text, such as 2×3 for 2 rows and 3 columns."""
         axes = self.axes()
         return "×".join(str(size) for axis, size in axes.items() if axis != "depth" or self.mode == "2.5d")
 
 
 @dataclass(frozen=True)
 class ContextConfig:
+    """`parallel.context`: every sequence is split over ranks (context parallelism). Only attention communicates.
+
+    `parallel.context=4` is short for `parallel.context=dict(size=4)`.
+    """
+
     size: Count = 1
+    """The number of ranks that share each sequence. Twice this number must divide `data.sequence_length` in a ring; the
+    number itself must divide it with "all_to_all", and the heads too, beside the parts into which the tensor mode
+    splits them.
+    """
+
     kind: Literal["ring", "all_to_all"] = "ring"
+    """The way in which queries reach the keys of other ranks. "ring": keys and values are passed from rank to rank, and
+    a rank attends to one block while the next one is in flight. "all_to_all" (DeepSpeed-Ulysses): ranks exchange
+    positions for heads before attention, and back after it; it sends less. "ring" is the default since any number of
+    heads will do.
+    """
 
     @property
     def parts(self) -> int:
-        """Into how many parts a sequence is split, all of one length: in a ring, each rank has two of them."""
+        """The number of parts of equal length into which a sequence is split; in a ring each rank has two of them."""
         return 1 if self.size == 1 else 2 * self.size if self.kind == "ring" else self.size
 
     def splits(self, sequence_length: int) -> bool:
-        """Whether a sequence comes out even."""
+        """Return whether a sequence of this length can be split into parts of equal length."""
         return sequence_length % self.parts == 0
 
     def sizes(self, sequence_length: int) -> list[int]:
-        """Those that split a sequence evenly, in this way."""
+        """Return the values of `size` that would split a sequence of this length evenly, with this `kind`."""
         return [n for n in range(1, sequence_length + 1) if replace(self, size=n).splits(sequence_length)]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a model is split; what is left of the world size is data parallel."""
+    """The section `parallel`: data parallel size = world size ÷ (pipeline × context × tensor)."""
 
     pipeline: PipelineConfig = PipelineConfig()
+    """Splits the model's layers into stages."""
+
     tensor: TensorConfig = TensorConfig()
+    """Splits each layer's matrices and activations."""
+
     context: ContextConfig = ContextConfig()
+    """Splits each sequence."""
 
     @property
     def model_size(self) -> int:
-        """The ranks that share one replica of the model."""
+        """The number of ranks that together hold one replica of the model."""
         return self.pipeline.size * self.context.size * self.tensor.size
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
-        """The size of each axis of the mesh, from the outside in; `data` takes what the others leave of the world."""
+        """Return the size of each axis of the mesh, outermost first; `data` is the world size ÷ the other sizes."""
         assert world_size % self.model_size == 0
         return {
             "pipe": self.pipeline.size,
@@ -168,10 +228,11 @@ class ParallelConfig:
         }
 
     def problems(self) -> list[str]:
+        """Return what is wrong with these sizes in any world."""
         return self.pipeline.problems() + self.tensor.problems()
 
     def world_problems(self, world_size: int) -> list[str]:
-        """Whether replicas fill the world."""
+        """Return what is wrong if this many ranks are not a whole number of replicas."""
         if world_size % self.model_size == 0:
             return []
         sizes = {"pipeline": self.pipeline.size, "context": self.context.size, "tensor": self.tensor.size}
@@ -183,7 +244,7 @@ class ParallelConfig:
         ]
 
     def _smaller(self, world_size: int) -> str:
-        """The largest tensor size, or else pipeline size, that this world has room for."""
+        """Return, as the end of a sentence, the largest tensor, pipeline or context size that this world allows."""
         for size in range(min(self.tensor.size - 1, world_size), 0, -1):
             tensor = replace(self.tensor, size=size)
             if tensor.fits() and world_size % (self.model_size // self.tensor.size * size) == 0:

@@ -1,4 +1,4 @@
-"""The door for configs: a file or a dict, and overrides, become one frozen `Config` or one `ConfigError`."""
+"""The entry point for configs: a file or a dict, with overrides, becomes one frozen `Config` or one `ConfigError`."""
 
 import json
 import traceback
@@ -10,19 +10,18 @@ from typing import Any, TypeAlias
 
 from parallel.config.parallel import ParallelConfig
 from parallel.config.reader import Reader, literal
-from parallel.config.sections import (
-    Config,
-)
+from parallel.config.sections import Config
 from parallel.errors import ConfigError, closest
 
 Resolver: TypeAlias = Callable[[Config], tuple[Config, list[str]]]
-"""Fills in what only a model knows, and says what does not fit it."""
+"""Takes a config; returns it with the fields that depend on the model filled in, and what does not fit the model."""
 
 
 def load_raw(path: str | Path) -> dict[str, Any]:
-    """The names that a config file assigns, modules, functions and underscored ones left out; or a run's config.json.
+    """Return the names that a config file assigns, or the content of a run's config.json.
 
-    `parse` says which of them are no sections. Raises ConfigError with the file and line of what goes wrong.
+    Modules, functions and names that begin with an underscore are left out. `parse` refuses those that are no sections.
+    Raises ConfigError, with the file and the line of the error.
     """
     file = Path(path)
     try:
@@ -60,12 +59,16 @@ def _from_python(file: Path, content: bytes) -> dict[str, Any]:
 
 
 def _raised(file: Path, error: Exception) -> str:
+    """Return the message for an exception that the config file raised, with the last line in that file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     return f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}."
 
 
 def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """`raw` with each 'dotted.key=value' set in turn, in a new dict; a dict as value replaces the whole sub-dict."""
+    """Return a copy of `raw` in which each 'dotted.key=value' is set in turn; a dict as value replaces a whole section.
+
+    Raises ConfigError for assignments that are not of this form.
+    """
     config = normalize(raw)
     problems = []
     for assignment in assignments:
@@ -87,7 +90,7 @@ def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[
 
 
 def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the nested dicts, short spellings written out: pipeline=2 is pipeline=dict(size=2)."""
+    """Return a copy of the nested dicts with short spellings written out: pipeline=2 becomes pipeline=dict(size=2)."""
     config: dict[str, Any] = _copy(raw)
     parallel, model = config.get("parallel"), config.get("model")
     if isinstance(parallel, dict):
@@ -99,8 +102,8 @@ def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _make_ring(config: dict[str, Any]) -> list[str]:
-    """In place: a tensor mode 'sequence' becomes a ring of that size. Returns what is wrong with it."""
+def _replace_sequence_mode(config: dict[str, Any]) -> list[str]:
+    """Replace a tensor mode 'sequence' (Colossal-AI's name) by a ring of that size, in place; return what is wrong."""
     parallel = config.get("parallel")
     tensor = parallel.get("tensor") if isinstance(parallel, dict) else None
     if not isinstance(tensor, dict) or tensor.get("mode") != "sequence":
@@ -120,31 +123,31 @@ def _copy(value: Any) -> Any:
 def parse(
     raw: Mapping[str, Any], *, world_size: int | None = None, resolve: Resolver | None = None, batches: bool = True
 ) -> Config:
-    """The config that `raw` means; raises ConfigError with all of its problems. `batches`: the global batch size is
-    meant, and must divide.
+    """Return the config that `raw` describes; raise one ConfigError with all of its problems.
 
     Without a world size, what depends on one is not checked; without a resolver, what depends on the model is not.
+    `batches`: whether the global batch size is used, and must therefore divide into microbatches and replicas.
     """
     reader, written_out = Reader(), normalize(raw)
-    ring = _make_ring(written_out)
+    mode_problems = _replace_sequence_mode(written_out)
     config = reader.section(Config, written_out)
-    problems = ring + reader.problems
-    geometry = config.parallel.problems() if reader.sound("parallel") else []
-    problems += geometry
-    known_layout = reader.sound("parallel") and not geometry
-    if known_layout and world_size is not None:
-        world = config.parallel.world_problems(world_size)
-        problems += world
-        world_size = None if world else world_size
-    if known_layout and reader.sound("train"):
+    problems = mode_problems + reader.problems
+    layout_problems = config.parallel.problems() if reader.could_read("parallel") else []
+    problems += layout_problems
+    is_layout_valid = reader.could_read("parallel") and not layout_problems
+    if is_layout_valid and world_size is not None:
+        world_problems = config.parallel.world_problems(world_size)
+        problems += world_problems
+        world_size = None if world_problems else world_size
+    if is_layout_valid and reader.could_read("train"):
         problems += config.microbatch_problems()
         problems += config.batch_problems(world_size) if batches else []
-    if reader.sound("zero"):
+    if reader.could_read("zero"):
         problems += config.zero.problems()
-    if resolve is not None and reader.sound("model", "data"):
-        # A model is worth checking beside a broken layout too: with no layout at all.
-        config, unfit = resolve(config if known_layout else replace(config, parallel=ParallelConfig()))
-        problems += unfit
+    if resolve is not None and reader.could_read("model", "data"):
+        # The model is checked even if the layout is wrong: as if it were not split at all.
+        config, model_problems = resolve(config if is_layout_valid else replace(config, parallel=ParallelConfig()))
+        problems += model_problems
     if problems:
         raise ConfigError(*problems)
     return config

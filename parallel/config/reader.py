@@ -1,6 +1,7 @@
-"""Raw values -> frozen dataclasses, by type hints alone: what a hint can say, no section checks with code of its own.
+"""Reads raw values into frozen dataclasses by their type hints: what a hint can express needs no code in a section.
 
-A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or `X | None`; Annotated adds Range and Built.
+A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or `X | None`; Annotated adds Range and
+Supported.
 """
 
 import ast
@@ -19,12 +20,12 @@ Section = TypeVar("Section")
 
 
 class Bytes(int):
-    """A number of bytes; a config may spell it '6GiB' (powers of 1024) or '6GB' (powers of 1000)."""
+    """A number of bytes, which a config may write as '6GiB' (powers of 1024) or '6GB' (powers of 1000)."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """low <= value <= high; `open` leaves high itself out."""
+    """The values with low <= value <= high, or with low <= value < high if `open`."""
 
     low: float
     high: float = math.inf
@@ -39,19 +40,25 @@ class Range:
         return f"{self.low} <= value {'<' if self.open else '<='} {self.high}"
 
 
-class Built:
-    """The values that work today; other valid ones are refused by name."""
+class Supported:
+    """The values that are implemented. Other values that the hint allows are refused as not available yet."""
 
     def __init__(self, *values: object) -> None:
         self.values = values
 
 
 Count = Annotated[int, Range(1)]
+"""A whole number from 1."""
+
 Natural = Annotated[int, Range(0)]
+"""A whole number from 0."""
+
+Probability = Annotated[float, Range(0, 1, open=True)]
+"""A number from 0 to 1, but not 1."""
 
 
 class MisreadError(Exception):
-    """A value that its hint refuses: what is wrong, and the nearest value that works, if there is one."""
+    """A value that its hint does not allow: what is wrong, and the nearest allowed value, if there is one."""
 
     def __init__(self, wrong: str, nearest: object = MISSING) -> None:
         self.wrong, self.nearest = wrong, nearest
@@ -59,17 +66,18 @@ class MisreadError(Exception):
 
 @dataclass
 class Reader:
-    """Reads sections and gathers problems; a value that cannot be read leaves its default in place."""
+    """Reads sections and collects problems; where a value cannot be read, the field keeps its default."""
 
     problems: list[str] = field(default_factory=list)
     misread: set[str] = field(default_factory=set)
+    """The top-level sections in which something could not be read."""
 
-    def sound(self, *sections: str) -> bool:
-        """Whether every key of these top-level sections could be read."""
+    def could_read(self, *sections: str) -> bool:
+        """Return whether every key of these top-level sections could be read."""
         return self.misread.isdisjoint(sections)
 
     def section(self, kind: type[Section], raw: object, path: tuple[str, ...] = ()) -> Section:
-        """Reads a dict into the dataclass `kind`; `path` is where the dict stands in the config."""
+        """Read a dict into the dataclass `kind`; `path` holds the keys that lead to the dict in the config."""
         if not isinstance(raw, Mapping):
             self._report(path, f"needs a dict, got {raw!r}. Try dict().")
             return kind()
@@ -93,10 +101,10 @@ class Reader:
             nearest = default if error.nearest is MISSING else error.nearest
             self._report(path, f"{error.wrong}. Try {nearest!r}.")
             return default
-        for mark in marks(hint, Built):
-            if value not in mark.values:
+        for supported in annotations_of(hint, Supported):
+            if value not in supported.values:
                 self.problems.append(
-                    f"{'.'.join(path)}: {raw!r} is not available yet. Try {either(map(repr, mark.values))}."
+                    f"{'.'.join(path)}: {raw!r} is not available yet. Try {either(map(repr, supported.values))}."
                 )
         return value
 
@@ -107,22 +115,22 @@ class Reader:
     def _report_unknown(self, path: tuple[str, ...], known: list[str]) -> None:
         is_section = len(path) == 1
         self._report(path, f"unknown {'section' if is_section else 'key'}. {did_you_mean(path[-1], known)}")
-        if is_section:  # its values were meant for the section it looks like, which therefore is not what it seems
+        if is_section:  # its values were meant for the section with a similar name, which is therefore not complete
             self.misread.add(closest(path[-1], known) or path[-1])
 
 
-def marks(hint: Any, kind: type[Section]) -> Iterator[Section]:
-    """The marks of one kind that an `Annotated` hint carries."""
+def annotations_of(hint: Any, kind: type[Section]) -> Iterator[Section]:
+    """Yield the objects of one kind, Range or Supported, that an `Annotated` hint carries."""
     if get_origin(hint) is Annotated:
-        yield from (mark for mark in hint.__metadata__ if isinstance(mark, kind))
+        yield from (annotation for annotation in hint.__metadata__ if isinstance(annotation, kind))
 
 
 def convert(hint: Any, raw: object) -> Any:
-    """`raw` as its hint wants it: lists become tuples, ints floats, '6GiB' bytes. Raises MisreadError."""
+    """Return `raw` as its hint requires: lists become tuples, ints floats, '6GiB' bytes. Raises MisreadError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         value = convert(arguments[0], raw)
-        for bounds in marks(hint, Range):
+        for bounds in annotations_of(hint, Range):
             if value is not None and value not in bounds:
                 nearest = bounds.low if value < bounds.low else MISSING if bounds.open else bounds.high
                 raise MisreadError(f"needs {bounds}, got {raw!r}", nearest)
@@ -138,6 +146,7 @@ def convert(hint: Any, raw: object) -> Any:
 
 
 def _choice(choices: tuple[object, ...], raw: object) -> object:
+    """Return `raw` if it is one of the choices; else raise MisreadError with the most similar one."""
     if any(type(raw) is type(choice) and raw == choice for choice in choices):
         return raw
     match = closest(raw, map(str, choices)) if isinstance(raw, str) else None
@@ -166,7 +175,7 @@ def _tuple(arguments: tuple[Any, ...], raw: object) -> tuple[Any, ...]:
 def _scalar(kind: type, raw: object) -> Any:
     if kind is str and isinstance(raw, os.PathLike):
         return os.fspath(raw)
-    if isinstance(raw, bool) is not (kind is bool):  # bool is an int to Python, and to no reader of a config
+    if isinstance(raw, bool) is not (kind is bool):  # in Python True is an int; in a config it is not meant as one
         raise MisreadError(f"needs {_article(kind)}, got {raw!r}")
     if kind is float and isinstance(raw, (int, float)):
         if abs(raw) <= sys.float_info.max:
@@ -182,7 +191,7 @@ def _article(kind: type) -> str:
 
 
 def _nearest(kind: type, raw: object) -> object:
-    """What `raw` was probably meant to be: 20 for '20' and for 20.0, '20' for 20."""
+    """Return what `raw` was probably meant to be: 20 for '20' and for 20.0, '20' for 20."""
     if kind is str and isinstance(raw, int | float):
         return str(raw)
     value = literal(raw) if isinstance(raw, str) else raw
@@ -192,7 +201,7 @@ def _nearest(kind: type, raw: object) -> object:
 
 
 def literal(text: str) -> object:
-    """A Python literal, dict(key=value) among them as in a config file, else the text itself."""
+    """Return the value of a Python literal, or of dict(key=value) as in a config file; else the text itself."""
     try:
         return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -200,7 +209,7 @@ def literal(text: str) -> object:
 
 
 class _DictCalls(ast.NodeTransformer):
-    """dict(key=value) becomes {"key": value}."""
+    """Replaces dict(key=value) by {"key": value}."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)

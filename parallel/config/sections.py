@@ -1,66 +1,82 @@
-"""The sections of a config: every key, its type, default and bounds; and the arithmetic that ties them together."""
+"""The sections of a config: every key with its type, default, bounds and meaning, and the checks of several keys."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
+from parallel.config.model import ModelConfig
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import Bytes, Count, Natural, Range
+from parallel.config.reader import Bytes, Count, Natural, Probability, Range
 from parallel.errors import either, nearest_multiples, times
 
 Fraction = Annotated[float, Range(0, 1)]
-Probability = Annotated[float, Range(0, 1, open=True)]
+"""A share of something: 0 and 1 are allowed."""
+
 Dtype = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A named size or a Hugging Face directory, and what to change in it: None is 'as the name or the path says'."""
-
-    name: str = "opt-tiny"
-    path: str | None = None
-    vocab_size: Count | None = None
-    hidden_size: Count | None = None
-    num_hidden_layers: Count | None = None
-    num_attention_heads: Count | None = None
-    ffn_dim: Count | None = None
-    max_position_embeddings: Count | None = None
-    word_embed_proj_dim: Count | None = None
-    do_layer_norm_before: bool | None = None
-    remove_final_layer_norm: bool | None = None
-    dropout: Probability | None = None
-    attention_dropout: Probability | None = None
-    activation_function: str | None = None
-    enable_bias: bool | None = None
-    layer_norm_elementwise_affine: bool | None = None
-    init_std: Annotated[float, Range(0)] | None = None
-    pad_token_id: Natural | None = None
-    bos_token_id: Natural | None = None
-    eos_token_id: Natural | None = None
-    layerdrop: Probability | None = None
-    tie_word_embeddings: bool | None = None
-
-
-@dataclass(frozen=True)
 class DataConfig:
+    """The section `data`: a corpus is a row of tokens, cut into samples of `sequence_length` (docs/data.md)."""
+
     path: str = "python-docs"
+    """python-docs (Python's manual, which every installation has), a text file, a folder of *.txt, or FILE.npy with
+    token ids.
+    """
+
     tokenizer: str = "bytes"
+    """"bytes" (the id of a byte is the byte + 4: a vocabulary of 260, with nothing to download), or a tokenizer.json,
+    or a folder with one.
+    """
+
     sequence_length: Annotated[int, Range(2)] = 256
+    """The tokens of a sample, S. At least 2, since a label is the next token."""
+
     shuffle: bool = True
+    """True: each epoch has the samples in an order of its own, drawn from `train.seed`. False: in the order of the
+    corpus.
+    """
+
     validation_fraction: Probability = 0.05
+    """The share of samples, at the end of the corpus, that are kept from training for validation. 0: none."""
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
+    """The section `zero`: what is divided over replicas (ZeRO), and where each rank keeps its part."""
+
     stage: Literal[0, 1, 2, 3] = 0
+    """The tensors that are divided over replicas. 0: none. 1: master weights and optimizer states. 2: gradients too. 3:
+    parameters too; a layer's are gathered while it computes. A higher stage takes less memory, and from 2 on
+    communicates more. The results are the same.
+    """
+
     tensor_placement_policy: Literal["cuda", "cpu", "auto"] = "cuda"
+    """The place of parameters, gradients and optimizer states. "cuda": the device. "cpu": the host; a layer is copied
+    to the device when it is needed. "auto": on the device as far as there is room beside activations, which
+    the first steps measure; the rest on the host.
+    """
+
     gpu_margin_mem_ratio: Fraction = 0.8
+    """The share of the device's free memory that optimizer states may take, with "auto"; parameters get the rest.
+    States come first, because copies of them cannot be hidden behind computation.
+    """
+
     device_memory: Bytes | None = None
-    host_memory: Bytes | None = None  # None: a rank's share of what its host has
+    """The most bytes of the device, such as "6GiB": its allocator is limited to them. None: all that the device has."""
+
+    host_memory: Bytes | None = None
+    """The most bytes that a rank's parameters, gradients and states may take on the host, such as "100GiB". None: a
+    rank's share of what is available there. Not for "cuda".
+    """
+
     nvme_dir: str | None = None
+    """A folder on a fast disk, for the optimizer states that `host_memory` has no room for. None: what does not fit is
+    refused. Not for "cuda".
+    """
 
     def problems(self) -> list[str]:
-        """What has no meaning where everything is on the device."""
+        """Return which fields are set although everything is kept on the device."""
         given = dict(host_memory=self.host_memory, nvme_dir=self.nvme_dir)
         return [
             f"zero.{key}: {value!r} with tensor_placement_policy 'cuda', which keeps everything on the device. Try"
@@ -72,51 +88,118 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The section `train`: how long, in which batches, in which precision, and on which device."""
+
     steps: Count = 100
+    """The number of updates. A run that resumes goes on to this number; it does not begin to count again."""
+
     global_batch_size: Count = 16
+    """The samples of a step, over all replicas: micro_batch_size × data parallel size × the number of microbatches."""
+
     micro_batch_size: Count = 2
+    """The samples that one replica puts through the model, or the pipeline, at a time. It must divide by the parts into
+    which the tensor mode splits a microbatch: depth × rows, or the square of the cube's edge.
+    """
+
     precision: Dtype = "fp32"
-    clip_grad_norm: Annotated[float | None, Range(0)] = 1.0  # None or 0: off
+    """The dtype of parameters and activations. With bf16 and fp16, master weights and optimizer states are fp32, and
+    gradients are added up in fp32; fp16 also has a dynamic loss scale. fp64 is for comparisons.
+    """
+
+    clip_grad_norm: Annotated[float | None, Range(0)] = 1.0
+    """The largest 2-norm of the whole model's gradient: a larger gradient is scaled down to it, as torch does. None or
+    0: no clipping.
+    """
+
     activation_checkpointing: Literal["none", "full", "offload"] = "none"
+    """The activations that a block keeps for backward. "none": all that its backward needs. "full": its input alone;
+    backward computes the block again. "offload": the same, with the input on the host meanwhile.
+    """
+
     seed: Natural = 0
+    """The seed of weights, of the order of data, and of dropout. One seed gives one model in every layout."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"cuda": a GPU for each rank; ranks share GPUs where a host has more ranks than GPUs. "cpu". "auto": "cuda" if
+    torch sees a GPU, else "cpu".
+    """
+
     compile: bool = False
+    """True: blocks, loss and update go through torch.compile, for faster steps after a slow first one. It needs Triton
+    on a GPU, a C++ compiler on a CPU.
+    """
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; decay on matrices only. `state_dtype` is that of its moments: fp32 means as wide as the masters."""
+    """The section `optimizer`: AdamW, in which only matrices decay, not biases and LayerNorms."""
 
     lr: Annotated[float, Range(0)] = 6e-4
+    """The learning rate after the warm-up."""
+
     betas: tuple[Probability, Probability] = (0.9, 0.95)
+    """The decay rates of the first and of the second moment, for each step."""
+
     eps: Annotated[float, Range(0)] = 1e-8
+    """The number added to the square root of the second moment, by which the update is divided."""
+
     weight_decay: Annotated[float, Range(0)] = 0.1
+    """The share of a matrix, times the learning rate, that each step takes away from it."""
+
     state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The dtype of the two moments. "fp32": the dtype of the master weights, which is fp64 in an fp64 run. "bf16": two
+    bytes each, with stochastic rounding: 8 bytes of master weight and moments for each parameter instead of 12.
+    """
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Warm-up to lr, then down to min_ratio × lr; a warm-up longer than the run is cut off by its end."""
+    """The section `lr_scheduler`: the learning rate rises to `optimizer.lr` in a line, then falls to min_ratio × lr."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """The curve of the fall, which ends with the last step. "constant": it does not fall."""
+
     warmup_steps: Natural = 10
+    """The steps in which the rate rises from 0. If the run has fewer steps, it ends while the rate still rises."""
+
     min_ratio: Fraction = 0.1
+    """The last learning rate as a share of `optimizer.lr`. It is not used with "constant"."""
 
 
 @dataclass(frozen=True)
 class OutputConfig:
+    """The section `output`: what a run writes, and how often."""
+
     dir: str = "runs/{name}"
+    """The run's folder; {name} becomes the name of the config file without its ending. An earlier run there is renamed,
+    unless it is resumed.
+    """
+
     log_every: Count = 1
-    eval_every: Natural = 0  # 0: only after the last step
-    checkpoint_every: Natural = 0  # 0: never
+    """The number of steps from one printed line to the next, where there is no terminal. metrics.jsonl has each step.
+    """
+
+    eval_every: Natural = 0
+    """The number of steps from one validation loss to the next; one is also taken after the last step. 0: only then."""
+
+    checkpoint_every: Natural = 0
+    """The number of steps from one checkpoint to the next. 0: no checkpoints."""
+
     keep_checkpoints: Count = 2
+    """The number of checkpoints that are kept; older ones are deleted after a newer one is complete."""
+
     export: bool = True
+    """True: the final model is written as a Hugging Face directory."""
+
     export_dtype: Dtype | None = None
+    """The dtype of the exported weights. None: fp64 for an fp64 run, else fp32, the dtype of the master weights."""
 
 
 @dataclass(frozen=True)
 class Config:
-    model: ModelConfig = ModelConfig()
+    """All of a config. What a file leaves out has its default."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = ZeroConfig()
@@ -126,19 +209,20 @@ class Config:
     output: OutputConfig = OutputConfig()
 
     def data_parallel_size(self, world_size: int) -> int:
+        """Return the number of replicas: world size ÷ the ranks of one replica."""
         return world_size // self.parallel.model_size
 
     def num_microbatches(self, world_size: int) -> int:
-        """k in: global = micro × data × k."""
+        """Return the microbatches of a step on each replica: k in global = micro × data × k."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; `parse` reads it back to an equal config."""
+        """Return the config as dicts, lists, numbers and text for JSON; `parse` reads it back to an equal config."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     def microbatch_problems(self) -> list[str]:
-        """Whether a microbatch comes out even over the tensor mode."""
+        """Return what is wrong if the tensor mode cannot split a microbatch into equal parts."""
         found = []
         micro = self.train.micro_batch_size
         parts = self.parallel.tensor.batch_parts
@@ -151,7 +235,7 @@ class Config:
         return found
 
     def batch_problems(self, world_size: int | None) -> list[str]:
-        """Whether the batch comes out even over replicas and microbatches."""
+        """Return what is wrong if the batch is not a whole number of microbatches on each replica."""
         found = []
         micro, total = self.train.micro_batch_size, self.train.global_batch_size
         data = 1 if world_size is None else self.data_parallel_size(world_size)

@@ -23,7 +23,8 @@ from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
 from parallel.optim.lr_schedule import learning_rate
 from parallel.optim.torch_optim import TorchOptimizer
-from parallel.placement.initial import InitialPlacement, bytes_of, start
+from parallel.placement.chunk_bytes import foreseen_bytes
+from parallel.placement.initial import InitialPlacement, initial_placement
 from parallel.placement.manager import PlacementManager
 from parallel.storage.transfer import Tier
 
@@ -58,9 +59,14 @@ def initial_placement_of(
     config, place = context.config, context.place
     num_microbatches = num_microbatches or config.num_microbatches(place.world_size) or 2
     outlines = outlines_of(infos, context.dtype, zero=config.zero.stage)
-    sizes = [bytes_of(outline, num_microbatches, config.optimizer, is_torchs=is_torchs) for outline in outlines]
-    return start(
-        outlines, sizes, config, world=context.mesh.world, peers=place.local_world_size, device=context.mesh.device
+    sizes = [foreseen_bytes(outline, num_microbatches, config.optimizer, is_torchs=is_torchs) for outline in outlines]
+    return initial_placement(
+        outlines,
+        sizes,
+        config,
+        world=context.mesh.world,
+        num_ranks_on_host=place.local_world_size,
+        device=context.mesh.device,
     )
 
 

@@ -23,7 +23,6 @@ from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
-from parallel.placement.initial import explain_host_shortage
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.tensor.layers import Linear
 from parallel.zero.gatherer import Gatherer
@@ -46,7 +45,7 @@ class Engine(EngineBase):
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
         placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
-        with explain_host_shortage(placement):
+        with placement.explain_host_shortage():
             chunks = make_chunks(
                 stage.infos, context.dtype, zero=zero, fill=stage.set_initial_values, storages=placement.storages
             )

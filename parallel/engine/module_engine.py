@@ -34,7 +34,7 @@ from parallel.modules.recompute import recompute_layers
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
-from parallel.placement.initial import InitialPlacement, explain_host_shortage
+from parallel.placement.initial import InitialPlacement
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.zero.gatherer import Gatherer
 
@@ -244,7 +244,7 @@ def _make_chunks(
     """
     # A step has as many microbatches as the user likes: 2 stands for any number above 1.
     placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
-    with explain_host_shortage(placement):
+    with placement.explain_host_shortage():
         chunks = make_chunks(
             infos,
             context.dtype,

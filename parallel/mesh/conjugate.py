@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel.mesh.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from parallel.mesh.mesh import Axis
+from parallel.ops.compiling import not_compiled
 
 
 def _conjugate(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -65,7 +66,7 @@ def scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return _scatter(x, dim, axis)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def exchange(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
     """Do as `all_to_all`: x[.., N, .., M_axis, ..] -> [.., N_axis, .., M, ..]. Its gradient is exchanged back."""
     return _exchange(x, split_dim, cat_dim, axis)

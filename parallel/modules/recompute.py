@@ -33,7 +33,7 @@ def recompute_layers(
             return
     kept = partial(checkpoint, use_reentrant=False)
     for layer in layers.values():
-        layer.forward = partial(kept if inputs is None else inputs.around(kept), layer.forward)
+        layer.forward = partial(kept if inputs is None else inputs.wrap(kept), layer.forward)
 
 
 def _replace_checkpoint(module: nn.Module, inputs: InputsOnHost) -> None:
@@ -46,4 +46,4 @@ def _replace_checkpoint(module: nn.Module, inputs: InputsOnHost) -> None:
             " its layers in a way of its own. Try 'full'."
         )
     for part in users:
-        setattr(part, name, inputs.around(getattr(part, name)))
+        setattr(part, name, inputs.wrap(getattr(part, name)))

@@ -151,7 +151,7 @@ class AdamW:
     def _moments_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if chunk not in self.moments:
             tier, dtype = chunk.placement.states, moment_dtype(chunk.master.dtype, self.config)
-            like = torch.empty_like(chunk.master, dtype=dtype, device="meta")
+            like = torch.empty(chunk.master.shape, dtype=dtype, device="meta")
             first, second = (chunk.empty(tier, like, "moments") for _ in range(2))
             for x in (first, second) if tier is not Tier.DISK else ():  # a new file is zero
                 x.zero_()

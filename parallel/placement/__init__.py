@@ -1,1 +1,1 @@
-"""Heterogeneous memory: which chunks are on the device, on the host and on the disk."""
+"""Heterogeneous memory: which chunks are on the device, which on the host and which on the disk."""

@@ -1,332 +1,220 @@
-"""`tensor_placement_policy`: where chunks are at home, from a run's first step to its last."""
+"""`zero.tensor_placement_policy`: where chunks are, from a run's first step to its last."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum, auto
-from operator import le
-from statistics import median
-from typing import Any, Protocol, TypeAlias
-
-import torch
+from typing import Any
 
 from parallel.chunk.chunk import Chunk
 from parallel.config import ZeroConfig
-from parallel.errors import ConfigError, RoomError, size_text
-from parallel.mesh.collectives import all_reduce, gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.placement.initial import InitialPlacement, agreed_minimum, explain_host_shortage
-from parallel.placement.policy import (
-    ChunkBytes,
-    MemorySample,
-    PlacementPlan,
-    max_states_on_host,
-    peak_of,
-    plan_placement,
-)
+from parallel.placement.agreement import Proposal, RankAgreement, agreed_minimum
+from parallel.placement.chunk_bytes import measured_bytes
+from parallel.placement.initial import InitialPlacement
+from parallel.placement.moves import MovingOptimizer, move_back, move_by_plan
+from parallel.placement.plan_state import PlanLifecycle, PlanState
+from parallel.placement.policy import ChunkBytes, PlacementPlan, max_states_on_host, peak_bytes, plan_placement
 from parallel.placement.profile import StepProfile
-from parallel.storage.transfer import Placement, Tier
-
-Work: TypeAlias = tuple[int, ...]
-"""How large a step is: numbers of which none may grow, lest it need more memory."""
-
-
-class PlanState(Enum):
-    """How far a plan has come."""
-
-    FIXED = auto()  # everything stays where it is
-    FRESH = auto()  # before the first step, in which memory is made that stays
-    LEAN = auto()  # everything is on the host, and the next step will be looked on at
-    WATCHING = auto()
-    PLANNED = auto()  # what comes of the plan is yet to be said
-    KEPT = auto()
-
-
-MOVES = {
-    (PlanState.FRESH, PlanState.LEAN),
-    (PlanState.FRESH, PlanState.PLANNED),  # a plan that was saved
-    (PlanState.LEAN, PlanState.WATCHING),
-    (PlanState.WATCHING, PlanState.PLANNED),
-    (PlanState.WATCHING, PlanState.LEAN),  # its update was skipped
-    (PlanState.PLANNED, PlanState.KEPT),
-    (PlanState.PLANNED, PlanState.LEAN),  # other work has come
-    (PlanState.KEPT, PlanState.LEAN),
-}
-UNLIMITED = 2**62  # bytes: a host that stands for a device has no limit of its own
-SETTLING, MEASURED = 2, 3  # steps under a new plan: before they are measured, and of which the median is said
-
-
-class Placed(Protocol):
-    """What updates chunks, and moves with them."""
-
-    host_share: float
-
-    def move(self, chunk: Chunk, placement: Placement) -> None: ...
-
-    def state_bytes(self, chunk: Chunk) -> int: ...
-
-    def balance(self) -> float: ...
-
-    def gain(self, share: float) -> float: ...
+from parallel.placement.report import StepTimer, describe_measurement, describe_plan, predicted_seconds, synchronize
+from parallel.placement.room import device_budget
+from parallel.placement.shortage import explain_device_shortage
+from parallel.placement.workloads import StepSize, WorkloadHistory
 
 
 class PlacementManager:
-    """Watches a step under the leanest plan, then places chunks by `policy.plan`: the same on every rank. A step of
-    more work than any before it, or with a layer that was not used then, is watched again, and the plan made for both.
+    """Profiles a step with everything offloaded, then moves chunks to where `policy.plan_placement` wants them: the
+    same on every rank. Colossal-AI's Gemini manager is its counterpart.
 
-    `say` hears what was planned and, some steps later, what came of it.
+    The first step is not profiled, since it allocates memory that stays. A step that is larger than any before it, or
+    uses a layer that no profiled step used, ends the plan: everything is offloaded, such a step is profiled in its
+    turn, and the next plan is made for all that were profiled.
+
+    `log` is given what was planned and, some steps later, the time that a step takes under the plan.
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk], optimizer: Placed, zero: ZeroConfig, world: Axis, start: InitialPlacement
+        self,
+        chunks: Sequence[Chunk],
+        optimizer: MovingOptimizer,
+        zero: ZeroConfig,
+        world: Axis,
+        initial: InitialPlacement,
     ) -> None:
-        self.chunks, self.world, self.zero, self.start = list(chunks), world, zero, start
-        self.say: Callable[[str], None] = lambda text: None
-        self.plan: PlacementPlan | None = None
-        self._optimizer = optimizer
+        """Raises ConfigError, on every rank, where on one no plan could ever fit the device."""
+        self.chunks, self.optimizer, self.zero, self.initial = list(chunks), optimizer, zero, initial
+        self.log: Callable[[str], None] = lambda text: None
         self._device = chunks[0].parameters.device
-        self._phase = PlanState.FIXED if zero.tensor_placement_policy == "cuda" else PlanState.FRESH
-        self._observer: StepProfile | None = None
-        self._moments: list[MemorySample] = []  # of every watched step
-        self._seen: list[Work] = []
-        self._used: set[str] = set()  # layers, in this step
-        self._known: set[str] = set()  # those of watched steps
-        self._surprised = False  # by something in the middle of a step
-        self._began = 0.0
-        self._took: list[float] = []  # seconds of each step under the plan
-        self._everywhere: list[list[int]] = []  # each rank's chunks: how many, and of how many elements
-        self._refuse_hopeless()
+        self.budget = device_budget(zero, self._device)
+        self._agreement = RankAgreement(chunks, zero, self.budget, world)
+        self._lifecycle = PlanLifecycle(is_fixed=zero.tensor_placement_policy == "cuda")
+        self._history = WorkloadHistory()
+        self._profile: StepProfile | None = None  # of the running step
+        self._timer = StepTimer(self._device)
 
-    def before_step(self, work: Work) -> None:
-        """Between two steps, on all ranks together."""
-        if self._phase is PlanState.FIXED:
+    @property
+    def plan(self) -> PlacementPlan | None:
+        """The plan that is in force."""
+        return self._lifecycle.plan
+
+    # -- a step, in the order of the calls
+
+    def before_step(self, size: StepSize) -> None:
+        """Prepare for a step of this size. All ranks call it together, between two steps."""
+        if self._lifecycle.state is PlanState.FIXED:
             return
-        if self._is_new(work) and self._phase in (PlanState.PLANNED, PlanState.KEPT):
-            self._make_lean()
-        self._used.clear()
-        self._surprised = False
-        if self._phase is not PlanState.KEPT:  # then the host may run ahead
-            self._synchronize()
-        if self._phase is PlanState.LEAN:
-            self._move(PlanState.WATCHING)
-            self._observer = StepProfile(self.chunks, self._device)
-        self._began = time.perf_counter()
+        if self._is_larger(size) and self.plan is not None:
+            self._offload_everything()
+        self._history.begin_step()
+        if self._lifecycle.state is not PlanState.KEPT:  # then the host may run ahead of the device
+            synchronize(self._device)
+        if self._lifecycle.state is PlanState.OFFLOADED:
+            self._lifecycle.move_to(PlanState.PROFILING)
+            self._profile = StepProfile(self.chunks, self._device)
+        self._timer.start()
 
-    def within_step(self, work: Work) -> None:
-        """As `before_step`, where a step goes on: if this is more than was said, the next step will be looked on at."""
-        if self._phase is not PlanState.FIXED:
-            self._surprised |= self._is_new(work)
+    def within_step(self, size: StepSize) -> None:
+        """Note that the running step has a further part of this size. If that is larger than any before, the next step
+        will be profiled. All ranks call it together.
+        """
+        if self._lifecycle.state is not PlanState.FIXED and self._is_larger(size):
+            self._history.note_growth()
 
     @contextmanager
     def using(self, unit: str, *, backward: bool) -> Iterator[None]:
-        """Around what makes a layer's parameters whole, before it computes."""
-        self._used.add(unit)
-        if self._observer is None:
+        """Note that a layer is used, by a block that makes its parameters whole, before it computes."""
+        self._history.note_layer(unit)
+        if self._profile is None:
             yield
             return
-        with self._observer.waiting(unit):
+        with self._profile.using(unit, backward=backward):
             yield
-        self._observer.used(unit, backward=backward)
 
     def before_update(self) -> None:
-        if self._observer is not None:
-            self._observer.computed()
-            self._synchronize()
+        """Note that the device has been given all computation of the step."""
+        if self._profile is not None:
+            self._profile.times.end_computation()
+            synchronize(self._device)
 
     def after_step(self, *, skipped: bool) -> None:
-        """Between two steps: nothing is fetched, and there are no gradients. A step that `skipped` its update made no
-        memory for one, and tells nothing of it.
+        """Plan by the step if it was profiled. All ranks call it together, between two steps: no parameters are being
+        gathered, and there are no gradients.
+
+        A step that `skipped` its update allocated no memory for one, and so no plan is made by it.
         """
-        observer, self._observer = self._observer, None
+        profile, self._profile = self._profile, None
+        state = self._lifecycle.state
         if skipped:
-            if self._phase is PlanState.WATCHING:
-                self._move(PlanState.LEAN)
-        elif self._phase is PlanState.FRESH:
-            self._move(PlanState.LEAN)
-        elif observer is not None:
-            self._synchronize()
-            self._carry_out(observer, time.perf_counter())
-            return  # whatever it was, it has been seen
-        elif self._phase is PlanState.PLANNED:
-            self._synchronize()
-            self._took.append(time.perf_counter() - self._began)
-            if len(self._took) == SETTLING + MEASURED:
-                self._move(PlanState.KEPT)
-                self.say(f"placement: measured {self._measured()}a step {median(self._took[SETTLING:]):.3f} s")
-        if self._phase in (PlanState.PLANNED, PlanState.KEPT) and self._is_surprised():
-            self._make_lean()
-
-    def state(self) -> dict[str, Any]:
-        """The plan, to be saved with a run: host and device round an update differently."""
-        if self.plan is None or self._phase not in (PlanState.PLANNED, PlanState.KEPT):
-            return {}  # or it is about to be made again
-        return dict(
-            key=self._key(),
-            moving=[len(self.chunks) - k for k in (self.plan.num_states, self.plan.num_parameters)],
-            peak=self.plan.peak,
-            host_share=self._optimizer.host_share,
-            work=[list(seen) for seen in self._seen],
-        )
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Before the first step: go on by a plan that was saved, if it was made for such chunks and such a budget."""
-        if self._phase is not PlanState.FRESH:
-            return
-        fits = state.get("key") == self._key()  # of ranks with other devices perhaps not on all
-        if not all(gather_objects(fits, self.world)):
-            return
-        self._seen = [tuple(work) for work in state["work"]]
-        self._known = {chunk.infos[0].unit for chunk in self.chunks}
-        self._place(state["moving"], self.start.sizes, state["peak"], state["host_share"])
+            if state is PlanState.PROFILING:
+                self._lifecycle.move_to(PlanState.OFFLOADED)
+        elif state is PlanState.FIRST_STEP:
+            self._lifecycle.move_to(PlanState.OFFLOADED)
+        elif profile is not None:
+            self._plan_by(profile)
+            return  # the new plan covers whatever this step was
+        elif state is PlanState.MEASURING:
+            self._measure()
+        if self.plan is not None and self._history.is_outgrown():  # on all ranks: they use the same layers
+            self._offload_everything()
 
     @contextmanager
     def explain_shortage(self) -> Iterator[None]:
-        """A user whose batch does not fit is told so in a RoomError, with what would help."""
-        try:
-            with explain_host_shortage(self.start):
-                yield
-        except torch.OutOfMemoryError as error:
-            lean = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in self.chunks)
-            more = "" if lean else " Or try zero.tensor_placement_policy='auto', which moves what it can."
-            raise RoomError(
-                f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(self.budget)}:"
-                f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
-                f" activation_checkpointing='full' or 'offload'.{more}"
-            ) from error
+        """Turn it into a RoomError if the host or the device runs out of memory in the block: it says what helps."""
+        with explain_device_shortage(self.chunks, self.budget), self.initial.explain_host_shortage():
+            yield
 
-    @property
-    def budget(self) -> int:
-        """Bytes of the device."""
-        if self.zero.device_memory is not None:
-            return int(self.zero.device_memory)
-        if self._device.type != "cuda":
-            return UNLIMITED
-        return int(torch.cuda.get_device_properties(self._device).total_memory)
+    # -- saved with a run
 
-    def _carry_out(self, observer: StepProfile, now: float) -> None:
-        self._moments += observer.end()
-        self._known |= self._used
-        sizes, count = observer.sizes(self.start.sizes, self._optimizer.state_bytes), len(self.chunks)
-        own = self._own_plan(sizes)
-        wanted = (0, 0) if own is None else (own.num_states, own.num_parameters)
-        # Of ranks with other chunks, or less room: as many move on each as anyone needs, of states and of parameters.
-        # The host's share is the least too: replicas of a master must all be updated on the same side.
-        proposals = gather_objects(([count - k for k in wanted], self._optimizer.balance()), self.world)
-        moving = [max(counts) for counts in zip(*(moving for moving, _ in proposals), strict=True)]
-        states, parameters = self._staying(moving)
-        peak = peak_of(sizes, self._moments, states, parameters)
-        host_share = min(share for _, share in proposals)
-        self._place(moving, sizes, peak, host_share)
-        streamed = sum(size.states for size in sizes[states:]) / sum(size.states for size in sizes)
-        spared = observer.waited({chunk.infos[0].unit for chunk in self.chunks[:parameters]})
-        computing = observer.computing()  # what else the step took is for states elsewhere
-        predicted = computing - spared + (now - self._began - computing - self._optimizer.gain(host_share)) * streamed
-        self.say(f"{self._planned()}, a step {predicted:.3f} s")
-
-    def _own_plan(self, sizes: Sequence[ChunkBytes]) -> PlacementPlan | None:
-        if self.zero.tensor_placement_policy == "cpu":
-            return None
-        return plan_placement(sizes, self._moments, self.budget, self.zero.gpu_margin_mem_ratio, self.start.room)
-
-    def _place(self, moving: Sequence[int], sizes: Sequence[ChunkBytes], peak: int, host_share: float) -> None:
-        """Give all but the last chunks their home on the device: so many of them have states, parameters that move. Of
-        these states the first are on the host, as far as there is room.
-        """
-        states, parameters = self._staying(moving)
-        num_host_states = max_states_on_host(sizes, self.start.room, states, parameters)
-        if num_host_states is None:  # gradients are wider than was foreseen
-            num_host_states = states if self.start.room.has_disk else len(self.chunks)
-        num_host_states = agreed_minimum(num_host_states, sizes, self.world)
-        for i, chunk in enumerate(self.chunks):  # what leaves the host gives room to what comes
-            home = Tier.DEVICE if i < parameters else Tier.HOST
-            self._optimizer.move(chunk, Placement(home, chunk.placement.states))
-        for i, chunk in enumerate(self.chunks):
-            far = Tier.HOST if i < num_host_states else Tier.DISK
-            self._optimizer.move(chunk, Placement(chunk.placement.parameters, Tier.DEVICE if i < states else far))
-        self._optimizer.host_share = host_share
-        self.plan, self._took = PlacementPlan(states, parameters, num_host_states, peak), []
-        self._move(PlanState.PLANNED)
-
-    def _staying(self, moving: Sequence[int]) -> tuple[int, int]:
-        states, parameters = (max(0, len(self.chunks) - count) for count in moving)
-        return states, parameters
-
-    def _planned(self) -> str:
-        assert self.plan is not None
-        far = len(self.chunks) - self.plan.num_host_states
-        on_disk = f", states of {far} on the disk" if far else ""
-        limit = f" of {size_text(self.budget)}" if self.budget < UNLIMITED else ""
-        return (
-            f"placement: states of {self.plan.num_states} and parameters of {self.plan.num_parameters} of"
-            f" {len(self.chunks)} chunks stay on the device{on_disk}; predicted peak {size_text(self.plan.peak)}{limit}"
+    def state(self) -> dict[str, Any]:
+        """Return the plan in force, to be saved with a run: host and device round an update differently."""
+        plan, count = self.plan, len(self.chunks)
+        if plan is None:  # or it is about to be made again
+            return {}
+        return dict(
+            key=self._agreement.key,
+            moving=[count - plan.num_device_states, count - plan.num_device_parameters],
+            peak=plan.peak,
+            host_share=self.optimizer.host_share,
+            work=[list(size) for size in self._history.sizes],
         )
 
-    def _is_surprised(self) -> bool:
-        """By more work than was said, or by a layer that had been skipped: the same on all ranks, which agree on the
-        layers that they use.
-        """
-        return self._surprised or not self._used <= self._known
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put a saved plan in force, before the first step, if it was made for these chunks and this budget."""
+        if self._lifecycle.state is not PlanState.FIRST_STEP:
+            return
+        fits = state.get("key") == self._agreement.key  # perhaps not on all ranks: they may have other devices
+        if not self._agreement.is_true_on_all(fits):
+            return
+        layers = {chunk.infos[0].unit for chunk in self.chunks}
+        self._history.restore([tuple(size) for size in state["work"]], layers)
+        offloaded_states, offloaded_parameters = state["moving"]
+        saved = Proposal(offloaded_states, offloaded_parameters, state["host_share"])
+        self._carry_out(saved, self.initial.sizes, state["peak"])
 
-    def _is_new(self, work: Work) -> bool:
-        """Whether this may need more, on any rank, than the steps that were planned for."""
-        is_new = not any(len(work) == len(seen) and all(map(le, work, seen)) for seen in self._seen)
-        if not all_reduce(torch.tensor(is_new, dtype=torch.int64), self.world):
+    # -- parts of a step
+
+    def _is_larger(self, size: StepSize) -> bool:
+        """Return whether this may need, on any rank, more memory than all steps before it; from now on it is one."""
+        if not self._agreement.is_true_on_any(not self._history.covers(size)):
             return False
-        self._seen.append(work)
+        self._history.add(size)
         return True
 
-    def _make_lean(self) -> None:
+    def _offload_everything(self) -> None:
+        """End the plan: the next step will be profiled."""
         if self.zero.tensor_placement_policy == "cpu":
-            return  # it is
-        self.say("placement: the steps are others now; planning again")
-        if not self._moments:  # a saved plan, of steps that this process has not watched: they are new to the next one
-            del self._seen[:-1]
-        returns = [*zip(self.chunks, self.start.storages, strict=True)][::-1]
-        for chunk, home in returns:  # states first: some go on to the disk
-            self._optimizer.move(chunk, Placement(chunk.placement.parameters, home.placement.states))
-        for chunk, home in returns:
-            self._optimizer.move(chunk, home.placement)
-        self._move(PlanState.LEAN)
+            return  # everything is offloaded, and stays so
+        self.log("placement: the steps have changed; planning again")
+        self._history.forget_unmeasured()
+        move_back(self.chunks, self.optimizer, self.initial.storages)
+        self._lifecycle.move_to(PlanState.OFFLOADED)
 
-    def _move(self, phase: PlanState) -> None:
-        assert (self._phase, phase) in MOVES, f"a plan cannot go from {self._phase.name} to {phase.name}"
-        self._phase = phase
-
-    def _key(self) -> dict[str, Any]:
-        """What a plan depends on."""
-        zero = self.zero
-        return dict(
-            chunks=self._everywhere,
-            stage=zero.stage,
-            policy=zero.tensor_placement_policy,
-            budget=self.budget,
-            margin=zero.gpu_margin_mem_ratio,
-            ranks=self.world.size,
+    def _plan_by(self, profile: StepProfile) -> None:
+        """Make a plan by a step that has just been profiled, carry it out and log it."""
+        step, times = self._timer.elapsed(), profile.times
+        self._history.add_profile(profile.memory.end())
+        sizes = measured_bytes(self.initial.sizes, self.chunks, self.optimizer.state_bytes)
+        agreed = self._agreement.agree(self._propose(sizes))
+        num_states, num_parameters = agreed.on_device(len(self.chunks))
+        peak = peak_bytes(sizes, self._history.samples, num_states, num_parameters)
+        plan = self._carry_out(agreed, sizes, peak)
+        seconds = predicted_seconds(
+            step,
+            computing=times.seconds_computing(),
+            spared=times.seconds_waiting({chunk.infos[0].unit for chunk in self.chunks[:num_parameters]}),
+            gain=self.optimizer.gain(agreed.host_share),
+            streamed=sum(size.states for size in sizes[num_states:]) / sum(size.states for size in sizes),
         )
+        self.log(describe_plan(plan, len(self.chunks), self.budget, seconds))
 
-    def _refuse_hopeless(self) -> None:
-        """Before anything is computed: what is whole at once must fit, whatever is moved."""
-        units: dict[str, int] = {}
-        for chunk in self.chunks:
-            if chunk.is_gathered_on_demand:
-                units[chunk.infos[0].unit] = units.get(chunk.infos[0].unit, 0) + chunk.whole_bytes
-        needed = sum(sorted(units.values())[-3:])
-        own = needed, self.budget, len(self.chunks), sum(chunk.size for chunk in self.chunks)
-        everywhere = gather_objects(own, self.world)
-        self._everywhere = [list(sizes) for _, _, *sizes in everywhere]
-        if hopeless := [(needed, budget) for needed, budget, *_ in everywhere if needed > budget]:
-            most, budget = max(hopeless)
-            raise ConfigError(
-                f"zero.device_memory: {size_text(budget)} cannot hold {size_text(most)}, the parameters"
-                " that are on the device at once, whatever is moved: the embedding's and two layers'. Give it more, or"
-                " split the model by parallel.tensor or parallel.pipeline."
-            )
+    def _propose(self, sizes: Sequence[ChunkBytes]) -> Proposal:
+        """Return what this rank would offload: everything with the policy "cpu", and where no plan fits."""
+        plan, count, zero = None, len(self.chunks), self.zero
+        if zero.tensor_placement_policy != "cpu":
+            samples, room = self._history.samples, self.initial.room
+            plan = plan_placement(sizes, samples, self.budget, zero.gpu_margin_mem_ratio, room)
+        num_states, num_parameters = (plan.num_device_states, plan.num_device_parameters) if plan else (0, 0)
+        return Proposal(count - num_states, count - num_parameters, self.optimizer.balance())
 
-    def _measured(self) -> str:
-        if self._device.type != "cuda":
-            return ""
-        return f"peak {size_text(torch.cuda.max_memory_allocated(self._device))}, "
+    def _carry_out(self, agreed: Proposal, sizes: Sequence[ChunkBytes], peak: int) -> PlacementPlan:
+        """Move the chunks as the ranks agreed, and put that plan in force.
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        Of the offloaded states those of the first chunks go to the host, as far as it has room.
+        """
+        room, count = self.initial.room, len(self.chunks)
+        num_states, num_parameters = agreed.on_device(count)
+        num_host_states = max_states_on_host(sizes, room, num_states, num_parameters)
+        if num_host_states is None:  # gradients are wider than was foreseen
+            num_host_states = num_states if room.has_disk else count
+        num_host_states = agreed_minimum(num_host_states, sizes, self._agreement.world)
+        plan = PlacementPlan(num_states, num_parameters, num_host_states, peak)
+        move_by_plan(self.chunks, self.optimizer, plan)
+        self.optimizer.host_share = agreed.host_share
+        self._timer.reset()
+        self._lifecycle.adopt(plan)
+        return plan
+
+    def _measure(self) -> None:
+        """Time a step under a new plan. Log the median once there are enough."""
+        self._timer.record()
+        if self._timer.is_complete:
+            self._lifecycle.move_to(PlanState.KEPT)
+            self.log(describe_measurement(self._device, self._timer.median))

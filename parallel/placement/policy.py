@@ -1,41 +1,51 @@
-"""What stays on a device that does not hold everything, and on a host that does not either: pure functions of what was
-seen and what is allowed.
+"""The placement policy: what stays on a device that cannot hold everything, and on a host that cannot hold the rest.
+
+Pure functions of bytes, measured or configured. Optimizer states are offloaded as in ZeRO-Offload (Ren et al. 2021,
+arXiv 2101.06840) and to a disk as in ZeRO-Infinity (Rajbhandari et al. 2021, arXiv 2104.07857). What stays follows from
+a profiled step, as in PatrickStar (Fang et al. 2021, arXiv 2108.05818) and Colossal-AI's Gemini, whose
+`gpu_margin_mem_ratio` this is; but they move chunks during a step, and here a plan holds from step to step.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SAFETY = 0.95  # of the device's memory: an allocator's blocks are not all full
+SAFETY = 0.95  # of the device's memory: the blocks of an allocator are not completely filled
 
 
 @dataclass(frozen=True)
 class ChunkBytes:
-    """Of a chunk on this rank: its parameters while they are whole, its gradient, its masters and moments; and what it
-    has on the host beside: parameters that are at home there, and a wide copy of the gradient while it is used.
+    """The bytes of a chunk on this rank.
 
-    Where parameters are as wide as masters, one memory serves both as long as they have one home; and a gradient that
-    `lends` lies where parameters do, if that is memory of their own. `buffers`: while its states are on a disk.
+    parameters         the whole parameters, on the device while they are gathered
+    gradient           the complete gradient
+    states             the optimizer states: master weights and both moments
+    host_parameters    the stored parameters (all of them, or this rank's slice in ZeRO stage 3), if they are offloaded
+    wide_gradient      a copy of the gradient in the master weights' dtype, on the host while an optimizer uses it
+    slots              the memory on the host through which states on a disk are read and written
+    has_master_dtype   parameters have the dtype of the master weights: one memory serves both on the same tier
+    reuses_parameters  a gradient on the host is written over the parameters there, if these have memory of their own
     """
 
     parameters: int
     gradient: int
     states: int
-    own: int = 0
-    widened: int = 0
-    buffers: int = 0
-    is_wide: bool = False
-    lends: bool = False
+    host_parameters: int = 0
+    wide_gradient: int = 0
+    slots: int = 0
+    has_master_dtype: bool = False
+    reuses_parameters: bool = False
 
     def on_host(self, *, has_parameters: bool, has_states: bool) -> int:
-        """Its bytes there, of a chunk whose states are not on the device."""
-        own = self.own if has_parameters and not (self.is_wide and has_states) else 0
-        gradient = 0 if self.lends and own else self.gradient
-        return own + gradient + self.widened + (self.states if has_states else 0)
+        """Return the bytes on the host of a chunk whose states are offloaded: to the host if it `has_states`."""
+        shares_memory = self.has_master_dtype and has_states
+        parameters = self.host_parameters if has_parameters and not shares_memory else 0
+        gradient = 0 if self.reuses_parameters and parameters else self.gradient
+        return parameters + gradient + self.wide_gradient + (self.states if has_states else 0)
 
 
 @dataclass(frozen=True)
 class HostRoom:
-    """The bytes that chunks may have on the host; and whether a disk takes the states that are too many."""
+    """The bytes that chunks may take on the host, and whether a disk takes the states for which that is too little."""
 
     budget: int
     has_disk: bool = False
@@ -43,8 +53,8 @@ class HostRoom:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """A stretch of a step in which everything was at home on the host: the most bytes on the device besides chunks, the
-    chunks that were whole, and those whose gradient was complete.
+    """A section of a step in which everything was offloaded: the most bytes on the device besides chunks, the chunks
+    whose parameters were whole, and the chunks whose gradient was complete.
     """
 
     working: int
@@ -54,81 +64,96 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """The states of the first `num_states` chunks, in the order of a forward, and the parameters of the first
-    `num_parameters` are at home on the device; `peak` is what it will hold then, at most, in bytes. Of the other states
-    those of the first `num_host_states` chunks are on the host, and the rest on a disk.
+    """The number of chunks, counted in the order of a forward, that keep what on which tier.
 
-    First things first: a forward can begin with them while the others' update is still streaming.
+    On the device are the states of the first `num_device_states` chunks and the parameters of the first
+    `num_device_parameters`. Of the other states those of the chunks before `num_host_states` are on the host, and the
+    rest is on a disk. `peak` is the most bytes that the device will hold.
+
+    The first chunks stay, because a forward can begin with them while the update of the others is still streaming.
     """
 
-    num_states: int
-    num_parameters: int
+    num_device_states: int
+    num_device_parameters: int
     num_host_states: int
     peak: int
 
 
 def plan_placement(
-    chunks: Sequence[ChunkBytes], moments: Sequence[MemorySample], budget: int, margin_ratio: float, host: HostRoom
+    chunks: Sequence[ChunkBytes], samples: Sequence[MemorySample], budget: int, margin_ratio: float, host: HostRoom
 ) -> PlacementPlan | None:
-    """The most that fits; None where not even the leanest does. If everything fits, nothing moves.
+    """Return the plan that keeps the most on the device; None if not even a plan that offloads everything fits.
 
-    States come before parameters: keeping a byte of them saves two or more copies that nothing hides, while a layer's
-    parameters arrive as the one before it computes. They get `margin_ratio` of what the leanest plan leaves free.
+    If everything fits, nothing is offloaded. Otherwise states come before parameters: a byte of states that stays saves
+    two or more copies that nothing hides, while the parameters of a layer arrive as the layer before it computes.
+    States get `margin_ratio` of what is free when everything is offloaded.
     """
     allowed = int(budget * SAFETY)
     count = len(chunks)
-    lean = peak_of(chunks, moments, 0, 0)
-    if lean > allowed:
+    offloaded = peak_bytes(chunks, samples, 0, 0)
+    if offloaded > allowed:
         return None
-    if (everything := peak_of(chunks, moments, count, count)) <= allowed:
+    if (everything := peak_bytes(chunks, samples, count, count)) <= allowed:
         return PlacementPlan(count, count, count, everything)
-    for_states = lean + int((allowed - lean) * margin_ratio)
-    num_states = _most(count, lambda k: peak_of(chunks, moments, k, 0) <= for_states)
-    num_parameters = _most(count, lambda k: peak_of(chunks, moments, num_states, k) <= allowed)
+    for_states = offloaded + int((allowed - offloaded) * margin_ratio)
+    num_states = _most(count, lambda k: peak_bytes(chunks, samples, k, 0) <= for_states)
+    num_parameters = _most(count, lambda k: peak_bytes(chunks, samples, num_states, k) <= allowed)
     num_host_states = max_states_on_host(chunks, host, num_states, num_parameters)
     if num_host_states is None:
         return None
-    return PlacementPlan(
-        num_states, num_parameters, num_host_states, peak_of(chunks, moments, num_states, num_parameters)
-    )
+    peak = peak_bytes(chunks, samples, num_states, num_parameters)
+    return PlacementPlan(num_states, num_parameters, num_host_states, peak)
 
 
 def max_states_on_host(
-    chunks: Sequence[ChunkBytes], host: HostRoom, num_states: int = 0, num_parameters: int = 0
+    chunks: Sequence[ChunkBytes], host: HostRoom, num_device_states: int = 0, num_device_parameters: int = 0
 ) -> int | None:
-    """How many chunks' states need not be on a disk, at most; None where the host has too little room for the rest."""
+    """Return the largest `num_host_states` for which the host has room; None if it has none for any.
+
+    Without a disk that is the number of chunks, or None.
+    """
     count = len(chunks)
-    fewest = num_states if host.has_disk else count
-    fitting = (k for k in range(count, fewest - 1, -1) if host_of(chunks, num_states, num_parameters, k) <= host.budget)
-    return next(fitting, None)
+    fewest = num_device_states if host.has_disk else count
+    for k in range(count, fewest - 1, -1):
+        if host_bytes(chunks, num_device_states, num_device_parameters, k) <= host.budget:
+            return k
+    return None
 
 
-def host_of(chunks: Sequence[ChunkBytes], num_states: int, num_parameters: int, num_host_states: int) -> int:
-    """The bytes of chunks on the host, at most, with what streams states from a disk where any are."""
-    parameters = sum(chunk.own for chunk in chunks[num_parameters:num_states])
-    others = sum(
-        chunk.on_host(has_parameters=i >= num_parameters, has_states=i < num_host_states)
+def host_bytes(
+    chunks: Sequence[ChunkBytes], num_device_states: int, num_device_parameters: int, num_host_states: int
+) -> int:
+    """Return the most bytes that chunks take on the host, with the slots for states on a disk where there are any."""
+    parameters = sum(chunk.host_parameters for chunk in chunks[num_device_parameters:num_device_states])
+    offloaded = sum(
+        chunk.on_host(has_parameters=i >= num_device_parameters, has_states=i < num_host_states)
         for i, chunk in enumerate(chunks)
-        if i >= num_states
+        if i >= num_device_states
     )
-    return parameters + others + max((chunk.buffers for chunk in chunks[num_host_states:]), default=0)
+    return parameters + offloaded + max((chunk.slots for chunk in chunks[num_host_states:]), default=0)
 
 
-def peak_of(chunks: Sequence[ChunkBytes], moments: Sequence[MemorySample], num_states: int, num_parameters: int) -> int:
-    """The most bytes of all moments, with so many chunks' states and parameters at home on the device."""
-    resident = sum(chunk.states for chunk in chunks[:num_states])
-    resident += sum(chunk.parameters for chunk in chunks[:num_parameters])
+def peak_bytes(
+    chunks: Sequence[ChunkBytes], samples: Sequence[MemorySample], num_device_states: int, num_device_parameters: int
+) -> int:
+    """Return the most bytes on the device in any sample, were this many chunks' states and parameters resident on it.
+
+    A gradient is counted from when it is complete, and only where its states are on the device: otherwise it is
+    offloaded with them.
+    """
+    resident = sum(chunk.states for chunk in chunks[:num_device_states])
+    resident += sum(chunk.parameters for chunk in chunks[:num_device_parameters])
     return max(
-        moment.working
+        sample.working
         + resident
-        + sum(chunks[i].parameters for i in moment.whole if i >= num_parameters)
-        + sum(chunks[i].gradient for i in moment.complete if i < num_states)
-        for moment in moments
+        + sum(chunks[i].parameters for i in sample.whole if i >= num_device_parameters)
+        + sum(chunks[i].gradient for i in sample.complete if i < num_device_states)
+        for sample in samples
     )
 
 
 def _most(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest k up to `count` that fits; what fits grows no smaller."""
+    """Return the largest k up to `count` that fits, where each k before it fits too."""
     k = 0
     while k < count and fits(k + 1):
         k += 1

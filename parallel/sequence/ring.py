@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.mesh.collectives import Pending, start_rotate
 from parallel.mesh.mesh import Axis
+from parallel.ops.compiling import not_compiled
 from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
 
 ALL = slice(None)
@@ -89,7 +90,7 @@ class _Ring(torch.autograd.Function):
         return dq.to(dy.dtype), *dkv.to(dy.dtype).unbind(0), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def attend_around(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
     """q, k and v[B, heads, S_axis, D] -> y[B, heads, S_axis, D]: causal attention to the keys of all its ranks.
     Which positions a rank has `Zigzag` says; B and heads may be split besides.

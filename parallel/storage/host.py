@@ -1,4 +1,4 @@
-"""What the host has to give."""
+"""The memory of the host that is available to this process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,28 +8,32 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def available() -> int:
-    """Bytes that this process may still take of the host's memory: what the kernel has, or a control group allows."""
-    known = Path("/proc/meminfo")
-    if not known.is_file():
+    """Return the bytes of host memory that this process may still take: what the kernel has, or a control group
+    allows, whichever is less.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
         return 2**62  # not Linux
-    found = dict(line.split(":") for line in known.read_text().splitlines())
+    found = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return int(SHARE * min([int(found["MemAvailable"].split()[0]) * 1024, *_left_in_groups()]))
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What each control group that this process is in may still take; file pages that nobody uses are given back."""
+    """Yield what each control group of this process may still take. Unused pages of files count as free: the kernel
+    gives them back.
+    """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        number, kinds, path = line.split(":", 2)
-        if number == "0":
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2
             names = "memory.max", "memory.current", "inactive_file"
             top = GROUPS
-        elif "memory" in kinds.split(","):
+        elif "memory" in controllers.split(","):  # version 1
             names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
             top = GROUPS / "memory"
         else:
             continue
-        here = top / path.lstrip("/")
-        for folder in (here, *here.parents):  # of a container the path may be another's: then the top is its own
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # in a container the path may be the host's: then top is its own
             if folder.is_relative_to(top) and (folder / names[0]).is_file():
                 yield from _left_in(folder, *names)
 

@@ -1,4 +1,4 @@
-"""Between the host and a device, without either waiting for the other."""
+"""Tiers of memory, and asynchronous copies between the host and a device, for which neither waits."""
 
 import mmap
 import weakref
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Tier(Enum):
-    """Where memory is."""
+    """A kind of memory."""
 
     DEVICE = auto()
     HOST = auto()
@@ -22,8 +22,11 @@ class Tier(Enum):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a chunk is at home: its parameters between their uses, on the device or the host, and its states: masters,
-    moments, and a gradient once it has been summed, which stays on the host where the others are on a disk.
+    """The tiers of a chunk: of its parameters while they are not used, and of its optimizer states.
+
+    parameters   the device, or the host: then they are gathered on demand
+    states       master weights, moments, and the gradient once it is summed over ranks; but the gradient is on the host
+                 if the states are on a disk
     """
 
     parameters: Tier = Tier.DEVICE
@@ -34,33 +37,40 @@ ON_DEVICE = Placement()
 
 
 class HostCopy:
-    """A copy of x on the host, asked for now and waited for later: by then the device may be busy with other work."""
+    """A copy of x on the host in pinned memory, started now and waited for later.
+
+    `wait` does not wait for work that the device is given after the copy.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
-        self._arrival: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         if x.is_cuda:
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def wait(self) -> Tensor:
-        if self._arrival is not None:
-            self._arrival.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._copy
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x there, for work posted from now on. From memory that is not pinned a GPU would let the host wait its turn."""
+    """Return x on the device, for work that is launched from now on.
+
+    It is pinned first: a copy from memory that is not pinned would let the host wait until the GPU comes to it.
+    """
     if device.type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 def host_empty(size: int, dtype: torch.dtype, device: torch.device, *, in_pages: bool = False) -> Tensor:
-    """[size] on the host, from where copies to `device` are asynchronous; `in_pages`: it begins at a page.
+    """Return an uninitialized tensor [size] on the host, pinned so that copies to a GPU `device` are asynchronous.
 
-    Registered with the driver as it is, because torch's own pinned memory comes in powers of two; in huge pages, of
-    which there are fewer to pin. Raises MemoryError where the driver refuses.
+    `in_pages`: it begins at a page. Ordinary memory is registered with the driver, because torch's own pinned memory
+    comes in powers of two; and it has huge pages, since fewer of them have to be pinned. Raises MemoryError where the
+    driver refuses.
     """
     if not size or (device.type != "cuda" and not in_pages):
         return torch.empty(size, dtype=dtype)
@@ -78,10 +88,10 @@ def host_empty(size: int, dtype: torch.dtype, device: torch.device, *, in_pages:
 
 
 class Copies:
-    """Copies up to a device and down from it, in two queues beside its computation; on a CPU they are done at once.
+    """Copies from the host to a device and back, in two streams beside its computation. On a CPU they are done at once.
 
-    A copy waits for all that the device's current stream has been given by then, and for what the same queue was asked
-    for before.
+    A copy waits for all work that the device's current stream has been given before it, and for the earlier copies in
+    the same direction.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,21 +99,22 @@ class Copies:
 
     @cached_property
     def _streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """The stream of uploads, and that of downloads."""
         return torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
 
     def upload(self, source: Tensor, out: Tensor, *, after: "CopyEvent | None" = None) -> "CopyEvent":
-        """From the host, `after` a copy that writes the source. `out` must not be freed before the arrival."""
+        """Start a copy from the host, `after` a copy that writes the source. `out` must not be freed before it ends."""
         return self._copy(0, source, out, after)
 
     def download(self, source: Tensor, out: Tensor) -> "CopyEvent":
-        """To the host. The source may be freed at once."""
+        """Start a copy to the host. The source may be freed at once."""
         if source.is_cuda:
             source.record_stream(self._streams[1])
         return self._copy(1, source, out, None)
 
     @contextmanager
     def on_upload_stream(self) -> Iterator[None]:
-        """A block in which the device is given work for what has come up, and its computation does not wait for it."""
+        """Launch the work of this block in the stream of uploads: it waits for them, and computation does not wait."""
         if self.device.type != "cuda":
             yield
             return
@@ -111,16 +122,16 @@ class Copies:
             yield
 
     def synchronize(self) -> None:
-        """Wait, on the host, for all that was asked for."""
+        """Wait, on the host, for all copies."""
         if self.device.type == "cuda":
             for stream in self._streams:
                 stream.synchronize()
 
-    def _copy(self, queue: int, source: Tensor, out: Tensor, after: "CopyEvent | None") -> "CopyEvent":
+    def _copy(self, direction: int, source: Tensor, out: Tensor, after: "CopyEvent | None") -> "CopyEvent":
         if self.device.type != "cuda":
             out.copy_(source)
             return CopyEvent()
-        stream = self._streams[queue]
+        stream = self._streams[direction]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             if after is not None:
@@ -131,12 +142,12 @@ class Copies:
 
 @cache
 def copies_of(device: torch.device) -> Copies:
-    """The queues of this device: one pair for all that is copied."""
+    """Return the copies of this device: all of its users share one pair of streams."""
     return Copies(device)
 
 
 class CopyEvent:
-    """The end of a copy: work that the current stream is given after `wait` finds it done."""
+    """The end of a copy. Work that the current stream is given after `wait` begins when the copy has ended."""
 
     def __init__(self, event: torch.cuda.Event | None = None) -> None:
         self._event = event
@@ -146,6 +157,6 @@ class CopyEvent:
             torch.cuda.current_stream().wait_event(self._event)
 
     def synchronize(self) -> None:
-        """Wait for it on the host."""
+        """Wait, on the host, for the end of the copy."""
         if self._event is not None:
             self._event.synchronize()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from parallel.layout.layout import Layout
 from parallel.mesh.collectives import all_gather, all_reduce
 from parallel.mesh.mesh import Axis
+from parallel.ops.compiling import not_compiled
 from parallel.tensor.matmul import Deliver, LinearCollectives, matmul
 
 EPS = 1e-5  # of every LayerNorm, as in OPT
@@ -102,7 +103,7 @@ class _SplitNorm(torch.autograd.Function):
         return dx.to(x.dtype), dw, db, None, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _split_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, hidden: int, axes: tuple[Axis, ...]) -> Tensor:
     y: Tensor = _SplitNorm.apply(x, weight, bias, hidden, axes)  # type: ignore[no-untyped-call]
     return y

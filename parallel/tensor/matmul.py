@@ -25,6 +25,7 @@ from parallel.mesh.collectives import (
     start_reduce_scatter,
 )
 from parallel.mesh.mesh import ALONE, Axis
+from parallel.ops.compiling import not_compiled
 from parallel.ops.products import wide_product
 
 T = TypeVar("T")
@@ -146,7 +147,7 @@ class _Product(torch.autograd.Function):
         return around.product(around.whole_input(x), around.whole_weight(w), bias)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, around: LinearCollectives, deliver: Deliver | None) -> Tensor:
     if is_recomputation():
         kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
 from parallel.layout.layout import ROOT
 from parallel.mesh.collectives import Pending
+from parallel.ops.compiling import not_compiled
 from parallel.zero.unavailable import mark_available, mark_unavailable
 
 
@@ -143,7 +144,7 @@ class Gatherer:
             for unit in self.units:
                 unit.guard(True)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _before_forward(self, i: int, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._use(i)
         leaves, spec = tree_flatten((args, kwargs))
@@ -155,7 +156,7 @@ class Gatherer:
         changed: tuple[Any, Any] = tree_unflatten(leaves, spec)
         return changed
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _after_forward(self, i: int, layer: nn.Module, args: Any, y: Any) -> None:
         if _backward() < 0:  # there it is a recomputation, and a backward of the layer follows
             self.units[i].leave()
