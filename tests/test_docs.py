@@ -1,8 +1,10 @@
-"""The documents say what is: configs parse, links lead somewhere, the code draws the pictures, the example is right."""
+"""Tests of the documents: configs parse, links lead somewhere, code runs, and figures are those that commands print."""
 
 import ast
 import os
 import re
+import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from tests.harness import run
+from tests.layering import FLOORS
 from tests.mutant_table import MUTANTS
 from tests.parity import owns
 from tests.test_loop import ALONE
@@ -38,17 +41,24 @@ from training.run import run_job
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = {"model", "data", "parallel", "zero", "train", "optimizer", "lr_scheduler", "output"}
+SPLIT_MODEL = "models.build(context)"  # only the block of docs/library.md for eight ranks has it
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The fenced blocks of a language, those inside a list or another indent left out."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """Return the fenced blocks of a language; those inside a list or another indent are left out."""
+    text = document.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [code for name, code in found if name == language]
 
 
 def is_config(code: str) -> bool:
-    """Whether nothing but config sections is assigned."""
+    """Return whether nothing but config sections is assigned."""
     names = {
         target.id
         if isinstance(statement, ast.Assign) and isinstance(target := statement.targets[0], ast.Name)
@@ -58,11 +68,17 @@ def is_config(code: str) -> bool:
     return names <= SECTIONS
 
 
-def test_the_readme_says_what_its_config_has_from_no_default(tmp_path: Path) -> None:
-    """A line of it is deleted as if it were one: no checkpoint, then."""
-    (config,) = filter(is_config, blocks(ROOT / "README.md", "python"))
-    file = tmp_path / "readme.py"
+def write_documented_config(folder: Path) -> tuple[str, Path]:
+    """Return the config of docs/config.md, and a file with it."""
+    (config,) = filter(is_config, blocks(ROOT / "docs/config.md", "python"))
+    file = folder / "documented.py"
     file.write_text(config, encoding="utf-8")
+    return config, file
+
+
+def test_the_documented_config_says_which_of_its_values_are_not_defaults(tmp_path: Path) -> None:
+    """A user who deletes a line gets the default: without `checkpoint_every`, say, no checkpoint is written."""
+    config, file = write_documented_config(tmp_path)
     ours, defaults = (parse(raw, resolve=resolve).to_dict() for raw in (load_raw(file), {}))
     differing = {
         name for section, keys in ours.items() for name, value in keys.items() if value != defaults[section][name]
@@ -71,8 +87,32 @@ def test_the_readme_says_what_its_config_has_from_no_default(tmp_path: Path) -> 
     assert said == differing
 
 
+def test_the_documented_config_parses_and_has_every_section(tmp_path: Path) -> None:
+    _, file = write_documented_config(tmp_path)
+    raw = load_raw(file)
+    assert raw.keys() == SECTIONS
+    assert parse(raw, world_size=8, resolve=resolve).num_microbatches(8) == 4
+
+
+@pytest.mark.parametrize(
+    ("raw", "world_size"),
+    [
+        (dict(parallel=dict(tensor=dict(mode="2d", size=6))), 6),
+        (dict(parallel=dict(pipeline=2, tensor=dict(mode="2d", size=4))), 6),
+        (dict(train=dict(stepz=3)), 1),
+    ],
+)
+def test_the_documented_refusals_of_a_config_are_word_for_word(raw: dict[str, Any], world_size: int) -> None:
+    listed = blocks(ROOT / "docs/config.md", "")[-1]
+    with pytest.raises(ColonnadeError) as caught:
+        parse(raw, world_size=world_size, resolve=resolve)
+    assert str(caught.value) in listed.splitlines()
+
+
 def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the rounding of other machines: a sum of a million elements loses some 1e-13. One once had a wrong digit."""
+    """The bound is the rounding of other machines: a sum of a million elements loses some 1e-13. One number once had a
+    wrong digit.
+    """
     monkeypatch.chdir(ROOT)
     (script,) = (block for block in blocks(ROOT / "README.md", "sh") if "output.dir=runs/one" in block)
     shared, command = (re.search(pattern, script) for pattern in (r'S="(.*)"', r"--config (\S+) .*(parallel=\S+)"))
@@ -87,31 +127,48 @@ def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeyp
         assert [float(norm_one), float(norm_eight)] == pytest.approx([norm] * 2, rel=1e-12)
 
 
-def do_as_the_readme(rank: int, world_size: int, code: str) -> None:
+def test_the_demo_begins_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first steps, in one process here, to the four digits that are printed."""
+    monkeypatch.chdir(ROOT)
+    rows = re.findall(r"^step +(\d+)/140  lr (\S+)  loss (\S+)  [\d,]+ tokens/s", README, re.MULTILINE)
+    changes = ["parallel={}", f"train.steps={len(rows)}", "output.export=False", f"output.dir={tmp_path / 'demo'}"]
+    demo = "configs/opt_tiny_pp2_2p5d.py"
+    assert demo in README
+    run_job(prepare(read_config(demo, changes, 1), ALONE))
+    found = list(metrics.read(tmp_path / "demo" / "metrics.jsonl"))
+    assert [int(step) for step, _, _ in rows] == [line["step"] for line in found]
+    assert [lr for _, lr, _ in rows] == [f"{line['lr']:.2e}" for line in found]
+    losses = [line["loss"] for line in found]
+    assert [float(loss) for *_, loss in rows] == pytest.approx(losses, abs=6e-5)  # roundings of printing and of fp32
+
+
+def test_the_readmes_table_of_speed_repeats_the_benchmarks() -> None:
+    """Each figure stands in docs/benchmarks.md, and each ratio is that of its row."""
+    figures = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\| ([\d,]+) \|[^|]+\| ([\d,]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    assert len(rows) >= 9
+    for ours, theirs, ratio in rows:
+        assert f" {ours} |" in figures
+        assert re.search(rf" {theirs}(?: \(batch \d+\))? \|", figures), theirs
+        assert float(ratio) == pytest.approx(int(ours.replace(",", "")) / int(theirs.replace(",", "")), abs=0.005)
+
+
+def run_on_ranks_of_the_document(rank: int, world_size: int, code: str) -> None:
     for key, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size).items():
         os.environ[key] = str(value)
     os.chdir(ROOT)
     exec(code, {})
 
 
-def test_the_readmes_library_does_what_it_says(tmp_path: Path) -> None:
-    """It once printed what an engine does not have."""
-    (code,) = (block for block in blocks(ROOT / "README.md", "python") if "models.build(context)" in block)
-    run(do_as_the_readme, 8, code.replace("runs/mine", str(tmp_path / "mine")))
+def test_a_split_model_trains_in_the_loop_of_the_library_page(tmp_path: Path) -> None:
+    """The code once printed an attribute that an engine does not have."""
+    (code,) = (block for block in blocks(ROOT / "docs/library.md", "python") if SPLIT_MODEL in block)
+    run(run_on_ranks_of_the_document, 8, code.replace("runs/mine", str(tmp_path / "mine")))
     assert OPTForCausalLM.from_pretrained(tmp_path / "mine").config.vocab_size == 260
 
 
-def test_the_readme_has_a_config_that_parses_and_says_every_section(tmp_path: Path) -> None:
-    (config,) = filter(is_config, blocks(ROOT / "README.md", "python"))
-    file = tmp_path / "readme.py"
-    file.write_text(config, encoding="utf-8")
-    raw = load_raw(file)
-    assert raw.keys() == SECTIONS
-    assert parse(raw, world_size=8, resolve=resolve).num_microbatches(8) == 4
-
-
 def test_every_mutant_finds_its_line_exactly_once() -> None:
-    """Three of them once did not, and were planted nowhere."""
+    """Three mutants once did not, and were planted nowhere."""
     stale = [m.name for m in MUTANTS if (ROOT / m.file).read_text(encoding="utf-8").count(m.before) != 1]
     assert stale == []
 
@@ -120,13 +177,13 @@ def test_the_readme_counts_the_mutants() -> None:
     assert f" {len(MUTANTS)} bugs" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_python_in_the_documents_compiles(document: Path) -> None:
     for code in blocks(document, "python"):
         compile(code, document.name, "exec")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_relative_links_lead_to_a_file_and_a_heading(document: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -139,17 +196,86 @@ def test_relative_links_lead_to_a_file_and_a_heading(document: Path) -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """GitHub's anchors for the headings."""
+    """Return GitHub's anchors for the headings."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_files_that_the_documents_name_exist(document: Path) -> None:
-    for name in re.findall(
-        r"`((?:parallel|models|training|tests|configs|examples)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8")
-    ):
-        assert (ROOT / name).is_file() or name == "parallel/tensor/sliced.py", name
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_the_files_and_folders_that_the_documents_name_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    tops = "parallel|models|training|tests|configs|examples|benchmarks|docs"
+    for name in re.findall(rf"`((?:{tops})/(?:[\w/]+\.\w+|[\w/]+/)?)`", text):
+        path = ROOT / name
+        exists = path.is_dir() if name.endswith("/") else path.is_file()
+        assert exists or name == "parallel/tensor/sliced.py", name
+
+
+# -- the folders -------------------------------------------------------------------------------------------------------
+
+
+def tracked_folders() -> tuple[set[str], set[str]]:
+    """Return the folders of the repository's top level and those of parallel/, as git lists them."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    parents = [Path(name).parent.parts for name in listing.stdout.split("\0") if name]
+    top = {parts[0] for parts in parents if parts and not parts[0].startswith(".")}
+    return top, {parts[1] for parts in parents if len(parts) > 1 and parts[0] == "parallel"}
+
+
+def floors_of_parallel() -> list[str]:
+    """Return the folders of parallel/ from the bottom to the top."""
+    return [found[1] for floor in FLOORS if (found := re.fullmatch(r"parallel\.(\w+)\.\*", floor))]
+
+
+def test_the_readmes_tree_has_every_folder_and_no_other() -> None:
+    """The folders of parallel/ stand in the order of their imports, from the top to the bottom."""
+    (tree,) = (block for block in blocks(ROOT / "README.md", "") if block.startswith("parallel/"))
+    top = re.findall(r"^(\w+)/ {2,}\S", tree, re.MULTILINE)
+    inner = re.findall(r"^  (\w+)/ {2,}\S", tree, re.MULTILINE)
+    assert (set(top), set(inner)) == tracked_folders()
+    assert (len(top), len(inner)) == (len(set(top)), len(set(inner)))
+    assert inner == floors_of_parallel()[::-1]
+
+
+def test_the_architecture_and_its_picture_have_every_folder_of_parallel_in_order() -> None:
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    picture = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `parallel/(\w+)/` \|", table, re.MULTILINE) == floors_of_parallel()
+    drawn = re.findall(r'<text class="name" x="76"[^>]*>(\w+)/</text>', picture)
+    assert drawn == floors_of_parallel()[::-1]
+
+
+def test_users_get_the_annotations_of_every_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert settings["package-data"] == {"*": ["py.typed"]}
+    for package in {name.partition(".")[0] for name in settings["packages"]}:
+        assert (ROOT / package / "py.typed").is_file(), package
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+DECISIONS = sorted((ROOT / "docs/decisions").glob("2*.md"))
+
+
+def test_the_index_of_decisions_has_each_page_once_in_order() -> None:
+    index = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| \[(.+)\]\((\S+)\) \|$", index, re.MULTILINE)
+    pages = [(page.name[:10], page.read_text(encoding="utf-8").splitlines()[0], page.name) for page in DECISIONS]
+    assert [(date, f"# {title}", name) for date, title, name in rows] == pages
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
+def test_a_decision_has_its_date_its_parts_and_no_more_than_a_page(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[2].startswith(page.name[:10])
+    parts = [found[1] for line in lines if (found := re.match(r"\*\*(\w+)\.\*\*", line))]
+    assert [part for part in parts if part != "Tried"] == ["Context", "Decision", "Costs", "Code"]
+    assert len(lines) <= 25
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_timeline_in_the_architecture_is_what_draw_draws() -> None:
@@ -186,7 +312,7 @@ def fill(part: Sharded, **wholes: Tensor) -> None:
 
 
 def train_in_sliced(rank: int, world_size: int, wholes: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    """The loss, and each gradient as one process has it, summed over its layout's axes and gathered."""
+    """Return the loss and each whole gradient, summed over its layout's axes and gathered, as one process has them."""
     mode = sliced_mode(rank, world_size)
     embedding = mode.vocabulary(V, H, padding_idx=1)
     into, out = mode.linear_in(N, H), mode.linear_out(H, N)
@@ -233,14 +359,15 @@ def test_the_mode_written_in_the_documents_equals_torch() -> None:
 
 
 def run_the_library_page(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """All of its code, in order, as two ranks would run it."""
+    """Run the code of the page in order, as each of two ranks does; the last block is for eight ranks."""
     rows = torch.randint(4, 37, (64, 8), generator=torch.Generator().manual_seed(0))
     samples = [{"input_ids": row, "labels": row} for row in rows]
     namespace: dict[str, Any] = dict(path=str(folder / "opt"), samples=samples[:32], held_out=samples[32:])
     os.chdir(folder)
     with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"):
         for code in blocks(ROOT / "docs/library.md", "python"):
-            exec(code, namespace)
+            if SPLIT_MODEL not in code:
+                exec(code, namespace)
     engine, result = namespace["engine"], namespace["result"]
     return dict(steps=engine.num_steps, loss=namespace["loss"], tokens=result.tokens, rows=rows[32:])
 
@@ -251,16 +378,16 @@ def test_the_code_of_the_library_page_runs(tmp_path: Path) -> None:
     OPTForCausalLM(OPTConfig(**shape)).save_pretrained(tmp_path / "opt")
     found, other = run(run_the_library_page, 2, tmp_path)
     assert found["steps"] == other["steps"] == 2 + 1 + 2
-    assert found["tokens"] == 2 * 3  # of the criterion's step: of four labels one is not counted
+    assert found["tokens"] == 2 * 3  # in the criterion's step one of four labels is not counted
     with torch.no_grad():
         exported = OPTForCausalLM.from_pretrained(tmp_path / "runs/mine/export")
         loss = exported(input_ids=found["rows"], labels=found["rows"]).loss.item()
-    # Half of 32 samples at a time, in fp32 here and there: roundings of a mean of numbers near 3.6.
+    # Both take half of 32 samples at a time, in fp32: roundings of a mean of numbers near 3.6.
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
-    """What the library says to what it cannot bear."""
+    """Return the messages of the errors that the library page lists."""
     model: Callable[[], nn.Module] = lambda: nn.Linear(3, 1)  # noqa: E731
     dataset: Any = [0] * 18
     said = []
@@ -286,3 +413,40 @@ def test_the_refusals_of_the_library_page_are_word_for_word() -> None:
     (listed,) = re.findall(r"^```\n(.*?)^```$", text.partition("## What is refused")[2], re.MULTILINE | re.DOTALL)
     for said in run(refusals, 2):
         assert said == listed.splitlines()
+
+
+# -- debugging ---------------------------------------------------------------------------------------------------------
+
+
+def debugging_script(text: str) -> str:
+    (code,) = (block for block in blocks(ROOT / "docs/debugging.md", "python") if text in block)
+    return code
+
+
+def test_the_debugging_page_compares_gradients_by_name_and_reads_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs of one process, with one microbatch and with two, have the same gradients to fp64's rounding."""
+    monkeypatch.chdir(tmp_path)
+    same = ["train.precision=fp64", "train.steps=1", "data.sequence_length=64", "data.validation_fraction=0"]
+    same += ["output.export=False", "output.checkpoint_every=1", "train.global_batch_size=4"]
+    for name, size in (("one", 4), ("pipeline", 2)):
+        changes = [*same, f"train.micro_batch_size={size}", f"output.dir=runs/{name}"]
+        run_job(prepare(read_config(None, changes, 1), ALONE, profile=range(1, 2)))
+    capsys.readouterr()
+
+    exec(debugging_script("exp_avg"), {})
+    rows = re.findall(r"^(\S+)  exp_avg/(\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 5
+    assert 0 < float(rows[0][0]) < 1e-14  # they are rounded differently, and by no more
+
+    exec(debugging_script("traceEvents").replace("runs/NAME", "runs/pipeline"), {})
+    ranges = re.findall(r"^[\d.]+ s  (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert {"step 1", "data", "forward F0.0", "forward F0.1", "backward B0.1", "reduce", "update"} <= set(ranges)
+
+
+def test_the_debugging_page_shows_the_bytes_on_each_tier(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(debugging_script("engine.held()"), {})
+    held = ast.literal_eval(capsys.readouterr().out)
+    assert held.keys() == {"DEVICE", "HOST", "DISK"}
+    assert held["HOST"] > 3 * held["DEVICE"]
