@@ -5,7 +5,7 @@
     python launch.py --config FILE --nprocs 8              eight processes on this host
     torchrun --nproc-per-node 8 launch.py --config FILE    the same eight, started by torchrun
 
-The files in configs/ are examples. README.md lists the keys of a config and the files that a run leaves.
+The files in configs/ are examples, and docs/config.md lists every key. README.md lists the files that a run leaves.
 """
 
 # Torch takes seconds to import. So it is imported in the functions that need it, once the arguments have been read:

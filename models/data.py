@@ -217,10 +217,10 @@ def _check_ids(tokens: Ids, vocab_size: int, *, source: str) -> None:
         (outside,) = np.nonzero((block < 0) | (block >= vocab_size))
         if len(outside):
             id, position = int(block[outside[0]]), start + int(outside[0])
-            cure = (
+            advice = (
                 f"set model.vocab_size to at least {id + 1}" if id >= 0 else "no id is negative: write the file again"
             )
             raise DataError(
                 f"data.path: {source} has token {id} at position {position}, outside the vocabulary of {vocab_size}. "
-                f"{cure[0].upper()}{cure[1:]}."
+                f"{advice[0].upper()}{advice[1:]}."
             )

@@ -90,7 +90,7 @@ def test_a_text_too_short_to_train_on_and_to_evaluate_is_refused(tmp_path: Path,
     [
         (["--stage", "4"], "zero.stage: needs one of 0, 1, 2, 3, got 4"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--batch", "9"], "9 is not a multiple"),
+        (["--batch", "9"], "a batch of 9 does not divide over 2 replicas"),
     ],
 )
 def test_under_torchrun_a_refusal_is_printed_once_without_a_traceback_of_ours(

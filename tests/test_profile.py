@@ -146,10 +146,10 @@ def test_a_resumed_run_traces_only_steps_that_it_takes(tmp_path: Path) -> None:
     run_job(prepared(tmp_path, "output.checkpoint_every=3", "output.keep_checkpoints=2", "output.export=False"))
     checkpoint = tmp_path / "checkpoints" / "step_000003"
     for asked, taken in ((range(2, 4), range(0)), (range(2, 6), range(4, 6)), (range(5, 9), range(5, 7))):
-        coming, notes = steps_to_trace(asked, taken=steps_taken(checkpoint), steps=6)
+        coming, messages = steps_to_trace(asked, taken=steps_taken(checkpoint), steps=6)
         assert list(coming) == list(taken)
         expected = [f"--profile {asked.start}:{asked.stop}: nothing to trace, 3 of 6 steps were taken before"]
-        assert notes == ([] if taken else expected)
+        assert messages == ([] if taken else expected)
     assert len(lines_of(tmp_path)) == 6
     assert not (tmp_path / "profile").exists()
 

@@ -28,7 +28,7 @@ class Job:
     config: Config
     place: Place
     corpus: Corpus
-    tokenizer: Tokenizer | None  # None: the data are token ids, and nothing says of which tokenizer
+    tokenizer: Tokenizer | None  # None: the data are token ids, and no tokenizer is named
     folder: RunFolder
     resume_from: Path | None  # the checkpoint that the run continues
     traced_steps: range  # counted from 1: those of the steps asked for that the run will take
@@ -57,7 +57,7 @@ def prepare(
     run = Path(config.output.dir)
     folder = RunFolder(run, resumed=found is not None and found.resolve().is_relative_to(run.resolve()))
     folder.check_writable()
-    check_set_aside(config, folder)
+    check_not_renamed(config, folder)
     messages = (
         *override_messages(overridden),
         *start_messages(config, resume, found),
@@ -77,8 +77,8 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(f"train.compile: True needs {missing}, and there is none. Try False.")
 
 
-def check_set_aside(config: Config, folder: RunFolder) -> None:
-    """Raise ConfigError if the run will read from a path inside a folder that is renamed when it starts."""
+def check_not_renamed(config: Config, folder: RunFolder) -> None:
+    """Raise ConfigError if a path that the run will read lies in a folder that is renamed when the run starts."""
     if folder.resumed or not folder.path.exists():
         return
     for key, path in (("model.path", config.model.path), ("zero.nvme_dir", config.zero.nvme_dir)):
