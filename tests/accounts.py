@@ -1,6 +1,5 @@
 """What a rank keeps, holds and sends, counted where torch saves, allocates and dispatches; formulas as written."""
 
-import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
+from tests.patience import patient, wait_until
 
 WITHOUT = ContextConfig()
 
@@ -96,9 +96,7 @@ class Held(TorchDispatchMode):
 
     def now_or_soon(self, wanted: int) -> int:
         """`now`; but such a thread may be late, so up to seconds are given to come to what is wanted."""
-        deadline = time.monotonic() + 5
-        while self.now != wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: self.now == wanted, patient(30.0))
         return self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

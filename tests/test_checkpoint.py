@@ -181,7 +181,7 @@ def save_what_is_no_json(rank: int, size: int, folder: Path) -> str:
 
 
 def test_what_one_rank_cannot_write_no_rank_waits_for(tmp_path: Path) -> None:
-    for said in run(save_what_is_no_json, 2, tmp_path / "step_000001", timeout=20):
+    for said in run(save_what_is_no_json, 2, tmp_path / "step_000001"):
         assert "not JSON serializable" in said
     assert list(tmp_path.iterdir()) == []
 

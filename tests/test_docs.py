@@ -68,6 +68,7 @@ def test_the_readme_says_what_its_config_has_from_no_default(tmp_path: Path) -> 
     assert said == differing
 
 
+@pytest.mark.gpu
 def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the rounding of other machines: a sum of a million elements loses some 1e-13. One once had a wrong digit."""
     monkeypatch.chdir(ROOT)
@@ -91,6 +92,7 @@ def do_as_the_readme(rank: int, world_size: int, code: str) -> None:
     exec(code, {})
 
 
+@pytest.mark.gpu
 def test_the_readmes_library_does_what_it_says(tmp_path: Path) -> None:
     """It once printed what an engine does not have."""
     (code,) = (block for block in blocks(ROOT / "README.md", "python") if "models.build(context)" in block)
@@ -242,6 +244,7 @@ def run_the_library_page(rank: int, world_size: int, folder: Path) -> dict[str, 
     return dict(steps=engine.num_steps, loss=namespace["loss"], tokens=result.tokens, rows=rows[32:])
 
 
+@pytest.mark.gpu
 def test_the_code_of_the_library_page_runs(tmp_path: Path) -> None:
     shape: Any = dict(vocab_size=37, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=2, num_attention_heads=2)
     shape |= dict(ffn_dim=16, max_position_embeddings=8, dropout=0.0)

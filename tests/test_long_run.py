@@ -5,7 +5,6 @@ import os
 import statistics
 import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from parallel.engine.module_engine import ModuleEngine
 from parallel.storage import disk
 from parallel.storage.transfer import Tier
 from tests.harness import run
+from tests.patience import LIMIT, patient, wait_until
 
 STEPS = range(200, 2001, 200)
 STEPS_APART = 1400  # from the middle of the first three samples to that of the last three
@@ -165,15 +165,26 @@ def samples_of(
 
 
 def _wait_for_the_disk(engine: Engine | ModuleEngine) -> None:
-    """What its threads are reading ahead they hold in their hands."""
-    for slot in (slot for chunk in engine.chunks[:1] if chunk.disk is not None for slot in chunk.disk._slots):
-        slot.wait()
-    time.sleep(0.02)  # and a thread lets go of a job after it is done
+    """Wait until its threads hold no tensor: neither of what they read ahead, nor of a job that is done.
+
+    A thread lets go of a job when it takes the next one: so each is given one, in which all of them meet.
+    """
+    for files in (chunk.disk for chunk in engine.chunks[:1] if chunk.disk is not None):
+        for slot in files._slots:
+            slot.wait()
+        for pool in (files._readers, files._writers):
+            meeting = threading.Barrier(disk.NUM_THREADS + 1)
+            for _ in range(disk.NUM_THREADS):
+                pool.submit(meeting.wait)
+            meeting.wait()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(660)
-@pytest.mark.parametrize(("kind", "device"), [*((kind, "cpu") for kind in KINDS), *((kind, "cuda") for kind in HOST)])
+@pytest.mark.timeout(2 * 3600)
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [*((kind, "cpu") for kind in KINDS), *(pytest.param(kind, "cuda", marks=pytest.mark.gpu) for kind in HOST)],
+)
 def test_two_thousand_steps_leave_nothing_behind(kind: str, device: str) -> None:
     """At stage 3, on two ranks, or with one GPU. After a warm-up every count stays the same.
 
@@ -182,7 +193,7 @@ def test_two_thousand_steps_leave_nothing_behind(kind: str, device: str) -> None
     """
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    for samples in run(samples_of, 1 if device == "cuda" else 2, kind, STEPS, "", device, timeout=600):
+    for samples in run(samples_of, 1 if device == "cuda" else 2, kind, STEPS, "", device, timeout=6 * LIMIT):
         assert {one.counted for one in samples} == {samples[0].counted}
         assert growth(samples) < LEAK * STEPS_APART / 2
 
@@ -202,7 +213,7 @@ def test_long_runs_are_where_their_names_say(kind: str) -> None:
 
 @pytest.mark.slow
 def test_bytes_that_no_tensor_holds_show_in_the_memory() -> None:
-    for samples in run(samples_of, 1, "ours", STEPS, "bytes", timeout=240):
+    for samples in run(samples_of, 1, "ours", STEPS, "bytes", timeout=3 * LIMIT):
         assert growth(samples) > LEAK * STEPS_APART / 2
 
 
@@ -224,9 +235,7 @@ def outlived(rank: int, world_size: int, kind: str) -> tuple[int, int]:
     chunks = [weakref.ref(chunk) for chunk in engine.chunks]
     del engine
     gc.collect()
-    deadline = time.monotonic() + 5  # threads end when they notice
-    while threading.active_count() > threads and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: threading.active_count() <= threads, patient(30.0))  # threads end when they notice
     return sum(chunk() is not None for chunk in chunks), threading.active_count() - threads
 
 

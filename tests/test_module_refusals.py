@@ -106,20 +106,20 @@ def told(rank: int, world_size: int, raw: Raw, act: str) -> str:
 
 @pytest.mark.parametrize("act", ACTS)
 def test_what_one_rank_alone_does_to_a_module_every_rank_is_told_by_name(act: str) -> None:
-    for said in run(told, 3, config_of(3), act, timeout=20):
+    for said in run(told, 3, config_of(3), act):
         assert ACTS[act][1] in said
 
 
 def test_a_rank_that_only_looks_on_is_not_waited_for_where_a_plan_is_made() -> None:
     """A plan asks all ranks how large a step is, which only a forward with gradients begins."""
     raw = config_of(2) | dict(zero=dict(stage=2, tensor_placement_policy="auto"))
-    for said in run(told, 2, raw, "look on", timeout=20):
+    for said in run(told, 2, raw, "look on"):
         assert ACTS["look on"][1] in said
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_layer_that_one_rank_skips_adds_nothing_where_parameters_are_whole(stage: int) -> None:
-    assert run(told, 2, config_of(stage), "skip one", timeout=20) == ["nothing"] * 2
+    assert run(told, 2, config_of(stage), "skip one") == ["nothing"] * 2
 
 
 def told_alone(rank: int, world_size: int, raw: Raw, act: str) -> str:

@@ -3,6 +3,7 @@
 import re
 import time
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def raw_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **o
     return config_of(LAYOUTS[layout][1], steps=4, precision=precision, model=SHAPE, train=batch, zero=zero)
 
 
+@cache
 def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
     found = run(train, LAYOUTS[layout][0], raw_of(layout, policy, stage, **options), batches_of(4, batch=24))[0]
     assert found is not None
@@ -78,21 +80,18 @@ def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
 
 
 @pytest.mark.parametrize(
-    ("layout", "stage", "policies"),
+    ("layout", "stage", "policy"),
     [
-        ("single", 0, ("cpu", "auto")),
-        ("pp2", 0, ("cpu", "auto")),
-        ("dp2-1d2", 2, ("cpu", "auto")),
-        ("dp2-1d2", 3, ("auto",)),
-        pytest.param("2.5d-depth2", 3, ("cpu",), marks=pytest.mark.slow),
+        *(pytest.param(*case, "cpu", marks=pytest.mark.gpu) for case in (("single", 0), ("pp2", 0), ("dp2-1d2", 2))),
+        *((*case, "auto") for case in (("single", 0), ("pp2", 0), ("dp2-1d2", 2), ("dp2-1d2", 3))),
+        pytest.param("2.5d-depth2", 3, "cpu", marks=[pytest.mark.gpu, pytest.mark.slow]),
     ],
 )
-def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, policies: tuple[str, ...]) -> None:
-    want = trace_of(layout, "cuda", stage)
-    for policy in policies:
-        assert_equal(trace_of(layout, policy, stage), want)
+def test_wherever_it_is_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, policy: str) -> None:
+    assert_equal(trace_of(layout, policy, stage), trace_of(layout, "cuda", stage))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16")), "bf16"])
 def test_narrow_parameters_too(precision: str) -> None:
     for options in (dict(micro_batch_size=6), dict(activation_checkpointing="full")):
@@ -115,6 +114,7 @@ def lent(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], float]:
     return seen, sum(x.nbytes for x in tensors) / sum(chunk.size for chunk in engine.chunks)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_at_one_microbatch_a_gradient_takes_its_parameters_place(
     precision: str, monkeypatch: pytest.MonkeyPatch
@@ -140,15 +140,21 @@ def halves(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str
     return whole(engine, [chunk.master for chunk in engine.chunks]), engine.optimizer.balance()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("share", "balance"), [(0.0, (0.0, 0.0)), (0.4, (0.01, 0.99)), (1.0, (0.5, 1.0))])
 def test_host_and_device_share_an_update(share: float, balance: tuple[float, float]) -> None:
     want = run(halves, 1, raw_of("single", "cuda", 0, precision="bf16"), 0.0)[0]
-    got = run(halves, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
-    if share and torch.cuda.is_available():  # whose AdamW rounds otherwise
-        assert all(relative(got[0][name], want[0][name]) <= 1e-5 for name in want[0])
-    else:
-        assert_bits(got[0], want[0])
-    assert balance[0] <= got[1] <= balance[1]
+    found = []
+    for _ in range(10):  # on a busy machine either side may be put aside for as long as its whole part takes
+        got = run(halves, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
+        if share and torch.cuda.is_available():  # whose AdamW rounds otherwise
+            assert all(relative(got[0][name], want[0][name]) <= 1e-5 for name in want[0])
+        else:
+            assert_bits(got[0], want[0])
+        found.append(got[1])
+        if balance[0] <= got[1] <= balance[1]:
+            return
+    pytest.fail(f"no share within {balance}: {found}")
 
 
 def test_what_another_share_of_an_update_would_take_is_foreseen() -> None:
@@ -182,6 +188,7 @@ def left_behind(rank: int, world_size: int, raw: Raw) -> int:
     return sum(master() is not None for master in masters)
 
 
+@pytest.mark.gpu
 def test_what_has_moved_is_gone_from_where_it_was() -> None:
     """A host that is nearly full has no room for it until the next update."""
     assert run(left_behind, 1, raw_of("single", "cpu", 0, precision="bf16")) == [0]
@@ -217,6 +224,7 @@ def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]
     return whole(engine, [chunk.master for chunk in engine.chunks])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("precision", "stage"), [("bf16", 1), ("fp64", 3), pytest.param("fp64", 0, marks=pytest.mark.slow)]
 )
@@ -247,6 +255,7 @@ def module_weights(rank: int, world_size: int, raw: Raw, model: str, passes: boo
     return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("model", "stage", "passes"), [("plain", 0, True), ("opt", 2, False), ("plain", 3, False), ("opt", 3, True)]
 )
@@ -259,13 +268,12 @@ def test_a_module_of_ones_own_too(model: str, stage: int, passes: bool) -> None:
             assert_updated_alike(ours, theirs)
 
 
-HICCUP = 1.0  # seconds
-
-
-def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
-    """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said."""
+def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str], float]:
+    """The most bytes of chunks that were at once on the device, in any layer's use; the budget; what was said; the
+    seconds for which one step was held up, longer than any step before it took.
+    """
     engine = engine_of(rank, world_size, raw)
-    most, said = 0, list[str]()
+    most, said, took = 0, list[str](), list[float]()
     engine.placement_manager.say = said.append
 
     def count(*_: Any) -> None:
@@ -287,26 +295,28 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
 
     def hold_up(*_: Any) -> None:
         hook.remove()
-        time.sleep(HICCUP)
+        time.sleep(2 * max(took))
 
     for step, batch in enumerate(batches_of(7, batch=24), 1):
         if step == 6:  # of those that are measured
             hook = engine.stage.register_forward_pre_hook(hold_up)
+        begun = time.perf_counter()
         engine.train_step(share_of(batch, engine))
+        took.append(time.perf_counter() - begun)
     assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
     assert any(c.placement.states is Tier.HOST for c in engine.chunks)
-    return most, engine.placement_manager.budget, said
+    return most, engine.placement_manager.budget, said, 2 * max(took[:5])
 
 
 def test_auto_keeps_to_its_budget_and_says_what_it_plans() -> None:
     raw = raw_of("single", "auto", 0)
     raw["zero"]["device_memory"] = "200KiB"
-    most, budget, said = run(on_the_device, 1, raw)[0]
+    most, budget, said, hiccup = run(on_the_device, 1, raw)[0]
     assert most <= budget == 200 * 1024
     assert "predicted peak" in said[0]
     found = re.fullmatch(r"placement: measured a step ([\d.]+) s", said[1])
     assert found is not None
-    assert 0 < float(found[1]) < HICCUP
+    assert 0 < float(found[1]) < hiccup
 
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:
@@ -364,6 +374,7 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
     return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
 
 
+@pytest.mark.gpu
 def test_a_checkpoint_knows_no_places(tmp_path: Path) -> None:
     losses = [run(resumed, 4, raw_of("dp2-1d2", policy, 3), tmp_path)[0] for policy in ("cpu", "cuda")]
     assert losses[0] == losses[1]
@@ -397,6 +408,7 @@ def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
     return said
 
 
+@pytest.mark.gpu
 def test_a_step_that_does_not_fit_says_what_would_help() -> None:
     for said in run(out_of_memory, 1, raw_of("single", "cuda", 0))[0]:
         assert "a step does not fit in" in said

@@ -116,7 +116,7 @@ def torchs_kernels(device: torch.device) -> list[Kernel]:
     return list(kernels.ON_GPU.values()) if is_known else [kernels.ON_GPU[SDPBackend.FLASH_ATTENTION]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("part", ["whole", "own", "earlier"])
 def test_torchs_kernels_and_ours_are_one(dtype: torch.dtype, part: str) -> None:
     """Of all tokens, of the later half alone, and of the later half's queries to the earlier's keys: views, as a ring
