@@ -7,7 +7,7 @@ BENCH := $(VENV)/.bench
 PIP_INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint slow mutants bench-cpu bench-gpu bench-gpus bench-micro
+.PHONY: help venv demo test test-gpu lint slow mutants bench-cpu bench-gpu bench-gpus bench-micro
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -32,10 +32,14 @@ demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate
 	@$(RUN) -m models.generate runs/opt_tiny_pp2_2p5d/export --prompt "The " --tokens 300 --temperature 0.5
 
 # One thread a process: the tests start many, and they share the cores.
-test slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
+test test-gpu slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
 
-test: lint  ## lint, then every test not marked slow
+test: lint  ## lint, then every test not marked slow; with a GPU, those marked gpu once more on it
 	@$(RUN) -m pytest
+	@$(RUN) -m pytest --gpu
+
+test-gpu: venv  ## the tests marked gpu alone, on a GPU of this machine
+	@$(RUN) -m pytest --gpu
 
 lint: venv  ## ruff and mypy, changing nothing
 	@$(RUN) -m ruff check .
@@ -44,6 +48,7 @@ lint: venv  ## ruff and mypy, changing nothing
 
 slow: venv  ## the tests marked slow, and one suite under torch's own check that ranks agree on every collective
 	@$(RUN) -m pytest -m slow
+	@$(RUN) -m pytest --gpu -m slow
 	@TORCH_DISTRIBUTED_DEBUG=DETAIL $(RUN) -m pytest tests/test_gradient_rules.py
 
 mutants: venv  ## break the code on purpose and see that the tests notice

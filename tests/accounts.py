@@ -3,7 +3,6 @@
 They are counted inside torch, where it saves, allocates and dispatches, and not by the code under test.
 """
 
-import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
+from tests.patience import patient, wait_until
 
 UNSPLIT = ContextConfig()
 
@@ -99,10 +99,8 @@ class Allocations(TorchDispatchMode):
         return sum(list(self.sizes.values()))  # a copy, since a collective's thread may free its tensors meanwhile
 
     def wait_for(self, wanted: int) -> int:
-        """Return `now` once it is `wanted`, or after 5 seconds: a collective's thread may free its tensors late."""
-        deadline = time.monotonic() + 5
-        while self.now != wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
+        """Return `now` once it is `wanted`, or after half a minute: a collective's thread may free its tensors late."""
+        wait_until(lambda: self.now == wanted, patient(30.0))
         return self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,9 @@
-"""What holds for every test."""
+"""Rules for every test: hypothesis repeats its examples, torch sees no GPU unless asked, and nothing is left behind.
+
+The suite runs on the CPU, also on a machine that has GPUs: CUDA_VISIBLE_DEVICES is empty before torch is imported, in
+this process and in all that the tests start. `pytest --gpu` leaves the GPUs visible and runs the tests marked `gpu`,
+and only these, a second time: in them the configs' default, `train.device="auto"`, chooses a GPU.
+"""
 
 import multiprocessing
 import os
@@ -7,14 +12,43 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from tests.patience import patient
+
 # The same examples every time: a run that is red on one machine is red on all. No deadline, for the cores are shared.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
 
+SECONDS_OF_A_TEST = 1800.0  # reached only by a test that hangs outside of `harness.run`, which has its own limit
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="let torch see the GPUs, and run only the tests marked gpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    import torch
+
+    if not torch.cuda.device_count():  # which, unlike is_available, starts nothing in this process
+        pytest.exit("torch sees no GPU here, so the tests marked gpu are not run a second time", 0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        seconds = patient(limit.args[0] if limit is not None else SECONDS_OF_A_TEST)
+        item.add_marker(pytest.mark.timeout(seconds), append=False)
+    if config.getoption("--gpu"):
+        chosen = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind() -> Iterator[None]:
-    """A test leaves no process and no environment variable for the next one to trip over."""
+    """Fail a test that leaves a process or an environment variable for the next one to trip over."""
     before = _environment()
     yield
     assert multiprocessing.active_children() == []
@@ -22,6 +56,10 @@ def _leaves_nothing_behind() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    """os.environ without what pytest itself notes there, and what torch does when it first imports its compiler."""
-    own = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+    """Return os.environ without what is set once in a process, and rightly stays.
+
+    pytest notes the current test there, torch sets a folder when its compiler is imported, and `make_context` sets how
+    the allocator works before this process first uses a GPU.
+    """
+    own = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF"}
     return {name: value for name, value in os.environ.items() if name not in own}

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tests.patience import LIMIT, patient, wait_until
+
 T = TypeVar("T")
 
 PRELOADED_PACKAGES = ("parallel", "models", "training", "tests")
@@ -71,7 +73,7 @@ class Rank:
     connection: Connection
 
 
-def run(function: Callable[..., T], world_size: int, *arguments: Any, timeout: float = 60.0) -> list[T]:
+def run(function: Callable[..., T], world_size: int, *arguments: Any, timeout: float = LIMIT) -> list[T]:
     """Call `function(rank, world_size, *arguments)` on `world_size` gloo ranks; the results, in order of rank.
 
     The function must stand at the top of a module, so that the ranks can import it. When it starts, the default process
@@ -144,7 +146,7 @@ def _receive(rank: Rank, ranks: list[Rank], task: Task) -> Report:
         raise RankError(_how_it_died(rank, task)) from None
     if report.failure:
         # A rank that dies makes its peers fail, and their reports may arrive before the news of its death.
-        ended = wait([peer.process.sentinel for peer in ranks], timeout=0.2)
+        ended = wait([peer.process.sentinel for peer in ranks], timeout=patient(1.0))
         dead = next((peer for peer in ranks if peer.process.sentinel in ended), None)
         raise RankError(_how_it_died(dead, task) if dead else f"{task.name_of(rank.index)} failed\n{report.failure}")
     return report
@@ -162,8 +164,12 @@ def _where_they_hang(ranks: list[Rank], task: Task) -> str:
     asked = [rank for rank in ranks if task.stacks_of(rank.index).exists() and rank.process.pid]
     for rank in asked:
         os.kill(rank.process.pid or 0, signal.SIGUSR1)
-    time.sleep(0.5)  # they answer within milliseconds, and there is no telling when the last line is written
-    stacks = [f"{task.name_of(rank.index)} is stuck\n{task.stacks_of(rank.index).read_text()}" for rank in asked]
+    wait_until(lambda: all(task.stacks_of(rank.index).stat().st_size or not rank.process.is_alive() for rank in asked))
+    before: list[str] = []
+    while (found := [task.stacks_of(rank.index).read_text() for rank in asked]) != before:
+        before = found
+        time.sleep(0.5)  # nothing tells which line is the last one: it is there when no other one follows
+    stacks = [f"{task.name_of(rank.index)} is stuck\n{text}" for rank, text in zip(asked, found, strict=True)]
     return "\n".join([f"{len(ranks)} of {task.world_size} ranks had not returned after {task.timeout:g} s", *stacks])
 
 
@@ -184,9 +190,11 @@ def _serve(rank: int, task: Task, connection: Connection) -> None:
     To leave earlier would break the connections that the others still use: a second failure that hides the first.
     """
     torch.set_num_threads(1)
-    with task.stacks_of(rank).open("w") as stacks, connection:
+    hidden = task.stacks_of(rank).with_suffix(".hidden")
+    with hidden.open("w") as stacks, connection:
         faulthandler.enable(stacks)
         faulthandler.register(signal.SIGUSR1, stacks)
+        hidden.rename(task.stacks_of(rank))  # from now on this process can be asked
         # Should the parent be killed, nobody is left to end a rank that hangs.
         faulthandler.dump_traceback_later(2 * task.timeout, exit=True, file=stacks)
         connection.send(_report(rank, task))

@@ -127,8 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(mutants: Sequence[Mutant]) -> int:
     """Every named test must pass as the code is, and fail once its mutant is planted. The exit code: 1 if not."""
     started = time.monotonic()
-    # A fork takes these along. A stale .pyc, of the same size and second, would hide a mutant.
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # A fork takes these along. A stale .pyc, of the same size and second, would hide a mutant. Torch sees no GPU, as in
+    # the tests. Some mutants make ranks wait for each other: that ends after two minutes.
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ.setdefault("COLONNADE_TEST_PATIENCE", "0.2")
     sys.dont_write_bytecode = True
     for name in IMPORTED_ONCE:
         import_module(name)

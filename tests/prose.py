@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
     options = parser.parse_args(arguments)
     found = fragments(options.root, options.folders)
-    print(*found, sep="\n")
-    print(f"{len(found)} docstrings begin with a fragment")
+    for text in (*found, f"{len(found)} docstrings begin with a fragment"):
+        print(text)
     if not options.folders:
         print(*sizes(options.root), sep="\n")
     return 1 if found else 0

@@ -25,6 +25,7 @@ def losses(rank: int, world_size: int, folder: Path) -> dict[str, Result]:
     return {name: measure(name, work) for name in ("ours", "hf", "fsdp2")}
 
 
+@pytest.mark.gpu
 def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
     """Far enough for an update that one of them leaves out to show."""
     (results,) = run(losses, 1, tmp_path / "start")
@@ -72,7 +73,7 @@ def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
 
 
 def test_the_jobs_of_several_gpus_run_on_a_cpu(tmp_path: Path) -> None:
-    rows, _ = run(jobs_of_a_gpu_run, 2, tmp_path, timeout=120.0)
+    rows, _ = run(jobs_of_a_gpu_run, 2, tmp_path)
     assert not [row for row in rows if row.get("failed")]
     assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
     assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE, "ZeRO 2", "ZeRO 2 alone", "world"}

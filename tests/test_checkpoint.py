@@ -181,7 +181,7 @@ def save_metadata_that_is_no_json(rank: int, size: int, folder: Path) -> str:
 
 
 def test_no_rank_waits_after_one_rank_failed_to_write(tmp_path: Path) -> None:
-    for message in run(save_metadata_that_is_no_json, 2, tmp_path / "step_000001", timeout=20):
+    for message in run(save_metadata_that_is_no_json, 2, tmp_path / "step_000001"):
         assert "not JSON serializable" in message
     assert list(tmp_path.iterdir()) == []
 

@@ -122,11 +122,11 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("layout", "stage", "policy", "precision", "micro"),
     [
-        ("single", 0, "cpu", "fp32", 24),
+        pytest.param("single", 0, "cpu", "fp32", 24, marks=pytest.mark.gpu),
         ("single", 0, "auto", "fp64", 4),
-        ("single", 0, "cpu", "fp16", 24),
-        ("pp2", 0, "cpu", "fp64", 4),
-        ("dp2-1d2", 2, "cpu", "bf16", 6),
+        pytest.param("single", 0, "cpu", "fp16", 24, marks=pytest.mark.gpu),
+        pytest.param("pp2", 0, "cpu", "fp64", 4, marks=pytest.mark.gpu),
+        pytest.param("dp2-1d2", 2, "cpu", "bf16", 6, marks=pytest.mark.gpu),
         ("dp2-1d2", 3, "auto", "fp64", 4),
     ],
 )
@@ -164,6 +164,7 @@ def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]
     return [last.disk.elements, last.movable, last.bus.elements + last.host.elements], [on_disk, on_host]
 
 
+@pytest.mark.gpu
 def test_states_from_a_disk_are_timed_apart_from_those_that_the_host_may_update(tmp_path: Path) -> None:
     raw = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0, 2))
     (from_disk, movable, both), (on_disk_now, on_host_now) = run(sides, 1, raw)[0]
@@ -215,6 +216,7 @@ def module_weights(rank: int, world_size: int, raw: Raw, model: str, folder: Pat
     return {piece.name + str(piece.box): piece.data.clone() for piece in engine.state_pieces(owned=True)}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("model", "stage", "host", "passes"),
     [("plain", 0, 80, True), ("opt", 3, 80, True), ("plain", 0, 100, False), ("opt", 2, 100, False)],
@@ -384,6 +386,7 @@ def test_a_folder_that_cannot_be_used_is_refused_on_every_rank(tmp_path: Path) -
     assert "No space left" in message
 
 
+@pytest.mark.gpu
 def test_memory_that_cannot_be_pinned_is_explained() -> None:
     (message,) = run(refused, 1, raw_of("single", "cpu", 0), "unpinned")
     assert message.startswith("zero.host_memory: the host has no room for this rank's chunks")
@@ -422,6 +425,7 @@ def breaks_down(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[str
     return str(first.value), str(second.value)
 
 
+@pytest.mark.gpu
 def test_a_disk_that_fails_leaves_the_last_checkpoint_as_it_was(tmp_path: Path) -> None:
     raw = on_disk(raw_of("single", "cpu", 0), tmp_path / "disk", host=budget_of("single", 0))
     full, broken = run(breaks_down, 1, raw, tmp_path / "run")[0]

@@ -109,6 +109,7 @@ def test_the_documented_refusals_of_a_config_are_word_for_word(raw: dict[str, An
     assert str(caught.value) in listed.splitlines()
 
 
+@pytest.mark.gpu
 def test_the_readmes_numbers_are_what_its_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is the rounding of other machines: a sum of a million elements loses some 1e-13. One number once had a
     wrong digit.
@@ -160,6 +161,7 @@ def run_on_ranks_of_the_document(rank: int, world_size: int, code: str) -> None:
     exec(code, {})
 
 
+@pytest.mark.gpu
 def test_a_split_model_trains_in_the_loop_of_the_library_page(tmp_path: Path) -> None:
     """The code once printed an attribute that an engine does not have."""
     (code,) = (block for block in blocks(ROOT / "docs/library.md", "python") if SPLIT_MODEL in block)
@@ -372,6 +374,7 @@ def run_the_library_page(rank: int, world_size: int, folder: Path) -> dict[str, 
     return dict(steps=engine.num_steps, loss=namespace["loss"], tokens=result.tokens, rows=rows[32:])
 
 
+@pytest.mark.gpu
 def test_the_code_of_the_library_page_runs(tmp_path: Path) -> None:
     shape: Any = dict(vocab_size=37, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=2, num_attention_heads=2)
     shape |= dict(ffn_dim=16, max_position_embeddings=8, dropout=0.0)

@@ -46,6 +46,7 @@ def numbers(printed: str, word: str) -> list[float]:
     return [float(x) for x in re.findall(rf"{word} ([\d.]+)", printed)]
 
 
+@pytest.mark.gpu
 def test_a_run_learns_equally_in_one_process_and_in_two_and_resumes(tmp_path: Path) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     (alone,) = run(example, 1, "--output", one)

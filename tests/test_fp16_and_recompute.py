@@ -44,6 +44,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("opt"), **SHAPE)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("layout", "dropout"),
     [
@@ -105,6 +106,7 @@ def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.gpu
 def test_recompute_keeps_one_activation_a_block() -> None:
     def kept(checkpointing: str, blocks: int) -> int:
         options = dict(activation_checkpointing=checkpointing, micro_batch_size=4)
@@ -183,6 +185,7 @@ def test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve(layout: str, vi
         assert results[1].lr == results[2].lr != results[3].lr
 
 
+@pytest.mark.gpu
 def test_fp16_gradients_err_at_most_twice_as_much_as_hugging_face_in_bf16_over_eight(opt: Path) -> None:
     """fp16 has three bits more than bf16, so an eighth of its error; twice that is allowed."""
     batches = batches_of(1)

@@ -45,7 +45,11 @@ def raw_of(parallel: Raw, checkpointing: str, **sections: Any) -> Raw:
 
 
 @pytest.mark.parametrize(
-    "name", [*(name for name in RUNS if name != "2d4"), pytest.param("2d4", marks=pytest.mark.slow)]
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in RUNS if name not in ("2d4", "dp2-stage2-auto")),
+        *("dp2-stage2-auto", pytest.param("2d4", marks=pytest.mark.slow)),
+    ],
 )
 def test_inputs_on_the_host_with_dropout_equal_no_recompute_bit_for_bit(name: str) -> None:
     ranks, parallel, precision, micro, zero = RUNS[name]
@@ -77,6 +81,7 @@ def held_between(rank: int, world_size: int, raw: Raw) -> int:
     return kept
 
 
+@pytest.mark.gpu
 def test_what_is_kept_on_the_device_does_not_grow_with_the_number_of_blocks() -> None:
     def kept(checkpointing: str, blocks: int) -> int:
         return run(held_between, 1, raw_of({}, checkpointing, model=SHAPE | dict(num_hidden_layers=blocks)))[0]
@@ -112,6 +117,7 @@ def _inputs(engine: Engine | ModuleEngine) -> InputsOnHost:
     return engine.inputs
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("parallel", "wanted"),
     [  # for each rank: inputs offloaded in a step of three microbatches, and the most that are on the host at once
@@ -148,6 +154,7 @@ def order(rank: int, world_size: int, raw: Raw) -> list[str]:
     return events
 
 
+@pytest.mark.gpu
 def test_an_input_is_offloaded_and_copied_back_while_a_layer_computes() -> None:
     raw = raw_of({}, "offload", model=SHAPE | dict(num_hidden_layers=4), train=dict(micro_batch_size=12))
     forward = ["block 0", "download", "block 1", "download", "block 2", "download", "block 3"]
@@ -225,6 +232,7 @@ def trained(rank: int, world_size: int, raw: Raw, model: str) -> dict[str, Tenso
     return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["cuda", "cpu"])
 @pytest.mark.parametrize(("model", "stage"), [("opt", 3), ("gpt2", 0), ("llama", 2), ("plain", 3), ("twice", 1)])
 def test_a_users_own_module_trains_the_same_bit_for_bit(model: str, stage: int, policy: str) -> None:
@@ -252,6 +260,7 @@ def held_by_a_module(rank: int, world_size: int, raw: Raw, model: str, blocks: i
     return kept
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("model", ["opt", "gpt2", "llama", "twice"])
 def test_what_is_kept_on_the_device_does_not_grow_with_a_modules_layers(model: str) -> None:
     def kept(checkpointing: str, blocks: int) -> int:

@@ -216,7 +216,7 @@ STAGES = (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.gpu), 3])
 def test_every_stage_trains_a_module_as_plain_torch_does(ranks: int, optimizer: str) -> None:
     want = train_by_torch("plain", optimizer)
     for stage in STAGES:
@@ -225,6 +225,7 @@ def test_every_stage_trains_a_module_as_plain_torch_does(ranks: int, optimizer: 
         compare(got, want, 1e-12, wide=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("model", "bound"), [("opt", 1e-9), ("gpt2", 1e-9), ("llama", 1e-6)])
 def test_every_stage_trains_hugging_faces_models_as_plain_torch_does(model: str, bound: float) -> None:
     """Llama's bound is wider: its norm computes in fp32, whatever the dtype of its input, and there different last bits

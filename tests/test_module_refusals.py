@@ -109,20 +109,20 @@ def refusal(rank: int, world_size: int, raw: Raw, act: str) -> str:
 
 @pytest.mark.parametrize("act", ACTS)
 def test_what_one_rank_alone_does_to_a_module_is_refused_by_name_on_every_rank(act: str) -> None:
-    for message in run(refusal, 3, config_of(3), act, timeout=20):
+    for message in run(refusal, 3, config_of(3), act):
         assert ACTS[act][1] in message
 
 
 def test_a_forward_without_gradients_on_one_rank_is_refused_where_a_placement_is_planned() -> None:
     """A plan needs the size of the step from all ranks, and only a forward with gradients begins a step."""
     raw = config_of(2) | dict(zero=dict(stage=2, tensor_placement_policy="auto"))
-    for message in run(refusal, 2, raw, "forward without gradients", timeout=20):
+    for message in run(refusal, 2, raw, "forward without gradients"):
         assert ACTS["forward without gradients"][1] in message
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_layer_that_one_rank_skips_is_allowed_where_parameters_are_whole(stage: int) -> None:
-    assert run(refusal, 2, config_of(stage), "skip one", timeout=20) == ["nothing"] * 2
+    assert run(refusal, 2, config_of(stage), "skip one") == ["nothing"] * 2
 
 
 def refusal_alone(rank: int, world_size: int, raw: Raw, act: str) -> str:

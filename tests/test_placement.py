@@ -3,6 +3,7 @@
 import re
 import time
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def raw_of(layout: str, policy: str, stage: int, *, precision: str = "fp64", **o
     return config_of(LAYOUTS[layout][1], steps=4, precision=precision, model=SHAPE, train=batch, zero=zero)
 
 
+@cache
 def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
     found = run(train, LAYOUTS[layout][0], raw_of(layout, policy, stage, **options), batches_of(4, batch=24))[0]
     assert found is not None
@@ -79,21 +81,18 @@ def trace_of(layout: str, policy: str, stage: int, **options: Any) -> Trace:
 
 
 @pytest.mark.parametrize(
-    ("layout", "stage", "policies"),
+    ("layout", "stage", "policy"),
     [
-        ("single", 0, ("cpu", "auto")),
-        ("pp2", 0, ("cpu", "auto")),
-        ("dp2-1d2", 2, ("cpu", "auto")),
-        ("dp2-1d2", 3, ("auto",)),
-        pytest.param("2.5d-depth2", 3, ("cpu",), marks=pytest.mark.slow),
+        *(pytest.param(*case, "cpu", marks=pytest.mark.gpu) for case in (("single", 0), ("pp2", 0), ("dp2-1d2", 2))),
+        *((*case, "auto") for case in (("single", 0), ("pp2", 0), ("dp2-1d2", 2), ("dp2-1d2", 3))),
+        pytest.param("2.5d-depth2", 3, "cpu", marks=[pytest.mark.gpu, pytest.mark.slow]),
     ],
 )
-def test_training_is_the_same_bit_for_bit_by_every_policy(layout: str, stage: int, policies: tuple[str, ...]) -> None:
-    want = trace_of(layout, "cuda", stage)
-    for policy in policies:
-        assert_equal(trace_of(layout, policy, stage), want)
+def test_training_is_the_same_bit_for_bit_by_every_policy(layout: str, stage: int, policy: str) -> None:
+    assert_equal(trace_of(layout, policy, stage), trace_of(layout, "cuda", stage))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16")), "bf16"])
 def test_training_from_the_host_is_the_same_in_every_precision(precision: str) -> None:
     for options in (dict(micro_batch_size=6), dict(activation_checkpointing="full")):
@@ -118,6 +117,7 @@ def losses_and_bytes(rank: int, world_size: int, raw: Raw) -> tuple[list[Any], f
     return seen, sum(x.nbytes for x in tensors) / sum(chunk.size for chunk in engine.chunks)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_with_one_microbatch_a_gradient_reuses_the_memory_of_its_parameters(
     precision: str, monkeypatch: pytest.MonkeyPatch
@@ -144,15 +144,21 @@ def shared(rank: int, world_size: int, raw: Raw, share: float) -> tuple[dict[str
     return whole(engine, [chunk.master for chunk in engine.chunks]), engine.optimizer.balance()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("share", "balance"), [(0.0, (0.0, 0.0)), (0.4, (0.01, 0.99)), (1.0, (0.5, 1.0))])
 def test_host_and_device_share_an_update(share: float, balance: tuple[float, float]) -> None:
     want = run(shared, 1, raw_of("single", "cuda", 0, precision="bf16"), 0.0)[0]
-    got = run(shared, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
-    if share and torch.cuda.is_available():  # its AdamW rounds differently
-        assert all(relative(got[0][name], want[0][name]) <= 1e-5 for name in want[0])
-    else:
-        assert_bits(got[0], want[0])
-    assert balance[0] <= got[1] <= balance[1]
+    found = []
+    for _ in range(10):  # on a busy machine either side may be suspended for as long as its whole part takes
+        got = run(shared, 1, raw_of("single", "cpu", 0, precision="bf16"), share)[0]
+        if share and torch.cuda.is_available():  # its AdamW rounds differently
+            assert all(relative(got[0][name], want[0][name]) <= 1e-5 for name in want[0])
+        else:
+            assert_bits(got[0], want[0])
+        found.append(got[1])
+        if balance[0] <= got[1] <= balance[1]:
+            return
+    pytest.fail(f"no share within {balance}: {found}")
 
 
 def test_the_gain_of_another_host_share_is_predicted() -> None:
@@ -186,6 +192,7 @@ def left_behind(rank: int, world_size: int, raw: Raw) -> int:
     return sum(master() is not None for master in masters)
 
 
+@pytest.mark.gpu
 def test_a_chunk_that_has_moved_leaves_nothing_where_it_was() -> None:
     """A host that is nearly full has no room to keep it until the next update."""
     assert run(left_behind, 1, raw_of("single", "cpu", 0, precision="bf16")) == [0]
@@ -221,6 +228,7 @@ def moved_about(rank: int, world_size: int, raw: Raw) -> dict[str, torch.Tensor]
     return whole(engine, [chunk.master for chunk in engine.chunks])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("precision", "stage"), [("bf16", 1), ("fp64", 3), pytest.param("fp64", 0, marks=pytest.mark.slow)]
 )
@@ -251,6 +259,7 @@ def module_weights(rank: int, world_size: int, raw: Raw, model: str, passes: boo
     return {piece.name + str(piece.box): piece.data.clone() for piece in engine.weights()}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("model", "stage", "passes"), [("plain", 0, True), ("opt", 2, False), ("plain", 3, False), ("opt", 3, True)]
 )
@@ -263,13 +272,12 @@ def test_a_users_own_module_trains_the_same_under_every_policy(model: str, stage
             assert_same_update(ours, theirs)
 
 
-HICCUP = 1.0  # seconds
-
-
-def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str]]:
-    """Return the most bytes of chunks on the device while any layer was used, the budget, and the lines logged."""
+def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str], float]:
+    """Return the most bytes of chunks on the device while any layer was used, the budget, the lines logged, and the
+    seconds by which one step was delayed: longer than any step before it took.
+    """
     engine = engine_of(rank, world_size, raw)
-    most, lines = 0, list[str]()
+    most, lines, took = 0, list[str](), list[float]()
     engine.placement_manager.log = lines.append
 
     def count(*_: Any) -> None:
@@ -292,26 +300,28 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
 
     def hold_up(*_: Any) -> None:
         hook.remove()
-        time.sleep(HICCUP)
+        time.sleep(2 * max(took))
 
     for step, batch in enumerate(batches_of(7, batch=24), 1):
         if step == 6:  # one of those that are measured
             hook = engine.stage.register_forward_pre_hook(hold_up)
+        begun = time.perf_counter()
         engine.train_step(share_of(batch, engine))
+        took.append(time.perf_counter() - begun)
     assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
     assert any(c.placement.states is Tier.HOST for c in engine.chunks)
-    return most, engine.placement_manager.budget, lines
+    return most, engine.placement_manager.budget, lines, 2 * max(took[:5])
 
 
 def test_auto_keeps_to_its_budget_and_logs_what_it_plans() -> None:
     raw = raw_of("single", "auto", 0)
     raw["zero"]["device_memory"] = "200KiB"
-    most, budget, lines = run(on_the_device, 1, raw)[0]
+    most, budget, lines, delay = run(on_the_device, 1, raw)[0]
     assert most <= budget == 200 * 1024
     assert "predicted peak" in lines[0]
     found = re.fullmatch(r"placement: measured a step ([\d.]+) s", lines[1])
     assert found is not None
-    assert 0 < float(found[1]) < HICCUP
+    assert 0 < float(found[1]) < delay
 
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:
@@ -372,6 +382,7 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
     return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
 
 
+@pytest.mark.gpu
 def test_a_checkpoint_made_under_one_policy_is_resumed_under_another(tmp_path: Path) -> None:
     losses = [run(resumed, 4, raw_of("dp2-1d2", policy, 3), tmp_path)[0] for policy in ("cpu", "cuda")]
     assert losses[0] == losses[1]
@@ -405,6 +416,7 @@ def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
     return messages
 
 
+@pytest.mark.gpu
 def test_a_step_that_does_not_fit_says_what_would_help() -> None:
     for message in run(out_of_memory, 1, raw_of("single", "cuda", 0))[0]:
         assert "a step does not fit in" in message

@@ -45,7 +45,7 @@ def test_a_stopwatch_adds_up_each_phase_and_stops_when_it_is_read(monkeypatch: p
     assert stopwatch.read() == nothing | {"data": 7}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_phases_of_a_step_add_up_to_its_seconds(device: str, tmp_path: Path) -> None:
     """The clock of a step starts before its first phase and ends after its last. A process may be interrupted between
     two readings, but not in every step: time that is missing in all steps was not marked."""
@@ -89,6 +89,7 @@ def trace_two_stages(rank: int, world_size: int, folder: Path) -> dict[str, Any]
     return dict(list(metrics.read(folder / "metrics.jsonl"))[-1])
 
 
+@pytest.mark.gpu
 def test_each_stage_of_a_pipeline_leaves_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     line, _ = run(trace_two_stages, 2, tmp_path / "run")
     assert all(line["phases"][phase] > 0 for phase in PHASES)

@@ -152,6 +152,7 @@ def single_rank(case: Case) -> Trace:
     return trace
 
 
+@pytest.mark.gpu
 @settings(max_examples=18, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_drawn_layouts_equal_a_single_rank(case: Case) -> None:
@@ -165,7 +166,7 @@ def test_drawn_layouts_that_split_sequences_equal_a_single_rank(case: Case) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(4 * 3600)
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(max_ranks=6))
 def test_many_drawn_layouts_equal_a_single_rank(case: Case) -> None:

@@ -1,5 +1,6 @@
 """Moments in bf16: rounded without bias, by noise that is the same wherever an element lies."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +209,18 @@ def test_training_with_narrow_moments_is_near_but_not_the_same() -> None:
         pytest.param("dp2-1d2", 3, "fp32", marks=pytest.mark.slow),
     ],
 )
-def test_wherever_states_are_at_home_a_model_trains_bit_for_bit(layout: str, stage: int, precision: str) -> None:
-    want, *others = (
-        run(weights_in, 4 if layout == "dp2-1d2" else 1 + (layout == "pp2"), raw, 0.5)[0]
-        for policy in ("cuda", "cpu", "auto")
-        for raw in [narrow(raw_of(layout, policy, stage, precision=precision))]
-    )
-    for got in others:
-        assert_bits(got, want)
+@pytest.mark.parametrize("policy", [pytest.param("cpu", marks=pytest.mark.gpu), "auto"])
+def test_wherever_states_are_at_home_a_model_trains_bit_for_bit(
+    layout: str, stage: int, precision: str, policy: str
+) -> None:
+    assert_bits(weights_of(layout, policy, stage, precision), weights_of(layout, "cuda", stage, precision))
+
+
+@cache
+def weights_of(layout: str, policy: str, stage: int, precision: str) -> dict[str, Tensor]:
+    raw = narrow(raw_of(layout, policy, stage, precision=precision))
+    share = 0.0 if torch.cuda.is_available() else 0.5  # of the host, whose AdamW rounds otherwise than a GPU's
+    return run(weights_in, 4 if layout == "dp2-1d2" else 1 + (layout == "pp2"), raw, share)[0]
 
 
 def weights_in(rank: int, world_size: int, raw: Raw, share: float) -> dict[str, Tensor]:
@@ -240,6 +245,7 @@ def everything(engine: EngineBase) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_host_and_device_round_alike(share: float) -> None:
     by_two = share > 0 and torch.cuda.is_available()  # whose AdamW rounds otherwise: as layouts in fp32, above
@@ -254,6 +260,7 @@ def test_host_and_device_round_alike(share: float) -> None:
         assert_bits(got, want)
 
 
+@pytest.mark.gpu
 def test_a_gpus_noise_is_a_hosts() -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
@@ -287,6 +294,7 @@ def without_a_break(rank: int, world_size: int, raw: Raw, folder: Path | None, r
     return everything(engine)
 
 
+@pytest.mark.gpu
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     raw = narrow(raw_of("dp2-1d2", "cuda", 3, precision="bf16"))
     want = run(without_a_break, 4, raw, tmp_path, False)[0]
@@ -351,7 +359,10 @@ def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path 
 
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [("opt", "bf16"), *(pytest.param("plain", precision, marks=pytest.mark.slow) for precision in ("fp64", "bf16"))],
+    [
+        pytest.param("opt", "bf16", marks=pytest.mark.gpu),
+        *(pytest.param("plain", precision, marks=pytest.mark.slow) for precision in ("fp64", "bf16")),
+    ],
 )
 def test_a_modules_narrow_moments_are_the_same_wherever_they_are(model: str, precision: str, tmp_path: Path) -> None:
     """Bit for bit, through a checkpoint too; the second moment of what never got a gradient is zero."""

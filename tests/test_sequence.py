@@ -126,7 +126,7 @@ def torchs_kernels(device: torch.device) -> list[Kernel]:
     return list(kernels.ON_GPU.values()) if is_known else [kernels.ON_GPU[SDPBackend.FLASH_ATTENTION]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("part", ["whole", "own", "earlier"])
 def test_torchs_kernels_equal_unfused_attention(dtype: torch.dtype, part: str) -> None:
     """All tokens attend to all, the later half to itself, and the later half to the earlier: views, as a ring has them.

@@ -59,6 +59,7 @@ def padded(batches: list[Batch]) -> list[Batch]:
     return found
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padded_samples_train_as_in_hugging_face(opt: Path, layout: str) -> None:
     """The microbatches have different numbers of labels, so a mean of their means would differ."""
@@ -70,6 +71,7 @@ def test_padded_samples_train_as_in_hugging_face(opt: Path, layout: str) -> None
     compare(got, reference(opt, raw, padded(batches_of(2))), 1e-9, wide=True)
 
 
+@pytest.mark.gpu
 def test_padded_rows_attend_to_nothing_with_attention_dropout(opt: Path) -> None:
     """Padding at the start sees no token but predicts the first one. With dropout it once saw all, later ones too."""
     raw = config_of({}, steps=2, model=dict(path=str(opt), attention_dropout=1e-12), train=dict(micro_batch_size=12))
@@ -85,6 +87,7 @@ def evaluate(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> tupl
     return loss, engine.evaluate(share_of(batch, engine) for batch in batches)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_equals_hugging_face_on_every_rank(opt: Path, layout: str) -> None:
     from transformers import OPTForCausalLM
@@ -108,6 +111,7 @@ def test_evaluation_equals_hugging_face_on_every_rank(opt: Path, layout: str) ->
     assert after < before
 
 
+@pytest.mark.gpu
 def test_depth_replicas_stay_bit_identical_over_twenty_steps(opt: Path) -> None:
     """`train` gathers the weights from all ranks, and fails if two ranks that hold the same elements differ."""
     world_size, parallel = LAYOUTS["2.5d8"]
@@ -117,6 +121,7 @@ def test_depth_replicas_stay_bit_identical_over_twenty_steps(opt: Path) -> None:
     assert trace.losses[-1] < trace.losses[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dp2-pp2"])
 def test_bf16_gradients_err_at_most_twice_as_much_as_unsplit_bf16(opt: Path, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
@@ -145,6 +150,7 @@ def drawn(rank: int, world_size: int, raw: Raw) -> Trace:
     return Trace(weights=whole(engine, [chunk.master for chunk in engine.chunks]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_seed_draws_one_model_in_every_layout(precision: str) -> None:
     """All bits are equal: of several row blocks, a vocabulary that no axis divides, and a padding row of zeros."""

@@ -67,6 +67,7 @@ def replicas(layout: str) -> int:
     return {"dp4": 4, "2.5d-depth2": 1}.get(layout, 2)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.slow] if name == "dp2-2d4" else []) for name in LAYOUTS]
 )
@@ -77,7 +78,13 @@ def test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32(layo
         assert_equal(trace_of(layout, stage, micro=whole, precision="fp32"), want)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2-pp2", "dp2-1d2", pytest.param("2.5d-depth2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("dp2", marks=pytest.mark.gpu),
+        *("dp2-pp2", "dp2-1d2", pytest.param("2.5d-depth2", marks=pytest.mark.slow)),
+    ],
+)
 def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(layout: str) -> None:
     """Stages 2 and 3 add up over ranks before they add up over microbatches: another order, and so another rounding."""
     want = trace_of(layout, 0, micro=4)
@@ -88,6 +95,7 @@ def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(l
     assert_equal(trace_of(layout, 3, micro=4, activation_checkpointing="full"), scattered)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_narrow_parameters_are_the_roundings_of_divided_masters(precision: str, stage: int) -> None:
@@ -211,6 +219,7 @@ def resumed(rank: int, world_size: int, raw: Raw, folder: str) -> list[float]:
     return [second.train_step(share_of(batch, second)).loss for batch in batches[2:]]
 
 
+@pytest.mark.gpu
 def test_a_checkpoint_of_any_stage_resumes_in_any_other(tmp_path: Path) -> None:
     micro = dict(global_batch_size=24, micro_batch_size=12)
     losses = []
@@ -220,6 +229,7 @@ def test_a_checkpoint_of_any_stage_resumes_in_any_other(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["dp2", "dp2-pp2"])
 def test_stage_3_of_a_loaded_model_equals_hugging_face(layout: str, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS[layout]
@@ -252,6 +262,7 @@ def bytes_at_start(rank: int, world_size: int, raw: Raw) -> tuple[list[int], int
     return [*found, held()], 8 * max(chunk.size for chunk in engine.chunks)
 
 
+@pytest.mark.gpu
 def test_stage_3_never_holds_a_model_whole_at_its_start() -> None:
     raw = config_of({}, model=SHAPE, train=dict(micro_batch_size=6), zero=dict(stage=3))
     for found, largest in run(bytes_at_start, 2, raw):
@@ -264,6 +275,7 @@ def evaluated(rank: int, world_size: int, raw: Raw) -> tuple[float, int]:
     return loss, sum(chunk.parameters.whole.untyped_storage().nbytes() for chunk in engine.chunks)
 
 
+@pytest.mark.gpu
 def test_evaluation_in_stage_3_gives_the_same_loss_and_gives_the_parameters_up_again() -> None:
     batch = dict(global_batch_size=24, micro_batch_size=4)
     for (loss, whole), (divided, left) in zip(
@@ -292,6 +304,7 @@ def most_whole(rank: int, world_size: int, raw: Raw) -> int:
     return most
 
 
+@pytest.mark.gpu
 def test_no_more_than_two_layers_are_whole_at_once() -> None:
     """The one that computes, and the next, which is on its way."""
     batch = dict(global_batch_size=24, micro_batch_size=6)
