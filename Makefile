@@ -34,9 +34,9 @@ demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate
 # One thread a process: the tests start many, and they share the cores.
 test test-gpu slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
 
-test: lint  ## lint, then every test not marked slow; with a GPU, those marked gpu once more on it
-	@$(RUN) -m pytest
+test: lint  ## lint, with a GPU the tests marked gpu on it, then every test not marked slow on the CPU
 	@$(RUN) -m pytest --gpu
+	@$(RUN) -m pytest
 
 test-gpu: venv  ## the tests marked gpu alone, on a GPU of this machine
 	@$(RUN) -m pytest --gpu
@@ -47,8 +47,8 @@ lint: venv  ## ruff and mypy, changing nothing
 	@$(RUN) -m mypy
 
 slow: venv  ## the tests marked slow, and one suite under torch's own check that ranks agree on every collective
-	@$(RUN) -m pytest -m slow
 	@$(RUN) -m pytest --gpu -m slow
+	@$(RUN) -m pytest -m slow
 	@TORCH_DISTRIBUTED_DEBUG=DETAIL $(RUN) -m pytest tests/test_gradient_rules.py
 
 mutants: venv  ## break the code on purpose and see that the tests notice

@@ -1,9 +1,14 @@
-"""Tokens a second on this CPU: ours beside torch and Hugging Face in the same layout, in the same processes.
+"""This measures tokens a second on a CPU: our engine beside torch, Hugging Face, Megatron-LM and DeepSpeed.
 
     python -m benchmarks.cpu_peers [--only single dp zero tp pp grid cube] [--processes 1 2 4 8] [--steps 3]
 
-Contenders take turns step by step, so that whatever else runs on the machine slows all of them alike. A ratio is the
-median over steps of (this one's seconds / the first one's) in the same turn: above 1, the first is faster.
+It prints a line for each contender: the number of processes, whose it is (ours or a peer's), its name, tokens a second,
+`first is` (how many times as fast the first contender of the contest is: the median over steps of this one's seconds /
+the first one's seconds in the same turn), the smallest and the largest of these ratios, the peak memory of a rank where
+there is no peer, and the losses. Losses that disagree are marked, and the exit code says so.
+
+The contenders of a contest use the same layout in the same processes, and take turns step by step, so that whatever
+else runs on the machine slows all of them in the same way.
 """
 
 import argparse
@@ -34,7 +39,7 @@ Layout = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contest:
-    """Layouts of ours and peers on `world_size` processes, taking turns; the first layout is compared with the others.
+    """Our layouts and peers' that take turns on `world_size` processes; the others are compared with the first layout.
 
     Where there is no peer, the peak memory of each layout is measured too, in processes that hold nothing else.
     """
@@ -47,7 +52,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one contender: seconds and loss of each step."""
+    """The seconds and the loss of each step of one contender."""
 
     name: str
     seconds: list[float]
@@ -55,11 +60,12 @@ class Result:
 
 
 def contests() -> list[Contest]:
+    """Return every contest that the command knows."""
     blocks = SHAPE["num_hidden_layers"]
     tensor_peers = (peers.tensor_parallel, *([megatron] if IS_INSTALLED else []))
     found = [Contest("single", 1, {"serial": {}}, (peers.one_process,))]
     for size in (2, 4):
-        stages = dict(size=size, layers=(blocks // size,) * size)  # torch's stages are split so
+        stages = dict(size=size, layers=(blocks // size,) * size)  # as the stages of torch's pipeline are
         found += [
             Contest("dp", size, {"data": {}}, (peers.ddp, peers.fsdp2, peers.fsdp2_kept)),
             *zero_contests(size),
@@ -74,7 +80,10 @@ def contests() -> list[Contest]:
 
 
 def zero_contests(size: int) -> list[Contest]:
-    """A contest for each stage, with who divides as much; FSDP2 cannot leave gradients whole, as stage 1 does."""
+    """Return a contest for each ZeRO stage, with the peers that shard as much.
+
+    FSDP2 cannot leave gradients whole, as stage 1 does.
+    """
     beside = {
         1: (peers.fsdp2_kept, deepspeed_peer.deepspeed1),
         2: (peers.fsdp2_kept, deepspeed_peer.deepspeed2),
@@ -92,7 +101,10 @@ def tensor(mode: str, size: int, **more: int) -> Layout:
 
 
 def measure(rank: int, world_size: int, contest: Contest, folder: Path, steps: int) -> list[Result]:
-    """Runs on every rank. The first turn warms up: its losses count, its seconds do not."""
+    """Train all contenders in turns; called on every rank.
+
+    The first turn is a warm-up: its losses are compared, its seconds are not.
+    """
     contenders = {name: ours(folder, rank, world_size, layout) for name, layout in contest.layouts.items()}
     contenders |= {build.__name__: build(folder, rank, world_size) for build in contest.peers}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -110,21 +122,21 @@ def measure(rank: int, world_size: int, contest: Contest, folder: Path, steps: i
 
 
 def peak_of(rank: int, world_size: int, layout: Layout, folder: Path) -> int:
-    """Runs on every rank: the most memory, in bytes, that this process had while it trained two steps."""
+    """Return the peak memory, in bytes, of this process while it trained two steps; called on every rank."""
     step = ours(folder, rank, world_size, layout)
     for turn in range(2):
         step(tokens_of(turn))
     return peak_host_bytes()
 
 
-def hold(contest: Contest, folder: Path, steps: int) -> bool:
-    """Run a contest and print a line for each contender; whether their losses agree."""
+def run_contest(contest: Contest, folder: Path, steps: int) -> bool:
+    """Run a contest and print a line for each contender; return whether their losses agree."""
     size = contest.world_size
     results = run(measure, size, contest, folder, steps, timeout=300.0)[0]
     agree = True
     for i, result in enumerate(results):
         differences = [abs(a - b) / abs(b) for a, b in zip(results[0].losses, result.losses, strict=True)]
-        agrees = all(difference <= AGREEMENT for difference in differences)  # NaN does not
+        agrees = all(difference <= AGREEMENT for difference in differences)  # which NaN is not
         agree &= agrees
         speed = GLOBAL_BATCH * SEQUENCE / median(result.seconds)
         ratios = [theirs / mine for theirs, mine in zip(result.seconds, results[0].seconds, strict=True)]
@@ -152,7 +164,7 @@ def main() -> None:
     print(COLUMNS.format("procs", "", "", "tokens/s", "first is", "min-max", "peak MiB", "losses"))
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))
-        agreed = [hold(contest, Path(folder), arguments.steps) for contest in chosen]
+        agreed = [run_contest(contest, Path(folder), arguments.steps) for contest in chosen]
     sys.exit(None if all(agreed) else "The losses disagree: these were not the same computation.")
 
 

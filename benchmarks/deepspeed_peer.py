@@ -1,5 +1,6 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) around Hugging Face's OPT, on a CPU: over gloo, with
-torch's own AdamW, DeepSpeed's defaults otherwise.
+"""Hugging Face's OPT under DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), on a CPU.
+
+Communication goes over gloo, the optimizer is torch's own AdamW, and all else is DeepSpeed's default.
 """
 
 import os
@@ -20,17 +21,17 @@ IS_INSTALLED = find_spec("deepspeed") is not None
 
 
 def deepspeed1(folder: Path, rank: int, world_size: int) -> Step:
-    """Moments and the update divided."""
+    """Train with ZeRO stage 1: moments and the update are sharded."""
     return _deepspeed(folder, rank, world_size, stage=1)
 
 
 def deepspeed2(folder: Path, rank: int, world_size: int) -> Step:
-    """Gradients divided too."""
+    """Train with ZeRO stage 2: gradients are sharded too."""
     return _deepspeed(folder, rank, world_size, stage=2)
 
 
 def deepspeed3(folder: Path, rank: int, world_size: int) -> Step:
-    """Parameters divided too."""
+    """Train with ZeRO stage 3: parameters are sharded too."""
     return _deepspeed(folder, rank, world_size, stage=3)
 
 
@@ -41,14 +42,14 @@ def _deepspeed(folder: Path, rank: int, world_size: int, *, stage: int) -> Step:
         gradient_accumulation_steps=1,
         gradient_clipping=CLIP,
         zero_optimization=dict(stage=stage, overlap_comm=False),  # there is no second stream on a CPU
-        zero_allow_untested_optimizer=True,  # torch's fused AdamW, which everybody has here: its own would be compiled
+        zero_allow_untested_optimizer=True,  # torch's fused AdamW, as for all contenders; its own would be compiled
         zero_force_ds_cpu_optimizer=False,
     )
     deepspeed, linear = _import(rank), F.linear
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw(model.parameters()), config=config, dist_init_required=False
     )
-    # Stage 3 replaces torch's linear for the whole process; the others, who take turns with it, get theirs back.
+    # Stage 3 replaces torch's linear in the whole process: restore it for the contenders that take turns with this one.
     its_linear, F.linear = F.linear, linear
 
     def step(ids: Tensor) -> float:
@@ -65,10 +66,10 @@ def _deepspeed(folder: Path, rank: int, world_size: int, *, stage: int) -> Step:
 
 
 def _import(rank: int) -> Any:
-    """The package, knowing the process group that is there already."""
-    os.environ |= dict(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))  # as its launcher does
+    """Import the package, and make it use the process group that exists already."""
+    os.environ |= dict(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))  # as DeepSpeed's launcher does
     ops = import_module("deepspeed.ops")
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it is for inference, and would be compiled now
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # this is for inference, and would be compiled now
     package: Any = import_module("deepspeed")
     package.init_distributed("gloo")
     return package

@@ -1,7 +1,8 @@
-"""OPT trained in bf16 in one process, on the GPU if there is one: ours, and Hugging Face's as a user of torch would.
+"""OPT trained in bf16 in one process, on the GPU if there is one: by our engine, and as a user of torch would do it.
 
-Every function takes the work and returns a step: ids[B, S] on the host -> the mean loss, after one update. All start
-from the same fp32 weights, keep fp32 masters, decay matrices only, and clip the norm of the whole gradient.
+Every function takes the work and returns a training step: ids[B, S] on the host -> the mean loss, after one update. All
+start from the same fp32 weights, keep fp32 master weights, apply weight decay to matrices only, and clip the norm of
+the whole gradient.
 """
 
 import time
@@ -24,14 +25,14 @@ from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
 from models.shapes import from_hugging_face, resolve
 from training.metrics import peak_device_bytes, peak_tflops
 
-LR = 1e-4  # without a warm-up
+LR = 1e-4  # constant, without a warm-up
 ROUNDS = 3
-WARM_UP = 3  # steps: compilation, the optimizer's moments, the allocator's blocks
+WARM_UP = 3  # steps for compilation, the optimizer's moments and the allocator's blocks
 
 
 @dataclass(frozen=True)
 class Work:
-    """Train the Hugging Face directory `folder` on one batch of random tokens, time and again."""
+    """The work of a contender: train the Hugging Face model in `folder` on one batch of random tokens, repeatedly."""
 
     folder: Path
     batch: int
@@ -41,8 +42,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """The seconds a step took in each timed round; the losses of all steps, warm-up included; the device's most bytes
-    after that, and what its maker promises of it.
+    """The measurements of a contender: the seconds of a step in each timed round, and the losses of all steps.
+
+    `losses` include those of the warm-up. `peak_bytes` are the most bytes allocated on the device after the warm-up.
+    `peak_tflops` is what the device's manufacturer states, or None.
     """
 
     seconds: list[float]
@@ -52,10 +55,12 @@ class Result:
 
 
 def ours(work: Work) -> Step:
+    """Train with our engine."""
     return _ours(work)
 
 
 def ours_compiled(work: Work) -> Step:
+    """Train with our engine and `train.compile`."""
     return _ours(work, compile=True)
 
 
@@ -74,17 +79,19 @@ def _ours(work: Work, **train: Any) -> Step:
 
 
 def hf(work: Work) -> Step:
+    """Train Hugging Face's model in plain torch."""
     model = load(work.folder).to(_device())
     return _with_masters(model, forward=model)
 
 
 def hf_compiled(work: Work) -> Step:
+    """Train Hugging Face's model in plain torch, compiled by `torch.compile`."""
     model = load(work.folder).to(_device())
     return _with_masters(model, forward=torch.compile(model))
 
 
 def _with_masters(model: nn.Module, *, forward: Callable[..., Any]) -> Step:
-    """The model in bf16, an update of fp32 masters that are kept apart, and the model their rounding again."""
+    """Return the training step of a bf16 model whose fp32 master weights are kept apart and rounded into it."""
     masters = [parameter.detach() for parameter in model.parameters()]
     roundings = [parameter.data for parameter in model.to(torch.bfloat16).parameters()]
     optimizer = adamw(masters, lr=LR)
@@ -107,7 +114,7 @@ def _with_masters(model: nn.Module, *, forward: Callable[..., Any]) -> Step:
 
 
 def fsdp2(work: Work) -> Step:
-    """A world of one: nothing to shard, but the casts and copies of mixed precision are FSDP's own."""
+    """Train under FSDP2 in a world of one: nothing is sharded, but FSDP does mixed precision's casts and copies."""
     device = _device()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -135,10 +142,10 @@ CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_co
 
 
 def measure(name: str, work: Work) -> Result:
-    """Train one contender; to be called in a process of its own, so that peaks and allocator are its own.
+    """Train one contender and measure it; call this in a new process, so that allocator and peaks are its own.
 
-    Every step ends with its loss on the host. The device may still be busy with the update when the next step begins,
-    as in a run; at the end of a round it is waited for.
+    Every step ends with its loss on the host. As in a run, the device may still be busy with the update when the next
+    step begins; at the end of a round it is waited for.
     """
     device, step = _device(), CONTENDERS[name](work)
     generator = torch.Generator().manual_seed(0)
@@ -157,4 +164,5 @@ def measure(name: str, work: Work) -> Result:
 
 
 def _device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

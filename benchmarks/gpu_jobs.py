@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.multi_gpu`, each a job that every rank of a world runs together and that leaves rows."""
+"""The jobs of `benchmarks.multi_gpu`: each is run by all ranks together, and returns rows of the table."""
 
 import gc
 import json
@@ -35,14 +35,17 @@ from tests import parity
 from training.metrics import peak_device_bytes, peak_tflops
 
 Row = dict[str, Any]
-"""Always a part, a name and a note; beside these whatever the part has."""
+"""A row of the table: a part, a name and a note, and whatever figures the part has."""
 
-TRACE_BYTES = 4 * 2**20  # of one that is kept
+TRACE_BYTES = 4 * 2**20  # a larger trace is not kept
 
 
 @dataclass(frozen=True)
-class Scene:
-    """This rank, where it works, and where files go. `tiny`: so small that a CPU is done in a moment."""
+class RankSetup:
+    """A rank, the number of ranks, this rank's device, and the folder for files.
+
+    `tiny`: whether models are so small that a CPU trains them in a moment.
+    """
 
     rank: int
     world: int
@@ -53,6 +56,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class ParityJob:
+    """A layout whose training is compared with Hugging Face's."""
+
     layout: Layout
     part: str = "parity"
 
@@ -60,11 +65,11 @@ class ParityJob:
     def name(self) -> str:
         return self.layout.name
 
-    def run(self, scene: Scene) -> list[Row]:
-        """Losses, norms, gradients and weights of a few steps against Hugging Face's on one CPU, in fp32."""
-        path, raw = _parity_model(scene), _parity_config(self.layout, scene)
+    def run(self, setup: RankSetup) -> list[Row]:
+        """Compare losses, norms, gradients and weights of a few steps with Hugging Face's on one CPU, in fp32."""
+        path, raw = _parity_model(setup), _parity_config(self.layout, setup)
         batches = parity.batches_of(3, batch=16, sequence=SEQUENCE)
-        got = parity.train(scene.rank, scene.world, raw, batches)
+        got = parity.train(setup.rank, setup.world, raw, batches)
         if got is None:
             return []
         want = parity.reference(path, raw, batches)
@@ -86,7 +91,7 @@ class ParityJob:
         return [Row(part=self.part, name=self.name, note=f"equal: {note}", **errors)]
 
 
-SEQUENCE = 16  # two parts for each of 8 ranks
+SEQUENCE = 16  # tokens: two parts for each of 8 ranks
 _PARITY: dict[str, Any] = dict(
     vocab_size=37,  # nothing divides it
     hidden_size=32,
@@ -98,9 +103,9 @@ _PARITY: dict[str, Any] = dict(
 )
 
 
-def _parity_config(layout: Layout, scene: Scene) -> Row:
-    path = str(scene.out / ".parity")
-    micro = min(16 // layout.replicas(scene.world), max(2, layout.tensor))
+def _parity_config(layout: Layout, setup: RankSetup) -> Row:
+    path = str(setup.out / ".parity")
+    micro = min(16 // layout.replicas(setup.world), max(2, layout.tensor))
     return parity.config_of(
         layout.sections.get("parallel", {}),
         precision="fp32",
@@ -108,13 +113,13 @@ def _parity_config(layout: Layout, scene: Scene) -> Row:
         data=dict(sequence_length=SEQUENCE),
         optimizer=dict(lr=1e-3),
         zero=layout.sections.get("zero", {}),
-        train=dict(global_batch_size=16, micro_batch_size=micro, device="cpu" if scene.tiny else "auto", steps=3),
+        train=dict(global_batch_size=16, micro_batch_size=micro, device="cpu" if setup.tiny else "auto", steps=3),
     )
 
 
-def _parity_model(scene: Scene) -> Path:
-    path = scene.out / ".parity"
-    if scene.rank == 0 and not (path / "config.json").exists():
+def _parity_model(setup: RankSetup) -> Path:
+    path = setup.out / ".parity"
+    if setup.rank == 0 and not (path / "config.json").exists():
         parity.save_model(path, **_PARITY)
     dist.barrier()
     return path
@@ -122,7 +127,11 @@ def _parity_model(scene: Scene) -> Path:
 
 @dataclass(frozen=True)
 class SpeedJob:
-    """A layout, or with `peer` somebody else beside it; `alone`: every rank by itself, as a world of one."""
+    """A layout whose speed is measured, or a peer beside it.
+
+    `alone`: whether every rank trains by itself, as a world of one. `trace`: whether the communication of a step is
+    examined.
+    """
 
     layout: Layout
     model: str
@@ -137,40 +146,41 @@ class SpeedJob:
     def name(self) -> str:
         return f"{self.layout.name} alone" if self.alone else self.peer or self.layout.name
 
-    def run(self, scene: Scene) -> list[Row]:
-        world = 1 if self.alone else scene.world
-        work = work_of(self.layout, self.model, world, self.samples_a_rank, scene)
-        engine = None if self.peer else _ours(self.layout, work, scene, world)
+    def run(self, setup: RankSetup) -> list[Row]:
+        """Train a few steps; return a row of figures if `steps` are timed, and a row of the trace if there is one."""
+        world = 1 if self.alone else setup.world
+        work = work_of(self.layout, self.model, world, self.samples_a_rank, setup)
+        engine = None if self.peer else _ours(self.layout, work, setup, world)
         step = partial(_loss, engine) if engine is not None else PEERS[self.peer or ""](work)
         vocabulary = work.shape.vocab_size
         ids = torch.randint(4, vocabulary, (work.batch, work.sequence), generator=torch.Generator().manual_seed(0))
         rows = []
-        losses = [step(ids) for _ in range(1 if scene.tiny else 2)]
+        losses = [step(ids) for _ in range(1 if setup.tiny else 2)]
         if self.steps:
-            rows.append(self._timed(step, ids, losses, work, scene))
+            rows.append(self._timed(step, ids, losses, work, setup))
         if self.trace:
-            rows.append(self._traced(step, ids, scene))
+            rows.append(self._traced(step, ids, setup))
         if engine is not None:
             engine.mesh.close()
         return rows
 
-    def _timed(self, step: Step, ids: Tensor, losses: list[float], work: Work, scene: Scene) -> Row:
-        if scene.device.type == "cuda":
+    def _timed(self, step: Step, ids: Tensor, losses: list[float], work: Work, setup: RankSetup) -> Row:
+        if setup.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(self.steps):
-            _meet(scene)
+            _meet(setup)
             start = time.perf_counter()
             losses.append(step(ids))
-            _meet(scene)
+            _meet(setup)
             seconds.append(time.perf_counter() - start)
-        count = 1 if self.alone else scene.world
+        count = 1 if self.alone else setup.world
         took = median(seconds)
         speed = ids.numel() / took / count
-        promised = peak_tflops(scene.device)
+        promised = peak_tflops(setup.device)
         flops = speed * flops_per_token(work.shape, work.sequence)
-        peaks: list[Any] = [None] * scene.world
-        dist.all_gather_object(peaks, (peak_device_bytes(scene.device), speed))
+        peaks: list[Any] = [None] * setup.world
+        dist.all_gather_object(peaks, (peak_device_bytes(setup.device), speed))
         if self.alone:
             speed = min(own for _, own in peaks)
         how = f"{work.sequence} tokens each: " if self.layout.longer > 1 else ""
@@ -190,17 +200,17 @@ class SpeedJob:
             f" loss {losses[0]:.3f} to {losses[-1]:.3f}",
         )
 
-    def _traced(self, step: Step, ids: Tensor, scene: Scene) -> Row:
-        """One step under the profiler on every rank: whoever did without would wait for who did not."""
+    def _traced(self, step: Step, ids: Tensor, setup: RankSetup) -> Row:
+        """Profile one step, on every rank: a rank without the profiler would wait for those that have it."""
         kinds = [torch.profiler.ProfilerActivity.CPU]
-        if scene.device.type == "cuda":
+        if setup.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=kinds) as profiler:
             step(ids)
-            _meet(scene)
+            _meet(setup)
         row = Row(part="overlap", model=self.model, name=self.name, note="")
-        if scene.rank == 0:
-            path = scene.out / f"trace_{self.model}_{self.name.replace(' ', '_')}.json.gz"
+        if setup.rank == 0:
+            path = setup.out / f"trace_{self.model}_{self.name.replace(' ', '_')}.json.gz"
             with tempfile.TemporaryDirectory() as folder:
                 profiler.export_chrome_trace(f"{folder}/trace.json")
                 found = overlap.shares(overlap.keep(Path(folder, "trace.json"), path))
@@ -215,21 +225,23 @@ class SpeedJob:
         return row
 
 
-def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, scene: Scene) -> Work:
-    """As many samples at a time as fit, and recomputation where it must be; both are the same for a layout and for who
-    stands beside it, so the estimate is for Hugging Face's layers, which keep the more. Raises ValueError.
+def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, setup: RankSetup) -> Work:
+    """Return the work with the largest microbatch that fits by estimate, and recomputation only where it is needed.
+
+    Both are the same for a layout and for the peers beside it. So the estimate is for Hugging Face's layers, which keep
+    more activations than ours. Raises ValueError where nothing fits.
     """
-    shape = replace(TINY if scene.tiny else NAMED[model], dropout=0.0, attention_dropout=0.0)
+    shape = replace(TINY if setup.tiny else NAMED[model], dropout=0.0, attention_dropout=0.0)
     sequence = min(2048, shape.max_position_embeddings) * layout.longer
     shape = replace(shape, max_position_embeddings=max(sequence, shape.max_position_embeddings))
     batch = samples_a_rank * world // layout.longer
-    room = float(torch.cuda.mem_get_info()[1] if scene.device.type == "cuda" else 2**40) * 0.9 - 3 * 2**30
+    room = float(torch.cuda.mem_get_info()[1] if setup.device.type == "cuda" else 2**40) * 0.9 - 3 * 2**30
     hidden, blocks = shape.hidden_size, shape.num_hidden_layers
     layer = 12.0 * hidden * hidden
 
     def activations(samples: int, recompute: bool) -> float:
         tokens = samples * sequence
-        logits = 0.0 if layout.stages > 1 else tokens * shape.vocab_size * 14.0 * layout.tensor  # whole on every rank
+        logits = 0.0 if layout.stages > 1 else tokens * shape.vocab_size * 14.0 * layout.tensor  # not split by a peer
         kept = 2.0 * blocks + 40.0 if recompute else 40.0 * blocks
         return tokens * hidden * kept + (logits if layout.peers else 0.0)
 
@@ -237,13 +249,13 @@ def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, scene: 
     chosen: Fit | None = fit(layout, world, batch, activations, room - state)
     if chosen is None:
         raise ValueError(f"by estimate it does not fit: {state / 2**30:.0f} GiB of states in {room / 2**30:.0f} GiB")
-    return Work(shape, scene.device, sequence, batch, chosen.micro, chosen.recompute)
+    return Work(shape, setup.device, sequence, batch, chosen.micro, chosen.recompute)
 
 
 TINY = replace(NAMED["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
 
 
-def _ours(layout: Layout, work: Work, scene: Scene, world: int) -> Engine:
+def _ours(layout: Layout, work: Work, setup: RankSetup, world: int) -> Engine:
     shape = {name: getattr(work.shape, name) for name in OPTShape.__dataclass_fields__}
     raw = dict(
         model=shape,
@@ -254,14 +266,14 @@ def _ours(layout: Layout, work: Work, scene: Scene, world: int) -> Engine:
             precision="bf16",
             clip_grad_norm=CLIP,
             activation_checkpointing="full" if work.recompute else "none",
-            device="cpu" if scene.tiny else "auto",
+            device="cpu" if setup.tiny else "auto",
         ),
         optimizer=dict(lr=LR, eps=EPS, betas=BETAS, weight_decay=WEIGHT_DECAY),
         lr_scheduler=dict(kind="constant", warmup_steps=0),
     )
     config = parse(raw | layout.sections, world_size=world, resolve=resolve)
-    rank = 0 if world == 1 else scene.rank
-    context = make_context(config, Place(rank, world, scene.rank, scene.world))
+    rank = 0 if world == 1 else setup.rank
+    context = make_context(config, Place(rank, world, setup.rank, setup.world))
     return Engine(stage_of(context, _fill), context)
 
 
@@ -271,7 +283,7 @@ def _loss(engine: Engine, ids: Tensor) -> float:
 
 @torch.no_grad()
 def _fill(infos: Any) -> None:
-    """Random weights, drawn on the device: the host would take minutes. Replicas get the same."""
+    """Draw random weights on the device, for the host would take minutes; replicas get the same ones."""
     info: ParameterInfo
     for info in infos:
         for piece in info.pieces():
@@ -284,23 +296,27 @@ def _fill(infos: Any) -> None:
 
 @dataclass(frozen=True)
 class BandwidthJob:
-    """Each axis of these layouts' meshes, all of its groups at once, beside one large sum over the world."""
+    """The bandwidth along each axis of these layouts' meshes, with all groups of the axis busy at once.
+
+    It is compared with one large all-reduce over all ranks.
+    """
 
     layouts: list[Layout] = field(default_factory=list)
     part: str = "bandwidth"
     name: str = "world"
 
-    def run(self, scene: Scene) -> list[Row]:
-        large, small = (2**16, 2**14) if scene.tiny else (2**30, 2**28)  # bytes
+    def run(self, setup: RankSetup) -> list[Row]:
+        """Return a row for the world, and one for each axis that was not measured already."""
+        large, small = (2**16, 2**14) if setup.tiny else (2**30, 2**28)  # bytes
         rows: list[Row] = []
         seen: set[tuple[object, bool]] = set()
         whole = 0.0
         for layout in self.layouts:
-            config = parse(_parity_config(layout, scene), world_size=scene.world, resolve=resolve)
-            context = make_context(config, Place(scene.rank, scene.world, scene.rank, scene.world))
+            config = parse(_parity_config(layout, setup), world_size=setup.world, resolve=resolve)
+            context = make_context(config, Place(setup.rank, setup.world, setup.rank, setup.world))
             mesh = context.mesh
             if not rows:
-                whole = _all_reduce(mesh.world, large, scene)
+                whole = _all_reduce(mesh.world, large, setup)
                 note = f"all_reduce {whole:.3g} GB/s of {large // 2**20} MiB"
                 rows.append(Row(part=self.part, name="world", note=note, all_reduce=whole))
             for name, size in mesh.topology.shape.items():
@@ -310,73 +326,75 @@ class BandwidthJob:
                 seen.add((groups, name == "pipe"))
                 pipe = Pipe(mesh.links) if name == "pipe" else None
                 if pipe is not None:
-                    pipe.connect(scene.device)
-                found = _speeds(mesh.axis(name), small, scene, is_pipe=pipe is not None)
+                    pipe.connect(setup.device)
+                found = _speeds(mesh.axis(name), small, setup, is_pipe=pipe is not None)
                 note = ", ".join(f"{kind} {speed:.3g} GB/s ({speed / whole:.0%})" for kind, speed in found.items())
                 rows.append(Row(part=self.part, name=f"{name} of {layout.name}: {groups[0]}", note=note, **found))
             mesh.close()
         return rows
 
 
-def _speeds(axis: Axis, size: int, scene: Scene, *, is_pipe: bool) -> dict[str, float]:
-    """GB/s of the bus, as nccl-tests count: what the slowest link carries."""
-    x = torch.zeros(size // 4 // axis.size * axis.size, device=scene.device)
+def _speeds(axis: Axis, size: int, setup: RankSetup, *, is_pipe: bool) -> dict[str, float]:
+    """Return the bus bandwidth of each collective in GB/s, as nccl-tests define it: what the slowest link carries."""
+    x = torch.zeros(size // 4 // axis.size * axis.size, device=setup.device)
     own = x.chunk(axis.size)[axis.rank]
     others = x.nbytes * (axis.size - 1) / axis.size / 1e9
     found = {
-        "all_reduce": _all_reduce(axis, size, scene),
-        "all_gather": _rate(lambda: start_all_gather(own, 0, axis, out=x).wait(), scene) * others,
-        "reduce_scatter": _rate(lambda: start_reduce_scatter(x, 0, axis, in_place=True).wait(), scene) * others,
+        "all_reduce": _all_reduce(axis, size, setup),
+        "all_gather": _rate(lambda: start_all_gather(own, 0, axis, out=x).wait(), setup) * others,
+        "reduce_scatter": _rate(lambda: start_reduce_scatter(x, 0, axis, in_place=True).wait(), setup) * others,
     }
     if is_pipe:
-        found["send"] = _rate(lambda: _pass_on(x, axis), scene) * x.nbytes / 1e9
+        found["send"] = _rate(lambda: _pass_on(x, axis), setup) * x.nbytes / 1e9
     return found
 
 
 def _pass_on(x: Tensor, axis: Axis) -> None:
-    """From every even rank to the next."""
+    """Send x from every even rank to the next one."""
     if axis.rank % 2 == 0 and axis.rank + 1 < axis.size:
         start_send(x, axis, axis.rank + 1).wait()
     elif axis.rank % 2:
         start_receive(tuple(x.shape), x, axis, axis.rank - 1).wait()
 
 
-def _all_reduce(axis: Axis, size: int, scene: Scene) -> float:
-    x = torch.zeros(size // 4, device=scene.device)
-    rate = _rate(lambda: start_all_reduce(x, axis, in_place=True).wait(), scene)
+def _all_reduce(axis: Axis, size: int, setup: RankSetup) -> float:
+    """Return the bus bandwidth of an all-reduce of so many bytes, in GB/s."""
+    x = torch.zeros(size // 4, device=setup.device)
+    rate = _rate(lambda: start_all_reduce(x, axis, in_place=True).wait(), setup)
     return rate * size * 2 * (axis.size - 1) / axis.size / 1e9
 
 
-def _rate(collective: Callable[[], object], scene: Scene) -> float:
-    """Times a second."""
-    times = 1 if scene.tiny else 10
+def _rate(collective: Callable[[], object], setup: RankSetup) -> float:
+    """Return how many times a second a collective can be called."""
+    times = 1 if setup.tiny else 10
     for _ in range(2):
         collective()
-    _meet(scene)
+    _meet(setup)
     start = time.perf_counter()
     for _ in range(times):
         collective()
-    _meet(scene)
+    _meet(setup)
     return times / (time.perf_counter() - start)
 
 
-def _meet(scene: Scene) -> None:
-    """Every rank is here, and its device idle."""
-    if scene.device.type == "cuda":
+def _meet(setup: RankSetup) -> None:
+    """Wait until every rank is here and its device has nothing left to do."""
+    if setup.device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
-    if scene.device.type == "cuda":
+    if setup.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def clean(scene: Scene) -> None:
-    """Give back to the device all that nobody holds any more."""
+def clean(setup: RankSetup) -> None:
+    """Free the device memory that nothing uses any more."""
     gc.collect()
-    if scene.device.type == "cuda":
+    if setup.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def write_rows(out: Path, rows: list[Row]) -> None:
+    """Write all rows to results.json, which is complete at any time."""
     temporary = out / ".results.json"
     temporary.write_text(json.dumps(rows, indent=1))
     os.replace(temporary, out / "results.json")

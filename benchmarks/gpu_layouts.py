@@ -1,4 +1,7 @@
-"""What `benchmarks.multi_gpu` runs on so many GPUs: tables, in which a new mode is one more entry. Knows no torch."""
+"""The layouts that `benchmarks.multi_gpu` runs on a number of GPUs, as tables in which a new mode is one more entry.
+
+This module does not import torch.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,14 +9,16 @@ from math import isqrt
 from typing import Any
 
 Raw = dict[str, Any]
-KINDS = ("ring", "all_to_all")  # of context
+KINDS = ("ring", "all_to_all")  # the values of parallel.context.kind
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sections of a config; `peers` are trained beside it, by their names in `gpu_peers`. A pipeline is given its
-    samples one by one. `traced`: a step's communication is looked at. `most`: samples at a time, where a peer has no
-    room for more. `longer`: samples so many times as long as others', and as many fewer.
+    """Sections of a config, and how they are measured. A pipeline's microbatches are single samples.
+
+    `peers`: the names in `gpu_peers` of what is trained beside it. `traced`: whether the communication of a step is
+    examined. `most`: the most samples in a microbatch, where a peer has no room for more. `longer`: how many times as
+    long the samples are as those of other layouts; there are as many times fewer of them.
     """
 
     name: str
@@ -53,7 +58,7 @@ class Layout:
 
 
 def tensor_modes(size: int) -> dict[str, Raw]:
-    """Every tensor mode that so many ranks can make, by name."""
+    """Return every tensor mode that this number of ranks can form, by name."""
     found: dict[str, Raw] = {"1d": dict(mode="1d", size=size)}
     if size >= 2:
         rows = _rows(size)
@@ -70,12 +75,16 @@ def tensor_modes(size: int) -> dict[str, Raw]:
 
 
 def _rows(size: int) -> int:
-    """Of the grid of so many that is nearest to a square, no more than its columns."""
+    """Return the rows of the grid of this size that is nearest to a square and has no more rows than columns."""
     return max(rows for rows in range(1, size + 1) if size % rows == 0 and rows * rows <= size)
 
 
 def parity_layouts(world: int) -> list[Layout]:
-    """Each mode alone, behind a pipeline of two, beside two replicas, with every ZeRO stage and split sequences."""
+    """Return the layouts whose training is compared with Hugging Face's.
+
+    These are each mode by itself, with a pipeline of two stages, with two replicas, with every ZeRO stage, and with
+    sequences split over ranks.
+    """
     found = [Layout("data"), *(Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (1, 2, 3))]
     found += [Layout(name, dict(parallel=dict(tensor=mode))) for name, mode in tensor_modes(world).items()]
     for schedule in ("1f1b", "gpipe"):
@@ -106,6 +115,7 @@ def parity_layouts(world: int) -> list[Layout]:
 
 
 def speed_layouts(world: int) -> list[Layout]:
+    """Return the layouts whose speed is measured, and the peers beside them."""
     found = [
         Layout("ZeRO 1", dict(zero=dict(stage=1))),
         Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",), traced=True),
@@ -115,7 +125,7 @@ def speed_layouts(world: int) -> list[Layout]:
     for name, mode in tensor_modes(world).items():
         if name != "2.5d depth 1":  # the same as 2d
             layout = dict(parallel=dict(tensor=mode))
-            is_first = name == "1d"  # and its peer makes whole logits
+            is_first = name == "1d"  # whose peer makes whole logits
             found.append(Layout(name, layout, beside.get(name, ()), traced=is_first, most=4 if is_first else None))
     for schedule, peers in (("1f1b", ("pipelining",)), ("gpipe", ())):
         pipe = dict(size=world, schedule=schedule)
@@ -135,27 +145,30 @@ def speed_layouts(world: int) -> list[Layout]:
 
 @dataclass(frozen=True)
 class Fit:
-    """A replica's samples at a time, and whether layers are recomputed."""
+    """The number of samples in a microbatch, and whether activations are recomputed."""
 
     micro: int
     recompute: bool
 
 
 def fit(layout: Layout, world: int, batch: int, activations: Callable[[int, bool], float], room: float) -> Fit | None:
-    """The most samples at a time, without recomputation if that fits, whose `activations` (bytes of so many samples on
-    one GPU that has a whole model) leave enough `room`; None where nothing does.
+    """Return the largest microbatch whose activations fit, without recomputation if possible; None where none fits.
+
+    `activations`: the bytes of the activations of a number of samples, recomputed or not, on one GPU that has a whole
+    model. `room`: the bytes that are free for them.
     """
     most = 1 if layout.stages > 1 else batch // layout.replicas(world)
     if layout.stages > 1 and layout.tensor > 1:
         most = layout.tensor
     most = min(most, max(layout.most or most, layout.tensor))
     choices = [Fit(micro, recompute) for micro in _halves(most, layout.tensor) for recompute in (False, True)]
-    in_flight = layout.stages  # microbatches at once, in a stage's share of the layers
+    in_flight = layout.stages  # microbatches whose activations a stage keeps at once, of its share of the layers
     share = in_flight / (layout.stages * layout.tensor * layout.context)
     return next((f for f in choices if activations(f.micro, f.recompute) * share < room), None)
 
 
 def _halves(most: int, least: int) -> list[int]:
+    """Return `most`, its half, its quarter and so on, as long as they are whole numbers and no less than `least`."""
     found = [most]
     while found[-1] % 2 == 0 and found[-1] // 2 >= least:
         found.append(found[-1] // 2)
@@ -163,8 +176,10 @@ def _halves(most: int, least: int) -> list[int]:
 
 
 def state_bytes(layout: Layout, world: int, parameters: float, largest_layer: float) -> float:
-    """Of a GPU, in bf16 with fp32 masters: parameters 2, gradients 4, masters and moments 12, divided as ZeRO says;
-    beside slices, the gradients of three layers on their way and, in stage 3, the parameters of three.
+    """Return the bytes of parameters, gradients and optimizer states on a GPU, in bf16 with fp32 master weights.
+
+    A parameter takes 2 bytes, its gradient 4, its master weight and moments 12, sharded as the ZeRO stage says. Beside
+    the shards there are the gradients of three layers in flight and, in stage 3, the parameters of three layers.
     """
     own = parameters / (layout.stages * layout.tensor)
     slices = world // (layout.stages * layout.tensor)

@@ -1,6 +1,7 @@
-"""Hugging Face's OPT under torch's own parallel APIs on several GPUs: `benchmarks.peers` in bf16, with fp32 masters.
+"""Hugging Face's OPT under torch's own parallel APIs on several GPUs, in bf16 with fp32 master weights.
 
-Every function takes the work and returns a step: the global batch ids[G, S] on the host -> its mean loss on every rank.
+These are the peers of `benchmarks.peers` on GPUs. Every function takes the work and returns a training step: the global
+batch ids[G, S] on the host -> its mean loss on every rank, after one update.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,13 +25,14 @@ from models.costs import layer_costs
 from models.shapes import OPTShape
 from parallel.pipeline.partition import partition
 
-LR = 1e-4  # without a warm-up, from random weights
+LR = 1e-4  # constant, without a warm-up, from random weights
 
 
 @dataclass(frozen=True)
 class Work:
-    """Train `shape` on `batch` samples a step, of which a replica takes `micro` at a time; `recompute`: a layer keeps
-    its input alone.
+    """The work of a contender: train a model of this shape on `batch` samples a step.
+
+    `micro`: the samples of a replica's microbatch. `recompute`: whether a layer keeps only its input for backward.
     """
 
     shape: OPTShape
@@ -42,11 +44,12 @@ class Work:
 
 
 def fsdp2(work: Work) -> Step:
+    """Train with FSDP2, weights resharded after forward, as in ZeRO 3."""
     return _fsdp2(work, reshard_after_forward=True)
 
 
 def fsdp2_kept(work: Work) -> Step:
-    """Weights stay gathered from forward to backward, as in ZeRO 2."""
+    """Train with FSDP2, weights kept gathered from forward to backward, as in ZeRO 2."""
     return _fsdp2(work, reshard_after_forward=False)
 
 
@@ -68,7 +71,10 @@ def _fsdp2(work: Work, *, reshard_after_forward: bool) -> Step:
 
 
 def dtensor(work: Work) -> Step:
-    """Linears as DTensors, columns then rows; embeddings, norms and the head are whole on every rank."""
+    """Train with linears as DTensors, split by columns, then by rows.
+
+    Embeddings, norms and the head are whole on every rank.
+    """
     model = _model(work, torch.bfloat16)
     peers.split_linears(model, _mesh(work))
     masters = _Masters(model.parameters())
@@ -84,12 +90,15 @@ def dtensor(work: Work) -> Step:
 
 
 def pipelining(work: Work) -> Step:
-    """1F1B of `torch.distributed.pipelining`, with our stages; tied weights and the norm over all are its user's."""
+    """Train with `torch.distributed.pipelining` and its 1F1B schedule, the layers split into stages as ours are.
+
+    torch leaves it to its user to sum the gradients of tied weights, and the norm over all stages.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     last = world - 1
     model = _model(work, torch.bfloat16)
     costs = layer_costs(work.shape, work.sequence, work.device.type)
-    own = partition(costs, world)[rank]  # with the embedding and the head
+    own = partition(costs, world)[rank]  # of the embedding, the blocks and the head
     part = peers.Part(model, rank, world, range(max(0, own.start - 1), min(own.stop - 1, work.shape.num_hidden_layers)))
     tied = model.lm_head.weight if rank in (0, last) else None
     del model
@@ -115,7 +124,7 @@ def pipelining(work: Work) -> Step:
 
 
 def context(work: Work) -> Step:
-    """`torch.distributed.tensor`'s context parallelism under FSDP2 over the same ranks, weights kept."""
+    """Train with torch's own context parallelism, under FSDP2 over the same ranks, weights kept gathered."""
     model, mesh, world = _model(work, torch.float32), _mesh(work), dist.get_world_size()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     peers.shard(model, mesh, mp_policy=policy, reshard_after_forward=False)
@@ -131,7 +140,7 @@ def context(work: Work) -> Step:
             with context_parallel(mesh, buffers=split, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(split)):
                 logits = model(split[0], position_ids=split[2], use_cache=False).logits.float()
                 loss = F.cross_entropy(logits.flatten(0, 1), split[1].flatten(), reduction="sum")
-                loss = loss * world / (len(ids) * (ids.shape[1] - 1))  # FSDP takes a mean over ranks
+                loss = loss * world / (len(ids) * (ids.shape[1] - 1))  # FSDP averages gradients over ranks
                 loss.backward()
             total += loss.detach() / world
         clip_grad_norm_(model.parameters(), CLIP)
@@ -147,12 +156,13 @@ PEERS: dict[str, Callable[[Work], Step]] = {
 }
 
 
-ON_GPUS_ALONE = {"context"}  # torch has none of it for a CPU
+ON_GPUS_ALONE = {"context"}  # which torch does not have for a CPU
 
 
 class _Masters:
-    """fp32 masters of this rank's part of bf16 parameters, kept apart and copied with `_foreach` calls. `counted`:
-    whether a parameter's gradient counts in the norm here.
+    """The fp32 master weights of this rank's part of bf16 parameters, kept apart and copied with `_foreach` calls.
+
+    `counted`: whether each parameter's gradient is counted in the norm on this rank.
     """
 
     def __init__(self, parameters: Iterable[Tensor], counted: list[bool] | None = None) -> None:
@@ -163,7 +173,7 @@ class _Masters:
         self.optimizer = peers.adamw(self.masters, lr=LR)
 
     def squares(self) -> tuple[Tensor, Tensor]:
-        """Take over the gradients; the sum of their squares: of DTensors' own parts, and of all others."""
+        """Take over the gradients; return the sums of their squares, of DTensors' local parts and of all others."""
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             assert parameter.grad is not None
             master.grad, parameter.grad = _local(parameter.grad).float(), None
@@ -174,6 +184,7 @@ class _Masters:
         return split.to(device), whole.to(device)
 
     def update(self, norm: Tensor) -> None:
+        """Clip the gradients by their norm, update the master weights, and round them into the parameters."""
         gradients = [master.grad for master in self.masters if master.grad is not None]
         torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
         peers.update(self.optimizer)
@@ -181,12 +192,13 @@ class _Masters:
 
 
 def _local(x: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor; another tensor is returned as it is."""
     local: Tensor = x.to_local() if isinstance(x, DTensor) else x
     return local
 
 
 def _accumulate(model: Any, ids: Tensor, work: Work) -> Tensor:
-    """Forward and backward of a replica's samples; their mean loss."""
+    """Run forward and backward of a replica's samples, one microbatch after another; return their mean loss."""
     parts = ids.to(work.device).split(work.micro)
     total = torch.zeros((), device=work.device)
     for part in parts:
@@ -197,7 +209,7 @@ def _accumulate(model: Any, ids: Tensor, work: Work) -> Tensor:
 
 
 def _loss_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """In fp32, as Hugging Face's own."""
+    """Return the mean cross entropy of the next token, computed in fp32 as Hugging Face's own is."""
     return peers.loss_of(logits.float(), ids)
 
 
@@ -206,7 +218,7 @@ def _mesh(work: Work) -> DeviceMesh:
 
 
 def _model(work: Work, dtype: torch.dtype) -> Any:
-    """Random weights, drawn on the device, the same on every rank."""
+    """Make the model with random weights, which are drawn on the device and are the same on every rank."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig.from_dict(asdict(work.shape) | dict(dropout=0.0, attention_dropout=0.0))

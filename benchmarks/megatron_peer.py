@@ -1,5 +1,6 @@
-"""Megatron-LM's tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053): its layers from megatron-core, around them
-the plain torch of an OPT. They run on a CPU too, without their CUDA kernels.
+"""An OPT whose linears, embedding and loss are Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053), by megatron-core.
+
+Everything else of the model is plain torch. The layers run on a CPU too, without their CUDA kernels.
 """
 
 from importlib import import_module
@@ -17,10 +18,11 @@ from benchmarks.peers import adamw, load, update
 from benchmarks.workload import CLIP, Step
 
 IS_INSTALLED = find_spec("megatron") is not None
-WHOLE = ("norm.weight", "norm.bias", "positions.weight", "out.bias", "fc2.bias")  # the same on every rank
+WHOLE = ("norm.weight", "norm.bias", "positions.weight", "out.bias", "fc2.bias")  # not split: whole on every rank
 
 
 def megatron(folder: Path, rank: int, world_size: int) -> Step:
+    """Train with Megatron-LM's tensor parallelism over all ranks."""
     import_module("megatron.core.parallel_state").initialize_model_parallel(tensor_model_parallel_size=world_size)
     model = _Model(load(folder), _Layers(rank, world_size))
     whole = [p for name, p in model.named_parameters() if name.endswith(WHOLE)]
@@ -41,7 +43,7 @@ def megatron(folder: Path, rank: int, world_size: int) -> Step:
 
 
 class _Layers:
-    """Megatron's layers with this rank's part of Hugging Face's weights."""
+    """Makes Megatron's layers, with this rank's part of Hugging Face's weights."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
@@ -50,11 +52,11 @@ class _Layers:
             config=import_module("megatron.core").ModelParallelConfig(
                 tensor_model_parallel_size=world_size, use_cpu_initialization=True, perform_initialization=False
             ),
-            init_method=nn.init.zeros_,  # not called
+            init_method=nn.init.zeros_,  # never called
         )
 
     def columns(self, *linears: nn.Linear) -> Any:
-        """One matmul for several linears of the same input."""
+        """Return one ColumnParallelLinear for several linears of the same input."""
         outputs = sum(linear.out_features for linear in linears)
         made = self.tp.ColumnParallelLinear(linears[0].in_features, outputs, gather_output=False, **self.common)
         made.weight.data.copy_(torch.cat([self.part(linear.weight) for linear in linears]))
@@ -62,6 +64,7 @@ class _Layers:
         return made  # forward: (y, None)
 
     def rows(self, linear: nn.Linear) -> Any:
+        """Return a RowParallelLinear."""
         sizes = linear.in_features, linear.out_features
         made = self.tp.RowParallelLinear(*sizes, bias=True, input_is_parallel=True, skip_bias_add=False, **self.common)
         made.weight.data.copy_(self.part(linear.weight, 1))
@@ -69,16 +72,18 @@ class _Layers:
         return made
 
     def vocabulary(self, embedding: nn.Embedding) -> Any:
+        """Return a VocabParallelEmbedding."""
         made = self.tp.VocabParallelEmbedding(*embedding.weight.shape, **self.common)
         made.weight.data.copy_(self.part(embedding.weight))
         return made
 
     def part(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """Return this rank's slice of a tensor along a dim."""
         return whole.detach().chunk(self.world_size, dim)[self.rank]
 
 
 class _Block(nn.Module):
-    """x[B, S, H] -> the same, whole on every rank; heads and ffn are split inside."""
+    """A block, x[B, S, H] -> y[B, S, H], both whole on every rank; heads and the feed-forward layer are split."""
 
     def __init__(self, layer: Any, layers: _Layers) -> None:
         super().__init__()
@@ -99,7 +104,7 @@ class _Block(nn.Module):
 
 
 class _Model(nn.Module):
-    """ids[B, S] -> the mean loss; embedding, logits and cross entropy are split over the vocabulary."""
+    """The model, ids[B, S] -> the mean loss; embedding, logits and cross entropy are split over the vocabulary."""
 
     def __init__(self, model: Any, layers: _Layers) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
-"""Seconds of the hot parts, one process, fp32 on the CPU, beside torch's own where it has the same.
+"""This measures the seconds of the parts that take most of a step, in one process, in fp32 on the CPU.
 
 python -m pytest benchmarks/micro.py [-k loss] [--benchmark-autosave] [--benchmark-compare]
+
+It prints pytest-benchmark's table for each part: our implementation in every mode, and torch's own where it has one.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from parallel.placement.initial import ON_HOST
 from parallel.tensor import MODES, Mode
 
 Benchmark = Callable[[Callable[[], object]], object]
-"""pytest-benchmark's fixture."""
+"""The type of pytest-benchmark's fixture."""
 
 B, S, H, N, V = 8, 128, SHAPE["hidden_size"], SHAPE["ffn_dim"], 8192
 NAMES = [name for name in MODES if name != "sequence"]
@@ -69,15 +71,16 @@ class TestLoss:
         benchmark(forward_and_backward(lambda x: mode.lm_loss(x, vocabulary, labels)))
 
     def test_torch(self, benchmark: Benchmark) -> None:
-        """All the logits at once."""
+        """Measure torch's loss, which makes all logits at once."""
         head, labels = nn.Linear(H, V, bias=False), torch.randint(V, (B * S,))
         benchmark(forward_and_backward(lambda x: F.cross_entropy(head(x).flatten(0, 1), labels, reduction="sum")))
 
 
 @pytest.mark.benchmark(group=f"a training step of two tokens a microbatch, {SHAPE['num_hidden_layers']} layers of {H}")
 class TestStep:
-    """Hardly any work but on gradients and weights: one microbatch is norm, clipping and update, each further one the
-    arrival of its gradients.
+    """Steps that do hardly anything but work on gradients and weights.
+
+    With one microbatch that is norm, clipping and update; each further one adds the arrival of its gradients.
     """
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,13 +1,16 @@
-"""Every layout on the GPUs of one host: parity, speed, overlap and bandwidth, in one table.
+"""This measures every layout on the GPUs of one host: parity, speed, overlap of communication, and bandwidth.
 
     torchrun --nproc-per-node 4 -m benchmarks.multi_gpu [--only parity speed overlap bandwidth] [--models opt-6.7b]
         [--layouts "ZeRO 2" fsdp2 ...] [--batch 4] [--budget 450] [--out runs/multi_gpu]
     torchrun --nproc-per-node 4 -m benchmarks.multi_gpu --tiny     # on a CPU, with gloo
 
-No edit is needed between 2, 4 and 8 GPUs. Rows appear as they come, and all of them as a table at the end;
-OUT/results.json has every figure, beside it lie the traces. torchrun's processes only watch: each keeps a worker of its
-own, which does one job after another. A job that fails, or takes too long, costs its row and the workers, which are
-then started again.
+It prints each row as soon as it is measured, and all of them as a table at the end: the part, the model, the layout or
+the peer, tokens a second, tokens a second of one GPU, the model FLOPs utilization (MFU), the peak memory of a GPU in
+GiB, `ours is` (our tokens a second divided by this peer's), and a note. OUT/results.json has every figure, and the
+traces are beside it.
+
+The command is the same for 2, 4 and 8 GPUs. torchrun's processes only supervise: each has a worker process, which does
+one job after another. A job that fails or takes too long loses its row, and the workers are started again.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob, clean, write_rows
+from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob, clean, write_rows
 from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
 from benchmarks.gpu_peers import ON_GPUS_ALONE
 from models.shapes import NAMED
@@ -37,8 +40,8 @@ from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 
 PARTS = ("parity", "bandwidth", "speed", "overlap")
-START_SECONDS = 90.0  # that workers may take to begin
-LEAST_SECONDS = 15.0  # of the budget, for a job to be started
+START_SECONDS = 90.0  # in which workers must have started
+LEAST_SECONDS = 15.0  # of the budget that must be left for a job to be started
 WITHOUT_NVLS = dict(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
 COLUMNS = "{:<9} {:<9} {:<34} {:>9} {:>9} {:>6} {:>9} {:>8}  {}"
 HEADINGS = ("part", "model", "", "tokens/s", "per GPU", "MFU", "peak GiB", "ours is", "")
@@ -48,6 +51,8 @@ Job: TypeAlias = ParityJob | SpeedJob | BandwidthJob
 
 @dataclass(frozen=True)
 class Outcome:
+    """The rows of a job, or what went wrong."""
+
     rows: list[Row]
     error: str = ""
 
@@ -55,94 +60,102 @@ class Outcome:
 ELSEWHERE = "another rank failed"
 
 
-def jobs_of(arguments: argparse.Namespace, scene: Scene) -> Iterator[Job]:
-    """Cheap parts first."""
+def jobs_of(arguments: argparse.Namespace, setup: RankSetup) -> Iterator[Job]:
+    """Yield all jobs that the arguments ask for, the cheap parts first."""
     if "parity" in arguments.only:
-        yield from (ParityJob(x) for x in parity_layouts(scene.world) if _is_wanted(arguments, x.name))
+        yield from (ParityJob(x) for x in parity_layouts(setup.world) if _is_wanted(arguments, x.name))
     if "bandwidth" in arguments.only:
-        yield BandwidthJob(parity_layouts(scene.world))
+        yield BandwidthJob(parity_layouts(setup.world))
     for model in arguments.models:
-        yield from _speeds(arguments, scene, model)
+        yield from _speeds(arguments, setup, model)
     if "speed" in arguments.only and _is_wanted(arguments, "weak"):
-        yield from _weak_scaling(arguments, scene)
+        yield from _weak_scaling(arguments, setup)
 
 
 def _is_wanted(arguments: argparse.Namespace, *names: str) -> bool:
+    """Return whether one of these names is among --layouts, or there is no such choice."""
     return not arguments.layouts or any(name in arguments.layouts for name in names)
 
 
-def _speeds(arguments: argparse.Namespace, scene: Scene, model: str) -> Iterator[Job]:
-    """A trace, of the first model, is taken where the speed is measured, if both are asked for."""
+def _speeds(arguments: argparse.Namespace, setup: RankSetup, model: str) -> Iterator[Job]:
+    """Yield the jobs of speed and overlap of one model.
+
+    Where both are asked for, the trace is taken in the job that measures the speed. Only the first model is traced.
+    """
     times = "speed" in arguments.only
     traces = "overlap" in arguments.only and model == arguments.models[0]
     steps, part = (arguments.steps, "speed") if times else (0, "overlap")
-    for layout in speed_layouts(scene.world):
+    for layout in speed_layouts(setup.world):
         trace = traces and layout.traced
         if _is_wanted(arguments, layout.name) and (times or trace):
             yield SpeedJob(layout, model, arguments.batch, steps=steps, trace=trace, part=part)
         for peer in layout.peers if times else ():
-            if scene.device.type == "cpu" and peer in ON_GPUS_ALONE:
+            if setup.device.type == "cpu" and peer in ON_GPUS_ALONE:
                 continue
             if _is_wanted(arguments, layout.name, peer):
                 yield SpeedJob(layout, model, arguments.batch, peer=peer, steps=steps)
 
 
-def _weak_scaling(arguments: argparse.Namespace, scene: Scene) -> Iterator[Job]:
-    """Of ZeRO 2, with a model that leaves one GPU room to work."""
+def _weak_scaling(arguments: argparse.Namespace, setup: RankSetup) -> Iterator[Job]:
+    """Yield the jobs of weak scaling, for ZeRO 2 and a model that one GPU has enough memory for."""
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)))
-    model = "opt-tiny" if scene.tiny else "opt-2.7b"
+    model = "opt-tiny" if setup.tiny else "opt-2.7b"
     for alone in (True, False):
         yield SpeedJob(zero, model, arguments.batch, alone=alone, steps=arguments.steps, part="weak")
 
 
-# -- the workers
+# -- the workers ------------------------------------------------------------------------------------------------------
 
 
-def serve(connection: Connection, scene: Scene, meeting_point: str, backend: str) -> None:
-    """A worker's whole life: join the others, and do what it is told until it is told nothing."""
+def serve(connection: Connection, setup: RankSetup, meeting_point: str, backend: str) -> None:
+    """Run a worker: join the other workers, and run each job that is received, until None is."""
     torch.set_num_threads(1)
-    on_gpu = scene.device.type == "cuda"
+    on_gpu = setup.device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(scene.device)
+        torch.cuda.set_device(setup.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
         init_method=meeting_point,
-        rank=scene.rank,
-        world_size=scene.world,
-        device_id=scene.device if backend == "nccl" else None,
+        rank=setup.rank,
+        world_size=setup.world,
+        device_id=setup.device if backend == "nccl" else None,
         timeout=timedelta(minutes=10),
     )
     connection.send(Outcome([]))
     while (job := connection.recv()) is not None:
         try:
-            outcome = Outcome(job.run(scene))
+            outcome = Outcome(job.run(setup))
         except BaseException as error:
             traceback.print_exc()
             lines = str(error).splitlines() or [""]
             outcome = Outcome([], f"{type(error).__name__}: {lines[0]}")
         connection.send(outcome)
-        clean(scene)
+        clean(setup)
 
 
 class Worker:
-    """This rank's, of a generation that was started together. `marker` appears when one of them has failed."""
+    """This rank's worker process, of a generation of workers that were started together.
 
-    def __init__(self, scene: Scene, folder: Path, generation: int, backend: str) -> None:
+    `marker` is a file that exists once a worker of this generation has failed.
+    """
+
+    def __init__(self, setup: RankSetup, folder: Path, generation: int, backend: str) -> None:
         self.marker = folder / f"failed_{generation}"
         self.connection, theirs = get_context("spawn").Pipe()
         meeting_point = f"file://{folder}/meeting_{generation}"
         self.process: BaseProcess = get_context("spawn").Process(
-            target=serve, args=(theirs, scene, meeting_point, backend), daemon=True
+            target=serve, args=(theirs, setup, meeting_point, backend), daemon=True
         )
         self.process.start()
         theirs.close()
 
     def do(self, job: Job, seconds: float) -> Outcome:
-        """What came of it; an error after so many seconds, or as soon as there is one on any rank."""
+        """Run a job and return its outcome, an error after so many seconds or as soon as another rank has one."""
         self.connection.send(job)
         return self.wait(seconds)
 
     def wait(self, seconds: float) -> Outcome:
+        """Wait for the worker's next outcome."""
         deadline = time.monotonic() + seconds
         outcome = Outcome([], f"no end after {seconds:.0f} s")
         while time.monotonic() < deadline:
@@ -164,6 +177,7 @@ class Worker:
         return outcome
 
     def end(self, *, at_once: bool) -> None:
+        """End the worker process, unless `at_once` after it has done what it was doing."""
         if not at_once:
             self.connection.send(None)
             self.process.join(5)
@@ -171,21 +185,25 @@ class Worker:
         self.process.join()
 
 
-class Crew:
-    """The drivers, one for each rank, each with its worker. All call the same, and agree on what came of it."""
+class Driver:
+    """The driver of this rank, which has a worker.
 
-    def __init__(self, scene: Scene, folder: Path, backend: str, deadline: float) -> None:
-        self.scene, self.folder, self.backend, self.deadline = scene, folder, backend, deadline
+    The drivers of all ranks make the same calls, and agree on the outcome of each.
+    """
+
+    def __init__(self, setup: RankSetup, folder: Path, backend: str, deadline: float) -> None:
+        self.setup, self.folder, self.backend, self.deadline = setup, folder, backend, deadline
         self.generation = 0
         self.worker: Worker | None = None
 
     def do(self, job: Job, limit: float) -> Outcome:
+        """Run a job on all workers, within `limit` seconds and within what is left of the budget."""
         left: float = _of_first_rank(self.deadline - time.monotonic())
         if left < LEAST_SECONDS:
             return Outcome([], "left out: no time")
         outcome = Outcome([])
         if self.worker is None:
-            self.worker = Worker(self.scene, self.folder, self.generation, self.backend)
+            self.worker = Worker(self.setup, self.folder, self.generation, self.backend)
             outcome = self._agreed(self.worker.wait(min(START_SECONDS, left)))
             left = _of_first_rank(self.deadline - time.monotonic())
         if not outcome.error:
@@ -195,13 +213,15 @@ class Crew:
         return outcome
 
     def end(self, *, at_once: bool) -> None:
+        """End this rank's worker; the next job starts another one."""
         if self.worker is not None:
             self.worker.end(at_once=at_once)
         self.worker = None
         self.generation += 1
 
     def _agreed(self, mine: Outcome) -> Outcome:
-        outcomes: list[Any] = [None] * self.scene.world
+        """Return the first rank's rows, and the first error of any rank."""
+        outcomes: list[Any] = [None] * self.setup.world
         dist.all_gather_object(outcomes, mine)
         errors = [outcome.error for outcome in outcomes if outcome.error]
         first = next((error for error in errors if error != ELSEWHERE), "".join(errors[:1]))
@@ -209,16 +229,17 @@ class Crew:
 
 
 def _of_first_rank(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
-# -- the table
+# -- the table --------------------------------------------------------------------------------------------------------
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """How much faster ours is than who stands beside it; how a weak scaling went; and the fastest of ours."""
+    """Return the rows with our speed relative to each peer's, and with the efficiency of weak scaling."""
     speeds = {(r["part"], r["model"], r["name"]): r["tokens_per_second"] for r in rows if "tokens_per_second" in r}
     found = []
     for row in rows:
@@ -234,6 +255,8 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 
 
 def line(row: Row) -> str:
+    """Return a row as a line of the table."""
+
     def number(key: str, form: str) -> str:
         return form.format(row[key]) if row.get(key) is not None else ""
 
@@ -251,6 +274,7 @@ def line(row: Row) -> str:
 
 
 def best_of(rows: list[Row]) -> list[str]:
+    """Return a line that names our fastest layout, for each model."""
     found = []
     for model in dict.fromkeys(row["model"] for row in rows if row["part"] == "speed" and "per_gpu" in row):
         own = [r for r in rows if r["part"] == "speed" and r["model"] == model and r.get("name") == r.get("beside")]
@@ -260,15 +284,16 @@ def best_of(rows: list[Row]) -> list[str]:
     return found
 
 
-def run(arguments: argparse.Namespace, crew: Crew) -> list[Row]:
-    scene, rows = crew.scene, []
-    for job in jobs_of(arguments, scene):
+def run(arguments: argparse.Namespace, driver: Driver) -> list[Row]:
+    """Run all jobs, and print and write each row as soon as there is one."""
+    setup, rows = driver.setup, []
+    for job in jobs_of(arguments, setup):
         started = time.monotonic()
-        outcome = crew.do(job, arguments.limit)
+        outcome = driver.do(job, arguments.limit)
         failed = Row(part=job.part, name=job.name, model=getattr(job, "model", ""), note=outcome.error, failed=True)
         new = [failed] if outcome.error else outcome.rows
         rows += new
-        if scene.rank == 0:
+        if setup.rank == 0:
             for row in with_ratios(rows)[len(rows) - len(new) :]:
                 print(f"{line(row)}  [{time.monotonic() - started:.0f} s]", flush=True)
             write_rows(arguments.out, with_ratios(rows))
@@ -295,7 +320,7 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     deadline = time.monotonic() + (arguments := read_arguments()).budget
-    os.environ.update(WITHOUT_NVLS)  # for the workers
+    os.environ.update(WITHOUT_NVLS)  # which the workers inherit
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     place = Place.from_environment()
@@ -306,15 +331,15 @@ def main() -> None:
     dist.init_process_group("gloo", rank=place.rank, world_size=place.world_size)
     arguments.out = Path(_of_first_rank(str(arguments.out.resolve())))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    scene = Scene(place.rank, place.world_size, device, arguments.out, arguments.tiny)
+    setup = RankSetup(place.rank, place.world_size, device, arguments.out, arguments.tiny)
     folder = Path(_of_first_rank(tempfile.mkdtemp()))
-    crew = Crew(scene, folder, backend, deadline)
+    driver = Driver(setup, folder, backend, deadline)
     if place.rank == 0:
         where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         print(f"{place.world_size} × {where}, torch {torch.__version__}; NVLink multicast off; bf16 unless parity")
         print(COLUMNS.format(*HEADINGS), flush=True)
-    rows = run(arguments, crew)
-    crew.end(at_once=False)
+    rows = run(arguments, driver)
+    driver.end(at_once=False)
     dist.barrier()
     if place.rank == 0:
         print("\n".join(["", COLUMNS.format(*HEADINGS), *map(line, rows), *best_of(rows)]), flush=True)

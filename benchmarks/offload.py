@@ -1,12 +1,16 @@
-"""OPT in bf16 on one GPU whose memory is capped: tokens a second and peak, a line for each batch and placement.
+"""This measures training on one GPU whose memory is capped, for each batch size and placement, in bf16.
 
-    python -m benchmarks.offload table-1.3b table-2.7b table-6.7b                     # beside FSDP2
+    python -m benchmarks.offload table-1.3b table-2.7b table-6.7b                     # with FSDP2
     python -m benchmarks.offload largest-6.7b largest-13b largest-18b --warm-up 2 --steps 3
     python -m benchmarks.offload --model opt-1.3b --device-memory 6GiB --policies auto fsdp2 --batches 6 24
 
-Random weights, sequences of 1024 random tokens, fp32 masters and moments, clipping, activations recomputed. A policy
-is one of `zero.tensor_placement_policy`, or fsdp2: Hugging Face's model under torch's FSDP2 with its CPU offload. Each
-line's `floor` is what no program could do without: see `floor_of`.
+It prints a line for each case: tokens a second, the seconds of a step, `floor` (the least seconds that any program
+would need: see `floor_of`), the peak memory of device and host in GiB, the seconds until it was ready, and the losses.
+For our engine a second line has the number of parameters, and the bytes of each on the device, the host and the disk.
+
+Weights are random, sequences are 1024 random tokens, master weights and moments are fp32, gradients are clipped, and
+activations are recomputed. A policy is a value of `zero.tensor_placement_policy`, or fsdp2: Hugging Face's model under
+torch's FSDP2 with its CPU offload.
 """
 
 import argparse
@@ -39,15 +43,15 @@ from parallel.storage.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes
 
 SEQUENCE, LR = 1024, 1e-4
-SLOW = 5.0  # seconds
-MATMUL, COPY, UPDATE = 790e12, 55e9, 0.24e-9  # FLOP/s in bf16; bytes/s each way; seconds an element
+SLOW = 5.0  # seconds: a step that takes longer is printed when it ends
+MATMUL, COPY, UPDATE = 790e12, 55e9, 0.24e-9  # FLOP/s in bf16; bytes/s in each direction; seconds for an element
 
 Contender: TypeAlias = tuple[Step, OPTShape, parallel.Engine | None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model (its shape possibly changed) under a cap, and what its config says besides."""
+    """A model whose shape may be changed, the cap on the device's memory, and further settings of its config."""
 
     model: str
     device_memory: str
@@ -66,7 +70,7 @@ class Case:
 
 LEAN = dict(state_dtype="bf16")
 DISK = dict(nvme_dir="/tmp/colonnade")
-FULL = DISK | dict(host_memory="115GiB")  # of 125: more than the share that is taken unasked
+FULL = DISK | dict(host_memory="115GiB")  # of 125 GiB: more than the default share
 WIDER = dict(hidden_size=6144, word_embed_proj_dim=6144, ffn_dim=24576, num_attention_heads=48)
 
 SETS = {
@@ -93,7 +97,7 @@ SETS = {
 
 
 def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
-    """Seconds of each step, the losses, and the most bytes on the device and the host."""
+    """Train a case; return the seconds of each step, the losses, and the peak memory of the device and the host."""
     start = time.perf_counter()
     step, shape, engine = fsdp2(case) if case.policy == "fsdp2" else ours(case)
     ready = time.perf_counter() - start
@@ -104,7 +108,7 @@ def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(step(ids))
         seconds.append(time.perf_counter() - start)
-        if seconds[-1] > SLOW:  # all may not be over before somebody's patience is
+        if seconds[-1] > SLOW:  # so that the output shows progress
             print(f"    step {len(losses)}: {seconds[-1]:.1f} s, loss {losses[-1]:.4f}", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return dict(
@@ -120,10 +124,11 @@ def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
 
 
 def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> float:
-    """The seconds that a step cannot be done without, at the rates of an H200 with 16 cores. Matmuls (a second forward
-    among them, but for each block's last) or copies, whichever is longer: a parameter on the host comes twice, in bf16,
-    and its gradient goes once, the other way. Then the update of states on the host, which waits for the norm of all
-    gradients.
+    """Return the least seconds that a step needs, at the rates of an H200 with 16 cores.
+
+    First there are matmuls or copies, whichever take longer. The matmuls include those of a second forward, except each
+    block's last one. A parameter that is offloaded to the host is copied to the device twice, in bf16, and its gradient
+    once in the other direction. Then comes the update of states on the host, which needs the norm of all gradients.
     """
     chunks = [] if engine is None else engine.chunks
     count = sum(chunk.size for chunk in chunks) or parameter_count(shape)
@@ -135,6 +140,7 @@ def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> flo
 
 
 def ours(case: Case) -> Contender:
+    """Make our engine, which prints its placement plans."""
     train = dict(global_batch_size=case.batch, micro_batch_size=case.batch, precision="bf16")
     zero = dict(tensor_placement_policy=case.policy, device_memory=case.device_memory)
     config: dict[str, Any] = dict(
@@ -152,6 +158,7 @@ def ours(case: Case) -> Contender:
 
 
 def fsdp2(case: Case) -> Contender:
+    """Make Hugging Face's model under FSDP2 with CPU offload."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = parse(dict(model=dict(name=case.model, dropout=0.0), zero=dict(device_memory=case.device_memory)))
@@ -187,7 +194,7 @@ def fsdp2(case: Case) -> Contender:
 
 
 def show(case: Case, warm_up: int, steps: int) -> None:
-    """In a process of its own: what one leaves on a device or a host must not trouble the next."""
+    """Measure a case in a new process, so that it finds device and host memory free, and print its lines."""
     name = f"{case.name} {case.device_memory} {case.policy:<5} batch {case.batch}"
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
@@ -209,7 +216,7 @@ def show(case: Case, warm_up: int, steps: int) -> None:
 
 
 def machine() -> str:
-    """The device, the host and the disk that all this runs on."""
+    """Return a description of the device, the host and the disk of this machine."""
     device = "no GPU"
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()} of {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
@@ -229,8 +236,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=4, help="steps before those that are timed; a plan takes two")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     arguments = parser.parse_args()
-    if strangers := set(arguments.sets) - set(SETS):
-        parser.error(f"there is no set {', '.join(strangers)}, but {', '.join(SETS)}")
+    if unknown := set(arguments.sets) - set(SETS):
+        parser.error(f"there is no set {', '.join(unknown)}; the sets are {', '.join(SETS)}")
     print(machine(), flush=True)
     zero = dict(gpu_margin_mem_ratio=arguments.margin)
     cases = [

@@ -1,8 +1,13 @@
-"""OPT on one GPU in bf16: ours beside Hugging Face's model on plain torch, each in a fresh process.
+"""This measures tokens a second and memory on one GPU in bf16: our engine beside Hugging Face's model in plain torch.
 
     python -m benchmarks.one_gpu [--model opt-1.3b] [--batch 8] [--sequence 1024] [--steps 10] [--only ours hf fsdp2]
 
-All start from the same random weights and train on the same random tokens, dropout 0. Without a GPU it runs on the CPU.
+It prints a line for each contender: the median of tokens a second, the smallest and the largest, the model FLOPs
+utilization (MFU), the peak memory of the GPU in GiB, and the first and the last loss. The exit code says whether the
+losses agree.
+
+Each contender runs in a new process. All start from the same random weights and train on the same random tokens, with
+dropout 0. Without a GPU they run on the CPU.
 """
 
 import argparse
@@ -22,12 +27,12 @@ from models.costs import flops_per_token
 from models.hf import export
 from models.shapes import NAMED, from_hugging_face, resolve, shape_of
 
-AGREEMENT = 2**-7  # of losses, relative to the first: bf16's epsilon
+AGREEMENT = 2**-7  # the difference allowed between losses, relative to the first loss: bf16's epsilon
 COLUMNS = "{:<14} {:>9} {:>17} {:>6} {:>9} {:>10} {:>9}"
 
 
 def save_start(model: str, folder: Path) -> None:
-    """The weights that a seed draws for a named size, as a Hugging Face directory in fp32."""
+    """Save the weights that a seed draws for a named model as a Hugging Face directory in fp32."""
     named = dict(name=model, dropout=0.0, attention_dropout=0.0)
     context = parallel.launch_from_torch(dict(model=named, train=dict(device="cpu")), resolve=resolve)
     pieces = [piece for info in models.build(context).infos for piece in info.pieces()]
@@ -35,12 +40,13 @@ def save_start(model: str, folder: Path) -> None:
 
 
 def run(name: str, work: Work) -> Result:
-    """`measure` in a process that did nothing before, and does nothing after."""
+    """Call `measure` in a new process, which then ends."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, name, work).result()
 
 
 def line(name: str, result: Result, work: Work) -> str:
+    """Return a contender's line of the table."""
     tokens = work.batch * work.sequence
     speeds = [tokens / seconds for seconds in result.seconds]
     speed, spread = median(speeds), f"{min(speeds):.0f}-{max(speeds):.0f}"
@@ -52,7 +58,7 @@ def line(name: str, result: Result, work: Work) -> str:
 
 
 def agree(one: Result, other: Result) -> bool:
-    """Whether the first losses and the last do; NaN agrees with nothing."""
+    """Return whether the first losses agree, and the last ones too; NaN agrees with nothing."""
     return all(abs(one.losses[i] - other.losses[i]) <= AGREEMENT * one.losses[0] for i in (0, -1))
 
 
@@ -81,13 +87,13 @@ def main() -> None:
                 print(line(name, results[name], work), flush=True)
             except parallel.ConfigError as error:
                 print(f"{name:<14} not available: {error}", flush=True)
-            except Exception as error:  # out of memory, most likely: the others may still run
+            except Exception as error:  # most likely it ran out of memory, and the others can still run
                 failed = True
                 print(f"{name:<14} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
     reference = next(iter(results.values()), None)
-    strangers = [name for name, result in results.items() if reference is None or not agree(reference, result)]
-    if strangers:
-        sys.exit(f"The losses of {', '.join(strangers)} disagree: these were not the same computation.")
+    different = [name for name, result in results.items() if reference is None or not agree(reference, result)]
+    if different:
+        sys.exit(f"The losses of {', '.join(different)} disagree: these were not the same computation.")
     sys.exit(failed)
 
 

@@ -1,7 +1,7 @@
-"""How much of a step's communication is hidden, from a profiler's trace: the time of NCCL's kernels during which a
-kernel of another kind runs too.
+"""Communication that is hidden under computation, measured in a profiler's trace.
 
-A kernel that waits for another rank counts as communication for as long as it waits.
+Communication is hidden while a kernel of NCCL and a kernel of another kind run at the same time. A kernel that waits
+for another rank counts as communication for as long as it waits.
 """
 
 import gzip
@@ -14,11 +14,11 @@ Interval = tuple[float, float]
 Event = dict[str, Any]
 
 KEPT = ("kernel", "gpu_memcpy", "gpu_memset", "user_annotation", "gpu_user_annotation")
-"""Categories of events. A step calls hundreds of thousands of host functions, which no kept file needs."""
+"""The categories of events that are kept in a file: not those of host functions, hundreds of thousands in a step."""
 
 
 def shares(events: Iterable[Event]) -> tuple[float, float] | None:
-    """(seconds of communication, the share of them that is hidden); None where nothing communicates on a device."""
+    """Return the seconds of communication and the share of them that is hidden; None where no kernel communicates."""
     kernels = [event for event in events if event.get("cat") == "kernel"]
     of_nccl: list[Interval] = []
     others: list[Interval] = []
@@ -31,7 +31,7 @@ def shares(events: Iterable[Event]) -> tuple[float, float] | None:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same instants, each once, in order."""
+    """Return disjoint intervals, in order, that cover the same time."""
     found: list[Interval] = []
     for start, stop in sorted(intervals):
         if found and start <= found[-1][1]:
@@ -42,7 +42,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def common(some: list[Interval], others: list[Interval]) -> float:
-    """How long both last at once; each is a union."""
+    """Return the length of the time that both cover; each must be a result of `union`."""
     total, i, j = 0.0, 0, 0
     while i < len(some) and j < len(others):
         total += max(0.0, min(some[i][1], others[j][1]) - max(some[i][0], others[j][0]))
@@ -54,7 +54,7 @@ def common(some: list[Interval], others: list[Interval]) -> float:
 
 
 def keep(trace: Path, path: Path) -> list[Event]:
-    """A trace's events, as the profiler wrote them; those on the device, and named ranges, are packed into `path`."""
+    """Return all events of a trace, and write those of the device and the named ranges to `path`, compressed."""
     whole = json.loads(trace.read_text())
     events: list[Event] = whole["traceEvents"]
     whole["traceEvents"] = [event for event in events if event.get("cat") in KEPT or event.get("ph") == "M"]

@@ -1,7 +1,7 @@
-"""What a user of torch would write: Hugging Face's OPT trained with torch's own parallel APIs, one function for each.
+"""Hugging Face's OPT trained with torch's own parallel APIs, one function for each, as a user of torch would write it.
 
-Every function returns a step: the global batch ids[G, S] -> its mean loss, the same on every rank, after one update.
-All of them use the fused AdamW, decay on matrices only, and clip the norm of the whole gradient.
+Every function returns a training step: the global batch ids[G, S] -> its mean loss, the same on every rank, after one
+update. All of them use the fused AdamW, apply weight decay to matrices only, and clip the norm of the whole gradient.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,6 +24,7 @@ from benchmarks.workload import BETAS, CLIP, EPS, LR, PP_MICROBATCHES, WEIGHT_DE
 
 
 def one_process(folder: Path, rank: int, world_size: int) -> Step:
+    """Train in a single process, with no parallelism."""
     model = load(folder)
     optimizer = adamw(model.parameters())
 
@@ -38,17 +39,18 @@ def one_process(folder: Path, rank: int, world_size: int) -> Step:
 
 
 def ddp(folder: Path, rank: int, world_size: int) -> Step:
+    """Train with DistributedDataParallel."""
     model = DistributedDataParallel(load(folder))
     return _data_parallel(model, rank, world_size)
 
 
 def fsdp2(folder: Path, rank: int, world_size: int) -> Step:
-    """Parameters, gradients and moments sharded: the first collective of a layer is its weights' all-gather."""
+    """Train with FSDP2: parameters, gradients and moments are sharded, and a layer begins with an all-gather."""
     return _fsdp2(folder, rank, world_size, reshard_after_forward=None)
 
 
 def fsdp2_kept(folder: Path, rank: int, world_size: int) -> Step:
-    """Weights stay gathered from forward to backward, as in ZeRO 2: one all-gather a step, not two."""
+    """Train with FSDP2, weights kept gathered from forward to backward as in ZeRO 2: one all-gather a step, not two."""
     return _fsdp2(folder, rank, world_size, reshard_after_forward=False)
 
 
@@ -59,7 +61,7 @@ def _fsdp2(folder: Path, rank: int, world_size: int, *, reshard_after_forward: b
 
 
 def shard(model: Any, mesh: DeviceMesh, **how: Any) -> None:
-    """Every layer, and the rest: `how` is `fully_shard`'s."""
+    """Apply `fully_shard` to every layer, and then to the rest of the model; `how` is passed on to it."""
     for layer in model.model.decoder.layers:
         fully_shard(layer, mesh=mesh, **how)
     fully_shard(model, mesh=mesh, **how)
@@ -82,7 +84,10 @@ def _data_parallel(model: nn.Module, rank: int, world_size: int) -> Step:
 
 
 def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
-    """Linears as DTensors, columns then rows; embeddings, norms and the head are whole on every rank."""
+    """Train with linears as DTensors, split by columns, then by rows.
+
+    Embeddings, norms and the head are whole on every rank.
+    """
     model = load(folder)
     split_linears(model, init_device_mesh("cpu", (world_size,)))
     split = [p for p in model.parameters() if isinstance(p.data, DTensor)]
@@ -104,7 +109,7 @@ def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
 
 
 def split_linears(model: Any, mesh: DeviceMesh) -> None:
-    """Each layer's linears, and its heads, over the mesh."""
+    """Split the linears of each layer, and its attention heads, over the mesh."""
     columns, rows = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"), ("self_attn.out_proj", "fc2")
     for layer in model.model.decoder.layers:
         plan: dict[str, Any] = {name: ColwiseParallel() for name in columns} | {
@@ -115,8 +120,9 @@ def split_linears(model: Any, mesh: DeviceMesh) -> None:
 
 
 class Part(nn.Module):
-    """One of `count` parts of the layers, equal ones unless `blocks` says which; the embeddings before the first, the
-    head after the last.
+    """One of `count` pipeline stages: the blocks of the range `blocks`, or an equal share of them.
+
+    The first stage has the embeddings too, and the last one the head.
     """
 
     def __init__(self, model: Any, index: int, count: int, blocks: range | None = None) -> None:
@@ -143,14 +149,14 @@ class Part(nn.Module):
 
 
 def pipeline(folder: Path, rank: int, world_size: int) -> Step:
-    """1F1B."""
+    """Train with a pipeline and its 1F1B schedule."""
     model = load(folder)
     stage = PipelineStage(Part(model, rank, world_size), rank, world_size, torch.device("cpu"))
     return _pipeline(Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=loss_of), model, [stage], rank, world_size)
 
 
 def interleaved(folder: Path, rank: int, world_size: int) -> Step:
-    """1F1B with two chunks of layers on every rank."""
+    """Train with a pipeline and its interleaved 1F1B schedule, with two groups of layers on every rank."""
     model, count = load(folder), 2 * world_size
     indices = (rank, rank + world_size)
     stages = [PipelineStage(Part(model, index, count), index, count, torch.device("cpu")) for index in indices]
@@ -159,7 +165,10 @@ def interleaved(folder: Path, rank: int, world_size: int) -> Step:
 
 
 def _pipeline(schedule: Any, model: Any, stages: Sequence[PipelineStage], rank: int, world_size: int) -> Step:
-    """Tied weights and the norm over all stages are the user's business here."""
+    """Return the training step of a pipeline.
+
+    torch leaves it to its user to sum the gradients of tied weights, and the norm over all stages.
+    """
     last = world_size - 1
     parameters = [p for stage in stages for p in stage.submod.parameters()]
     optimizer = adamw(parameters)
@@ -184,7 +193,8 @@ def _pipeline(schedule: Any, model: Any, stages: Sequence[PipelineStage], rank: 
 
 
 def load(folder: Path) -> Any:
-    from transformers import OPTForCausalLM  # takes seconds; a rank that has no peer does without
+    """Load the Hugging Face model of a directory, in fp32 and in training mode."""
+    from transformers import OPTForCausalLM  # this takes seconds, and only ranks with a peer need it
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -192,11 +202,15 @@ def load(folder: Path) -> Any:
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean cross entropy of the next token."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def adamw(*parts: Iterable[Tensor], lr: float = LR) -> torch.optim.AdamW:
-    """Decay on matrices only. A fused update takes tensors of one kind: DTensors are a part of their own."""
+    """Make a fused AdamW with weight decay on matrices only.
+
+    A fused update takes tensors of one kind, so that DTensors are a part of their own.
+    """
     groups: list[dict[str, Any]] = []
     for part in map(list, parts):
         groups.append(dict(params=[p for p in part if p.ndim >= 2], weight_decay=WEIGHT_DECAY))
@@ -205,5 +219,6 @@ def adamw(*parts: Iterable[Tensor], lr: float = LR) -> torch.optim.AdamW:
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:
+    """Update the weights, and drop the gradients."""
     optimizer.step()
     optimizer.zero_grad()

@@ -1,10 +1,12 @@
-"""Attention of one layer whose sequences are split, in parts: what its kernels do, what a hop carries, what is hidden.
+"""This measures the parts of one layer's attention over sequences that are split over ranks.
 
     torchrun --nproc-per-node 4 -m benchmarks.ring [--tokens 4096] [--heads 32] [--head 128]    # nccl, bf16
     torchrun --nproc-per-node 2 -m benchmarks.ring --tokens 64 --heads 4 --head 16              # gloo, on a CPU, fp32
 
-Kernels are given what a rank sees of an earlier one, all of its queries and half of the other's keys. `nothing sent`:
-a ring whose ranks go on with copies of their own keys. torch's is `context_parallel`, which is for GPUs alone.
+It prints a line for each part: every attention kernel by its name (milliseconds and TFLOP/s, forward and backward, for
+all queries of a rank and half of an earlier rank's keys), `a hop` (sending keys and values to the next rank), `ring`,
+`nothing sent` (a ring whose ranks go on with copies of their own keys: what is left of `ring` without communication),
+`all_to_all`, and `torch's`: torch's `context_parallel`, which exists for GPUs only.
 """
 
 import argparse
@@ -38,7 +40,7 @@ TIMES, WARM_UP = 10, 3
 
 @dataclass(frozen=True)
 class Layer:
-    """q, k, v and the gradient of y, [1, heads, S_context, D], of one rank."""
+    """The tensors q, k, v and dy, the gradient of y, of one rank: [1, heads, S_context, D]."""
 
     context: Context
     q: Tensor
@@ -48,6 +50,7 @@ class Layer:
 
     @classmethod
     def of(cls, context: Context, tokens: int, heads: int, head: int) -> "Layer":
+        """Draw the tensors of a layer with so many tokens on each rank, and heads of width `head`."""
         dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
         drawn = (torch.randn(1, tokens, heads, head, device=context.device, dtype=dtype) for _ in range(4))
         q, k, v, dy = (x.transpose(1, 2) for x in drawn)
@@ -58,7 +61,7 @@ class Layer:
         return self.context.mesh.axis("context")
 
     def seconds(self, act: Callable[[], object]) -> float:
-        """The median of some."""
+        """Return the median of the seconds that some calls take."""
         clock, taken = clock_of(self.context.device), []
         for _ in range(WARM_UP + TIMES):
             begun = clock.now()
@@ -69,7 +72,7 @@ class Layer:
         return median(clock.seconds(*one) for one in taken[WARM_UP:])
 
     def both(self, attend: Callable[[], Tensor]) -> str:
-        """Forward and backward."""
+        """Return the time of forward and backward together, as text."""
 
         def act() -> None:
             attend().backward(self.dy)
@@ -80,7 +83,7 @@ class Layer:
 
 
 def rates(layer: Layer, kernel: Kernel) -> str:
-    """All of a rank's queries to half of as many keys."""
+    """Return a kernel's times and rates, for all queries of a rank and half as many keys."""
     own, half = layer.q.shape[-2], layer.q.shape[-2] // 2
     block = Block((range(own),), (range(half),), own, False)
     flops = 4 * own * half * layer.q.shape[1] * layer.q.shape[-1]
@@ -94,22 +97,25 @@ def rates(layer: Layer, kernel: Kernel) -> str:
 
 
 def hop(layer: Layer) -> str:
-    """Of keys and values, on all ranks at once."""
+    """Return the time and the rate of sending keys and values to the next rank, on all ranks at once."""
     parts = torch.stack([layer.k, layer.v]).detach()
     took = layer.seconds(lambda: start_rotate(parts, layer.axis).wait())
     return f"{1e3 * took:.3f} ms, {parts.nbytes / took / 1e9:.3g} GB/s"
 
 
 def around(layer: Layer) -> str:
+    """Return the time of ring attention."""
     return layer.both(lambda: ring.ring_attention(layer.q, layer.k, layer.v, layer.axis, Masking()))
 
 
 def alone(layer: Layer) -> str:
+    """Return the time of ring attention whose ranks send nothing."""
     with patch.object(ring, "start_rotate", lambda x, axis: Pending(x.clone())):
         return around(layer)
 
 
 def exchanged(layer: Layer) -> str:
+    """Return the time of attention by all-to-all."""
     heads, head = layer.q.shape[1], layer.q.shape[-1]
     if heads % layer.axis.size:
         return f"{heads} heads do not divide"
@@ -124,6 +130,7 @@ def exchanged(layer: Layer) -> str:
 
 
 def torchs(layer: Layer) -> str:
+    """Return the time of torch's context parallelism."""
     mesh = init_device_mesh("cuda", (layer.axis.size,))
     split = [torch.zeros(1, layer.q.shape[-2] * layer.axis.size, device=layer.q.device)]
     with context_parallel(mesh, buffers=split, buffer_seq_dims=[1], no_restore_buffers=set(split)):
@@ -131,6 +138,7 @@ def torchs(layer: Layer) -> str:
 
 
 def parts_of(layer: Layer) -> dict[str, Callable[[Layer], str]]:
+    """Return the parts that this device has, by the names of their lines."""
     on_gpu = layer.context.device.type == "cuda"
     torchs_own = {backend.name: kernel for backend, kernel in kernels.ON_GPU.items()} if on_gpu else {}
     found = torchs_own or {"FLASH_ON_CPU": kernels.FLASH_ON_CPU}
@@ -140,7 +148,7 @@ def parts_of(layer: Layer) -> dict[str, Callable[[Layer], str]]:
 
 
 def measure(context: Context, tokens: int, heads: int, head: int) -> dict[str, str]:
-    """What came of each part; rank 0 prints it."""
+    """Measure each part, and return the lines' texts by name; rank 0 prints them."""
     layer, found = Layer.of(context, tokens, heads, head), {}
     for name, part in parts_of(layer).items():
         found[name] = part(layer)
@@ -151,9 +159,9 @@ def measure(context: Context, tokens: int, heads: int, head: int) -> dict[str, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a rank")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a rank")
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--head", type=int, default=128, help="its width")
+    parser.add_argument("--head", type=int, default=128, help="the width of a head")
     arguments = parser.parse_args()
     place = Place.from_environment()
     config = parse(dict(parallel=dict(context=place.world_size)), world_size=place.world_size)

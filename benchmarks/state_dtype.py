@@ -1,9 +1,14 @@
-"""The same model with fp32 moments, with bf16 ones, and with bf16 ones that are rounded to the nearest; their losses.
+"""This measures the losses of one model with Adam moments in fp32, in bf16, and in bf16 rounded to the nearest.
 
     python -W ignore -m benchmarks.state_dtype [--steps 2000] [--seed 0] [--picture docs/state_dtype.png]
 
-A small OPT on the built-in corpus, one process on a CPU, beta2 = 0.999. The three take turns step by step; the first
-two are as `optimizer.state_dtype` has them, and the last is for comparison only.
+It prints the training losses ten times in a run; then, for each of the three, the mean of the last tenth of the
+training losses, the validation loss, and the median over elements of its second moment divided by fp32's. `--picture`
+draws the training losses.
+
+The model is a small OPT, trained on the built-in corpus by one process on a CPU, with beta2 = 0.999. The three take
+turns step by step. The first two are what `optimizer.state_dtype` offers: there bf16 is rounded stochastically. The
+last one is for comparison only.
 """
 
 import argparse
@@ -28,7 +33,7 @@ CONTENDERS = {"fp32": "#2a6fbb", "bf16": "#e07b00", "bf16, to the nearest": "#99
 
 
 def to_the_nearest(rounding: Rounding, part: Part, moment: int, update: int) -> Tensor:
-    """In place of noise: half a unit, in each element of the part."""
+    """Return half a unit for each element of the part, to be added where stochastic rounding adds noise."""
     return torch.full((len(part.gradient),), 2**15, dtype=torch.int32)
 
 
@@ -43,8 +48,8 @@ def config_of(state_dtype: str, steps: int, seed: int) -> Config:
     return parse(raw, world_size=1, resolve=resolve)
 
 
-def race(steps: int, seed: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Tensor]]:
-    """For each contender the training losses, the validation loss at the end, and all second moments then."""
+def train_in_turns(steps: int, seed: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Tensor]]:
+    """Return, for each contender, the training losses, the validation loss at the end, and all second moments then."""
     engines = {name: engine_of(name, steps, seed) for name in CONTENDERS}
     config = engines["fp32"].config
     corpus = load_tokens(config.data, shape_of(config).vocab_size)
@@ -80,6 +85,7 @@ def second_moments(engine: Engine) -> Tensor:
 
 
 def draw(losses: dict[str, list[float]], target: Path) -> None:
+    """Draw the smoothed losses, and their distance from fp32's, into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,7 +93,7 @@ def draw(losses: dict[str, list[float]], target: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = list(range(1, len(losses["fp32"]) + 1))
-    end = len(steps) - len(steps) // 40  # behind it fewer and fewer values are smoothed over
+    end = len(steps) - len(steps) // 40  # after it the smoothing has fewer and fewer values
     for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=True):
         apart = [a - b for a, b in zip(values, losses["fp32"], strict=True)]
         for axes, line in ((left, smoothed(values)), (right, smoothed(apart))):
@@ -106,14 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Loss curves by the moments' dtype.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="a PNG; it takes matplotlib")
+    parser.add_argument("--picture", type=Path, help="a PNG file to draw; this needs matplotlib")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    losses, validation, moments = race(options.steps, options.seed)
+    losses, validation, moments = train_in_turns(options.steps, options.seed)
     last = max(1, options.steps // 10)
     used = moments["fp32"] > 0
     for name, values in losses.items():
-        # exp_avg_sq, relative to that of fp32: the median over elements.
+        # The median over elements of exp_avg_sq relative to fp32's.
         ratio = (moments[name][used] / moments["fp32"][used]).median().item()
         mean = sum(values[-last:]) / last
         print(f"{name:22} last {last} steps {mean:.4f}, validation {validation[name]:.4f}, exp_avg_sq × {ratio:.2f}")

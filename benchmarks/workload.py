@@ -1,4 +1,4 @@
-"""What everybody trains, and ours training it."""
+"""The model, the batch and the optimizer settings of `benchmarks.cpu_peers`, and our engine training with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.parity import engine_of, share_of
 
 Step = Callable[[Tensor], float]
-"""The global batch ids[G, S] -> its mean loss on every rank, after one update."""
+"""A training step: the global batch ids[G, S] -> its mean loss on every rank, after one update."""
 
 SHAPE = dict(
     vocab_size=2048,
@@ -26,9 +26,9 @@ LR, EPS, BETAS, WEIGHT_DECAY, CLIP = 6e-4, 1e-6, (0.9, 0.95), 0.1, 1.0
 
 
 def save_model(folder: Path, **changes: float) -> None:
-    """Random weights as a Hugging Face directory, dropout 0: ours and the peers start from it.
+    """Save random weights as a Hugging Face directory, with dropout 0; all contenders start from it.
 
-    `changes` are to `SHAPE`; vocabulary and positions must stay.
+    `changes` replace values of `SHAPE`. The vocabulary size and the number of positions must stay as they are.
     """
     from transformers import OPTConfig, OPTForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -39,13 +39,16 @@ def save_model(folder: Path, **changes: float) -> None:
 
 
 def tokens_of(step: int) -> Tensor:
-    """ids[G, S] of a step, the same on every rank."""
+    """Return the tokens ids[G, S] of a step, the same on every rank."""
     generator = torch.Generator().manual_seed(step)
     return torch.randint(4, SHAPE["vocab_size"], (GLOBAL_BATCH, SEQUENCE), generator=generator)
 
 
 def ours(folder: Path, rank: int, world_size: int, sections: dict[str, Any]) -> Step:
-    """`sections` of a config say the layout; only a pipeline splits a replica's batch into microbatches."""
+    """Return our training step in the layout that these sections of a config describe.
+
+    Only a pipeline splits a replica's batch into microbatches.
+    """
     layout = sections.get("parallel", {})
     replicas = world_size // (layout.get("pipeline", {}).get("size", 1) * layout.get("tensor", {}).get("size", 1))
     micro = GLOBAL_BATCH // (PP_MICROBATCHES if "pipeline" in layout else replicas)

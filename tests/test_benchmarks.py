@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import cpu_peers, overlap, ring, workload
 from benchmarks.gpu_contenders import Result, Work, measure
-from benchmarks.gpu_jobs import BandwidthJob, ParityJob, Row, Scene, SpeedJob
+from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
 from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
@@ -59,7 +59,7 @@ def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
 
 
 def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
-    scene = Scene(rank, world_size, torch.device("cpu"), out, tiny=True)
+    setup = RankSetup(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
     jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
@@ -69,7 +69,7 @@ def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
         *(SpeedJob(pipe, "opt-tiny", 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
         SpeedJob(zero, "opt-tiny", 4, alone=True, steps=1),
     ]
-    return [row for job in jobs for row in job.run(scene)]
+    return [row for job in jobs for row in job.run(setup)]
 
 
 def test_the_jobs_of_several_gpus_run_on_a_cpu(tmp_path: Path) -> None:
