@@ -124,7 +124,7 @@ class ModuleEngine(ModuleState):
         is_one = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
         problem = "" if is_one else f"loss: it must be one number with a gradient, got {modules.described(loss)}."
         self._agreement.check("a backward", problem)
-        self._gatherer.root.use()  # a backward before this one, of another forward, may have let it go
+        self._gatherer.root.make_whole()  # a backward before this one, of another forward, may have let it go
         with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
         self._awaits_backward = retain_graph
@@ -238,7 +238,7 @@ class ModuleEngine(ModuleState):
         if torch.is_grad_enabled():
             self._say_work(inputs)
         self._gatherer.start_pass(guarded=True)
-        self._gatherer.root.use()
+        self._gatherer.root.make_whole()
 
     def _say_work(self, inputs: Any) -> None:
         """To the placer: a module's work grows with the sizes of its inputs."""
