@@ -1,4 +1,4 @@
-"""Flat buffers of parameters: what lies in them, and when their gradients travel."""
+"""Chunks: what is in their buffers, and when their gradients are summed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,13 +48,13 @@ def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:
     assert torch.equal(infos[1].parameter, (values[1] + 1).bfloat16())
 
 
-def test_masters_wide_enough_are_the_parameters_themselves() -> None:
+def test_master_weights_are_the_parameters_themselves_where_both_have_one_dtype() -> None:
     info = info_of("a.weight", 4, 4)
     chunk = Chunk(ChunkSpec([info], torch.float32))
     assert info.parameter.data_ptr() == chunk.master.data_ptr() == chunk.parameters.whole.data_ptr()
 
 
-def test_chunks_part_by_unit_decay_and_axes() -> None:
+def test_parameters_share_a_chunk_where_unit_decay_and_axes_are_the_same() -> None:
     data = Axis("data", 0, 2, (0, 1), None, ALONE.traffic)
     summed = Layout((4, 4), ((), ()), sync=(data,))
     infos = [info_of(name, 4, 4) for name in ("a.v", "a.w", "b.w")]
@@ -75,8 +75,8 @@ def test_slices_along_the_first_axis_are_equal_and_cover_the_buffer() -> None:
         assert torch.equal(torch.cat(slices), torch.arange(spec.size))
 
 
-def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
-    """What happens, in order, when a chunk is made whole that is at home on the host; and whether it is."""
+def events_of_a_gather(rank: int, world_size: int) -> tuple[list[str], bool]:
+    """Gather a chunk whose parameters are on the host. Return the events in order, and whether the values are right."""
     axis = Axis("data", rank, world_size, tuple(range(world_size)), dist.group.WORLD, ALONE.traffic)
     info = info_of("a.w", 64, 8, layout=Layout((64, 8), ((), ()), sync=(axis,)))
     want = info.parameter.detach().clone()
@@ -103,16 +103,16 @@ def waited(rank: int, world_size: int) -> tuple[list[str], bool]:
     return found, torch.equal(info.parameter, want)
 
 
-def test_a_chunk_comes_up_and_is_gathered_while_the_device_computes() -> None:
-    assert run(waited, 2) == [(["behind the copy:", "gather", "compute"], True)] * 2
+def test_a_chunk_is_uploaded_and_gathered_while_the_device_computes() -> None:
+    assert run(events_of_a_gather, 2) == [(["behind the copy:", "gather", "compute"], True)] * 2
 
 
 PLACEMENTS = [Placement(parameters, states) for parameters in (Tier.DEVICE, Tier.HOST) for states in Tier]
 
 
-def moved(rank: int, world_size: int, dtype: torch.dtype, zero: int, folder: Path) -> list[str]:
-    """Move a chunk from every placement to every other. Return what is not as `sharing` says, and which values differ:
-    each move after a gradient took the parameters' memory, where it may.
+def wrong_after_moves(rank: int, world_size: int, dtype: torch.dtype, zero: int, folder: Path) -> list[str]:
+    """Move a chunk from every placement to every other, each time after a gradient has reused the parameters' memory
+    where it may. Return the moves after which `sharing` is wrong, or values are.
     """
     axis = Axis("data", rank, world_size, tuple(range(world_size)), dist.group.WORLD, ALONE.traffic)
     info = info_of("a.w", 64, 8, layout=Layout((64, 8), ((), ()), sync=(axis,)))
@@ -147,12 +147,12 @@ def moved(rank: int, world_size: int, dtype: torch.dtype, zero: int, folder: Pat
 def test_a_chunk_shares_the_memory_that_its_sharing_names_wherever_it_moves(
     dtype: torch.dtype, zero: int, tmp_path: Path
 ) -> None:
-    assert run(moved, 2, dtype, zero, tmp_path) == [[], []]
+    assert run(wrong_after_moves, 2, dtype, zero, tmp_path) == [[], []]
 
 
 @contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # which fills what torch.empty gives
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
     try:
         yield
     finally:
@@ -182,8 +182,8 @@ def test_a_parameter_that_no_backward_reaches_has_a_gradient_of_zero() -> None:
 
 
 def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
-    """What happens in one step, in order: a forward and a gradient of the token embedding, the last to arrive, and the
-    start of each chunk's sum over ranks.
+    """Return the events of one step in order: a forward, the arrival of the token embedding's gradient, which is the
+    last one, and the launch of each chunk's sum over ranks.
     """
     engine, events = engine_of(rank, world_size, raw), []
     units = {chunk.master.numel(): chunk.infos[0].unit for chunk in engine.chunks if chunk.spec.is_matrix}
@@ -201,7 +201,7 @@ def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
     return events
 
 
-def test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before() -> None:
+def test_a_chunk_is_summed_during_the_last_backward_and_never_before() -> None:
     raw = config_of({}, model=SHAPE | dict(num_hidden_layers=1), train=dict(micro_batch_size=3))
     assert (
         run(events_of_a_step, 2, raw)
@@ -210,7 +210,9 @@ def test_a_chunk_is_summed_while_the_last_backward_goes_on_and_never_before() ->
 
 
 def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
-    """What happens in one step, in order: a receive posted, a forward, a send, the product of a weight's gradient."""
+    """Return the events of one step in order, a letter each: r for a receive that is posted, f for a forward, s for a
+    send, p for the product that is the gradient of a weight.
+    """
     engine, events = engine_of(rank, world_size, raw), []
 
     def sent(*arguments: Any) -> Pending:
@@ -236,9 +238,10 @@ def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
     return "".join(events)
 
 
-def test_weights_have_their_gradients_once_the_stage_before_has_its_own() -> None:
-    """Three microbatches, and on each of three stages a block of four linears. What is recomputed is not kept. Nothing
-    is received before it is needed: what waits on a GPU takes from what computes.
+def test_gradients_of_weights_are_computed_after_the_gradient_for_the_stage_before_is_sent() -> None:
+    """There are three microbatches, and a block of four linears on each of three stages. With recomputation products
+    are not deferred, since that would keep what was recomputed. Nothing is received before it is needed: on a GPU, a
+    receive that waits takes multiprocessors from computation.
     """
     model = SHAPE | dict(num_hidden_layers=3)
     pipe = dict(pipeline=dict(size=3, layers=[1, 1, 1]))

@@ -1,4 +1,4 @@
-"""fp16 with a dynamic loss scale, and activations computed again in backward."""
+"""fp16 with a dynamic loss scale, and recomputation of activations in backward."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_recompute_equals_no_recompute_bit_for_bit(layout: str, dropout: float) -> None:
-    """With dropout a mask is kept after a block's last product, which is then made again; without it is not."""
+    """Dropout saves a mask after a block's last product, which is then computed again; without dropout it is not."""
     world_size, parallel = LAYOUTS[layout]
 
     def trace(checkpointing: str) -> Trace:
@@ -72,7 +72,7 @@ def test_recompute_equals_no_recompute_bit_for_bit(layout: str, dropout: float) 
 
 
 def scales(rank: int, world_size: int, precisions: tuple[str, str]) -> float:
-    """The loss scale of a run that goes on, in the second precision, from where one in the first was after a step."""
+    """Return the loss scale of a run in the second precision that resumes one in the first after a step."""
     first, second = (engine_of(rank, world_size, config_of({}, precision=precision)) for precision in precisions)
     first.loss_scale.scale = 8.0 if first.loss_scale.is_dynamic else 1.0
     first.train_step(share_of(batches_of(1)[0], first))
@@ -83,12 +83,12 @@ def scales(rank: int, world_size: int, precisions: tuple[str, str]) -> float:
 @pytest.mark.parametrize(
     ("precisions", "scale"), [(("fp16", "fp16"), 8.0), (("fp32", "fp16"), 2.0**16), (("fp16", "fp32"), 1.0)]
 )
-def test_a_loss_scale_goes_on_where_there_was_one(precisions: tuple[str, str], scale: float) -> None:
+def test_a_loss_scale_is_resumed_where_there_was_one(precisions: tuple[str, str], scale: float) -> None:
     assert run(scales, 1, precisions) == [scale]
 
 
 def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
-    """What a forward of one microbatch keeps for its backward, parameters left out."""
+    """Return the bytes that a forward of one microbatch saves for its backward, without parameters."""
     engine = engine_of(rank, world_size, raw)
     parameters = {p.untyped_storage().data_ptr() for p in engine.stage.parameters()}
     kept: dict[int, int] = {}
@@ -118,7 +118,7 @@ def test_recompute_keeps_one_activation_a_block() -> None:
 
 
 def products(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
-    """How many linears are multiplied in a step's forwards, and how many sums over ranks it makes."""
+    """Return the number of products of linears in a step's forwards, and the number of its sums over ranks."""
     engine = engine_of(rank, world_size, raw)
     engine.mesh.traffic.reset()
     with patch.object(LinearCollectives, "product", autospec=True, side_effect=LinearCollectives.product) as product:
@@ -126,9 +126,10 @@ def products(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
     return product.call_count, engine.mesh.traffic.calls["all_reduce"]
 
 
-def test_a_recomputed_block_goes_no_further_than_to_what_its_last_linear_takes() -> None:
-    """Of two blocks and three microbatches four linears each, a second time three of them; nor is the last's sum over
-    ranks made again."""
+def test_a_recomputation_ends_before_the_last_product_of_its_block() -> None:
+    """There are two blocks of four linears and three microbatches. A recomputation multiplies three of the four, and
+    does not repeat the sum over ranks that follows the last one.
+    """
     layers = dict(num_hidden_layers=2, dropout=0.0)
     (once, sums), (again, more) = (
         run(products, 2, config_of(LAYOUTS["1d2"][1], model=SHAPE | layers, train=dict(activation_checkpointing=kind)))[
@@ -141,7 +142,9 @@ def test_a_recomputed_block_goes_no_further_than_to_what_its_last_linear_takes()
 
 
 def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[list[Any], bool, float]:
-    """Four steps; before the second update the victim's gradients hold an infinity. (results, unchanged then, scale)"""
+    """Train four steps, the second with an infinity in the gradients of rank `victim`. Return the results, whether the
+    second step left the weights unchanged, and the final loss scale.
+    """
     engine = engine_of(rank, world_size, raw)
     infected = engine.stage.infos[-1].parameter
 
@@ -181,13 +184,13 @@ def test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve(layout: str, vi
         assert [result.grad_norm is None for result in results] == [False, True, False, False]
         assert unchanged
         assert scale == 2.0**15
-        # The schedule waits: the skipped step's rate is used by the next.
+        # The schedule does not advance: the next step uses the learning rate of the skipped one.
         assert results[1].lr == results[2].lr != results[3].lr
 
 
 @pytest.mark.gpu
 def test_fp16_gradients_err_at_most_twice_as_much_as_hugging_face_in_bf16_over_eight(opt: Path) -> None:
-    """fp16 has three bits more than bf16, so an eighth of its error; twice that is allowed."""
+    """fp16 has three bits more than bf16, and so an eighth of its error; twice that is allowed."""
     batches = batches_of(1)
     exact = run(train, 1, config_of({}, model=dict(path=str(opt))), batches)[0]
     for layout in ("single", "1d2", "2d4"):
@@ -203,7 +206,7 @@ def test_fp16_gradients_err_at_most_twice_as_much_as_hugging_face_in_bf16_over_e
         assert together <= 2 * theirs / 8
 
 
-def test_the_scale_grows_after_enough_good_steps_and_starts_again_after_an_overflow() -> None:
+def test_the_scale_doubles_after_enough_good_steps_and_counts_again_after_an_overflow() -> None:
     scale = LossScale(8.0, growth_steps=3)
     seen = []
     for overflow in (False, False, True, False, False, False, False):

@@ -1,4 +1,4 @@
-"""What a rank holds and sends when a module of which nothing is known is divided."""
+"""The bytes that a rank holds and sends when ZeRO divides a module of which nothing is known."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def step(engine: ModuleEngine, backwards: int = 1) -> None:
 
 
 def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, dict[str, int]]:
-    """(parameters, padding included; those of a rank's shards; bytes of what it holds as an update begins)"""
+    """Return the number of parameters, with padding; the number in a rank's slices; and bytes when an update begins."""
     engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
     found: dict[str, int] = {}
     update = engine.optimizer.step
@@ -37,7 +37,7 @@ def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, di
 
     engine.optimizer.step = counted  # type: ignore[method-assign]
     step(engine)
-    found["masters"] = sum(c.master.untyped_storage().nbytes() for c in engine.chunks)
+    found["master weights"] = sum(c.master.untyped_storage().nbytes() for c in engine.chunks)
     buffers = [chunk.parameters.whole for chunk in engine.chunks]
     buffers += [chunk.parameters.own for chunk in engine.chunks if chunk.spec.is_partitioned]
     found["parameters"] = sum(x.untyped_storage().nbytes() for x in buffers)
@@ -50,18 +50,18 @@ def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, di
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("model", ["opt", "llama"])
 def test_bytes_of_a_rank_are_the_papers(model: str, stage: int) -> None:
-    """Rajbhandari et al. 2020, section 5, as for our own models."""
+    """Rajbhandari et al. 2020, section 5, as in test_zero.py."""
     n = 3
     for psi, shard, found in run(held, n, config_of(stage, precision="bf16"), model):
         assert found["moments"] == 8 * shard
         assert psi % (ALIGNMENT * n) == 0
         assert shard == (psi // n if stage else psi)
         assert found["parameters"] == 2 * (psi if stage < 3 else shard)
-        assert found["masters"] == found["gradients"] == 4 * shard
+        assert found["master weights"] == found["gradients"] == 4 * shard
 
 
 class Stack(nn.Module):
-    """Recomputes its layers in torch's older way, by a backward within the backward."""
+    """A model that recomputes its layers in torch's older way, by a backward within the backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,9 +89,10 @@ def sent(rank: int, world_size: int, raw: Raw, how: str, backwards: int) -> tupl
     ("stage", "recomputation"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (3, "full"), (3, "reentrant")]
 )
 def test_a_step_sends_what_the_table_of_stages_says(stage: int, recomputation: str) -> None:
-    """m backwards, each of which is told to sum: mΨ reduced in every stage, and gathered once after the update or, in
-    stage 3, a block for each forward and each backward and the root for both together. A recomputation gathers nothing
-    of its own. Beside it: the norm, and what the ranks agree on by another group.
+    """There are m backwards, each of which sums over ranks: mΨ elements are reduced in every stage. The parameters are
+    gathered once, after the update; in stage 3 a block is gathered for each forward and each backward, and the root
+    once for both. A recomputation gathers nothing by itself. One more element is the norm; the ranks' agreements go
+    through another group.
     """
     n, m = 2, 3
     raw = config_of(stage, activation_checkpointing="full" if recomputation == "full" else "none")
@@ -103,13 +104,15 @@ def test_a_step_sends_what_the_table_of_stages_says(stage: int, recomputation: s
 
 
 def most_whole(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, int]:
-    """Of the layers, how many are whole at once while one computes; after an evaluation; bytes that are whole then."""
+    """Return how many layers, at most, are gathering or whole while one computes; how many are after an evaluation; and
+    the bytes of whole parameters then.
+    """
     engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
     most = 0
 
     def count(*_: Any) -> None:
         nonlocal most
-        most = max(most, sum(unit.state is not State.ABSENT for unit in engine._passes.gatherer.units))
+        most = max(most, sum(unit.state is not State.RELEASED for unit in engine._passes.gatherer.units))
 
     for chunk in engine.chunks:
         for info in chunk.infos:
@@ -121,7 +124,7 @@ def most_whole(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, i
     step(engine, 2)
     engine.evaluate([dict(input_ids=batches()[0][0])])
     left = sum(chunk.parameters.whole.untyped_storage().nbytes() for chunk in engine.chunks)
-    return most, sum(unit.state is not State.ABSENT for unit in engine._passes.gatherer.units), left
+    return most, sum(unit.state is not State.RELEASED for unit in engine._passes.gatherer.units), left
 
 
 @pytest.mark.parametrize("options", [{}, dict(activation_checkpointing="full")])

@@ -20,7 +20,7 @@ from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
-from parallel.optim.shared_update import Run, Side
+from parallel.optim.shared_update import Side, UpdateTimes
 from parallel.placement.policy import (
     SAFETY,
     ChunkBytes,
@@ -164,7 +164,7 @@ def test_host_and_device_share_an_update(share: float, balance: tuple[float, flo
 def test_the_gain_of_another_host_share_is_predicted() -> None:
     """The device updates 600 elements at 200 a second, and the host 200 at 100 a second."""
     shared = shared_update.SharedUpdate(torch.device("cpu"))
-    shared._last = lambda: Run(Side(0, 0.0), Side(600, 3.0), Side(200, 2.0), 800)
+    shared._last = lambda: UpdateTimes(Side(0, 0.0), Side(600, 3.0), Side(200, 2.0), 800)
     assert shared.balance() == round(16 / 3) / 16
     assert shared.gain(0.25) == 0.0
     assert shared.gain(0.0) == pytest.approx(3.0 - 4.0)
@@ -176,7 +176,7 @@ def test_the_gain_of_another_host_share_is_predicted() -> None:
 def test_the_host_has_a_larger_share_if_the_device_waits_for_a_disk(disk: float, share: float) -> None:
     """The speeds are the same, but there are also states on a disk, which only the device can update."""
     shared = shared_update.SharedUpdate(torch.device("cpu"))
-    shared._last = lambda: Run(Side(50, disk), Side(600, 3.0), Side(200, 2.0), 800)
+    shared._last = lambda: UpdateTimes(Side(50, disk), Side(600, 3.0), Side(200, 2.0), 800)
     assert shared.balance() == pytest.approx(share, abs=1 / 32)
     assert shared.gain(0.25) == 0.0
     assert shared.gain(1.0) == pytest.approx(disk + 3.0 - max(disk, 8.0))

@@ -1,4 +1,4 @@
-"""Moments in bf16: rounded without bias, by noise that is the same wherever an element lies."""
+"""Moments in bf16: stochastic rounding has no bias, and its noise is the same wherever an element is."""
 
 from functools import cache
 from pathlib import Path
@@ -77,10 +77,10 @@ def rounded(part: Part, values: tuple[Tensor, Tensor], update: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_mean_over_updates_is_what_was_rounded(dtype: torch.dtype) -> None:
-    """Each result is a neighbour in bf16. Of U updates the mean is off by 1/2 of a bf16 unit / sqrt(U) at most in one
-    standard deviation; over the elements of a chunk, some 5 of these. And over all elements, whose noise is
-    independent: 5 / sqrt(U · n) / 2.
+def test_the_mean_over_updates_is_the_number_before_rounding(dtype: torch.dtype) -> None:
+    """Each result is one of the two neighbours in bf16. The standard deviation of the mean of U updates is at most half
+    a bf16 unit / sqrt(U); 5 of these are allowed for the elements of a chunk. The noise of elements is independent: for
+    the mean over all n elements, 5 / sqrt(U · n) / 2 units are allowed.
     """
     chunk, updates = chunk_of((24, 40), (7,), (), (2, 3, 5, 4)), 400
     generator = torch.Generator().manual_seed(0)
@@ -98,10 +98,10 @@ def test_the_mean_over_updates_is_what_was_rounded(dtype: torch.dtype) -> None:
     off = ((total / updates - values) / unit)[:, covered]
     assert off.abs().max() < 5 * 0.5 * updates**-0.5
     assert abs(float(off.mean())) < 5 * 0.5 * (updates * off.numel()) ** -0.5
-    assert off.std() > 0.3 * updates**-0.5  # it is noise, in every update another
+    assert off.std() > 0.3 * updates**-0.5  # it is noise, and differs from update to update
 
 
-def test_zero_stays_zero_and_what_bf16_holds_stays_what_it_is() -> None:
+def test_zero_and_numbers_that_bf16_can_represent_stay_the_same() -> None:
     chunk = chunk_of((8, 8), (3,))
     held = torch.randn(chunk.size).bfloat16()
     for update in range(50):
@@ -111,8 +111,8 @@ def test_zero_stays_zero_and_what_bf16_holds_stays_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_an_elements_noise_knows_neither_ranks_nor_parts(ranks: int) -> None:
-    """Cut into the slices of ranks, and these into parts that begin and end inside a row."""
+def test_the_noise_of_an_element_depends_on_neither_ranks_nor_parts(ranks: int) -> None:
+    """The chunk is divided into slices of ranks, and these into parts that begin and end inside a row."""
     shapes = ((24, 40), (7,), (130,), (3, 5, 7), (64, 16))
     size = chunk_of(*shapes, ranks=ranks).size
     values = torch.rand(2, size)
@@ -130,8 +130,10 @@ def test_an_elements_noise_knows_neither_ranks_nor_parts(ranks: int) -> None:
                 assert torch.equal(segment.data, wanted[at : at + len(segment.data)]), segment.info.name
 
 
-def test_moments_updates_tensors_and_places_have_noise_of_their_own() -> None:
-    """Of values half-way between two neighbours, some half of any two sets of draws agree: 5 standard deviations."""
+def test_noise_differs_between_moments_updates_tensors_and_elements() -> None:
+    """Values half-way between two neighbours are rounded up half of the time. Two sets of such draws agree in half of
+    their elements, within 5 standard deviations.
+    """
     chunk = chunk_of((64, 64), (64, 64))
     halves = torch.full((chunk.size,), 1 + 2.0**-8)
     draws = [torch.stack(rounded(part_of(chunk), (halves, halves), update)) > 1 for update in (1, 2)]
@@ -139,7 +141,7 @@ def test_moments_updates_tensors_and_places_have_noise_of_their_own() -> None:
     others = [draws[0][1][:4096], draws[1][0][:4096], draws[0][0][4096:], a.T, a.roll(1, 0), a.roll(1, 1), a.roll(9)]
     assert (
         torch.linalg.matrix_norm(a.float() - 0.5, 2) < 1.1 * 0.5 * 2 * 64**0.5
-    )  # as of a random matrix: no pattern in it
+    )  # as for a random matrix, which has no pattern
     for other in others:
         agree = float((a.flatten() == other.flatten()).float().mean())
         assert abs(agree - 0.5) < 5 * 0.5 / 64
@@ -177,25 +179,27 @@ def trace_of(layout: str, precision: str, changes: Raw) -> Trace:
 
 @pytest.mark.parametrize("layout", [*list(LAYOUTS)[:-1], pytest.param("2.5d-depth2-3", marks=pytest.mark.slow)])
 def test_one_seed_gives_one_model_in_every_layout(layout: str) -> None:
-    """In fp64, rounded to fp32 and then by chance: a last bit of fp64 changes a moment's fp32 once in some 2^28 times,
-    and that its bf16 once in 2^16. So all moments are the same here, and what is left is fp64's own rounding.
+    """The run is in fp64, and moments are rounded to fp32 and then stochastically. A difference in the last bit of fp64
+    changes the fp32 number once in about 2^28 times, and that changes the bf16 number once in 2^16. So all moments are
+    the same here, and what differs is fp64's own rounding.
     """
     want = trace_of("single", "fp64", BF16)
     compare(trace_of(layout, "fp64", BF16), want, 1e-9, wide=False)
 
 
 @pytest.mark.parametrize("layout", ["pp2", "dp2-1d2-3"])
-def test_in_fp32_a_layouts_moments_part_only_where_their_last_bits_meet_the_noise(layout: str) -> None:
-    """An fp32 moment that is k last bits off is rounded otherwise with probability k / 2^16, and is then 2^-7 off at
-    most; it moves its weight by lr · 2^-7 in an update, at most. With k about 16 (1e-6, relatively) and 4 updates that
-    is, in the norm over all weights of a tensor, 4 · lr · 2^-7 · sqrt(2^-12) = 5e-6, to weights of 0.02 to 0.2: 2e-4.
+def test_in_fp32_moments_of_layouts_differ_only_where_their_last_bits_decide_the_rounding(layout: str) -> None:
+    """An fp32 moment that is off by k units in the last place is rounded differently with probability k / 2^16. Then it
+    is off by 2^-7 at most, and changes its weight by lr · 2^-7 in an update, at most. With k about 16 (1e-6, relative)
+    and 4 updates that makes 4 · lr · 2^-7 · sqrt(2^-12) = 5e-6 in the norm over all weights of a tensor. Weights are
+    0.02 to 0.2: a relative 2e-4.
     """
     want = trace_of("single", "fp32", BF16)
     compare(trace_of(layout, "fp32", BF16), want, 2e-4, wide=False)
 
 
-def test_training_with_narrow_moments_is_near_but_not_the_same() -> None:
-    """Two moments rounded by 2^-8, of 4 updates of lr = 0.01 at most, move a weight by 1e-2 of an update's size."""
+def test_training_with_narrow_moments_is_close_but_not_the_same() -> None:
+    """Two moments that are rounded by 2^-8 change a weight by 1e-2 of its updates, which are 4 of lr = 0.01 at most."""
     wide, narrow = (trace_of("single", "fp64", dict(state_dtype=name)) for name in ("fp32", "bf16"))
     compare(narrow, wide, 1e-2, wide=False)
     with pytest.raises(AssertionError):
@@ -210,7 +214,7 @@ def test_training_with_narrow_moments_is_near_but_not_the_same() -> None:
     ],
 )
 @pytest.mark.parametrize("policy", [pytest.param("cpu", marks=pytest.mark.gpu), "auto"])
-def test_wherever_states_are_at_home_a_model_trains_bit_for_bit(
+def test_a_model_trains_bit_for_bit_wherever_its_states_are_placed(
     layout: str, stage: int, precision: str, policy: str
 ) -> None:
     assert_bits(weights_of(layout, policy, stage, precision), weights_of(layout, "cuda", stage, precision))
@@ -219,13 +223,13 @@ def test_wherever_states_are_at_home_a_model_trains_bit_for_bit(
 @cache
 def weights_of(layout: str, policy: str, stage: int, precision: str) -> dict[str, Tensor]:
     raw = narrow(raw_of(layout, policy, stage, precision=precision))
-    share = 0.0 if torch.cuda.is_available() else 0.5  # of the host, whose AdamW rounds otherwise than a GPU's
+    share = 0.0 if torch.cuda.is_available() else 0.5  # of the host, whose AdamW rounds differently from a GPU's
     return run(weights_in, 4 if layout == "dp2-1d2" else 1 + (layout == "pp2"), raw, share)[0]
 
 
 def weights_in(rank: int, world_size: int, raw: Raw, share: float) -> dict[str, Tensor]:
-    """After some steps, updated in parts; the moments too."""
-    streaming.PART, shared_update.HOST_PART = 1024, 512  # whole vectors: a rest would be rounded otherwise
+    """Return the weights and both moments after some steps, in which chunks are updated in small parts."""
+    streaming.PART, shared_update.HOST_PART = 1024, 512  # whole vectors: a remainder would be rounded differently
     optim.ROUNDED_AT_ONCE = {Tier.DEVICE: 512, Tier.HOST: 256}
     engine = engine_of(rank, world_size, raw)
     for batch in batches_of(4, batch=24):
@@ -247,21 +251,21 @@ def everything(engine: EngineBase) -> dict[str, Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_host_and_device_round_alike(share: float) -> None:
-    by_two = share > 0 and torch.cuda.is_available()  # whose AdamW rounds otherwise: as layouts in fp32, above
-    precision = "fp32" if by_two else "bf16"  # a weight that bf16 then rounds otherwise would change every gradient
+def test_host_and_device_round_moments_in_the_same_way(share: float) -> None:
+    by_two = share > 0 and torch.cuda.is_available()  # its AdamW rounds differently, as layouts in fp32 do above
+    precision = "fp32" if by_two else "bf16"  # in bf16 a weight rounded differently would change every gradient
     want = run(weights_in, 1, narrow(raw_of("single", "cuda", 0, precision=precision)), 0.0)[0]
     got = run(weights_in, 1, narrow(raw_of("single", "cpu", 0, precision=precision)), share)[0]
     if by_two:
-        masters = {name for name in want if name.startswith("0/") and not name.endswith("k_proj.bias")}
-        errors = {name: relative(got[name], want[name]) for name in masters}
+        weights = {name for name in want if name.startswith("0/") and not name.endswith("k_proj.bias")}
+        errors = {name: relative(got[name], want[name]) for name in weights}
         assert max(errors.values()) <= 2e-4, errors
     else:
         assert_bits(got, want)
 
 
 @pytest.mark.gpu
-def test_a_gpus_noise_is_a_hosts() -> None:
+def test_the_noise_is_the_same_on_a_gpu_and_on_the_host() -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     chunk = chunk_of((24, 40), (7,), (130,), (3, 5, 7))
@@ -278,7 +282,7 @@ def test_a_gpus_noise_is_a_hosts() -> None:
 
 
 def without_a_break(rank: int, world_size: int, raw: Raw, folder: Path | None, resumes: bool) -> dict[str, Tensor]:
-    """Four steps; a checkpoint after the second, or from there on."""
+    """Train four steps, with a checkpoint after the second if there is a folder; or resume from it."""
     engine, batches = engine_of(rank, world_size, raw), batches_of(4, batch=24)
     if resumes:
         assert folder is not None
@@ -327,7 +331,7 @@ def bytes_held(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("precision", "own"), [("bf16", 8), ("fp32", 4), ("fp64", 4)])
 def test_the_preview_counts_four_bytes_of_moments(precision: str, own: int) -> None:
-    """A weight that is wide enough is its own master, and is counted as a weight."""
+    """A weight in the dtype of master weights is its own master weight, and is counted as a weight."""
     raw = narrow(config_of({}, precision=precision, model=SHAPE))
     stage = preview_of(parse(raw, world_size=1, resolve=resolve), 1).stages[0]
     assert stage.optimizer_bytes == own * stage.parameters
@@ -339,7 +343,7 @@ def test_the_preview_counts_four_bytes_of_moments(precision: str, own: int) -> N
 
 
 def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path | None) -> dict[str, Tensor]:
-    """After four steps, of which the last two, if there is a folder, are another engine's."""
+    """Return the weights and moments after four steps; with a folder, another engine resumes after the second."""
     engine, _ = module_engine(rank, world_size, raw, MODELS[model]())
     train_module(engine, 0, 2)
     if folder is not None:
@@ -364,8 +368,8 @@ def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path 
         *(pytest.param("plain", precision, marks=pytest.mark.slow) for precision in ("fp64", "bf16")),
     ],
 )
-def test_a_modules_narrow_moments_are_the_same_wherever_they_are(model: str, precision: str, tmp_path: Path) -> None:
-    """Bit for bit, through a checkpoint too; the second moment of what never got a gradient is zero."""
+def test_narrow_moments_of_a_module_are_the_same_wherever_they_are(model: str, precision: str, tmp_path: Path) -> None:
+    """They are the same bit for bit, also through a checkpoint. Without any gradient a second moment is zero."""
     for stage in (0, 3):
         raw = narrow(module_config(stage, precision=precision))
         want = run(module_state, 2, raw, model, None)
@@ -386,8 +390,8 @@ def module_trace(rank: int, world_size: int, raw: Raw) -> tuple[dict[str, Tensor
     return whole(engine, [chunk.master for chunk in engine.chunks]), kinds
 
 
-def test_a_modules_moments_are_one_seeds_on_any_ranks() -> None:
-    """In fp64, as above."""
+def test_the_moments_of_a_module_are_the_same_on_any_number_of_ranks() -> None:
+    """The run is in fp64: see `test_one_seed_gives_one_model_in_every_layout`."""
     want, kinds = run(module_trace, 1, narrow(module_config(0)))[0]
     assert kinds == {torch.bfloat16}
     for ranks, stage in ((2, 0), (3, 2), (2, 3)):

@@ -1,4 +1,4 @@
-"""ZeRO: masters, moments and gradients divided over the ranks that would all hold the same."""
+"""ZeRO: master weights, moments and gradients are divided over ranks that would otherwise hold the same."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_with_one_microbatch_every_stage_equals_stage_0_bit_for_bit_in_fp32(layo
     ],
 )
 def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(layout: str) -> None:
-    """Stages 2 and 3 add up over ranks before they add up over microbatches: another order, and so another rounding."""
+    """Stages 2 and 3 sum over ranks before they sum over microbatches: this order gives another rounding."""
     want = trace_of(layout, 0, micro=4)
     assert_equal(trace_of(layout, 1, micro=4), want)
     scattered = trace_of(layout, 2, micro=4)
@@ -98,7 +98,7 @@ def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(l
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_narrow_parameters_are_the_roundings_of_divided_masters(precision: str, stage: int) -> None:
+def test_narrow_parameters_are_divided_master_weights_rounded(precision: str, stage: int) -> None:
     assert_equal(
         trace_of("dp2", stage, micro=12, precision=precision), trace_of("dp2", 0, micro=12, precision=precision)
     )
@@ -117,7 +117,7 @@ def test_an_overflow_in_any_slice_makes_every_rank_skip_and_halve(victim: int, s
 
 
 def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[str, int]]:
-    """(parameters, padding included; those of a rank's shards; bytes of what it holds as an update begins)"""
+    """Return the number of parameters, with padding; the number in a rank's slices; and bytes when an update begins."""
     engine = engine_of(rank, world_size, raw)
     held: dict[str, int] = {}
 
@@ -145,10 +145,10 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("ranks", "state_dtype", "k"), [(2, "fp32", 12), (4, "fp32", 12), (2, "bf16", 8)])
 def test_bytes_of_a_rank_are_the_papers(ranks: int, state_dtype: str, k: int, stage: int) -> None:
-    """Rajbhandari et al. 2020, section 5: with Ψ parameters in 2 bytes and K = 12 bytes of state each, over N ranks, a
-    rank holds 2Ψ + 2Ψ + KΨ, then 2Ψ + 2Ψ + KΨ/N, then 2Ψ + (2Ψ + KΨ)/N, then (2Ψ + 2Ψ + KΨ)/N. Our gradients that are
-    summed have 4 bytes, and in stage 1 too only a slice is left of them when the update begins. With moments in bf16 K
-    is 8.
+    """Rajbhandari et al. 2020, section 5: with Ψ parameters of 2 bytes, K = 12 bytes of states for each, and N ranks, a
+    rank holds 2Ψ + 2Ψ + KΨ in stage 0, 2Ψ + 2Ψ + KΨ/N in stage 1, 2Ψ + (2Ψ + KΨ)/N in stage 2 and (2Ψ + 2Ψ + KΨ)/N in
+    stage 3. Our gradients have 4 bytes where they are summed, and in stage 1, too, only a slice of them is left when
+    the update begins. With moments in bf16 K is 8.
     """
     micro = dict(global_batch_size=24, micro_batch_size=24 // ranks)
     raw = config_of({}, precision="bf16", model=SHAPE, train=micro, zero=dict(stage=stage))
@@ -162,7 +162,7 @@ def test_bytes_of_a_rank_are_the_papers(ranks: int, state_dtype: str, k: int, st
 
 
 def elements_sent(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[str, float]]:
-    """(parameters, those of the blocks, elements handed to each kind of collective in a step)"""
+    """Return the number of parameters, the number in blocks, and the elements given to each collective in a step."""
     engine = engine_of(rank, world_size, raw)
     engine.mesh.traffic.reset()
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
@@ -173,8 +173,9 @@ def elements_sent(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_sends_what_the_table_of_stages_says(stage: int) -> None:
-    """Over a ring of n ranks, m microbatches: 2Ψ(n−1)/n in stages 0 and 1, (m+1)Ψ(n−1)/n in stage 2. In stage 3 a block
-    is gathered for each forward and each backward, the root once a step: (m + gathers)Ψ(n−1)/n.
+    """A rank in a ring of n ranks sends, with m microbatches, 2Ψ(n−1)/n in stages 0 and 1, and (m+1)Ψ(n−1)/n in stage
+    2. In stage 3 a block is gathered for each forward and each backward, and the root once a step: this makes
+    (m + gathers)Ψ(n−1)/n.
     """
     n, m = 2, 3
     micro = dict(global_batch_size=24, micro_batch_size=24 // n // m)
@@ -204,7 +205,7 @@ def test_rectangles_are_the_elements_of_a_range_in_order(shape: list[int], data:
 
 
 def resumed(rank: int, world_size: int, raw: Raw, folder: str) -> list[float]:
-    """Two steps, a checkpoint; an engine of another stage goes on from it: the losses of two more."""
+    """Train two steps and save a checkpoint. Return the losses of two more steps, by an engine of another stage."""
     batches = batches_of(4, batch=24)
     first = engine_of(rank, world_size, raw)
     for batch in batches[:2]:
@@ -241,7 +242,9 @@ def test_stage_3_of_a_loaded_model_equals_hugging_face(layout: str, tmp_path: Pa
 
 
 def bytes_at_start(rank: int, world_size: int, raw: Raw) -> tuple[list[int], int]:
-    """(bytes of all parameters once a stage is built, as each chunk is filled, and at the end; the largest chunk's)"""
+    """Return the bytes of all parameters after the stage is built, whenever a chunk is filled, and at the end; and
+    those of the largest chunk.
+    """
     config = parse(raw, world_size=world_size, resolve=resolve)
     context = make_context(config, Place(rank, world_size, rank, world_size))
     stage = build(context)
@@ -249,7 +252,7 @@ def bytes_at_start(rank: int, world_size: int, raw: Raw) -> tuple[list[int], int
     def held() -> int:
         storages = [parameter.untyped_storage() for parameter in stage.parameters()]
         sizes = {storage._cdata: storage.nbytes() for storage in storages}.values()
-        return sum(size for size in sizes if size > 8)  # not the element that stands in for what is absent
+        return sum(size for size in sizes if size > 8)  # not the single element of a placeholder
 
     found, fill = [held()], stage.set_initial_values
 
@@ -276,7 +279,7 @@ def evaluated(rank: int, world_size: int, raw: Raw) -> tuple[float, int]:
 
 
 @pytest.mark.gpu
-def test_evaluation_in_stage_3_gives_the_same_loss_and_gives_the_parameters_up_again() -> None:
+def test_evaluation_in_stage_3_has_the_same_loss_and_releases_the_parameters() -> None:
     batch = dict(global_batch_size=24, micro_batch_size=4)
     for (loss, whole), (divided, left) in zip(
         run(evaluated, 2, config_of({}, model=SHAPE, train=batch, zero=dict(stage=0))),
@@ -288,13 +291,13 @@ def test_evaluation_in_stage_3_gives_the_same_loss_and_gives_the_parameters_up_a
 
 
 def most_whole(rank: int, world_size: int, raw: Raw) -> int:
-    """Of the layers that come and go, how many are whole at once while a layer computes, forward or backward."""
+    """Return how many layers, at most, are gathering or whole while a layer computes, forward or backward."""
     engine = engine_of(rank, world_size, raw)
     most = 0
 
     def count(*arguments: Any) -> None:
         nonlocal most
-        most = max(most, sum(unit.state is not State.ABSENT for unit in engine.gatherer.units))
+        most = max(most, sum(unit.state is not State.RELEASED for unit in engine.gatherer.units))
 
     for layer in engine.stage.units.values():
         layer.register_forward_pre_hook(count)
@@ -306,14 +309,14 @@ def most_whole(rank: int, world_size: int, raw: Raw) -> int:
 
 @pytest.mark.gpu
 def test_no_more_than_two_layers_are_whole_at_once() -> None:
-    """The one that computes, and the next, which is on its way."""
+    """These are the one that computes, and the next one, which is being gathered."""
     batch = dict(global_batch_size=24, micro_batch_size=6)
     raw = config_of({}, model=SHAPE | dict(num_hidden_layers=6), train=batch, zero=dict(stage=3))
     assert run(most_whole, 2, raw) == [2, 2]
 
 
-def test_a_unit_refuses_to_be_given_up_while_it_is_on_its_way() -> None:
+def test_a_unit_refuses_to_be_released_while_it_is_gathering() -> None:
     unit = Unit([])
-    unit.fetch()
-    with pytest.raises(AssertionError, match="cannot go from FETCHING to ABSENT"):
+    unit.gather()
+    with pytest.raises(AssertionError, match="cannot go from GATHERING to RELEASED"):
         unit.release()

@@ -1,1 +1,1 @@
-"""Parameters in flat buffers: the unit that is communicated, updated and placed."""
+"""Chunks: parameters in flat buffers, the unit that is communicated, updated and moved between tiers."""

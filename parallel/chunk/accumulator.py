@@ -8,10 +8,10 @@ from parallel.ops.products import add_product, write_product
 
 
 class Accumulator:
-    """Adds up the gradients of one round: those of the microbatches that are summed over ranks at once.
+    """Adds up the gradients of one round: of the microbatches that one collective will sum over ranks.
 
-    buffer [n]  on the device, from the first arrival to `take`: while activations pile up there is none
-    arrivals    for each parameter, how many gradients have been added in this round
+    buffer [n]  on the device, from the first arrival to `take`; a forward, in which activations accumulate, has none
+    arrivals    for each parameter, the number of gradients that were added in this round
     """
 
     def __init__(self, spec: ChunkSpec, device: torch.device) -> None:
@@ -19,15 +19,15 @@ class Accumulator:
         self.begin(spec.master_dtype)
 
     def begin(self, dtype: torch.dtype) -> None:
-        """Begin a round whose buffer will have this dtype; what has been added in another round is forgotten."""
+        """Begin a round whose buffer will have this dtype, and forget what has been added before."""
         self.dtype = dtype
         self.buffer: Tensor | None = None
-        self._views: list[Tensor] = []  # of the buffer, by parameter
+        self._views: list[Tensor] = []  # of the buffer, one for each parameter
         self.arrivals = [0] * len(self.spec.infos)
 
     def views(self) -> list[Tensor]:
-        """Return each parameter's view of the buffer, which is made if there is none: zero where there is padding, and
-        not yet filled elsewhere.
+        """Return each parameter's view of the buffer. The first call in a round makes the buffer: padding is zero, and
+        the views are not filled yet.
         """
         if self.buffer is None:
             self.buffer = torch.empty(self.spec.size, dtype=self.dtype, device=self.device)
@@ -53,13 +53,13 @@ class Accumulator:
         self.arrivals[i] += 1
 
     def complete(self) -> None:
-        """Make the gradients zero of which none has arrived."""
+        """Fill with zeros the views of parameters for which no gradient has arrived."""
         for view, arrivals in zip(self.views(), self.arrivals, strict=True):
             if not arrivals:
                 view.zero_()
 
     def take(self) -> Tensor:
-        """Return the buffer, which becomes the caller's, and begin the next round."""
+        """Give the buffer to the caller, and begin the next round."""
         assert self.buffer is not None
         taken = self.buffer
         self.begin(self.dtype)

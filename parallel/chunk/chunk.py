@@ -1,4 +1,4 @@
-"""Parameters in flat buffers: the unit that is communicated, updated and moved between tiers."""
+"""A chunk: parameters in a flat buffer, with their gradient and their master weights."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -20,19 +20,21 @@ Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
 
 class Chunk:
-    """Parameters of one unit that decay alike and whose gradients are summed over the same axes, end to end in a flat
-    buffer: what FSDP calls a flat parameter, and DDP a bucket.
+    """Parameters of one unit, one behind the other in a flat buffer, that have the same decay and whose gradients are
+    summed over the same axes. It is a flat parameter of FSDP and a bucket of DDP in one.
 
-    parameters  what computes, in the model's dtype: whole [n] and this rank's slice [n_shard]
-    states      the master weights [n_shard], fp32 at least, that the optimizer updates: `parameters` are their
-                roundings where the model is narrower
-    gradient    from the first arrival of a step to its update
+    spec        extents, views and ownership
+    parameters  the model's dtype, used by forward and backward: whole [n], and this rank's slice [n_shard]
+    states      the master weights [n_shard], fp32 at least, which the optimizer updates. The parameters are the same
+                values, rounded where the model's dtype is narrower
+    gradient    exists from the first arrival in a step to the update
+    sharing     which of these buffers are one memory
+    memory      allocates them on the device, the host and the disk
 
-    What lies between two parameters, and after the last, is padding: always zero. From ZeRO stage 1 on ranks of
-    `spec.shard` update a slice each. In stage 3, and where parameters are placed on the host, the whole buffer has
-    memory only between `gather` and `release`. `sharing` says which of these buffers are one memory, and `memory`
-    allocates them. Frozen parameters have chunks of their own, in the model's dtype throughout, which get no gradient
-    and no update.
+    From ZeRO stage 1 on each rank of `spec.shard` updates one slice. In stage 3, and where parameters are offloaded to
+    the host, the whole buffer has memory only between `gather` and `release`. Padding between parameters and after the
+    last one is always zero. Frozen parameters have chunks of their own, which have the model's dtype throughout, no
+    gradient and no update.
     """
 
     def __init__(
@@ -43,14 +45,14 @@ class Chunk:
         fill: Fill = lambda infos: None,
         device: torch.device | None = None,
     ) -> None:
-        """Take over the parameters of `spec`, on `device` or where the first of them is. `fill` is called with those
-        that came without a storage: they have their place in the buffer then, but no values yet.
+        """Move the parameters of `spec` into one buffer on `device`, or on the device of the first of them. Then call
+        `fill`, which gives values to parameters that had no storage: they are views of the buffer by then.
         """
         wide = _master_buffer(spec, fill, device)
         whole = wide.to(spec.dtype)
         master = spec.own_slice(wide)
         if spec.shard.size > 1 and (spec.is_partitioned or whole is not wide):
-            master = master.clone()  # the whole is given up
+            master = master.clone()  # so that the memory of the whole buffer is freed
         own = master.to(spec.dtype) if spec.is_partitioned else spec.own_slice(whole)
         self.spec, self.sharing = spec, Sharing.of(spec, ON_DEVICE)
         self.memory = ChunkMemory(wide.device, storage.disk, spec.infos[0].name)
@@ -67,7 +69,7 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        """Elements of the whole buffer, with padding."""
+        """The number of elements of the whole buffer, with padding."""
         return self.spec.size
 
     @property
@@ -85,12 +87,13 @@ class Chunk:
 
     @property
     def is_gathered_on_demand(self) -> bool:
-        """Whether parameters are whole only between `gather` and `release`."""
+        """True if the parameters are whole only between `gather` and `release`."""
         return not self.sharing.slice_is_view
 
     def move_to(self, placement: Placement) -> None:
-        """Move the chunk to another placement, between two steps: parameters are not gathered, and there is no
-        gradient. Frozen parameters have no states: their master weights are the parameters.
+        """Move the chunk to another placement, between two steps: then parameters that are gathered on demand are
+        released, and there is no gradient. The master weights of frozen parameters are the parameters: they move
+        together.
         """
         if self.is_frozen:
             placement = Placement(placement.parameters, placement.parameters)
@@ -112,45 +115,47 @@ class Chunk:
             self.parameters.free_whole()
 
     def settle(self) -> None:
-        """Wait for all that was asked for: then states on the host and on a disk can be read and written."""
+        """Wait for all copies and for the disk: after that, states on the host and on a disk may be used."""
         self.memory.settle()
 
     def gather(self) -> Pending:
         """Start to make the parameters whole."""
-        if self.gradient.is_in_parameters:  # and no update followed
+        if self.gradient.is_in_parameters:  # no update followed, as when fp16 skips one
             self.forget_gradient()
         return self.parameters.gather()
 
     def release(self) -> None:
-        """Give up all of the parameters but this rank's slice."""
+        """Free the memory of the whole parameters; this rank's slice stays."""
         self.parameters.release()
 
     def store_gradient(self, total: Tensor) -> None:
-        """Store the gradient that has been summed over ranks so far, in the memory of the parameters if they have some
-        of their own on the host: no forward and no backward needs them before the update makes them anew.
+        """Store the sum of the gradient over ranks and rounds so far where the update reads it.
+
+        If the parameters are on the host in memory of their own, that memory is reused for the gradient of a single
+        microbatch: no forward and no backward needs the parameters before the update overwrites them.
         """
         is_free = self.parameters.tier is Tier.HOST and not self.sharing.masters_are_slice
         self.gradient.store(total, reusable=self.parameters.own if is_free else None)
 
     def forget_gradient(self) -> None:
-        """Give up the gradient instead of an update; parameters in whose memory it is return there."""
+        """Drop the gradient without an update. If it is in the memory of the parameters, restore them first."""
         if self.gradient.is_in_parameters:
             self.settle()
             self.parameters.own.copy_(self.master)
         self.gradient.forget()
 
     def write_back(self) -> Pending:
-        """Write the master weights into the parameters, on every rank of `shard`."""
+        """Write the master weights into the parameters, and start to all-gather them over `shard`."""
         if not self.sharing.masters_are_slice:
             self.parameters.write(self.master, self.states.tier)
         return self.all_gather_updated()
 
     def all_gather_updated(self) -> Pending:
-        """Give every rank of `shard` this rank's updated slice, unless parameters are gathered on demand."""
+        """Start to all-gather the updated parameters over `shard`, unless they are gathered on demand."""
         return self.parameters.all_gather() if self.sharing.slice_is_view else Pending(self.parameters.own)
 
     def held(self) -> list[tuple[Tier, Tensor]]:
-        """Return the memory that the chunk has now, moments excluded, and the tier of each tensor."""
+        """Return the tensors of this chunk, without moments, and the tier of each."""
         found = [(Tier.DEVICE, self.parameters.whole)]
         if self.is_gathered_on_demand:
             found.append((self.parameters.tier, self.parameters.own))
@@ -168,17 +173,17 @@ def make_chunks(
     fill: Fill = lambda infos: None,
     device: torch.device | None = None,
 ) -> list[Chunk]:
-    """Make a chunk of each specification, one after another; without `storages` all are placed on the device."""
+    """Make the chunks of these specifications, one after the other; without `storages` all are on the device."""
     pairs = zip(specs, storages or [DEVICE] * len(specs), strict=True)
     return [Chunk(spec, storage, fill=fill, device=device) for spec, storage in pairs]
 
 
 def _master_buffer(spec: ChunkSpec, fill: Fill, device: torch.device | None) -> Tensor:
-    """Return a buffer [n] in master precision with the values of the parameters, which are views of it now."""
+    """Return a buffer [n] in master precision that has the values of the parameters, which become views of it."""
     wide = torch.zeros(spec.size, dtype=spec.master_dtype, device=device or spec.infos[0].parameter.device)
     for info, view in zip(spec.infos, spec.views(wide), strict=True):
         if info.parameter.untyped_storage().nbytes():
-            view.copy_(info.parameter.detach())  # one after another: no second model exists
+            view.copy_(info.parameter.detach())  # one after the other, so that no second model ever exists
         info.parameter.data = view
     fill(spec.infos)
     return wide

@@ -1,4 +1,4 @@
-"""The gradient of a chunk: summed over ranks, and kept where the update reads it."""
+"""The gradient of a chunk after its sum over ranks, stored where the update reads it."""
 
 from math import gcd
 
@@ -13,35 +13,37 @@ from parallel.storage.transfer import CopyEvent, Tier
 
 
 class Gradient:
-    """The gradient of a chunk in one step.
+    """The gradient of a chunk in one step. `accumulator` adds up a round on this rank; its sum over ranks is added to
+    `total`.
 
-    total [n] or [n_shard]  the sum over ranks of all rounds so far, None before the first; on the device or, where the
-                            optimizer states are not, on the host: in a buffer that stays from step to step, or in the
-                            memory of the parameters
+    total [n] or [n_shard]  the sum over ranks of all rounds so far, None before the first. It is on the device if the
+                            optimizer states are, and otherwise on the host: in a buffer that is kept from step to step,
+                            or in the memory of the parameters
     """
 
     def __init__(self, spec: ChunkSpec, memory: ChunkMemory) -> None:
         self.spec, self.memory, self.tier = spec, memory, Tier.DEVICE
         self.accumulator = Accumulator(spec, memory.device)
         self.total: Tensor | None = None
-        self.is_in_parameters = False  # `total` is this rank's slice of the parameters, until the update
+        self.is_in_parameters = False  # `total` is in the memory of this rank's slice, until the update
         self.written = CopyEvent()  # the last copy of a total to the host
-        self.num_bytes = 0  # of the last total that was copied to the host
-        self.host_buffer: Tensor | None = None  # on the host
-        self._is_single = False  # nothing is added to a gradient, unless by other ranks
-        self._squares: Tensor | None = None  # of a total that has left the device
+        self.num_bytes = 0  # bytes of the last total that was copied to the host
+        self.host_buffer: Tensor | None = None  # kept from step to step
+        self._is_single = False  # whether the step has one microbatch: then gradients are added only over ranks
+        self._squares: Tensor | None = None  # the sum of squares of a total that has left the device
 
     def begin(self, num_microbatches: int) -> None:
-        """Begin a step of so many microbatches. A buffer is as narrow as the parameters where nothing is added."""
+        """Begin a step of this number of microbatches, which decides the dtype of the buffer."""
         self._is_single = num_microbatches == 1
         self.accumulator.begin(gradient_dtype(self.spec.dtype, self.spec.axes, num_microbatches))
         self._squares = None
 
     def store(self, total: Tensor, *, reusable: Tensor | None = None) -> None:
-        """Take the sum of all rounds so far, which is on the device, and store it where the update reads it.
+        """Take the sum of all rounds so far, which is on the device, and store it where the update reads it. The sum of
+        squares is computed before it leaves the device.
 
-        `reusable`: memory on the host that nobody needs before the update. A gradient that is complete is kept there,
-        if it has this shape and dtype.
+        `reusable` is memory on the host that is free until the update. The gradient of a single microbatch is stored
+        there, if shape and dtype are the same.
         """
         if self.tier is Tier.DEVICE:
             self.hold(total)
@@ -58,11 +60,11 @@ class Gradient:
         self.hold(out)
 
     def hold(self, total: Tensor) -> None:
-        """Take a total that is already where the update reads it."""
+        """Take a total that is where the update reads it already."""
         self.total = total
 
     def on_device(self) -> Tensor:
-        """Return the total on the device: itself, or a copy."""
+        """Return the total on the device: itself, or a copy of it."""
         assert self.total is not None
         if self.tier is Tier.DEVICE:
             return self.total
@@ -71,18 +73,18 @@ class Gradient:
         return found
 
     def squares(self) -> Tensor:
-        """Return the sum of squares, fp64, of the slice that this rank counts in the norm."""
+        """Return the sum of squares, an fp64 scalar, of this rank's part of the norm."""
         if self._squares is not None:
             return self._squares
         assert self.total is not None
         return self._sum_of_squares(self.total)
 
     def forget(self) -> None:
-        """Give up the total after the update that used it: that update writes the parameters anew."""
+        """Drop the total after an update has used it. The update overwrites parameters in whose memory it was."""
         self.total, self.is_in_parameters = None, False
 
     def move_to(self, states: Tier) -> None:
-        """Keep totals on the device where the optimizer states are there, else on the host."""
+        """Store totals on the device from now on if the optimizer states are there, otherwise on the host."""
         self.tier = Tier.DEVICE if states is Tier.DEVICE else Tier.HOST
         if self.tier is Tier.DEVICE:
             self.host_buffer = None
@@ -92,8 +94,9 @@ class Gradient:
 
 
 def sum_of_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return it in fp64, from the norms of short rows in `dtype`: torch's own norm of 10 million fp32 numbers is off by
-    5e-4 on a CPU.
+    """Return the sum of squares of x[n], an fp64 scalar, from the norms of short rows in `dtype`.
+
+    torch's own norm of 10 million fp32 numbers is off by 5e-4 on a CPU.
     """
     rows: Tensor = torch.linalg.vector_norm(x.view(-1, gcd(x.numel(), 512)), dim=-1, dtype=dtype)
     return rows.double().square().sum()

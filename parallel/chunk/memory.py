@@ -8,14 +8,15 @@ from parallel.storage.transfer import Tier, copies_of, host_empty
 
 
 class ChunkMemory:
-    """Allocates what a chunk has on each tier; `name` is the chunk's in the messages about its files on the disk."""
+    """Allocates the tensors of a chunk on each tier. `name` names the chunk in messages about its files on the disk."""
 
     def __init__(self, device: torch.device, disk: Disk | None, name: str) -> None:
         self.device, self.disk, self.name = device, disk, name
         self.copies = copies_of(device)
 
     def empty(self, tier: Tier, like: Tensor, kind: str = "state") -> Tensor:
-        """Return a tensor [n] of the size and dtype of `like`. `kind` says in messages what it is.
+        """Return an uninitialized flat tensor of the size and dtype of `like`; on the disk it is zero. `kind` says in
+        messages what it is.
 
         Raises RoomError where the disk has no room for it, MemoryError where the host has none.
         """
@@ -27,11 +28,11 @@ class ChunkMemory:
         return torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
     def copy(self, x: Tensor, tier: Tier) -> Tensor:
-        """Return a copy of x on a tier; it is complete when this returns, or for the device's current stream."""
-        return self.empty(tier, x, "masters").copy_(x)
+        """Return a copy of x on a tier. Copies between host and device are complete when this returns."""
+        return self.empty(tier, x, "master_weights").copy_(x)
 
     def settle(self) -> None:
-        """Wait for all copies, and for the disk: then tensors on the host and on the disk can be read and written."""
+        """Wait for all copies and for the disk: after that, tensors on the host and on the disk may be used."""
         self.copies.synchronize()
         if self.disk is not None:
             self.disk.settle()

@@ -12,13 +12,13 @@ from parallel.storage.transfer import CopyEvent, Tier
 
 
 class ParameterBuffer:
-    """What FSDP calls a flat parameter.
+    """The parameters of one chunk: what FSDP calls a flat parameter.
 
-    whole [n]      on the device, in the model's dtype; without memory between `release` and `gather`
-    own [n_shard]  this rank's slice of it: a view of `whole`, or memory apart on `tier` where parameters are gathered
-                   on demand
+    whole [n]      on the device, in the model's dtype; it has no memory between `release` and `gather`
+    own [n_shard]  this rank's slice: a view of `whole`, or memory of its own on `tier` where parameters are gathered on
+                   demand
 
-    While `whole` has no memory a module's parameter shows its shape, but is NaN throughout.
+    While `whole` has no memory, each of the module's parameters has its shape, but is NaN throughout.
     """
 
     def __init__(self, spec: ChunkSpec, whole: Tensor, own: Tensor, memory: ChunkMemory) -> None:
@@ -30,12 +30,12 @@ class ParameterBuffer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole buffer has memory now."""
+        """True if the whole buffer has memory now."""
         return bool(self.whole.untyped_storage().nbytes())
 
     def gather(self) -> Pending:
-        """Start to make the parameters whole (FSDP's unshard), in the storage that they had before: what autograd saved
-        of them is there.
+        """Start to make the parameters whole (FSDP's unshard). They return to the storage that they had before, since
+        tensors that autograd saved are views of it.
         """
         spec, copies = self.spec, self.memory.copies
         self._allocate()
@@ -45,22 +45,22 @@ class ParameterBuffer:
         arrival = copies.upload(self.own, part, after=self._written)
         if spec.shard.size == 1:
             return Pending(self.whole, arrival)
-        with copies.on_upload_stream():  # behind the copy, so that what computes meanwhile waits for neither
+        with copies.on_upload_stream():  # behind the copy, so that computation waits for neither
             return start_all_gather(part, 0, spec.shard, out=self.whole)
 
     def release(self) -> None:
-        """Free the whole buffer (FSDP's reshard), and keep `own`."""
+        """Free the memory of the whole buffer (FSDP's reshard); `own` stays."""
         self.whole.untyped_storage().resize_(0)
         shared = placeholder((), self.whole.dtype, self.whole.device)
         self._placeholder = shared
         self._show([shared.expand(info.parameter.shape) for info in self.spec.infos])
 
     def write(self, master: Tensor, tier: Tier) -> None:
-        """Round master weights [n_shard], which are on `tier`, into `own`."""
+        """Copy master weights [n_shard], which are on `tier`, into `own`, rounded to its dtype."""
         copies = self.memory.copies
         if self.tier is tier or Tier.DEVICE not in (self.tier, tier):
             self.own.copy_(master)
-        elif self.tier is Tier.HOST:  # rounded before it is copied
+        elif self.tier is Tier.HOST:  # rounded before the copy, which is smaller then
             self._written = copies.download(master.to(self.own.dtype), self.own)
         else:
             wide = self.memory.empty(Tier.DEVICE, master)
@@ -68,21 +68,23 @@ class ParameterBuffer:
             self.own.copy_(wide)
 
     def record_write(self, written: CopyEvent) -> None:
-        """Let the next `gather` wait for a copy into `own` that was launched elsewhere."""
+        """Make the next `gather` wait for a copy into `own` that an optimizer has launched."""
         self._written = written
 
     def all_gather(self) -> Pending:
-        """Give every rank of `shard` this rank's updated slice, while `own` is a view of the whole buffer."""
+        """Start to all-gather the updated slices, where `own` is a view of the whole buffer."""
         return start_all_gather(self.own, 0, self.spec.shard, out=self.whole)
 
     def move_apart(self, tier: Tier, *, is_apart: bool) -> None:
-        """Give `own` memory of its own on a tier. `is_apart`: it has some already. `whole` keeps its memory."""
+        """Give `own` memory of its own on a tier; `is_apart`: it has memory of its own already. `whole` keeps its
+        memory.
+        """
         if not is_apart or tier is not self.tier:
             self.own = self.memory.copy(self.own, tier)
         self.tier = tier
 
     def move_into_whole(self) -> None:
-        """Make the parameters whole for good: `own`, which has memory of its own, becomes a view."""
+        """Make the parameters whole until they are moved again: `own`, which has memory of its own, becomes a view."""
         self._allocate()
         apart, self.own, self.tier = self.own, self.spec.own_slice(self.whole), Tier.DEVICE
         self.own.copy_(apart)
@@ -90,13 +92,13 @@ class ParameterBuffer:
         self._placeholder = None
 
     def free_whole(self) -> None:
-        """Release the whole buffer after `own` has moved apart."""
-        if not self.whole.untyped_storage().resizable():  # numpy has seen it, as when a checkpoint is written
+        """Free the memory of the whole buffer after `own` has got memory of its own."""
+        if not self.whole.untyped_storage().resizable():  # numpy has a view of it, as when a checkpoint was written
             self.whole = torch.empty_like(self.whole)
         self.release()
 
     def shows(self, parameter: nn.Parameter) -> bool:
-        """Return whether the memory of one of the module's parameters is still this buffer's."""
+        """Return True if one of the module's parameters still is a view of this buffer."""
         buffers = [self.whole] if self._placeholder is None else [self.whole, self._placeholder]
         found = parameter.untyped_storage().data_ptr()
         return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
@@ -111,9 +113,9 @@ class ParameterBuffer:
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of this shape that holds a single element, NaN (0 in a dtype that has none).
+    """Return a tensor of this shape whose elements are one element in memory: NaN, or 0 in a dtype that has no NaN.
 
-    It has a storage, since elementwise kernels read it regardless, and crash where there is none.
+    A tensor without any storage would not do: elementwise kernels read it regardless, and crash.
     """
     empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
     return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))

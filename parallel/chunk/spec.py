@@ -1,4 +1,4 @@
-"""The specification of a chunk: which parameters lie where in its flat buffer, and which rank owns which part of it."""
+"""The specification of a chunk: which parameters are where in its flat buffer, and which rank owns which part of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from parallel.mesh.mesh import ALONE, Axis
 from parallel.storage.disk import Disk
 from parallel.storage.transfer import ON_DEVICE, Placement
 
-ALIGNMENT = 64  # elements: every parameter starts on a cache line, in bf16 too
+ALIGNMENT = 64  # elements: then every parameter starts on a cache line, in bf16 too
 
 
 @dataclass(frozen=True)
 class ChunkStorage:
-    """The placement of a chunk, and the disk on which its states are or may be."""
+    """The placement of a chunk, and the disk on which its optimizer states are or may be."""
 
     placement: Placement = ON_DEVICE
     disk: Disk | None = None
@@ -48,10 +48,13 @@ class Segment:
 
 
 class ChunkSpec:
-    """What a chunk is before it has any memory. Everything here follows from shapes, layouts and the ZeRO stage.
+    """The extents and the owners of a chunk that may have no memory yet. All of it follows from shapes, layouts and the
+    ZeRO stage.
 
-    `axes` are those over which the gradient is summed. `shard` is the axis over whose ranks the update is divided, an
-    equal slice for each: the first of `axes` from ZeRO stage 1 on, and an axis of size 1 before that.
+    axes   those over which the gradient is summed
+    shard  the axis over whose ranks the update is divided into equal slices: the first of `axes` from ZeRO stage 1 on
+           (Rajbhandari et al. 2020, arXiv 1910.02054), and an axis of size 1 in stage 0
+    size   n: elements of the whole buffer, with the padding after each parameter and at the end
     """
 
     def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> None:
@@ -62,36 +65,36 @@ class ChunkSpec:
         widest = torch.promote_types(infos[0].parameter.dtype, dtype)
         self.master_dtype = dtype if self.is_frozen else master_dtype(widest)
         *self.starts, end = 0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)
-        self.size = _round_up(end, ALIGNMENT * self.axes[0].size)  # elements, with padding
+        self.size = _round_up(end, ALIGNMENT * self.axes[0].size)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the parameters are matrices: these alone decay."""
+        """True if the parameters are matrices: only these decay."""
         return self.infos[0].is_matrix
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether parameters are divided too, between their uses (stage 3)."""
+        """True if the parameters are divided too, except while they are in use (stage 3)."""
         return self.zero >= 3 and self.shard.size > 1
 
     @property
     def is_counted(self) -> bool:
-        """Whether this rank counts its slice in the norm: one rank of those that hold the same slice does."""
+        """True if this rank counts its slice in the norm: one rank of those that hold the same slice does."""
         return all(axis.rank == 0 for axis in (*self.axes[1:], *self.infos[0].layout.copies))
 
     @property
     def is_owner(self) -> bool:
-        """Whether this rank saves and exports its master weights: one rank of those that hold the same ones does."""
+        """True if this rank saves and exports its master weights: one rank of those that hold the same ones does."""
         return self.is_counted and (self.zero >= 1 or self.axes[0].rank == 0)
 
     @property
     def is_wide(self) -> bool:
-        """Whether parameters have the dtype of master weights, so that one memory can be both."""
+        """True if parameters have the dtype of master weights, so that one memory can be both."""
         return self.dtype == self.master_dtype
 
     @property
     def num_own(self) -> int:
-        """Elements that this rank updates."""
+        """The number of elements that this rank updates: n_shard."""
         return self.size // self.shard.size
 
     @property
@@ -106,27 +109,30 @@ class ChunkSpec:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """Where each parameter begins in the whole buffer, and where the padding after it ends."""
+        """The element at which each parameter begins in the whole buffer, and the one at which its padding ends."""
         return list(zip(self.starts, [*self.starts[1:], self.size], strict=True))
 
     def own_slice(self, whole: Tensor) -> Tensor:
-        """Return the view [n_shard] of a whole buffer [n] that this rank updates."""
+        """Return this rank's slice of a whole buffer, whole[n] -> [n_shard]: a view."""
         return _slice(whole, self.shard)
 
     def counted_slice(self, gradient: Tensor) -> Tensor:
-        """Return the part of a gradient, [n] or [n_shard], that this rank of the first axis counts in the norm."""
+        """Return the part of a gradient, [n] or [n_shard], that belongs to this rank of the first axis in the norm.
+
+        It is the same slice in every ZeRO stage, so that stages agree bit for bit.
+        """
         return gradient if len(gradient) < self.size else _slice(gradient, self.axes[0])
 
     def views(self, whole: Tensor) -> list[Tensor]:
-        """Return each parameter's part of a whole buffer, in the parameter's local shape."""
+        """Return each parameter's view of a whole buffer [n], in the parameter's local shape."""
         return [
             whole[start : start + info.parameter.numel()].view(info.parameter.shape)
             for start, info in zip(self.starts, self.infos, strict=True)
         ]
 
     def segments(self, flat: Tensor, first: int | None = None) -> list[Segment]:
-        """Return the parts of parameters in a flat buffer: the whole one, this rank's slice, or what begins at element
-        `first` of the whole one.
+        """Return the parts of parameters in a flat buffer: the whole one, this rank's slice, or any that begins at
+        element `first` of the whole one.
         """
         if first is None:
             first = 0 if len(flat) == self.size else self.axes[0].rank * len(flat)
@@ -139,14 +145,15 @@ class ChunkSpec:
         return found
 
     def pieces(self, flat: Tensor, first: int | None = None) -> list[Piece]:
-        """Return the pieces of public tensors in a flat buffer as `segments` takes it: views of it."""
+        """Return the pieces of public tensors in a flat buffer such as `segments` takes: views of it."""
         return [piece for segment in self.segments(flat, first) for piece in segment.pieces(segment.data)]
 
 
 def specs_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> list[ChunkSpec]:
-    """Put parameters into chunks: those of one unit that decay alike and whose gradients are summed over the same axes.
+    """Group parameters into chunks: one for all parameters of a unit that have the same decay and whose gradients are
+    summed over the same axes.
 
-    Ranks along an axis that a chunk is summed over get the same chunks, in the same order.
+    Ranks along an axis over which a chunk is summed get the same chunks, in the same order.
     """
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
@@ -156,7 +163,7 @@ def specs_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 
 
 
 def _summed_axes(layout: Layout) -> tuple[Axis, ...]:
-    """The axes that a gradient is summed over: the first, whatever its size, and the others of more than one rank."""
+    """Return the axes over which a gradient is summed: the first, whatever its size, and others of size 2 or more."""
     first, *further = layout.sync or (ALONE,)
     return first, *(axis for axis in further if axis.size > 1)
 

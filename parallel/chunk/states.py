@@ -7,9 +7,10 @@ from parallel.storage.transfer import Tier
 
 
 class States:
-    """master [n_shard]: what the optimizer updates, fp32 at least. Moments are the optimizer's, on the same tier.
+    """The master weights [n_shard], fp32 at least: what the optimizer updates. Moments belong to the optimizer, which
+    keeps them on the same tier.
 
-    On a disk it is a mapped file, to be read and written when `ChunkMemory.settle` has returned.
+    On a disk they are a mapped file, which may be read and written after `ChunkMemory.settle` has returned.
     """
 
     def __init__(self, master: Tensor, memory: ChunkMemory) -> None:
@@ -20,7 +21,7 @@ class States:
         self.master, self.tier = own, tier
 
     def move_apart(self, tier: Tier, *, is_apart: bool) -> None:
-        """Give the master weights memory of their own on a tier. `is_apart`: they have some already."""
+        """Give the master weights memory of their own on a tier. `is_apart`: they have memory of their own already."""
         if not is_apart or tier is not self.tier:
             self.master = self.memory.copy(self.master, tier)
         self.tier = tier

@@ -43,7 +43,7 @@ class ModulePasses:
         if torch.is_grad_enabled():
             self._report_work(inputs)
         self.gatherer.start_pass(guarded=True)
-        self.gatherer.root.use()
+        self.gatherer.root.make_whole()
 
     def end_forward(self) -> None:
         """Release what is gathered, unless a backward is to follow."""
@@ -54,7 +54,7 @@ class ModulePasses:
     def begin_backward(self, problem: str) -> None:
         """Gather the root. Raises ModelError on every rank where one does something else, or has a problem."""
         self._agreement.agree_on("a backward", problem)
-        self.gatherer.root.use()  # an earlier backward, of another forward, may have released it
+        self.gatherer.root.make_whole()  # an earlier backward, of another forward, may have released it
 
     def end_backward(self, *, retains_graph: bool) -> None:
         """Release what is gathered, unless the graph is retained for another backward."""

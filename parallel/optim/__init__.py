@@ -1,1 +1,1 @@
-"""From a gradient to updated weights: sums over ranks, the norm, the optimizers, their states on every tier."""
+"""Optimization: the sums of gradients over ranks, their norm, the optimizers, and optimizer states on every tier."""

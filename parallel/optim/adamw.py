@@ -1,4 +1,4 @@
-"""Master weights and their update."""
+"""AdamW on master weights, wherever they are."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
@@ -22,67 +22,68 @@ from parallel.storage.transfer import HostCopy, Placement, Tier
 
 Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
-ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: HOST_PART}  # elements, by where an update runs
+ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: HOST_PART}  # elements, for each tier on which an update runs
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), by torch's fused kernel, on the
-    masters of chunks, one after another; decay on matrices only.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), by torch's fused Adam kernel, on the
+    master weights of one chunk after the other. Only matrices decay.
 
-    A chunk's gradient is given up with its update. So a narrow one, which is widened on the way, never exists whole in
-    master precision. Where states are not at home on the device, they stream through it in parts or, on the host, are
-    updated there: `host_share` of them. `Rounding` is between moments and masters that are wider.
+    A chunk's gradient is freed after the chunk's update. A narrow gradient is widened chunk by chunk, so that the whole
+    of it never exists in master precision. States that are offloaded stream through the device in parts, and a share of
+    those on the host, `host_share`, is updated on the host meanwhile, as in DeepSpeed's ZeRO-Offload (Ren et al. 2021,
+    arXiv 2101.06840). Moments that are narrower than the master weights are rounded stochastically (`Rounding`).
 
-    A parameter without a gradient in a step is left alone, moments and all, as torch has it.
+    A parameter without a gradient in a step stays as it is, and so do its moments, as in torch.
     """
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
         self.chunks, self.config = [chunk for chunk in chunks if not chunk.is_frozen], config
-        # Dynamic: chunks differ in size.
+        # Compiled for any size: chunks differ in theirs.
         self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
-        self.unused: Container[nn.Parameter] = ()  # those that got no gradient
+        self.unused: Container[nn.Parameter] = ()  # parameters that got no gradient
         self._counts = UpdateCounts()
         self.moments = Moments(config)
         self._shared = SharedUpdate(chunks[0].memory.device)
-        self._rounding: dict[Tier, Rounding] = {}  # by where an update runs, from the first one there on
+        self._rounding: dict[Tier, Rounding] = {}  # for each tier, from the first update that runs there on
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DISK:
-                self.moments.of(chunk)  # so that there is room for them, or the run does not begin
+                self.moments.of(chunk)  # a disk without room for them is refused before the first step
 
     def step(self, factor: Tensor, lr: float) -> None:
-        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar."""
+        """Update every weight, except those of `unused` parameters, by its gradient times `factor`, a scalar."""
         self._counts.begin(self.chunks, self.unused)
-        published = []
+        gathering = []
         parts = {chunk: self._parts_of(chunk) for chunk in self.chunks}
         on_device = partial(self._update, factor=factor, lr=lr, scale=self._scaled, tier=Tier.DEVICE)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DEVICE:
-                for part in parts[chunk]:
+                for part in parts.pop(chunk):
                     on_device(part)
                 chunk.gradient.forget()
-                published.append(chunk.write_back())
-        streamed = [chunk for chunk in self.chunks if chunk.placement.states is not Tier.DEVICE]
-        if streamed:
-            self._update_elsewhere({chunk: parts[chunk] for chunk in streamed}, on_device, HostCopy(factor), lr)
-        for chunk in streamed:
+                gathering.append(chunk.write_back())
+        if parts:
+            self._update_offloaded(parts, on_device, HostCopy(factor), lr)
+        for chunk in parts:
             chunk.gradient.forget()
-            published.append(chunk.all_gather_updated())
-        for pending in published:
+            gathering.append(chunk.all_gather_updated())
+        for pending in gathering:
             pending.wait()
 
-    def _update_elsewhere(
+    def _update_offloaded(
         self, parts: Mapping[Chunk, list[Part]], on_device: Update, factor: HostCopy, lr: float
     ) -> None:
-        """Than on the device: of states at home on the host or on a disk."""
+        """Update chunks whose optimizer states are offloaded to the host or a disk."""
 
         def on_host(part: Part) -> None:
             self._update(part, factor=factor.wait(), lr=lr, scale=scaled, tier=Tier.HOST)
 
-        # The disk's first: while the host's are updated, what was changed is written, and read for the next time.
+        # Chunks on the disk come first: while those on the host are updated, the disk writes what has changed, and
+        # reads the first parts of the next update.
         found: list[Part] = []
         for chunk in sorted(parts, key=lambda chunk: chunk.placement.states is Tier.HOST):
             is_whole = sum(len(part.gradient) for part in parts[chunk]) == len(chunk.master) and len(parts[chunk]) == 1
-            if chunk.placement.states is Tier.DISK and not is_whole:  # it would not begin and end with whole pages
+            if chunk.placement.states is Tier.DISK and not is_whole:  # its parts would not begin and end at whole pages
                 chunk.settle()
                 update_in_place(parts[chunk], on_host)
             else:
@@ -91,7 +92,7 @@ class AdamW:
             self._shared.run(found, on_device, on_host)
 
     def pieces(self) -> dict[str, list[Piece]]:
-        """The masters and both moments, as pieces of public tensors: views, to be saved or filled."""
+        """Return the master weights and both moments, as pieces of public tensors: views, to be saved or filled."""
         found: dict[str, list[Piece]] = {"master": [], "exp_avg": [], "exp_avg_sq": []}
         for chunk in self.chunks:
             chunk.settle()
@@ -100,37 +101,37 @@ class AdamW:
         return found
 
     def counters(self) -> dict[str, Any]:
-        """What `restore` takes: how many updates each parameter that missed some has had."""
+        """Return what `restore` takes: the number of updates of each parameter that has missed some."""
         return dict(steps=self._counts.of_those_that_missed_some())
 
     def restore(self, updates: int, *, steps: Mapping[str, float] | None = None, **_: Any) -> None:
-        """Take the masters and moments as they are now, filled through `pieces`, as those after `updates` updates;
-        `steps`: of the parameters that have had fewer.
+        """Go on after `updates` updates, with master weights and moments that were filled through `pieces`. `steps` has
+        the number of updates of each parameter that has had fewer.
         """
         self._counts.restore(updates, self.chunks, steps or {})
         for chunk in self.chunks:
             chunk.write_back().wait()
 
     def move(self, chunk: Chunk, placement: Placement) -> None:
-        """Give a chunk another home, and its moments."""
+        """Move a chunk and its moments to another placement."""
         was = chunk.placement.states
         chunk.move_to(placement)
         if was is not placement.states:
             self.moments.move(chunk)
 
     def state_bytes(self, chunk: Chunk) -> int:
-        """Of a chunk's masters and moments."""
+        """Return the bytes of a chunk's master weights and moments."""
         if chunk.is_frozen:
             return 0
         return len(chunk.master) * state_size(chunk.master.dtype, self.config)
 
     def held(self) -> list[tuple[Tier, Tensor]]:
-        """The moments, and where they are."""
+        """Return the moments, and the tier of each."""
         return self.moments.held()
 
     @property
     def host_share(self) -> float:
-        """Of the elements whose states are at home on the host, those that are updated there."""
+        """The share of the elements with states on the host that is updated there."""
         return self._shared.share
 
     @host_share.setter
@@ -138,28 +139,28 @@ class AdamW:
         self._shared.share = share
 
     def balance(self) -> float:
-        """The share with which neither side would have waited for the other in the last update."""
+        """Return the share with which neither side would have waited for the other in the last update."""
         return self._shared.balance()
 
     def gain(self, share: float) -> float:
-        """The seconds that the last update would have been shorter by with this share."""
+        """Return the seconds by which the last update would have been shorter with this share."""
         return self._shared.gain(share)
 
     def _parts_of(self, chunk: Chunk) -> list[Part]:
-        """What of a chunk is to be updated: neighbours that have had as many updates together."""
+        """Return the parts of a chunk to update: consecutive parameters with equal counts of updates are one part."""
         gradient, spec = chunk.gradient.total, chunk.spec
         assert gradient is not None
         states = chunk.master, *self.moments.of(chunk)
         own = None if chunk.sharing.masters_are_slice else chunk.parameters.own
         found = []
-        for run in self._counts.runs(spec):
-            begin, end = (min(max(x - spec.first, 0), spec.num_own) for x in (run.start, run.stop))
+        for one in self._counts.ranges(spec):
+            begin, end = (min(max(x - spec.first, 0), spec.num_own) for x in (one.start, one.stop))
             if begin < end:
-                found.append(Part(chunk, states, gradient, own, spec.first, run.updates).cut(begin, end))
+                found.append(Part(chunk, states, gradient, own, spec.first, one.updates).cut(begin, end))
         return found
 
     def _update(self, part: Part, *, factor: Tensor, lr: float, scale: Scale, tier: Tier) -> None:
-        """Elements of a chunk, where they are."""
+        """Update a part on the tier where its tensors are."""
         master, *moments = part.states
         if moments[0].dtype == master.dtype:
             self._adamw(part, moments, scale(part.gradient, factor, master.dtype), lr)
@@ -197,7 +198,7 @@ class AdamW:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient[n] · factor[], in `dtype`; in place where the gradient has that already."""
+    """Return gradient[n] · factor[] in `dtype`: the gradient itself, changed in place, if that is its dtype."""
     wide = [gradient]
     if gradient.dtype != dtype:
         wide = [torch.empty_like(gradient, dtype=dtype)]
@@ -207,5 +208,5 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_in_one_pass(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scaled`, for a compiler."""
+    """Return the same as `scaled`, written for the compiler: it makes one kernel of this."""
     return gradient.to(dtype) * factor.to(dtype)

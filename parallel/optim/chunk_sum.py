@@ -12,54 +12,55 @@ from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, sta
 
 
 class ChunkSum:
-    """Counts the gradients of one chunk as they arrive, and sums them over ranks round by round: a round is what is
-    summed over ranks at once.
+    """Counts the gradients of one chunk as they arrive, and sums them over ranks in rounds. A round is what one
+    collective sums: all microbatches of a step, or a single one.
 
-    `completed` is called when all that a round waits for has arrived, `launched` when its sum over ranks has started.
+    `completed` is called when everything that a round waits for has arrived, and `launched` when its collective has
+    been launched.
     """
 
     def __init__(
         self, chunk: Chunk, completed: Callable[["ChunkSum"], None], launched: Callable[["ChunkSum"], None]
     ) -> None:
         self.chunk, self.completed, self.launched = chunk, completed, launched
-        self.seen = [0] * len(chunk.infos)  # for each parameter, whether a gradient has arrived since `begin`
-        self.pending: Pending | None = None  # the last round's sum over ranks
-        self.posted = False
+        self.seen = [0] * len(chunk.infos)  # for each parameter, 1 if a gradient has arrived since `begin`
+        self.pending: Pending | None = None  # the collective of the last round, in flight
+        self.was_posted = False  # in this step
         self.expect(0)
         for i, info in enumerate(chunk.infos):
             info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
 
     def begin(self, num_microbatches: int, arrivals: int) -> None:
-        """Forget everything, and start a step in each of whose rounds each parameter arrives so many times."""
+        """Forget everything, and begin a step. `arrivals`: how often each parameter arrives in one round."""
         self.expect(arrivals)
-        self.pending, self.posted = None, False
+        self.pending, self.was_posted = None, False
         self.seen = [0] * len(self.chunk.infos)
         self.chunk.forget_gradient()
         self.chunk.gradient.begin(num_microbatches)
 
     def expect(self, arrivals: int) -> None:
-        """A round is complete when each parameter has arrived so many times; after 0, nothing may arrive."""
+        """Set how often each parameter arrives in a round until the round is complete; with 0 nothing may arrive."""
         self.waits_for = arrivals * len(self.chunk.infos)
-        self.missing: int | None = self.waits_for  # gradients, of this round; None: however many come, more may
+        self.missing: int | None = self.waits_for  # gradients of this round; None: any number may arrive
 
     def expect_in_this_round(self, arrivals: int | None) -> None:
-        """This round, and no other, is complete when each parameter has arrived so many times; None: it never is."""
+        """Set the same for the current round alone; None: any number may arrive, and it is never complete."""
         self.missing = None if arrivals is None else arrivals * len(self.chunk.infos)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all has arrived that the current round waits for."""
+        """True if everything has arrived that the current round waits for."""
         return self.missing == 0
 
     def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
-        """Take the factors a[N, T] and b[T, K] of a gradient of parameter i."""
+        """Take the gradient a[N, T] · b[T, K] of parameter i, a matrix [N, K]."""
         self.chunk.gradient.accumulator.add_factors(i, a, b)
         self._count(i)
 
     def take(self, i: int, parameter: Tensor) -> None:
-        """Called by autograd when a backward has put parameter i's gradient into `.grad`."""
+        """Take the gradient of parameter i out of `.grad`, where a backward has put it."""
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:  # its product came already
+        if gradient is None:  # its product has arrived instead
             return
         if self.missing == 0:
             raise ModelError(
@@ -79,34 +80,34 @@ class ChunkSum:
             self.completed(self)
 
     def post(self) -> None:
-        """Start a round's sum over ranks."""
+        """Launch the sum of a round over ranks."""
         spec, accumulator = self.chunk.spec, self.chunk.gradient.accumulator
         accumulator.complete()
         self.collect()
-        self.posted = True
+        self.was_posted = True
         if spec.shard.size > 1:
             self.pending = start_reduce_scatter(accumulator.take(), 0, spec.shard, in_place=True)
         else:
             self.pending = start_all_reduce(accumulator.take(), spec.axes[0], in_place=True)
         self.missing = self.waits_for
         if spec.axes[0].size == 1:
-            self.collect()  # nobody to wait for: where masters are on the host, it goes there at once
+            self.collect()  # nothing to wait for: an offloaded gradient is copied to the host at once
         self.launched(self)
 
     def collect(self) -> None:
-        """Add the round that is travelling to those before it."""
+        """Wait for the round in flight, and add it to those before it."""
         if self.pending is not None:
             arrived, self.pending = self.pending.wait(), None
             gradient = self.chunk.gradient
             self.chunk.store_gradient(arrived if gradient.total is None else gradient.on_device().add_(arrived))
 
     def post_rest(self) -> None:
-        """Start the sum of a round that has begun, or of zeros where no gradient has ever arrived."""
-        if self.chunk.gradient.accumulator.buffer is not None or not self.posted:
+        """Launch the sum of a round that has begun; or of zeros, if no gradient has arrived in this step."""
+        if self.chunk.gradient.accumulator.buffer is not None or not self.was_posted:
             self.post()
 
     def wait(self) -> None:
-        """Wait until the chunk's gradient is the sum over all ranks: whole, or this rank's slice."""
+        """Wait until the chunk's gradient is the sum over all axes: [n], or this rank's slice [n_shard]."""
         self.collect()
         if further := self.chunk.spec.axes[1:]:
             whole = self.chunk.gradient.on_device()
@@ -116,6 +117,6 @@ class ChunkSum:
 
 
 def _arrive(total: "weakref.ref[ChunkSum]", i: int, parameter: Tensor) -> None:
-    """A hook, which autograd keeps out of the collector's sight: what it held would never be freed."""
+    """Call `take`. This is a hook, which the garbage collector cannot see: what it referred to would never be freed."""
     if (found := total()) is not None:
         found.take(i, parameter)

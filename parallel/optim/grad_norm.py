@@ -1,4 +1,4 @@
-"""The norm of a gradient that lies in pieces on many ranks."""
+"""The norm of a gradient that is divided over many ranks, and clipping by it."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from parallel.mesh.mesh import Axis
 
 
 def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
-    """The 2-norm of the whole model's gradient, an fp64 scalar, the same to the last bit on every rank.
+    """Return the 2-norm of the whole model's gradient, an fp64 scalar that is the same to the last bit on every rank.
 
-    Ranks that hold the same chunk take a slice of it each, so that every element counts once; padding is zero. What is
-    not finite on any rank makes the norm so on every rank, although a copy counts zero times: zero times infinity is
-    NaN.
+    Each of the ranks that hold the same chunk counts one slice of it, so that every element counts once; padding is
+    zero. An element that is not finite on any rank makes the norm not finite on every rank, even if that rank's slice
+    is a copy and counts zero times: zero times infinity is NaN.
     """
     total = torch.zeros((), dtype=torch.float64, device=chunks[0].memory.device)
     for chunk in chunks:
@@ -24,5 +24,5 @@ def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, clip: float | None) -> Tensor:
-    """min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it; 1 where `clip` is None or 0."""
+    """Return min(1, clip / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_, or 1 if `clip` is None or 0."""
     return (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by, so that fp16 gradients neither vanish nor overflow.
+    """The factor of the loss with which fp16 gradients neither vanish nor overflow.
 
-    Halved by every overflow, doubled after `growth_steps` steps without one. It starts high: the first overflows find
-    its level. In other precisions it is 1 and stays so.
+    It is halved by every overflow, and doubled after `growth_steps` steps without one. It starts high, and the first
+    overflows bring it down to its level. In other precisions it is always 1.
     """
 
     scale: float = 1.0
@@ -17,13 +17,16 @@ class LossScale:
 
     @classmethod
     def for_precision(cls, precision: str) -> "LossScale":
+        """Return a dynamic scale for "fp16", and the constant 1 for every other precision."""
         return cls(2.0**16, growth_steps=2000) if precision == "fp16" else cls()
 
     @property
     def is_dynamic(self) -> bool:
+        """True if overflows change the scale."""
         return self.growth_steps is not None
 
     def update(self, *, overflow: bool) -> None:
+        """Adapt a dynamic scale after a step; `overflow`: its gradient was not finite."""
         if not self.is_dynamic:
             return
         self.good_steps = 0 if overflow else self.good_steps + 1

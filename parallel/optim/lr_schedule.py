@@ -6,7 +6,7 @@ from parallel.config import SchedulerConfig
 
 
 def learning_rate(schedule: SchedulerConfig, lr: float, step: int, steps: int) -> float:
-    """The rate used by step `step` (from 0) of `steps`: a linear warm-up to `lr`, then a decay to min_ratio · lr."""
+    """Return the rate of step `step` (from 0) of `steps`: a linear warm-up to `lr`, then a decay to min_ratio · lr."""
     if step < schedule.warmup_steps:
         return lr * (step + 1) / schedule.warmup_steps
     t = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))

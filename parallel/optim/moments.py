@@ -1,4 +1,4 @@
-"""Adam's moments, on the tier of the master weights that they belong to."""
+"""Adam's moments, on the tier of the master weights to which they belong."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from parallel.storage.transfer import Tier
 
 
 class Moments:
-    """The first and the second moment of each chunk's master weights: [n_shard] each, from its first update on."""
+    """The first and the second moment of each chunk, [n_shard] each, from the chunk's first update on."""
 
     def __init__(self, config: OptimizerConfig) -> None:
         self.config = config
         self._found: dict[Chunk, tuple[Tensor, Tensor]] = {}
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return both moments of a chunk. They are made, zero, if there are none."""
+        """Return both moments of a chunk. The first call makes them, with the value zero."""
         if chunk not in self._found:
             tier, dtype = chunk.placement.states, moment_dtype(chunk.master.dtype, self.config)
             like = torch.empty_like(chunk.master, dtype=dtype, device="meta")
@@ -28,12 +28,12 @@ class Moments:
         return self._found[chunk]
 
     def move(self, chunk: Chunk) -> None:
-        """Move a chunk's moments, if there are any, to the tier where its master weights are now."""
+        """Move the moments of a chunk, if it has any, to the tier of its master weights."""
         if chunk in self._found:
             tier = chunk.placement.states
             first, second = (chunk.memory.empty(tier, x, "moments").copy_(x) for x in self._found[chunk])
             self._found[chunk] = first, second
 
     def held(self) -> list[tuple[Tier, Tensor]]:
-        """Return all moments that there are, and the tier of each."""
+        """Return all moments, and the tier of each."""
         return [(chunk.placement.states, x) for chunk, moments in self._found.items() for x in moments]

@@ -1,4 +1,4 @@
-"""A part of a chunk, as an update takes it."""
+"""A part of a chunk: the unit of an update."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +12,13 @@ from parallel.storage.transfer import CopyEvent, Tier
 
 @dataclass(frozen=True)
 class Part:
-    """Some elements of a chunk's masters and moments, of its gradient, and of parameters where they are narrower.
+    """Consecutive elements of a chunk.
 
-    `first`: where they begin in the whole chunk; `updates`: how many they have had, with this one.
+    states    master weights and both moments
+    gradient  on the device or the host, as it was stored
+    own       this rank's slice of the parameters; None where that is the memory of the master weights
+    first     the index of the first element in the whole chunk
+    updates   the number of updates that the elements have had, with this one
     """
 
     chunk: Chunk
@@ -25,7 +29,7 @@ class Part:
     updates: int
 
     def cut(self, start: int, stop: int) -> "Part":
-        """Its elements from `start` to `stop`."""
+        """Return the elements from `start` to `stop`: views."""
         first, second, third = (x[start:stop] for x in self.states)
         own = None if self.own is None else self.own[start:stop]
         states, gradient = (first, second, third), self.gradient[start:stop]
@@ -33,20 +37,22 @@ class Part:
 
     @property
     def is_on_disk(self) -> bool:
+        """True if the states are on a disk."""
         return self.chunk.placement.states is Tier.DISK
 
     @property
     def disk(self) -> Disk:
+        """The disk that the states are on."""
         disk = self.chunk.memory.disk
         assert disk is not None
         return disk
 
     @property
-    def arrived(self) -> CopyEvent:
-        """The copy of its gradient to the host, where it is there."""
+    def gradient_written(self) -> CopyEvent:
+        """The copy of the gradient to the host, if it is there."""
         return self.chunk.gradient.written
 
     def split(self, size: int) -> "Iterator[Part]":
-        """The same in smaller parts, of `size` elements."""
+        """Yield the same elements in parts of `size` elements; the last may be smaller."""
         for k in range(0, len(self.gradient), size):
             yield self.cut(k, k + size)

@@ -1,4 +1,4 @@
-"""An update that device and host do together: the bus is what limits the device, and the host does without it."""
+"""An update that the device and the host share: the bus limits the device, and the host does not need it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,26 +13,27 @@ from parallel.optim.part import Part
 from parallel.optim.streaming import Stream, Update, in_parts
 from parallel.storage.transfer import Placement, Tier
 
-HOST_PART = 2**20  # elements: what one pass over them leaves in the caches, the next finds there
-FIRST_SHARE = 0.25  # is the host's, until all sides have been timed
+HOST_PART = 2**20  # elements: few enough to stay in the caches from one pass over them to the next
+FIRST_SHARE = 0.25  # of the host, until all sides have been timed
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one of those that work on an update did in it."""
+    """The elements that one of the sides of an update has updated, and the seconds that it took."""
 
     elements: float
     seconds: float
 
     def at(self, elements: float) -> float:
-        """The seconds that it would have needed for so many; 0 where it is not known."""
+        """Return the seconds that this side would have needed for another number of elements; 0 if it is not known."""
         return elements * self.seconds / self.elements if self.elements else 0.0
 
 
 @dataclass(frozen=True)
-class Run:
-    """An update: the device's part of it, first what came from a disk and then what came from the host, and the host's.
-    Of the elements of the latter two `movable` might have been either's.
+class UpdateTimes:
+    """The times of one update. The device updates what comes from a disk (`disk`), then what comes over the bus from
+    the host (`bus`); meanwhile the host updates its share (`host`). Of the elements of the last two, `movable` could
+    have been updated by either side.
     """
 
     disk: Side
@@ -41,8 +42,8 @@ class Run:
     movable: float
 
     def best(self) -> float | None:
-        """The share of what is movable with which neither side would have waited for the other; None if the host, or
-        the device, did nothing.
+        """Return the share of the movable elements with which neither side would have waited for the other; None if the
+        host, or the device, did nothing.
         """
         if not self.host.elements or not self.disk.elements + self.bus.elements:
             return None
@@ -51,25 +52,27 @@ class Run:
         return min(1.0, own / self.movable)
 
     def seconds(self, share: float) -> float:
-        """As it would have been with this share."""
+        """Return the seconds that the update would have taken with this share on the host."""
         own = share * self.movable
         both = self.bus.elements + self.host.elements
         return max(self.disk.seconds + self.bus.at(both - own), self.host.at(own))
 
     @property
     def took(self) -> float:
+        """The seconds that the update took."""
         return max(self.disk.seconds + self.bus.seconds, self.host.seconds)
 
 
-NOTHING = Run(Side(0, 0.0), Side(0, 0.0), Side(0, 0.0), 0)
+NOTHING = UpdateTimes(Side(0, 0.0), Side(0, 0.0), Side(0, 0.0), 0)
 
 
 class SharedUpdate:
-    """Streams parts through the device, but leaves the last to the host where they are: `share` of the elements whose
-    states are at home there.
+    """Streams parts through the device, and lets the host update the last ones where they are: `share` of the elements
+    with states on the host. DeepSpeed's ZeRO-Offload updates all of these on the host (Ren et al. 2021, arXiv
+    2101.06840).
 
-    The two round differently. So the share stays what it is until somebody sets it: to `balance()`, best, the same on
-    all ranks.
+    Device and host round differently. Therefore the share only changes when it is set, to the same value on all ranks:
+    `balance()` is the best one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,39 +80,40 @@ class SharedUpdate:
         self._clock = clock_of(device)
         self._stream = Stream(device)
         self._thread = ThreadPoolExecutor(1, "update")
-        self._last: Callable[[], Run] = lambda: NOTHING
+        self._last: Callable[[], UpdateTimes] = lambda: NOTHING
 
     def run(self, wholes: Sequence[Part], on_device: Update, on_host: Update) -> None:
-        """Each one's home as one or the other update leaves the parts of it that are given to it."""
+        """Update all parts, some with `on_device` and the others with `on_host`; the results are written back."""
         parts = in_parts(wholes)
         from_disk = [part for part in parts if part.is_on_disk]
         from_host, left = self._split([part for part in parts if not part.is_on_disk])
-        moments = [self._clock.now()]
+        times = [self._clock.now()]
         host = self._thread.submit(update_in_place, left, on_host)
         for streamed in (from_disk, from_host):
             if streamed:
                 self._stream.run(streamed, on_device)
-            moments.append(self._clock.now())
+            times.append(self._clock.now())
         seconds, counts = host.result(), [_elements(x) for x in (from_disk, from_host, left)]
         movable = _elements([part for part in parts if _is_movable(part)])
 
-        def last() -> Run:  # of numbers alone: it holds no part
-            disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(moments))
-            return Run(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
+        def last() -> UpdateTimes:  # it refers to numbers alone: a part would keep its memory
+            disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(times))
+            return UpdateTimes(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
 
         self._last = last
 
     def balance(self) -> float:
-        """The best share for the last run, which the device must have done, to a sixteenth."""
+        """Return the best share for the last update, which must be complete on the device, in sixteenths."""
         best = self._last().best()
         return self.share if best is None else round(16 * best) / 16
 
     def gain(self, share: float) -> float:
-        """The seconds that this share would have spared the last run, which the device must have done."""
+        """Return the seconds that this share would have saved in the last update, complete on the device."""
         last = self._last()
         return last.took - last.seconds(share)
 
     def _split(self, parts: Sequence[Part]) -> tuple[Sequence[Part], Sequence[Part]]:
+        """Divide parts into those that stream through the device and the last ones, which are left to the host."""
         streamed, left = [], list[Part]()
         room = self.share * _elements([part for part in parts if _is_movable(part)])
         for part in reversed(parts):
@@ -122,9 +126,9 @@ class SharedUpdate:
 
 
 def update_in_place(parts: Sequence[Part], update: Update) -> float:
-    """The seconds that it took, from when all gradients were there."""
+    """Update parts where they are, on the host. Return the seconds that it took after all gradients had arrived."""
     for part in parts:
-        part.arrived.synchronize()
+        part.gradient_written.synchronize()
     begun = time.perf_counter()
     for part in parts:
         for piece in part.split(HOST_PART):
@@ -135,8 +139,8 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
 
 
 def _is_movable(part: Part) -> bool:
-    """At home on the host, it may be updated there. Of a tied weight another pipeline stage has the same masters among
-    other parts: both leave it to the device.
+    """Return True if either side may update a part: parameters and states are on the host, and no other pipeline stage
+    has the same master weights. The parts of a tied weight differ between stages, so both update it on the device.
     """
     return part.chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(part.chunk.spec.axes) == 1
 

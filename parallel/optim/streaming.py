@@ -1,4 +1,4 @@
-"""States that are not at home on the device, through it in parts: up, updated and down, three parts at a time."""
+"""Updates of offloaded states on the device: they stream through it in parts, three parts at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,31 +13,32 @@ PART = 2**23  # elements
 
 
 class _Slot:
-    """Room on the device for a part of so many elements at most."""
+    """Memory on the device for one part of at most `size` elements."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
-        self.room: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.arrived, self.left = CopyEvent(), CopyEvent()
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.uploaded, self.downloaded = CopyEvent(), CopyEvent()
 
     def view(self, name: str, like: Tensor) -> Tensor:
+        """Return a tensor of the size and dtype of `like`, in a buffer for tensors of this name."""
         key = name, like.dtype
-        if key not in self.room:
-            self.room[key] = torch.empty(self.size, dtype=like.dtype, device=self.device)
-        return self.room[key][: len(like)]
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(self.size, dtype=like.dtype, device=self.device)
+        return self.buffers[key][: len(like)]
 
 
 Update = Callable[[Part], None]
 
 
 def in_parts(wholes: Sequence[Part]) -> list[Part]:
-    """The same in parts that fit into slots."""
+    """Return the same elements in parts that fit into slots."""
     return [part for whole in wholes for part in whole.split(PART)]
 
 
 class Stream:
-    """Slots, as large as the largest part: while one part is updated, the next is on its way up and the one before on
-    its way down. Parts whose states are at home on a disk come and go by way of slots on the host (`disk.Disk`).
+    """Three slots of the size of the largest part: one part is updated while the next is copied to the device and the
+    one before is copied back. Parts whose states are on a disk pass through slots on the host too (`disk.Disk`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,47 +46,50 @@ class Stream:
         self._slots: list[_Slot] = []
 
     def run(self, parts: Sequence[Part], update: Update) -> None:
-        """Each part's home as `update` leaves what is given to it on the device."""
-        self._make_room(max(len(part.gradient) for part in parts))
+        """Call `update` with a copy of each part on the device, and copy the result back to where the part is."""
+        self._make_slots(max(len(part.gradient) for part in parts))
         on_disk = [part for part in parts if part.is_on_disk]
         if on_disk:
             on_disk[0].disk.begin([part.states for part in on_disk])
-        coming = self._bring(parts[0], self._slots[0])
+        upcoming = self._upload(parts[0], self._slots[0])
         for i, part in enumerate(parts):
-            slot, (home, here) = self._slots[i % 3], coming
+            slot, (on_host, on_device) = self._slots[i % 3], upcoming
             if i + 1 < len(parts):
-                coming = self._bring(parts[i + 1], self._slots[(i + 1) % 3])
-            slot.arrived.wait()
-            update(here)
-            self._take(here, home, slot)
+                upcoming = self._upload(parts[i + 1], self._slots[(i + 1) % 3])
+            slot.uploaded.wait()
+            update(on_device)
+            self._download(on_device, on_host, slot)
             if part.is_on_disk:
-                part.disk.store(slot.left)
+                part.disk.store(slot.downloaded)
         if on_disk:
             on_disk[0].disk.end()
 
-    def _make_room(self, size: int) -> None:
+    def _make_slots(self, size: int) -> None:
         if not self._slots or self._slots[0].size < size:
-            self._copies.synchronize()  # in the old ones there may be something on its way
+            self._copies.synchronize()  # the old ones may still be copied from
             self._slots = [_Slot(self._device, size) for _ in range(3)]
 
-    def _bring(self, home: Part, slot: _Slot) -> tuple[Part, Part]:
-        """The part, with states on the host whatever their home, and on the device."""
-        if home.is_on_disk:
-            home = replace(home, states=home.disk.fetch())
-        first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(home.states))
-        here = replace(home, states=(first, second, third), gradient=slot.view("gradient", home.gradient), own=None)
-        for source, room in zip(home.states, here.states, strict=True):
-            self._copies.upload(source, room, after=slot.left)
-        slot.arrived = self._copies.upload(home.gradient, here.gradient, after=home.arrived)
-        return home, here
+    def _upload(self, part: Part, slot: _Slot) -> tuple[Part, Part]:
+        """Start to copy a part into a slot. Return the part with its states on the host, read from the disk if they are
+        there, and the part in the slot.
+        """
+        if part.is_on_disk:
+            part = replace(part, states=part.disk.fetch())
+        first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(part.states))
+        copy = replace(part, states=(first, second, third), gradient=slot.view("gradient", part.gradient), own=None)
+        for source, out in zip(part.states, copy.states, strict=True):
+            self._copies.upload(source, out, after=slot.downloaded)
+        slot.uploaded = self._copies.upload(part.gradient, copy.gradient, after=part.gradient_written)
+        return part, copy
 
-    def _take(self, here: Part, home: Part, slot: _Slot) -> None:
-        if home.own is not None:
-            if home.chunk.placement.parameters is Tier.DEVICE:
-                home.own.copy_(here.states[0])
+    def _download(self, on_device: Part, on_host: Part, slot: _Slot) -> None:
+        """Start to copy a part back that has been updated in a slot, and write its parameters."""
+        if on_host.own is not None:
+            if on_host.chunk.placement.parameters is Tier.DEVICE:
+                on_host.own.copy_(on_device.states[0])
             else:
-                narrow = slot.view("own", home.own)
-                self._copies.download(narrow.copy_(here.states[0]), home.own)
-        for room, place in zip(here.states, home.states, strict=True):
-            slot.left = self._copies.download(room, place)
-        home.chunk.parameters.record_write(slot.left)
+                narrow = slot.view("own", on_host.own)
+                self._copies.download(narrow.copy_(on_device.states[0]), on_host.own)
+        for source, out in zip(on_device.states, on_host.states, strict=True):
+            slot.downloaded = self._copies.download(source, out)
+        on_host.chunk.parameters.record_write(slot.downloaded)

@@ -17,12 +17,12 @@ ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class TorchOptimizer:
-    """A torch optimizer that updates every element by itself, on this rank's segments of master weights in place of the
-    parameters it was made for.
+    """A torch optimizer that updates this rank's segments of master weights instead of the parameters that it was made
+    for. It must be elementwise: the update of an element depends on no other element.
 
-    Its groups stay its own, so that its hyperparameters, and whoever schedules them, go on as they were. A parameter
-    without a gradient in a step is left alone, moments and all, as torch has it. Raises ModelError for an optimizer
-    that cannot be divided so.
+    It keeps its param groups, so its hyperparameters and a user's scheduler work as before. A parameter without a
+    gradient in a step stays as it is, and so do its states, as in torch. Raises ModelError for an optimizer that cannot
+    be divided.
     """
 
     host_share = 1.0  # it updates master weights where they are
@@ -30,8 +30,8 @@ class TorchOptimizer:
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
         _check(chunks, inner)
         self.chunks, self.inner = [c for c in chunks if not c.is_frozen], inner
-        self.unused: Container[nn.Parameter] = ()  # those that got no gradient
-        inner.register_step_pre_hook(lambda *_: self._refuse_strangers())
+        self.unused: Container[nn.Parameter] = ()  # parameters that got no gradient
+        inner.register_step_pre_hook(lambda *_: self._refuse_steps_of_others())
         self._leaves = Leaves(self.chunks, inner)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DISK:
@@ -43,8 +43,8 @@ class TorchOptimizer:
         return float(self.inner.param_groups[0]["lr"])
 
     def step(self, factor: Tensor, lr: float) -> None:
-        """Update every weight, but those of `unused` parameters, by its gradient times `factor`, a scalar. The groups'
-        learning rates hold, whatever `lr` is.
+        """Update every weight, except those of `unused` parameters, by its gradient times `factor`, a scalar. The
+        learning rates are those of the groups, whatever `lr` is.
         """
         leaves = iter(self._leaves)
         is_streamed = any(chunk.placement.states is not Tier.DEVICE for chunk in self.chunks)
@@ -65,8 +65,8 @@ class TorchOptimizer:
             pending.wait()
 
     def pieces(self) -> dict[str, list[Piece]]:
-        """Return the master weights and what the optimizer keeps for each of their elements, as pieces of public
-        tensors: views, to be saved or filled.
+        """Return the master weights and the optimizer's states of their elements, as pieces of public tensors: views,
+        to be saved or filled.
         """
         for chunk in self.chunks:
             chunk.settle()
@@ -78,8 +78,8 @@ class TorchOptimizer:
         return found
 
     def counters(self) -> dict[str, Any]:
-        """Return what `restore` takes: how many updates each parameter that has a segment here has had, as many as it
-        had gradients; and the groups' learning rates.
+        """Return what `restore` takes: the number of updates, which is that of its gradients, of each parameter with a
+        segment on this rank; and the groups' learning rates.
         """
         self._leaves.start_states()
         states = [(segment.info.name, self.inner.state[leaf]) for segment, leaf in self._leaves]
@@ -89,8 +89,8 @@ class TorchOptimizer:
     def restore(
         self, updates: int, *, steps: Mapping[str, float] | None = None, rates: Sequence[float] | None = None
     ) -> None:
-        """Take the master weights and states as they are now, filled through `pieces`, as those after `updates`
-        updates; `steps` has the counts of the parameters that have had others.
+        """Go on after `updates` updates, with master weights and states that were filled through `pieces`. `steps` has
+        the number of updates of each parameter for which it is another.
         """
         for group, rate in zip(self.inner.param_groups, rates or (), strict=rates is not None):
             group["lr"] = rate
@@ -101,7 +101,7 @@ class TorchOptimizer:
             chunk.write_back().wait()
 
     def move(self, chunk: Chunk, placement: Placement) -> None:
-        """Move a chunk to another placement, and what is kept for it."""
+        """Move a chunk and its states to another placement."""
         was = chunk.placement.states
         chunk.move_to(placement)
         self._leaves.follow(chunk)
@@ -109,41 +109,42 @@ class TorchOptimizer:
             self._leaves.move_states(chunk)
 
     def held(self) -> list[tuple[Tier, Tensor]]:
-        """Return what is kept for every element, and the tier of each tensor."""
+        """Return the states of all elements, and the tier of each tensor."""
         return self._leaves.held(self.chunks)
 
     def state_bytes(self, chunk: Chunk) -> int:
-        """Return the bytes of a chunk's master weights and of what is kept for them, from the first update on."""
+        """Return the bytes of a chunk's master weights and of its states, which exist from the first update on."""
         return 0 if chunk.is_frozen else chunk.master.nbytes + self._leaves.state_bytes(chunk)
 
     def balance(self) -> float:
-        """Return the only share that there is of updates on the host."""
+        """Return the share of updates on the host: there is no other."""
         return self.host_share
 
     def gain(self, share: float) -> float:
-        """Return the seconds that another share would spare: none."""
+        """Return the seconds that another share would save: none."""
         return 0.0
 
     def _start_on_disk(self, chunk: Chunk) -> None:
-        """Start a chunk's states from zero, in files, before the first update: so that there is room, or the run does
-        not begin, and the host never has those of more than a chunk. Raises ModelError where torch does not start from
-        zero.
+        """Make a chunk's states before the first update, as files of zeros: then a disk without room for them is
+        refused at the start, and the host never holds the states of more than one chunk. Raises ModelError if torch
+        does not start from zero.
         """
         if any(group.get("momentum") and group.get("dampening") for group in self.inner.param_groups):
             raise ModelError(
-                "optimizer: SGD's first step is not dampened, so its states cannot start in zero.nvme_dir. Use"
+                "optimizer: SGD's first step is not dampened, so its states cannot start as zeros in zero.nvme_dir. Use"
                 " dampening=0, or leave zero.nvme_dir out."
             )
         self._leaves.start_states(self._leaves.of(chunk))
         self._leaves.move_states(chunk)
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_steps_of_others(self) -> None:
+        """Raise ModelError if somebody other than the engine calls the optimizer's `step`."""
         if not self._leaves.is_stepping:
-            raise ModelError("optimizer.step(): the gradients are with the engine. Call engine.step() instead.")
+            raise ModelError("optimizer.step(): the engine has the gradients. Call engine.step() instead.")
 
 
 def _check(chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
-    """Raise ModelError for an optimizer that cannot update divided master weights of these chunks."""
+    """Raise ModelError if an optimizer cannot update the divided master weights of these chunks."""
     if type(inner) not in ELEMENTWISE:
         known = either(cls.__name__ for cls in ELEMENTWISE)
         raise ModelError(
@@ -154,6 +155,6 @@ def _check(chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
             "optimizer: it has taken steps already. Pass a new one: engine.load_checkpoint restores a state."
         )
     parameters = {info.parameter for chunk in chunks for info in chunk.infos}
-    strangers = sum(p not in parameters for group in inner.param_groups for p in group["params"])
-    if strangers:
-        raise ModelError(f"optimizer: {strangers} of its parameters are not the model's. Make it after the model.")
+    num_unknown = sum(p not in parameters for group in inner.param_groups for p in group["params"])
+    if num_unknown:
+        raise ModelError(f"optimizer: {num_unknown} of its parameters are not the model's. Make it after the model.")

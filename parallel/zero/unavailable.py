@@ -1,4 +1,4 @@
-"""Parameters that are elsewhere, and say so to whoever computes with them."""
+"""Parameters that are not available now: a computation with one of them is refused."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,13 +9,14 @@ from torch.utils._pytree import tree_leaves
 
 from parallel.errors import ModelError
 
-ATTRIBUTE = "_layer_it_comes_with"
+ATTRIBUTE = "_layer_that_gathers_it"
 GRADIENT = getattr(Tensor.grad, "__get__")  # noqa: B009
 
 
 class UnavailableParameter(nn.Parameter):
-    """What a parameter is while its layer is not whole: it tells of its shape, its dtype and its `.grad`, but nothing
-    is computed from its values, which would be NaN and come out far from here, or in a comparison not at all.
+    """The class of a parameter while its layer is not whole. Its shape, its dtype and its `.grad` can be read, but a
+    computation with its values raises ModelError: they are NaN, which would be noticed far from here, or not at all,
+    as in a comparison.
     """
 
     @classmethod
@@ -28,15 +29,15 @@ class UnavailableParameter(nn.Parameter):
         if made and func != GRADIENT:
             layer = next(getattr(x, ATTRIBUTE) for x in given if isinstance(x, UnavailableParameter))
             raise ModelError(
-                f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 those of an entry"
-                " of a ModuleList are there only in its own forward and backward. Call the entry itself, or keep the"
-                " parameter outside of the ModuleList."
+                f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 the parameters of"
+                " an entry of a ModuleList are available only in its own forward and backward. Call the entry itself,"
+                " or keep the parameter outside of the ModuleList."
             )
         return result
 
 
 def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str) -> None:
-    """Whoever computes with them from now on is told that they come with `layer`."""
+    """Refuse computations with these parameters, which are gathered when `layer` is called."""
     for parameter in parameters:
         if type(parameter) is nn.Parameter:
             setattr(parameter, ATTRIBUTE, layer)
@@ -44,7 +45,7 @@ def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str) -> None:
 
 
 def mark_available(parameters: Iterable[nn.Parameter]) -> None:
-    """They are parameters as any other again."""
+    """Make them ordinary parameters again."""
     for parameter in parameters:
         if isinstance(parameter, UnavailableParameter):
             delattr(parameter, ATTRIBUTE)
