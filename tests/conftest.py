@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind() -> Iterator[None]:
-    """Fail a test that leaves a process or an environment variable for the next one to trip over."""
+    """Fail a test that leaves behind a process or an environment variable, which could disturb the next test."""
     before = _environment()
     yield
     assert multiprocessing.active_children() == []

@@ -1,4 +1,4 @@
-"""Run a function on several ranks at once, each a process of its own joined by gloo.
+"""Run a function on several ranks at once: processes that are joined in a gloo process group.
 
     def sum_of_ranks(rank: int, world_size: int) -> float: ...
     assert run(sum_of_ranks, 4) == [6.0] * 4
@@ -35,12 +35,12 @@ PRELOADED_PACKAGES = ("parallel", "models", "training", "tests")
 
 
 class RankError(Exception):
-    """A rank raised, died or did not return in time. The message says which, and where it was."""
+    """A rank raised an exception, died or did not return in time. The message says which rank, and where it was."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every rank is given: the function, its arguments, and the folder where the ranks meet."""
+    """The task of every rank: the function, its arguments, and the folder where the ranks meet."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -52,13 +52,13 @@ class Task:
         return f"rank {rank} of {self.world_size}"
 
     def stacks_of(self, rank: int) -> Path:
-        """The file in which a rank that hangs or crashes writes down where it is."""
+        """Return the file to which a rank that hangs or crashes writes its stack."""
         return self.folder / f"stacks_of_rank_{rank}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank sends back: the saved result, or the traceback of its failure."""
+    """The report that a rank sends back: the saved result, or the traceback of its failure."""
 
     saved: bytes = b""
     failure: str = ""
@@ -74,11 +74,11 @@ class Rank:
 
 
 def run(function: Callable[..., T], world_size: int, *arguments: Any, timeout: float = LIMIT) -> list[T]:
-    """Call `function(rank, world_size, *arguments)` on `world_size` gloo ranks; the results, in order of rank.
+    """Call `function(rank, world_size, *arguments)` on `world_size` gloo ranks; return the results in order of rank.
 
-    The function must stand at the top of a module, so that the ranks can import it. When it starts, the default process
-    group is ready. The first rank that fails ends them all, and the RankError shows its traceback; after `timeout`
-    seconds it shows where each unfinished rank is stuck.
+    The function must be at the top level of a module, so that the ranks can import it. When it starts, the default
+    process group is ready. The first rank that fails ends them all, and the RankError shows its traceback; after
+    `timeout` seconds it shows where each unfinished rank is stuck.
     """
     __tracebackhide__ = True
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
@@ -91,9 +91,9 @@ def run(function: Callable[..., T], world_size: int, *arguments: Any, timeout: f
 
 @contextmanager
 def _started(task: Task) -> Iterator[list[Rank]]:
-    """The ranks of a task, running; on the way out whatever is left of them is killed."""
+    """Start the ranks of a task; those that are still running at the end of the block are killed."""
     context = multiprocessing.get_context("forkserver")
-    # torch imports _dynamo when the first optimizer is made: a second for each rank, were it not there already.
+    # torch imports _dynamo when the first optimizer is made, which would take each rank a second.
     context.set_forkserver_preload(["torch", "torch._dynamo", *_imported_by_now()])
     ranks: list[Rank] = []
     try:
@@ -110,6 +110,7 @@ def _started(task: Task) -> Iterator[list[Rank]]:
 
 
 def _start(context: ForkServerContext, index: int, task: Task) -> Rank:
+    """Start the process of one rank."""
     ours, theirs = context.Pipe()
     with theirs:
         process = context.Process(target=_serve, args=(index, task, theirs), name=f"rank {index}", daemon=True)
@@ -118,12 +119,12 @@ def _start(context: ForkServerContext, index: int, task: Task) -> Rank:
 
 
 def _imported_by_now() -> list[str]:
-    """The project's modules this process has imported: what the ranks will need, with all that they import in turn."""
+    """Return the modules of this project that are imported here: the ranks will need them, and what they import."""
     return [name for name in sys.modules if name.split(".")[0] in PRELOADED_PACKAGES]
 
 
 def _collect(ranks: list[Rank], task: Task) -> list[Report]:
-    """Every rank's report, in order of rank, or a RankError."""
+    """Return every rank's report in order of rank, or raise a RankError."""
     __tracebackhide__ = True
     deadline = time.monotonic() + task.timeout
     waiting = {rank.connection: rank for rank in ranks}
@@ -139,13 +140,14 @@ def _collect(ranks: list[Rank], task: Task) -> list[Report]:
 
 
 def _receive(rank: Rank, ranks: list[Rank], task: Task) -> Report:
+    """Return the report of a rank that has one. Raises a RankError where it tells of a failure, or the rank died."""
     __tracebackhide__ = True
     try:
         report: Report = rank.connection.recv()
     except (EOFError, ConnectionResetError):
         raise RankError(_how_it_died(rank, task)) from None
     if report.failure:
-        # A rank that dies makes its peers fail, and their reports may arrive before the news of its death.
+        # A rank that dies makes its peers fail, and their reports may arrive before its end is noticed.
         ended = wait([peer.process.sentinel for peer in ranks], timeout=patient(1.0))
         dead = next((peer for peer in ranks if peer.process.sentinel in ended), None)
         raise RankError(_how_it_died(dead, task) if dead else f"{task.name_of(rank.index)} failed\n{report.failure}")
@@ -153,14 +155,15 @@ def _receive(rank: Rank, ranks: list[Rank], task: Task) -> Report:
 
 
 def _how_it_died(rank: Rank, task: Task) -> str:
+    """Return the exit code of a rank that has died, and the stack that it wrote if it crashed."""
     rank.process.join(task.timeout)
     stacks = task.stacks_of(rank.index)
-    last_words = stacks.read_text() if stacks.exists() else ""
-    return f"{task.name_of(rank.index)} died with exit code {rank.process.exitcode}\n{last_words}"
+    stack = stacks.read_text() if stacks.exists() else ""
+    return f"{task.name_of(rank.index)} died with exit code {rank.process.exitcode}\n{stack}"
 
 
 def _where_they_hang(ranks: list[Rank], task: Task) -> str:
-    """Ask each unfinished rank for its stack, which faulthandler writes on SIGUSR1, and put the answers together."""
+    """Return the stack of each unfinished rank, which faulthandler writes when the rank receives SIGUSR1."""
     asked = [rank for rank in ranks if task.stacks_of(rank.index).exists() and rank.process.pid]
     for rank in asked:
         os.kill(rank.process.pid or 0, signal.SIGUSR1)
@@ -168,13 +171,13 @@ def _where_they_hang(ranks: list[Rank], task: Task) -> str:
     before: list[str] = []
     while (found := [task.stacks_of(rank.index).read_text() for rank in asked]) != before:
         before = found
-        time.sleep(0.5)  # nothing tells which line is the last one: it is there when no other one follows
+        time.sleep(0.5)  # no line says that it is the last one: the stack is complete when nothing is added to it
     stacks = [f"{task.name_of(rank.index)} is stuck\n{text}" for rank, text in zip(asked, found, strict=True)]
     return "\n".join([f"{len(ranks)} of {task.world_size} ranks had not returned after {task.timeout:g} s", *stacks])
 
 
 def _dismiss(ranks: list[Rank], task: Task) -> None:
-    """Let every rank leave, now that none needs another, and see that it leaves in peace."""
+    """Let every rank end, now that none needs another, and check that it ends without an error."""
     __tracebackhide__ = True
     for rank in ranks:
         rank.connection.send(None)
@@ -185,17 +188,17 @@ def _dismiss(ranks: list[Rank], task: Task) -> None:
 
 
 def _serve(rank: int, task: Task, connection: Connection) -> None:
-    """A rank's whole life: join, call, report, and stay until every rank has reported.
+    """Run a rank: join the others, call the function, report, and stay until every rank has reported.
 
-    To leave earlier would break the connections that the others still use: a second failure that hides the first.
+    A rank that ended earlier would break connections that the others still use: a second failure would hide the first.
     """
     torch.set_num_threads(1)
     hidden = task.stacks_of(rank).with_suffix(".hidden")
     with hidden.open("w") as stacks, connection:
         faulthandler.enable(stacks)
         faulthandler.register(signal.SIGUSR1, stacks)
-        hidden.rename(task.stacks_of(rank))  # from now on this process can be asked
-        # Should the parent be killed, nobody is left to end a rank that hangs.
+        hidden.rename(task.stacks_of(rank))  # from now on SIGUSR1 asks for the stack
+        # Where the parent was killed, nothing else would end a rank that hangs.
         faulthandler.dump_traceback_later(2 * task.timeout, exit=True, file=stacks)
         connection.send(_report(rank, task))
         connection.recv()
@@ -203,8 +206,9 @@ def _serve(rank: int, task: Task, connection: Connection) -> None:
 
 
 def _report(rank: int, task: Task) -> Report:
+    """Call the task's function on this rank, and return its result or the traceback of its failure."""
     try:
-        meeting_point = f"file://{task.folder}/rendezvous"  # never a port: another run might hold it
+        meeting_point = f"file://{task.folder}/rendezvous"  # not a port, which another run might use
         dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=task.world_size)
         saved = io.BytesIO()
         torch.save(task.function(rank, task.world_size, *task.arguments), saved)

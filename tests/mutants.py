@@ -1,11 +1,12 @@
-"""Do the tests notice? A bug at a time is planted in a copy of the tree, and the test that the table names must go red.
+"""This checks that the tests notice bugs: each is planted in a copy of the tree, and its test must then fail.
 
     python -m tests.mutants [--list] [--only NAME ...]
 
-Red means that a comparison failed, or that a plan or a config was refused; not that the code breaks down or hangs.
+It prints a line for each mutant of the table: red where its test noticed the bug, GREEN where it survived. Red means
+that a comparison failed, or that a plan or a config was refused; a crash or a hang does not count.
 
-Most of what a single test takes is importing torch and transformers. So this process imports them once, and each run of
-pytest is a fork of it; where it runs a single test, so are that test's ranks.
+Importing torch and transformers takes most of the time of a single test. So this process imports them once, and each
+run of pytest is a fork of it; where it runs a single test, the ranks of that test are forks too.
 """
 
 import argparse
@@ -33,13 +34,13 @@ ROOT = Path(__file__).parent.parent
 JOBS = min(8, os.cpu_count() or 1)
 IMPORTED_ONCE = ("pytest", "torch._dynamo", "transformers.models.opt.modeling_opt")
 
-# What a failed comparison with a message, or a refusal by name, looks like in a traceback.
+# A failed comparison with a message, or a refusal of a plan or a config, in a traceback.
 NAMED = re.compile(r"(\w+\.)*(AssertionError|PlanError|ConfigError): .+")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant. `red`: its test noticed; `reason` is what the test said, or why that does not count."""
+    """The result of a mutant. `red`: its test noticed it; `reason`: the test's message, or why it does not count."""
 
     mutant: Mutant
     red: bool
@@ -48,7 +49,7 @@ class Verdict:
 
 
 class Tree:
-    """A copy of the source tree, in which at most one mutant is planted and one pytest runs."""
+    """A copy of the source tree, in which at most one mutant is planted and one pytest runs at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.report, self.output = folder / "tree", folder / "report.xml", folder / "output"
@@ -60,22 +61,25 @@ class Tree:
                 shutil.copy(ROOT / name, self.folder / name)
 
     def plant(self, mutant: Mutant) -> None:
+        """Put the mutant into its file."""
         file = self.folder / mutant.file
         self.healthy = file.read_text()
         assert self.healthy.count(mutant.before) == 1, f"{mutant.file} changed since the start: {mutant.before}"
         file.write_text(self.healthy.replace(mutant.before, mutant.after))
 
     def heal(self, mutant: Mutant) -> None:
+        """Restore the mutant's file."""
         (self.folder / mutant.file).write_text(self.healthy)
 
     def start(self, tests: Iterable[str]) -> ForkProcess:
+        """Start a fork that runs these tests in this tree."""
         self.report.unlink(missing_ok=True)
         process = multiprocessing.get_context("fork").Process(target=_pytest, args=(self, list(tests)))
         process.start()
         return process
 
     def failures(self, exit_code: int | None) -> list[str]:
-        """The reports of the tests that failed in a run that has ended; where pytest itself failed, what it said."""
+        """Return the reports of the tests that failed in a run; where pytest itself failed, the end of its output."""
         if exit_code == 0:
             return []
         found = ET.parse(self.report).iter("failure") if exit_code == 1 and self.report.exists() else ()
@@ -85,9 +89,10 @@ class Tree:
 
 
 def _pytest(tree: Tree, tests: list[str]) -> None:
-    """The life of a fork: forget the tree it came from, and run pytest in its own.
+    """Run pytest in this tree, in a fork that first drops the modules of the tree that it was forked from.
 
-    Before its ranks start, a single test has done nothing that leaves threads behind; that holds for no more than one.
+    Of a single test, the ranks are forks too: a test has started no threads before its ranks. A second test cannot
+    rely on that.
     """
     import pytest
 
@@ -106,10 +111,10 @@ def _pytest(tree: Tree, tests: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.mutants", description="Break the code, see the tests go red."
+        prog="python -m tests.mutants", description="Break the code, and check that the tests notice."
     )
-    parser.add_argument("--only", metavar="NAME", nargs="+", help="these mutants alone")
-    parser.add_argument("--list", action="store_true", help="name the mutants, and run nothing")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="only these mutants")
+    parser.add_argument("--list", action="store_true", help="list the mutants, and run nothing")
     options = parser.parse_args(arguments)
     if unknown := set(options.only or ()) - {mutant.name for mutant in MUTANTS}:
         parser.error(f"no mutant is named {', '.join(sorted(unknown))}; --list names them all")
@@ -125,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(mutants: Sequence[Mutant]) -> int:
-    """Every named test must pass as the code is, and fail once its mutant is planted. The exit code: 1 if not."""
+    """Check that every named test passes without mutants and fails with its mutant; return 1 if not, else 0."""
     started = time.monotonic()
     # A fork takes these along. A stale .pyc, of the same size and second, would hide a mutant. Torch sees no GPU, as in
     # the tests. Some mutants make ranks wait for each other: that ends after two minutes.
@@ -142,7 +147,7 @@ def _check(mutants: Sequence[Mutant]) -> int:
         if failures := trees[0].failures(healthy.exitcode):
             print("Red without any mutant:", *failures, sep="\n")
             return 1
-        print(f"{len(mutants)} mutants. Without them their tests pass. So far {time.monotonic() - started:.0f} s.")
+        print(f"{len(mutants)} mutants. Without them their tests pass. So far: {time.monotonic() - started:.0f} s.")
         survivors = []
         for verdict in _verdicts(mutants, trees):
             print(f"{'red  ' if verdict.red else 'GREEN'} {verdict.seconds:5.1f} s  {verdict.mutant.name}")
@@ -155,7 +160,7 @@ def _check(mutants: Sequence[Mutant]) -> int:
 
 
 def _verdicts(mutants: Sequence[Mutant], trees: Sequence[Tree]) -> Iterator[Verdict]:
-    """As they come in, from a run in every tree at a time."""
+    """Yield the verdicts as the runs end; at any time one mutant runs in each tree."""
     upcoming, free = list(reversed(mutants)), list(trees)
     running: dict[int, tuple[ForkProcess, Mutant, Tree, float]] = {}  # by the sentinel of the process
     while upcoming or running:
@@ -174,10 +179,11 @@ def _verdicts(mutants: Sequence[Mutant], trees: Sequence[Tree]) -> Iterator[Verd
 
 
 def _judge(mutant: Mutant, failures: Sequence[str], seconds: float) -> Verdict:
+    """Return whether a comparison failed, by the first failure's report."""
     if not failures:
         return Verdict(mutant, False, "the test passes: the mutant survived", seconds)
-    told = [line[1:].strip() for line in failures[0].splitlines() if line.startswith("E ")]
-    compared = told[:1] if told and told[0].startswith("assert ") else [line for line in told if NAMED.match(line)]
+    lines = [line[1:].strip() for line in failures[0].splitlines() if line.startswith("E ")]
+    compared = lines[:1] if lines and lines[0].startswith("assert ") else [line for line in lines if NAMED.match(line)]
     if compared:
         return Verdict(mutant, True, compared[-1], seconds)
     return Verdict(mutant, False, f"but no comparison failed: {failures[0]}", seconds)

@@ -1,6 +1,11 @@
-"""Lists the docstrings that begin with a fragment instead of a sentence, and the longest files and classes.
+"""This lists the docstrings that begin with a fragment instead of a sentence, and measures the library's structure.
 
-    python -m tests.prose [FOLDER ...]    default: the whole tree; exit code 1 where a docstring begins with a fragment
+    python -m tests.prose [FOLDER ...]                   default: the whole tree, and the measures
+    python -m tests.prose --root CHECKOUT [--measures]   another checkout; --measures: without the docstrings
+
+It prints each docstring that begins with a fragment and how many there are. The measures are the modules directly under
+parallel/, the lengths of files, the largest classes, the folders, and the arrows between folders. The exit code is 1
+where a docstring begins with a fragment.
 
 The first line of a docstring says what the thing is ("The axes over which ...") or what it does ("Return ...").
 A preposition, a conjunction or a relative pronoun at its beginning leaves out what is spoken of.
@@ -14,6 +19,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.layering import folder_measures
 
 ROOT = Path(__file__).parent.parent
 FRAGMENTS = re.compile(
@@ -68,6 +75,12 @@ def attributes(node: ast.ClassDef) -> set[str]:
     }
 
 
+def measures(root: Path) -> Iterator[str]:
+    """Yield a line for each measure of the library's files, classes and folders."""
+    yield from sizes(root)
+    yield from folder_measures(root)
+
+
 def sizes(root: Path) -> Iterator[str]:
     """Yield a line for each measure of the library's files and classes."""
     files = python_files(root, ["parallel"])
@@ -91,16 +104,21 @@ def sizes(root: Path) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the module's docstring promises; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.prose", description="List docstrings that are fragments.")
+    """Print what the module's docstring says; return the exit code."""
+    description = "List docstrings that begin with a fragment, and measure the library's structure."
+    parser = argparse.ArgumentParser(prog="python -m tests.prose", description=description)
     parser.add_argument("folders", metavar="FOLDER", nargs="*")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
+    parser.add_argument("--measures", action="store_true", help="print only the measures")
     options = parser.parse_args(arguments)
+    if options.measures:
+        print(*measures(options.root), sep="\n")
+        return 0
     found = fragments(options.root, options.folders)
     for text in (*found, f"{len(found)} docstrings begin with a fragment"):
         print(text)
     if not options.folders:
-        print(*sizes(options.root), sep="\n")
+        print(*measures(options.root), sep="\n")
     return 1 if found else 0
 
 

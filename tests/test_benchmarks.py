@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: every contender computes the same."""
+"""All contenders of a benchmark compute the same, and its tables hold what they say."""
 
 import re
 from dataclasses import replace
@@ -20,6 +20,7 @@ from tests.harness import run
 
 
 def losses(rank: int, world_size: int, folder: Path) -> dict[str, Result]:
+    """Train each contender for a few steps from the same weights."""
     save_start("opt-tiny", folder)
     work = Work(folder, batch=2, sequence=16, steps=3)
     return {name: measure(name, work) for name in ("ours", "hf", "fsdp2")}
@@ -27,7 +28,7 @@ def losses(rank: int, world_size: int, folder: Path) -> dict[str, Result]:
 
 @pytest.mark.gpu
 def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
-    """Far enough for an update that one of them leaves out to show."""
+    """Losses fall so far that an update which one of them leaves out would show."""
     (results,) = run(losses, 1, tmp_path / "start")
     first, *_, last = results["ours"].losses
     assert last < first * (1 - 4 * AGREEMENT)
@@ -37,7 +38,7 @@ def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_contenders_of_zero_train_the_same_model(tmp_path: Path) -> None:
-    """From weights so large that each update shows far above what losses may differ by."""
+    """Weights start so large that each update changes losses by much more than they may differ."""
     small = dict(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
     workload.save_model(tmp_path, **small, init_std=0.3)
     contests = cpu_peers.zero_contests(2)
@@ -58,7 +59,7 @@ def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
     assert not agree(replace(result, losses=losses), result)
 
 
-def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
+def rows_of_all_jobs(rank: int, world_size: int, out: Path) -> list[Row]:
     setup = RankSetup(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
@@ -73,7 +74,7 @@ def jobs_of_a_gpu_run(rank: int, world_size: int, out: Path) -> list[Row]:
 
 
 def test_the_jobs_of_several_gpus_run_on_a_cpu(tmp_path: Path) -> None:
-    rows, _ = run(jobs_of_a_gpu_run, 2, tmp_path)
+    rows, _ = run(rows_of_all_jobs, 2, tmp_path)
     assert not [row for row in rows if row.get("failed")]
     assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
     assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE, "ZeRO 2", "ZeRO 2 alone", "world"}
@@ -121,7 +122,7 @@ def parts_of_a_ring(rank: int, world_size: int) -> dict[str, str]:
     return ring.measure(make_context(config, Place(rank, world_size)), tokens=8, heads=2, head=4)
 
 
-def test_the_parts_of_a_ring_are_timed_on_a_cpu_too() -> None:
+def test_the_parts_of_a_ring_are_timed_on_a_cpu() -> None:
     for found in run(parts_of_a_ring, 2):
         assert list(found) == ["FLASH_ON_CPU", "a hop", "ring", "nothing sent", "all_to_all"]
         assert all(re.match(r"\d+\.\d+ ms", text) for text in found.values())

@@ -30,7 +30,7 @@ from parallel.pipeline.timeline import draw, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from tests.harness import run
-from tests.layering import FLOORS
+from tests.layering import LAYERS
 from tests.mutant_table import MUTANTS
 from tests.parity import owns
 from tests.test_loop import ALONE
@@ -226,9 +226,9 @@ def tracked_folders() -> tuple[set[str], set[str]]:
     return top, {parts[1] for parts in parents if len(parts) > 1 and parts[0] == "parallel"}
 
 
-def floors_of_parallel() -> list[str]:
+def folders_of_parallel() -> list[str]:
     """Return the folders of parallel/ from the bottom to the top."""
-    return [found[1] for floor in FLOORS if (found := re.fullmatch(r"parallel\.(\w+)\.\*", floor))]
+    return [found[1] for layer in LAYERS if (found := re.fullmatch(r"parallel\.(\w+)\.\*", layer))]
 
 
 def test_the_readmes_tree_has_every_folder_and_no_other() -> None:
@@ -238,15 +238,15 @@ def test_the_readmes_tree_has_every_folder_and_no_other() -> None:
     inner = re.findall(r"^  (\w+)/ {2,}\S", tree, re.MULTILINE)
     assert (set(top), set(inner)) == tracked_folders()
     assert (len(top), len(inner)) == (len(set(top)), len(set(inner)))
-    assert inner == floors_of_parallel()[::-1]
+    assert inner == folders_of_parallel()[::-1]
 
 
 def test_the_architecture_and_its_picture_have_every_folder_of_parallel_in_order() -> None:
     table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     picture = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `parallel/(\w+)/` \|", table, re.MULTILINE) == floors_of_parallel()
+    assert re.findall(r"^\| `parallel/(\w+)/` \|", table, re.MULTILINE) == folders_of_parallel()
     drawn = re.findall(r'<text class="name" x="76"[^>]*>(\w+)/</text>', picture)
-    assert drawn == floors_of_parallel()[::-1]
+    assert drawn == folders_of_parallel()[::-1]
 
 
 def test_users_get_the_annotations_of_every_package() -> None:

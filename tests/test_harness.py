@@ -1,3 +1,5 @@
+"""Ranks return results in order, and a rank that fails, dies or hangs is named and ends the others."""
+
 import os
 import subprocess
 import sys
@@ -27,7 +29,7 @@ def sum_over_ranks(rank: int, world_size: int) -> float:
 def raise_on_rank_2(rank: int, world_size: int, folder: Path) -> None:
     (folder / str(rank)).write_text(str(os.getpid()))
     if rank == 2:
-        raise LookupError("the brick is missing")
+        raise LookupError("the key is missing")
     dist.barrier()
 
 
@@ -80,10 +82,10 @@ def test_the_traceback_of_the_failing_rank_arrives_and_ends_the_others_at_once(t
     start = time.monotonic()
     with pytest.raises(RankError) as caught:
         run(raise_on_rank_2, 4, tmp_path)
-    assert time.monotonic() - start < LIMIT / 2, "the others were left to run into the timeout"
+    assert time.monotonic() - start < LIMIT / 2, "the other ranks went on until the timeout"
     message = str(caught.value)
     assert message.startswith("rank 2 of 4 failed")
-    assert "LookupError: the brick is missing" in message
+    assert "LookupError: the key is missing" in message
     assert "in raise_on_rank_2" in message
     assert not any(map(is_alive, pids_in(tmp_path)))
 
@@ -94,7 +96,7 @@ def test_a_rank_that_dies_is_named_with_its_exit_code(tmp_path: Path) -> None:
     assert not any(map(is_alive, pids_in(tmp_path)))
 
 
-def test_a_hang_is_ended_and_the_place_named(tmp_path: Path) -> None:
+def test_a_hang_is_ended_and_its_stack_is_shown(tmp_path: Path) -> None:
     for seconds in (3, 30, 300):  # in which a busy machine starts two ranks, and rank 0 returns
         with pytest.raises(RankError) as caught:
             run(wait_for_rank_0, 2, tmp_path, timeout=seconds)
