@@ -84,7 +84,10 @@ class ModuleEngine(ModuleState):
         self._layers = layers
         is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
         self._gatherer = Gatherer(
-            layers if is_gathered_on_demand else {}, chunks, self.placement_manager, self._agreement.check
+            layers if is_gathered_on_demand else {},
+            chunks,
+            watcher=self.placement_manager,
+            agree=self._agreement.check,
         )
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
         self._gradients = ModuleGradients(self._trained, scatters_each=zero >= 2)
