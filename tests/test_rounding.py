@@ -1,5 +1,6 @@
 """Moments in bf16: stochastic rounding has no bias, and its noise is the same wherever an element is."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def chunk_of(*shapes: tuple[int, ...], rank: int = 0, ranks: int = 1) -> Chunk:
 
 def part_of(chunk: Chunk, moments: tuple[Tensor, Tensor] | None = None) -> Part:
     first, second = moments or tuple(torch.zeros(len(chunk.master), dtype=torch.bfloat16) for _ in range(2))
-    return Part(chunk, (chunk.master, first, second), torch.zeros_like(chunk.master), None, chunk.spec.first, 1)
+    states, gradient = (chunk.master, first, second), torch.zeros_like(chunk.master)
+    return Part(chunk, states, gradient=gradient, own=None, first=chunk.spec.first, updates=1)
 
 
 def rounded(part: Part, values: tuple[Tensor, Tensor], update: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -273,7 +275,7 @@ def test_the_noise_is_the_same_on_a_gpu_and_on_the_host() -> None:
     want = rounded(part_of(chunk), (values[0], values[1]), 3)
     on_host = part_of(chunk)
     first, second = (x.cuda() for x in on_host.states[1:])
-    part = Part(chunk, (chunk.master.cuda(), first, second), on_host.gradient.cuda(), None, chunk.spec.first, 1)
+    part = replace(on_host, states=(chunk.master.cuda(), first, second), gradient=on_host.gradient.cuda())
     with Rounding(chunk.size, torch.float32, torch.device("cuda")).widened(part, 3) as wide:
         for x, value in zip(wide, values, strict=True):
             x.copy_(value)

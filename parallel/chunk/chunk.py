@@ -55,8 +55,8 @@ class Chunk:
             master = master.clone()  # so that the memory of the whole buffer is freed
         own = master.to(spec.dtype) if spec.is_partitioned else spec.own_slice(whole)
         self.spec, self.sharing = spec, Sharing.of(spec, ON_DEVICE)
-        self.memory = ChunkMemory(wide.device, storage.disk, spec.infos[0].name)
-        self.parameters = ParameterBuffer(spec, whole, own, self.memory)
+        self.memory = ChunkMemory(wide.device, spec.infos[0].name, disk=storage.disk)
+        self.parameters = ParameterBuffer(spec, self.memory, whole=whole, own=own)
         self.states = States(master, self.memory)
         self.gradient = Gradient(spec, self.memory)
         if spec.is_partitioned:

@@ -10,8 +10,8 @@ from parallel.storage.transfer import Tier, copies_of, host_empty
 class ChunkMemory:
     """Allocates the tensors of a chunk on each tier. `name` names the chunk in messages about its files on the disk."""
 
-    def __init__(self, device: torch.device, disk: Disk | None, name: str) -> None:
-        self.device, self.disk, self.name = device, disk, name
+    def __init__(self, device: torch.device, name: str, *, disk: Disk | None = None) -> None:
+        self.device, self.name, self.disk = device, name, disk
         self.copies = copies_of(device)
 
     def empty(self, tier: Tier, like: Tensor, kind: str = "state") -> Tensor:

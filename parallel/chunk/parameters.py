@@ -21,7 +21,7 @@ class ParameterBuffer:
     While `whole` has no memory, each of the module's parameters has its shape, but is NaN throughout.
     """
 
-    def __init__(self, spec: ChunkSpec, whole: Tensor, own: Tensor, memory: ChunkMemory) -> None:
+    def __init__(self, spec: ChunkSpec, memory: ChunkMemory, *, whole: Tensor, own: Tensor) -> None:
         self.spec, self.memory = spec, memory
         self.whole, self.own, self.tier = whole, own, Tier.DEVICE
         self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host

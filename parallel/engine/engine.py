@@ -51,7 +51,7 @@ class Engine(EngineBase):
         self.inputs = stage.inputs
         self.stage, self.pipe = stage, Pipe(self.mesh.links)
         self.pipe.connect(self.mesh.device)
-        self.gatherer = Gatherer(stage.units, self.chunks, self.placement_manager)
+        self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():

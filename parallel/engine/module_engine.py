@@ -96,7 +96,10 @@ class ModuleEngine(ModuleState):
         )
         is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
         gatherer = Gatherer(
-            layers if is_gathered_on_demand else {}, chunks, self.placement_manager, self._agreement.agree_on
+            layers if is_gathered_on_demand else {},
+            chunks,
+            watcher=self.placement_manager,
+            agree=self._agreement.agree_on,
         )
         original = OriginalParameters(module, chunks)
         self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, original)

@@ -156,7 +156,8 @@ class AdamW:
         for one in self._counts.ranges(spec):
             begin, end = (min(max(x - spec.first, 0), spec.num_own) for x in (one.start, one.stop))
             if begin < end:
-                found.append(Part(chunk, states, gradient, own, spec.first, one.updates).cut(begin, end))
+                whole = Part(chunk, states, gradient=gradient, own=own, first=spec.first, updates=one.updates)
+                found.append(whole.cut(begin, end))
         return found
 
     def _update(self, part: Part, *, factor: Tensor, lr: float, scale: Scale, tier: Tier) -> None:

@@ -20,7 +20,7 @@ class ChunkSum:
     """
 
     def __init__(
-        self, chunk: Chunk, completed: Callable[["ChunkSum"], None], launched: Callable[["ChunkSum"], None]
+        self, chunk: Chunk, *, completed: Callable[["ChunkSum"], None], launched: Callable[["ChunkSum"], None]
     ) -> None:
         self.chunk, self.completed, self.launched = chunk, completed, launched
         self.seen = [0] * len(chunk.infos)  # for each parameter, 1 if a gradient has arrived since `begin`

@@ -31,7 +31,7 @@ class Gradients:
 
     def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
         self._in_flight: list[ChunkSum] = []  # reduce-scatters, the oldest first
-        self._sums = [ChunkSum(chunk, self._completed, self._launched) for chunk in chunks]
+        self._sums = [ChunkSum(chunk, completed=self._completed, launched=self._launched) for chunk in chunks]
         self._scatters_each = scatters_each
         self.deferred = DeferredCalls()  # products of weight gradients
         self._sum_of = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}

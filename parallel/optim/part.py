@@ -1,7 +1,7 @@
 """A part of a chunk: the unit of an update."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Part:
 
     chunk: Chunk
     states: tuple[Tensor, Tensor, Tensor]
+    _: KW_ONLY
     gradient: Tensor
     own: Tensor | None
     first: int
@@ -32,8 +33,8 @@ class Part:
         """Return the elements from `start` to `stop`: views."""
         first, second, third = (x[start:stop] for x in self.states)
         own = None if self.own is None else self.own[start:stop]
-        states, gradient = (first, second, third), self.gradient[start:stop]
-        return Part(self.chunk, states, gradient, own, self.first + start, self.updates)
+        gradient, states = self.gradient[start:stop], (first, second, third)
+        return replace(self, states=states, gradient=gradient, own=own, first=self.first + start)
 
     @property
     def is_on_disk(self) -> bool:

@@ -121,6 +121,7 @@ class Gatherer:
         self,
         layers: Mapping[str, nn.Module],
         chunks: Sequence[Chunk],
+        *,
         watcher: Watcher,
         agree: Callable[[str], None] = lambda name: None,
     ) -> None:
