@@ -1,4 +1,4 @@
-"""This measures tokens a second on a CPU: our engine beside torch, Hugging Face, Megatron-LM and DeepSpeed.
+"""Measure tokens a second on a CPU: our engine beside torch, Hugging Face, Megatron-LM and DeepSpeed.
 
     python -m benchmarks.cpu_peers [--only single dp zero tp pp grid cube] [--processes 1 2 4 8] [--steps 3]
 

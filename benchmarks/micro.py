@@ -1,4 +1,4 @@
-"""This measures the seconds of the parts that take most of a step, in one process, in fp32 on the CPU.
+"""Measure the seconds of the parts that take most of a step, in one process, in fp32 on the CPU.
 
 python -m pytest benchmarks/micro.py [-k loss] [--benchmark-autosave] [--benchmark-compare]
 

@@ -1,4 +1,4 @@
-"""This measures every layout on the GPUs of one host: parity, speed, overlap of communication, and bandwidth.
+"""Measure every layout on the GPUs of one host: parity, speed, overlap of communication, and bandwidth.
 
     torchrun --nproc-per-node 4 -m benchmarks.multi_gpu [--only parity speed overlap bandwidth] [--models opt-6.7b]
         [--layouts "ZeRO 2" fsdp2 ...] [--batch 4] [--budget 450] [--out runs/multi_gpu]

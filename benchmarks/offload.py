@@ -1,4 +1,4 @@
-"""This measures training on one GPU whose memory is capped, for each batch size and placement, in bf16.
+"""Measure training on one GPU whose memory is capped, for each batch size and placement, in bf16.
 
     python -m benchmarks.offload table-1.3b table-2.7b table-6.7b                     # with FSDP2
     python -m benchmarks.offload largest-6.7b largest-13b largest-18b --warm-up 2 --steps 3

@@ -1,4 +1,4 @@
-"""This measures tokens a second and memory on one GPU in bf16: our engine beside Hugging Face's model in plain torch.
+"""Measure tokens a second and memory on one GPU in bf16: our engine beside Hugging Face's model in plain torch.
 
     python -m benchmarks.one_gpu [--model opt-1.3b] [--batch 8] [--sequence 1024] [--steps 10] [--only ours hf fsdp2]
 

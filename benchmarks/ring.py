@@ -1,4 +1,4 @@
-"""This measures the parts of one layer's attention over sequences that are split over ranks.
+"""Measure the parts of one layer's attention over sequences that are split over ranks.
 
     torchrun --nproc-per-node 4 -m benchmarks.ring [--tokens 4096] [--heads 32] [--head 128]    # nccl, bf16
     torchrun --nproc-per-node 2 -m benchmarks.ring --tokens 64 --heads 4 --head 16              # gloo, on a CPU, fp32

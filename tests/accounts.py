@@ -1,4 +1,4 @@
-"""Counts the bytes that a rank keeps for backward, allocates and sends, and evaluates the documents' formulas.
+"""Count the bytes that a rank keeps for backward, allocates and sends, and evaluate the documents' formulas.
 
 They are counted inside torch, where it saves, allocates and dispatches, and not by the code under test.
 """

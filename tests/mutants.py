@@ -1,4 +1,4 @@
-"""This checks that the tests notice bugs: each is planted in a copy of the tree, and its test must then fail.
+"""Check that the tests notice bugs: each is planted in a copy of the tree, and its test must then fail.
 
     python -m tests.mutants [--list] [--only NAME ...]
 

@@ -1,4 +1,4 @@
-"""This lists the docstrings that begin with a fragment instead of a sentence, and measures the library's structure.
+"""List the docstrings that begin with a fragment instead of a sentence, and measure the library's structure.
 
     python -m tests.prose [FOLDER ...]                   default: the whole tree, and the measures
     python -m tests.prose --root CHECKOUT [--measures]   another checkout; --measures: without the docstrings
