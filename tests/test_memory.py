@@ -169,12 +169,12 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
-V, H, POSITIONS_A_CHUNK = 640, 16, 8
+V, H, POSITIONS_PER_SLICE = 640, 16, 8
 
 
 def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
     own = B // tensor.batch_parts
-    loss.TOKENS_A_CHUNK = own * POSITIONS_A_CHUNK
+    loss.TOKENS_PER_SLICE = own * POSITIONS_PER_SLICE
     table = mode.vocabulary(V, H, padding_idx=1)
 
     def peak(sequence: int) -> int:
@@ -189,9 +189,9 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
             mode.lm_loss(x, table, labels)
         return held.peak
 
-    shorter, longer = (peak(chunks * POSITIONS_A_CHUNK) for chunks in (8, 16))
-    x = B * 8 * POSITIONS_A_CHUNK * H // (1 if tensor.mode == "1d" else tensor.size)
-    logits = loss.TOKENS_A_CHUNK * len(table.weight)
+    shorter, longer = (peak(chunks * POSITIONS_PER_SLICE) for chunks in (8, 16))
+    x = B * 8 * POSITIONS_PER_SLICE * H // (1 if tensor.mode == "1d" else tensor.size)
+    logits = loss.TOKENS_PER_SLICE * len(table.weight)
     return Peaks(shorter, longer, x * FLOAT, logits * FLOAT)
 
 

@@ -59,7 +59,7 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
     train = dict(global_batch_size=samples, micro_batch_size=B)
     raw = config_of(dict(tensor=asdict(tensor)), model=MODEL, data=dict(sequence_length=S), train=train)
     engine = engine_of(rank, world_size, raw)
-    loss.TOKENS_A_CHUNK = CHUNK * B // tensor.batch_parts
+    loss.TOKENS_PER_SLICE = CHUNK * B // tensor.batch_parts
     engine.mesh.traffic.reset()
     handed = RecordedCalls(OUTSIDE)
     with handed:
