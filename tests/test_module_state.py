@@ -96,8 +96,9 @@ def added(parts: list[dict[str, float]]) -> dict[str, float]:
 def test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened(
     uses_torch_optimizer: bool, tmp_path: Path
 ) -> None:
-    """Two of the weights have no gradient before the checkpoint, and one of them has one after it: its Adam is at
-    another step.
+    """Two of the weights have no gradient before the checkpoint, and one of them has one after it.
+
+    Adam has made another number of steps with that one than with the others.
     """
     want = added(run(save_in_the_middle, 2, config_of(3), tmp_path, uses_torch_optimizer))
     assert any(name.startswith("buffer/batch_norm.running_mean") for name in want)

@@ -41,8 +41,8 @@ class Meter:
 
     `step` counts from 1. `loss` is the loss before the update, the mean over the labels of the step; `grad_norm` is
     the norm of the gradient before clipping, and `lr` the learning rate of the update. `skipped` is true where an fp16
-    gradient overflowed and nothing was updated; then `grad_norm` is null. `tokens` are all tokens of the run so far, padding included, and
-    `tokens_per_second` those of this step, on all devices, divided by `step_seconds`.
+    gradient overflowed and nothing was updated; then `grad_norm` is null. `tokens` are all tokens of the run so far,
+    padding included, and `tokens_per_second` those of this step, on all devices, divided by `step_seconds`.
 
     `tflops` is what each device achieved: the model's TFLOP/s (`flops_per_token`, without recomputation) divided by the
     number of devices. `mfu` is `tflops` divided by the device's bf16 peak, whatever the precision, and null where the

@@ -20,7 +20,7 @@ Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
 
 class Chunk:
-    """The parameters of one unit, in one flat buffer, that have the same decay and sum their gradients over the same axes.
+    """Parameters of one unit in one flat buffer: they have the same decay, and gradients summed over the same axes.
 
     They lie one behind the other. A chunk is a flat parameter of FSDP and a bucket of DDP in one.
 
@@ -145,7 +145,10 @@ class Chunk:
         self.gradient.store(total, reusable=self.parameters.own if is_free else None)
 
     def drop_gradient(self) -> None:
-        """Drop the gradient without an update. If it is in the memory of the parameters, restore them first."""
+        """Drop the gradient without an update.
+
+        If it is in the memory of the parameters, they are restored first.
+        """
         if self.gradient.is_in_parameters:
             self.settle()
             self.parameters.own.copy_(self.master)

@@ -147,7 +147,10 @@ def convert(hint: Any, raw: object) -> Any:
 
 
 def _optional(hint: Any, raw: object) -> Any:
-    """Return `raw` as the hint requires; if it is not one of the choices, None must not be advised: it is not listed."""
+    """Return `raw` as the hint requires. Raises MisreadError with the most similar choice, if the hint lists choices.
+
+    Without it the default would be advised: None, which the message does not list.
+    """
     try:
         return convert(hint, raw)
     except MisreadError as error:

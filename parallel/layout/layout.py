@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def box(self) -> Box:
-        """The part of the global tensor that this rank holds, without padding. It may be empty."""
+        """The part of the global tensor that this rank holds, without padding, or an empty box."""
         return self.box_of(tuple((0, local) for local in self.local_shape))
 
     def box_of(self, part: Box) -> Box:
@@ -102,7 +102,10 @@ class ParameterInfo:
 
     @property
     def is_matrix(self) -> bool:
-        """True if the public tensors are matrices. A fused bias [3, N] is no matrix: it is three public vectors."""
+        """True if the public tensors are matrices.
+
+        A fused bias [3, N] is no matrix: it is three public vectors.
+        """
         return len(self.public_shape) >= 2
 
     def pieces(self, data: Tensor | None = None, part: Box | None = None) -> list[Piece]:
@@ -165,7 +168,7 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """Return the box that both boxes cover. It may be empty."""
+    """Return the box that both boxes cover, which may be empty."""
     return tuple((max(s, t), max(max(s, t), min(e, f))) for (s, e), (t, f) in zip(a, b, strict=True))
 
 
