@@ -19,7 +19,7 @@ class Accumulator:
         self.begin(spec.master_dtype)
 
     def begin(self, dtype: torch.dtype) -> None:
-        """Begin a round whose buffer will have this dtype, and forget what has been added before."""
+        """Begin a round whose buffer will have this dtype, and drop what has been added before."""
         self.dtype = dtype
         self.buffer: Tensor | None = None
         self._views: list[Tensor] = []  # of the buffer, one for each parameter

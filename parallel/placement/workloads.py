@@ -58,7 +58,7 @@ class WorkloadHistory:
         self._layers = set(layers)
 
     def drop_unmeasured(self) -> None:
-        """Forget all sizes but the newest if no step was profiled here: their memory is known only to the process that
+        """Drop all sizes but the newest if no step was profiled here: their memory is known only to the process that
         saved the plan. So when they come again, they are profiled.
         """
         if not self.samples:
