@@ -117,7 +117,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     # run themselves, so that rank 0 comes to print why it is refused.
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    _import_torch()
+    if not _import_torch():
+        print("torch is not installed in this Python: run `. .venv/bin/activate`, or make venv.", file=sys.stderr)
+        return REFUSED
     from parallel.engine.context import Place
     from parallel.errors import ColonnadeError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
@@ -152,16 +154,21 @@ def _launch(arguments: argparse.Namespace) -> int:
         return REFUSED
 
 
-def _import_torch() -> None:
-    """Import torch, and exempt its objects from garbage collection.
+def _import_torch() -> bool:
+    """Import torch, and exempt its objects from garbage collection. Return False if it is not installed.
 
     There are 170,000, and they stay until the process ends: every full collection, also the one at exit, would spend
     0.07 s on them. A process that has imported torch before, as tests have, exempts nothing.
     """
     if "torch" not in sys.modules:
-        import torch  # noqa: F401
-
+        try:
+            import torch  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            return False
         gc.freeze()
+    return True
 
 
 def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
@@ -170,6 +177,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     from training.console import make_console
     from training.inputs import input_messages, read_corpus
     from training.layout_report import print_layout, print_timeline
+    from training.preflight import checked_folder, device_problems
     from training.preview import device_messages, preview_of
     from training.resume import find_checkpoint, start_messages
 
@@ -179,11 +187,13 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     config = read_config(arguments.config, arguments.set, world_size)
     corpus = read_corpus(config)
     found = find_checkpoint(config, arguments.resume)
+    checked_folder(config, found)
     messages = [
         *override_messages(arguments.set),
         *start_messages(config, arguments.resume, found),
         *input_messages(config, corpus),
         *device_messages(config),
+        *device_problems(config, place),
     ]
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
     print_layout(console, preview, messages)

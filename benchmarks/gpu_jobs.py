@@ -85,7 +85,7 @@ class ParityJob:
         )
         note = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         try:
-            parity.compare(got, want, parity.BOUND["fp32"], wide=False)
+            parity.compare(got, want, parity.BOUND["fp32"], is_fp64=False)
         except AssertionError as error:
             return [Row(part=self.part, name=self.name, note=f"DIFFERS: {error}; {note}", failed=True, **errors)]
         return [Row(part=self.part, name=self.name, note=f"equal: {note}", **errors)]
@@ -135,7 +135,7 @@ class SpeedJob:
 
     layout: Layout
     model: str
-    samples_a_rank: int
+    samples_per_rank: int
     peer: str | None = None
     alone: bool = False
     steps: int = 3
@@ -149,7 +149,7 @@ class SpeedJob:
     def run(self, setup: RankSetup) -> list[Row]:
         """Train a few steps; return a row of figures if `steps` are timed, and a row of the trace if there is one."""
         world = 1 if self.alone else setup.world
-        work = work_of(self.layout, self.model, world, self.samples_a_rank, setup)
+        work = work_of(self.layout, self.model, world, self.samples_per_rank, setup)
         engine = None if self.peer else _ours(self.layout, work, setup, world)
         step = partial(_loss, engine) if engine is not None else PEERS[self.peer or ""](work)
         vocabulary = work.shape.vocab_size
@@ -225,7 +225,7 @@ class SpeedJob:
         return row
 
 
-def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, setup: RankSetup) -> Work:
+def work_of(layout: Layout, model: str, world: int, samples_per_rank: int, setup: RankSetup) -> Work:
     """Return the work with the largest microbatch that fits by estimate, and recomputation only where it is needed.
 
     Both are the same for a layout and for the peers beside it. So the estimate is for Hugging Face's layers, which keep
@@ -234,7 +234,7 @@ def work_of(layout: Layout, model: str, world: int, samples_a_rank: int, setup: 
     shape = replace(TINY if setup.tiny else NAMED[model], dropout=0.0, attention_dropout=0.0)
     sequence = min(2048, shape.max_position_embeddings) * layout.longer
     shape = replace(shape, max_position_embeddings=max(sequence, shape.max_position_embeddings))
-    batch = samples_a_rank * world // layout.longer
+    batch = samples_per_rank * world // layout.longer
     room = float(torch.cuda.mem_get_info()[1] if setup.device.type == "cuda" else 2**40) * 0.9 - 3 * 2**30
     hidden, blocks = shape.hidden_size, shape.num_hidden_layers
     layer = 12.0 * hidden * hidden

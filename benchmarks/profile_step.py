@@ -1,7 +1,7 @@
-"""Measure the time that each torch operation takes in a training step.
+r"""Measure the time that each torch operation takes in a training step.
 
-python -m benchmarks.profile_step --set model.name=opt-1.3b model.dropout=0.0 data.sequence_length=1024 \
-    train.global_batch_size=8 train.micro_batch_size=8 train.precision=bf16
+    python -m benchmarks.profile_step --set model.name=opt-1.3b model.dropout=0.0 data.sequence_length=1024 \
+        train.global_batch_size=8 train.micro_batch_size=8 train.precision=bf16
 
 It prints torch.profiler's table of two steps, the most expensive operations first: `--rows` says how many.
 """

@@ -1,4 +1,4 @@
-"""CPU seconds of launch.py's commands that start nothing, beside those of `import torch`.
+"""Measure the CPU seconds of launch.py's commands that start nothing, beside those of `import torch`.
 
     python -m benchmarks.startup                # five rounds; it writes no files
 

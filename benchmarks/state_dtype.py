@@ -1,4 +1,4 @@
-"""Measure the losses of one model with Adam moments in fp32, in bf16, and in bf16 rounded to the nearest.
+"""Measure the losses of one model in three runs: Adam moments in fp32, in bf16, and in bf16 rounded to the nearest.
 
     python -W ignore -m benchmarks.state_dtype [--steps 2000] [--seed 0] [--picture docs/state_dtype.png]
 

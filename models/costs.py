@@ -20,7 +20,10 @@ def _positions(shape: OPTShape) -> int:
     return (shape.max_position_embeddings + 2) * shape.hidden_size
 
 
-FLOPS_A_BYTE = {"cuda": 230.0, "cpu": 9.0}  # FLOPs of matmuls in the time of moving a byte: H100 in bf16, core in fp32
+FLOPS_PER_BYTE = {
+    "cuda": 230.0,
+    "cpu": 9.0,
+}  # FLOPs of matmuls in the time of moving a byte: H100 in bf16, core in fp32
 # The bytes that all kernels except matmuls move, for each hidden element of a block and for each logit. This is a third
 # of a step's bytes, as a forward is a third of a step's FLOPs. Measured on the kernels of OPT-6.7b's stages on H100s.
 BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0
@@ -33,7 +36,7 @@ def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[floa
     time of everything that is not a matmul.
     """
     hidden, width = shape.hidden_size, shape.word_embed_proj_dim
-    a_byte = FLOPS_A_BYTE[device]
+    a_byte = FLOPS_PER_BYTE[device]
     projection = 2.0 * hidden * width if width != hidden else 0.0
     block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
     block += a_byte * BLOCK_BYTES * hidden

@@ -27,7 +27,12 @@ from parallel.pipeline.stage import Stage
 
 
 def load_model(folder: Path) -> tuple[Stage, OPTShape]:
-    """Return the whole model of a directory, as the single stage of one process. Raises ConfigError or DataError."""
+    """Return the whole model of a directory, as the single stage of one process, and its shape.
+
+    Raises ConfigError or DataError.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: there is no config.json. Name the export folder of a run.")
     config = parse({"model": {"path": str(folder)}, "data": {"sequence_length": 2}}, resolve=resolve)
     shape = shape_of(config)
     hf.check_weights(folder, shape)
@@ -70,7 +75,10 @@ def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, tempe
 
 
 def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed: int) -> str:
-    """Return the prompt and the text that the model in `folder` continues it with. Raises ConfigError or DataError."""
+    """Return the prompt and the text that the model in `folder` continues it with.
+
+    Raises ConfigError or DataError.
+    """
     stage, shape = load_model(folder)
     tokenizer = read_tokenizer(folder)
     ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([SEPARATOR])
@@ -83,7 +91,10 @@ def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer of a directory. The byte tokenizer needs no library to be read again."""
+    """Return the tokenizer of a directory.
+
+    The byte tokenizer needs no library to be read again. Raises DataError where there is none.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{folder}: there is no tokenizer.json. Put the one there that the model was trained with.")
@@ -91,6 +102,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the text that the arguments ask for, and return the exit code."""
     about = "Generate text with an exported model, or with any Hugging Face OPT directory."
     parser = argparse.ArgumentParser(prog="python -m models.generate", description=about)
     add = parser.add_argument

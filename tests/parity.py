@@ -265,12 +265,12 @@ def assert_same_update(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) ->
         assert_bits(got, want)
 
 
-def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
+def compare(got: Trace, want: Trace, bound: float, *, is_fp64: bool) -> None:
     """Assert that the error of every loss, norm, gradient and weight is within the bound, relative to its own norm.
 
     A gradient that is zero, or nearly so, in exact arithmetic because large terms cancel (k_proj.bias always; q and k
     where every label sees few tokens) is rounding noise. So an error of four units in the last place of the whole
-    gradient's norm is allowed beside the bound. Below fp64 (not `wide`) Adam turns such noise into whole steps, of
+    gradient's norm is allowed beside the bound. Below fp64 (not `is_fp64`) Adam turns such noise into whole steps, of
     which a weight that began at zero then consists: so the weights of k_proj.bias, and of others whose gradient was
     noise, are not compared.
     """
@@ -288,7 +288,7 @@ def compare(got: Trace, want: Trace, bound: float, *, wide: bool) -> None:
             f"gradient of {name}: off by {difference:.1e}, of a norm of {norm:.1e}"
         )
     for name, weight in want.weights.items():
-        if wide or not _has_only_noise(want, name, noise):
+        if is_fp64 or not _has_only_noise(want, name, noise):
             error = relative(got.weights[name], weight)
             assert error <= bound, f"weight {name}: {error:.1e}"
 

@@ -30,9 +30,9 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "float mask": (GOOD | dict(attention_mask=torch.ones(4, 6)), "attention_mask: wanted integers [4, 6]"),
     "few labels": (GOOD | dict(labels=GOOD["input_ids"][:2]), "labels: wanted integers [4, 6], got torch.int64 [2, 6]"),
     "few numbers": (GOOD | dict(sample_ids=torch.arange(2)), "sample_ids: wanted integers [4]"),
-    "token too large": (ids_with(29), "input_ids: token 29 is outside model.vocab_size 29"),
-    "token negative": (ids_with(-1), "input_ids: token -1 is outside"),
-    "label too large": (ids_with(30, name="labels"), "labels: token 30 is outside"),
+    "token too large": (ids_with(29), "input_ids: token 29 is outside 0 … 28 (model.vocab_size 29)"),
+    "token negative": (ids_with(-1), "input_ids: token -1 is outside 0 … 28"),
+    "label too large": (ids_with(30, name="labels"), "labels: token 30 is outside 0 … 28"),
     "no label": (GOOD | dict(labels=torch.full((4, 6), -100)), "no label to learn from"),
 }
 

@@ -43,7 +43,7 @@ def check(world_size: int, parallel: Raw, **options: Any) -> None:
         assert found is not None
         return found
 
-    compare(trace(True), trace(False), 1e-12, wide=False)
+    compare(trace(True), trace(False), 1e-12, is_fp64=False)
 
 
 @pytest.mark.gpu

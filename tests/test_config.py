@@ -168,6 +168,7 @@ def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> No
             {"mode": "3d", "size": 6},
             "parallel.tensor: mode '3d' needs a cubic size, got 6. Try 1 (1×1×1) or 8 (2×2×2).",
         ),
+        ({"mode": "4d", "size": 4}, "parallel.tensor.mode: needs one of '1d', '2d', '2.5d', '3d', got '4d'. Try '1d'."),
         ({"size": 4}, "parallel.tensor: size 4 needs a mode. Try mode='1d', '2d' or '2.5d'."),
         ({"size": 8}, "parallel.tensor: size 8 needs a mode. Try mode='1d' or '3d'."),
         (

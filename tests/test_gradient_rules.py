@@ -95,7 +95,7 @@ def test_unequal_microbatches_train_as_one_batch_of_hugging_face(opt: Path, layo
     raw = config_of(parallel, steps=2, model=dict(path=str(opt)), train=micro)
     trace = run(train, world_size, raw, unequal_batches())[0]
     assert trace is not None
-    compare(trace, wanted(opt), BOUND, wide=True)
+    compare(trace, wanted(opt), BOUND, is_fp64=True)
 
 
 def test_the_parts_of_these_batches_have_different_numbers_of_labels() -> None:
@@ -211,7 +211,7 @@ def test_loss_and_gradients_do_not_depend_on_how_many_logits_exist_at_a_time(
     tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedding's gradient is the same too. Products of bf16 are added up in fp32, and rounded once."""
-    monkeypatch.setattr(tensor_loss, "TOKENS_A_CHUNK", tokens)
+    monkeypatch.setattr(tensor_loss, "TOKENS_PER_SLICE", tokens)
     generator = torch.Generator().manual_seed(0)
     x, table = (torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((2, 6, 4), (7, 4)))
     labels = torch.randint(7, (2, 6), generator=generator)
@@ -266,4 +266,4 @@ def test_replicas_have_the_dropout_masks_of_a_single_rank() -> None:
         assert found is not None
         return found
 
-    compare(trace(2, 2), trace(1, 12), BOUND, wide=False)
+    compare(trace(2, 2), trace(1, 12), BOUND, is_fp64=False)

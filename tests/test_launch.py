@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,52 @@ def test_a_mistake_is_refused_with_a_message_and_nothing_is_written(
     assert shown.err.startswith(message)
     assert shown.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_check_refuses_the_folder_that_a_run_would_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layout was printed in an earlier version, and the run was refused later."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/run"):
+        assert call("--check", "--set", f"output.dir={folder}") == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"output.dir: {folder}: ")
+        assert shown.out == ""
+    assert call("--check", "--set", "output.dir=runs/new") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_check_says_what_this_machine_lacks_and_goes_on(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config may be for another machine: a cluster's is checked on a laptop."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert call("--check", "--set", *(["train.compile=True"] if compiles else ["train.device=cuda"])) == 0
+    problem = "train.compile: True needs" if compiles else "train.device: 'cuda' needs a GPU"
+    shown = capsys.readouterr().out
+    assert f"on this machine the run would be refused: {problem}" in " ".join(shown.split())
+    assert "1 rank" in shown
+
+
+def test_without_torch_one_line_says_what_to_do() -> None:
+    """A finder before all others raises what Python raises for a missing package."""
+    code = """if True:
+        import sys, launch
+        class Hidden:
+            def find_spec(name, path=None, target=None):
+                if name == "torch":
+                    raise ModuleNotFoundError("No module named 'torch'", name=name)
+        sys.meta_path.insert(0, Hidden)
+        sys.exit(launch.main(launch.read_arguments(["--check"])))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "torch is not installed in this Python: run `. .venv/bin/activate`, or make venv.\n"
 
 
 def test_a_gpu_that_is_not_there_is_refused(
@@ -394,7 +441,7 @@ def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
 
 def test_generation_refuses_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("model.path: cannot read")
+    assert capsys.readouterr().err == f"{tmp_path}: there is no config.json. Name the export folder of a run.\n"
 
 
 @pytest.mark.parametrize("kind", [RoomError, StorageError, ConfigError])

@@ -44,12 +44,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The peak bytes of the loss of a shorter sequence, which has 8 chunks, and of a longer one, which has 16."""
+    """The peak bytes of the loss of a shorter sequence, of 8 token slices, and of a longer one, of 16."""
 
     shorter: int
     longer: int
     x: int  # the bytes of the shorter one's input
-    logits: int  # the bytes of one chunk's logits
+    logits: int  # the bytes of the logits of one token slice
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,12 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
-V, H, POSITIONS_A_CHUNK = 640, 16, 8
+V, H, POSITIONS_PER_SLICE = 640, 16, 8
 
 
 def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
     own = B // tensor.batch_parts
-    loss.TOKENS_A_CHUNK = own * POSITIONS_A_CHUNK
+    loss.TOKENS_PER_SLICE = own * POSITIONS_PER_SLICE
     table = mode.vocabulary(V, H, padding_idx=1)
 
     def peak(sequence: int) -> int:
@@ -189,14 +189,14 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
             mode.lm_loss(x, table, labels)
         return held.peak
 
-    shorter, longer = (peak(chunks * POSITIONS_A_CHUNK) for chunks in (8, 16))
-    x = B * 8 * POSITIONS_A_CHUNK * H // (1 if tensor.mode == "1d" else tensor.size)
-    logits = loss.TOKENS_A_CHUNK * len(table.weight)
+    shorter, longer = (peak(slices * POSITIONS_PER_SLICE) for slices in (8, 16))
+    x = B * 8 * POSITIONS_PER_SLICE * H // (1 if tensor.mode == "1d" else tensor.size)
+    logits = loss.TOKENS_PER_SLICE * len(table.weight)
     return Peaks(shorter, longer, x * FLOAT, logits * FLOAT)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loss_holds_the_logits_of_one_chunk_however_long_the_sequence(layout: str) -> None:
+def test_the_loss_holds_the_logits_of_one_token_slice_however_long_the_sequence(layout: str) -> None:
     """Only dx grows with the sequence."""
     for peaks in (found.loss for found in accounts(layout)):
         assert abs(peaks.longer - peaks.shorter - peaks.x) < peaks.logits

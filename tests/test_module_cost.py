@@ -25,7 +25,10 @@ def step(engine: ModuleEngine, backwards: int = 1) -> None:
 
 
 def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, dict[str, int]]:
-    """Return the number of parameters, with padding; the number in a rank's slices; and bytes when an update begins."""
+    """Return the number of parameters, the number in a rank's slices, and bytes when an update begins.
+
+    Both numbers count padding.
+    """
     engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
     found: dict[str, int] = {}
     update = engine.optimizer.step
@@ -49,8 +52,8 @@ def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, di
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("model", ["opt", "llama"])
-def test_bytes_of_a_rank_are_the_papers(model: str, stage: int) -> None:
-    """Rajbhandari et al. 2020, section 5, as in test_zero.py."""
+def test_bytes_of_a_rank_equal_the_zero_paper(model: str, stage: int) -> None:
+    """The formulas are those of Rajbhandari et al. 2020, section 5, as in test_zero.py."""
     n = 3
     for psi, shard, found in run(held, n, config_of(stage, precision="bf16"), model):
         assert found["moments"] == 8 * shard
@@ -76,8 +79,8 @@ class Stack(nn.Module):
         return y
 
 
-def sent(rank: int, world_size: int, raw: Raw, how: str, backwards: int) -> tuple[int, int, dict[str, float]]:
-    engine, _ = engine_of(rank, world_size, raw, Stack() if how == "reentrant" else MODELS["opt"]())
+def sent(rank: int, world_size: int, raw: Raw, recomputation: str, backwards: int) -> tuple[int, int, dict[str, float]]:
+    engine, _ = engine_of(rank, world_size, raw, Stack() if recomputation == "reentrant" else MODELS["opt"]())
     engine.mesh.traffic.reset()
     step(engine, backwards)
     blocks = sum(chunk.size for chunk in engine.chunks if chunk.infos[0].unit)
@@ -89,10 +92,11 @@ def sent(rank: int, world_size: int, raw: Raw, how: str, backwards: int) -> tupl
     ("stage", "recomputation"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (3, "full"), (3, "reentrant")]
 )
 def test_a_step_sends_what_the_table_of_stages_says(stage: int, recomputation: str) -> None:
-    """There are m backwards, each of which sums over ranks: mΨ elements are reduced in every stage. The parameters are
-    gathered once, after the update; in stage 3 a block is gathered for each forward and each backward, and the root
-    once for both. A recomputation gathers nothing by itself. One more element is the norm; the ranks' agreements go
-    through another group.
+    """There are m backwards, each of which sums over ranks, so mΨ elements are reduced in every stage.
+
+    The parameters are gathered once, after the update; in stage 3 a block is gathered for each forward and each
+    backward, and the root once for both. A recomputation gathers nothing by itself. One more element is the norm; the
+    ranks' agreements go through another group.
     """
     n, m = 2, 3
     raw = config_of(stage, activation_checkpointing="full" if recomputation == "full" else "none")
@@ -104,8 +108,10 @@ def test_a_step_sends_what_the_table_of_stages_says(stage: int, recomputation: s
 
 
 def most_whole(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, int]:
-    """Return how many layers, at most, are gathering or whole while one computes; how many are after an evaluation; and
-    the bytes of whole parameters then.
+    """Return two numbers of layers that are gathering or whole, and the bytes of whole parameters.
+
+    The first number is the largest while a layer computes; the second one, and the bytes, are those after an
+    evaluation.
     """
     engine, _ = engine_of(rank, world_size, raw, MODELS[model]())
     most = 0

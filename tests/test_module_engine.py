@@ -222,7 +222,7 @@ def test_every_stage_trains_a_module_as_plain_torch_does(ranks: int, optimizer: 
     for stage in STAGES:
         got = run(train_by_engine, ranks, config_of(stage), "plain", optimizer)[0]
         assert got is not None
-        compare(got, want, 1e-12, wide=True)
+        compare(got, want, 1e-12, is_fp64=True)
 
 
 @pytest.mark.gpu
@@ -235,4 +235,4 @@ def test_every_stage_trains_hugging_faces_models_as_plain_torch_does(model: str,
     for stage, ranks in zip(STAGES, (2, 3, 2, 3), strict=True):
         got = run(train_by_engine, ranks, config_of(stage), model, "adamw")[0]
         assert got is not None
-        compare(got, want, bound, wide=False)
+        compare(got, want, bound, is_fp64=False)

@@ -58,28 +58,30 @@ def sums(engine: ModuleEngine) -> dict[str, float]:
     return found
 
 
-def normed_engine(rank: int, world_size: int, raw: Raw, module: nn.Module, passes: bool) -> ModuleEngine:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if passes else None
+def normed_engine(rank: int, world_size: int, raw: Raw, module: nn.Module, uses_torch_optimizer: bool) -> ModuleEngine:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.3) if uses_torch_optimizer else None
     return engine_of(rank, world_size, raw, module, optimizer=optimizer)[0]
 
 
-def save_in_the_middle(rank: int, world_size: int, raw: Raw, folder: Path, passes: bool) -> dict[str, float]:
-    engine = normed_engine(rank, world_size, raw, normed(), passes)
+def save_in_the_middle(
+    rank: int, world_size: int, raw: Raw, folder: Path, uses_torch_optimizer: bool
+) -> dict[str, float]:
+    engine = normed_engine(rank, world_size, raw, normed(), uses_torch_optimizer)
     train(engine, 0, 2)
     engine.save_checkpoint(folder, dict(note="half way"))
     train(engine, 2, 4)
     return sums(engine)
 
 
-def go_on(rank: int, world_size: int, raw: Raw, folder: Path, passes: bool) -> dict[str, float]:
-    engine = normed_engine(rank, world_size, raw, normed().apply(_zero), passes)
+def go_on(rank: int, world_size: int, raw: Raw, folder: Path, uses_torch_optimizer: bool) -> dict[str, float]:
+    engine = normed_engine(rank, world_size, raw, normed().apply(_set_to_zero), uses_torch_optimizer)
     assert engine.load_checkpoint(folder) == dict(note="half way")
     assert engine.num_steps == 2
     train(engine, 2, 4)
     return sums(engine)
 
 
-def _zero(module: nn.Module) -> None:
+def _set_to_zero(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         if parameter.requires_grad:  # frozen parameters are not in a checkpoint
             parameter.data.zero_()
@@ -90,23 +92,28 @@ def added(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("passes", [False, True])
-def test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened(passes: bool, tmp_path: Path) -> None:
-    """Two of the weights have no gradient before the checkpoint, and one of them has one after it: its Adam is at
-    another step. `passes`: with an optimizer of torch's.
+@pytest.mark.parametrize("uses_torch_optimizer", [False, True])
+def test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened(
+    uses_torch_optimizer: bool, tmp_path: Path
+) -> None:
+    """Two of the weights have no gradient before the checkpoint, and one of them has one after it.
+
+    Adam has made another number of steps with that one than with the others.
     """
-    want = added(run(save_in_the_middle, 2, config_of(3), tmp_path, passes))
+    want = added(run(save_in_the_middle, 2, config_of(3), tmp_path, uses_torch_optimizer))
     assert any(name.startswith("buffer/batch_norm.running_mean") for name in want)
     for stage in (1, 2, 3):
-        got = added(run(go_on, 2, config_of(stage), tmp_path, passes))
+        got = added(run(go_on, 2, config_of(stage), tmp_path, uses_torch_optimizer))
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert math.isclose(got[name], value, rel_tol=1e-11, abs_tol=1e-11), name
 
 
 def after_a_forward_alone(rank: int, world_size: int, raw: Raw, folder: Path) -> list[float]:
-    """Return the losses of one batch: at a checkpoint; after more steps and a forward, with the checkpoint loaded; then
-    after one step more, whose graph is freed or retained.
+    """Return the losses of one batch at four times.
+
+    The first is at a checkpoint. The second comes after more steps and a forward, with the checkpoint loaded again; the
+    last two after one step more from the checkpoint, whose graph is freed or retained.
     """
     engine, _ = engine_of(rank, world_size, raw, plain())
     ids = batches()[0][0].tensor_split(world_size)[rank]
@@ -133,8 +140,9 @@ def after_a_forward_alone(rank: int, world_size: int, raw: Raw, folder: Path) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["cuda", "cpu"])
 def test_a_forward_without_a_backward_keeps_no_old_weight(policy: str, tmp_path: Path) -> None:
-    """Parameters of no layer stay gathered until the backward; once they were not gathered again after the weights had
-    changed.
+    """Parameters of no layer stay gathered until the backward.
+
+    In an earlier version they were not gathered again after the weights had changed.
     """
     raw = config_of(3)
     for first, second, third, fourth in run(
@@ -182,7 +190,7 @@ def losses_of(rank: int, world_size: int, raw: Raw, model: str) -> tuple[list[fl
     return found, engine.evaluate([{n: x.tensor_split(world_size)[rank] for n, x in batch.items()}])
 
 
-def modes(rank: int, world_size: int) -> tuple[list[bool], list[bool], list[bool]]:
+def training_flags(rank: int, world_size: int) -> tuple[list[bool], list[bool], list[bool]]:
     """Return which parts of a module are in training mode before an evaluation, during it and after it."""
     engine, _ = engine_of(rank, world_size, config_of(0), MODELS["opt"]())
     within: list[bool] = []
@@ -200,7 +208,7 @@ def modes(rank: int, world_size: int) -> tuple[list[bool], list[bool], list[bool
 
 
 def test_an_evaluation_leaves_a_module_training_as_it_was() -> None:
-    before, within, after = run(modes, 1)[0]
+    before, within, after = run(training_flags, 1)[0]
     assert not any(within)
     assert len(set(before)) == 2
     assert after == before
@@ -357,8 +365,9 @@ def test_an_export_keeps_other_files_of_its_folder(tmp_path: Path) -> None:
 
 
 def overflowed(rank: int, world_size: int, raw: Raw) -> tuple[list[bool], float]:
-    """Return whether each of four steps was skipped, and the loss scale after them; rank 1's loss is infinite in the
-    second.
+    """Return whether each of four steps was skipped, and the loss scale after them.
+
+    The loss of rank 1 is infinite in the second step.
     """
     engine, _ = engine_of(rank, world_size, raw, MODELS["opt"]())
     skipped = []

@@ -12,9 +12,19 @@ import pytest
 import torch
 
 from tests.harness import run
-from tests.parity import BOUND, PROJECTED, SHAPE, Trace, batches_of, compare, config_of, reference, save_model, train
-
-Raw = dict[str, Any]
+from tests.parity import (
+    BOUND,
+    PROJECTED,
+    SHAPE,
+    Raw,
+    Trace,
+    batches_of,
+    compare,
+    config_of,
+    reference,
+    save_model,
+    train,
+)
 
 
 def tensor(mode: str, size: int, **more: Any) -> Raw:
@@ -90,7 +100,7 @@ def check(path: Path, layout: str, precision: str, *, micro: int | None = None) 
     raw = config_of(parallel, precision=precision, model=dict(path=str(path)), train=dict(micro_batch_size=micro))
     trace = run(train, world_size, raw, batches_of(4))[0]
     assert trace is not None
-    compare(trace, wanted(path, precision), BOUND[precision], wide=precision == "fp64")
+    compare(trace, wanted(path, precision), BOUND[precision], is_fp64=precision == "fp64")
 
 
 @pytest.mark.parametrize(("layout", "precision"), cases(LAYOUTS, IN_FP32))
@@ -111,7 +121,7 @@ def test_context_and_3d_on_sixteen_ranks_equal_hugging_face(models_of: dict[str,
     path = models_of["projected"]
     trace = run(train, 16, config_of(raw, model=dict(path=str(path))), batches_of(4))[0]
     assert trace is not None
-    compare(trace, wanted(path, "fp64"), BOUND["fp64"], wide=True)
+    compare(trace, wanted(path, "fp64"), BOUND["fp64"], is_fp64=True)
 
 
 @pytest.mark.parametrize("micro", [12, 2, 1])

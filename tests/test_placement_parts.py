@@ -65,7 +65,7 @@ def test_the_sizes_of_a_saved_plan_are_forgotten_where_none_of_them_was_profiled
         assert not history.is_outgrown()
         history.add((3,))
         history.add_profile(samples)
-        history.forget_unmeasured()
+        history.drop_unmeasured()
         assert history.sizes == sizes
 
 

@@ -126,14 +126,14 @@ def check(case: Case) -> None:
     """
     got, want, bound = split(case), single_rank(case), BOUND[case.precision]
     try:
-        compare(got, want, bound, wide=False)
+        compare(got, want, bound, is_fp64=False)
     except AssertionError:
         if case.precision == "fp64":
             raise
         exactly = replace(case, precision="fp64")
         exact = single_rank(exactly)
-        compare(split(exactly), exact, BOUND["fp64"], wide=False)
-        compare(got, want, bound + 4 * distance(want, exact), wide=False)
+        compare(split(exactly), exact, BOUND["fp64"], is_fp64=False)
+        compare(got, want, bound + 4 * distance(want, exact), is_fp64=False)
 
 
 def split(case: Case) -> Trace:

@@ -186,7 +186,7 @@ def test_one_seed_gives_one_model_in_every_layout(layout: str) -> None:
     the same here, and what differs is fp64's own rounding.
     """
     want = trace_of("single", "fp64", BF16)
-    compare(trace_of(layout, "fp64", BF16), want, 1e-9, wide=False)
+    compare(trace_of(layout, "fp64", BF16), want, 1e-9, is_fp64=False)
 
 
 @pytest.mark.parametrize("layout", ["pp2", "dp2-1d2-3"])
@@ -197,15 +197,15 @@ def test_in_fp32_moments_of_layouts_differ_only_where_their_last_bits_decide_the
     0.02 to 0.2: a relative 2e-4.
     """
     want = trace_of("single", "fp32", BF16)
-    compare(trace_of(layout, "fp32", BF16), want, 2e-4, wide=False)
+    compare(trace_of(layout, "fp32", BF16), want, 2e-4, is_fp64=False)
 
 
 def test_training_with_narrow_moments_is_close_but_not_the_same() -> None:
     """Two moments that are rounded by 2^-8 change a weight by 1e-2 of its updates, which are 4 of lr = 0.01 at most."""
     wide, narrow = (trace_of("single", "fp64", dict(state_dtype=name)) for name in ("fp32", "bf16"))
-    compare(narrow, wide, 1e-2, wide=False)
+    compare(narrow, wide, 1e-2, is_fp64=False)
     with pytest.raises(AssertionError):
-        compare(narrow, wide, 1e-5, wide=False)
+        compare(narrow, wide, 1e-5, is_fp64=False)
 
 
 @pytest.mark.parametrize(

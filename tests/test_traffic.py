@@ -35,7 +35,7 @@ MODEL: Raw = dict(
     dropout=0.0,
 )
 B, S = 8, 6  # of a microbatch
-CHUNK = 2  # positions: the loss has three
+POSITIONS_PER_SLICE = 2  # so the loss has three slices
 
 LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
     "dp2": ("1d", TensorConfig(), 2),
@@ -59,7 +59,7 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
     train = dict(global_batch_size=samples, micro_batch_size=B)
     raw = config_of(dict(tensor=asdict(tensor)), model=MODEL, data=dict(sequence_length=S), train=train)
     engine = engine_of(rank, world_size, raw)
-    loss.TOKENS_A_CHUNK = CHUNK * B // tensor.batch_parts
+    loss.TOKENS_PER_SLICE = POSITIONS_PER_SLICE * B // tensor.batch_parts
     engine.mesh.traffic.reset()
     handed = RecordedCalls(OUTSIDE)
     with handed:

@@ -90,7 +90,7 @@ def test_accumulation_keeps_stage_1_bit_for_bit_and_the_others_within_rounding(l
     want = trace_of(layout, 0, micro=4)
     assert_equal(trace_of(layout, 1, micro=4), want)
     scattered = trace_of(layout, 2, micro=4)
-    compare(scattered, want, 1e-12, wide=False)
+    compare(scattered, want, 1e-12, is_fp64=False)
     assert_equal(trace_of(layout, 3, micro=4), scattered)
     assert_equal(trace_of(layout, 3, micro=4, activation_checkpointing="full"), scattered)
 
@@ -144,7 +144,7 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("ranks", "state_dtype", "k"), [(2, "fp32", 12), (4, "fp32", 12), (2, "bf16", 8)])
-def test_bytes_of_a_rank_are_the_papers(ranks: int, state_dtype: str, k: int, stage: int) -> None:
+def test_bytes_of_a_rank_equal_the_zero_paper(ranks: int, state_dtype: str, k: int, stage: int) -> None:
     """Rajbhandari et al. 2020, section 5: with Ψ parameters of 2 bytes, K = 12 bytes of states for each, and N ranks, a
     rank holds 2Ψ + 2Ψ + KΨ in stage 0, 2Ψ + 2Ψ + KΨ/N in stage 1, 2Ψ + (2Ψ + KΨ)/N in stage 2 and (2Ψ + 2Ψ + KΨ)/N in
     stage 3. Our gradients have 4 bytes where they are summed, and in stage 1, too, only a slice of them is left when
@@ -238,7 +238,7 @@ def test_stage_3_of_a_loaded_model_equals_hugging_face(layout: str, tmp_path: Pa
     raw = config_of(parallel, model=dict(path=str(path)), train=dict(micro_batch_size=2), zero=dict(stage=3))
     trace = run(train, world_size, raw, batches_of(4))[0]
     assert trace is not None
-    compare(trace, reference(path, raw, batches_of(4)), 1e-9, wide=True)
+    compare(trace, reference(path, raw, batches_of(4)), 1e-9, is_fp64=True)
 
 
 def bytes_at_start(rank: int, world_size: int, raw: Raw) -> tuple[list[int], int]:

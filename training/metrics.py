@@ -37,13 +37,19 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Meter:
-    """Makes the metrics of a step from its result and its seconds.
+    """Computes the metrics of a step from its result and its seconds.
+
+    `step` counts from 1. `loss` is the loss before the update, the mean over the labels of the step; `grad_norm` is
+    the norm of the gradient before clipping, and `lr` the learning rate of the update. `skipped` is true where an fp16
+    gradient overflowed and nothing was updated; then `grad_norm` is null. `tokens` are all tokens of the run so far,
+    padding included, and `tokens_per_second` those of this step, on all devices, divided by `step_seconds`.
 
     `tflops` is what each device achieved: the model's TFLOP/s (`flops_per_token`, without recomputation) divided by the
     number of devices. `mfu` is `tflops` divided by the device's bf16 peak, whatever the precision, and null where the
     peak is not known. `phases` are the parts of `step_seconds` as this process spent them. `peak_device_bytes` and
     `peak_host_bytes` are of this process too, since it started; with tensor_placement_policy="auto" those of the device
-    are since the last placement plan was made.
+    are since the last placement plan was made. After a validation the line also has `validation_loss`, which the run
+    adds.
     """
 
     config: Config

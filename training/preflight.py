@@ -48,16 +48,11 @@ def prepare(
     Nothing is written. Raises ConfigError, DataError or CheckpointError.
     """
     corpus = read_corpus(config)
-    device, _ = choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
-    if config.train.compile:
-        check_compiler(device)
+    check_device(config, place)
     found = find_checkpoint(config, resume)
     taken = steps_taken(found) if profile else 0
     traced, not_traced = steps_to_trace(profile, taken=taken, steps=config.train.steps)
-    run = Path(config.output.dir)
-    folder = RunFolder(run, resumed=found is not None and found.resolve().is_relative_to(run.resolve()))
-    folder.check_writable()
-    check_not_renamed(config, folder)
+    folder = checked_folder(config, found)
     messages = (
         *override_messages(overridden),
         *start_messages(config, resume, found),
@@ -65,6 +60,31 @@ def prepare(
         *input_messages(config, corpus),
     )
     return Job(config, place, corpus, tokenizer_of(config), folder, found, traced, messages)
+
+
+def check_device(config: Config, place: Place) -> None:
+    """Raise ConfigError if this machine lacks the device that the run asks for, or what torch.compile needs there."""
+    device, _ = choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
+    if config.train.compile:
+        check_compiler(device)
+
+
+def device_problems(config: Config, place: Place) -> list[str]:
+    """Return a message if `check_device` refuses the run: `--check` may be for another machine, so it goes on."""
+    try:
+        check_device(config, place)
+    except ConfigError as error:
+        return [f"on this machine the run would be refused: {error}"]
+    return []
+
+
+def checked_folder(config: Config, resume_from: Path | None) -> RunFolder:
+    """Return the run's folder. Raises ConfigError if the run cannot write there, or reads what it would rename."""
+    run = Path(config.output.dir)
+    folder = RunFolder(run, resumed=resume_from is not None and resume_from.resolve().is_relative_to(run.resolve()))
+    folder.check_writable()
+    check_not_renamed(config, folder)
+    return folder
 
 
 def check_compiler(device: torch.device) -> None:

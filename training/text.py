@@ -1,22 +1,22 @@
-"""Numbers and names as a person reads them."""
+"""Functions that write numbers and names as a person reads them."""
 
 from collections.abc import Sequence
 
 
 def layers_text(names: Sequence[str]) -> str:
-    """('embed', 'layers.0', 'layers.1', 'head') -> 'embed, layers 0–1, head'"""
+    """Return the names of layers in a short form: ('embed', 'layers.0', 'layers.1') -> 'embed, layers 0–1'."""
     numbers = [name.removeprefix("layers.") for name in names if name.startswith("layers.")]
     blocks = [f"layers {numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"] if numbers else []
     return ", ".join([*(n for n in names if n == "embed"), *blocks, *(n for n in names if n == "head")])
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
-    """(2, 'rank') -> '2 ranks'"""
+    """Return a number and its noun in the singular or the plural: (2, 'rank') -> '2 ranks'."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def readable_bytes(number: float) -> str:
-    """1536 -> '1.5 KiB'"""
+    """Return a number of bytes with its unit: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
@@ -25,7 +25,7 @@ def readable_bytes(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """75 -> '1:15', 3675 -> '1:01:15'"""
+    """Return seconds as minutes and hours: 75 -> '1:15', 3675 -> '1:01:15'."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

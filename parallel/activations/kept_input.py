@@ -80,7 +80,7 @@ class KeptInput:
         return self._x
 
     def _give_up(self) -> None:
-        """Forget the tensor on the device."""
+        """Drop the tensor on the device."""
         self._move_to(InputState.OFFLOADED)
         del self._x
 

@@ -19,15 +19,16 @@ class Accumulator:
         self.begin(spec.master_dtype)
 
     def begin(self, dtype: torch.dtype) -> None:
-        """Begin a round whose buffer will have this dtype, and forget what has been added before."""
+        """Begin a round whose buffer will have this dtype, and drop what has been added before."""
         self.dtype = dtype
         self.buffer: Tensor | None = None
         self._views: list[Tensor] = []  # of the buffer, one for each parameter
         self.arrivals = [0] * len(self.spec.infos)
 
     def views(self) -> list[Tensor]:
-        """Return each parameter's view of the buffer. The first call in a round makes the buffer: padding is zero, and
-        the views are not filled yet.
+        """Return each parameter's view of the buffer.
+
+        The first call in a round allocates the buffer: its padding is zero, and the views are not filled yet.
         """
         if self.buffer is None:
             self.buffer = torch.empty(self.spec.size, dtype=self.dtype, device=self.device)
@@ -52,7 +53,7 @@ class Accumulator:
         (add_product if self.arrivals[i] else write_product)(a, b, view)
         self.arrivals[i] += 1
 
-    def complete(self) -> None:
+    def fill_missing_with_zeros(self) -> None:
         """Fill with zeros the views of parameters for which no gradient has arrived."""
         for view, arrivals in zip(self.views(), self.arrivals, strict=True):
             if not arrivals:

@@ -20,8 +20,9 @@ Fill: TypeAlias = Callable[[Sequence[ParameterInfo]], None]
 
 
 class Chunk:
-    """Parameters of one unit, one behind the other in a flat buffer, that have the same decay and whose gradients are
-    summed over the same axes. It is a flat parameter of FSDP and a bucket of DDP in one.
+    """Parameters of one unit in one flat buffer: they have the same decay, and gradients summed over the same axes.
+
+    They lie one behind the other. A chunk is a flat parameter of FSDP and a bucket of DDP in one.
 
     spec        extents, views and ownership
     parameters  the model's dtype, used by forward and backward: whole [n], and this rank's slice [n_shard]
@@ -31,10 +32,10 @@ class Chunk:
     sharing     which of these buffers are one memory
     memory      allocates them on the device, the host and the disk
 
-    From ZeRO stage 1 on each rank of `spec.shard` updates one slice. In stage 3, and where parameters are offloaded to
-    the host, the whole buffer has memory only between `gather` and `release`. Padding between parameters and after the
-    last one is always zero. Frozen parameters have chunks of their own, which have the model's dtype throughout, no
-    gradient and no update.
+    From ZeRO stage 1 on each rank of `spec.shard_axis` updates one slice. In stage 3, and where parameters are
+    offloaded to the host, the whole buffer has memory only between `gather` and `release`. Padding between parameters
+    and after the last one is always zero. Frozen parameters have chunks of their own, which have the model's dtype
+    throughout, no gradient and no update.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class Chunk:
         fill: Fill = lambda infos: None,
         device: torch.device | None = None,
     ) -> None:
-        """Move the parameters of `spec` into one buffer on `device`, or on the device of the first of them. Then call
-        `fill`, which gives values to parameters that had no storage: they are views of the buffer by then.
+        """Move the parameters of `spec` into one buffer on `device`, or on the device of the first of them.
+
+        Then `fill` is called, which gives values to parameters that had no storage: they are views of the buffer by
+        then.
         """
         wide = _master_buffer(spec, fill, device)
         whole = wide.to(spec.dtype)
         master = spec.own_slice(wide)
-        if spec.shard.size > 1 and (spec.is_partitioned or whole is not wide):
+        if spec.shard_axis.size > 1 and (spec.is_partitioned or whole is not wide):
             master = master.clone()  # so that the memory of the whole buffer is freed
         own = master.to(spec.dtype) if spec.is_partitioned else spec.own_slice(whole)
         self.spec, self.sharing = spec, Sharing.of(spec, ON_DEVICE)
@@ -65,6 +68,7 @@ class Chunk:
 
     @property
     def infos(self) -> list[ParameterInfo]:
+        """The descriptions of its parameters, in the order of the buffer."""
         return self.spec.infos
 
     @property
@@ -74,6 +78,7 @@ class Chunk:
 
     @property
     def is_frozen(self) -> bool:
+        """True if its parameters get no gradient and no update."""
         return self.spec.is_frozen
 
     @property
@@ -83,6 +88,7 @@ class Chunk:
 
     @property
     def placement(self) -> Placement:
+        """The tiers on which the parameters and the states are resident."""
         return Placement(self.parameters.tier, self.states.tier)
 
     @property
@@ -91,16 +97,17 @@ class Chunk:
         return not self.sharing.slice_is_view
 
     def move_to(self, placement: Placement) -> None:
-        """Move the chunk to another placement, between two steps: then parameters that are gathered on demand are
-        released, and there is no gradient. The master weights of frozen parameters are the parameters: they move
-        together.
+        """Move the chunk to another placement, between two steps.
+
+        Between two steps parameters that are gathered on demand are released, and there is no gradient. The master
+        weights of frozen parameters are the parameters: they move together.
         """
         if self.is_frozen:
             placement = Placement(placement.parameters, placement.parameters)
         if placement == self.placement:
             return
         self.settle()
-        self.forget_gradient()
+        self.drop_gradient()
         before, self.sharing = self.sharing, Sharing.of(self.spec, placement)
         if not self.sharing.slice_is_view:
             self.parameters.move_apart(placement.parameters, is_apart=not before.slice_is_view)
@@ -115,13 +122,13 @@ class Chunk:
             self.parameters.free_whole()
 
     def settle(self) -> None:
-        """Wait for all copies and for the disk: after that, states on the host and on a disk may be used."""
+        """Wait for all copies and for the disk, after which states on the host and on a disk may be used."""
         self.memory.settle()
 
     def gather(self) -> Pending:
         """Start to make the parameters whole."""
         if self.gradient.is_in_parameters:  # no update followed, as when fp16 skips one
-            self.forget_gradient()
+            self.drop_gradient()
         return self.parameters.gather()
 
     def release(self) -> None:
@@ -137,21 +144,24 @@ class Chunk:
         is_free = self.parameters.tier is Tier.HOST and not self.sharing.masters_are_slice
         self.gradient.store(total, reusable=self.parameters.own if is_free else None)
 
-    def forget_gradient(self) -> None:
-        """Drop the gradient without an update. If it is in the memory of the parameters, restore them first."""
+    def drop_gradient(self) -> None:
+        """Drop the gradient without an update.
+
+        If it is in the memory of the parameters, they are restored first.
+        """
         if self.gradient.is_in_parameters:
             self.settle()
             self.parameters.own.copy_(self.master)
-        self.gradient.forget()
+        self.gradient.drop()
 
     def write_back(self) -> Pending:
-        """Write the master weights into the parameters, and start to all-gather them over `shard`."""
+        """Write the master weights into the parameters, and start to all-gather them over `shard_axis`."""
         if not self.sharing.masters_are_slice:
             self.parameters.write(self.master, self.states.tier)
         return self.all_gather_updated()
 
     def all_gather_updated(self) -> Pending:
-        """Start to all-gather the updated parameters over `shard`, unless they are gathered on demand."""
+        """Start to all-gather the updated parameters over `shard_axis`, unless they are gathered on demand."""
         return self.parameters.all_gather() if self.sharing.slice_is_view else Pending(self.parameters.own)
 
     def held(self) -> list[tuple[Tier, Tensor]]:
@@ -173,7 +183,7 @@ def make_chunks(
     fill: Fill = lambda infos: None,
     device: torch.device | None = None,
 ) -> list[Chunk]:
-    """Make the chunks of these specifications, one after the other; without `storages` all are on the device."""
+    """Return the chunks of these specifications, made one after the other; without `storages` all are on the device."""
     pairs = zip(specs, storages or [DEVICE] * len(specs), strict=True)
     return [Chunk(spec, storage, fill=fill, device=device) for spec, storage in pairs]
 

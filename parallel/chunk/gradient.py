@@ -79,7 +79,7 @@ class Gradient:
         assert self.total is not None
         return self._sum_of_squares(self.total)
 
-    def forget(self) -> None:
+    def drop(self) -> None:
         """Drop the total after an update has used it. The update overwrites parameters in whose memory it was."""
         self.total, self.is_in_parameters = None, False
 

@@ -34,19 +34,20 @@ class ParameterBuffer:
         return bool(self.whole.untyped_storage().nbytes())
 
     def gather(self) -> Pending:
-        """Start to make the parameters whole (FSDP's unshard). They return to the storage that they had before, since
-        tensors that autograd saved are views of it.
+        """Start to make the parameters whole (FSDP's unshard).
+
+        They return to the storage that they had before, since tensors that autograd saved are views of it.
         """
         spec, copies = self.spec, self.memory.copies
         self._allocate()
         if self.tier is Tier.DEVICE:
-            return start_all_gather(self.own, 0, spec.shard, out=self.whole)
+            return start_all_gather(self.own, 0, spec.shard_axis, out=self.whole)
         part = spec.own_slice(self.whole)
         arrival = copies.upload(self.own, part, after=self._written)
-        if spec.shard.size == 1:
+        if spec.shard_axis.size == 1:
             return Pending(self.whole, arrival)
         with copies.on_upload_stream():  # behind the copy, so that computation waits for neither
-            return start_all_gather(part, 0, spec.shard, out=self.whole)
+            return start_all_gather(part, 0, spec.shard_axis, out=self.whole)
 
     def release(self) -> None:
         """Free the memory of the whole buffer (FSDP's reshard); `own` stays."""
@@ -73,11 +74,12 @@ class ParameterBuffer:
 
     def all_gather(self) -> Pending:
         """Start to all-gather the updated slices, where `own` is a view of the whole buffer."""
-        return start_all_gather(self.own, 0, self.spec.shard, out=self.whole)
+        return start_all_gather(self.own, 0, self.spec.shard_axis, out=self.whole)
 
     def move_apart(self, tier: Tier, *, is_apart: bool) -> None:
-        """Give `own` memory of its own on a tier; `is_apart`: it has memory of its own already. `whole` keeps its
-        memory.
+        """Give `own` memory of its own on a tier, while `whole` keeps its memory.
+
+        `is_apart`: `own` has memory of its own already.
         """
         if not is_apart or tier is not self.tier:
             self.own = self.memory.copy(self.own, tier)

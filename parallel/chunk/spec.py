@@ -51,16 +51,16 @@ class ChunkSpec:
     """The extents and the owners of a chunk that may have no memory yet. All of it follows from shapes, layouts and the
     ZeRO stage.
 
-    axes   those over which the gradient is summed
-    shard  the axis over whose ranks the update is divided into equal slices: the first of `axes` from ZeRO stage 1 on
-           (Rajbhandari et al. 2020, arXiv 1910.02054), and an axis of size 1 in stage 0
-    size   n: elements of the whole buffer, with the padding after each parameter and at the end
+    axes        the axes over which the gradient is summed
+    shard_axis  the axis over whose ranks the update is divided into equal slices: the first of `axes` from ZeRO stage 1
+                on (Rajbhandari et al. 2020, arXiv 1910.02054), and an axis of size 1 in stage 0
+    size        n: elements of the whole buffer, with the padding after each parameter and at the end
     """
 
     def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> None:
         self.infos, self.dtype, self.zero = list(infos), dtype, zero
         self.axes = _summed_axes(infos[0].layout)
-        self.shard = self.axes[0] if zero >= 1 else ALONE
+        self.shard_axis = self.axes[0] if zero >= 1 else ALONE
         self.is_frozen = not infos[0].parameter.requires_grad
         widest = torch.promote_types(infos[0].parameter.dtype, dtype)
         self.master_dtype = dtype if self.is_frozen else master_dtype(widest)
@@ -75,7 +75,7 @@ class ChunkSpec:
     @property
     def is_partitioned(self) -> bool:
         """True if the parameters are divided too, except while they are in use (stage 3)."""
-        return self.zero >= 3 and self.shard.size > 1
+        return self.zero >= 3 and self.shard_axis.size > 1
 
     @property
     def is_counted(self) -> bool:
@@ -95,12 +95,12 @@ class ChunkSpec:
     @property
     def num_own(self) -> int:
         """The number of elements that this rank updates: n_shard."""
-        return self.size // self.shard.size
+        return self.size // self.shard_axis.size
 
     @property
     def first(self) -> int:
         """The index in the whole buffer of the first element that this rank updates."""
-        return self.shard.rank * self.num_own
+        return self.shard_axis.rank * self.num_own
 
     @property
     def whole_bytes(self) -> int:
@@ -114,7 +114,7 @@ class ChunkSpec:
 
     def own_slice(self, whole: Tensor) -> Tensor:
         """Return this rank's slice of a whole buffer, whole[n] -> [n_shard]: a view."""
-        return _slice(whole, self.shard)
+        return _slice(whole, self.shard_axis)
 
     def counted_slice(self, gradient: Tensor) -> Tensor:
         """Return the part of a gradient, [n] or [n_shard], that belongs to this rank of the first axis in the norm.

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import SequenceMatcher
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -137,12 +138,26 @@ def convert(hint: Any, raw: object) -> Any:
         return value
     if origin in (Union, UnionType):
         (inner,) = (argument for argument in arguments if argument is not NoneType)
-        return None if raw is None else convert(inner, raw)
+        return None if raw is None else _optional(inner, raw)
     if origin is Literal:
         return _choice(arguments, raw)
     if origin is tuple:
         return _tuple(arguments, raw)
     return _bytes(raw) if hint is Bytes else _scalar(hint, raw)
+
+
+def _optional(hint: Any, raw: object) -> Any:
+    """Return `raw` as the hint requires. Raises MisreadError with the most similar choice, if the hint lists choices.
+
+    Without it the default would be advised: None, which the message does not list.
+    """
+    try:
+        return convert(hint, raw)
+    except MisreadError as error:
+        if get_origin(hint) is not Literal or error.nearest is not MISSING:
+            raise
+        similar = max(get_args(hint), key=lambda choice: SequenceMatcher(None, str(choice), str(raw)).ratio())
+        raise MisreadError(error.wrong, similar) from error
 
 
 def _choice(choices: tuple[object, ...], raw: object) -> object:

@@ -136,7 +136,7 @@ class ModuleEngine(ModuleState):
         self._passes.end_backward(retains_graph=retain_graph)
 
     def step(self) -> UpdateResult:
-        """Clip the gradients, update the weights, then forget the gradients.
+        """Clip the gradients, update the weights, then drop the gradients.
 
         A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
         something else.
@@ -157,12 +157,12 @@ class ModuleEngine(ModuleState):
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
     def restore(self, counters: Mapping[str, Any]) -> None:
-        """Do as `EngineBase.restore`, and forget what was gathered of the weights before."""
+        """Do as `EngineBase.restore`, and drop what was gathered of the weights before."""
         self._passes.release()
         super().restore(counters)
 
     def zero_grad(self) -> None:
-        """Forget all gradients since the last step."""
+        """Drop all gradients since the last step."""
         self._gradients.begin()
 
     @contextmanager

@@ -18,7 +18,10 @@ from parallel.modules.hf_configs import write_hf_configs
 
 
 class ModuleState(EngineBase):
-    """The part of a `ModuleEngine` that writes and reads files. The buffers of its module belong to its state."""
+    """The part of a `ModuleEngine` that writes and reads files.
+
+    The buffers of its module belong to its state.
+    """
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the weights as a Hugging Face directory, on every rank together.

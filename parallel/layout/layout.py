@@ -22,16 +22,16 @@ ROOT = ""
 
 @dataclass(frozen=True)
 class Layout:
-    """A global tensor of `shape` whose every dim is split over the axes in `dims`.
+    """A global tensor of `shape`, of which each dim is split over the axes that `axes_of_dims` lists for it.
 
-    The weight W[N_c, K_r] of a linear in mode 2d has shape (N, K) and dims ((col,), (row,)). A dim that its axes do not
-    divide is padded at its end.
+    The weight W[N_c, K_r] of a linear in mode 2d has shape (N, K) and axes_of_dims ((col,), (row,)). A dim
+    that its axes do not divide is padded at its end.
     """
 
     shape: tuple[int, ...]
     """The shape of the global tensor, without padding."""
 
-    dims: tuple[tuple[Axis, ...], ...]
+    axes_of_dims: tuple[tuple[Axis, ...], ...]
     """The axes that split each dim, outermost first."""
 
     sync: tuple[Axis, ...] = ()
@@ -43,22 +43,24 @@ class Layout:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of the tensor on a rank, with padding."""
-        return tuple(-(-size // prod(a.size for a in axes)) for size, axes in zip(self.shape, self.dims, strict=True))
+        return tuple(
+            -(-size // prod(a.size for a in axes)) for size, axes in zip(self.shape, self.axes_of_dims, strict=True)
+        )
 
     @property
     def first_row(self) -> int:
         """The global index of the first row on this rank, even if that row is padding."""
-        return index_along(self.dims[0]) * self.local_shape[0]
+        return index_along(self.axes_of_dims[0]) * self.local_shape[0]
 
     @property
     def box(self) -> Box:
-        """The part of the global tensor that this rank holds, without padding. It may be empty."""
+        """The part of the global tensor that this rank holds, without padding, or an empty box."""
         return self.box_of(tuple((0, local) for local in self.local_shape))
 
     def box_of(self, part: Box) -> Box:
         """Return the box in the global tensor of box `part` of this rank's tensor, without padding."""
         ranges = []
-        for size, local, axes, (start, stop) in zip(self.shape, self.local_shape, self.dims, part, strict=True):
+        for size, local, axes, (start, stop) in zip(self.shape, self.local_shape, self.axes_of_dims, part, strict=True):
             first = index_along(axes) * local
             ranges.append((min(first + start, size), min(first + stop, size)))
         return tuple(ranges)
@@ -100,7 +102,10 @@ class ParameterInfo:
 
     @property
     def is_matrix(self) -> bool:
-        """True if the public tensors are matrices. A fused bias [3, N] is no matrix: it is three public vectors."""
+        """True if the public tensors are matrices.
+
+        A fused bias [3, N] is no matrix: it is three public vectors.
+        """
         return len(self.public_shape) >= 2
 
     def pieces(self, data: Tensor | None = None, part: Box | None = None) -> list[Piece]:
@@ -163,7 +168,7 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """Return the box that both boxes cover. It may be empty."""
+    """Return the box that both boxes cover, which may be empty."""
     return tuple((max(s, t), max(max(s, t), min(e, f))) for (s, e), (t, f) in zip(a, b, strict=True))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parallel.layout.layout import Box, box_shape, slices
 
-ROWS_A_BLOCK = 64
+ROWS_PER_BLOCK = 64
 """The number of rows of a weight that share one random generator. Another value gives other weights."""
 
 
@@ -25,7 +25,7 @@ def seed_of(*parts: object) -> int:
 def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> Tensor:
     """Return box `box` of a normal tensor of `shape` that is a function of the key alone: fp32, on the host.
 
-    Rows are drawn in blocks of ROWS_A_BLOCK, each from a generator whose seed is the hash of the key and the block's
+    Rows are drawn in blocks of ROWS_PER_BLOCK, each from a generator whose seed is the hash of the key and the block's
     number. So a rank draws only the blocks that its box meets, always whole rows of them, and as many blocks at once as
     torch has threads.
     """
@@ -33,14 +33,14 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
     start, stop = box[0]
 
     def draw(block: int) -> None:
-        first = block * ROWS_A_BLOCK
-        last = min(first + ROWS_A_BLOCK, shape[0])
+        first = block * ROWS_PER_BLOCK
+        last = min(first + ROWS_PER_BLOCK, shape[0])
         generator = torch.Generator().manual_seed(seed_of(*key, block))
         rows = torch.empty(last - first, *shape[1:]).normal_(0, std, generator=generator)
         mine = (max(start, first), min(stop, last))
         drawn[mine[0] - start : mine[1] - start] = rows[slices(((mine[0] - first, mine[1] - first), *box[1:]))]
 
-    blocks = range(start // ROWS_A_BLOCK, -(-stop // ROWS_A_BLOCK))
+    blocks = range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(draw, blocks))
     return drawn
@@ -56,7 +56,7 @@ def dropout_mask(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor
 
     rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64. So
     an element's value does not depend on the rank that holds it. Rows and columns are hashed separately, and combined
-    at full size by a few 32-bit operations.
+    for each of the R·C elements by a few 32-bit operations.
     """
     bits = mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ mix64(columns ^ key).to(torch.int32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -68,8 +68,9 @@ def dropout_mask(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor
 
 
 def mix64(z: Tensor) -> Tensor:
-    """Return the hash of each 64-bit element by SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable
-    pseudorandom number generators", fig. 16).
+    """Return the hash of each 64-bit element by SplitMix64's finalizer.
+
+    It is in Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", fig. 16.
     """
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15

@@ -1,10 +1,12 @@
-"""Collectives over an axis. Each returns a new tensor, does not change its argument unless it is told to, and counts
-the bytes that it is given.
+"""Collectives over an axis.
+
+Each returns a new tensor, does not change its argument unless it is told to, and counts the bytes that it is given.
+There are two exceptions: `broadcast` overwrites its argument and returns it; and over an axis of size 1, which has no
+other rank, the argument itself is returned. Only here is an axis of size 1 special.
 
 `start_…` launches a collective and returns a `Pending` at once; its `wait` returns the result, so that work can be done
-in between. Only here is an axis of size 1 special: there is no other rank, so the argument itself is returned. In
-shapes, N_axis is this rank's slice of a dim N that the axis splits. torch 2.13 renames two calls and deprecates the old
-names; only this file depends on it.
+in between. In shapes, N_axis is this rank's slice of a dim N that the axis splits. torch 2.13 renames two calls and
+deprecates the old names; only this file depends on it.
 """
 
 from collections.abc import Callable

@@ -51,7 +51,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def unshard_parameter(parameter: nn.Parameter, out: Tensor) -> None:
-    """All-gather the parameter's values into `out`, of its shape, and forget the shard.
+    """All-gather the parameter's values into `out`, of its shape, and drop the shard.
 
     Every rank of the axis does so for the same parameters in the same order. The parameter's data stays a placeholder,
     and it does not matter what became of that meanwhile (a cast, a move to another device).

@@ -34,6 +34,6 @@ class DeferredCalls:
         while self._waiting:
             self._waiting.popleft()()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Give up the calls that were kept."""
         self._waiting.clear()

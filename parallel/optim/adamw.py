@@ -60,12 +60,12 @@ class AdamW:
             if chunk.placement.states is Tier.DEVICE:
                 for part in parts.pop(chunk):
                     on_device(part)
-                chunk.gradient.forget()
+                chunk.gradient.drop()
                 gathering.append(chunk.write_back())
         if parts:
             self._update_offloaded(parts, on_device, HostCopy(factor), lr)
         for chunk in parts:
-            chunk.gradient.forget()
+            chunk.gradient.drop()
             gathering.append(chunk.all_gather_updated())
         for pending in gathering:
             pending.wait()
@@ -167,9 +167,9 @@ class AdamW:
             self._adamw(part, moments, scale(part.gradient, factor, master.dtype), lr)
             return
         rounding = self._rounding_on(tier, master)
-        for piece in part.split(rounding.size):
-            with rounding.widened(piece, self._counts.total) as wide:
-                self._adamw(piece, wide, scale(piece.gradient, factor, master.dtype), lr)
+        for smaller in part.split(rounding.size):
+            with rounding.widened(smaller, self._counts.total) as wide:
+                self._adamw(smaller, wide, scale(smaller.gradient, factor, master.dtype), lr)
 
     def _rounding_on(self, tier: Tier, like: Tensor) -> Rounding:
         if tier not in self._rounding:

@@ -12,30 +12,33 @@ from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, sta
 
 
 class ChunkSum:
-    """Counts the gradients of one chunk as they arrive, and sums them over ranks in rounds. A round is what one
-    collective sums: all microbatches of a step, or a single one.
+    """Counts the gradients of one chunk as they arrive, and sums them over ranks in rounds.
 
-    `completed` is called when everything that a round waits for has arrived, and `launched` when its collective has
+    A round is what one collective sums: all microbatches of a step, or a single one.
+    `completed` is called when everything that a round waits for has arrived, and `on_launch` when its collective has
     been launched.
     """
 
     def __init__(
-        self, chunk: Chunk, *, completed: Callable[["ChunkSum"], None], launched: Callable[["ChunkSum"], None]
+        self, chunk: Chunk, *, completed: Callable[["ChunkSum"], None], on_launch: Callable[["ChunkSum"], None]
     ) -> None:
-        self.chunk, self.completed, self.launched = chunk, completed, launched
+        self.chunk, self.completed, self.on_launch = chunk, completed, on_launch
         self.seen = [0] * len(chunk.infos)  # for each parameter, 1 if a gradient has arrived since `begin`
         self.pending: Pending | None = None  # the collective of the last round, in flight
-        self.was_posted = False  # in this step
+        self.was_launched = False  # in this step
         self.expect(0)
         for i, info in enumerate(chunk.infos):
             info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
 
     def begin(self, num_microbatches: int, arrivals: int) -> None:
-        """Forget everything, and begin a step. `arrivals`: how often each parameter arrives in one round."""
+        """Drop everything that has arrived, and begin a step.
+
+        `arrivals`: how often each parameter arrives in one round.
+        """
         self.expect(arrivals)
-        self.pending, self.was_posted = None, False
+        self.pending, self.was_launched = None, False
         self.seen = [0] * len(self.chunk.infos)
-        self.chunk.forget_gradient()
+        self.chunk.drop_gradient()
         self.chunk.gradient.begin(num_microbatches)
 
     def expect(self, arrivals: int) -> None:
@@ -79,20 +82,20 @@ class ChunkSum:
         if not self.missing:
             self.completed(self)
 
-    def post(self) -> None:
+    def launch(self) -> None:
         """Launch the sum of a round over ranks."""
         spec, accumulator = self.chunk.spec, self.chunk.gradient.accumulator
-        accumulator.complete()
+        accumulator.fill_missing_with_zeros()
         self.collect()
-        self.was_posted = True
-        if spec.shard.size > 1:
-            self.pending = start_reduce_scatter(accumulator.take(), 0, spec.shard, in_place=True)
+        self.was_launched = True
+        if spec.shard_axis.size > 1:
+            self.pending = start_reduce_scatter(accumulator.take(), 0, spec.shard_axis, in_place=True)
         else:
             self.pending = start_all_reduce(accumulator.take(), spec.axes[0], in_place=True)
         self.missing = self.waits_for
         if spec.axes[0].size == 1:
             self.collect()  # nothing to wait for: an offloaded gradient is copied to the host at once
-        self.launched(self)
+        self.on_launch(self)
 
     def collect(self) -> None:
         """Wait for the round in flight, and add it to those before it."""
@@ -101,13 +104,17 @@ class ChunkSum:
             gradient = self.chunk.gradient
             self.chunk.store_gradient(arrived if gradient.total is None else gradient.on_device().add_(arrived))
 
-    def post_rest(self) -> None:
+    def launch_rest(self) -> None:
         """Launch the sum of a round that has begun; or of zeros, if no gradient has arrived in this step."""
-        if self.chunk.gradient.accumulator.buffer is not None or not self.was_posted:
-            self.post()
+        if self.chunk.gradient.accumulator.buffer is not None or not self.was_launched:
+            self.launch()
 
     def wait(self) -> None:
-        """Wait until the chunk's gradient is the sum over all axes: [n], or this rank's slice [n_shard]."""
+        """Wait until the chunk's gradient is the sum over all axes: [n], or this rank's slice [n_shard].
+
+        The collective that was launched sums over the first axis. Where the chunk has a second one (the tied embedding
+        is summed over the two ends of the pipeline), the sum over it is an all-reduce in this call.
+        """
         self.collect()
         if further := self.chunk.spec.axes[1:]:
             whole = self.chunk.gradient.on_device()

@@ -24,14 +24,14 @@ class Gradients:
     arXiv 1910.02054, section 5.1). `scatters_each`: each microbatch is summed over ranks by itself, so that no rank
     keeps a whole gradient between two of them (stage 2, section 5.2).
 
-    Buffers are made when gradients arrive: during a forward, in which activations accumulate, there are none. A buffer
-    that is being scattered stays whole until it is waited for, and the host may be a whole backward ahead of its GPU:
-    therefore only `ROUNDS_IN_FLIGHT` are in flight.
+    Buffers are allocated when gradients arrive: during a forward, in which activations accumulate, there are none. A
+    buffer that is being scattered stays whole until it is waited for, and the host may be a whole backward ahead of its
+    GPU: therefore only `ROUNDS_IN_FLIGHT` are in flight.
     """
 
     def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
         self._in_flight: list[ChunkSum] = []  # reduce-scatters, the oldest first
-        self._sums = [ChunkSum(chunk, completed=self._completed, launched=self._launched) for chunk in chunks]
+        self._sums = [ChunkSum(chunk, completed=self._completed, on_launch=self._on_launch) for chunk in chunks]
         self._scatters_each = scatters_each
         self.deferred = DeferredCalls()  # products of weight gradients
         self._sum_of = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
@@ -39,9 +39,9 @@ class Gradients:
     def begin(self, num_microbatches: int) -> None:
         """Begin a step: each gradient will arrive this number of times, or never."""
         self._in_flight.clear()
-        self.deferred.forget()
+        self.deferred.clear()
         for total in self._sums:
-            is_scattered = self._scatters_each and total.chunk.spec.shard.size > 1
+            is_scattered = self._scatters_each and total.chunk.spec.shard_axis.size > 1
             total.begin(num_microbatches, arrivals=1 if is_scattered else num_microbatches)
 
     def receiver(self, matrix: nn.Parameter) -> Callable[[Tensor, Tensor], None]:
@@ -55,17 +55,17 @@ class Gradients:
     def finish(self) -> None:
         """Wait until the gradient of every chunk is the sum over all ranks: whole, or this rank's slice."""
         for total in self._sums:
-            total.post_rest()
+            total.launch_rest()
         for total in self._sums:
             total.wait()
 
     def _completed(self, total: ChunkSum) -> None:
         """Launch the sum of a round when everything that it waits for has arrived."""
-        total.post()
+        total.launch()
 
-    def _launched(self, total: ChunkSum) -> None:
+    def _on_launch(self, total: ChunkSum) -> None:
         """Limit the number of reduce-scatters in flight, when one has been launched."""
-        if total.chunk.spec.shard.size > 1:
+        if total.chunk.spec.shard_axis.size > 1:
             self._in_flight.append(total)
         while len(self._in_flight) > ROUNDS_IN_FLIGHT:
             self._in_flight.pop(0).collect()
@@ -87,7 +87,7 @@ class ModuleGradients(Gradients):
         self.begin()
 
     def begin(self, num_microbatches: int = 2) -> None:
-        """Forget everything that has arrived."""
+        """Drop everything that has arrived, and begin a step."""
         super().begin(num_microbatches)
         self._unsynchronized = False
         for total in self._sums:
@@ -105,13 +105,13 @@ class ModuleGradients(Gradients):
         self._next, self._unsynchronized = 0, True
         yield
         if synchronizes:
-            self._post_all()
+            self._launch_all()
 
     def finish(self) -> None:
         """Sum over ranks what is not summed yet, and wait for everything."""
         if self._unsynchronized:
             self._next = 0
-            self._post_all()
+            self._launch_all()
         super().finish()
 
     def arrived(self) -> Tensor:
@@ -121,11 +121,11 @@ class ModuleGradients(Gradients):
     def _completed(self, total: ChunkSum) -> None:
         """Launch all sums that are next in the order and complete."""
         while self._next < len(self._sums) and self._sums[self._next].is_complete:
-            self._sums[self._next].post()
+            self._sums[self._next].launch()
             self._next += 1
 
-    def _post_all(self) -> None:
+    def _launch_all(self) -> None:
         """Launch the sums that have not been launched in this backward."""
         for total in self._sums[self._next :]:
-            total.post()
+            total.launch()
         self._next, self._unsynchronized = len(self._sums), False

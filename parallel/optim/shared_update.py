@@ -131,10 +131,10 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
         part.gradient_written.synchronize()
     begun = time.perf_counter()
     for part in parts:
-        for piece in part.split(HOST_PART):
-            update(piece)
-            if piece.own is not None:
-                piece.own.copy_(piece.states[0])
+        for smaller in part.split(HOST_PART):
+            update(smaller)
+            if smaller.own is not None:
+                smaller.own.copy_(smaller.states[0])
     return time.perf_counter() - begun
 
 

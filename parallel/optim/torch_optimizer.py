@@ -54,7 +54,7 @@ class TorchOptimizer:
             chunk.settle()
             scale = factor if chunk.placement.states is Tier.DEVICE else on_host
             gradient = scaled(chunk.gradient.total, scale, chunk.master.dtype)
-            chunk.gradient.forget()
+            chunk.gradient.drop()
             for segment in chunk.spec.segments(gradient):
                 _, leaf = next(leaves)
                 leaf.grad = None if segment.info.parameter in self.unused else segment.data

@@ -43,7 +43,8 @@ class Microbatch:
 class Limits:
     """The batches that a model accepts.
 
-    Token ids are below `vocab_size`, sequences have at most `max_sequence` tokens and divide by `sequence_parts`.
+    Token ids are from 0 to `vocab_size` - 1. A sequence has at most `max_sequence` tokens, and its length is a multiple
+    of `sequence_parts`.
     """
 
     vocab_size: int
@@ -73,7 +74,8 @@ def batch_problem(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Li
     for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
         outside = values[(values < 0) | (values >= limits.vocab_size)]
         if len(outside):
-            return f"{name}: token {int(outside[0])} is outside model.vocab_size {limits.vocab_size}"
+            valid = f"0 … {limits.vocab_size - 1} (model.vocab_size {limits.vocab_size})"
+            return f"{name}: token {int(outside[0])} is outside {valid}"
     return None
 
 

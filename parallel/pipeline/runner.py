@@ -1,4 +1,4 @@
-"""The execution of a plan: one rank's actions, one after another."""
+"""The execution of a plan that has one stage per rank: one rank's actions, one after another."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,7 +21,9 @@ SENDS_IN_FLIGHT = 2  # a further one waits for the oldest: what is sent stays in
 
 
 class Runner:
-    """Executes one plan with transfers on one rank, for its stage and these microbatches.
+    """Executes one rank's actions of a plan with transfers, for its stage and these microbatches.
+
+    The plan has one stage per rank.
 
     The plan is deadlock-free with blocking sends, so also with asynchronous ones; here a send is waited for two sends
     later. A receive is posted no earlier than it is needed: while NCCL's receive waits for the other end, it takes

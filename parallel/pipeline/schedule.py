@@ -110,7 +110,7 @@ def gpipe(num_stages: int, num_microbatches: int) -> Plan:
     bubble, and sums gradients in the order of 1F1B and of plain accumulation.
     """
     forwards, backwards = [Op.F] * num_microbatches, [Op.B] * num_microbatches
-    return _one_stage_a_rank([forwards + backwards] * num_stages, num_microbatches)
+    return _one_stage_per_rank([forwards + backwards] * num_stages, num_microbatches)
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
@@ -130,7 +130,7 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
         num_warmup = min(num_stages - stage - 1, num_microbatches)
         steady = [Op.F, Op.B] * (num_microbatches - num_warmup)
         orders.append([Op.F] * num_warmup + steady + [Op.B] * num_warmup)
-    return _one_stage_a_rank(orders, num_microbatches)
+    return _one_stage_per_rank(orders, num_microbatches)
 
 
 def forward_only(num_stages: int, num_microbatches: int) -> Plan:
@@ -140,13 +140,13 @@ def forward_only(num_stages: int, num_microbatches: int) -> Plan:
     rank 1  .. F0 F1 F2 F3 ..
     rank 2  .. .. F0 F1 F2 F3
     """
-    return _one_stage_a_rank([[Op.F] * num_microbatches] * num_stages, num_microbatches)
+    return _one_stage_per_rank([[Op.F] * num_microbatches] * num_stages, num_microbatches)
 
 
 SCHEDULES: dict[str, Callable[[int, int], Plan]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 
-def _one_stage_a_rank(orders: list[list[Op]], num_microbatches: int) -> Plan:
+def _one_stage_per_rank(orders: list[list[Op]], num_microbatches: int) -> Plan:
     """Return the plan in which rank r holds stage r and runs `orders[r]`.
 
     Forwards take the microbatches in order, and so do backwards.

@@ -163,7 +163,7 @@ class PlacementManager:
         if self.zero.tensor_placement_policy == "cpu":
             return  # everything is offloaded, and stays so
         self.log("placement: the steps have changed; planning again")
-        self._history.forget_unmeasured()
+        self._history.drop_unmeasured()
         move_back(self.chunks, self.optimizer, self.initial.storages)
         self._lifecycle.move_to(PlanState.OFFLOADED)
 

@@ -33,7 +33,7 @@ class StepTimer:
         self._seconds.append(self.elapsed())
 
     def reset(self) -> None:
-        """Forget the steps so far: another plan begins."""
+        """Drop the times of all steps so far, since another plan begins."""
         self._seconds = []
 
     @property

@@ -57,8 +57,8 @@ class WorkloadHistory:
         self.sizes = list(sizes)
         self._layers = set(layers)
 
-    def forget_unmeasured(self) -> None:
-        """Forget all sizes but the newest if no step was profiled here: their memory is known only to the process that
+    def drop_unmeasured(self) -> None:
+        """Drop all sizes but the newest if no step was profiled here: their memory is known only to the process that
         saved the plan. So when they come again, they are profiled.
         """
         if not self.samples:

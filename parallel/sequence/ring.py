@@ -4,7 +4,7 @@ Queries stay where they are. A rank attends to one block of keys and values whil
 its own it holds at most two blocks of other ranks. None of them is kept for backward: there they are passed around
 again, and the gradients of each follow one step behind it.
 
-Each rank has two chunks of the sequence, one from its beginning and one from its end, so that causal attention gives
+Each rank has two parts of the sequence, one from its beginning and one from its end, so that causal attention gives
 every rank the same work: Megatron-LM's context parallelism does so too; striped attention (Brandon et al. 2023, arXiv
 2311.09431) reaches the same by interleaving tokens.
 """
@@ -29,16 +29,16 @@ Part: TypeAlias = tuple[Block, slice, slice]
 
 @dataclass(frozen=True)
 class Zigzag:
-    """The positions of each rank: of 2n chunks of a sequence, rank r has chunk r and chunk 2n − 1 − r.
+    """The positions of each rank: of 2n parts of a sequence, rank r has part r and part 2n − 1 − r.
 
-    On two ranks: rank 0 has chunks 0 and 3, rank 1 has 1 and 2. So every rank's queries see equally many keys, and what
+    On two ranks: rank 0 has parts 0 and 3, rank 1 has 1 and 2. So every rank's queries see equally many keys, and what
     they see of another rank's keys is a full rectangle, half of all pairs, for which no mask is needed.
     """
 
     axis: Axis
 
     def positions(self, rank: int, local: int) -> tuple[range, ...]:
-        """Return the positions of a rank's two chunks, which have `local` tokens together."""
+        """Return the positions of a rank's two parts, which have `local` tokens together."""
         if self.axis.size == 1:
             return (range(local),)
         size = local // 2
@@ -50,24 +50,24 @@ class Zigzag:
         length = local * self.axis.size
         if source == self.axis.rank:
             return Block(queries, keys, length, True, masking), ALL, ALL
-        if source < self.axis.rank:  # its first chunk is before both of ours, its second one after both
+        if source < self.axis.rank:  # its first part is before both of ours, its second one after both
             return Block(queries, keys[:1], length, False, masking), ALL, slice(0, local // 2)
         return Block(queries[1:], keys, length, False, masking), slice(local // 2, local), ALL
 
     def own_parts(self, local: int, masking: Masking) -> tuple[list[Part], list[Part]]:
         """Return the pairs of this rank's queries and its own keys, to be computed first and to be computed last.
 
-        First: the rectangle of its second chunk's queries and its first chunk's keys. Last: the two causal triangles.
+        First: the rectangle of its second part's queries and its first part's keys. Last: the two causal triangles.
         """
         if self.axis.size == 1:
             return [], [self.part_of(self.axis.rank, local, masking)]
-        chunks = self.positions(self.axis.rank, local)
+        parts = self.positions(self.axis.rank, local)
         halves = slice(0, local // 2), slice(local // 2, local)
         length = local * self.axis.size
-        rectangle = Block(chunks[1:], chunks[:1], length, False, masking), halves[1], halves[0]
+        rectangle = Block(parts[1:], parts[:1], length, False, masking), halves[1], halves[0]
         triangles: list[Part] = [
-            (Block((chunk,), (chunk,), length, True, masking), half, half)
-            for chunk, half in zip(chunks, halves, strict=True)
+            (Block((part,), (part,), length, True, masking), half, half)
+            for part, half in zip(parts, halves, strict=True)
         ]
         return [rectangle], triangles
 

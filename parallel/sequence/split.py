@@ -50,10 +50,10 @@ class SequenceSplit:
 
 
 class Ring(SequenceSplit):
-    """Ring attention. A rank has a chunk from the beginning and a chunk from the end: see `ring.Zigzag`."""
+    """Ring attention. A rank has a part from the beginning and a part from the end: see `ring.Zigzag`."""
 
     def ranges(self, local: int) -> tuple[range, ...]:
-        """Return the positions of this rank's two chunks."""
+        """Return the positions of this rank's two parts."""
         return Zigzag(self.axis).positions(self.axis.rank, local)
 
     def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:

@@ -92,7 +92,7 @@ class PartSwapper:
             slot.wait()
 
     def stop(self) -> None:
-        """Wait for all reads and writes, and forget the parts: they will be read again."""
+        """Wait for all reads and writes, and drop the parts, which will be read again."""
         self.wait()
         self._num_requested = self._num_fetched = self._num_stored = 0
         self._parts = []

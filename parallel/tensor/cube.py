@@ -23,7 +23,7 @@ class Cube(Mode):
 
     swapped = False
 
-    def arrange(self) -> None:
+    def set_splits(self) -> None:
         i, w, o = (self.mesh.axis(name) for name in self.axes)
         i, o = (o, i) if self.swapped else (i, o)
         self.batch, self.inner_batch, self.lookup_batch = (w, i), (w, o), (w,)
@@ -37,5 +37,5 @@ class Cube(Mode):
         """Return the mode with i and o swapped: `project_in` leaves x so, and `project_out` swaps them back."""
         other = copy(self)
         other.swapped = not self.swapped
-        other.arrange()
+        other.set_splits()
         return other

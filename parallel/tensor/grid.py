@@ -24,7 +24,7 @@ class Grid(Mode):
     token_axes = ("depth", "row")
     merged = (("depth",), ("depth", "row"))
 
-    def arrange(self) -> None:
+    def set_splits(self) -> None:
         depth, row, col = (self.mesh.axis(name) for name in self.axes)
         self.batch = self.inner_batch = self.lookup_batch = (depth, row)
         self.hidden = self.inner_hidden = (col,)

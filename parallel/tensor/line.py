@@ -19,7 +19,7 @@ class Line(Mode):
 
     axes = ("t",)
 
-    def arrange(self) -> None:
+    def set_splits(self) -> None:
         t = self.mesh.axis("t")
         self.inner_hidden = self.k_out = (t,)
         self.collectives_in, self.collectives_out = LinearCollectives(copy_x=t), LinearCollectives(reduce_y=t)

@@ -1,7 +1,7 @@
 """The head and its cross entropy in one call, over a vocabulary that is split (Shoeybi et al. 2019, section 3).
 
 Logits of a few positions are computed at a time, and their gradient at once. So the logits [B, S, V] never exist, and
-are not computed twice: the gradients of x and of the embedding are made in forward, chunk by chunk.
+are not computed twice: the gradients of x and of the embedding are computed in forward, one token slice at a time.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from parallel.mesh.mesh import Axis
 from parallel.ops.products import add_product, write_product
 from parallel.tensor.matmul import LinearCollectives
 
-TOKENS_A_CHUNK = 2048  # tokens of this rank whose logits exist at a time
+TOKENS_PER_SLICE = 2048  # tokens of this rank whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class _LMLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float | None) -> Tensor:
         table = Pending(head.collectives.start_gather_w(e).wait())
-        size = max(1, TOKENS_A_CHUNK // len(labels))
+        size = max(1, TOKENS_PER_SLICE // len(labels))
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         is_one_product = size >= labels.shape[1] and head.collectives.gather_w.size == 1  # one product, rounded once
         dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_one_product else wide)
         for start in range(0, labels.shape[1], size):
-            chunk = slice(start, start + size)
-            whole_x = Pending(head.collectives.start_gather_x(x[:, chunk]).wait())
+            tokens = slice(start, start + size)
+            whole_x = Pending(head.collectives.start_gather_x(x[:, tokens]).wait())
             logits = head.collectives.wide_product(whole_x, table, wide)
-            loss, dlogits = cross_entropy(logits, labels[:, chunk], head, scale, x.dtype)
+            loss, dlogits = cross_entropy(logits, labels[:, tokens], head, scale, x.dtype)
             total += loss
             if dlogits is not None:
                 multiply = partial(add_product if start else write_product, out=dw)
                 in_flight, _ = head.collectives.gradients(dlogits, whole_x, table, multiply)
-                dx[:, chunk] = in_flight.wait()
+                dx[:, tokens] = in_flight.wait()
         if scale is not None:
             ctx.save_for_backward(dx, head.collectives.scatter_dw(dw).to(e.dtype))
         return total

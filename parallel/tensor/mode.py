@@ -86,9 +86,9 @@ class Mode:
         self, mesh: Mesh, dtype: torch.dtype, *, sequence: SequenceSplit = UNSPLIT, compiles: bool = False
     ) -> None:
         self.mesh, self.dtype, self.sequence, self.compiles = mesh, dtype, sequence, compiles
-        self.arrange()
+        self.set_splits()
 
-    def arrange(self) -> None:
+    def set_splits(self) -> None:
         """Set the fields of the table from the axes of the mesh."""
 
     @classmethod
