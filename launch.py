@@ -177,7 +177,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     from training.console import make_console
     from training.inputs import input_messages, read_corpus
     from training.layout_report import print_layout, print_timeline
-    from training.preflight import checked_folder, device_problems
+    from training.preflight import problems_here
     from training.preview import device_messages, preview_of
     from training.resume import find_checkpoint, start_messages
 
@@ -187,13 +187,12 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     config = read_config(arguments.config, arguments.set, world_size)
     corpus = read_corpus(config)
     found = find_checkpoint(config, arguments.resume)
-    checked_folder(config, found)
     messages = [
         *override_messages(arguments.set),
         *start_messages(config, arguments.resume, found),
         *input_messages(config, corpus),
         *device_messages(config),
-        *device_problems(config, place),
+        *problems_here(config, place, found),
     ]
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
     print_layout(console, preview, messages)

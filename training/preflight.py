@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,13 +70,18 @@ def check_device(config: Config, place: Place) -> None:
         check_compiler(device)
 
 
-def device_problems(config: Config, place: Place) -> list[str]:
-    """Return a message if `check_device` refuses the run: `--check` may be for another machine, so it goes on."""
-    try:
-        check_device(config, place)
-    except ConfigError as error:
-        return [f"on this machine the run would be refused: {error}"]
-    return []
+def problems_here(config: Config, place: Place, resume_from: Path | None) -> list[str]:
+    """Return messages of why this machine would refuse the run: its device, or the run's folder.
+
+    These are for `--check`, which goes on, since it may be for another machine.
+    """
+    found = []
+    for check in (partial(check_device, config, place), partial(checked_folder, config, resume_from)):
+        try:
+            check()
+        except ConfigError as error:
+            found.append(f"on this machine the run would be refused: {error}")
+    return found
 
 
 def checked_folder(config: Config, resume_from: Path | None) -> RunFolder:
