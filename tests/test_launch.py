@@ -161,7 +161,7 @@ def test_a_mistake_is_refused_with_a_message_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_check_refuses_the_folder_that_a_run_would_refuse(
+def test_a_check_says_which_folder_a_run_would_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The layout alone was printed in an earlier version, and the run was refused later."""
