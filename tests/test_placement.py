@@ -5,6 +5,7 @@ import time
 import weakref
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -272,9 +273,9 @@ def test_a_users_own_module_trains_the_same_under_every_policy(model: str, stage
             assert_same_update(ours, theirs)
 
 
-def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str], float]:
+def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[str], list[float]]:
     """Return the most bytes of chunks on the device while any layer was used, the budget, the lines logged, and the
-    seconds by which one step was delayed: longer than any step before it took.
+    seconds of each step. One of the three that are measured is held up for longer than any step before it took.
     """
     engine = engine_of(rank, world_size, raw)
     most, lines, took = 0, list[str](), list[float]()
@@ -310,18 +311,18 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
         took.append(time.perf_counter() - begun)
     assert any(c.placement.states is Tier.DEVICE for c in engine.chunks)
     assert any(c.placement.states is Tier.HOST for c in engine.chunks)
-    return most, engine.placement_manager.budget, lines, 2 * max(took[:5])
+    return most, engine.placement_manager.budget, lines, took
 
 
 def test_auto_keeps_to_its_budget_and_logs_what_it_plans() -> None:
     raw = raw_of("single", "auto", 0)
     raw["zero"]["device_memory"] = "200KiB"
-    most, budget, lines, delay = run(on_the_device, 1, raw)[0]
+    most, budget, lines, took = run(on_the_device, 1, raw)[0]
     assert most <= budget == 200 * 1024
     assert "predicted peak" in lines[0]
     found = re.fullmatch(r"placement: measured a step ([\d.]+) s", lines[1])
     assert found is not None
-    assert 0 < float(found[1]) < delay
+    assert 0 < float(found[1]) <= median(took[4:]) + 0.0005  # of three steps, one was held up; 3 digits are logged
 
 
 def refused(rank: int, world_size: int, raw: Raw) -> str:
