@@ -124,7 +124,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from parallel.errors import ColonnadeError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from training.config import read_config
-    from training.preflight import prepare
+    from training.preflight import modules_of_steps, prepare
 
     place = Place()
     try:
@@ -146,7 +146,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         from training.spawn import run_ranks
 
         arguments.nprocs = None
-        return run_ranks(main, arguments, world_size)
+        return run_ranks(main, arguments, world_size, preload=modules_of_steps(config))
     except ColonnadeError as error:
         if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
             print(error, file=sys.stderr)

@@ -2,6 +2,7 @@
 that compose them.
 """
 
+from parallel import collectives
 from parallel.engine.base import StepResult
 from parallel.engine.context import Context, Place, current, launch_from_torch
 from parallel.engine.engine import Engine
@@ -23,6 +24,7 @@ __all__ = [
     "StepResult",
     "StorageError",
     "UpdateResult",
+    "collectives",
     "current",
     "initialize",
     "launch_from_torch",

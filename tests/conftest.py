@@ -8,6 +8,7 @@ and only these, a second time: in them the configs' default, `train.device="auto
 import multiprocessing
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     if not torch.cuda.device_count():  # which, unlike is_available, starts nothing in this process
+        if Path("/dev/nvidiactl").exists():
+            pytest.exit("this machine has an NVIDIA GPU, but torch sees none: the driver or torch's build is wrong", 1)
         pytest.exit("torch sees no GPU here, so the tests marked gpu are not run a second time", 0)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from parallel.ops.compiling import not_compiled
+from training.config import read_config
+from training.preflight import modules_of_steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,3 +171,11 @@ def test_torchs_own_mark_is_used_where_these_are_missing(monkeypatch: pytest.Mon
     monkeypatch.undo()
     assert marked is not inner
     assert graphs_around(marked) == [["add"], ["mul"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "modules"), [((), []), (("train.activation_checkpointing=full",), ["torch._dynamo"])]
+)
+def test_what_a_step_imports_is_imported_before_it_is_timed(change: tuple[str, ...], modules: list[str]) -> None:
+    """The first step of a run that recomputes once took a second longer on every rank."""
+    assert modules_of_steps(read_config(None, change, 1)) == modules

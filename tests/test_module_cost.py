@@ -34,7 +34,7 @@ def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, di
     update = engine.optimizer.step
 
     def counted(factor: Tensor, lr: float) -> None:
-        totals = [chunk.gradient.total for chunk in engine.chunks]
+        totals = [x for c in engine.chunks for x in (c.gradient.total, c.gradient.accumulator.buffer)]
         found["gradients"] = sum(x.untyped_storage().nbytes() for x in totals if x is not None)
         update(factor, lr)
 

@@ -62,15 +62,12 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
 }
 PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4", "ring3"]
 IN_FP32 = ("single", "1d2", "2d4", "2.5d8-depth2", "3d8", "pp2", "dp2", "ring3", "a2a2")
-"""The layouts of which the others are combinations. The others are slow in fp32, and run on the CPU alone."""
+"""The layouts of which the others are combinations. The others are slow in fp32."""
 
 
 def cases(layouts: Iterable[str], in_fp32: Container[str]) -> list[Any]:
     """Return every layout in fp64, where rounding hides no error, and in fp32."""
-    wide = [
-        pytest.param(name, "fp64", id=f"{name}-fp64", marks=[pytest.mark.gpu] if name in in_fp32 else [])
-        for name in layouts
-    ]
+    wide = [pytest.param(name, "fp64", id=f"{name}-fp64", marks=pytest.mark.gpu) for name in layouts]
     return wide + [
         pytest.param(name, "fp32", id=f"{name}-fp32", marks=pytest.mark.gpu if name in in_fp32 else pytest.mark.slow)
         for name in layouts

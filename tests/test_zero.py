@@ -126,7 +126,7 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
     update = optimizer.step
 
     def counted(factor: Tensor, lr: float) -> None:
-        totals = [chunk.gradient.total for chunk in engine.chunks]
+        totals = [x for c in engine.chunks for x in (c.gradient.total, c.gradient.accumulator.buffer)]
         held["gradients"] = sum(x.untyped_storage().nbytes() for x in totals if x is not None)
         update(factor, lr)
 

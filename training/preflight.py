@@ -93,6 +93,15 @@ def checked_folder(config: Config, resume_from: Path | None) -> RunFolder:
     return folder
 
 
+def modules_of_steps(config: Config) -> list[str]:
+    """Return the modules that the first step would import otherwise, so that it is not timed with their import.
+
+    torch's activation checkpointing imports torch's compiler at its first call.
+    """
+    is_needed = config.train.compile or config.train.activation_checkpointing != "none"
+    return ["torch._dynamo"] if is_needed else []
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise ConfigError where torch.compile lacks what it needs: Triton on a GPU, a C++ compiler on a CPU."""
     if device.type == "cuda":

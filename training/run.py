@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple
+from importlib import import_module
 
 import torch
 
@@ -22,7 +23,7 @@ from parallel.mesh.mesh import Axis
 from training.artifacts import export_model, plot_loss, written_while_training
 from training.log_file import log_file
 from training.loop import fit
-from training.preflight import Job
+from training.preflight import Job, modules_of_steps
 from training.preview import preview_of
 from training.screen import Screen
 
@@ -85,6 +86,8 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
 
 def make_engine(context: Context, job: Job) -> Engine:
     """Return an engine before the first step, or in the state that the job's checkpoint has."""
+    for name in modules_of_steps(job.config):
+        import_module(name)
     if job.resume_from is None:
         return Engine(build(context), context)
     engine = Engine(stage_of(context), context)

@@ -23,14 +23,15 @@ GRACE_SECONDS = 5.0
 REFUSED = 2  # the exit code of a rank that refuses what the user gave
 
 
-def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int) -> int:
+def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int, *, preload: Sequence[str] = ()) -> int:
     """Call `main(argument)` in each of `num_ranks` processes, in the environment that torchrun would give them.
 
-    Returns 0 if all ranks return 0. Otherwise it ends the others and returns the exit code of the first rank that
-    failed. No rank is left running, however this function ends.
+    `preload` names modules that are imported once, for all ranks. Returns 0 if all ranks return 0. Otherwise it ends
+    the others and returns the exit code of the first rank that failed. No rank is left running, however this function
+    ends.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "training.run"])
+    context.set_forkserver_preload(["torch", "training.run", *preload])
     _start_server()
     port = _free_port()
     ranks: list[ForkServerProcess] = []
