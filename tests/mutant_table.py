@@ -506,7 +506,7 @@ MODULES = (
            "parallel/modules/parameters.py", "            broadcast(info.parameter.data, axis)\n", "            pass\n",
            ANY_MODULE),
     Mutant("problem-of-one-rank-kept", "the other ranks wait for a rank that has raised an error",
-           "parallel/modules/agreement.py", "    raise error(all_problems)", "    raise error(problem)", f"{REFUSALS}[cast]"),
+           "parallel/mesh/agreement.py", "    raise error(all_problems)", "    raise error(problem)", f"{REFUSALS}[cast]"),
     Mutant("recomputed-layer-released", "a layer is gathered once more after its recomputation",
            GATHERER, "if _backward() < 0:", "if True:",
            "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),

@@ -17,9 +17,9 @@ from parallel.engine.context import Context
 from parallel.engine.module_state import ModuleState
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.layout.layout import ParameterInfo
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.mesh.mesh import axis_on_host
-from parallel.modules.agreement import Agreement
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
 from parallel.modules.loss import Criterion, ModuleLoss, loss_problem

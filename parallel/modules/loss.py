@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from parallel.errors import DataError
 from parallel.layout.labels import IGNORED
-from parallel.modules.agreement import Agreement
+from parallel.mesh.agreement import Agreement
 from parallel.storage.transfer import to_device
 
 Criterion = Callable[[Any, Any], Tensor]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from parallel.modules.agreement import Agreement
+from parallel.mesh.agreement import Agreement
 from parallel.modules.parameters import OriginalParameters
 from parallel.placement.manager import PlacementManager
 from parallel.zero.gatherer import Gatherer
