@@ -103,8 +103,11 @@ def step_range(text: str) -> range:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the arguments say and return the exit code."""
+    from training.streams import safe_output
+
     try:
-        return _launch(arguments)
+        with safe_output():
+            return _launch(arguments)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("\ninterrupted", file=sys.stderr)

@@ -4,13 +4,14 @@ This module needs no torch.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from parallel.config import Config, ContextConfig, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.config.reader import Reader
-from parallel.errors import ConfigError, did_you_mean, either, nearest_multiples, times
+from parallel.errors import ConfigError, did_you_mean, divisors, either, nearest_multiples, shortened, shown, times
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
 """The activation functions that have the same name in Hugging Face and in torch."""
@@ -77,14 +78,15 @@ def from_hugging_face(path: str | Path) -> OPTShape:
     try:
         raw = json.loads(file.read_bytes())
     except OSError as error:
-        raise ConfigError(
-            f"model.path: cannot read {file}: {error.strerror}. Try a Hugging Face OPT directory."
-        ) from error
+        advice = download_advice(str(path)) or "Try a Hugging Face OPT directory."
+        raise ConfigError(f"model.path: cannot read {shortened(str(file))}: {error.strerror}. {advice}") from error
+    except RecursionError as error:
+        raise ConfigError(f"model.path: {shortened(str(file))} is nested too deep for a config.json.") from error
     except ValueError as error:
-        raise ConfigError(f"model.path: {file} is not JSON: {error}.") from error
+        raise ConfigError(f"model.path: {shortened(str(file))} is not JSON: {shortened(str(error))}.") from error
     if not isinstance(raw, dict) or raw.get("model_type") != "opt":
         kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ConfigError(f"model.path: {file} describes model_type {kind!r}. Only 'opt' is available.")
+        raise ConfigError(f"model.path: {file} describes model_type {shown(kind)}. Only 'opt' is available.")
     known = {field.name for field in fields(OPTShape)}
     plain = {key.removeprefix("_"): value for key, value in raw.items()}
     if plain.get("pad_token_id", 1) is None:  # every row of the embedding would have a gradient then
@@ -96,6 +98,29 @@ def from_hugging_face(path: str | Path) -> OPTShape:
     # This is OPTConfig's default too: the embedding is as wide as the model unless the file says otherwise.
     width = OPTShape.hidden_size if read.hidden_size is None else read.hidden_size
     return _overridden(OPTShape(hidden_size=width, word_embed_proj_dim=width), read)
+
+
+def download_advice(name: str) -> str:
+    """Return how to get a model of Hugging Face's hub, if this is the name of one and no folder; else an empty string.
+
+    Nothing is downloaded here: a run reads files alone.
+    """
+    folder = name.rpartition("/")[2]
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) or name.startswith(".") or Path(name).exists():
+        return ""
+    return (
+        "Models of the Hugging Face hub are not downloaded by a run."
+        f" Try `hf download {name} --local-dir {folder}`, then model.path={folder!r}."
+    )
+
+
+def _unknown_model(name: str) -> str:
+    """Return the message about a model that is not known by its name."""
+    own = name.rpartition("/")[2]
+    if advice := download_advice(name):
+        drawn = f" Or model.name={own!r}, with weights drawn from train.seed." if own in NAMED else ""
+        return f"{name!r} is no name of a shape. {advice}{drawn}"
+    return f"unknown model {shown(name)}. {did_you_mean(name, NAMED)}"
 
 
 def _overridden(base: OPTShape, model: ModelConfig) -> OPTShape:
@@ -123,7 +148,7 @@ def resolve(config: Config) -> tuple[Config, list[str]]:
     """
     model = config.model
     if model.path is None and model.name not in NAMED:
-        return config, [f"model.name: unknown model {model.name!r}. {did_you_mean(model.name, NAMED)}"]
+        return config, [f"model.name: {_unknown_model(model.name)}"]
     try:
         base = NAMED[model.name] if model.path is None else from_hugging_face(model.path)
     except ConfigError as error:
@@ -142,7 +167,7 @@ def _model_problems(shape: OPTShape) -> list[str]:
     """Return the problems that the model has in every layout."""
     found = []
     if shape.hidden_size % shape.num_attention_heads:
-        tries = either(_nearest(shape.num_attention_heads, _divisors(shape.hidden_size)))
+        tries = either(_nearest(shape.num_attention_heads, divisors(shape.hidden_size)))
         found.append(
             f"model.num_attention_heads: {shape.num_attention_heads} does not divide model.hidden_size"
             f" {shape.hidden_size}. Try {tries}."
@@ -154,7 +179,7 @@ def _model_problems(shape: OPTShape) -> list[str]:
         )
     if shape.activation_function not in ACTIVATIONS:
         hint = did_you_mean(shape.activation_function, ACTIVATIONS)
-        found.append(f"model.activation_function: {shape.activation_function!r} is not available. {hint}")
+        found.append(f"model.activation_function: {shown(shape.activation_function)} is not available. {hint}")
     if shape.layerdrop > 0:
         found.append(f"model.layerdrop: {shape.layerdrop} is not available. Try 0.0.")
     if not shape.tie_word_embeddings:
@@ -200,7 +225,7 @@ class _Cut:
         for key in self.keys:
             value = getattr(shape, key)
             if value % self.parts**self.power:
-                even = [part for part in _divisors(value) if value % part**self.power == 0]
+                even = [part for part in divisors(value) if value % part**self.power == 0]
                 tries = either(part**self.total for part in _nearest(self.parts, even))
                 found.append(f"model.{key}: {value} is not divisible by {self.name}. Try {self.wording.format(tries)}.")
         return found
@@ -259,7 +284,7 @@ def _head_problems(shape: OPTShape, sequence_length: int, parallel: ParallelConf
     if heads % (tensor * context.size) == 0:
         return []
     factors = {"the tensor mode's": tensor, "parallel.context.size": context.size}
-    sizes = [n for n in _divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
+    sizes = [n for n in divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
     tries = [f"parallel.context.size={either(_nearest(context.size, sizes))}"]
     tries += ["kind='ring'"] if replace(context, kind="ring").splits(sequence_length) else []
     return [
@@ -267,10 +292,6 @@ def _head_problems(shape: OPTShape, sequence_length: int, parallel: ParallelConf
         f" {times(**{name: size for name, size in factors.items() if size > 1})}, over which kind 'all_to_all' splits"
         f" heads too. Try {', or '.join(tries)}."
     ]
-
-
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
 
 
 def _nearest(value: int, choices: list[int]) -> list[int]:

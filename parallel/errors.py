@@ -51,10 +51,27 @@ def size_text(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
+SHOWN = 200  # characters of a value that a message repeats
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, but at most 200 characters of it; never raises, whatever the value is."""
+    try:
+        text = repr(value[: 2 * SHOWN] if isinstance(value, str) else value)
+    except Exception:  # numbers of more digits than Python prints, circles and depths, a __repr__ of the user's
+        return f"a value of type {type(value).__name__} that cannot be shown"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """Return a text, or its first and last characters if it is longer than a message may repeat."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 50]}…{text[-40:]}"
+
+
 def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the one of `words` that is most similar to `word`, or None where none is similar."""
     known = {one.casefold(): one for one in words}
-    matches = difflib.get_close_matches(word.casefold(), known, n=1)
+    matches = difflib.get_close_matches(word[:SHOWN].casefold(), known, n=1)
     return known[matches[0]] if matches else None
 
 
@@ -63,6 +80,12 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     known = list(words)
     match = closest(word, known)
     return f"Did you mean {match!r}?" if match else f"Known: {', '.join(known)}."
+
+
+def divisors(value: int) -> list[int]:
+    """Return the divisors of a positive number, in order. The time is that of its square root."""
+    small = [n for n in range(1, math.isqrt(value) + 1) if value % n == 0]
+    return small + [value // n for n in reversed(small) if n * n != value]
 
 
 def nearest_multiples(value: int, base: int) -> list[int]:

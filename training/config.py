@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.shapes import resolve
 from parallel.config import Config, apply_overrides, load_raw, parse
+from parallel.errors import shortened
 
 DEFAULT_NAME = "default"
 
@@ -23,4 +24,4 @@ def read_config(file: str | None, assignments: Sequence[str], world_size: int | 
 
 def override_messages(assignments: Sequence[str]) -> list[str]:
     """Return a message for each override."""
-    return [f"overridden: {assignment}" for assignment in assignments]
+    return [f"overridden: {shortened(assignment)}" for assignment in assignments]

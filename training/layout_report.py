@@ -20,6 +20,9 @@ PLACEMENT = {
 }
 
 
+MOST_SIMULATED = 20_000  # microbatches of all stages
+
+
 def print_layout(console: Console, preview: Preview, messages: Iterable[str]) -> None:
     """Print the messages, the ranks, the layers of each stage, and the bytes on each rank."""
     for line in (*messages, *_summary(preview)):
@@ -33,8 +36,12 @@ def print_layout(console: Console, preview: Preview, messages: Iterable[str]) ->
 
 
 def print_timeline(console: Console, preview: Preview) -> None:
-    """Print a drawing of one step of the pipeline or, if it is wider than the console, only its bubble."""
-    if preview.topology.shape["pipe"] == 1:
+    """Print a drawing of one step of the pipeline or, if it is wider than the console, only its bubble.
+
+    Nothing is printed of a step that has too many microbatches for a simulation to end in a second.
+    """
+    num_stages = preview.topology.shape["pipe"]
+    if num_stages == 1 or num_stages * preview.num_microbatches > MOST_SIMULATED:
         return
     picture = draw(preview.timeline()).splitlines()
     title = f"one step of the {preview.config.parallel.pipeline.schedule} schedule, by estimated cost"

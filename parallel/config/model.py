@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from parallel.config.reader import Count, Natural, Probability, Range
+from parallel.config.reader import Natural, Probability, Range
+
+Size = Annotated[int, Range(1, 2**28)]
+"""A dimension of a tensor: with two of them torch can still count a tensor's bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,25 @@ class ModelConfig:
     weights. None: the shape of `name`, with weights drawn from `train.seed`.
     """
 
-    vocab_size: Count | None = None
+    vocab_size: Size | None = None
     """The number of token ids. No axis needs to divide it: the embedding is padded."""
 
-    hidden_size: Count | None = None
+    hidden_size: Size | None = None
     """The width of the activations between blocks."""
 
-    num_hidden_layers: Count | None = None
+    num_hidden_layers: Annotated[int, Range(1, 1024)] | None = None
     """The number of blocks, each of attention and a feed-forward."""
 
-    num_attention_heads: Count | None = None
+    num_attention_heads: Size | None = None
     """The number of attention heads; it divides `hidden_size`."""
 
-    ffn_dim: Count | None = None
+    ffn_dim: Size | None = None
     """The width inside the feed-forward."""
 
-    max_position_embeddings: Count | None = None
+    max_position_embeddings: Size | None = None
     """The number of positions that the position table has: the longest sequence, in tokens."""
 
-    word_embed_proj_dim: Count | None = None
+    word_embed_proj_dim: Size | None = None
     """The width of the token embedding. Where it is not `hidden_size`, as in opt-350m, a projection stands after the
     embedding and another before the head.
     """

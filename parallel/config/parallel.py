@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from parallel.config.reader import Count, Natural, Supported
-from parallel.errors import either, nearest_multiples, times
+from parallel.config.reader import Count, Natural, NumRanks, Supported
+from parallel.errors import divisors, either, nearest_multiples, times
 
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"]
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
 
 
@@ -17,13 +18,15 @@ class PipelineConfig:
     `parallel.pipeline=2` is short for `parallel.pipeline=dict(size=2)`.
     """
 
-    size: Count = 1
+    size: NumRanks = 1
     """The number of stages. Each rank holds the layers of one stage."""
 
-    schedule: Annotated[Literal["gpipe", "1f1b", "interleaved", "zero_bubble"], Supported("gpipe", "1f1b")] = "1f1b"
+    schedule: Annotated[
+        Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"], Supported("gpipe", "1f1b")
+    ] = "1f1b"
     """The order of forwards and backwards. "gpipe": all forwards, then all backwards. "1f1b": one forward, one backward
     in turn; the same idle time, and a stage keeps activations of at most `size` microbatches, which is why it is the
-    default. "interleaved" and "zero_bubble" are not available yet.
+    default. "interleaved", "zero_bubble" and "zero_bubble_v" are not available yet.
     """
 
     layers: tuple[Natural, ...] | None = None
@@ -64,17 +67,17 @@ class TensorConfig:
     at all; then `size` is 1. "sequence" is read as `parallel.context` of this size (`parsing.py`).
     """
 
-    size: Count = 1
+    size: NumRanks = 1
     """The number of ranks that share each layer. 1d: any number. 2d: a square, or a multiple of `rows`. 2.5d: `depth`
     times a square, or a multiple of `depth` × `rows`. 3d: a cube. It must also divide the model: 1d the heads and
     ffn_dim; 2d and 2.5d the heads by columns, and every width by rows and by columns; 3d the heads by the cube's edge,
     and every width by the square of the edge. The vocabulary is padded instead.
     """
 
-    depth: Count = 1
+    depth: NumRanks = 1
     """The number of grids, for 2.5d alone. Each depth has all weights and its own part of the batch."""
 
-    rows: Count | None = None
+    rows: NumRanks | None = None
     """The number of rows of each grid, for 2d and 2.5d alone; there are size / (depth × rows) columns. None: as many
     rows as columns.
     """
@@ -172,7 +175,7 @@ class ContextConfig:
     `parallel.context=4` is short for `parallel.context=dict(size=4)`.
     """
 
-    size: Count = 1
+    size: NumRanks = 1
     """The number of ranks that share each sequence. Twice this number must divide `data.sequence_length` in a ring; the
     number itself must divide it with "all_to_all", and the heads too, beside the parts into which the tensor mode
     splits them.
@@ -196,7 +199,7 @@ class ContextConfig:
 
     def sizes(self, sequence_length: int) -> list[int]:
         """Return the values of `size` that would split a sequence of this length evenly, with this `kind`."""
-        return [n for n in range(1, sequence_length + 1) if replace(self, size=n).splits(sequence_length)]
+        return [n for n in divisors(sequence_length) if replace(self, size=n).splits(sequence_length)]
 
 
 @dataclass(frozen=True)
@@ -243,16 +246,22 @@ class ParallelConfig:
             f" Start {start} processes{self._smaller(world_size)}."
         ]
 
+    def _divides(self, world_size: int) -> bool:
+        """Return whether this many ranks are a whole number of replicas."""
+        return world_size % self.model_size == 0
+
     def _smaller(self, world_size: int) -> str:
         """Return, as the end of a sentence, the largest tensor, pipeline or context size that this world allows."""
-        for size in range(min(self.tensor.size - 1, world_size), 0, -1):
+        for size in reversed(divisors(world_size)):
             tensor = replace(self.tensor, size=size)
-            if tensor.fits() and world_size % (self.model_size // self.tensor.size * size) == 0:
+            if size < self.tensor.size and tensor.fits() and replace(self, tensor=tensor)._divides(world_size):
                 return f", or set tensor.size={size}"
-        for size in range(min(self.pipeline.size - 1, world_size), 0, -1):
-            if world_size % (self.model_size // self.pipeline.size * size) == 0:
+        for size in reversed(divisors(world_size)):
+            fewer = replace(self, pipeline=replace(self.pipeline, size=size))
+            if size < self.pipeline.size and fewer._divides(world_size):
                 return f", or set pipeline.size={size}"
-        for size in range(min(self.context.size - 1, world_size), 0, -1):
-            if world_size % (self.model_size // self.context.size * size) == 0:
+        for size in reversed(divisors(world_size)):
+            fewer = replace(self, context=replace(self.context, size=size))
+            if size < self.context.size and fewer._divides(world_size):
                 return f", or set context.size={size}"
         return ""

@@ -3,15 +3,24 @@
 import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
+from parallel.config.other_names import accumulation_problems
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import Reader, literal
+from parallel.config.reader import MAX_DEPTH, Reader, literal
 from parallel.config.sections import Config
-from parallel.errors import ConfigError, closest
+from parallel.errors import ConfigError, closest, either, shortened, shown
+
+MOST_ADVISED = 64  # the largest size that is tried for a tensor mode without one
+SUFFIXES = (".py", ".json", "")  # of config files; none: a pipe, such as /dev/stdin
+
+KEYS = {
+    section.name: tuple(key.name for key in fields(get_type_hints(Config)[section.name])) for section in fields(Config)
+}
+"""The keys of every section."""
 
 Resolver: TypeAlias = Callable[[Config], tuple[Config, list[str]]]
 """Takes a config; returns it with the fields that depend on the model filled in, and what does not fit the model."""
@@ -23,21 +32,37 @@ def load_raw(path: str | Path) -> dict[str, Any]:
     Modules, functions and names that begin with an underscore are left out. `parse` refuses those that are no sections.
     Raises ConfigError, with the file and the line of the error.
     """
-    file = Path(path)
+    file, name = Path(path), shortened(str(path))
+    if file.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"{name}: a config is a Python file of dicts, or the config.json of a run. In a file that ends in .py write"
+            " train = dict(steps=20), parallel = dict(pipeline=2), and so on."
+        )
     try:
         content = file.read_bytes()
-    except OSError as error:
-        match = closest(file.name, (other.name for other in file.parent.glob(f"*{file.suffix}")))
+    except (OSError, ValueError) as error:  # ValueError: a name with the character NUL
+        match = closest(file.name, _files_beside(file))
         hint = f" Did you mean {str(file.with_name(match))!r}?" if match else ""
-        raise ConfigError(f"{file}: cannot read the config: {error.strerror}.{hint}") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no name of a file"
+        raise ConfigError(f"{name}: cannot read the config: {reason}.{hint}") from error
     return _from_json(file, content) if file.suffix == ".json" else _from_python(file, content)
+
+
+def _files_beside(file: Path) -> list[str]:
+    """Return the names of the files beside this one that end as it does; none where the folder cannot be read."""
+    try:
+        return [other.name for other in file.parent.iterdir() if other.suffix == file.suffix]
+    except (OSError, ValueError):
+        return []
 
 
 def _from_json(file: Path, content: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(content)
+    except RecursionError as error:
+        raise ConfigError(f"{file}: its values are nested too deep for a config.") from error
     except ValueError as error:
-        raise ConfigError(f"{file}: not JSON: {error}.") from error
+        raise ConfigError(f"{file}: not JSON: {shortened(str(error))}.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: not a config: it holds no sections.")
     return raw
@@ -48,8 +73,8 @@ def _from_python(file: Path, content: bytes) -> dict[str, Any]:
     try:
         exec(compile(content, str(file), "exec"), namespace)
     except SyntaxError as error:
-        raise ConfigError(f"{file}:{error.lineno}: {error.msg}.") from error
-    except Exception as error:
+        raise ConfigError(f"{file}:{error.lineno or 1}: {error.msg}.") from error
+    except (Exception, SystemExit) as error:
         raise ConfigError(_raised(file, error)) from error
     return {
         name: value
@@ -58,10 +83,10 @@ def _from_python(file: Path, content: bytes) -> dict[str, Any]:
     }
 
 
-def _raised(file: Path, error: Exception) -> str:
+def _raised(file: Path, error: BaseException) -> str:
     """Return the message for an exception that the config file raised, with the last line in that file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}."
+    return f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {shortened(str(error))}."
 
 
 def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -78,9 +103,11 @@ def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[
         for section in sections:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if not (equals and name and all(sections)):
-            problems.append(f"--set {assignment}: not of the form key=value. Try train.steps=20.")
+            problems.append(f"--set {shortened(assignment)}: not of the form key=value. Try train.steps=20.")
         elif not isinstance(place, dict):
-            problems.append(f"--set {assignment}: {'.'.join(sections)} has no keys. Try train.steps=20.")
+            problems.append(
+                f"--set {shortened(assignment)}: {shortened('.'.join(sections))} has no keys. Try train.steps=20."
+            )
         else:
             place[name] = literal(text)
             config = normalize(config)
@@ -90,13 +117,17 @@ def apply_overrides(raw: Mapping[str, Any], assignments: Iterable[str]) -> dict[
 
 
 def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the nested dicts with short spellings written out: pipeline=2 becomes pipeline=dict(size=2)."""
+    """Return a copy of the nested dicts with short spellings written out.
+
+    pipeline=2 becomes pipeline=dict(size=2), and tensor="1d" becomes tensor=dict(mode="1d"). Raises ConfigError for
+    dicts that are nested too deep.
+    """
     config: dict[str, Any] = _copy(raw)
     parallel, model = config.get("parallel"), config.get("model")
     if isinstance(parallel, dict):
-        for key in ("pipeline", "context"):
+        for key, short in (("pipeline", "size"), ("context", "size"), ("tensor", "mode")):
             if key in parallel and not isinstance(parallel[key], dict):
-                parallel[key] = {"size": parallel[key]}
+                parallel[key] = {short: parallel[key]}
     if isinstance(model, dict) and "_remove_final_layer_norm" in model and "remove_final_layer_norm" not in model:
         model["remove_final_layer_norm"] = model.pop("_remove_final_layer_norm")
     return config
@@ -111,13 +142,38 @@ def _replace_sequence_mode(config: dict[str, Any]) -> list[str]:
     size = tensor.pop("size", 1)
     del tensor["mode"]
     if "context" in config["parallel"]:
-        return [f"parallel.tensor: mode 'sequence' is a ring, as parallel.context is. Try context={size} alone."]
+        return [f"parallel.tensor: mode 'sequence' is a ring, as parallel.context is. Try context={shown(size)} alone."]
     config["parallel"]["context"] = {"size": size}
     return []
 
 
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+def _needs_size(config: dict[str, Any]) -> bool:
+    """Return whether a tensor mode is given without its size."""
+    parallel = config.get("parallel")
+    tensor = parallel.get("tensor") if isinstance(parallel, dict) else None
+    return isinstance(tensor, dict) and tensor.get("mode") is not None and "size" not in tensor
+
+
+def _missing_size(config: Config, world_size: int | None, resolve: Resolver | None) -> str:
+    """Return the message about a tensor mode without a size: the smallest sizes that fit the mode, world and model."""
+    tensor, fitting = config.parallel.tensor, []
+    for size in range(2, MOST_ADVISED + 1):
+        changed = replace(config, parallel=replace(config.parallel, tensor=replace(tensor, size=size)))
+        if changed.parallel.problems() or (world_size and changed.parallel.world_problems(world_size)):
+            continue
+        if resolve is not None and resolve(changed)[1]:
+            continue
+        fitting.append(size)
+    tries = f"Try size={either(fitting[:3])}." if fitting else "No size up to 64 fits this model and this world."
+    return f"parallel.tensor: mode {tensor.mode!r} needs a size, the number of ranks that share each layer. {tries}"
+
+
+def _copy(value: Any, depth: int = 0) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if depth == MAX_DEPTH:
+        raise ConfigError(f"config: its dicts are nested more than {MAX_DEPTH} deep.")
+    return {key: _copy(item, depth + 1) for key, item in value.items()}
 
 
 def parse(
@@ -128,10 +184,14 @@ def parse(
     Without a world size, what depends on one is not checked; without a resolver, what depends on the model is not.
     `batches`: whether the global batch size is used, and must therefore divide into microbatches and replicas.
     """
-    reader, written_out = Reader(), normalize(raw)
-    mode_problems = _replace_sequence_mode(written_out)
+    written_out = normalize(raw)
+    reader = Reader(sections=KEYS)
+    problems = _replace_sequence_mode(written_out) + accumulation_problems(written_out)
+    needs_size = _needs_size(written_out)
     config = reader.section(Config, written_out)
-    problems = mode_problems + reader.problems
+    problems += reader.problems
+    if needs_size and reader.could_read("parallel"):
+        problems.append(_missing_size(config, world_size, resolve if reader.could_read("model", "data") else None))
     layout_problems = config.parallel.problems() if reader.could_read("parallel") else []
     problems += layout_problems
     is_layout_valid = reader.could_read("parallel") and not layout_problems

@@ -15,13 +15,20 @@ from difflib import SequenceMatcher
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from parallel.errors import closest, did_you_mean, either
+from parallel.config.other_names import advice, key_text
+from parallel.errors import closest, either, shown
 
 Section = TypeVar("Section")
 
 
 class Bytes(int):
     """A number of bytes, which a config may write as '6GiB' (powers of 1024) or '6GB' (powers of 1000)."""
+
+
+MAX_BYTES = 2**60
+NO_MODEL_REACHES = 1024
+MAX_DEPTH = 20  # of a config's dicts, lists and tuples in one another
+MAX_PATH, MAX_FILE_NAME = 4095, 255  # bytes; Linux's limits
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,10 @@ class Range:
     def __contains__(self, value: float) -> bool:
         return self.low <= value and (value < self.high if self.open else value <= self.high)
 
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"at least {self.low}"
+    def needs(self, value: float) -> str:
+        """Return what a value outside the range needs; an upper limit that no model reaches is only named to those."""
+        if self.high >= NO_MODEL_REACHES:
+            return f"at most {self.high}" if value > self.high else f"at least {self.low}"
         return f"{self.low} <= value {'<' if self.open else '<='} {self.high}"
 
 
@@ -48,11 +56,14 @@ class Supported:
         self.values = values
 
 
-Count = Annotated[int, Range(1)]
-"""A whole number from 1."""
+Count = Annotated[int, Range(1, 2**40)]
+"""A whole number from 1 to 2⁴⁰, so that the search for a value that would work ends in less than a second."""
 
-Natural = Annotated[int, Range(0)]
-"""A whole number from 0."""
+Natural = Annotated[int, Range(0, 2**40)]
+"""A whole number from 0 to 2⁴⁰."""
+
+NumRanks = Annotated[int, Range(1, 2**20)]
+"""A number of ranks along an axis: at most a million."""
 
 Probability = Annotated[float, Range(0, 1, open=True)]
 """A number from 0 to 1, but not 1."""
@@ -72,6 +83,8 @@ class Reader:
     problems: list[str] = field(default_factory=list)
     misread: set[str] = field(default_factory=set)
     """The top-level sections in which something could not be read."""
+    sections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The keys of every top-level section, to recognize one in the wrong section."""
 
     def could_read(self, *sections: str) -> bool:
         """Return whether every key of these top-level sections could be read."""
@@ -80,13 +93,13 @@ class Reader:
     def section(self, kind: type[Section], raw: object, path: tuple[str, ...] = ()) -> Section:
         """Read a dict into the dataclass `kind`; `path` holds the keys that lead to the dict in the config."""
         if not isinstance(raw, Mapping):
-            self._report(path, f"needs a dict, got {raw!r}. Try dict().")
+            self._report(path, f"needs a dict, got {shown(raw)}. Try dict().")
             return kind()
         hints = get_type_hints(kind, include_extras=True)
         defaults = {key.name: key.default for key in fields(kind)}  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for key, value in raw.items():
-            here = (*path, str(key))
+            here = (*path, key_text(key))
             if key not in hints:
                 self._report_unknown(here, list(hints))
             elif is_dataclass(hints[key]):
@@ -99,13 +112,13 @@ class Reader:
         try:
             value = convert(hint, raw)
         except MisreadError as error:
-            nearest = default if error.nearest is MISSING else error.nearest
+            nearest = error.nearest if can_convert(hint, error.nearest) else default
             self._report(path, f"{error.wrong}. Try {nearest!r}.")
             return default
         for supported in annotations_of(hint, Supported):
             if value not in supported.values:
                 self.problems.append(
-                    f"{'.'.join(path)}: {raw!r} is not available yet. Try {either(map(repr, supported.values))}."
+                    f"{'.'.join(path)}: {shown(raw)} is not available yet. Try {either(map(repr, supported.values))}."
                 )
         return value
 
@@ -114,9 +127,8 @@ class Reader:
         self.misread.update(path[:1])
 
     def _report_unknown(self, path: tuple[str, ...], known: list[str]) -> None:
-        is_section = len(path) == 1
-        self._report(path, f"unknown {'section' if is_section else 'key'}. {did_you_mean(path[-1], known)}")
-        if is_section:  # its values were meant for the section with a similar name, which is therefore not complete
+        self._report(path, advice(path, known, self.sections))
+        if len(path) == 1:  # its values were meant for the section with a similar name, which is therefore not complete
             self.misread.add(closest(path[-1], known) or path[-1])
 
 
@@ -134,7 +146,7 @@ def convert(hint: Any, raw: object) -> Any:
         for bounds in annotations_of(hint, Range):
             if value is not None and value not in bounds:
                 nearest = bounds.low if value < bounds.low else MISSING if bounds.open else bounds.high
-                raise MisreadError(f"needs {bounds}, got {raw!r}", nearest)
+                raise MisreadError(f"needs {bounds.needs(value)}, got {shown(raw)}", nearest)
         return value
     if origin in (Union, UnionType):
         (inner,) = (argument for argument in arguments if argument is not NoneType)
@@ -144,6 +156,15 @@ def convert(hint: Any, raw: object) -> Any:
     if origin is tuple:
         return _tuple(arguments, raw)
     return _bytes(raw) if hint is Bytes else _scalar(hint, raw)
+
+
+def can_convert(hint: Any, raw: object) -> bool:
+    """Return whether the hint allows this value."""
+    try:
+        convert(hint, raw)
+    except MisreadError:
+        return False
+    return True
 
 
 def _optional(hint: Any, raw: object) -> Any:
@@ -156,7 +177,7 @@ def _optional(hint: Any, raw: object) -> Any:
     except MisreadError as error:
         if get_origin(hint) is not Literal or error.nearest is not MISSING:
             raise
-        similar = max(get_args(hint), key=lambda choice: SequenceMatcher(None, str(choice), str(raw)).ratio())
+        similar = max(get_args(hint), key=lambda choice: SequenceMatcher(None, str(choice), shown(raw)).ratio())
         raise MisreadError(error.wrong, similar) from error
 
 
@@ -168,37 +189,52 @@ def _choice(choices: tuple[object, ...], raw: object) -> object:
     numbers = [choice for choice in choices if isinstance(choice, int) and not isinstance(choice, bool)]
     if isinstance(raw, int) and not isinstance(raw, bool) and numbers:
         nearest: object = min(numbers, key=lambda choice: abs(choice - raw))
-        raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}", nearest)
+        raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {shown(raw)}", nearest)
     if match is None:
-        raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}")
+        raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {shown(raw)}")
     nearest = next(choice for choice in choices if str(choice) == match)
-    raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {raw!r}", nearest)
+    raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {shown(raw)}", nearest)
 
 
 def _tuple(arguments: tuple[Any, ...], raw: object) -> tuple[Any, ...]:
     if not isinstance(raw, (list, tuple)):
-        raise MisreadError(f"needs a tuple, got {raw!r}")
+        raise MisreadError(f"needs a tuple, got {shown(raw)}")
     hints = (arguments[0],) * len(raw) if arguments[-1] is Ellipsis else arguments
     if len(hints) != len(raw):
-        raise MisreadError(f"needs {len(hints)} values, got {raw!r}")
+        raise MisreadError(f"needs {len(hints)} values, got {shown(raw)}")
     try:
         return tuple(convert(hint, item) for hint, item in zip(hints, raw, strict=True))
     except MisreadError as error:
-        raise MisreadError(f"{error.wrong} in {raw!r}") from error
+        raise MisreadError(f"{error.wrong} in {shown(raw)}") from error
 
 
 def _scalar(kind: type, raw: object) -> Any:
     if kind is str and isinstance(raw, os.PathLike):
         return os.fspath(raw)
     if isinstance(raw, bool) is not (kind is bool):  # in Python True is an int; in a config it is not meant as one
-        raise MisreadError(f"needs {_article(kind)}, got {raw!r}")
+        raise MisreadError(f"needs {_article(kind)}, got {shown(raw)}")
     if kind is float and isinstance(raw, (int, float)):
         if abs(raw) <= sys.float_info.max:
             return float(raw)
-        raise MisreadError(f"needs a finite number, got {raw!r}")
-    if isinstance(raw, kind):
-        return raw
-    raise MisreadError(f"needs {_article(kind)}, got {raw!r}", _nearest(kind, raw))
+        raise MisreadError(f"needs a finite number, got {shown(raw)}")
+    if not isinstance(raw, kind):
+        raise MisreadError(f"needs {_article(kind)}, got {shown(raw)}", _nearest(kind, raw))
+    if isinstance(raw, str) and (problem := _text_problem(raw)):
+        raise MisreadError(f"{problem}, got {shown(raw)}")
+    return raw
+
+
+def _text_problem(text: str) -> str:
+    """Return why a text can be neither a name nor a path, or an empty string if it can."""
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        return "needs characters that UTF-8 can write"
+    if b"\0" in encoded:
+        return "needs text without the character NUL"
+    if len(encoded) > MAX_PATH or any(len(name) > MAX_FILE_NAME for name in encoded.split(b"/")):
+        return f"needs at most {MAX_FILE_NAME} bytes between two slashes, and {MAX_PATH} bytes in all"
+    return ""
 
 
 def _article(kind: type) -> str:
@@ -208,7 +244,7 @@ def _article(kind: type) -> str:
 def _nearest(kind: type, raw: object) -> object:
     """Return what `raw` was probably meant to be: 20 for '20' and for 20.0, '20' for 20."""
     if kind is str and isinstance(raw, int | float):
-        return str(raw)
+        return shown(raw)
     value = literal(raw) if isinstance(raw, str) else raw
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -236,10 +272,13 @@ class _DictCalls(ast.NodeTransformer):
 
 
 def _bytes(raw: object) -> Bytes:
-    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
+    if isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw <= MAX_BYTES:
         return Bytes(raw)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", raw.strip()) if isinstance(raw, str) else None
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B", raw.strip()) if isinstance(raw, str) else None
     if match is None:
-        raise MisreadError(f"needs a number of bytes, got {raw!r}", "6GiB")
+        raise MisreadError(f"needs a number of bytes, got {shown(raw)}", "6GiB")
     number, prefix, binary = match.groups()
-    return Bytes(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+    count = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " ")
+    if count > MAX_BYTES:
+        raise MisreadError(f"needs at most {MAX_BYTES} bytes, got {shown(raw)}", "6GiB")
+    return Bytes(count)

@@ -12,6 +12,8 @@ from parallel.errors import either, nearest_multiples, times
 Fraction = Annotated[float, Range(0, 1)]
 """A share of something: 0 and 1 are allowed."""
 
+MOST_MICROBATCHES = 2**16  # of a step on each replica, since a plan lists every one of them
+
 Dtype = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
@@ -29,7 +31,7 @@ class DataConfig:
     or a folder with one.
     """
 
-    sequence_length: Annotated[int, Range(2)] = 256
+    sequence_length: Annotated[int, Range(2, 2**40)] = 256
     """The tokens of a sample, S. At least 2, since a label is the next token."""
 
     shuffle: bool = True
@@ -116,7 +118,7 @@ class TrainConfig:
     backward computes the block again. "offload": the same, with the input on the host meanwhile.
     """
 
-    seed: Natural = 0
+    seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     """The seed of weights, of the order of data, and of dropout. One seed gives one model in every layout."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -243,4 +245,9 @@ class Config:
             product = times(micro_batch_size=micro) if world_size is None else times(micro_batch_size=micro, data=data)
             tries = either(nearest_multiples(total, micro * data))
             found.append(f"train.global_batch_size: {total} is not a multiple of {product}. Try {tries}.")
+        elif total // (micro * data) > MOST_MICROBATCHES:
+            found.append(
+                f"train.global_batch_size: {total} is {total // (micro * data)} microbatches of {micro} on each of"
+                f" {data} replicas; a step can have {MOST_MICROBATCHES}. Try {MOST_MICROBATCHES * micro * data}."
+            )
         return found

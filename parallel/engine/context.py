@@ -39,9 +39,11 @@ class Place:
     def from_environment(cls) -> "Place":
         """Return the place that torchrun's environment variables give; without RANK, a world of one process.
 
-        Raises ConfigError where RANK is set, and another variable is missing or is no number.
+        Raises ConfigError where RANK is set, and another variable is missing or is no number; and where another
+        launcher has started several processes without it, each of which would be a world of its own.
         """
         if "RANK" not in os.environ:
+            _refuse_other_launchers()
             return cls()
         try:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -49,6 +51,21 @@ class Place:
         except (KeyError, ValueError) as error:
             raise ConfigError(f"environment: RANK is set, but {error}. Start with torchrun, or unset RANK.") from error
         return cls(rank, world, local, local_world or world)
+
+
+OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+"""The variables in which other launchers say how many processes they have started."""
+
+
+def _refuse_other_launchers() -> None:
+    """Raise ConfigError where one of these has started several processes, and no torchrun is between."""
+    for launcher, variable in OTHER_LAUNCHERS.items():
+        count = os.environ.get(variable, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"environment: {launcher} has started {count} tasks, and none has a RANK: each would train alone."
+                f" Let {launcher} start one torchrun on each host, as docs/many_hosts.md shows."
+            )
 
 
 @dataclass(frozen=True, eq=False)

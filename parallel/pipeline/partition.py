@@ -1,6 +1,7 @@
 """The items of a model (embedding, blocks, head) that each pipeline stage holds: contiguous, each item exactly once."""
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import lcm
@@ -21,21 +22,46 @@ def partition(costs: Sequence[float], num_stages: int) -> list[range]:
             f"use between 1 and {num_items} stages"
         )
     prefix = [0, *accumulate(_exact(costs))]
+    largest = _smallest_largest(prefix, num_stages)
 
     # best[start] is the best split of items[start:] into the stages so far: (costs, the largest first; starts).
     # Adding one stage to two splits keeps their order, so the best split of all items contains the best of the rest.
     best: dict[int, tuple[list[int], list[int]]] = {num_items: ([], [num_items])}
     for num_later in range(num_stages):
+        num_earlier = num_stages - num_later - 1
+        first = bisect_left(prefix, prefix[-1] - (num_later + 1) * largest)  # later items fit into the stages so far
+        last = bisect_right(prefix, num_earlier * largest) - 1  # and earlier items into the others
         best = {
-            start: min(
-                (sorted([prefix[cut] - prefix[start], *later], reverse=True), [start, *starts])
-                for cut, (later, starts) in best.items()
-                if cut > start
-            )
-            for start in range(num_items - num_later)
+            start: min(splits)
+            for start in range(max(first, num_earlier), min(last, num_items - num_later - 1) + 1)
+            if (splits := list(_with_stage(start, best, prefix, largest)))
         }
     _, starts = best[0]
     return [range(start, stop) for start, stop in pairwise(starts)]
+
+
+def _with_stage(
+    start: int, best: Mapping[int, tuple[list[int], list[int]]], prefix: Sequence[int], largest: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the splits whose first stage begins at `start` and costs at most `largest`, each with the best rest."""
+    end = bisect_right(prefix, prefix[start] + largest)
+    for cut in range(start + 1, end):
+        if cut in best:
+            later, starts = best[cut]
+            yield sorted([prefix[cut] - prefix[start], *later], reverse=True), [start, *starts]
+
+
+def _smallest_largest(prefix: Sequence[int], num_stages: int) -> int:
+    """Return the smallest number that no stage need exceed, by bisection: splits beyond it are not looked at."""
+    low, high = max(after - before for before, after in pairwise(prefix)), prefix[-1]
+    while low < high:
+        middle = (low + high) // 2
+        start, stages = 0, 0
+        while start < len(prefix) - 1:
+            start = bisect_right(prefix, prefix[start] + middle) - 1
+            stages += 1
+        low, high = (low, middle) if stages <= num_stages else (middle + 1, high)
+    return low
 
 
 def _exact(costs: Sequence[float]) -> list[int]:

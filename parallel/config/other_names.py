@@ -1,0 +1,132 @@
+"""Keys that other programs have, and keys in the wrong section: which key a user probably means."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from parallel.errors import did_you_mean, shortened, shown
+
+# The names that Hugging Face's Trainer, torchtitan, nanoGPT, DeepSpeed and Megatron-LM use, and the keys here.
+OTHER_NAMES = {
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "batch_size": "train.global_batch_size",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "bf16": "train.precision='bf16'",
+    "block_size": "data.sequence_length",
+    "context_parallel_degree": "parallel.context",
+    "context_parallel_size": "parallel.context",
+    "cpu_offload": "zero.tensor_placement_policy='cpu'",
+    "dataset": "data.path",
+    "decay_lr": "lr_scheduler.kind",
+    "dtype": "train.precision",
+    "eval_interval": "output.eval_every",
+    "eval_steps": "output.eval_every",
+    "fp16": "train.precision='fp16'",
+    "grad_clip": "train.clip_grad_norm",
+    "gradient_checkpointing": "train.activation_checkpointing='full'",
+    "gradient_clipping": "train.clip_grad_norm",
+    "learning_rate": "optimizer.lr",
+    "logging_steps": "output.log_every",
+    "lr_scheduler_type": "lr_scheduler.kind",
+    "max_grad_norm": "train.clip_grad_norm",
+    "max_iters": "train.steps",
+    "max_norm": "train.clip_grad_norm",
+    "max_seq_len": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "max_steps": "train.steps",
+    "micro_batch": "train.micro_batch_size",
+    "min_lr": "lr_scheduler.min_ratio, a share of optimizer.lr",
+    "mixed_precision": "train.precision",
+    "model_name_or_path": "model.path",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_attention_heads",
+    "n_layer": "model.num_hidden_layers",
+    "out_dir": "output.dir",
+    "output_dir": "output.dir",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "pipeline_parallel_degree": "parallel.pipeline",
+    "pipeline_parallel_size": "parallel.pipeline",
+    "pp": "parallel.pipeline",
+    "save_steps": "output.checkpoint_every",
+    "save_total_limit": "output.keep_checkpoints",
+    "seq_len": "data.sequence_length",
+    "seq_length": "data.sequence_length",
+    "tensor_model_parallel_size": "parallel.tensor.size, with mode='1d'",
+    "tensor_parallel_degree": "parallel.tensor.size, with mode='1d'",
+    "tensor_parallel_size": "parallel.tensor.size, with mode='1d'",
+    "tp": "parallel.tensor.size, with mode='1d'",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "use_fp16": "train.precision='fp16'",
+    "warmup_iters": "lr_scheduler.warmup_steps",
+    "world_size": "not a key: it is the number of processes that torchrun or --nprocs starts",
+    "zero_optimization": "zero",
+    "zero_stage": "zero.stage",
+}
+
+ACCUMULATION = (
+    "gradient_accumulation_steps",
+    "gradient_accumulation",
+    "grad_accumulation_steps",
+    "accumulate_grad_batches",
+)
+
+NOT_YET = {
+    "data": ("text_key", "bin_dtype", "validation_path", "document_mask"),
+    "tensor": ("overlap",),
+    "train": ("epochs", "nonfinite", "early_stopping"),
+    "output": ("loggers", "keep_best", "checkpoint_async"),
+}
+"""The keys of a section, by its last name, that are promised and not available yet."""
+
+
+def advice(path: tuple[str, ...], known: Iterable[str], sections: Mapping[str, Iterable[str]]) -> str:
+    """Return what is said about an unknown key, whose section knows the keys `known`.
+
+    `sections` has the keys of every top-level section.
+    """
+    name = path[-1]
+    if len(path) > 1 and name in NOT_YET.get(path[-2], ()):
+        return "is not available yet. Leave it out."
+    what = "section" if len(path) == 1 else "key"
+    plain = name.lower().replace("-", "_")
+    if plain in OTHER_NAMES:
+        return f"unknown {what}. Here it is {OTHER_NAMES[plain]}."
+    places = [f"{section}.{name}" for section, keys in sections.items() if name in keys]
+    if places:
+        return f"unknown {what}. Did you mean {places[0]}?"
+    return f"unknown {what}. {did_you_mean(name, known)}"
+
+
+def accumulation_problems(config: dict[str, Any]) -> list[str]:
+    """Take the number of accumulated microbatches out of a raw config; return which two batch sizes it stands for."""
+    found = []
+    train = config.get("train")
+    for place, prefix in ((config, ""), (train, "train.")):
+        if not isinstance(place, dict):
+            continue
+        for key in ACCUMULATION:
+            if key in place:
+                found.append(f"{prefix}{key}: {_two_batch_sizes(place.pop(key), train)}")
+    return found
+
+
+def _two_batch_sizes(steps: object, train: object) -> str:
+    """Return the batch sizes with which gradients of this many microbatches are added up in a step."""
+    micro = train.get("micro_batch_size") if isinstance(train, dict) else None
+    micro = micro if isinstance(micro, int) and 0 < micro < 2**40 else 2
+    rule = "train.global_batch_size = train.micro_batch_size × data parallel size × the accumulated microbatches"
+    if not isinstance(steps, int) or not 0 < steps < 2**40:
+        return f"unknown key, with {shown(steps)}. It follows from two batch sizes: {rule}."
+    return (
+        f"unknown key. It follows from two batch sizes: {rule}. For {steps} on one replica try"
+        f" train.micro_batch_size={micro}, train.global_batch_size={micro * steps}; on n replicas n times the second."
+    )
+
+
+def key_text(key: object) -> str:
+    """Return a key of a raw config as a message names it."""
+    return shortened(key) if isinstance(key, str) else shown(key)

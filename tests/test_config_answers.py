@@ -1,0 +1,268 @@
+"""A config is answered within a second, whatever is in it: it is valid, or one ConfigError names the keys.
+
+The rows of the table in docs/config.md are run one by one, and 2,000 configs are drawn at random.
+"""
+
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.shapes import resolve
+from parallel.config import apply_overrides, load_raw, parse
+from parallel.config.parsing import KEYS
+from parallel.engine.context import Place
+from parallel.errors import SHOWN, ConfigError, divisors
+from tests.patience import patient
+from tests.tables import ROOT, Row, rows
+from training.streams import SafeOutput
+
+ANSWER_SECONDS = 1.0
+
+
+def refusal(raw: Any) -> str:
+    """Return the message with which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, resolve=resolve)
+    return str(caught.value)
+
+
+def refusal_of_overrides(*assignments: str) -> str:
+    """Return the message with which these overrides of the built-in config are refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse(apply_overrides({}, assignments), resolve=resolve)
+    return str(caught.value)
+
+
+def refusal_of_file(path: Path, content: str) -> str:
+    """Return the message with which a config file of this content is refused."""
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_raw(path)
+    return str(caught.value)
+
+
+def circle() -> dict[str, Any]:
+    raw: dict[str, Any] = {"train": {}}
+    raw["train"]["train"] = raw["train"]
+    return raw
+
+
+def refusal_of_launcher(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the message with which eight tasks of srun are refused; others are refused likewise."""
+    monkeypatch.delenv("RANK", raising=False)
+    for launcher, variable in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS")):
+        monkeypatch.setenv(variable, "1")
+        assert Place.from_environment() == Place(), "one task is a world of one"
+        monkeypatch.setenv(variable, "8")
+        with pytest.raises(ConfigError, match=launcher) as caught:
+            Place.from_environment()
+        monkeypatch.delenv(variable)
+    return str(caught.value)
+
+
+# By the first cell of a row: what returns the message that the second cell quotes.
+REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
+    "a tensor mode without its size": lambda path, _: refusal_of_overrides("parallel.tensor=1d"),
+    "`gradient_accumulation_steps`": lambda path, _: refusal({"train": {"gradient_accumulation_steps": 4}}),
+    "a key as another program calls it": lambda path, _: refusal({"train": {"learning_rate": 1.0}}),
+    "a key in the wrong section": lambda path, _: refusal({"train": {"lr": 1.0}}),
+    "a key that is promised, but not built yet": lambda path, _: refusal({"train": {"epochs": 1}}),
+    "the name of a model on the hub": lambda path, _: refusal({"model": {"path": "facebook/opt-125m"}}),
+    "a YAML or TOML file": lambda path, _: refusal_of_file(path / "config.yaml", "train:\n  steps: 1\n"),
+    "a number that no model reaches": lambda path, _: refusal(
+        {"parallel": {"tensor": {"mode": "2d", "size": 1000000000000000002}}}
+    ),
+    "a number of more digits than Python prints": lambda path, _: refusal({"train": {"steps": 10**5000}}),
+    "dicts that are nested too deep, or in a circle": lambda path, _: refusal(circle()),
+    "text with the character NUL, or half a surrogate pair": lambda path, _: refusal({"data": {"path": "a\0"}}),
+    "a file name that no file system has": lambda path, _: refusal({"data": {"path": "x" * 300}}),
+    "a config file that ends the process": lambda path, _: refusal_of_file(path / "c.py", "raise SystemExit(3)\n"),
+    "several processes of `srun` or `mpirun` without torchrun": lambda _, patch: refusal_of_launcher(patch),
+}
+
+
+class Broken(io.StringIO):
+    """A stream whose reader has gone."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def goes_on_without_output() -> None:
+    output = SafeOutput(Broken())
+    print("lost", file=output)
+    print("lost too", file=output, flush=True)
+    assert not output.isatty()
+
+
+def writes_ascii() -> None:
+    buffer = io.BytesIO()
+    output = SafeOutput(io.TextIOWrapper(buffer, encoding="ascii"))
+    print("2 × 4 – 界", file=output, flush=True)
+    assert buffer.getvalue() == b"2 x 4 - ?\n"
+
+
+OUTPUTS: dict[str, Callable[[], None]] = {
+    "a standard output that is closed, or a pipe whose reader has gone": goes_on_without_output,
+    "a standard output that writes ASCII alone": writes_ascii,
+}
+TABLE = rows("docs/config.md", "What is answered")
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_what_the_table_says_is_answered(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if row.what in OUTPUTS:
+        OUTPUTS[row.what]()
+        return
+    (quoted,) = re.findall(r"`([^`]+)`", row.answer)
+    assert quoted in REFUSALS[row.what](tmp_path, monkeypatch)
+
+
+def test_every_row_has_a_check_and_every_check_a_row() -> None:
+    assert {row.what for row in TABLE} == REFUSALS.keys() | OUTPUTS.keys()
+
+
+def test_a_mode_without_a_size_is_refused_with_sizes_of_this_world_and_model() -> None:
+    for mode, world, sizes in (("1d", 4, "2 or 4"), ("1d", 3, None), ("2d", 8, "4"), ("3d", 8, "8"), ("2.5d", 4, "4")):
+        with pytest.raises(ConfigError) as caught:
+            parse({"parallel": {"tensor": mode}}, world_size=world, resolve=resolve)
+        want = "No size up to 64 fits this model and this world." if sizes is None else f"Try size={sizes}."
+        assert want in str(caught.value)
+    raw = apply_overrides({}, ["parallel.tensor=1d", "parallel.tensor.size=2"])
+    assert parse(raw, resolve=resolve).parallel.tensor.size == 2
+
+
+HOSTILE = [10**400, -(10**400), 10**18, "9" * 400, "9" * 400 + "GiB", "x" * 10**6, "\ud800", "a\0b", [[[]]] * 9, 1e308]
+
+
+@pytest.mark.parametrize("section", KEYS)
+def test_no_value_of_a_key_raises_anything_but_a_config_error_or_takes_a_second(section: str) -> None:
+    for key in KEYS[section]:
+        for value in HOSTILE:
+            began, message = time.monotonic(), f"{section}."
+            try:
+                parse({section: {key: value}}, world_size=8, resolve=resolve)
+            except ConfigError as error:
+                message = str(error)
+            assert time.monotonic() - began < patient(ANSWER_SECONDS), (key, value)
+            assert re.match(rf"{section}\.|model\.|parallel", message), message
+            assert max(map(len, message.split())) <= 2 * SHOWN, "a message repeats a value"
+
+
+WORDS = [
+    "1d",
+    "2d",
+    "2.5d",
+    "3d",
+    "sequence",
+    "gpipe",
+    "ring",
+    "auto",
+    "cpu",
+    "opt-125m",
+    "",
+    "6GiB",
+    "nan",
+    "é",
+    "none",
+]
+NUMBERS = [0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 60, 97, 128, 1000, 4095, 2**20, 2**20 - 1, 2**40, 2**40 - 87, 2**63, 10**18]
+
+
+def drawn_value(rng: random.Random, depth: int = 0) -> Any:
+    """Return a value of any kind, dicts and lists of values among them."""
+    kind = rng.randrange(10 if depth < 4 else 7)
+    if kind < 4:
+        return rng.choice(NUMBERS)
+    if kind < 6:
+        return rng.choice(WORDS)
+    if kind == 6:
+        return rng.choice([None, True, False, -1, 0.5, 1e300, float("inf"), float("nan"), 1 + 2j, b"", ...])
+    if kind == 7:
+        return [drawn_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(["size", "mode", "depth", "rows", "layers", "kind"]): drawn_value(rng, depth + 1) for _ in "123"}
+
+
+def drawn_config(rng: random.Random) -> dict[str, Any]:
+    """Return a config of a few keys, most of them known, with any values."""
+    raw: dict[str, Any] = {}
+    for _ in range(rng.randint(1, 6)):
+        section = rng.choice([*KEYS, "parallel", "parallel", "model"])
+        key = rng.choice([*KEYS[section], "lr", "size", "learning_rate"])
+        raw.setdefault(section, {})[key] = drawn_value(rng)
+    if rng.random() < 0.1:
+        raw[rng.choice(["modle", "train", "gradient_accumulation_steps"])] = drawn_value(rng)
+    return raw
+
+
+def test_two_thousand_drawn_configs_are_valid_or_refused_by_their_keys_each_within_a_second() -> None:
+    rng = random.Random(0)
+    num_valid, slowest = 0, 0.0
+    for _ in range(2000):
+        raw = drawn_config(rng)
+        began = time.monotonic()
+        try:
+            parse(raw, world_size=rng.choice([None, 1, 8, 96, 2**20]), resolve=resolve)
+            num_valid += 1
+        except ConfigError as error:
+            for problem in error.problems:
+                assert re.match(r"[\w.-]+: ", problem), problem
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < patient(ANSWER_SECONDS)
+    assert num_valid > 10, "nearly all drawn configs are refused: what is valid is not tried"
+
+
+def test_json_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    words = refusal_of_file(tmp_path / "config.json", "[" * 100_000)
+    assert "nested too deep" in words or "not JSON" in words
+    deep = json.dumps({"model": {"name": "opt-tiny"}})[:-1] + ', "data": ' + '{"a":' * 50 + "1" + "}" * 51
+    (tmp_path / "config.json").write_text(deep)
+    assert "nested more than 20 deep" in refusal(load_raw(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("name", ["no\0file.py", "x" * 300 + ".py", "a/" * 3000 + "c.py", ".py.**"])
+def test_a_name_that_no_config_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        load_raw(tmp_path / name)
+
+
+def test_divisors_are_found_as_by_trying_every_number() -> None:
+    for value in range(1, 500):
+        assert divisors(value) == [n for n in range(1, value + 1) if value % n == 0]
+
+
+SMALL = [
+    "train.steps=2",
+    "train.device=cpu",
+    "data.sequence_length=32",
+    "train.global_batch_size=2",
+    "output.export=False",
+]
+
+
+@pytest.mark.parametrize("redirect", ["| head -n 1", ">&-"])
+def test_a_run_whose_output_is_closed_ends_with_its_metrics_and_code_0(redirect: str, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' launch.py --set {' '.join(SMALL)} output.dir='{tmp_path}/run' {redirect}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=patient(120),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
