@@ -16,8 +16,8 @@ class LossGraph:
     """Has autograd record how a module computes its loss in a forward without gradients.
 
     Layers are not recorded: a hook switches the recording off while one computes, so that they take the same kernels
-    and the same memory as without. What is recorded keeps no activations either: of a matrix that autograd would save
-    for a backward only the shape is saved. That suffices for `loss_terms`, which reads labels and sizes.
+    and the same memory as without. What is recorded keeps no activations either: of a tensor with a gradient only the
+    shape is saved. That suffices for `loss_terms`, which reads labels, masks and sizes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -78,5 +78,5 @@ class _Start(torch.autograd.Function):
 
 
 def _shape_of(x: Tensor) -> Tensor:
-    """Return what is saved of a tensor: floating-point matrices are replaced by their shape."""
-    return x.to("meta") if x.is_floating_point() and x.ndim >= 2 else x
+    """Return what is saved of a tensor: its shape alone where it has a gradient."""
+    return x.detach().to("meta").requires_grad_() if x.requires_grad else x

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.layout.labels import IGNORED
+from parallel.modules.masked_sums import has_labels, ignored_label, is_number, name_of
 
-PASSED = {"Add", "Sub", "Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"}
+PASSED = {"Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"}
 PASSED |= {"Expand", "Permute"}
 """Operations on one number, after which a mean is still a mean over the same labels, and a sum still a sum."""
 
@@ -106,11 +106,13 @@ def unmeasured(loss: Tensor) -> Count:
 class _Path:
     """What was met on the way from the loss to an operation: the number a sum below it is divided by, if any.
 
-    `is_multiplied`: a sum below it would be multiplied by a number that may, or may not, be one over its count.
+    `is_by_number`: it is a number of Python, and not a tensor. `is_multiplied`: a sum below would be multiplied by a
+    number that may, or may not, be one over its count.
     """
 
     device: torch.device
     divisor: Tensor | None = None
+    is_by_number: bool = False
     is_multiplied: bool = False
 
     def count(self, number: Any) -> Tensor:
@@ -125,26 +127,24 @@ def _terms(start: Any, device: torch.device) -> Iterator[Term]:
     stack = [(start, _Path(device))]
     while stack:
         node, path = stack.pop()
-        name = _name_of(node)
-        operands = [operand for operand, _ in node.next_functions if operand is not None]
-        if name in PASSED:
+        name = name_of(node)
+        operands = [operand for operand, _ in reversed(node.next_functions) if operand is not None]
+        if name in ("Add", "Sub"):
+            if len(operands) < len(node.next_functions):  # it may depend on the batch, or on a layer in an evaluation
+                raise NotMeasuredError("it adds what has no gradient")
+            stack += [(operand, path) for operand in operands]
+        elif name in PASSED:
             stack += [(operand, path) for operand in operands]
         elif name in ("Mul", "Div") and len(operands) == 1:
             stack.append((operands[0], _after_product(node, name, path)))
         elif name in ("Sum", "Mean") and (numbers := _numbers_in(node)):
             stack += [(number, replace(path, is_multiplied=True) if name == "Mean" else path) for number in numbers]
         elif name in ("Sum", "Mean"):
-            yield _reduced(path.count(prod(node._saved_self_sym_sizes)), name == "Mean", path)
+            yield _reduced(node, path.count(prod(node._saved_self_sym_sizes)), name == "Mean", path)
         elif name in WITH_TARGETS | WITH_ALL and node._saved_reduction != NONE:
             yield _loss_function(node, name, path)
         else:
             raise NotMeasuredError(f"{node.name()} made it")
-
-
-def _name_of(node: Any) -> str:
-    """Return the name of an operation without the suffix of its backward: MulBackward0 -> Mul."""
-    name: str = node.name().removeprefix("torch::autograd::")
-    return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def _after_product(node: Any, name: str, path: _Path) -> _Path:
@@ -155,16 +155,19 @@ def _after_product(node: Any, name: str, path: _Path) -> _Path:
         raise NotMeasuredError("it is divided twice")
     divisor = path.count(node._saved_other)
     node.register_hook(_zero_where_nothing(divisor))
-    return replace(path, divisor=divisor)
+    by_number = not isinstance(node._saved_other, Tensor) or is_number(node._saved_other)
+    return replace(path, divisor=divisor, is_by_number=by_number)
 
 
 def _numbers_in(node: Any) -> list[Any]:
     """Return the operations that made the numbers of which this is the sum or mean; none if it is one over labels."""
     (source, _), *_ = node.next_functions
-    name, size = _name_of(source), prod(node._saved_self_sym_sizes)
+    name, size = name_of(source), prod(node._saved_self_sym_sizes)
     if name in ("Stack", "Cat"):
-        parts = [part for part, _ in source.next_functions if part is not None]
-        return parts if size == len(source.next_functions) else []
+        parts = [part for part, _ in source.next_functions]
+        if size == len(parts) and None in parts:
+            raise NotMeasuredError("it adds what has no gradient")
+        return parts if size == len(parts) else []
     is_number = size == 1 and (node._saved_self_sym_sizes == () or getattr(source, "_saved_self_sym_sizes", None) == ())
     return [source] if is_number else []
 
@@ -173,24 +176,25 @@ def _loss_function(node: Any, name: str, path: _Path) -> Term:
     """Return the term that a loss function of torch made."""
     is_mean = node._saved_reduction == MEAN
     if name in WITH_ALL:
-        return _reduced(path.count(node._saved_self.numel()), is_mean, path)
+        return _reduced(node, path.count(node._saved_self.numel()), is_mean, path)
     target, weight = node._saved_target, node._saved_weight
-    counted = target != _signed(node._saved_ignore_index)
+    counted = target != ignored_label(node)
     num_labels = path.count(counted.sum())
     if weight is None or not is_mean:
-        return _reduced(num_labels, is_mean, path)
+        return _reduced(node, num_labels, is_mean, path)
     weights = weight.double()[target.masked_fill(~counted, 0)].masked_fill(~counted, 0)
     count = path.count(weights.sum())
     node.register_hook(_zero_where_nothing(count))
     return Term(count, num_labels)
 
 
-def _reduced(num_labels: Tensor, is_mean: bool, path: _Path) -> Term:
-    """Return the term of a mean or a sum over this number of labels."""
+def _reduced(node: Any, num_labels: Tensor, is_mean: bool, path: _Path) -> Term:
+    """Return the term of a mean or a sum over this number of labels, which this operation computed."""
     if is_mean:
         return Term(num_labels, num_labels)
     if path.divisor is not None:
-        return Term(path.divisor, path.divisor)
+        count = path.divisor if path.is_by_number else path.divisor * has_labels(node, path.device)
+        return Term(count, count)
     if path.is_multiplied:
         raise NotMeasuredError("it is a sum that is multiplied by a number")
     return Term(torch.ones_like(num_labels), num_labels, is_sum=True)
@@ -203,11 +207,3 @@ def _zero_where_nothing(count: Tensor) -> Callable[..., tuple[Tensor | None, ...
         return tuple(None if g is None else torch.where(count != 0, g, torch.zeros_like(g)) for g in gradients)
 
     return hook
-
-
-def _signed(index: int) -> int:
-    """Return an ignored label as it was given: the graph holds it as an unsigned number of 64 bits."""
-    return index - 2**64 if index >= 2**63 else index
-
-
-assert _signed(2**64 + IGNORED) == IGNORED
