@@ -229,7 +229,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mean with another ignored label": lambda: tagger(
         lambda o, y: cross_entropy(o, y, ignore_index=0), lambda: tags(0)
     ),
-    "mean with class weights": lambda: tagger(lambda o, y: cross_entropy(o, y, weight=class_weights())),
+    "mean with class weights": lambda: tagger(lambda o, y: cross_entropy(o, y, weight=class_weights().to(o))),
     "mean with smoothed labels": lambda: tagger(lambda o, y: cross_entropy(o, y, label_smoothing=0.2)),
     "smoothed labels and class weights": lambda: tagger(
         lambda o, y: cross_entropy(o, y, label_smoothing=0.2, weight=class_weights())

@@ -135,3 +135,18 @@ def test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank(sta
             for text in found[name]:
                 assert words in text, name
                 assert text.startswith("ModelError: ")
+
+
+SOME = ["a subclass with any name", "seq2seq (Bart)", "mean with class weights"]
+
+
+def in_a_precision(rank: int, world_size: int, precision: str, train: dict[str, Any]) -> dict[str, Result]:
+    raw = config_of(3 * (world_size > 1), precision=precision, **train)
+    return by_engine(rank, world_size, raw, SOME)
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "offload"])
+def test_recomputed_layers_count_no_label_twice(kind: str) -> None:
+    for got in run(in_a_precision, 2, "fp64", dict(activation_checkpointing=kind)):
+        for name in SOME:
+            assert_equal(name, got[name], by_torch(name), 1e-6 if name in FP32 else 1e-10)

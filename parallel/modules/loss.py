@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from parallel.errors import DataError
 from parallel.mesh.agreement import Agreement
 from parallel.modules.batches import IDS, LABELS, ForwardInputs, batch_problem, parts_of
 from parallel.modules.loss_graph import LossGraph
-from parallel.modules.loss_terms import Count, NotMeasuredError, count_of, count_of_sum, unmeasured
+from parallel.modules.loss_terms import Count, NotMeasuredError, count_of, count_of_sum, of_nothing, unmeasured
 from parallel.storage.transfer import to_device
 
 Criterion: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
@@ -23,10 +23,14 @@ return a sum and the number of labels that it is to be divided by."""
 
 @dataclass(frozen=True)
 class LabelledMicrobatch:
-    """The samples that go through a module together, and their labels, which a criterion is given."""
+    """The samples that go through a module together, and their labels, which a criterion is given.
+
+    Without `is_counted` the loss of these samples counts for nothing.
+    """
 
     inputs: dict[str, Any]
     labels: Any
+    is_counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class ModuleLoss:
 
         In torch.no_grad only the graph of the loss is recorded, and not that of the layers.
         """
+        found = self._of(model, microbatch)
+        return found if microbatch.is_counted else replace(found, count=of_nothing(found.count))
+
+    def _of(self, model: Callable[..., Any], microbatch: LabelledMicrobatch) -> CountedLoss:
         evaluates = not torch.is_grad_enabled()
         if self._criterion is None:
             labels = {} if microbatch.labels is None or not self._inputs.takes(LABELS) else {LABELS: microbatch.labels}

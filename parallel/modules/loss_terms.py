@@ -99,6 +99,12 @@ def unmeasured(loss: Tensor) -> Count:
     return Count(one, one, torch.zeros_like(one))
 
 
+def of_nothing(count: Count) -> Count:
+    """Return the count of the same loss if it is over no label."""
+    zero = torch.zeros_like(count.count)
+    return replace(count, count=zero, num_labels=zero, differs=zero, factor=zero)
+
+
 # -- the way from the loss to its terms
 
 
