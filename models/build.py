@@ -12,7 +12,7 @@ from torch import nn
 from models.costs import layer_costs
 from models.hf import sources
 from models.initial_values import set_initial_values
-from models.opt import LayerSpec, blocks_mode_of, layers_of
+from models.opt import PADDING_POSITION, LayerSpec, blocks_mode_of, layers_of
 from models.shapes import shape_of
 from parallel.activations.offload import InputsOnHost
 from parallel.activations.recompute import Recomputed
@@ -166,5 +166,5 @@ def interface_of(context: Context, mode: Mode) -> StageInterface:
         activation_shape=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
         is_counted=mode.counts_for(mode.inner_batch),
-        limits=Limits(shape.vocab_size, shape.max_position_embeddings, parts),
+        limits=Limits(shape.vocab_size, shape.max_position_embeddings, parts, first_position=PADDING_POSITION),
     )

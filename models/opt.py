@@ -20,7 +20,8 @@ from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
 
-POSITION_OFFSET = 2  # OPT's positions start at 2; padding has position 1
+POSITION_OFFSET = 2  # position p has row p + 2 of the table
+PADDING_POSITION = -1
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -192,6 +193,12 @@ def key_of(mode: Mode, *parts: object) -> Tensor:
 
 
 def position_ids(batch: Microbatch) -> Tensor:
-    """Return the positions [B, S]: 2, 3, … counting the tokens of each sample; padding has position 1."""
+    """Return the rows of the position table, [B, S], as Hugging Face's OPT does: those of the batch's own positions.
+
+    Without them 0, 1, … count the tokens of each sample, and padding has position -1. Positions that begin anew do not
+    keep tokens from attending to what is before them.
+    """
+    if batch.position_ids is not None:
+        return batch.position_ids + POSITION_OFFSET
     mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
     return mask.cumsum(1) * mask - 1 + POSITION_OFFSET

@@ -118,7 +118,7 @@ def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
     for step, batch in enumerate(batches):
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         labels = batch.get("labels", ids)
-        logits = model(ids, attention_mask=mask).logits
+        logits = model(ids, attention_mask=mask, position_ids=batch.get("position_ids")).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()

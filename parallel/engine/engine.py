@@ -17,7 +17,7 @@ from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch, batch_problem
+from parallel.pipeline.microbatch import Microbatch, batch_problem, given
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
@@ -37,6 +37,7 @@ class Engine(EngineBase):
     input_ids [B, S]
     labels [B, S]            optional; −100 is not counted; they are shifted inside. Default: the inputs
     attention_mask [B, S]    optional; 1 where there is a token, 0 at padding. Default: no padding
+    position_ids [B, S]      optional; each token's position in its document. Default: counted from the tokens
     sample_ids [B]           optional; the samples' numbers over the run, which dropout depends on. Default: counted
 
     Raises ConfigError or ModelError for a config or an optimizer that it cannot train with.
@@ -128,13 +129,14 @@ class Engine(EngineBase):
         """
         size = self.config.train.micro_batch_size
         problem = batch_problem(batch, size, self.stage.interface.limits)
+        batch = {} if problem else given(batch)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.
         sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])
         tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
         if refused:
-            raise DataError(f"batch: {problem or 'that of another replica was refused'}.")
+            raise DataError(f"batch: {problem or 'that of another replica was refused.'}")
         if total**2 != self.data.size * squares:  # equal only where all numbers of samples are
             raise DataError(
                 f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
@@ -146,8 +148,12 @@ class Engine(EngineBase):
         mask = batch.get("attention_mask")
         if mask is not None and bool(mask.all()):  # it masks nothing, and kernels without a mask are faster
             mask = None
-        mask = None if mask is None else to_device(mask.to(torch.int64), self.mesh.device)
-        return Microbatch(ids, labels, samples, mask, scale=self.loss_scale.scale / max(1, tokens)).split(size), tokens
+        mask, positions = (
+            None if x is None else to_device(x.to(torch.int64), self.mesh.device)
+            for x in (mask, batch.get("position_ids"))
+        )
+        scale = self.loss_scale.scale / max(1, tokens)
+        return Microbatch(ids, labels, samples, mask, scale, positions).split(size), tokens
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""

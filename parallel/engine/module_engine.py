@@ -16,13 +16,16 @@ from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.module_state import ModuleState
 from parallel.errors import ConfigError, DataError, ModelError
+from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.mesh.mesh import axis_on_host
+from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
 from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
+from parallel.modules.loss_sums import LossSums
 from parallel.modules.parameters import (
     OriginalParameters,
     broadcast_parameters,
@@ -141,10 +144,14 @@ class ModuleEngine(ModuleState):
         A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
         something else.
         """
+        return self._step(divisor=1.0)
+
+    def _step(self, divisor: float) -> UpdateResult:
+        """Do a step with the gradients divided by this number."""
         self._agreement.agree_on("a step")
         self._passes.release()
         self._gradients.finish()
-        divisor = self.loss_scale.scale * self.data.size
+        divisor *= self.loss_scale.scale * self.data.size
         norm = global_norm(self._trained, self.mesh.world) / divisor
         on_host = HostCopy(norm)
         lr = self.lr
@@ -180,48 +187,52 @@ class ModuleEngine(ModuleState):
 
     # -- a whole step, and an evaluation
 
-    def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """Do one update by this replica's samples, micro × k of them; every tensor's dim 0 is the samples.
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
+        """Do one update by this replica's samples, which go through the module in microbatches.
 
-        The loss is the mean over the counted labels (those that are not −100) of all microbatches and replicas: the
-        model's own `.loss` or, with a criterion, criterion(output, labels), each a mean over its microbatch. Labels are
-        `batch["labels"]`, or the `input_ids` of a language model. Raises DataError for a batch that has neither, or no
-        counted label on any replica.
+        The loss is that of all samples of all replicas in one batch: the mean over their counted labels, whatever is
+        counted (`modules.loss_terms`), of the model's own `.loss` or, with a criterion, of criterion(output, labels).
+        Labels are `batch["labels"]`, or the `input_ids` of a language model. Raises DataError, on every rank, for a
+        batch that cannot be used or has no counted label on any replica; ModelError for a loss of which it is not known
+        what it counts, unless there is one microbatch in all.
         """
         self.train()
         microbatches = list(self._loss.microbatches(batch))
-        counts = torch.tensor([microbatch.num_counted for microbatch in microbatches], dtype=torch.int64)
-        tokens = int(all_reduce(counts.sum(), self._agreement.axis))
-        if not tokens:
-            raise DataError("batch: no label to learn from: all of them are -100.")
+        # What is counted is known after the last forward. Until then gradients are scaled by what the batch has.
+        given = torch.tensor([num_given_labels(batch, IGNORED), len(microbatches)])
+        expected, num_microbatches = all_reduce(given, self._agreement.axis).tolist()
         self.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        sums = LossSums(self._agreement.axis, self.mesh.device)
         for i, microbatch in enumerate(microbatches):
-            loss, count = self._loss.of(self, microbatch), microbatch.num_counted
-            if count:  # the mean of nothing is NaN
-                total += loss.detach() * count
-            with self.no_sync() if i < len(microbatches) - 1 else nullcontext():
-                self.backward(loss * (count * self.data.size / tokens))
-        done = self.step()
-        mean = all_reduce(total, self.data).item() / tokens
-        return StepResult(mean, done.grad_norm, done.lr, tokens, skipped=done.skipped)
+            found = self._loss.of(self, microbatch)
+            sums.add(found)
+            if found.problem and num_microbatches > 1:
+                self._agreement.agree_on("a backward", found.problem)
+            if is_last := i == len(microbatches) - 1:
+                sums.copy_to_host()
+            with nullcontext() if is_last else self.no_sync():
+                self.backward(found.loss * (found.factor * (self.data.size / max(1, expected))))
+        totals = sums.totals()
+        if not totals.divisor:
+            self.zero_grad()
+            raise DataError("batch: no label to learn from: all of them are -100.")
+        done = self._step(totals.divisor / max(1, expected))
+        return StepResult(totals.loss, done.grad_norm, done.lr, totals.num_labels, skipped=done.skipped)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """Return the mean loss over all counted labels of all batches, the same on every rank; NaN without a label.
+    def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> float:
+        """Return the loss of all samples of all batches, the same on every rank; NaN without a label.
 
         Every replica must give as many batches as the others, of as many microbatches. Afterwards each part of the
-        module is in training or evaluation mode as it was before. Raises DataError for a batch without labels.
+        module is in training or evaluation mode as it was before. Raises DataError and ModelError as `train_step` does.
         """
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = LossSums(self._agreement.axis, self.mesh.device)
         with evaluating(self.module):
             for batch in batches:
                 for microbatch in self._loss.microbatches(batch):
-                    loss, count = self._loss.of(self, microbatch).item(), microbatch.num_counted
-                    sums += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
+                    sums.add(self._loss.of(self, microbatch))
         self._agreement.agree_on("the end of an evaluation")
-        total, tokens = all_reduce(sums, self._agreement.axis).tolist()
-        return total / tokens if tokens else float("nan")
+        return sums.totals().loss
 
     # -- details
 

@@ -1,71 +1,148 @@
-"""The loss of a module on labelled batches: which labels are counted, and what computes the loss."""
+"""The loss of a module on labelled batches: what computes it, and what it is a mean over."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from parallel.errors import DataError
-from parallel.layout.labels import IGNORED
 from parallel.mesh.agreement import Agreement
+from parallel.modules.batches import IDS, LABELS, ForwardInputs, batch_problem, parts_of
+from parallel.modules.loss_graph import LossGraph
+from parallel.modules.loss_terms import Count, NotMeasuredError, count_of, count_of_sum, of_nothing, unmeasured
 from parallel.storage.transfer import to_device
 
-Criterion = Callable[[Any, Any], Tensor]
-"""A function of the module's output and the labels that returns the mean loss over the labels that are not −100."""
+Criterion: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
+"""A function of the module's output and the labels that returns a loss: a mean over labels, or a sum. It may also
+return a sum and the number of labels that it is to be divided by."""
 
 
 @dataclass(frozen=True)
 class LabelledMicrobatch:
-    """The samples that go through a module together; `num_counted` is the number of labels that the loss is over."""
+    """The samples that go through a module together, and their labels, which a criterion is given.
 
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    num_counted: int
+    Without `is_counted` the loss of these samples counts for nothing.
+    """
+
+    inputs: dict[str, Any]
+    labels: Any
+    is_counted: bool = True
+
+
+@dataclass(frozen=True)
+class CountedLoss:
+    """The loss of a microbatch, a scalar, and what it is a mean over.
+
+    `problem` says why that is not known; it does not matter where the microbatch is the only one.
+    """
+
+    loss: Tensor
+    count: Count
+    problem: str = ""
+
+    @property
+    def factor(self) -> Tensor:
+        """The number by which the loss is multiplied to be the sum over its labels; one for a sum."""
+        return self.count.count if self.count.factor is None else self.count.factor
+
+    @property
+    def total(self) -> Tensor:
+        """The loss summed over its labels, fp64, without a gradient: zero where the loss is a mean of nothing."""
+        total = self.loss.detach().double().reshape(()) * self.factor
+        return torch.where(self.count.count != 0, total, torch.zeros_like(total))
 
 
 class ModuleLoss:
     """Cuts a replica's batches into microbatches, and computes the loss of each.
 
-    The loss is the module's own `.loss` or, with a criterion, criterion(output, labels): the mean over the counted
-    labels of a microbatch. `size` is the number of samples in one.
+    The loss is the module's own `.loss` or, with a criterion, what that returns for the module's output and the labels.
+    What it is a mean over is measured on the graph of the loss (`loss_terms`). `size` is the number of samples in a
+    microbatch.
     """
 
     def __init__(
         self, module: nn.Module, criterion: Criterion | None, *, size: int, device: torch.device, agreement: Agreement
     ) -> None:
         self._criterion, self._size, self._device, self._agreement = criterion, size, device, agreement
-        self._shifts = criterion is None and shifts_labels(module)
+        self._inputs = ForwardInputs.of(module)
+        self._graph = LossGraph(module)
 
-    def microbatches(self, batch: Mapping[str, Tensor]) -> Iterator[LabelledMicrobatch]:
-        """Yield the microbatches of a batch, in which every tensor's dim 0 is the samples.
+    def microbatches(self, batch: Mapping[str, Any]) -> Iterator[LabelledMicrobatch]:
+        """Yield the microbatches of a batch, in which dim 0 of every tensor is the samples.
 
-        The labels are `batch["labels"]`, else `batch["input_ids"]`. Raises DataError on every rank where the batch of
-        one replica has neither.
+        The labels are `batch["labels"]`, else `batch["input_ids"]` where the module or a criterion takes labels. Raises
+        DataError on every rank where the batch of one replica cannot be used.
         """
-        labels = batch.get("labels", batch.get("input_ids"))
-        problem = f"batch: it has neither 'labels' nor 'input_ids', but {', '.join(batch) or 'nothing'}."
-        self._agreement.agree_on("a batch", problem if labels is None else "", DataError)
-        assert labels is not None
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        for start in range(0, len(labels), self._size):
-            part = {name: x[start : start + self._size] for name, x in inputs.items()}
-            own = labels[start : start + self._size]
-            counted = own[:, 1:] if self._shifts else own
-            yield LabelledMicrobatch(part, own, int((counted != IGNORED).sum()))
+        self._agreement.agree_on("a batch", batch_problem(batch, self._size) or self._keys_problem(batch), DataError)
+        for part in parts_of(batch, self._size):
+            inputs = {key: x for key, x in part.items() if key != LABELS}
+            yield LabelledMicrobatch(inputs, part.get(LABELS, part.get(IDS)))
 
-    def of(self, model: Callable[..., Any], microbatch: LabelledMicrobatch) -> Tensor:
-        """Return the loss of a microbatch, a scalar; `model` is called as the module would be."""
+    def of(self, model: Callable[..., Any], microbatch: LabelledMicrobatch) -> CountedLoss:
+        """Return the loss of a microbatch and its count; `model` is called as the module would be.
+
+        In torch.no_grad only the graph of the loss is recorded, and not that of the layers.
+        """
+        found = self._of(model, microbatch)
+        return found if microbatch.is_counted else replace(found, count=of_nothing(found.count))
+
+    def _of(self, model: Callable[..., Any], microbatch: LabelledMicrobatch) -> CountedLoss:
+        evaluates = not torch.is_grad_enabled()
         if self._criterion is None:
-            return model(**microbatch.inputs, labels=microbatch.labels).loss  # type: ignore[no-any-return]
-        return self._criterion(model(**microbatch.inputs), to_device(microbatch.labels, self._device))
+            labels = {} if microbatch.labels is None or not self._inputs.takes(LABELS) else {LABELS: microbatch.labels}
+            with self._graph.recorded() if evaluates else nullcontext():
+                return _counted(_own_loss(model(**microbatch.inputs, **labels)))
+        output, labels = model(**microbatch.inputs), tree_map(self._moved, microbatch.labels)
+        recorded: AbstractContextManager[Any] = torch.enable_grad() if evaluates else nullcontext()
+        with recorded:
+            return _counted(self._criterion(tree_map(_with_gradient, output) if evaluates else output, labels))
+
+    def _keys_problem(self, batch: Mapping[str, Any]) -> str:
+        """Return what is wrong with the keys of a batch, or nothing."""
+        given = {key: x for key, x in batch.items() if self._criterion is None or key != LABELS}
+        unknown = self._inputs.unknown(given)
+        if LABELS not in batch and IDS not in batch and (self._criterion is not None or unknown):
+            return f"batch: it has neither {LABELS!r} nor {IDS!r}, but {', '.join(batch)}. {unknown}".rstrip()
+        return f"batch: {unknown}" if unknown else ""
+
+    def _moved(self, x: Any) -> Any:
+        return to_device(x, self._device) if isinstance(x, Tensor) else x
 
 
-def shifts_labels(module: nn.Module) -> bool:
-    """Return whether the module's own loss shifts its labels, as that of Hugging Face's language models does."""
-    return re.search(r"ForCausalLM|LMHead", type(module).__name__) is not None
+def _own_loss(output: Any) -> Any:
+    """Return the loss of a module's output: its attribute, or its value of that name; None where it has none."""
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+
+
+def _counted(found: Any) -> CountedLoss:
+    """Return a loss with its count, or with the problem that it cannot be trained on."""
+    loss, number = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        nothing = torch.full((), torch.nan)
+        return CountedLoss(nothing, unmeasured(nothing), f"{loss_problem(loss)} Pass a criterion.")
+    if number is not None:
+        return CountedLoss(loss, count_of_sum(loss, number))
+    try:
+        return CountedLoss(loss, count_of(loss))
+    except NotMeasuredError as error:
+        return CountedLoss(loss, unmeasured(loss), f"loss: {unmeasured_problem(str(error))}")
+
+
+def unmeasured_problem(reason: str) -> str:
+    """Return what a user is told whose loss is not known to be a mean, or a sum, over labels."""
+    return (
+        f"it is not known which labels it is a mean over: {reason}. Pass a criterion that returns (sum, count), or call"
+        " engine.backward in a loop of your own."
+    )
+
+
+def _with_gradient(x: Any) -> Any:
+    """Return an output of a module so that autograd records what is computed with it."""
+    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def loss_problem(loss: object) -> str:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from parallel.errors import either, nearest_multiples
+from parallel.errors import did_you_mean, either, nearest_multiples
 from parallel.layout.labels import IGNORED
 
 
@@ -16,8 +18,9 @@ class Microbatch:
     Every rank of a replica has all of them, and each layer takes the part that its mode gives this rank. `labels` are
     already shifted: the label of each position, −100 where there is none. `samples` are the numbers of the samples over
     the whole run, which dropout depends on. `attention_mask` is 1 where there is a token and 0 at padding; None where
-    there is no padding. The gradient of the summed loss is multiplied by `scale`: the loss scale divided by the number
-    of labels in the whole step.
+    there is no padding. `position_ids` are the position of each token in its document; None where they are counted from
+    the tokens. The gradient of the summed loss is multiplied by `scale`: the loss scale divided by the number of labels
+    in the whole step.
     """
 
     input_ids: Tensor  # int64 [B, S]
@@ -25,6 +28,7 @@ class Microbatch:
     samples: Tensor  # int64 [B]
     attention_mask: Tensor | None = None  # int64 [B, S]
     scale: float = 1.0
+    position_ids: Tensor | None = None  # int64 [B, S]
 
     @property
     def length(self) -> int:
@@ -33,10 +37,10 @@ class Microbatch:
 
     def split(self, size: int) -> list["Microbatch"]:
         """Return microbatches of `size` samples each, in order, as views."""
+        tensors = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
         count = len(self.input_ids) // size
-        masks = [None] * count if self.attention_mask is None else self.attention_mask.split(size)
-        parts = zip(self.input_ids.split(size), self.labels.split(size), self.samples.split(size), masks, strict=True)
-        return [Microbatch(*tensors, self.scale) for tensors in parts]
+        parts = zip(*([None] * count if x is None else x.split(size) for x in tensors), strict=True)
+        return [Microbatch(ids, labels, samples, mask, self.scale, at) for ids, labels, samples, mask, at in parts]
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,43 @@ class Limits:
     """The batches that a model accepts.
 
     Token ids are from 0 to `vocab_size` - 1. A sequence has at most `max_sequence` tokens, and its length is a multiple
-    of `sequence_parts`.
+    of `sequence_parts`. Positions are from `first_position` to `max_sequence` - 1.
     """
 
     vocab_size: int
     max_sequence: int
     sequence_parts: int = 1
+    first_position: int = 0
 
 
-def batch_problem(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Limits) -> str | None:
-    """Return what is wrong with a replica's batch, or None. Its tensors are best on the host: their values are read."""
+KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "sample_ids")
+"""What a batch may have; all but the first are optional, and None is the same as none."""
+
+
+def given(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the batch without its keys of which the value is None."""
+    return {key: x for key, x in batch.items() if x is not None}
+
+
+def batch_problem(batch: object, micro_batch_size: int, limits: Limits) -> str | None:
+    """Return what is wrong with a replica's batch, as the end of a message, or None.
+
+    Its tensors are best on the host: their values are read.
+    """
+    if not isinstance(batch, Mapping):
+        return f"wanted a dict of tensors with the key 'input_ids', got {type(batch).__name__}."
+    for key in batch:
+        if key not in KEYS:
+            return f"{key!r} is no key of a batch. {did_you_mean(str(key), KEYS)}"
+    tensors = given(batch)
+    problem = _shape_problem(tensors, micro_batch_size, limits) or _value_problem(tensors, limits)
+    return f"{problem}." if problem else None
+
+
+def _shape_problem(batch: Mapping[str, Any], micro_batch_size: int, limits: Limits) -> str | None:
+    """Return what is wrong with the shapes and dtypes of a batch, or None."""
     ids = batch.get("input_ids")
-    if ids is None or ids.ndim != 2 or not _is_integer(ids):
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not _is_integer(ids):
         return f"input_ids: wanted integers [samples, sequence], got {_described(ids)}"
     samples, sequence = ids.shape
     if not samples or samples % micro_batch_size:
@@ -67,15 +96,28 @@ def batch_problem(batch: Mapping[str, Tensor], micro_batch_size: int, limits: Li
             f"input_ids: a sequence of {sequence} is not a multiple of {limits.sequence_parts}, the parts that"
             f" parallel.context splits it into: try {either(nearest_multiples(sequence, limits.sequence_parts))}"
         )
-    for name, shape in (("labels", ids.shape), ("attention_mask", ids.shape), ("sample_ids", ids.shape[:1])):
-        if name in batch and (batch[name].shape != shape or not _is_integer(batch[name])):
-            return f"{name}: wanted integers {list(shape)}, got {_described(batch[name])}"
+    for name, x in batch.items():
+        shape = ids.shape[:1] if name == "sample_ids" else ids.shape
+        if not isinstance(x, Tensor) or x.shape != shape or not _is_integer(x):
+            return f"{name}: wanted integers {list(shape)}, got {_described(x)}"
+    return None
+
+
+def _value_problem(batch: Mapping[str, Tensor], limits: Limits) -> str | None:
+    """Return which value of a batch is outside of the model's limits, or None."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones(()))
     labels = batch.get("labels", ids)
     for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
         outside = values[(values < 0) | (values >= limits.vocab_size)]
         if len(outside):
             valid = f"0 … {limits.vocab_size - 1} (model.vocab_size {limits.vocab_size})"
             return f"{name}: token {int(outside[0])} is outside {valid}"
+    if len(outside := mask[(mask != 0) & (mask != 1)]):
+        return f"attention_mask: {int(outside[0])} is neither 1, a token, nor 0, padding"
+    positions = batch.get("position_ids", torch.zeros(1))
+    if len(outside := positions[(positions < limits.first_position) | (positions >= limits.max_sequence)]):
+        valid = f"{limits.first_position} … {limits.max_sequence - 1}"
+        return f"position_ids: {int(outside[0])} is outside {valid} (model.max_position_embeddings)"
     return None
 
 
@@ -83,5 +125,7 @@ def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 
-def _described(x: Tensor | None) -> str:
-    return "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
+def _described(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {list(x.shape)}"
+    return "nothing" if x is None else type(x).__name__

@@ -1,0 +1,74 @@
+"""Whether a sum over labels has a label at all, as far as the graph of autograd tells.
+
+    losses = F.cross_entropy(output, labels, reduction="none")
+    loss = (losses * mask).sum() / mask.sum().clamp(min=1)
+
+Where the mask is empty, this divides zero by one, and not because there is one label. Of a sum that is divided by a
+number of Python, len(losses) for example, no such thing is known.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHAPES = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Neg", "Transpose", "T"}
+SHAPES |= {"Permute", "Expand", "Alias", "Sum"}
+"""Operations that leave no label out."""
+
+
+def name_of(node: Any) -> str:
+    """Return the name of an operation without the suffix of its backward: MulBackward0 -> Mul."""
+    name: str = node.name().removeprefix("torch::autograd::")
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
+def ignored_label(node: Any) -> int:
+    """Return the label that a loss function ignores: the graph holds it as an unsigned number of 64 bits."""
+    index: int = node._saved_ignore_index
+    return index - 2**64 if index >= 2**63 else index
+
+
+def is_number(x: Tensor) -> bool:
+    """Return whether an operand in the graph was a number of Python: it then gives way to any other dtype."""
+    other = torch.ones((), dtype=torch.float16 if x.is_floating_point() else torch.int8)
+    is_widest = x.dtype in (torch.float64, torch.int64) and x.device.type == "cpu"
+    return is_widest and x.ndim == 0 and torch.result_type(x, other) == other.dtype
+
+
+def has_labels(total: Any, device: torch.device) -> Tensor:
+    """Return whether the sum that this operation computed is over any label, a bool scalar.
+
+    It goes back through masks, selections and a loss function. What it does not know may leave no label out.
+    """
+    found = torch.ones((), dtype=torch.bool, device=device)
+    node = total
+    while node is not None:
+        name = name_of(node)
+        if (kept := _kept(node, name)) is not None:
+            found = found & (kept.any() if isinstance(kept, Tensor) else kept)
+        if name not in SHAPES | {"Mul", "Div", "MaskedFill", "Where"}:
+            return found
+        operands = [operand for operand, _ in node.next_functions if operand is not None]
+        node = operands[0] if len(operands) == 1 else None
+    return found
+
+
+def _kept(node: Any, name: str) -> Tensor | bool | None:
+    """Return which elements an operation keeps, or whether it keeps any; None where it keeps all."""
+    match name:
+        case "Sum":
+            return bool(prod(node._saved_self_sym_sizes))
+        case "Mul":
+            sides = [getattr(node, side, None) for side in ("_saved_self", "_saved_other")]
+            masks = [x for x in sides if isinstance(x, Tensor) and not x.requires_grad]
+            return torch.ne(masks[0], 0) if len(masks) == 1 else None
+        case "MaskedFill":
+            return torch.logical_not(node._saved_mask)
+        case "Where":
+            chosen, other = (operand is not None for operand, _ in node.next_functions[-2:])
+            return None if chosen and other else torch.ne(node._saved_condition, 0 if chosen else 1)
+        case "NllLoss" | "NllLoss2D":
+            return torch.ne(node._saved_target, ignored_label(node))
+    return None

@@ -1,0 +1,152 @@
+"""The loss and the gradients of any module equal those of plain torch, which has all samples in one batch.
+
+What a loss counts is not told to the engine: it has to find out. Samples have different numbers of labels, some have
+none, and so have microbatches and replicas.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import parallel
+from parallel.config import parse
+from parallel.engine.context import Place, make_context, use
+from parallel.engine.module_engine import ModuleEngine
+from tests.harness import run
+from tests.losses import LOSSES, REFUSED, Batch, Loss
+from tests.parity import Raw, relative, whole
+
+FP32 = {
+    "a language model that shifts its labels",
+    "a subclass with any name",
+    "mixture of experts without a router loss",
+}
+FP32 |= {"a language model without labels in the batch"}
+"""The models of Hugging Face that compute their loss in fp32, whatever their own dtype is."""
+
+
+def made(name: str) -> Loss:
+    torch.manual_seed(5)
+    return LOSSES[name]() if name in LOSSES else REFUSED[name][0]()
+
+
+Result = tuple[float, float, dict[str, Tensor]]
+"""The losses of an evaluation and of a step, and the weights after it."""
+
+
+@cache
+def by_torch(name: str) -> Result:
+    """Train by plain torch, with all samples in one batch, for one step of SGD in fp64."""
+    one = made(name)
+    module, batch = one.module.double().train(), dict(one.batch)
+    if one.criterion is None:
+        if not batch.keys() & {"labels", "start_positions"}:
+            batch["labels"] = batch["input_ids"]
+        loss: Any = module(**batch).loss
+    else:
+        labels = batch.pop("labels")
+        loss = one.criterion(module(**batch), labels)
+    loss = loss[0] / loss[1] if isinstance(loss, tuple) else loss
+    loss.backward()
+    torch.optim.SGD(module.parameters(), lr=1.0).step()
+    return loss.item(), loss.item(), {name: p.detach() for name, p in module.named_parameters()}
+
+
+def config_of(stage: int, **train: Any) -> Raw:
+    base: Raw = dict(precision="fp64", clip_grad_norm=None, global_batch_size=12, micro_batch_size=3)
+    return dict(zero=dict(stage=stage), train=base | train)
+
+
+def engine_of(rank: int, world_size: int, raw: Raw, one: Loss, **more: Any) -> ModuleEngine:
+    use(make_context(parse(raw, world_size=world_size), Place(rank, world_size, rank, world_size)))
+    torch.set_num_threads(1)
+    optimizer = torch.optim.SGD(one.module.parameters(), lr=1.0)
+    engine: ModuleEngine = parallel.initialize(one.module, optimizer, criterion=one.criterion, **more)[0]
+    return engine
+
+
+def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
+    return {name: x.tensor_split(world_size)[rank] for name, x in batch.items()}
+
+
+def by_engine(rank: int, world_size: int, raw: Raw, names: list[str]) -> dict[str, Result]:
+    found = {}
+    for name in names:
+        one = made(name)
+        engine = engine_of(rank, world_size, raw, one)
+        batch = share_of(one.batch, rank, world_size)
+        evaluated, stepped = engine.evaluate([batch]), engine.train_step(batch).loss
+        found[name] = evaluated, stepped, whole(engine, [chunk.master for chunk in engine.chunks])
+        engine.mesh.close()
+    return found
+
+
+def update(name: str, weights: dict[str, Tensor]) -> Tensor:
+    """Return what a step changed, of all weights."""
+    before = made(name).module.double().state_dict()
+    return torch.cat([(weights[key].cpu() - before[key]).flatten() for key in sorted(weights)])
+
+
+def assert_equal(name: str, got: Result, want: Result, bound: float) -> None:
+    assert got[0] == pytest.approx(want[0], rel=bound), f"evaluation: {name}"
+    assert got[1] == pytest.approx(want[1], rel=bound), f"step: {name}"
+    assert relative(update(name, got[2]), update(name, want[2])) <= bound, f"gradient: {name}"
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_every_loss_equals_plain_torchs_with_all_samples_in_one_batch(stage: int) -> None:
+    """The same operations run in another order, with terms of both signs: 1e-10 is far above the rounding of fp64.
+
+    Losses that are computed in fp32 have some roundings of 6e-8. There are three samples in a microbatch, so each of
+    two ranks has two microbatches, one of them smaller.
+    """
+    for got in run(by_engine, 2, config_of(stage), list(LOSSES)):
+        for name in LOSSES:
+            assert_equal(name, got[name], by_torch(name), 1e-6 if name in FP32 else 1e-10)
+
+
+def refusal(rank: int, world_size: int, raw: Raw, names: list[str]) -> dict[str, tuple[str, str]]:
+    """Return what an evaluation and a step raise for each of these losses."""
+    found = {}
+    for name in names:
+        one = made(name)
+        engine = engine_of(rank, world_size, raw, one)
+        batch = share_of(one.batch, rank, world_size)
+        found[name] = message(engine.evaluate, [batch]), message(engine.train_step, batch)
+        engine.mesh.close()
+    return found
+
+
+def message(act: Callable[[Any], Any], given: Any) -> str:
+    try:
+        return f"nothing, but returned {act(given)}"
+    except parallel.ColonnadeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank(stage: int) -> None:
+    for found in run(refusal, 2, config_of(stage), list(REFUSED)):
+        for name, (_, words) in REFUSED.items():
+            for text in found[name]:
+                assert words in text, name
+                assert text.startswith("ModelError: ")
+
+
+SOME = ["a subclass with any name", "seq2seq (Bart)", "mean with class weights"]
+
+
+def in_a_precision(rank: int, world_size: int, precision: str, train: dict[str, Any]) -> dict[str, Result]:
+    raw = config_of(3 * (world_size > 1), precision=precision, **train)
+    return by_engine(rank, world_size, raw, SOME)
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "offload"])
+def test_recomputed_layers_count_no_label_twice(kind: str) -> None:
+    for got in run(in_a_precision, 2, "fp64", dict(activation_checkpointing=kind)):
+        for name in SOME:
+            assert_equal(name, got[name], by_torch(name), 1e-6 if name in FP32 else 1e-10)
