@@ -1,5 +1,6 @@
 """The forwards and backwards that a user's loop does between two steps: before and after each of them."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class ModulePasses:
         self._placement_manager, self._agreement, self._original = placement_manager, agreement, original
         self._awaits_backward = False
         self._is_between_steps = True
+        self._hooks = ExitStack()  # by which a running forward saves tensors for its backward
 
     def follow(self, module: nn.Module) -> None:
         """Register hooks by which every forward of the module begins and ends here."""
@@ -42,11 +44,13 @@ class ModulePasses:
         self._agreement.agree_on(action, problem=self._original.change())
         if torch.is_grad_enabled():
             self._report_work(inputs)
-        self.gatherer.start_pass(guarded=True)
+        self.gatherer.start_pass()
         self.gatherer.root.make_whole()
+        self._hooks.enter_context(self.gatherer.saved.hooks("model"))
 
     def end_forward(self) -> None:
         """Release what is gathered, unless a backward is to follow."""
+        self._hooks.close()
         self._awaits_backward |= torch.is_grad_enabled()
         if not self._awaits_backward:
             self.gatherer.end()
