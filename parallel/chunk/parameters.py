@@ -61,8 +61,9 @@ class ParameterBuffer:
         of it.
         """
         self.on_show(False)
-        self.whole = self.whole.new_empty(0)
-        shared = placeholder((), self.whole.dtype, self.whole.device)
+        with torch.inference_mode(False):
+            self.whole = self.whole.new_empty(0)
+            shared = placeholder((), self.whole.dtype, self.whole.device)
         self._placeholder = shared
         self._show([shared.expand(shape) for shape in self.spec.shapes])
 
@@ -111,7 +112,8 @@ class ParameterBuffer:
         return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
 
     def _allocate(self) -> None:
-        self.whole = self.whole.new_empty(self.spec.size)
+        with torch.inference_mode(False):  # a tensor that is made in inference mode can never be trained
+            self.whole = self.whole.new_empty(self.spec.size)
 
     def _showing(self, pending: Pending) -> Pending:
         """Return the same, which shows the parameters when it has been waited for."""

@@ -1,6 +1,7 @@
 """The forwards and backwards that a user's loop does between two steps: before and after each of them."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from parallel.mesh.agreement import Agreement
 from parallel.modules.parameters import OriginalParameters
 from parallel.placement.manager import PlacementManager
 from parallel.zero.gatherer import Gatherer
+from parallel.zero.saved import transforms_refused
 
 
 class ModulePasses:
@@ -54,6 +56,16 @@ class ModulePasses:
         self._awaits_backward |= torch.is_grad_enabled()
         if not self._awaits_backward:
             self.gatherer.end()
+
+    @contextmanager
+    def explain_transforms(self) -> Iterator[None]:
+        """Raise ModelError instead if torch says in the block that it allows no hooks for saved tensors."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise transforms_refused(f"{self.gatherer.last_layer or 'model'}, or the model after it") from error
 
     def begin_backward(self, problem: str) -> None:
         """Gather the root. Raises ModelError on every rank where one does something else, or has a problem."""

@@ -20,7 +20,7 @@ from parallel.errors import ModelError
 from parallel.layout.layout import ROOT
 from parallel.mesh.collectives import Pending
 from parallel.ops.compiling import not_compiled
-from parallel.zero.saved import SavedTensors
+from parallel.zero.saved import SavedTensors, hooks_are_allowed, transforms_refused
 from parallel.zero.unavailable import mark_available, mark_unavailable
 
 
@@ -154,9 +154,18 @@ class Gatherer:
             unit.make_released()
 
     def start_pass(self) -> None:
-        """Begin a forward: the layer used next does not follow the one used last."""
+        """Begin a forward: the layer used next does not follow the one used last. Raises ModelError where parameters
+        cannot be gathered: in a transform of torch.func.
+        """
+        if not hooks_are_allowed() and any(unit.is_missing for unit in (*self.units, self.root)):
+            raise transforms_refused("model")
         self._last = (-1, -1)
         self._calls.clear()
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the layer that was used last, or nothing before the first one of a forward."""
+        return self.names[self._last[1]] if self._last[1] >= 0 else ROOT
 
     @not_compiled
     def _before_forward(self, i: int, layer: nn.Module, args: Any) -> None:

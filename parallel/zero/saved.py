@@ -84,10 +84,9 @@ class SavedTensors:
         """
         if not self._chunks:
             return nullcontext()
-        graph = torch._C._autograd
-        if not graph._saved_tensors_hooks_is_enabled():
-            raise ModelError(f"{name}: {TRANSFORMS}")
-        outer = graph._top_saved_tensors_default_hooks(True)  # torch asks only for the innermost hooks
+        if not hooks_are_allowed():
+            raise transforms_refused(name)
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # torch asks only for the innermost hooks
         if outer is not None and getattr(outer[0], "__self__", None).__class__ is _Hooks:
             if outer[0].__self__.chunks is self._chunks:
                 return nullcontext()
@@ -95,10 +94,18 @@ class SavedTensors:
         return saved_tensors_hooks(own.pack, own.unpack)
 
 
-TRANSFORMS = (
-    "zero stage 3, and parameters that are offloaded, need torch's hooks for saved tensors, which torch.func's grad,"
-    " vjp, jacrev and hessian do not allow. Use torch.autograd.grad, or a lower stage."
-)
+def hooks_are_allowed() -> bool:
+    """Return whether torch allows hooks for saved tensors here."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+
+
+def transforms_refused(name: str) -> ModelError:
+    """Return the error about transforms of torch.func in which, or around which, parameters are gathered."""
+    return ModelError(
+        f"{name}: grad, vjp, jacrev and hessian of torch.func allow no hooks for saved tensors, which parameters need"
+        " that are gathered on demand: in zero stage 3, and where they are offloaded. Use torch.autograd.grad, or stage"
+        " 2."
+    )
 
 
 class _Hooks:
