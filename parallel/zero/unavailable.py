@@ -40,7 +40,7 @@ class UnavailableParameter(nn.Parameter):
         name = _name(func)
         is_describing = name in DESCRIBING or (name.startswith("is_") and name != "is_nonzero")
         if not is_describing:
-            _gather(unavailable)
+            make_available(unavailable)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and all(x is not y for y in given)]
@@ -69,21 +69,24 @@ def mark_available(parameters: Iterable[nn.Parameter]) -> None:
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
+def make_available(parameters: Iterable[nn.Parameter]) -> None:
+    """Gather those of these parameters that are not available, in a backward. Raises ModelError elsewhere, and where
+    they cannot be available at the same time.
+    """
+    is_backward = torch._C._current_graph_task_id() >= 0
+    given = list(parameters)
+    for parameter in given:
+        if is_backward and isinstance(parameter, UnavailableParameter):
+            getattr(parameter, GATHER)()
+    for parameter in given:
+        if isinstance(parameter, UnavailableParameter):
+            raise _refusal(parameter)
+
+
 def _name(func: Any) -> str:
     """Return the name of a function of torch, or of an attribute of tensors that is read or set."""
     name: str = getattr(func, "__name__", "")
     return func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name
-
-
-def _gather(parameters: Iterable["UnavailableParameter"]) -> None:
-    """Make these parameters available if a backward is running. Raises ModelError where they cannot be."""
-    is_backward = torch._C._current_graph_task_id() >= 0
-    for parameter in parameters:
-        if is_backward and isinstance(parameter, UnavailableParameter):
-            getattr(parameter, GATHER)()
-    for parameter in parameters:
-        if isinstance(parameter, UnavailableParameter):
-            raise _refusal(parameter)
 
 
 def _refusal(parameter: "UnavailableParameter") -> ModelError:
