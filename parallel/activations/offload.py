@@ -34,6 +34,8 @@ class InputsOnHost:
         """Return torch's non-reentrant `checkpoint(function, *args, **kwargs)` such that it keeps the inputs here.
 
         Only tensors with a gradient are offloaded, and no parameters: a mask, for instance, is shared by all layers.
+        The function is first called with the arguments themselves, whose lists and dicts it may change, and then with
+        copies of these as they were before.
         """
         return partial(self._checkpoint, checkpoint)
 
@@ -47,7 +49,12 @@ class InputsOnHost:
         offloaded = [leaves[place] for place in places]
         others = [None if place in places else leaf for place, leaf in enumerate(leaves)]
 
+        first = [(args, kwargs)]
+
         def call(*inputs: Tensor) -> Any:
+            if first:
+                args, kwargs = first.pop()
+                return function(*args, **kwargs)
             found = list(others)
             for place, x in zip(places, inputs, strict=True):
                 found[place] = x

@@ -119,7 +119,7 @@ class Chunk:
             self.states.move_apart(placement.states, is_apart=not before.masters_are_slice)
         self.gradient.move_to(placement.states)
         if not self.sharing.slice_is_view:
-            self.parameters.free_whole()
+            self.parameters.release()
 
     def settle(self) -> None:
         """Wait for all copies and for the disk, after which states on the host and on a disk may be used."""

@@ -1,6 +1,7 @@
 """The parameters of a chunk in one flat buffer, of which the module's own parameters are views."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,50 +12,60 @@ from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.storage.transfer import CopyEvent, Tier
 
 
+Shown: TypeAlias = Callable[[bool], None]
+"""A function that is told whether the module's parameters have values from now on, when that changes."""
+
+
 class ParameterBuffer:
     """The parameters of one chunk: what FSDP calls a flat parameter.
 
-    whole [n]      on the device, in the model's dtype; it has no memory between `release` and `gather`
+    whole [n]      on the device, in the model's dtype; empty between `release` and `gather`
     own [n_shard]  this rank's slice: a view of `whole`, or memory of its own on `tier` where parameters are gathered on
                    demand
 
-    While `whole` has no memory, each of the module's parameters has its shape, but is NaN throughout.
+    Each `gather` allocates new memory. So a tensor that was made of the parameters, and that somebody has kept, keeps
+    the values it had; only its memory is not freed by `release`. While `whole` is empty, and until it has arrived, each
+    of the module's parameters has its shape, but no values: see `placeholder`. `on_show` is told of both changes.
     """
 
     def __init__(self, spec: ChunkSpec, memory: ChunkMemory, *, whole: Tensor, own: Tensor) -> None:
         self.spec, self.memory = spec, memory
         self.whole, self.own, self.tier = whole, own, Tier.DEVICE
         self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
-        self._placeholder: Tensor | None = None  # what the module's parameters show while `whole` has no memory
-        self._show(spec.views(whole))
+        self._placeholder: Tensor | None = None  # what the module's parameters show while they have no values
+        self.on_show: Shown = lambda is_whole: None
+        self._show_whole()
 
     @property
     def is_whole(self) -> bool:
         """True if the whole buffer has memory now."""
-        return bool(self.whole.untyped_storage().nbytes())
+        return bool(len(self.whole))
 
     def gather(self) -> Pending:
-        """Start to make the parameters whole (FSDP's unshard).
-
-        They return to the storage that they had before, since tensors that autograd saved are views of it.
+        """Start to make the parameters whole (FSDP's unshard). The module's parameters have values when the result has
+        been waited for.
         """
         spec, copies = self.spec, self.memory.copies
         self._allocate()
         if self.tier is Tier.DEVICE:
-            return start_all_gather(self.own, 0, spec.shard_axis, out=self.whole)
+            return self._showing(start_all_gather(self.own, 0, spec.shard_axis, out=self.whole))
         part = spec.own_slice(self.whole)
         arrival = copies.upload(self.own, part, after=self._written)
         if spec.shard_axis.size == 1:
-            return Pending(self.whole, arrival)
+            return self._showing(Pending(self.whole, arrival))
         with copies.on_upload_stream():  # behind the copy, so that computation waits for neither
-            return start_all_gather(part, 0, spec.shard_axis, out=self.whole)
+            return self._showing(start_all_gather(part, 0, spec.shard_axis, out=self.whole))
 
     def release(self) -> None:
-        """Free the memory of the whole buffer (FSDP's reshard); `own` stays."""
-        self.whole.untyped_storage().resize_(0)
-        shared = placeholder((), self.whole.dtype, self.whole.device)
+        """Give up the whole buffer (FSDP's reshard); `own` stays. Its memory is freed unless somebody has kept a view
+        of it.
+        """
+        self.on_show(False)
+        with torch.inference_mode(False):
+            self.whole = self.whole.new_empty(0)
+            shared = placeholder((), self.whole.dtype, self.whole.device)
         self._placeholder = shared
-        self._show([shared.expand(info.parameter.shape) for info in self.spec.infos])
+        self._show([shared.expand(shape) for shape in self.spec.shapes])
 
     def write(self, master: Tensor, tier: Tier) -> None:
         """Copy master weights [n_shard], which are on `tier`, into `own`, rounded to its dtype."""
@@ -91,33 +102,44 @@ class ParameterBuffer:
         apart, self.own, self.tier = self.own, self.spec.own_slice(self.whole), Tier.DEVICE
         self.own.copy_(apart)
         self.all_gather().wait()
-        self._placeholder = None
-
-    def free_whole(self) -> None:
-        """Free the memory of the whole buffer after `own` has got memory of its own."""
-        if not self.whole.untyped_storage().resizable():  # numpy has a view of it, as when a checkpoint was written
-            self.whole = torch.empty_like(self.whole)
-        self.release()
+        self._show_whole()
 
     def shows(self, parameter: nn.Parameter) -> bool:
         """Return True if one of the module's parameters still is a view of this buffer."""
         buffers = [self.whole] if self._placeholder is None else [self.whole, self._placeholder]
-        found = parameter.untyped_storage().data_ptr()
+        with torch._C.DisableTorchFunctionSubclass():
+            found = parameter.untyped_storage().data_ptr()
         return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
 
     def _allocate(self) -> None:
-        self.whole.untyped_storage().resize_(self.spec.whole_bytes)
+        with torch.inference_mode(False):  # a tensor that is made in inference mode can never be trained
+            self.whole = self.whole.new_empty(self.spec.size)
+
+    def _showing(self, pending: Pending) -> Pending:
+        """Return the same, which shows the parameters when it has been waited for."""
+
+        def finish(buffer: Tensor) -> Tensor:
+            self._show_whole()
+            return pending.finish(buffer)
+
+        return Pending(pending.buffer, pending.work, finish)
+
+    def _show_whole(self) -> None:
+        """Give the module's parameters their values, as views of the whole buffer."""
+        self._placeholder = None
         self._show(self.spec.views(self.whole))
+        self.on_show(True)
 
     def _show(self, views: Sequence[Tensor]) -> None:
-        for info, view in zip(self.spec.infos, views, strict=True):
-            info.parameter.data = view
+        with torch._C.DisableTorchFunctionSubclass():  # a parameter without values refuses most functions
+            for info, view in zip(self.spec.infos, views, strict=True):
+                info.parameter.data = view
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of this shape whose elements are one element in memory: NaN, or 0 in a dtype that has no NaN.
 
-    A tensor without any storage would not do: elementwise kernels read it regardless, and crash.
+    Nothing reads it: `zero.unavailable` refuses that. A tensor without any storage would not do: elementwise kernels read it regardless, and crash.
     """
     empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
     return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))

@@ -59,6 +59,7 @@ class ChunkSpec:
 
     def __init__(self, infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> None:
         self.infos, self.dtype, self.zero = list(infos), dtype, zero
+        self.shapes = [info.parameter.shape for info in infos]
         self.axes = _summed_axes(infos[0].layout)
         self.shard_axis = self.axes[0] if zero >= 1 else ALONE
         self.is_frozen = not infos[0].parameter.requires_grad
@@ -126,8 +127,8 @@ class ChunkSpec:
     def views(self, whole: Tensor) -> list[Tensor]:
         """Return each parameter's view of a whole buffer [n], in the parameter's local shape."""
         return [
-            whole[start : start + info.parameter.numel()].view(info.parameter.shape)
-            for start, info in zip(self.starts, self.infos, strict=True)
+            whole[start : start + shape.numel()].view(shape)
+            for start, shape in zip(self.starts, self.shapes, strict=True)
         ]
 
     def segments(self, flat: Tensor, first: int | None = None) -> list[Segment]:

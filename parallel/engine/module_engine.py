@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk, make_chunks
@@ -24,6 +23,7 @@ from parallel.mesh.mesh import axis_on_host
 from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
+from parallel.modules.inputs import map_tensors
 from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
 from parallel.modules.loss_sums import LossSums
 from parallel.modules.parameters import (
@@ -63,8 +63,8 @@ class ModuleEngine(ModuleState):
     Gradients are the mean over replicas, and over nothing else: those of two backwards before a step add up. Parameters
     and floating-point inputs have the config's precision, and so have the buffers of the module's state; master weights
     are fp32 at least. Gradients never stay in `.grad`: `step` clips them as the config says, and reports their norm.
-    In ZeRO stage 3 a parameter is NaN outside the forward and backward of its layer (see `modules.units.layers_of`) or,
-    where it belongs to no layer, of the module.
+    In ZeRO stage 3 a parameter has values only in the forward and backward of its layer (see `modules.units.layers_of`)
+    or, where it belongs to no layer, of the module; elsewhere whatever reads them raises ModelError.
 
     A passed optimizer is used instead of the config's AdamW. `criterion`, for a module without a loss of its own, is
     described at `train_step`. Raises ConfigError or ModelError for what it cannot train.
@@ -123,8 +123,8 @@ class ModuleEngine(ModuleState):
         ModelError, on every rank, where the module was changed since the engine took it over, or where ranks do not run
         the same layers; ConfigError where the device has too little memory.
         """
-        args, kwargs = tree_map(self._input, (args, kwargs))
-        with self.placement_manager.explain_shortage():
+        args, kwargs = map_tensors(self._input, (args, kwargs))
+        with self.placement_manager.explain_shortage(), self._passes.explain_transforms():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
@@ -236,9 +236,7 @@ class ModuleEngine(ModuleState):
 
     # -- details
 
-    def _input(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
+    def _input(self, x: Tensor) -> Tensor:
         x = to_device(x, self.mesh.device)
         return x.to(self.context.dtype) if x.is_floating_point() else x
 

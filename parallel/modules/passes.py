@@ -1,5 +1,7 @@
 """The forwards and backwards that a user's loop does between two steps: before and after each of them."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from parallel.mesh.agreement import Agreement
 from parallel.modules.parameters import OriginalParameters
 from parallel.placement.manager import PlacementManager
 from parallel.zero.gatherer import Gatherer
+from parallel.zero.saved import transforms_refused
 
 
 class ModulePasses:
@@ -30,6 +33,7 @@ class ModulePasses:
         self._placement_manager, self._agreement, self._original = placement_manager, agreement, original
         self._awaits_backward = False
         self._is_between_steps = True
+        self._hooks = ExitStack()  # by which a running forward saves tensors for its backward
 
     def follow(self, module: nn.Module) -> None:
         """Register hooks by which every forward of the module begins and ends here."""
@@ -42,14 +46,26 @@ class ModulePasses:
         self._agreement.agree_on(action, problem=self._original.change())
         if torch.is_grad_enabled():
             self._report_work(inputs)
-        self.gatherer.start_pass(guarded=True)
+        self.gatherer.start_pass()
         self.gatherer.root.make_whole()
+        self._hooks.enter_context(self.gatherer.saved.hooks("model"))
 
     def end_forward(self) -> None:
         """Release what is gathered, unless a backward is to follow."""
+        self._hooks.close()
         self._awaits_backward |= torch.is_grad_enabled()
         if not self._awaits_backward:
             self.gatherer.end()
+
+    @contextmanager
+    def explain_transforms(self) -> Iterator[None]:
+        """Raise ModelError instead if torch says in the block that it allows no hooks for saved tensors."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise transforms_refused(f"{self.gatherer.last_layer or 'model'}, or the model after it") from error
 
     def begin_backward(self, problem: str) -> None:
         """Gather the root. Raises ModelError on every rank where one does something else, or has a problem."""

@@ -1,14 +1,17 @@
 """Recomputation of a module's layers in backward: in the module's own way, or by torch's checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.activations.offload import InputsOnHost
 from parallel.errors import ConfigError, ModelError
+from parallel.ops.compiling import not_compiled
+from parallel.zero.unavailable import make_available
 
 
 def recompute_layers(
@@ -33,7 +36,16 @@ def recompute_layers(
             return
     kept = partial(checkpoint, use_reentrant=False)
     for layer in layers.values():
-        layer.forward = partial(kept if inputs is None else inputs.wrap(kept), layer.forward)
+        forward = partial(_with_parameters, layer, layer.forward) if compiles else layer.forward
+        layer.forward = partial(kept if inputs is None else inputs.wrap(kept), forward)
+
+
+@not_compiled
+def _with_parameters(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled forward when the layer's parameters are available: compiled code cannot gather them itself."""
+    if torch._C._current_graph_task_id() >= 0:
+        make_available(layer.parameters())
+    return forward(*args, **kwargs)
 
 
 def _replace_checkpoint(module: nn.Module, inputs: InputsOnHost) -> None:

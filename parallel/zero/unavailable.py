@@ -1,6 +1,6 @@
-"""Parameters that are not available now: a computation with one of them is refused."""
+"""Parameters that are not available now: whatever reads their values gathers them, in a backward, or is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,38 +9,54 @@ from torch.utils._pytree import tree_leaves
 
 from parallel.errors import ModelError
 
-ATTRIBUTE = "_layer_that_gathers_it"
-GRADIENT = getattr(Tensor.grad, "__get__")  # noqa: B009
+LAYER, GATHER = "_layer_that_gathers_it", "_gathers_it_in_a_backward"
+
+DESCRIBING = frozenset(
+    "__get_dim_order__ __len__ _backward_hooks _base _grad_fn _post_accumulate_grad_hooks _version data_ptr device dim"
+    " dim_order dtype element_size get_device grad grad_dtype grad_fn has_names itemsize layout name names nbytes"
+    " ndim ndimension nelement numel output_nr register_hook register_post_accumulate_grad_hook requires_grad"
+    " requires_grad_ retain_grad retains_grad shape size storage_offset stride type untyped_storage"
+    " empty_like zeros_like ones_like rand_like randn_like new_empty new_zeros new_ones".split()
+)
+"""The names of functions that read no values of a tensor. So do those that begin with `is_`, except for one."""
+
+MAKING = frozenset(name for name in DESCRIBING if name.endswith("_like") or name.startswith("new_")) | {"grad"}
+"""Those of them that return another tensor."""
 
 
 class UnavailableParameter(nn.Parameter):
-    """The class of a parameter while its layer is not whole. Its shape, its dtype and its `.grad` can be read, but a
-    computation with its values raises ModelError: they are NaN, which would be noticed far from here, or not at all,
-    as in a comparison.
+    """The class of a parameter while its layer is not whole. Its shape, its dtype and its `.grad` can be read.
+
+    A function that reads or writes its values raises ModelError: there are none, and what stands in their place would
+    be noticed far from here, or not at all, as in a comparison. In a backward the layer is gathered instead, so that
+    forwards in it (recomputations) and functions of autograd can use any parameter.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        given = tree_leaves((args, kwargs))
+        unavailable = [x for x in given if isinstance(x, UnavailableParameter)]
+        name = _name(func)
+        is_describing = name in DESCRIBING or (name.startswith("is_") and name != "is_nonzero")
+        if not is_describing:
+            make_available(unavailable)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        given = tree_leaves((args, kwargs))
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and all(x is not y for y in given)]
-        if made and func != GRADIENT:
-            layer = next(getattr(x, ATTRIBUTE) for x in given if isinstance(x, UnavailableParameter))
-            raise ModelError(
-                f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 the parameters of"
-                " an entry of a ModuleList are available only in its own forward and backward. Call the entry itself,"
-                " or keep the parameter outside of the ModuleList."
-            )
+        if is_describing and made and name not in MAKING:  # `type` of another dtype, for example
+            raise _refusal(unavailable[0])
         return result
 
 
-def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str) -> None:
-    """Refuse computations with these parameters, which are gathered when `layer` is called."""
+def mark_unavailable(
+    parameters: Iterable[nn.Parameter], layer: str, gather: Callable[[], None] = lambda: None
+) -> None:
+    """Refuse uses of these parameters, which are gathered when `layer` is called or, in a backward, by `gather`."""
     for parameter in parameters:
         if type(parameter) is nn.Parameter:
-            setattr(parameter, ATTRIBUTE, layer)
+            setattr(parameter, LAYER, layer)
+            setattr(parameter, GATHER, gather)
             parameter.__class__ = UnavailableParameter
 
 
@@ -48,5 +64,41 @@ def mark_available(parameters: Iterable[nn.Parameter]) -> None:
     """Make them ordinary parameters again."""
     for parameter in parameters:
         if isinstance(parameter, UnavailableParameter):
-            delattr(parameter, ATTRIBUTE)
+            delattr(parameter, LAYER)
+            delattr(parameter, GATHER)
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+def make_available(parameters: Iterable[nn.Parameter]) -> None:
+    """Gather those of these parameters that are not available, in a backward. Raises ModelError elsewhere, and where
+    they cannot be available at the same time.
+    """
+    is_backward = torch._C._current_graph_task_id() >= 0
+    given = list(parameters)
+    for parameter in given:
+        if is_backward and isinstance(parameter, UnavailableParameter):
+            getattr(parameter, GATHER)()
+    for parameter in given:
+        if isinstance(parameter, UnavailableParameter):
+            raise _refusal(parameter)
+
+
+def _name(func: Any) -> str:
+    """Return the name of a function of torch, or of an attribute of tensors that is read or set."""
+    name: str = getattr(func, "__name__", "")
+    return func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name
+
+
+def _refusal(parameter: "UnavailableParameter") -> ModelError:
+    layer = getattr(parameter, LAYER)
+    if not layer:
+        return ModelError(
+            "model: a parameter is used while no forward and no backward of the engine is running. In zero stage 3, and"
+            " where parameters are offloaded, each rank then holds a slice of it, or none. Use it in the model's"
+            " forward, or take weights from engine.save_pretrained or engine.save_checkpoint, on every rank."
+        )
+    return ModelError(
+        f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 the parameters of"
+        " an entry of a ModuleList are available only in its own forward and backward. Call the entry itself,"
+        " or keep the parameter outside of the ModuleList."
+    )
