@@ -184,6 +184,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint, by its name."""
+    return {name: tuple(tensor["shape"]) for name, tensor in _read_index(folder)["tensors"].items()}
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX, CheckpointError)
     if not isinstance(index, dict) or not index.keys() >= {"metadata", "files", "tensors"}:

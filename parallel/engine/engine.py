@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import make_chunks
-from parallel.engine.base import EngineBase, StepResult, initial_placement_of, optimizer_of
+from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.phases import Stopwatch
+from parallel.engine.state import EngineState
 from parallel.errors import DataError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
@@ -28,7 +29,7 @@ from parallel.tensor.layers import Linear
 from parallel.zero.gatherer import Gatherer
 
 
-class Engine(EngineBase):
+class Engine(EngineState):
     """Trains this rank's stage of a model, in a mesh of any shape.
 
     A batch is a dict of this replica's samples, the same on every rank of the replica; B is a multiple of
