@@ -88,8 +88,8 @@ def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Op
 class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both.
 
-    `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included: it is
-    the position in the data. `num_updates` counts those that were not skipped: it is the position in the schedule of
+    `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included.
+    `num_updates` counts those that were not skipped: it is the position in the schedule of
     the learning rate. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
     """
 

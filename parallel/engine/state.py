@@ -108,12 +108,14 @@ class EngineState(EngineBase):
         for the same layout alone: for any other there is `save_checkpoint`. (FSDP's counterpart is its sharded
         state_dict.)
         """
-        values = encode(dict(param_groups=self._groups(gathers=False)[1], extra_state=extra_states(self.module)))
+        names, fields = self._groups(gathers=False)
+        values = encode(dict(param_groups=fields, extra_state=extra_states(self.module)))
         steps = self.optimizer.counters()["steps"]
         return {
             "layout": self._layout(),
             "tensors": {key: x.detach().to("cpu", copy=True) for key, x in self._tensors().items()},
             "counters": self.counters() | dict(steps=steps),
+            "group_names": names,
             "values": values.json,
             "value_tensors": values.tensors,
         }
@@ -126,11 +128,9 @@ class EngineState(EngineBase):
         with fail_together(self.mesh.world):
             check_layout(state, self._layout())
             values = decode(state["values"], state["value_tensors"])
-        names, fields = self._groups(gathers=False)
-        saved = [SavedGroup(*pair) for pair in zip(names, values["param_groups"], strict=False)]
-        now = [SavedGroup(*pair) for pair in zip(names, fields, strict=True)]
-        problems, groups = group_problems(saved, now, frozen=frozenset())
-        with fail_together(self.mesh.world):
+            saved = [SavedGroup(*pair) for pair in zip(state["group_names"], values["param_groups"], strict=True)]
+            now = [SavedGroup(*pair) for pair in zip(*self._groups(gathers=False), strict=True)]
+            problems, groups = group_problems(saved, now, frozen=frozenset())
             refuse_other(problems)
         self._restore_groups(groups)
         tensors = self._tensors()
@@ -179,8 +179,7 @@ class EngineState(EngineBase):
 
     def _group_problems(self, saved: SavedState) -> tuple[list[str], dict[int, SavedGroup]]:
         """Return messages about optimizers and groups that differ, and the saved groups to restore, by number."""
-        names, fields = self._groups()
-        now = [SavedGroup(*pair) for pair in zip(names, fields, strict=True)]
+        now = [SavedGroup(*pair) for pair in zip(*self._groups(), strict=True)]
         if saved.optimizer is None:  # of a run of launch.py, or older
             rates: Sequence[float] = saved.metadata.get("rates", [])
             problem = [f"the checkpoint has {len(rates)} param groups, the optimizer {len(now)}"]

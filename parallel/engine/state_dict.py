@@ -1,4 +1,4 @@
-"""What an engine refuses to load from a state_dict, which is of one rank of one layout."""
+"""The checks of a state_dict, which is of one rank of one layout, before an engine loads it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError, names_text
 
-KEYS = ("layout", "tensors", "counters", "values", "value_tensors")
+KEYS = ("layout", "tensors", "counters", "group_names", "values", "value_tensors")
 
 
 def check_layout(state: Any, layout: Mapping[str, Any]) -> None:

@@ -101,7 +101,7 @@ class Leaves:
         self._as_new = {leaf for segment, leaf in self._found if segment.info.name in names}
 
     def drop_states_as_new(self) -> None:
-        """Before a step, drop states of zeros where it would differ from a first step: SGD dampens all but the first.
+        """Drop states of zeros, before a step, where it would differ from a first step: SGD dampens all but the first.
 
         So a checkpoint that is saved before the first step changes nothing.
         """
