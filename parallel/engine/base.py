@@ -137,6 +137,11 @@ class EngineBase:
         schedule, rate = self.config.lr_scheduler, self.config.optimizer.lr
         return learning_rate(schedule, rate, self.num_updates, self.config.train.steps)
 
+    @property
+    def has_gradients(self) -> bool:
+        """True between a backward and its step, where an engine lets its user do anything in between."""
+        return False
+
     def state(self) -> dict[str, list[Piece]]:
         """Return all weights, also frozen ones, and all tensors that a step changes, as pieces by kind.
 

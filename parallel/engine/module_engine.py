@@ -162,6 +162,11 @@ class ModuleEngine(ModuleState):
         self.zero_grad()
         super().write_back()
 
+    @property
+    def has_gradients(self) -> bool:
+        """True if gradients have arrived since the last step on this rank."""
+        return bool(self._gradients.arrived().any())
+
     def zero_grad(self) -> None:
         """Drop all gradients since the last step."""
         self._gradients.begin()

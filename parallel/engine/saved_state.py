@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint import checkpoint, saved_values
-from parallel.errors import names_text
+from parallel.errors import CheckpointError, names_text
 from parallel.mesh.mesh import Axis
 from parallel.optim.param_groups import SavedGroup
 
@@ -61,6 +61,16 @@ class SavedState:
         """The param groups of the optimizer; none for the config's own."""
         names: Sequence[Sequence[str]] = self.metadata.get("group_names", ())
         return [SavedGroup(*pair) for pair in zip(names, self.values.get("param_groups", ()), strict=True)]
+
+    def check_shapes(self, wanted: Shapes) -> None:
+        """Raise CheckpointError with all tensors that have another shape in the model."""
+        problems = [
+            f"{self.folder}: {name_of(name)} is {self.shapes[name]}, the model needs {shape}"
+            for name, shape in wanted.items()
+            if self.shapes.get(name, shape) != shape and kind_of(name) in WEIGHTS
+        ]
+        if problems:
+            raise CheckpointError(". ".join(problems) + ".")
 
     def weight_problems(self, wanted: Shapes, *, frozen: frozenset[str]) -> list[str]:
         """Return messages about weights that only the checkpoint has, or only the model.

@@ -40,6 +40,8 @@ class EngineState(EngineBase):
         stored (a function, an object of a class of yours), and where a rank cannot write.
         """
         world, target = self.mesh.world, checkpoint.step_folder(Path(folder), self.num_steps)
+        if self.has_gradients:
+            self._log(["save_checkpoint: the gradients since the last step are not saved"])
         own = self.optimizer.counters()["steps"]
         steps = {k: v for part in gather_objects(own, world) for k, v in part.items()}
         names, fields = self._groups()
@@ -69,7 +71,7 @@ class EngineState(EngineBase):
         stay as they are now.
         """
         saved = self._read(folder, "load_checkpoint")
-        problems = saved.weight_problems(self._shapes(), frozen=self._frozen())
+        problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
         self._refuse_or_log(problems + more, strict=strict)
         self._restore_groups(groups)
@@ -95,8 +97,7 @@ class EngineState(EngineBase):
         the counters stay as they are. Raises CheckpointError as `load_checkpoint` does.
         """
         saved = self._read(folder, "load_weights")
-        problems = saved.weight_problems(self._shapes(), frozen=self._frozen())
-        self._refuse_or_log(problems, strict=strict)
+        self._refuse_or_log(self._weight_problems(saved), strict=strict)
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
         set_extra_states(self.module, saved.values.get("extra_state", {}))
         self.write_back()
@@ -177,6 +178,12 @@ class EngineState(EngineBase):
         names = [list(dict.fromkeys(name for part in same for name in part)) for same in zip(*of_ranks, strict=False)]
         return names, [group.fields for group in own]
 
+    def _weight_problems(self, saved: SavedState) -> list[str]:
+        """Return messages about weights that one side lacks. Raises CheckpointError where shapes differ."""
+        wanted = self._shapes()
+        saved.check_shapes(wanted)
+        return saved.weight_problems(wanted, frozen=self._frozen())
+
     def _group_problems(self, saved: SavedState) -> tuple[list[str], dict[int, SavedGroup]]:
         """Return messages about optimizers and groups that differ, and the saved groups to restore, by number."""
         now = [SavedGroup(*pair) for pair in zip(*self._groups(), strict=True)]
@@ -197,17 +204,18 @@ class EngineState(EngineBase):
         """Raise CheckpointError with these messages, the same on every rank; without `strict`, log them."""
         if strict and problems:
             raise CheckpointError(". ".join(problems) + ". Try strict=False, which loads the rest.")
-        self._log(problems)
+        self._log([f"left out: {problem}" for problem in problems])
 
     def _log_what_starts_anew(self, saved: SavedState, new: set[str]) -> None:
         frozen = self._frozen()
         left_out = {name_of(n) for n in saved.shapes if kind_of(n) not in WEIGHTS} & frozen
         if new:
-            self._log([f"it has no optimizer states of {names_text(new)}: they start as new ones"])
+            self._log([f"{saved.folder} has no optimizer states of {names_text(new)}: they start as new ones"])
         if left_out:
             self._log([f"{names_text(left_out)} is frozen now: its optimizer states are left out"])
-        if saved.is_older and (frozen or saved.metadata.get("rates")):
-            self._log(["it is of an older version: frozen parameters, and fields of groups other than lr, stay"])
+        if saved.is_older and (frozen or not isinstance(self.optimizer, AdamW)):
+            what = "frozen parameters, and fields of param groups but lr"
+            self._log([f"{saved.folder} is of an older version without {what}: they stay as they are"])
 
     def _log(self, messages: Sequence[str]) -> None:
         for message in messages if self.mesh.world.rank == 0 else ():
