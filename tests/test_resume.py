@@ -1,24 +1,18 @@
-"""Resuming a user's loop equals plain torch without an interruption, and nothing is left out silently."""
+"""Resuming a user's loop equals plain torch without an interruption: optimizers, schedulers, frozen parameters."""
 
-import json
-import random
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 import parallel
-from parallel.checkpoint.values import decode, encode
 from parallel.config import parse
 from parallel.engine.context import Place, make_context, use
 from parallel.engine.module_engine import ModuleEngine
-from parallel.errors import CheckpointError
 from parallel.optim.param_groups import WAYS_TO_COMPUTE
 from parallel.placement.policy import host_bytes
 from parallel.storage.transfer import Tier
@@ -126,91 +120,6 @@ def fields(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k not in left_out} for group in optimizer.param_groups]
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
-
-VALUES: dict[str, Any] = {
-    "keys": {1: "a", "1": "b", None: "c", 2.5: "d", (1, 2): "e", True and "yes": "f"},
-    "a key with a mark": {"$tensor": 0},
-    "numbers": [0, -1, 2**200, 2**3000, 1.5, float("inf"), -float("inf"), 1j, True, None, "é\ud800", b"\x00\xff"],
-    "containers": [
-        (1, (2,)),
-        {3, 1},
-        frozenset([1]),
-        [],
-        {},
-        (),
-        Counter({2: 1}),
-        OrderedDict(b=1, a=2),
-        deque([1], 3),
-    ],
-    "a default": defaultdict(list, {1: [2]}),
-    "numpy": [np.float32(0.1), np.int64(3), np.bool_(True), np.datetime64("2026-01-01"), np.str_("text")],
-    "torch": [torch.Size([1, 2]), torch.bfloat16, torch.device("cpu")],
-    "random": random.Random(3).getstate(),
-}
-TENSORS = [
-    torch.arange(6.0).view(2, 3).t(),
-    torch.tensor(2.0, dtype=torch.bfloat16),
-    torch.zeros(0, 3),
-    torch.tensor([1, 2**16 - 1], dtype=torch.uint16),
-    torch.tensor([1 + 2j]),
-    torch.tensor([True]),
-]
-ARRAYS = [np.arange(6, dtype=np.uint16).reshape(2, 3), np.zeros((0, 2)), np.array(3.0), np.array(["ab", "c"])]
-
-
-def test_values_come_back_equal_and_of_the_same_types() -> None:
-    encoded = encode(VALUES)
-    got = decode(json.loads(json.dumps(encoded.json)), encoded.tensors)
-    assert got == VALUES
-    assert repr(got) == repr(VALUES)  # which tells 1 from True and from numpy's 1
-    encoded = encode(dict(tensors=TENSORS, arrays=ARRAYS, nan=[float("nan"), np.float64("nan")]))
-    got = decode(json.loads(json.dumps(encoded.json)), encoded.tensors)
-    for ours, theirs in zip(got["tensors"], TENSORS, strict=True):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        assert torch.equal(ours, theirs)
-    for x, y in zip(got["arrays"], ARRAYS, strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert (x == y).all()
-        x[...] = y  # it can be written to
-    assert all(x != x for x in got["nan"])
-
-
-class Own:
-    """A class of the user's."""
-
-
-@pytest.mark.parametrize(
-    ("value", "path"),
-    [
-        (dict(scheduler=dict(lr_lambdas=[lambda step: 1.0])), 'extra["scheduler"]["lr_lambdas"][0]'),
-        ({5: Own()}, "extra[5]"),
-        ({"a": {Own(): 1}}, 'extra["a"]'),
-        (dict(x=torch.ones(2).to_sparse()), 'extra["x"]'),
-        (dict(x=torch.ones(2, device="meta")), 'extra["x"]'),
-        (dict(x=np.array([Own()])), 'extra["x"]'),
-        (dict(x=type("Text", (str,), {})("x")), 'extra["x"]'),
-    ],
-)
-def test_what_cannot_be_stored_is_refused_by_its_path(value: Any, path: str) -> None:
-    with pytest.raises(CheckpointError) as refusal:
-        encode(dict(extra=value))
-    assert str(refusal.value).startswith(path)
-
-
-def test_a_value_that_contains_itself_is_refused() -> None:
-    items: list[Any] = []
-    items.append(items)
-    with pytest.raises(CheckpointError, match=r"extra\[0\]: it contains itself"):
-        encode(dict(extra=items))
-
-
-@pytest.mark.parametrize("json", [{"$code": "x"}, {"$dtype": "load"}, {"$array": ["|O", [1], 0]}, {"$tensor": 9}])
-def test_values_of_a_damaged_file_are_refused(json: Any) -> None:
-    with pytest.raises(CheckpointError, match="is damaged"):
-        decode({"x": json}, [torch.zeros(8, dtype=torch.uint8)])
-
-
 # -- param groups and schedulers ---------------------------------------------------------------------------------------
 
 
@@ -265,9 +174,8 @@ def test_a_resumed_schedule_equals_plain_torchs(kind: str, tmp_path: Path) -> No
         advance = (lambda: scheduler.step(1.0)) if kind == "ReduceLROnPlateau" else scheduler.step
         return module if raw is None else engine_of(module, optimizer, raw=raw), optimizer, advance, scheduler
 
-    want: list[Any] = []
     module, optimizer, advance, _ = start(None)
-    train_in_plain_torch(module, optimizer, range(6), lambda: (advance(), want.append(fields(optimizer))))
+    train_in_plain_torch(module, optimizer, range(6), advance)
     wanted = repr(fields(optimizer))
 
     engine, _, advance, scheduler = start(config_of())
@@ -359,3 +267,66 @@ def test_every_field_of_every_group_resumes_in_every_stage_and_placement_as_in_p
             for state in ("exp_avg", "max_exp_avg_sq", "momentum_buffer"):
                 if isinstance(x := optimizer.state[parameter].get(state), Tensor):
                     assert got[f"{state}/{name}"] == pytest.approx(sum_in_plain_torch(x), rel=1e-10, abs=1e-10)
+
+
+# -- frozen parameters -------------------------------------------------------------------------------------------------
+
+FROZEN = ("first.weight", "blocks.0.bias", "blocks.1.weight", "blocks.1.bias")
+
+
+def freeze(module: nn.Module, *, frozen: bool) -> nn.Module:
+    for name in FROZEN:
+        module.get_parameter(name).requires_grad_(not frozen)
+    return module
+
+
+def thaw_or_freeze(rank: int, world_size: int, folder: Path) -> list[dict[str, float]]:
+    """Return the sums of runs that froze or trained some parameters for two steps, and did the other for two more."""
+    found = []
+    where: Any = dict(rank=rank, world_size=world_size)
+    for i, (stage, policy, passes, before) in enumerate(FREEZES):
+        module = freeze(net().double(), frozen=before)
+        engine = engine_of(module, adam_of_all(module) if passes else None, raw=raw_of(stage, policy), **where)
+        train(engine, 0, 2)
+        engine.save_checkpoint(folder / str(i))
+        module = freeze(net().double(), frozen=not before)
+        for parameter in module.parameters():
+            parameter.data.fill_(-1.0)
+        other = (stage + 1 + i) % 4
+        engine = engine_of(module, adam_of_all(module) if passes else None, raw=raw_of(other, policy), **where)
+        engine.load_checkpoint(folder / str(i))
+        train(engine, 2, 4)
+        found.append(sums_of(engine))
+    return found
+
+
+def raw_of(stage: int, policy: str = "cuda") -> Raw:
+    raw = config_of(stage, tensor_placement_policy=policy)
+    rates = dict(kind="constant", warmup_steps=0)
+    return raw | dict(optimizer=dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0), lr_scheduler=rates)
+
+
+def adam_of_all(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0)
+
+
+FREEZES = [
+    (stage, policy, passes, before)
+    for stage, policy, passes in ((0, "cuda", True), (1, "cpu", False), (2, "cuda", False), (3, "cpu", True))
+    for before in (True, False)
+]
+
+
+def test_what_is_frozen_is_saved_and_what_is_thawed_starts_with_new_states(tmp_path: Path) -> None:
+    """The reference is one optimizer of plain torch, which skips parameters without a gradient."""
+    for (stage, policy, _, before), *parts in zip(FREEZES, *run(thaw_or_freeze, 2, tmp_path), strict=True):
+        module = freeze(net().double(), frozen=before)
+        optimizer = adam_of_all(module)
+        train_in_plain_torch(module, optimizer, range(2))
+        freeze(module, frozen=not before)
+        train_in_plain_torch(module, optimizer, range(2, 4))
+        got = added(parts)
+        assert got["buffer/seen"] == 4
+        for name, parameter in module.named_parameters():
+            want = sum_in_plain_torch(parameter)
+            assert got[f"master/{name}"] == pytest.approx(want, rel=1e-10), (stage, policy, before, name)
