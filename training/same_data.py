@@ -43,9 +43,7 @@ def check_same_data(folder: Path, metadata: Mapping[str, Any], config: Config, c
     if record is not None and record != corpus_record(corpus):
         same_size = record["tokens"] == len(corpus.tokens)
         found = "other tokens" if same_size else f"{len(corpus.tokens)} tokens, and not {record['tokens']}"
-        problems.append(
-            f"data.path: {config.data.path} has {found}; name the corpus that the checkpoint was saved with"
-        )
+        problems.append(f"data.path: {config.data.path} has {found}; name the corpus of the checkpoint's run")
     if problems:
         raise CheckpointError(
             f"--resume: {folder} cannot go on at its place in the data: {'. '.join(problems)}. To train its weights on"
