@@ -164,7 +164,7 @@ SCHEDULERS: dict[str, tuple[Make, Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_resumed_schedule_equals_plain_torchs(kind: str, tmp_path: Path) -> None:
-    """Of a group only lr was once restored: OneCycleLR went on with the first betas, MultiStepLR without milestones."""
+    """Groups once got lr alone back: OneCycleLR went on with the first betas, MultiStepLR without its milestones."""
     optimizer_of, schedule = SCHEDULERS[kind]
 
     def start(raw: Raw | None) -> tuple[Any, torch.optim.Optimizer, Callable[[], None], Any]:

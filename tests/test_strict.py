@@ -1,4 +1,4 @@
-"""What a checkpoint and an engine do not share is refused by name, or named: nothing is left out silently."""
+"""A load refuses by name what only the checkpoint or only the engine has, or names it: nothing is silent."""
 
 import json
 import logging

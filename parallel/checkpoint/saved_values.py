@@ -12,7 +12,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
-from parallel.checkpoint.values import decode, encode
+from parallel.checkpoint.values import decode, dtype_of, encode, name_of
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
@@ -30,7 +30,7 @@ def encode_on_ranks(values: Mapping[str, Any], axis: Axis) -> tuple[list[Any], l
     """
     with fail_together(axis):
         own = encode(values)
-    entry = {"json": own.json, "tensors": [[str(x.dtype), list(x.shape)] for x in own.tensors]}
+    entry = {"json": own.json, "tensors": [[name_of(x.dtype), list(x.shape)] for x in own.tensors]}
     found = gather_objects((own.digest(), entry), axis)
     is_same = len({digest for digest, _ in found}) == 1
     pieces = [
@@ -53,7 +53,7 @@ def read_values(folder: Path, entries: Sequence[Any], axis: Axis) -> dict[str, A
             "%s: extra differed between the %d ranks that saved it; rank 0's is used", folder.name, len(entries)
         )
     entry = entries[rank]
-    tensors = [torch.empty(shape, dtype=getattr(torch, dtype[6:])) for dtype, shape in entry["tensors"]]
+    tensors = [torch.empty(shape, dtype=dtype_of(dtype)) for dtype, shape in entry["tensors"]]
     pieces = [
         Piece(f"{KIND}/{rank}/{i}", tuple(x.shape), tuple((0, size) for size in x.shape), x)
         for i, x in enumerate(tensors)

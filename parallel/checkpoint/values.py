@@ -94,8 +94,10 @@ class _Encoder:
             return {"$tensor": self._tensor(x.detach(), path)}
         if isinstance(x, np.ndarray | np.generic):
             return self._of_numpy(x, path)
-        if kind in (torch.dtype, torch.device):
-            return {f"${kind.__name__}": str(x).removeprefix("torch.")}
+        if kind is torch.dtype:
+            return {"$dtype": name_of(x)}
+        if kind is torch.device:
+            return {"$device": str(x)}
         if kind is bytes:
             return {"$bytes": base64.b64encode(x).decode()}
         if any(x is other for other in self._open):
@@ -157,6 +159,11 @@ def _refusal(x: Any, path: str) -> str:
     )
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in torch."""
+    return str(dtype).removeprefix("torch.")
+
+
 def decode(found: Any, tensors: Sequence[Tensor]) -> Any:
     """Return the value of this JSON. Raises CheckpointError where it is not what `encode` makes."""
     try:
@@ -194,10 +201,11 @@ def _plain_dtype(name: str) -> "np.dtype[Any]":
     return found
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of this name. Raises CheckpointError where torch has none."""
+    found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {name}")
+        raise CheckpointError(f"the checkpoint is damaged: it has a tensor of dtype {name}.")
     return found
 
 
@@ -207,7 +215,7 @@ DECODERS: dict[str, Callable[[Any, Sequence[Tensor]], Any]] = {
     "int": lambda text, _: int(text, 16),
     "complex": lambda parts, _: complex(*map(float, parts)),
     "bytes": lambda text, _: base64.b64decode(text),
-    "dtype": lambda name, _: _torch_dtype(name),
+    "dtype": lambda name, _: dtype_of(name),
     "device": lambda name, _: torch.device(name),
     "number": lambda pair, _: np.frombuffer(base64.b64decode(pair[1]), _plain_dtype(pair[0]))[0],
     "array": _array,

@@ -60,7 +60,7 @@ class SavedState:
     def groups(self) -> list[SavedGroup]:
         """The param groups of the optimizer; none for the config's own."""
         names: Sequence[Sequence[str]] = self.metadata.get("group_names", ())
-        return [SavedGroup(*pair) for pair in zip(names, self.values.get("param_groups", ()), strict=True)]
+        return [SavedGroup(*pair) for pair in zip(names, self.values.get("param_groups", ()), strict=False)]
 
     def check_shapes(self, wanted: Shapes) -> None:
         """Raise CheckpointError with all tensors that have another shape in the model."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class EngineState(EngineBase):
         steps = {k: v for part in gather_objects(own, world) for k, v in part.items()}
         names, fields = self._groups()
         module = extra_states(self.module)
-        values = dict(extra=dict(extra or {}), param_groups=fields, extra_state=module)
+        values = dict(extra={} if extra is None else extra, param_groups=fields, extra_state=module)
         entries, pieces = encode_on_ranks(values, world)
         metadata = dict(
             format=FORMAT,
@@ -175,7 +176,8 @@ class EngineState(EngineBase):
         of_ranks = [[group.names for group in own]]
         if gathers:
             of_ranks = gather_objects(of_ranks[0], self.mesh.world)
-        names = [list(dict.fromkeys(name for part in same for name in part)) for same in zip(*of_ranks, strict=False)]
+        same = zip_longest(*of_ranks, fillvalue=())  # a pipeline stage may lack a group
+        names = [list(dict.fromkeys(name for part in parts for name in part)) for parts in same]
         return names, [group.fields for group in own]
 
     def _weight_problems(self, saved: SavedState) -> list[str]:
@@ -186,7 +188,7 @@ class EngineState(EngineBase):
 
     def _group_problems(self, saved: SavedState) -> tuple[list[str], dict[int, SavedGroup]]:
         """Return messages about optimizers and groups that differ, and the saved groups to restore, by number."""
-        now = [SavedGroup(*pair) for pair in zip(*self._groups(), strict=True)]
+        now = [SavedGroup(*pair) for pair in zip(*self._groups(), strict=False)]
         if saved.optimizer is None:  # of a run of launch.py, or older
             rates: Sequence[float] = saved.metadata.get("rates", [])
             problem = [f"the checkpoint has {len(rates)} param groups, the optimizer {len(now)}"]
