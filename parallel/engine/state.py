@@ -203,9 +203,10 @@ class EngineState(EngineBase):
             self.optimizer.restore_groups(saved)
 
     def _refuse_or_log(self, problems: Sequence[str], *, strict: bool) -> None:
-        """Raise CheckpointError with these messages, the same on every rank; without `strict`, log them."""
-        if strict and problems:
-            raise CheckpointError(". ".join(problems) + ". Try strict=False, which loads the rest.")
+        """Raise CheckpointError with these messages, on every rank where one has any; without `strict`, log them."""
+        with fail_together(self.mesh.world):
+            if strict and problems:
+                raise CheckpointError(". ".join(problems) + ". Try strict=False, which loads the rest.")
         self._log([f"left out: {problem}" for problem in problems])
 
     def _log_what_starts_anew(self, saved: SavedState, new: set[str]) -> None:
