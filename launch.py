@@ -189,7 +189,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
         world_size = read_config(arguments.config, arguments.set, None).parallel.model_size
     config = read_config(arguments.config, arguments.set, world_size)
     corpus = read_corpus(config)
-    found = find_checkpoint(config, arguments.resume)
+    found = find_checkpoint(config, arguments.resume, corpus)
     messages = [
         *override_messages(arguments.set),
         *start_messages(config, arguments.resume, found),

@@ -57,7 +57,7 @@ def train_in_turns(steps: int, seed: int) -> tuple[dict[str, list[float]], dict[
     loader = Loader(corpus, order, global_batch=config.train.global_batch_size)
     losses: dict[str, list[float]] = {name: [] for name in engines}
     for step in range(steps):
-        batch = loader.training(step)
+        batch = loader.training(step * config.train.global_batch_size)
         for name, engine in engines.items():
             losses[name].append(step_of(name, engine, batch))
         if (step + 1) % max(1, steps // 10) == 0:

@@ -1,16 +1,17 @@
 """Make batches from text and token files.
 
 A corpus is one row of token ids, cut into N = tokens // S samples, the last of which are for validation. The samples of
-a step follow from (seed, step) alone. So their order is the same in every layout, and a resumed run need not replay the
-steps before it.
+a step follow from the seed and the number of samples taken before it. So their order is the same in every layout and
+for every batch size, and a resumed run need not replay the steps before it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ from parallel.layout.labels import IGNORED
 Indexes: TypeAlias = npt.NDArray[np.int64]
 Batch: TypeAlias = dict[str, torch.Tensor]
 
+DIGESTED = 1 << 18  # tokens: a MiB of 32-bit integers
 CHECKED_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 
 
@@ -45,6 +47,12 @@ class Corpus:
     def num_training(self) -> int:
         return self.num_samples - self.num_validation
 
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the first and of the last MiB of tokens, as 32-bit integers, wherever they were read from."""
+        ends = (self.tokens[:DIGESTED], self.tokens[-DIGESTED:])
+        return hashlib.sha256(b"".join(np.asarray(end, "<i4").tobytes() for end in ends)).hexdigest()
+
     def sample(self, index: int) -> Indexes:
         """Return a copy of sample i, `tokens[i*S:(i+1)*S]`."""
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
@@ -53,7 +61,7 @@ class Corpus:
 
 
 class SampleOrder:
-    """The order in which steps take the training samples: as they come, or in a new permutation for each epoch."""
+    """The order in which a run takes the training samples: as they come, or in a new permutation for each epoch."""
 
     def __init__(self, num_samples: int, *, shuffle: bool, seed: int) -> None:
         self.num_samples = num_samples
@@ -62,10 +70,9 @@ class SampleOrder:
         # Two are kept, because a step may begin in one epoch and end in the next.
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 
-    def step(self, step: int, global_batch: int) -> Indexes:
-        """Return the indexes of the `global_batch` samples that a step takes. Steps count from 0."""
-        first = step * global_batch
-        epochs, offsets = np.divmod(np.arange(first, first + global_batch), self.num_samples)
+    def take(self, first: int, count: int) -> Indexes:
+        """Return the indexes of the `count` samples that a run takes after its first `first` ones."""
+        epochs, offsets = np.divmod(np.arange(first, first + count), self.num_samples)
         if not self._shuffle:
             return offsets
         return np.concatenate([self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
@@ -89,14 +96,14 @@ class Loader:
         rows = global_batch // num_replicas
         self._block = slice(replica * rows, (replica + 1) * rows)
 
-    def training(self, step: int) -> Batch:
-        """Return the training batch of a step, counted from 0: input_ids[G/D, S] and sample_ids[G/D].
+    def training(self, first: int) -> Batch:
+        """Return the training batch after the first `first` samples of the run: input_ids[G/D, S], sample_ids[G/D].
 
         The sample ids number the samples of the whole run, and dropout masks follow from them.
         """
-        samples = self._order.step(step, self._global_batch)[self._block]
+        samples = self._order.take(first, self._global_batch)[self._block]
         input_ids = np.stack([self._corpus.sample(int(index)) for index in samples])
-        return {"input_ids": torch.from_numpy(input_ids), "sample_ids": self._sample_ids(step)}
+        return {"input_ids": torch.from_numpy(input_ids), "sample_ids": self._sample_ids(first)}
 
     def validation(self) -> Iterator[Batch]:
         """Yield all validation samples once, in order: input_ids[G/D, S], labels[G/D, S] and sample_ids[G/D].
@@ -105,7 +112,7 @@ class Loader:
         no labels.
         """
         for step in range(math.ceil(self._corpus.num_validation / self._global_batch)):
-            sample_ids = self._sample_ids(step)
+            sample_ids = self._sample_ids(step * self._global_batch)
             input_ids = torch.full((len(sample_ids), self._corpus.sequence_length), PAD)
             labels = torch.full_like(input_ids, IGNORED)
             for row, index in enumerate(sample_ids.tolist()):
@@ -114,9 +121,8 @@ class Loader:
                     labels[row] = input_ids[row]
             yield {"input_ids": input_ids, "labels": labels, "sample_ids": sample_ids}
 
-    def _sample_ids(self, step: int) -> torch.Tensor:
-        """Return kG + j for each row j of this replica in step k."""
-        first = step * self._global_batch
+    def _sample_ids(self, first: int) -> torch.Tensor:
+        """Return first + j for each row j of this replica in a global batch."""
         return torch.arange(first + self._block.start, first + self._block.stop)
 
 

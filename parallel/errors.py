@@ -46,6 +46,13 @@ def either(choices: Iterable[object]) -> str:
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
+def names_text(names: Iterable[str], at_most: int = 8) -> str:
+    """Join names in order, and count those after the first few: 'a, b and 3 more'."""
+    ordered = sorted(names)
+    rest = len(ordered) - at_most
+    return ", ".join(ordered[:at_most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def size_text(count: int) -> str:
     """Return a number of bytes in MiB or GiB, as text: 3 * 2**29 -> '1.50 GiB'."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -346,12 +346,12 @@ MODEL = (
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
-           "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
-           "first = self.num_steps * self.data.size * len(ids)",
+           "first = self.num_samples + self.data.rank * len(ids)",
+           "first = self.num_samples",
            f"{RULES}::test_replicas_have_the_dropout_masks_of_a_single_rank"),
     Mutant("dropout-the-same-in-every-step", "the numbers of samples start again in each step",
            ENGINE,
-           "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
+           "first = self.num_samples + self.data.rank * len(ids)",
            "first = self.data.rank * len(ids)",
            f"{RULES}::test_a_batch_repeated_in_the_next_step_has_other_dropout_masks"),
 )
@@ -517,7 +517,7 @@ MODULES = (
            MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "Adam resumes with the same number of steps for every parameter",
-           TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
+           TORCH_OPTIM, "steps.get(segment.info.name, updates)", "updates",
            f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
            "parallel/engine/loaders.py", "manual_seed(seeds[0])", "manual_seed(seeds[axis.rank])",
@@ -692,6 +692,39 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
+RESUMES, STRICT, RESUMED_RUNS = (f"tests/test_{name}.py" for name in ("resume", "strict", "resumed_runs"))
+STATE, GROUP_FIELDS = "parallel/engine/state.py", "parallel/optim/param_groups.py"
+EVERY_FIELD = f"{RESUMES}::test_every_field_of_every_group_resumes_in_every_stage_and_placement_as_in_plain_torch"
+THAWED = f"{RESUMES}::test_what_is_frozen_is_saved_and_what_is_thawed_starts_with_new_states"
+NAMED = f"{STRICT}::test_names_left_over_and_missing_are_refused_on_every_rank_and_named_without_strict"
+
+RESUMING = (
+    Mutant("group-fields-forgotten", "of an optimizer's groups only lr is restored",
+           GROUP_FIELDS, "for key, value in one.fields.items()", 'for key, value in one.fields.items() if key == "lr"',
+           f"{RESUMES}::test_a_resumed_schedule_equals_plain_torchs[OneCycleLR]"),
+    Mutant("tensor-lr-replaced", "a scheduler goes on with a tensor that no group has",
+           GROUP_FIELDS, "return now.copy_(saved) if isinstance(saved, Tensor) else now.fill_(saved)", "return saved",
+           f"{RESUMES}::test_a_resumed_schedule_equals_plain_torchs[StepLR of a tensor lr]"),
+    Mutant("first-step-dampened", "a checkpoint before the first step changes that step of SGD",
+           LEAVES, "self.inner.state.pop(leaf)", "pass", EVERY_FIELD),
+    Mutant("frozen-not-gathered", "loaded values of frozen parameters do not reach the other ranks",
+           BASE, "chunk.write_back().wait()", "chunk.is_frozen or chunk.write_back().wait()", THAWED),
+    Mutant("thawed-as-old", "a parameter that was frozen counts the steps of the others",
+           STATE, "steps = {info.name: 0 for info in infos if not new.isdisjoint(info.sources)}", "steps = {}", THAWED),
+    Mutant("larger-checkpoint-loads", "what a checkpoint has besides the model is left out silently",
+           STATE, "if strict and problems:", "if False:", NAMED),
+    Mutant("extra-of-rank-0", "every rank gets rank 0's extra",
+           "parallel/checkpoint/saved_values.py", "axis.rank if len(entries) == axis.size else 0", "0",
+           f"{STRICT}::test_each_rank_has_its_own_extra_again"),
+    Mutant("position-in-steps", "after a change of the batch size a run takes samples again",
+           "training/same_data.py", 'return int(counters["samples"])',
+           'return int(counters["step"]) * int(dict(_flat(metadata["config"]))[BATCH])',
+           f"{RESUMED_RUNS}::test_a_resumed_run_does_what_the_table_says[`train.global_batch_size`]"),
+    Mutant("dropout-from-steps", "after a step of another size samples get dropout masks that others had",
+           ENGINE, 'self.num_samples += self.data.size * len(batch["input_ids"])', "self.num_samples += 1",
+           f"{STRICT}::test_a_split_model_goes_on_bit_for_bit"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -710,4 +743,5 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
+    *RESUMING,
 )

@@ -361,7 +361,7 @@ def test_tflops_are_those_of_one_device() -> None:
     config = read_config(None, TINY, 1)
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
     flops = 8 * 16 * (6 * (260 * 32 + 2 * layer + 2 * 32) + 12 * 2 * 32 * 16)
-    line = Meter(config, 4, torch.device("cpu")).line(3, StepResult(2.0, 1.0, 0.1, 120), 0.5)
+    line = Meter(config, 4, torch.device("cpu")).line(3, StepResult(2.0, 1.0, 0.1, 120), 0.5, samples=24)
     assert line["tflops"] == pytest.approx(flops / 0.5 / 4 / 1e12)
     assert line["tokens"] == 3 * 8 * 16
 
@@ -398,12 +398,12 @@ def test_the_loop_needs_no_launcher_and_gives_each_step_its_own_batch(tmp_path: 
     lines: list[MetricsLine] = []
     training = loader.training
 
-    def watched(step: int) -> Batch:
-        taken.append(step)
-        return training(step)
+    def watched(first: int) -> Batch:
+        taken.append(first)
+        return training(first)
 
     loader.training = watched  # type: ignore[method-assign]
     fit(engine, loader, Listeners(lines.append, lambda step: None), validates=False)
-    assert taken == [0, 1, 2, 3, 4, 5]
+    assert taken == [0, 8, 16, 24, 32, 40]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run").exists()

@@ -83,8 +83,7 @@ def go_on(rank: int, world_size: int, raw: Raw, folder: Path, uses_torch_optimiz
 
 def _set_to_zero(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
-        if parameter.requires_grad:  # frozen parameters are not in a checkpoint
-            parameter.data.zero_()
+        parameter.data.zero_()
 
 
 def added(parts: list[dict[str, float]]) -> dict[str, float]:

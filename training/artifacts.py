@@ -54,7 +54,8 @@ def written_while_training(engine: Engine, job: Job, screen: Screen) -> Iterator
 def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
     """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns."""
     target = checkpoint.step_folder(job.folder.path, step)
-    keep, metadata = engine.config.output.keep_checkpoints, metadata_of(engine.config, engine.counters())
+    keep = engine.config.output.keep_checkpoints
+    metadata = metadata_of(engine.config, engine.counters(), job.corpus)
     checkpoint.save(target, engine.state_pieces(owned=True), metadata=metadata, axis=engine.mesh.world, keep=keep)
     return target
 

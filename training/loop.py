@@ -36,10 +36,10 @@ def fit(engine: Engine, loader: Loader, listeners: Listeners, *, validates: bool
         with listeners.around_step(engine.num_steps + 1):
             started = time.perf_counter()
             engine.stopwatch.mark("data")
-            result = engine.train_step(loader.training(engine.num_steps))
+            result = engine.train_step(loader.training(engine.num_samples))
             seconds = time.perf_counter() - started
         step = engine.num_steps
-        line = meter.line(step, result, seconds)
+        line = meter.line(step, result, seconds, samples=engine.num_samples)
         if validates and (step == steps or is_due(step, output.eval_every)):
             line["validation_loss"] = engine.evaluate(loader.validation())
         listeners.on_step(line)

@@ -56,8 +56,8 @@ class Meter:
     world_size: int
     device: torch.device
 
-    def line(self, step: int, result: StepResult, seconds: float) -> MetricsLine:
-        """Return the line of a step, counted from 1."""
+    def line(self, step: int, result: StepResult, seconds: float, *, samples: int) -> MetricsLine:
+        """Return the line of a step, counted from 1, with which the run has taken so many samples."""
         train, sequence = self.config.train, self.config.data.sequence_length
         tokens = train.global_batch_size * sequence
         flops = tokens * flops_per_token(shape_of(self.config), sequence)
@@ -68,7 +68,7 @@ class Meter:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens": step * tokens,
+            "tokens": samples * sequence,
             "step_seconds": seconds,
             "phases": dict(result.phases),
             "tokens_per_second": tokens / seconds,

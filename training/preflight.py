@@ -50,7 +50,7 @@ def prepare(
     """
     corpus = read_corpus(config)
     check_device(config, place)
-    found = find_checkpoint(config, resume)
+    found = find_checkpoint(config, resume, corpus)
     taken = steps_taken(found) if profile else 0
     traced, not_traced = steps_to_trace(profile, taken=taken, steps=config.train.steps)
     folder = checked_folder(config, found)

@@ -5,20 +5,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from models.data import Corpus
 from models.hf import has_weights
 from models.shapes import OPTShape, shape_of
 from parallel.checkpoint import checkpoint
 from parallel.config import Config
 from parallel.errors import CheckpointError
+from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
 
 MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init_std", "bos_token_id", "eos_token_id"}
 """The fields of a model's shape that may differ: the same weights are then still the same function."""
 
 
-def find_checkpoint(config: Config, resume: str | None) -> Path | None:
+def find_checkpoint(config: Config, resume: str | None, corpus: Corpus) -> Path | None:
     """Return the checkpoint that `--resume` names; "auto" is the newest of the run, or None if it has none yet.
 
-    Raises CheckpointError if the checkpoint is damaged, of another model, or not there.
+    Raises CheckpointError if the checkpoint is damaged, of another model, at a place in other data, or not there.
     """
     found = None if resume is None else checkpoint.find_checkpoint(resume, Path(config.output.dir))
     if found is None:
@@ -30,13 +32,14 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
             raise CheckpointError(f"{error} Try --resume {earlier}.") from error
         raise
     check_same_model(found, shape_of(config))
+    check_same_data(found, checkpoint.read_metadata(found), config, corpus)
     return found
 
 
 def start_messages(config: Config, resume: str | None, found: Path | None) -> list[str]:
     """Return the messages about what a run starts from: `found`, the checkpoint for `--resume`, or else its weights."""
     if found is not None:
-        return [f"resuming from {found}"]
+        return [f"resuming from {found}", *resume_messages(checkpoint.read_metadata(found), config)]
     path = config.model.path
     drawn = path is None or not has_weights(path)
     origin = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
@@ -58,14 +61,21 @@ def check_same_model(folder: Path, shape: OPTShape) -> None:
         raise CheckpointError(f"--resume: {folder} is of another model: it has {differing}.")
 
 
-def metadata_of(config: Config, counters: Mapping[str, Any]) -> dict[str, Any]:
+def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
     """Return what a checkpoint says about its run."""
     return {
         "step": counters["step"],
         "counters": dict(counters),
         "model": asdict(shape_of(config)),
         "config": config.to_dict(),
+        "corpus": corpus_record(corpus),
     }
+
+
+def counters_of(folder: Path) -> dict[str, Any]:
+    """Return the counters with which an engine goes on from this checkpoint."""
+    metadata = checkpoint.read_metadata(folder)
+    return {**metadata["counters"], "samples": samples_taken(metadata)}
 
 
 def steps_taken(folder: Path | None) -> int:

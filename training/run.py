@@ -25,6 +25,7 @@ from training.log_file import log_file
 from training.loop import fit
 from training.preflight import Job, modules_of_steps
 from training.preview import preview_of
+from training.resume import counters_of
 from training.screen import Screen
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ def make_engine(context: Context, job: Job) -> Engine:
     pieces = engine.state_pieces()
     with fail_together(context.mesh.world):
         checkpoint.load(job.resume_from, pieces)
-    engine.restore(checkpoint.read_metadata(job.resume_from)["counters"])
-    log.info("resumed after step %d from %s", engine.num_steps, job.resume_from)
+    engine.restore(counters_of(job.resume_from))
+    log.info("resumed after step %d, sample %d, from %s", engine.num_steps, engine.num_samples, job.resume_from)
     return engine
 
 

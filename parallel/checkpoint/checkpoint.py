@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from parallel.checkpoint.shards import (
+    DTYPE_NAMES,
     Archive,
     Entry,
     StoredPart,
@@ -95,11 +96,13 @@ def _file_name(rank: int) -> str:
 def _index(saved: list[list[SavedPiece]], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of checkpoint.json: the size of each file and the boxes of each tensor.
 
-    `saved` has a list of pieces for each rank.
+    `saved` has a list of pieces for each rank. Raises CheckpointError for a dtype that cannot be saved.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for rank, pieces in enumerate(saved):
         for piece in pieces:
+            if piece.dtype not in DTYPE_NAMES:
+                raise CheckpointError(f"{piece.name}: it is {piece.dtype}, which safetensors cannot hold.")
             tensor = tensors.setdefault(piece.name, {"shape": piece.shape, "parts": []})
             problem = f"rank {rank} has {piece.name} of shape {piece.shape}, and not {tensor['shape']}"
             assert tensor["shape"] == piece.shape, problem
@@ -182,6 +185,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata that was saved with the pieces."""
     metadata: dict[str, Any] = _read_index(folder)["metadata"]
     return metadata
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint, by its name."""
+    return {name: tuple(tensor["shape"]) for name, tensor in _read_index(folder)["tensors"].items()}
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Op
 class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both.
 
-    `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included: it is
-    the position in the data. `num_updates` counts those that were not skipped: it is the position in the schedule of
+    `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included.
+    `num_updates` counts those that were not skipped: it is the position in the schedule of
     the learning rate. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
     """
 
@@ -137,9 +137,19 @@ class EngineBase:
         schedule, rate = self.config.lr_scheduler, self.config.optimizer.lr
         return learning_rate(schedule, rate, self.num_updates, self.config.train.steps)
 
+    @property
+    def has_gradients(self) -> bool:
+        """True between a backward and its step, where an engine lets its user do anything in between."""
+        return False
+
     def state(self) -> dict[str, list[Piece]]:
-        """Return all tensors that a step changes, as pieces by kind: a checkpoint saves them, and loads into them."""
-        return self.optimizer.pieces()
+        """Return all weights, also frozen ones, and all tensors that a step changes, as pieces by kind.
+
+        A checkpoint saves them, and loads into them.
+        """
+        found = self.optimizer.pieces()
+        frozen = [piece for c in self.chunks if c.is_frozen for piece in c.spec.pieces(c.master)]
+        return found | {"master": found["master"] + frozen}
 
     def state_pieces(self, *, owned: bool = False) -> list[Piece]:
         """Return the pieces of `state` in one list, each named KIND/NAME; `owned`: only those that this rank saves."""
@@ -148,7 +158,7 @@ class EngineBase:
             Piece(f"{kind}/{piece.name}", piece.shape, piece.box, piece.data)
             for kind, pieces in self.state().items()
             for piece in pieces
-            if mine is None or piece.name in mine
+            if piece.data.numel() and (mine is None or piece.name in mine)
         ]
 
     def counters(self) -> dict[str, Any]:
@@ -158,13 +168,22 @@ class EngineBase:
         counts |= {"loss_scale": scale.scale if scale.is_dynamic else None, "good_steps": scale.good_steps}
         return counts | {"placement": self.placement_manager.state()}
 
-    def restore(self, counters: Mapping[str, Any]) -> None:
-        """Go on from where `counters` were saved; the pieces of `state` must hold what they held then."""
+    def restore(self, counters: Mapping[str, Any], *, steps: Mapping[str, float] | None = None) -> None:
+        """Go on from where `counters` were saved; the pieces of `state` must hold what they held then.
+
+        `steps` has the number of updates of each parameter that has had another number than the others.
+        """
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
-        self.optimizer.restore(self.num_updates)
+        self.optimizer.restore(self.num_updates, steps=steps)
+        self.write_back()
         self.placement_manager.restore(counters.get("placement", {}))
         if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # None: saved in another precision
             self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+
+    def write_back(self) -> None:
+        """Write the master weights, which a checkpoint was loaded into, back to the parameters."""
+        for chunk in self.chunks:
+            chunk.write_back().wait()
 
     def weights(self) -> list[Piece]:
         """Return the pieces that this rank owns of the model's weights, in the precision of the master weights."""

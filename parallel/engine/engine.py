@@ -4,14 +4,16 @@ It knows no model.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import make_chunks
-from parallel.engine.base import EngineBase, StepResult, initial_placement_of, optimizer_of
+from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.phases import Stopwatch
+from parallel.engine.state import EngineState
 from parallel.errors import DataError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
@@ -28,7 +30,7 @@ from parallel.tensor.layers import Linear
 from parallel.zero.gatherer import Gatherer
 
 
-class Engine(EngineBase):
+class Engine(EngineState):
     """Trains this rank's stage of a model, in a mesh of any shape.
 
     A batch is a dict of this replica's samples, the same on every rank of the replica; B is a multiple of
@@ -40,6 +42,7 @@ class Engine(EngineBase):
     position_ids [B, S]      optional; each token's position in its document. Default: counted from the tokens
     sample_ids [B]           optional; the samples' numbers over the run, which dropout depends on. Default: counted
 
+    `num_samples` counts the samples of all replicas in the steps that were taken: it is the position in the data.
     Raises ConfigError or ModelError for a config or an optimizer that it cannot train with.
     """
 
@@ -59,6 +62,7 @@ class Engine(EngineBase):
             if isinstance(module, Linear) and module.can_accumulate:
                 module.accumulate = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device)
+        self.num_samples = 0
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -96,10 +100,20 @@ class Engine(EngineBase):
         self.stopwatch.mark("update")
         lr = self.lr
         overflow = self._update(norm, scale)
+        self.num_samples += self.data.size * len(batch["input_ids"])
         self.placement_manager.after_step(skipped=overflow)
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
+
+    def counters(self) -> dict[str, Any]:
+        """Return what `EngineBase.counters` does, and the number of samples."""
+        return super().counters() | {"samples": self.num_samples}
+
+    def restore(self, counters: Mapping[str, Any], *, steps: Mapping[str, float] | None = None) -> None:
+        """Do as `EngineBase.restore`. Where samples were not counted, each step had as many as the config says."""
+        super().restore(counters, steps=steps)
+        self.num_samples = counters.get("samples", self.num_steps * self.config.train.global_batch_size)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
@@ -142,7 +156,7 @@ class Engine(EngineBase):
                 f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
             )
         ids = batch["input_ids"]
-        first = (self.num_steps * self.data.size + self.data.rank) * len(ids)
+        first = self.num_samples + self.data.rank * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
         ids, labels, samples = (to_device(t.to(torch.int64), self.mesh.device) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")

@@ -163,10 +163,16 @@ class ModuleEngine(ModuleState):
         self._passes.end_step()
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
-    def restore(self, counters: Mapping[str, Any]) -> None:
-        """Do as `EngineBase.restore`, and drop what was gathered of the weights before."""
+    def write_back(self) -> None:
+        """Do as `EngineBase.write_back`, and drop gradients and what was gathered of the weights before."""
         self._passes.release()
-        super().restore(counters)
+        self.zero_grad()
+        super().write_back()
+
+    @property
+    def has_gradients(self) -> bool:
+        """True if gradients have arrived since the last step on this rank."""
+        return bool(self._gradients.arrived().any())
 
     def zero_grad(self) -> None:
         """Drop all gradients since the last step."""

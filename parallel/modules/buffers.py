@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
+from parallel.modules.extra_state import is_extra_state
 
 
 def broadcast_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype, axis: Axis) -> None:
@@ -22,11 +23,14 @@ def broadcast_buffers(module: nn.Module, device: torch.device, dtype: torch.dtyp
 
 
 def buffer_pieces(module: nn.Module) -> list[Piece]:
-    """Return the buffers of the module's state as whole pieces, each once, under its first name."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    """Return the buffers of the module's state as whole pieces, each once, under its first name.
+
+    Parameters that are no floating-point numbers are among them: they are in no chunk, and never trained.
+    """
+    parameters = {name for name, p in module.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     found: dict[int, Piece] = {}
     for name, x in module.state_dict(keep_vars=True).items():
-        if name not in parameters and isinstance(x, Tensor):
+        if name not in parameters and isinstance(x, Tensor) and not is_extra_state(name):
             box = tuple((0, size) for size in x.shape)
             found.setdefault(id(x), Piece(name, tuple(x.shape), box, x.detach()))
     return list(found.values())

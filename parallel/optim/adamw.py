@@ -37,6 +37,8 @@ class AdamW:
     A parameter without a gradient in a step stays as it is, and so do its moments, as in torch.
     """
 
+    kind = "the config's AdamW"  # as a checkpoint names it
+
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
         self.chunks, self.config = [chunk for chunk in chunks if not chunk.is_frozen], config
         # Compiled for any size: chunks differ in theirs.
@@ -104,13 +106,11 @@ class AdamW:
         """Return what `restore` takes: the number of updates of each parameter that has missed some."""
         return dict(steps=self._counts.of_those_that_missed_some())
 
-    def restore(self, updates: int, *, steps: Mapping[str, float] | None = None, **_: Any) -> None:
+    def restore(self, updates: int, *, steps: Mapping[str, float] | None = None) -> None:
         """Go on after `updates` updates, with master weights and moments that were filled through `pieces`. `steps` has
         the number of updates of each parameter that has had fewer.
         """
         self._counts.restore(updates, self.chunks, steps or {})
-        for chunk in self.chunks:
-            chunk.write_back().wait()
 
     def move(self, chunk: Chunk, placement: Placement) -> None:
         """Move a chunk and its moments to another placement."""

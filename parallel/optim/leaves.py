@@ -1,6 +1,6 @@
 """Master weights in the place of parameters in a user's own torch optimizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ class Leaves:
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
         self.inner = inner
         self.is_stepping = False  # whether the engine is calling the optimizer's `step`
+        self._as_new: set[Tensor] = set()  # leaves with states of zeros, which no step has changed
         self._found = [(s, _leaf(s.data)) for chunk in chunks for s in chunk.spec.segments(chunk.master)]
         of_parameters = {segment.info.parameter: leaf for segment, leaf in self._found}
         for group in inner.param_groups:
@@ -89,6 +90,27 @@ class Leaves:
             for value in self.inner.state[leaf].values():
                 if isinstance(value, Tensor):
                     value.zero_()
+        self._as_new |= set(new)
+
+    def names_as_new(self) -> set[str]:
+        """Return the names of the parameters with states of zeros, which no step has changed."""
+        return {segment.info.name for segment, leaf in self._found if leaf in self._as_new}
+
+    def set_as_new(self, names: Set[str]) -> None:
+        """Take the states of these parameters, and of no others, for zeros that no step has changed."""
+        self._as_new = {leaf for segment, leaf in self._found if segment.info.name in names}
+
+    def drop_states_as_new(self) -> None:
+        """Drop states of zeros, before a step, where it would differ from a first step: SGD dampens all but the first.
+
+        So a checkpoint that is saved before the first step changes nothing.
+        """
+        for group in self.inner.param_groups:
+            for leaf in group["params"]:
+                if leaf.grad is not None and leaf in self._as_new:
+                    self._as_new.remove(leaf)
+                    if group.get("momentum") and group.get("dampening"):
+                        self.inner.state.pop(leaf)
 
     @contextmanager
     def stepping(self) -> Iterator[None]:

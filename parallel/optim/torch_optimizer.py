@@ -11,6 +11,7 @@ from parallel.errors import ModelError, either
 from parallel.layout.layout import Piece
 from parallel.optim.adamw import scaled
 from parallel.optim.leaves import Leaves
+from parallel.optim.param_groups import ParamGroups, SavedGroup
 from parallel.storage.transfer import Placement, Tier
 
 ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -31,6 +32,7 @@ class TorchOptimizer:
         _check(chunks, inner)
         self.chunks, self.inner = [c for c in chunks if not c.is_frozen], inner
         self.unused: Container[nn.Parameter] = ()  # parameters that got no gradient
+        self.groups = ParamGroups(inner, [info for chunk in chunks for info in chunk.infos])
         inner.register_step_pre_hook(lambda *_: self._refuse_steps_of_others())
         self._leaves = Leaves(self.chunks, inner)
         for chunk in self.chunks:
@@ -58,6 +60,7 @@ class TorchOptimizer:
             for segment in chunk.spec.segments(gradient):
                 _, leaf = next(leaves)
                 leaf.grad = None if segment.info.parameter in self.unused else segment.data
+        self._leaves.drop_states_as_new()
         with self._leaves.stepping():
             self.inner.step()
         self.inner.zero_grad()
@@ -77,28 +80,41 @@ class TorchOptimizer:
                 found.setdefault(kind, []).extend(segment.pieces(value))
         return found
 
+    @property
+    def kind(self) -> str:
+        """The class of the optimizer, as a checkpoint names it."""
+        return f"torch.optim.{type(self.inner).__name__}"
+
     def counters(self) -> dict[str, Any]:
         """Return what `restore` takes: the number of updates, which is that of its gradients, of each parameter with a
-        segment on this rank; and the groups' learning rates.
+        segment on this rank; 0 where its states are as new.
         """
         self._leaves.start_states()
         states = [(segment.info.name, self.inner.state[leaf]) for segment, leaf in self._leaves]
         steps = {name: float(state["step"]) for name, state in states if "step" in state}
-        return dict(steps=steps, rates=[group["lr"] for group in self.inner.param_groups])
+        return dict(steps=steps | dict.fromkeys(self._leaves.names_as_new(), 0.0))
 
-    def restore(
-        self, updates: int, *, steps: Mapping[str, float] | None = None, rates: Sequence[float] | None = None
-    ) -> None:
+    def restore_groups(self, saved: Mapping[int, SavedGroup]) -> None:
+        """Set the fields of these groups, by their numbers, and have the states that the fields ask for."""
+        before = [_states_of_group(group) for group in self.inner.param_groups]
+        self.groups.restore(saved)
+        for group, states in zip(self.inner.param_groups, before, strict=True):
+            if _states_of_group(group) != states:
+                for leaf in group["params"]:
+                    self.inner.state.pop(leaf, None)
+        for chunk in self.chunks:
+            if chunk.placement.states is Tier.DISK and not all(self.inner.state[x] for x in self._leaves.of(chunk)):
+                self._start_on_disk(chunk)
+
+    def restore(self, updates: int, *, steps: Mapping[str, float] | None = None) -> None:
         """Go on after `updates` updates, with master weights and states that were filled through `pieces`. `steps` has
         the number of updates of each parameter for which it is another.
         """
-        for group, rate in zip(self.inner.param_groups, rates or (), strict=rates is not None):
-            group["lr"] = rate
+        steps = steps or {}
         for segment, leaf in self._leaves:
             if "step" in self.inner.state[leaf]:
-                self.inner.state[leaf]["step"].fill_((steps or {}).get(segment.info.name, updates))
-        for chunk in self.chunks:
-            chunk.write_back().wait()
+                self.inner.state[leaf]["step"].fill_(steps.get(segment.info.name, updates))
+        self._leaves.set_as_new({name for name, count in steps.items() if not count})
 
     def move(self, chunk: Chunk, placement: Placement) -> None:
         """Move a chunk and its states to another placement."""
@@ -141,6 +157,11 @@ class TorchOptimizer:
         """Raise ModelError if somebody other than the engine calls the optimizer's `step`."""
         if not self._leaves.is_stepping:
             raise ModelError("optimizer.step(): the engine has the gradients. Call engine.step() instead.")
+
+
+def _states_of_group(group: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return what decides which states the parameters of a group have, in the accepted optimizers."""
+    return bool(group.get("amsgrad")), bool(group.get("momentum"))
 
 
 def _check(chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:

@@ -1,0 +1,118 @@
+"""A checkpoint of an engine as it was read, and how it differs from the engine that is to load it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint import checkpoint, saved_values
+from parallel.errors import CheckpointError, names_text
+from parallel.mesh.mesh import Axis
+from parallel.optim.param_groups import SavedGroup
+
+FORMAT = 2
+"""The format of the metadata. Before 2, a checkpoint lacked frozen parameters, and of groups it had `lr` alone."""
+
+WEIGHTS = ("master", "buffer")
+"""The kinds of tensors that are weights; all other kinds are states of the optimizer."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A checkpoint without the tensors of the model: `shapes` has the shape of each of these, named KIND/NAME."""
+
+    folder: Path
+    metadata: Mapping[str, Any]
+    values: Mapping[str, Any]
+    shapes: Shapes
+
+    @classmethod
+    def read(cls, folder: str | Path, axis: Axis, *, option: str) -> "SavedState":
+        """Read a checkpoint, or the latest of a folder that was saved to. Raises CheckpointError."""
+        found = checkpoint.find_checkpoint(str(folder), Path(folder), option=option)
+        assert found is not None
+        metadata = checkpoint.read_metadata(found)
+        shapes = {n: shape for n, shape in checkpoint.read_shapes(found).items() if kind_of(n) != saved_values.KIND}
+        entries = metadata.get("values")
+        values = {"extra": metadata.get("extra", {})}
+        if entries is not None:
+            values = saved_values.read_values(found, entries, axis)
+        return cls(found, metadata, values, shapes)
+
+    @property
+    def is_older(self) -> bool:
+        """True if frozen parameters and the fields of param groups were not saved."""
+        return int(self.metadata.get("format", 1)) < FORMAT
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The public names of the parameters that were frozen."""
+        return frozenset(self.metadata.get("frozen", ()))
+
+    @property
+    def optimizer(self) -> str | None:
+        """The kind of the optimizer that was saved; None where that was not recorded."""
+        return self.metadata.get("optimizer")
+
+    @property
+    def groups(self) -> list[SavedGroup]:
+        """The param groups of the optimizer; none for the config's own."""
+        names: Sequence[Sequence[str]] = self.metadata.get("group_names", ())
+        return [SavedGroup(*pair) for pair in zip(names, self.values.get("param_groups", ()), strict=False)]
+
+    def check_shapes(self, wanted: Shapes) -> None:
+        """Raise CheckpointError with all tensors that have another shape in the model."""
+        problems = [
+            f"{self.folder}: {name_of(name)} is {self.shapes[name]}, the model needs {shape}"
+            for name, shape in wanted.items()
+            if self.shapes.get(name, shape) != shape and kind_of(name) in WEIGHTS
+        ]
+        if problems:
+            raise CheckpointError(". ".join(problems) + ".")
+
+    def weight_problems(self, wanted: Shapes, *, frozen: frozenset[str]) -> list[str]:
+        """Return messages about weights that only the checkpoint has, or only the model.
+
+        `frozen`: parameters that are frozen now, and that an older checkpoint need not have.
+        """
+        saved, now = ({n for n in shapes if kind_of(n) in WEIGHTS} for shapes in (self.shapes, wanted))
+        allowed = {f"master/{name}" for name in frozen} if self.is_older else set()
+        return self._messages(now - saved - allowed, saved - now, "the model")
+
+    def state_problems(self, wanted: Shapes, *, frozen: frozenset[str]) -> list[str]:
+        """Return messages about optimizer states that only one side has, though its parameter was and is trained."""
+        saved, now = (
+            {n for n in shapes if kind_of(n) not in WEIGHTS and name_of(n) not in frozen | self.frozen}
+            for shapes in (self.shapes, wanted)
+        )
+        return self._messages(now - saved, saved - now, "the optimizer")
+
+    def without_states(self, wanted: Shapes) -> set[str]:
+        """Return the names of the parameters with states now, of which the checkpoint has none."""
+        saved, now = ({name_of(n) for n in shapes if kind_of(n) not in WEIGHTS} for shapes in (self.shapes, wanted))
+        return now - saved
+
+    def _messages(self, missing: set[str], left_over: set[str], what: str) -> list[str]:
+        found = []
+        if missing:
+            found.append(f"{self.folder} lacks {_text(missing)}, which {what} has")
+        if left_over:
+            found.append(f"{self.folder} has {_text(left_over)}, which {what} lacks")
+        return found
+
+
+def kind_of(name: str) -> str:
+    """Return the kind in KIND/NAME."""
+    return name.partition("/")[0]
+
+
+def name_of(name: str) -> str:
+    """Return the public name in KIND/NAME."""
+    return name.partition("/")[2]
+
+
+def _text(names: set[str]) -> str:
+    """Return the names as text: those of weights alone, those of states with their kind."""
+    return names_text(name_of(n) if kind_of(n) in WEIGHTS else f"{kind_of(n)} of {name_of(n)}" for n in names)

@@ -1,0 +1,236 @@
+"""The whole state of an engine, in checkpoints and in state_dicts."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from parallel.checkpoint import checkpoint
+from parallel.checkpoint.saved_values import encode_on_ranks
+from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.values import decode, encode
+from parallel.engine.base import EngineBase
+from parallel.engine.saved_state import FORMAT, WEIGHTS, SavedState, Shapes, kind_of, name_of
+from parallel.engine.state_dict import check_layout, refuse_other, tensor_problems
+from parallel.errors import CheckpointError, names_text
+from parallel.layout.layout import Piece
+from parallel.mesh.collectives import gather_objects
+from parallel.modules.extra_state import extra_states, set_extra_states
+from parallel.optim.adamw import AdamW
+from parallel.optim.param_groups import SavedGroup, group_problems
+
+log = logging.getLogger(__name__)
+
+
+class EngineState(EngineBase):
+    """The part of an engine that saves its whole state, and goes on from a saved one.
+
+    It is: all weights, also frozen ones, buffers, extra states of the module; the optimizer's states, and every field
+    of its param groups; counters, the loss scale, and the placement. Each method is called by every rank together.
+    """
+
+    def save_checkpoint(self, folder: str | Path, extra: Mapping[str, Any] | None = None, *, keep: int = 2) -> Path:
+        """Write the whole state to folder/checkpoints/step_N, and return that path.
+
+        `extra` is saved too: what schedulers' and loaders' state_dicts hold, with tensors, on the host, and keys of any
+        type; where ranks have different ones, that of each. Training can be resumed on any number of ranks and in any
+        stage. The last `keep` checkpoints are kept. Raises CheckpointError, with its path, for a value that cannot be
+        stored (a function, an object of a class of yours), and where a rank cannot write.
+        """
+        world, target = self.mesh.world, checkpoint.step_folder(Path(folder), self.num_steps)
+        if self.has_gradients:
+            self._log(["save_checkpoint: the gradients since the last step are not saved"])
+        own = self.optimizer.counters()["steps"]
+        steps = {k: v for part in gather_objects(own, world) for k, v in part.items()}
+        names, fields = self._groups()
+        module = extra_states(self.module)
+        values = dict(extra={} if extra is None else extra, param_groups=fields, extra_state=module)
+        entries, pieces = encode_on_ranks(values, world)
+        metadata = dict(
+            format=FORMAT,
+            counters=self.counters(),
+            optimizer=self.optimizer.kind,
+            steps=steps,
+            frozen=sorted(self._frozen()),
+            group_names=names,
+            values=entries,
+        )
+        pieces += self.state_pieces(owned=True)
+        checkpoint.save(target, pieces, metadata=metadata, axis=world, keep=keep)
+        return target
+
+    def load_checkpoint(self, folder: str | Path, *, strict: bool = True) -> dict[str, Any]:
+        """Go on from a checkpoint, or from the latest in a folder that was saved to, and return its `extra`.
+
+        A parameter that was frozen, and is not now, starts with new optimizer states; the states of one that is frozen
+        now are left out. With `strict`, all else that only one side has is an error; otherwise it is left as it is,
+        and logged. Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another
+        model or optimizer. Of param groups the fields that choose kernels (foreach, fused, capturable, differentiable)
+        stay as they are now.
+        """
+        saved = self._read(folder, "load_checkpoint")
+        problems = self._weight_problems(saved)
+        more, groups = self._group_problems(saved)
+        self._refuse_or_log(problems + more, strict=strict)
+        self._restore_groups(groups)
+        wanted = self._shapes()
+        self._refuse_or_log(saved.state_problems(wanted, frozen=self._frozen()), strict=strict)
+        self._load(saved, self.state_pieces())
+        new = saved.without_states(wanted)
+        for piece in self.state_pieces():
+            if kind_of(piece.name) not in WEIGHTS and piece.name not in saved.shapes:
+                piece.data.zero_()
+        infos = [info for chunk in self.chunks for info in chunk.infos]
+        steps = {info.name: 0 for info in infos if not new.isdisjoint(info.sources)}
+        self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})
+        set_extra_states(self.module, saved.values.get("extra_state", {}))
+        self._log_what_starts_anew(saved, new)
+        extra: dict[str, Any] = saved.values["extra"]
+        return extra
+
+    def load_weights(self, folder: str | Path, *, strict: bool = True) -> None:
+        """Load the weights of a checkpoint, or of the latest in a folder that was saved to, and nothing else.
+
+        They are parameters, frozen ones too, buffers, and extra states of the module. The optimizer, its states, and
+        the counters stay as they are. Raises CheckpointError as `load_checkpoint` does.
+        """
+        saved = self._read(folder, "load_weights")
+        self._refuse_or_log(self._weight_problems(saved), strict=strict)
+        self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
+        set_extra_states(self.module, saved.values.get("extra_state", {}))
+        self.write_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's whole state as a dict of plain values, and of tensors on the host.
+
+        `torch.save` writes it, and `torch.load` reads it with `weights_only=True`. Each rank has a state of its own,
+        for the same layout alone: for any other there is `save_checkpoint`. (FSDP's counterpart is its sharded
+        state_dict.)
+        """
+        names, fields = self._groups(gathers=False)
+        values = encode(dict(param_groups=fields, extra_state=extra_states(self.module)))
+        steps = self.optimizer.counters()["steps"]
+        return {
+            "layout": self._layout(),
+            "tensors": {key: x.detach().to("cpu", copy=True) for key, x in self._tensors().items()},
+            "counters": self.counters() | dict(steps=steps),
+            "group_names": names,
+            "values": values.json,
+            "value_tensors": values.tensors,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned on this rank, bit for bit.
+
+        Raises CheckpointError on every rank where the state of one is of another rank, layout, model or optimizer.
+        """
+        with fail_together(self.mesh.world):
+            check_layout(state, self._layout())
+            values = decode(state["values"], state["value_tensors"])
+            saved = [SavedGroup(*pair) for pair in zip(state["group_names"], values["param_groups"], strict=True)]
+            now = [SavedGroup(*pair) for pair in zip(*self._groups(gathers=False), strict=True)]
+            problems, groups = group_problems(saved, now, frozen=frozenset())
+            refuse_other(problems)
+        self._restore_groups(groups)
+        tensors = self._tensors()
+        with fail_together(self.mesh.world):
+            refuse_other(tensor_problems(state["tensors"], tensors))
+        for key, x in tensors.items():
+            x.copy_(state["tensors"][key])
+        self.restore(state["counters"], steps=state["counters"]["steps"])
+        set_extra_states(self.module, values["extra_state"])
+
+    # -- details
+
+    def _read(self, folder: str | Path, option: str) -> SavedState:
+        """Read a checkpoint. Raises CheckpointError, on every rank."""
+        with fail_together(self.mesh.world):
+            saved = SavedState.read(folder, self.mesh.world, option=option)
+            checkpoint.check_files(saved.folder)
+        return saved
+
+    def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
+        """Load those of the pieces that the checkpoint has. Raises CheckpointError, on every rank."""
+        with fail_together(self.mesh.world):
+            checkpoint.load(saved.folder, [piece for piece in pieces if piece.name in saved.shapes])
+
+    def _shapes(self) -> Shapes:
+        """Return the shape of each tensor of `state`, by KIND/NAME, of all ranks."""
+        own = {piece.name: piece.shape for piece in self.state_pieces()}
+        return {name: shape for part in gather_objects(own, self.mesh.world) for name, shape in part.items()}
+
+    def _frozen(self) -> frozenset[str]:
+        """Return the public names of all frozen parameters, of all ranks."""
+        own = {name for chunk in self.chunks if chunk.is_frozen for info in chunk.infos for name in info.sources}
+        return frozenset().union(*gather_objects(own, self.mesh.world))
+
+    def _groups(self, *, gathers: bool = True) -> tuple[list[list[str]], list[Mapping[str, Any]]]:
+        """Return the param groups' names, those of all pipeline stages, and their fields; none for the config's AdamW.
+
+        `gathers=False`: this rank's names.
+        """
+        own = [] if isinstance(self.optimizer, AdamW) else self.optimizer.groups.state()
+        of_ranks = [[group.names for group in own]]
+        if gathers:
+            of_ranks = gather_objects(of_ranks[0], self.mesh.world)
+        same = zip_longest(*of_ranks, fillvalue=())  # a pipeline stage may lack a group
+        names = [list(dict.fromkeys(name for part in parts for name in part)) for parts in same]
+        return names, [group.fields for group in own]
+
+    def _weight_problems(self, saved: SavedState) -> list[str]:
+        """Return messages about weights that one side lacks. Raises CheckpointError where shapes differ."""
+        wanted = self._shapes()
+        saved.check_shapes(wanted)
+        return saved.weight_problems(wanted, frozen=self._frozen())
+
+    def _group_problems(self, saved: SavedState) -> tuple[list[str], dict[int, SavedGroup]]:
+        """Return messages about optimizers and groups that differ, and the saved groups to restore, by number."""
+        now = [SavedGroup(*pair) for pair in zip(*self._groups(), strict=False)]
+        if saved.optimizer is None:  # of a run of launch.py, or older
+            rates: Sequence[float] = saved.metadata.get("rates", [])
+            problem = [f"the checkpoint has {len(rates)} param groups, the optimizer {len(now)}"]
+            of_rates = {i: SavedGroup([], {"lr": rate}) for i, rate in enumerate(rates[: len(now)])}
+            return problem if rates and len(rates) != len(now) else [], of_rates
+        if saved.optimizer != self.optimizer.kind:
+            return [f"the checkpoint's optimizer is {saved.optimizer}, and this one {self.optimizer.kind}"], {}
+        return group_problems(saved.groups, now, frozen=self._frozen() | saved.frozen)
+
+    def _restore_groups(self, saved: Mapping[int, SavedGroup]) -> None:
+        if not isinstance(self.optimizer, AdamW):
+            self.optimizer.restore_groups(saved)
+
+    def _refuse_or_log(self, problems: Sequence[str], *, strict: bool) -> None:
+        """Raise CheckpointError with these messages, on every rank where one has any; without `strict`, log them."""
+        with fail_together(self.mesh.world):
+            if strict and problems:
+                raise CheckpointError(". ".join(problems) + ". Try strict=False, which loads the rest.")
+        self._log([f"left out: {problem}" for problem in problems])
+
+    def _log_what_starts_anew(self, saved: SavedState, new: set[str]) -> None:
+        frozen = self._frozen()
+        left_out = {name_of(n) for n in saved.shapes if kind_of(n) not in WEIGHTS} & frozen
+        if new:
+            self._log([f"{saved.folder} has no optimizer states of {names_text(new)}: they start as new ones"])
+        if left_out:
+            self._log([f"{names_text(left_out)} is frozen now: its optimizer states are left out"])
+        if saved.is_older and (frozen or not isinstance(self.optimizer, AdamW)):
+            what = "frozen parameters, and fields of param groups but lr"
+            self._log([f"{saved.folder} is of an older version without {what}: they stay as they are"])
+
+    def _log(self, messages: Sequence[str]) -> None:
+        for message in messages if self.mesh.world.rank == 0 else ():
+            log.warning("%s", message)
+
+    def _layout(self) -> dict[str, Any]:
+        """Return what decides which part of the state this rank has, and which states there are."""
+        place = dict(rank=self.mesh.world.rank, world_size=self.mesh.world.size, stage=self.config.zero.stage)
+        return place | dict(mesh=dict(self.mesh.topology.shape), optimizer=self.optimizer.kind)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of this rank's state, by KIND/NAME[BOX]."""
+        return {
+            f"{x.name}[{','.join(f'{start}:{stop}' for start, stop in x.box)}]": x.data for x in self.state_pieces()
+        }

@@ -1,0 +1,86 @@
+"""The param groups of a torch optimizer, in a checkpoint: every field of each, and the names of its parameters."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.errors import names_text
+from parallel.layout.layout import ParameterInfo
+
+WAYS_TO_COMPUTE = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""The fields that say which kernels an update uses: they depend on the device, not on what was learned."""
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """A param group without its tensors: the public names of its parameters, and its fields."""
+
+    names: Sequence[str]
+    fields: Mapping[str, Any]
+
+
+class ParamGroups:
+    """The param groups of an optimizer, with the public names of the parameters that it was made for."""
+
+    def __init__(self, inner: torch.optim.Optimizer, infos: Sequence[ParameterInfo]) -> None:
+        self.inner = inner
+        sources = {info.parameter: info.sources for info in infos}
+        self.names = [[name for p in group["params"] for name in sources.get(p, ())] for group in inner.param_groups]
+
+    def state(self) -> list[SavedGroup]:
+        """Return each group's names, and all of its fields but `params` and the ways to compute."""
+        return [
+            SavedGroup(names, {k: v for k, v in group.items() if k not in WAYS_TO_COMPUTE | {"params"}})
+            for names, group in zip(self.names, self.inner.param_groups, strict=True)
+        ]
+
+    def restore(self, saved: Mapping[int, SavedGroup]) -> None:
+        """Set the fields of these groups, by their numbers. A tensor stays the same tensor, with the saved values."""
+        for i, one in saved.items():
+            group = self.inner.param_groups[i]
+            group |= {key: _restored(group.get(key), value) for key, value in one.fields.items()}
+
+
+def _restored(now: Any, saved: Any) -> Any:
+    """Return the saved value: in the tensors that are there now, and a number where there is a number now."""
+    if isinstance(now, Tensor) and isinstance(saved, Tensor | int | float):
+        shape = saved.shape if isinstance(saved, Tensor) else now.shape
+        if shape == now.shape:
+            with torch.no_grad():
+                return now.copy_(saved) if isinstance(saved, Tensor) else now.fill_(saved)
+    if isinstance(now, int | float) and isinstance(saved, Tensor) and saved.numel() == 1:
+        return saved.item()
+    if isinstance(now, list | tuple) and isinstance(saved, list | tuple) and len(now) == len(saved):
+        return type(saved)(_restored(a, b) for a, b in zip(now, saved, strict=True))
+    return saved
+
+
+def group_problems(
+    saved: Sequence[SavedGroup], now: Sequence[SavedGroup], *, frozen: Set[str]
+) -> tuple[list[str], dict[int, SavedGroup]]:
+    """Return messages about groups that differ, and the saved groups that have the parameters of today's, by number.
+
+    Parameters that are `frozen`, now or when they were saved, may be in any group or in none: they are not updated.
+    """
+    problems, matching = [], {}
+    if len(saved) != len(now):
+        problems.append(f"the checkpoint has {len(saved)} param groups, the optimizer {len(now)}")
+    for i, (then, today) in enumerate(zip(saved, now, strict=False)):
+        names = [set(group.names) - frozen for group in (then, today)]
+        if names[0] == names[1]:
+            matching[i] = then
+        else:
+            problems += _two_sided(f"param_groups[{i}]", "parameters", *names)
+        problems += _two_sided(f"param_groups[{i}]", "fields", set(then.fields), set(today.fields))
+    return problems, matching
+
+
+def _two_sided(where: str, what: str, saved: Set[str], now: Set[str]) -> list[str]:
+    """Return messages about the names that only one side has."""
+    sides = (("the checkpoint", saved - now, "the optimizer"), ("the optimizer", now - saved, "the checkpoint"))
+    return [
+        f"{where}: {one} has the {what} {names_text(names)} in it, {other} not" for one, names, other in sides if names
+    ]

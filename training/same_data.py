@@ -1,0 +1,74 @@
+"""The data of a resumed run: it goes on at the sample where it stopped, or is refused."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from models.data import Corpus
+from parallel.config import Config
+from parallel.errors import CheckpointError
+
+DECIDES_THE_ORDER = ("train.seed", "data.sequence_length", "data.shuffle", "data.validation_fraction")
+"""The keys that a resumed run may not change: with another value samples would be repeated and others left out."""
+
+BATCH, STEPS = "train.global_batch_size", "train.steps"
+
+
+def corpus_record(corpus: Corpus) -> dict[str, Any]:
+    """Return what a checkpoint says about a corpus, wherever its file lies."""
+    return {"tokens": len(corpus.tokens), "digest": corpus.digest}
+
+
+def samples_taken(metadata: Mapping[str, Any]) -> int:
+    """Return the number of samples that a run had taken when it saved this checkpoint."""
+    counters = metadata["counters"]
+    if "samples" in counters:
+        return int(counters["samples"])
+    return int(counters["step"]) * int(dict(_flat(metadata["config"]))[BATCH])  # of an older version
+
+
+def check_same_data(folder: Path, metadata: Mapping[str, Any], config: Config, corpus: Corpus) -> None:
+    """Raise CheckpointError if a run with this config and corpus could not go on at the sample where it stopped.
+
+    All that differs is named, with the value that would work.
+    """
+    saved, ours = dict(_flat(metadata["config"])), dict(_flat(config.to_dict()))
+    problems = [
+        f"{key} is {ours[key]}, and the checkpoint was saved with {saved[key]}; set {key}={saved[key]}"
+        for key in DECIDES_THE_ORDER
+        if key in saved and saved[key] != ours[key]
+    ]
+    record = metadata.get("corpus")
+    if record is not None and record != corpus_record(corpus):
+        same_size = record["tokens"] == len(corpus.tokens)
+        found = "other tokens" if same_size else f"{len(corpus.tokens)} tokens, and not {record['tokens']}"
+        problems.append(f"data.path: {config.data.path} has {found}; name the corpus of the checkpoint's run")
+    if problems:
+        raise CheckpointError(
+            f"--resume: {folder} cannot go on at its place in the data: {'. '.join(problems)}. To train its weights on"
+            f" other data, begin a new run: model.path={folder.parent.parent}/export."
+        )
+
+
+def resume_messages(metadata: Mapping[str, Any], config: Config) -> list[str]:
+    """Return messages about where a resumed run goes on, and about all keys that it has changed."""
+    saved, ours = dict(_flat(metadata["config"])), dict(_flat(config.to_dict()))
+    found, taken = [], samples_taken(metadata)
+    if saved.get(BATCH, ours[BATCH]) != ours[BATCH]:
+        found.append(f"{BATCH} is {ours[BATCH]}, and was {saved[BATCH]}: the run goes on at sample {taken}")
+    if any(saved.get(key, ours[key]) != ours[key] for key in (BATCH, STEPS)):
+        updates = metadata["counters"]["updates"]
+        found.append(f"the learning rate follows the updates: {updates} of the schedule's {ours[STEPS]} are done")
+    if metadata.get("corpus") is None:
+        found.append("the checkpoint does not say which corpus it was saved with: data.path must be the same")
+    changed = [f"{key} is {ours[key]}, was {saved[key]}" for key in ours if key in saved and saved[key] != ours[key]]
+    changed = [text for text in changed if not text.startswith(("output.", BATCH))]
+    return [*found, *([f"changed since the checkpoint: {'; '.join(changed)}"] if changed else [])]
+
+
+def _flat(sections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield each dotted key of a config with its value, as JSON has it."""
+    for section, values in json.loads(json.dumps(sections)).items():
+        for key, value in values.items():
+            yield f"{section}.{key}", value
