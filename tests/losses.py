@@ -182,7 +182,7 @@ def clamped_mean(output: Tensor, labels: Tensor) -> Tensor:
 
 def filled_mean(output: Tensor, labels: Tensor) -> Tensor:
     losses: Tensor = (output - 1).square().mean(-1).masked_fill(labels == -100, 0)
-    mean: Tensor = losses.sum() / torch.maximum((labels != -100).sum(), torch.tensor(1))
+    mean: Tensor = losses.sum() / torch.maximum((labels != -100).sum(), torch.ones_like(labels.sum()))
     return mean
 
 
@@ -195,9 +195,13 @@ def tagger(criterion: Callable[..., Any], batch: Callable[[], Batch] = tags) -> 
     return Loss(Tagger(), batch(), criterion)
 
 
-def regression(function: Callable[..., Tensor], **more: Any) -> Loss:
+def regression(function: Callable[..., Tensor]) -> Loss:
     batch = dict(input_ids=ids(), labels=targets(LENGTH, CLASSES))
-    return Loss(Tagger(), batch, lambda output, labels: function(output, labels, **more))
+    return Loss(Tagger(), batch, lambda output, labels: function(output, labels.to(output)))
+
+
+def weighted_bce(output: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(output, labels, pos_weight=class_weights().to(output))
 
 
 LOSSES: dict[str, Callable[[], Loss]] = {
@@ -246,7 +250,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mse": lambda: regression(F.mse_loss),
     "l1": lambda: regression(F.l1_loss),
     "huber": lambda: regression(F.huber_loss),
-    "bce": lambda: regression(F.binary_cross_entropy_with_logits, pos_weight=class_weights()),
+    "bce": lambda: regression(weighted_bce),
     "mean of means of samples": lambda: regression(lambda o, y: ((o - y) ** 2).mean((1, 2)).mean()),
     "probabilities as targets": lambda: regression(lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten(0, 1))),
     "kl divergence": lambda: regression(lambda o, y: F.kl_div(o.log_softmax(-1), y, reduction="batchmean")),
@@ -289,5 +293,6 @@ REFUSED: dict[str, tuple[Callable[[], Loss], str]] = {
     "a sum times a number": (lambda: tagger(sum_times), "it is a sum that is multiplied by a number"),
     "a mean and a sum": (lambda: tagger(mean_and_sum), "it adds a sum to a mean"),
     "means over different labels": (lambda: tagger(different_means), "it adds means over different numbers of labels"),
+    "no loss at all": (lambda: Loss(Tagger(), dict(input_ids=ids())), "got NoneType. Pass a criterion."),
     "one mean for each sample": (lambda: tagger(mean_of_a_list), "it adds more terms in some microbatches"),
 }

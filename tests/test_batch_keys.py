@@ -12,6 +12,7 @@ from tests import test_any_loss
 from tests.harness import run
 from tests.losses import Loss, bert, language, opt, tags
 from tests.parity import SHAPE, Batch, Raw, batches_of, compare, config_of, engine_of, reference, save_model, train
+from tests.tables import rows
 
 
 def packed(batch: Batch) -> Batch:
@@ -196,3 +197,52 @@ def used_by_a_module(rank: int, world_size: int) -> list[float]:
 def test_forms_of_one_batch_have_one_loss() -> None:
     first, *others = run(used_by_a_module, 1)[0]
     assert others == [first] * 3
+
+
+def documented(heading: str) -> dict[str, str]:
+    return {row.what: row.answer for row in rows("docs/library.md", heading)}
+
+
+HOLDS = {  # rows of the documentation's table with a refusal, and the case above that shows it
+    "a key that the forward does not take": "a misspelt key",
+    "a tensor with another number of rows": "rows that are no samples",
+    "numbers in a list": "a list of numbers",
+    "a nested tensor": "a nested tensor",
+    "`num_items_in_batch`": "a count of the caller's",
+    "no sample": "no sample",
+    "a tuple": "a pair",
+}
+USED = {  # the other rows: tested by `test_forms_of_one_batch_have_one_loss`, and by the losses of test_any_loss.py
+    "`labels`",
+    "labels under the forward's own names, `start_positions` for example",
+    "a forward with `**kwargs`",
+    "None, a number, a bool or a text",
+    "tensors in lists and dicts, a BatchEncoding",
+    "a number of samples that is no multiple of `train.micro_batch_size`",
+}
+KEYS_REFUSED = {
+    "`attention_mask`": "numbers of documents as a mask",
+    "positions outside of the model's table": "a position too large",
+    "another key": "the nearest key",
+    "a list in place of a tensor": "a list",
+}
+KEYS_USED = {
+    "`input_ids` [samples, sequence]",
+    "`labels`",
+    "`position_ids`",
+    "`sample_ids` [samples]",
+    "a value of None",
+}
+
+
+def test_the_tables_of_batches_have_no_row_without_a_test() -> None:
+    """The words that a row quotes are in the message of its case."""
+    table = documented("What a batch holds")
+    assert table.keys() == HOLDS.keys() | USED
+    found = run(refused_by_a_module, 1)[0]
+    for row, case in HOLDS.items():
+        assert table[row].split("`")[1] in found[case][0], row
+    table, refusals = documented("Keys of a batch"), run(refused_by_the_split_model, 1)[0]
+    assert table.keys() == KEYS_REFUSED.keys() | KEYS_USED
+    for row, case in KEYS_REFUSED.items():
+        assert table[row].split("`")[1] in refusals[case], row

@@ -1,4 +1,4 @@
-"""What a loss is a mean over: the graph that autograd recorded of it tells, whatever the class of the model.
+"""The labels that a loss is a mean over, read from the graph that autograd recorded of it.
 
 The last operations of a loss combine few numbers: losses over labels that were reduced, each to one number, are cast,
 multiplied by constants and added. `count_of` goes through these operations from the loss down to each reduction, and
@@ -54,7 +54,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Count:
-    """What the loss of a microbatch is a mean over.
+    """The count of the labels that the loss of a microbatch is a mean over.
 
     `count` is what it divides by, and `num_labels` the number of labels, both fp64 scalars on the device of the loss.
     `differs` is 1 where the loss has terms with other counts than the first, else 0. `is_sum`: the loss is a sum, and
@@ -110,7 +110,7 @@ def of_nothing(count: Count) -> Count:
 
 @dataclass(frozen=True)
 class _Path:
-    """What was met on the way from the loss to an operation: the number a sum below it is divided by, if any.
+    """The path from the loss down to an operation: `divisor` is the number that a sum at its end is divided by.
 
     `is_by_number`: it is a number of Python, and not a tensor. `is_multiplied`: a sum below would be multiplied by a
     number that may, or may not, be one over its count.
