@@ -1,4 +1,4 @@
-"""What a batch brings is used or refused: keys by name, and positions as in Hugging Face's OPT, in every layout."""
+"""Everything in a batch is used or refused by name; positions are as in Hugging Face's OPT, in every layout."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def losses_with(rank: int, world_size: int, folder: Path, batches: list[dict[str
 
 
 def test_a_value_of_none_is_the_same_as_no_key(folder: Path) -> None:
-    """And positions matter: without them the loss of packed documents is another one."""
+    """Positions, in contrast, matter: without them the loss of packed documents is another one."""
     batch = packed(batches_of(1)[0])
     nothing: dict[str, Any] = dict.fromkeys(("attention_mask", "position_ids", "labels", "sample_ids"))
     ids = dict(input_ids=batch["input_ids"])
