@@ -162,7 +162,7 @@ def selected_mean(output: Tensor, labels: Tensor) -> Tensor:
 
 
 def two_means(output: Tensor, labels: Tensor) -> Tensor:
-    return torch.stack([cross_entropy(output, labels), 0.5 * cross_entropy(-output, labels)]).sum()
+    return torch.stack([cross_entropy(output, labels) / 4 / 5, 0.5 * cross_entropy(-output, labels)]).sum()
 
 
 def sum_and_count(output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,11 +286,26 @@ def mean_of_a_list(output: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([F.mse_loss(x, x.detach() * 2) for x in output]).mean()
 
 
+def mean_times_labels(output: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(output, labels) * (labels != -100).sum()
+
+
+def by_a_constant(output: Tensor, labels: Tensor) -> Tensor:
+    return summed(output, labels) / 100
+
+
+def halved_quotient(output: Tensor, labels: Tensor) -> Tensor:
+    return summed(output, labels) * (1 / len(labels)) / 2
+
+
 REFUSED: dict[str, tuple[Callable[[], Loss], str]] = {
     "a router's loss": (router, "loss: it is not known which labels it is a mean over: it "),
     "what has no gradient": (lambda: tagger(with_a_constant), "it adds what has no gradient"),
     "a norm": (lambda: tagger(with_norm), "LinalgVectorNormBackward0 made it"),
     "a sum times a number": (lambda: tagger(sum_times), "it is a sum that is multiplied by a number"),
+    "a sum by a constant": (lambda: tagger(by_a_constant), "it is a sum that is divided by 100"),
+    "a quotient, halved": (lambda: tagger(halved_quotient), "it is a sum that is multiplied by a number"),
+    "a mean times its labels": (lambda: tagger(mean_times_labels), "its constant factors differ"),
     "a mean and a sum": (lambda: tagger(mean_and_sum), "it adds a sum to a mean"),
     "means over different labels": (lambda: tagger(different_means), "it adds means over different numbers of labels"),
     "no loss at all": (lambda: Loss(Tagger(), dict(input_ids=ids())), "got NoneType. Pass a criterion."),

@@ -241,7 +241,7 @@ NORM_AND_CLIP = (
 
 MEANS = (
     Mutant("no-mean", "the gradient is that of the summed loss, not of its mean",
-           ENGINE, "scale=self.loss_scale.scale / max(1, tokens)", "scale=1.0", trains("single")),
+           ENGINE, "scale = self.loss_scale.scale / max(1, tokens)", "scale = 1.0", trains("single")),
     Mutant("count-of-this-replica", "the mean is over one replica's labels",
            ENGINE,
            "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
@@ -712,9 +712,9 @@ COUNTED = (
     Mutant("empty-mask-counts-one", "a microbatch without a label counts as one label, since its count is clamped",
            LOSS_TERMS, "path.divisor * has_labels(node, path.device)", "path.divisor", counts(MASKED)),
     Mutant("nan-of-an-empty-mask", "the gradient of a mean over nothing is NaN, also times zero",
-           LOSS_TERMS, "    node.register_hook(_zero_where_nothing(divisor))\n", "", counts(MASKED)),
+           LOSS_TERMS, "    node.register_hook(_zero_where_nothing(scalar))\n", "", counts(MASKED)),
     Mutant("differing-counts-kept", "terms of a loss that count different labels are weighted as the first of them",
-           "parallel/modules/loss_sums.py", "    if differing:\n", "    if False:\n",
+           "parallel/modules/loss_sums.py", "differing > 0,", "False,",
            "tests/test_any_loss.py::test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank[0]"),
     Mutant("positions-ignored", "a batch's own positions are left out",
            OPT, "if batch.position_ids is not None:", "if False:",

@@ -153,6 +153,8 @@ ROWS = {  # of the documentation's table, with the losses that show them
     "no label on a microbatch or a replica": ["mean of a mask", "mean with class weights", "mean over labels"],
 }
 REFUSED_ROWS = {
+    "a sum that is divided by a number, `losses.sum() / len(losses)`": "a sum by a constant",
+    "several terms, as in question answering": "a mean times its labels",
     "a router's loss beside that of the labels (`output_router_logits=True`)": "a router's loss",
     "a loss that adds another function of the batch, a norm for example": "a norm",
     "a loss that adds what has no gradient": "what has no gradient",
@@ -206,7 +208,7 @@ def message(act: Callable[[Any], Any], given: Any) -> str:
 def test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank(stage: int) -> None:
     """The words of the documentation are in the messages."""
     table = {row.what: row.answer for row in rows("docs/library.md", "What a loss counts")}
-    documented = {name: table[row].split("`")[1] for row, name in REFUSED_ROWS.items()}
+    documented = {name: table[row].split("`")[-2] for row, name in REFUSED_ROWS.items()}
     for found in run(refusal, 2, config_of(stage), list(REFUSED)):
         for name, (_, words) in REFUSED.items():
             for text in found[name]:

@@ -227,7 +227,7 @@ class ModuleEngine(ModuleState):
         module is in training or evaluation mode as it was before. Raises DataError and ModelError as `train_step` does.
         """
         sums = LossSums(self._agreement.axis, self.mesh.device)
-        with evaluating(self.module):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.module):
             for batch in batches:
                 for microbatch in self._loss.microbatches(batch):
                     sums.add(self._loss.of(self, microbatch))
