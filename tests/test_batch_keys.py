@@ -197,7 +197,7 @@ def used_by_a_module(rank: int, world_size: int) -> list[float]:
 
 
 def test_forms_of_one_batch_have_one_loss() -> None:
-    """So has an evaluation in torch's inference mode."""
+    """The loss in torch's inference mode is the same, too."""
     first, *others = run(used_by_a_module, 1)[0]
     assert others == [first] * 7
 

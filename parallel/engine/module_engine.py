@@ -226,8 +226,8 @@ class ModuleEngine(ModuleState):
         Every replica must give as many batches as the others, of as many microbatches. Afterwards each part of the
         module is in training or evaluation mode as it was before. Raises DataError and ModelError as `train_step` does.
         """
-        sums = LossSums(self._agreement.axis, self.mesh.device)
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.module):
+            sums = LossSums(self._agreement.axis, self.mesh.device)
             for batch in batches:
                 for microbatch in self._loss.microbatches(batch):
                     sums.add(self._loss.of(self, microbatch))
