@@ -222,6 +222,8 @@ def test_one_microbatch_alone_is_trained_on_with_any_loss() -> None:
     raw = config_of(0, micro_batch_size=8, global_batch_size=8)
     for name, got in run(by_engine, 1, raw, ["a norm", "means over different labels"])[0].items():
         assert_equal(name, got, by_torch(name), 1e-10)
+    for text in run(refusal, 1, raw, ["no loss at all"])[0]["no loss at all"]:
+        assert "Pass a criterion" in text
 
 
 def test_half_precision_is_as_near_as_with_all_samples_in_one_batch() -> None:

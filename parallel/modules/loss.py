@@ -43,12 +43,14 @@ class LabelledMicrobatch:
 class CountedLoss:
     """The loss of a microbatch, a scalar, and what it is a mean over.
 
-    `problem` says why that is not known; it does not matter where the microbatch is the only one.
+    `problem` says why that is not known; where the microbatch is the only one, it does not matter. Without `is_loss`
+    there is no loss, but a placeholder.
     """
 
     loss: Tensor
     count: Count
     problem: str = ""
+    is_loss: bool = True
 
     @property
     def factor(self) -> Tensor:
@@ -130,7 +132,7 @@ def _counted(found: Any, num_samples: int) -> CountedLoss:
     loss, number = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         nothing = torch.full((), torch.nan)
-        return CountedLoss(nothing, count_unknown(nothing), f"{loss_problem(loss)} Pass a criterion.")
+        return CountedLoss(nothing, count_unknown(nothing), f"{loss_problem(loss)} Pass a criterion.", is_loss=False)
     if number is not None:
         return CountedLoss(loss, count_of_sum(loss, number))
     try:

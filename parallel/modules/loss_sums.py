@@ -42,7 +42,8 @@ class LossSums:
         # Losses, counts, labels, differing terms, factors, their squares.
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._copy: HostCopy | None = None
-        self._shape = torch.zeros(4, dtype=torch.float64)  # microbatches, sums, numbers of terms, their squares
+        # Microbatches, those without a loss, sums, numbers of terms, their squares.
+        self._shape = torch.zeros(5, dtype=torch.float64)
         self._problem = ""
 
     def add(self, found: CountedLoss) -> None:
@@ -51,7 +52,7 @@ class LossSums:
         factors = count.factors, count.factors**2
         added = torch.stack([found.total, count.count, count.num_labels, count.differs, *factors])
         self._sums += added.to(self._sums.device, non_blocking=True)
-        self._shape += torch.tensor([1, count.is_sum, count.num_terms, count.num_terms**2])
+        self._shape += torch.tensor([1, not found.is_loss, count.is_sum, count.num_terms, count.num_terms**2])
         self._problem = self._problem or found.problem
 
     def copy_to_host(self) -> None:
@@ -66,16 +67,16 @@ class LossSums:
         own = torch.cat([self._copy.wait(), self._shape, torch.tensor([float(self._problem != "")])])
         total, count, labels, differing, *shape, problems = all_reduce(own, self._axis).tolist()
         self._copy = None
-        factors, (microbatches, sums, *terms) = shape[:2], shape[2:]
+        factors, (microbatches, missing, sums, *terms) = shape[:2], shape[2:]
         differences = {
             "it is a sum in some microbatches, and a mean in others": 0 < sums < microbatches,
             "it adds more terms in some microbatches than in others": _differ(microbatches, *terms),
             "its constant factors differ between microbatches": _differ(microbatches, *factors),
             "it adds means over different numbers of labels": differing > 0,
         }
+        if problems and (missing or microbatches > 1):
+            raise ModelError(self._problem or "loss: that of another replica was refused.")
         if microbatches > 1:  # one alone is the whole batch, whatever its loss is
-            if problems:
-                raise ModelError(self._problem or "loss: that of another replica was refused.")
             for text in (text for text, is_so in differences.items() if is_so):
                 raise ModelError(f"loss: {text}. {ADVICE}")
         return Totals(total, 1.0 if sums else count, round(labels))

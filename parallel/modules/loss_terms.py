@@ -119,8 +119,8 @@ def _after_product(node: Any, name: str, path: _Path) -> _Path:
     """Return the path below a product with, or a quotient by, a number that has no gradient."""
     sides = [getattr(node, side, None) for side in ("_saved_other", "_saved_self")]
     other = next(x for x in sides if x is not None)
-    scalar = path.scalar(other)
     number = float(other) if not isinstance(other, Tensor) or is_number(other) else None
+    scalar = path.scalar(other if number is None else number)
     factors = scalar if path.factors is None else path.factors + scalar
     if name == "Mul":  # it may be by one over the count, unless the sum is divided by a tensor
         is_clear = path.divisor is not None and path.number is None and number is not None
