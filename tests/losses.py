@@ -162,7 +162,7 @@ def selected_mean(output: Tensor, labels: Tensor) -> Tensor:
 
 
 def two_means(output: Tensor, labels: Tensor) -> Tensor:
-    return torch.stack([cross_entropy(output, labels), 0.5 * cross_entropy(-output, labels)]).sum()
+    return torch.stack([cross_entropy(output, labels) / 4 / 5, 0.5 * cross_entropy(-output, labels)]).sum()
 
 
 def sum_and_count(output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def clamped_mean(output: Tensor, labels: Tensor) -> Tensor:
 
 def filled_mean(output: Tensor, labels: Tensor) -> Tensor:
     losses: Tensor = (output - 1).square().mean(-1).masked_fill(labels == -100, 0)
-    mean: Tensor = losses.sum() / torch.maximum((labels != -100).sum(), torch.tensor(1))
+    mean: Tensor = losses.sum() / torch.maximum((labels != -100).sum(), torch.ones_like(labels.sum()))
     return mean
 
 
@@ -195,9 +195,13 @@ def tagger(criterion: Callable[..., Any], batch: Callable[[], Batch] = tags) -> 
     return Loss(Tagger(), batch(), criterion)
 
 
-def regression(function: Callable[..., Tensor], **more: Any) -> Loss:
+def regression(function: Callable[..., Tensor]) -> Loss:
     batch = dict(input_ids=ids(), labels=targets(LENGTH, CLASSES))
-    return Loss(Tagger(), batch, lambda output, labels: function(output, labels, **more))
+    return Loss(Tagger(), batch, lambda output, labels: function(output, labels.to(output)))
+
+
+def weighted_bce(output: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(output, labels, pos_weight=class_weights().to(output))
 
 
 LOSSES: dict[str, Callable[[], Loss]] = {
@@ -246,7 +250,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mse": lambda: regression(F.mse_loss),
     "l1": lambda: regression(F.l1_loss),
     "huber": lambda: regression(F.huber_loss),
-    "bce": lambda: regression(F.binary_cross_entropy_with_logits, pos_weight=class_weights()),
+    "bce": lambda: regression(weighted_bce),
     "mean of means of samples": lambda: regression(lambda o, y: ((o - y) ** 2).mean((1, 2)).mean()),
     "probabilities as targets": lambda: regression(lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten(0, 1))),
     "kl divergence": lambda: regression(lambda o, y: F.kl_div(o.log_softmax(-1), y, reduction="batchmean")),
@@ -282,12 +286,28 @@ def mean_of_a_list(output: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([F.mse_loss(x, x.detach() * 2) for x in output]).mean()
 
 
+def mean_times_labels(output: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(output, labels) * (labels != -100).sum()
+
+
+def by_a_constant(output: Tensor, labels: Tensor) -> Tensor:
+    return summed(output, labels) / 100
+
+
+def halved_quotient(output: Tensor, labels: Tensor) -> Tensor:
+    return summed(output, labels) * (1 / len(labels)) / 2
+
+
 REFUSED: dict[str, tuple[Callable[[], Loss], str]] = {
     "a router's loss": (router, "loss: it is not known which labels it is a mean over: it "),
     "what has no gradient": (lambda: tagger(with_a_constant), "it adds what has no gradient"),
     "a norm": (lambda: tagger(with_norm), "LinalgVectorNormBackward0 made it"),
     "a sum times a number": (lambda: tagger(sum_times), "it is a sum that is multiplied by a number"),
+    "a sum by a constant": (lambda: tagger(by_a_constant), "it is a sum that is divided by 100"),
+    "a quotient, halved": (lambda: tagger(halved_quotient), "it is a sum that is multiplied by a number"),
+    "a mean times its labels": (lambda: tagger(mean_times_labels), "its constant factors differ"),
     "a mean and a sum": (lambda: tagger(mean_and_sum), "it adds a sum to a mean"),
     "means over different labels": (lambda: tagger(different_means), "it adds means over different numbers of labels"),
+    "no loss at all": (lambda: Loss(Tagger(), dict(input_ids=ids())), "got NoneType. Pass a criterion."),
     "one mean for each sample": (lambda: tagger(mean_of_a_list), "it adds more terms in some microbatches"),
 }

@@ -56,6 +56,16 @@ def drops(part: str) -> str:
     return f"{RULES}::test_no_two_samples_and_no_two_positions_have_one_dropout_mask[{part}]"
 
 
+LOSS_TERMS = "parallel/modules/loss_terms.py"
+LABELS = "a mean over labels, in a class of any name"
+MASKED = "a sum that is divided by a tensor, `(losses * mask).sum() / mask.sum()`"
+
+
+def counts(row: str) -> str:
+    """Return the test that losses of this row of the documentation's table equal those of one batch."""
+    return f"tests/test_any_loss.py::test_every_loss_equals_plain_torchs_with_all_samples_in_one_batch[{row}-0]"
+
+
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
@@ -231,7 +241,7 @@ NORM_AND_CLIP = (
 
 MEANS = (
     Mutant("no-mean", "the gradient is that of the summed loss, not of its mean",
-           ENGINE, "scale=self.loss_scale.scale / max(1, tokens)", "scale=1.0", trains("single")),
+           ENGINE, "scale = self.loss_scale.scale / max(1, tokens)", "scale = 1.0", trains("single")),
     Mutant("count-of-this-replica", "the mean is over one replica's labels",
            ENGINE,
            "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
@@ -514,7 +524,7 @@ MODULES = (
            GATHERER, "        ctx.release()\n", "",
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
     Mutant("microbatches-weigh-the-same", "the loss is a mean of the microbatches' means, whatever their numbers of labels",
-           MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
+           MODULE, "(found.factor * (self.data.size / max(1, expected)))", "(1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "Adam resumes with the same number of steps for every parameter",
            TORCH_OPTIM, "steps.get(segment.info.name, updates)", "updates",
@@ -723,6 +733,23 @@ RESUMING = (
     Mutant("dropout-from-steps", "after a step of another size samples get dropout masks that others had",
            ENGINE, 'self.num_samples += self.data.size * len(batch["input_ids"])', "self.num_samples += 1",
            f"{STRICT}::test_a_split_model_goes_on_bit_for_bit"),
+COUNTED = (
+    Mutant("counts-of-the-batch", "the gradient is divided by the labels of the batch, whichever of them the loss counts",
+           MODULE, "self._step(totals.divisor / max(1, expected))", "self._step(1.0)", counts(LABELS)),
+    Mutant("ignored-labels-counted", "the labels that a loss function ignores are counted",
+           LOSS_TERMS, "counted = target != ignored_label(node)", "counted = target == target", counts(LABELS)),
+    Mutant("weights-of-classes-not-counted", "a microbatch counts its labels, and not their weights",
+           LOSS_TERMS, "if weight is None or not is_mean:", "if True:", counts("class weights, smoothed labels")),
+    Mutant("empty-mask-counts-one", "a microbatch without a label counts as one label, since its count is clamped",
+           LOSS_TERMS, "path.divisor * has_labels(node, path.device)", "path.divisor", counts(MASKED)),
+    Mutant("nan-of-an-empty-mask", "the gradient of a mean over nothing is NaN, also times zero",
+           LOSS_TERMS, "    node.register_hook(_zero_where_nothing(scalar))\n", "", counts(MASKED)),
+    Mutant("differing-counts-kept", "terms of a loss that count different labels are weighted as the first of them",
+           "parallel/modules/loss_sums.py", "differing > 0,", "False,",
+           "tests/test_any_loss.py::test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank[0]"),
+    Mutant("positions-ignored", "a batch's own positions are left out",
+           OPT, "if batch.position_ids is not None:", "if False:",
+           "tests/test_batch_keys.py::test_positions_of_a_batch_are_those_of_hugging_faces_opt[2d-0]"),
 )
 
 # fmt: on
@@ -744,4 +771,5 @@ MUTANTS = (
     *ORDER,
     *COMPILING,
     *RESUMING,
+    *COUNTED,
 )

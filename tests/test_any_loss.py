@@ -19,6 +19,8 @@ from parallel.engine.module_engine import ModuleEngine
 from tests.harness import run
 from tests.losses import LOSSES, REFUSED, Batch, Loss
 from tests.parity import Raw, relative, whole
+from tests.patience import LIMIT
+from tests.tables import rows
 
 FP32 = {
     "a language model that shifts its labels",
@@ -97,15 +99,89 @@ def assert_equal(name: str, got: Result, want: Result, bound: float) -> None:
     assert relative(update(name, got[2]), update(name, want[2])) <= bound, f"gradient: {name}"
 
 
+@cache
+def by_engines(stage: int) -> list[dict[str, Result]]:
+    """Return what two ranks find for every loss. They have three samples in a microbatch, and one in the last."""
+    return run(by_engine, 2, config_of(stage), list(LOSSES))
+
+
+ROWS = {  # of the documentation's table, with the losses that show them
+    "a mean over labels, in a class of any name": [
+        "a language model that shifts its labels",
+        "a subclass with any name",
+        "a language model without labels in the batch",
+        "a language model that does not shift",
+        "seq2seq (Bart)",
+        "seq2seq (T5)",
+        "masked language model",
+        "token classification",
+        "image classification",
+        "sequence classification",
+        "mixture of experts without a router loss",
+        "mean over labels",
+        "mean with another ignored label",
+        "mean of selected labels",
+    ],
+    "class weights, smoothed labels": [
+        "mean with class weights",
+        "mean with smoothed labels",
+        "smoothed labels and class weights",
+    ],
+    "a loss over all elements: mse, bce, l1, a mean": [
+        "multi-label classification",
+        "regression",
+        "mse",
+        "l1",
+        "huber",
+        "bce",
+        "mean of means of samples",
+        "probabilities as targets",
+    ],
+    "a sum that is divided by a tensor, `(losses * mask).sum() / mask.sum()`": [
+        "mean of a mask",
+        "sum divided by a count",
+        "mean of a mask that may be empty",
+        "mean of what is not filled",
+    ],
+    "a sum that is divided by a number, `losses.sum() / len(losses)`": [
+        "sum divided by the samples",
+        "kl divergence",
+    ],
+    'a sum, `reduction="sum"`': ["sum over labels"],
+    "several terms, as in question answering": ["several means", "question answering"],
+    "a criterion that returns `(sum, count)`": ["sum and count"],
+    "no label on a microbatch or a replica": ["mean of a mask", "mean with class weights", "mean over labels"],
+}
+REFUSED_ROWS = {
+    "a sum that is divided by a number, `losses.sum() / len(losses)`": "a sum by a constant",
+    "several terms, as in question answering": "a mean times its labels",
+    "a router's loss beside that of the labels (`output_router_logits=True`)": "a router's loss",
+    "a loss that adds another function of the batch, a norm for example": "a norm",
+    "a loss that adds what has no gradient": "what has no gradient",
+    "a sum times a number, which may be one over the count": "a sum times a number",
+    "terms that are means over different labels": "means over different labels",
+    "a list of means, one for each sample": "one mean for each sample",
+    "an output without a `.loss`, and no criterion": "no loss at all",
+}
+NO_LABEL = "no label on any replica"  # tested beside the keys of batches
+
+
+def test_the_table_of_losses_has_no_row_without_a_test() -> None:
+    table = {row.what for row in rows("docs/library.md", "What a loss counts")}
+    assert table == ROWS.keys() | REFUSED_ROWS.keys() | {NO_LABEL}
+    assert {name for names in ROWS.values() for name in names} == LOSSES.keys()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", [0, 3])
-def test_every_loss_equals_plain_torchs_with_all_samples_in_one_batch(stage: int) -> None:
+@pytest.mark.parametrize("row", ROWS)
+def test_every_loss_equals_plain_torchs_with_all_samples_in_one_batch(row: str, stage: int) -> None:
     """The same operations run in another order, with terms of both signs: 1e-10 is far above the rounding of fp64.
 
-    Losses that are computed in fp32 have some roundings of 6e-8. There are three samples in a microbatch, so each of
-    two ranks has two microbatches, one of them smaller.
+    Losses that are computed in fp32 have some roundings of 6e-8.
     """
-    for got in run(by_engine, 2, config_of(stage), list(LOSSES)):
-        for name in LOSSES:
+    for got in by_engines(stage):
+        for name in ROWS[row]:
             assert_equal(name, got[name], by_torch(name), 1e-6 if name in FP32 else 1e-10)
 
 
@@ -130,11 +206,45 @@ def message(act: Callable[[Any], Any], given: Any) -> str:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank(stage: int) -> None:
+    """The words of the documentation are in the messages."""
+    table = {row.what: row.answer for row in rows("docs/library.md", "What a loss counts")}
+    documented = {name: table[row].split("`")[-2] for row, name in REFUSED_ROWS.items()}
     for found in run(refusal, 2, config_of(stage), list(REFUSED)):
         for name, (_, words) in REFUSED.items():
             for text in found[name]:
                 assert words in text, name
+                assert documented.get(name, "") in text, name
                 assert text.startswith("ModelError: ")
+
+
+def test_one_microbatch_alone_is_trained_on_with_any_loss() -> None:
+    """It is the whole batch: there is nothing to weigh it against."""
+    raw = config_of(0, micro_batch_size=8, global_batch_size=8)
+    for name, got in run(by_engine, 1, raw, ["a norm", "means over different labels"])[0].items():
+        assert_equal(name, got, by_torch(name), 1e-10)
+    for text in run(refusal, 1, raw, ["no loss at all"])[0]["no loss at all"]:
+        assert "Pass a criterion" in text
+
+
+def test_half_precision_is_as_near_as_with_all_samples_in_one_batch() -> None:
+    """Sums of microbatches are rounded once more each; the roundings within the model are the same, and larger."""
+    whole = dict(micro_batch_size=8, global_batch_size=8)
+    for precision, bound in (("fp32", 2e-6), ("bf16", 2e-2)):
+        want = run(in_a_precision, 1, precision, whole)[0]
+        for got in run(in_a_precision, 2, precision, {}):
+            for name in SOME:
+                exact = by_torch(name)
+                assert got[name][0] == pytest.approx(exact[0], rel=bound)
+                assert got[name][1] == pytest.approx(exact[1], rel=bound)
+                errors = [relative(update(name, x[2]), update(name, exact[2])) for x in (got[name], want[name])]
+                assert errors[0] <= 1.5 * errors[1], name
+
+
+@pytest.mark.slow
+def test_compiled_layers_count_the_same_labels() -> None:
+    for got in run(in_a_precision, 1, "fp32", dict(compile=True), timeout=LIMIT * 3):
+        for name in SOME:
+            assert_equal(name, got[name], by_torch(name), 2e-6)
 
 
 SOME = ["a subclass with any name", "seq2seq (Bart)", "mean with class weights"]

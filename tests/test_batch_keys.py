@@ -1,4 +1,4 @@
-"""What a batch brings is used or refused: keys by name, and positions as in Hugging Face's OPT, in every layout."""
+"""Everything in a batch is used or refused by name; positions are as in Hugging Face's OPT, in every layout."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tests import test_any_loss
 from tests.harness import run
 from tests.losses import Loss, bert, language, opt, tags
 from tests.parity import SHAPE, Batch, Raw, batches_of, compare, config_of, engine_of, reference, save_model, train
+from tests.tables import rows
 
 
 def packed(batch: Batch) -> Batch:
@@ -62,7 +63,7 @@ def losses_with(rank: int, world_size: int, folder: Path, batches: list[dict[str
 
 
 def test_a_value_of_none_is_the_same_as_no_key(folder: Path) -> None:
-    """And positions matter: without them the loss of packed documents is another one."""
+    """Positions, in contrast, matter: without them the loss of packed documents is another one."""
     batch = packed(batches_of(1)[0])
     nothing: dict[str, Any] = dict.fromkeys(("attention_mask", "position_ids", "labels", "sample_ids"))
     ids = dict(input_ids=batch["input_ids"])
@@ -189,10 +190,62 @@ def used_by_a_module(rank: int, world_size: int) -> list[float]:
         getattr(module, "inner", module).load_state_dict(state)
         engine = test_any_loss.engine_of(rank, world_size, test_any_loss.config_of(0), Loss(module, {}))
         found.append(engine.evaluate([form]))
+        with torch.inference_mode():
+            found.append(engine.evaluate([{key: x.clone() for key, x in form.items() if isinstance(x, Tensor)}]))
         engine.mesh.close()
     return found
 
 
 def test_forms_of_one_batch_have_one_loss() -> None:
+    """The loss in torch's inference mode is the same, too."""
     first, *others = run(used_by_a_module, 1)[0]
-    assert others == [first] * 3
+    assert others == [first] * 7
+
+
+def documented(heading: str) -> dict[str, str]:
+    return {row.what: row.answer for row in rows("docs/library.md", heading)}
+
+
+HOLDS = {  # rows of the documentation's table with a refusal, and the case above that shows it
+    "a key that the forward does not take": "a misspelt key",
+    "a tensor with another number of rows": "rows that are no samples",
+    "numbers in a list": "a list of numbers",
+    "a nested tensor": "a nested tensor",
+    "`num_items_in_batch`": "a count of the caller's",
+    "no sample": "no sample",
+    "a tuple": "a pair",
+}
+USED = {  # the other rows: tested by `test_forms_of_one_batch_have_one_loss`, and by the losses of test_any_loss.py
+    "`labels`",
+    "labels under the forward's own names, `start_positions` for example",
+    "a forward with `**kwargs`",
+    "None, a number, a bool or a text",
+    "tensors in lists and dicts, a BatchEncoding",
+    "a number of samples that is no multiple of `train.micro_batch_size`",
+}
+KEYS_REFUSED = {
+    "`attention_mask`": "numbers of documents as a mask",
+    "positions outside of the model's table": "a position too large",
+    "another key": "the nearest key",
+    "a list in place of a tensor": "a list",
+}
+KEYS_USED = {
+    "`input_ids` [samples, sequence]",
+    "`labels`",
+    "`position_ids`",
+    "`sample_ids` [samples]",
+    "a value of None",
+}
+
+
+def test_the_tables_of_batches_have_no_row_without_a_test() -> None:
+    """The words that a row quotes are in the message of its case."""
+    table = documented("What a batch holds")
+    assert table.keys() == HOLDS.keys() | USED
+    found = run(refused_by_a_module, 1)[0]
+    for row, case in HOLDS.items():
+        assert table[row].split("`")[1] in found[case][0], row
+    table, refusals = documented("Keys of a batch"), run(refused_by_the_split_model, 1)[0]
+    assert table.keys() == KEYS_REFUSED.keys() | KEYS_USED
+    for row, case in KEYS_REFUSED.items():
+        assert table[row].split("`")[1] in refusals[case], row

@@ -14,7 +14,7 @@ from parallel.chunk.chunk import Chunk, make_chunks
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.module_state import ModuleState
-from parallel.errors import ConfigError, DataError, ModelError
+from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
@@ -212,16 +212,19 @@ class ModuleEngine(ModuleState):
         for i, microbatch in enumerate(microbatches):
             found = self._loss.of(self, microbatch)
             sums.add(found)
-            if found.problem and num_microbatches > 1:
+            if found.problem and (num_microbatches > 1 or not found.is_loss):
                 self._agreement.agree_on("a backward", found.problem)
             if is_last := i == len(microbatches) - 1:
                 sums.copy_to_host()
             with nullcontext() if is_last else self.no_sync():
                 self.backward(found.loss * (found.factor * (self.data.size / max(1, expected))))
-        totals = sums.totals()
-        if not totals.divisor:
+        try:
+            totals = sums.totals()
+            if not totals.divisor:
+                raise DataError("batch: no label to learn from: all of them are -100.")
+        except ColonnadeError:  # on every rank
             self.zero_grad()
-            raise DataError("batch: no label to learn from: all of them are -100.")
+            raise
         done = self._step(totals.divisor / max(1, expected))
         return StepResult(totals.loss, done.grad_norm, done.lr, totals.num_labels, skipped=done.skipped)
 
@@ -232,8 +235,8 @@ class ModuleEngine(ModuleState):
         Every replica must give as many batches as the others, of as many microbatches. Afterwards each part of the
         module is in training or evaluation mode as it was before. Raises DataError and ModelError as `train_step` does.
         """
-        sums = LossSums(self._agreement.axis, self.mesh.device)
-        with evaluating(self.module):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.module):
+            sums = LossSums(self._agreement.axis, self.mesh.device)
             for batch in batches:
                 for microbatch in self._loss.microbatches(batch):
                     sums.add(self._loss.of(self, microbatch))

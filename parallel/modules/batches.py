@@ -30,6 +30,7 @@ class ForwardInputs:
         `**kwargs: Unpack[SomeTypedDict]`, as transformers' models have it, names what is taken. An adapter (peft's
         model, for example) passes its inputs on to a base model, which says what is taken.
         """
+        module = getattr(module, "_orig_mod", module)  # of a compiled module
         base = getattr(module, "get_base_model", None)
         forward = (base() if callable(base) else module).forward
         parameters = inspect.signature(forward).parameters.values()
@@ -37,7 +38,7 @@ class ForwardInputs:
         names = [one.name for one in parameters if one.kind in by_name]
         rest = [one.name for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD]
         named = _keys_of_a_typed_dict(forward, rest[0]) if rest else ()
-        return cls((*names, *(named or ())), takes_all=named is None)
+        return cls(tuple(dict.fromkeys((*names, *(named or ())))), takes_all=named is None)
 
     def takes(self, name: str) -> bool:
         """Return whether the forward takes an argument of this name."""

@@ -1,7 +1,7 @@
 """The loss of a module on labelled batches: what computes it, and what it is a mean over."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_map
 
 from parallel.errors import DataError
 from parallel.mesh.agreement import Agreement
-from parallel.modules.batches import IDS, LABELS, ForwardInputs, batch_problem, parts_of
-from parallel.modules.loss_graph import LossGraph
-from parallel.modules.loss_terms import Count, NotMeasuredError, count_of, count_of_sum, of_nothing, unmeasured
+from parallel.modules.batches import IDS, LABELS, ForwardInputs, batch_problem, num_samples, parts_of
+from parallel.modules.loss_count import Count, count_of, count_of_nothing, count_of_sum, count_unknown
+from parallel.modules.loss_graph import LossGraph, recorded
+from parallel.modules.loss_terms import NotMeasuredError
 from parallel.storage.transfer import to_device
 
 Criterion: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
@@ -32,17 +33,24 @@ class LabelledMicrobatch:
     labels: Any
     is_counted: bool = True
 
+    @property
+    def num_samples(self) -> int:
+        """The number of samples."""
+        return num_samples(self.inputs if self.labels is None else {LABELS: self.labels, **self.inputs})
+
 
 @dataclass(frozen=True)
 class CountedLoss:
     """The loss of a microbatch, a scalar, and what it is a mean over.
 
-    `problem` says why that is not known; it does not matter where the microbatch is the only one.
+    `problem` says why that is not known; where the microbatch is the only one, it does not matter. Without `is_loss`
+    there is no loss, but a placeholder.
     """
 
     loss: Tensor
     count: Count
     problem: str = ""
+    is_loss: bool = True
 
     @property
     def factor(self) -> Tensor:
@@ -88,18 +96,19 @@ class ModuleLoss:
         In torch.no_grad only the graph of the loss is recorded, and not that of the layers.
         """
         found = self._of(model, microbatch)
-        return found if microbatch.is_counted else replace(found, count=of_nothing(found.count))
+        return found if microbatch.is_counted else replace(found, count=count_of_nothing(found.count))
 
     def _of(self, model: Callable[..., Any], microbatch: LabelledMicrobatch) -> CountedLoss:
         evaluates = not torch.is_grad_enabled()
         if self._criterion is None:
             labels = {} if microbatch.labels is None or not self._inputs.takes(LABELS) else {LABELS: microbatch.labels}
             with self._graph.recorded() if evaluates else nullcontext():
-                return _counted(_own_loss(model(**microbatch.inputs, **labels)))
+                return _counted(_own_loss(model(**microbatch.inputs, **labels)), microbatch.num_samples)
         output, labels = model(**microbatch.inputs), tree_map(self._moved, microbatch.labels)
-        recorded: AbstractContextManager[Any] = torch.enable_grad() if evaluates else nullcontext()
-        with recorded:
-            return _counted(self._criterion(tree_map(_with_gradient, output) if evaluates else output, labels))
+        if not evaluates:
+            return _counted(self._criterion(output, labels), microbatch.num_samples)
+        with torch.enable_grad():
+            return _counted(self._criterion(tree_map(recorded, output), labels), microbatch.num_samples)
 
     def _keys_problem(self, batch: Mapping[str, Any]) -> str:
         """Return what is wrong with the keys of a batch, or nothing."""
@@ -118,31 +127,26 @@ def _own_loss(output: Any) -> Any:
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
-def _counted(found: Any) -> CountedLoss:
+def _counted(found: Any, num_samples: int) -> CountedLoss:
     """Return a loss with its count, or with the problem that it cannot be trained on."""
     loss, number = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         nothing = torch.full((), torch.nan)
-        return CountedLoss(nothing, unmeasured(nothing), f"{loss_problem(loss)} Pass a criterion.")
+        return CountedLoss(nothing, count_unknown(nothing), f"{loss_problem(loss)} Pass a criterion.", is_loss=False)
     if number is not None:
         return CountedLoss(loss, count_of_sum(loss, number))
     try:
-        return CountedLoss(loss, count_of(loss))
+        return CountedLoss(loss, count_of(loss, num_samples))
     except NotMeasuredError as error:
-        return CountedLoss(loss, unmeasured(loss), f"loss: {unmeasured_problem(str(error))}")
+        return CountedLoss(loss, count_unknown(loss), _unmeasured(str(error)))
 
 
-def unmeasured_problem(reason: str) -> str:
+def _unmeasured(reason: str) -> str:
     """Return what a user is told whose loss is not known to be a mean, or a sum, over labels."""
     return (
-        f"it is not known which labels it is a mean over: {reason}. Pass a criterion that returns (sum, count), or call"
-        " engine.backward in a loop of your own."
+        f"loss: it is not known which labels it is a mean over: {reason}. Pass a criterion that returns (sum, count),"
+        " or call engine.backward in a loop of your own."
     )
-
-
-def _with_gradient(x: Any) -> Any:
-    """Return an output of a module so that autograd records what is computed with it."""
-    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def loss_problem(loss: object) -> str:

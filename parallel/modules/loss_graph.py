@@ -54,11 +54,11 @@ def _switch(recording: bool) -> Callable[..., None]:
 def _resume(layer: nn.Module, inputs: Any, output: Any) -> Any:
     """Switch the recording on after a layer, and return its output as the start of a graph."""
     torch.set_grad_enabled(True)
-    return tree_map(_recorded, output)
+    return tree_map(recorded, output)
 
 
-def _recorded(x: Any) -> Any:
-    """Return x with a gradient: what follows is recorded, even if all parameters outside of layers are frozen."""
+def recorded(x: Any) -> Any:
+    """Return x with a gradient, without its past: what follows is recorded, even if all parameters there are frozen."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     start = torch.zeros((), device=x.device, requires_grad=True)

@@ -10,6 +10,8 @@ from parallel.mesh.mesh import Axis
 from parallel.modules.loss import CountedLoss
 from parallel.storage.transfer import HostCopy
 
+ADVICE = "Pass a criterion that returns (sum, count), or call engine.backward in a loop of your own."
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -37,17 +39,20 @@ class LossSums:
 
     def __init__(self, axis: Axis, device: torch.device) -> None:
         self._axis = axis
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # losses, counts, labels, differing terms
+        # Losses, counts, labels, differing terms, factors, their squares.
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._copy: HostCopy | None = None
-        self._shape = torch.zeros(4, dtype=torch.float64)  # microbatches, sums, numbers of terms, their squares
+        # Microbatches, those without a loss, sums, numbers of terms, their squares.
+        self._shape = torch.zeros(5, dtype=torch.float64)
         self._problem = ""
 
     def add(self, found: CountedLoss) -> None:
         """Add the loss of a microbatch."""
         count = found.count
-        added = torch.stack([found.total, count.count, count.num_labels, count.differs])
+        factors = count.factors, count.factors**2
+        added = torch.stack([found.total, count.count, count.num_labels, count.differs, *factors])
         self._sums += added.to(self._sums.device, non_blocking=True)
-        self._shape += torch.tensor([1, count.is_sum, count.num_terms, count.num_terms**2])
+        self._shape += torch.tensor([1, not found.is_loss, count.is_sum, count.num_terms, count.num_terms**2])
         self._problem = self._problem or found.problem
 
     def copy_to_host(self) -> None:
@@ -62,20 +67,21 @@ class LossSums:
         own = torch.cat([self._copy.wait(), self._shape, torch.tensor([float(self._problem != "")])])
         total, count, labels, differing, *shape, problems = all_reduce(own, self._axis).tolist()
         self._copy = None
-        if shape[0] > 1:  # one microbatch alone is the whole batch, whatever its loss is
-            _refuse(self._problem, problems, differing, *shape)
-        return Totals(total, 1.0 if shape[1] else count, round(labels))
+        factors, (microbatches, missing, sums, *terms) = shape[:2], shape[2:]
+        differences = {
+            "it is a sum in some microbatches, and a mean in others": 0 < sums < microbatches,
+            "it adds more terms in some microbatches than in others": _differ(microbatches, *terms),
+            "its constant factors differ between microbatches": _differ(microbatches, *factors),
+            "it adds means over different numbers of labels": differing > 0,
+        }
+        if problems and (missing or microbatches > 1):
+            raise ModelError(self._problem or "loss: that of another replica was refused.")
+        if microbatches > 1:  # one alone is the whole batch, whatever its loss is
+            for text in (text for text, is_so in differences.items() if is_so):
+                raise ModelError(f"loss: {text}. {ADVICE}")
+        return Totals(total, 1.0 if sums else count, round(labels))
 
 
-def _refuse(own: str, problems: float, differing: float, *shape: float) -> None:
-    """Raise ModelError where the losses of microbatches do not make up the loss of a batch."""
-    microbatches, sums, terms, squares = shape
-    advice = "Pass a criterion that returns (sum, count), or call engine.backward in a loop of your own."
-    if problems:
-        raise ModelError(own or "loss: that of another replica was refused.")
-    if 0 < sums < microbatches:
-        raise ModelError(f"loss: it is a sum in some microbatches, and a mean in others. {advice}")
-    if terms**2 != microbatches * squares:  # equal only where all numbers of terms are
-        raise ModelError(f"loss: it adds more terms in some microbatches than in others. {advice}")
-    if differing:
-        raise ModelError(f"loss: it adds means over different numbers of labels. {advice}")
+def _differ(count: float, total: float, squares: float) -> bool:
+    """Return whether not all of `count` numbers, whose sum and sum of squares are given, are equal up to rounding."""
+    return count * squares - total**2 > 1e-9 * count * squares

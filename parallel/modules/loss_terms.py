@@ -1,7 +1,7 @@
-"""What a loss is a mean over: the graph that autograd recorded of it tells, whatever the class of the model.
+"""The labels that a loss is a mean over, read from the graph that autograd recorded of it.
 
 The last operations of a loss combine few numbers: losses over labels that were reduced, each to one number, are cast,
-multiplied by constants and added. `count_of` goes through these operations from the loss down to each reduction, and
+multiplied by constants and added. `terms_of` goes through these operations from the loss down to each reduction, and
 reads there how many labels were counted: the graph holds the targets as the loss function received them, after the
 model has shifted, cut or masked them.
 
@@ -11,9 +11,11 @@ model has shifted, cut or masked them.
                                  -> NllLossBackward0   its `_saved_target` is y
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -21,8 +23,7 @@ from torch import Tensor
 
 from parallel.modules.masked_sums import has_labels, ignored_label, is_number, name_of
 
-PASSED = {"Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"}
-PASSED |= {"Expand", "Permute"}
+PASSED = {"Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias", "Expand"}
 """Operations on one number, after which a mean is still a mean over the same labels, and a sum still a sum."""
 
 WITH_TARGETS = {"NllLoss", "NllLoss2D"}
@@ -41,96 +42,54 @@ class NotMeasuredError(Exception):
 
 @dataclass(frozen=True)
 class Term:
-    """A mean of losses over labels, or a sum of them.
+    """A mean of losses over labels, or a sum of them. Tensors are fp64 scalars.
 
-    `count` is what the mean divides by, fp64: the number of labels or, with weights of classes, their sum.
-    `num_labels` is the number of labels, fp64.
+    `count` is what the mean divides by: the number of labels or, with weights of classes, their sum; one for a sum.
+    `num_labels` is the number of labels. `factors` is the sum of the constants that the term is multiplied by and
+    divided by.
     """
 
     count: Tensor
     num_labels: Tensor
+    factors: Tensor
     is_sum: bool = False
 
 
-@dataclass(frozen=True)
-class Count:
-    """What the loss of a microbatch is a mean over.
+def terms_of(loss: Tensor, num_samples: int) -> list[Term]:
+    """Return the terms of a loss of this number of samples, from left to right.
 
-    `count` is what it divides by, and `num_labels` the number of labels, both fp64 scalars on the device of the loss.
-    `differs` is 1 where the loss has terms with other counts than the first, else 0. `is_sum`: the loss is a sum, and
-    divides by nothing. `factor` is what the loss is multiplied by to be the sum over its labels; None: `count`.
-    """
-
-    count: Tensor
-    num_labels: Tensor
-    differs: Tensor
-    num_terms: int = 1
-    is_sum: bool = False
-    factor: Tensor | None = None
-
-
-def count_of(loss: Tensor) -> Count:
-    """Return what a loss is a mean over.
-
-    A backward from the loss gives gradients of zero, in place of NaN, where the mean is over nothing. Raises
-    NotMeasuredError for a loss that is neither a mean nor a sum over labels, as far as its graph tells.
+    Raises NotMeasuredError for a loss that is not made up of means and sums, as far as its graph tells.
     """
     if loss.grad_fn is None:
         raise NotMeasuredError("it has no gradient")
-    first, *others = terms = list(_terms(loss.grad_fn, loss.device))
-    if len({term.is_sum for term in terms}) > 1:
-        raise NotMeasuredError("it adds a sum to a mean")
-    differs = torch.zeros((), dtype=torch.float64, device=loss.device)
-    for term in others:  # sums of weights are rounded, so equal ones may differ a little
-        differs = differs.maximum(((term.count - first.count).abs() > 1e-4 * first.count).double())
-    return Count(first.count, first.num_labels, differs, len(terms), first.is_sum)
-
-
-def count_of_sum(total: Tensor, count: Tensor | float) -> Count:
-    """Return the count of a sum of losses that is to be divided by this number of labels."""
-    number = torch.as_tensor(count, dtype=torch.float64, device=total.device).detach().reshape(())
-    one, zero = torch.ones_like(number), torch.zeros_like(number)
-    return Count(number, number, zero, factor=one)
-
-
-def unmeasured(loss: Tensor) -> Count:
-    """Return the count of a loss of which nothing is known, as if it were over one label."""
-    one = torch.ones((), dtype=torch.float64, device=loss.device)
-    return Count(one, one, torch.zeros_like(one))
-
-
-def of_nothing(count: Count) -> Count:
-    """Return the count of the same loss if it is over no label."""
-    zero = torch.zeros_like(count.count)
-    return replace(count, count=zero, num_labels=zero, differs=zero, factor=zero)
-
-
-# -- the way from the loss to its terms
+    return list(_terms(loss.grad_fn, _Path(loss.device, num_samples)))
 
 
 @dataclass(frozen=True)
 class _Path:
-    """What was met on the way from the loss to an operation: the number a sum below it is divided by, if any.
+    """The products with constants on the way from the loss down to an operation.
 
-    `is_by_number`: it is a number of Python, and not a tensor. `is_multiplied`: a sum below would be multiplied by a
-    number that may, or may not, be one over its count.
+    `divisor`: what was divided by last. `number`: the same if it is a number of Python, and not a tensor. `factors`:
+    the sum of all factors and divisors. `ambiguity`: why a sum at the end of the path has no known count.
     """
 
     device: torch.device
+    num_samples: int
     divisor: Tensor | None = None
-    is_by_number: bool = False
-    is_multiplied: bool = False
+    number: float | None = None
+    factors: Tensor | None = None
+    ambiguity: str = ""
 
-    def count(self, number: Any) -> Tensor:
-        """Return a number of labels as an fp64 scalar on the device, without waiting for the device."""
-        if isinstance(number, Tensor):
-            return number.detach().reshape(()).to(self.device, torch.float64, non_blocking=True)
-        return torch.full((), float(number), dtype=torch.float64, device=self.device)
+    def scalar(self, x: Any) -> Tensor:
+        """Return a number as an fp64 scalar on the device, without waiting for the device."""
+        if isinstance(x, Tensor):
+            return x.detach().reshape(()).to(self.device, torch.float64, non_blocking=True)
+        return torch.full((), float(x), dtype=torch.float64, device=self.device)
 
 
-def _terms(start: Any, device: torch.device) -> Iterator[Term]:
+def _terms(start: Any, path: _Path) -> Iterator[Term]:
     """Yield the terms of the loss that this operation returned."""
-    stack = [(start, _Path(device))]
+    stack = [(start, path)]
     while stack:
         node, path = stack.pop()
         name = name_of(node)
@@ -144,9 +103,12 @@ def _terms(start: Any, device: torch.device) -> Iterator[Term]:
         elif name in ("Mul", "Div") and len(operands) == 1:
             stack.append((operands[0], _after_product(node, name, path)))
         elif name in ("Sum", "Mean") and (numbers := _numbers_in(node)):
-            stack += [(number, replace(path, is_multiplied=True) if name == "Mean" else path) for number in numbers]
+            is_quotient = name == "Mean" and len(numbers) > 1
+            below = replace(path, ambiguity="it is a mean of sums") if is_quotient else path
+            stack += [(number, below) for number in reversed(numbers)]
         elif name in ("Sum", "Mean"):
-            yield _reduced(node, path.count(prod(node._saved_self_sym_sizes)), name == "Mean", path)
+            sizes = node._saved_self_sym_sizes
+            yield _reduced(node, sizes, path.scalar(prod(sizes)), path, is_mean=name == "Mean")
         elif name in WITH_TARGETS | WITH_ALL and node._saved_reduction != NONE:
             yield _loss_function(node, name, path)
         else:
@@ -155,14 +117,18 @@ def _terms(start: Any, device: torch.device) -> Iterator[Term]:
 
 def _after_product(node: Any, name: str, path: _Path) -> _Path:
     """Return the path below a product with, or a quotient by, a number that has no gradient."""
-    if name == "Mul":
-        return replace(path, is_multiplied=path.divisor is None)
-    if path.divisor is not None:
-        raise NotMeasuredError("it is divided twice")
-    divisor = path.count(node._saved_other)
-    node.register_hook(_zero_where_nothing(divisor))
-    by_number = not isinstance(node._saved_other, Tensor) or is_number(node._saved_other)
-    return replace(path, divisor=divisor, is_by_number=by_number)
+    sides = [getattr(node, side, None) for side in ("_saved_other", "_saved_self")]
+    other = next(x for x in sides if x is not None)
+    number = float(other) if not isinstance(other, Tensor) or is_number(other) else None
+    scalar = path.scalar(other if number is None else number)
+    factors = scalar if path.factors is None else path.factors + scalar
+    if name == "Mul":  # it may be by one over the count, unless the sum is divided by a tensor
+        is_clear = path.divisor is not None and path.number is None and number is not None
+        ambiguity = path.ambiguity if is_clear else "it is a sum that is multiplied by a number"
+        return replace(path, factors=factors, ambiguity=ambiguity)
+    node.register_hook(_zero_where_nothing(scalar))
+    ambiguity = "it is a sum that is divided twice" if path.divisor is not None else ""
+    return replace(path, divisor=scalar, number=number, factors=factors, ambiguity=ambiguity)
 
 
 def _numbers_in(node: Any) -> list[Any]:
@@ -182,28 +148,35 @@ def _loss_function(node: Any, name: str, path: _Path) -> Term:
     """Return the term that a loss function of torch made."""
     is_mean = node._saved_reduction == MEAN
     if name in WITH_ALL:
-        return _reduced(node, path.count(node._saved_self.numel()), is_mean, path)
+        sizes = node._saved_self.shape
+        return _reduced(node, sizes, path.scalar(prod(sizes)), path, is_mean=is_mean)
     target, weight = node._saved_target, node._saved_weight
     counted = target != ignored_label(node)
-    num_labels = path.count(counted.sum())
+    term = _reduced(node, target.shape, path.scalar(counted.sum()), path, is_mean=is_mean)
     if weight is None or not is_mean:
-        return _reduced(node, num_labels, is_mean, path)
+        return term
     weights = weight.double()[target.masked_fill(~counted, 0)].masked_fill(~counted, 0)
-    count = path.count(weights.sum())
+    count = path.scalar(weights.sum())
     node.register_hook(_zero_where_nothing(count))
-    return Term(count, num_labels)
+    return replace(term, count=count)
 
 
-def _reduced(node: Any, num_labels: Tensor, is_mean: bool, path: _Path) -> Term:
-    """Return the term of a mean or a sum over this number of labels, which this operation computed."""
+def _reduced(node: Any, sizes: Sequence[int], num_labels: Tensor, path: _Path, *, is_mean: bool) -> Term:
+    """Return the term of a mean or a sum that this operation computed, over losses of these sizes."""
+    factors = torch.zeros_like(num_labels) if path.factors is None else path.factors
     if is_mean:
-        return Term(num_labels, num_labels)
-    if path.divisor is not None:
-        count = path.divisor if path.is_by_number else path.divisor * has_labels(node, path.device)
-        return Term(count, count)
-    if path.is_multiplied:
-        raise NotMeasuredError("it is a sum that is multiplied by a number")
-    return Term(torch.ones_like(num_labels), num_labels, is_sum=True)
+        return Term(num_labels, num_labels, factors)
+    if path.ambiguity:
+        raise NotMeasuredError(path.ambiguity)
+    if path.divisor is None:
+        return Term(torch.ones_like(num_labels), num_labels, factors, is_sum=True)
+    if path.number is None:
+        count = path.divisor * has_labels(node, path.device)
+    elif path.number in (path.num_samples, *accumulate(sizes, mul)):
+        count = path.divisor
+    else:
+        raise NotMeasuredError(f"it is a sum that is divided by {path.number:g}")
+    return Term(count, count, factors - path.divisor)
 
 
 def _zero_where_nothing(count: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:

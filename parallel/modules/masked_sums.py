@@ -1,4 +1,4 @@
-"""Whether a sum over labels has a label at all, as far as the graph of autograd tells.
+"""Sums over labels that may be empty because a mask or an ignored label leaves all of them out.
 
     losses = F.cross_entropy(output, labels, reduction="none")
     loss = (losses * mask).sum() / mask.sum().clamp(min=1)

@@ -58,7 +58,7 @@ class Limits:
 
 
 KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "sample_ids")
-"""What a batch may have; all but the first are optional, and None is the same as none."""
+"""The keys of a batch. All but the first are optional, and a value of None is the same as no key."""
 
 
 def given(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
