@@ -294,6 +294,22 @@ def test_what_the_document_says_of_graphs_is_so(row: Row) -> None:
         assert words in messages[list(REFUSED).index(row.what)]
 
 
+def appended(rank: int, world_size: int) -> tuple[list[float], float | None]:
+    setting = SETTINGS["stage 3, recomputed from the host"]
+    module, optimizer = made(CASES["a list"].make)
+    engine, _ = engine_of(rank, world_size, setting, module, optimizer=optimizer)
+    forward_and_backward(engine)
+    return [loss.item() for loss in module.losses], engine.step().grad_norm  # type: ignore[union-attr]
+
+
+def test_a_layer_whose_inputs_are_offloaded_appends_to_the_users_list() -> None:
+    """Recomputation calls a layer again with a copy of the list: the user's has one loss of each layer."""
+    norm = by_torch(CASES["a list"])[1]
+    for losses, found in run(appended, RANKS):
+        assert len(losses) == 3
+        assert found == pytest.approx(norm, rel=1e-12)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +334,24 @@ def kept(rank: int, world_size: int, names: list[str]) -> list[tuple[int, int]]:
         assert len(buffers) >= 3 * len(list(module.children()))
         found.append((after_forward, sum(not buffer.expired() for buffer in buffers)))
     return found
+
+
+def recomputed(rank: int, world_size: int) -> list[int]:
+    """Return the number of times that the layers are called in a step: each around a checkpoint of the user's own."""
+    module, optimizer = made(CASES["checkpoint"].make)
+    engine, _ = engine_of(rank, world_size, SETTINGS["stage 3"], module, optimizer=optimizer)
+    calls: list[int] = []
+    for layer in module.get_submodule("layers").children():
+        layer.register_forward_pre_hook(lambda layer, inputs: calls.append(1))
+    loss = engine(share_of(rank))
+    before = len(calls)
+    engine.backward(loss)
+    return [before, len(calls)]
+
+
+def test_a_checkpoint_around_a_layer_still_decides_what_is_kept() -> None:
+    """It keeps nothing but inputs, so that each layer is called once more in the backward."""
+    assert run(recomputed, RANKS) == [[3, 6]] * RANKS
 
 
 def _recording(shown: Callable[[bool], None], chunk: Any, buffers: list[StorageWeakRef]) -> Callable[[bool], None]:
