@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +34,7 @@ class Stack(nn.Module):
 
 
 class Gated(nn.Module):
-    """A layer with two parameters: `put` says where its forward leaves a loss of its own."""
+    """A layer that leaves a loss of its own on itself, as a mixture of experts does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,14 +51,15 @@ class Gated(nn.Module):
 class OnItself(Stack):
     """The parent adds what its layers left on themselves."""
 
-    def __init__(self) -> None:
-        super().__init__(Gated)
+    def __init__(self, layer: Callable[[], nn.Module] = Gated) -> None:
+        super().__init__(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        loss = super().forward(x)
-        for layer in self.layers:
-            loss = loss + layer.get_buffer("x") if "x" in layer._buffers else loss + layer.loss  # type: ignore[operator]
-        return loss
+        return super().forward(x) + self.auxiliary()
+
+    def auxiliary(self) -> Tensor:
+        losses: Any = [layer.loss for layer in self.layers]
+        return torch.stack(losses).sum()
 
 
 class OnlyAuxiliary(OnItself):
@@ -65,7 +67,7 @@ class OnlyAuxiliary(OnItself):
 
     def forward(self, x: Tensor) -> Tensor:
         super().forward(x)
-        return sum((layer.loss for layer in self.layers), torch.zeros((), dtype=x.dtype))  # type: ignore[misc]
+        return self.auxiliary()
 
 
 class AppendsItsLoss(Gated):
@@ -173,7 +175,8 @@ class ReturnsItsInput(Stack):
 
     def call(self, layer: nn.Module, x: Tensor) -> Tensor:
         same, y = layer(x)
-        return same * 2 + y.tanh()
+        both: Tensor = same * 2 + y.tanh()
+        return both
 
 
 class CalledTwice(Stack):
@@ -190,7 +193,8 @@ class Branches(Stack):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, _ = (layer(x) for layer in self.layers)
-        return (a * b.tanh() + a).square().mean()
+        loss: Tensor = (a * b.tanh() + a).square().mean()
+        return loss
 
 
 class Square(torch.autograd.Function):
@@ -252,7 +256,7 @@ def weight_norm() -> nn.Module:
 def parametrized() -> nn.Module:
     layer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
     parametrize.register_parametrization(layer[0], "weight", _Symmetric())
-    return nn.utils.parametrizations.weight_norm(layer, "0.bias") if False else layer
+    return layer
 
 
 class _Symmetric(nn.Module):
@@ -356,15 +360,38 @@ class InALoop(Stack):
         return super().call(layer, x) * scale
 
 
-class Autocast(Stack):
-    """Layers under autocast, which keeps copies of parameters."""
+class InAnotherOrder(Stack):
+    """The layers have another order in each forward, and one of them is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            y = self.first(x.float())
-            for layer in self.layers:
-                y = layer(layer(y)).tanh()
-        return y.float().square().mean()
+        self.count += 1
+        for i in range(2):
+            x = self.call(self.layers[(self.count + 2 * i) % 3], x)
+        return x.square().mean()
+
+
+class KeepsInputs(Stack):
+    """A model that appends to a list which it is given, and writes into a dict."""
+
+    def forward(self, x: Tensor, losses: list[Tensor], more: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        losses.append(super().forward(x))
+        more["twice"] = 2 * losses[0]
+        return x.sum()
+
+
+class WithHooks(Stack):
+    """Layers with hooks that change their inputs, their outputs and gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0] + 1,))
+            layer.register_forward_hook(lambda layer, inputs, y: 2 * y)
+            layer.register_full_backward_hook(lambda layer, dx, dy: (3 * dx[0],))  # type: ignore[index]
 
 
 class Mapped(nn.Linear):
@@ -419,52 +446,74 @@ def after_another_backward(forward: Any, backward: Callable[..., None], x: Tenso
     backward(slope.square().sum())
 
 
+def with_lists(forward: Any, backward: Callable[..., None], x: Tensor) -> None:
+    losses: list[Tensor] = []
+    more: dict[str, Any] = {}
+    forward(x, losses, more=more)
+    backward(losses[0] + more["twice"])
+
+
+def three_forwards(forward: Any, backward: Callable[..., None], x: Tensor) -> None:
+    for scale in (1, 2, 3):
+        backward(forward(scale * x))
+
+
+def hessian(forward: Any, backward: Callable[..., None], x: Tensor) -> None:
+    product = torch.autograd.functional.hvp(forward, x, torch.ones_like(x), create_graph=True)[1]
+    backward(product.square().sum())
+
+
+def forward_mode(forward: Any, backward: Callable[..., None], x: Tensor) -> None:
+    with forward_ad.dual_level():
+        loss, slope = forward_ad.unpack_dual(forward(forward_ad.make_dual(x, torch.ones_like(x))))
+        backward(loss + slope.square())
+
+
 @dataclass(frozen=True)
 class Case:
     """A module and a loop of it that does one step."""
 
     make: Callable[[], nn.Module] = Stack
     loop: Loop = once
-    bound: float = 1e-12
 
 
 CASES: dict[str, Case] = {
-    "an auxiliary loss on a layer": Case(OnItself),
-    "a loss of auxiliary losses alone": Case(OnlyAuxiliary),
-    "a list that layers append to": Case(InAList),
+    "a loss on a layer": Case(OnItself),
+    "losses of layers alone": Case(OnlyAuxiliary),
+    "a list": Case(InAList),
+    "inputs of the model": Case(KeepsInputs, with_lists),
     "in place on an input": Case(InPlaceOnInput),
     "in place on an output": Case(InPlaceOnOutput),
-    "a buffer that layers write into": Case(WritesIntoABuffer),
+    "a buffer": Case(WritesIntoABuffer),
     "dataclasses": Case(Objects),
     "plain objects": Case(lambda: Objects(ReturnsAPlainObject)),
     "an input returned": Case(ReturnsItsInput),
     "layers called twice": Case(CalledTwice),
+    "another order": Case(InAnotherOrder, three_forwards),
     "branches": Case(Branches),
-    "a Function": Case(lambda: OnItselfOf(OwnFunction)),
+    "a Function": Case(lambda: OnItself(OwnFunction)),
     "LSTM and GRU": Case(lambda: Stack(Recurrent)),
     "attention": Case(lambda: Stack(Attention)),
     "complex numbers": Case(lambda: Stack(Complex)),
     "weight_norm": Case(lambda: Stack(weight_norm)),
     "parametrize": Case(lambda: Stack(parametrized)),
     "vmap": Case(lambda: Stack(lambda: Mapped(WIDTH, WIDTH))),
+    "hooks": Case(WithHooks),
     "checkpoint": Case(lambda: Checkpointed(use_reentrant=False)),
     "reentrant checkpoint": Case(lambda: Checkpointed(use_reentrant=True)),
-    "a checkpoint of all layers": Case(lambda: CheckpointedTogether()),
-    "checkpoints in a layer": Case(lambda: Objects(RecomputesAPart)),
+    "one checkpoint": Case(CheckpointedTogether),
+    "a checkpoint in a layer": Case(lambda: Objects(RecomputesAPart)),
     "a derivative in the forward": Case(Forces),
     "a derivative in a layer": Case(lambda: Stack(Slopes)),
     "adapters": Case(LowRank),
-    "errors that are caught": Case(InALoop),
+    "errors": Case(InALoop),
     "a retained graph": Case(loop=twice_through_one_graph),
     "forwards ahead": Case(OnItself, forwards_ahead),
-    "a gradient penalty": Case(loop=gradient_penalty),
-    "a gradient penalty of checkpoints": Case(lambda: Checkpointed(use_reentrant=False), gradient_penalty),
-    "a gradient penalty of checkpoints in layers": Case(lambda: Objects(RecomputesAPart), gradient_penalty),
+    "a penalty": Case(loop=gradient_penalty),
+    "a penalty of checkpoints": Case(lambda: Checkpointed(use_reentrant=False), gradient_penalty),
+    "a penalty of checkpoints in layers": Case(lambda: Objects(RecomputesAPart), gradient_penalty),
     "a third derivative": Case(loop=third_derivative),
     "a derivative after a backward": Case(loop=after_another_backward),
+    "a Hessian": Case(loop=hessian),
+    "forward mode": Case(loop=forward_mode),
 }
-
-
-class OnItselfOf(OnItself):
-    def __init__(self, layer: Callable[[], nn.Module]) -> None:
-        Stack.__init__(self, layer)

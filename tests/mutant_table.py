@@ -46,6 +46,11 @@ BF16 = "tests/test_training.py::test_one_seed_draws_one_model_in_every_layout[bf
 SEED = f"{RULES}::test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once[1d2]"
 
 
+def graph(row: str) -> str:
+    """Return the test of a row of the document's table of graphs."""
+    return f"{GRAPH_TESTS}::test_what_the_document_says_of_graphs_is_so[{row}]"
+
+
 def trains(layout: str) -> str:
     """Return the test that two steps in this layout equal Hugging Face's, from the same weights."""
     return f"{RULES}::test_unequal_microbatches_train_as_one_batch_of_hugging_face[{layout}]"
@@ -84,6 +89,7 @@ BASE = "parallel/engine/base.py"
 INPUTS, INPUT = "parallel/activations/offload.py", "parallel/activations/kept_input.py"
 SWAPPER = "parallel/storage/swapper.py"
 MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.py"
+SAVED, GRAPH_TESTS = "parallel/zero/saved.py", "tests/test_graphs.py"
 SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
@@ -518,10 +524,10 @@ MODULES = (
     Mutant("problem-of-one-rank-kept", "the other ranks wait for a rank that has raised an error",
            "parallel/mesh/agreement.py", "    raise error(all_problems)", "    raise error(problem)", f"{REFUSALS}[cast]"),
     Mutant("recomputed-layer-released", "a layer is gathered once more after its recomputation",
-           GATHERER, "if _backward() < 0:", "if True:",
+           GATHERER, "if _backward() < 0 and not self._is_running(i):", "if True:",
            "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),
     Mutant("layers-kept-through-backward", "all layers are still gathered at the end of a backward",
-           GATHERER, "        ctx.release()\n", "",
+           GATHERER, "        self._release_unused(i, following[i])\n", "",
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
     Mutant("microbatches-weigh-the-same", "the loss is a mean of the microbatches' means, whatever their numbers of labels",
            MODULE, "(found.factor * (self.data.size / max(1, expected)))", "(1 / len(microbatches))",
@@ -750,6 +756,28 @@ COUNTED = (
     Mutant("positions-ignored", "a batch's own positions are left out",
            OPT, "if batch.position_ids is not None:", "if False:",
            "tests/test_batch_keys.py::test_positions_of_a_batch_are_those_of_hugging_faces_opt[2d-0]"),
+GRAPHS = (
+    Mutant("late-loss-ungathered", "a backward that reaches a layer past its outputs computes with memory that is free",
+           SAVED, "        self.use()\n", "",
+           graph("a loss that reaches a layer past its outputs: on the layer itself, in a list, in a global")),
+    Mutant("saved-views-of-parameters", "the graph keeps the memory of every layer until its backward",
+           SAVED, "if found is not None and", "if False and",
+           f"{GRAPH_TESTS}::test_a_graph_keeps_no_memory_of_layers_that_are_released"),
+    Mutant("saved-versions-unchecked", "a backward computes with a tensor that was changed in place",
+           SAVED, "if self.x._version != self.version:", "if False:",
+           graph("a tensor changed in place that a backward needs")),
+    Mutant("outer-hooks-replaced", "a recomputed layer keeps all its tensors, and takes a parameter's old place",
+           SAVED, "        if self.outer is not None:\n", "        if False:\n",
+           f"{GRAPH_TESTS}::test_a_checkpoint_around_a_layer_still_decides_what_is_kept"),
+    Mutant("inputs-copied", "what a model appends to a list that it was given is lost",
+           "parallel/modules/inputs.py", "return inputs if is_same else", "return",
+           graph("lists and dicts that a layer or the model is given, and changes")),
+    Mutant("offloaded-lists-copied", "what a layer appends to a list is lost where its inputs are offloaded",
+           "parallel/activations/offload.py", "            if first:\n", "            if False:\n",
+           f"{GRAPH_TESTS}::test_a_layer_whose_inputs_are_offloaded_appends_to_the_users_list"),
+    Mutant("values-read-between-steps", "a parameter reads NaN while it has no values",
+           GATHERER, "            mark_unavailable(parameters, unit.name, use)\n", "",
+           graph("the values of any other parameter between two steps")),
 )
 
 # fmt: on
@@ -772,4 +800,5 @@ MUTANTS = (
     *COMPILING,
     *RESUMING,
     *COUNTED,
+    *GRAPHS,
 )

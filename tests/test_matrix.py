@@ -60,42 +60,42 @@ class Plain(nn.Module):
         return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
+SHAPE: Any = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2)
+VOCABULARY: Any = dict(vocab_size=32, max_position_embeddings=16)
+
+
 def vit() -> nn.Module:
-    shape: Any = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
-    return hf.ViTForImageClassification(hf.ViTConfig(**shape, image_size=8, patch_size=4, num_labels=5))
+    more: Any = dict(intermediate_size=20, image_size=8, patch_size=4, num_labels=5)
+    return hf.ViTForImageClassification(hf.ViTConfig(**SHAPE, **more))
 
 
 def t5() -> nn.Module:
     shape: Any = dict(d_model=12, d_kv=6, d_ff=20, num_layers=2, num_decoder_layers=2, num_heads=2, vocab_size=32)
-    return hf.T5ForConditionalGeneration(hf.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0))
+    shape |= dict(decoder_start_token_id=0, dropout_rate=0.0)
+    return hf.T5ForConditionalGeneration(hf.T5Config(**shape))
 
 
 def bart() -> nn.Module:
     shape: Any = dict(d_model=12, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=20, decoder_ffn_dim=20)
-    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2)
-    return hf.BartForConditionalGeneration(
-        hf.BartConfig(**shape, **heads, vocab_size=32, max_position_embeddings=16, dropout=0.0)
-    )
+    shape |= dict(encoder_attention_heads=2, decoder_attention_heads=2, dropout=0.0)
+    return hf.BartForConditionalGeneration(hf.BartConfig(**shape, **VOCABULARY))
 
 
 def mixtral() -> nn.Module:
-    shape: Any = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    experts = dict(num_local_experts=3, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1)
-    return hf.MixtralForCausalLM(
-        hf.MixtralConfig(**shape, **experts, intermediate_size=24, vocab_size=32, max_position_embeddings=16)
-    )
+    """In bf16 torch multiplies groups of rows whose sizes are multiples of 16 bytes only."""
+    shape: Any = SHAPE | dict(hidden_size=16, intermediate_size=24, num_key_value_heads=1)
+    shape |= dict(num_local_experts=3, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1)
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**shape, **VOCABULARY))
 
 
 def opt() -> nn.Module:
-    shape: Any = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, ffn_dim=20, word_embed_proj_dim=12)
-    return hf.OPTForCausalLM(hf.OPTConfig(**shape, vocab_size=32, max_position_embeddings=16, dropout=0.0))
+    more: Any = dict(ffn_dim=20, word_embed_proj_dim=12, dropout=0.0)
+    return hf.OPTForCausalLM(hf.OPTConfig(**SHAPE, **VOCABULARY, **more))
 
 
 def llama() -> nn.Module:
-    shape: Any = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(**shape, intermediate_size=20, vocab_size=32, max_position_embeddings=16)
-    )
+    more: Any = dict(num_key_value_heads=1, intermediate_size=20)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, **VOCABULARY, **more))
 
 
 def gpt2() -> nn.Module:
@@ -191,7 +191,7 @@ def _loss_and_gradients(module: nn.Module, masters: dict[str, nn.Parameter], par
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast as `from_pretrained(dtype=...)` does: buffers that are not saved stay as they are computed."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
+        for parameter in part._parameters.values():
             if parameter is not None:
                 parameter.data = parameter.data.to(dtype)
         for name, buffer in part._buffers.items():

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.autograd import Variable
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
 from parallel.chunk.chunk import Chunk
@@ -184,8 +184,8 @@ class Gatherer:
             return
         call = self._calls.pop()
         call.hooks.close()
-        if _backward() < 0 and not self._is_running(i):
-            self.units[i].make_released()  # after a recomputation the layer's backward needs the parameters
+        if _backward() < 0 and not self._is_running(i):  # after a recomputation a backward needs the parameters
+            self.units[i].make_released()
         if not torch.is_grad_enabled():
             return
         tensors = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
@@ -207,7 +207,7 @@ class Gatherer:
         if then == now and last not in (-1, i):
             following[last] = i
         if now >= 0 and then != now:  # the first use in this backward
-            Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[no-untyped-call]
+            Variable._execution_engine.queue_callback(self._end_backward)
         self._last = now, i
         self._release_unused(i, following[i])
         with self.watcher.using(self.names[i], backward=now >= 0):

@@ -12,6 +12,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
 from parallel.ops.compiling import not_compiled
 
+AUTOGRAD: Any = torch._C._autograd
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -22,7 +23,7 @@ class SavedParameter(NamedTuple):
     use: Callable[[], None]
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def read(self) -> Tensor:
         """Return the values, which are gathered first if they are not whole."""
@@ -86,17 +87,17 @@ class SavedTensors:
             return nullcontext()
         if not hooks_are_allowed():
             raise transforms_refused(name)
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # torch asks only for the innermost hooks
-        if outer is not None and getattr(outer[0], "__self__", None).__class__ is _Hooks:
-            if outer[0].__self__.chunks is self._chunks:
-                return nullcontext()
+        outer = AUTOGRAD._top_saved_tensors_default_hooks(True)  # torch asks only for the innermost hooks
+        owner = getattr(outer[0], "__self__", None) if outer else None
+        if isinstance(owner, _Hooks) and owner.chunks is self._chunks:
+            return nullcontext()
         own = _Hooks(self._chunks, outer)
         return saved_tensors_hooks(own.pack, own.unpack)
 
 
 def hooks_are_allowed() -> bool:
     """Return whether torch allows hooks for saved tensors here."""
-    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+    return bool(AUTOGRAD._saved_tensors_hooks_is_enabled())
 
 
 def transforms_refused(name: str) -> ModelError:
@@ -132,6 +133,6 @@ class _Hooks:
 def _address(x: Tensor) -> int:
     """Return what identifies the memory of a tensor while it exists, or 0 for a tensor that has none."""
     try:
-        return x.untyped_storage()._cdata
+        return int(x.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # a tensor within a transform of torch.func
         return 0

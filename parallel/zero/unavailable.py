@@ -1,6 +1,7 @@
 """Parameters that are not available now: whatever reads their values gathers them, in a backward, or is refused."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,18 +10,19 @@ from torch.utils._pytree import tree_leaves
 
 from parallel.errors import ModelError
 
-LAYER, GATHER = "_layer_that_gathers_it", "_gathers_it_in_a_backward"
+LAYER, GATHER, CLASS = "_layer_that_gathers_it", "_gathers_it_in_a_backward", "_class_while_available"
 
-DESCRIBING = frozenset(
-    "__get_dim_order__ __len__ _backward_hooks _base _grad_fn _post_accumulate_grad_hooks _version data_ptr device dim"
-    " dim_order dtype element_size get_device grad grad_dtype grad_fn has_names itemsize layout name names nbytes"
-    " ndim ndimension nelement numel output_nr register_hook register_post_accumulate_grad_hook requires_grad"
-    " requires_grad_ retain_grad retains_grad shape size storage_offset stride type untyped_storage"
-    " empty_like zeros_like ones_like rand_like randn_like new_empty new_zeros new_ones".split()
-)
+DESCRIBING = {
+    *("shape", "size", "stride", "storage_offset", "dim", "ndim", "ndimension", "dim_order", "__len__", "numel"),
+    *("nelement", "nbytes", "itemsize", "element_size", "dtype", "type", "device", "get_device", "layout", "data_ptr"),
+    *("untyped_storage", "name", "names", "has_names", "_base", "_version", "output_nr"),
+    *("requires_grad", "requires_grad_", "grad", "grad_fn", "_grad_fn", "grad_dtype", "retain_grad", "retains_grad"),
+    *("register_hook", "register_post_accumulate_grad_hook", "_backward_hooks", "_post_accumulate_grad_hooks"),
+    *("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones"),
+}
 """The names of functions that read no values of a tensor. So do those that begin with `is_`, except for one."""
 
-MAKING = frozenset(name for name in DESCRIBING if name.endswith("_like") or name.startswith("new_")) | {"grad"}
+MAKING = {name for name in DESCRIBING if name.endswith("_like") or name.startswith("new_")} | {"grad"}
 """Those of them that return another tensor."""
 
 
@@ -49,24 +51,23 @@ class UnavailableParameter(nn.Parameter):
         return result
 
 
-def mark_unavailable(
-    parameters: Iterable[nn.Parameter], layer: str, gather: Callable[[], None] = lambda: None
-) -> None:
+def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str, gather: Callable[[], None] = lambda: None) -> None:
     """Refuse uses of these parameters, which are gathered when `layer` is called or, in a backward, by `gather`."""
     for parameter in parameters:
-        if type(parameter) is nn.Parameter:
+        if not isinstance(parameter, UnavailableParameter):
             setattr(parameter, LAYER, layer)
             setattr(parameter, GATHER, gather)
-            parameter.__class__ = UnavailableParameter
+            setattr(parameter, CLASS, type(parameter))
+            parameter.__class__ = _unavailable(type(parameter))
 
 
 def mark_available(parameters: Iterable[nn.Parameter]) -> None:
     """Make them ordinary parameters again."""
     for parameter in parameters:
         if isinstance(parameter, UnavailableParameter):
-            delattr(parameter, LAYER)
-            delattr(parameter, GATHER)
-            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            parameter.__class__ = getattr(parameter, CLASS)
+            for name in (LAYER, GATHER, CLASS):
+                delattr(parameter, name)
 
 
 def make_available(parameters: Iterable[nn.Parameter]) -> None:
@@ -81,6 +82,14 @@ def make_available(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in given:
         if isinstance(parameter, UnavailableParameter):
             raise _refusal(parameter)
+
+
+@cache
+def _unavailable(kind: type[nn.Parameter]) -> type[UnavailableParameter]:
+    """Return the class of an unavailable parameter whose own class is `kind`."""
+    if kind is nn.Parameter:
+        return UnavailableParameter
+    return type(f"Unavailable{kind.__name__}", (UnavailableParameter, kind), {})
 
 
 def _name(func: Any) -> str:
