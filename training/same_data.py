@@ -67,8 +67,10 @@ def resume_messages(metadata: Mapping[str, Any], config: Config) -> list[str]:
     return [*found, *([f"changed since the checkpoint: {'; '.join(changed)}"] if changed else [])]
 
 
-def _flat(sections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each dotted key of a config with its value, as JSON has it."""
-    for section, values in json.loads(json.dumps(sections)).items():
-        for key, value in values.items():
-            yield f"{section}.{key}", value
+    for key, value in json.loads(json.dumps(sections)).items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -81,6 +81,9 @@ def group_problems(
 def _two_sided(where: str, what: str, saved: Set[str], now: Set[str]) -> list[str]:
     """Return messages about the names that only one side has."""
     sides = (("the checkpoint", saved - now, "the optimizer"), ("the optimizer", now - saved, "the checkpoint"))
+    hint = "; a scheduler adds fields: make it before you load" if what == "fields" else ""
     return [
-        f"{where}: {one} has the {what} {names_text(names)} in it, {other} not" for one, names, other in sides if names
+        f"{where}: {one} has the {what} {names_text(names)} in it, {other} not{hint}"
+        for one, names, other in sides
+        if names
     ]
