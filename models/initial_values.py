@@ -1,13 +1,46 @@
 """The values that parameters have before the first step: read from a Hugging Face directory, or drawn from the seed."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.hf import has_weights, load_weights
+from models.hf import check_weights, has_weights, load_weights
 from models.shapes import OPTShape, shape_of
+from models.weight_files import files_of
 from parallel.config import Config
+from parallel.engine.context import Context
+from parallel.errors import DataError
 from parallel.layout.layout import ParameterInfo
 from parallel.layout.rng import draw_normal
+from parallel.mesh.collectives import gather_objects
+
+log = logging.getLogger(__name__)
+
+
+def check_origin(context: Context) -> None:
+    """Check, on all ranks together, where the initial values come from: the files in `model.path`, or the seed.
+
+    Raises DataError on every rank where the files cannot be used on one of them, or where ranks see different files.
+    """
+    path = context.config.model.path
+    if path is None:
+        return
+    origin, problem = "", ""
+    try:
+        files = files_of(path)
+        if files:
+            check_weights(path, shape_of(context.config))
+        origin = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in files) or "no weights"
+    except DataError as error:
+        problem = str(error)
+    found = gather_objects((origin, problem), context.mesh.world)
+    if problems := list(dict.fromkeys(problem for _, problem in found if problem)):
+        raise DataError("\n".join(problems))
+    if len({origin for origin, _ in found}) > 1:
+        ranks = "; ".join(f"rank {rank}: {origin}" for rank, (origin, _) in enumerate(found))
+        raise DataError(f"model.path: {path} is not the same on every rank: {ranks}. Give every rank the same files.")
+    if origin == "no weights" and context.place.rank == 0:
+        log.warning("%s has no weights: they are drawn from train.seed %d", path, context.config.train.seed)
 
 
 def set_initial_values(infos: Sequence[ParameterInfo], config: Config) -> None:
