@@ -13,7 +13,7 @@ import torch
 
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
-from models.weight_files import few, files_of
+from models.weight_files import files_of
 from parallel.checkpoint.hf_folder import INDEX, SINGLE, write_folder
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
@@ -24,7 +24,7 @@ from parallel.checkpoint.shards import (
     open_safetensors,
     write_json,
 )
-from parallel.errors import DataError
+from parallel.errors import DataError, few
 from parallel.layout.layout import Piece, box_shape
 from parallel.mesh.mesh import Axis
 

@@ -3,11 +3,11 @@
 This module needs no torch.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from models.model_folder import read_config
 from parallel.config import Config, ContextConfig, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.config.reader import Reader
 from parallel.errors import ConfigError, did_you_mean, either, nearest_multiples, times
@@ -73,24 +73,11 @@ NAMED = {
 
 def from_hugging_face(path: str | Path) -> OPTShape:
     """Return the shape in DIR/config.json. A field that it leaves out has OPTConfig's default. Raises ConfigError."""
-    file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(
-            f"model.path: cannot read {file}: {error.strerror}. Try a Hugging Face OPT directory."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"model.path: {file} is not JSON: {error}.") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "opt":
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ConfigError(f"model.path: {file} describes model_type {kind!r}. Only 'opt' is available.")
-    known = {field.name for field in fields(OPTShape)}
-    plain = {key.removeprefix("_"): value for key, value in raw.items()}
-    if plain.get("pad_token_id", 1) is None:  # every row of the embedding would have a gradient then
-        raise ConfigError(f"model.path: pad_token_id null in {file} is not available. Try {OPTShape.pad_token_id}.")
+    names = [field.name for field in fields(OPTShape)]
     reader = Reader()
-    read = reader.section(ModelConfig, {key: plain[key] for key in known & plain.keys()}, (str(file),))
+    # Where it is null, as where it is left out, the embedding is as wide as the model.
+    found = read_config(path, fields=names, null=["word_embed_proj_dim"])
+    read = reader.section(ModelConfig, found, (str(Path(path) / "config.json"),))
     if reader.problems:
         raise ConfigError(*reader.problems)
     # This is OPTConfig's default too: the embedding is as wide as the model unless the file says otherwise.

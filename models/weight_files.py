@@ -11,7 +11,7 @@ from pathlib import Path
 
 from parallel.checkpoint.hf_folder import INDEX, SINGLE
 from parallel.checkpoint.shards import read_json
-from parallel.errors import DataError
+from parallel.errors import DataError, few
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PARTS_OF_A_DOWNLOAD = ("incomplete", "part", "partial", "crdownload", "download", "aria2", "tmp")
@@ -21,6 +21,7 @@ FORMATS = (
 )
 WEIGHT_LIKE = re.compile(rf"\.({'|'.join((*FORMATS, *PARTS_OF_A_DOWNLOAD))})(\W|$)", re.IGNORECASE)
 NOT_WEIGHTS = re.compile(r"training_args\.bin|tokenizer\.(bin|pkl)|.*\.(lock|metadata)", re.IGNORECASE)
+DEPTH = 3  # levels of folders: the hub's client keeps parts of a download in .cache/huggingface/download
 ADAPTER = "adapter_config.json"
 
 
@@ -102,10 +103,6 @@ def _unusable(folder: Path) -> Iterator[Path]:
                 yield Path(inside) / name
 
 
-DEPTH = 3
-"""The levels of folders that are looked into: the hub's client keeps parts of a download in .cache/huggingface/download."""
-
-
 def _refuse_unreadable(folder: Path) -> Callable[[OSError], None]:
     def refuse(error: OSError) -> None:
         raise DataError(f"model.path: {error.filename or folder} cannot be read: {error.strerror}.") from error
@@ -128,9 +125,3 @@ def _advice(file: Path, folder: Path) -> str:
         "safetensors are needed. Convert them:"
         f" OPTForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_DIRECTORY)."
     )
-
-
-def few(words: list[str]) -> str:
-    """Return the first four of the words, and the number of the others."""
-    more = [f"and {len(words) - 4} more"] if len(words) > 4 else []
-    return ", ".join([*words[:4], *more])

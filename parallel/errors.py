@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ColonnadeError(ValueError):
@@ -44,6 +44,12 @@ def either(choices: Iterable[object]) -> str:
     """Join the choices: (2, 4, 8) -> '2, 4 or 8'."""
     *rest, last = map(str, choices)
     return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def few(words: Sequence[str]) -> str:
+    """Join the first four of the words, with the number of the others: 'a, b, c, d, and 3 more'."""
+    more = [f"and {len(words) - 4} more"] if len(words) > 4 else []
+    return ", ".join([*words[:4], *more])
 
 
 def size_text(count: int) -> str:

@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from models.generation_config import write_generation_config
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
 from training.loop import Listeners
@@ -62,18 +65,27 @@ def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
 def export_model(engine: Engine, job: Job) -> None:
     """Write a Hugging Face directory of the weights, in `output.export_dtype`, and the tokenizer.
 
-    The default dtype is fp64 for an fp64 run, else fp32.
+    The default dtype is fp64 for an fp64 run, else fp32. Where the tokenizer names a token that ends a text, it is that
+    of the exported model too; and so is the token that begins one, if it was the same. A generation_config.json that
+    `model.path` had is carried on.
     """
     config = engine.config
+    shape = shape_of(config)
+    if job.tokenizer is not None and (end := job.tokenizer.end) is not None:
+        begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
+        shape = replace(shape, bos_token_id=begin, eos_token_id=end)
     dtype = DTYPES[config.output.export_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")]
     export(
         job.folder.export,
         engine.weights(),
-        shape=shape_of(config),
+        shape=shape,
         axis=engine.mesh.world,
         dtype=dtype,
         tokenizer=job.tokenizer,
     )
+    with fail_together(engine.mesh.world):
+        if engine.mesh.world.rank == 0 and job.generation is not None:
+            write_generation_config(job.folder.export, job.generation, shape)
     log.info("exported %s", job.folder.export)
 
 

@@ -1,5 +1,6 @@
 """The start of a run: a checkpoint that it resumes from, weights that it reads, or weights drawn from the seed."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
 
     Raises CheckpointError if the checkpoint is damaged, of another model, or not there.
     """
-    found = None if resume is None else checkpoint.find_checkpoint(resume, Path(config.output.dir))
+    named = None if resume is None else os.path.expanduser(resume)
+    found = None if named is None else checkpoint.find_checkpoint(named, Path(config.output.dir))
     if found is None:
         return None
     try:

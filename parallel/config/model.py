@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from parallel.config.reader import Count, Natural, Probability, Range
+from parallel.config.reader import Count, Natural, PathText, Probability, Range
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ModelConfig:
     2205.01068, table 1): opt-125m, -350m, -1.3b, -2.7b, -6.7b, -13b, -30b, -66b, -175b. Not used if `path` is given.
     """
 
-    path: str | None = None
+    path: PathText | None = None
     """A directory in Hugging Face's format: its config.json gives the shape, and its safetensors, if there are any, the
     weights. None: the shape of `name`, with weights drawn from `train.seed`.
     """

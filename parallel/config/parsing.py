@@ -1,6 +1,7 @@
 """The entry point for configs: a file or a dict, with overrides, becomes one frozen `Config` or one `ConfigError`."""
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ def load_raw(path: str | Path) -> dict[str, Any]:
     Modules, functions and names that begin with an underscore are left out. `parse` refuses those that are no sections.
     Raises ConfigError, with the file and the line of the error.
     """
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     try:
         content = file.read_bytes()
     except OSError as error:

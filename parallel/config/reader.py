@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from parallel.config.paths import PathError, expanded
 from parallel.errors import closest, did_you_mean, either
 
 Section = TypeVar("Section")
@@ -56,6 +57,14 @@ Natural = Annotated[int, Range(0)]
 
 Probability = Annotated[float, Range(0, 1, open=True)]
 """A number from 0 to 1, but not 1."""
+
+
+class Expanded:
+    """The mark of a path, in which `~` and variables are replaced."""
+
+
+PathText = Annotated[str, Expanded()]
+"""A path, of which `~` and `$NAME` may be a part."""
 
 
 class MisreadError(Exception):
@@ -135,7 +144,7 @@ def convert(hint: Any, raw: object) -> Any:
             if value is not None and value not in bounds:
                 nearest = bounds.low if value < bounds.low else MISSING if bounds.open else bounds.high
                 raise MisreadError(f"needs {bounds}, got {raw!r}", nearest)
-        return value
+        return _expanded(value) if any(annotations_of(hint, Expanded)) else value
     if origin in (Union, UnionType):
         (inner,) = (argument for argument in arguments if argument is not NoneType)
         return None if raw is None else _optional(inner, raw)
@@ -199,6 +208,13 @@ def _scalar(kind: type, raw: object) -> Any:
     if isinstance(raw, kind):
         return raw
     raise MisreadError(f"needs {_article(kind)}, got {raw!r}", _nearest(kind, raw))
+
+
+def _expanded(value: str) -> str:
+    try:
+        return expanded(value)
+    except PathError as error:
+        raise MisreadError(str(error)) from error
 
 
 def _article(kind: type) -> str:
