@@ -6,10 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from models.generation_config import write_generation_config
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
@@ -62,10 +65,11 @@ def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
     return target
 
 
-def export_model(engine: Engine, job: Job) -> None:
+def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     """Write a Hugging Face directory of the weights, in `output.export_dtype`, and the tokenizer.
 
-    The default dtype is fp64 for an fp64 run, else fp32. Where the tokenizer names a token that ends a text, it is that
+    The default dtype is fp64 for an fp64 run, else fp32. It is also used where another cannot hold a weight, because an
+    export that fails after the training would lose it. Where the tokenizer names a token that ends a text, it is that
     of the exported model too; and so is the token that begins one, if it was the same. A generation_config.json that
     `model.path` had is carried on.
     """
@@ -74,7 +78,11 @@ def export_model(engine: Engine, job: Job) -> None:
     if job.tokenizer is not None and (end := job.tokenizer.end) is not None:
         begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
         shape = replace(shape, bos_token_id=begin, eos_token_id=end)
-    dtype = DTYPES[config.output.export_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")]
+    widest = torch.float64 if config.train.precision == "fp64" else torch.float32
+    dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
+    if problem := too_large([(piece, dtype) for piece in engine.weights()], engine.mesh.world):
+        screen.print(f"output.export_dtype: {config.output.export_dtype}: {problem} The export is {widest}")
+        dtype = widest
     export(
         job.folder.export,
         engine.weights(),

@@ -53,7 +53,7 @@ def train(engine: Engine, job: Job, screen: Screen) -> None:
     with written_while_training(engine, job, screen) as listeners:
         fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
     if engine.config.output.export:
-        export_model(engine, job)
+        export_model(engine, job, screen)
     if engine.mesh.world.rank == 0:
         plot_loss(job, screen)
     screen.finish(job.folder, engine.num_steps)

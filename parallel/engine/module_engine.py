@@ -22,6 +22,7 @@ from parallel.mesh.collectives import all_reduce
 from parallel.mesh.mesh import axis_on_host
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
+from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
 from parallel.modules.parameters import (
     OriginalParameters,
@@ -87,6 +88,7 @@ class ModuleEngine(ModuleState):
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self._agreement = Agreement(axis_on_host(data))
+        self._agreement.agree_on("an engine", problem_of_configs(module))
         self._loss = ModuleLoss(
             module,
             criterion,
