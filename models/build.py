@@ -122,11 +122,11 @@ def build_layer(spec: LayerSpec, *, keep_storage: bool) -> nn.Module:
 
 
 def tie_embeddings(layers: dict[str, nn.Module]) -> None:
-    """Make the head use the embedding's parameter, on a stage that has both.
+    """Make the head use the embedding's parameter, on a stage that has both, unless it has a table of its own.
 
     Otherwise the first and the last stage have a copy each, and the layout of the copies sums their gradients.
     """
-    if "embed" in layers and "head" in layers:
+    if "embed" in layers and "head" in layers and layers["head"].is_tied:
         layers["head"].embed_tokens = layers["embed"].embed_tokens
 
 

@@ -52,7 +52,7 @@ def next_logits(stage: Stage, tokens: Tensor) -> Tensor:
     x: Any = None
     for layer in layers:
         x = layer(x, batch)
-    logits: Tensor = head.mode.logits(head.features(x)[:, -1:], head.embed_tokens)
+    logits: Tensor = head.mode.logits(head.features(x)[:, -1:], head.table)
     return logits[0, 0]
 
 

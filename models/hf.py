@@ -36,6 +36,8 @@ FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, to
 
 def sources(name: str) -> tuple[str, ...]:
     """Return Hugging Face's name of one of our parameters; three names for the fused q, k, v."""
+    if name.startswith("head.lm_head."):
+        return (name.removeprefix("head."),)
     public = f"model.decoder.{name.removeprefix('embed.').removeprefix('head.')}"
     if ".self_attn.qkv." not in public:
         return (public,)
@@ -55,7 +57,8 @@ def expected_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:
         tensors |= {f"layers.{layer}.{name}": size for name, size in _layer_tensors(shape).items()}
     if shape.has_final_layer_norm:
         tensors |= _norm_tensors("final_layer_norm", shape)
-    return {f"model.decoder.{name}": size for name, size in tensors.items()}
+    tensors = {f"model.decoder.{name}": size for name, size in tensors.items()}
+    return tensors if shape.tie_word_embeddings else {**tensors, HEAD: (shape.vocab_size, width)}
 
 
 def _layer_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:

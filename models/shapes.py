@@ -144,8 +144,6 @@ def _model_problems(shape: OPTShape) -> list[str]:
         found.append(f"model.activation_function: {shape.activation_function!r} is not available. {hint}")
     if shape.layerdrop > 0:
         found.append(f"model.layerdrop: {shape.layerdrop} is not available. Try 0.0.")
-    if not shape.tie_word_embeddings:
-        found.append("model.tie_word_embeddings: False is not available. Try True.")
     return found
 
 

@@ -80,12 +80,13 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
         shape = replace(shape, bos_token_id=begin, eos_token_id=end)
     widest = torch.float64 if config.train.precision == "fp64" else torch.float32
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
-    if problem := too_large([(piece, dtype) for piece in engine.weights()], engine.mesh.world):
+    pieces = engine.weights()
+    if problem := too_large([(piece, dtype) for piece in pieces], engine.mesh.world):
         screen.print(f"output.export_dtype: {config.output.export_dtype}: {problem} The export is {widest}")
         dtype = widest
     export(
         job.folder.export,
-        engine.weights(),
+        pieces,
         shape=shape,
         axis=engine.mesh.world,
         dtype=dtype,

@@ -88,4 +88,4 @@ class ModelConfig:
     """The probability of skipping a block in training, in Hugging Face's OPT. Only 0 is supported."""
 
     tie_word_embeddings: bool | None = None
-    """True: the head has the weights of the token embedding. False is not supported."""
+    """True: the head has the weights of the token embedding. False: it has weights of its own."""
