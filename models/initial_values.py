@@ -9,10 +9,12 @@ from models.shapes import OPTShape, shape_of
 from models.weight_files import files_of
 from parallel.config import Config
 from parallel.engine.context import Context
-from parallel.errors import DataError
+from parallel.errors import ColonnadeError, DataError
 from parallel.layout.layout import ParameterInfo
 from parallel.layout.rng import draw_normal
 from parallel.mesh.collectives import gather_objects
+
+NO_FILES = "no weights"
 
 log = logging.getLogger(__name__)
 
@@ -20,27 +22,30 @@ log = logging.getLogger(__name__)
 def check_origin(context: Context) -> None:
     """Check, on all ranks together, where the initial values come from: the files in `model.path`, or the seed.
 
-    Raises DataError on every rank where the files cannot be used on one of them, or where ranks see different files.
+    Raises DataError on every rank where the files cannot be used on one of them, or where ranks see different files;
+    ConfigError where there is no shape of a model.
     """
-    path = context.config.model.path
+    config, path = context.config, context.config.model.path
     if path is None:
         return
-    origin, problem = "", ""
+    shape, files, problem = None, "", None
     try:
-        files = files_of(path)
-        if files:
-            check_weights(path, shape_of(context.config))
-        origin = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in files) or "no weights"
-    except DataError as error:
-        problem = str(error)
-    found = gather_objects((origin, problem), context.mesh.world)
-    if problems := list(dict.fromkeys(problem for _, problem in found if problem)):
-        raise DataError("\n".join(problems))
-    if len({origin for origin, _ in found}) > 1:
-        ranks = "; ".join(f"rank {rank}: {origin}" for rank, (origin, _) in enumerate(found))
+        shape = shape_of(config)
+        found = files_of(path)
+        if found:
+            check_weights(path, shape)
+        files = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in found) or NO_FILES
+    except ColonnadeError as error:
+        problem = type(error), str(error)
+    everywhere = gather_objects((shape, files, problem), context.mesh.world)
+    if problems := list(dict.fromkeys(problem for *_, problem in everywhere if problem)):
+        kind, _ = problems[0]
+        raise kind("\n".join(text for _, text in problems))
+    if len({(shape, files) for shape, files, _ in everywhere}) > 1:
+        ranks = "; ".join(f"rank {rank}: {files}" for rank, (_, files, _) in enumerate(everywhere))
         raise DataError(f"model.path: {path} is not the same on every rank: {ranks}. Give every rank the same files.")
-    if origin == "no weights" and context.place.rank == 0:
-        log.warning("%s has no weights: they are drawn from train.seed %d", path, context.config.train.seed)
+    if files == NO_FILES and context.place.rank == 0:
+        log.warning("%s has no weights: they are drawn from train.seed %d", path, config.train.seed)
 
 
 def set_initial_values(infos: Sequence[ParameterInfo], config: Config) -> None:
