@@ -4,7 +4,7 @@ To read, each rank maps the files into memory and touches only its own slices. T
 at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -93,7 +93,7 @@ def check_weights(path: str | Path, shape: OPTShape) -> None:
     """
     archive, expected = _archive(Path(path)), expected_tensors(shape)
     found = archive.tensors
-    if missing := [name for name in expected if name not in found]:
+    if missing := [name for name in expected if name not in found or _is_head_alone(name, found, expected)]:
         advice = " Try model.tie_word_embeddings=True." if missing == [HEAD] else ""
         raise DataError(f"model.path: {path} lacks {len(missing)} of {len(expected)} tensors: {few(missing)}.{advice}")
     differing = [
@@ -110,6 +110,11 @@ def check_weights(path: str | Path, shape: OPTShape) -> None:
         )
     if HEAD in found and HEAD not in expected:
         _check_head(found[EMBEDDING].parts[0], found[HEAD].parts[0])
+
+
+def _is_head_alone(name: str, found: Mapping[str, StoredTensor], expected: Container[str]) -> bool:
+    """Return whether a head is read for the embedding, although the model has both."""
+    return name == EMBEDDING and HEAD in expected and found[name].parts[0].key == HEAD
 
 
 def _check_head(embedding: StoredPart, head: StoredPart) -> None:
@@ -177,6 +182,8 @@ def _archive(path: Path) -> Archive:
                         " Take one of them out."
                     )
                 tensors[name] = StoredTensor(size, (StoredPart(file, key, tuple((0, stop) for stop in size)),))
+    if HEAD in tensors:  # a tied pair may be stored under the name of the head alone
+        tensors.setdefault(EMBEDDING, tensors[HEAD])
     return Archive(path, tensors, DataError)
 
 

@@ -97,6 +97,8 @@ class FileTokenizer:
             )
         self._files = TokenizerFiles(file)
         self._tokenizer = _parse(file, self._files.tokenizer)
+        # Whether "</s>" in a text is text, or the token that ends one. An export of the byte tokenizer says the former.
+        self._tokenizer.encode_special_tokens = bool(self._files.config.get("split_special_tokens"))
         ids = self.vocabulary()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end = self._files.end(ids)

@@ -56,6 +56,16 @@ def drops(part: str) -> str:
     return f"{RULES}::test_no_two_samples_and_no_two_positions_have_one_dropout_mask[{part}]"
 
 
+def folder_row(what: str) -> str:
+    """Return the test of a row of the table of model folders."""
+    return f"tests/test_folders.py::test_what_users_bring_as_a_model_is_treated_as_the_table_says[{what}]"
+
+
+def text_row(what: str) -> str:
+    """Return the test of a row of the table of texts and tokenizers."""
+    return f"tests/test_texts.py::test_what_users_bring_as_text_is_treated_as_the_table_says[{what}]"
+
+
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
@@ -692,6 +702,27 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
+FOLDERS = (
+    Mutant("unusable-weights-are-none", "weights in a format that cannot be read are taken for none, and are drawn",
+           HF, "        return True  # what cannot be read may be weights", "        return False",
+           folder_row("weights in .bin, .pt, .msgpack, .h5 or .gguf alone")),
+    Mutant("own-head-left-out", "a head that is not the embedding is left out",
+           HF, "    if HEAD in found and HEAD not in expected:", "    if False:",
+           folder_row("a head of its own, in a folder that says that it is tied")),
+    Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
+           HF, 'return (name.removeprefix("head."),)', "return (EMBEDDING,)",
+           "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
+    Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
+           "models/data.py", "        return tokenizer.end, []", "        return 2, []",
+           text_row("several texts")),
+    Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
+           "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
+           text_row("texts that contain `</s>` or another special token")),
+    Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
+           "training/artifacts.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           text_row("an end token that is not the model's")),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -710,4 +741,5 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
+    *FOLDERS,
 )

@@ -24,6 +24,7 @@ from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataEr
 from tests.harness import run
 from tests.tables import Row, rows
 from tests.test_loop import ALONE
+from tests.test_texts import refusal
 from training.config import read_config
 from training.preflight import Job, prepare
 from training.run import run_job
@@ -88,14 +89,11 @@ def assert_right(path: Path, **model: Any) -> None:
     assert loss_of(path, **model) == pytest.approx(theirs(path), rel=1e-5)
 
 
-def refused(folder: Path, path: Path | str, *, before: type[ColonnadeError] = DataError) -> str:
+def refused(folder: Path, path: Path | str, *, error: type[ColonnadeError] = DataError) -> str:
     """Return the message with which a run and a user's own script refuse a model folder."""
-    with pytest.raises(before) as caught:
-        job_of(folder, path)
-    with pytest.raises(before) as again:
-        loss_of(Path(path))
-    assert str(caught.value) == str(again.value)
-    return str(caught.value)
+    said = refusal(lambda: job_of(folder, path), error)
+    assert refusal(lambda: loss_of(Path(path)), error) == said
+    return said
 
 
 # -- a check for each row: it returns the messages in which the quoted words must stand --------------------------------
@@ -246,14 +244,14 @@ def with_config(folder: Path, **values: Any) -> Path:
 
 def quantization(folder: Path) -> str:
     path = with_config(model_in(folder / "model"), quantization_config={"quant_method": "fp8"})
-    return refused(folder, path, before=ConfigError)
+    return refused(folder, path, error=ConfigError)
 
 
 def null_field(folder: Path) -> str:
     assert_right(with_config(model_in(folder / "width"), word_embed_proj_dim=None))
     listed = with_config(model_in(folder / "list"), eos_token_id=[2, 5])
-    assert "eos_token_id [2, 5] in" in refused(folder, listed, before=ConfigError)
-    return refused(folder, with_config(model_in(folder / "null"), eos_token_id=None), before=ConfigError)
+    assert "eos_token_id [2, 5] in" in refused(folder, listed, error=ConfigError)
+    return refused(folder, with_config(model_in(folder / "null"), eos_token_id=None), error=ConfigError)
 
 
 def adapter(folder: Path) -> str:
@@ -266,6 +264,17 @@ def same_head(folder: Path) -> str:
     path = model_in(folder / "model")
     embedding = load_file(path / WEIGHTS)[EMBEDDING]
     assert_right(changed(path, lm_head__weight=embedding.clone()))
+    return ""
+
+
+def head_alone(folder: Path) -> str:
+    path = model_in(folder / "model")
+    loss = theirs(path)
+    alone = {HEAD.replace(".", "__"): load_file(path / WEIGHTS)[EMBEDDING], EMBEDDING.replace(".", "__"): None}
+    assert_right(changed(path, **alone))
+    assert theirs(path) == loss
+    with pytest.raises(DataError, match=rf"lacks 1 of 21 tensors: {EMBEDDING}"):
+        loss_of(path, tie_word_embeddings=False)
     return ""
 
 
@@ -336,12 +345,12 @@ def other_ranks(folder: Path) -> str:
 def hub_name(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return refused(folder, "facebook/opt-125m", before=ConfigError)
+        return refused(folder, "facebook/opt-125m", error=ConfigError)
 
 
 def a_file(folder: Path) -> str:
     path = model_in(folder / "model")
-    said = refused(folder, path / WEIGHTS, before=ConfigError)
+    said = refused(folder, path / WEIGHTS, error=ConfigError)
     assert f"{path}." in said
     return said
 
@@ -350,9 +359,9 @@ def outer_folder(folder: Path) -> str:
     run_folder, cache = folder / "other", folder / "models--facebook--opt-125m"
     model_in(run_folder / "export")
     model_in(cache / "snapshots" / "0a1b")
-    assert f"Try {cache}/snapshots/0a1b." in refused(folder, cache, before=ConfigError)
-    assert "The directory has none." in refused(folder, folder, before=ConfigError)
-    said = refused(folder, run_folder, before=ConfigError)
+    assert f"Try {cache}/snapshots/0a1b." in refused(folder, cache, error=ConfigError)
+    assert "The directory has none." in refused(folder, folder, error=ConfigError)
+    said = refused(folder, run_folder, error=ConfigError)
     assert f"Try {run_folder}/export." in said
     return said
 
@@ -432,6 +441,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a field of config.json that is null or a list": null_field,
     "an adapter": adapter,
     "a head that equals the embedding": same_head,
+    "a head alone, whose embedding is not stored": head_alone,
     "a head of its own, in a folder that says that it is tied": own_head,
     "a head of its own, with `tie_word_embeddings=False`": untied_head,
     "weights in another dtype than `train.precision`": another_dtype,

@@ -1,4 +1,4 @@
-"""What users bring as text and tokenizer is read as Python and Hugging Face read it, refused, or named in a message."""
+"""Texts and tokenizers that users bring are read as Python and Hugging Face read them, refused, or named."""
 
 import gzip
 import json
@@ -20,6 +20,7 @@ from parallel.config import Config, DataConfig, apply_overrides, parse
 from parallel.errors import ColonnadeError, ConfigError, DataError
 from tests.tables import Row, rows
 from tests.test_loop import TINY, prepared
+from training.run import run_job
 
 PAGE, HEADING, LENGTHS = "docs/data.md", "Text and tokenizers", "Lengths that do not fit"
 WORDS = {"a": 0, "b": 1, "c": 2, "<|end|>": 3, "d": 4}
@@ -60,10 +61,13 @@ def messages_of(folder: Path, *assignments: str) -> str:
     return "\n".join(prepared(folder / "run", *assignments).messages)
 
 
-def refused(function: Callable[[], object], error: type[ColonnadeError] = DataError) -> str:
-    with pytest.raises(error) as caught:
-        function()
-    return str(caught.value)
+def refusal(function: Callable[[], object], error: type[ColonnadeError] = DataError) -> str:
+    """Return the message with which the function refuses what it was given."""
+    try:
+        found = function()
+    except error as caught:
+        return str(caught)
+    raise AssertionError(f"it was not refused: {found}")
 
 
 # -- a check for each row: it returns the messages in which the quoted words must stand --------------------------------
@@ -84,16 +88,16 @@ def byte_order_mark(folder: Path) -> str:
 
 def other_encoding(folder: Path) -> str:
     odd = texts_in(folder, odd=b"\xff\xfea\x00b") / "odd.txt"
-    assert "is not UTF-16-LE: byte 0x62 at position 4" in refused(lambda: tokens_of(odd))
-    return refused(lambda: tokens_of(texts_in(folder, a=b"caf\xe9 au lait") / "a.txt"))
+    assert "is not UTF-16-LE: byte 0x62 at position 4" in refusal(lambda: tokens_of(odd))
+    return refusal(lambda: tokens_of(texts_in(folder, a=b"caf\xe9 au lait") / "a.txt"))
 
 
 def zero_bytes(folder: Path) -> str:
-    return refused(lambda: tokens_of(texts_in(folder, a="plain".encode("utf-16-le")) / "a.txt"))
+    return refusal(lambda: tokens_of(texts_in(folder, a="plain".encode("utf-16-le")) / "a.txt"))
 
 
 def packed(folder: Path) -> str:
-    return refused(lambda: tokens_of(texts_in(folder, a=gzip.compress(b"text")) / "a.txt"))
+    return refusal(lambda: tokens_of(texts_in(folder, a=gzip.compress(b"text")) / "a.txt"))
 
 
 def line_ends(folder: Path) -> str:
@@ -109,8 +113,8 @@ def empty_among(folder: Path) -> str:
 
 
 def nothing_but_empty(folder: Path) -> str:
-    assert "is empty" in refused(lambda: tokens_of(texts_in(folder / "one", a="") / "a.txt"))
-    return refused(lambda: tokens_of(texts_in(folder / "two", a="", b="")))
+    assert "is empty" in refusal(lambda: tokens_of(texts_in(folder / "one", a="") / "a.txt"))
+    return refusal(lambda: tokens_of(texts_in(folder / "two", a="", b="")))
 
 
 def other_files(folder: Path) -> str:
@@ -126,15 +130,15 @@ def other_files(folder: Path) -> str:
 def dangling(folder: Path) -> str:
     path = texts_in(folder / "texts", a="x")
     (path / "b.txt").symlink_to(path / "nowhere")
-    assert "which does not exist" in refused(lambda: tokens_of(path / "b.txt"))
-    return refused(lambda: tokens_of(path))
+    assert "which does not exist" in refusal(lambda: tokens_of(path / "b.txt"))
+    return refusal(lambda: tokens_of(path))
 
 
 def misspelled(folder: Path) -> str:
     path = texts_in(folder, corpus="x") / "corpus.txt"
     for wrong in (f"{path} ", str(path).replace("corpus.txt", "corpis.txt")):
-        assert f"Did you mean {str(path)!r}?" in refused(lambda wrong=wrong: tokens_of(Path(wrong)))  # type: ignore[misc]
-    return refused(lambda: tokens_of(Path(f"{path} ")))
+        assert f"Did you mean {str(path)!r}?" in refusal(lambda wrong=wrong: tokens_of(Path(wrong)))  # type: ignore[misc]
+    return refusal(lambda: tokens_of(Path(f"{path} ")))
 
 
 def several(folder: Path) -> str:
@@ -163,26 +167,31 @@ def several(folder: Path) -> str:
 def without_end(folder: Path) -> str:
     path, tokenizer = texts_in(folder / "texts", a="a " * 40, b="b " * 40), tokenizer_in(folder / "words", PLAIN)
     assert tokens_of(path, tokenizer, 5, end=4)[40] == 4
-    assert "it names no token that ends a text" in refused(lambda: tokens_of(path, tokenizer, 5))
-    assert "it names no token that ends a text" in refused(lambda: tokens_of(path, tokenizer, 5, end=5))
+    assert "it names no token that ends a text" in refusal(lambda: tokens_of(path, tokenizer, 5))
+    assert "it names no token that ends a text" in refusal(lambda: tokens_of(path, tokenizer, 5, end=5))
     said = messages_of(folder, f"data.path={path}", f"data.tokenizer={tokenizer}", "model.eos_token_id=4")
     assert "token 4, 'd'" in said
     return said
 
 
 def another_end(folder: Path) -> str:
-    path, tokenizer = texts_in(folder / "texts", a="a " * 99), tokenizer_in(folder / "words")
+    path, tokenizer = texts_in(folder / "texts", a="a " * 999), tokenizer_in(folder / "words")
+    job = prepared(folder / "trained", f"data.path={path}", f"data.tokenizer={tokenizer}", "train.steps=1")
+    run_job(job)
+    config = OPTConfig.from_pretrained(job.folder.export)
+    assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (3, 3, 1)
+    assert AutoTokenizer.from_pretrained(job.folder.export).eos_token_id == 3
     return messages_of(folder, f"data.path={path}", f"data.tokenizer={tokenizer}")
 
 
 def end_not_there(folder: Path) -> str:
-    return refused(lambda: load_tokenizer(str(tokenizer_in(folder / "words", PLAIN | {"eos_token": "</s>"}))))
+    return refusal(lambda: load_tokenizer(str(tokenizer_in(folder / "words", PLAIN | {"eos_token": "</s>"}))))
 
 
 def added_not_there(folder: Path) -> str:
     config = PLAIN | {"added_tokens_decoder": {"5": {"content": "<new>", "special": True}}}
     assert len(AutoTokenizer.from_pretrained(tokenizer_in(folder / "words", config))) == 6  # it adds the token
-    return refused(lambda: load_tokenizer(str(folder / "words")))
+    return refusal(lambda: load_tokenizer(str(folder / "words")))
 
 
 def chat_template(folder: Path) -> str:
@@ -212,8 +221,26 @@ def chat_template(folder: Path) -> str:
     return ""
 
 
+def special_in_text(folder: Path) -> str:
+    """Return nothing; the ids of a text with special tokens are compared with AutoTokenizer's."""
+    text, export = "a <|end|> b </s>", folder / "bytes"
+    original = AutoTokenizer.from_pretrained(tokenizer_in(folder / "words"))
+    original.save_pretrained(folder / "words")  # it marks the end token as special
+    export.mkdir()
+    ByteTokenizer().save(export)
+    for source in (folder / "words", export):
+        for splits in (True, False):
+            config = json.loads((source / "tokenizer_config.json").read_text()) | {"split_special_tokens": splits}
+            (source / "tokenizer_config.json").write_text(json.dumps(config))
+            wanted = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
+            assert load_tokenizer(str(source)).encode(text).tolist() == wanted, (source, splits)
+            if splits and source == export:
+                assert wanted == byte_ids(text)
+    return ""
+
+
 def too_many_ids(folder: Path) -> str:
-    return refused(lambda: tokens_of(texts_in(folder, a="x") / "a.txt", vocab_size=259))
+    return refusal(lambda: tokens_of(texts_in(folder, a="x") / "a.txt", vocab_size=259))
 
 
 def few_ids(folder: Path) -> str:
@@ -274,9 +301,9 @@ def home_and_variables(folder: Path) -> str:
         assert (disk.zero.nvme_dir, disk.model.path) == (str(folder), f"{folder}/model")
         (path / "$NOWHERE").touch()
         assert config_of(f"data.path={path}/$NOWHERE").data.path == f"{path}/$NOWHERE"
-        unknown = refused(lambda: config_of("output.dir=~nobody-of-this-name/runs"), ConfigError)
+        unknown = refusal(lambda: config_of("output.dir=~nobody-of-this-name/runs"), ConfigError)
         assert "begins with the home of a user who does not exist" in unknown
-        return refused(lambda: config_of("output.dir=$NOWHERE/runs"), ConfigError)
+        return refusal(lambda: config_of("output.dir=$NOWHERE/runs"), ConfigError)
 
 
 def config_of(*assignments: str) -> Config:
@@ -300,6 +327,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "an end token that tokenizer.json lacks": end_not_there,
     "added tokens that tokenizer.json lacks": added_not_there,
     "a chat template, a map of special tokens, added tokens": chat_template,
+    "texts that contain `</s>` or another special token": special_in_text,
     "a tokenizer with more ids than the model": too_many_ids,
     "a tokenizer with far fewer ids than the model": few_ids,
     "texts in which the padding token occurs": padding,
@@ -352,18 +380,18 @@ def test_the_end_tokens_of_classes_are_those_of_transformers(tmp_path: Path) -> 
             assert load_tokenizer(str(folder)).end == 5
 
 
-def test_a_tokenizer_that_is_a_pointer_of_git_lfs_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_a_pointer_of_git_lfs_is_refusal(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "tokenizer.json is a pointer of Git LFS" in refused(lambda: load_tokenizer(str(tmp_path)))
+    assert "tokenizer.json is a pointer of Git LFS" in refusal(lambda: load_tokenizer(str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "3"])
 def test_a_broken_tokenizer_config_is_named(tmp_path: Path, content: str) -> None:
     tokenizer_in(tmp_path).joinpath("tokenizer_config.json").write_text(content)
-    assert "tokenizer_config.json is not" in refused(lambda: load_tokenizer(str(tmp_path)))
+    assert "tokenizer_config.json is not" in refusal(lambda: load_tokenizer(str(tmp_path)))
 
 
 def test_texts_are_read_one_at_a_time(tmp_path: Path) -> None:
     texts = iter(Texts(str(texts_in(tmp_path, a="first", b=b"\xff"))))
     assert next(texts) == ("a.txt", "first")
-    assert "b.txt is not UTF-8" in refused(lambda: next(texts))
+    assert "b.txt is not UTF-8" in refusal(lambda: next(texts))
