@@ -8,6 +8,7 @@ steps before it.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,12 +35,14 @@ CHECKED_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 class Corpus:
     """`tokens[T]`, cut into N = T // S samples of S tokens. The last `num_validation` are not trained on.
 
-    `messages` say what in the data was read otherwise than the user may expect.
+    `digest` is a checksum of the tokens: ranks that read other files have other ones. `messages` say what in the data
+    was read otherwise than the user may expect.
     """
 
     tokens: Ids
     sequence_length: int
     num_validation: int
+    digest: int = 0
     messages: tuple[str, ...] = ()
 
     @property
@@ -137,7 +140,7 @@ def load_tokens(data: DataConfig, vocab_size: int, *, end: int | None = None, pa
         tokens = _read_token_file(Path(data.path))
     else:
         tokens, messages = _encode(data, vocab_size, end)
-    num_pads = _check_ids(tokens, vocab_size, pad, source=data.path)
+    num_pads, digest = _check_ids(tokens, vocab_size, pad, source=data.path)
     if num_pads:
         messages.append(
             f"data.path: {num_pads} of its tokens are {pad}, model.pad_token_id, which the embedding does not learn"
@@ -151,7 +154,7 @@ def load_tokens(data: DataConfig, vocab_size: int, *, end: int | None = None, pa
             f"{data.sequence_length}. Use a longer text{shorter}."
         )
     num_validation = math.floor(data.validation_fraction * num_samples)
-    corpus = Corpus(tokens, data.sequence_length, num_validation, tuple(messages))
+    corpus = Corpus(tokens, data.sequence_length, num_validation, digest, tuple(messages))
     if corpus.num_training <= 0:
         raise DataError(
             f"data.validation_fraction: {data.validation_fraction} takes all {num_samples} samples of {data.path} and "
@@ -217,12 +220,12 @@ def _read_token_file(file: Path) -> Ids:
     return tokens
 
 
-def _check_ids(tokens: Ids, vocab_size: int, pad: int | None, *, source: str) -> int:
-    """Return how often the token `pad` occurs. Raises DataError for the first token id outside the vocabulary.
+def _check_ids(tokens: Ids, vocab_size: int, pad: int | None, *, source: str) -> tuple[int, int]:
+    """Return how often the token `pad` occurs, and a checksum of all ids, which does not depend on their dtype.
 
-    One block of tokens is in memory at a time.
+    One block of tokens is in memory at a time. Raises DataError for the first token id outside the vocabulary.
     """
-    num_pads = 0
+    num_pads = digest = 0
     for start in range(0, len(tokens), CHECKED_AT_ONCE):
         block = tokens[start : start + CHECKED_AT_ONCE]
         (outside,) = np.nonzero((block < 0) | (block >= vocab_size))
@@ -236,4 +239,5 @@ def _check_ids(tokens: Ids, vocab_size: int, pad: int | None, *, source: str) ->
                 f"{advice[0].upper()}{advice[1:]}."
             )
         num_pads += 0 if pad is None else int((block == pad).sum())
-    return num_pads
+        digest = zlib.crc32(block.astype("<i8").tobytes(), digest)
+    return num_pads, digest

@@ -28,10 +28,14 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     return content
 
 
-def write_generation_config(folder: Path, content: GenerationConfig, shape: OPTShape) -> None:
-    """Write the content into another directory. A text ends there with the model's token, if it did not before."""
-    is_known = shape.eos_token_id in end_tokens(content, shape)
-    write_json(folder / FILE, {**content} if is_known else {**content, "eos_token_id": shape.eos_token_id})
+def write_generation_config(folder: Path, content: GenerationConfig, *, end: int, before: int) -> None:
+    """Write the content into another directory. A text ends there with `end` in place of `before`, the model's token.
+
+    Other tokens that end a text stay.
+    """
+    ends = content.get("eos_token_id")
+    others = [token for token in (ends if isinstance(ends, list) else [ends]) if token not in (None, before, end)]
+    write_json(folder / FILE, {**content, "eos_token_id": [end, *others] if others else end})
 
 
 def end_tokens(content: GenerationConfig | None, shape: OPTShape) -> set[int]:

@@ -4,6 +4,7 @@ To read, each rank maps the files into memory and touches only its own slices. T
 at a time.
 """
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from math import prod
@@ -13,8 +14,9 @@ import torch
 
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
+from models.tokenizer_files import TOKENIZER_FILES
 from models.weight_files import files_of
-from parallel.checkpoint.hf_folder import INDEX, SINGLE, write_folder
+from parallel.checkpoint.hf_folder import INDEX, SINGLE, WEIGHTS, write_folder
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
     Archive,
@@ -150,6 +152,24 @@ def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
     return _archive(Path(path)).read_into(pieces)
 
 
+def too_large(path: str | Path, dtype: torch.dtype, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Return which tensors of the directory have finite values that are infinite in this dtype.
+
+    One of `parts` equal parts of the tensors is read, and only where their own dtype has a far larger range.
+    """
+    found = []
+    for name, stored in sorted(_archive(Path(path)).tensors.items())[part::parts]:
+        (whole,) = stored.parts
+        with open_safetensors(whole.file, DataError) as content:
+            tensor = content.get_slice(whole.key)
+            own = next(own for own, text in DTYPE_NAMES.items() if text == tensor.get_dtype())
+            if torch.finfo(own).max > 2 * torch.finfo(dtype).max:  # bf16 and fp32 have nearly the same
+                values = tensor[:]
+                if (values.to(dtype).isinf() & values.isfinite()).any():
+                    found.append(name)
+    return found
+
+
 def stored_dtypes(path: str | Path) -> list[str]:
     """Return the dtypes of the weights of a directory, as safetensors names them: F32, BF16, ..."""
     found: set[str] = set()
@@ -207,7 +227,9 @@ def export(
         if tokenizer is not None:
             tokenizer.save(temporary)
 
-    write_folder(folder, pieces, entries, axis=axis, describe=describe)
+    # A chat template of the tokenizer that was there before would be taken for this one's.
+    replaces = WEIGHTS if tokenizer is None else re.compile(f"{WEIGHTS.pattern}|{TOKENIZER_FILES.pattern}")
+    write_folder(folder, pieces, entries, axis=axis, describe=describe, replaces=replaces)
 
 
 def _write_configs(folder: Path, shape: OPTShape, dtype: torch.dtype) -> None:

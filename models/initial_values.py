@@ -4,12 +4,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.hf import check_weights, has_weights, load_weights
+from models.hf import check_weights, has_weights, load_weights, too_large
 from models.shapes import OPTShape, shape_of
 from models.weight_files import files_of
 from parallel.config import Config
 from parallel.engine.context import Context
-from parallel.errors import ColonnadeError, DataError
+from parallel.errors import ColonnadeError, DataError, few
 from parallel.layout.layout import ParameterInfo
 from parallel.layout.rng import draw_normal
 from parallel.mesh.collectives import gather_objects
@@ -34,6 +34,7 @@ def check_origin(context: Context) -> None:
         found = files_of(path)
         if found:
             check_weights(path, shape)
+            _check_range(context, path)
         files = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in found) or NO_FILES
     except ColonnadeError as error:
         problem = type(error), str(error)
@@ -46,6 +47,16 @@ def check_origin(context: Context) -> None:
         raise DataError(f"model.path: {path} is not the same on every rank: {ranks}. Give every rank the same files.")
     if files == NO_FILES and context.place.rank == 0:
         log.warning("%s has no weights: they are drawn from train.seed %d", path, config.train.seed)
+
+
+def _check_range(context: Context, path: str) -> None:
+    """Raise DataError if weights are infinite in the precision of the run. Each rank reads a part of the tensors."""
+    world = context.mesh.world
+    if found := too_large(path, context.dtype, part=world.rank, parts=world.size):
+        raise DataError(
+            f"model.path: {path} has weights that are too large for train.precision {context.config.train.precision}:"
+            f" {few(found)}. Try bf16."
+        )
 
 
 def set_initial_values(infos: Sequence[ParameterInfo], config: Config) -> None:

@@ -28,6 +28,8 @@ class Texts:
         self.source = source
         self._mentioned: dict[str, list[str]] = {}
         self.files = [] if source == BUILT_IN else self._find(Path(source))
+        if source == BUILT_IN and Path(source).exists():
+            self.mention(f"./{source} names the other", f"the built-in {source} is read, not what has its name here")
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         if self.source == BUILT_IN:

@@ -1,6 +1,7 @@
 """The files of a tokenizer in Hugging Face's format: which token ends a text, and all that an export must carry."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ OTHERS = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
 TEMPLATES = "additional_chat_templates/*.jinja"
+TOKENIZER_FILES = re.compile("|".join([*map(re.escape, (TOKENIZER, *OTHERS)), TEMPLATES.replace("*", "[^/]*")]))
 END_OF_CLASS = {  # the token that ends a text where the config names only the class
     "GPT2Tokenizer": "<|endoftext|>",
     "GPTNeoXTokenizer": "<|endoftext|>",

@@ -293,6 +293,11 @@ def untied_head(folder: Path) -> str:
     path = model_in(folder / "model", tie_word_embeddings=False)
     assert HEAD in load_file(path / WEIGHTS)
     assert_right(path)
+    stage, shape = generate.load_model(path)
+    model: Any = OPTForCausalLM.from_pretrained(path).eval()
+    greedy = model.generate(IDS[:, :2], max_new_tokens=9, do_sample=False)[0].tolist()
+    ours = generate.generate(stage, shape, IDS[0, :2], 9, temperature=0, seed=0).tolist()
+    assert ours == [id for id in greedy if id != shape.eos_token_id]
     assert "model.tie_word_embeddings=True" in refused(folder, changed(path, lm_head__weight=None))
     return ""
 
@@ -382,8 +387,8 @@ def generation(folder: Path) -> str:
     assert generate.complete(path, "ab", 9, temperature=0, seed=0) == wanted
     run_job(job_of(folder, path))
     exported = GenerationConfig.from_pretrained(folder / "run" / "export")
-    # The end is the tokenizer's, since the texts of the training end with it.
-    assert {key: getattr(exported, key) for key in values} == values | dict(eos_token_id=2)
+    # The tokenizer's end token is added, since the texts of the training end with it.
+    assert {key: getattr(exported, key) for key in values} == values | dict(eos_token_id=[2, 3, stop])
     for broken in ("[]", "{", '{"eos_token_id": "</s>"}'):
         (path / "generation_config.json").write_text(broken)
         with pytest.raises(DataError, match=r"generation_config\.json"):
@@ -405,6 +410,18 @@ def not_saved(folder: Path) -> str:
     with pytest.raises(CheckpointError, match=r"model\.generation_config: Hugging Face refuses to save it"):
         engine.save_pretrained(folder / "export")
     return str(caught.value)
+
+
+def too_large_for_fp16(folder: Path) -> str:
+    path = changed(model_in(folder / "model"), model__decoder__layers__0__fc2__bias=torch.full((8,), -70000.0))
+    assert_right(path)
+    raw = dict(model=dict(path=str(path)), train=dict(precision="fp16"), data=dict(sequence_length=8))
+    said = refusal(lambda: models.build(parallel.launch_from_torch(raw)))
+    assert "model.decoder.layers.0.fc2.bias" in said
+    models.build(parallel.launch_from_torch(raw | dict(train=dict(precision="bf16"))))
+    changed(path, model__decoder__layers__0__fc2__bias=torch.full((8,), 65000.0))
+    models.build(parallel.launch_from_torch(raw))
+    return said
 
 
 def too_large(folder: Path) -> str:
@@ -451,6 +468,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "the folder of a run, or of the hub's cache": outer_folder,
     "a generation_config.json": generation,
     "a model of your own whose configs Hugging Face refuses to save": not_saved,
+    "weights that are too large for `train.precision`, fp16": too_large_for_fp16,
     "weights that are too large for the dtype of an export": too_large,
 }
 ROWS = rows(PAGE, HEADING)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers import models as kinds
@@ -17,7 +18,9 @@ from models.texts import Texts
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from models.tokenizer_files import END_OF_CLASS
 from parallel.config import Config, DataConfig, apply_overrides, parse
+from parallel.engine.context import Place
 from parallel.errors import ColonnadeError, ConfigError, DataError
+from tests.harness import run
 from tests.tables import Row, rows
 from tests.test_loop import TINY, prepared
 from training.run import run_job
@@ -288,6 +291,39 @@ def bytes_and_weights(folder: Path) -> str:
     return messages_of(folder, *FREE, f"model.path={model}")
 
 
+def ids_alone(folder: Path) -> str:
+    np.save(folder / "ids.npy", np.arange(4, 200, dtype=np.uint8))
+    export = folder / "bytes"
+    export.mkdir()
+    ByteTokenizer().save(export)
+    named = (f"data.path={folder}/ids.npy", f"data.tokenizer={export}")
+    assert "which is exported" not in messages_of(folder, *named)
+    return messages_of(folder, *named, "model.vocab_size=200")
+
+
+def built_in_name(folder: Path) -> str:
+    texts_in(folder / "python-docs", a="x" * 99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert tokens_of(Path("./python-docs").absolute()) == byte_ids("x" * 99)
+        return messages_of(folder)
+
+
+def other_texts(folder: Path) -> str:
+    for rank, letter in enumerate("xy"):
+        texts_in(folder / str(rank), a=letter * 99)
+    first, second = run(texts_of_ranks, 2, folder)
+    assert first.replace("/0 is not", "/1 is not") == second
+    assert not (folder / "run").exists()
+    return first
+
+
+def texts_of_ranks(rank: int, world_size: int, folder: Path) -> str:
+    place = Place(rank, world_size, rank, world_size)
+    job = prepared(folder / "run", f"data.path={folder}/{rank}", "parallel.pipeline=2", place=place)
+    return refusal(lambda: run_job(job))
+
+
 def home_and_variables(folder: Path) -> str:
     path = texts_in(folder / "in home", a="x" * 99)
     with pytest.MonkeyPatch.context() as patch:
@@ -333,6 +369,9 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "texts in which the padding token occurs": padding,
     "pretrained weights and another tokenizer than theirs": wrong_tokenizer,
     "pretrained weights and bytes": bytes_and_weights,
+    "token ids, and a tokenizer with more ids than the model": ids_alone,
+    "a folder that is named `python-docs`": built_in_name,
+    "texts that are not the same on every rank": other_texts,
     "`~` or `$NAME` in a path of the config": home_and_variables,
     "a warm-up that is longer than the run": lambda folder: messages_of(
         folder, "train.steps=4", "lr_scheduler.warmup_steps=10", "optimizer.lr=3e-3"
@@ -389,6 +428,25 @@ def test_a_tokenizer_that_is_a_pointer_of_git_lfs_is_refusal(tmp_path: Path) -> 
 def test_a_broken_tokenizer_config_is_named(tmp_path: Path, content: str) -> None:
     tokenizer_in(tmp_path).joinpath("tokenizer_config.json").write_text(content)
     assert "tokenizer_config.json is not" in refusal(lambda: load_tokenizer(str(tmp_path)))
+
+
+def test_an_export_replaces_the_files_of_the_tokenizer_that_was_there_before(tmp_path: Path) -> None:
+    """A chat template of the earlier one would be taken for the new one's."""
+    source = tokenizer_in(tmp_path / "words")
+    original = AutoTokenizer.from_pretrained(source)
+    original.chat_template = {"default": "one", "tool_use": "two"}
+    original.save_pretrained(source)
+    path = texts_in(tmp_path / "texts", a="a c " * 999)
+    saves = "output.checkpoint_every=1"
+    for _ in range(2):  # the second time there is a folder of templates already
+        named = (f"data.path={path}", f"data.tokenizer={source}", "train.steps=1", saves)
+        run_job(prepared(tmp_path / "run", *named, resume="auto"))
+        exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
+        assert exported.chat_template == original.chat_template
+    (tmp_path / "run" / "export" / "notes.txt").write_text("a user's")
+    run_job(prepared(tmp_path / "run", f"data.path={path}", "train.steps=1", resume="auto"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "export").chat_template is None
+    assert (tmp_path / "run" / "export" / "notes.txt").exists()
 
 
 def test_texts_are_read_one_at_a_time(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     )
     with fail_together(engine.mesh.world):
         if engine.mesh.world.rank == 0 and job.generation is not None:
-            write_generation_config(job.folder.export, job.generation, shape)
+            before = shape_of(config).eos_token_id
+            write_generation_config(job.folder.export, job.generation, end=shape.eos_token_id, before=before)
     log.info("exported %s", job.folder.export)
 
 

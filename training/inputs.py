@@ -64,6 +64,11 @@ def _vocabulary_messages(tokenizer: Tokenizer, shape: OPTShape) -> list[str]:
             f"a text ends with token {tokenizer.end}, the tokenizer's eos_token, and not with model.eos_token_id"
             f" {shape.eos_token_id}: the export has {tokenizer.end}"
         )
+    if tokenizer.vocab_size > shape.vocab_size:  # texts would be refused, but these data are token ids
+        messages.append(
+            f"data.tokenizer, which is exported, has {tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {shape.vocab_size}"
+        )
     if shape.vocab_size - tokenizer.vocab_size > UNUSED_ROWS:
         messages.append(
             f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids: the other rows"

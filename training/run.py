@@ -18,7 +18,8 @@ from parallel.checkpoint.shards import fail_together
 from parallel.engine.base import initial_placement_of
 from parallel.engine.context import Context, make_context
 from parallel.engine.engine import Engine
-from parallel.mesh.collectives import barrier
+from parallel.errors import DataError
+from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from training.artifacts import export_model, plot_loss, written_while_training
 from training.log_file import log_file
@@ -34,6 +35,7 @@ def run_job(job: Job) -> None:
     """Train as the job says. Every rank of the world calls this."""
     context = make_context(job.config, job.place)
     check_room(context)
+    check_same_data(job, context.mesh.world)
     screen = Screen(job.config, quiet=job.place.rank != 0)
     with (
         run_folder(job, context.mesh.world) as messages,
@@ -66,6 +68,17 @@ def check_room(context: Context) -> None:
     """
     if context.config.zero.tensor_placement_policy != "cuda":
         initial_placement_of(stage_of(context).infos, context)
+
+
+def check_same_data(job: Job, world: Axis) -> None:
+    """Raise DataError, on every rank, if the ranks have read other tokens: from files of several hosts, say."""
+    read = gather_objects((len(job.corpus.tokens), job.corpus.digest), world)
+    if len(set(read)) > 1:
+        ranks = "; ".join(f"rank {rank}: {tokens} tokens, {digest:08x}" for rank, (tokens, digest) in enumerate(read))
+        raise DataError(
+            f"data.path: {job.config.data.path} is not the same on every rank, or data.tokenizer is not: {ranks}. Give"
+            " every rank the same files."
+        )
 
 
 @contextmanager

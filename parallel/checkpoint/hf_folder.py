@@ -20,12 +20,19 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def write_folder(
-    folder: Path, pieces: Iterable[Piece], entries: Sequence[Entry], *, axis: Axis, describe: Callable[[Path], None]
+    folder: Path,
+    pieces: Iterable[Piece],
+    entries: Sequence[Entry],
+    *,
+    axis: Axis,
+    describe: Callable[[Path], None],
+    replaces: re.Pattern[str] = WEIGHTS,
 ) -> None:
     """Write the tensors that `entries` describe into `folder`, and the files that `describe` writes there on rank 0.
 
     `pieces` are those that this rank owns: each element of each tensor is owned by one rank of the axis. They are sent
-    to rank 0 in the order of the entries, one tensor at a time. Other files of the folder stay. If rank 0 cannot write,
+    to rank 0 in the order of the entries, one tensor at a time. Other files of the folder stay, but for those whose
+    names match `replaces`: the weights that were there before. If rank 0 cannot write,
     every rank raises a CheckpointError, and the folder stays as it was; so it does where a value is too large for the
     dtype of its entry.
     """
@@ -37,7 +44,7 @@ def write_folder(
     if problem := too_large([(piece, entries[order[piece.name]].dtype) for piece in owned], axis):
         raise CheckpointError(f"{problem} Choose a dtype with a larger range, such as bf16 or fp32.")
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)
-    with replace_files(folder, WEIGHTS, axis) as temporary:
+    with replace_files(folder, replaces, axis) as temporary:
         if axis.rank > 0:
             for piece in owned:
                 send(piece.data.to("cpu", entries[order[piece.name]].dtype), axis, to=0)
