@@ -1,5 +1,6 @@
 """The generation_config.json of a Hugging Face directory: which tokens end a text, and what an export carries on."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +16,7 @@ GenerationConfig: TypeAlias = Mapping[str, Any]
 def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     """Return the content of the directory's generation_config.json, or None where it has none. Raises DataError."""
     file = Path(folder) / FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     content = read_json(file, DataError)
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.weight_files import LFS_POINTER
 from parallel.errors import DataError, closest, few
 
 BUILT_IN = "python-docs"
@@ -14,7 +15,14 @@ BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "UTF-16-LE"),
     (codecs.BOM_UTF16_BE, "UTF-16-BE"),
 )
-NO_TEXTS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF-": "PDF"}
+NO_TEXTS = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"%PDF-": "PDF",
+    LFS_POINTER: "a pointer of Git LFS",
+}
 
 
 class Texts:

@@ -99,6 +99,8 @@ class FileTokenizer:
         self._tokenizer = _parse(file, self._files.tokenizer)
         # Whether "</s>" in a text is text, or the token that ends one. An export of the byte tokenizer says the former.
         self._tokenizer.encode_special_tokens = bool(self._files.config.get("split_special_tokens"))
+        if self._files.adds_prefix_space is not None:
+            _set_prefix_space(self._tokenizer, self._files.adds_prefix_space)
         ids = self.vocabulary()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end = self._files.end(ids)
@@ -132,6 +134,14 @@ def _parse(file: Path, content: bytes) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _set_prefix_space(tokenizer: tokenizers.Tokenizer, value: bool) -> None:
+    """Set whether a text begins with a space, where the tokenizer has the pre-tokenizer that can add one."""
+    pre_tokenizer = tokenizer.pre_tokenizer
+    if hasattr(pre_tokenizer, "add_prefix_space"):
+        pre_tokenizer.add_prefix_space = value
+        tokenizer.pre_tokenizer = pre_tokenizer
 
 
 def _byte_level_json() -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The files of a tokenizer in Hugging Face's format: which token ends a text, and all that an export must carry."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ class TokenizerFiles:
         try:
             self.tokenizer = file.read_bytes()
             beside = (self.folder / name for name in OTHERS)
-            found = [*(other for other in beside if other.is_file()), *sorted(self.folder.glob(TEMPLATES))]
+            found = [*(other for other in beside if os.path.lexists(other)), *sorted(self.folder.glob(TEMPLATES))]
             self.others = {str(other.relative_to(self.folder)): other.read_bytes() for other in found}
         except OSError as error:
             raise DataError(f"data.tokenizer: cannot read {error.filename}: {error.strerror}.") from error
@@ -50,6 +51,19 @@ class TokenizerFiles:
                     " git lfs pull."
                 )
         self.config = self._read(CONFIG)
+
+    @property
+    def adds_prefix_space(self) -> bool | None:
+        """True if a text begins with a space; None where tokenizer.json decides it.
+
+        `AutoTokenizer` takes it from the config alone for the class of GPT-2, which OPT's tokenizer has.
+        """
+        is_gpt2 = self._class == "GPT2Tokenizer"
+        return bool(self.config.get("add_prefix_space")) if is_gpt2 else None
+
+    @property
+    def _class(self) -> str:
+        return str(self.config.get("tokenizer_class")).removesuffix("Fast")
 
     def save(self, folder: Path) -> None:
         """Write the files into another folder, a lone tokenizer.json with a config that `AutoTokenizer` needs."""
@@ -70,8 +84,7 @@ class TokenizerFiles:
             named |= self._read(SPECIALS_MAP)
         token = _content(named.get("eos_token"))
         if token is None:
-            name = str(named.get("tokenizer_class")).removesuffix("Fast")
-            return ids.get(END_OF_CLASS.get(name, ""))
+            return ids.get(END_OF_CLASS.get(self._class, ""))
         if token not in ids:
             raise DataError(
                 f"data.tokenizer: the eos_token {token!r} of {self.folder} is not in its {TOKENIZER}. Save the"

@@ -107,7 +107,9 @@ def no_weights(folder: Path) -> str:
     (path / "runs").mkdir()
     assert not files_of(path)
     assert loss_of(path) != loss_of(path, init_std=0.5)
-    return messages_of(folder, path)
+    said = messages_of(folder, path)
+    assert f"{path} has none" in said
+    return said
 
 
 def part_of_a_download(folder: Path) -> str:

@@ -17,7 +17,7 @@ from models.data import load_tokens
 from models.texts import Texts
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from models.tokenizer_files import END_OF_CLASS
-from parallel.config import Config, DataConfig, apply_overrides, parse
+from parallel.config import Config, DataConfig, apply_overrides, load_raw, parse
 from parallel.engine.context import Place
 from parallel.errors import ColonnadeError, ConfigError, DataError
 from tests.harness import run
@@ -100,6 +100,8 @@ def zero_bytes(folder: Path) -> str:
 
 
 def packed(folder: Path) -> str:
+    pointer = texts_in(folder, b=b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n") / "b.txt"
+    assert "it begins as a pointer of Git LFS does" in refusal(lambda: tokens_of(pointer))
     return refusal(lambda: tokens_of(texts_in(folder, a=gzip.compress(b"text")) / "a.txt"))
 
 
@@ -417,6 +419,38 @@ def test_the_end_tokens_of_classes_are_those_of_transformers(tmp_path: Path) -> 
             folder = tokenizer_in(tmp_path / name, config, words=WORDS | {token: 5, "<unk>": 6, "<s>": 7})
             assert kind().eos_token == token
             assert load_tokenizer(str(folder)).end == 5
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"])
+def test_a_space_before_a_text_is_added_where_auto_tokenizer_adds_one(tmp_path: Path, kind: str) -> None:
+    """GPT-2's class takes it from the config, whatever tokenizer.json says."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {letter: id for id, letter in enumerate([*letters, "ab", "Ġa", "<|endoftext|>"])}
+    for stored in (True, False):
+        for said in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}):
+            tokenizer = Tokenizer(kinds.BPE(ids, [("a", "b"), ("Ġ", "a")]))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=stored)
+            tokenizer.save(str(tmp_path / "tokenizer.json"))
+            config = {"tokenizer_class": kind, "eos_token": "<|endoftext|>"} | said
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+            wanted = AutoTokenizer.from_pretrained(tmp_path)("ab a", add_special_tokens=False)["input_ids"]
+            assert load_tokenizer(str(tmp_path)).encode("ab a").tolist() == wanted, (stored, said)
+
+
+def test_files_beside_a_tokenizer_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    tokenizer_in(tmp_path).joinpath("chat_template.jinja").symlink_to(tmp_path / "nowhere")
+    assert "cannot read" in refusal(lambda: load_tokenizer(str(tmp_path)))
+
+
+@pytest.mark.parametrize("option", ["config", "resume"])
+def test_the_home_folder_may_be_named_in_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if option == "config":
+        (tmp_path / "mine.py").write_text("train = dict(steps=3)\n")
+        assert load_raw("~/mine.py") == {"train": {"steps": 3}}
+    else:
+        run_job(prepared(tmp_path / "run", "train.steps=1", "output.checkpoint_every=1", "output.export=False"))
+        assert prepared(tmp_path / "other", resume="~/run").resume_from == tmp_path / "run/checkpoints/step_000001"
 
 
 def test_a_tokenizer_that_is_a_pointer_of_git_lfs_is_refusal(tmp_path: Path) -> None:

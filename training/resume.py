@@ -42,6 +42,8 @@ def start_messages(config: Config, resume: str | None, found: Path | None) -> li
     path = config.model.path
     drawn = path is None or not has_weights(path)
     origin = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
+    if drawn and path is not None:
+        origin += f": {path} has none"
     if resume is None:
         return [origin]
     return [f"nothing to resume in {config.output.dir}: starting from the beginning", origin]
