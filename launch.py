@@ -183,6 +183,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     from training.preflight import problems_here
     from training.preview import device_messages, preview_of
     from training.resume import find_checkpoint, start_messages
+    from training.schedule_messages import schedule_messages
 
     world_size = arguments.world or arguments.nprocs or place.world_size
     if world_size == 1 and not (arguments.world or arguments.nprocs):
@@ -194,6 +195,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
         *override_messages(arguments.set),
         *start_messages(config, arguments.resume, found),
         *input_messages(config, corpus),
+        *schedule_messages(config, corpus),
         *device_messages(config),
         *problems_here(config, place, found),
     ]

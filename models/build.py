@@ -11,7 +11,7 @@ from torch import nn
 
 from models.costs import layer_costs
 from models.hf import sources
-from models.initial_values import set_initial_values
+from models.initial_values import check_origin, set_initial_values
 from models.opt import PADDING_POSITION, LayerSpec, blocks_mode_of, layers_of
 from models.shapes import shape_of
 from parallel.activations.offload import InputsOnHost
@@ -31,8 +31,9 @@ from parallel.tensor import MODES, Mode
 def build(context: Context) -> Stage:
     """Return this rank's stage, with weights from `model.path` where it has any, else drawn from the seed.
 
-    Raises ConfigError or DataError.
+    Raises ConfigError or DataError, the latter on every rank.
     """
+    check_origin(context)
     return stage_of(context, partial(set_initial_values, config=context.config))
 
 
@@ -121,11 +122,11 @@ def build_layer(spec: LayerSpec, *, keep_storage: bool) -> nn.Module:
 
 
 def tie_embeddings(layers: dict[str, nn.Module]) -> None:
-    """Make the head use the embedding's parameter, on a stage that has both.
+    """Make the head use the embedding's parameter, on a stage that has both, unless it has a table of its own.
 
     Otherwise the first and the last stage have a copy each, and the layout of the copies sums their gradients.
     """
-    if "embed" in layers and "head" in layers:
+    if "embed" in layers and "head" in layers and layers["head"].is_tied:
         layers["head"].embed_tokens = layers["embed"].embed_tokens
 
 

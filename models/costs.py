@@ -1,16 +1,19 @@
 """The parameters, FLOPs and layer costs of an OPT, from its sizes alone. This module needs no torch."""
 
+from dataclasses import replace
+
 from models.shapes import OPTShape
 
 
 def parameter_count(shape: OPTShape) -> int:
-    """Return the number of parameters of the whole model, with the tied embedding counted once."""
+    """Return the number of parameters of the whole model, with a tied embedding counted once."""
     hidden, ffn, width = shape.hidden_size, shape.ffn_dim, shape.word_embed_proj_dim
     norm = 2 * hidden * shape.layer_norm_elementwise_affine
     attention = 4 * (hidden * hidden + hidden * shape.enable_bias)
     feed_forward = 2 * hidden * ffn + (hidden + ffn) * shape.enable_bias
     projections = 2 * hidden * width * (width != hidden)
-    embeddings = shape.vocab_size * width + _positions(shape)
+    tables = 1 if shape.tie_word_embeddings else 2
+    embeddings = tables * shape.vocab_size * width + _positions(shape)
     layers = shape.num_hidden_layers * (attention + feed_forward + 2 * norm)
     return embeddings + projections + layers + norm * shape.has_final_layer_norm
 
@@ -47,8 +50,10 @@ def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[floa
 def flops_per_token(shape: OPTShape, sequence_length: int) -> float:
     """Return the model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
 
-    N is without the position table, which is only looked up, and counts the tied embedding once, as the matmul of the
-    head. Attention is counted in full, not halved because it is causal. Recomputation is not counted.
+    N is without tables that are only looked up: that of the positions, and an embedding that is not tied. A tied one is
+    counted once, as the matmul of the head. Attention is counted in full, not halved because it is causal.
+    Recomputation is not counted.
     """
-    matmuls = 6.0 * (parameter_count(shape) - _positions(shape))
+    tied = replace(shape, tie_word_embeddings=True)
+    matmuls = 6.0 * (parameter_count(tied) - _positions(shape))
     return matmuls + 12.0 * shape.num_hidden_layers * shape.hidden_size * sequence_length

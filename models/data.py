@@ -7,11 +7,11 @@ for every batch size, and a resumed run need not replay the steps before it.
 
 from __future__ import annotations
 
-import hashlib
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from models.tokenizer import PAD, SEPARATOR, Ids, load_tokenizer
+from models.texts import Texts
+from models.tokenizer import PAD, Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
 from parallel.errors import DataError
 from parallel.layout.labels import IGNORED
@@ -27,17 +28,22 @@ from parallel.layout.labels import IGNORED
 Indexes: TypeAlias = npt.NDArray[np.int64]
 Batch: TypeAlias = dict[str, torch.Tensor]
 
-DIGESTED = 1 << 18  # tokens: a MiB of 32-bit integers
 CHECKED_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens[T]`, cut into N = T // S samples of S tokens. The last `num_validation` are not trained on."""
+    """`tokens[T]`, cut into N = T // S samples of S tokens. The last `num_validation` are not trained on.
+
+    `digest` is a checksum of all tokens, by which ranks, and a run that is resumed, know that they read the same. `messages` say what in the data
+    was read otherwise than the user may expect.
+    """
 
     tokens: Ids
     sequence_length: int
     num_validation: int
+    digest: int = 0
+    messages: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -46,12 +52,6 @@ class Corpus:
     @property
     def num_training(self) -> int:
         return self.num_samples - self.num_validation
-
-    @cached_property
-    def digest(self) -> str:
-        """A digest of the first and of the last MiB of tokens, as 32-bit integers, wherever they were read from."""
-        ends = (self.tokens[:DIGESTED], self.tokens[-DIGESTED:])
-        return hashlib.sha256(b"".join(np.asarray(end, "<i4").tobytes() for end in ends)).hexdigest()
 
     def sample(self, index: int) -> Indexes:
         """Return a copy of sample i, `tokens[i*S:(i+1)*S]`."""
@@ -126,20 +126,33 @@ class Loader:
         return torch.arange(first + self._block.start, first + self._block.stop)
 
 
-def load_tokens(data: DataConfig, vocab_size: int) -> Corpus:
+def load_tokens(data: DataConfig, vocab_size: int, *, end: int | None = None, pad: int | None = None) -> Corpus:
     """Return the corpus that a config names.
 
-    Raises DataError if it cannot be read, is too short, or has a token id outside `vocab_size`.
+    `end` and `pad` are the model's eos_token_id and pad_token_id: the first is used where the tokenizer names no token
+    that ends a text. Raises DataError if the corpus cannot be read, is too short, or has a token id outside
+    `vocab_size`.
     """
-    tokens = _read_token_file(Path(data.path)) if data.path.endswith(".npy") else _encode(data, vocab_size)
-    _check_ids(tokens, vocab_size, source=data.path)
+    messages: list[str] = []
+    if data.path.endswith(".npy"):
+        tokens = _read_token_file(Path(data.path))
+    else:
+        tokens, messages = _encode(data, vocab_size, end)
+    num_pads, digest = _check_ids(tokens, vocab_size, pad, source=data.path)
+    if num_pads:
+        messages.append(
+            f"data.path: {num_pads} of its tokens are {pad}, model.pad_token_id, which the embedding does not learn"
+            " where it is looked up. Set model.pad_token_id to an id that the texts do not have"
+        )
     num_samples = len(tokens) // data.sequence_length
     if num_samples == 0:
+        shorter = f", or a sequence_length of at most {len(tokens)}" if len(tokens) > 1 else ""
         raise DataError(
             f"data.path: {data.path} has {len(tokens)} tokens, too few for one sample of data.sequence_length "
-            f"{data.sequence_length}. Use a longer text, or a sequence_length of at most {len(tokens)}."
+            f"{data.sequence_length}. Use a longer text{shorter}."
         )
-    corpus = Corpus(tokens, data.sequence_length, num_validation=math.floor(data.validation_fraction * num_samples))
+    num_validation = math.floor(data.validation_fraction * num_samples)
+    corpus = Corpus(tokens, data.sequence_length, num_validation, digest, tuple(messages))
     if corpus.num_training <= 0:
         raise DataError(
             f"data.validation_fraction: {data.validation_fraction} takes all {num_samples} samples of {data.path} and "
@@ -148,55 +161,44 @@ def load_tokens(data: DataConfig, vocab_size: int) -> Corpus:
     return corpus
 
 
-def _encode(data: DataConfig, vocab_size: int) -> Ids:
-    """Return the texts of `data.path` as token ids, with `</s>` between two texts."""
-    tokenizer = load_tokenizer(data.tokenizer)
+def _encode(data: DataConfig, vocab_size: int, end: int | None) -> tuple[Ids, list[str]]:
+    """Return the texts of `data.path` as token ids, with a token between two that ends a text, and messages."""
+    tokenizer, texts = load_tokenizer(data.tokenizer), Texts(data.path)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"data.tokenizer: '{data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary only "
             f"{vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
         )
     parts: list[Ids] = []
-    for text in _read_texts(data.path):
-        if parts:
-            parts.append(np.array([SEPARATOR], np.int32))
-        parts.append(tokenizer.encode(text))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    for name, text in texts:
+        ids = tokenizer.encode(text)
+        if len(ids):
+            parts.append(ids)
+        else:
+            texts.mention(name, "left out, since there is no token in it")
+    if not parts:
+        raise DataError(f"data.path: {data.path} is empty: there is no token in it. Name a text.")
+    messages = texts.messages()
+    if len(parts) > 1:
+        separator, more = _separator(tokenizer, end, vocab_size)
+        messages += more
+        parts = [part for text in parts for part in (np.array([separator], np.int32), text)][1:]
+    return np.concatenate(parts), messages
 
 
-def _read_texts(source: str) -> Iterator[str]:
-    """Yield the texts of the built-in corpus, of FILE.txt, or of the *.txt of a folder in the order of their names."""
-    path = Path(source)
-    if source == "python-docs":
-        # This is 465 KB of English that comes with every CPython.
-        from pydoc_data.topics import topics
-
-        yield "\n".join(topics[name] for name in sorted(topics))
-    elif path.is_dir():
-        files = sorted(file for file in path.glob("*.txt") if file.is_file())
-        if not files:
-            raise DataError(f"data.path: the folder {path} has no *.txt in it. Name a folder of texts, or a file.")
-        yield from map(_read_text, files)
-    elif not path.exists():
+def _separator(tokenizer: Tokenizer, end: int | None, vocab_size: int) -> tuple[int, list[str]]:
+    """Return the token that joins two texts: the tokenizer's own, else the model's, which a message says."""
+    if tokenizer.end is not None:
+        return tokenizer.end, []
+    if end is None or end >= vocab_size:
         raise DataError(
-            f"data.path: {path} does not exist. Name a FILE.txt, a folder of *.txt, a FILE.npy, or 'python-docs'."
+            "data.tokenizer: it names no token that ends a text, which must stand between two texts of data.path. Name"
+            " its eos_token in tokenizer_config.json, or set model.eos_token_id."
         )
-    elif path.suffix == ".txt":
-        yield _read_text(path)
-    else:
-        raise DataError(f"data.path: {path} is neither a .txt nor a .npy. Rename it, or convert it to one of them.")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode()
-    except OSError as error:
-        raise DataError(f"data.path: cannot read {file}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.path: {file} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}. "
-            f"Convert it, as in: iconv -f LATIN1 -t UTF-8."
-        ) from error
+    token = next((repr(token) for token, id in tokenizer.vocabulary().items() if id == end), "of no text")
+    return end, [
+        f"texts are joined by token {end}, {token}: model.eos_token_id, since the tokenizer names no eos_token"
+    ]
 
 
 def _read_token_file(file: Path) -> Ids:
@@ -216,8 +218,12 @@ def _read_token_file(file: Path) -> Ids:
     return tokens
 
 
-def _check_ids(tokens: Ids, vocab_size: int, *, source: str) -> None:
-    """Raise DataError for the first token id outside the vocabulary. One block of tokens is in memory at a time."""
+def _check_ids(tokens: Ids, vocab_size: int, pad: int | None, *, source: str) -> tuple[int, int]:
+    """Return how often the token `pad` occurs, and a checksum of all ids, which does not depend on their dtype.
+
+    One block of tokens is in memory at a time. Raises DataError for the first token id outside the vocabulary.
+    """
+    num_pads = digest = 0
     for start in range(0, len(tokens), CHECKED_AT_ONCE):
         block = tokens[start : start + CHECKED_AT_ONCE]
         (outside,) = np.nonzero((block < 0) | (block >= vocab_size))
@@ -230,3 +236,6 @@ def _check_ids(tokens: Ids, vocab_size: int, *, source: str) -> None:
                 f"data.path: {source} has token {id} at position {position}, outside the vocabulary of {vocab_size}. "
                 f"{advice[0].upper()}{advice[1:]}."
             )
+        num_pads += 0 if pad is None else int((block == pad).sum())
+        digest = zlib.crc32(block.astype("<i8").tobytes(), digest)
+    return num_pads, digest

@@ -8,6 +8,8 @@ forward of the whole text.
 
 import argparse
 import sys
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from models import hf
 from models.build import build
+from models.generation_config import end_tokens, read_generation_config
 from models.opt import Head
 from models.shapes import OPTShape, resolve, shape_of
-from models.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
+from models.tokenizer import ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.errors import ColonnadeError, DataError
@@ -49,8 +52,18 @@ def next_logits(stage: Stage, tokens: Tensor) -> Tensor:
     x: Any = None
     for layer in layers:
         x = layer(x, batch)
-    logits: Tensor = head.mode.logits(head.features(x)[:, -1:], head.embed_tokens)
+    logits: Tensor = head.mode.logits(head.features(x)[:, -1:], head.table)
     return logits[0, 0]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The choice of a token, the tokens that end a text, and how many of the last tokens the model is given."""
+
+    temperature: float
+    seed: int
+    ends: Collection[int]
+    positions: int
 
 
 def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, temperature: float, seed: int) -> Tensor:
@@ -59,16 +72,22 @@ def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, tempe
     Temperature 0 takes the most likely token each time. If the text has more tokens than the model has positions, the
     oldest tokens are left out of the input.
     """
+    ends, positions = {shape.eos_token_id}, shape.max_position_embeddings
+    return continued(stage, prompt, count, Sampling(temperature, seed, ends, positions))
+
+
+def continued(stage: Stage, prompt: Tensor, count: int, sampling: Sampling) -> Tensor:
+    """Return prompt[S] and up to `count` new tokens, which are chosen as `sampling` says."""
     device = next(stage.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(sampling.seed)
     tokens = prompt.to(device)
     for _ in range(count):
-        logits = next_logits(stage, tokens[-shape.max_position_embeddings :])
-        if temperature == 0:
+        logits = next_logits(stage, tokens[-sampling.positions :])
+        if sampling.temperature == 0:
             token = logits.argmax(keepdim=True)
         else:
-            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
-        if int(token) == shape.eos_token_id:
+            token = torch.multinomial((logits / sampling.temperature).softmax(0), 1, generator=generator)
+        if int(token) in sampling.ends:
             break
         tokens = torch.cat([tokens, token])
     return tokens
@@ -77,17 +96,21 @@ def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, tempe
 def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed: int) -> str:
     """Return the prompt and the text that the model in `folder` continues it with.
 
-    Raises ConfigError or DataError.
+    A text ends where Hugging Face's `generate` ends it. Without a prompt it begins after the token that ends a text, as
+    in training. Raises ConfigError or DataError.
     """
     stage, shape = load_model(folder)
     tokenizer = read_tokenizer(folder)
-    ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([SEPARATOR])
+    end = shape.eos_token_id if tokenizer.end is None else tokenizer.end
+    ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([end])
+    ends = end_tokens(read_generation_config(folder), shape)
+    sampling = Sampling(temperature, seed, ends, shape.max_position_embeddings)
     if tokenizer.vocab_size > shape.vocab_size:
         raise DataError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, but the model's vocabulary only"
             f" {shape.vocab_size}. Put the one there that the model was trained with."
         )
-    return tokenizer.decode(generate(stage, shape, ids, count, temperature=temperature, seed=seed).cpu().numpy())
+    return tokenizer.decode(continued(stage, ids, count, sampling).cpu().numpy())
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

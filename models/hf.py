@@ -4,15 +4,19 @@ To read, each rank maps the files into memory and touches only its own slices. T
 at a time.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 import torch
 
 from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
-from parallel.checkpoint.hf_folder import INDEX, SINGLE, write_folder
+from models.tokenizer_files import TOKENIZER_FILES
+from models.weight_files import files_of
+from parallel.checkpoint.hf_folder import INDEX, SINGLE, WEIGHTS, write_folder
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
     Archive,
@@ -20,19 +24,22 @@ from parallel.checkpoint.shards import (
     StoredPart,
     StoredTensor,
     open_safetensors,
-    read_json,
     write_json,
 )
-from parallel.errors import DataError
-from parallel.layout.layout import Piece
+from parallel.errors import DataError, names_text
+from parallel.layout.layout import Piece, box_shape
 from parallel.mesh.mesh import Axis
 
-TIED = "lm_head.weight"  # the token embedding a second time: neither read nor written
+EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+UNUSED = (HEAD, "model.decoder.version")  # the tied head again, and a number that OPT's first conversion left
+COMPARED_AT_ONCE = 1 << 22  # elements: a vocabulary may be larger than the memory
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def sources(name: str) -> tuple[str, ...]:
     """Return Hugging Face's name of one of our parameters; three names for the fused q, k, v."""
+    if name.startswith("head.lm_head."):
+        return (name.removeprefix("head."),)
     public = f"model.decoder.{name.removeprefix('embed.').removeprefix('head.')}"
     if ".self_attn.qkv." not in public:
         return (public,)
@@ -52,7 +59,8 @@ def expected_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:
         tensors |= {f"layers.{layer}.{name}": size for name, size in _layer_tensors(shape).items()}
     if shape.has_final_layer_norm:
         tensors |= _norm_tensors("final_layer_norm", shape)
-    return {f"model.decoder.{name}": size for name, size in tensors.items()}
+    tensors = {f"model.decoder.{name}": size for name, size in tensors.items()}
+    return tensors if shape.tie_word_embeddings else {**tensors, HEAD: (shape.vocab_size, width)}
 
 
 def _layer_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:
@@ -74,22 +82,71 @@ def _norm_tensors(name: str, shape: OPTShape) -> dict[str, tuple[int, ...]]:
 
 def has_weights(path: str | Path) -> bool:
     """Return whether the directory has weights in any format; `check_weights` tells if we can read them."""
-    path = Path(path)
-    return (path / SINGLE).is_file() or (path / INDEX).is_file() or any(path.glob("pytorch_model*"))
+    try:
+        return bool(files_of(path))
+    except DataError:
+        return True  # what cannot be read may be weights
 
 
 def check_weights(path: str | Path, shape: OPTShape) -> None:
-    """Raise DataError unless the directory has every tensor of the model in the right shape. Only headers are read."""
-    found, expected = _archive(Path(path)).tensors, expected_tensors(shape)
-    if missing := [name for name in expected if name not in found]:
-        raise DataError(f"model.path: {path} lacks {len(missing)} of {len(expected)} tensors: {_few(missing)}.")
+    """Raise DataError unless the directory has exactly the tensors of the model, in the right shapes.
+
+    Only headers are read, and the head where it is stored beside the embedding that it shares.
+    """
+    archive, expected = _archive(Path(path)), expected_tensors(shape)
+    found = archive.tensors
+    if missing := [name for name in expected if name not in found or _is_head_alone(name, found, expected)]:
+        advice = " Try model.tie_word_embeddings=True." if missing == [HEAD] else ""
+        raise DataError(
+            f"model.path: {path} lacks {len(missing)} of {len(expected)} tensors: {names_text(missing)}.{advice}"
+        )
     differing = [
         f"{found[name].parts[0].file.name} has {name} as {found[name].shape}, the model needs {size}"
         for name, size in expected.items()
         if found[name].shape != size
     ]
     if differing:
-        raise DataError(f"model.path: {path}: {_few(differing)}.")
+        raise DataError(f"model.path: {path}: {names_text(differing)}.")
+    if more := [name for name in found if name not in expected and name not in UNUSED]:
+        raise DataError(
+            f"model.path: {path} has {len(more)} tensors that the model lacks: {names_text(more)}. Set the keys of"
+            " `model` so that it has them, or take them out of the files."
+        )
+    if HEAD in found and HEAD not in expected:
+        _check_head(found[EMBEDDING].parts[0], found[HEAD].parts[0])
+
+
+def _is_head_alone(name: str, found: Mapping[str, StoredTensor], expected: Container[str]) -> bool:
+    """Return whether a head is read for the embedding, although the model has both."""
+    return name == EMBEDDING and HEAD in expected and found[name].parts[0].key == HEAD
+
+
+def _check_head(embedding: StoredPart, head: StoredPart) -> None:
+    """Raise DataError unless the head that is stored has the values of the embedding, which the model uses for it."""
+    problem = f"{head.file.name} has {head.key} as {box_shape(head.box)}, and not as the embedding"
+    if embedding.box == head.box:
+        row = _first_different_row(embedding, head)
+        if row is None:
+            return
+        problem = f"{head.key} of {head.file.name} is not the embedding {embedding.key}: row {row} differs"
+    raise DataError(
+        f"model.path: {head.file.parent}: {problem}, but the model ties them. Set model.tie_word_embeddings=False for a"
+        f" head of its own, or take {head.key} out of the file to use the embedding."
+    )
+
+
+def _first_different_row(one: StoredPart, other: StoredPart) -> int | None:
+    """Return the first row in which two stored matrices of one shape differ, or None. A block of rows is in memory."""
+    (_, rows), *rest = one.box
+    block = max(1, COMPARED_AT_ONCE // max(1, prod(stop for _, stop in rest)))
+    with open_safetensors(one.file, DataError) as first, open_safetensors(other.file, DataError) as second:
+        ours, theirs = first.get_slice(one.key), second.get_slice(other.key)
+        for start in range(0, rows, block):
+            a, b = (tensor[start : start + block].double() for tensor in (ours, theirs))
+            different = ((a != b) & ~(a.isnan() & b.isnan())).flatten(1).any(1).nonzero()
+            if len(different):
+                return start + int(different[0])
+    return None
 
 
 def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
@@ -97,47 +154,59 @@ def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
     return _archive(Path(path)).read_into(pieces)
 
 
+def too_large(path: str | Path, dtype: torch.dtype, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Return which tensors of the directory have finite values that are infinite in this dtype.
+
+    One of `parts` equal parts of the tensors is read, and only where their own dtype has a far larger range.
+    """
+    found = []
+    for name, stored in sorted(_archive(Path(path)).tensors.items())[part::parts]:
+        (whole,) = stored.parts
+        with open_safetensors(whole.file, DataError) as content:
+            tensor = content.get_slice(whole.key)
+            own = next(own for own, text in DTYPE_NAMES.items() if text == tensor.get_dtype())
+            if torch.finfo(own).max > 2 * torch.finfo(dtype).max:  # bf16 and fp32 have nearly the same
+                values = tensor[:]
+                if (values.to(dtype).isinf() & values.isfinite()).any():
+                    found.append(name)
+    return found
+
+
+def stored_dtypes(path: str | Path) -> list[str]:
+    """Return the dtypes of the weights of a directory, as safetensors names them: F32, BF16, ..."""
+    found: set[str] = set()
+    for file in files_of(path):
+        with open_safetensors(file, DataError) as content:
+            found |= {content.get_slice(key).get_dtype() for key in content.keys()}  # noqa: SIM118
+    return sorted(found)
+
+
 def _archive(path: Path) -> Archive:
     """Return the weights of a directory under the names of OPTForCausalLM, even if OPTModel wrote them."""
-    tensors = {}
-    for file in _files(path):
+    tensors: dict[str, StoredTensor] = {}
+    files = files_of(path)
+    if not files:
+        raise DataError(f"model.path: {path} has neither {SINGLE} nor {INDEX}.")
+    for file in files:
         with open_safetensors(file, DataError) as content:
-            for key in sorted(set(content.keys()) - {TIED}):
+            for key in sorted(content.keys()):
                 stored = content.get_slice(key)
                 if stored.get_dtype() not in FLOATS:
-                    raise DataError(f"model.path: {file}: {key} is {stored.get_dtype()}, not one of {_few(FLOATS)}.")
+                    raise DataError(
+                        f"model.path: {file}: {key} is {stored.get_dtype()}, not one of {', '.join(FLOATS)}."
+                    )
                 size = tuple(stored.get_shape())
                 name = f"model.{key}" if key.startswith("decoder.") else key
+                if name in tensors:
+                    other = tensors[name].parts[0]
+                    raise DataError(
+                        f"model.path: {path} has {name} twice: {other.key} of {other.file.name}, {key} of {file.name}."
+                        " Take one of them out."
+                    )
                 tensors[name] = StoredTensor(size, (StoredPart(file, key, tuple((0, stop) for stop in size)),))
+    if HEAD in tensors:  # a tied pair may be stored under the name of the head alone
+        tensors.setdefault(EMBEDDING, tensors[HEAD])
     return Archive(path, tensors, DataError)
-
-
-def _files(path: Path) -> list[Path]:
-    """Return the safetensors files of a directory. Raises DataError if one is missing."""
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX, DataError)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise DataError(f"model.path: {path / INDEX} is damaged: it has no 'weight_map'.")
-        files = [path / name for name in sorted(set(index["weight_map"].values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise DataError(f"model.path: {path / INDEX} names shards that are missing: {_few(missing)}.")
-        return files
-    if not path.is_dir():
-        raise DataError(f"model.path: {path} is not a directory.")
-    if has_weights(path):
-        raise DataError(
-            f"model.path: {path} has its weights only as pytorch_model.bin, but safetensors are needed. Convert them:"
-            f" OPTForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)."
-        )
-    raise DataError(f"model.path: {path} has neither {SINGLE} nor {INDEX}.")
-
-
-def _few(words: Sequence[str]) -> str:
-    """Return the first four of the words, and the number of the others."""
-    more = [f"and {len(words) - 4} more"] if len(words) > 4 else []
-    return ", ".join([*words[:4], *more])
 
 
 def export(
@@ -160,7 +229,9 @@ def export(
         if tokenizer is not None:
             tokenizer.save(temporary)
 
-    write_folder(folder, pieces, entries, axis=axis, describe=describe)
+    # A chat template of the tokenizer that was there before would be taken for this one's.
+    replaces = WEIGHTS if tokenizer is None else re.compile(f"{WEIGHTS.pattern}|{TOKENIZER_FILES.pattern}")
+    write_folder(folder, pieces, entries, axis=axis, describe=describe, replaces=replaces)
 
 
 def _write_configs(folder: Path, shape: OPTShape, dtype: torch.dtype) -> None:

@@ -1,13 +1,62 @@
 """The values that parameters have before the first step: read from a Hugging Face directory, or drawn from the seed."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.hf import has_weights, load_weights
+from models.hf import check_weights, has_weights, load_weights, too_large
 from models.shapes import OPTShape, shape_of
+from models.weight_files import files_of
 from parallel.config import Config
+from parallel.engine.context import Context
+from parallel.errors import ColonnadeError, DataError, names_text
 from parallel.layout.layout import ParameterInfo
 from parallel.layout.rng import draw_normal
+from parallel.mesh.collectives import gather_objects
+
+NO_FILES = "no weights"
+
+log = logging.getLogger(__name__)
+
+
+def check_origin(context: Context) -> None:
+    """Check, on all ranks together, where the initial values come from: the files in `model.path`, or the seed.
+
+    Raises DataError on every rank where the files cannot be used on one of them, or where ranks see different files;
+    ConfigError where there is no shape of a model.
+    """
+    config, path = context.config, context.config.model.path
+    if path is None:
+        return
+    shape, files, problem = None, "", None
+    try:
+        shape = shape_of(config)
+        found = files_of(path)
+        if found:
+            check_weights(path, shape)
+            _check_range(context, path)
+        files = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in found) or NO_FILES
+    except ColonnadeError as error:
+        problem = type(error), str(error)
+    everywhere = gather_objects((shape, files, problem), context.mesh.world)
+    if problems := list(dict.fromkeys(problem for *_, problem in everywhere if problem)):
+        kind, _ = problems[0]
+        raise kind("\n".join(text for _, text in problems))
+    if len({(shape, files) for shape, files, _ in everywhere}) > 1:
+        ranks = "; ".join(f"rank {rank}: {files}" for rank, (_, files, _) in enumerate(everywhere))
+        raise DataError(f"model.path: {path} is not the same on every rank: {ranks}. Give every rank the same files.")
+    if files == NO_FILES and context.place.rank == 0:
+        log.warning("%s has no weights: they are drawn from train.seed %d", path, config.train.seed)
+
+
+def _check_range(context: Context, path: str) -> None:
+    """Raise DataError if weights are infinite in the precision of the run. Each rank reads a part of the tensors."""
+    world = context.mesh.world
+    if found := too_large(path, context.dtype, part=world.rank, parts=world.size):
+        raise DataError(
+            f"model.path: {path} has weights that are too large for train.precision {context.config.train.precision}:"
+            f" {names_text(found)}. Try bf16."
+        )
 
 
 def set_initial_values(infos: Sequence[ParameterInfo], config: Config) -> None:

@@ -19,6 +19,7 @@ from parallel.layout.rng import dropout, seed_of
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
+from parallel.tensor.layers import Vocabulary
 
 POSITION_OFFSET = 2  # position p has row p + 2 of the table
 PADDING_POSITION = -1
@@ -70,7 +71,8 @@ class Embed(nn.Module):
         super().__init__()
         self.mode, self.blocks_mode = mode, blocks_mode
         hidden, width = shape.hidden_size, shape.word_embed_proj_dim
-        self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
+        tied = shape.tie_word_embeddings
+        self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id, tied=tied)
         self.embed_positions = blocks_mode.positions(shape.max_position_embeddings + POSITION_OFFSET, hidden)
         self.project_in = mode.project_in(hidden, width) if width != hidden else None
 
@@ -167,7 +169,10 @@ class Attention(nn.Module):
 
 
 class Head(nn.Module):
-    """The last LayerNorm, the projection, and the logits of the tied embedding: x -> the summed loss of this rank."""
+    """The last LayerNorm, the projection, and the logits: x -> the summed loss of this rank.
+
+    The logits are products with the token embedding, or with a table of the head's own where the two are not tied.
+    """
 
     def __init__(self, shape: OPTShape, mode: Mode, blocks_mode: Mode) -> None:
         super().__init__()
@@ -175,16 +180,25 @@ class Head(nn.Module):
         hidden, width, affine = shape.hidden_size, shape.word_embed_proj_dim, shape.layer_norm_elementwise_affine
         self.final_layer_norm = blocks_mode.layer_norm(hidden, affine=affine) if shape.has_final_layer_norm else None
         self.project_out = mode.project_out(width, hidden) if width != hidden else None
-        self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
+        if shape.tie_word_embeddings:
+            self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
+        else:
+            self.lm_head = mode.vocabulary(shape.vocab_size, width, padding_idx=None, tied=False)
+        self.is_tied = shape.tie_word_embeddings
+
+    @property
+    def table(self) -> Vocabulary:
+        """The table E[V, E] with which features are multiplied."""
+        return self.embed_tokens if self.is_tied else self.lm_head
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what the embedding multiplies: x[B_batch, S, H_hidden] of the last block -> [B_batch, S, E_hidden]."""
+        """Return what the table multiplies: x[B_batch, S, H_hidden] of the last block -> [B_batch, S, E_hidden]."""
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
         return x if self.project_out is None else self.project_out(x)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        return self.mode.lm_loss(self.features(x), self.embed_tokens, batch.labels, batch.scale)
+        return self.mode.lm_loss(self.features(x), self.table, batch.labels, batch.scale)
 
 
 def key_of(mode: Mode, *parts: object) -> Tensor:

@@ -3,15 +3,14 @@
 This module needs no torch.
 """
 
-import json
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from models.model_folder import hub_advice, read_config
 from parallel.config import Config, ContextConfig, ModelConfig, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.config.reader import Reader
-from parallel.errors import ConfigError, did_you_mean, divisors, either, nearest_multiples, shortened, shown, times
+from parallel.errors import ConfigError, did_you_mean, divisors, either, nearest_multiples, shown, times
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
 """The activation functions that have the same name in Hugging Face and in torch."""
@@ -74,25 +73,11 @@ NAMED = {
 
 def from_hugging_face(path: str | Path) -> OPTShape:
     """Return the shape in DIR/config.json. A field that it leaves out has OPTConfig's default. Raises ConfigError."""
-    file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        advice = download_advice(str(path)) or "Try a Hugging Face OPT directory."
-        raise ConfigError(f"model.path: cannot read {shortened(str(file))}: {error.strerror}. {advice}") from error
-    except RecursionError as error:
-        raise ConfigError(f"model.path: {shortened(str(file))} is nested too deep for a config.json.") from error
-    except ValueError as error:
-        raise ConfigError(f"model.path: {shortened(str(file))} is not JSON: {shortened(str(error))}.") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "opt":
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ConfigError(f"model.path: {file} describes model_type {shown(kind)}. Only 'opt' is available.")
-    known = {field.name for field in fields(OPTShape)}
-    plain = {key.removeprefix("_"): value for key, value in raw.items()}
-    if plain.get("pad_token_id", 1) is None:  # every row of the embedding would have a gradient then
-        raise ConfigError(f"model.path: pad_token_id null in {file} is not available. Try {OPTShape.pad_token_id}.")
+    names = [field.name for field in fields(OPTShape)]
     reader = Reader()
-    read = reader.section(ModelConfig, {key: plain[key] for key in known & plain.keys()}, (str(file),))
+    # Where it is null, as where it is left out, the embedding is as wide as the model.
+    found = read_config(path, fields=names, null=["word_embed_proj_dim"])
+    read = reader.section(ModelConfig, found, (str(Path(path) / "config.json"),))
     if reader.problems:
         raise ConfigError(*reader.problems)
     # This is OPTConfig's default too: the embedding is as wide as the model unless the file says otherwise.
@@ -100,25 +85,11 @@ def from_hugging_face(path: str | Path) -> OPTShape:
     return _overridden(OPTShape(hidden_size=width, word_embed_proj_dim=width), read)
 
 
-def download_advice(name: str) -> str:
-    """Return how to get a model of Hugging Face's hub, if this is the name of one and no folder; else an empty string.
-
-    Nothing is downloaded here: a run reads files alone.
-    """
-    folder = name.rpartition("/")[2]
-    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) or name.startswith(".") or Path(name).exists():
-        return ""
-    return (
-        "Models of the Hugging Face hub are not downloaded by a run."
-        f" Try `hf download {name} --local-dir {folder}`, then model.path={folder!r}."
-    )
-
-
 def _unknown_model(name: str) -> str:
     """Return the message about a model that is not known by its name."""
     own = name.rpartition("/")[2]
-    if advice := download_advice(name):
-        drawn = f" Or model.name={own!r}, with weights drawn from train.seed." if own in NAMED else ""
+    if advice := hub_advice(name):
+        drawn = f" Or set model.name={own!r}, with weights drawn from train.seed." if own in NAMED else ""
         return f"{name!r} is no name of a shape. {advice}{drawn}"
     return f"unknown model {shown(name)}. {did_you_mean(name, NAMED)}"
 
@@ -182,8 +153,6 @@ def _model_problems(shape: OPTShape) -> list[str]:
         found.append(f"model.activation_function: {shown(shape.activation_function)} is not available. {hint}")
     if shape.layerdrop > 0:
         found.append(f"model.layerdrop: {shape.layerdrop} is not available. Try 0.0.")
-    if not shape.tie_word_embeddings:
-        found.append("model.tie_word_embeddings: False is not available. Try True.")
     return found
 
 

@@ -6,12 +6,14 @@ Each can save itself in an exported directory, where `transformers` then finds t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from models.tokenizer_files import TokenizerFiles
 from parallel.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +32,13 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def end(self) -> int | None:
+        """The id of the token that ends a text; None where the tokenizer names none."""
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Return the id of each token, the special tokens among them."""
+
     def encode(self, text: str) -> Ids:
         """Return the ids of a text, without special tokens."""
 
@@ -37,7 +46,7 @@ class Tokenizer(Protocol):
         """Return the text of these ids. Special tokens are left out."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into an exported Hugging Face directory."""
+        """Write the tokenizer into an exported Hugging Face directory, from which `AutoTokenizer` reads it."""
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -52,6 +61,10 @@ class ByteTokenizer:
     """Bytes of UTF-8 as tokens: the id of a byte is the byte + 4, after OPT's four special tokens."""
 
     vocab_size = 256 + len(SPECIALS)
+    end: int | None = SEPARATOR
+
+    def vocabulary(self) -> Mapping[str, int]:
+        return _byte_level_vocabulary()
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)
@@ -73,11 +86,7 @@ def is_of_bytes(file: Path) -> bool:
 
 
 class FileTokenizer:
-    """A tokenizer.json, run by the `tokenizers` library.
-
-    The contents of its files are kept in memory for the export, because the files may have been moved by then: a
-    tokenizer in the folder of an earlier run is renamed together with that run.
-    """
+    """A tokenizer.json, run by the `tokenizers` library, with the files beside it."""
 
     def __init__(self, path: Path) -> None:
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -86,14 +95,19 @@ class FileTokenizer:
                 f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "
                 "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bytes'."
             )
-        config = file.with_name("tokenizer_config.json")
-        try:
-            self._json = file.read_bytes()
-            self._config = config.read_bytes() if config.is_file() else None
-        except OSError as error:
-            raise DataError(f"data.tokenizer: cannot read {error.filename}: {error.strerror}.") from error
-        self._tokenizer = _parse(file, self._json)
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._files = TokenizerFiles(file)
+        self._tokenizer = _parse(file, self._files.tokenizer)
+        # Whether "</s>" in a text is text, or the token that ends one. An export of the byte tokenizer says the former.
+        self._tokenizer.encode_special_tokens = bool(self._files.config.get("split_special_tokens"))
+        if self._files.adds_prefix_space is not None:
+            _set_prefix_space(self._tokenizer, self._files.adds_prefix_space)
+        ids = self.vocabulary()
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        self.end = self._files.end(ids)
+
+    def vocabulary(self) -> Mapping[str, int]:
+        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return ids
 
     def encode(self, text: str) -> Ids:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -102,11 +116,7 @@ class FileTokenizer:
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_bytes(self._json)
-        if self._config is None:
-            _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-        else:
-            (folder / "tokenizer_config.json").write_bytes(self._config)
+        self._files.save(folder)
 
 
 def _parse(file: Path, content: bytes) -> tokenizers.Tokenizer:
@@ -126,11 +136,17 @@ def _parse(file: Path, content: bytes) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _set_prefix_space(tokenizer: tokenizers.Tokenizer, value: bool) -> None:
+    """Set whether a text begins with a space, where the tokenizer has the pre-tokenizer that can add one."""
+    pre_tokenizer = tokenizer.pre_tokenizer
+    if hasattr(pre_tokenizer, "add_prefix_space"):
+        pre_tokenizer.add_prefix_space = value
+        tokenizer.pre_tokenizer = pre_tokenizer
+
+
 def _byte_level_json() -> dict[str, object]:
     """Return the byte tokenizer in the format of `tokenizers`: a byte-level BPE without merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocab = {token: id for id, token in enumerate(SPECIALS)}
-    vocab |= {character: byte + len(SPECIALS) for byte, character in enumerate(_byte_characters())}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -141,8 +157,13 @@ def _byte_level_json() -> dict[str, object]:
         "pre_tokenizer": byte_level,
         "post_processor": None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "unk_token": None, "vocab": vocab, "merges": []},
+        "model": {"type": "BPE", "unk_token": None, "vocab": _byte_level_vocabulary(), "merges": []},
     }
+
+
+def _byte_level_vocabulary() -> dict[str, int]:
+    specials = {token: id for id, token in enumerate(SPECIALS)}
+    return specials | {character: byte + len(SPECIALS) for byte, character in enumerate(_byte_characters())}
 
 
 def _byte_level_config() -> dict[str, object]:

@@ -12,6 +12,7 @@ from pathlib import Path
 LAYERS = (
     "parallel.errors",
     "parallel.config.*",
+    "models.model_folder",
     "models.shapes",
     "parallel.ops.*",
     "parallel.mesh.*",
@@ -42,6 +43,7 @@ PURE = (
     "parallel.errors",
     "parallel.config.*",
     "models.shapes",
+    "models.model_folder",
     "models.costs",
     "parallel.mesh.topology",
     "parallel.pipeline.schedule",

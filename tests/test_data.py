@@ -130,10 +130,10 @@ def test_the_built_in_corpus_is_pythons_help_topics_in_order() -> None:
     assert corpus.num_validation == int(0.05 * corpus.num_samples)
 
 
-def test_a_text_file_is_read_to_the_byte(tmp_path: Path) -> None:
+def test_a_text_file_is_read_as_pythons_text_mode_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
-    file.write_bytes(b"one\r\ntwo\n\xc3\xa9")
-    assert load_tokens(data_config(file), VOCAB).tokens.tolist() == byte_ids("one\r\ntwo\né")
+    file.write_bytes(b" one\r\ntwo\rthree\n\r\n\xc3\xa9\n")
+    assert load_tokens(data_config(file), VOCAB).tokens.tolist() == byte_ids(file.read_text(encoding="utf-8"))
 
 
 def test_a_folder_is_joined_by_token_2_in_the_order_of_names(tmp_path: Path) -> None:

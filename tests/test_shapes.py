@@ -145,7 +145,6 @@ def test_resolve_fills_in_every_field_and_overrides_win() -> None:
             "model.activation_function: 'gelu_ne' is not available. Did you mean 'gelu_new'?",
         ),
         ({"model": {"layerdrop": 0.1}}, "model.layerdrop: 0.1 is not available. Try 0.0."),
-        ({"model": {"tie_word_embeddings": False}}, "model.tie_word_embeddings: False is not available. Try True."),
         (
             {"data": {"sequence_length": 4096}},
             "data.sequence_length: 4096 is more than model.max_position_embeddings 2048. Try 2048.",

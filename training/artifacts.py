@@ -3,11 +3,17 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from models.generation_config import write_generation_config
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.hf_folder import too_large
+from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
 from training.loop import Listeners
@@ -60,21 +66,37 @@ def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
     return target
 
 
-def export_model(engine: Engine, job: Job) -> None:
+def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     """Write a Hugging Face directory of the weights, in `output.export_dtype`, and the tokenizer.
 
-    The default dtype is fp64 for an fp64 run, else fp32.
+    The default dtype is fp64 for an fp64 run, else fp32. It is also used where another cannot hold a weight, because an
+    export that fails after the training would lose it. Where the tokenizer names a token that ends a text, it is that
+    of the exported model too; and so is the token that begins one, if it was the same. A generation_config.json that
+    `model.path` had is carried on.
     """
     config = engine.config
-    dtype = DTYPES[config.output.export_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")]
+    shape = shape_of(config)
+    if job.tokenizer is not None and (end := job.tokenizer.end) is not None:
+        begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
+        shape = replace(shape, bos_token_id=begin, eos_token_id=end)
+    widest = torch.float64 if config.train.precision == "fp64" else torch.float32
+    dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
+    pieces = engine.weights()
+    if problem := too_large([(piece, dtype) for piece in pieces], engine.mesh.world):
+        screen.print(f"output.export_dtype: {config.output.export_dtype}: {problem} The export is {widest}")
+        dtype = widest
     export(
         job.folder.export,
-        engine.weights(),
-        shape=shape_of(config),
+        pieces,
+        shape=shape,
         axis=engine.mesh.world,
         dtype=dtype,
         tokenizer=job.tokenizer,
     )
+    with fail_together(engine.mesh.world):
+        if engine.mesh.world.rank == 0 and job.generation is not None:
+            before = shape_of(config).eos_token_id
+            write_generation_config(job.folder.export, job.generation, end=shape.eos_token_id, before=before)
     log.info("exported %s", job.folder.export)
 
 

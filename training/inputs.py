@@ -3,18 +3,25 @@
 from pathlib import Path
 
 from models.data import Corpus, load_tokens
-from models.hf import check_weights, has_weights
-from models.shapes import shape_of
+from models.generation_config import read_generation_config
+from models.hf import check_weights, has_weights, stored_dtypes
+from models.shapes import OPTShape, shape_of
 from models.tokenizer import Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import Config
+from parallel.errors import DataError
+
+DTYPES = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+UNUSED_ROWS = 1024  # a vocabulary is often padded to a multiple of 64 or 128, which needs no message
 
 
 def read_corpus(config: Config) -> Corpus:
-    """Return the corpus, after checking it and the weights in `model.path`. Raises ConfigError or DataError."""
+    """Return the corpus, after checking it and the files in `model.path`. Raises ConfigError or DataError."""
     shape, path = shape_of(config), config.model.path
-    corpus = load_tokens(config.data, shape.vocab_size)
-    if path is not None and has_weights(path):
-        check_weights(path, shape)
+    corpus = load_tokens(config.data, shape.vocab_size, end=shape.eos_token_id, pad=shape.pad_token_id)
+    if path is not None:
+        read_generation_config(path)
+        if has_weights(path):
+            check_weights(path, shape)
     return corpus
 
 
@@ -26,13 +33,70 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
 
 def input_messages(config: Config, corpus: Corpus) -> list[str]:
     """Return a message for each input that the user may not have meant."""
-    messages, path = [], config.model.path
-    if path is not None and config.data.tokenizer == "bytes" and not config.data.path.endswith(".npy"):
-        file = Path(path) / "tokenizer.json"
-        if has_weights(path) and file.is_file() and not is_of_bytes(file):
-            messages.append(
-                f"the data are read as bytes, but {path} has a tokenizer of its own: data.tokenizer={path} uses it"
-            )
-    if config.output.eval_every and not corpus.num_validation:
-        messages.append("no validation: output.eval_every is set, but data.validation_fraction leaves no sample for it")
+    shape, path = shape_of(config), config.model.path
+    messages, tokenizer = list(corpus.messages), tokenizer_of(config)
+    if tokenizer is not None:
+        messages += _vocabulary_messages(tokenizer, shape)
+    if path is not None and has_weights(path):
+        messages += _dtype_messages(config, path)
+        if tokenizer is not None:
+            messages += _tokenizer_messages(config.data.tokenizer, tokenizer, path)
     return messages
+
+
+def _dtype_messages(config: Config, path: str) -> list[str]:
+    """Say which dtype the weights are cast to, where that is not their own."""
+    run, stored = config.train.precision, [DTYPES[dtype] for dtype in stored_dtypes(path)]
+    if stored == [run]:
+        return []
+    exported = config.output.export_dtype or ("fp64" if run == "fp64" else "fp32")
+    return [
+        f"the weights in {path} are {' and '.join(stored)}: this run computes in {run} (train.precision), and exports"
+        f" {exported} (output.export_dtype)"
+    ]
+
+
+def _vocabulary_messages(tokenizer: Tokenizer, shape: OPTShape) -> list[str]:
+    """Say where the tokenizer and the model's shape do not fit each other."""
+    messages = []
+    if tokenizer.end is not None and tokenizer.end != shape.eos_token_id:
+        messages.append(
+            f"a text ends with token {tokenizer.end}, the tokenizer's eos_token, and not with model.eos_token_id"
+            f" {shape.eos_token_id}: the export has {tokenizer.end}"
+        )
+    if tokenizer.vocab_size > shape.vocab_size:  # texts would be refused, but these data are token ids
+        messages.append(
+            f"data.tokenizer, which is exported, has {tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {shape.vocab_size}"
+        )
+    if shape.vocab_size - tokenizer.vocab_size > UNUSED_ROWS:
+        messages.append(
+            f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids: the other rows"
+            " of the embedding are never looked up"
+        )
+    return messages
+
+
+def _tokenizer_messages(spec: str, tokenizer: Tokenizer, path: str) -> list[str]:
+    """Say where the ids of the data mean other tokens than those that the weights in `path` were trained with."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        read = "the data are read as bytes" if spec == "bytes" else ""
+        return [f"{read}, but {path} does not say with which tokenizer its weights were trained"] if read else []
+    if spec == "bytes":
+        if is_of_bytes(file):
+            return []
+        return [f"the data are read as bytes, but {path} has a tokenizer of its own: data.tokenizer={path} uses it"]
+    try:
+        theirs = load_tokenizer(path).vocabulary()
+    except DataError as error:
+        return [f"data.tokenizer cannot be compared with that of the weights: {error}"]
+    ours = tokenizer.vocabulary()
+    differing = sorted((id, token) for token, id in ours.items() if theirs.get(token) != id)
+    if not differing:
+        return []
+    id, token = differing[0]
+    return [
+        f"{len(differing)} of the {len(ours)} tokens of data.tokenizer have another id in the tokenizer of {path}, or"
+        f" none ({token!r} is {id}, there {theirs.get(token)}): data.tokenizer={path} uses its own"
+    ]

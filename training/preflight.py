@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from models.data import Corpus
+from models.generation_config import GenerationConfig, read_generation_config
 from models.tokenizer import Tokenizer
 from parallel.config import Config
 from parallel.engine.context import Place
@@ -19,6 +20,7 @@ from training.config import override_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.resume import find_checkpoint, start_messages, steps_taken
 from training.run_folder import RunFolder
+from training.schedule_messages import schedule_messages
 from training.tracer import steps_to_trace
 
 
@@ -30,6 +32,7 @@ class Job:
     place: Place
     corpus: Corpus
     tokenizer: Tokenizer | None  # None: the data are token ids, and no tokenizer is named
+    generation: GenerationConfig | None  # that of model.path
     folder: RunFolder
     resume_from: Path | None  # the checkpoint that the run continues
     traced_steps: range  # counted from 1: those of the steps asked for that the run will take
@@ -59,8 +62,10 @@ def prepare(
         *start_messages(config, resume, found),
         *not_traced,
         *input_messages(config, corpus),
+        *schedule_messages(config, corpus),
     )
-    return Job(config, place, corpus, tokenizer_of(config), folder, found, traced, messages)
+    generation = None if config.model.path is None else read_generation_config(config.model.path)
+    return Job(config, place, corpus, tokenizer_of(config), generation, folder, found, traced, messages)
 
 
 def check_device(config: Config, place: Place) -> None:

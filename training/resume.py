@@ -1,5 +1,6 @@
 """The start of a run: a checkpoint that it resumes from, weights that it reads, or weights drawn from the seed."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,8 @@ def find_checkpoint(config: Config, resume: str | None, corpus: Corpus) -> Path 
 
     Raises CheckpointError if the checkpoint is damaged, of another model, at a place in other data, or not there.
     """
-    found = None if resume is None else checkpoint.find_checkpoint(resume, Path(config.output.dir))
+    named = None if resume is None else os.path.expanduser(resume)
+    found = None if named is None else checkpoint.find_checkpoint(named, Path(config.output.dir))
     if found is None:
         return None
     try:
@@ -43,6 +45,8 @@ def start_messages(config: Config, resume: str | None, found: Path | None) -> li
     path = config.model.path
     drawn = path is None or not has_weights(path)
     origin = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
+    if drawn and path is not None:
+        origin += f": {path} has none"
     if resume is None:
         return [origin]
     return [f"nothing to resume in {config.output.dir}: starting from the beginning", origin]

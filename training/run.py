@@ -18,7 +18,8 @@ from parallel.checkpoint.shards import fail_together
 from parallel.engine.base import initial_placement_of
 from parallel.engine.context import Context, make_context
 from parallel.engine.engine import Engine
-from parallel.mesh.collectives import barrier
+from parallel.errors import DataError
+from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from training.artifacts import export_model, plot_loss, written_while_training
 from training.log_file import log_file
@@ -35,6 +36,7 @@ def run_job(job: Job) -> None:
     """Train as the job says. Every rank of the world calls this."""
     context = make_context(job.config, job.place)
     check_room(context)
+    check_same_data(job, context.mesh.world)
     screen = Screen(job.config, quiet=job.place.rank != 0)
     with (
         run_folder(job, context.mesh.world) as messages,
@@ -54,7 +56,7 @@ def train(engine: Engine, job: Job, screen: Screen) -> None:
     with written_while_training(engine, job, screen) as listeners:
         fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
     if engine.config.output.export:
-        export_model(engine, job)
+        export_model(engine, job, screen)
     if engine.mesh.world.rank == 0:
         plot_loss(job, screen)
     screen.finish(job.folder, engine.num_steps)
@@ -67,6 +69,17 @@ def check_room(context: Context) -> None:
     """
     if context.config.zero.tensor_placement_policy != "cuda":
         initial_placement_of(stage_of(context).infos, context)
+
+
+def check_same_data(job: Job, world: Axis) -> None:
+    """Raise DataError, on every rank, if the ranks have read other tokens: from files of several hosts, say."""
+    read = gather_objects((len(job.corpus.tokens), job.corpus.digest), world)
+    if len(set(read)) > 1:
+        ranks = "; ".join(f"rank {rank}: {tokens} tokens, {digest:08x}" for rank, (tokens, digest) in enumerate(read))
+        raise DataError(
+            f"data.path: {job.config.data.path} is not the same on every rank, or data.tokenizer is not: {ranks}. Give"
+            " every rank the same files."
+        )
 
 
 @contextmanager

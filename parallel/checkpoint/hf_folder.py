@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.shards import DTYPE_NAMES, Entry, covered_once, replace_files, write_json, write_tensors
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, names_text
 from parallel.layout.layout import Box, Piece, slices
 from parallel.mesh.collectives import gather_objects, receive, send
 from parallel.mesh.mesh import Axis
@@ -20,21 +20,31 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def write_folder(
-    folder: Path, pieces: Iterable[Piece], entries: Sequence[Entry], *, axis: Axis, describe: Callable[[Path], None]
+    folder: Path,
+    pieces: Iterable[Piece],
+    entries: Sequence[Entry],
+    *,
+    axis: Axis,
+    describe: Callable[[Path], None],
+    replaces: re.Pattern[str] = WEIGHTS,
 ) -> None:
     """Write the tensors that `entries` describe into `folder`, and the files that `describe` writes there on rank 0.
 
     `pieces` are those that this rank owns: each element of each tensor is owned by one rank of the axis. They are sent
-    to rank 0 in the order of the entries, one tensor at a time. Other files of the folder stay. If rank 0 cannot write,
-    every rank raises a CheckpointError, and the folder stays as it was.
+    to rank 0 in the order of the entries, one tensor at a time. Other files of the folder stay, but for those whose
+    names match `replaces`: the weights that were there before. If rank 0 cannot write,
+    every rank raises a CheckpointError, and the folder stays as it was; so it does where a value is too large for the
+    dtype of its entry.
     """
     for entry in entries:  # checked before a rank waits for another
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
+    if problem := too_large([(piece, entries[order[piece.name]].dtype) for piece in owned], axis):
+        raise CheckpointError(f"{problem} Choose a dtype with a larger range, such as bf16 or fp32.")
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)
-    with replace_files(folder, WEIGHTS, axis) as temporary:
+    with replace_files(folder, replaces, axis) as temporary:
         if axis.rank > 0:
             for piece in owned:
                 send(piece.data.to("cpu", entries[order[piece.name]].dtype), axis, to=0)
@@ -46,6 +56,21 @@ def write_folder(
             finally:  # even after an error: the other ranks send, and wait until that is received
                 for _ in tensors:
                     pass
+
+
+def too_large(pieces: Iterable[tuple[Piece, torch.dtype]], axis: Axis) -> str:
+    """Return which tensors have a finite value that its dtype would make infinite, on any rank; an empty text if none.
+
+    Every rank of the axis calls this, with its own pieces, and gets the same text.
+    """
+    found = {}
+    for piece, dtype in pieces:
+        if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(piece.data.dtype).max:
+            largest = piece.data.abs().nan_to_num(nan=0, posinf=0).max()
+            if largest.to(dtype).isinf():
+                found[piece.name] = f"{piece.name} has a value of {largest:.4g}, which {dtype} cannot hold"
+    everywhere = {name: text for texts in gather_objects(found, axis) for name, text in texts.items()}
+    return f"{names_text(list(everywhere.values()))}." if everywhere else ""
 
 
 Owners = dict[str, list[tuple[int, Box]]]

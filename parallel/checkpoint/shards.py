@@ -263,11 +263,13 @@ def _temporary_folder(temporary: Path, axis: Axis, *, finish: Callable[[], None]
 
 def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
     """Move the new files into a folder, then delete old ones: if it is interrupted, no file is missing."""
-    new = sorted(temporary.iterdir())
-    for file in new:
-        file.replace(folder / file.name)
-    for old in {file.name for file in folder.iterdir()} - {file.name for file in new}:
-        if pattern.fullmatch(old):
+    new = sorted(file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file())
+    for name in new:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (temporary / name).replace(folder / name)
+    there = (path for path in (*folder.glob("*"), *folder.glob("*/*")) if not path.is_dir())
+    for old in {path.relative_to(folder) for path in there} - {*new}:
+        if pattern.fullmatch(str(old)):
             (folder / old).unlink()
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from parallel.config.reader import Natural, Probability, Range
+from parallel.config.reader import Natural, PathText, Probability, Range
 
 Size = Annotated[int, Range(1, 2**28)]
 """A dimension of a tensor: with two of them torch can still count a tensor's bytes."""
@@ -22,7 +22,7 @@ class ModelConfig:
     2205.01068, table 1): opt-125m, -350m, -1.3b, -2.7b, -6.7b, -13b, -30b, -66b, -175b. Not used if `path` is given.
     """
 
-    path: str | None = None
+    path: PathText | None = None
     """A directory in Hugging Face's format: its config.json gives the shape, and its safetensors, if there are any, the
     weights. None: the shape of `name`, with weights drawn from `train.seed`.
     """
@@ -91,4 +91,4 @@ class ModelConfig:
     """The probability of skipping a block in training, in Hugging Face's OPT. Only 0 is supported."""
 
     tie_word_embeddings: bool | None = None
-    """True: the head has the weights of the token embedding. False is not supported."""
+    """True: the head has the weights of the token embedding. False: it has weights of its own."""

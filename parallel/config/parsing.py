@@ -1,6 +1,7 @@
 """The entry point for configs: a file or a dict, with overrides, becomes one frozen `Config` or one `ConfigError`."""
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -32,7 +33,7 @@ def load_raw(path: str | Path) -> dict[str, Any]:
     Modules, functions and names that begin with an underscore are left out. `parse` refuses those that are no sections.
     Raises ConfigError, with the file and the line of the error.
     """
-    file, name = Path(path), shortened(str(path))
+    file, name = Path(os.path.expanduser(path)), shortened(str(path))
     if file.suffix not in SUFFIXES:
         raise ConfigError(
             f"{name}: a config is a Python file of dicts, or the config.json of a run. In a file that ends in .py write"

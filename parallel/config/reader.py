@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from parallel.config.other_names import advice, key_text
+from parallel.config.paths import PathError, expanded
 from parallel.errors import closest, either, shown
 
 Section = TypeVar("Section")
@@ -67,6 +68,14 @@ NumRanks = Annotated[int, Range(1, 2**20)]
 
 Probability = Annotated[float, Range(0, 1, open=True)]
 """A number from 0 to 1, but not 1."""
+
+
+class Expanded:
+    """The mark of a path, in which `~` and variables are replaced."""
+
+
+PathText = Annotated[str, Expanded()]
+"""A path, of which `~` and `$NAME` may be a part."""
 
 
 class MisreadError(Exception):
@@ -147,7 +156,7 @@ def convert(hint: Any, raw: object) -> Any:
             if value is not None and value not in bounds:
                 nearest = bounds.low if value < bounds.low else MISSING if bounds.open else bounds.high
                 raise MisreadError(f"needs {bounds.needs(value)}, got {shown(raw)}", nearest)
-        return value
+        return _expanded(value) if any(annotations_of(hint, Expanded)) else value
     if origin in (Union, UnionType):
         (inner,) = (argument for argument in arguments if argument is not NoneType)
         return None if raw is None else _optional(inner, raw)
@@ -235,6 +244,13 @@ def _text_problem(text: str) -> str:
     if len(encoded) > MAX_PATH or any(len(name) > MAX_FILE_NAME for name in encoded.split(b"/")):
         return f"needs at most {MAX_FILE_NAME} bytes between two slashes, and {MAX_PATH} bytes in all"
     return ""
+
+
+def _expanded(value: str) -> str:
+    try:
+        return expanded(value)
+    except PathError as error:
+        raise MisreadError(str(error)) from error
 
 
 def _article(kind: type) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from parallel.config.model import ModelConfig
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import Bytes, Count, Natural, Probability, Range
+from parallel.config.reader import Bytes, Count, Natural, PathText, Probability, Range
 from parallel.errors import either, nearest_multiples, times
 
 Fraction = Annotated[float, Range(0, 1)]
@@ -21,12 +21,12 @@ Dtype = Literal["fp64", "fp32", "bf16", "fp16"]
 class DataConfig:
     """The section `data`: a corpus is a row of tokens, cut into samples of `sequence_length` (docs/data.md)."""
 
-    path: str = "python-docs"
+    path: PathText = "python-docs"
     """python-docs (Python's manual, which every installation has), a text file, a folder of *.txt, or FILE.npy with
     token ids.
     """
 
-    tokenizer: str = "bytes"
+    tokenizer: PathText = "bytes"
     """"bytes" (the id of a byte is the byte + 4: a vocabulary of 260, with nothing to download), or a tokenizer.json,
     or a folder with one.
     """
@@ -72,7 +72,7 @@ class ZeroConfig:
     rank's share of what is available there. Not for "cuda".
     """
 
-    nvme_dir: str | None = None
+    nvme_dir: PathText | None = None
     """A folder on a fast disk, for the optimizer states that `host_memory` has no room for. None: what does not fit is
     refused. Not for "cuda".
     """
@@ -172,7 +172,7 @@ class SchedulerConfig:
 class OutputConfig:
     """The section `output`: what a run writes, and how often."""
 
-    dir: str = "runs/{name}"
+    dir: PathText = "runs/{name}"
     """The run's folder; {name} becomes the name of the config file without its ending. An earlier run there is renamed,
     unless it is resumed.
     """

@@ -23,6 +23,7 @@ from parallel.mesh.mesh import axis_on_host
 from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
+from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.inputs import map_tensors
 from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
 from parallel.modules.loss_sums import LossSums
@@ -90,6 +91,7 @@ class ModuleEngine(ModuleState):
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self._agreement = Agreement(axis_on_host(data))
+        self._agreement.agree_on("an engine", problem_of_configs(module))
         self._loss = ModuleLoss(
             module,
             criterion,

@@ -176,12 +176,13 @@ class Mode:
         """Return the position table P[count, H_hidden]: indices[B_batch, S] -> [B_batch, S, H_hidden]."""
         return Embedding(self.layout((count, hidden), (), self.hidden), self._empty())
 
-    def vocabulary(self, size: int, hidden: int, *, padding_idx: int | None) -> Vocabulary:
-        """Return the token embedding E[V_inner_hidden, H_k_in], which the head shares.
+    def vocabulary(self, size: int, hidden: int, *, padding_idx: int | None, tied: bool = True) -> Vocabulary:
+        """Return the token embedding E[V_inner_hidden, H_k_in], which the head shares, or a table of one of the two.
 
-        It is padded where its axes do not divide the vocabulary.
+        `tied`: the first and the last layer have the same values. The table is padded where its axes do not divide the
+        vocabulary.
         """
-        layout = self.layout((size, hidden), self.inner_hidden, self.k_in, tied=True)
+        layout = self.layout((size, hidden), self.inner_hidden, self.k_in, tied=tied)
         return Vocabulary(layout, padding_idx, self._empty())
 
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:

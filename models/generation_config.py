@@ -1,0 +1,47 @@
+"""The generation_config.json of a Hugging Face directory: which tokens end a text, and what an export carries on."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from models.shapes import OPTShape
+from parallel.checkpoint.shards import read_json, write_json
+from parallel.errors import DataError
+
+FILE = "generation_config.json"
+GenerationConfig: TypeAlias = Mapping[str, Any]
+
+
+def read_generation_config(folder: str | Path) -> GenerationConfig | None:
+    """Return the content of the directory's generation_config.json, or None where it has none. Raises DataError."""
+    file = Path(folder) / FILE
+    if not os.path.lexists(file):
+        return None
+    content = read_json(file, DataError)
+    if not isinstance(content, dict):
+        raise DataError(f"model.path: {file} is not a JSON object.")
+    ends = content.get("eos_token_id")
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
+        raise DataError(
+            f"model.path: {file} has eos_token_id {ends!r}, which is neither a token id nor a list of them."
+        )
+    return content
+
+
+def write_generation_config(folder: Path, content: GenerationConfig, *, end: int, before: int) -> None:
+    """Write the content into another directory. A text ends there with `end` in place of `before`, the model's token.
+
+    Other tokens that end a text stay.
+    """
+    ends = content.get("eos_token_id")
+    others = [token for token in (ends if isinstance(ends, list) else [ends]) if token not in (None, before, end)]
+    write_json(folder / FILE, {**content, "eos_token_id": [end, *others] if others else end})
+
+
+def end_tokens(content: GenerationConfig | None, shape: OPTShape) -> set[int]:
+    """Return the tokens with which a generated text ends, as Hugging Face's `generate` finds them."""
+    found = shape.eos_token_id if content is None else content.get("eos_token_id")
+    if found is None:
+        return set()
+    return set(found) if isinstance(found, list) else {found}
