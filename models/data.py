@@ -35,8 +35,8 @@ CHECKED_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 class Corpus:
     """`tokens[T]`, cut into N = T // S samples of S tokens. The last `num_validation` are not trained on.
 
-    `digest` is a checksum of all tokens, by which ranks, and a run that is resumed, know that they read the same. `messages` say what in the data
-    was read otherwise than the user may expect.
+    `digest` is a checksum of all tokens, by which ranks, and a run that is resumed, know that they read the same.
+    `messages` say what in the data was read otherwise than the user may expect.
     """
 
     tokens: Ids
