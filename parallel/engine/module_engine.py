@@ -31,6 +31,7 @@ from parallel.modules.parameters import (
 )
 from parallel.modules.passes import ModulePasses
 from parallel.modules.recompute import recompute_layers
+from parallel.modules.sharded import expose_placeholders
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
@@ -247,6 +248,7 @@ def _make_chunks(
     """
     # A step has as many microbatches as the user likes: 2 stands for any number above 1.
     placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
+    expose_placeholders(info.parameter for info in infos)
     with placement.explain_host_shortage():
         chunks = make_chunks(
             placement.specs,
