@@ -82,7 +82,7 @@ class ModuleEngine(ModuleState):
                 " Leave parallel empty, and set zero.stage."
             )
         layers = layers_of(module)
-        infos = infos_of(module, layers, data)
+        infos = infos_of(module, layers, data, context.dtype)
         if not any(info.parameter.requires_grad for info in infos):
             raise ModelError("model: none of its parameters requires a gradient.")
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)

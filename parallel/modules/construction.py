@@ -19,6 +19,7 @@ from parallel.modules.lazy import HOST
 from parallel.modules.python_access import PythonAccess
 from parallel.modules.recorder import Recorder, is_on_meta
 from parallel.modules.sharded import Shard, is_sharded, set_data, shard_parameter
+from parallel.modules.units import is_weight
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +130,10 @@ class _NewParameters:
                     self._finish(f"{name}.{key}".lstrip("."), parameter)
                 for x in (*module._buffers.values(), *vars(module).values()):
                     if self.recorder.is_recorded(x):
-                        set_data(x, self.recorder.read(x))  # type: ignore[arg-type]
+                        set_data(x, self.recorder.read(x))
 
     def _finish(self, name: str, parameter: nn.Parameter) -> None:
-        """Shard a parameter, or make it whole: over an axis of size 1, and where it is no floating-point number."""
+        """Shard a parameter, or make it whole: over an axis of size 1, and where it is no weight."""
         is_recorded = self.recorder.is_recorded(parameter)
         if not is_recorded and not (self.axis.size > 1 and self._is_new(parameter)):
             return
@@ -140,7 +141,7 @@ class _NewParameters:
             grad = "trained" if parameter.requires_grad else "frozen"
             self.agreement.agree_on(f"{name} {grad} {self.recorder.describe(parameter)}")
         _, device = self._devices.get(id(parameter), (parameter, HOST))
-        if self.axis.size > 1 and parameter.is_floating_point():
+        if self.axis.size > 1 and is_weight(parameter):
             shard = self.recorder.shard(parameter) if is_recorded else Shard.of(parameter, self.axis)
             shard_parameter(parameter, shard, device)
         elif is_recorded:

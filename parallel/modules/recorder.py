@@ -61,9 +61,9 @@ class Recorder(TorchDispatchMode):
         content = Blank(parameter.shape, parameter.dtype) if blank else self._constant(parameter, name)
         self.set_content(parameter, content)
 
-    def set_content(self, x: Tensor, content: Content) -> None:
-        """Move a tensor to the meta device; `content` is that of all of its elements. The object stays the same."""
-        set_data(x, torch.empty(x.shape, dtype=x.dtype, device=META))
+    def set_content(self, x: Tensor, content: Constant | Blank) -> None:
+        """Have x show this content, with its shape, on the meta device. The object stays the same."""
+        set_data(x, torch.empty(content.shape, dtype=content.dtype, device=META))
         self._set_content(x, content)
 
     def is_recorded(self, x: Any) -> bool:
@@ -77,8 +77,9 @@ class Recorder(TorchDispatchMode):
     def shard(self, x: Tensor) -> Shard:
         """Return this rank's shard of what x would hold by now on the first rank; every rank calls this."""
         content = self._contents[key_of(x)]
-        if isinstance(content, Constant) and content.shape == x.shape and x.is_contiguous():
-            return content.shard  # nobody has computed anything with it
+        if isinstance(content, Constant) and isinstance(content.source, Shard):  # nobody has computed anything with it
+            if x.is_contiguous() and (x.numel(), x.dtype) == (content.shape.numel(), content.dtype):
+                return content.source
         return Shard.of(self.materialize(x), self.axis)
 
     def read(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Recorder(TorchDispatchMode):
     def _constant(self, x: Tensor, name: str) -> Constant:
         if self.axis.size > 1:
             self._agree(f"{name} {self.describe(x)}")
-        return Constant(Shard.of(x.detach().to(HOST), self.axis), x.shape)
+        return Constant(Shard.of(x.detach().to(HOST), self.axis), x.shape, x.dtype)
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Operation:
         is_random = torch.Tag.nondeterministic_seeded in func.tags
