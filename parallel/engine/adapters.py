@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from parallel.checkpoint.hf_folder import ADAPTER, MERGED, write_tensors_of
 from parallel.checkpoint.shards import Entry
+from parallel.errors import ModelError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import Axis
-from parallel.modules.adapters import adapter_folders, adapter_tensors, refuse_merge, write_adapter_config
+from parallel.modules.adapters import (
+    adapter_folders,
+    adapter_tensors,
+    refuse_merge,
+    weights_shared_by_chance,
+    write_adapter_config,
+)
 from parallel.modules.hf_configs import write_hf_configs
 from parallel.modules.recorded_copy import RecordedCopy
 from parallel.modules.units import is_weight
@@ -45,12 +52,19 @@ def save_merged(module: nn.Module, pieces: Iterable[Piece], folder: Path, dtype:
     """Write the model that peft's `merge_and_unload` makes; every rank of the axis calls this.
 
     `pieces`: those of the module's weights that this rank owns. Adapters are multiplied and added in fp32 at least.
-    Raises ModelError where there is nothing to merge.
+    Raises ModelError where there is nothing to merge, or where a merge would change a tied weight by mistake.
     """
     refuse_merge(module)
     copied = RecordedCopy(module, pieces, torch.promote_types(dtype, torch.float32), axis)
     with copied.recording() as model:
+        shared = weights_shared_by_chance(model)
         merged = model.merge_and_unload()
+        for weight, names in shared:
+            if copied.has_changed(weight):
+                raise ModelError(
+                    f"save_pretrained: merge=True would change {' and '.join(names)}, which share a weight, by the"
+                    " adapter of one of them. Leave merge out to save the adapter."
+                )
         state = {name: x for name, x in merged.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
     first = {id(x): name for name, x in reversed(state.items())}  # the first name of a shared tensor
     found = {name: x for name, x in state.items() if first[id(x)] == name}

@@ -24,12 +24,29 @@ def refuse_merge(module: nn.Module) -> None:
     if not has_adapters(module):
         raise ModelError(f"save_pretrained: merge=True merges the adapters of a peft model, and {name} is none.")
     if not hasattr(module, "merge_and_unload"):
-        configs: dict[str, Any] = vars(module)["peft_config"]
+        configs: Any = module.peft_config
         kinds = ", ".join(str(config.peft_type.value) for config in configs.values())
         raise ModelError(
             f"save_pretrained: merge=True is not possible for {name} with {kinds}: it has no merge_and_unload. Leave"
             " merge out to save the adapter."
         )
+
+
+def weights_shared_by_chance(module: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
+    """Return each parameter that has several names of which peft treats one without the others, with its names.
+
+    An adapter that is merged into such a weight changes what the other names stand for, too. (Wrappers that merge in a
+    way of their own know which modules are tied.)
+    """
+    own = {name for name, part in module.named_modules() if hasattr(part, "unload_and_optionally_merge_module")}
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [
+        (parameter, found)
+        for parameter, found in names.items()
+        if len(found) > 1 and not all(any(name.startswith(f"{wrapper}.") for wrapper in own) for name in found)
+    ]
 
 
 def adapter_tensors(module: Any, adapter: str) -> dict[str, Tensor]:

@@ -65,6 +65,10 @@ class RecordedCopy:
         with self._recorder, PythonAccess(self._recorder), torch.no_grad():
             yield self.module
 
+    def has_changed(self, parameter: Tensor) -> bool:
+        """Return whether a parameter of the copy would have other values than that of the module."""
+        return not self._recorder.is_constant(parameter)
+
     def tensors(self, wanted: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the values of these tensors of the copy, on the host; every rank calls this."""
         for x in wanted:

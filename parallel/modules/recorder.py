@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from parallel.errors import ModelError
 from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
 from parallel.modules.lazy import (
@@ -77,10 +78,16 @@ class Recorder(TorchDispatchMode):
     def shard(self, x: Tensor) -> Shard:
         """Return this rank's shard of what x would hold by now on the first rank; every rank calls this."""
         content = self._contents[key_of(x)]
-        if isinstance(content, Constant) and isinstance(content.source, Shard):  # nobody has computed anything with it
-            if x.is_contiguous() and (x.numel(), x.dtype) == (content.shape.numel(), content.dtype):
-                return content.source
+        if isinstance(content, Constant) and isinstance(content.source, Shard) and self.is_constant(x):
+            return content.source
         return Shard.of(self.materialize(x), self.axis)
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Return whether x has the values that were there at first, all of them, and in their order."""
+        content = self._contents[key_of(x)]
+        if not isinstance(content, Constant) or not x.is_contiguous():
+            return False
+        return (x.numel(), x.dtype) == (content.shape.numel(), content.dtype)
 
     def read(self, x: Tensor) -> Tensor:
         """Return what x would hold by now on the first rank; the program of every rank reads it at the same place."""
@@ -99,10 +106,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorded = [x for x in tree_leaves((args, kwargs)) if self.is_recorded(x)]
-        mutated = list(_mutated_arguments(func, args, kwargs))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        recorded, mutated = [x for x in tensors if self.is_recorded(x)], list(_mutated_arguments(func, args, kwargs))
         if not recorded:
             return self._run(func, args, kwargs, mutated)
+        if any(is_on_meta(x) and not self.is_recorded(x) for x in tensors):
+            raise ModelError(f"sharded_init: {func} needs the values of a tensor on the meta device, which has none.")
         if NEEDS_VALUES & set(func.tags) or not all(map(self.is_recorded, mutated)):
             args, kwargs = tree_map(self._real, (args, kwargs))
             return func(*args, **kwargs)
@@ -116,9 +125,11 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, mutated: list[Any]) -> Any:
-        """Run an operation on real tensors."""
+        """Run an operation on tensors that are not recorded."""
         result = func(*args, **kwargs)
-        if func in ALLOCATIONS and not is_on_meta(result):
+        if func is aten.scalar_tensor.default and is_on_meta(result):  # a number that is assigned to an index
+            self._set_content(result, Output(self._operation(func, args, kwargs), 0, result))
+        elif func in ALLOCATIONS and not is_on_meta(result):
             self._allocated = result
         elif self._allocated is not None and key_of(self._allocated) in map(key_of, mutated):
             self.forget_allocation()
