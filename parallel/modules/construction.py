@@ -53,6 +53,7 @@ def construction(replicas: Axis, shard_axis: Axis) -> Iterator[None]:
                 hook.remove()
         agreement.agree_on("the end of sharded_init")
         new.materialize()
+        agreement.agree_on("the last parameter of sharded_init")
         _share_random_state(replicas)
     except Exception as error:
         text = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}"
@@ -105,15 +106,20 @@ class _NewParameters:
 
     def _note_if_missing(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Note a tensor that transformers found in no file: it marks what it has read, and will draw this one."""
-        root, path = module, name
-        while root in self._parents:
-            root, child = self._parents[root]
-            path = f"{child}.{path}"
+        root, path = self._place(module, name)
         if hasattr(root, "from_pretrained") and not getattr(parameter, "_is_hf_initialized", False):
             source = getattr(getattr(root, "config", None), "name_or_path", None) or "the directory"
             self._missing.setdefault(f"{source} has no weights of this shape for {type(root).__name__}", []).append(
                 path
             )
+
+    def _place(self, module: nn.Module, name: str) -> tuple[nn.Module, str]:
+        """Return the outermost module that has this one by now, and the name of a parameter in it."""
+        seen = {module}
+        while (above := self._parents.get(module)) is not None and above[0] not in seen:
+            module, name = above[0], f"{above[1]}.{name}"
+            seen.add(module)
+        return module, name
 
     def report_missing(self) -> None:
         """Log which tensors were drawn because no file has them."""
@@ -125,9 +131,9 @@ class _NewParameters:
         """Give every parameter its values, also those of modules that were copied, and every tensor beside them."""
         visited: set[nn.Module] = set()
         for top in self._modules:
-            for name, module in top.named_modules(memo=visited):
+            for _, module in top.named_modules(memo=visited):
                 for key, parameter in module.named_parameters(recurse=False):
-                    self._finish(f"{name}.{key}".lstrip("."), parameter)
+                    self._finish(self._place(module, key)[1], parameter)
                 for x in (*module._buffers.values(), *vars(module).values()):
                     if self.recorder.is_recorded(x):
                         set_data(x, self.recorder.read(x))
@@ -143,6 +149,6 @@ class _NewParameters:
         _, device = self._devices.get(id(parameter), (parameter, HOST))
         if self.axis.size > 1 and is_weight(parameter):
             shard = self.recorder.shard(parameter) if is_recorded else Shard.of(parameter, self.axis)
-            shard_parameter(parameter, shard, device)
+            shard_parameter(parameter, shard, device, name)
         elif is_recorded:
             set_data(parameter, self.recorder.read(parameter).to(device))
