@@ -49,7 +49,7 @@ def launch(rank: int, world_size: int, stage: int, precision: str = "fp32") -> N
 
 @dataclass
 class Said:
-    """What the library logs in a block."""
+    """The lines that the library logs in a block."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -141,7 +141,7 @@ class Changed(nn.Module):
 
 @dataclass
 class Inside:
-    """What models are when a rank leaves the block."""
+    """The models of a rank after the block."""
 
     resized: Values
     shrunk: Values
@@ -319,7 +319,7 @@ def test_what_differs_by_rank_or_needs_values_that_are_elsewhere_is_refused_on_e
 ) -> None:
     used = "is used after the block, where each rank holds a shard of it"
     words = {
-        "unequal": "Linear.weight",
+        "unequal": "rank 1: Linear: weight, trained, float32[3, 3]",
         "unequal later": "the ranks do different things",
         "one fails": "3 is a bad number",
         "resized": f"model.decoder.embed_tokens.weight {used}",

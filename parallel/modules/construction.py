@@ -11,7 +11,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from parallel.errors import ColonnadeError
+from parallel.errors import ColonnadeError, ModelError
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
@@ -37,7 +37,7 @@ def construction(replicas: Axis, shard_axis: Axis) -> Iterator[None]:
 
     Raises ModelError on every rank where the ranks make different models, and where the block fails on one of them.
     """
-    agreement = Agreement(replicas)
+    agreement = _BlockAgreement(replicas)
     _share_random_state(replicas)
     new = _NewParameters(shard_axis, agreement)
     hooks = (
@@ -56,12 +56,27 @@ def construction(replicas: Axis, shard_axis: Axis) -> Iterator[None]:
         agreement.agree_on("the last parameter of sharded_init")
         _share_random_state(replicas)
     except Exception as error:
-        text = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}"
-        with suppress(Exception):  # the other ranks are told, and raise as well
-            agreement.agree_on("", f"sharded_init failed: {text}")
+        if not agreement.has_failed:
+            text = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}"
+            with suppress(Exception):  # the other ranks are told, and raise as well
+                agreement.agree_on("", f"sharded_init failed: {text}")
         raise
     if replicas.rank == 0:
         new.report_missing()
+
+
+class _BlockAgreement(Agreement):
+    """An agreement that remembers whether it has failed: all ranks know it then, and none waits for another."""
+
+    has_failed = False
+
+    def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Do as `Agreement.agree_on`."""
+        try:
+            super().agree_on(action, problem, error)
+        except ColonnadeError:
+            self.has_failed = True
+            raise
 
 
 def _share_random_state(replicas: Axis) -> None:
@@ -133,19 +148,19 @@ class _NewParameters:
         for top in self._modules:
             for _, module in top.named_modules(memo=visited):
                 for key, parameter in module.named_parameters(recurse=False):
-                    self._finish(self._place(module, key)[1], parameter)
+                    self._finish(*self._place(module, key), parameter)
                 for x in (*module._buffers.values(), *vars(module).values()):
                     if self.recorder.is_recorded(x):
                         set_data(x, self.recorder.read(x))
 
-    def _finish(self, name: str, parameter: nn.Parameter) -> None:
-        """Shard a parameter, or make it whole: over an axis of size 1, and where it is no weight."""
+    def _finish(self, root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """Shard the parameter of a model, or make it whole: over an axis of size 1, and where it is no weight."""
         is_recorded = self.recorder.is_recorded(parameter)
         if not is_recorded and not (self.axis.size > 1 and self._is_new(parameter)):
             return
         if self.axis.size > 1:
             grad = "trained" if parameter.requires_grad else "frozen"
-            self.agreement.agree_on(f"{name} {grad} {self.recorder.describe(parameter)}")
+            self.agreement.agree_on(f"{type(root).__name__}: {name}, {grad}, {self.recorder.describe(parameter)}")
         _, device = self._devices.get(id(parameter), (parameter, HOST))
         if self.axis.size > 1 and is_weight(parameter):
             shard = self.recorder.shard(parameter) if is_recorded else Shard.of(parameter, self.axis)

@@ -1,4 +1,4 @@
-"""What Python code that looks at a recorded tensor is shown: its device, its address and its values."""
+"""The access of Python code to a recorded tensor: to its device, its address and its values."""
 
 from typing import Any
 

@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
     def describe(self, x: Tensor) -> str:
         """Return x's dtype and shape, and how many tensors are all-gathered to compute its values, as text."""
         sources = len(constants_of(self._contents[key_of(x)])) if self.is_recorded(x) else 0
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} of {sources} sources"
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" + f" of {sources} tensors" * bool(sources)
 
     def forget_allocation(self) -> None:
         """Note that the last tensor that was allocated may have been written into, other than by an operation."""
