@@ -469,13 +469,13 @@ ORDER = (
 
 SHARDED_INIT = (
     Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
-           SHARDED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
-    Mutant("tied-placeholders-compared", "a tied weight that is stored under both its names is loaded as two weights",
-           RECORDER, "func is torch.ops.aten.equal.default", "False", LOADED),
+           SHARDED, "[i * size : (i + 1) * size]", "[:size]", LOADED),
+    Mutant("tied-placeholders-compared", "weights are compared, and other values read, without having any",
+           RECORDER, "NEEDS_VALUES & set(func.tags) or", "", LOADED),
     Mutant("loaded-weights-stay-whole", "all weights stay whole while a model is loaded",
-           CONSTRUCTION,
-           "shard_parameter(parameter, self.axis)\n\n    def",
-           "pass\n\n    def",
+           RECORDER,
+           "Shard.of(x.detach().to(HOST), self.axis), x.shape",
+           "Shard.of(x.detach().to(HOST), dataclasses.replace(self.axis, size=1, rank=0)), x.shape",
            "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("overwritten-values-kept", "values that an initialization overwrites are kept until the model is complete",
            RECORDER,
@@ -489,11 +489,11 @@ SHARDED_INIT = (
            "torch.default_generator.manual_seed(self.seed)",
            "torch.default_generator.seed()",
            "tests/test_sharded_init.py::test_a_users_own_initialization_is_kept"),
-    Mutant("missing-weight-drawn", "a tensor that is missing in a directory is drawn at random, without an error",
+    Mutant("missing-weight-unsaid", "a tensor that is missing in a directory is drawn at random, without a word",
            CONSTRUCTION,
            'if hasattr(root, "from_pretrained") and not',
            "if False and not",
-           "tests/test_sharded_init.py::test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched"),
+           "tests/test_sharded_init.py::test_a_missing_tensor_is_drawn_as_hugging_face_draws_it_and_named_once"),
 )
 
 MODULES = (
@@ -692,6 +692,34 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
+SURGERY_TESTS = "tests/test_surgery.py"
+SURGERY = (
+    Mutant("each-rank-keeps-its-own-values", "a sharded parameter is mixed from the values of several ranks",
+           SHARDED, "return cls(scatter(parts, axis), axis)", "return cls(parts[axis.rank].clone(), axis)",
+           f"{SURGERY_TESTS}::test_values_that_differ_by_rank_are_the_first_ranks"),
+    Mutant("memory-taken-for-empty", "values that were written into new memory before it became a parameter are lost",
+           RECORDER, "            self.forget_allocation()\n        return result", "            pass\n        return result",
+           f"{SURGERY_TESTS}::test_operations_on_weights_inside_the_block_are_those_of_plain_torch"),
+    Mutant("index-without-values", "a list that indexes a weight in the block has no values",
+           "parallel/modules/python_access.py", "torch.as_tensor(index) if isinstance(index, list)",
+           "index if isinstance(index, list)",
+           f"{SURGERY_TESTS}::test_operations_on_weights_inside_the_block_are_those_of_plain_torch"),
+    Mutant("placeholder-computed-with", "a computation with a parameter whose values are elsewhere gives NaN",
+           SHARDED, "if name not in ABOUT | LIKE | NEW | CASTS or replaces_values:", "if False:",
+           f"{SURGERY_TESTS}::test_what_differs_by_rank_or_needs_values_that_are_elsewhere_is_refused_on_every_rank"),
+    Mutant("whole-numbers-divided", "an index among the parameters is divided over ranks, and all zeros from then on",
+           CONSTRUCTION, "self.axis.size > 1 and is_weight(parameter)", "self.axis.size > 1",
+           f"{SURGERY_TESTS}::test_a_wide_parameter_in_a_narrow_model_keeps_its_dtype_and_whole_numbers_stay"),
+    Mutant("wide-parameter-narrowed", "a router that a model has in fp32 is computed in bf16",
+           "parallel/modules/precision.py", "dtype if dtype.itemsize > max(narrowest, precision.itemsize) else precision",
+           "precision",
+           f"{SURGERY_TESTS}::test_a_wide_parameter_in_a_narrow_model_keeps_its_dtype_and_whole_numbers_stay"),
+    Mutant("adapter-beside-its-model", "an adapter stays beside the model that it was merged into, and is added twice",
+           "parallel/checkpoint/hf_folder.py", 'FileNames("model", re.compile(f"{WEIGHTS.pattern}|{ADAPTER_FILES.pattern}"))',
+           'FileNames("model", WEIGHTS)',
+           f"{SURGERY_TESTS}::test_an_adapter_trains_is_exported_and_is_merged_as_by_peft_in_one_process[lora]"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -710,4 +738,5 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
+    *SURGERY,
 )

@@ -136,6 +136,10 @@ class Changed(nn.Module):
         nn.init.ones_(self.normed.parametrizations.weight.original0)
         nn.init.eye_(self.normed.parametrizations.weight.original1)
         nn.init.zeros_(self.normed.bias)
+        assigned, filled = torch.empty(3), torch.empty(3)
+        assigned[:] = 2.0
+        filled.numpy()[:] = 3.0
+        self.assigned, self.filled = nn.Parameter(assigned), nn.Parameter(filled)
         self.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
 
 
