@@ -483,7 +483,7 @@ SHARDED_INIT = (
            "blank = target",
            "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("each-rank-draws-its-own-model", "each rank draws its slices with a seed of its own",
-           CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
+           CONSTRUCTION, "broadcast(torch.get_rng_state(), replicas)", "torch.get_rng_state()", ONE_SEED),
     Mutant("a-draw-for-each-reading", "a value computed from a drawn weight is computed from another draw of it",
            LAZY,
            "torch.default_generator.manual_seed(self.seed)",

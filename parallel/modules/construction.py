@@ -13,7 +13,7 @@ from torch.nn.modules.module import (
 
 from parallel.errors import ColonnadeError, ModelError
 from parallel.mesh.agreement import Agreement
-from parallel.mesh.collectives import gather_objects
+from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
 from parallel.modules.lazy import HOST
 from parallel.modules.python_access import PythonAccess
@@ -80,7 +80,7 @@ class _BlockAgreement(Agreement):
 
 
 def _share_random_state(replicas: Axis) -> None:
-    torch.set_rng_state(gather_objects(torch.get_rng_state(), replicas)[0])
+    torch.set_rng_state(broadcast(torch.get_rng_state(), replicas))
 
 
 class _NewParameters:
