@@ -114,10 +114,11 @@ class _NewParameters:
     def _is_new(self, parameter: nn.Parameter) -> bool:
         """Return whether the parameter has values of its own: it is not shared, nor meant to be on the meta device.
 
-        A class that is derived from nn.Parameter (a lazy parameter, a quantized one) is left alone.
+        What is no weight is left alone: whole numbers, quantized ones, and classes that are derived from nn.Parameter.
         """
         known = is_sharded(parameter) or self.recorder.is_recorded(parameter)
-        return type(parameter) is nn.Parameter and not known and not is_on_meta(parameter)
+        is_plain = type(parameter) is nn.Parameter and is_weight(parameter)
+        return is_plain and not known and not is_on_meta(parameter)
 
     def _note_if_missing(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Note a tensor that transformers found in no file: it marks what it has read, and will draw this one."""

@@ -93,7 +93,9 @@ class Recorder(TorchDispatchMode):
         """Return what x would hold by now on the first rank; the program of every rank reads it at the same place."""
         if self.axis.size > 1:
             self._agree(f"a read of {self.describe(x)}")
-        return broadcast(self.materialize(x), self.axis)
+        found = self.materialize(x)
+        broadcast(found.view(-1).view(torch.uint8), self.axis)  # no backend knows all dtypes
+        return found
 
     def describe(self, x: Tensor) -> str:
         """Return x's dtype and shape, and how many tensors are all-gathered to compute its values, as text."""
@@ -113,10 +115,14 @@ class Recorder(TorchDispatchMode):
         if any(is_on_meta(x) and not self.is_recorded(x) for x in tensors):
             raise ModelError(f"sharded_init: {func} needs the values of a tensor on the meta device, which has none.")
         if NEEDS_VALUES & set(func.tags) or not all(map(self.is_recorded, mutated)):
-            args, kwargs = tree_map(self._real, (args, kwargs))
-            return func(*args, **kwargs)
+            return self._compute(func, args, kwargs)
         operation, known = self._operation(func, args, kwargs), set(map(key_of, recorded))
-        result = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+        try:
+            result = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+        except NotImplementedError:  # it has no shapes without values
+            if mutated:
+                raise ModelError(f"sharded_init: {func} cannot be recorded. Use another operation.") from None
+            return self._compute(func, args, kwargs)
         for x in mutated:
             self._mutate(x, operation)
         for index, x in enumerate(tree_leaves(result)):
@@ -135,8 +141,10 @@ class Recorder(TorchDispatchMode):
             self.forget_allocation()
         return result
 
-    def _real(self, x: Any) -> Any:
-        return self.read(x) if self.is_recorded(x) else x
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation now, with the values of its recorded arguments."""
+        args, kwargs = tree_map(lambda x: self.read(x) if self.is_recorded(x) else x, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _constant(self, x: Tensor, name: str) -> Constant:
         if self.axis.size > 1:
