@@ -4,7 +4,6 @@ To read, each rank maps the files into memory and touches only its own slices. T
 at a time.
 """
 
-import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from math import prod
@@ -16,7 +15,7 @@ from models.shapes import OPTShape
 from models.tokenizer import Tokenizer
 from models.tokenizer_files import TOKENIZER_FILES
 from models.weight_files import files_of
-from parallel.checkpoint.hf_folder import INDEX, SINGLE, WEIGHTS, write_folder
+from parallel.checkpoint.hf_folder import INDEX, MODEL, SINGLE, write_folder
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
     Archive,
@@ -230,8 +229,8 @@ def export(
             tokenizer.save(temporary)
 
     # A chat template of the tokenizer that was there before would be taken for this one's.
-    replaces = WEIGHTS if tokenizer is None else re.compile(f"{WEIGHTS.pattern}|{TOKENIZER_FILES.pattern}")
-    write_folder(folder, pieces, entries, axis=axis, describe=describe, replaces=replaces)
+    names = MODEL if tokenizer is None else MODEL.replacing(TOKENIZER_FILES)
+    write_folder(folder, pieces, entries, axis=axis, describe=describe, names=names)
 
 
 def _write_configs(folder: Path, shape: OPTShape, dtype: torch.dtype) -> None:

@@ -35,6 +35,7 @@ from parallel.modules.parameters import (
 )
 from parallel.modules.passes import ModulePasses
 from parallel.modules.recompute import recompute_layers
+from parallel.modules.sharded import expose_placeholders
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
@@ -63,9 +64,10 @@ class ModuleEngine(ModuleState):
 
     Gradients are the mean over replicas, and over nothing else: those of two backwards before a step add up. Parameters
     and floating-point inputs have the config's precision, and so have the buffers of the module's state; master weights
-    are fp32 at least. Gradients never stay in `.grad`: `step` clips them as the config says, and reports their norm.
-    In ZeRO stage 3 a parameter has values only in the forward and backward of its layer (see `modules.units.layers_of`)
-    or, where it belongs to no layer, of the module; elsewhere whatever reads them raises ModelError.
+    are fp32 at least. (Of a module with several dtypes see `modules.precision.computed_dtypes`.) Gradients never stay
+    in `.grad`: `step` clips them as the config says, and reports their norm. In ZeRO stage 3 a parameter has values
+    only in the forward and backward of its layer (see `modules.units.layers_of`) or, where it belongs to no layer, of the
+    module; elsewhere whatever reads them raises ModelError.
 
     A passed optimizer is used instead of the config's AdamW. `criterion`, for a module without a loss of its own, is
     described at `train_step`. Raises ConfigError or ModelError for what it cannot train.
@@ -85,7 +87,7 @@ class ModuleEngine(ModuleState):
                 " Leave parallel empty, and set zero.stage."
             )
         layers = layers_of(module)
-        infos = infos_of(module, layers, data)
+        infos = infos_of(module, layers, data, context.dtype)
         if not any(info.parameter.requires_grad for info in infos):
             raise ModelError("model: none of its parameters requires a gradient.")
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
@@ -267,6 +269,7 @@ def _make_chunks(
     """
     # A step has as many microbatches as the user likes: 2 stands for any number above 1.
     placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
+    expose_placeholders(info.parameter for info in infos)
     with placement.explain_host_shortage():
         chunks = make_chunks(
             placement.specs,

@@ -9,7 +9,7 @@ in between. In shapes, N_axis is this rank's slice of a dim N that the axis spli
 deprecates the old names; only this file depends on it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,3 +201,14 @@ def receive(like: Tensor, axis: Axis, source: int) -> Tensor:
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
     dist.recv(received, axis.ranks[source], group=axis.group)
     return received
+
+
+def scatter(parts: Sequence[Tensor], axis: Axis) -> Tensor:
+    """Return a copy of part i of the first rank's `parts` on rank i; all parts have one shape and dtype."""
+    mine = torch.empty_like(parts[axis.rank], memory_format=torch.contiguous_format)
+    if axis.size == 1:
+        return mine.copy_(parts[0])
+    axis.traffic.count("scatter", mine)
+    sent = [part.contiguous() for part in parts] if axis.rank == 0 else None
+    dist.scatter(mine, sent, axis.ranks[0], group=axis.group)
+    return mine

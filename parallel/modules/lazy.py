@@ -1,33 +1,51 @@
 """Lazy values: what a tensor on the meta device would hold, as a graph of recorded operations that is run on demand.
 
-The nodes of the graph are a storage's contents (`Constant`, `Output`, `Mutated`) and the `Operation`s that they come
-from; an operation reads contents through `StorageView`s. `materialize` computes a content on the host. (The counterpart
-is the graph of torchdistx's deferred_init.)
+The nodes of the graph are a storage's contents (`Constant`, `Blank`, `Output`, `Mutated`) and the `Operation`s that
+they come from; an operation reads contents through `StorageView`s. `materialize` computes a content on the host. (The
+counterpart is the graph of torchdistx's deferred_init.)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from parallel.modules.sharded import Shard
-
 META, HOST = torch.device("meta"), torch.device("cpu")
+
+
+class Source(Protocol):
+    """Values that are divided over ranks."""
+
+    def gather(self, out: Tensor) -> Tensor:
+        """All-gather the whole tensor into `out`, of any dtype, and return it; every rank calls this."""
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A storage that had values before any operation was recorded, of which this rank keeps a shard."""
+    """A storage that had values before any operation was recorded, of which this rank keeps a part."""
 
-    shard: Shard
+    source: Source
     shape: torch.Size
+    dtype: torch.dtype
 
     def materialize(self, cache: "Cache") -> Tensor:
         """All-gather the values; every rank calls this."""
-        return self.shard.gather(torch.empty(self.shape, dtype=self.shard.part.dtype))
+        return self.source.gather(torch.empty(self.shape, dtype=self.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Blank:
+    """A storage that was allocated and had no values before any operation was recorded."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def materialize(self, cache: "Cache") -> Tensor:
+        """Return zeros, which are the same on every rank."""
+        return torch.zeros(self.shape, dtype=self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +91,7 @@ class Mutated:
         return memory
 
 
-Content: TypeAlias = Constant | Output | Mutated
+Content: TypeAlias = Constant | Blank | Output | Mutated
 """The content of a storage at some time. `materialize` computes it anew at each call; the caller owns the result."""
 
 Cache: TypeAlias = dict[Content, Tensor]
@@ -116,7 +134,7 @@ class Operation:
 
         def real(x: Any) -> Any:
             if not isinstance(x, StorageView):
-                return HOST if x == META else x
+                return HOST if isinstance(x, torch.device) else x
             if x.key == key and memory is not None:
                 return x.of(memory)
             assert x.content is not None
@@ -129,3 +147,22 @@ class Operation:
             if self.seed is not None:
                 torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the devices too
             return self.function(*args, **kwargs)
+
+
+def constants_of(content: Content) -> list[Constant]:
+    """Return the constants that `materialize` would all-gather, each once, in an order that follows from the record."""
+    found: list[Constant] = []
+    seen: set[Content] = set()
+    waiting = [content]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Constant):
+            found.append(node)
+        elif isinstance(node, Output | Mutated):
+            views = [x for x in tree_leaves(node.operation.arguments) if isinstance(x, StorageView)]
+            waiting += [view.content for view in views if view.content is not None]
+            waiting += [node.before] if isinstance(node, Mutated) and node.before is not None else []
+    return found
