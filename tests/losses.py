@@ -150,8 +150,8 @@ def class_weights() -> Tensor:
 
 
 def masked_mean(output: Tensor, labels: Tensor) -> Tensor:
-    """Return a mean as it is often written by hand: 0 / 0 for samples without a label."""
-    losses = F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="none")
+    """Return a mean as it is often written by hand: 0 / 0, with a gradient of NaN, for samples without a label."""
+    losses = F.cross_entropy(output.flatten(0, 1), labels.flatten().clamp(0), reduction="none")
     mask = (labels != -100).flatten()
     return (losses * mask).sum() / mask.sum()
 

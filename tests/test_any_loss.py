@@ -75,14 +75,18 @@ def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
     return {name: x.tensor_split(world_size)[rank] for name, x in batch.items()}
 
 
-def by_engine(rank: int, world_size: int, raw: Raw, names: list[str]) -> dict[str, Result]:
-    found = {}
+def by_engine(rank: int, world_size: int, raw: Raw, names: list[str]) -> dict[str, Result | str]:
+    """Return what is found for each of these losses, or the error that is raised."""
+    found: dict[str, Result | str] = {}
     for name in names:
         one = made(name)
         engine = engine_of(rank, world_size, raw, one)
         batch = share_of(one.batch, rank, world_size)
-        evaluated, stepped = engine.evaluate([batch]), engine.train_step(batch).loss
-        found[name] = evaluated, stepped, whole(engine, [chunk.master for chunk in engine.chunks])
+        try:
+            evaluated, stepped = engine.evaluate([batch]), engine.train_step(batch).loss
+            found[name] = evaluated, stepped, whole(engine, [chunk.master for chunk in engine.chunks])
+        except (parallel.ColonnadeError, IndexError) as error:
+            found[name] = str(error)
         engine.mesh.close()
     return found
 
@@ -93,14 +97,15 @@ def update(name: str, weights: dict[str, Tensor]) -> Tensor:
     return torch.cat([(weights[key].cpu() - before[key]).flatten() for key in sorted(weights)])
 
 
-def assert_equal(name: str, got: Result, want: Result, bound: float) -> None:
+def assert_equal(name: str, got: Result | str, want: Result, bound: float) -> None:
+    assert not isinstance(got, str), f"{name}: {got}"
     assert got[0] == pytest.approx(want[0], rel=bound), f"evaluation: {name}"
     assert got[1] == pytest.approx(want[1], rel=bound), f"step: {name}"
     assert relative(update(name, got[2]), update(name, want[2])) <= bound, f"gradient: {name}"
 
 
 @cache
-def by_engines(stage: int) -> list[dict[str, Result]]:
+def by_engines(stage: int) -> list[dict[str, Result | str]]:
     """Return what two ranks find for every loss. They have three samples in a microbatch, and one in the last."""
     return run(by_engine, 2, config_of(stage), list(LOSSES))
 
@@ -233,10 +238,11 @@ def test_half_precision_is_as_near_as_with_all_samples_in_one_batch() -> None:
         want = run(in_a_precision, 1, precision, whole)[0]
         for got in run(in_a_precision, 2, precision, {}):
             for name in SOME:
-                exact = by_torch(name)
-                assert got[name][0] == pytest.approx(exact[0], rel=bound)
-                assert got[name][1] == pytest.approx(exact[1], rel=bound)
-                errors = [relative(update(name, x[2]), update(name, exact[2])) for x in (got[name], want[name])]
+                exact, near, own = by_torch(name), want[name], got[name]
+                assert not isinstance(near, str)
+                assert not isinstance(own, str)
+                assert own[:2] == pytest.approx(exact[:2], rel=bound), name
+                errors = [relative(update(name, x[2]), update(name, exact[2])) for x in (own, near)]
                 assert errors[0] <= 1.5 * errors[1], name
 
 
@@ -250,7 +256,7 @@ def test_compiled_layers_count_the_same_labels() -> None:
 SOME = ["a subclass with any name", "seq2seq (Bart)", "mean with class weights"]
 
 
-def in_a_precision(rank: int, world_size: int, precision: str, train: dict[str, Any]) -> dict[str, Result]:
+def in_a_precision(rank: int, world_size: int, precision: str, train: dict[str, Any]) -> dict[str, Result | str]:
     raw = config_of(3 * (world_size > 1), precision=precision, **train)
     return by_engine(rank, world_size, raw, SOME)
 
