@@ -721,6 +721,12 @@ FOLDERS = (
     Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
            "training/artifacts.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
            text_row("an end token that is not the model's")),
+    Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
+           "training/run.py", "    if len(set(read)) > 1:", "    if False:",
+           text_row("texts that are not the same on every rank")),
+    Mutant("other-weights-unnoticed", "ranks start from other weights, from the files of their hosts",
+           INITIAL_VALUES, "    if len({(shape, files) for shape, files, _ in everywhere}) > 1:", "    if False:",
+           folder_row("files that are not the same on every rank")),
 )
 
 # fmt: on
