@@ -66,8 +66,8 @@ class ModuleEngine(ModuleState):
     and floating-point inputs have the config's precision, and so have the buffers of the module's state; master weights
     are fp32 at least. (Of a module with several dtypes see `modules.precision.computed_dtypes`.) Gradients never stay
     in `.grad`: `step` clips them as the config says, and reports their norm. In ZeRO stage 3 a parameter has values
-    only in the forward and backward of its layer (see `modules.units.layers_of`) or, where it belongs to no layer, of the
-    module; elsewhere whatever reads them raises ModelError.
+    only in the forward and backward of its layer (see `modules.units.layers_of`) or, where it belongs to no layer, of
+    the module; elsewhere whatever reads them raises ModelError.
 
     A passed optimizer is used instead of the config's AdamW. `criterion`, for a module without a loss of its own, is
     described at `train_step`. Raises ConfigError or ModelError for what it cannot train.
