@@ -22,7 +22,8 @@ from parallel.mesh.collectives import all_reduce
 from parallel.mesh.mesh import axis_on_host
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
-from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
+from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss, loss_problem
+from parallel.modules.microbatches import as_many_on_every_replica
 from parallel.modules.parameters import (
     OriginalParameters,
     broadcast_parameters,
@@ -31,6 +32,7 @@ from parallel.modules.parameters import (
 )
 from parallel.modules.passes import ModulePasses
 from parallel.modules.recompute import recompute_layers
+from parallel.modules.shares import LossWeights, gradients_as_zeros, weighted_by_labels
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
@@ -107,6 +109,8 @@ class ModuleEngine(ModuleState):
         self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
         self._synchronizes = True
         self.inputs = _prepare(module, layers, context)
+        self.loss_weights = LossWeights(context.shares)
+        self.loss_weights.follow(module)
         self._passes.follow(module)
         if is_gathered_on_demand:
             refuse_state_dict(module)
@@ -127,12 +131,19 @@ class ModuleEngine(ModuleState):
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
         """Add the gradients of this loss, averaged over replicas, to those since the last step.
 
-        Raises ModelError, on every rank, for a loss that is not a scalar with a gradient, and where ranks do different
-        things; ConfigError where the device has too little memory.
+        The loss is a mean over samples: where the loader that `initialize` returned gave this replica more or fewer
+        samples than others, it is weighted by the share. Raises ModelError, on every rank, for a loss that is not a
+        scalar with a gradient or whose share is not known, and where ranks do different things; ConfigError where the
+        device has too little memory.
         """
-        self._passes.begin_backward(loss_problem(loss))
-        with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
-            (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
+        weight, problem = self.loss_weights.backward()
+        self._passes.begin_backward(loss_problem(loss) or problem)
+        with (
+            self._gradients.backward(synchronizes=self._synchronizes),
+            gradients_as_zeros(self.module.parameters(), enabled=not weight),
+            self.placement_manager.explain_shortage(),
+        ):
+            (loss * (self.loss_scale.scale * (weight or 1.0))).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
 
     def step(self) -> UpdateResult:
@@ -180,6 +191,7 @@ class ModuleEngine(ModuleState):
 
     # -- a whole step, and an evaluation
 
+    @weighted_by_labels
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """Do one update by this replica's samples, micro × k of them; every tensor's dim 0 is the samples.
 
@@ -189,7 +201,7 @@ class ModuleEngine(ModuleState):
         counted label on any replica.
         """
         self.train()
-        microbatches = list(self._loss.microbatches(batch))
+        microbatches = self._microbatches(batch)
         counts = torch.tensor([microbatch.num_counted for microbatch in microbatches], dtype=torch.int64)
         tokens = int(all_reduce(counts.sum(), self._agreement.axis))
         if not tokens:
@@ -206,17 +218,18 @@ class ModuleEngine(ModuleState):
         mean = all_reduce(total, self.data).item() / tokens
         return StepResult(mean, done.grad_norm, done.lr, tokens, skipped=done.skipped)
 
+    @weighted_by_labels
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """Return the mean loss over all counted labels of all batches, the same on every rank; NaN without a label.
 
-        Every replica must give as many batches as the others, of as many microbatches. Afterwards each part of the
-        module is in training or evaluation mode as it was before. Raises DataError for a batch without labels.
+        Every replica must give as many batches as the others, as the loader of `initialize` does. Afterwards each part
+        of the module is in training or evaluation mode as it was before. Raises DataError for a batch without labels.
         """
         sums = torch.zeros(2, dtype=torch.float64)
         with evaluating(self.module):
             for batch in batches:
-                for microbatch in self._loss.microbatches(batch):
+                for microbatch in self._microbatches(batch):
                     loss, count = self._loss.of(self, microbatch).item(), microbatch.num_counted
                     sums += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
         self._agreement.agree_on("the end of an evaluation")
@@ -225,11 +238,18 @@ class ModuleEngine(ModuleState):
 
     # -- details
 
+    def _microbatches(self, batch: Mapping[str, Tensor]) -> list[LabelledMicrobatch]:
+        """Return the microbatches of a batch, as many as those of any replica."""
+        counts = self.context.shares.counts(batch)
+        return as_many_on_every_replica(self._loss.microbatches(batch), counts, self._agreement)
+
     def _input(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        x = to_device(x, self.mesh.device)
-        return x.to(self.context.dtype) if x.is_floating_point() else x
+        moved = to_device(x, self.mesh.device)
+        moved = moved.to(self.context.dtype) if x.is_floating_point() else moved
+        self.context.shares.copied(x, moved)
+        return moved
 
     def _unused(self) -> set[nn.Parameter]:
         """Return the parameters that have had no gradient since the last step, on any rank."""
