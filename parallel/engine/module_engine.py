@@ -32,7 +32,7 @@ from parallel.modules.parameters import (
 )
 from parallel.modules.passes import ModulePasses
 from parallel.modules.recompute import recompute_layers
-from parallel.modules.shares import LossWeights, gradients_as_zeros, weighted_by_labels
+from parallel.modules.shares import LossWeights, weighted_by_labels
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
@@ -138,12 +138,8 @@ class ModuleEngine(ModuleState):
         """
         weight, problem = self.loss_weights.backward()
         self._passes.begin_backward(loss_problem(loss) or problem)
-        with (
-            self._gradients.backward(synchronizes=self._synchronizes),
-            gradients_as_zeros(self.module.parameters(), enabled=not weight),
-            self.placement_manager.explain_shortage(),
-        ):
-            (loss * (self.loss_scale.scale * (weight or 1.0))).backward(retain_graph=retain_graph)
+        with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
+            (loss * (self.loss_scale.scale * weight)).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
 
     def step(self) -> UpdateResult:

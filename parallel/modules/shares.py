@@ -4,7 +4,7 @@ A user's loss is the mean over the replica's own samples. The mean over a global
 replicas of n_r / n · loss_r, while gradients are averaged over R replicas: so each is multiplied by n_r · R / n.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -48,7 +48,8 @@ class Replica:
 class Share:
     """The samples [start, start + own) of a global batch of `total`, which are those of one of R = `num_replicas`.
 
-    An empty share (fewer samples than replicas) repeats the first sample, which then counts nothing.
+    An empty share (fewer samples than replicas) repeats the first sample, which then counts nothing. The first replica
+    has that sample alone: where its loss times zero is not finite, the first replica's is not either.
     """
 
     start: int
@@ -215,20 +216,6 @@ def weighted_by_labels(method: Callable[Concatenate[W, P], R]) -> Callable[Conca
             return method(engine, *args, **kwargs)
 
     return ignoring
-
-
-@contextmanager
-def gradients_as_zeros(parameters: Iterable[nn.Parameter], *, enabled: bool) -> Iterator[None]:
-    """Have every gradient that arrives in the block be zero, even where it is not finite, as 0 · NaN would not be.
-
-    So a replica without samples takes part in the collectives of a backward.
-    """
-    hooks = [p.register_hook(torch.zeros_like) for p in parameters if p.requires_grad] if enabled else []
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
