@@ -42,10 +42,10 @@ def model() -> Model:
 
 
 def samples() -> list[dict[str, Tensor]]:
-    """Return NUM samples; their numbers of labels differ, and one has none."""
+    """Return NUM samples; their numbers of labels differ, and some have none."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(13, (NUM, 4), generator=generator)
-    kept = torch.arange(4) < (torch.arange(NUM) % 5)[:, None]
+    kept = torch.arange(4) < (torch.arange(NUM) % 4)[:, None]
     return [dict(ids=x, labels=y) for x, y in zip(ids, torch.where(kept, ids, -100), strict=True)]
 
 
@@ -138,3 +138,71 @@ def test_a_users_loop_over_uneven_batches_trains_as_one_process(ranks: int, stag
     for way, weights in run(train_by_engine, ranks, stage)[0].items():
         for name, x in want.items():
             assert torch.allclose(weights[name], x, rtol=BOUND, atol=BOUND), (way, name)
+
+
+def mean_over_labels(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Return the sum of the losses of the counted labels, and their number."""
+    output, labels = module(batch["ids"]), batch["labels"].flatten()
+    return F.cross_entropy(output.flatten(0, 1), labels, reduction="sum"), int((labels != -100).sum())
+
+
+def steps_by_torch() -> tuple[list[float], dict[str, Tensor]]:
+    """Return the mean loss of each step and of an evaluation after them, and the weights, by plain torch."""
+    module, found = model().double(), []
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-3)
+    for batch in loader():
+        optimizer.zero_grad()
+        total, count = mean_over_labels(module, batch)
+        (total / count).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        optimizer.step()
+        found.append(total.item() / count)
+    sums = [mean_over_labels(module, batch) for batch in loader(shuffle=True)]
+    found.append(sum(total.item() for total, _ in sums) / sum(count for _, count in sums))
+    return found, {name: p.detach() for name, p in module.named_parameters()}
+
+
+def steps_by_engine(rank: int, world_size: int, stage: int) -> tuple[list[float], dict[str, Tensor], float]:
+    """Return the same by train_step and evaluate; last the gradient's weight of a user's loop after that."""
+    given = dict(train_dataloader=loader(), eval_dataloader=loader(shuffle=True), criterion=criterion)
+    engine, train, held_out = engine_on(rank, world_size, config_of(stage), **given)
+    found = [engine.train_step(batch).loss for batch in train]
+    found.append(engine.evaluate(held_out))
+    weights = weights_of(engine)
+    engine(torch.zeros(2, 4, dtype=torch.int64))
+    return found, weights, engine.loss_weights.backward()[0]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3), (3, 0), (3, 3)])
+def test_train_step_and_evaluate_take_the_mean_over_the_labels_of_uneven_batches(ranks: int, stage: int) -> None:
+    """The replicas have other numbers of microbatches, of 2 samples; a sample that is repeated counts no label."""
+    losses, want = steps_by_torch()
+    for found, weights, weight in run(steps_by_engine, ranks, stage):
+        assert found == pytest.approx(losses, rel=BOUND)
+        assert all(torch.allclose(weights[name], x, rtol=BOUND, atol=BOUND) for name, x in want.items())
+        assert weight == 1.0
+
+
+def refusals(rank: int, world_size: int) -> list[str]:
+    """Return what is said of losses whose share is not known; in the last case of one that is."""
+    said = []
+    for way in ("copies of what was read ahead", "two batches in one", "what was read ahead"):
+        engine, batches, _ = engine_on(rank, world_size, config_of(0), train_dataloader=loader())
+        every = [batch["ids"] for batch in batches]
+        parts = [every[0], every[2]] if way == "two batches in one" else every[2:]
+        if way.startswith("copies"):
+            parts = [ids.clone() for ids in parts]
+        loss = sum(loss_of(engine(ids), ids) for ids in parts)
+        try:
+            engine.backward(loss)
+            said.append("")
+        except parallel.ModelError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_loss_whose_share_cannot_be_known_is_refused_on_every_rank() -> None:
+    for copies, mixed, known in run(refusals, 2):
+        assert "it cannot be known which batch of the dataloader it is from" in copies
+        assert "there were forwards of batches of which this replica has different shares" in mixed
+        assert not known
