@@ -1,11 +1,10 @@
 """A user's loader: what replicas are given together is what one process would be given, in its order."""
 
 import itertools
-import json
 import multiprocessing
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -63,8 +62,10 @@ def trees(rows: int) -> st.SearchStrategy[Any]:
     )
     return st.recursive(
         leaves,
-        lambda inner: st.dictionaries(st.sampled_from("abc"), inner, min_size=1)
-        | st.lists(inner, min_size=1, max_size=2).map(tuple),
+        lambda inner: (
+            st.dictionaries(st.sampled_from("abc"), inner, min_size=1)
+            | st.lists(inner, min_size=1, max_size=2).map(tuple)
+        ),
         max_leaves=4,
     )
 
@@ -213,15 +214,15 @@ class Wholes(IterableDataset[Tensor]):
         yield from torch.arange(NUM).split(4)
 
 
-def tokens() -> list[Tensor]:
+def tokens() -> Any:
     return list(torch.arange(NUM))
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> Any:
     return [dict(ids=torch.tensor([i, i]), text=f"row {i}") for i in range(NUM)]
 
 
-def unequal() -> list[Tensor]:
+def unequal() -> Any:
     return [torch.arange(4), torch.arange(4, 9), torch.arange(9, 11)]
 
 
@@ -255,15 +256,15 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "a sampler without an end": lambda: DataLoader(tokens(), batch_size=4, sampler=Endless()),
     "a sampler with a generator of its own": lambda: DataLoader(tokens(), batch_size=4, sampler=Private()),
     "a sampler with set_epoch": lambda: DataLoader(tokens(), batch_size=4, sampler=ByEpoch()),
-    "a list of indexes": lambda: DataLoader(tokens(), batch_size=4, sampler=[3, 1, 4, 1, 5]),  # type: ignore[arg-type]
+    "a list of indexes": lambda: DataLoader(tokens(), batch_size=4, sampler=[3, 1, 4, 1, 5]),
     "a batch_sampler of odd batches": lambda: DataLoader(tokens(), batch_sampler=BatchSampler(range(6), 3, False)),
     "a batch_sampler of unequal batches": lambda: DataLoader(tokens(), batch_sampler=Buckets()),
-    "rows of dicts": lambda: DataLoader(rows(), batch_size=4, shuffle=True),  # type: ignore[arg-type]
+    "rows of dicts": lambda: DataLoader(rows(), batch_size=4, shuffle=True),
     "a loader of a class of its own": lambda: Doubling(tokens(), batch_size=4, shuffle=True),
     "a loader that reads by itself": lambda: Fetching(tokens(), batch_size=4, shuffle=True),
     "a dataset that is iterated over": lambda: DataLoader(Stream(), batch_size=4),
     "a dataset that workers divide": lambda: DataLoader(Stream(), batch_size=2, num_workers=2),
-    "batch_size=None": lambda: DataLoader(unequal(), batch_size=None, shuffle=True),  # type: ignore[arg-type]
+    "batch_size=None": lambda: DataLoader(unequal(), batch_size=None, shuffle=True),
     "batch_size=None of a stream": lambda: DataLoader(Wholes(), batch_size=None),
     "a list of batches": unequal,
 }

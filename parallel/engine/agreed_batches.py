@@ -37,8 +37,7 @@ class AgreedBatches(Sampler[Any]):
         self.__dict__.update(_resumed=None, latest=None)
 
     def __iter__(self) -> Iterator[Any]:
-        resumed, self.__dict__["_resumed"] = self._resumed, None
-        reading = Reading(self._batches, self._agreement, self._generators, resumed)
+        reading = Reading(self._batches, self._agreement, self._generators, self._resumed)
         self.__dict__["latest"] = Parts(reading, self._replica)
         return iter(self.latest)
 
@@ -54,9 +53,21 @@ class AgreedBatches(Sampler[Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._batches, name, value)
 
-    def resume(self, state: Mapping[str, Any], *, skip: int) -> None:
-        """Have the next iteration draw what it drew when `state` was saved, without its first `skip` batches."""
+    def forget(self) -> None:
+        """Forget the latest iteration."""
+        self.__dict__["latest"] = None
+
+    @contextmanager
+    def resuming(self, state: Mapping[str, Any], *, skip: int) -> Iterator[None]:
+        """Have iterations that begin in the block draw what was drawn when `state` was saved.
+
+        The first `skip` batches of it are left out. (With workers, torch's iterator begins twice.)
+        """
         self.__dict__["_resumed"] = dict(state) | dict(skip=skip)
+        try:
+            yield
+        finally:
+            self.__dict__["_resumed"] = None
 
 
 class Reading:

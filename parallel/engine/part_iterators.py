@@ -98,6 +98,21 @@ class IndexedParts(PartIterator):
         return self._unpacked(batch)
 
 
+class StreamRead:
+    """What has been read of a stream since it was begun, with generators in these states."""
+
+    def __init__(self, at_start: States) -> None:
+        self._at_start, self.count, self._digest = at_start, 0, 0
+
+    def add(self, digest: int) -> None:
+        """Note that another batch was read."""
+        self.count, self._digest = self.count + 1, zlib.crc32(digest.to_bytes(4, "big"), self._digest)
+
+    def state(self) -> States:
+        """Return what another reading needs to be the same, and to know that it is the same."""
+        return dict(at_start=self._at_start, read=self.count, digest=self._digest)
+
+
 class StreamParts(PartIterator):
     """The parts of batches of which every replica reads all samples.
 
@@ -113,12 +128,9 @@ class StreamParts(PartIterator):
         with generators.borrowed(self._borrowed):
             self._iterator = make()
             self._borrowed = self._borrowed and generators.states()
-        self._at_start, self._num_read, self._digest = states, 0, 0
+        self._read = StreamRead(states)
         assert self._division.receiver is not None
-        self._division.receiver.source_state = self._state
-
-    def _state(self) -> dict[str, Any]:
-        return dict(at_start=self._at_start, read=self._num_read, digest=self._digest)
+        self._division.receiver.source_state = self._read.state
 
     def _next(self) -> tuple[Any, Share]:
         part, problem = None, ""
@@ -133,9 +145,8 @@ class StreamParts(PartIterator):
         if part is None:
             self._agree("the end of a dataset", problem)
             raise StopIteration
-        self._agree(f"batch {self._num_read} ({part.total} samples, digest {part.digest:08x})", part.problem)
-        self._num_read += 1
-        self._digest = zlib.crc32(part.digest.to_bytes(4, "big"), self._digest)
+        self._agree(f"batch {self._read.count} ({part.total} samples, digest {part.digest:08x})", part.problem)
+        self._read.add(part.digest)
         return self._unpacked(part)
 
     def _agree(self, action: str, problem: str) -> None:
