@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler, TensorDat
 import parallel
 from parallel.engine.loaders import divide_loader
 from parallel.engine.module_engine import ModuleEngine
-from parallel.mesh.mesh import ALONE, Axis
 from tests.harness import run
 from tests.test_module_engine import config_of, engine_of
 
@@ -211,12 +210,20 @@ SAMPLERS: dict[str, Callable[[], Sampler[int]]] = {
 }
 
 
+def lengths(rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Return the length of loaders of 1 to 17 samples on this replica, and the number of batches that they yield."""
+    engine, _ = engine_of(rank, world_size, config_of(0), made(Blocks))
+    found = []
+    for samples, drop_last in itertools.product(range(1, 18), (False, True)):
+        loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, drop_last=drop_last)
+        part = divide_loader(loader, engine.data, engine._agreement, engine.context.shares)
+        found.append((len(part), len(list(part))))
+    return found
+
+
 def test_a_divided_loader_is_as_long_as_what_it_yields() -> None:
-    for samples in range(1, 18):
-        for drop_last in (False, True):
-            loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, drop_last=drop_last)
-            parts = [divide_loader(loader, Axis("data", rank, 2, (0, 1), None, ALONE.traffic)) for rank in range(2)]
-            assert all(len(part) == len(list(part)) for part in parts)
+    want = [(count, count) for n in range(1, 18) for count in (-(-n // 4), n // 4)]
+    assert run(lengths, 2) == [want] * 2
 
 
 def drawn(rank: int, world_size: int, sampler: str) -> list[int]:
@@ -224,7 +231,8 @@ def drawn(rank: int, world_size: int, sampler: str) -> list[int]:
     engine, _ = engine_of(rank, world_size, config_of(0), made(Blocks))
     torch.manual_seed(rank)
     loader = DataLoader(TensorDataset(torch.arange(12)), batch_size=4, sampler=SAMPLERS[sampler]())
-    return [int(x) for (batch,) in divide_loader(loader, engine.data) for x in batch]
+    divided = divide_loader(loader, engine.data, engine._agreement, engine.context.shares)
+    return [int(x) for (batch,) in divided for x in batch]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -311,19 +311,13 @@ def test_a_dataloader_gives_every_replica_its_part_of_the_same_batches() -> None
     parts = run(loaded, 4, 8)
     for i, batch in enumerate(alone):
         together = [index for part in parts for index in part[i]]
-        assert together == batch[: len(batch) // 4 * 4]
+        assert together == batch
 
 
-def refused(rank: int, world_size: int) -> str:
-    try:
-        loaded(rank, world_size, 5)
-    except parallel.ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_a_batch_that_does_not_divide_is_refused_with_those_that_would() -> None:
-    assert "a batch of 5 does not divide over 2 replicas. Try 4 or 6." in run(refused, 2)[0]
+def test_a_batch_that_does_not_divide_is_shared_as_evenly_as_it_can_be() -> None:
+    alone, (first, second) = run(loaded, 1, 5)[0], run(loaded, 2, 5)
+    assert [(len(a), len(b)) for a, b in zip(first, second, strict=True)] == [*[(3, 2)] * 4, (1, 1)] * 2
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone
 
 
 def export_into(rank: int, world_size: int, folder: Path) -> None:

@@ -5,7 +5,7 @@ the library use that take none.
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from parallel.errors import ConfigError
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.process_groups import join_world
 from parallel.mesh.topology import Topology
+from parallel.modules.shares import Shares
 from parallel.tensor import MODES
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,11 +71,15 @@ def _refuse_other_launchers() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A config, the mesh that it describes as this rank sees it, and the place of this process."""
+    """A config, the mesh that it describes as this rank sees it, and the place of this process.
+
+    `shares` are those of the batches of all loaders that `initialize` has divided.
+    """
 
     config: Config
     mesh: Mesh
     place: Place
+    shares: Shares = field(default_factory=Shares)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,7 +13,8 @@ from parallel.engine.environment import environment_variables
 from parallel.engine.loaders import divide_loader
 from parallel.engine.module_engine import ModuleEngine
 from parallel.errors import ModelError
-from parallel.mesh.mesh import ALONE
+from parallel.mesh.agreement import Agreement
+from parallel.mesh.mesh import ALONE, axis_on_host
 from parallel.modules.construction import construction
 from parallel.modules.loss import Criterion
 from parallel.pipeline.stage import Stage
@@ -83,5 +84,7 @@ def initialize(
         engine = Engine(model, context, optimizer)
     else:
         engine = ModuleEngine(model, context, optimizer, criterion)
-    loaders = [divide_loader(loader, engine.data) for loader in (train_dataloader, eval_dataloader)]
+    agreement = engine._agreement if isinstance(engine, ModuleEngine) else Agreement(axis_on_host(engine.mesh.world))
+    given = (train_dataloader, eval_dataloader)
+    loaders = [divide_loader(loader, engine.data, agreement, context.shares) for loader in given]
     return engine, *loaders, lr_scheduler if lr_scheduler is not None else NoScheduler()

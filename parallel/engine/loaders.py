@@ -1,93 +1,165 @@
 """DataLoaders of global batches, of which each replica takes its part."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from copy import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from parallel.errors import ConfigError, either, nearest_multiples
-from parallel.mesh.collectives import gather_objects
+from parallel.engine.agreed_batches import AgreedBatches
+from parallel.engine.batch_parts import PartOfBatch, PartOfItems
+from parallel.engine.division import Division
+from parallel.errors import ConfigError
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Axis
+from parallel.modules.shares import Replica, Shares
+
+DIVIDED = (("num_replicas", "rank"), ("num_processes", "process_index"))
+"""The attributes of samplers that divide samples over replicas themselves: torch's, and Accelerate's."""
 
 
-class ReplicaBatches(Sampler[list[int]]):
-    """Yields one replica's part of every batch of indices: a contiguous part, of the same size on every replica.
+class ReplicaLoader(DataLoader[Any]):
+    """A DataLoader of this replica's part of the batches of another, whose attributes it has.
 
-    Of a batch whose size the number of replicas does not divide, the remaining samples at its end are left out. It is
-    the counterpart of DistributedSampler, for whole batches.
+    Where the other one is of a class of its own, an object of a class that is derived from both is made. So what that
+    class does with its batches is done here, too.
     """
 
-    def __init__(self, batches: Iterable[list[int]], axis: Axis) -> None:
-        self.batches, self.axis = batches, axis
+    division: Division
+    undivided: Any
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            size = len(batch) // self.axis.size
-            if size:
-                yield batch[self.axis.rank * size :][:size]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self.division.iterate(super().__iter__)
+
+    def _get_iterator(self) -> Any:
+        return self.division.parts(super()._get_iterator)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the number of an epoch on to the sampler, the batch sampler and the dataset, where they have set_epoch.
+
+        Those of `loader.sampler` and `loader.batch_sampler` can be called as well.
+        """
+        self.division.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the loader has handed out its batches, as values for JSON; not every rank need call this."""
+        return self.division.state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Have the next iteration go on with the batch after the last one that was handed out when `state` was saved.
+
+        The number of replicas may be another one. On rank 0 the global generators of torch, numpy and Python are set
+        to what they were on the rank that saved: the order of later epochs follows from them. Every rank calls this.
+        Raises CheckpointError for what is no state of a loader.
+        """
+        self.division.load(state)
+
+
+class ReplicaBatches:
+    """This replica's part of the batches of any iterable of global batches, whose other attributes it has."""
+
+    def __init__(self, batches: Iterable[Any], division: Division, replica: Replica) -> None:
+        self.undivided, self.division = batches, division
+        self._part = PartOfBatch(_unchanged, replica)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.division.iterate(lambda: self.division.parts(lambda: map(self._part, iter(self.undivided))))
 
     def __len__(self) -> int:
-        assert isinstance(self.batches, Sized)
-        count = len(self.batches)
-        if isinstance(batches := self.batches, BatchSampler) and not batches.drop_last:
-            left = len(batches.sampler) % batches.batch_size  # type: ignore[arg-type]
-            count -= 0 < left < self.axis.size  # too few samples for every replica to have one
-        return count
+        return len(self.undivided)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy that is being made has no attributes yet
+            raise AttributeError(name)
+        return getattr(self.undivided, name)
+
+    set_epoch, state_dict = ReplicaLoader.set_epoch, ReplicaLoader.state_dict
+    load_state_dict = ReplicaLoader.load_state_dict
 
 
-def divide_loader(loader: Any, axis: Axis) -> Any:
-    """Return a loader of this replica's part of the loader's batches: together they are those of one process.
+def _unchanged(batch: Any) -> Any:
+    return batch
 
-    A random sampler draws what rank 0's would. Every rank of the axis calls this. Anything but a DataLoader, a loader
-    whose batches are not drawn by index, and one with a DistributedSampler, which divides them already, are returned as
-    they are. Raises ConfigError where the number of replicas does not divide the batch size.
+
+def divide_loader(loader: Any, replicas: Axis, agreement: Agreement, shares: Shares) -> Any:
+    """Return a loader of this replica's part of each of the loader's batches: together they are those of one process.
+
+    A replica has a share of ⌊n / R⌋ or ⌈n / R⌉ of n samples, in their order; `shares` are told which. Every rank of
+    `agreement` draws what rank 0 draws. Where the dataset is an IterableDataset, or the loader no DataLoader, every
+    rank reads all samples, and keeps its own. A loader whose sampler divides samples over replicas (DistributedSampler)
+    is returned as it is. Every rank calls this. Raises ConfigError, on every rank, where batches would not be the same
+    on all ranks, or are divided for other replicas.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    loader = getattr(loader, "undivided", loader)
+    agreement.agree_on("the division of a dataloader", _problem(loader, replicas), ConfigError)
+    if loader is None or _dividing_sampler(loader) is not None:
+        if agreement.axis.rank == 0 and (padding := _padding(loader)):
+            _warn(f"its DistributedSampler repeats {padding}, so that every replica has as many.")
         return loader
-    batches = loader.batch_sampler
-    if batches is None or isinstance(getattr(batches, "sampler", None), DistributedSampler):
-        return loader
-    if loader.batch_size is not None and loader.batch_size % axis.size:
-        raise ConfigError(
-            f"dataloader: a batch of {loader.batch_size} does not divide over {axis.size} replicas. Try"
-            f" {either(nearest_multiples(loader.batch_size, axis.size))}."
+    replica = Replica.of(replicas)
+    reads_all = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+    if reads_all and agreement.axis.rank == 0 and replicas.size > 1:
+        _warn("each replica reads all samples of it, and keeps its own of each batch.", loader)
+    division = Division(loader, replica, agreement, shares, reads_all=reads_all)
+    if not isinstance(loader, DataLoader):
+        return ReplicaBatches(loader, division, replica)
+    attributes: dict[str, Any] = dict(_iterator=None, undivided=loader, division=division)
+    is_batched = loader.batch_sampler is not None
+    if not reads_all:
+        name = "batch_sampler" if is_batched else "sampler"
+        division.sampler = AgreedBatches(
+            getattr(loader, name), agreement, division.generators, replica if is_batched else None
         )
-    if isinstance(batches, BatchSampler):
-        batches = copy(batches)
-        batches.sampler = _with_common_seed(batches.sampler, axis)
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=ReplicaBatches(batches, axis),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        attributes[name] = division.sampler
+    if reads_all or not is_batched:
+        attributes["collate_fn"] = (PartOfItems if is_batched else PartOfBatch)(loader.collate_fn, replica)
+    kind = type(loader)
+    divided: ReplicaLoader = object.__new__(
+        ReplicaLoader if kind is DataLoader else type(kind.__name__, (ReplicaLoader, kind), {})
     )
+    divided.__dict__.update(loader.__dict__ | attributes)
+    return divided
 
 
-def _with_common_seed(sampler: Any, axis: Axis) -> Any:
-    """Return the sampler or, of a random one, a copy that draws the same on every replica, by a seed of rank 0's."""
-    if not isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-        return sampler
-    generator: torch.Generator | None = sampler.generator
-    seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    seeds: Sequence[int] = gather_objects(seed, axis)
-    sampler = copy(sampler)
-    sampler.generator = torch.Generator().manual_seed(seeds[0])
-    return sampler
+def _dividing_sampler(loader: Any) -> tuple[int, int] | None:
+    """Return the number of replicas, and this rank's, for which the loader's sampler divides samples, if it does."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (batch_sampler, getattr(batch_sampler, "sampler", None), getattr(loader, "sampler", None)):
+        for size, rank in DIVIDED:
+            if hasattr(sampler, size) and hasattr(sampler, rank):
+                return getattr(sampler, size), getattr(sampler, rank)
+    return None
+
+
+def _problem(loader: Any, replicas: Axis) -> str:
+    """Return why a loader cannot be divided, or an empty string."""
+    if loader is None:
+        return ""
+    if not hasattr(loader, "__iter__"):
+        return f"dataloader: a {type(loader).__name__} cannot be iterated over. Give a DataLoader of global batches."
+    if (found := _dividing_sampler(loader)) is not None and found != (replicas.size, replicas.rank):
+        return (
+            f"dataloader: its sampler divides samples for replica {found[1]} of {found[0]}, this is {replicas.rank} of"
+            f" {replicas.size}. Leave the sampler out (initialize divides the batches), or give it"
+            " num_replicas=engine.data.size and rank=engine.data.rank."
+        )
+    if replicas.size > 1 and isinstance(loader, DataLoader) and loader.num_workers and not loader.in_order:
+        return (
+            "dataloader: with in_order=False replicas would have parts of different batches at a time. Set"
+            " in_order=True, or num_workers=0."
+        )
+    return ""
+
+
+def _padding(loader: Any) -> str:
+    """Return how many samples a DistributedSampler of the loader repeats, in words; an empty string if none."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return ""
+    count = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+    return f"{count} {'sample' if count == 1 else 'samples'}" if count > 0 else ""
+
+
+def _warn(text: str, loader: object = None) -> None:
+    kind = "" if loader is None else f"{type(getattr(loader, 'dataset', loader)).__name__}: "
+    warnings.warn(f"dataloader: {kind}{text}", stacklevel=4)

@@ -25,8 +25,9 @@ from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
 from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.inputs import map_tensors
-from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
+from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss, loss_problem
 from parallel.modules.loss_sums import LossSums
+from parallel.modules.microbatches import as_many_on_every_replica
 from parallel.modules.parameters import (
     OriginalParameters,
     broadcast_parameters,
@@ -36,6 +37,7 @@ from parallel.modules.parameters import (
 from parallel.modules.passes import ModulePasses
 from parallel.modules.recompute import recompute_layers
 from parallel.modules.sharded import expose_placeholders
+from parallel.modules.shares import LossWeights, weighted_by_labels
 from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import ModuleGradients
@@ -114,6 +116,8 @@ class ModuleEngine(ModuleState):
         self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
         self._synchronizes = True
         self.inputs = _prepare(module, layers, context)
+        self.loss_weights = LossWeights(context.shares)
+        self.loss_weights.follow(module)
         self._passes.follow(module)
         if is_gathered_on_demand:
             refuse_state_dict(module)
@@ -134,12 +138,15 @@ class ModuleEngine(ModuleState):
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
         """Add the gradients of this loss, averaged over replicas, to those since the last step.
 
-        Raises ModelError, on every rank, for a loss that is not a scalar with a gradient, and where ranks do different
-        things; ConfigError where the device has too little memory.
+        The loss is a mean over samples: where the loader that `initialize` returned gave this replica more or fewer
+        samples than others, it is weighted by the share. Raises ModelError, on every rank, for a loss that is not a
+        scalar with a gradient or whose share is not known, and where ranks do different things; ConfigError where the
+        device has too little memory.
         """
-        self._passes.begin_backward(loss_problem(loss))
+        weight, problem = self.loss_weights.backward()
+        self._passes.begin_backward(loss_problem(loss) or problem)
         with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
-            (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
+            (loss * (self.loss_scale.scale * weight)).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
 
     def step(self) -> UpdateResult:
@@ -197,6 +204,7 @@ class ModuleEngine(ModuleState):
 
     # -- a whole step, and an evaluation
 
+    @weighted_by_labels
     def train_step(self, batch: Mapping[str, Any]) -> StepResult:
         """Do one update by this replica's samples, which go through the module in microbatches.
 
@@ -207,7 +215,7 @@ class ModuleEngine(ModuleState):
         what it counts, unless there is one microbatch in all.
         """
         self.train()
-        microbatches = list(self._loss.microbatches(batch))
+        microbatches = self._microbatches(batch)
         # What is counted is known after the last forward. Until then gradients are scaled by what the batch has.
         given = torch.tensor([num_given_labels(batch, IGNORED), len(microbatches)])
         expected, num_microbatches = all_reduce(given, self._agreement.axis).tolist()
@@ -232,26 +240,35 @@ class ModuleEngine(ModuleState):
         done = self._step(totals.divisor / max(1, expected))
         return StepResult(totals.loss, done.grad_norm, done.lr, totals.num_labels, skipped=done.skipped)
 
+    @weighted_by_labels
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """Return the loss of all samples of all batches, the same on every rank; NaN without a label.
 
-        Every replica must give as many batches as the others, of as many microbatches. Afterwards each part of the
-        module is in training or evaluation mode as it was before. Raises DataError and ModelError as `train_step` does.
+        Every replica must give as many batches as the others, as the loader of `initialize` does. Afterwards each part
+        of the module is in training or evaluation mode as it was before. Raises DataError and ModelError as
+        `train_step` does.
         """
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.module):
             sums = LossSums(self._agreement.axis, self.mesh.device)
             for batch in batches:
-                for microbatch in self._loss.microbatches(batch):
+                for microbatch in self._microbatches(batch):
                     sums.add(self._loss.of(self, microbatch))
         self._agreement.agree_on("the end of an evaluation")
         return sums.totals().loss
 
     # -- details
 
+    def _microbatches(self, batch: Mapping[str, Any]) -> list[LabelledMicrobatch]:
+        """Return the microbatches of a batch, as many as those of any replica."""
+        counts = self.context.shares.counts(batch)
+        return as_many_on_every_replica(self._loss.microbatches(batch), counts, self._agreement)
+
     def _input(self, x: Tensor) -> Tensor:
-        x = to_device(x, self.mesh.device)
-        return x.to(self.context.dtype) if x.is_floating_point() else x
+        moved = to_device(x, self.mesh.device)
+        moved = moved.to(self.context.dtype) if x.is_floating_point() else moved
+        self.context.shares.copied(x, moved)
+        return moved
 
     def _unused(self) -> set[nn.Parameter]:
         """Return the parameters that have had no gradient since the last step, on any rank."""

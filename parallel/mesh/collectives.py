@@ -175,6 +175,15 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+def broadcast_bytes(data: bytes, axis: Axis) -> bytes:
+    """Return the bytes of the axis' first rank; those of other ranks, of any length, do not matter."""
+    if axis.size == 1:
+        return data
+    length = int(broadcast(torch.tensor(len(data)), axis))
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if axis.rank == 0 else torch.empty(0, dtype=torch.uint8)
+    return broadcast(mine if axis.rank == 0 else mine.resize_(length), axis).numpy().tobytes()
+
+
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has called this."""
     if axis.size > 1:
