@@ -11,6 +11,7 @@ from torch import Tensor
 from parallel.checkpoint.shards import DTYPE_NAMES, Entry, covered_once, replace_files, write_json, write_tensors
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Box, Piece, slices
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects, receive, send
 from parallel.mesh.mesh import Axis
 
@@ -31,6 +32,7 @@ def write_folder(
     for entry in entries:  # checked before a rank waits for another
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
+    Agreement(axis).agree_on("an export")
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)

@@ -43,6 +43,7 @@ class ModuleState(EngineBase):
         Returns that path. `extra`, of values for JSON, is saved too. Frozen parameters are not saved. Training can be
         resumed on any number of ranks and in any stage. The last `keep` checkpoints are kept. Raises CheckpointError.
         """
+        self.agree_on(f"a checkpoint after step {self.num_steps}")
         target = checkpoint.step_folder(Path(folder), self.num_steps)
         own = self.optimizer.counters()
         steps = {k: v for part in gather_objects(own["steps"], self.mesh.world) for k, v in part.items()}
@@ -55,9 +56,12 @@ class ModuleState(EngineBase):
 
         Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another model.
         """
-        found = checkpoint.find_checkpoint(str(folder), Path(folder), option="load_checkpoint")
-        assert found is not None
-        metadata = checkpoint.read_metadata(found)
+        self.agree_on("loading a checkpoint")
+        with fail_together(self.mesh.world):
+            found = checkpoint.find_checkpoint(str(folder), Path(folder), option="load_checkpoint")
+            assert found is not None
+            metadata = checkpoint.read_metadata(found)
+        self.agree_on(f"loading the checkpoint after step {metadata['counters']['step']}")
         pieces = self.state_pieces()
         with fail_together(self.mesh.world):
             checkpoint.load(found, pieces)
