@@ -13,6 +13,7 @@ The files in configs/ are examples, and docs/config.md lists every key. README.m
 
 import argparse
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -133,7 +134,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         if arguments.check:
             return _print_layout(arguments, place)
         world_size = arguments.nprocs or place.world_size
-        watch = watch_of(place, speaks_alone=True)
+        watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
         with watch.refusing(), watch.phase("preparation"):
             config = read_config(arguments.config, arguments.set, world_size)
             job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)

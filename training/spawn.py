@@ -94,17 +94,30 @@ def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
         ended = [running.pop(sentinel) for sentinel in wait(list(running)) if isinstance(sentinel, int)]
         failed = [process for process in ended if _exit_code(process)]
         if failed:
-            if all(_exit_code(process) in (REFUSED, LOST) for process in failed):
-                # Every rank refuses the same, or has lost the same one, and one of them prints why: let it finish.
-                deadline = time.monotonic() + GRACE_SECONDS
-                for process in ranks:
-                    process.join(max(0.0, deadline - time.monotonic()))
-                return max(_exit_code(process) for process in failed)
-            # When a signal kills a rank, others may fail because of it in the same moment: the least code is its own.
-            first = min(failed, key=_exit_code)
-            print(f"{_how_it_ended(first, ranks.index(first), board)}; ending the others", file=sys.stderr)
-            return LOST if _exit_code(first) < 0 else _exit_code(first)
+            code = _code_of_all(failed)
+            if code == REFUSED:
+                ranks[0].join(GRACE_SECONDS)  # every rank refuses the same, and rank 0 prints why: let it finish
+            elif code == LOST and (verdict := board.verdict()) is not None and all(map(_has_exited, failed)):
+                print(verdict.text, file=sys.stderr)
+                for rank in verdict.ranks:
+                    ranks[rank].kill()  # it may be stopped, and would not end otherwise
+            else:
+                # When a signal kills a rank, others may fail because of it in that moment: the least code is its own.
+                first = min(failed, key=_exit_code)
+                print(f"{_how_it_ended(first, ranks.index(first), board)}; ending the others", file=sys.stderr)
+            return code
     return 0
+
+
+def _has_exited(process: ForkServerProcess) -> bool:
+    """Return whether the process ended by itself, and no signal killed it."""
+    return _exit_code(process) >= 0
+
+
+def _code_of_all(failed: Sequence[ForkServerProcess]) -> int:
+    """Return the exit code for all ranks, of which these have failed: a rank that lost another one is not the first."""
+    least = min(map(_exit_code, failed))
+    return LOST if least < 0 else least
 
 
 def _exit_code(process: ForkServerProcess) -> int:
@@ -115,12 +128,12 @@ def _exit_code(process: ForkServerProcess) -> int:
 
 
 def _how_it_ended(process: ForkServerProcess, rank: int, board: Board) -> str:
-    """Return which rank ended, how far it had come, and how it ended."""
+    """Return which rank ended and how, and how far it had come when it last told."""
     code, beats = _exit_code(process), board.beats([rank])
-    name = f"{beats[0].name} ended {beats[0].position}" if beats else f"{process.name} ended"
+    name, position = (beats[0].name, f", last seen {beats[0].position}") if beats else (process.name, "")
     if code < 0:
-        return f"{name}: it was killed by signal {-code}, {signal.Signals(-code).name}"
-    return f"{name}: with exit code {code}"
+        return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
+    return f"{name} ended with exit code {code}{position}"
 
 
 def _end(ranks: Sequence[ForkServerProcess]) -> None:

@@ -22,6 +22,7 @@ from parallel.mesh.mesh import Mesh
 from parallel.mesh.process_groups import group_timeout, join_world
 from parallel.mesh.topology import Topology
 from parallel.tensor import MODES
+from parallel.watch.heartbeat import Speaker
 from parallel.watch.watch import UNWATCHED, Watch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -153,12 +154,15 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
     return use(make_context(config, place, watch=watch))
 
 
-def watch_of(place: Place, *, speaks_alone: bool = False) -> Watch:
-    """Return this rank's watch over the others: that of the current context, or a new one."""
+def watch_of(place: Place, *, speaker: Speaker = "every") -> Watch:
+    """Return this rank's watch over the others: that of the current context, or a new one.
+
+    `speaker`: who prints that a rank was lost.
+    """
     running = _current.get(None)
     if running is not None and running.mesh.watch.is_on:
         return running.mesh.watch
-    return start_watch(place.rank, place.world_size, place.host_ranks, speaks_alone=speaks_alone)
+    return start_watch(place.rank, place.world_size, place.host_ranks, speaker=speaker)
 
 
 def leave() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from parallel.errors import ConfigError
 from parallel.mesh.process_groups import connect_to_store
 from parallel.watch.board import Board, prefix_of
-from parallel.watch.heartbeat import Heartbeat, Surroundings
+from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
 from parallel.watch.progress import Progress
 from parallel.watch.pulse import Pulse
 from parallel.watch.watch import UNWATCHED, StoreWatch, Watch
@@ -33,10 +33,10 @@ class Rendezvous:
         return cls(host, int(port), launcher_hosts, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def start_watch(rank: int, world_size: int, host_ranks: range, *, speaks_alone: bool = False) -> Watch:
+def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speaker = "every") -> Watch:
     """Begin to watch, and return the watch of this rank; nobody is watched in a world of one or without a rendezvous.
 
-    Every rank calls this. `host_ranks` are those of this host. `speaks_alone`: one rank prints a verdict for all.
+    Every rank calls this. `host_ranks` are those of this host. `speaker`: who prints that a rank was lost.
     """
     found = Rendezvous.from_environment()
     if world_size == 1 or found is None:
@@ -45,5 +45,5 @@ def start_watch(rank: int, world_size: int, host_ranks: range, *, speaks_alone: 
     store = connect_to_store(found.host, found.port, hosts=hosts, prefix=prefix_of(found.attempt))
     board = Board(store, rank, world_size)
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    surroundings = Surroundings(host_ranks, launcher, speaks_alone)
+    surroundings = Surroundings(host_ranks, launcher, speaker)
     return StoreWatch(board, Heartbeat(board, Pulse(rank, Progress()), surroundings), hosts_store=hosts)

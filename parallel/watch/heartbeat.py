@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Literal, NoReturn, TypeAlias
 
 from parallel.errors import LostRankError
 from parallel.watch.beat import INTERVAL, Beat
@@ -21,17 +21,20 @@ SECONDS_TO_LEARN = 5.0
 """The seconds after a verdict in which a main thread that executes nothing may still come to know it."""
 
 
+Speaker: TypeAlias = Literal["every", "first", "launcher"]
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """The process that started this rank, and the ranks beside it.
 
     `launcher` is that process, where its end is to end the rank; `host_ranks` are those of this host.
-    `speaks_alone`: one rank prints a verdict for all.
+    `speaker` prints a verdict: every rank, the first one that is not lost, or the launcher.
     """
 
     host_ranks: Sequence[int]
     launcher: int | None = None
-    speaks_alone: bool = False
+    speaker: Speaker = "every"
 
 
 def end_now(code: int) -> NoReturn:
@@ -111,8 +114,9 @@ class Heartbeat(threading.Thread):
     def end_process(self, error: LostRankError) -> NoReturn:
         """Print the error in one line, and end this process at once: whatever else it would do could block."""
         lost = self.verdict.ranks if self.verdict is not None else ()
-        speaker = next((rank for rank in range(self.board.size) if rank not in lost), 0)
-        if not self.surroundings.speaks_alone or self.board.rank == speaker:
+        first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
+        speaker = self.surroundings.speaker
+        if speaker == "every" or (speaker == "first" and self.board.rank == first):
             os.write(2, f"{error}\n".encode())
         end_now(error.code)
 
