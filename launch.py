@@ -138,7 +138,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         with watch.refusing(), watch.phase("preparation"):
             config = read_config(arguments.config, arguments.set, world_size)
             job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
-            watch.meet(facts_of_job(job), config.train.timeout_seconds)
+            if watch.is_on:
+                watch.meet(facts_of_job(job), config.train.timeout_seconds)
         signal.signal(signal.SIGTERM, _terminate)
         if ended:
             return TERMINATED

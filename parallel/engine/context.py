@@ -150,7 +150,8 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
             raw = load_raw(config) if isinstance(config, str | Path) else config
             config = parse(raw, world_size=place.world_size, resolve=resolve, batches=False)
         choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
-        watch.meet(facts_of(config, place.world_size), config.train.timeout_seconds)
+        if watch.is_on:
+            watch.meet(facts_of(config, place.world_size), config.train.timeout_seconds)
     return use(make_context(config, place, watch=watch))
 
 
