@@ -13,6 +13,7 @@ The files in configs/ are examples, and docs/config.md lists every key. README.m
 
 import argparse
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -123,34 +124,43 @@ def _launch(arguments: argparse.Namespace) -> int:
     if not _import_torch():
         print("torch is not installed in this Python: run `. .venv/bin/activate`, or make venv.", file=sys.stderr)
         return REFUSED
-    from parallel.engine.context import Place
-    from parallel.errors import ColonnadeError, RoomError, StorageError
+    from parallel.engine.context import Place, watch_of
+    from parallel.errors import ColonnadeError, LostRankError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
+    from parallel.watch.watch import UNWATCHED
     from training.config import read_config
-    from training.preflight import modules_of_steps, prepare
+    from training.preflight import facts_of_job, modules_of_steps, prepare
 
-    place = Place()
+    place, watch = Place(), UNWATCHED
     try:
         place = Place.from_environment()
         if arguments.check:
             return _print_layout(arguments, place)
         world_size = arguments.nprocs or place.world_size
-        config = read_config(arguments.config, arguments.set, world_size)
-        job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
+        watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
+        with watch.refusing(), watch.phase("preparation"):
+            config = read_config(arguments.config, arguments.set, world_size)
+            job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
+            if watch.is_on:
+                watch.meet(facts_of_job(job), config.train.timeout_seconds)
         signal.signal(signal.SIGTERM, _terminate)
         if ended:
             return TERMINATED
         if arguments.nprocs is None:
             from training.run import run_job
 
-            run_job(job)
+            run_job(job, watch)
+            watch.leave()
             leave()
             return 0
         from training.spawn import run_ranks
 
         arguments.nprocs = None
         return run_ranks(main, arguments, world_size, preload=modules_of_steps(config))
+    except LostRankError as error:
+        return watch.end(error)
     except ColonnadeError as error:
+        watch.leave(f"it refuses: {error}", code=REFUSED)
         if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends

@@ -4,12 +4,19 @@ that compose them.
 
 from parallel import collectives
 from parallel.engine.base import StepResult
-from parallel.engine.context import Context, Place, current, launch_from_torch
+from parallel.engine.context import Context, Place, current, launch_from_torch, leave
 from parallel.engine.engine import Engine
 from parallel.engine.initialize import initialize, sharded_init
 from parallel.engine.module_engine import ModuleEngine, UpdateResult
-from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, ModelError, StorageError
-from parallel.mesh.process_groups import leave
+from parallel.errors import (
+    CheckpointError,
+    ColonnadeError,
+    ConfigError,
+    DataError,
+    LostRankError,
+    ModelError,
+    StorageError,
+)
 
 __all__ = [
     "CheckpointError",
@@ -18,6 +25,7 @@ __all__ = [
     "Context",
     "DataError",
     "Engine",
+    "LostRankError",
     "ModelError",
     "ModuleEngine",
     "Place",

@@ -40,6 +40,14 @@ class ModelError(ColonnadeError):
     """The error of a module that cannot be trained as it is, or is used or changed in a way that training forbids."""
 
 
+class LostRankError(ColonnadeError):
+    """The error of a rank that waited for one which has ended or is silent; `code` is the exit code for it."""
+
+    def __init__(self, text: str, code: int = 5) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 def either(choices: Iterable[object]) -> str:
     """Join the choices: (2, 4, 8) -> '2, 4 or 8'."""
     *rest, last = map(str, choices)

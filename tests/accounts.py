@@ -151,10 +151,12 @@ class RecordedCalls(TorchDispatchMode):
         "alltoall_base_": ("all_to_all", 1),
     }
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, *, agreement: str = "") -> None:
+        """`agreement` is the name of the group in which ranks agree on what they do: its calls are kept apart."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.part = part
+        self.part, self.agreement = part, agreement
         self.calls: list[Call] = []
+        self.agreed: list[Call] = []
 
     @property
     def bytes(self) -> Counter[str]:
@@ -171,7 +173,8 @@ class RecordedCalls(TorchDispatchMode):
             group = dist.ProcessGroup.unbox(args[place + 1])
             if kind == "all_to_all" and any(args[place + 3]):  # parts have sizes of their own: all goes to one rank
                 kind = "rotate"
-            self.calls.append(Call(self.part, kind, group.group_name, group.size(), x.numel(), x.nbytes))
+            calls = self.agreed if group.group_name == self.agreement else self.calls
+            calls.append(Call(self.part, kind, group.group_name, group.size(), x.numel(), x.nbytes))
         return func(*args, **(kwargs or {}))
 
     def enter(self, part: str, *_: object) -> None:

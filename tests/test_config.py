@@ -60,6 +60,7 @@ def test_an_empty_config_is_the_documented_default() -> None:
             "seed": 0,
             "device": "auto",
             "compile": False,
+            "timeout_seconds": 600,
         },
         "optimizer": {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "state_dtype": "fp32"},
         "lr_scheduler": {"kind": "cosine", "warmup_steps": 10, "min_ratio": 0.1},

@@ -293,7 +293,7 @@ def obey(orders: dict[int, str]) -> int:
 
 @pytest.mark.parametrize(
     ("orders", "code"),
-    [({-1: "return"}, 0), ({1: "fail"}, 3), ({2: "die"}, 128 + 9), ({0: "fail", 1: "ignore"}, 3)],
+    [({-1: "return"}, 0), ({1: "fail"}, 3), ({2: "die"}, 5), ({0: "fail", 1: "ignore"}, 3)],
 )
 def test_the_first_failing_rank_ends_the_others_and_its_exit_code_is_passed_on(
     orders: dict[int, str], code: int, monkeypatch: pytest.MonkeyPatch
@@ -378,14 +378,17 @@ def test_ctrl_c_while_ranks_are_still_being_started_leaves_no_traceback(tmp_path
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_run_with_its_exit_code(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_the_run_by_name(tmp_path: Path) -> None:
     process = started(tmp_path, "--nprocs", "2")
     try:
         log = tmp_path / "runs" / "default" / "logs" / "rank_1.log"
         assert wait_until(lambda: log.exists() and "'step': 1" in log.read_text())
         os.kill(int(re.findall(r"process (\d+)", log.read_text())[0]), signal.SIGKILL)
-        process.communicate(timeout=LIMIT)
-        assert process.returncode == 128 + 9
+        _, error = process.communicate(timeout=LIMIT)
+        assert process.returncode == 5
+        assert error.startswith("rank 1 on ")
+        assert "killed by signal 9, SIGKILL" in error
+        assert error.count("\n") == 1
         assert wait_until(lambda: not session(process.pid))
     finally:
         for left in session(process.pid):
@@ -449,7 +452,7 @@ def test_a_rank_that_alone_lacks_room_prints_so_itself(
 ) -> None:
     """Rank 0 cannot print it: it waits for the other rank until it is ended. What every rank refuses, rank 0 prints."""
 
-    def fail(job: object) -> None:
+    def fail(job: object, watch: object) -> None:
         raise kind("zero.nvme_dir: no room")
 
     monkeypatch.setattr("training.run.run_job", fail)

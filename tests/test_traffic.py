@@ -12,6 +12,7 @@ from models.opt import Block, Embed, Head
 from models.shapes import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
+from parallel.mesh.agreement import MESSAGE_BYTES
 from parallel.tensor import loss
 from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run
@@ -61,11 +62,15 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
     engine = engine_of(rank, world_size, raw)
     loss.TOKENS_PER_SLICE = POSITIONS_PER_SLICE * B // tensor.batch_parts
     engine.mesh.traffic.reset()
-    handed = RecordedCalls(OUTSIDE)
+    on_host = engine.mesh.world.on_host
+    assert on_host is not None
+    assert on_host.group is not None
+    handed = RecordedCalls(OUTSIDE, agreement=on_host.group.group_name)
     with handed:
         mark_parts(engine, handed)
         engine.train_step(share_of(batch, engine))
     assert engine.mesh.traffic.bytes == handed.bytes
+    assert [call.bytes for call in handed.agreed] == [MESSAGE_BYTES]  # one for a step, on the host
     sync = {axis.group for info in engine.stage.infos for axis in info.layout.sync if axis.group is not None}
     calls = [named(call, {group.group_name for group in sync}) for call in handed.calls]
     depth = engine.mesh.axis("depth").group if tensor.depth > 1 else None

@@ -1,12 +1,15 @@
 """The checks before a run: everything that can be refused is refused before anything is started or touched."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from models.data import Corpus
@@ -15,6 +18,7 @@ from models.tokenizer import Tokenizer
 from parallel.config import Config
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
+from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import ConfigError
 from training.config import override_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
@@ -22,6 +26,9 @@ from training.resume import find_checkpoint, start_messages, steps_taken
 from training.run_folder import RunFolder
 from training.schedule_messages import schedule_messages
 from training.tracer import steps_to_trace
+
+DIGESTED = 1 << 20
+"""The tokens, at the beginning and at the end of a corpus, by which ranks compare what they have read."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,21 @@ def prepare(
     )
     generation = None if config.model.path is None else read_generation_config(config.model.path)
     return Job(config, place, corpus, tokenizer_of(config), generation, folder, found, traced, messages)
+
+
+def facts_of_job(job: Job) -> dict[str, Any]:
+    """Return what must be the same of a run on all ranks: config, code, versions, and what was found in the files."""
+    training = Path(__file__).parent
+    tokens = np.concatenate([job.corpus.tokens[:DIGESTED], job.corpus.tokens[-DIGESTED:]])
+    return {
+        **facts_of(job.config, job.place.world_size),
+        "code of models": digest_of_code(training.parent / "models"),
+        "code of training": digest_of_code(training),
+        "data.path, tokens": len(job.corpus.tokens),
+        "data.path, digest of its ends": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
+        "--resume": None if job.resume_from is None else job.resume_from.name,
+        "--profile": str(job.traced_steps),
+    }
 
 
 def check_device(config: Config, place: Place) -> None:

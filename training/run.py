@@ -21,6 +21,7 @@ from parallel.engine.engine import Engine
 from parallel.errors import DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss, written_while_training
 from training.log_file import log_file
 from training.loop import fit
@@ -32,9 +33,9 @@ from training.screen import Screen
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job) -> None:
-    """Train as the job says. Every rank of the world calls this."""
-    context = make_context(job.config, job.place)
+def run_job(job: Job, watch: Watch = UNWATCHED) -> None:
+    """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others."""
+    context = make_context(job.config, job.place, watch=watch)
     check_room(context)
     check_same_data(job, context.mesh.world)
     screen = Screen(job.config, quiet=job.place.rank != 0)

@@ -7,7 +7,6 @@ nothing else: it runs no backward and no CUDA, because a fork must not inherit t
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,23 +16,28 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeVar
 
+from parallel.mesh.process_groups import host_store
+from parallel.watch.board import NO_RANK, Board, prefix_of
+
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0
-REFUSED = 2  # the exit code of a rank that refuses what the user gave
+REFUSED, LOST = 2, 5  # the exit codes of a rank that refuses what the user gave, and of one that lost another
 
 
 def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int, *, preload: Sequence[str] = ()) -> int:
     """Call `main(argument)` in each of `num_ranks` processes, in the environment that torchrun would give them.
 
     `preload` names modules that are imported once, for all ranks. Returns 0 if all ranks return 0. Otherwise it ends
-    the others and returns the exit code of the first rank that failed. No rank is left running, however this function
-    ends.
+    the others and returns the exit code of the first rank that failed: LOST for one that a signal has killed. No rank
+    is left running, however this function ends. This process hosts the store in which the ranks meet, so that a rank
+    that is stopped does not stop it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "training.run", *preload])
     _start_server()
-    port = _free_port()
+    store, port = host_store(prefix_of("0"))
+    board = Board(store, rank=NO_RANK, size=num_ranks)
     ranks: list[ForkServerProcess] = []
     try:
         for rank in range(num_ranks):
@@ -41,7 +45,7 @@ def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int, *, preload:
             process = context.Process(target=_rank, args=(main, argument, environment), name=f"rank {rank}")
             process.start()
             ranks.append(process)
-        return _first_failure(ranks)
+        return _first_failure(ranks, board)
     finally:
         _end(ranks)
 
@@ -63,14 +67,8 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's name for a store that no rank hosts
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _rank(main: Callable[[T], int], argument: T, environment: dict[str, str]) -> None:
@@ -89,27 +87,53 @@ def _die_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _first_failure(ranks: Sequence[ForkServerProcess]) -> int:
+def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
     """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
     running = {process.sentinel: process for process in ranks}
     while running:
         ended = [running.pop(sentinel) for sentinel in wait(list(running)) if isinstance(sentinel, int)]
         failed = [process for process in ended if _exit_code(process)]
         if failed:
-            if all(_exit_code(process) == REFUSED for process in failed):
+            code = _code_of_all(failed)
+            if code == REFUSED:
                 ranks[0].join(GRACE_SECONDS)  # every rank refuses the same, and rank 0 prints why: let it finish
-            # When a signal kills a rank, others may fail because of it in the same moment: the largest code is its own.
-            first = max(failed, key=_exit_code)
-            print(f"{first.name} ended with exit code {_exit_code(first)}; ending the others", file=sys.stderr)
-            return _exit_code(first)
+            elif code == LOST and (verdict := board.verdict()) is not None and all(map(_has_exited, failed)):
+                print(verdict.text, file=sys.stderr)
+                for rank in verdict.ranks:
+                    ranks[rank].kill()  # it may be stopped, and would not end otherwise
+            else:
+                # When a signal kills a rank, others may fail because of it in that moment: the least code is its own.
+                first = min(failed, key=_exit_code)
+                print(f"{_how_it_ended(first, ranks.index(first), board)}; ending the others", file=sys.stderr)
+            return code
     return 0
 
 
+def _has_exited(process: ForkServerProcess) -> bool:
+    """Return whether the process ended by itself, and no signal killed it."""
+    return _exit_code(process) >= 0
+
+
+def _code_of_all(failed: Sequence[ForkServerProcess]) -> int:
+    """Return the exit code for all ranks, of which these have failed: a rank that lost another one is not the first."""
+    least = min(map(_exit_code, failed))
+    return LOST if least < 0 else least
+
+
 def _exit_code(process: ForkServerProcess) -> int:
-    """Return the exit code as a shell gives it: 128 + the number of the signal if one killed the process."""
+    """Return the exit code, or the number of the signal that killed the process, negative."""
     process.join()
     assert process.exitcode is not None
-    return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
+    return process.exitcode
+
+
+def _how_it_ended(process: ForkServerProcess, rank: int, board: Board) -> str:
+    """Return which rank ended and how, and how far it had come when it last told."""
+    code, beats = _exit_code(process), board.beats([rank])
+    name, position = (beats[0].name, f", last seen {beats[0].position}") if beats else (process.name, "")
+    if code < 0:
+        return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
+    return f"{name} ended with exit code {code}{position}"
 
 
 def _end(ranks: Sequence[ForkServerProcess]) -> None:

@@ -37,6 +37,7 @@ from parallel.checkpoint.shards import (
 )
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Box, Piece, box_shape
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 
@@ -74,6 +75,7 @@ def save(folder: Path, pieces: Iterable[Piece], *, metadata: Mapping[str, Any], 
     but `keep` checkpoints beside it are deleted. If a rank cannot write, every rank raises a CheckpointError, and the
     earlier checkpoints stay as they were.
     """
+    Agreement(axis).agree_on(f"a checkpoint named {folder.name}")
     owned = sorted(pieces, key=lambda piece: -piece.data.element_size())  # `write_tensors` needs this order
     mine = [SavedPiece(piece.name, piece.shape, piece.box, piece.data.dtype) for piece in owned]
     saved = gather_objects(mine, axis)

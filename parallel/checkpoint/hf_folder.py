@@ -12,6 +12,7 @@ from torch import Tensor
 from parallel.checkpoint.shards import DTYPE_NAMES, Entry, covered_once, replace_files, write_json, write_tensors
 from parallel.errors import CheckpointError, names_text
 from parallel.layout.layout import Box, Piece, slices
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects, receive, send
 from parallel.mesh.mesh import Axis
 
@@ -84,6 +85,7 @@ def write_tensors_of(
     for entry in entries:  # checked before a rank waits for another
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
+    Agreement(axis).agree_on("an export")
     with replace_files(folder, names.replaced, axis) as temporary:
         try:
             if axis.rank == 0:

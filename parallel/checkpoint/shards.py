@@ -209,7 +209,8 @@ def fail_together(axis: Axis) -> Iterator[None]:
     """
     problem, own = None, None
     try:
-        yield
+        with axis.watch.phase("work on files"):
+            yield
     except OSError as error:
         problem = f"{error.filename or 'a file'}: {error.strerror}."
     except Exception as error:

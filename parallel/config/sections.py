@@ -131,6 +131,11 @@ class TrainConfig:
     on a GPU, a C++ compiler on a CPU.
     """
 
+    timeout_seconds: Count = 600
+    """The seconds after which a rank that others wait for is named, and the run ends. A rank that saves, loads or
+    compiles is waited for as long as its process runs; one that has ended is named at once.
+    """
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -4,6 +4,7 @@ How gradients are computed is the subclasses' part.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,8 +16,9 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import specs_of
 from parallel.config import Config
 from parallel.engine.context import Context
-from parallel.errors import ConfigError
+from parallel.errors import ColonnadeError, ConfigError, ModelError
 from parallel.layout.layout import ParameterInfo, Piece
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Mesh
 from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
@@ -108,6 +110,7 @@ class EngineBase:
             self.chunks, optimizer, self.config.zero, self.mesh.world, initial_placement
         )
         self.inputs: InputsOnHost | None = None
+        self._agreement = Agreement(self.mesh.world)
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = self.num_updates = 0
 
@@ -120,6 +123,18 @@ class EngineBase:
     def mesh(self) -> Mesh:
         """The mesh of the context."""
         return self.context.mesh
+
+    def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Return when every rank has called this for the same action, such as "a checkpoint", without a problem.
+
+        Everything that ranks do together begins with it. Raises ModelError on every rank where one does something else,
+        and `error` where one has a problem; LostRankError where one has ended.
+        """
+        self._agreement.agree_on(action, problem, error)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Return a context for long work of this rank alone, which is no silence while the others wait for it."""
+        return self.mesh.watch.phase(name)
 
     def train(self, mode: bool = True) -> None:
         """Put the module into training mode or, with False, into evaluation mode, as torch's `train` does."""
@@ -174,6 +189,7 @@ class EngineBase:
         `steps` has the number of updates of each parameter that has had another number than the others.
         """
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
+        self.mesh.watch.progress.step = self.num_steps
         self.optimizer.restore(self.num_updates, steps=steps)
         self.write_back()
         self.placement_manager.restore(counters.get("placement", {}))
@@ -216,4 +232,5 @@ class EngineBase:
             self.num_updates += 1
         self.loss_scale.update(overflow=overflow)
         self.num_steps += 1
+        self.mesh.watch.progress.step = self.num_steps
         return overflow

@@ -4,6 +4,7 @@ the library use that take none.
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,17 @@ import torch
 
 from parallel.config import Config, Resolver, load_raw, parse
 from parallel.engine.device import choose_device, set_up_device
+from parallel.engine.facts import facts_of
+from parallel.engine.rendezvous import start_watch
 from parallel.errors import ConfigError
+from parallel.mesh import process_groups
 from parallel.mesh.mesh import Mesh
-from parallel.mesh.process_groups import join_world
+from parallel.mesh.process_groups import group_timeout, join_world
 from parallel.mesh.topology import Topology
 from parallel.modules.shares import Shares
 from parallel.tensor import MODES
+from parallel.watch.heartbeat import Speaker
+from parallel.watch.watch import UNWATCHED, Watch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +41,12 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+
+    @property
+    def host_ranks(self) -> range:
+        """The ranks of this host."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
 
     @classmethod
     def from_environment(cls) -> "Place":
@@ -91,11 +103,27 @@ class Context:
         """The device of this rank."""
         return self.mesh.device
 
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Return a context for long work of this rank alone, which is no silence while the others wait for it.
 
-def make_context(config: Config, place: Place, *, connect: bool = True, device: torch.device | None = None) -> Context:
+        with context.phase("tokenizing"):
+            ...
+        """
+        return self.mesh.watch.phase(name)
+
+
+def make_context(
+    config: Config,
+    place: Place,
+    *,
+    connect: bool = True,
+    device: torch.device | None = None,
+    watch: Watch = UNWATCHED,
+) -> Context:
     """Return the context of a config at a place: choose and set up the device, join the other ranks, make the mesh.
 
-    `connect=False` does nothing but make a mesh without process groups, for planning on any `device`.
+    `connect=False` does nothing but make a mesh without process groups, for planning on any `device`. `watch` is this
+    rank's over the others.
     """
     topology = Topology(config.parallel.mesh_shape(place.world_size))
     merged = MODES[config.parallel.tensor.mode].merged_axes()
@@ -106,8 +134,10 @@ def make_context(config: Config, place: Place, *, connect: bool = True, device: 
     )
     set_up_device(device, memory_limit=config.zero.device_memory, local_world_size=place.local_world_size)
     if place.world_size > 1:
-        join_world(backend, place.rank, place.world_size, device=device)
-    return Context(config, Mesh(topology, place.rank, device=device, merged=merged), place)
+        timeout = group_timeout(config.train.timeout_seconds)
+        join_world(backend, place.rank, place.world_size, device=device, timeout=timeout)
+        watch.follow_errors()
+    return Context(config, Mesh(topology, place.rank, device=device, merged=merged, watch=watch), place)
 
 
 _current: ContextVar[Context] = ContextVar("context")
@@ -132,10 +162,34 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
 
     `config` is a file, a dict, or a config that was parsed already. Without RANK in the environment it is a world of
     one process. `resolve` fills in the sizes of a named model, as `parse` does. Raises ConfigError, with all the
-    problems of the config, before any process group exists.
+    problems of the config, before any process group exists: on every rank where one has problems, or another config,
+    code or world than the others.
     """
     place = Place.from_environment()
-    if not isinstance(config, Config):
-        raw = load_raw(config) if isinstance(config, str | Path) else config
-        config = parse(raw, world_size=place.world_size, resolve=resolve, batches=False)
-    return use(make_context(config, place))
+    watch = watch_of(place)
+    with watch.refusing():
+        if not isinstance(config, Config):
+            raw = load_raw(config) if isinstance(config, str | Path) else config
+            config = parse(raw, world_size=place.world_size, resolve=resolve, batches=False)
+        choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
+        if watch.is_on:
+            watch.meet(facts_of(config, place.world_size), config.train.timeout_seconds)
+    return use(make_context(config, place, watch=watch))
+
+
+def watch_of(place: Place, *, speaker: Speaker = "every") -> Watch:
+    """Return this rank's watch over the others: that of the current context, or a new one.
+
+    `speaker`: who prints that a rank was lost.
+    """
+    running = _current.get(None)
+    if running is not None and running.mesh.watch.is_on:
+        return running.mesh.watch
+    return start_watch(place.rank, place.world_size, place.host_ranks, speaker=speaker)
+
+
+def leave() -> None:
+    """Leave the other ranks, which go on without this one, and destroy all process groups of this process."""
+    if (context := _current.get(None)) is not None:
+        context.mesh.watch.leave()
+    process_groups.leave()

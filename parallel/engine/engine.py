@@ -72,6 +72,7 @@ class Engine(EngineState):
         on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError where
         the device has too little memory.
         """
+        self.agree_on("a train step")
         with self.placement_manager.explain_shortage():
             return self._train_step(batch)
 
@@ -121,15 +122,18 @@ class Engine(EngineState):
 
         Every replica must give as many batches as the others. Raises DataError as `train_step` does.
         """
+        self.agree_on("an evaluation")
         self.stage.eval()
         total, tokens = 0.0, 0
         with self.placement_manager.explain_shortage():
             self.gatherer.begin()
             for batch in batches:
+                self.agree_on("a batch of an evaluation")
                 microbatches, count = self._microbatches(batch)
                 tokens += count
                 runner = Runner(self.stage, self.pipe, microbatches)
                 total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
+            self.agree_on("the end of an evaluation")
             self.gatherer.end()
         return total / tokens if tokens else float("nan")
 

@@ -1,5 +1,6 @@
 """The entry points of the library: `initialize` makes an engine of a model, `sharded_init` shards the model first."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from parallel.engine.loaders import divide_loader
 from parallel.engine.module_engine import ModuleEngine
 from parallel.errors import ModelError
 from parallel.mesh.agreement import Agreement
-from parallel.mesh.mesh import ALONE, axis_on_host
+from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.loss import Criterion
 from parallel.pipeline.stage import Stage
@@ -38,8 +39,11 @@ def sharded_init() -> Iterator[None]:
     replicas = context.mesh.axis("data")
     shard_axis = replicas if context.config.zero.stage == 3 else ALONE
     # By default transformers reads all tensors ahead, in threads: then a rank would hold the whole model.
+    agreement = Agreement(context.mesh.world)
+    agreement.agree_on("the beginning of a sharded_init")
     with environment_variables(HF_DEACTIVATE_ASYNC_LOAD="1"), construction(replicas, shard_axis):
         yield
+    agreement.agree_on("the end of a sharded_init")
 
 
 class NoScheduler:
@@ -77,6 +81,7 @@ def initialize(
     Raises ConfigError or ModelError for what cannot be trained in this way; RuntimeError before `launch_from_torch`.
     """
     context = current()
+    Agreement(context.mesh.world).agree_on(f"initialize with {_description(model)}")
     engine: Engine | ModuleEngine
     if isinstance(model, Stage):
         if criterion is not None:
@@ -84,7 +89,18 @@ def initialize(
         engine = Engine(model, context, optimizer)
     else:
         engine = ModuleEngine(model, context, optimizer, criterion)
-    agreement = engine._agreement if isinstance(engine, ModuleEngine) else Agreement(axis_on_host(engine.mesh.world))
     given = (train_dataloader, eval_dataloader)
-    loaders = [divide_loader(loader, engine.data, agreement, context.shares) for loader in given]
+    loaders = [divide_loader(loader, engine.data, engine._agreement, context.shares) for loader in given]
     return engine, *loaders, lr_scheduler if lr_scheduler is not None else NoScheduler()
+
+
+def _description(model: nn.Module) -> str:
+    """Return what must be the same of a model on all ranks: its class, and its parameters without their values.
+
+    The ranks of a pipeline have different stages, of which only the class is the same.
+    """
+    if isinstance(model, Stage):
+        return "a stage"
+    parameters = [(name, *x.shape, x.dtype, x.requires_grad) for name, x in model.named_parameters()]
+    digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
+    return f"a {type(model).__name__} of {len(parameters)} parameters ({digest})"

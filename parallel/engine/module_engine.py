@@ -17,9 +17,7 @@ from parallel.engine.module_state import ModuleState
 from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
-from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
-from parallel.mesh.mesh import axis_on_host
 from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
@@ -94,8 +92,7 @@ class ModuleEngine(ModuleState):
             raise ModelError("model: none of its parameters requires a gradient.")
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
-        self._agreement = Agreement(axis_on_host(data))
-        self._agreement.agree_on("an engine", problem_of_configs(module))
+        self.agree_on("an engine", problem_of_configs(module))
         self._loss = ModuleLoss(
             module,
             criterion,

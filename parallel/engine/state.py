@@ -40,6 +40,7 @@ class EngineState(EngineBase):
         stage. The last `keep` checkpoints are kept. Raises CheckpointError, with its path, for a value that cannot be
         stored (a function, an object of a class of yours), and where a rank cannot write.
         """
+        self.agree_on(f"a checkpoint after step {self.num_steps}")
         world, target = self.mesh.world, checkpoint.step_folder(Path(folder), self.num_steps)
         if self.has_gradients:
             self._log(["save_checkpoint: the gradients since the last step are not saved"])
@@ -71,6 +72,7 @@ class EngineState(EngineBase):
         model or optimizer. Of param groups the fields that choose kernels (foreach, fused, capturable, differentiable)
         stay as they are now.
         """
+        self.agree_on("loading a checkpoint")
         saved = self._read(folder, "load_checkpoint")
         problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
@@ -97,6 +99,7 @@ class EngineState(EngineBase):
         They are parameters, frozen ones too, buffers, and extra states of the module. The optimizer, its states, and
         the counters stay as they are. Raises CheckpointError as `load_checkpoint` does.
         """
+        self.agree_on("loading weights")
         saved = self._read(folder, "load_weights")
         self._refuse_or_log(self._weight_problems(saved), strict=strict)
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
@@ -127,6 +130,7 @@ class EngineState(EngineBase):
 
         Raises CheckpointError on every rank where the state of one is of another rank, layout, model or optimizer.
         """
+        self.agree_on("loading a state_dict")
         with fail_together(self.mesh.world):
             check_layout(state, self._layout())
             values = decode(state["values"], state["value_tensors"])

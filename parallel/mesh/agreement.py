@@ -13,19 +13,20 @@ class Agreement:
     """Every rank tells the others what it is about to do, and none does it unless all do the same.
 
     Otherwise a rank whose program takes another way would wait for a collective that the others never join, or, worse,
-    join another one. Here all ranks raise the same ModelError instead. `axis` has a process group of its own on the
-    host, so that a device is not waited for.
+    join another one. Here all ranks raise the same ModelError instead. `axis` is that of the world, or of replicas
+    that are the world: its process group on the host is used, so that a device is not waited for.
     """
 
     def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+        self.axis = axis.on_host or axis
 
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Return when every rank of the axis has called this for the same action, without a problem.
 
         A `problem` that any rank has is raised on every rank, as this `error`. Raises ModelError on every rank where
-        the actions differ.
+        the actions differ; LostRankError where a rank that is waited for has ended.
         """
+        self.axis.watch.begin(action)
         if self.axis.size == 1:
             if problem:
                 raise error(problem)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.mesh.mesh import Axis
+from parallel.watch.watch import UNWATCHED, Watch
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
@@ -29,18 +30,40 @@ _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or di
 class Pending:
     """A collective or a message in flight.
 
-    `wait` waits for `work` (under NCCL the current stream waits, not the host), and returns `finish(buffer)`.
+    `wait` waits for `work` (under NCCL the current stream waits, not the host), and returns `finish(buffer)`. `watch`
+    is that of the axis.
     """
 
     buffer: Tensor
     work: Any = None
     finish: Callable[[Tensor], Tensor] = lambda buffer: buffer
+    watch: Watch = UNWATCHED
 
     def wait(self) -> Tensor:
-        """Wait until the work is done, and return its result."""
+        """Wait until the work is done, and return its result. Raises LostRankError where another rank has ended."""
         if self.work is not None:
-            self.work.wait()
+            with Watching(self.watch):
+                self.work.wait()
         return self.finish(self.buffer)
+
+
+class Watching:
+    """A context for a wait for other ranks: the error of a connection becomes a LostRankError that says who ended.
+
+    Other errors are raised as they are. (Every collective enters it: a generator would take five times as long.)
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __enter__(self) -> None:
+        self.watch.progress.calls += 1
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            explained = self.watch.explained(error)
+            if explained is not error:
+                raise explained from error
 
 
 def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Pending:
@@ -49,7 +72,7 @@ def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = F
         return Pending(x)
     x = x if in_place else x.clone(memory_format=torch.contiguous_format)
     axis.traffic.count("all_reduce", x)
-    return Pending(x, dist.all_reduce(x, op, group=axis.group, async_op=True))
+    return Pending(x, dist.all_reduce(x, op, group=axis.group, async_op=True), watch=axis.watch)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Tensor:
@@ -68,12 +91,14 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = No
         assert dim == 0
         assert out.ndim == x.ndim == 1
         axis.traffic.count("all_gather", x)
-        return Pending(out, _gather_into(out, x, axis))
+        return Pending(out, _gather_into(out, x, axis), watch=axis.watch)
     x, dim = x.contiguous(), dim % x.ndim
     axis.traffic.count("all_gather", x)
     gathered = x.new_empty(axis.size * x.numel())
     work = _all_gather_single(gathered, x.flatten(), group=axis.group, async_op=True)
-    return Pending(gathered, work, lambda g: g.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1))
+    return Pending(
+        gathered, work, lambda g: g.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1), axis.watch
+    )
 
 
 def _gather_into(out: Tensor, x: Tensor, axis: Axis) -> Any:
@@ -121,10 +146,10 @@ def start_reduce_scatter(x: Tensor, dim: int, axis: Axis, *, in_place: bool = Fa
     axis.traffic.count("reduce_scatter", slices)
     if in_place and not x.is_cuda:  # gloo's own is an all-reduce of a copy, then a slice of it
         work = dist.all_reduce(slices, group=axis.group, async_op=True)
-        return Pending(slices, work, lambda slices: slices[axis.rank].clone())
+        return Pending(slices, work, lambda slices: slices[axis.rank].clone(), axis.watch)
     mine = slices.new_empty(slices[0].numel())
     work = _reduce_scatter_single(mine, slices.flatten(), group=axis.group, async_op=True)
-    return Pending(mine, work, lambda mine: mine.view_as(slices[0]))
+    return Pending(mine, work, lambda mine: mine.view_as(slices[0]), axis.watch)
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -143,7 +168,8 @@ def all_to_all(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
     parts: Tensor = x.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous()
     axis.traffic.count("all_to_all", parts)
     found = torch.empty_like(parts)
-    dist.all_to_all_single(found, parts, group=axis.group)
+    with Watching(axis.watch):
+        dist.all_to_all_single(found, parts, group=axis.group)
     return found.movedim(0, cat_dim).flatten(cat_dim, cat_dim + 1)
 
 
@@ -156,7 +182,7 @@ def start_rotate(x: Tensor, axis: Axis) -> Pending:
     found, to, source = torch.empty_like(x), [0] * axis.size, [0] * axis.size
     to[(axis.rank + 1) % axis.size] = source[(axis.rank - 1) % axis.size] = x.numel()
     work = dist.all_to_all_single(found.view(-1), x.view(-1), source, to, group=axis.group, async_op=True)
-    return Pending(found, work)
+    return Pending(found, work, watch=axis.watch)
 
 
 def local_slice(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -171,7 +197,8 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
     """Overwrite x, which must be contiguous, with that of the axis' first rank, and return it."""
     if axis.size > 1:
         axis.traffic.count("broadcast", x)
-        dist.broadcast(x, axis.ranks[0], group=axis.group)
+        with Watching(axis.watch):
+            dist.broadcast(x, axis.ranks[0], group=axis.group)
     return x
 
 
@@ -187,7 +214,8 @@ def broadcast_bytes(data: bytes, axis: Axis) -> bytes:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has called this."""
     if axis.size > 1:
-        dist.barrier(group=axis.group)
+        with Watching(axis.watch):
+            dist.barrier(group=axis.group)
 
 
 def gather_objects(value: object, axis: Axis) -> list[Any]:
@@ -195,20 +223,23 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    dist.all_gather_object(values, value, group=axis.group)
+    with Watching(axis.watch):
+        dist.all_gather_object(values, value, group=axis.group)
     return values
 
 
 def send(x: Tensor, axis: Axis, to: int) -> None:
     """Send x to the rank at coordinate `to`. A tensor on the host is sent by gloo, whatever the backend is."""
     axis.traffic.count("send", x)
-    dist.send(x.contiguous(), axis.ranks[to], group=axis.group)
+    with Watching(axis.watch):
+        dist.send(x.contiguous(), axis.ranks[to], group=axis.group)
 
 
 def receive(like: Tensor, axis: Axis, source: int) -> Tensor:
     """Receive a tensor of the shape and dtype of `like` from the rank at coordinate `source`."""
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
-    dist.recv(received, axis.ranks[source], group=axis.group)
+    with Watching(axis.watch):
+        dist.recv(received, axis.ranks[source], group=axis.group)
     return received
 
 

@@ -7,13 +7,21 @@ the same order.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 
-from parallel.mesh.process_groups import ProcessGroup, destroy_group, new_group, world_group, world_size
+from parallel.mesh.process_groups import (
+    ProcessGroup,
+    destroy_group,
+    group_timeout,
+    new_group,
+    world_group,
+    world_size,
+)
 from parallel.mesh.topology import Topology
+from parallel.watch.watch import UNWATCHED, Watch
 
 
 @dataclass(eq=False)
@@ -41,7 +49,9 @@ class Axis:
     `rank` is this rank's coordinate along the axis, `size` the number of coordinates. `ranks` are the global ranks that
     differ from this one in that coordinate alone, in order. `group` is None where there is no other rank to communicate
     with: on an axis of size 1, or in a mesh that was made without process groups. `traffic` counts what this rank
-    sends, over all axes of its mesh.
+    sends, over all axes of its mesh. `watch` knows when a rank that is waited for has ended. `on_host`, which the axis
+    of the whole world has, is the same axis with a gloo process group of its own, so that its collectives never wait
+    for a device; they are not counted in the mesh's traffic.
     """
 
     name: str
@@ -50,6 +60,8 @@ class Axis:
     ranks: tuple[int, ...]
     group: ProcessGroup | None
     traffic: Traffic
+    watch: Watch = UNWATCHED
+    on_host: "Axis | None" = None
 
 
 Groups: TypeAlias = dict[tuple[int, ...], ProcessGroup]
@@ -78,9 +90,10 @@ class Mesh:
         device: torch.device | None = None,
         merged: Iterable[tuple[str, ...]] = (),
         connect: bool = True,
+        watch: Watch = UNWATCHED,
     ) -> None:
         self.topology, self.rank, self.device = topology, rank, device or torch.device("cpu")
-        self.traffic = Traffic()
+        self.traffic, self.watch = Traffic(), watch
         self._connect = connect
         self._axes: dict[tuple[str, ...], Axis] = {}
         everything = tuple(topology.shape)
@@ -92,7 +105,7 @@ class Mesh:
             key = self._key(names)
             if key not in self._axes:
                 self._axes[key] = self._make_axis("+".join(key) or "trivial", topology.groups(key), groups)
-        self.world = self._axes[self._key(everything)]
+        self.world = self._axes[self._key(everything)] = self._with_host(self._axes[self._key(everything)])
         self.ends = self._make_axis("ends", topology.ends("pipe") if topology.shape["pipe"] > 1 else [], groups)
         self.links = tuple(self._make_axis(f"pipe link {k}", topology.groups(("pipe",)), {}) for k in range(4))
 
@@ -124,20 +137,21 @@ class Mesh:
         mine: Axis | None = None
         for ranks in rank_groups:
             if self._connect and len(ranks) > 1 and ranks not in groups:
-                groups[ranks] = new_group(ranks)
+                groups[ranks] = new_group(ranks, timeout=group_timeout(self.watch.timeout))
                 if self.rank in ranks:
                     self._own_groups.append(groups[ranks])
             if self.rank in ranks:
-                mine = Axis(name, ranks.index(self.rank), len(ranks), ranks, groups.get(ranks), self.traffic)
+                mine = Axis(
+                    name, ranks.index(self.rank), len(ranks), ranks, groups.get(ranks), self.traffic, self.watch
+                )
         return mine or Axis(name, 0, 1, (self.rank,), None, self.traffic)
 
-
-def axis_on_host(axis: Axis) -> Axis:
-    """Return the same axis with a gloo process group of its own, whose collectives never wait for a device.
-
-    The axis must be the whole world. What is sent over the new one is not counted in the mesh's traffic. Every rank
-    calls this.
-    """
-    assert axis.group is None or axis.size == world_size(), f"{axis.name} is not the whole world"
-    group = new_group(axis.ranks, backend="gloo") if axis.group is not None else None
-    return Axis(f"{axis.name} on the host", axis.rank, axis.size, axis.ranks, group, Traffic())
+    def _with_host(self, world: Axis) -> Axis:
+        """Return the axis of the whole world, with `on_host` where it has other ranks. Every rank calls this."""
+        if world.group is None:
+            return world
+        assert world.size == world_size(), f"{world.name} is not the whole world"
+        group = new_group(world.ranks, backend="gloo", timeout=group_timeout(self.watch.timeout))
+        self._own_groups.append(group)
+        on_host = Axis(f"{world.name} on the host", world.rank, world.size, world.ranks, group, Traffic(), self.watch)
+        return replace(world, on_host=on_host)

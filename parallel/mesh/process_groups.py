@@ -6,11 +6,27 @@ from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
 
 
-def join_world(backend: str, rank: int, world_size: int, *, device: torch.device, timeout_minutes: float = 30) -> None:
+LONGEST_WAIT = timedelta(minutes=30)
+"""The time after which a collective fails, if `train.timeout_seconds` is not longer."""
+
+SECONDS_TO_CONNECT = timedelta(seconds=300)
+"""The time that a rank waits for the host of the store."""
+
+
+def group_timeout(timeout_seconds: float) -> timedelta:
+    """Return the time after which a collective fails: later than the watch names the rank that it waits for."""
+    return max(LONGEST_WAIT, timedelta(seconds=2 * timeout_seconds + 60))
+
+
+def join_world(
+    backend: str, rank: int, world_size: int, *, device: torch.device, timeout: timedelta = LONGEST_WAIT
+) -> None:
     """Make the default process group, unless there is one already; every rank calls this.
 
     The ranks meet at the address that torchrun left in the environment. Under nccl, tensors on the host (checkpoints,
@@ -22,7 +38,7 @@ def join_world(backend: str, rank: int, world_size: int, *, device: torch.device
         "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
 
@@ -45,12 +61,28 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def new_group(ranks: Sequence[int], backend: str | None = None) -> ProcessGroup:
+def new_group(ranks: Sequence[int], backend: str | None = None, *, timeout: timedelta = LONGEST_WAIT) -> ProcessGroup:
     """Make a process group of these ranks; every rank of the world calls this, in the same order for all groups."""
-    group: ProcessGroup = dist.new_group(list(ranks), backend=backend)
+    group: ProcessGroup = dist.new_group(list(ranks), backend=backend, timeout=timeout)
     return group
 
 
 def destroy_group(group: ProcessGroup) -> None:
     """Destroy a group that `new_group` made; each of its ranks calls this, with none of its messages in flight."""
     dist.destroy_process_group(group)
+
+
+def connect_to_store(host: str, port: int, *, hosts: bool, prefix: str) -> Store:
+    """Return the store at this address, under keys that begin with `prefix`, by a connection of its own.
+
+    `hosts`: this process hosts it, if it does not yet. A store's client is blocked while it waits for a key: so the
+    process groups have another one.
+    """
+    store = TCPStore(host, port, None, hosts, SECONDS_TO_CONNECT, wait_for_workers=False, multi_tenant=True)
+    return PrefixStore(prefix, store)
+
+
+def host_store(prefix: str) -> tuple[Store, int]:
+    """Start a store in this process, for ranks of this host; return it, under keys that begin so, and its port."""
+    store = TCPStore("127.0.0.1", 0, None, True, SECONDS_TO_CONNECT, wait_for_workers=False)
+    return PrefixStore(prefix, store), store.port

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh.collectives import Pending
+from parallel.mesh.collectives import Pending, Watching
 from parallel.mesh.mesh import Axis
 
 
@@ -50,17 +50,21 @@ class Pipe:
             before, after = self.rank - step, self.rank + step
             if 0 <= before < self.size:
                 axis = self.link(before, self.rank)
-                dist.recv(number, axis.ranks[before], axis.group)
+                with Watching(axis.watch):
+                    dist.recv(number, axis.ranks[before], axis.group)
             if 0 <= after < self.size:
                 axis = self.link(self.rank, after)
-                dist.send(number, axis.ranks[after], axis.group)
+                with Watching(axis.watch):
+                    dist.send(number, axis.ranks[after], axis.group)
 
 
 def start_send(x: Tensor, axis: Axis, to: int) -> Pending:
     """Start to send x to the rank at coordinate `to`. x must not be changed before the result has been waited for."""
     x = x.contiguous().cpu() if _sends_by_host(axis) else x.contiguous()
     axis.traffic.count("send", x)
-    return Pending(x, dist.isend(x, axis.ranks[to], axis.group))
+    with Watching(axis.watch):
+        work = dist.isend(x, axis.ranks[to], axis.group)
+    return Pending(x, work, watch=axis.watch)
 
 
 def start_receive(shape: tuple[int, ...], like: Tensor, axis: Axis, source: int) -> Pending:
@@ -70,7 +74,9 @@ def start_receive(shape: tuple[int, ...], like: Tensor, axis: Axis, source: int)
     """
     device = torch.device("cpu") if _sends_by_host(axis) else like.device
     buffer = torch.empty(shape, dtype=like.dtype, device=device)
-    return Pending(buffer, dist.irecv(buffer, axis.ranks[source], axis.group), lambda x: x.to(like.device))
+    with Watching(axis.watch):
+        work = dist.irecv(buffer, axis.ranks[source], axis.group)
+    return Pending(buffer, work, lambda x: x.to(like.device), axis.watch)
 
 
 def _sends_by_host(axis: Axis) -> bool:

@@ -1,0 +1,38 @@
+"""The progress of the main thread of a rank, which it notes as it goes and its heartbeat reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """The calls, the steps and the phase of the main thread.
+
+    `calls` counts what it did with other ranks, `step` the steps that were taken. `action` is what it began last, and
+    `is_cut_off` says that a collective failed because a connection broke.
+    """
+
+    def __init__(self) -> None:
+        self.calls = self.step = 0
+        self.action = ""
+        self.is_cut_off = False
+        self._phases: list[str] = []
+
+    @property
+    def phase(self) -> str:
+        """The innermost phase that the main thread is in, or nothing."""
+        return self._phases[-1] if self._phases else ""
+
+    def begin(self, action: str) -> None:
+        """Note that the main thread begins something that all ranks do."""
+        self.action = action
+        self.calls += 1
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Note that the block may take long on this rank, and is no silence."""
+        self._phases.append(phase)
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self.calls += 1
