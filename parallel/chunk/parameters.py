@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from parallel.chunk.fingerprint import fingerprint
 from parallel.chunk.memory import ChunkMemory
 from parallel.chunk.spec import ChunkSpec
+from parallel.chunk.user_writes import UserWrites
 from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.storage.transfer import CopyEvent, Tier
 
@@ -18,6 +20,8 @@ class ParameterBuffer:
     own [n_shard]  this rank's slice: a view of `whole`, or memory of its own on `tier` where parameters are gathered on
                    demand
 
+    writes         what is known of writes into the module's parameters by somebody other than the engine
+
     While `whole` has no memory, each of the module's parameters has its shape, but is NaN throughout.
     """
 
@@ -27,6 +31,7 @@ class ParameterBuffer:
         self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
         self._placeholder: Tensor | None = None  # what the module's parameters show while `whole` has no memory
         self._show(spec.views(whole))
+        self.writes = UserWrites(spec.infos)
 
     @property
     def is_whole(self) -> bool:
@@ -39,6 +44,7 @@ class ParameterBuffer:
         They return to the storage that they had before, since tensors that autograd saved are views of it.
         """
         spec, copies = self.spec, self.memory.copies
+        self.note_lost_writes()
         self._allocate()
         if self.tier is Tier.DEVICE:
             return start_all_gather(self.own, 0, spec.shard_axis, out=self.whole)
@@ -51,6 +57,7 @@ class ParameterBuffer:
 
     def release(self) -> None:
         """Free the memory of the whole buffer (FSDP's reshard); `own` stays."""
+        self._keep_what_was_written()
         self.whole.untyped_storage().resize_(0)
         shared = placeholder((), self.whole.dtype, self.whole.device)
         self._placeholder = shared
@@ -104,6 +111,27 @@ class ParameterBuffer:
         buffers = [self.whole] if self._placeholder is None else [self.whole, self._placeholder]
         found = parameter.untyped_storage().data_ptr()
         return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
+
+    def has_placeholder(self, parameter: nn.Parameter) -> bool:
+        """Return True if one of the module's parameters has a placeholder in the place of its values."""
+        shared = self._placeholder
+        return shared is not None and parameter.untyped_storage().data_ptr() == shared.untyped_storage().data_ptr()
+
+    def note_lost_writes(self) -> None:
+        """Note what somebody has written into parameters that have no values now."""
+        if not self.is_whole:
+            self.writes.lose(self._placeholder)
+
+    def _keep_what_was_written(self) -> None:
+        """Copy what somebody has written into whole parameters, since they were gathered, into this rank's slice."""
+        if not self.is_whole or not self.writes.names():
+            return
+        self.writes.keep(fingerprint(self.whole))
+        part = self.spec.own_slice(self.whole)
+        if self.tier is Tier.DEVICE:
+            self.own.copy_(part)
+        else:
+            self._written = self.memory.copies.download(part, self.own)
 
     def _allocate(self) -> None:
         self.whole.untyped_storage().resize_(self.spec.whole_bytes)

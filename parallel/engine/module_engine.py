@@ -14,7 +14,7 @@ from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk, make_chunks
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
-from parallel.engine.module_state import ModuleState
+from parallel.engine.parameter_access import ParameterAccess
 from parallel.errors import ConfigError, DataError, ModelError
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
@@ -22,6 +22,7 @@ from parallel.mesh.collectives import all_reduce
 from parallel.mesh.mesh import axis_on_host
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
+from parallel.modules.independent_copy import IndependentCopies
 from parallel.modules.loss import Criterion, ModuleLoss, loss_problem
 from parallel.modules.parameters import (
     OriginalParameters,
@@ -32,7 +33,7 @@ from parallel.modules.parameters import (
 from parallel.modules.passes import ModulePasses
 from parallel.modules.recompute import recompute_layers
 from parallel.modules.units import infos_of, layers_of
-from parallel.optim.grad_norm import global_norm
+from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import ModuleGradients
 from parallel.placement.initial import InitialPlacement
 from parallel.storage.transfer import HostCopy, to_device
@@ -52,7 +53,7 @@ class UpdateResult:
     skipped: bool = False
 
 
-class ModuleEngine(ModuleState):
+class ModuleEngine(ParameterAccess):
     """Trains a module on this replica's samples; its forward may be anything (the counterparts are DDP and FSDP).
 
         loss = engine(**batch).loss; engine.backward(loss); engine.step(); engine.zero_grad()
@@ -80,6 +81,7 @@ class ModuleEngine(ModuleState):
                 "parallel: a module of your own is not split by a pipeline, tensor or context; only models.build's are."
                 " Leave parallel empty, and set zero.stage."
             )
+        copies = IndependentCopies(module)
         layers = layers_of(module)
         infos = infos_of(module, layers, data)
         if not any(info.parameter.requires_grad for info in infos):
@@ -101,15 +103,17 @@ class ModuleEngine(ModuleState):
             watcher=self.placement_manager,
             agree=self._agreement.agree_on,
         )
-        original = OriginalParameters(module, chunks)
-        self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, original)
+        self._original = OriginalParameters(module, chunks)
+        self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, self._original, self.writes)
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
         self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
         self._synchronizes = True
         self.inputs = _prepare(module, layers, context)
         self._passes.follow(module)
         if is_gathered_on_demand:
-            refuse_state_dict(module)
+            refuse_state_dict(module, lambda: bool(self._original.in_use))
+        self._take_over()
+        copies.begin()
 
     # -- the user's loop
 
@@ -130,7 +134,7 @@ class ModuleEngine(ModuleState):
         Raises ModelError, on every rank, for a loss that is not a scalar with a gradient, and where ranks do different
         things; ConfigError where the device has too little memory.
         """
-        self._passes.begin_backward(loss_problem(loss))
+        self._passes.begin_backward(loss_problem(loss) or self._problem_of_a_backward())
         with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
             (loss * self.loss_scale.scale).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
@@ -141,18 +145,20 @@ class ModuleEngine(ModuleState):
         A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
         something else.
         """
-        self._agreement.agree_on("a step")
+        self._agreement.agree_on("a step", self._original.in_use)
         self._passes.release()
         self._gradients.finish()
         divisor = self.loss_scale.scale * self.data.size
-        norm = global_norm(self._trained, self.mesh.world) / divisor
+        norm, num_written = norm_and_sum(self._trained, self.mesh.world, self.writes.changed())
+        norm = norm / divisor
         on_host = HostCopy(norm)
         lr = self.lr
         self.optimizer.unused = self._unused()
         with self.placement_manager.explain_shortage():
-            skipped = self._update(norm, divisor)
+            skipped = self._update(norm, divisor, num_written)
         self.zero_grad()
         self.placement_manager.after_step(skipped=skipped)
+        self.writes.note()
         self._passes.end_step()
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
@@ -160,10 +166,6 @@ class ModuleEngine(ModuleState):
         """Do as `EngineBase.restore`, and drop what was gathered of the weights before."""
         self._passes.release()
         super().restore(counters)
-
-    def zero_grad(self) -> None:
-        """Drop all gradients since the last step."""
-        self._gradients.begin()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -230,12 +232,6 @@ class ModuleEngine(ModuleState):
             return x
         x = to_device(x, self.mesh.device)
         return x.to(self.context.dtype) if x.is_floating_point() else x
-
-    def _unused(self) -> set[nn.Parameter]:
-        """Return the parameters that have had no gradient since the last step, on any rank."""
-        arrived = all_reduce(self._gradients.arrived(), self._agreement.axis).tolist()
-        parameters = [info.parameter for chunk in self._trained for info in chunk.infos]
-        return {parameter for parameter, count in zip(parameters, arrived, strict=True) if not count}
 
 
 def _make_chunks(

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from parallel.chunk.managed import ManagedParameter
 from parallel.errors import ModelError
 
 ATTRIBUTE = "_layer_that_gathers_it"
+CLASS = "_class_while_available"
 GRADIENT = getattr(Tensor.grad, "__get__")  # noqa: B009
 
 
-class UnavailableParameter(nn.Parameter):
+class UnavailableParameter(ManagedParameter):
     """The class of a parameter while its layer is not whole. Its shape, its dtype and its `.grad` can be read, but a
     computation with its values raises ModelError: they are NaN, which would be noticed far from here, or not at all,
     as in a comparison.
@@ -39,8 +41,9 @@ class UnavailableParameter(nn.Parameter):
 def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str) -> None:
     """Refuse computations with these parameters, which are gathered when `layer` is called."""
     for parameter in parameters:
-        if type(parameter) is nn.Parameter:
+        if type(parameter) in (nn.Parameter, ManagedParameter):
             setattr(parameter, ATTRIBUTE, layer)
+            setattr(parameter, CLASS, type(parameter))
             parameter.__class__ = UnavailableParameter
 
 
@@ -49,4 +52,4 @@ def mark_available(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if isinstance(parameter, UnavailableParameter):
             delattr(parameter, ATTRIBUTE)
-            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            parameter.__class__ = getattr(parameter, CLASS)
