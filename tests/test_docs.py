@@ -421,7 +421,7 @@ def refusals(rank: int, world_size: int) -> list[str]:
 
     with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"):
         expect(lambda: parallel.initialize(model()), parallel=dict(pipeline=2))
-        kind = torch.optim.Adagrad
+        kind = torch.optim.Adafactor
         expect(lambda: parallel.initialize(one := model(), kind(one.parameters())))
         expect(lambda: parallel.initialize(model(), torch.optim.SGD(model().parameters())))
         expect(lambda: parallel.initialize(model(), train_dataloader=DataLoader(dataset, batch_size=9)))

@@ -29,13 +29,13 @@ class Linears(nn.Module):
         self.register_buffer("factor", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.first(x)
+        total: Tensor = self.first(x)
         for layer in self.layers:
             total = total + layer(x)
         return total * self.get_buffer("factor")
 
 
-def linears() -> Linears:
+def linears() -> Any:
     torch.manual_seed(5)
     return Linears()
 
@@ -168,7 +168,7 @@ class ClampingLayer(nn.Linear):
         return super().forward(x)
 
 
-def clamping() -> nn.Module:
+def clamping() -> Any:
     torch.manual_seed(5)
     module = Clamping()
     module.layers = nn.ModuleList([ClampingLayer(6, 4), nn.Linear(6, 4)])
@@ -307,8 +307,11 @@ def test_writes_into_parameters_without_values_are_refused_by_name_on_every_rank
 
 
 def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
-    """Lengths below and above the number of words that are weighted one by one, in three dtypes. (Weighted words of 64 bits would not
-    see that an even number of fp64 numbers has changed its signs: that adds multiples of 2**64.)."""
+    """Lengths below and above the number of words that are weighted one by one, in three dtypes.
+
+    With words of 64 bits it would not see that an even number of fp64 numbers has changed its signs: in sum, that
+    changes a multiple of 2**64.
+    """
     generator = torch.Generator().manual_seed(0)
     for size in (64, 8 * FEW + 64 * 7):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):

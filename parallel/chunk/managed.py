@@ -70,7 +70,7 @@ def manage(parameters: Iterable[nn.Parameter], manager: Callable[[], Manager | N
     `manager` is a weak reference: a parameter may outlive its engine.
     """
     for parameter in parameters:
-        if type(parameter) is nn.Parameter:
+        if type(parameter) in (nn.Parameter, ManagedParameter):
             setattr(parameter, MANAGER, manager)
             parameter.__class__ = ManagedParameter
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +25,34 @@ class Leaves:
         self._found = [(s, nn.Parameter(s.data)) for chunk in chunks for s in chunk.spec.segments(chunk.master)]
         self.chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
         self._manager: Callable[[], Manager | None] = lambda: None
+        self._empty: list[nn.Parameter] = []  # one for each group of which this rank has no segment
+        inner.state.clear()
         for group in inner.param_groups:
             group["params"] = self.of_parameters(group["params"])
-        if isinstance(inner, torch.optim.Adagrad):  # it makes its states when it is made, and not in a first step
-            inner.state.clear()
-            self._make_sums(inner)
+            self.begin_states(group)
 
-    def _make_sums(self, inner: torch.optim.Adagrad) -> None:
-        for group in inner.param_groups:
-            for leaf in group["params"]:
-                inner.state[leaf] = dict(
-                    step=torch.zeros((), dtype=torch.float32),
-                    sum=torch.full_like(leaf, initial_value("sum", group)).detach(),
-                )
+    def begin_states(self, group: dict[str, Any]) -> None:
+        """Make the states of a new group that torch makes before the first step: Adagrad's."""
+        for leaf in group["params"] if isinstance(self.inner, torch.optim.Adagrad) else ():
+            total = torch.full_like(leaf, initial_value("sum", group)).detach()
+            self.inner.state[leaf] = dict(step=torch.zeros((), dtype=torch.float32), sum=total)
 
     def manage(self, manager: Callable[[], Manager | None]) -> None:
         """Have the leaves say, in their `.grad`, that an engine has the gradient, except while it steps."""
         self._manager = manager
-        manage((leaf for _, leaf in self._found), manager)
+        manage(self._all(), manager)
 
     def of_parameters(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the leaves of those of these parameters of which this rank has a segment."""
-        found = {segment.info.parameter: leaf for segment, leaf in self._found}
-        return [found[parameter] for parameter in parameters if parameter in found]
+        """Return the leaves of those of these parameters of which this rank has a segment.
+
+        Where it has none, it is a leaf without elements, so that every rank answers for gradients in the same way.
+        """
+        of_parameter = {segment.info.parameter: leaf for segment, leaf in self._found}
+        found = [of_parameter[parameter] for parameter in parameters if parameter in of_parameter]
+        if not found:
+            self._empty.append(nn.Parameter(torch.empty(0)))
+            manage(self._empty, self._manager)
+        return found or self._empty[-1:]
 
     def __iter__(self) -> Iterator[tuple[Segment, nn.Parameter]]:
         """Return an iterator over each segment and its leaf, in the order of the chunks."""
@@ -124,7 +130,7 @@ class Leaves:
     def stepping(self) -> Iterator[None]:
         """Mark the steps in this context as the engine's."""
         self.is_stepping = True
-        leaves = [leaf for _, leaf in self._found]
+        leaves = self._all()
         for leaf in leaves:
             leaf.__class__ = nn.Parameter  # of other classes torch updates one after the other
         try:
@@ -134,3 +140,6 @@ class Leaves:
             for leaf in leaves:
                 leaf.grad = None
             manage(leaves, self._manager)
+
+    def _all(self) -> list[nn.Parameter]:
+        return [*(leaf for _, leaf in self._found), *self._empty]

@@ -57,6 +57,7 @@ class _Adding:
             )
         own = self._leaves.of_parameters(parameters)
         type(self._inner).add_param_group(self._inner, {**param_group, "params": own})
+        self._leaves.begin_states(self._inner.param_groups[-1])
 
 
 def _without_name(given: Any) -> nn.Parameter:
