@@ -214,7 +214,7 @@ NORM_AND_CLIP = (
     Mutant("norm-counts-the-tied-embedding-twice", "the first and the last stage both count it",
            SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.infos[0].layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of its own parameters only",
-           NORM, "return all_reduce(total, world).sqrt()", "return total.sqrt()", trains("1d2")),
+           NORM, "all_reduce(torch.stack([total, number]), world)", "torch.stack([total, number])", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank whose copy is not counted is not noticed",
            NORM,
            "total += chunk.gradient.squares() * chunk.spec.is_counted",
@@ -517,7 +517,7 @@ MODULES = (
            MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "Adam resumes with the same number of steps for every parameter",
-           TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
+           TORCH_OPTIM, "(steps or {}).get(name, updates if", "({}).get(name, updates if",
            f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
            "parallel/engine/loaders.py", "manual_seed(seeds[0])", "manual_seed(seeds[axis.rank])",
@@ -594,8 +594,8 @@ PLACEMENT = (
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
            "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
-           "norm, divisor)\n",
-           "        skipped = self._update(norm, divisor)\n",
+           "norm, divisor, num_written)\n",
+           "        skipped = self._update(norm, divisor, num_written)\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-mode-not-ended", "a module stays in evaluation mode after an evaluation",
            "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
@@ -692,6 +692,47 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
+WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
+USER_WRITES = (
+    Mutant("write-overwritten", "the next update overwrites what a user has written into a rounded parameter",
+           "parallel/chunk/writes.py", "            chunk.take_written()\n", "            pass\n",
+           f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
+    Mutant("write-through-data-missed", "only the writes that torch counts in versions are noticed",
+           "parallel/chunk/writes.py", "flags.append(fingerprint(chunk.parameters.whole) != self._noted[chunk])", "pass",
+           f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
+    Mutant("written-chunk-loses-precision", "a write rounds the master weights of all elements of its chunk",
+           "parallel/chunk/chunk.py", "torch.where(is_kept, self.master, own.to(self.master.dtype))",
+           "own.to(self.master.dtype)",
+           f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
+    Mutant("replicas-write-differently", "ranks go on with the different values that were written on them",
+           "parallel/chunk/writes.py", "        if any(names):\n", "        if False:\n",
+           f"{WRITTEN}::test_ranks_that_write_different_values_are_refused_by_the_parameters_name[1-fp32]"),
+    Mutant("write-in-forward-lost", "a layer whose forward writes into its weights is gathered again without that",
+           "parallel/chunk/parameters.py", "            self.own.copy_(part)\n", "            pass\n",
+           f"{WRITTEN}::test_what_a_forward_writes_into_its_own_weights_counts_in_every_stage"),
+    Mutant("fingerprint-without-places", "a fingerprint does not see that elements have changed places",
+           "parallel/chunk/fingerprint.py", "return (x ^ (x >> 27)) | 1", "return torch.ones_like(x)",
+           f"{WRITTEN}::test_a_fingerprint_sees_each_element_and_each_change_of_places"),
+    Mutant("set-on-each-rank", "each rank keeps the values that it has set itself",
+           "parallel/modules/full_parameters.py", "            broadcast(flat, spec.axes[0])\n", "            pass\n",
+           f"{ACCESS}::test_parameters_are_read_and_set_by_name_and_rank_0s_values_count[0]"),
+    Mutant("gradients-with-loss-scale", "whole gradients are not divided by the loss scale",
+           "parallel/engine/parameter_access.py", "return self.loss_scale.scale * self.data.size",
+           "return self.data.size",
+           f"{ACCESS}::test_full_gradients_have_no_loss_scale_and_the_masters_precision[fp16]"),
+    Mutant("clipped-by-config-too", "a norm that was clipped by hand is clipped as the config says",
+           "parallel/engine/parameter_access.py", "if self._clipped is None else self._clipped\n\n    def _access",
+           "\n\n    def _access",
+           f"{ACCESS}::test_gradients_norm_and_clipped_step_are_those_of_one_process[max_norms1]"),
+    Mutant("copy-with-hooks", "a copy of a module runs the hooks of the engine that trains the module",
+           "parallel/modules/independent_copy.py", "        if added := self._added_hooks.get(name):\n",
+           "        if added := set[int]():\n",
+           f"{ACCESS}::test_every_row_of_the_table_is_answered_in_its_words_on_every_rank[0]"),
+    Mutant("state-begins-with-zero", "every state of an optimizer begins with zeros, where no step has made it",
+           "parallel/optim/leaves.py", "value.fill_(initial_value(kind, group_of[leaf]))", "value.zero_()",
+           "tests/test_optimizers.py::test_each_elementwise_optimizer_trains_and_resumes_as_in_one_process[1]"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -710,4 +751,5 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
+    *USER_WRITES,
 )

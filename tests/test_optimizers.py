@@ -104,7 +104,7 @@ def by_engine(rank: int, world_size: int, raw: Raw, folder: str) -> dict[str, di
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_each_elementwise_optimizer_trains_and_resumes_as_in_one_process(stage: int, tmp_path: Path) -> None:
-    """In fp64 a gradient rounds in another order, and Rprop's signs do not depend on that. Scalars of a state (NAdam's
+    """A gradient rounds in another order, in fp64, and Rprop's signs do not depend on that. Scalars of a state (NAdam's
     product of momenta) and values that begin at another number than 0 (Rprop's step sizes) survive a checkpoint.
     """
     (got, *_) = run(by_engine, 2, config_of(stage, clip_grad_norm=None), str(tmp_path))

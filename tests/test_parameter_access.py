@@ -58,7 +58,7 @@ def by_engine(
 
 @pytest.mark.parametrize("max_norms", [(), (0.25,), (0.5, 0.125), (float("inf"),)])
 def test_gradients_norm_and_clipped_step_are_those_of_one_process(max_norms: tuple[float, ...]) -> None:
-    """In fp64 sums over two ranks round in another order: 1e-12 is a thousand roundings."""
+    """Sums over two ranks round in another order, in fp64: 1e-12 is a thousand roundings."""
     gradients, norms, weights = by_torch(max_norms or (0.5,))  # the config clips by 0.5
     for stage in STAGES if len(max_norms) < 2 else (1, 3):
         for found, found_norms, found_weights in run(by_engine, 2, config_of(stage), max_norms):

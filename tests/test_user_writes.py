@@ -1,4 +1,4 @@
-"""What a user writes into parameters between two steps counts, or is refused by name on every rank."""
+"""Values that a user writes into parameters count, or are refused by name on every rank."""
 
 from collections.abc import Callable
 from typing import Any
@@ -184,7 +184,7 @@ def clamp_in_forward(rank: int, world_size: int, raw: Raw) -> dict[str, Tensor]:
 
 
 def test_what_a_forward_writes_into_its_own_weights_counts_in_every_stage() -> None:
-    """In stage 3 each layer's weights are gathered again for the backward: they must be what the forward has written.
+    """Stage 3 gathers each layer's weights again for the backward: they must be what the forward has written.
 
     The sums are exact in fp32, so the weights are equal to the last bit.
     """

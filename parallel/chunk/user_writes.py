@@ -1,4 +1,4 @@
-"""What is known of writes into a chunk's parameters by somebody other than the engine."""
+"""The record of writes into a chunk's parameters by somebody other than the engine."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What somebody other than the engine has written into parameters: noticed, compared between ranks, and counted."""
+"""Writes of others than the engine into parameters: they are noticed, compared between ranks, and counted."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a user does by hand with the parameters and the gradients of an engine of any module."""
+"""Access by hand to the parameters and the gradients of an engine of any module."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -145,7 +145,7 @@ class ParameterAccess(ModuleState):
 
     @property
     def _divisor(self) -> float:
-        """What the sums of the gradients are divided by."""
+        """The number that sums of gradients are divided by."""
         return self.loss_scale.scale * self.data.size
 
     def _clip_coefficient(self, norm: Tensor) -> Tensor:

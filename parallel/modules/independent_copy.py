@@ -23,7 +23,7 @@ class IndependentCopies:
 
 
 class _Difference:
-    """What an engine has changed in the attributes of a part."""
+    """The changes of an engine in the attributes of a part."""
 
     def __init__(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         self._added_hooks = {
