@@ -711,7 +711,7 @@ USER_WRITES = (
            "parallel/chunk/parameters.py", "            self.own.copy_(part)\n", "            pass\n",
            f"{WRITTEN}::test_what_a_forward_writes_into_its_own_weights_counts_in_every_stage"),
     Mutant("fingerprint-without-places", "a fingerprint does not see that elements have changed places",
-           "parallel/chunk/fingerprint.py", "return (x ^ (x >> 27)) | 1", "return torch.ones_like(x)",
+           "parallel/chunk/fingerprint.py", "return ((x ^ (x >> 27)) | 1).view(2, FEW)", "return torch.ones_like(x).view(2, FEW)",
            f"{WRITTEN}::test_a_fingerprint_sees_each_element_and_each_change_of_places"),
     Mutant("set-on-each-rank", "each rank keeps the values that it has set itself",
            "parallel/modules/full_parameters.py", "            broadcast(flat, spec.axes[0])\n", "            pass\n",

@@ -309,8 +309,8 @@ def test_writes_into_parameters_without_values_are_refused_by_name_on_every_rank
 def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
     """Lengths below and above the number of words that are weighted one by one, in three dtypes.
 
-    With words of 64 bits it would not see that an even number of fp64 numbers has changed its signs: in sum, that
-    changes a multiple of 2**64.
+    If it weighted words of 64 bits, it would not see that an even number of fp64 numbers has changed its signs: in
+    sum, that adds a multiple of 2**64.
     """
     generator = torch.Generator().manual_seed(0)
     for size in (64, 8 * FEW + 64 * 7):
