@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import models
 import parallel
+from models.shapes import resolve
 from parallel.chunk.fingerprint import FEW, fingerprint
+from parallel.config import parse
+from parallel.engine.context import Place, make_context
 from parallel.engine.module_engine import ModuleEngine
 from parallel.storage.transfer import Placement, Tier
 from tests.harness import run
@@ -327,3 +331,39 @@ def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
                 matrix = flat.view(rows, -1)
                 assert int(fingerprint(matrix.flip(0).flatten())) != before
                 assert int(fingerprint(matrix.flip(1).flatten())) != before
+
+
+def write_into_a_stage(rank: int, world_size: int, raw: Raw) -> tuple[bool, list[str]]:
+    """Return whether this rank saves what was written into a stage of a split model, and what is wrong with a step."""
+    config = parse(raw, world_size=world_size, resolve=resolve)
+    context = make_context(config, Place(rank, world_size, rank, world_size))
+    torch.set_num_threads(1)
+    engine = parallel.Engine(models.build(context), context)
+    tokens = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    engine.train_step(dict(input_ids=tokens))
+    parameters = dict(engine.module.named_parameters())
+    wrong = []
+    name, norm = next((n, p) for n, p in parameters.items() if p.ndim == 1)
+    nn.init.constant_(norm, 0.625)  # exact in bf16
+    is_saved = any((piece.data == 0.625).all() for piece in engine.weights())
+    norm.data.fill_(0.375)
+    engine.train_step(dict(input_ids=tokens))  # by a learning rate of 0, and vectors do not decay
+    if not (norm == 0.375).all():
+        wrong.append(f"{name} is not kept")
+    norm.data.fill_(float(rank))
+    try:
+        engine.train_step(dict(input_ids=tokens))
+        wrong.append("different values")
+    except parallel.ModelError as error:
+        wrong += [] if "ranks have written different values" in str(error) else [str(error)]
+    return is_saved, wrong
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_is_written_into_a_stage_of_a_split_model_counts_too(stage: int) -> None:
+    model = dict(name="opt-tiny", num_hidden_layers=2, vocab_size=61)
+    raw = dict(model=model, zero=dict(stage=stage), optimizer=dict(lr=0.0))
+    raw |= dict(train=dict(precision="bf16", global_batch_size=4, micro_batch_size=1, device="cpu"))
+    saved, wrong = zip(*run(write_into_a_stage, 2, raw), strict=True)
+    assert any(saved)
+    assert wrong == ([], [])
