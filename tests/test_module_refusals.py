@@ -142,7 +142,7 @@ def initialize_with(optimizer: type[torch.optim.Optimizer], model: nn.Module, pa
 
 def optimizer_of_another_kind(engine: ModuleEngine) -> None:
     model = plain()
-    initialize_with(torch.optim.Adagrad, model, model)
+    initialize_with(torch.optim.Adafactor, model, model)
 
 
 def optimizer_of_another_model(engine: ModuleEngine) -> None:
@@ -177,7 +177,7 @@ ALONE_ACTS: dict[str, Callable[[ModuleEngine], None]] = {
         ("loss.backward", "no engine.backward(loss) was waiting"),
         ("a loss of many", "must be one number with a gradient, got a tensor of shape (3,)"),
         ("a loss without gradient", "must be one number with a gradient"),
-        ("another optimizer", "Adagrad is not known"),
+        ("another optimizer", "Adafactor is not known"),
         ("another model's optimizer", "are not the model's"),
         ("bf16 states of a passed optimizer", "optimizer.state_dtype: 'bf16' is for the config's own AdamW"),
         ("nothing to train", "none of its parameters"),

@@ -154,6 +154,19 @@ class Chunk:
             self.parameters.own.copy_(self.master)
         self.gradient.drop()
 
+    def take_written(self) -> None:
+        """Take what somebody has written into the parameters over into the master weights.
+
+        An element whose parameter is the rounded master weight has not been written: it keeps its precision.
+        """
+        if self.sharing.masters_are_slice:
+            return
+        self.settle()
+        own = self.parameters.own.to(self.master.device)
+        is_kept = self.master.to(own.dtype).view(torch.uint8) == own.view(torch.uint8)
+        is_kept = is_kept.view(-1, own.itemsize).all(1)
+        self.master.copy_(torch.where(is_kept, self.master, own.to(self.master.dtype)))
+
     def write_back(self) -> Pending:
         """Write the master weights into the parameters, and start to all-gather them over `shard_axis`."""
         if not self.sharing.masters_are_slice:

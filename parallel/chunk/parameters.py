@@ -6,8 +6,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from parallel.chunk.fingerprint import fingerprint
 from parallel.chunk.memory import ChunkMemory
 from parallel.chunk.spec import ChunkSpec
+from parallel.chunk.user_writes import UserWrites
 from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.storage.transfer import CopyEvent, Tier
 
@@ -22,6 +24,8 @@ class ParameterBuffer:
     own [n_shard]  this rank's slice: a view of `whole`, or memory of its own on `tier` where parameters are gathered on
                    demand
 
+    writes         what is known of writes into the module's parameters by somebody other than the engine
+
     Each `gather` allocates new memory. So a tensor that was made of the parameters, and that somebody has kept, keeps
     the values it had; only its memory is not freed by `release`. While `whole` is empty, and until it has arrived, each
     of the module's parameters has its shape, but no values: see `placeholder`. `on_show` is told of both changes.
@@ -34,6 +38,7 @@ class ParameterBuffer:
         self._placeholder: Tensor | None = None  # what the module's parameters show while they have no values
         self.on_show: Shown = lambda is_whole: None
         self._show_whole()
+        self.writes = UserWrites(spec.infos)
 
     @property
     def is_whole(self) -> bool:
@@ -45,6 +50,7 @@ class ParameterBuffer:
         been waited for.
         """
         spec, copies = self.spec, self.memory.copies
+        self.note_lost_writes()
         self._allocate()
         if self.tier is Tier.DEVICE:
             return self._showing(start_all_gather(self.own, 0, spec.shard_axis, out=self.whole))
@@ -59,6 +65,7 @@ class ParameterBuffer:
         """Give up the whole buffer (FSDP's reshard); `own` stays. Its memory is freed unless somebody has kept a view
         of it.
         """
+        self._keep_what_was_written()
         self.on_show(False)
         with torch.inference_mode(False):
             self.whole = self.whole.new_empty(0)
@@ -109,6 +116,43 @@ class ParameterBuffer:
         with torch._C.DisableTorchFunctionSubclass():
             found = parameter.untyped_storage().data_ptr()
         return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
+
+    def has_placeholder(self, parameter: nn.Parameter) -> bool:
+        """Return True if one of the module's parameters has a placeholder in the place of its values."""
+        shared = self._placeholder
+        with torch._C.DisableTorchFunctionSubclass():
+            found = parameter.untyped_storage().data_ptr()
+        return shared is not None and found == shared.untyped_storage().data_ptr()
+
+    def lend(self, views: Sequence[Tensor]) -> None:
+        """Have the module's parameters show values in memory of somebody else, until `take_back`."""
+        self._show(views)
+        self.on_show(True)
+
+    def take_back(self) -> None:
+        """Have the module's parameters show again what they showed before `lend`."""
+        shared = self._placeholder
+        if shared is None:
+            self._show_whole()
+            return
+        self.on_show(False)
+        self._show([shared.expand(shape) for shape in self.spec.shapes])
+
+    def note_lost_writes(self) -> None:
+        """Note what somebody has written into parameters that have no values now."""
+        if not self.is_whole:
+            self.writes.lose(self._placeholder)
+
+    def _keep_what_was_written(self) -> None:
+        """Copy what somebody has written into whole parameters, since they were gathered, into this rank's slice."""
+        if not self.is_whole or not self.writes.names():
+            return
+        self.writes.keep(fingerprint(self.whole))
+        part = self.spec.own_slice(self.whole)
+        if self.tier is Tier.DEVICE:
+            self.own.copy_(part)
+        else:
+            self._written = self.memory.copies.download(part, self.own)
 
     def _allocate(self) -> None:
         with torch.inference_mode(False):  # a tensor that is made in inference mode can never be trained

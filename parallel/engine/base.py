@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import specs_of
+from parallel.chunk.writes import Writes
 from parallel.config import Config
 from parallel.engine.context import Context
 from parallel.errors import ColonnadeError, ConfigError, ModelError
@@ -113,6 +114,7 @@ class EngineBase:
         self._agreement = Agreement(self.mesh.world)
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = self.num_updates = 0
+        self.writes = Writes(self.chunks, self.mesh.world)
 
     @property
     def config(self) -> Config:
@@ -195,6 +197,7 @@ class EngineBase:
         self.placement_manager.restore(counters.get("placement", {}))
         if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # None: saved in another precision
             self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+        self.writes.note()
 
     def write_back(self) -> None:
         """Write the master weights, which a checkpoint was loaded into, back to the parameters."""
@@ -202,7 +205,11 @@ class EngineBase:
             chunk.write_back().wait()
 
     def weights(self) -> list[Piece]:
-        """Return the pieces that this rank owns of the model's weights, in the precision of the master weights."""
+        """Return the pieces that this rank owns of the model's weights, in the precision of the master weights.
+
+        Every rank calls this. Raises ModelError where ranks have written different values into their parameters.
+        """
+        self.writes.take_if_any()
         for chunk in self.chunks:
             chunk.settle()
         return [piece for chunk in self.chunks if chunk.spec.is_owner for piece in chunk.spec.pieces(chunk.master)]
@@ -220,15 +227,23 @@ class EngineBase:
             found[Tier.HOST] += disk.buffer_bytes
         return found
 
-    def _update(self, norm: Tensor, divisor: float) -> bool:
+    def _clip_coefficient(self, norm: Tensor) -> Tensor:
+        """Return the number that gradients of this norm are multiplied by, a scalar."""
+        return clip_coefficient(norm, self.config.train.clip_grad_norm)
+
+    def _update(self, norm: Tensor, divisor: float, num_written: Tensor) -> bool:
         """Update every weight by gradient / `divisor`, clipped; `norm` is the global norm of that quotient.
 
-        Returns whether the gradient overflowed in fp16: then no rank updates anything.
+        `num_written` is the sum over ranks of `Writes.changed`: values that somebody has written into parameters are
+        taken over first. The host waits for the gradients here. Returns whether the gradient overflowed in fp16: then
+        no rank updates anything.
         """
         self.placement_manager.before_update()
+        if num_written.item():
+            self.writes.take()
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # ranks agree: the norm is the same
         if not overflow:
-            self.optimizer.step(clip_coefficient(norm, self.config.train.clip_grad_norm) / divisor, self.lr)
+            self.optimizer.step(self._clip_coefficient(norm) / divisor, self.lr)
             self.num_updates += 1
         self.loss_scale.update(overflow=overflow)
         self.num_steps += 1

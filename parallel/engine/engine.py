@@ -17,7 +17,7 @@ from parallel.engine.state import EngineState
 from parallel.errors import DataError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
-from parallel.optim.grad_norm import global_norm
+from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import Gradients
 from parallel.pipeline.microbatch import Microbatch, batch_problem, given
 from parallel.pipeline.p2p import Pipe
@@ -96,13 +96,15 @@ class Engine(EngineState):
         self.gatherer.end()
         self.gradients.finish()
         scale = self.loss_scale.scale
-        norm = global_norm(self.chunks, self.mesh.world) / scale
+        norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
+        norm = norm / scale
         result = HostCopy(torch.stack([total / tokens, norm]))
         self.stopwatch.mark("update")
         lr = self.lr
-        overflow = self._update(norm, scale)
+        overflow = self._update(norm, scale, num_written)
         self.num_samples += self.data.size * len(batch["input_ids"])
         self.placement_manager.after_step(skipped=overflow)
+        self.writes.note()
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         phases = self.stopwatch.read()
         return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)

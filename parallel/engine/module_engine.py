@@ -13,7 +13,7 @@ from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk, make_chunks
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
-from parallel.engine.module_state import ModuleState
+from parallel.engine.parameter_access import ParameterAccess
 from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
@@ -22,6 +22,7 @@ from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
 from parallel.modules.hf_configs import problem_of_configs
+from parallel.modules.independent_copy import IndependentCopies
 from parallel.modules.inputs import map_tensors
 from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss, loss_problem
 from parallel.modules.loss_sums import LossSums
@@ -37,7 +38,7 @@ from parallel.modules.recompute import recompute_layers
 from parallel.modules.sharded import expose_placeholders
 from parallel.modules.shares import LossWeights, weighted_by_labels
 from parallel.modules.units import infos_of, layers_of
-from parallel.optim.grad_norm import global_norm
+from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import ModuleGradients
 from parallel.placement.initial import InitialPlacement
 from parallel.storage.transfer import HostCopy, to_device
@@ -57,7 +58,7 @@ class UpdateResult:
     skipped: bool = False
 
 
-class ModuleEngine(ModuleState):
+class ModuleEngine(ParameterAccess):
     """Trains a module on this replica's samples; its forward may be anything (the counterparts are DDP and FSDP).
 
         loss = engine(**batch).loss; engine.backward(loss); engine.step(); engine.zero_grad()
@@ -86,6 +87,7 @@ class ModuleEngine(ModuleState):
                 "parallel: a module of your own is not split by a pipeline, tensor or context; only models.build's are."
                 " Leave parallel empty, and set zero.stage."
             )
+        copies = IndependentCopies(module)
         layers = layers_of(module)
         infos = infos_of(module, layers, data, context.dtype)
         if not any(info.parameter.requires_grad for info in infos):
@@ -100,6 +102,9 @@ class ModuleEngine(ModuleState):
             device=context.device,
             agreement=self._agreement,
         )
+        self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
+        self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
+        self._take_over()
         is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
         gatherer = Gatherer(
             layers if is_gathered_on_demand else {},
@@ -107,17 +112,16 @@ class ModuleEngine(ModuleState):
             watcher=self.placement_manager,
             agree=self._agreement.agree_on,
         )
-        original = OriginalParameters(module, chunks)
-        self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, original)
-        self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
-        self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
+        self._original = OriginalParameters(module, chunks)
+        self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, self._original, self.writes)
         self._synchronizes = True
         self.inputs = _prepare(module, layers, context)
         self.loss_weights = LossWeights(context.shares)
         self.loss_weights.follow(module)
         self._passes.follow(module)
         if is_gathered_on_demand:
-            refuse_state_dict(module)
+            refuse_state_dict(module, lambda: bool(self._original.in_use))
+        copies.begin()
 
     # -- the user's loop
 
@@ -141,7 +145,7 @@ class ModuleEngine(ModuleState):
         device has too little memory.
         """
         weight, problem = self.loss_weights.backward()
-        self._passes.begin_backward(loss_problem(loss) or problem)
+        self._passes.begin_backward(loss_problem(loss) or problem or self._problem_of_a_backward())
         with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
             (loss * (self.loss_scale.scale * weight)).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
@@ -156,18 +160,20 @@ class ModuleEngine(ModuleState):
 
     def _step(self, divisor: float) -> UpdateResult:
         """Do a step with the gradients divided by this number."""
-        self._agreement.agree_on("a step")
+        self._agreement.agree_on("a step", self._original.in_use)
         self._passes.release()
         self._gradients.finish()
-        divisor *= self.loss_scale.scale * self.data.size
-        norm = global_norm(self._trained, self.mesh.world) / divisor
+        divisor *= self._divisor
+        norm, num_written = norm_and_sum(self._trained, self.mesh.world, self.writes.changed())
+        norm = norm / divisor
         on_host = HostCopy(norm)
         lr = self.lr
         self.optimizer.unused = self._unused()
         with self.placement_manager.explain_shortage():
-            skipped = self._update(norm, divisor)
+            skipped = self._update(norm, divisor, num_written)
         self.zero_grad()
         self.placement_manager.after_step(skipped=skipped)
+        self.writes.note()
         self._passes.end_step()
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
@@ -181,10 +187,6 @@ class ModuleEngine(ModuleState):
     def has_gradients(self) -> bool:
         """True if gradients have arrived since the last step on this rank."""
         return bool(self._gradients.arrived().any())
-
-    def zero_grad(self) -> None:
-        """Drop all gradients since the last step."""
-        self._gradients.begin()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -266,12 +268,6 @@ class ModuleEngine(ModuleState):
         moved = moved.to(self.context.dtype) if x.is_floating_point() else moved
         self.context.shares.copied(x, moved)
         return moved
-
-    def _unused(self) -> set[nn.Parameter]:
-        """Return the parameters that have had no gradient since the last step, on any rank."""
-        arrived = all_reduce(self._gradients.arrived(), self._agreement.axis).tolist()
-        parameters = [info.parameter for chunk in self._trained for info in chunk.infos]
-        return {parameter for parameter, count in zip(parameters, arrived, strict=True) if not count}
 
 
 def _make_chunks(

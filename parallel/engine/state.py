@@ -84,7 +84,7 @@ class EngineState(EngineBase):
         new = saved.without_states(wanted)
         for piece in self.state_pieces():
             if kind_of(piece.name) not in WEIGHTS and piece.name not in saved.shapes:
-                piece.data.zero_()
+                piece.data.fill_(self.optimizer.initial_value(kind_of(piece.name), name_of(piece.name)))
         infos = [info for chunk in self.chunks for info in chunk.infos]
         steps = {info.name: 0 for info in infos if not new.isdisjoint(info.sources)}
         self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})

@@ -1,6 +1,7 @@
 """The parameters of a module that an engine takes over: their first values, and a watch for later changes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -31,21 +32,30 @@ def make_gradients_dense(module: nn.Module) -> None:
             part.sparse = False
 
 
-def refuse_state_dict(module: nn.Module) -> None:
-    """Have `module.state_dict()` raise ModelError: in ZeRO stage 3 it would return values that are not there.
+def refuse_state_dict(module: nn.Module, has_values: Callable[[], bool]) -> None:
+    """Have `state_dict()` and `load_state_dict()` raise ModelError while parameters have no values, in ZeRO stage 3.
 
-    With `keep_vars` it is allowed, since it then returns the parameters themselves, whose values nobody has read yet.
+    With `keep_vars` a state_dict is allowed, since it returns the parameters themselves, whose values nobody has read
+    yet.
     """
 
     def refuse(part: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not keep_vars:
+        if not keep_vars and not has_values():
             raise ModelError(
                 "model: in zero stage 3 a state_dict has no values: each rank holds a slice. Use engine.save_pretrained"
                 " or engine.save_checkpoint, on every rank."
             )
 
+    def refuse_to_load(*_: Any) -> None:
+        if not has_values():
+            raise ModelError(
+                "model: in zero stage 3 load_state_dict has nothing to write into: each rank holds a slice. Call it in"
+                " `with engine.full_parameters(writable=True)`, on every rank."
+            )
+
     for part in module.modules():
         part.register_state_dict_pre_hook(refuse)
+        part.register_load_state_dict_pre_hook(refuse_to_load)
 
 
 class OriginalParameters:
@@ -53,15 +63,19 @@ class OriginalParameters:
 
     An engine can follow new values. It cannot follow a parameter that is replaced, added or removed, one whose memory
     is no longer that of its chunk (after a cast, or a move to another device), or a frozen one that is to be trained.
+
+    in_use  what somebody does with the parameters now, so that no step can use them; an empty string if nobody does
     """
 
     def __init__(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
-        self._module = module
+        self._module, self.in_use = module, ""
         self._parameters = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
 
     def change(self) -> str:
         """Return a message about the first change that an engine cannot follow, or an empty string without one."""
+        if self.in_use:
+            return self.in_use
         present = dict(self._module.named_parameters(remove_duplicate=False))
         cure = "Change a model before parallel.initialize, not after."
         for name in {**present, **self._parameters}:

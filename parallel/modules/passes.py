@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from parallel.chunk.writes import Writes
 from parallel.mesh.agreement import Agreement
 from parallel.modules.parameters import OriginalParameters
 from parallel.placement.manager import PlacementManager
@@ -28,8 +29,9 @@ class ModulePasses:
         placement_manager: PlacementManager,
         agreement: Agreement,
         original: OriginalParameters,
+        writes: Writes,
     ) -> None:
-        self.gatherer = gatherer
+        self.gatherer, self._writes, self.is_in_forward = gatherer, writes, False
         self._placement_manager, self._agreement, self._original = placement_manager, agreement, original
         self._awaits_backward = False
         self._is_between_steps = True
@@ -44,8 +46,14 @@ class ModulePasses:
         """Gather the root. Raises ModelError on every rank where one does something else, or its module was changed."""
         action = "a forward" if torch.is_grad_enabled() else "a forward without gradients"
         with torch._C.DisableTorchFunctionSubclass():  # which only parameters without values ask for, and slows down
-            change = self._original.change()
-        self._agreement.agree_on(action, problem=change)
+            written = self._writes.seen()
+            problem = self._original.change() or self._writes.problem()
+        if written:
+            action += f" after a write into {written[0]}"
+        self._agreement.agree_on(action, problem=problem)
+        if written:
+            self._writes.take()
+        self.is_in_forward = True
         if torch.is_grad_enabled():
             self._report_work(inputs)
         self.gatherer.start_pass()
@@ -55,6 +63,7 @@ class ModulePasses:
     def end_forward(self) -> None:
         """Release what is gathered, unless a backward is to follow."""
         self._hooks.close()
+        self.is_in_forward = False
         self._awaits_backward |= torch.is_grad_enabled()
         if not self._awaits_backward:
             self.gatherer.end()
@@ -71,7 +80,7 @@ class ModulePasses:
 
     def begin_backward(self, problem: str) -> None:
         """Gather the root. Raises ModelError on every rank where one does something else, or has a problem."""
-        self._agreement.agree_on("a backward", problem)
+        self._agreement.agree_on("a backward", problem or self._original.in_use)
         self.gatherer.root.make_whole()  # an earlier backward, of another forward, may have released it
 
     def end_backward(self, *, retains_graph: bool) -> None:

@@ -138,6 +138,10 @@ class AdamW:
     def host_share(self, share: float) -> None:
         self._shared.share = share
 
+    def initial_value(self, kind: str, name: str) -> float:
+        """Return the number that a kind of state of this parameter begins with: both moments begin as zeros."""
+        return 0.0
+
     def balance(self) -> float:
         """Return the share with which neither side would have waited for the other in the last update."""
         return self._shared.balance()

@@ -17,10 +17,16 @@ def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
     zero. An element that is not finite on any rank makes the norm not finite on every rank, even if that rank's slice
     is a copy and counts zero times: zero times infinity is NaN.
     """
+    return norm_and_sum(chunks, world, torch.zeros((), dtype=torch.float64, device=chunks[0].memory.device))[0]
+
+
+def norm_and_sum(chunks: Sequence[Chunk], world: Axis, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the global norm, and the sum of an fp64 scalar over all ranks, by one collective."""
     total = torch.zeros((), dtype=torch.float64, device=chunks[0].memory.device)
     for chunk in chunks:
         total += chunk.gradient.squares() * chunk.spec.is_counted
-    return all_reduce(total, world).sqrt()
+    squares, found = all_reduce(torch.stack([total, number]), world)
+    return squares.sqrt(), found
 
 
 def clip_coefficient(norm: Tensor, clip: float | None) -> Tensor:

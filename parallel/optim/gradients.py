@@ -84,12 +84,13 @@ class ModuleGradients(Gradients):
         super().__init__(chunks[::-1], scatters_each=scatters_each)  # about the order of a backward
         self._next = 0  # index of the next sum to launch
         self._unsynchronized = False  # whether gradients have arrived that are not summed over ranks
+        self.has_any = False  # whether there has been a backward since `begin`
         self.begin()
 
     def begin(self, num_microbatches: int = 2) -> None:
         """Drop everything that has arrived, and begin a step."""
         super().begin(num_microbatches)
-        self._unsynchronized = False
+        self._unsynchronized = self.has_any = False
         for total in self._sums:
             total.expect(0)
 
@@ -102,7 +103,7 @@ class ModuleGradients(Gradients):
         synchronizes = synchronizes or self._scatters_each
         for total in self._sums:
             total.expect_in_this_round(1 if synchronizes else None)
-        self._next, self._unsynchronized = 0, True
+        self._next, self._unsynchronized, self.has_any = 0, True, True
         yield
         if synchronizes:
             self._launch_all()

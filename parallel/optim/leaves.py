@@ -1,13 +1,16 @@
 """Master weights in the place of parameters in a user's own torch optimizer."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
+from parallel.chunk.managed import Manager, manage
 from parallel.chunk.spec import Segment
+from parallel.optim.elementwise import initial_value
 from parallel.storage.transfer import Tier
 
 
@@ -19,13 +22,40 @@ class Leaves:
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
         self.inner = inner
         self.is_stepping = False  # whether the engine is calling the optimizer's `step`
-        self._as_new: set[Tensor] = set()  # leaves with states of zeros, which no step has changed
-        self._found = [(s, _leaf(s.data)) for chunk in chunks for s in chunk.spec.segments(chunk.master)]
-        of_parameters = {segment.info.parameter: leaf for segment, leaf in self._found}
+        self._as_new: set[Tensor] = set()  # leaves with the states that torch begins with, which no step has changed
+        self._found = [(s, nn.Parameter(s.data)) for chunk in chunks for s in chunk.spec.segments(chunk.master)]
+        self.chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
+        self._manager: Callable[[], Manager | None] = lambda: None
+        self._empty: list[nn.Parameter] = []  # one for each group of which this rank has no segment
+        inner.state.clear()
         for group in inner.param_groups:
-            group["params"] = [of_parameters[p] for p in group["params"] if p in of_parameters]
+            group["params"] = self.of_parameters(group["params"])
+            self.begin_states(group)
 
-    def __iter__(self) -> Iterator[tuple[Segment, Tensor]]:
+    def begin_states(self, group: dict[str, Any]) -> None:
+        """Make the states of a new group that torch makes before the first step: Adagrad's."""
+        for leaf in group["params"] if isinstance(self.inner, torch.optim.Adagrad) else ():
+            total = torch.full_like(leaf, initial_value("sum", group)).detach()
+            self.inner.state[leaf] = dict(step=torch.zeros((), dtype=torch.float32), sum=total)
+
+    def manage(self, manager: Callable[[], Manager | None]) -> None:
+        """Have the leaves say, in their `.grad`, that an engine has the gradient, except while it steps."""
+        self._manager = manager
+        manage(self._all(), manager)
+
+    def of_parameters(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the leaves of those of these parameters of which this rank has a segment.
+
+        Where it has none, it is a leaf without elements, so that every rank answers for gradients in the same way.
+        """
+        of_parameter = {segment.info.parameter: leaf for segment, leaf in self._found}
+        found = [of_parameter[parameter] for parameter in parameters if parameter in of_parameter]
+        if not found:
+            self._empty.append(nn.Parameter(torch.empty(0)))
+            manage(self._empty, self._manager)
+        return found or self._empty[-1:]
+
+    def __iter__(self) -> Iterator[tuple[Segment, nn.Parameter]]:
         """Return an iterator over each segment and its leaf, in the order of the chunks."""
         return iter(self._found)
 
@@ -38,6 +68,12 @@ class Leaves:
         """Return the states that have a value for each element of a leaf, with their names."""
         state = self.inner.state.get(leaf, {})
         return [(k, x) for k, x in state.items() if isinstance(x, Tensor) and x.shape == leaf.shape and k != "step"]
+
+    def scalars(self, leaf: nn.Parameter) -> list[tuple[str, Tensor]]:
+        """Return the states that have one value for all elements of a leaf, with their names."""
+        of_elements = {kind for kind, _ in self.states(leaf)}
+        state = self.inner.state.get(leaf, {})
+        return [(k, x) for k, x in state.items() if isinstance(x, Tensor) and x.numel() == 1 and k not in of_elements]
 
     def follow(self, chunk: Chunk) -> None:
         """Make a chunk's leaves views of its master weights again, which may have moved."""
@@ -71,37 +107,37 @@ class Leaves:
 
     def start_states(self, leaves: Sequence[Tensor] | None = None) -> None:
         """Make the states that torch makes in a first step, for those leaves that have had none: by a step with
-        gradients and learning rates of zero. Then fill them with zeros: where a weight decay is part of the gradient,
-        torch's own would not be zero.
+        gradients and learning rates of zero. Then give them the values that torch begins with: where a weight decay is
+        part of the gradient, those after the step are others.
         """
         leaves = [leaf for _, leaf in self._found] if leaves is None else leaves
         new = [leaf for leaf in leaves if not self.inner.state[leaf]]
         rates = [group["lr"] for group in self.inner.param_groups]
-        for leaf in new:
-            leaf.grad = torch.zeros_like(leaf)
         for group in self.inner.param_groups:
             group["lr"] = 0.0
         with self.stepping():
+            for leaf in new:
+                leaf.grad = torch.zeros_like(leaf)
             type(self.inner).step(self.inner)  # a scheduler counts the calls of inner.step
         for group, rate in zip(self.inner.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.inner.zero_grad()
+        group_of = {leaf: group for group in self.inner.param_groups for leaf in group["params"]}
         for leaf in new:
-            for value in self.inner.state[leaf].values():
+            for kind, value in self.inner.state[leaf].items():
                 if isinstance(value, Tensor):
-                    value.zero_()
+                    value.fill_(initial_value(kind, group_of[leaf]))
         self._as_new |= set(new)
 
     def names_as_new(self) -> set[str]:
-        """Return the names of the parameters with states of zeros, which no step has changed."""
+        """Return the names of the parameters with the states that torch begins with, which no step has changed."""
         return {segment.info.name for segment, leaf in self._found if leaf in self._as_new}
 
     def set_as_new(self, names: Set[str]) -> None:
-        """Take the states of these parameters, and of no others, for zeros that no step has changed."""
+        """Take the states of these parameters, and of no others, for those that no step has changed."""
         self._as_new = {leaf for segment, leaf in self._found if segment.info.name in names}
 
     def drop_states_as_new(self) -> None:
-        """Drop states of zeros, before a step, where it would differ from a first step: SGD dampens all but the first.
+        """Drop states that are as new, before a step that would else differ from a first one: SGD dampens all others.
 
         So a checkpoint that is saved before the first step changes nothing.
         """
@@ -116,12 +152,16 @@ class Leaves:
     def stepping(self) -> Iterator[None]:
         """Mark the steps in this context as the engine's."""
         self.is_stepping = True
+        leaves = self._all()
+        for leaf in leaves:
+            leaf.__class__ = nn.Parameter  # of other classes torch updates one after the other
         try:
             yield
         finally:
             self.is_stepping = False
+            for leaf in leaves:
+                leaf.grad = None
+            manage(leaves, self._manager)
 
-
-def _leaf(master: Tensor) -> Tensor:
-    """Return a view of master weights that an optimizer accepts as a parameter."""
-    return master.detach().requires_grad_()
+    def _all(self) -> list[nn.Parameter]:
+        return [*(leaf for _, leaf in self._found), *self._empty]

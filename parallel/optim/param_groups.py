@@ -1,11 +1,11 @@
 """The param groups of a torch optimizer, in a checkpoint: every field of each, and the names of its parameters."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.errors import names_text
 from parallel.layout.layout import ParameterInfo
@@ -27,8 +27,14 @@ class ParamGroups:
 
     def __init__(self, inner: torch.optim.Optimizer, infos: Sequence[ParameterInfo]) -> None:
         self.inner = inner
-        sources = {info.parameter: info.sources for info in infos}
-        self.names = [[name for p in group["params"] for name in sources.get(p, ())] for group in inner.param_groups]
+        self._sources = {info.parameter: info.sources for info in infos}
+        self.names: list[list[str]] = []
+        for group in inner.param_groups:
+            self.add(group["params"])
+
+    def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note a group of these parameters of the model, which comes after the others."""
+        self.names.append([name for parameter in parameters for name in self._sources.get(parameter, ())])
 
     def state(self) -> list[SavedGroup]:
         """Return each group's names, and all of its fields but `params` and the ways to compute."""

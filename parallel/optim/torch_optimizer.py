@@ -1,20 +1,21 @@
 """A user's own torch optimizer, on master weights that are divided over ranks and may be on any tier."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
-from parallel.errors import ModelError, either
+from parallel.chunk.managed import Manager
+from parallel.errors import ModelError
 from parallel.layout.layout import Piece
 from parallel.optim.adamw import scaled
+from parallel.optim.elementwise import initial_value, refuse_unless_elementwise
 from parallel.optim.leaves import Leaves
 from parallel.optim.param_groups import ParamGroups, SavedGroup
+from parallel.optim.takeover import take_over
 from parallel.storage.transfer import Placement, Tier
-
-ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class TorchOptimizer:
@@ -39,6 +40,11 @@ class TorchOptimizer:
             if chunk.placement.states is Tier.DISK:
                 self._start_on_disk(chunk)
 
+    def take_over(self, manager: Callable[[], Manager | None], drop_gradients: Callable[..., None]) -> None:
+        """Have the methods of the user's optimizer do what an engine can do, or say what to call instead."""
+        self._leaves.manage(manager)
+        take_over(self.inner, self._leaves, self.groups, drop_gradients)
+
     @property
     def lr(self) -> float:
         """The learning rate of the first group."""
@@ -48,6 +54,15 @@ class TorchOptimizer:
         """Update every weight, except those of `unused` parameters, by its gradient times `factor`, a scalar. The
         learning rates are those of the groups, whatever `lr` is.
         """
+        with self._leaves.stepping():
+            self._give_gradients(factor)
+            self._leaves.drop_states_as_new()
+            self.inner.step()
+        for pending in [chunk.write_back() for chunk in self.chunks]:
+            pending.wait()
+
+    def _give_gradients(self, factor: Tensor) -> None:
+        """Give each leaf its gradient times `factor`, or None."""
         leaves = iter(self._leaves)
         is_streamed = any(chunk.placement.states is not Tier.DEVICE for chunk in self.chunks)
         on_host = factor.cpu() if is_streamed else factor
@@ -60,12 +75,6 @@ class TorchOptimizer:
             for segment in chunk.spec.segments(gradient):
                 _, leaf = next(leaves)
                 leaf.grad = None if segment.info.parameter in self.unused else segment.data
-        self._leaves.drop_states_as_new()
-        with self._leaves.stepping():
-            self.inner.step()
-        self.inner.zero_grad()
-        for pending in [chunk.write_back() for chunk in self.chunks]:
-            pending.wait()
 
     def pieces(self) -> dict[str, list[Piece]]:
         """Return the master weights and the optimizer's states of their elements, as pieces of public tensors: views,
@@ -87,12 +96,17 @@ class TorchOptimizer:
 
     def counters(self) -> dict[str, Any]:
         """Return what `restore` takes: the number of updates, which is that of its gradients, of each parameter with a
-        segment on this rank; 0 where its states are as new.
+        segment on this rank, 0 where its states are as new; and its other states that are one number, as NAME/KIND.
         """
         self._leaves.start_states()
-        states = [(segment.info.name, self.inner.state[leaf]) for segment, leaf in self._leaves]
-        steps = {name: float(state["step"]) for name, state in states if "step" in state}
+        scalars = [(segment.info.name, *x) for segment, leaf in self._leaves for x in self._leaves.scalars(leaf)]
+        steps = {name if kind == "step" else f"{name}/{kind}": float(value) for name, kind, value in scalars}
         return dict(steps=steps | dict.fromkeys(self._leaves.names_as_new(), 0.0))
+
+    def initial_value(self, kind: str, name: str) -> float:
+        """Return the number with which torch fills a kind of state of this parameter before its first update."""
+        groups = zip(self.groups.names, self.inner.param_groups, strict=True)
+        return next((initial_value(kind, group) for names, group in groups if name in names), 0.0)
 
     def restore_groups(self, saved: Mapping[int, SavedGroup]) -> None:
         """Set the fields of these groups, by their numbers, and have the states that the fields ask for."""
@@ -108,12 +122,13 @@ class TorchOptimizer:
 
     def restore(self, updates: int, *, steps: Mapping[str, float] | None = None) -> None:
         """Go on after `updates` updates, with master weights and states that were filled through `pieces`. `steps` has
-        the number of updates of each parameter for which it is another.
+        the number of updates of each parameter for which it is another, and the other states that are one number.
         """
         steps = steps or {}
         for segment, leaf in self._leaves:
-            if "step" in self.inner.state[leaf]:
-                self.inner.state[leaf]["step"].fill_(steps.get(segment.info.name, updates))
+            for kind, value in self._leaves.scalars(leaf):
+                name = segment.info.name if kind == "step" else f"{segment.info.name}/{kind}"
+                value.fill_(steps.get(name, updates if kind == "step" else float(value)))
         self._leaves.set_as_new({name for name, count in steps.items() if not count})
 
     def move(self, chunk: Chunk, placement: Placement) -> None:
@@ -159,19 +174,15 @@ class TorchOptimizer:
             raise ModelError("optimizer.step(): the engine has the gradients. Call engine.step() instead.")
 
 
-def _states_of_group(group: Mapping[str, Any]) -> tuple[bool, bool]:
+def _states_of_group(group: Mapping[str, Any]) -> tuple[bool, ...]:
     """Return what decides which states the parameters of a group have, in the accepted optimizers."""
-    return bool(group.get("amsgrad")), bool(group.get("momentum"))
+    return bool(group.get("amsgrad")), bool(group.get("momentum")), bool(group.get("centered"))
 
 
 def _check(chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
     """Raise ModelError if an optimizer cannot update the divided master weights of these chunks."""
-    if type(inner) not in ELEMENTWISE:
-        known = either(cls.__name__ for cls in ELEMENTWISE)
-        raise ModelError(
-            f"optimizer: {type(inner).__name__} is not known to update every element by itself. Use {known}."
-        )
-    if inner.state:
+    refuse_unless_elementwise(inner)
+    if any(state.get("step") for state in inner.state.values()):
         raise ModelError(
             "optimizer: it has taken steps already. Pass a new one: engine.load_checkpoint restores a state."
         )

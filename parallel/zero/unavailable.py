@@ -104,7 +104,7 @@ def _refusal(parameter: "UnavailableParameter") -> ModelError:
         return ModelError(
             "model: a parameter is used while no forward and no backward of the engine is running. In zero stage 3, and"
             " where parameters are offloaded, each rank then holds a slice of it, or none. Use it in the model's"
-            " forward, or take weights from engine.save_pretrained or engine.save_checkpoint, on every rank."
+            " forward, or in `with engine.full_parameters()`, on every rank."
         )
     return ModelError(
         f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 the parameters of"

@@ -1,0 +1,122 @@
+"""Writes of others than the engine into parameters: they are noticed, compared between ranks, and counted."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.chunk.chunk import Chunk
+from parallel.chunk.fingerprint import fingerprint
+from parallel.errors import ModelError
+from parallel.mesh.collectives import all_gather, all_reduce, gather_objects
+from parallel.mesh.mesh import Axis
+
+LOST = (
+    "it was written into while this rank does not have its values, so that what was written is lost. With zero.stage=3,"
+    " and with parameters on the host, write in `with engine.full_parameters(writable=True)`."
+)
+
+
+class Writes:
+    """Watches the parameters of chunks between the engine's own writes.
+
+    Versions, which torch counts, show at once what was written with `copy_`, `load_state_dict` and the like.
+    Fingerprints of the buffers also show what was written through `.data`, and are compared once a step. What was
+    written counts: it is taken over into the master weights. All ranks must have written the same.
+
+    Parameters that are gathered on demand have no values between two uses, so what is written there is refused.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], world: Axis) -> None:
+        self._chunks, self._world = list(chunks), world
+        self._noted: dict[Chunk, Tensor] = {}  # the fingerprint of each chunk whose parameters stay whole
+        self.note()
+
+    def note(self) -> None:
+        """Note that all parameters are now as the engine has written them."""
+        self._noted = {chunk: fingerprint(chunk.parameters.whole) for chunk in self._chunks if _stays_whole(chunk)}
+        for chunk in self._chunks:
+            chunk.parameters.writes.note()
+
+    def seen(self) -> list[str]:
+        """Return the names of parameters into which somebody has written, as far as their versions show it."""
+        return [name for chunk in self._chunks if _stays_whole(chunk) for name in chunk.parameters.writes.names()]
+
+    def problem(self) -> str:
+        """Return a message about a parameter that was written into while it had no values, once; or an empty string."""
+        problem = ""
+        for chunk in self._chunks:
+            if not _stays_whole(chunk):
+                if not chunk.parameters.is_whole and chunk.parameters.writes.names():
+                    chunk.parameters.note_lost_writes()
+                if lost := chunk.parameters.writes.take_lost():
+                    problem = problem or f"{lost}: {LOST}"
+        return problem
+
+    def changed(self) -> Tensor:
+        """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
+        flags = [torch.zeros((), dtype=torch.bool, device=self._chunks[0].memory.device)]
+        for chunk in self._chunks:
+            writes = chunk.parameters.writes
+            if not _stays_whole(chunk):
+                chunk.parameters.note_lost_writes()
+                flags += [] if writes.damaged is None else [writes.damaged]
+            elif chunk in self._noted:
+                flags.append(fingerprint(chunk.parameters.whole) != self._noted[chunk])
+            if writes.is_any():
+                flags.append(torch.ones_like(flags[0]))
+        return torch.stack(flags).sum(dtype=torch.float64)
+
+    def take_if_any(self) -> None:
+        """Take over what was written; every rank calls this. Raises ModelError as `take` does."""
+        if all_reduce(self.changed(), self._world).item():
+            self.take()
+
+    def take(self) -> None:
+        """Take over what was written on any rank; every rank calls this.
+
+        Raises ModelError, on every rank, where ranks have written different values, or where values are lost.
+        """
+        problems = [self.problem(), *(self._problem_of(chunk) for chunk in self._chunks)]
+        if all_problems := dict.fromkeys(x for found in gather_objects(problems, self._world) for x in found if x):
+            raise ModelError(*all_problems)
+        for chunk in self._chunks:
+            chunk.take_written()
+        self.note()
+
+    def _problem_of(self, chunk: Chunk) -> str:
+        """Return a message where ranks that have the same parameters have written different values into them."""
+        parameters, info = chunk.parameters, chunk.infos[0]
+        writes = parameters.writes
+        mine = fingerprint(parameters.whole) if _stays_whole(chunk) else writes.kept
+        mine = torch.zeros((), dtype=torch.int64, device=chunk.memory.device) if mine is None else mine
+        names = [self._first_that_differs(chunk, mine, axis) for axis in (*chunk.spec.axes, *info.layout.copies)]
+        if writes.take_damaged():
+            return f"{info.name}, or another parameter of its layer: {LOST}"
+        if chunk.gradient.is_in_parameters and writes.kept is not None:
+            return f"{info.name}: {LOST}"
+        if any(names):
+            return (
+                f"{next(filter(None, names))}: ranks have written different values into it. Write the same on every"
+                " rank, or rank 0's in `with engine.full_parameters(writable=True)`."
+            )
+        return ""
+
+    def _first_that_differs(self, chunk: Chunk, mine: Tensor, axis: Axis) -> str:
+        """Return the name of the first parameter whose values differ between the ranks of an axis, or an empty string.
+
+        `mine` is the fingerprint of all of them.
+        """
+        if bool((all_gather(mine[None], 0, axis) == mine).all()):  # on all ranks of the axis, or on none
+            return ""
+        if not _stays_whole(chunk):
+            return f"{chunk.infos[0].name}, or another parameter of its layer"
+        whole = chunk.parameters.whole
+        each = torch.stack([fingerprint(whole[start:stop]) for start, stop in chunk.spec.ranges])
+        marks = all_gather(each, 0, axis).view(axis.size, -1)
+        differs = (marks != marks[0]).any(0).tolist()
+        return next(info.name for info, is_other in zip(chunk.infos, differs, strict=True) if is_other)
+
+
+def _stays_whole(chunk: Chunk) -> bool:
+    return not chunk.is_gathered_on_demand

@@ -1,0 +1,60 @@
+"""The optimizers of torch's that update every element by itself, and the states with which they begin."""
+
+import inspect
+from typing import Any
+
+import torch
+
+from parallel.errors import ModelError, either
+
+ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+
+def refuse_unless_elementwise(inner: torch.optim.Optimizer) -> None:
+    """Raise ModelError for an optimizer that is not known to update every element by itself.
+
+    A subclass is known if it inherits the step of a class that is.
+    """
+    bases = [base for base in ELEMENTWISE if isinstance(inner, base)]
+    known = either(cls.__name__ for cls in ELEMENTWISE)
+    if not bases:
+        raise ModelError(
+            f"optimizer: {type(inner).__name__} is not known to update every element by itself. Use {known}."
+        )
+    if not any(_is_inherited(type(inner), base) for base in bases):
+        raise ModelError(
+            f"optimizer: {type(inner).__name__} has a step of its own, which is not known to update every element by"
+            f" itself. Inherit the step, or use {known}."
+        )
+    if any(group.get("differentiable") for group in inner.param_groups):
+        raise ModelError("optimizer: differentiable=True is for a step within a graph. Use differentiable=False.")
+
+
+def initial_value(kind: str, group: dict[str, Any]) -> float:
+    """Return the number with which torch fills a state of this name before a parameter's first update."""
+    match kind:
+        case "step_size" | "eta":  # Rprop, ASGD
+            return float(group["lr"])
+        case "mu" | "mu_product":  # ASGD, NAdam
+            return 1.0
+        case "sum":  # Adagrad
+            return float(group["initial_accumulator_value"])
+        case _:
+            return 0.0
+
+
+def _is_inherited(cls: type[torch.optim.Optimizer], base: type[torch.optim.Optimizer]) -> bool:
+    """Return whether a class does its steps as `base` does: torch wraps the step of each class that is used."""
+    return all(inspect.unwrap(getattr(cls, x)) is inspect.unwrap(getattr(base, x)) for x in ("step", "_init_group"))
