@@ -33,7 +33,10 @@ class ForwardInputs:
         module = getattr(module, "_orig_mod", module)  # of a compiled module
         base = getattr(module, "get_base_model", None)
         forward = (base() if callable(base) else module).forward
-        parameters = inspect.signature(forward).parameters.values()
+        try:
+            parameters = inspect.signature(forward).parameters.values()
+        except (TypeError, ValueError):  # it is not a function of Python
+            return cls((), takes_all=True)
         by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         names = [one.name for one in parameters if one.kind in by_name]
         rest = [one.name for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD]
@@ -56,7 +59,7 @@ def _keys_of_a_typed_dict(forward: Callable[..., Any], name: str) -> tuple[str, 
     """Return the keys of a forward's keyword arguments where they are annotated as a typed dict, else None."""
     try:
         annotation = typing.get_type_hints(inspect.unwrap(forward)).get(name)
-    except (NameError, TypeError, AttributeError):  # a name that exists for type checkers only
+    except (NameError, TypeError, AttributeError, SyntaxError, ImportError):  # a name for type checkers only
         return None
     for kind in typing.get_args(annotation):
         if typing.is_typeddict(kind):
