@@ -424,7 +424,9 @@ def refusals(rank: int, world_size: int) -> list[str]:
         kind = torch.optim.Adafactor
         expect(lambda: parallel.initialize(one := model(), kind(one.parameters())))
         expect(lambda: parallel.initialize(model(), torch.optim.SGD(model().parameters())))
-        expect(lambda: parallel.initialize(model(), train_dataloader=DataLoader(dataset, batch_size=9)))
+        expect(
+            lambda: parallel.initialize(model(), train_dataloader=DataLoader(dataset, num_workers=1, in_order=False))
+        )
         expect(lambda: parallel.initialize(model())[0].backward(torch.ones(3, requires_grad=True)))
     return said
 

@@ -133,7 +133,7 @@ def train_by_engine(rank: int, world_size: int, stage: int) -> dict[str, dict[st
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (3, 1), (2, 2), (3, 3)])
 def test_a_users_loop_over_uneven_batches_trains_as_one_process(ranks: int, stage: int) -> None:
-    """Of 5 samples, two replicas have 3 and 2; of the last batch's one sample, most have none."""
+    """Two replicas have 3 and 2 of 5 samples; the last batch has one sample, of which most replicas have none."""
     want = train_by_torch()
     for way, weights in run(train_by_engine, ranks, stage)[0].items():
         for name, x in want.items():

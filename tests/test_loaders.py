@@ -226,6 +226,7 @@ def unequal() -> Any:
     return [torch.arange(4), torch.arange(4, 9), torch.arange(9, 11)]
 
 
+FORK: Any = dict(multiprocessing_context="fork")
 LOADERS: dict[str, Callable[[], Any]] = {
     "in order": lambda: DataLoader(tokens(), batch_size=4),
     "a last batch left out": lambda: DataLoader(tokens(), batch_size=4, drop_last=True),
@@ -240,9 +241,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "drawn by weight": lambda: DataLoader(
         tokens(), batch_size=5, sampler=WeightedRandomSampler([1.0] * NUM, NUM, replacement=False)
     ),
-    "read by workers": lambda: DataLoader(tokens(), batch_size=4, shuffle=True, num_workers=2),
+    "read by workers": lambda: DataLoader(tokens(), batch_size=4, shuffle=True, num_workers=2, **FORK),
     "read by workers that stay": lambda: DataLoader(
-        tokens(), batch_size=3, shuffle=True, num_workers=1, persistent_workers=True
+        tokens(), batch_size=3, shuffle=True, num_workers=1, persistent_workers=True, **FORK
     ),
     "a sampler that draws from torch": lambda: DataLoader(
         tokens(), batch_size=4, sampler=Own(lambda: torch.randperm(NUM).tolist())
@@ -263,7 +264,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "a loader of a class of its own": lambda: Doubling(tokens(), batch_size=4, shuffle=True),
     "a loader that reads by itself": lambda: Fetching(tokens(), batch_size=4, shuffle=True),
     "a dataset that is iterated over": lambda: DataLoader(Stream(), batch_size=4),
-    "a dataset that workers divide": lambda: DataLoader(Stream(), batch_size=2, num_workers=2),
+    "a dataset that workers divide": lambda: DataLoader(Stream(), batch_size=2, num_workers=2, **FORK),
     "batch_size=None": lambda: DataLoader(unequal(), batch_size=None, shuffle=True),
     "batch_size=None of a stream": lambda: DataLoader(Wholes(), batch_size=None),
     "a list of batches": unequal,
@@ -310,7 +311,11 @@ def divided_by(engine: Any, loader: Any) -> Any:
 
 
 def may_have_children() -> None:
-    """Let this rank start workers of a DataLoader: a daemonic process, which a rank of the harness is, may not."""
+    """Let this rank start workers of a DataLoader: a daemonic process, which a rank of the harness is, may not.
+
+    What the workers share is in files: for descriptors they would need the temporary folder of the fork server.
+    """
+    torch.multiprocessing.set_sharing_strategy("file_system")
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""How far a divided loader has handed out its batches, and how it goes on after a checkpoint."""
+"""The progress of a divided loader: what it has handed out, and where it goes on after a checkpoint."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -14,13 +14,13 @@ from parallel.mesh.agreement import Agreement
 from parallel.modules.shares import Replica, Share, Shares
 
 KEYS = {"epoch", "batches", "set_epoch", "generators", "source"}
-"""What is in the state of a loader: how many iterations were begun before the one in progress, how many batches of that
+"""The keys of a loader's state: how many iterations were begun before the one in progress, how many batches of that
 one were handed out, the last argument of set_epoch, the states of random generators, and the state of what batches are
 read from (None between two iterations)."""
 
 
 class Progress:
-    """How far one iteration over a loader is: what was taken from torch's iterator, and what the user was handed."""
+    """The progress of an iteration over a loader: what torch's iterator has yielded, and what the user was handed."""
 
     def __init__(self) -> None:
         self.num_taken = self.num_handed = 0

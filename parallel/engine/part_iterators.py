@@ -24,7 +24,7 @@ class Receiver(Protocol):
 
 
 class Divided(Protocol):
-    """What these iterators know of the division of a loader."""
+    """The division of a loader, as these iterators need it."""
 
     replica: Replica
     agreement: Agreement
@@ -99,7 +99,7 @@ class IndexedParts(PartIterator):
 
 
 class StreamRead:
-    """What has been read of a stream since it was begun, with generators in these states."""
+    """The number and the digest of the batches that were read of a stream, since it was begun in these states."""
 
     def __init__(self, at_start: States) -> None:
         self._at_start, self.count, self._digest = at_start, 0, 0

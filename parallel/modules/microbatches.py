@@ -1,4 +1,4 @@
-"""As many microbatches on every replica, so that all of them run the same layers as often."""
+"""The same number of microbatches on every replica, so that all of them run the same layers as often."""
 
 from collections.abc import Iterable
 from dataclasses import replace
