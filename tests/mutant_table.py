@@ -43,7 +43,6 @@ REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_s
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch[apart]"
 NEAR = LOSS.replace("apart", "near")
 BF16 = "tests/test_training.py::test_one_seed_draws_one_model_in_every_layout[bf16]"
-AGREED, SHARES = "parallel/engine/agreed_batches.py", "parallel/modules/shares.py"
 SEED = f"{RULES}::test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once[1d2]"
 
 
@@ -521,7 +520,7 @@ MODULES = (
            TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
            f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
-           AGREED, "pickle.loads(broadcast_bytes(packed, self._agreement.axis))", "pickle.loads(packed)",
+           "parallel/engine/loaders.py", "manual_seed(seeds[0])", "manual_seed(seeds[axis.rank])",
            f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
 )
 
@@ -604,8 +603,8 @@ PLACEMENT = (
     Mutant("uneven-samples", "replicas with different numbers of samples wait for each other",
            ENGINE, "if total**2 != self.data.size * squares:", "if False:",
            "tests/test_batches.py::test_replicas_with_different_numbers_of_samples_are_refused"),
-    Mutant("loader-counts-what-is-left-out", "a loader's length is not the number of batches that it yields",
-           AGREED, "return len(self._batches)", "return len(self._batches) - 1",
+    Mutant("loader-counts-what-is-left-out", "a loader's length counts a last batch that it does not yield",
+           "parallel/engine/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",
            "tests/test_module_shapes.py::test_a_divided_loader_is_as_long_as_what_it_yields"),
     Mutant("step-time-of-one-slow-step", "the reported step time of a plan is that of one slow step",
            "parallel/placement/report.py", "median(self._seconds[SETTLING:])", "max(self._seconds[SETTLING:])",
@@ -693,25 +692,6 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
-LOADERS = (
-    Mutant("shares-weigh-nothing", "the gradients of a smaller part of a batch count as much as those of a larger one",
-           SHARES, "return self.own * self.num_replicas / self.total if self.total else 1.0", "return 1.0",
-           "tests/test_loader_shares.py::test_a_users_loop_over_uneven_batches_trains_as_one_process[2-0]"),
-    Mutant("read-ahead-unnoticed", "copies of a batch have the weight of the one that was read last",
-           SHARES, "if self._reads_ahead or self._last is None:", "if self._last is None:",
-           "tests/test_loader_shares.py::test_a_loss_whose_share_cannot_be_known_is_refused_on_every_rank"),
-    Mutant("repeated-sample-counts", "the labels of a sample that an empty replica repeats are counted",
-           "parallel/modules/microbatches.py", "if not counts:", "if counts is None:",
-           "tests/test_loader_shares.py::"
-           "test_train_step_and_evaluate_take_the_mean_over_the_labels_of_uneven_batches[3-0]"),
-    Mutant("resumed-loader-draws-twice", "a resumed loader draws once more what was drawn before it was saved",
-           "parallel/engine/division.py", "else self.generators.states()", "else None",
-           "tests/test_loader_state.py::test_a_loader_goes_on_with_the_next_sample_on_any_number_of_replicas[2-1]"),
-    Mutant("streams-not-compared", "ranks that read different samples are not noticed",
-           "parallel/engine/part_iterators.py", "{part.digest:08x}", "",
-           "tests/test_loader_table.py::test_every_row_of_the_table_of_loaders_is_so"),
-)
-
 # fmt: on
 
 MUTANTS = (
@@ -730,5 +710,4 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
-    *LOADERS,
 )
