@@ -206,7 +206,7 @@ ZERO = (
            "tests/test_chunk.py::test_parameters_become_views_of_one_buffer_and_keep_their_values"),
     Mutant("parameters-kept-after-a-forward", "a layer's parameters stay gathered after its forward",
            "parallel/zero/gatherer.py", "            self.units[i].make_released()\n", "            pass\n",
-           f"{STAGES}::test_no_more_than_two_layers_are_whole_at_once"),
+           f"{STAGES}::test_a_step_sends_what_the_table_of_stages_says[3]"),
     Mutant("range-without-its-last-row", "no checkpoint has the end of a parameter's slice",
            LAYOUT, "    yield from _in_row(shape, last, last * row, stop)\n", "",
            f"{STAGES}::test_rectangles_are_the_elements_of_a_range_in_order"),
