@@ -82,7 +82,7 @@ def bart() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """In bf16 torch multiplies groups of rows whose sizes are multiples of 16 bytes only."""
+    """Return a tiny Mixtral. In bf16 torch multiplies groups of rows only if each row has a multiple of 16 bytes."""
     shape: Any = SHAPE | dict(hidden_size=16, intermediate_size=24, num_key_value_heads=1)
     shape |= dict(num_local_experts=3, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1)
     return hf.MixtralForCausalLM(hf.MixtralConfig(**shape, **VOCABULARY))

@@ -182,8 +182,8 @@ class ParameterBuffer:
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of this shape whose elements are one element in memory: NaN, or 0 in a dtype that has no NaN.
 
-    Nothing reads it: `zero.unavailable` refuses that. A tensor without any
-    storage would not do: elementwise kernels read it regardless, and crash.
+    Nothing should read it: `zero.unavailable` refuses that. A tensor without any storage would not do: elementwise
+    kernels would read it regardless, and crash.
     """
     empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
     return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))

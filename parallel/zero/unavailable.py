@@ -23,7 +23,7 @@ DESCRIBING = {
 """The names of functions that read no values of a tensor. So do those that begin with `is_`, except for one."""
 
 MAKING = {name for name in DESCRIBING if name.endswith("_like") or name.startswith("new_")} | {"grad"}
-"""Those of them that return another tensor."""
+"""The names of those of them that return another tensor."""
 
 
 class UnavailableParameter(nn.Parameter):
@@ -107,7 +107,7 @@ def _refusal(parameter: "UnavailableParameter") -> ModelError:
             " forward, or in `with engine.full_parameters()`, on every rank."
         )
     return ModelError(
-        f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3 the parameters of"
-        " an entry of a ModuleList are available only in its own forward and backward. Call the entry itself,"
-        " or keep the parameter outside of the ModuleList."
+        f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3, and where parameters are"
+        " offloaded, those of an entry of a ModuleList are available only in its own forward and backward. Call the"
+        " entry itself, or keep the parameter outside of the ModuleList."
     )
