@@ -81,7 +81,7 @@ class Writes:
         """
         problems = [self.problem(), *(self._problem_of(chunk) for chunk in self._chunks)]
         if all_problems := dict.fromkeys(x for found in gather_objects(problems, self._world) for x in found if x):
-            raise ModelError(*all_problems)
+            raise ModelError("\n".join(all_problems))
         for chunk in self._chunks:
             chunk.take_written()
         self.note()
