@@ -438,7 +438,7 @@ def optimizers(rank: int, world_size: int, stage: int) -> list[str]:
 
 
 CHECKS: dict[str, Callable[[int, int, int], list[str]]] = {
-    "`load_state_dict`, `p.copy_()`, `nn.init`, `p.data.clamp_()` or any other write, the same on every rank": (
+    "`load_state_dict`, `p.copy_()`, `nn.init`, `p.data = x`, `p.data.clamp_()` and the like, the same on every rank": (
         writes_that_count
     ),
     "a write of other values, or on some ranks only": writes_that_differ,

@@ -81,6 +81,11 @@ def initialize_again(module: nn.Module) -> None:
     nn.init.constant_(module.get_parameter("layers.1.bias"), 2.0)
 
 
+def replace_data(module: nn.Module) -> None:
+    parameter = module.get_parameter("layers.1.weight")
+    parameter.data = parameter.data * 2
+
+
 WRITES: dict[str, Callable[[nn.Module], None]] = {
     "load_state_dict": load,
     "copy_": copy_without_grad,
@@ -89,6 +94,7 @@ WRITES: dict[str, Callable[[nn.Module], None]] = {
     "detach()[0, 0] = 3": write_detached,
     "numpy": write_storage,
     "init": initialize_again,
+    ".data = ...": replace_data,
 }
 
 

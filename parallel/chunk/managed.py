@@ -49,6 +49,9 @@ class ManagedParameter(nn.Parameter):
                 )
         _GRAD.__set__(self, gradient)
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(nn.Parameter(self.detach(), self.requires_grad))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Return an ordinary parameter with a copy of the values. Raises ModelError where there are none."""
         if id(self) not in memo:

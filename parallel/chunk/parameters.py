@@ -138,6 +138,21 @@ class ParameterBuffer:
         self.on_show(False)
         self._show([shared.expand(shape) for shape in self.spec.shapes])
 
+    def take_replaced(self) -> None:
+        """Copy the values of parameters whose `.data` somebody has replaced, and make them views of this buffer again.
+
+        A parameter that has become one of another shape, dtype or device stays as it is.
+        """
+        for info, start in zip(self.spec.infos, self.spec.starts, strict=True):
+            parameter = info.parameter
+            if self.shows(parameter) or tuple(parameter.shape) != tuple(info.layout.local_shape):
+                continue
+            if (parameter.dtype, parameter.device) == (self.whole.dtype, self.whole.device):
+                view = self.whole[start : start + parameter.numel()].view(parameter.shape)
+                view.copy_(parameter.detach())
+                parameter.data = view
+                torch.autograd.graph.increment_version(parameter)
+
     def note_lost_writes(self) -> None:
         """Note what somebody has written into parameters that have no values now."""
         if not self.is_whole:

@@ -12,8 +12,8 @@ from parallel.mesh.collectives import all_gather, all_reduce, gather_objects
 from parallel.mesh.mesh import Axis
 
 LOST = (
-    "it was written into while this rank does not have its values, so that what was written is lost. With zero.stage=3,"
-    " and with parameters on the host, write in `with engine.full_parameters(writable=True)`."
+    "it was written into while this rank does not have its values (zero.stage=3, or parameters on the host). Write in"
+    " `with engine.full_parameters(writable=True)`."
 )
 
 
@@ -40,6 +40,7 @@ class Writes:
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""
+        self._take_replaced()
         return [name for chunk in self._chunks if _stays_whole(chunk) for name in chunk.parameters.writes.names()]
 
     def problem(self) -> str:
@@ -55,6 +56,7 @@ class Writes:
 
     def changed(self) -> Tensor:
         """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
+        self._take_replaced()
         flags = [torch.zeros((), dtype=torch.bool, device=self._chunks[0].memory.device)]
         for chunk in self._chunks:
             writes = chunk.parameters.writes
@@ -79,10 +81,16 @@ class Writes:
         """
         problems = [self.problem(), *(self._problem_of(chunk) for chunk in self._chunks)]
         if all_problems := dict.fromkeys(x for found in gather_objects(problems, self._world) for x in found if x):
-            raise ModelError(*all_problems)
+            raise ModelError("\n".join(all_problems))
         for chunk in self._chunks:
             chunk.take_written()
         self.note()
+
+    def _take_replaced(self) -> None:
+        """Take values that came by `p.data = ...` where parameters stay whole."""
+        for chunk in self._chunks:
+            if _stays_whole(chunk):
+                chunk.parameters.take_replaced()
 
     def _problem_of(self, chunk: Chunk) -> str:
         """Return a message where ranks that have the same parameters have written different values into them."""

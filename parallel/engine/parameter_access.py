@@ -72,8 +72,8 @@ class ParameterAccess(ModuleState):
             error = raised
         finally:
             self._original.in_use = ""
-            full.close()
-        problem = f"full_parameters: {type(error).__name__}: {error}" if error is not None else ""
+            problem = full.close()
+        problem = f"full_parameters: {type(error).__name__}: {error}" if error is not None else problem
         if not (problem or writable) and full.was_written():
             problem = READ_ONLY
         try:

@@ -34,6 +34,20 @@ class WholeChunk:
         chunk.parameters.lend(spec.views(found.shown))
         return found
 
+    def close(self) -> str:
+        """Make the parameters views of what they were before. Return a message about `.data` that does not fit."""
+        problem = ""
+        for info, view in zip(self.chunk.infos, self.chunk.spec.views(self.shown), strict=True):
+            given = info.parameter.detach()
+            if given.data_ptr() == view.data_ptr() and given.dtype == view.dtype and given.shape == view.shape:
+                continue
+            if (given.shape, given.dtype, given.device) == (view.shape, view.dtype, view.device):
+                view.copy_(given)
+            else:
+                problem = f"{info.name}: it was {list(view.shape)} in {view.dtype}, and its .data is another kind now."
+        self.chunk.parameters.take_back()
+        return problem
+
     def write(self) -> None:
         """Take over rank 0's values; every rank calls this. An element that nobody has set keeps its precision."""
         chunk, spec = self.chunk, self.chunk.spec
@@ -71,10 +85,13 @@ class FullParameters:
         """Return whether somebody has set values on this rank."""
         return self._fingerprints() != self._marks
 
-    def close(self) -> None:
-        """Make the parameters views of the engine's buffers again, whose values are as before."""
-        for whole in self._wholes:
-            whole.chunk.parameters.take_back()
+    def close(self) -> str:
+        """Make the parameters views of the engine's buffers again, whose values are as before.
+
+        Returns a message about the first one whose `.data` was replaced by something else than values for it.
+        """
+        problems = [whole.close() for whole in self._wholes]
+        return next(filter(None, problems), "")
 
     def write(self) -> None:
         """Take over rank 0's values; every rank calls this."""
