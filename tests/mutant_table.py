@@ -692,25 +692,6 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
-PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
-PARTING = (
-    Mutant("export-not-agreed-on", "a rank that exports alone waits for the others, and they for it",
-           "parallel/checkpoint/hf_folder.py", '    Agreement(axis).agree_on("an export")\n', "",
-           PARTED.format("exports alone")),
-    Mutant("other-config-accepted", "ranks train on with different learning rates",
-           "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
-           PARTED.format("has another config, code, torch or world")),
-    Mutant("killed-process-overlooked", "a process that was killed is taken for one that is only slow",
-           "parallel/watch/host_mates.py", "if has_ended(process)", "if False",
-           PARTED.format("is killed, by the system or by `os._exit`")),
-    Mutant("a-long-save-is-silence", "a rank that saves for longer than the time limit ends the run",
-           "parallel/watch/judge.py", "not one.beat.waits and not one.beat.phase and", "not one.beat.waits and",
-           "tests/test_parting.py::test_a_rank_is_not_missed_while_nobody_waits_for_it_in_vain[a long save]"),
-    Mutant("one-message-of-many", "ranks agree although one does something else",
-           "parallel/mesh/agreement.py", "largest == -smallest", "largest == largest",
-           PARTED.format("has a batch less, and then saves")),
-)
-
 # fmt: on
 
 MUTANTS = (
@@ -729,5 +710,4 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
-    *PARTING,
 )
