@@ -45,8 +45,8 @@ def check_origin(context: Context) -> None:
     if len({(shape, files) for shape, files, _ in everywhere}) > 1:
         ranks = "; ".join(f"rank {rank}: {files}" for rank, (_, files, _) in enumerate(everywhere))
         raise DataError(
-            f"model.path: {path} is not the same on every rank, in its config.json or in its weights: {ranks}. Give every"
-            " rank the same files."
+            f"model.path: {path} is not the same on every rank, in its config.json or in its weights: {ranks}. Give"
+            " every rank the same files."
         )
     if files == NO_FILES and context.place.rank == 0:
         log.warning("%s has no weights: they are drawn from train.seed %d", path, config.train.seed)
