@@ -44,6 +44,19 @@ LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_tor
 NEAR = LOSS.replace("apart", "near")
 BF16 = "tests/test_training.py::test_one_seed_draws_one_model_in_every_layout[bf16]"
 SEED = f"{RULES}::test_the_ranks_of_a_layout_draw_one_model_and_own_each_element_once[1d2]"
+RESUMES, STRICT, RESUMED_RUNS = (f"tests/test_{name}.py" for name in ("resume", "strict", "resumed_runs"))
+STATE, GROUP_FIELDS = "parallel/engine/state.py", "parallel/optim/param_groups.py"
+EVERY_FIELD = f"{RESUMES}::test_every_field_of_every_group_resumes_in_every_stage_and_placement_as_in_plain_torch"
+THAWED = f"{RESUMES}::test_what_is_frozen_is_saved_and_what_is_thawed_starts_with_new_states"
+NAMED = f"{STRICT}::test_names_left_over_and_missing_are_refused_on_every_rank_and_named_without_strict"
+LOSS_TERMS = "parallel/modules/loss_terms.py"
+LABELS = "a mean over labels, in a class of any name"
+MASKED = "a sum that is divided by a tensor, `(losses * mask).sum() / mask.sum()`"
+AGREED, SHARES = "parallel/engine/agreed_batches.py", "parallel/modules/shares.py"
+SURGERY_TESTS = "tests/test_surgery.py"
+SAVED, GRAPH_TESTS = "parallel/zero/saved.py", "tests/test_graphs.py"
+WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
+PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
 
 
 def trains(layout: str) -> str:
@@ -54,6 +67,26 @@ def trains(layout: str) -> str:
 def drops(part: str) -> str:
     """Return the test that no two samples or positions share a dropout mask in this part of a block."""
     return f"{RULES}::test_no_two_samples_and_no_two_positions_have_one_dropout_mask[{part}]"
+
+
+def counts(row: str) -> str:
+    """Return the test that losses of this row of the documentation's table equal those of one batch."""
+    return f"tests/test_any_loss.py::test_every_loss_equals_plain_torchs_with_all_samples_in_one_batch[{row}-0]"
+
+
+def graph(row: str) -> str:
+    """Return the test of a row of the document's table of graphs."""
+    return f"{GRAPH_TESTS}::test_what_the_document_says_of_graphs_is_so[{row}]"
+
+
+def folder_row(what: str) -> str:
+    """Return the test of a row of the table of model folders."""
+    return f"tests/test_folders.py::test_what_users_bring_as_a_model_is_treated_as_the_table_says[{what}]"
+
+
+def text_row(what: str) -> str:
+    """Return the test of a row of the table of texts and tokenizers."""
+    return f"tests/test_texts.py::test_what_users_bring_as_text_is_treated_as_the_table_says[{what}]"
 
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
@@ -200,7 +233,7 @@ ZERO = (
            "tests/test_chunk.py::test_parameters_become_views_of_one_buffer_and_keep_their_values"),
     Mutant("parameters-kept-after-a-forward", "a layer's parameters stay gathered after its forward",
            "parallel/zero/gatherer.py", "            self.units[i].make_released()\n", "            pass\n",
-           f"{STAGES}::test_no_more_than_two_layers_are_whole_at_once"),
+           f"{STAGES}::test_a_step_sends_what_the_table_of_stages_says[3]"),
     Mutant("range-without-its-last-row", "no checkpoint has the end of a parameter's slice",
            LAYOUT, "    yield from _in_row(shape, last, last * row, stop)\n", "",
            f"{STAGES}::test_rectangles_are_the_elements_of_a_range_in_order"),
@@ -214,7 +247,7 @@ NORM_AND_CLIP = (
     Mutant("norm-counts-the-tied-embedding-twice", "the first and the last stage both count it",
            SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.infos[0].layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of its own parameters only",
-           NORM, "return all_reduce(total, world).sqrt()", "return total.sqrt()", trains("1d2")),
+           NORM, "all_reduce(torch.stack([total, number]), world)", "torch.stack([total, number])", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank whose copy is not counted is not noticed",
            NORM,
            "total += chunk.gradient.squares() * chunk.spec.is_counted",
@@ -231,7 +264,7 @@ NORM_AND_CLIP = (
 
 MEANS = (
     Mutant("no-mean", "the gradient is that of the summed loss, not of its mean",
-           ENGINE, "scale=self.loss_scale.scale / max(1, tokens)", "scale=1.0", trains("single")),
+           ENGINE, "scale = self.loss_scale.scale / max(1, tokens)", "scale = 1.0", trains("single")),
     Mutant("count-of-this-replica", "the mean is over one replica's labels",
            ENGINE,
            "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
@@ -346,12 +379,12 @@ MODEL = (
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
-           "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
-           "first = self.num_steps * self.data.size * len(ids)",
+           "first = self.num_samples + self.data.rank * len(ids)",
+           "first = self.num_samples",
            f"{RULES}::test_replicas_have_the_dropout_masks_of_a_single_rank"),
     Mutant("dropout-the-same-in-every-step", "the numbers of samples start again in each step",
            ENGINE,
-           "first = (self.num_steps * self.data.size + self.data.rank) * len(ids)",
+           "first = self.num_samples + self.data.rank * len(ids)",
            "first = self.data.rank * len(ids)",
            f"{RULES}::test_a_batch_repeated_in_the_next_step_has_other_dropout_masks"),
 )
@@ -469,13 +502,14 @@ ORDER = (
 
 SHARDED_INIT = (
     Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
-           SHARDED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
+           SHARDED, "[i * size : (i + 1) * size]", "[:size]", LOADED),
     Mutant("tied-placeholders-compared", "a tied weight that is stored under both its names is loaded as two weights",
-           RECORDER, "func is torch.ops.aten.equal.default", "False", LOADED),
+           RECORDER, "self.read(x) if self.is_recorded(x) else x", "torch.rand(x.shape) if self.is_recorded(x) else x",
+           LOADED),
     Mutant("loaded-weights-stay-whole", "all weights stay whole while a model is loaded",
-           CONSTRUCTION,
-           "shard_parameter(parameter, self.axis)\n\n    def",
-           "pass\n\n    def",
+           RECORDER,
+           "Shard.of(x.detach().to(HOST), self.axis), x.shape",
+           "Shard.of(x.detach().to(HOST), dataclasses.replace(self.axis, size=1, rank=0)), x.shape",
            "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("overwritten-values-kept", "values that an initialization overwrites are kept until the model is complete",
            RECORDER,
@@ -483,22 +517,23 @@ SHARDED_INIT = (
            "blank = target",
            "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("each-rank-draws-its-own-model", "each rank draws its slices with a seed of its own",
-           CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
+           CONSTRUCTION, "broadcast(torch.get_rng_state(), replicas)", "torch.get_rng_state()", ONE_SEED),
     Mutant("a-draw-for-each-reading", "a value computed from a drawn weight is computed from another draw of it",
            LAZY,
            "torch.default_generator.manual_seed(self.seed)",
            "torch.default_generator.seed()",
            "tests/test_sharded_init.py::test_a_users_own_initialization_is_kept"),
-    Mutant("missing-weight-drawn", "a tensor that is missing in a directory is drawn at random, without an error",
+    Mutant("missing-weight-unsaid", "a tensor that is missing in a directory is drawn at random, without a word",
            CONSTRUCTION,
            'if hasattr(root, "from_pretrained") and not',
            "if False and not",
-           "tests/test_sharded_init.py::test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched"),
+           "tests/test_sharded_init.py::test_a_missing_tensor_is_drawn_as_hugging_face_draws_it_and_named_once"),
 )
 
 MODULES = (
     Mutant("sum-over-replicas", "a module's gradients are summed over replicas instead of averaged",
-           MODULE, "self.loss_scale.scale * self.data.size", "self.loss_scale.scale", ANY_MODULE),
+           "parallel/engine/parameter_access.py", "self.loss_scale.scale * self.data.size", "self.loss_scale.scale",
+           ANY_MODULE),
     Mutant("unused-parameter-updated", "weights that got no gradient decay, and so do their moments",
            TORCH_OPTIM, "leaf.grad = None if segment.info.parameter in self.unused else", "leaf.grad =",
            ANY_MODULE),
@@ -508,19 +543,19 @@ MODULES = (
     Mutant("problem-of-one-rank-kept", "the other ranks wait for a rank that has raised an error",
            "parallel/mesh/agreement.py", "    raise error(all_problems)", "    raise error(problem)", f"{REFUSALS}[cast]"),
     Mutant("recomputed-layer-released", "a layer is gathered once more after its recomputation",
-           GATHERER, "if _backward() < 0:", "if True:",
+           GATHERER, "if _backward() < 0 and not self._is_running(i):", "if True:",
            "tests/test_module_cost.py::test_a_step_sends_what_the_table_of_stages_says"),
     Mutant("layers-kept-through-backward", "all layers are still gathered at the end of a backward",
-           GATHERER, "        ctx.release()\n", "",
+           GATHERER, "        self._release_unused(i, following[i])\n", "",
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
     Mutant("microbatches-weigh-the-same", "the loss is a mean of the microbatches' means, whatever their numbers of labels",
-           MODULE, "loss * (count * self.data.size / tokens)", "loss * (1 / len(microbatches))",
+           MODULE, "(found.factor * (self.data.size / max(1, expected)))", "(1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "Adam resumes with the same number of steps for every parameter",
-           TORCH_OPTIM, "(steps or {}).get(segment.info.name, updates)", "updates",
+           TORCH_OPTIM, "steps.get(name, updates if", "{}.get(name, updates if",
            f"{MODULE_STATE}::test_a_checkpoint_of_one_stage_resumes_in_another_as_if_nothing_had_happened"),
     Mutant("each-replica-shuffles", "replicas take parts of different batches",
-           "parallel/engine/loaders.py", "manual_seed(seeds[0])", "manual_seed(seeds[axis.rank])",
+           AGREED, "pickle.loads(broadcast_bytes(packed, self._agreement.axis))", "pickle.loads(packed)",
            f"{MODULE_STATE}::test_a_dataloader_gives_every_replica_its_part_of_the_same_batches"),
 )
 
@@ -594,8 +629,8 @@ PLACEMENT = (
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
            "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
-           "norm, divisor)\n",
-           "        skipped = self._update(norm, divisor)\n",
+           "norm, divisor, num_written)\n",
+           "        skipped = self._update(norm, divisor, num_written)\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-mode-not-ended", "a module stays in evaluation mode after an evaluation",
            "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
@@ -603,8 +638,8 @@ PLACEMENT = (
     Mutant("uneven-samples", "replicas with different numbers of samples wait for each other",
            ENGINE, "if total**2 != self.data.size * squares:", "if False:",
            "tests/test_batches.py::test_replicas_with_different_numbers_of_samples_are_refused"),
-    Mutant("loader-counts-what-is-left-out", "a loader's length counts a last batch that it does not yield",
-           "parallel/engine/loaders.py", "count -= 0 < left < self.axis.size", "count -= False",
+    Mutant("loader-counts-what-is-left-out", "a loader's length is not the number of batches that it yields",
+           AGREED, "return len(self._batches)", "return len(self._batches) - 1",
            "tests/test_module_shapes.py::test_a_divided_loader_is_as_long_as_what_it_yields"),
     Mutant("step-time-of-one-slow-step", "the reported step time of a plan is that of one slow step",
            "parallel/placement/report.py", "median(self._seconds[SETTLING:])", "max(self._seconds[SETTLING:])",
@@ -692,6 +727,209 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
+
+COUNTED = (
+    Mutant("counts-of-the-batch", "the gradient is divided by the labels of the batch, whichever of them the loss counts",
+           MODULE, "self._step(totals.divisor / max(1, expected))", "self._step(1.0)", counts(LABELS)),
+    Mutant("ignored-labels-counted", "the labels that a loss function ignores are counted",
+           LOSS_TERMS, "counted = target != ignored_label(node)", "counted = target == target", counts(LABELS)),
+    Mutant("weights-of-classes-not-counted", "a microbatch counts its labels, and not their weights",
+           LOSS_TERMS, "if weight is None or not is_mean:", "if True:", counts("class weights, smoothed labels")),
+    Mutant("empty-mask-counts-one", "a microbatch without a label counts as one label, since its count is clamped",
+           LOSS_TERMS, "count = path.divisor * is_count", "count = path.divisor", counts(MASKED)),
+    Mutant("nan-of-an-empty-mask", "the gradient of a mean over nothing is NaN, also times zero",
+           LOSS_TERMS, "    node.register_hook(_zero_where_nothing(scalar))\n", "", counts(MASKED)),
+    Mutant("quotients-added", "a sum of losses that were divided by their count is taken for a sum of losses",
+           LOSS_TERMS, "if is_scaled(node, path.num_samples, by_weights=not is_mean and path.divisor is None):", "if False:",
+           "tests/test_any_loss.py::test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank[0]"),
+    Mutant("differing-counts-kept", "terms of a loss that count different labels are weighted as the first of them",
+           "parallel/modules/loss_sums.py", "differing > 0,", "False,",
+           "tests/test_any_loss.py::test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank[0]"),
+    Mutant("positions-ignored", "a batch's own positions are left out",
+           OPT, "if batch.position_ids is not None:", "if False:",
+           "tests/test_batch_keys.py::test_positions_of_a_batch_are_those_of_hugging_faces_opt[2d-0]"),
+)
+
+
+RESUMING = (
+    Mutant("group-fields-forgotten", "of an optimizer's groups only lr is restored",
+           GROUP_FIELDS, "for key, value in one.fields.items()", 'for key, value in one.fields.items() if key == "lr"',
+           f"{RESUMES}::test_a_resumed_schedule_equals_plain_torchs[OneCycleLR]"),
+    Mutant("tensor-lr-replaced", "a scheduler goes on with a tensor that no group has",
+           GROUP_FIELDS, "return now.copy_(saved) if isinstance(saved, Tensor) else now.fill_(saved)", "return saved",
+           f"{RESUMES}::test_a_resumed_schedule_equals_plain_torchs[StepLR of a tensor lr]"),
+    Mutant("first-step-dampened", "a checkpoint before the first step changes that step of SGD",
+           LEAVES, "self.inner.state.pop(leaf)", "pass", EVERY_FIELD),
+    Mutant("frozen-not-gathered", "loaded values of frozen parameters do not reach the other ranks",
+           BASE, "chunk.write_back().wait()", "chunk.is_frozen or chunk.write_back().wait()", THAWED),
+    Mutant("thawed-as-old", "a parameter that was frozen counts the steps of the others",
+           STATE, "steps = {info.name: 0 for info in infos if not new.isdisjoint(info.sources)}", "steps = {}", THAWED),
+    Mutant("larger-checkpoint-loads", "what a checkpoint has besides the model is left out silently",
+           STATE, "if strict and problems:", "if False:", NAMED),
+    Mutant("extra-of-rank-0", "every rank gets rank 0's extra",
+           "parallel/checkpoint/saved_values.py", "axis.rank if len(entries) == axis.size else 0", "0",
+           f"{STRICT}::test_each_rank_has_its_own_extra_again"),
+    Mutant("position-in-steps", "after a change of the batch size a run takes samples again",
+           "training/same_data.py", 'return int(counters["samples"])',
+           'return int(counters["step"]) * int(dict(_flat(metadata["config"]))[BATCH])',
+           f"{RESUMED_RUNS}::test_a_resumed_run_does_what_the_table_says[`train.global_batch_size`]"),
+    Mutant("dropout-from-steps", "after a step of another size samples get dropout masks that others had",
+           ENGINE, 'self.num_samples += self.data.size * len(batch["input_ids"])', "self.num_samples += 1",
+           f"{STRICT}::test_a_split_model_goes_on_bit_for_bit"),
+)
+
+LOADERS = (
+    Mutant("shares-weigh-nothing", "the gradients of a smaller part of a batch count as much as those of a larger one",
+           SHARES, "return self.own * self.num_replicas / self.total if self.total else 1.0", "return 1.0",
+           "tests/test_loader_shares.py::test_a_users_loop_over_uneven_batches_trains_as_one_process[2-0]"),
+    Mutant("read-ahead-unnoticed", "copies of a batch have the weight of the one that was read last",
+           SHARES, "if self._reads_ahead or self._last is None:", "if self._last is None:",
+           "tests/test_loader_shares.py::test_a_loss_whose_share_cannot_be_known_is_refused_on_every_rank"),
+    Mutant("repeated-sample-counts", "the labels of a sample that an empty replica repeats are counted",
+           "parallel/modules/microbatches.py", "if not counts:", "if counts is None:",
+           "tests/test_loader_shares.py::"
+           "test_train_step_and_evaluate_take_the_mean_over_the_labels_of_uneven_batches[3-0]"),
+    Mutant("resumed-loader-draws-twice", "a resumed loader draws once more what was drawn before it was saved",
+           "parallel/engine/division.py", "else self.generators.states()", "else None",
+           "tests/test_loader_state.py::test_a_loader_goes_on_with_the_next_sample_on_any_number_of_replicas[2-1]"),
+    Mutant("streams-not-compared", "ranks that read different samples are not noticed",
+           "parallel/engine/part_iterators.py", "{part.digest:08x}", "",
+           "tests/test_loader_table.py::test_every_row_of_the_table_of_loaders_is_so"),
+)
+
+
+SURGERY = (
+    Mutant("each-rank-keeps-its-own-values", "a sharded parameter is mixed from the values of several ranks",
+           SHARDED, "return cls(scatter(parts, axis), axis)", "return cls(parts[axis.rank].clone(), axis)",
+           f"{SURGERY_TESTS}::test_values_that_differ_by_rank_are_the_first_ranks"),
+    Mutant("memory-taken-for-empty", "values that were written into new memory before it became a parameter are lost",
+           RECORDER, "            self.forget_allocation()\n        return result", "            pass\n        return result",
+           f"{SURGERY_TESTS}::test_operations_on_weights_inside_the_block_are_those_of_plain_torch"),
+    Mutant("placeholder-computed-with", "a computation with a parameter whose values are elsewhere gives NaN",
+           SHARDED, "if name not in ABOUT | LIKE | NEW | CASTS or replaces_values:", "if False:",
+           f"{SURGERY_TESTS}::test_what_differs_by_rank_or_needs_values_that_are_elsewhere_is_refused_on_every_rank"),
+    Mutant("tied-weight-merged", "an adapter of the head is merged into the embedding that is tied to it",
+           "parallel/engine/adapters.py", "if copied.has_changed(weight):", "if False:",
+           f"{SURGERY_TESTS}::test_a_merge_that_makes_another_model_or_none_is_refused"),
+    Mutant("wide-parameter-narrowed", "a router that a model has in fp32 is computed in bf16",
+           "parallel/modules/precision.py", "dtype if dtype.itemsize > max(narrowest, precision.itemsize) else precision",
+           "precision",
+           f"{SURGERY_TESTS}::test_a_wide_parameter_in_a_narrow_model_keeps_its_dtype_and_whole_numbers_stay"),
+    Mutant("adapter-beside-its-model", "an adapter stays beside the model that it was merged into, and is added twice",
+           "parallel/checkpoint/hf_folder.py", "MODEL.replacing(ADAPTER_FILES)", "MODEL",
+           f"{SURGERY_TESTS}::test_an_adapter_trains_is_exported_and_is_merged_as_by_peft_in_one_process[lora]"),
+)
+
+GRAPHS = (
+    Mutant("late-loss-ungathered", "a backward that reaches a layer past its outputs computes with memory that is free",
+           SAVED, "        self.use()\n", "",
+           graph("a loss that reaches a layer past its outputs: on the layer itself, in a list, in a global")),
+    Mutant("saved-views-of-parameters", "the graph keeps the memory of every layer until its backward",
+           SAVED, "if found is not None and", "if False and",
+           f"{GRAPH_TESTS}::test_a_graph_keeps_no_memory_of_layers_that_are_released"),
+    Mutant("saved-versions-unchecked", "a backward computes with a tensor that was changed in place",
+           SAVED, "if self.x._version != self.version:", "if False:",
+           graph("a tensor changed in place that a backward needs")),
+    Mutant("outer-hooks-replaced", "a recomputed layer keeps all its tensors, and takes a parameter's old place",
+           SAVED, "        if self.outer is not None:\n", "        if False:\n",
+           f"{GRAPH_TESTS}::test_a_checkpoint_around_a_layer_still_decides_what_is_kept"),
+    Mutant("inputs-copied", "what a model appends to a list that it was given is lost",
+           "parallel/modules/inputs.py", "return inputs if is_same else", "return",
+           graph("lists and dicts that a layer or the model is given, and changes")),
+    Mutant("offloaded-lists-copied", "what a layer appends to a list is lost where its inputs are offloaded",
+           "parallel/activations/offload.py", "            if first:\n", "            if False:\n",
+           f"{GRAPH_TESTS}::test_a_layer_whose_inputs_are_offloaded_appends_to_the_users_list"),
+    Mutant("values-read-between-steps", "a parameter reads NaN while it has no values",
+           GATHERER, "            mark_unavailable(parameters, unit.name, use)\n", "",
+           graph("the values of any other parameter between two steps")),
+)
+
+USER_WRITES = (
+    Mutant("write-overwritten", "the next update overwrites what a user has written into a rounded parameter",
+           "parallel/chunk/writes.py", "            chunk.take_written()\n", "            pass\n",
+           f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
+    Mutant("write-through-data-missed", "only the writes that torch counts in versions are noticed",
+           "parallel/chunk/writes.py", "flags.append(fingerprint(chunk.parameters.whole) != self._noted[chunk])", "pass",
+           f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
+    Mutant("written-chunk-loses-precision", "a write rounds the master weights of all elements of its chunk",
+           "parallel/chunk/chunk.py", "torch.where(is_kept, self.master, own.to(self.master.dtype))",
+           "own.to(self.master.dtype)",
+           f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
+    Mutant("replicas-write-differently", "ranks go on with the different values that were written on them",
+           "parallel/chunk/writes.py", "        if any(names):\n", "        if False:\n",
+           f"{WRITTEN}::test_ranks_that_write_different_values_are_refused_by_the_parameters_name[1-fp32]"),
+    Mutant("write-in-forward-lost", "a layer whose forward writes into its weights is gathered again without that",
+           "parallel/chunk/parameters.py", "            self.own.copy_(part)\n", "            pass\n",
+           f"{WRITTEN}::test_what_a_forward_writes_into_its_own_weights_counts_in_every_stage"),
+    Mutant("fingerprint-without-places", "a fingerprint does not see that elements have changed places",
+           "parallel/chunk/fingerprint.py", "return ((x ^ (x >> 27)) | 1).view(2, FEW)", "return torch.ones_like(x).view(2, FEW)",
+           f"{WRITTEN}::test_a_fingerprint_sees_each_element_and_each_change_of_places"),
+    Mutant("set-on-each-rank", "each rank keeps the values that it has set itself",
+           "parallel/modules/full_parameters.py", "            broadcast(flat, spec.axes[0])\n", "            pass\n",
+           f"{ACCESS}::test_parameters_are_read_and_set_by_name_and_rank_0s_values_count[0]"),
+    Mutant("gradients-with-loss-scale", "whole gradients are not divided by the loss scale",
+           "parallel/engine/parameter_access.py", "return self.loss_scale.scale * self.data.size",
+           "return self.data.size",
+           f"{ACCESS}::test_full_gradients_have_no_loss_scale_and_the_masters_precision[fp16]"),
+    Mutant("clipped-by-config-too", "a norm that was clipped by hand is clipped as the config says",
+           "parallel/engine/parameter_access.py", "if self._clipped is None else self._clipped\n\n    def _access",
+           "\n\n    def _access",
+           f"{ACCESS}::test_gradients_norm_and_clipped_step_are_those_of_one_process[max_norms1]"),
+    Mutant("copy-with-hooks", "a copy of a module runs the hooks of the engine that trains the module",
+           "parallel/modules/independent_copy.py", "        if added := self._added_hooks.get(name):\n",
+           "        if added := set[int]():\n",
+           f"{ACCESS}::test_every_row_of_the_table_is_answered_in_its_words_on_every_rank[0]"),
+    Mutant("state-begins-with-zero", "every state of an optimizer begins with zeros, where no step has made it",
+           "parallel/optim/leaves.py", "value.fill_(initial_value(kind, group_of[leaf]))", "value.zero_()",
+           "tests/test_optimizers.py::test_each_elementwise_optimizer_trains_and_resumes_as_in_one_process[1]"),
+)
+
+
+PARTING = (
+    Mutant("export-not-agreed-on", "a rank that exports alone waits for the others, and they for it",
+           "parallel/checkpoint/hf_folder.py", '    Agreement(axis).agree_on("an export")\n', "",
+           PARTED.format("exports alone")),
+    Mutant("other-config-accepted", "ranks train on with different learning rates",
+           "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
+           PARTED.format("has another config, code, torch or world")),
+    Mutant("killed-process-overlooked", "a process that was killed is taken for one that is only slow",
+           "parallel/watch/host_mates.py", "if has_ended(process)", "if False",
+           PARTED.format("is killed, by the system or by `os._exit`")),
+    Mutant("a-long-save-is-silence", "a rank that saves for longer than the time limit ends the run",
+           "parallel/watch/judge.py", "not one.beat.waits and not one.beat.phase and", "not one.beat.waits and",
+           "tests/test_parting.py::test_a_rank_is_not_missed_while_nobody_waits_for_it_in_vain[a long save]"),
+    Mutant("one-message-of-many", "ranks agree although one does something else",
+           "parallel/mesh/agreement.py", "largest == -smallest", "largest == largest",
+           PARTED.format("has a batch less, and then saves")),
+)
+
+FOLDERS = (
+    Mutant("unusable-weights-are-none", "weights in a format that cannot be read are taken for none, and are drawn",
+           HF, "        return True  # what cannot be read may be weights", "        return False",
+           folder_row("weights in .bin, .pt, .msgpack, .h5 or .gguf alone")),
+    Mutant("own-head-left-out", "a head that is not the embedding is left out",
+           HF, "    if HEAD in found and HEAD not in expected:", "    if False:",
+           folder_row("a head of its own, in a folder that says that it is tied")),
+    Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
+           HF, 'return (name.removeprefix("head."),)', "return (EMBEDDING,)",
+           "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
+    Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
+           "models/data.py", "        return tokenizer.end, []", "        return 2, []",
+           text_row("several texts")),
+    Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
+           "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
+           text_row("texts that contain `</s>` or another special token")),
+    Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
+           "training/artifacts.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           text_row("an end token that is not the model's")),
+    Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
+           "training/run.py", "    if len(set(read)) > 1:", "    if False:",
+           text_row("texts that are not the same on every rank")),
+    Mutant("other-weights-unnoticed", "ranks start from other weights, from the files of their hosts",
+           INITIAL_VALUES, "    if len({(shape, files) for shape, files, _ in everywhere}) > 1:", "    if False:",
+           folder_row("files that are not the same on every rank")),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -710,4 +948,12 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
+    *COUNTED,
+    *RESUMING,
+    *LOADERS,
+    *SURGERY,
+    *GRAPHS,
+    *USER_WRITES,
+    *PARTING,
+    *FOLDERS,
 )
