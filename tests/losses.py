@@ -186,6 +186,13 @@ def filled_mean(output: Tensor, labels: Tensor) -> Tensor:
     return mean
 
 
+def weighted_by_samples(output: Tensor, labels: Tensor) -> Tensor:
+    """Return a mean with a weight for each sample."""
+    weights = 1 + (labels != -100).sum(1).to(output) / 4
+    losses = F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return (losses.sum(1) * weights).sum() / weights.sum()
+
+
 def mean_over_samples(output: Tensor, labels: Tensor) -> Tensor:
     """Return the sum over labels by the number of samples, those without labels included."""
     return summed(output, labels) / len(labels)
@@ -246,6 +253,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "sum divided by a count": lambda: tagger(lambda o, y: -0.5 * summed(o, y) / (y != -100).sum().clamp(1)),
     "mean of a mask that may be empty": lambda: tagger(clamped_mean),
     "mean of what is not filled": lambda: tagger(filled_mean),
+    "mean with weights of samples": lambda: tagger(weighted_by_samples),
     "sum divided by the samples": lambda: tagger(mean_over_samples),
     "mse": lambda: regression(F.mse_loss),
     "l1": lambda: regression(F.l1_loss),
@@ -298,13 +306,27 @@ def halved_quotient(output: Tensor, labels: Tensor) -> Tensor:
     return summed(output, labels) * (1 / len(labels)) / 2
 
 
+def sum_of_quotients(output: Tensor, labels: Tensor) -> Tensor:
+    mask = labels != -100
+    losses = F.cross_entropy(output.flatten(0, 1), labels.flatten().clamp(0), reduction="none").view(labels.shape)
+    return (losses * (mask / mask.sum())).sum()
+
+
+def mean_by_a_mean(output: Tensor, labels: Tensor) -> Tensor:
+    mask = (labels != -100).to(output)
+    losses = F.cross_entropy(output.flatten(0, 1), labels.flatten().clamp(0), reduction="none").view(labels.shape)
+    return (losses * mask / mask.mean()).mean()
+
+
 REFUSED: dict[str, tuple[Callable[[], Loss], str]] = {
-    "a router's loss": (router, "loss: it is not known which labels it is a mean over: it "),
+    "a router's loss": (router, "loss: it is not known which labels it is a mean over: "),
     "what has no gradient": (lambda: tagger(with_a_constant), "it adds what has no gradient"),
     "a norm": (lambda: tagger(with_norm), "LinalgVectorNormBackward0 made it"),
     "a sum times a number": (lambda: tagger(sum_times), "it is a sum that is multiplied by a number"),
     "a sum by a constant": (lambda: tagger(by_a_constant), "it is a sum that is divided by 100"),
     "a quotient, halved": (lambda: tagger(halved_quotient), "it is a sum that is multiplied by a number"),
+    "a sum of quotients": (lambda: tagger(sum_of_quotients), "its losses are multiplied by numbers before"),
+    "a mean, divided by a mean": (lambda: tagger(mean_by_a_mean), "its losses are multiplied by numbers before"),
     "a mean times its labels": (lambda: tagger(mean_times_labels), "its constant factors differ"),
     "a mean and a sum": (lambda: tagger(mean_and_sum), "it adds a sum to a mean"),
     "means over different labels": (lambda: tagger(different_means), "it adds means over different numbers of labels"),

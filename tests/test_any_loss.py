@@ -147,6 +147,7 @@ ROWS = {  # of the documentation's table, with the losses that show them
         "sum divided by a count",
         "mean of a mask that may be empty",
         "mean of what is not filled",
+        "mean with weights of samples",
     ],
     "a sum that is divided by a number, `losses.sum() / len(losses)`": [
         "sum divided by the samples",
@@ -164,6 +165,7 @@ REFUSED_ROWS = {
     "a loss that adds another function of the batch, a norm for example": "a norm",
     "a loss that adds what has no gradient": "what has no gradient",
     "a sum times a number, which may be one over the count": "a sum times a number",
+    "losses that are multiplied or divided, maybe by their count, before they are added": "a sum of quotients",
     "terms that are means over different labels": "means over different labels",
     "a list of means, one for each sample": "one mean for each sample",
     "an output without a `.loss`, and no criterion": "no loss at all",

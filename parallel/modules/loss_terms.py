@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.modules.masked_sums import has_labels, ignored_label, is_number, name_of
+from parallel.modules.masked_sums import has_labels, ignored_label, is_number, is_scaled, name_of
 
 PASSED = {"Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias", "Expand"}
 """Operations on one number, after which a mean is still a mean over the same labels, and a sum still a sum."""
@@ -164,6 +164,8 @@ def _loss_function(node: Any, name: str, path: _Path) -> Term:
 def _reduced(node: Any, sizes: Sequence[int], num_labels: Tensor, path: _Path, *, is_mean: bool) -> Term:
     """Return the term of a mean or a sum that this operation computed, over losses of these sizes."""
     factors = torch.zeros_like(num_labels) if path.factors is None else path.factors
+    if is_scaled(node, path.num_samples, by_weights=not is_mean and path.divisor is None):
+        raise NotMeasuredError("its losses are multiplied by numbers before they are added")
     if is_mean:
         return Term(num_labels, num_labels, factors)
     if path.ambiguity:
@@ -171,7 +173,8 @@ def _reduced(node: Any, sizes: Sequence[int], num_labels: Tensor, path: _Path, *
     if path.divisor is None:
         return Term(torch.ones_like(num_labels), num_labels, factors, is_sum=True)
     if path.number is None:
-        count = path.divisor * has_labels(node, path.device)
+        is_count = has_labels(node, path.device) | (path.divisor > 1)  # else it may be clamped, or zero
+        count = path.divisor * is_count
     elif path.number in (path.num_samples, *accumulate(sizes, mul)):
         count = path.divisor
     else:

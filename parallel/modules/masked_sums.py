@@ -7,15 +7,16 @@ Where the mask is empty, this divides zero by one, and not because there is one 
 number of Python, len(losses) for example, no such thing is known.
 """
 
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SHAPES = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Neg", "Transpose", "T"}
-SHAPES |= {"Permute", "Expand", "Alias", "Sum"}
-"""Operations that leave no label out."""
+PASSED = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Neg", "Transpose", "T"}
+PASSED |= {"Permute", "Expand", "Alias", "Sum", "Mean", "Mul", "Div", "MaskedFill", "Where", "Index"}
+"""Operations on losses that are masks, products, or change their shape alone."""
 
 
 def name_of(node: Any) -> str:
@@ -40,19 +41,46 @@ def is_number(x: Tensor) -> bool:
 def has_labels(total: Any, device: torch.device) -> Tensor:
     """Return whether the sum that this operation computed is over any label, a bool scalar.
 
-    It goes back through masks, selections and a loss function. What it does not know may leave no label out.
+    It goes back through masks, selections and a loss function, to the first product: its factor is the mask, or the
+    weights, that the divisor is the sum of. What it does not know may leave no label out.
     """
     found = torch.ones((), dtype=torch.bool, device=device)
+    for node, name in _way_back(total):
+        if (kept := _kept(node, name)) is not None:
+            found = found & (kept.any() if isinstance(kept, Tensor) else kept)
+            if name == "Mul":
+                break
+    return found
+
+
+def is_scaled(total: Any, num_samples: int, *, by_weights: bool) -> bool:
+    """Return whether the losses of this sum or mean were multiplied or divided before, maybe by their count.
+
+    That is a product with a tensor of one number or, with `by_weights`, also with weights or with a number of Python. A
+    mask of bools or integers leaves losses out, and weighs none.
+    """
+    for node, name in _way_back(total):
+        if name not in ("Mul", "Div"):
+            continue
+        for x in (getattr(node, side, None) for side in ("_saved_self", "_saved_other")):
+            is_tensor = isinstance(x, Tensor) and not is_number(x)
+            if x is None or (is_tensor and x.requires_grad):
+                continue
+            is_one = is_tensor and (x.ndim == 0 or (x.numel() == 1 and num_samples > 1))
+            is_mask = is_tensor and name == "Mul" and not x.is_floating_point()
+            if is_one or (by_weights and not is_mask):
+                return True
+    return False
+
+
+def _way_back(total: Any) -> Iterator[tuple[Any, str]]:
+    """Yield this operation and those before it, with their names, up to the first that is no mask, shape or product."""
     node = total
     while node is not None:
         name = name_of(node)
-        if (kept := _kept(node, name)) is not None:
-            found = found & (kept.any() if isinstance(kept, Tensor) else kept)
-        if name not in SHAPES | {"Mul", "Div", "MaskedFill", "Where"}:
-            return found
+        yield node, name
         operands = [operand for operand, _ in node.next_functions if operand is not None]
-        node = operands[0] if len(operands) == 1 else None
-    return found
+        node = operands[0] if name in PASSED and len(operands) == 1 else None
 
 
 def _kept(node: Any, name: str) -> Tensor | bool | None:
