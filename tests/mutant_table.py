@@ -605,7 +605,7 @@ PLACEMENT = (
            ENGINE, "if total**2 != self.data.size * squares:", "if False:",
            "tests/test_batches.py::test_replicas_with_different_numbers_of_samples_are_refused"),
     Mutant("loader-counts-what-is-left-out", "a loader's length is not the number of batches that it yields",
-           AGREED, "return len(self._batches)", "return len(self._batches) - 1",
+           AGREED, "return len(self._batches)", "return len(self._batches) + 1",
            "tests/test_module_shapes.py::test_a_divided_loader_is_as_long_as_what_it_yields"),
     Mutant("step-time-of-one-slow-step", "the reported step time of a plan is that of one slow step",
            "parallel/placement/report.py", "median(self._seconds[SETTLING:])", "max(self._seconds[SETTLING:])",
