@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import parallel
+from models.build import build
+from models.shapes import resolve
 from parallel.config import parse
 from parallel.engine.context import Place, make_context, use
 from parallel.engine.module_engine import ModuleEngine
@@ -206,3 +208,20 @@ def test_a_loss_whose_share_cannot_be_known_is_refused_on_every_rank() -> None:
         assert "it cannot be known which batch of the dataloader it is from" in copies
         assert "there were forwards of batches of which this replica has different shares" in mixed
         assert not known
+
+
+def evaluated_in_stages(rank: int, world_size: int) -> list[float]:
+    """Return the loss of a model of models.build over 3 samples in batches of 2: of the last, one replica has none."""
+    raw = dict(model=dict(name="opt-tiny"), data=dict(sequence_length=6))
+    raw |= dict(train=dict(precision="fp64", global_batch_size=world_size, micro_batch_size=1, steps=1))
+    context = use(make_context(parse(raw, world_size=world_size, resolve=resolve), Place(rank, world_size, rank, 1)))
+    data = [dict(input_ids=ids) for ids in torch.arange(18).view(3, 6)]
+    given: DataLoader[Any] = DataLoader(data, batch_size=2)  # type: ignore[arg-type]
+    engine, _, held_out, _ = parallel.initialize(build(context), eval_dataloader=given)
+    return [engine.evaluate(held_out), engine.evaluate(list(held_out))]
+
+
+def test_an_evaluation_in_stages_counts_a_repeated_sample_nowhere() -> None:
+    """The mean of fp64 numbers near 6 is over 15 labels, in another order."""
+    want = run(evaluated_in_stages, 1)[0][0]
+    assert run(evaluated_in_stages, 2) == [pytest.approx([want] * 2, rel=BOUND)] * 2

@@ -17,6 +17,7 @@ from parallel.engine.state import EngineState
 from parallel.errors import DataError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
+from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import Gradients
 from parallel.pipeline.microbatch import Microbatch, batch_problem, given
@@ -148,9 +149,11 @@ class Engine(EngineState):
         DataError on every rank where one replica cannot use its batch.
         """
         size = self.config.train.micro_batch_size
-        problem = batch_problem(batch, size, self.stage.interface.limits)
+        counts = self.context.shares.counts(batch)
+        problem = batch_problem(batch, size, self.stage.interface.limits) or (UNKNOWN if counts is None else None)
         batch = {} if problem else given(batch)
         labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
+        labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.
         sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])
