@@ -37,7 +37,7 @@ def save_adapters(module: nn.Module, pieces: Iterable[Piece], folder: Path, dtyp
     for name, target in adapter_folders(module, folder):
         with copied.recording() as model:
             found = adapter_tensors(model, name)
-        entries, tensors = _ordered(found, dtype)
+        entries, tensors = _ordered(copied, found, dtype)
         write_tensors_of(
             target,
             entries,
@@ -68,7 +68,7 @@ def save_merged(module: nn.Module, pieces: Iterable[Piece], folder: Path, dtype:
         state = {name: x for name, x in merged.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
     first = {id(x): name for name, x in reversed(state.items())}  # the first name of a shared tensor
     found = {name: x for name, x in state.items() if first[id(x)] == name}
-    entries, tensors = _ordered(found, dtype)
+    entries, tensors = _ordered(copied, found, dtype)
     write_tensors_of(
         folder,
         entries,
@@ -79,8 +79,12 @@ def save_merged(module: nn.Module, pieces: Iterable[Piece], folder: Path, dtype:
     )
 
 
-def _ordered(found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Entry], list[Tensor]]:
-    """Return the entries of these tensors, wide dtypes first, and the tensors in the same order."""
-    pairs = [(Entry(n, tuple(x.shape), dtype if is_weight(x) else x.dtype), x) for n, x in found.items()]
+def _ordered(copied: RecordedCopy, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Entry], list[Tensor]]:
+    """Return the entries of these tensors, wide dtypes first, and the tensors in the same order.
+
+    Weights are written in `dtype`, buffers in their own.
+    """
+    dtypes = {name: dtype if copied.is_recorded(x) and is_weight(x) else x.dtype for name, x in found.items()}
+    pairs = [(Entry(name, tuple(x.shape), dtypes[name]), x) for name, x in found.items()]
     pairs.sort(key=lambda pair: -pair[0].dtype.itemsize)
     return [entry for entry, _ in pairs], [x for _, x in pairs]

@@ -69,10 +69,14 @@ class RecordedCopy:
         """Return whether a parameter of the copy would have other values than that of the module."""
         return not self._recorder.is_constant(parameter)
 
+    def is_recorded(self, x: Tensor) -> bool:
+        """Return whether x is a parameter of the copy, or is computed from one; other tensors are real."""
+        return self._recorder.is_recorded(x)
+
     def tensors(self, wanted: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the values of these tensors of the copy, on the host; every rank calls this."""
         for x in wanted:
-            yield self._recorder.materialize(x) if self._recorder.is_recorded(x) else x.detach().to(HOST)
+            yield self._recorder.materialize(x) if self.is_recorded(x) else x.detach().to(HOST)
 
 
 def _kept(module: nn.Module) -> Iterator[tuple[int, Any]]:
