@@ -469,13 +469,14 @@ ORDER = (
 
 SHARDED_INIT = (
     Mutant("every-rank-keeps-the-first-slice", "a gathered parameter repeats its first part",
-           SHARDED, "[axis.rank * size : (axis.rank + 1) * size]", "[:size]", LOADED),
+           SHARDED, "[i * size : (i + 1) * size]", "[:size]", LOADED),
     Mutant("tied-placeholders-compared", "a tied weight that is stored under both its names is loaded as two weights",
-           RECORDER, "func is torch.ops.aten.equal.default", "False", LOADED),
+           RECORDER, "self.read(x) if self.is_recorded(x) else x", "torch.rand(x.shape) if self.is_recorded(x) else x",
+           LOADED),
     Mutant("loaded-weights-stay-whole", "all weights stay whole while a model is loaded",
-           CONSTRUCTION,
-           "shard_parameter(parameter, self.axis)\n\n    def",
-           "pass\n\n    def",
+           RECORDER,
+           "Shard.of(x.detach().to(HOST), self.axis), x.shape",
+           "Shard.of(x.detach().to(HOST), dataclasses.replace(self.axis, size=1, rank=0)), x.shape",
            "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("overwritten-values-kept", "values that an initialization overwrites are kept until the model is complete",
            RECORDER,
@@ -483,17 +484,17 @@ SHARDED_INIT = (
            "blank = target",
            "tests/test_sharded_init.py::test_a_rank_holds_its_shards_and_one_parameter_at_most"),
     Mutant("each-rank-draws-its-own-model", "each rank draws its slices with a seed of its own",
-           CONSTRUCTION, "gather_objects(torch.get_rng_state(), replicas)[0]", "torch.get_rng_state()", ONE_SEED),
+           CONSTRUCTION, "broadcast(torch.get_rng_state(), replicas)", "torch.get_rng_state()", ONE_SEED),
     Mutant("a-draw-for-each-reading", "a value computed from a drawn weight is computed from another draw of it",
            LAZY,
            "torch.default_generator.manual_seed(self.seed)",
            "torch.default_generator.seed()",
            "tests/test_sharded_init.py::test_a_users_own_initialization_is_kept"),
-    Mutant("missing-weight-drawn", "a tensor that is missing in a directory is drawn at random, without an error",
+    Mutant("missing-weight-unsaid", "a tensor that is missing in a directory is drawn at random, without a word",
            CONSTRUCTION,
            'if hasattr(root, "from_pretrained") and not',
            "if False and not",
-           "tests/test_sharded_init.py::test_a_missing_tensor_is_named_on_every_rank_and_nothing_stays_patched"),
+           "tests/test_sharded_init.py::test_a_missing_tensor_is_drawn_as_hugging_face_draws_it_and_named_once"),
 )
 
 MODULES = (
@@ -692,6 +693,30 @@ COMPILING = (
            f"{IMPORTS}::test_no_compiler_is_imported_by[0---check]"),
 )
 
+SURGERY_TESTS = "tests/test_surgery.py"
+SURGERY = (
+    Mutant("each-rank-keeps-its-own-values", "a sharded parameter is mixed from the values of several ranks",
+           SHARDED, "return cls(scatter(parts, axis), axis)", "return cls(parts[axis.rank].clone(), axis)",
+           f"{SURGERY_TESTS}::test_values_that_differ_by_rank_are_the_first_ranks"),
+    Mutant("memory-taken-for-empty", "values that were written into new memory before it became a parameter are lost",
+           RECORDER, "            self.forget_allocation()\n        return result", "            pass\n        return result",
+           f"{SURGERY_TESTS}::test_operations_on_weights_inside_the_block_are_those_of_plain_torch"),
+    Mutant("placeholder-computed-with", "a computation with a parameter whose values are elsewhere gives NaN",
+           SHARDED, "if name not in ABOUT | LIKE | NEW | CASTS or replaces_values:", "if False:",
+           f"{SURGERY_TESTS}::test_what_differs_by_rank_or_needs_values_that_are_elsewhere_is_refused_on_every_rank"),
+    Mutant("tied-weight-merged", "an adapter of the head is merged into the embedding that is tied to it",
+           "parallel/engine/adapters.py", "if copied.has_changed(weight):", "if False:",
+           f"{SURGERY_TESTS}::test_a_merge_that_makes_another_model_or_none_is_refused"),
+    Mutant("wide-parameter-narrowed", "a router that a model has in fp32 is computed in bf16",
+           "parallel/modules/precision.py", "dtype if dtype.itemsize > max(narrowest, precision.itemsize) else precision",
+           "precision",
+           f"{SURGERY_TESTS}::test_a_wide_parameter_in_a_narrow_model_keeps_its_dtype_and_whole_numbers_stay"),
+    Mutant("adapter-beside-its-model", "an adapter stays beside the model that it was merged into, and is added twice",
+           "parallel/checkpoint/hf_folder.py", 'FileNames("model", re.compile(f"{WEIGHTS.pattern}|{ADAPTER_FILES.pattern}"))',
+           'FileNames("model", WEIGHTS)',
+           f"{SURGERY_TESTS}::test_an_adapter_trains_is_exported_and_is_merged_as_by_peft_in_one_process[lora]"),
+)
+
 # fmt: on
 
 MUTANTS = (
@@ -710,4 +735,5 @@ MUTANTS = (
     *SEQUENCES,
     *ORDER,
     *COMPILING,
+    *SURGERY,
 )

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,26 @@ from parallel.mesh.mesh import Axis
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5}\.safetensors|\.safetensors(\.index\.json)?)")
+ADAPTER_FILES = re.compile(r"adapter_(config\.json|model\.(safetensors|bin))")
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """The names of files with weights: `stem`.safetensors or, where `is_divided`, numbered shards of a limited size.
+
+    Files in the folder that match `replaced` go when these are complete.
+    """
+
+    stem: str
+    replaced: re.Pattern[str]
+    is_divided: bool = True
+
+
+MODEL = FileNames("model", WEIGHTS)
+MERGED = FileNames("model", re.compile(f"{WEIGHTS.pattern}|{ADAPTER_FILES.pattern}"))
+"""An adapter that stays beside the model that it was merged into would be read, and added once more."""
+ADAPTER = FileNames("adapter_model", ADAPTER_FILES, is_divided=False)  # peft reads one file
 
 
 def write_folder(
@@ -28,24 +48,36 @@ def write_folder(
     to rank 0 in the order of the entries, one tensor at a time. Other files of the folder stay. If rank 0 cannot write,
     every rank raises a CheckpointError, and the folder stays as it was.
     """
-    for entry in entries:  # checked before a rank waits for another
-        if entry.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
     order = {entry.key: place for place, entry in enumerate(entries)}
     owned = sorted(pieces, key=lambda piece: order[piece.name])
     owners = _owners(gather_objects([(piece.name, piece.box) for piece in owned], axis), entries)
-    with replace_files(folder, WEIGHTS, axis) as temporary:
-        if axis.rank > 0:
-            for piece in owned:
-                send(piece.data.to("cpu", entries[order[piece.name]].dtype), axis, to=0)
-        else:
-            tensors = _assemble(entries, owners, owned, axis)
-            try:
-                _write_weights(temporary, entries, tensors)
+    write_tensors_of(folder, entries, _assemble(entries, owners, owned, axis), axis=axis, describe=describe)
+
+
+def write_tensors_of(
+    folder: Path,
+    entries: Sequence[Entry],
+    tensors: Iterator[Tensor],
+    *,
+    axis: Axis,
+    describe: Callable[[Path], None],
+    names: FileNames = MODEL,
+) -> None:
+    """Do as `write_folder`, with the tensors of the entries from an iterator that every rank runs to its end.
+
+    It yields the tensors on rank 0, since the other ranks may have to send parts of them. Wide dtypes come first.
+    """
+    for entry in entries:  # checked before a rank waits for another
+        if entry.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{entry.key}: it is {entry.dtype}, which safetensors cannot hold.")
+    with replace_files(folder, names.replaced, axis) as temporary:
+        try:
+            if axis.rank == 0:
+                _write_weights(temporary, entries, tensors, names)
                 describe(temporary)
-            finally:  # even after an error: the other ranks send, and wait until that is received
-                for _ in tensors:
-                    pass
+        finally:  # even after an error: the other ranks send, and wait until that is received
+            for _ in tensors:
+                pass
 
 
 Owners = dict[str, list[tuple[int, Box]]]
@@ -66,6 +98,11 @@ def _owners(boxes_of_ranks: list[list[tuple[str, Box]]], entries: Sequence[Entry
 
 def _assemble(entries: Sequence[Entry], owners: Owners, owned: Sequence[Piece], axis: Axis) -> Iterator[Tensor]:
     """Yield each tensor, whole, on rank 0, from its own pieces and those that other ranks send."""
+    if axis.rank > 0:
+        dtypes = {entry.key: entry.dtype for entry in entries}
+        for piece in owned:
+            send(piece.data.to("cpu", dtypes[piece.name]), axis, to=0)
+        return
     own = iter(owned)
     for entry in entries:
         whole = torch.empty(entry.shape, dtype=entry.dtype)
@@ -75,11 +112,11 @@ def _assemble(entries: Sequence[Entry], owners: Owners, owned: Sequence[Piece], 
         yield whole
 
 
-def _write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tensor]) -> None:
+def _write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tensor], of: FileNames) -> None:
     """Write one file, or numbered shards and their index."""
-    shards = _shards(entries)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
+    shards = _shards(entries) if of.is_divided else [list(entries)]
+    names = [f"{of.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [f"{of.stem}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
         write_tensors(folder / name, shard, itertools.islice(tensors, len(shard)))
     if len(shards) > 1:

@@ -29,6 +29,8 @@ DTYPE_NAMES = {  # as a safetensors header has them
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",

@@ -150,16 +150,17 @@ class ChunkSpec:
 
 
 def specs_of(infos: Sequence[ParameterInfo], dtype: torch.dtype, *, zero: int = 0) -> list[ChunkSpec]:
-    """Group parameters into chunks: one for all parameters of a unit that have the same decay and whose gradients are
-    summed over the same axes.
+    """Group parameters into chunks: one for all parameters of a unit that have the same decay and dtype, and whose
+    gradients are summed over the same axes. `dtype` is that of parameters which have none of their own.
 
     Ranks along an axis over which a chunk is summed get the same chunks, in the same order.
     """
     groups: dict[object, list[ParameterInfo]] = {}
     for info in infos:
-        key = info.unit, _summed_axes(info.layout), info.layout.copies, info.is_matrix, info.parameter.requires_grad
+        is_trained, own = info.parameter.requires_grad, info.dtype or dtype
+        key = info.unit, _summed_axes(info.layout), info.layout.copies, info.is_matrix, is_trained, own
         groups.setdefault(key, []).append(info)
-    return [ChunkSpec(group, dtype, zero=zero) for group in groups.values()]
+    return [ChunkSpec(group, group[0].dtype or dtype, zero=zero) for group in groups.values()]
 
 
 def _summed_axes(layout: Layout) -> tuple[Axis, ...]:

@@ -21,16 +21,17 @@ from parallel.pipeline.stage import Stage
 
 @contextmanager
 def sharded_init() -> Iterator[None]:
-    """Load or construct models in the block without any rank ever holding one whole.
+    """Load, construct or change models in the block without any rank ever holding one whole.
 
         with parallel.sharded_init():
             model = OPTForCausalLM.from_pretrained(path)
 
     In ZeRO stage 3 each data-parallel rank keeps a shard of every parameter; in other stages the model is whole after
-    the block. Its values are the same in every stage, on any number of ranks: random ones follow from the first rank's
-    torch generator. Every rank enters and leaves the block together. Raises DataError for a tensor that is not in the
-    files; RuntimeError before `launch_from_torch`. (The counterparts are FSDP's construction on the meta device,
-    torchdistx's deferred_init and DeepSpeed's zero.Init.)
+    the block. Its values are the same in every stage, on any number of ranks: those of the first rank, whose torch
+    generator the random ones follow from. The first rank logs which tensors were drawn because no file has them. Every
+    rank enters and leaves the block together. Raises ModelError on every rank for models that differ by rank, or where
+    the block fails on another one; RuntimeError before `launch_from_torch`. (The counterparts are FSDP's construction
+    on the meta device, torchdistx's deferred_init and DeepSpeed's zero.Init.)
     """
     context = current()
     replicas = context.mesh.axis("data")

@@ -60,7 +60,8 @@ class ModuleEngine(ModuleState):
 
     Gradients are the mean over replicas, and over nothing else: those of two backwards before a step add up. Parameters
     and floating-point inputs have the config's precision, and so have the buffers of the module's state; master weights
-    are fp32 at least. Gradients never stay in `.grad`: `step` clips them as the config says, and reports their norm.
+    are fp32 at least. (Of a module with several dtypes see `modules.precision.computed_dtypes`.) Gradients never stay
+    in `.grad`: `step` clips them as the config says, and reports their norm.
     In ZeRO stage 3 a parameter is NaN outside the forward and backward of its layer (see `modules.units.layers_of`) or,
     where it belongs to no layer, of the module.
 
@@ -82,7 +83,7 @@ class ModuleEngine(ModuleState):
                 " Leave parallel empty, and set zero.stage."
             )
         layers = layers_of(module)
-        infos = infos_of(module, layers, data)
+        infos = infos_of(module, layers, data, context.dtype)
         if not any(info.parameter.requires_grad for info in infos):
             raise ModelError("model: none of its parameters requires a gradient.")
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)

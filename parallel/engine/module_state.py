@@ -10,9 +10,11 @@ import torch
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import write_folder
 from parallel.checkpoint.shards import Entry, fail_together
+from parallel.engine.adapters import save_adapters, save_merged
 from parallel.engine.base import EngineBase
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
+from parallel.modules.adapters import has_adapters
 from parallel.modules.buffers import buffer_pieces
 from parallel.modules.hf_configs import write_hf_configs
 
@@ -23,14 +25,20 @@ class ModuleState(EngineBase):
     The buffers of its module belong to its state.
     """
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, merge: bool = False) -> None:
         """Write the weights as a Hugging Face directory, on every rank together.
 
         It has safetensors under the module's own names, a shared tensor once, and the module's configs. Their dtype is
-        `dtype`, by default fp32, or fp64 where that is the engine's precision. Other files of the folder are kept.
-        Raises CheckpointError on every rank where rank 0 cannot write, or where a tensor's dtype cannot be saved.
+        `dtype`, by default fp32, or fp64 where that is the engine's precision. Of a peft model the adapters are
+        written, in peft's format; with `merge` the model of which they have become a part. Other files of the folder
+        are kept. Raises CheckpointError on every rank where rank 0 cannot write, or where a tensor's dtype cannot be
+        saved; ModelError for a `merge` without adapters.
         """
         wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
+        if merge or has_adapters(self.module):
+            save = save_merged if merge else save_adapters
+            save(self.module, super().weights(), Path(folder), wide, self.mesh.world)
+            return
         entries = [Entry(i.name, i.public_shape, wide) for chunk in self.chunks for i in chunk.infos]
         entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in buffer_pieces(self.module)]
         entries.sort(key=lambda entry: -entry.dtype.itemsize)

@@ -94,6 +94,8 @@ class ParameterInfo:
     """The name of its public tensor. If public tensors of one shape are fused along dim 0, one name for each index: the
     weight [3, N, K] of q, k and v has three.
     """
+    dtype: torch.dtype | None = None
+    """The dtype in which it is computed; None: that of the model."""
 
     @property
     def public_shape(self) -> tuple[int, ...]:

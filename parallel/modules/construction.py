@@ -11,14 +11,15 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from parallel.errors import ColonnadeError
+from parallel.errors import ColonnadeError, ModelError
 from parallel.mesh.agreement import Agreement
-from parallel.mesh.collectives import gather_objects
+from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
 from parallel.modules.lazy import HOST
 from parallel.modules.python_access import PythonAccess
 from parallel.modules.recorder import Recorder, is_on_meta
 from parallel.modules.sharded import Shard, is_sharded, set_data, shard_parameter
+from parallel.modules.units import is_weight
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def construction(replicas: Axis, shard_axis: Axis) -> Iterator[None]:
 
     Raises ModelError on every rank where the ranks make different models, and where the block fails on one of them.
     """
-    agreement = Agreement(replicas)
+    agreement = _BlockAgreement(replicas)
     _share_random_state(replicas)
     new = _NewParameters(shard_axis, agreement)
     hooks = (
@@ -52,18 +53,34 @@ def construction(replicas: Axis, shard_axis: Axis) -> Iterator[None]:
                 hook.remove()
         agreement.agree_on("the end of sharded_init")
         new.materialize()
+        agreement.agree_on("the last parameter of sharded_init")
         _share_random_state(replicas)
     except Exception as error:
-        text = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}"
-        with suppress(Exception):  # the other ranks are told, and raise as well
-            agreement.agree_on("", f"sharded_init failed: {text}")
+        if not agreement.has_failed:
+            text = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}"
+            with suppress(Exception):  # the other ranks are told, and raise as well
+                agreement.agree_on("", f"sharded_init failed: {text}")
         raise
     if replicas.rank == 0:
         new.report_missing()
 
 
+class _BlockAgreement(Agreement):
+    """An agreement that remembers whether it has failed: all ranks know it then, and none waits for another."""
+
+    has_failed = False
+
+    def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Do as `Agreement.agree_on`."""
+        try:
+            super().agree_on(action, problem, error)
+        except ColonnadeError:
+            self.has_failed = True
+            raise
+
+
 def _share_random_state(replicas: Axis) -> None:
-    torch.set_rng_state(gather_objects(torch.get_rng_state(), replicas)[0])
+    torch.set_rng_state(broadcast(torch.get_rng_state(), replicas))
 
 
 class _NewParameters:
@@ -97,22 +114,28 @@ class _NewParameters:
     def _is_new(self, parameter: nn.Parameter) -> bool:
         """Return whether the parameter has values of its own: it is not shared, nor meant to be on the meta device.
 
-        A class that is derived from nn.Parameter (a lazy parameter, a quantized one) is left alone.
+        What is no weight is left alone: whole numbers, quantized ones, and classes that are derived from nn.Parameter.
         """
         known = is_sharded(parameter) or self.recorder.is_recorded(parameter)
-        return type(parameter) is nn.Parameter and not known and not is_on_meta(parameter)
+        is_plain = type(parameter) is nn.Parameter and is_weight(parameter)
+        return is_plain and not known and not is_on_meta(parameter)
 
     def _note_if_missing(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Note a tensor that transformers found in no file: it marks what it has read, and will draw this one."""
-        root, path = module, name
-        while root in self._parents:
-            root, child = self._parents[root]
-            path = f"{child}.{path}"
+        root, path = self._place(module, name)
         if hasattr(root, "from_pretrained") and not getattr(parameter, "_is_hf_initialized", False):
             source = getattr(getattr(root, "config", None), "name_or_path", None) or "the directory"
             self._missing.setdefault(f"{source} has no weights of this shape for {type(root).__name__}", []).append(
                 path
             )
+
+    def _place(self, module: nn.Module, name: str) -> tuple[nn.Module, str]:
+        """Return the outermost module that has this one by now, and the name of a parameter in it."""
+        seen = {module}
+        while (above := self._parents.get(module)) is not None and above[0] not in seen:
+            module, name = above[0], f"{above[1]}.{name}"
+            seen.add(module)
+        return module, name
 
     def report_missing(self) -> None:
         """Log which tensors were drawn because no file has them."""
@@ -124,24 +147,24 @@ class _NewParameters:
         """Give every parameter its values, also those of modules that were copied, and every tensor beside them."""
         visited: set[nn.Module] = set()
         for top in self._modules:
-            for name, module in top.named_modules(memo=visited):
+            for _, module in top.named_modules(memo=visited):
                 for key, parameter in module.named_parameters(recurse=False):
-                    self._finish(f"{name}.{key}".lstrip("."), parameter)
+                    self._finish(*self._place(module, key), parameter)
                 for x in (*module._buffers.values(), *vars(module).values()):
                     if self.recorder.is_recorded(x):
-                        set_data(x, self.recorder.read(x))  # type: ignore[arg-type]
+                        set_data(x, self.recorder.read(x))
 
-    def _finish(self, name: str, parameter: nn.Parameter) -> None:
-        """Shard a parameter, or make it whole: over an axis of size 1, and where it is no floating-point number."""
+    def _finish(self, root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """Shard the parameter of a model, or make it whole: over an axis of size 1, and where it is no weight."""
         is_recorded = self.recorder.is_recorded(parameter)
         if not is_recorded and not (self.axis.size > 1 and self._is_new(parameter)):
             return
         if self.axis.size > 1:
             grad = "trained" if parameter.requires_grad else "frozen"
-            self.agreement.agree_on(f"{name} {grad} {self.recorder.describe(parameter)}")
+            self.agreement.agree_on(f"{type(root).__name__}: {name}, {grad}, {self.recorder.describe(parameter)}")
         _, device = self._devices.get(id(parameter), (parameter, HOST))
-        if self.axis.size > 1 and parameter.is_floating_point():
+        if self.axis.size > 1 and is_weight(parameter):
             shard = self.recorder.shard(parameter) if is_recorded else Shard.of(parameter, self.axis)
-            shard_parameter(parameter, shard, device)
+            shard_parameter(parameter, shard, device, name)
         elif is_recorded:
             set_data(parameter, self.recorder.read(parameter).to(device))

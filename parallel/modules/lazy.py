@@ -7,27 +7,33 @@ counterpart is the graph of torchdistx's deferred_init.)
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from parallel.modules.sharded import Shard
-
 META, HOST = torch.device("meta"), torch.device("cpu")
+
+
+class Source(Protocol):
+    """Values that are divided over ranks."""
+
+    def gather(self, out: Tensor) -> Tensor:
+        """All-gather the whole tensor into `out`, of any dtype, and return it; every rank calls this."""
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A storage that had values before any operation was recorded, of which this rank keeps a shard."""
+    """A storage that had values before any operation was recorded, of which this rank keeps a part."""
 
-    shard: Shard
+    source: Source
     shape: torch.Size
+    dtype: torch.dtype
 
     def materialize(self, cache: "Cache") -> Tensor:
         """All-gather the values; every rank calls this."""
-        return self.shard.gather(torch.empty(self.shape, dtype=self.shard.part.dtype))
+        return self.source.gather(torch.empty(self.shape, dtype=self.dtype))
 
 
 @dataclass(frozen=True, eq=False)

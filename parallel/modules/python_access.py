@@ -1,7 +1,8 @@
-"""What Python code that looks at a recorded tensor is shown: its device, its address and its values."""
+"""The access of Python code to a recorded tensor: to its device, its address and its values."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -13,7 +14,8 @@ DEVICE, IS_META, SET_DATA = (
     getattr(Tensor.is_meta, "__get__"),  # noqa: B009
     getattr(Tensor.data, "__set__"),  # noqa: B009
 )
-VALUES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__reduce_ex__}
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+VALUES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__format__, Tensor.__reduce_ex__}
 MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__}
 NO_ADDRESS = 2**62  # more than any address: who reads there anyway is stopped by the processor
 
@@ -32,6 +34,10 @@ class PythonAccess(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (DEVICE, IS_META) and self.recorder.is_recorded(args[0]):
             return HOST if func == DEVICE else False
+        if func in INDEXING and self.recorder.is_recorded(args[0]):
+            args = (args[0], _with_values(args[1]), *args[2:])
+        if func == Tensor.new_tensor and self.recorder.is_recorded(args[0]):
+            func, args, kwargs = torch.tensor, args[1:], {"dtype": args[0].dtype, **(kwargs or {})}
         if func in MEMORY:
             self.recorder.forget_allocation()
         if func == Tensor.data_ptr and self.recorder.is_recorded(args[0]):
@@ -47,3 +53,10 @@ class PythonAccess(TorchFunctionMode):
         real = data.detach().clone()
         self.recorder.record(real, "data of")  # type: ignore[arg-type]
         x.data = real
+
+
+def _with_values(index: Any) -> Any:
+    """Return an index with tensors in the place of lists and arrays: torch would make these on the meta device."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_values, index))
+    return torch.as_tensor(index) if isinstance(index, list) or hasattr(index, "__array__") else index

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from parallel.errors import ModelError
 from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
 from parallel.modules.lazy import (
@@ -61,9 +62,9 @@ class Recorder(TorchDispatchMode):
         content = Blank(parameter.shape, parameter.dtype) if blank else self._constant(parameter, name)
         self.set_content(parameter, content)
 
-    def set_content(self, x: Tensor, content: Content) -> None:
-        """Move a tensor to the meta device; `content` is that of all of its elements. The object stays the same."""
-        set_data(x, torch.empty(x.shape, dtype=x.dtype, device=META))
+    def set_content(self, x: Tensor, content: Constant | Blank) -> None:
+        """Have x show this content, with its shape, on the meta device. The object stays the same."""
+        set_data(x, torch.empty(content.shape, dtype=content.dtype, device=META))
         self._set_content(x, content)
 
     def is_recorded(self, x: Any) -> bool:
@@ -77,20 +78,29 @@ class Recorder(TorchDispatchMode):
     def shard(self, x: Tensor) -> Shard:
         """Return this rank's shard of what x would hold by now on the first rank; every rank calls this."""
         content = self._contents[key_of(x)]
-        if isinstance(content, Constant) and content.shape == x.shape and x.is_contiguous():
-            return content.shard  # nobody has computed anything with it
+        if isinstance(content, Constant) and isinstance(content.source, Shard) and self.is_constant(x):
+            return content.source
         return Shard.of(self.materialize(x), self.axis)
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Return whether x has the values that were there at first, all of them, and in their order."""
+        content = self._contents[key_of(x)]
+        if not isinstance(content, Constant) or not x.is_contiguous():
+            return False
+        return (x.numel(), x.dtype) == (content.shape.numel(), content.dtype)
 
     def read(self, x: Tensor) -> Tensor:
         """Return what x would hold by now on the first rank; the program of every rank reads it at the same place."""
         if self.axis.size > 1:
             self._agree(f"a read of {self.describe(x)}")
-        return broadcast(self.materialize(x), self.axis)
+        found = self.materialize(x)
+        broadcast(found.view(-1).view(torch.uint8), self.axis)  # no backend knows all dtypes
+        return found
 
     def describe(self, x: Tensor) -> str:
         """Return x's dtype and shape, and how many tensors are all-gathered to compute its values, as text."""
         sources = len(constants_of(self._contents[key_of(x)])) if self.is_recorded(x) else 0
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} of {sources} sources"
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" + f" of {sources} tensors" * bool(sources)
 
     def forget_allocation(self) -> None:
         """Note that the last tensor that was allocated may have been written into, other than by an operation."""
@@ -98,15 +108,21 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorded = [x for x in tree_leaves((args, kwargs)) if self.is_recorded(x)]
-        mutated = list(_mutated_arguments(func, args, kwargs))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        recorded, mutated = [x for x in tensors if self.is_recorded(x)], list(_mutated_arguments(func, args, kwargs))
         if not recorded:
             return self._run(func, args, kwargs, mutated)
+        if any(is_on_meta(x) and not self.is_recorded(x) for x in tensors):
+            raise ModelError(f"sharded_init: {func} needs the values of a tensor on the meta device, which has none.")
         if NEEDS_VALUES & set(func.tags) or not all(map(self.is_recorded, mutated)):
-            args, kwargs = tree_map(self._real, (args, kwargs))
-            return func(*args, **kwargs)
+            return self._compute(func, args, kwargs)
         operation, known = self._operation(func, args, kwargs), set(map(key_of, recorded))
-        result = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+        try:
+            result = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+        except NotImplementedError:  # it has no shapes without values
+            if mutated:
+                raise ModelError(f"sharded_init: {func} cannot be recorded. Use another operation.") from None
+            return self._compute(func, args, kwargs)
         for x in mutated:
             self._mutate(x, operation)
         for index, x in enumerate(tree_leaves(result)):
@@ -115,21 +131,25 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, mutated: list[Any]) -> Any:
-        """Run an operation on real tensors."""
+        """Run an operation on tensors that are not recorded."""
         result = func(*args, **kwargs)
-        if func in ALLOCATIONS and not is_on_meta(result):
+        if func is aten.scalar_tensor.default and is_on_meta(result):  # a number that is assigned to an index
+            self._set_content(result, Output(self._operation(func, args, kwargs), 0, result))
+        elif func in ALLOCATIONS and not is_on_meta(result):
             self._allocated = result
         elif self._allocated is not None and key_of(self._allocated) in map(key_of, mutated):
             self.forget_allocation()
         return result
 
-    def _real(self, x: Any) -> Any:
-        return self.read(x) if self.is_recorded(x) else x
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation now, with the values of its recorded arguments."""
+        args, kwargs = tree_map(lambda x: self.read(x) if self.is_recorded(x) else x, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _constant(self, x: Tensor, name: str) -> Constant:
         if self.axis.size > 1:
             self._agree(f"{name} {self.describe(x)}")
-        return Constant(Shard.of(x.detach().to(HOST), self.axis), x.shape)
+        return Constant(Shard.of(x.detach().to(HOST), self.axis), x.shape, x.dtype)
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Operation:
         is_random = torch.Tag.nondeterministic_seeded in func.tags

@@ -5,12 +5,14 @@ and it can be frozen, tied, cast, copied or counted; only its values are elsewhe
 (FSDP2 puts a DTensor in the parameter's place instead.)
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -19,8 +21,9 @@ from parallel.errors import ModelError
 from parallel.mesh.collectives import all_gather, scatter
 from parallel.mesh.mesh import Axis
 
-ATTRIBUTE = "_shard_of_this_rank"  # on the parameter, so that it goes wherever the parameter goes
-DATA = {getattr(Tensor.data, name) for name in ("__get__", "__set__")}
+# Attributes of the parameter, so that they go wherever it goes.
+ATTRIBUTE, NAME = "_shard_of_this_rank", "_name_in_sharded_init"
+DATA, SET_DATA = (getattr(Tensor.data, name) for name in ("__get__", "__set__"))
 GRADIENT = getattr(Tensor.grad, "__get__")  # noqa: B009
 # The names of torch's functions that need no values: those that read or set what a placeholder has, those that make a
 # tensor of its shape, and those whose result has no values either.
@@ -62,11 +65,9 @@ class Shard:
     def of(cls, x: Tensor, axis: Axis) -> "Shard":
         """Return a copy of this rank's share of x[...], as the first rank has it; every rank of the axis calls this."""
         size = math.ceil(x.numel() / axis.size)
-        parts = list(x.detach().flatten().split(size)) if size else []
-        parts += [x.new_zeros(size) for _ in range(axis.size - len(parts))]
-        parts[:] = [
-            part if len(part) == size else torch.cat([part, part.new_zeros(size - len(part))]) for part in parts
-        ]
+        flat = x.detach().flatten()
+        parts = [flat[i * size : (i + 1) * size] for i in range(axis.size)]
+        parts = [part if len(part) == size else F.pad(part, (0, size - len(part))) for part in parts]
         return cls(scatter(parts, axis), axis)
 
     def gather(self, out: Tensor) -> Tensor:
@@ -85,15 +86,18 @@ class ShardedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name not in ABOUT | LIKE | NEW | CASTS:
+        replaces_values = func == SET_DATA and not isinstance(args[1], ShardedParameter)
+        if name not in ABOUT | LIKE | NEW | CASTS or replaces_values:
             _refuse(tree_leaves((args, kwargs)))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        is_new = isinstance(result, Tensor) and result is not args[0] and func != GRADIENT
-        if is_new and (name in CASTS or func in DATA):
-            result.__class__ = ShardedParameter  # a cast, or an alias: it has no values either
-        elif is_new and name in ABOUT:  # a view, by an attribute such as .T
-            _refuse(tree_leaves((args, kwargs)))
+        if func == SET_DATA:
+            _share(args[1], args[0])
+        elif isinstance(args[0], ShardedParameter) and isinstance(result, Tensor) and result is not args[0]:
+            if name in CASTS or func == DATA:
+                _share(args[0], result)
+            elif name in ABOUT and func != GRADIENT:  # a view, by an attribute such as .T
+                _refuse(args)
         return result
 
     def __deepcopy__(self, memo: Any) -> "ShardedParameter":
@@ -101,7 +105,7 @@ class ShardedParameter(nn.Parameter):
             data = placeholder(tuple(self.shape), self.dtype, self.device)
             copied = nn.Parameter(data, requires_grad=self.requires_grad)
         memo[id(self)] = copied
-        copied.__dict__.update({name: x.__deepcopy__(memo) for name, x in vars(self).items() if name == ATTRIBUTE})
+        vars(copied).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
         copied.__class__ = ShardedParameter
         return copied  # type: ignore[return-value]
 
@@ -109,10 +113,15 @@ class ShardedParameter(nn.Parameter):
         _refuse([self])
 
 
+def _share(source: Tensor, x: Tensor) -> None:
+    """Have x, an alias or a cast of a sharded parameter, stand for the same values."""
+    x.__dict__.update({name: getattr(source, name) for name in (ATTRIBUTE, NAME)})
+    x.__class__ = ShardedParameter
+
+
 def _refuse(given: Iterable[Any]) -> NoReturn:
     x = next(x for x in given if isinstance(x, ShardedParameter))
-    with torch._C.DisableTorchFunctionSubclass():
-        raise ModelError(REFUSAL.format(what=f"a parameter of shape {tuple(x.shape)}"))
+    raise ModelError(REFUSAL.format(what=getattr(x, NAME, "") or "a parameter"))
 
 
 def set_data(x: Tensor, data: Tensor) -> None:
@@ -121,9 +130,13 @@ def set_data(x: Tensor, data: Tensor) -> None:
     torch._C._swap_tensor_impl(x, data.detach().requires_grad_(x.requires_grad))
 
 
-def shard_parameter(parameter: nn.Parameter, shard: Shard, device: torch.device) -> None:
-    """Keep this rank's shard of a parameter on the device, and put a placeholder in the place of its values."""
+def shard_parameter(parameter: nn.Parameter, shard: Shard, device: torch.device, name: str = "") -> None:
+    """Keep this rank's shard of a parameter on the device, and put a placeholder in the place of its values.
+
+    `name` is that of the parameter in messages.
+    """
     assert not is_sharded(parameter)
+    setattr(parameter, NAME, name)
     setattr(parameter, ATTRIBUTE, Shard(shard.part.to(device), shard.axis))
     set_data(parameter, placeholder(tuple(parameter.shape), parameter.dtype, device))
     parameter.__class__ = ShardedParameter
@@ -151,3 +164,4 @@ def unshard_parameter(parameter: nn.Parameter, out: Tensor) -> None:
     shard: Shard = getattr(parameter, ATTRIBUTE)
     shard.gather(out)
     delattr(parameter, ATTRIBUTE)
+    delattr(parameter, NAME)

@@ -5,11 +5,24 @@ They are the counterpart of the modules that FSDP wraps.
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from parallel.errors import ModelError
+from parallel.errors import ModelError, either
 from parallel.layout.layout import ROOT, Layout, ParameterInfo
 from parallel.mesh.mesh import Axis
+from parallel.modules.precision import computed_dtypes, report_dtypes
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_weight(x: Tensor) -> bool:
+    """Return whether x has a dtype in which an engine trains, casts and divides parameters.
+
+    Others (indices, quantized and complex numbers) are kept as they are, whole on every rank, like buffers.
+    """
+    return x.dtype in WEIGHT_DTYPES
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -35,11 +48,15 @@ def _callable_entries(name: str, container: nn.Module) -> Iterator[tuple[str, nn
             yield path, entry
 
 
-def infos_of(module: nn.Module, layers: dict[str, nn.Module], data: Axis) -> list[ParameterInfo]:
-    """Return every floating-point parameter once, under its first name; its gradient is summed over `data`.
+def infos_of(
+    module: nn.Module, layers: dict[str, nn.Module], data: Axis, precision: torch.dtype
+) -> list[ParameterInfo]:
+    """Return every parameter that `is_weight` once, under its first name; its gradient is summed over `data`.
 
-    The parameters of a single layer belong to its unit, all others to the root, and so do those that two layers share.
-    Raises ModelError for a parameter of another dtype that requires a gradient.
+    It is computed in `precision`, or in its own dtype (see `computed_dtypes`); the first rank logs it where there are
+    several. The parameters of a single layer belong to its unit, all others to the root, and so do those that two
+    layers share. Raises ModelError for a parameter of another dtype that requires a gradient, and for one that has no
+    shape yet.
     """
     owners: dict[nn.Parameter, set[str]] = {}
     names: dict[nn.Parameter, str] = {}
@@ -47,16 +64,25 @@ def infos_of(module: nn.Module, layers: dict[str, nn.Module], data: Axis) -> lis
         layer = next((layer for layer in layers if name.startswith(f"{layer}.")), ROOT)
         owners.setdefault(parameter, set()).add(layer)
         names.setdefault(parameter, name)
-    return list(_infos(names, owners, data))
+    weights = [x for x in names if _is_trainable(x, names[x])]
+    computed = computed_dtypes(weights, precision)
+    if data.rank == 0:
+        report_dtypes(weights, computed)
+    return [_info(x, names[x], owners[x], data, computed[x.dtype]) for x in weights]
 
 
-def _infos(names: dict[nn.Parameter, str], owners: dict[nn.Parameter, set[str]], data: Axis) -> Iterator[ParameterInfo]:
-    for parameter, name in names.items():
-        if not parameter.is_floating_point():
-            if parameter.requires_grad:
-                raise ModelError(f"{name}: it is {parameter.dtype}, and only floating-point numbers can be trained.")
-            continue
-        shape = tuple(parameter.shape)
-        layout = Layout(shape, ((),) * len(shape), sync=(data,))
-        unit = next(iter(owners[parameter])) if len(owners[parameter]) == 1 else ROOT
-        yield ParameterInfo(name, unit, parameter, layout, (name,))
+def _is_trainable(parameter: nn.Parameter, name: str) -> bool:
+    """Return whether an engine takes the parameter over. Raises ModelError where it cannot, but should."""
+    if is_lazy(parameter):
+        raise ModelError(f"{name}: it has no shape yet. Run one forward of the module before parallel.initialize.")
+    if not is_weight(parameter) and parameter.requires_grad:
+        known = either(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+        raise ModelError(f"{name}: it is {parameter.dtype}, and only {known} can be trained. Freeze it.")
+    return is_weight(parameter)
+
+
+def _info(parameter: nn.Parameter, name: str, owners: set[str], data: Axis, dtype: torch.dtype) -> ParameterInfo:
+    shape = tuple(parameter.shape)
+    layout = Layout(shape, ((),) * len(shape), sync=(data,))
+    unit = next(iter(owners)) if len(owners) == 1 else ROOT
+    return ParameterInfo(name, unit, parameter, layout, (name,), dtype)
