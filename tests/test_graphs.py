@@ -19,6 +19,7 @@ from parallel.engine.module_engine import ModuleEngine
 from tests.graphs import CASES, WIDTH, Case, InPlaceOnInput, Stack
 from tests.harness import run
 from tests.parity import Raw, whole
+from tests.patience import patient, wait_until
 from tests.tables import Row, rows
 from tests.test_module_engine import config_of, engine_of
 
@@ -340,13 +341,19 @@ def kept(rank: int, world_size: int, names: list[str]) -> list[tuple[int, int]]:
                 shown = chunk.parameters.on_show
                 chunk.parameters.on_show = _recording(shown, chunk, buffers)
         loss = engine(share_of(rank))
-        after_forward = sum(not buffer.expired() for buffer in buffers)
+        after_forward = _alive(buffers)
         engine.backward(loss)
         del loss
         engine.backward(engine(share_of(rank)))
         assert len(buffers) >= 3 * len(list(module.children()))
-        found.append((after_forward, sum(not buffer.expired() for buffer in buffers)))
+        found.append((after_forward, _alive(buffers)))
     return found
+
+
+def _alive(buffers: list[StorageWeakRef]) -> int:
+    """Return the number of buffers that have memory; a thread of gloo may let go of one a moment later."""
+    wait_until(lambda: all(buffer.expired() for buffer in buffers), patient(1.0))
+    return sum(not buffer.expired() for buffer in buffers)
 
 
 def recomputed(rank: int, world_size: int) -> list[int]:
