@@ -138,7 +138,7 @@ class ModuleEngine(ModuleState):
         A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
         something else.
         """
-        self._agreement.agree_on("a step")
+        self._agreement.agree_on(f"a step with learning rate {self.lr}")
         self._passes.release()
         self._gradients.finish()
         divisor = self.loss_scale.scale * self.data.size
