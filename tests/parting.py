@@ -189,6 +189,15 @@ def another_model(rank: int, folder: Path) -> None:
     parallel.initialize(torch.nn.Linear(2, 1, bias=not rank))
 
 
+def another_rate(rank: int, folder: Path) -> None:
+    """A scheduler that one rank alone steps has this effect."""
+    parallel.launch_from_torch(dict(train=dict(device="cpu", timeout_seconds=TIMEOUT)))
+    model = torch.nn.Linear(2, 1)
+    part(folder)
+    engine, *_ = parallel.initialize(model, torch.optim.SGD(model.parameters(), lr=0.5 if rank else 0.1))
+    step(engine)
+
+
 def later(rank: int, folder: Path) -> None:
     _, engine = begun(rank)
     step(engine)

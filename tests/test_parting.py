@@ -43,6 +43,7 @@ SCENES = {
     "has another config, code, torch or world": Scene(parting.another_config, (1, 1)),
     "refuses its config": Scene(parting.a_bad_config, (1, 1)),
     "has another model": Scene(parting.another_model, (1, 1)),
+    "has another learning rate": Scene(parting.another_rate, (1, 1)),
     "ends its program when all is done, later than others": Scene(parting.later, (0, 0)),
 }
 TABLE = rows("docs/library.md", "Ranks that part")

@@ -160,7 +160,7 @@ class ModuleEngine(ParameterAccess):
 
     def _step(self, divisor: float) -> UpdateResult:
         """Do a step with the gradients divided by this number."""
-        self._agreement.agree_on("a step", self._original.in_use)
+        self._agreement.agree_on(f"a step with learning rate {self.lr}", self._original.in_use)
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor
