@@ -136,6 +136,7 @@ def make_context(
     if place.world_size > 1:
         timeout = group_timeout(config.train.timeout_seconds)
         join_world(backend, place.rank, place.world_size, device=device, timeout=timeout)
+        watch.progress.uses_gpu = device.type == "cuda"
         watch.follow_errors()
     return Context(config, Mesh(topology, place.rank, device=device, merged=merged, watch=watch), place)
 

@@ -39,7 +39,10 @@ class ModulePasses:
 
     def follow(self, module: nn.Module) -> None:
         """Register hooks by which every forward of the module begins and ends here."""
-        module.register_forward_pre_hook(lambda module, *inputs: self.begin_forward(inputs), with_kwargs=True)
+        # First of all hooks: one that the user has registered, as weight_norm does, may compute with parameters.
+        module.register_forward_pre_hook(
+            lambda module, *inputs: self.begin_forward(inputs), with_kwargs=True, prepend=True
+        )
         module.register_forward_hook(lambda module, inputs, y: self.end_forward(), always_call=True)
 
     def begin_forward(self, inputs: Any) -> None:

@@ -8,13 +8,14 @@ class Progress:
     """The calls, the steps and the phase of the main thread.
 
     `calls` counts what it did with other ranks, `step` the steps that were taken. `action` is what it began last, and
-    `is_cut_off` says that a collective failed because a connection broke.
+    `is_cut_off` says that a collective failed because a connection broke. `uses_gpu`: the thread may wait for kernels,
+    which wait for other ranks.
     """
 
     def __init__(self) -> None:
         self.calls = self.step = 0
         self.action = ""
-        self.is_cut_off = False
+        self.is_cut_off = self.uses_gpu = False
         self._phases: list[str] = []
 
     @property

@@ -15,12 +15,11 @@ SECONDS_OF_A_KERNEL = 5.0
 class Pulse:
     """Makes the beats of this rank from the progress of its main thread and a look at its stack.
 
-    `idle` is for how many seconds that thread has executed no Python. `uses_gpu`: then it may wait for kernels, which
-    wait for other ranks.
+    `idle` is for how many seconds that thread has executed no Python.
     """
 
     def __init__(self, rank: int, progress: Progress) -> None:
-        self.progress, self.uses_gpu, self.idle = progress, False, 0.0
+        self.progress, self.idle = progress, 0.0
         self._last = Beat(rank, host_name(), own_identity())
         self._main, self._before = threading.main_thread().ident or 0, (0, 0, 0)
 
@@ -38,7 +37,7 @@ class Pulse:
             action=progress.action,
             phase=progress.phase or ("compiling" if sight.compiles else ""),
             place=sight.place,
-            waits=sight.waits or (self.uses_gpu and self.idle >= SECONDS_OF_A_KERNEL),
+            waits=sight.waits or (progress.uses_gpu and self.idle >= SECONDS_OF_A_KERNEL),
             is_cut_off=progress.is_cut_off,
         )
         return self._last
