@@ -109,7 +109,8 @@ def refusal(rank: int, world_size: int, raw: Raw, act: str) -> str:
 
 @pytest.mark.parametrize("act", ACTS)
 def test_what_one_rank_alone_does_to_a_module_is_refused_by_name_on_every_rank(act: str) -> None:
-    for message in run(refusal, 3, config_of(3), act):
+    stage = 2 if act == "cast" else 3  # in stage 3 a cast between steps is refused where it is done
+    for message in run(refusal, 3, config_of(stage), act):
         assert ACTS[act][1] in message
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import models
 import parallel
 from models.shapes import resolve
-from parallel.chunk.fingerprint import FEW, fingerprint
+from parallel.chunk.fingerprint import BYTES, FEW, fingerprint, products
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.module_engine import ModuleEngine
@@ -316,6 +316,7 @@ def test_writes_into_parameters_without_values_are_refused_by_name_on_every_rank
             assert "engine.full_parameters(writable=True)" in message, name
 
 
+@pytest.mark.gpu
 def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
     """Lengths below and above the number of words that are weighted one by one, in three dtypes.
 
@@ -323,9 +324,10 @@ def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
     sum, that adds a multiple of 2**64.
     """
     generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for size in (64, 8 * FEW + 64 * 7):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            flat = torch.randn(size, generator=generator).to(dtype)
+            flat = torch.randn(size, generator=generator).to(device, dtype)
             before = int(fingerprint(flat))
             assert int(fingerprint(flat.clone())) == before
             for i in torch.randint(0, size, (20,), generator=generator).tolist():
@@ -337,6 +339,19 @@ def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
                 matrix = flat.view(rows, -1)
                 assert int(fingerprint(matrix.flip(0).flatten())) != before
                 assert int(fingerprint(matrix.flip(1).flatten())) != before
+
+
+def test_products_of_bytes_see_each_byte_and_each_change_of_places() -> None:
+    """They take the place of plain sums on a GPU; every byte of a block has eight weights from 1 to 127."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**63), 2**63 - 1, (20 * BYTES // 8,), generator=generator)
+    before = products(words)
+    assert len(before) == 20 * 4
+    for i in torch.randint(0, words.nbytes, (50,), generator=generator).tolist():
+        changed = words.clone()
+        changed.view(torch.uint8)[i] ^= 1
+        assert bool(torch.equal(products(changed) != before, torch.arange(80) // 4 == i // BYTES))
+    assert not torch.equal(products(words.view(20, 2, -1).flip(1).flatten()), before)
 
 
 def write_into_a_stage(rank: int, world_size: int, raw: Raw) -> tuple[bool, list[str]]:
