@@ -55,8 +55,8 @@ def either(choices: Iterable[object]) -> str:
 
 
 def names_text(names: Iterable[str], at_most: int = 8) -> str:
-    """Join names in order, and count those after the first few: 'a, b and 3 more'."""
-    ordered = sorted(names)
+    """Join names, and count those after the first few: 'a, b and 3 more'."""
+    ordered = list(names)
     rest = len(ordered) - at_most
     return ", ".join(ordered[:at_most]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -243,7 +243,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mean with class weights": lambda: tagger(lambda o, y: cross_entropy(o, y, weight=class_weights().to(o))),
     "mean with smoothed labels": lambda: tagger(lambda o, y: cross_entropy(o, y, label_smoothing=0.2)),
     "smoothed labels and class weights": lambda: tagger(
-        lambda o, y: cross_entropy(o, y, label_smoothing=0.2, weight=class_weights())
+        lambda o, y: cross_entropy(o, y, label_smoothing=0.2, weight=class_weights().to(o))
     ),
     "mean of a mask": lambda: tagger(masked_mean),
     "mean of selected labels": lambda: tagger(selected_mean),

@@ -209,6 +209,7 @@ class EngineBase:
 
         Every rank calls this. Raises ModelError where ranks have written different values into their parameters.
         """
+        self.agree_on("its weights")
         self.writes.take_if_any()
         for chunk in self.chunks:
             chunk.settle()

@@ -115,4 +115,4 @@ def name_of(name: str) -> str:
 
 def _text(names: set[str]) -> str:
     """Return the names as text: those of weights alone, those of states with their kind."""
-    return names_text(name_of(n) if kind_of(n) in WEIGHTS else f"{kind_of(n)} of {name_of(n)}" for n in names)
+    return names_text(sorted(name_of(n) if kind_of(n) in WEIGHTS else f"{kind_of(n)} of {name_of(n)}" for n in names))

@@ -217,9 +217,9 @@ class EngineState(EngineBase):
         frozen = self._frozen()
         left_out = {name_of(n) for n in saved.shapes if kind_of(n) not in WEIGHTS} & frozen
         if new:
-            self._log([f"{saved.folder} has no optimizer states of {names_text(new)}: they start as new ones"])
+            self._log([f"{saved.folder} has no optimizer states of {names_text(sorted(new))}: they start as new ones"])
         if left_out:
-            self._log([f"{names_text(left_out)} is frozen now: its optimizer states are left out"])
+            self._log([f"{names_text(sorted(left_out))} is frozen now: its optimizer states are left out"])
         if saved.is_older and (frozen or not isinstance(self.optimizer, AdamW)):
             what = "frozen parameters, and fields of param groups but lr"
             self._log([f"{saved.folder} is of an older version without {what}: they stay as they are"])

@@ -25,9 +25,9 @@ def tensor_problems(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> l
     """Return messages about tensors that one side lacks, or that have another shape or dtype."""
     found = []
     if missing := now.keys() - saved.keys():
-        found.append(f"the state lacks {names_text(missing)}")
+        found.append(f"the state lacks {names_text(sorted(missing))}")
     if left_over := saved.keys() - now.keys():
-        found.append(f"the state has {names_text(left_over)}, which this engine lacks")
+        found.append(f"the state has {names_text(sorted(left_over))}, which this engine lacks")
     for key in sorted(saved.keys() & now.keys()):
         if (saved[key].dtype, saved[key].shape) != (now[key].dtype, now[key].shape):
             kinds = [f"{x.dtype} {tuple(x.shape)}" for x in (saved[key], now[key])]

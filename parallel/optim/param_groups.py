@@ -89,7 +89,7 @@ def _two_sided(where: str, what: str, saved: Set[str], now: Set[str]) -> list[st
     sides = (("the checkpoint", saved - now, "the optimizer"), ("the optimizer", now - saved, "the checkpoint"))
     hint = "; a scheduler adds fields: make it before you load" if what == "fields" else ""
     return [
-        f"{where}: {one} has the {what} {names_text(names)} in it, {other} not{hint}"
+        f"{where}: {one} has the {what} {names_text(sorted(names))} in it, {other} not{hint}"
         for one, names, other in sides
         if names
     ]

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from parallel.chunk.chunk import Chunk
+from parallel.chunk.managed import ManagedParameter
 from parallel.errors import ModelError
 from parallel.ops.compiling import not_compiled
 
 AUTOGRAD: Any = torch._C._autograd
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter, ManagedParameter)
 
 
 class SavedParameter(NamedTuple):

@@ -104,10 +104,11 @@ def _refusal(parameter: "UnavailableParameter") -> ModelError:
         return ModelError(
             "model: a parameter is used while no forward and no backward of the engine is running. In zero stage 3, and"
             " where parameters are offloaded, each rank then holds a slice of it, or none. Use it in the model's"
-            " forward, or in `with engine.full_parameters()`, on every rank."
+            " forward, or in `with engine.full_parameters(writable=True)`, on every rank."
         )
     return ModelError(
         f"{layer}: one of its parameters is used while {layer} is not called. In zero stage 3, and where parameters are"
         " offloaded, those of an entry of a ModuleList are available only in its own forward and backward. Call the"
-        " entry itself, or keep the parameter outside of the ModuleList."
+        " entry itself, keep the parameter outside of the ModuleList or, between steps, use it in"
+        " `with engine.full_parameters(writable=True)`."
     )
