@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from parallel.engine.context import current
 from parallel.engine.engine import Engine
@@ -101,6 +102,7 @@ def _description(model: nn.Module) -> str:
     """
     if isinstance(model, Stage):
         return "a stage"
-    parameters = [(name, *x.shape, x.dtype, x.requires_grad) for name, x in model.named_parameters()]
+    shapes = ((name, () if is_lazy(x) else tuple(x.shape), x) for name, x in model.named_parameters())
+    parameters = [(name, *shape, x.dtype, x.requires_grad) for name, shape, x in shapes]
     digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
     return f"a {type(model).__name__} of {len(parameters)} parameters ({digest})"
