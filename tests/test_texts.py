@@ -479,8 +479,8 @@ def test_an_export_replaces_the_files_of_the_tokenizer_that_was_there_before(tmp
         assert exported.chat_template == original.chat_template
     (tmp_path / "run" / "export" / "notes.txt").write_text("a user's")
     plain = tokenizer_in(tmp_path / "plain")  # the same tokens, without a template
-    named = (f"data.path={path}", f"data.tokenizer={plain}", "train.steps=1")
-    run_job(prepared(tmp_path / "run", *named, resume="auto"))
+    other = (f"data.path={path}", f"data.tokenizer={plain}", "train.steps=1")
+    run_job(prepared(tmp_path / "run", *other, resume="auto"))
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "export").chat_template is None
     assert (tmp_path / "run" / "export" / "notes.txt").exists()
 

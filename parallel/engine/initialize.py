@@ -102,7 +102,12 @@ def _description(model: nn.Module) -> str:
     """
     if isinstance(model, Stage):
         return "a stage"
-    shapes = ((name, () if is_lazy(x) else tuple(x.shape), x) for name, x in model.named_parameters())
-    parameters = [(name, *shape, x.dtype, x.requires_grad) for name, shape, x in shapes]
+    named = dict(model.named_parameters())
+    parameters = [(name, _shape_of(x), x.dtype, x.requires_grad) for name, x in named.items()]
     digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
     return f"a {type(model).__name__} of {len(parameters)} parameters ({digest})"
+
+
+def _shape_of(x: Any) -> tuple[int, ...]:
+    """Return the shape of a parameter; none of a lazy one, which gets it in its first forward."""
+    return () if is_lazy(x) else tuple(x.shape)
