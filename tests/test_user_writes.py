@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import models
 import parallel
 from models.shapes import resolve
-from parallel.chunk.fingerprint import BYTES, FEW, fingerprint, products
+from parallel.chunk.fingerprint import FEW, fingerprint
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.module_engine import ModuleEngine
@@ -341,19 +341,6 @@ def test_a_fingerprint_sees_each_element_and_each_change_of_places() -> None:
                 matrix = flat.view(rows, -1)
                 assert int(fingerprint(matrix.flip(0).flatten())) != before
                 assert int(fingerprint(matrix.flip(1).flatten())) != before
-
-
-def test_products_of_bytes_see_each_byte_and_each_change_of_places() -> None:
-    """They take the place of plain sums on a GPU; every byte of a block has eight weights from 1 to 127."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(-(2**63), 2**63 - 1, (20 * BYTES // 8,), generator=generator)
-    before = products(words)
-    assert len(before) == 20 * 4
-    for i in torch.randint(0, words.nbytes, (50,), generator=generator).tolist():
-        changed = words.clone()
-        changed.view(torch.uint8)[i] ^= 1
-        assert bool(torch.equal(products(changed) != before, torch.arange(80) // 4 == i // BYTES))
-    assert not torch.equal(products(words.view(20, 2, -1).flip(1).flatten()), before)
 
 
 def write_into_a_stage(rank: int, world_size: int, raw: Raw) -> tuple[bool, list[str]]:

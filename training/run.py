@@ -103,14 +103,14 @@ def make_engine(context: Context, job: Job) -> Engine:
     """Return an engine before the first step, or in the state that the job's checkpoint has."""
     for name in modules_of_steps(job.config):
         import_module(name)
-    if job.resume_from is None:
-        return Engine(build(context), context)
-    engine = Engine(stage_of(context), context)
-    pieces = engine.state_pieces()
-    with fail_together(context.mesh.world):
-        checkpoint.load(job.resume_from, pieces)
-    engine.restore(counters_of(job.resume_from))
-    log.info("resumed after step %d, sample %d, from %s", engine.num_steps, engine.num_samples, job.resume_from)
+    engine = Engine(build(context) if job.resume_from is None else stage_of(context), context)
+    engine.writes.stop()  # no code of a user runs between these steps
+    if job.resume_from is not None:
+        pieces = engine.state_pieces()
+        with fail_together(context.mesh.world):
+            checkpoint.load(job.resume_from, pieces)
+        engine.restore(counters_of(job.resume_from))
+        log.info("resumed after step %d, sample %d, from %s", engine.num_steps, engine.num_samples, job.resume_from)
     return engine
 
 

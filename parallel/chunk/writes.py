@@ -28,7 +28,7 @@ class Writes:
     """
 
     def __init__(self, chunks: Sequence[Chunk], world: Axis) -> None:
-        self._chunks, self._world = list(chunks), world
+        self._chunks, self._world, self._device = list(chunks), world, chunks[0].memory.device
         self._noted: dict[Chunk, Tensor] = {}  # the fingerprint of each chunk whose parameters stay whole
         self.note()
 
@@ -37,6 +37,10 @@ class Writes:
         self._noted = {chunk: fingerprint(chunk.parameters.whole) for chunk in self._chunks if _stays_whole(chunk)}
         for chunk in self._chunks:
             chunk.parameters.writes.note()
+
+    def stop(self) -> None:
+        """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
+        self._chunks, self._noted = [], {}
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""
@@ -57,7 +61,7 @@ class Writes:
     def changed(self) -> Tensor:
         """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
         self._take_replaced()
-        flags = [torch.zeros((), dtype=torch.bool, device=self._chunks[0].memory.device)]
+        flags = [torch.zeros((), dtype=torch.bool, device=self._device)]
         for chunk in self._chunks:
             writes = chunk.parameters.writes
             if not _stays_whole(chunk):
