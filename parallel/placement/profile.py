@@ -33,7 +33,9 @@ class MemoryProfile:
         present = sum(self.chunks[i].spec.whole_bytes for i in whole)
         self.samples.append(MemorySample(max(0, self._peak() - present), whole, self._complete))
         if backward:
-            own = [i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit]  # none: it has no parameters
+            own = [
+                i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit
+            ]  # none: it has no parameters
             self._complete |= frozenset(range(own[0] + 1, len(self.chunks))) if own else frozenset()
         self._whole = self._present()
 
