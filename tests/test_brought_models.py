@@ -165,7 +165,7 @@ def cast(rank: int, world_size: int, stage: int) -> dict[str, Tensor]:
 
 
 def test_a_cast_after_the_block_rounds_the_weights_in_every_stage() -> None:
-    """In stage 3 the shards kept their precision: the stages had different models."""
+    """The shards of stage 3 kept their precision: the stages had different models."""
     whole_ones, shards = (run(cast, RANKS, stage)[0] for stage in (0, 3))
     for name, x in whole_ones.items():
         assert torch.equal(x, x.bfloat16().float()), name
