@@ -78,6 +78,20 @@ def manage(parameters: Iterable[nn.Parameter], manager: Callable[[], Manager | N
             parameter.__class__ = ManagedParameter
 
 
+def refuse_managed(module: nn.Module) -> None:
+    """Raise ModelError where another engine manages parameters of the module, or has managed them.
+
+    Two engines would take the parameters from each other: each has them as views of its own buffers.
+    """
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, MANAGER):
+            raise ModelError(
+                f"model: {name} has an engine already. Two engines cannot share a parameter: put both models into one"
+                " module, with param groups for each. For a new engine make the model anew, or pass"
+                " copy.deepcopy(engine.module), made in `with engine.full_parameters()`."
+            )
+
+
 def _refuse(parameter: nn.Parameter, question: str) -> None:
     """Raise ModelError where the parameter's manager has an answer to this question."""
     manager = getattr(parameter, MANAGER, lambda: None)()

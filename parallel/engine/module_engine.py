@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk, make_chunks
+from parallel.chunk.managed import refuse_managed
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.parameter_access import ParameterAccess
@@ -87,11 +88,15 @@ class ModuleEngine(ParameterAccess):
                 "parallel: a module of your own is not split by a pipeline, tensor or context; only models.build's are."
                 " Leave parallel empty, and set zero.stage."
             )
+        refuse_managed(module)
         copies = IndependentCopies(module)
         layers = layers_of(module)
         infos = infos_of(module, layers, data, context.dtype)
         if not any(info.parameter.requires_grad for info in infos):
-            raise ModelError("model: none of its parameters requires a gradient.")
+            raise ModelError(
+                "model: none of its parameters requires a gradient. A model that is not trained needs no engine; to"
+                " shard it, make it a part of the module that is trained."
+            )
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.agree_on("an engine", problem_of_configs(module))

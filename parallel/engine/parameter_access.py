@@ -72,7 +72,7 @@ class ParameterAccess(ModuleState):
             error = raised
         finally:
             self._original.in_use = ""
-            problem = full.close()
+            problem = full.close() or self._original.change()
         problem = f"full_parameters: {type(error).__name__}: {error}" if error is not None else problem
         if not (problem or writable) and full.was_written():
             problem = READ_ONLY
@@ -152,7 +152,7 @@ class ParameterAccess(ModuleState):
         return super()._clip_coefficient(norm) if self._clipped is None else self._clipped
 
     def _access_problem(self) -> str:
-        return self._original.in_use or (IN_FORWARD if self._passes.is_in_forward else "")
+        return (IN_FORWARD if self._passes.is_in_forward else "") or self._original.change()
 
     def _problem_of_a_backward(self) -> str:
         """Return a message about a backward whose gradients would not be clipped with those before, or none."""

@@ -18,7 +18,7 @@ from parallel.mesh.mesh import Axis
 from parallel.modules.lazy import HOST
 from parallel.modules.python_access import PythonAccess
 from parallel.modules.recorder import Recorder, is_on_meta
-from parallel.modules.sharded import Shard, is_sharded, set_data, shard_parameter
+from parallel.modules.sharded import Shard, is_sharded, refuse_to_load, set_data, shard_parameter
 from parallel.modules.units import is_weight
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,8 @@ class _NewParameters:
             for _, module in top.named_modules(memo=visited):
                 for key, parameter in module.named_parameters(recurse=False):
                     self._finish(*self._place(module, key), parameter)
+                if any(map(is_sharded, module.parameters(recurse=False))):
+                    module.register_load_state_dict_pre_hook(refuse_to_load)
                 for x in (*module._buffers.values(), *vars(module).values()):
                     if self.recorder.is_recorded(x):
                         set_data(x, self.recorder.read(x))

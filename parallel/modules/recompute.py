@@ -24,7 +24,7 @@ def recompute_layers(
     """
     for word in ("activation", "gradient"):  # transformers' name for it, and the one before version 5.20
         enable: Any = getattr(module, f"{word}_checkpointing_enable", None)
-        if enable is not None:
+        if enable is not None and getattr(module, "supports_gradient_checkpointing", True):
             enable(**{f"{word}_checkpointing_kwargs": dict(use_reentrant=False)})
             if inputs is not None and compiles:
                 raise ConfigError(

@@ -7,7 +7,7 @@ and it can be frozen, tied, cast, copied or counted; only its values are elsewhe
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -49,8 +49,8 @@ NEW = {f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "tensor", "e
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "detach"}
 REFUSAL = (
     "sharded_init: {what} is used after the block, where each rank holds a shard of it. Change a model inside of the"
-    " block (resize_token_embeddings, get_peft_model, an initialization of your own), or compute with it by the engine"
-    " after parallel.initialize."
+    " block (load_state_dict, resize_token_embeddings, get_peft_model, an initialization of your own), or compute with"
+    " it by the engine after parallel.initialize. A frozen model gets an engine as a part of the one that is trained."
 )
 
 
@@ -114,14 +114,27 @@ class ShardedParameter(nn.Parameter):
 
 
 def _share(source: Tensor, x: Tensor) -> None:
-    """Have x, an alias or a cast of a sharded parameter, stand for the same values."""
-    x.__dict__.update({name: getattr(source, name) for name in (ATTRIBUTE, NAME)})
+    """Have x, an alias or a cast of a sharded parameter, stand for the same values, in its own dtype."""
+    shard: Shard = getattr(source, ATTRIBUTE)
+    cast = shard if shard.part.dtype == x.dtype else Shard(shard.part.to(x.dtype), shard.axis)
+    x.__dict__.update({ATTRIBUTE: cast, NAME: getattr(source, NAME)})
     x.__class__ = ShardedParameter
 
 
 def _refuse(given: Iterable[Any]) -> NoReturn:
     x = next(x for x in given if isinstance(x, ShardedParameter))
     raise ModelError(REFUSAL.format(what=getattr(x, NAME, "") or "a parameter"))
+
+
+def refuse_to_load(module: nn.Module, state: Any, prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+    """Raise ModelError where a state_dict would be copied into sharded parameters: a hook of a module.
+
+    Torch would catch the error that a parameter raises, and give a RuntimeError for all of them. Parameters that are
+    replaced (`assign=True`) need no values.
+    """
+    found = [x for name, x in module._parameters.items() if x is not None and f"{prefix}{name}" in state]
+    if not metadata.get("assign_to_params_buffers") and any(isinstance(x, ShardedParameter) for x in found):
+        _refuse(found)
 
 
 def set_data(x: Tensor, data: Tensor) -> None:

@@ -25,6 +25,14 @@ def is_weight(x: Tensor) -> bool:
     return x.dtype in WEIGHT_DTYPES
 
 
+def no_values(name: str) -> ModelError:
+    """Return the error about a parameter or a buffer on the meta device."""
+    return ModelError(
+        f"{name}: it is on the meta device, and has no values. To make a model that no rank holds whole, use `with"
+        " parallel.sharded_init()` in place of torch.device('meta')."
+    )
+
+
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of a module by their names, in order: the entries of every ModuleList that is not in a layer.
 
@@ -65,6 +73,9 @@ def infos_of(
         owners.setdefault(parameter, set()).add(layer)
         names.setdefault(parameter, name)
     weights = [x for x in names if _is_trainable(x, names[x])]
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise no_values(name)
     computed = computed_dtypes(weights, precision)
     if data.rank == 0:
         report_dtypes(weights, computed)
@@ -75,6 +86,8 @@ def _is_trainable(parameter: nn.Parameter, name: str) -> bool:
     """Return whether an engine takes the parameter over. Raises ModelError where it cannot, but should."""
     if is_lazy(parameter):
         raise ModelError(f"{name}: it has no shape yet. Run one forward of the module before parallel.initialize.")
+    if parameter.is_meta:
+        raise no_values(name)
     if not is_weight(parameter) and parameter.requires_grad:
         known = either(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
         raise ModelError(f"{name}: it is {parameter.dtype}, and only {known} can be trained. Freeze it.")

@@ -69,7 +69,8 @@ class ChunkSum:
             raise ModelError(
                 f"{self.chunk.infos[i].name}: a gradient arrived that no engine.backward(loss) was waiting for. Call"
                 " that, not loss.backward(), once for each forward; and if activations are recomputed, do it with"
-                " use_reentrant=False."
+                " use_reentrant=False. In a backward of another engine freeze this one's parameters, as with"
+                " discriminator.requires_grad_(False), or train both models as parts of one module."
             )
         self.chunk.gradient.accumulator.add(i, gradient)
         self._count(i)

@@ -33,8 +33,10 @@ class MemoryProfile:
         present = sum(self.chunks[i].spec.whole_bytes for i in whole)
         self.samples.append(MemorySample(max(0, self._peak() - present), whole, self._complete))
         if backward:
-            first = next(i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit)
-            self._complete |= frozenset(range(first + 1, len(self.chunks)))
+            own = [
+                i for i, chunk in enumerate(self.chunks) if chunk.infos[0].unit == unit
+            ]  # none: it has no parameters
+            self._complete |= frozenset(range(own[0] + 1, len(self.chunks))) if own else frozenset()
         self._whole = self._present()
 
     def end(self) -> list[MemorySample]:
