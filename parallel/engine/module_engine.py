@@ -94,7 +94,7 @@ class ModuleEngine(ParameterAccess):
             raise ModelError("model: none of its parameters requires a gradient.")
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
-        self.agree_on("an engine", problem_of_configs(module))
+        self._agreement.agree_on("an engine", problem_of_configs(module))
         self._loss = ModuleLoss(
             module,
             criterion,
@@ -160,7 +160,7 @@ class ModuleEngine(ParameterAccess):
 
     def _step(self, divisor: float) -> UpdateResult:
         """Do a step with the gradients divided by this number."""
-        self._agreement.agree_on(f"a step with learning rate {self.lr}", self._original.in_use)
+        self._agreement.agree_on(f"a step with {self.hyperparameters}", self._original.in_use)
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor

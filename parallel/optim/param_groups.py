@@ -43,11 +43,35 @@ class ParamGroups:
             for names, group in zip(self.names, self.inner.param_groups, strict=True)
         ]
 
+    def hyperparameters(self) -> str:
+        """Return as text what all ranks must have in common in a step: the first group's learning rate, the number of
+        groups, and every value of the optimizer's own fields that is not its default.
+        """
+        groups, defaults = self.inner.param_groups, self.inner.defaults
+        rate = _plain(groups[0]["lr"])
+        found = [f"learning rate {rate}"] + ([f"{len(groups)} param groups"] if len(groups) > 1 else [])
+        for i, group in enumerate(groups):
+            now = {key: group[key] for key in sorted(defaults.keys() - WAYS_TO_COMPUTE) if key in group}
+            others = {k: _plain(x) for k, x in now.items() if _has_tensors(x) or x != defaults[k]}
+            found += [f"[{i}] {k} {x}" for k, x in others.items() if (k, x) != ("lr", rate)]
+        return ", ".join(found)
+
     def restore(self, saved: Mapping[int, SavedGroup]) -> None:
         """Set the fields of these groups, by their numbers. A tensor stays the same tensor, with the saved values."""
         for i, one in saved.items():
             group = self.inner.param_groups[i]
             group |= {key: _restored(group.get(key), value) for key, value in one.fields.items()}
+
+
+def _plain(x: Any) -> Any:
+    """Return a number in place of a tensor that has one, also in a tuple."""
+    if isinstance(x, tuple | list):
+        return tuple(_plain(item) for item in x)
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
+
+
+def _has_tensors(x: Any) -> bool:
+    return any(isinstance(item, Tensor) for item in (x if isinstance(x, tuple | list) else [x]))
 
 
 def _restored(now: Any, saved: Any) -> Any:

@@ -1,0 +1,99 @@
+"""Where access to parameters by hand meets what an engine saves and loads, and who may have the parameters at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run
+from tests.test_module_engine import config_of, engine_of
+from tests.test_parameter_access import engine_with, message_of
+from tests.test_user_writes import linears, step_of, weights_of
+
+
+def saving_in_full_parameters(rank: int, world_size: int, stage: int, folder: Path) -> list[str]:
+    """Return what is said to each method that saves or loads in `full_parameters`, which changes nothing."""
+    engine, _, _ = engine_with(rank, world_size, stage)
+    step_of(engine, 0, rank, world_size)
+    engine.save_checkpoint(folder)
+    state = engine.state_dict()
+    methods: list[Callable[[], Any]] = [
+        lambda: engine.save_checkpoint(folder / "within"),
+        lambda: engine.load_checkpoint(folder),
+        lambda: engine.load_weights(folder),
+        lambda: engine.save_pretrained(folder / "within"),
+        engine.state_dict,
+        lambda: engine.load_state_dict(state),
+        lambda: engine.clip_grad_norm_(1.0),
+        lambda: engine.full_gradients().__enter__(),
+    ]
+    with engine.full_parameters(writable=True) as weights:
+        weights["first.weight"].fill_(7.0)
+        found = [message_of(method) for method in methods]
+    with engine.full_parameters() as weights:
+        assert bool((weights["first.weight"] == 7).all())
+    assert not (folder / "within").exists()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_nothing_is_saved_or_loaded_within_full_parameters(stage: int, tmp_path: Path) -> None:
+    """A checkpoint in it would have had the values before it; one that was loaded in it would have been overwritten."""
+    for found in run(saving_in_full_parameters, 2, stage, tmp_path):
+        assert all("nothing is computed or saved in this context. Leave it first" in message for message in found)
+
+
+def state_after_a_write(rank: int, world_size: int, precision: str) -> list[float]:
+    """Return the values of a parameter that was written into, in the state_dict and in an engine that has loaded it."""
+    engine, module, _ = engine_with(rank, world_size, 1, precision=precision)
+    step_of(engine, 0, rank, world_size)
+    with torch.no_grad():
+        module.first.weight.fill_(0.5)
+    state = engine.state_dict()
+    saved = [x for name, x in state["tensors"].items() if name.startswith("master/first.weight")]
+    other, loaded, _ = engine_with(rank, world_size, 1, precision=precision)
+    other.load_state_dict(state)
+    return [float(x) for x in torch.cat([x.flatten() for x in (*saved, loaded.first.weight.detach().float())]).unique()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_state_dict_has_what_was_written_into_parameters(precision: str) -> None:
+    assert run(state_after_a_write, 2, precision) == [[0.5], [0.5]]
+
+
+def steps_that_differ(rank: int, world_size: int, stage: int) -> list[str]:
+    """Return what is said to a step for which ranks have other hyperparameters, which then changes nothing."""
+    found = []
+    for change in CHANGES:
+        module = linears()
+        second = dict(params=list(module.layers[0].parameters()), lr=torch.tensor(0.5))
+        update = torch.optim.AdamW([dict(params=[module.first.weight]), second], lr=0.25)
+        engine, _ = engine_of(rank, world_size, config_of(stage, precision="fp32"), module, optimizer=update)
+        before = weights_of(engine)
+        if rank == 1:
+            change(update, module)
+        found.append(message_of(lambda: step_of(engine, 0, rank, world_size)))  # noqa: B023
+        after = weights_of(engine)
+        assert all(torch.equal(after[n], before[n]) for n in before)
+    return found
+
+
+CHANGES: list[Callable[[torch.optim.Optimizer, Any], Any]] = [
+    lambda update, module: update.param_groups[1]["lr"].fill_(0.125),
+    lambda update, module: update.param_groups[0].update(weight_decay=0.75),
+    lambda update, module: update.add_param_group(dict(params=[module.layers[1].bias])),
+]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_every_hyperparameter_of_every_group_is_the_same_on_all_ranks(stage: int) -> None:
+    """A schedule that follows a rank's own loss would give each rank weights of its own in stage 0."""
+    told = run(steps_that_differ, 2, stage)
+    assert told[0] == told[1]
+    rate, decay, groups = told[0]
+    assert "rank 0: a step with learning rate 0.25, 2 param groups, [1] lr 0.5; rank 1:" in rate
+    assert "rank 1: a step with learning rate 0.25, 2 param groups, [1] lr 0.125" in rate
+    assert "rank 1: a step with learning rate 0.25, 2 param groups, [0] weight_decay 0.75, [1] lr 0.5" in decay
+    assert "rank 1: a step with learning rate 0.25, 3 param groups, [1] lr 0.5" in groups
