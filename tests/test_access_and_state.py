@@ -68,8 +68,9 @@ def steps_that_differ(rank: int, world_size: int, stage: int) -> list[str]:
     found = []
     for change in CHANGES:
         module = linears()
-        second = dict(params=list(module.layers[0].parameters()), lr=torch.tensor(0.5))
-        update = torch.optim.AdamW([dict(params=[module.first.weight]), second], lr=0.25)
+        groups: list[dict[str, Any]] = [dict(params=[module.first.weight])]
+        groups.append(dict(params=list(module.layers[0].parameters()), lr=torch.tensor(0.5)))
+        update = torch.optim.AdamW(groups, lr=0.25)
         engine, _ = engine_of(rank, world_size, config_of(stage, precision="fp32"), module, optimizer=update)
         before = weights_of(engine)
         if rank == 1:
@@ -97,3 +98,31 @@ def test_every_hyperparameter_of_every_group_is_the_same_on_all_ranks(stage: int
     assert "rank 1: a step with learning rate 0.25, 2 param groups, [1] lr 0.125" in rate
     assert "rank 1: a step with learning rate 0.25, 2 param groups, [0] weight_decay 0.75, [1] lr 0.5" in decay
     assert "rank 1: a step with learning rate 0.25, 3 param groups, [1] lr 0.5" in groups
+
+
+def load_damaged(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Return what is said to a checkpoint of which a bit was flipped, by an engine that stays as it was."""
+    engine, *_ = engine_with(rank, world_size, 1)
+    step_of(engine, 0, rank, world_size)
+    path = engine.save_checkpoint(folder)
+    module = linears()
+    update = torch.optim.SGD(module.parameters(), lr=0.5)
+    other, _ = engine_of(rank, world_size, config_of(1, precision="fp32"), module, optimizer=update)
+    before = weights_of(other)
+    if rank == 0:
+        file = path / "rank_00000.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-8] ^= 1
+        file.write_bytes(content)
+    other.agree_on("a damaged file")
+    found = [message_of(lambda: other.load_checkpoint(folder)), message_of(lambda: other.load_weights(folder))]
+    after = weights_of(other)
+    assert update.param_groups[0]["lr"] == 0.5
+    assert other.num_steps == 0
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    return found
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused_on_every_rank_and_changes_nothing(tmp_path: Path) -> None:
+    for found in run(load_damaged, 2, tmp_path):
+        assert all("rank_00000.safetensors is damaged: its bytes are not those that were" in text for text in found)

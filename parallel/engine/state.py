@@ -156,6 +156,7 @@ class EngineState(EngineBase):
         with fail_together(self.mesh.world):
             saved = SavedState.read(folder, self.mesh.world, option=option)
             checkpoint.check_files(saved.folder)
+            checkpoint.check_contents(saved.folder, self.mesh.world)
         return saved
 
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
