@@ -1,5 +1,6 @@
 """Where access to parameters by hand meets what an engine saves and loads, and who may have the parameters at all."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,56 @@ def load_damaged(rank: int, world_size: int, folder: Path) -> list[str]:
 def test_a_flipped_bit_in_a_checkpoint_is_refused_on_every_rank_and_changes_nothing(tmp_path: Path) -> None:
     for found in run(load_damaged, 2, tmp_path):
         assert all("rank_00000.safetensors is damaged: its bytes are not those that were" in text for text in found)
+
+
+def group_with_names(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Return what is said to groups of parameters that have a group, after one with names was added, saved and loaded
+    by an optimizer without names.
+    """
+    module = linears()
+    update = torch.optim.Adam(module.first.named_parameters(), lr=0.25)
+    engine, _ = engine_of(rank, world_size, config_of(1, precision="fp32"), module, optimizer=update)
+    update.add_param_group(dict(params=list(module.layers.named_parameters()), lr=0.5))
+    step_of(engine, 0, rank, world_size)
+    engine.save_checkpoint(folder)
+    assert [len(group["param_names"]) for group in update.param_groups] == [1, 4]
+    other = linears()
+    without = torch.optim.Adam(other.first.parameters(), lr=0.75)
+    loaded, _ = engine_of(rank, world_size, config_of(3, precision="fp32"), other, optimizer=without)
+    without.add_param_group(dict(params=list(other.layers.parameters())))
+    loaded.load_checkpoint(folder)
+    assert [group["lr"] for group in without.param_groups] == [0.25, 0.5]
+    before, after = weights_of(engine), weights_of(loaded)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    repeated = [[other.first.weight], [other.layers[0].bias]]
+    return [message_of(lambda: without.add_param_group(dict(params=given))) for given in repeated]  # noqa: B023
+
+
+def test_groups_with_names_are_added_and_loaded_and_no_parameter_has_two_groups(tmp_path: Path) -> None:
+    """A rank without a part of the parameter would have added it again, and the others not."""
+    for found in run(group_with_names, 2, tmp_path):
+        assert found == [
+            f"optimizer.add_param_group: {name} is in a group already, or twice in this one. Add each parameter to one"
+            " group."
+            for name in ("first.weight", "layers.0.bias")
+        ]
+
+
+def second_engine(rank: int, world_size: int, stage: int) -> str:
+    """Return what is said to a second engine of a module; a copy of it has one, and both are trained."""
+    engine, module, _ = engine_with(rank, world_size, stage)
+    step_of(engine, 0, rank, world_size)
+    with engine.full_parameters():
+        other = copy.deepcopy(module)
+    raw = config_of(stage, precision="fp32")
+    found = message_of(lambda: engine_of(rank, world_size, raw, torch.nn.Sequential(module)))
+    second, _ = engine_of(rank, world_size, raw, other)
+    step_of(engine, 1, rank, world_size)
+    step_of(second, 1, rank, world_size)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_parameter_has_one_engine(stage: int) -> None:
+    for found in run(second_engine, 2, stage):
+        assert "model: an engine has taken over 0.first.weight before, and keeps its values. Initialize a copy" in found

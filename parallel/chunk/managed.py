@@ -78,6 +78,17 @@ def manage(parameters: Iterable[nn.Parameter], manager: Callable[[], Manager | N
             parameter.__class__ = ManagedParameter
 
 
+def problem_of_another_engine(module: nn.Module) -> str:
+    """Return a message about the first parameter that an engine has taken over, or an empty string."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, ManagedParameter):
+            return (
+                f"model: an engine has taken over {name} before, and keeps its values. Initialize a copy: in"
+                " `with engine.full_parameters()` of that engine, copy.deepcopy(model) is a plain module."
+            )
+    return ""
+
+
 def _refuse(parameter: nn.Parameter, question: str) -> None:
     """Raise ModelError where the parameter's manager has an answer to this question."""
     manager = getattr(parameter, MANAGER, lambda: None)()

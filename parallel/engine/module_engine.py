@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk, make_chunks
+from parallel.chunk.managed import problem_of_another_engine
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.parameter_access import ParameterAccess
 from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
@@ -87,6 +89,7 @@ class ModuleEngine(ParameterAccess):
                 "parallel: a module of your own is not split by a pipeline, tensor or context; only models.build's are."
                 " Leave parallel empty, and set zero.stage."
             )
+        Agreement(context.mesh.world).agree_on("a model", problem_of_another_engine(module))
         copies = IndependentCopies(module)
         layers = layers_of(module)
         infos = infos_of(module, layers, data, context.dtype)

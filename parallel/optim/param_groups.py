@@ -13,6 +13,9 @@ from parallel.layout.layout import ParameterInfo
 WAYS_TO_COMPUTE = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """The fields that say which kernels an update uses: they depend on the device, not on what was learned."""
 
+NOT_FIELDS = WAYS_TO_COMPUTE | {"params", "param_names"}
+"""The entries of a group that are not saved as its fields; its parameters are saved by their public names."""
+
 
 @dataclass(frozen=True)
 class SavedGroup:
@@ -32,14 +35,20 @@ class ParamGroups:
         for group in inner.param_groups:
             self.add(group["params"])
 
+    def repeated(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        """Return the names of those of these parameters that a group has, or that are twice among them."""
+        given = [name for parameter in parameters for name in self._sources.get(parameter, ())]
+        present = {name for names in self.names for name in names}
+        return [name for i, name in enumerate(given) if name in present or name in given[:i]]
+
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note a group of these parameters of the model, which comes after the others."""
         self.names.append([name for parameter in parameters for name in self._sources.get(parameter, ())])
 
     def state(self) -> list[SavedGroup]:
-        """Return each group's names, and all of its fields but `params` and the ways to compute."""
+        """Return each group's names, and all of its fields."""
         return [
-            SavedGroup(names, {k: v for k, v in group.items() if k not in WAYS_TO_COMPUTE | {"params"}})
+            SavedGroup(names, {k: v for k, v in group.items() if k not in NOT_FIELDS})
             for names, group in zip(self.names, self.inner.param_groups, strict=True)
         ]
 
