@@ -1,12 +1,13 @@
-"""Where access to parameters by hand meets what an engine saves and loads, and who may have the parameters at all."""
+"""Access to parameters by hand meets what an engine saves and loads, and a parameter has one engine."""
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.harness import run
 from tests.test_module_engine import config_of, engine_of
@@ -180,3 +181,41 @@ def second_engine(rank: int, world_size: int, stage: int) -> str:
 def test_a_parameter_has_one_engine(stage: int) -> None:
     for found in run(second_engine, 2, stage):
         assert "model: an engine has taken over 0.first.weight before, and keeps its values. Initialize a copy" in found
+
+
+def compiled_module(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Return what is wrong in a module that was compiled, whole and in parts, before its engine was made."""
+    plain = linears()
+    engine, _ = engine_of(rank, world_size, config_of(3, precision="fp32"), plain)
+    step_of(engine, 0, rank, world_size)
+    engine.save_checkpoint(folder)
+    want = weights_of(engine)
+    found = []
+    for is_whole in (True, False):
+        module = linears()
+        module.layers[0] = torch.compile(module.layers[0], backend="eager")
+        module = cast(torch.nn.Module, torch.compile(module, backend="eager")) if is_whole else module
+        other, _ = engine_of(rank, world_size, config_of(3, precision="fp32"), module)
+        step_of(other, 0, rank, world_size)
+        got = weights_of(other)
+        found += [name for name in want if not torch.equal(got[name], want[name])]
+        other.load_checkpoint(folder)
+        other.save_pretrained(folder / "export")
+        names = load_file(folder / "export" / "model.safetensors").keys()
+        found += sorted(names ^ {*want, "factor"})
+    return found
+
+
+def test_a_compiled_module_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
+    """An export had names with `_orig_mod.`, so that from_pretrained found none of the weights and drew them."""
+    assert run(compiled_module, 2, tmp_path) == [[], []]
+
+
+def on_meta(rank: int, world_size: int) -> str:
+    module = torch.nn.Linear(4, 4, device="meta")
+    return message_of(lambda: engine_of(rank, world_size, config_of(1), module))
+
+
+def test_a_module_without_values_is_refused_by_the_name_of_its_first_parameter() -> None:
+    for found in run(on_meta, 1):
+        assert "weight: it is on the meta device, and has no values. Make the model in `with parallel.sharded" in found

@@ -47,8 +47,8 @@ DTYPE_NAMES = {  # as a safetensors header has them
 }
 
 BEFORE_CHECKSUM, NO_CHECKSUM = b'{"__metadata__": {"format": "pt", "crc32": "', b"00000000"
-"""How a header begins, and what is in the place of the checksum of the file while that is computed. Transformers
-refuses a file without a format."""
+"""The bytes with which a header begins, and those in the place of the checksum while that is computed. (Transformers
+refuses a file without a format.)"""
 
 BLOCK_BYTES = 2**22  # read at a time
 
