@@ -9,7 +9,6 @@ from parallel.checkpoint.hf_folder import write_folder
 from parallel.checkpoint.shards import Entry
 from parallel.engine.adapters import save_adapters, save_merged
 from parallel.engine.state import EngineState
-from parallel.errors import ModelError
 from parallel.layout.layout import Piece
 from parallel.modules.adapters import has_adapters
 from parallel.modules.buffers import buffer_pieces
@@ -31,8 +30,7 @@ class ModuleState(EngineState):
         are kept. Raises CheckpointError on every rank where rank 0 cannot write, or where a tensor's dtype cannot be
         saved; ModelError for a `merge` without adapters.
         """
-        if problem := self._access_problem():  # the same on every rank
-            raise ModelError(problem)
+        self.agree_on("an export")  # before the collectives of `weights`
         wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
         if merge or has_adapters(self.module):
             save = save_merged if merge else save_adapters
@@ -50,10 +48,6 @@ class ModuleState(EngineState):
         The first rank's include the buffers.
         """
         return super().weights() + (buffer_pieces(self.module) if self.mesh.rank == 0 else [])
-
-    def _access_problem(self) -> str:
-        """Return why nothing may be done with the parameters now, or an empty text."""
-        return ""
 
     def state(self) -> dict[str, list[Piece]]:
         """Return all tensors that a step changes, as pieces by kind, the buffers among them."""
