@@ -887,7 +887,7 @@ USER_WRITES = (
 
 PARTING = (
     Mutant("export-not-agreed-on", "a rank that exports alone waits for the others, and they for it",
-           "parallel/checkpoint/hf_folder.py", '    Agreement(axis).agree_on("an export")\n', "",
+           "parallel/engine/module_state.py", '        self.agree_on("an export")  # before the collectives of `weights`\n', "",
            PARTED.format("exports alone")),
     Mutant("other-config-accepted", "ranks train on with different learning rates",
            "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
@@ -932,6 +932,25 @@ FOLDERS = (
 
 # fmt: on
 
+ACCESS_AND_STATE = (
+    Mutant(
+        "state-dict-without-writes",
+        "engine.state_dict() lacks what was written into narrow parameters",
+        "parallel/engine/state.py",
+        '        self.agree_on("a state_dict")\n        self.writes.take_if_any()\n',
+        '        self.agree_on("a state_dict")\n',
+        "tests/test_access_and_state.py::test_a_state_dict_has_what_was_written_into_parameters",
+    ),
+    Mutant(
+        "ranks-agree-on-lr-alone",
+        "hyperparameters that differ by rank give each rank weights of its own",
+        "parallel/engine/module_engine.py",
+        "a step with {self.hyperparameters}",
+        "a step with learning rate {self.lr}",
+        "tests/test_access_and_state.py::test_every_hyperparameter_of_every_group_is_the_same_on_all_ranks",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -956,4 +975,5 @@ MUTANTS = (
     *USER_WRITES,
     *PARTING,
     *FOLDERS,
+    *ACCESS_AND_STATE,
 )

@@ -14,11 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint.checkpoint import find_checkpoint, load, read_metadata, resolve_latest, save, step_folder
+from parallel.checkpoint.checkpoint import (
+    check_contents,
+    find_checkpoint,
+    load,
+    read_metadata,
+    resolve_latest,
+    save,
+    step_folder,
+)
 from parallel.checkpoint.shards import covered_once
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Layout, Piece, box_shape, slices
-from parallel.mesh.mesh import Axis, Traffic
+from parallel.mesh.mesh import ALONE, Axis, Traffic
 from tests.harness import run
 from tests.parity import owns
 
@@ -265,6 +273,17 @@ def test_a_file_overwritten_with_noise_is_named(saved: Path) -> None:
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged"):
         load(saved, empty_pieces())
+
+
+@pytest.mark.parametrize("place", [4, 20, 60, 90, -100, -1])
+def test_a_flipped_bit_anywhere_in_a_file_is_named(saved: Path, place: int) -> None:
+    file = saved / "rank_00000.safetensors"
+    check_contents(saved, ALONE)
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged"):
+        check_contents(saved, ALONE)
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:

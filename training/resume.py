@@ -1,7 +1,8 @@
 """The start of a run: a checkpoint that it resumes from, weights that it reads, or weights drawn from the seed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,22 @@ def find_checkpoint(config: Config, resume: str | None, corpus: Corpus) -> Path 
     found = None if named is None else checkpoint.find_checkpoint(named, Path(config.output.dir))
     if found is None:
         return None
-    try:
+    with naming_the_one_before(found):
         checkpoint.check_files(found)
+    check_same_model(found, shape_of(config))
+    check_same_data(found, checkpoint.read_metadata(found), config, corpus)
+    return found
+
+
+@contextmanager
+def naming_the_one_before(found: Path) -> Iterator[None]:
+    """Have a CheckpointError about a damaged checkpoint name the one before it, if there is one."""
+    try:
+        yield
     except CheckpointError as error:
         if earlier := checkpoint.previous_checkpoint(found):
             raise CheckpointError(f"{error} Try --resume {earlier}.") from error
         raise
-    check_same_model(found, shape_of(config))
-    check_same_data(found, checkpoint.read_metadata(found), config, corpus)
-    return found
 
 
 def start_messages(config: Config, resume: str | None, found: Path | None) -> list[str]:

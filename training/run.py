@@ -27,7 +27,7 @@ from training.log_file import log_file
 from training.loop import fit
 from training.preflight import Job, modules_of_steps
 from training.preview import preview_of
-from training.resume import counters_of
+from training.resume import counters_of, naming_the_one_before
 from training.screen import Screen
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ def make_engine(context: Context, job: Job) -> Engine:
     engine.writes.stop()  # no code of a user runs between these steps
     if job.resume_from is not None:
         pieces = engine.state_pieces()
+        with fail_together(context.mesh.world), naming_the_one_before(job.resume_from):
+            checkpoint.check_contents(job.resume_from, context.mesh.world)
         with fail_together(context.mesh.world):
             checkpoint.load(job.resume_from, pieces)
         engine.restore(counters_of(job.resume_from))

@@ -26,6 +26,7 @@ from parallel.checkpoint.shards import (
     Entry,
     StoredPart,
     StoredTensor,
+    check_sum,
     covered_once,
     fail_together,
     file_size,
@@ -154,6 +155,14 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(f"{file} is missing.")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size} bytes, was written with {size}.")
+
+
+def check_contents(folder: Path, axis: Axis) -> None:
+    """Raise a CheckpointError if a file of a checkpoint has other bytes than were written. The ranks share the files,
+    so that each is read once more than a load would read it. It contains no collective.
+    """
+    for name in sorted(_read_index(folder)["files"])[axis.rank :: axis.size]:
+        check_sum(folder / name, CheckpointError)
 
 
 def previous_checkpoint(folder: Path) -> Path | None:

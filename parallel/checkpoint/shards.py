@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ DTYPE_NAMES = {  # as a safetensors header has them
     torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
+
+BEFORE_CHECKSUM, NO_CHECKSUM = b'{"__metadata__": {"format": "pt", "crc32": "', b"00000000"
+"""The bytes with which a header begins, and those in the place of the checksum while that is computed. (Transformers
+refuses a file without a format.)"""
+
+BLOCK_BYTES = 2**22  # read at a time
 
 
 @dataclass(frozen=True)
@@ -152,13 +159,38 @@ def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     """Write `tensors`, which `entries` describe in the same order, one at a time: the host never holds two of them.
 
     A reader maps the file, so each tensor must start at a multiple of its item size: wide dtypes come before narrow
-    ones.
+    ones. The header has a checksum of the whole file: see `check_sum`.
     """
     with write_synced(file) as out:
-        out.write(_header(entries))
+        header = _header(entries)
+        out.write(header)
+        checksum = zlib.crc32(header)
         for entry, tensor in zip(entries, tensors, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
-            out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            out.write(content)
+            checksum = zlib.crc32(content, checksum)
+        out.seek(8 + len(BEFORE_CHECKSUM))
+        out.write(f"{checksum:08x}".encode())
+
+
+def check_sum(file: Path, error: type[ColonnadeError]) -> None:
+    """Raise `error` if a file that `write_tensors` wrote has other bytes now. One without a checksum is not checked."""
+    place = 8 + len(BEFORE_CHECKSUM)
+    with open_safetensors(file, error):  # which reads the header
+        pass
+    try:
+        with file.open("rb") as content:
+            start, saved = content.read(place), content.read(8)
+            if start[8:] != BEFORE_CHECKSUM:
+                return
+            found = zlib.crc32(NO_CHECKSUM, zlib.crc32(start))
+            while block := content.read(BLOCK_BYTES):
+                found = zlib.crc32(block, found)
+    except OSError as cause:
+        raise error(f"cannot read {file}: {cause.strerror}.") from cause
+    if saved != f"{found:08x}".encode():
+        raise error(f"{file} is damaged: its bytes are not those that were written.")
 
 
 def file_size(entries: Sequence[Entry]) -> int:
@@ -171,7 +203,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
     It is padded with spaces, so that the data start at a multiple of 8 bytes.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "crc32": NO_CHECKSUM.decode()}}
     start = 0
     for entry in entries:
         stop = start + entry.num_bytes
@@ -182,6 +214,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
         }
         start = stop
     text = json.dumps(header).encode()
+    assert text.startswith(BEFORE_CHECKSUM)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -78,18 +78,19 @@ def manage(parameters: Iterable[nn.Parameter], manager: Callable[[], Manager | N
             parameter.__class__ = ManagedParameter
 
 
-def refuse_managed(module: nn.Module) -> None:
-    """Raise ModelError where another engine manages parameters of the module, or has managed them.
+def problem_of_another_engine(module: nn.Module) -> str:
+    """Return a message about the first parameter that another engine manages, or an empty string.
 
     Two engines would take the parameters from each other: each has them as views of its own buffers.
     """
     for name, parameter in module.named_parameters():
         if hasattr(parameter, MANAGER):
-            raise ModelError(
+            return (
                 f"model: {name} has an engine already. Two engines cannot share a parameter: put both models into one"
                 " module, with param groups for each. For a new engine make the model anew, or pass"
                 " copy.deepcopy(engine.module), made in `with engine.full_parameters()`."
             )
+    return ""
 
 
 def _refuse(parameter: nn.Parameter, question: str) -> None:

@@ -155,6 +155,13 @@ class EngineBase:
         return learning_rate(schedule, rate, self.num_updates, self.config.train.steps)
 
     @property
+    def hyperparameters(self) -> str:
+        """The values of the optimizer that all ranks must have in common in the next step, as text."""
+        if isinstance(self.optimizer, TorchOptimizer):
+            return self.optimizer.groups.hyperparameters()
+        return f"learning rate {self.lr}"
+
+    @property
     def has_gradients(self) -> bool:
         """True between a backward and its step, where an engine lets its user do anything in between."""
         return False

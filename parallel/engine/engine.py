@@ -73,7 +73,7 @@ class Engine(EngineState):
         on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError where
         the device has too little memory.
         """
-        self.agree_on("a train step")
+        self.agree_on(f"a train step with {self.hyperparameters}")
         with self.placement_manager.explain_shortage():
             return self._train_step(batch)
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
 from parallel.chunk.chunk import Chunk, make_chunks
-from parallel.chunk.managed import refuse_managed
+from parallel.chunk.managed import problem_of_another_engine
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.parameter_access import ParameterAccess
 from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
@@ -88,7 +89,7 @@ class ModuleEngine(ParameterAccess):
                 "parallel: a module of your own is not split by a pipeline, tensor or context; only models.build's are."
                 " Leave parallel empty, and set zero.stage."
             )
-        refuse_managed(module)
+        Agreement(context.mesh.world).agree_on("a model", problem_of_another_engine(module))
         copies = IndependentCopies(module)
         layers = layers_of(module)
         infos = infos_of(module, layers, data, context.dtype)
@@ -99,7 +100,7 @@ class ModuleEngine(ParameterAccess):
             )
         chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
-        self.agree_on("an engine", problem_of_configs(module))
+        self._agreement.agree_on("an engine", problem_of_configs(module))
         self._loss = ModuleLoss(
             module,
             criterion,
@@ -165,7 +166,7 @@ class ModuleEngine(ParameterAccess):
 
     def _step(self, divisor: float) -> UpdateResult:
         """Do a step with the gradients divided by this number."""
-        self._agreement.agree_on(f"a step with learning rate {self.lr}", self._original.in_use)
+        self._agreement.agree_on(f"a step with {self.hyperparameters}", self._original.in_use)
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor

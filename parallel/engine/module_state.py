@@ -30,7 +30,7 @@ class ModuleState(EngineState):
         are kept. Raises CheckpointError on every rank where rank 0 cannot write, or where a tensor's dtype cannot be
         saved; ModelError for a `merge` without adapters.
         """
-        self.agree_on("an export")
+        self.agree_on("an export")  # before the collectives of `weights`
         wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
         if merge or has_adapters(self.module):
             save = save_merged if merge else save_adapters

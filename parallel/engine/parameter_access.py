@@ -59,9 +59,9 @@ class ParameterAccess(ModuleState):
         """
         part = self.module if module is None else module
         parameters = set(part.parameters())
-        problem = self._access_problem() or ("" if parameters <= set(self.module.parameters()) else NOT_OF_THE_MODEL)
+        problem = "" if parameters <= set(self.module.parameters()) else NOT_OF_THE_MODEL
         action = f"full_parameters of {len(parameters)} parameters" + (", to write" if writable else "")
-        self._agreement.agree_on(action, problem)
+        self.agree_on(action, self._access_problem() or problem)
         self._passes.release()
         self.writes.take_if_any()
         full = FullParameters(self.chunks, parameters)
@@ -94,7 +94,7 @@ class ParameterAccess(ModuleState):
         and the step is as it would be without them. Every rank enters it together. Raises ModelError on every rank
         where one does something else, or where they were changed.
         """
-        self._agreement.agree_on("full_gradients", self._access_problem())
+        self.agree_on("full_gradients")
         unused = self._unused()
         if len(unused) == sum(len(chunk.infos) for chunk in self._trained):
             yield {info.name: None for chunk in self.chunks for info in chunk.infos}
@@ -114,12 +114,12 @@ class ParameterAccess(ModuleState):
         ModelError, on every rank, for a `norm_type` other than 2, for a `max_norm` that is no number from 0 on, and
         with `error_if_nonfinite` for a norm that is not finite.
         """
-        problem = self._access_problem()
+        problem = ""
         if norm_type != 2:
             problem = f"clip_grad_norm_: norm_type={norm_type!r} is not known. Use 2.0."
         elif isnan(max_norm) or max_norm < 0:
             problem = f"clip_grad_norm_: max_norm={max_norm!r} is not a number from 0 on. Try 1.0."
-        self._agreement.agree_on(f"clip_grad_norm_ by {float(max_norm)!r}", problem)
+        self.agree_on(f"clip_grad_norm_ by {float(max_norm)!r}", problem)
         self._gradients.finish()
         clipped = torch.ones((), dtype=torch.float64, device=self.mesh.device)
         clipped = clipped if self._clipped is None else self._clipped
@@ -135,6 +135,10 @@ class ParameterAccess(ModuleState):
             "engine: it cannot be copied or pickled. engine.save_checkpoint(folder) saves its state, and"
             " copy.deepcopy(engine.module) copies the model."
         )
+
+    def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Do as `EngineBase.agree_on`; in `full_parameters` and in a forward every action is a problem."""
+        super().agree_on(action, problem or self._access_problem(), error)
 
     # -- details
 

@@ -111,8 +111,10 @@ class EngineState(EngineBase):
 
         `torch.save` writes it, and `torch.load` reads it with `weights_only=True`. Each rank has a state of its own,
         for the same layout alone: for any other there is `save_checkpoint`. (FSDP's counterpart is its sharded
-        state_dict.)
+        state_dict.) Raises ModelError, on every rank, where ranks have written different values into their parameters.
         """
+        self.agree_on("a state_dict")
+        self.writes.take_if_any()
         names, fields = self._groups(gathers=False)
         values = encode(dict(param_groups=fields, extra_state=extra_states(self.module)))
         steps = self.optimizer.counters()["steps"]
@@ -154,6 +156,7 @@ class EngineState(EngineBase):
         with fail_together(self.mesh.world):
             saved = SavedState.read(folder, self.mesh.world, option=option)
             checkpoint.check_files(saved.folder)
+            checkpoint.check_contents(saved.folder, self.mesh.world)
         return saved
 
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:

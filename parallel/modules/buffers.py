@@ -7,7 +7,7 @@ from parallel.layout.layout import Piece
 from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
 from parallel.modules.extra_state import is_extra_state
-from parallel.modules.units import is_weight
+from parallel.modules.units import is_weight, plain_name
 
 
 def broadcast_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype, axis: Axis) -> None:
@@ -37,5 +37,5 @@ def buffer_pieces(module: nn.Module) -> list[Piece]:
     for name, x in module.state_dict(keep_vars=True).items():
         if name not in weights and isinstance(x, Tensor) and not is_extra_state(name):
             box = tuple((0, size) for size in x.shape)
-            found.setdefault(id(x), Piece(name, tuple(x.shape), box, x.detach()))
+            found.setdefault(id(x), Piece(plain_name(name), tuple(x.shape), box, x.detach()))
     return list(found.values())

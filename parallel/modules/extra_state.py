@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from parallel.modules.units import plain_name
+
 SUFFIX = "_extra_state"  # torch's, of the key in a state_dict
 
 
@@ -28,4 +30,4 @@ def is_extra_state(key: str) -> bool:
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
-            yield name, part
+            yield plain_name(name), part

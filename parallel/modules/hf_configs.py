@@ -20,7 +20,7 @@ def write_hf_configs(module: nn.Module, dtype: torch.dtype, folder: Path) -> Non
     if not hasattr(config, "save_pretrained"):
         return
     saved = copy(config)
-    saved.dtype, saved.architectures = dtype, [type(module).__name__]
+    saved.dtype, saved.architectures = dtype, [type(getattr(module, "_orig_mod", module)).__name__]
     _save("config", saved, folder)
     generation: Any = getattr(module, "generation_config", None)
     if generation is not None:

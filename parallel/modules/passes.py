@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from parallel.chunk.writes import Writes
 from parallel.mesh.agreement import Agreement
 from parallel.modules.parameters import OriginalParameters
+from parallel.ops.compiling import not_compiled
 from parallel.placement.manager import PlacementManager
 from parallel.zero.gatherer import Gatherer
 from parallel.zero.saved import transforms_refused
@@ -45,6 +46,7 @@ class ModulePasses:
         )
         module.register_forward_hook(lambda module, inputs, y: self.end_forward(), always_call=True)
 
+    @not_compiled
     def begin_forward(self, inputs: Any) -> None:
         """Gather the root. Raises ModelError on every rank where one does something else, or its module was changed."""
         action = "a forward" if torch.is_grad_enabled() else "a forward without gradients"
@@ -63,6 +65,7 @@ class ModulePasses:
         self.gatherer.root.make_whole()
         self._hooks.enter_context(self.gatherer.saved.hooks("model"))
 
+    @not_compiled
     def end_forward(self) -> None:
         """Release what is gathered, unless a backward is to follow."""
         self._hooks.close()

@@ -14,6 +14,7 @@ from parallel.layout.layout import ROOT, Layout, ParameterInfo
 from parallel.mesh.mesh import Axis
 from parallel.modules.precision import computed_dtypes, report_dtypes
 
+COMPILED = "_orig_mod."
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,6 +32,11 @@ def no_values(name: str) -> ModelError:
         f"{name}: it is on the meta device, and has no values. To make a model that no rank holds whole, use `with"
         " parallel.sharded_init()` in place of torch.device('meta')."
     )
+
+
+def plain_name(name: str) -> str:
+    """Return a name in a module without the wrappers of `torch.compile`: the weights are those of the same model."""
+    return name.replace(COMPILED, "")
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -61,17 +67,17 @@ def infos_of(
 ) -> list[ParameterInfo]:
     """Return every parameter that `is_weight` once, under its first name; its gradient is summed over `data`.
 
-    It is computed in `precision`, or in its own dtype (see `computed_dtypes`); the first rank logs it where there are
-    several. The parameters of a single layer belong to its unit, all others to the root, and so do those that two
-    layers share. Raises ModelError for a parameter of another dtype that requires a gradient, and for one that has no
-    shape yet.
+    Names are without the wrappers of `torch.compile`. It is computed in `precision`, or in its own dtype (see
+    `computed_dtypes`); the first rank logs it where there are several. The parameters of a single layer belong to its
+    unit, all others to the root, and so do those that two layers share. Raises ModelError for a parameter of another
+    dtype that requires a gradient, and for one that has no shape yet.
     """
     owners: dict[nn.Parameter, set[str]] = {}
     names: dict[nn.Parameter, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         layer = next((layer for layer in layers if name.startswith(f"{layer}.")), ROOT)
         owners.setdefault(parameter, set()).add(layer)
-        names.setdefault(parameter, name)
+        names.setdefault(parameter, plain_name(name))
     weights = [x for x in names if _is_trainable(x, names[x])]
     for name, buffer in module.named_buffers():
         if buffer.is_meta:

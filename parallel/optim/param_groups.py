@@ -13,6 +13,9 @@ from parallel.layout.layout import ParameterInfo
 WAYS_TO_COMPUTE = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """The fields that say which kernels an update uses: they depend on the device, not on what was learned."""
 
+NOT_FIELDS = WAYS_TO_COMPUTE | {"params", "param_names"}
+"""The entries of a group that are not saved as its fields; its parameters are saved by their public names."""
+
 
 @dataclass(frozen=True)
 class SavedGroup:
@@ -32,22 +35,52 @@ class ParamGroups:
         for group in inner.param_groups:
             self.add(group["params"])
 
+    def repeated(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        """Return the names of those of these parameters that a group has, or that are twice among them."""
+        given = [name for parameter in parameters for name in self._sources.get(parameter, ())]
+        present = {name for names in self.names for name in names}
+        return [name for i, name in enumerate(given) if name in present or name in given[:i]]
+
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note a group of these parameters of the model, which comes after the others."""
         self.names.append([name for parameter in parameters for name in self._sources.get(parameter, ())])
 
     def state(self) -> list[SavedGroup]:
-        """Return each group's names, and all of its fields but `params` and the ways to compute."""
+        """Return each group's names, and all of its fields."""
         return [
-            SavedGroup(names, {k: v for k, v in group.items() if k not in WAYS_TO_COMPUTE | {"params"}})
+            SavedGroup(names, {k: v for k, v in group.items() if k not in NOT_FIELDS})
             for names, group in zip(self.names, self.inner.param_groups, strict=True)
         ]
+
+    def hyperparameters(self) -> str:
+        """Return as text what all ranks must have in common in a step: the first group's learning rate, the number of
+        groups, and every value of the optimizer's own fields that is not its default.
+        """
+        groups, defaults = self.inner.param_groups, self.inner.defaults
+        rate = _plain(groups[0]["lr"])
+        found = [f"learning rate {rate}"] + ([f"{len(groups)} param groups"] if len(groups) > 1 else [])
+        for i, group in enumerate(groups):
+            now = {key: group[key] for key in sorted(defaults.keys() - WAYS_TO_COMPUTE) if key in group}
+            others = {k: _plain(x) for k, x in now.items() if _has_tensors(x) or x != defaults[k]}
+            found += [f"[{i}] {k} {x}" for k, x in others.items() if (k, x) != ("lr", rate)]
+        return ", ".join(found)
 
     def restore(self, saved: Mapping[int, SavedGroup]) -> None:
         """Set the fields of these groups, by their numbers. A tensor stays the same tensor, with the saved values."""
         for i, one in saved.items():
             group = self.inner.param_groups[i]
             group |= {key: _restored(group.get(key), value) for key, value in one.fields.items()}
+
+
+def _plain(x: Any) -> Any:
+    """Return a number in place of a tensor that has one, also in a tuple."""
+    if isinstance(x, tuple | list):
+        return tuple(_plain(item) for item in x)
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
+
+
+def _has_tensors(x: Any) -> bool:
+    return any(isinstance(item, Tensor) for item in (x if isinstance(x, tuple | list) else [x]))
 
 
 def _restored(now: Any, saved: Any) -> Any:

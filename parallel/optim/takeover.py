@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from parallel.errors import ModelError
+from parallel.errors import ModelError, names_text
 from parallel.optim.leaves import Leaves
 from parallel.optim.param_groups import ParamGroups
 from parallel.storage.transfer import Tier
@@ -46,20 +46,31 @@ class _Adding:
     def __call__(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the model, whose gradients the engine has. Raises ModelError for others."""
         given = param_group["params"]
-        parameters = [given] if isinstance(given, nn.Parameter) else [_without_name(x) for x in given]
+        pairs = [given] if isinstance(given, nn.Parameter) else list(given)
+        parameters = [_without_name(x) for x in pairs]
         chunk_of = self._leaves.chunk_of
         if unknown := sum(parameter not in chunk_of for parameter in parameters):
             raise ModelError(
                 f"optimizer.add_param_group: {unknown} of its parameters are not among those that the engine trains."
                 " Make them a part of the model, with requires_grad=True, before parallel.initialize."
             )
+        if repeated := self._groups.repeated(parameters):
+            raise ModelError(
+                f"optimizer.add_param_group: {names_text(repeated)} is in a group already, or twice in this one. Add"
+                " each parameter to one group."
+            )
         if any(chunk_of[parameter].placement.states is Tier.DISK for parameter in parameters):
             raise ModelError(
                 "optimizer.add_param_group: with zero.nvme_dir all groups are known before parallel.initialize. Add the"
                 " group before it."
             )
-        own = self._leaves.of_parameters(parameters)
+        own: list[Any] = list(self._leaves.of_parameters(parameters))
+        names = [x[0] for x in pairs if isinstance(x, tuple)]
+        if names:  # torch wants names in all groups, or in none
+            own = [(f"{i}", leaf) for i, leaf in enumerate(own)]
         type(self._inner).add_param_group(self._inner, {**param_group, "params": own})
+        if names:
+            self._inner.param_groups[-1]["param_names"] = names
         self._groups.add(parameters)
         self._leaves.begin_states(self._inner.param_groups[-1])
 
