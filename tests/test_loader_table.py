@@ -108,6 +108,9 @@ def rows_of_the_table(rank: int, world_size: int) -> dict[str, Any]:
         ),
         "a DistributedSampler of these replicas": warnings_of(engine, distributed(world_size, rank)),
         "a DistributedSampler of other replicas": refused(lambda: given_to(engine, distributed(4, rank))),
+        "a sampler of your own that divides samples by rank": refused(
+            lambda: given_to(engine, DataLoader(tokens(), 2, sampler=Own(lambda: list(range(rank, NUM, world_size)))))
+        ),
         "workers with `in_order=False`": refused(lambda: given_to(engine, in_any_order)),
         "a loss of an uneven batch that was copied and read ahead": refused(lambda: two_losses(engine, copies=True)),
         "one loss of two uneven batches": refused(lambda: two_losses(engine, copies=False)),
