@@ -1,4 +1,4 @@
-"""What a rank can tell of its dataset without reading samples, so that ranks with different ones are told."""
+"""A description of a rank's dataset, made without reading samples, so that ranks with different ones are told."""
 
 from collections.abc import Sized
 from typing import Any
