@@ -255,6 +255,9 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mean of what is not filled": lambda: tagger(filled_mean),
     "mean with weights of samples": lambda: tagger(weighted_by_samples),
     "sum divided by the samples": lambda: tagger(mean_over_samples),
+    "sum divided by a number of labels": lambda: tagger(mean_by_pythons_count),
+    "mean of what is set to zero": lambda: tagger(mean_of_what_is_set_to_zero),
+    "mean over channels": lambda: tagger(mean_over_channels),
     "mse": lambda: regression(F.mse_loss),
     "l1": lambda: regression(F.l1_loss),
     "huber": lambda: regression(F.huber_loss),
@@ -318,12 +321,55 @@ def mean_by_a_mean(output: Tensor, labels: Tensor) -> Tensor:
     return (losses * mask / mask.mean()).mean()
 
 
+def quotient_by_a_tensor(output: Tensor, labels: Tensor) -> Tensor:
+    return summed(output, labels) / torch.full((), 100.0, dtype=output.dtype)
+
+
+def means_of_samples(output: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([F.mse_loss(x, x.detach() * 2) for x in output]).sum()
+
+
+def contrastive(output: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of CLIP: each sample's first output is to be like its own second one, and not like others'."""
+    logits = 10 * F.normalize(output[:, 0], dim=-1) @ F.normalize(output[:, 1], dim=-1).T
+    own = torch.arange(len(logits))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def mean_times_samples(output: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(output, labels) * len(labels)
+
+
+def mean_by_pythons_count(output: Tensor, labels: Tensor) -> Tensor:
+    return summed(output, labels) / max(1, int((labels != -100).sum()))
+
+
+def mean_of_what_is_set_to_zero(output: Tensor, labels: Tensor) -> Tensor:
+    losses, mask = (output - 1).square().mean(-1), labels != -100
+    losses[~mask] = 0
+    mean: Tensor = losses.sum() / mask.sum().clamp(min=1)
+    return mean
+
+
+def mean_over_channels(output: Tensor, labels: Tensor) -> Tensor:
+    """Return a mean over masked patches and their channels, as models that learn to fill in images have it."""
+    mask = (labels != -100).to(output)
+    losses = (output - 1).abs() * mask[..., None]
+    return losses.sum() / (mask.sum() + 1e-9) / output.shape[-1]
+
+
 REFUSED: dict[str, tuple[Callable[[], Loss], str]] = {
     "a router's loss": (router, "loss: it is not known which labels it is a mean over: "),
     "what has no gradient": (lambda: tagger(with_a_constant), "it adds what has no gradient"),
     "a norm": (lambda: tagger(with_norm), "LinalgVectorNormBackward0 made it"),
     "a sum times a number": (lambda: tagger(sum_times), "it is a sum that is multiplied by a number"),
     "a sum by a constant": (lambda: tagger(by_a_constant), "it is a sum that is divided by 100"),
+    "a sum by a tensor": (
+        lambda: tagger(quotient_by_a_tensor),
+        "it is a sum that is divided by a tensor, which",
+    ),
+    "means of samples": (lambda: tagger(means_of_samples), "it adds a mean for each sample"),
+    "a contrastive loss": (lambda: tagger(contrastive), "it compares the samples of a microbatch with each other"),
     "a quotient, halved": (lambda: tagger(halved_quotient), "it is a sum that is multiplied by a number"),
     "a sum of quotients": (lambda: tagger(sum_of_quotients), "its losses are multiplied by numbers before"),
     "a mean, divided by a mean": (lambda: tagger(mean_by_a_mean), "its losses are multiplied by numbers before"),

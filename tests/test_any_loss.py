@@ -17,7 +17,7 @@ from parallel.config import parse
 from parallel.engine.context import Place, make_context, use
 from parallel.engine.module_engine import ModuleEngine
 from tests.harness import run
-from tests.losses import LOSSES, REFUSED, Batch, Loss
+from tests.losses import LOSSES, REFUSED, Batch, Loss, cross_entropy, mean_times_samples, tagger
 from tests.parity import Raw, relative, whole
 from tests.patience import LIMIT
 from tests.tables import rows
@@ -147,10 +147,13 @@ ROWS = {  # of the documentation's table, with the losses that show them
         "sum divided by a count",
         "mean of a mask that may be empty",
         "mean of what is not filled",
+        "mean of what is set to zero",
+        "mean over channels",
         "mean with weights of samples",
     ],
     "a sum that is divided by a number, `losses.sum() / len(losses)`": [
         "sum divided by the samples",
+        "sum divided by a number of labels",
         "kl divergence",
     ],
     'a sum, `reduction="sum"`': ["sum over labels"],
@@ -159,6 +162,9 @@ ROWS = {  # of the documentation's table, with the losses that show them
     "no label on a microbatch or a replica": ["mean of a mask", "mean with class weights", "mean over labels"],
 }
 REFUSED_ROWS = {
+    "a sum that is divided by a tensor, `(losses * mask).sum() / mask.sum()`": "a sum by a tensor",
+    "means of single samples that are added": "means of samples",
+    "products of all samples with each other: a contrastive loss, as of CLIP": "a contrastive loss",
     "a sum that is divided by a number, `losses.sum() / len(losses)`": "a sum by a constant",
     "several terms, as in question answering": "a mean times its labels",
     "a router's loss beside that of the labels (`output_router_logits=True`)": "a router's loss",
@@ -171,11 +177,12 @@ REFUSED_ROWS = {
     "an output without a `.loss`, and no criterion": "no loss at all",
 }
 NO_LABEL = "no label on any replica"  # tested beside the keys of batches
+OF_SIZE = "a mean times a whole number that is as large as every microbatch, `mean * len(labels)`"  # by its own test
 
 
 def test_the_table_of_losses_has_no_row_without_a_test() -> None:
     table = {row.what for row in rows("docs/library.md", "What a loss counts")}
-    assert table == ROWS.keys() | REFUSED_ROWS.keys() | {NO_LABEL}
+    assert table == ROWS.keys() | REFUSED_ROWS.keys() | {NO_LABEL, OF_SIZE}
     assert {name for names in ROWS.values() for name in names} == LOSSES.keys()
 
 
@@ -222,6 +229,31 @@ def test_a_loss_that_is_no_mean_over_labels_is_refused_by_name_on_every_rank(sta
                 assert words in text, name
                 assert documented.get(name, "") in text, name
                 assert text.startswith("ModelError: ")
+
+
+def test_a_factor_that_may_be_the_number_of_samples_is_refused_unless_it_is_shown_to_be_a_constant() -> None:
+    """Four microbatches of two samples: a mean times two may be a mean times the samples. Of three samples it may not.
+
+    The mean of two terms is no such factor.
+    """
+    (row,) = (row for row in rows("docs/library.md", "What a loss counts") if row.what == OF_SIZE)
+    words = row.answer.split("`")[1]
+    losses: dict[str, Any] = dict(samples=mean_times_samples, twice=lambda o, y: 2 * cross_entropy(o, y))
+    losses["of two"] = lambda o, y: (cross_entropy(o, y) + cross_entropy(-o, y)) / 2
+    for name, loss in losses.items():
+        for size in (2, 3):
+            torch.manual_seed(5)
+            one = tagger(loss)
+            engine = engine_of(0, 1, config_of(0, micro_batch_size=size), one)
+            wanted = loss(one.module(one.batch["input_ids"]), one.batch["labels"]).item()
+            is_refused = name == "samples" or (name == "twice" and size == 2)
+            if is_refused:
+                for text in (message(engine.evaluate, [one.batch]), message(engine.train_step, one.batch)):
+                    assert (words if size == 2 else "its constant factors differ") in text, name
+            else:
+                found = engine.evaluate([one.batch]), engine.train_step(one.batch).loss
+                assert found == pytest.approx((wanted, wanted), rel=1e-10), name
+            engine.mesh.close()
 
 
 def test_one_microbatch_alone_is_trained_on_with_any_loss() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
 import parallel
 from parallel.engine.context import current
@@ -108,6 +108,12 @@ def rows_of_the_table(rank: int, world_size: int) -> dict[str, Any]:
         ),
         "a DistributedSampler of these replicas": warnings_of(engine, distributed(world_size, rank)),
         "a DistributedSampler of other replicas": refused(lambda: given_to(engine, distributed(4, rank))),
+        "a sampler of your own that divides samples by rank": refused(
+            lambda: given_to(engine, DataLoader(tokens(), 2, sampler=Own(lambda: list(range(rank, NUM, world_size)))))
+        ),
+        "a list, tensors or a Subset that differ by rank": refused(
+            lambda: given_to(engine, DataLoader(Subset(tokens(), range(rank, NUM - 1, world_size)), 2))
+        ),
         "workers with `in_order=False`": refused(lambda: given_to(engine, in_any_order)),
         "a loss of an uneven batch that was copied and read ahead": refused(lambda: two_losses(engine, copies=True)),
         "one loss of two uneven batches": refused(lambda: two_losses(engine, copies=False)),

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from parallel.engine.division_by_rank import refuse_division_by_rank
 from parallel.engine.generators import Generators
 from parallel.errors import CheckpointError, DataError
 from parallel.mesh.agreement import Agreement
@@ -133,7 +134,10 @@ class Reading:
                 wanted = 0
             packed = pickle.dumps((drawn, not wanted))
         self._agreement.agree_on("the batches of a dataloader", self._problem, DataError)
+        own = drawn
         drawn, self._is_complete = pickle.loads(broadcast_bytes(packed, self._agreement.axis))
+        if self._is_complete and not self._num_read and self._agreement.axis.size > 1:
+            refuse_division_by_rank(own, drawn, self._agreement)
         self._block.extend(drawn)
         self._num_read += len(drawn)
         for batch in drawn:

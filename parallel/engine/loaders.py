@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from parallel.engine.agreed_batches import AgreedBatches
 from parallel.engine.batch_parts import PartOfBatch, PartOfItems
 from parallel.engine.division import Division
-from parallel.errors import ConfigError
+from parallel.engine.same_dataset import described
+from parallel.errors import ConfigError, ModelError
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Axis
 from parallel.modules.shares import Replica, Shares
@@ -91,7 +92,7 @@ def divide_loader(loader: Any, replicas: Axis, agreement: Agreement, shares: Sha
     on all ranks, or are divided for other replicas.
     """
     loader = getattr(loader, "undivided", loader)
-    agreement.agree_on("the division of a dataloader", _problem(loader, replicas), ConfigError)
+    _agree_on(loader, _problem(loader, replicas), agreement)
     if loader is None or _dividing_sampler(loader) is not None:
         if agreement.axis.rank == 0 and (padding := _padding(loader)):
             _warn(f"its DistributedSampler repeats {padding}, so that every replica has as many.")
@@ -119,6 +120,18 @@ def divide_loader(loader: Any, replicas: Axis, agreement: Agreement, shares: Sha
     )
     divided.__dict__.update(loader.__dict__ | attributes)
     return divided
+
+
+def _agree_on(loader: Any, problem: str, agreement: Agreement) -> None:
+    """Raise ConfigError, on every rank, where there is a problem, or where ranks have other samples."""
+    try:
+        agreement.agree_on(f"the division of {described(loader)}", problem, ConfigError)
+    except ModelError as error:
+        raise ConfigError(
+            f"dataloader: every rank must have the same samples, of which it is given its part, but {error} Do not"
+            " divide a dataset by rank, since initialize divides the batches, and make one of random numbers by the"
+            " same seed on every rank."
+        ) from None
 
 
 def _dividing_sampler(loader: Any) -> tuple[int, int] | None:

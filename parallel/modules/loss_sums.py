@@ -1,6 +1,7 @@
 """Sums over the microbatches of a step or an evaluation, and over replicas: of losses, and of what they count."""
 
 from dataclasses import dataclass
+from math import isclose
 
 import torch
 
@@ -39,20 +40,30 @@ class LossSums:
 
     def __init__(self, axis: Axis, device: torch.device) -> None:
         self._axis = axis
-        # Losses, counts, labels, differing terms, factors, their squares.
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        # Losses, counts, labels, differing terms, factors, their squares, factors as large as the microbatch, divisors,
+        # those that are not the number of labels, those that are not the number of samples.
+        self._sums = torch.zeros(10, dtype=torch.float64, device=device)
         self._copy: HostCopy | None = None
-        # Microbatches, those without a loss, sums, numbers of terms, their squares.
-        self._shape = torch.zeros(5, dtype=torch.float64)
-        self._problem = ""
+        # Microbatches, those without a loss, sums, numbers of terms, their squares, quotients by numbers of Python.
+        self._shape = torch.zeros(6, dtype=torch.float64)
+        self._problem = self._divisor = ""
 
     def add(self, found: CountedLoss) -> None:
         """Add the loss of a microbatch."""
         count = found.count
         factors = count.factors, count.factors**2
-        added = torch.stack([found.total, count.count, count.num_labels, count.differs, *factors])
-        self._sums += added.to(self._sums.device, non_blocking=True)
-        self._shape += torch.tensor([1, not found.is_loss, count.is_sum, count.num_terms, count.num_terms**2])
+        zero, quotient = torch.zeros_like(count.count), count.quotient
+        of_size = zero if count.is_of_size is None else count.is_of_size
+        quotients = [count.count, zero, zero]
+        if quotient is not None:
+            quotients = [quotient.divisor, quotient.not_labels, quotient.not_samples]
+        added = [found.total, count.count, count.num_labels, count.differs, *factors, of_size, *quotients]
+        self._sums += torch.stack(added).to(self._sums.device, non_blocking=True)
+        if quotient is not None:
+            self._divisor = self._divisor or quotient.text
+        by_number = quotient is not None and quotient.text != "a tensor"
+        terms = count.num_terms, count.num_terms**2
+        self._shape += torch.tensor([1, not found.is_loss, count.is_sum, *terms, by_number])
         self._problem = self._problem or found.problem
 
     def copy_to_host(self) -> None:
@@ -65,21 +76,29 @@ class LossSums:
             self.copy_to_host()
         assert self._copy is not None
         own = torch.cat([self._copy.wait(), self._shape, torch.tensor([float(self._problem != "")])])
-        total, count, labels, differing, *shape, problems = all_reduce(own, self._axis).tolist()
+        total, count, labels, differing, *more, problems = all_reduce(own, self._axis).tolist()
         self._copy = None
-        factors, (microbatches, missing, sums, *terms) = shape[:2], shape[2:]
+        factors, of_size, divisors, not_labels, not_samples, *shape = more[:2], *more[2:]
+        microbatches, missing, sums, *terms, by_number = shape
+        is_ambiguous = by_number > 0 and not (not_labels or not_samples) and not isclose(count, divisors, rel_tol=1e-6)
         differences = {
             "it is a sum in some microbatches, and a mean in others": 0 < sums < microbatches,
             "it adds more terms in some microbatches than in others": _differ(microbatches, *terms),
             "its constant factors differ between microbatches": _differ(microbatches, *factors),
             "it adds means over different numbers of labels": differing > 0,
+            "a factor of it is as large as each microbatch, and may be its number": of_size == microbatches,
+            f"it is a sum that is divided by {self._divisor or 'a number'}, which is not the number of its labels": (
+                not_labels > 0 and not_samples > 0
+            ),
+            "it is a sum that is divided by one, also where it has no label": is_ambiguous,
         }
         if problems and (missing or microbatches > 1):
             raise ModelError(self._problem or "loss: that of another replica was refused.")
         if microbatches > 1:  # one alone is the whole batch, whatever its loss is
             for text in (text for text, is_so in differences.items() if is_so):
                 raise ModelError(f"loss: {text}. {ADVICE}")
-        return Totals(total, 1.0 if sums else count, round(labels))
+        divisor = divisors if not_labels and not not_samples else count
+        return Totals(total, 1.0 if sums else divisor, round(labels))
 
 
 def _differ(count: float, total: float, squares: float) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 PASSED = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Neg", "Transpose", "T"}
-PASSED |= {"Permute", "Expand", "Alias", "Sum", "Mean", "Mul", "Div", "MaskedFill", "Where", "Index"}
+PASSED |= {"Permute", "Expand", "Alias", "Sum", "Mean", "Mul", "Div", "MaskedFill", "Where", "Index", "IndexPut"}
 """Operations on losses that are masks, products, or change their shape alone."""
 
 
@@ -38,19 +38,41 @@ def is_number(x: Tensor) -> bool:
     return is_widest and x.ndim == 0 and torch.result_type(x, other) == other.dtype
 
 
-def has_labels(total: Any, device: torch.device) -> Tensor:
-    """Return whether the sum that this operation computed is over any label, a bool scalar.
+def counts_of(total: Any, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return whether the sum that this operation computed is over any label, and what it may be over, fp64 [numbers].
 
-    It goes back through masks, selections and a loss function, to the first product: its factor is the mask, or the
-    weights, that the divisor is the sum of. What it does not know may leave no label out.
+    It goes back through masks, selections and a loss function. `size` is the number of elements that are added. The
+    other numbers are, for each mask, the number of elements that it keeps, also broadcast to all, and the sum of its
+    weights. Whether a label is left depends on the masks up to the first product: its factor is the mask, or the
+    weights, that the divisor is the sum of. What is not known here may leave no label out.
     """
     found = torch.ones((), dtype=torch.bool, device=device)
+    numbers, is_over = [torch.full((), size, dtype=torch.float64, device=device)], False
     for node, name in _way_back(total):
-        if (kept := _kept(node, name)) is not None:
-            found = found & (kept.any() if isinstance(kept, Tensor) else kept)
-            if name == "Mul":
-                break
-    return found
+        kept = _kept(node, name)
+        if kept is None:
+            continue
+        if not isinstance(kept, Tensor):
+            found = found & kept
+            continue
+        found = found if is_over else found & kept.any()
+        is_over |= name == "Mul"
+        for weights in (kept, *_weights(node, name)):
+            count = weights.sum(dtype=torch.float64).to(device, non_blocking=True)
+            numbers += [count, count * (size / max(1, weights.numel()))]
+    return found, torch.stack(numbers)
+
+
+def _weights(node: Any, name: str) -> list[Tensor]:
+    """Return by what an operation multiplies losses, or the weights of a loss function's labels."""
+    if name == "Mul":
+        sides = [getattr(node, side, None) for side in ("_saved_self", "_saved_other")]
+        return [x.detach() for x in sides if isinstance(x, Tensor) and not x.requires_grad]
+    if name in ("NllLoss", "NllLoss2D") and node._saved_weight is not None:
+        target = node._saved_target
+        counted = target != ignored_label(node)
+        return [node._saved_weight.double()[target.masked_fill(~counted, 0)].masked_fill(~counted, 0)]
+    return []
 
 
 def is_scaled(total: Any, num_samples: int, *, by_weights: bool) -> bool:
@@ -97,6 +119,10 @@ def _kept(node: Any, name: str) -> Tensor | bool | None:
         case "Where":
             chosen, other = (operand is not None for operand, _ in node.next_functions[-2:])
             return None if chosen and other else torch.ne(node._saved_condition, 0 if chosen else 1)
+        case "IndexPut":
+            (index, *others), is_kept = node._saved_indices, node.next_functions[0][0] is not None
+            is_mask = not others and index is not None and index.dtype == torch.bool
+            return torch.ne(index, is_kept) if is_mask else None
         case "NllLoss" | "NllLoss2D":
             return torch.ne(node._saved_target, ignored_label(node))
     return None
