@@ -120,7 +120,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     # When one rank refuses, torchrun sends SIGTERM to the others at once. They ignore it until they have checked the
     # run themselves, so that rank 0 comes to print why it is refused.
     ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    if not arguments.check:
+        signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     if not _import_torch():
         print("torch is not installed in this Python: run `. .venv/bin/activate`, or make venv.", file=sys.stderr)
         return REFUSED

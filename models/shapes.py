@@ -168,8 +168,8 @@ def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
         # One more layer goes to stages 1, 2, … and to stage 0 last: it has the embedding already.
         even = tuple(some + ((stage - 1) % pipeline.size < more) for stage in range(pipeline.size))
         return [
-            f"parallel.pipeline.layers: {pipeline.layers} adds up to {sum(pipeline.layers)}, but the model has"
-            f" {num_layers} layers. Try {even}."
+            f"parallel.pipeline.layers: {shown(pipeline.layers)} adds up to {sum(pipeline.layers)}, but the model has"
+            f" {num_layers} layers. Try {shown(even)}."
         ]
     return []
 

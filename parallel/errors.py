@@ -2,11 +2,18 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 
 
 class ColonnadeError(ValueError):
-    """The base of all errors in what the user gave; it is printed without a traceback."""
+    """The base of all errors in what the user gave; it is printed without a traceback.
+
+    `str()` has at most 200 characters of a path or another long word.
+    """
+
+    def __str__(self) -> str:
+        return with_short_words(super().__str__())
 
 
 class ConfigError(ColonnadeError):
@@ -17,7 +24,7 @@ class ConfigError(ColonnadeError):
         self.problems = problems
 
     def __str__(self) -> str:
-        return "\n".join(self.problems)
+        return with_short_words("\n".join(self.problems))
 
 
 class RoomError(ConfigError):
@@ -81,6 +88,11 @@ def shown(value: object) -> str:
 def shortened(text: str) -> str:
     """Return a text, or its first and last characters if it is longer than a message may repeat."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 50]}…{text[-40:]}"
+
+
+def with_short_words(text: str) -> str:
+    """Return a text in which words, such as paths, have at most the characters of a value that a message may repeat."""
+    return re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: shortened(word[0]), text)
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.config import Config
+from parallel.errors import with_short_words
 from parallel.pipeline.timeline import draw
 from training.console import print_line
 from training.preview import Preview
@@ -26,7 +27,7 @@ MOST_SIMULATED = 20_000  # microbatches of all stages
 def print_layout(console: Console, preview: Preview, messages: Iterable[str]) -> None:
     """Print the messages, the ranks, the layers of each stage, and the bytes on each rank."""
     for line in (*messages, *_summary(preview)):
-        print_line(console, line)
+        print_line(console, with_short_words(line))
     console.print(_ranks(preview, console.width))
     inner = {axis: size for axis, size in preview.topology.shape.items() if axis not in ("pipe", "data")}
     if caption := cell_caption(inner):

@@ -129,4 +129,4 @@ def _two_batch_sizes(steps: object, train: object) -> str:
 
 def key_text(key: object) -> str:
     """Return a key of a raw config as a message names it."""
-    return shortened(key) if isinstance(key, str) else shown(key)
+    return shortened(key) if isinstance(key, str) and key.isprintable() else shown(key)

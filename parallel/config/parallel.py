@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from parallel.config.reader import Count, Natural, NumRanks, Supported
-from parallel.errors import divisors, either, nearest_multiples, times
+from parallel.errors import divisors, either, nearest_multiples, shown, times
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"]
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
+
+MOST_RANKS_SEARCHED = 2**40  # the largest world for which sizes that divide it are searched
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ class PipelineConfig:
         if len(self.layers) != self.size:
             stages = len(self.layers)
             return [
-                f"parallel.pipeline.layers: {self.layers} is for {stages} stages, got size {self.size}."
+                f"parallel.pipeline.layers: {shown(self.layers)} is for {stages} stages, got size {self.size}."
                 f" Try size={stages}."
             ]
         if 0 in self.layers[1:-1]:
             stage = self.layers.index(0, 1)
             return [
-                f"parallel.pipeline.layers: {self.layers} leaves stage {stage} empty; only the first, which has the"
-                " embedding, and the last, which has the head, may have no layers. Try at least 1."
+                f"parallel.pipeline.layers: {shown(self.layers)} leaves stage {stage} empty; only the first, which has"
+                " the embedding, and the last, which has the head, may have no layers. Try at least 1."
             ]
         return []
 
@@ -252,6 +254,8 @@ class ParallelConfig:
 
     def _smaller(self, world_size: int) -> str:
         """Return, as the end of a sentence, the largest tensor, pipeline or context size that this world allows."""
+        if world_size > MOST_RANKS_SEARCHED:
+            return ""
         for size in reversed(divisors(world_size)):
             tensor = replace(self.tensor, size=size)
             if size < self.tensor.size and tensor.fits() and replace(self, tensor=tensor)._divides(world_size):

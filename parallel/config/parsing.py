@@ -52,7 +52,7 @@ def load_raw(path: str | Path) -> dict[str, Any]:
 def _files_beside(file: Path) -> list[str]:
     """Return the names of the files beside this one that end as it does; none where the folder cannot be read."""
     try:
-        return [other.name for other in file.parent.iterdir() if other.suffix == file.suffix]
+        return [other.name for other in file.parent.iterdir() if other.suffix == file.suffix and other.is_file()]
     except (OSError, ValueError):
         return []
 

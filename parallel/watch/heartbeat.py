@@ -117,7 +117,7 @@ class Heartbeat(threading.Thread):
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
         if speaker == "every" or (speaker == "first" and self.board.rank == first):
-            os.write(2, f"{error}\n".encode())
+            os.write(2, f"{error}\n".encode(errors="backslashreplace"))
         end_now(error.code)
 
     def hurry(self) -> None:

@@ -9,7 +9,7 @@ from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any
 
-from parallel.errors import ColonnadeError, LostRankError
+from parallel.errors import ColonnadeError, LostRankError, shortened
 from parallel.watch.board import Board
 from parallel.watch.heartbeat import Heartbeat, end_now
 from parallel.watch.judge import LOST, Verdict
@@ -177,7 +177,7 @@ class StoreWatch(Watch):
         if isinstance(error, LostRankError):
             self._heartbeat.end_process(error)
         lines = str(error).strip().splitlines()
-        self.leave(f"{kind.__name__}: {lines[0]}" if lines else kind.__name__)
+        self.leave(f"{kind.__name__}: {shortened(lines[0])}" if lines else kind.__name__)
         assert self._previous_hook is not None
         self._previous_hook(kind, error, trace)
         if isinstance(error, Exception) and not hasattr(sys, "ps1"):
