@@ -124,13 +124,13 @@ class ParameterBuffer:
             found = parameter.untyped_storage().data_ptr()
         return shared is not None and found == shared.untyped_storage().data_ptr()
 
-    def lend(self, views: Sequence[Tensor]) -> None:
-        """Have the module's parameters show values in memory of somebody else, until `take_back`."""
+    def show_instead(self, views: Sequence[Tensor]) -> None:
+        """Have the module's parameters show values in memory of somebody else, until `show_own`."""
         self._show(views)
         self.on_show(True)
 
-    def take_back(self) -> None:
-        """Have the module's parameters show again what they showed before `lend`."""
+    def show_own(self) -> None:
+        """Have the module's parameters show again what they showed before `show_instead`."""
         shared = self._placeholder
         if shared is None:
             self._show_whole()

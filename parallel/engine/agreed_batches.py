@@ -24,9 +24,10 @@ INDEXES_AT_ONCE = 1 << 20  # of samples that are read ahead, where a sampler has
 class AgreedBatches(Sampler[Any]):
     """Yields what rank 0's sampler draws: of batches of indexes, this replica's part.
 
-    Every rank iterates over its own sampler, so that epochs, counters and random generators go on alike, and rank 0's
-    draw is used. One that has a length is read an epoch at a time, so a rank may leave the iteration early; any other
-    is read one batch at a time. All other attributes (`set_epoch`, `batch_size`, `sampler`) are those of the sampler.
+    Every rank iterates over its own sampler, so that epochs, counters and random generators go on in the same way; the
+    draw of rank 0 is used. One that has a length is read an epoch at a time, so a rank may leave the iteration early;
+    any other is read one batch at a time. All other attributes (`set_epoch`, `batch_size`, `sampler`) are those of the
+    sampler.
 
     `replica`: None where what is drawn are not batches of indexes, but each index stands for a whole batch.
     """

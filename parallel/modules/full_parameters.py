@@ -31,7 +31,7 @@ class WholeChunk:
         own = chunk.master.to(chunk.memory.device)
         values = all_gather(own, 0, spec.shard_axis) if spec.shard_axis.size > 1 else own.clone()
         found = cls(chunk, values, values.to(spec.dtype))
-        chunk.parameters.lend(spec.views(found.shown))
+        chunk.parameters.show_instead(spec.views(found.shown))
         return found
 
     def close(self) -> str:
@@ -45,7 +45,7 @@ class WholeChunk:
                 view.copy_(given)
             else:
                 problem = f"{info.name}: it was {list(view.shape)} in {view.dtype}, and its .data is another kind now."
-        self.chunk.parameters.take_back()
+        self.chunk.parameters.show_own()
         return problem
 
     def write(self) -> None:
