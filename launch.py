@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from parallel.engine.context import Place
 
-INTERRUPTED, TERMINATED, REFUSED = 130, 143, 2  # exit codes
+INTERRUPTED, TERMINATED, REFUSED, NOT_FINITE = 130, 143, 2, 4  # exit codes
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,7 +126,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         print("torch is not installed in this Python: run `. .venv/bin/activate`, or make venv.", file=sys.stderr)
         return REFUSED
     from parallel.engine.context import Place, watch_of
-    from parallel.errors import ColonnadeError, LostRankError, RoomError, StorageError
+    from parallel.errors import ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from parallel.watch.watch import UNWATCHED
     from training.config import read_config
@@ -161,11 +161,12 @@ def _launch(arguments: argparse.Namespace) -> int:
     except LostRankError as error:
         return watch.end(error)
     except ColonnadeError as error:
-        watch.leave(f"it refuses: {error}", code=REFUSED)
+        code = NOT_FINITE if isinstance(error, NonFiniteError) else REFUSED
+        watch.leave(f"it refuses: {error}", code=code)
         if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
-        return REFUSED
+        return code
 
 
 def _import_torch() -> bool:

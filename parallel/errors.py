@@ -55,6 +55,10 @@ class LostRankError(ColonnadeError):
         self.code = code
 
 
+class NonFiniteError(ColonnadeError):
+    """The error of a run whose loss or gradient is not a finite number."""
+
+
 def either(choices: Iterable[object]) -> str:
     """Join the choices: (2, 4, 8) -> '2, 4 or 8'."""
     *rest, last = map(str, choices)

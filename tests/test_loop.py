@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+import launch
 from models.data import Batch
 from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
@@ -326,6 +328,18 @@ def test_metrics_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
         assert len(flushed) == step
     file.close()
     assert [strict_json(line)["loss"] for line in flushed] == [1.5, None, None]
+
+
+def test_a_run_whose_numbers_are_not_finite_ends_with_code_4_and_keeps_what_was_finite(tmp_path: Path) -> None:
+    """A rate of 1e30 makes the weights of the second step too large: steps before it are kept, none after it."""
+    run_of = ["--set", *TINY, f"output.dir={tmp_path}", "optimizer.lr=1e30", "output.checkpoint_every=1"]
+    assert launch.main(launch.read_arguments(run_of)) == launch.NOT_FINITE
+    assert not (tmp_path / "export").exists()
+    last = strict_json((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    saved = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert saved[-1] == last["step"] - 1
+    for file in (tmp_path / "checkpoints").glob("step_*/*.safetensors"):
+        assert all(bool(x.isfinite().all()) for x in load_file(file).values())
 
 
 def test_a_resumed_run_removes_the_lines_after_its_checkpoint_and_half_a_line(tmp_path: Path) -> None:

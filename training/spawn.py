@@ -22,7 +22,9 @@ from parallel.watch.board import NO_RANK, Board, prefix_of
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0
-REFUSED, LOST = 2, 5  # the exit codes of a rank that refuses what the user gave, and of one that lost another
+REFUSED, NOT_FINITE, LOST = 2, 4, 5
+"""The exit codes of a rank that refuses what the user gave, of one whose numbers are not finite, and of one that lost
+another."""
 
 
 def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int, *, preload: Sequence[str] = ()) -> int:
@@ -95,8 +97,8 @@ def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
         failed = [process for process in ended if _exit_code(process)]
         if failed:
             code = _code_of_all(failed)
-            if code == REFUSED:
-                ranks[0].join(GRACE_SECONDS)  # every rank refuses the same, and rank 0 prints why: let it finish
+            if code in (REFUSED, NOT_FINITE):
+                ranks[0].join(GRACE_SECONDS)  # every rank ends for the same reason, which rank 0 prints: let it finish
             elif code == LOST and (verdict := board.verdict()) is not None and all(map(_has_exited, failed)):
                 print(verdict.text, file=sys.stderr)
                 for rank in verdict.ranks:
