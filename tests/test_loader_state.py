@@ -61,7 +61,7 @@ def together(parts: list[dict[str, Any]], kind: str, key: int) -> list[list[int]
     return [list(itertools.chain(*batch)) for batch in zip(*(part[kind][key] for part in parts), strict=True)]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 3, marks=pytest.mark.slow), (2, 1)])
 def test_a_loader_goes_on_with_the_next_sample_on_any_number_of_replicas(before: int, after: int) -> None:
     """The states are taken at the beginning, within an epoch and at its end; batches were read ahead of some."""
     parts = run(batches_of, before, KINDS)
