@@ -10,6 +10,7 @@ run of pytest is a fork of it; where it runs a single test, the ranks of that te
 """
 
 import argparse
+import atexit
 import multiprocessing
 import os
 import re
@@ -83,9 +84,8 @@ class Tree:
         if exit_code == 0:
             return []
         found = ET.parse(self.report).iter("failure") if exit_code == 1 and self.report.exists() else ()
-        return [failure.text or "" for failure in found] or [
-            f"exit code {exit_code}: {self.output.read_text()[-2000:]}"
-        ]
+        output = self.output.read_text()[-2000:] if self.output.exists() else "it ended before its output began"
+        return [failure.text or "" for failure in found] or [f"exit code {exit_code}: {output}"]
 
 
 def _pytest(tree: Tree, tests: list[str]) -> None:
@@ -96,6 +96,7 @@ def _pytest(tree: Tree, tests: list[str]) -> None:
     """
     import pytest
 
+    atexit._clear()  # otherwise a test that runs these functions in this fork would remove the tree
     with tree.output.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
