@@ -901,9 +901,6 @@ USER_WRITES = (
 
 
 PARTING = (
-    Mutant("export-not-agreed-on", "a rank that exports alone waits for the others, and they for it",
-           "parallel/engine/module_state.py", '        self.agree_on("an export")  # before the collectives of `weights`\n', "",
-           PARTED.format("exports alone")),
     Mutant("other-config-accepted", "ranks train on with different learning rates",
            "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
            PARTED.format("has another config, code, torch or world")),
