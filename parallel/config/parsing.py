@@ -157,16 +157,22 @@ def _needs_size(config: dict[str, Any]) -> bool:
 
 def _missing_size(config: Config, world_size: int | None, resolve: Resolver | None) -> str:
     """Return the message about a tensor mode without a size: the smallest sizes that fit the mode, world and model."""
-    tensor, fitting = config.parallel.tensor, []
-    for size in range(2, MOST_ADVISED + 1):
-        changed = replace(config, parallel=replace(config.parallel, tensor=replace(tensor, size=size)))
-        if changed.parallel.problems() or (world_size and changed.parallel.world_problems(world_size)):
-            continue
-        if resolve is not None and resolve(changed)[1]:
-            continue
-        fitting.append(size)
-    tries = f"Try size={either(fitting[:3])}." if fitting else "No size up to 64 fits this model and this world."
-    return f"parallel.tensor: mode {tensor.mode!r} needs a size, the number of ranks that share each layer. {tries}"
+    mode, sizes = config.parallel.tensor.mode, _fitting_sizes(config, resolve)
+    here = [size for size in sizes if world_size is None or not _with_size(config, size).world_problems(world_size)]
+    processes = "" if here else ", with a multiple of that many processes"
+    tries = f"Try size={either((here or sizes)[:3])}{processes}." if sizes else "No size up to 64 fits this model."
+    return f"parallel.tensor: mode {mode!r} needs a size, the number of ranks that share each layer. {tries}"
+
+
+def _fitting_sizes(config: Config, resolve: Resolver | None) -> list[int]:
+    """Return the sizes, in order, that the tensor mode can have and that divide the model."""
+    layouts = {size: _with_size(config, size) for size in range(2, MOST_ADVISED + 1)}
+    possible = [size for size, layout in layouts.items() if not layout.problems()]
+    return [s for s in possible if resolve is None or not resolve(replace(config, parallel=layouts[s]))[1]]
+
+
+def _with_size(config: Config, size: int) -> ParallelConfig:
+    return replace(config.parallel, tensor=replace(config.parallel.tensor, size=size))
 
 
 def _copy(value: Any, depth: int = 0) -> Any:
