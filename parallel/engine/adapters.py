@@ -4,7 +4,7 @@ What is written, and under which names, is peft's decision: its own code runs on
 (`RecordedCopy`). The values are computed, and written, one tensor at a time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def save_adapters(module: nn.Module, pieces: Iterable[Piece], folder: Path, dtyp
         write_tensors_of(
             target,
             entries,
-            (x.to(entry.dtype) for x, entry in zip(copied.tensors(tensors), entries, strict=True)),
+            tensors,
             axis=axis,
             describe=partial(write_adapter_config, module, name),
             names=ADAPTER,
@@ -72,19 +72,22 @@ def save_merged(module: nn.Module, pieces: Iterable[Piece], folder: Path, dtype:
     write_tensors_of(
         folder,
         entries,
-        (x.to(entry.dtype) for x, entry in zip(copied.tensors(tensors), entries, strict=True)),
+        tensors,
         axis=axis,
         describe=partial(write_hf_configs, merged, dtype),
         names=MERGED,
     )
 
 
-def _ordered(copied: RecordedCopy, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[list[Entry], list[Tensor]]:
-    """Return the entries of these tensors, wide dtypes first, and the tensors in the same order.
+def _ordered(
+    copied: RecordedCopy, found: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[list[Entry], Iterator[Tensor]]:
+    """Return the entries of these tensors, wide dtypes first, and their values one at a time in the same order.
 
     Weights are written in `dtype`, buffers in their own.
     """
     dtypes = {name: dtype if copied.is_recorded(x) and is_weight(x) else x.dtype for name, x in found.items()}
     pairs = [(Entry(name, tuple(x.shape), dtypes[name]), x) for name, x in found.items()]
     pairs.sort(key=lambda pair: -pair[0].dtype.itemsize)
-    return [entry for entry, _ in pairs], [x for _, x in pairs]
+    values = zip(copied.tensors([x for _, x in pairs]), pairs, strict=True)
+    return [entry for entry, _ in pairs], (x.to(entry.dtype) for x, (entry, _) in values)
