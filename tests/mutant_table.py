@@ -901,6 +901,9 @@ USER_WRITES = (
 
 
 PARTING = (
+    Mutant("numbers-not-watched", "a run whose loss is NaN goes on, and keeps checkpoints of it",
+           "training/loop.py", "if problem := not_finite(result):", "if problem := '':",
+           "tests/test_loop.py::test_a_run_whose_numbers_are_not_finite_ends_with_code_4_and_keeps_what_was_finite"),
     Mutant("other-config-accepted", "ranks train on with different learning rates",
            "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
            PARTED.format("has another config, code, torch or world")),
