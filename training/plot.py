@@ -13,6 +13,7 @@ def draw_loss(metrics: Path, target: Path) -> bool:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     lines = list(read(metrics))
@@ -32,6 +33,7 @@ def draw_loss(metrics: Path, target: Path) -> bool:
             f"{validation[-1]:.3f}", (validated[-1], validation[-1]), (0, 8), textcoords="offset points", ha="right"
         )
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(target.parent.name)
     axes.grid(alpha=0.25)
