@@ -48,6 +48,8 @@ PURE = (
     "models.costs",
     "parallel.watch.*",
     "parallel.mesh.topology",
+    "parallel.layout.sources",
+    "models.shape",
     "parallel.pipeline.schedule",
     "parallel.pipeline.validate",
     "parallel.pipeline.timeline",

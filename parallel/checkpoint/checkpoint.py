@@ -37,7 +37,8 @@ from parallel.checkpoint.shards import (
     write_tensors,
 )
 from parallel.errors import CheckpointError
-from parallel.layout.layout import Box, Piece, box_shape
+from parallel.layout.layout import Piece, box_shape
+from parallel.layout.sources import Box
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from parallel.checkpoint.shards import DTYPE_NAMES, Entry, covered_once, replace_files, write_json, write_tensors
 from parallel.errors import CheckpointError, names_text
-from parallel.layout.layout import Box, Piece, slices
+from parallel.layout.layout import Piece, slices
+from parallel.layout.sources import Box
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects, receive, send
 from parallel.mesh.mesh import Axis

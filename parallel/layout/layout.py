@@ -11,10 +11,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from parallel.layout.sources import Box
 from parallel.mesh.mesh import Axis
-
-Box = tuple[tuple[int, int], ...]
-"""A rectangular part of a tensor: start and stop along each dim."""
 
 ROOT = ""
 """The name of the unit of all parameters that belong to no layer, or to several."""

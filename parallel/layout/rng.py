@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from parallel.layout.layout import Box, box_shape, slices
+from parallel.layout.layout import box_shape, slices
+from parallel.layout.sources import Box
 
 ROWS_PER_BLOCK = 64
 """The number of rows of a weight that share one random generator. Another value gives other weights."""

@@ -1,0 +1,257 @@
+"""The sizes of a model, and what follows from them in every family. This module needs no torch.
+
+A family's own dataclass has the fields of its Hugging Face config, with the same names and defaults. What the rest of
+the code asks of a model has one name in all families, the properties and methods of `ModelShape`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeAlias, cast
+
+from parallel.layout.sources import Source, fused, grouped, whole
+
+Names: TypeAlias = Mapping[str, str | tuple[str, ...]]
+Sizes: TypeAlias = dict[str, tuple[int, ...]]
+"""The shapes of tensors by their public names, in order."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The distribution from which a tensor is drawn; with std 0 all of its elements are `mean`."""
+
+    mean: float = 0.0
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The elements that a block keeps for backward, for each token: O, I and N of docs/notation.md."""
+
+    outer: int
+    """Elements of tensors between blocks, [B, S, H_hidden]: the inputs of norms and of linears into the block."""
+
+    inner: int
+    """Elements of tensors inside the block, split as heads and the feed-forward are."""
+
+    rows: int
+    """Statistics of norms over the hidden dim: one number a row each."""
+
+
+class ModelShape(ABC):
+    """The sizes of a model. A family's frozen dataclass derives from this.
+
+    Hugging Face's names are used: where a family's config calls a size otherwise (GPT-2's n_embd), the family has a
+    property of the common name.
+    """
+
+    model_type: ClassVar[str]
+    """Hugging Face's name of the family."""
+
+    architecture: ClassVar[str]
+    """Hugging Face's class of the model with its head."""
+
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Other spellings of fields that a config may have, by the spelling."""
+
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
+    """Fields of the family's Hugging Face config of which only some values are supported; other values are refused."""
+
+    may_change: ClassVar[frozenset[str]]
+    """The fields that may differ between a checkpoint and the run that resumes it: the weights fit both."""
+
+    base: ClassVar[str] = "model."
+    """The prefix of public names, which files lack that a model without its head has written."""
+
+    blocks: ClassVar[str] = "model.layers"
+    """The public name of the list of blocks; block 3's tensors begin with model.layers.3."""
+
+    head: ClassVar[str] = "lm_head.weight"
+    """The public name of the head's table where it is not tied."""
+
+    unused: ClassVar[str] = r"(?!)"
+    """A pattern of the public tensors that files may have and the model does not use."""
+
+    # -- sizes
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """The width of the activations between blocks."""
+
+    @property
+    @abstractmethod
+    def num_hidden_layers(self) -> int:
+        """The number of blocks."""
+
+    @property
+    @abstractmethod
+    def num_attention_heads(self) -> int:
+        """The number of q heads."""
+
+    @property
+    @abstractmethod
+    def max_position_embeddings(self) -> int:
+        """The longest sequence that the model was made for."""
+
+    @property
+    @abstractmethod
+    def tie_word_embeddings(self) -> bool:
+        """True where the head has the weights of the token embedding."""
+
+    @property
+    @abstractmethod
+    def pad_token_id(self) -> int | None:
+        """The token of which the embedding begins as zero and gets no gradient from the lookup; None: there is none."""
+
+    @property
+    @abstractmethod
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text."""
+
+    @property
+    @abstractmethod
+    def eos_token_id(self) -> int | tuple[int, ...] | None:
+        """The token that ends a text, or all tokens that do."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The number of k, v heads, each of which serves equally many q heads."""
+        return self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the token embedding. Where it is not the hidden size, a projection stands after it."""
+        return self.hidden_size
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that a run may have."""
+        return self.max_position_embeddings
+
+    @property
+    def first_position(self) -> int:
+        """The smallest position id that a batch may have."""
+        return 0
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
+
+    # -- how a layout may split it
+
+    def heads(self) -> Mapping[str, int]:
+        """Return the counts of heads that the axes of heads must divide, by the field that a message names."""
+        return {"num_attention_heads": self.num_attention_heads}
+
+    @abstractmethod
+    def inner_widths(self) -> Mapping[str, int]:
+        """Return the widths inside a block, besides the heads: all that mode 1d splits."""
+
+    def widths(self) -> Mapping[str, int]:
+        """Return all widths that the grid's and the cube's axes must divide."""
+        return {"hidden_size": self.hidden_size, **self.inner_widths()}
+
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """Return what is wrong with the model in every layout, a line each."""
+
+    # -- tensors
+
+    @abstractmethod
+    def first_tensors(self) -> Sizes:
+        """Return the public tensors before the blocks: the embeddings."""
+
+    @abstractmethod
+    def block_tensors(self, layer: int) -> Sizes:
+        """Return the public tensors of a block, without the prefix that numbers it."""
+
+    @abstractmethod
+    def last_tensors(self) -> Sizes:
+        """Return the public tensors after the blocks, besides the head's table."""
+
+    def public_tensors(self) -> Sizes:
+        """Return every public tensor of the model; a tied table is there once, as the embedding."""
+        found = self.first_tensors()
+        for layer in range(self.num_hidden_layers):
+            found |= {f"{self.blocks}.{layer}.{name}": size for name, size in self.block_tensors(layer).items()}
+        return found | self._after_blocks()
+
+    @abstractmethod
+    def names(self) -> Names:
+        """Return the public name of each module that has parameters, by our name; a block's modules without its prefix.
+
+        Several names are fused into one parameter. A tied head is not asked for.
+        """
+
+    def sources(self, name: str) -> tuple[Source, ...]:
+        """Return the public tensors that our parameter `name` holds, such as layers.3.attention.qkv.weight."""
+        module, _, leaf = name.rpartition(".")
+        if module.startswith("layers."):
+            _, layer, module = module.split(".", 2)
+            prefix, sizes = f"{self.blocks}.{layer}.", self.block_tensors(int(layer))
+        else:
+            module = "embed.table" if module == "head.table" and self.tie_word_embeddings else module
+            prefix, sizes = "", self.first_tensors() | self._after_blocks()
+        found = self.names()[module]
+        inside = [f"{public}.{leaf}" for public in ((found,) if isinstance(found, str) else found)]
+        names, shapes = [f"{prefix}{public}" for public in inside], [sizes[public] for public in inside]
+        return self.sources_of(names, shapes)
+
+    def sources_of(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[Source, ...]:
+        """Return the sources of a parameter that holds these tensors: one, several of one shape, or q, k and v."""
+        if len(names) == 1:
+            return whole(names[0], shapes[0])
+        return fused(names, shapes[0]) if len(set(shapes)) == 1 else grouped(names, shapes, self.num_kv_heads)
+
+    def _after_blocks(self) -> Sizes:
+        head = {} if self.tie_word_embeddings else {self.head: (self.vocab_size, self.embedding_width)}
+        return self.last_tensors() | head
+
+    @property
+    @abstractmethod
+    def embedding(self) -> str:
+        """The public name of the token embedding."""
+
+    @property
+    def positions(self) -> str | None:
+        """The public name of the table of positions, where there is one."""
+        return None
+
+    @abstractmethod
+    def initial(self, name: str) -> Normal:
+        """Return the distribution from which a public tensor is drawn."""
+
+    # -- what it costs
+
+    @abstractmethod
+    def kept(self) -> Kept:
+        """Return what a block keeps for backward, without dropout."""
+
+    def spans(self, sequence_length: int) -> list[int]:
+        """Return, for each block, how many keys of a sequence are counted for a query; causality is not counted."""
+        return [sequence_length] * self.num_hidden_layers
+
+    # -- config.json
+
+    @classmethod
+    def normalized(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a config.json, or of a config's section `model`, under the names of this dataclass."""
+        return {cls.aliases.get(key, key): value for key, value in raw.items()}
+
+    def exported(self) -> dict[str, Any]:
+        """Return the fields of the config.json that Hugging Face reads, besides the model's type and class."""
+        return asdict(cast(Any, self))
