@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.shapes import OPTShape
+from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
