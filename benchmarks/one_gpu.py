@@ -24,6 +24,7 @@ import models
 import parallel
 from benchmarks.gpu_contenders import CONTENDERS, Result, Work, measure
 from models.costs import flops_per_token
+from models.family import named_sizes
 from models.hf import export
 from models.shapes import from_hugging_face, resolve, shape_of
 

@@ -129,9 +129,9 @@ class Loader:
 def load_tokens(data: DataConfig, vocab_size: int, *, ends: Sequence[int] = (), pad: int | None = None) -> Corpus:
     """Return the corpus that a config names.
 
-    `ends` and `pad` are the model's eos_token_id and pad_token_id: of the former the first is used where the tokenizer names no token
-    that ends a text. Raises DataError if the corpus cannot be read, is too short, or has a token id outside
-    `vocab_size`.
+    `ends` and `pad` are the model's eos_token_id and pad_token_id: of the former the first is used where the tokenizer
+    names no token that ends a text. Raises DataError if the corpus cannot be read, is too short, or has a token id
+    outside `vocab_size`.
     """
     messages: list[str] = []
     if data.path.endswith(".npy"):

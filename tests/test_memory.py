@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.opt.layers import block_of
 from models.opt.shape import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.pipeline.microbatch import Microbatch
