@@ -23,6 +23,7 @@ from parallel.tensor.layers import Vocabulary
 
 POSITION_OFFSET = 2  # position p has row p + 2 of the table
 PADDING_POSITION = -1
+EPS = 1e-5  # of every LayerNorm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -106,10 +107,10 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[shape.activation_function]
         hidden, ffn, affine = shape.hidden_size, shape.ffn_dim, shape.layer_norm_elementwise_affine
         self.self_attn = Attention(shape, mode, seed_of(seed, "attention"))
-        self.self_attn_layer_norm = mode.layer_norm(hidden, affine=affine)
+        self.self_attn_layer_norm = mode.norm("layer_norm", hidden, eps=EPS, affine=affine)
         self.fc1 = mode.linear_in(ffn, hidden, bias=shape.enable_bias)
         self.fc2 = mode.linear_out(hidden, ffn, bias=shape.enable_bias)
-        self.final_layer_norm = mode.layer_norm(hidden, affine=affine)
+        self.final_layer_norm = mode.norm("layer_norm", hidden, eps=EPS, affine=affine)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         x = self._residual(x, self.self_attn_layer_norm, lambda h: self.self_attn(h, batch), batch, half=0)
@@ -178,7 +179,9 @@ class Head(nn.Module):
         super().__init__()
         self.mode = mode
         hidden, width, affine = shape.hidden_size, shape.word_embed_proj_dim, shape.layer_norm_elementwise_affine
-        self.final_layer_norm = blocks_mode.layer_norm(hidden, affine=affine) if shape.has_final_layer_norm else None
+        self.final_layer_norm = (
+            blocks_mode.norm("layer_norm", hidden, eps=EPS, affine=affine) if shape.has_final_layer_norm else None
+        )
         self.project_out = mode.project_out(width, hidden) if width != hidden else None
         if shape.tie_word_embeddings:
             self.embed_tokens = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id)
