@@ -155,7 +155,9 @@ def parameter_infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
             for name, layout in getattr(part, "layouts", {}).items():
                 parameter = getattr(part, name)
                 full = ".".join(filter(None, (layer, path, name)))
-                infos.setdefault(id(parameter), ParameterInfo(full, layer, parameter, layout, sources(full)))
+                infos.setdefault(
+                    id(parameter), ParameterInfo(full, layer, parameter, layout, sources(full, layout.shape))
+                )
     return list(infos.values())
 
 

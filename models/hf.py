@@ -27,6 +27,7 @@ from parallel.checkpoint.shards import (
 )
 from parallel.errors import DataError, names_text
 from parallel.layout.layout import Piece, box_shape
+from parallel.layout.sources import Source, fused, whole
 from parallel.mesh.mesh import Axis
 
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
@@ -35,14 +36,14 @@ COMPARED_AT_ONCE = 1 << 22  # elements: a vocabulary may be larger than the memo
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
-def sources(name: str) -> tuple[str, ...]:
-    """Return Hugging Face's name of one of our parameters; three names for the fused q, k, v."""
+def sources(name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
+    """Return Hugging Face's tensor that one of our parameters, of this whole shape, is; three for the fused q, k, v."""
     if name.startswith("head.lm_head."):
-        return (name.removeprefix("head."),)
+        return whole(name.removeprefix("head."), shape)
     public = f"model.decoder.{name.removeprefix('embed.').removeprefix('head.')}"
     if ".self_attn.qkv." not in public:
-        return (public,)
-    return tuple(public.replace(".qkv.", f".{projection}.") for projection in ("q_proj", "k_proj", "v_proj"))
+        return whole(public, shape)
+    return fused([public.replace(".qkv.", f".{name}.") for name in ("q_proj", "k_proj", "v_proj")], shape[1:])
 
 
 def expected_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:

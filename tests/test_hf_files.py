@@ -19,6 +19,7 @@ from parallel.checkpoint import hf_folder
 from parallel.checkpoint.shards import Entry, write_tensors
 from parallel.errors import CheckpointError, DataError
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
+from parallel.layout.sources import fused, whole
 from parallel.mesh.mesh import Axis, Traffic
 from tests.harness import run
 from tests.parity import owns
@@ -77,13 +78,13 @@ def infos_of(shape: OPTShape, rank: int, size: int) -> list[ParameterInfo]:
     """Return zeros for this rank: a matrix is split over rows and columns, a vector over columns only, fused or not."""
     row, column = axis(rank // 2, max(1, size // 2)), axis(rank % 2, min(2, size))
     infos = []
-    for name, whole in parameters_of(shape).items():
-        is_matrix = len(whole) - (".qkv." in name) == 2
+    for name, full in parameters_of(shape).items():
+        is_matrix = len(full) - (".qkv." in name) == 2
         split = ((row,), (column,)) if is_matrix else ((column,),)
-        dims = (*((),) * (len(whole) - len(split)), *split)
-        layout = Layout(whole, dims, copies=() if is_matrix else (row,))
+        dims = (*((),) * (len(full) - len(split)), *split)
+        layout = Layout(full, dims, copies=() if is_matrix else (row,))
         parameter, unit = nn.Parameter(torch.zeros(layout.local_shape)), name.split(".")[0]
-        infos.append(ParameterInfo(name, unit, parameter, layout, hf.sources(name)))
+        infos.append(ParameterInfo(name, unit, parameter, layout, hf.sources(name, full)))
     return infos
 
 
@@ -112,13 +113,16 @@ def test_expected_tensors_are_those_of_transformers(tmp_path: Path, variant: str
 
 
 def test_sources_name_the_tensors_of_hugging_face() -> None:
-    assert hf.sources("embed.embed_tokens.weight") == ("model.decoder.embed_tokens.weight",)
-    assert hf.sources("head.embed_tokens.weight") == ("model.decoder.embed_tokens.weight",)
-    assert hf.sources("head.final_layer_norm.bias") == ("model.decoder.final_layer_norm.bias",)
-    assert hf.sources("layers.3.fc1.bias") == ("model.decoder.layers.3.fc1.bias",)
-    assert hf.sources("layers.3.self_attn.qkv.weight") == tuple(
-        f"model.decoder.layers.3.self_attn.{projection}_proj.weight" for projection in "qkv"
-    )
+    for ours, theirs in {
+        "embed.embed_tokens.weight": "model.decoder.embed_tokens.weight",
+        "head.embed_tokens.weight": "model.decoder.embed_tokens.weight",
+        "head.lm_head.weight": "lm_head.weight",
+        "head.final_layer_norm.bias": "model.decoder.final_layer_norm.bias",
+        "layers.3.fc1.bias": "model.decoder.layers.3.fc1.bias",
+    }.items():
+        assert hf.sources(ours, (24,)) == whole(theirs, (24,))
+    names = [f"model.decoder.layers.3.self_attn.{projection}_proj.weight" for projection in "qkv"]
+    assert hf.sources("layers.3.self_attn.qkv.weight", (3, 16, 8)) == fused(names, (16, 8))
 
 
 @pytest.mark.parametrize(
