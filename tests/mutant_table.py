@@ -110,7 +110,8 @@ MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.p
 SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
-OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
+LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
+SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
 # fmt: off
@@ -330,8 +331,8 @@ PARAMETERS = (
            CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
     Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole tensor",
            INITIAL_VALUES,
-           "draw_normal(piece.shape, piece.box, shape.init_std",
-           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), shape.init_std",
+           "draw_normal(piece.shape, piece.box, wanted.std",
+           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), wanted.std",
            SEED),
     Mutant("masters-rounded", "the master weights of a bf16 model start as its rounded weights",
            BUILD, "master_dtype(context.dtype),\n        sequence", "context.dtype,\n        sequence", BF16),
@@ -360,7 +361,7 @@ PLACES = (
     Mutant("replicas-take-the-same-samples", "every replica reads the first one's rows",
            "models/data.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
     Mutant("queries-are-keys", "Hugging Face's q and k are exchanged when they are read",
-           HF, '("q_proj", "k_proj", "v_proj"))', '("k_proj", "q_proj", "v_proj"))', trains("single")),
+           OPT_SHAPE, '("self_attn.q_proj", "self_attn.k_proj"', '("self_attn.k_proj", "self_attn.q_proj"', trains("single")),
 )
 
 MODEL = (
@@ -373,10 +374,10 @@ MODEL = (
            SPLIT, ".tril() & tokens[:, None, None, :]", ".tril()",
            trains("single")),
     Mutant("dropout-the-same-for-every-sample", "a dropout mask depends on the position only",
-           OPT, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
+           LAYER, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
            drops("Block")),
     Mutant("attention-dropout-the-same-for-every-sample", "a dropout mask of attention depends on head and position only",
-           OPT, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
+           LAYER, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
@@ -429,11 +430,11 @@ SEQUENCES = (
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_all_to_all_and_rotate_move_the_right_parts"),
     Mutant("positions-of-the-first-part", "every rank numbers its tokens from the beginning of the sequence",
-           OPT, "self.blocks_mode.tokens(position_ids(batch), self.blocks_mode.batch)",
-           "self.blocks_mode.local(position_ids(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
+           LAYER, "self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)",
+           "self.blocks_mode.local(self.learned.rows_of(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share dropout masks with the next sample's first ones",
-           OPT, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
+           LAYER, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[dp2-a2a2-1d2]"),
     Mutant("a-mask-of-ones-is-kept", "attention uses a kernel for padding where nothing is padded",
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
@@ -462,7 +463,7 @@ SEQUENCES = (
            MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a dropout mask",
-           OPT, "self.mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           LAYER, "mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
@@ -924,10 +925,10 @@ FOLDERS = (
            HF, "        return True  # what cannot be read may be weights", "        return False",
            folder_row("weights in .bin, .pt, .msgpack, .h5 or .gguf alone")),
     Mutant("own-head-left-out", "a head that is not the embedding is left out",
-           HF, "    if HEAD in found and HEAD not in expected:", "    if False:",
+           HF, "    if head in found and head not in expected:", "    if False:",
            folder_row("a head of its own, in a folder that says that it is tied")),
     Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
-           HF, 'return (name.removeprefix("head."),)', "return (EMBEDDING,)",
+           SHAPE, 'if module == "head.table" and self.tie_word_embeddings else module', 'if module == "head.table" else module',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
            "models/data.py", "        return tokenizer.end, []", "        return 2, []",

@@ -107,7 +107,7 @@ def test_split_sequences_are_attended_to_as_the_formula_says(kind: Any, size: in
 
 
 def test_memory_may_be_laid_out_in_any_order() -> None:
-    """Also where the numbers of one head are not next to each other, and where a gradient is one number repeated."""
+    """This holds too where the numbers of one head are not next to each other, and where a gradient is one number."""
     case = Case(6, 2, 3, "causal")
     for masking in (Masking(), case.masking(), Case(6, 2, 3, "dropout").masking()):
         q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in case.drawn()[:3])
@@ -133,7 +133,7 @@ def sent(rank: int, world_size: int, config: ContextConfig) -> list[dict[str, in
 
 
 def test_around_a_ring_keys_and_their_gradients_travel_once_for_each_group() -> None:
-    """On 2 ranks k and v make a hop in forward and in backward, and their gradients one back to their owner."""
+    """The test is on 2 ranks: k and v make a hop in forward and in backward, and their gradients one back to their owner."""
     for whole, quarter, windowed in run(sent, 2, ContextConfig(2, "ring")):
         assert whole == dict(rotate=3 * 2 * B * 8 * (S // 2) * D * 8)  # k and v, fp64
         assert quarter == windowed == dict(rotate=whole["rotate"] // 4)
