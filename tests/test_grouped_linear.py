@@ -69,8 +69,9 @@ def errors_of(mode: Mode) -> dict[str, float]:
     dy = drawn(B, S, KV_HEADS * ROWS, seed=3)
     linear = mode.linear_in_groups(KV_HEADS, ROWS, K)
     assert linear.bias is not None
-    linear.weight.data.copy_(part(weight, mode.inner_hidden, (), mode.k_in))
-    linear.bias.data.copy_(part(bias, mode.inner_hidden))
+    of_weight, of_bias = (linear.layouts[name].axes_of_dims for name in ("weight", "bias"))
+    linear.weight.data.copy_(part(weight, *of_weight))
+    linear.bias.data.copy_(part(bias, *of_bias))
     between, inside = (mode.batch, (), mode.hidden), (mode.inner_batch, (), mode.inner_hidden)
     own = part(x, *between).requires_grad_()
     y = linear(own)
@@ -83,8 +84,8 @@ def errors_of(mode: Mode) -> dict[str, float]:
     pairs = {
         "y": (y.detach(), whole.detach(), inside),
         "dx": (own.grad, wx.grad, between),
-        "dw": (weight_gradient, ww.grad, (mode.inner_hidden, (), mode.k_in)),
-        "db": (bias_gradient, wb.grad, (mode.inner_hidden,)),
+        "dw": (weight_gradient, ww.grad, of_weight),
+        "db": (bias_gradient, wb.grad, of_bias),
     }
     found = {}
     for name, (got, want, split) in pairs.items():
