@@ -33,13 +33,13 @@ class Account:
     """The measurements of one rank."""
 
     errors: dict[str, float]
-    """By what is compared: the relative difference to a linear that is not split."""
+    """The relative differences to a linear that is not split, by the name of what is compared."""
 
     calls: dict[str, list[tuple[str, int]]]
-    """What is sent for q, k and v, forward and backward: each call's kind and number of elements."""
+    """The calls for q, k and v, forward and backward: the kind and the number of elements of each."""
 
     products: int
-    """The calls of `accumulate` in a backward that left the weight's gradient to it."""
+    """The number of calls of `accumulate` in a backward that leaves the weight's gradient to it."""
 
 
 @cache
@@ -124,7 +124,7 @@ def test_a_grouped_linear_and_its_gradients_equal_one_that_is_not_split(layout: 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_grouped_linear_makes_the_calls_of_a_fused_one(layout: str) -> None:
-    """Of each kind it makes as many calls; the weight has other sizes."""
+    """It makes as many of each kind; the weight has other sizes."""
     for found in accounts(layout):
         grouped, fused = (Counter(kind for kind, _ in found.calls[name]) for name in ("one grouped", "one fused"))
         assert grouped == fused

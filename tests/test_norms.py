@@ -17,9 +17,10 @@ from parallel.mesh.topology import Topology
 from parallel.optim.grad_norm import global_norm
 from parallel.optim.gradients import Gradients
 from parallel.tensor import MODES, Mode
-from tests.accounts import RecordedCalls, bytes_kept, part, saved_for_backward, summed
+from tests.accounts import RecordedCalls, bytes_kept, part, saved_for_backward, summed, value
 from tests.harness import run
 from tests.parity import relative
+from tests.test_traffic import WAYS, formulas
 
 BOUND = 1e-12  # relative, in fp64: some hundreds of roundings
 EPS = 0.3  # so large that it matters where it is added
@@ -42,16 +43,16 @@ class Account:
     """The measurements of one rank."""
 
     errors: dict[str, float] = field(default_factory=dict)
-    """By what is compared: the largest relative difference to torch."""
+    """The relative differences to torch, by the name of what is compared."""
 
     rounding: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By what is compared: the error in bf16 relative to the exact one, ours and torch's."""
+    """The errors in bf16, ours and torch's, by the name of what is compared."""
 
-    sent: dict[str, list[int]] = field(default_factory=dict)
-    """By kind: the elements of each call of a forward and a backward."""
+    sent: dict[str, list[float]] = field(default_factory=dict)
+    """The elements that are sent forward and backward, by kind."""
 
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By kind: the bytes kept for backward besides x, and the rows."""
+    """The bytes kept for backward besides x, and the number of rows, by kind."""
 
 
 @cache
@@ -109,9 +110,10 @@ def compare_norms(kind: str, mode: Mode, found: Account) -> None:
     for seed, parameter in enumerate(norm.parameters()):
         parameter.data.copy_(part(drawn(H, seed=seed), mode.hidden))
     x = part(whole, *between).to(mode.dtype).requires_grad_()
-    with RecordedCalls("norm") as calls:
+    with RecordedCalls("forward") as calls:
         with saved_for_backward() as saved:
             y = norm(x)
+        calls.enter("backward")
         y.backward(part(dy, *between).to(mode.dtype))
     assert x.grad is not None
     ours = {"y": y.detach(), "dx": x.grad}
@@ -126,7 +128,7 @@ def compare_norms(kind: str, mode: Mode, found: Account) -> None:
             error, allowed = ((x.double() - want).norm() for x in (got, part(theirs[name], *split)))
             found.rounding[f"{kind} {name}"] = float(error), float(allowed)
     if mode.dtype == torch.bfloat16:
-        found.sent[kind] = [call.elements for call in calls.calls]
+        found.sent[kind] = [sum(call.sent for call in calls.calls if call.part == way) for way in WAYS]
         found.kept[kind] = bytes_kept(saved, norm) - x.nbytes, x[..., 0].numel()
 
 
@@ -143,19 +145,22 @@ def test_the_error_of_a_split_norm_in_bf16_is_at_most_twice_torchs(layout: str) 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rms_norm_sends_and_keeps_one_number_a_row(layout: str) -> None:
-    _, sizes = LAYOUTS[layout]
-    is_split = sizes.keys() & {"col", "o"}
+def test_a_norm_keeps_its_statistics_and_sends_what_the_table_says(layout: str) -> None:
+    mode, sizes = LAYOUTS[layout]
+    row = "2d, 2.5d" if mode in ("2d", "2.5d") else mode
+    letters = dict(T=B * S, p=prod(sizes.values()), c=sizes.get("col", 1), q=sizes.get("w", 1))
     for found in accounts(layout):
-        kept, rows = found.kept["rms_norm"]
-        assert kept == rows * torch.float32.itemsize
-        assert found.sent["rms_norm"] == ([rows, rows] if is_split else [])
+        for kind, name, numbers in (("layer_norm", "a LayerNorm", 2), ("rms_norm", "an RMSNorm", 1)):
+            kept, rows = found.kept[kind]
+            assert found.sent[kind] == [value(formula, letters) for formula in formulas(row, name)]
+            if kind == "rms_norm" or sizes.keys() & {"col", "o"}:
+                assert kept == numbers * rows * torch.float32.itemsize
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_on_one_rank_equals_torch_and_keeps_one_number_a_row(dtype: torch.dtype) -> None:
-    """On a CPU torch's own function keeps three tensors as large as x, in fp32. One rounding of `dtype` may differ."""
+    """torch's own function keeps three tensors as large as x on a CPU, in fp32. One rounding of `dtype` may differ."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mode = Mode(Mesh(Topology(dict(pipe=1, data=1, context=1)), 0, device=device), dtype)
     norm, theirs = mode.norm("rms_norm", H, eps=EPS), nn.RMSNorm(H, eps=EPS, device=device, dtype=dtype)
@@ -222,7 +227,7 @@ def compare_head_norms(mode: Mode, stage: int, found: Account) -> None:
 def test_a_head_norms_gradient_is_summed_over_all_ranks_of_a_stage_in_groups_that_the_mesh_has(
     name: str, *, swapped: bool
 ) -> None:
-    """With a pipeline no other axis has all ranks of a stage; a mesh of the mode's groups alone must do."""
+    """No axis has all ranks of a stage where there is a pipeline: a mesh with other parameters' groups must do."""
     sizes = dict(pipe=2, data=2, context=2) | dict.fromkeys(MODES[name].axes, 2)
     mode = mode_of(0, name, sizes, torch.float64, connect=False)
     mode = mode.blocks_mode() if swapped else mode
