@@ -59,6 +59,11 @@ WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
 PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
 
 
+def torch_norm(layout: str) -> str:
+    """Return the test that norms over a split dim and over heads equal torch's in this layout."""
+    return f"tests/test_norms.py::test_a_split_norm_equals_torch[{layout}]"
+
+
 def trains(layout: str) -> str:
     """Return the test that two steps in this layout equal Hugging Face's, from the same weights."""
     return f"{RULES}::test_unequal_microbatches_train_as_one_batch_of_hugging_face[{layout}]"
@@ -91,6 +96,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+NORMS = "parallel/tensor/norms.py"
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
@@ -150,11 +156,11 @@ DROPPED_REDUCTIONS = (
            "dim, axis = self.scatter_rows; return reduce(rows.chunk(axis.size, dim)[axis.rank], self.reduce_rows)",
            trains("3d2x2x2")),
     Mutant("layer-norm-mean-not-reduced", "mean and variance are those of this rank's part of the hidden dim",
-           LAYERS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
+           NORMS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
     Mutant("layer-norm-mean-gradient-not-reduced", "dx lacks what comes through mean and variance from other ranks",
-           LAYERS, "sums = all_reduce(sums, axis)", "pass", trains("2d1x2")),
+           NORMS, "sums = ctx.dim.sum(sums)", "pass", trains("2d1x2")),
     Mutant("layer-norm-variance-of-parts", "the variance leaves out how far the ranks' means are apart",
-           LAYERS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
+           NORMS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
            "sums = all_reduce(sums, axis)",
@@ -968,6 +974,73 @@ ACCESS_AND_STATE = (
     ),
 )
 
+TENSOR = (
+    Mutant(
+        "head-norm-not-summed-in-1d",
+        "the weight of a norm over heads gets the gradient of one rank's heads",
+        MODE,
+        "if by_heads and axis.name not in own",
+        'if by_heads and axis.name == "col"',
+        torch_norm("1d2"),
+    ),
+    Mutant(
+        "head-norm-not-summed-in-a-grid",
+        "the weight of a norm over heads gets the gradient of one column's heads",
+        MODE,
+        "if by_heads and axis.name not in own",
+        'if by_heads and axis.name == "t"',
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "head-norm-summed-twice",
+        "an axis of a cube that splits tokens and heads is summed over twice",
+        MODE,
+        "*self.token_axes) if name not in done)), *heads]",
+        "*self.token_axes) if name not in own)), *heads]",
+        torch_norm("3d2x2x2"),
+    ),
+    Mutant(
+        "rms-norm-eps-outside",
+        "eps is added to 1 / √(mean of x²)",
+        NORMS,
+        "mean_square.add_(dim.eps).rsqrt_()",
+        "mean_square.rsqrt_().add_(dim.eps)",
+        torch_norm("1d2"),
+    ),
+    Mutant(
+        "rms-norm-of-a-part",
+        "each column divides by the mean square of its own part",
+        NORMS,
+        "dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size",
+        "wide.square().mean(-1, keepdim=True)",
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "rms-norm-gradient-of-a-part",
+        "dx has the projection of each column's own part",
+        NORMS,
+        "ctx.dim.sum((dnormal * normal).sum(-1, keepdim=True))",
+        "(dnormal * normal).sum(-1, keepdim=True)",
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "norm-statistics-in-bf16",
+        "squares of bf16 numbers are added up in bf16",
+        NORMS,
+        "return x.to(torch.promote_types(x.dtype, torch.float32))",
+        "return x",
+        "tests/test_norms.py::test_the_error_of_a_split_norm_in_bf16_is_at_most_twice_torchs[2d2x2]",
+    ),
+    Mutant(
+        "groups-split-by-rows",
+        "each rank has some rows of every group, and so parts of heads",
+        MODE,
+        "(groups, self.inner_hidden), (rows, ())",
+        "(groups, ()), (rows, self.inner_hidden)",
+        "tests/test_grouped_linear.py::test_a_grouped_linear_and_its_gradients_equal_one_that_is_not_split[1d2]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -993,4 +1066,5 @@ MUTANTS = (
     *PARTING,
     *FOLDERS,
     *ACCESS_AND_STATE,
+    *TENSOR,
 )
