@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ def test_whole_sequences_are_attended_to_as_the_formula_says() -> None:
         compare(results_of(UNSPLIT.attend, case), case)
 
 
+def test_keys_are_repeated_where_no_kernel_takes_groups() -> None:
+    """A GPU has no such kernel in fp32, for instance."""
+    with patch.object(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.MATH.value):
+        for case in CASES:
+            compare(results_of(UNSPLIT.attend, case), case)
+
+
 def attended(rank: int, world_size: int, config: ContextConfig, cases: list[Case]) -> list[list[Tensor]]:
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     return [results_of(sequence.attend, case, sequence) for case in cases]
@@ -144,6 +152,14 @@ def test_around_a_ring_keys_and_their_gradients_travel_once_for_each_group() -> 
         assert quarter == windowed == dict(rotate=whole["rotate"] // 4)
 
 
+def test_all_to_all_exchanges_queries_and_results_beside_the_keys_of_groups() -> None:
+    """Forward and backward each exchange q and y of 8 heads, and k and v of 8 heads or of 2."""
+    for whole, quarter, windowed in run(sent, 2, ContextConfig(2, "all_to_all")):
+        of_a_head = 2 * B * (S // 2) * D * 8  # forward and backward, fp64
+        assert whole == dict(all_to_all=(2 * 8 + 2 * 8) * of_a_head)
+        assert quarter == windowed == dict(all_to_all=(2 * 8 + 2 * 2) * of_a_head)
+
+
 def test_compiled_code_attends_to_whole_sequences_in_one_graph() -> None:
     for case in (Case(6, 2, None, "causal"), Case(6, 2, 3, "padded")):
         compiled = torch.compile(UNSPLIT.attend, backend="eager", fullgraph=True)
@@ -155,6 +171,8 @@ def test_compiled_code_attends_to_whole_sequences_in_one_graph() -> None:
 
 def on_gpu(heads: int, kv_heads: int, length: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     """Return q, k, v[2, heads or kv_heads, length, 64] and dy[2, length, heads · 64]."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
     torch.manual_seed(0)
     numbers = heads, kv_heads, kv_heads, heads
     q, k, v, dy = (torch.randn(2, length, n, 64, device="cuda", dtype=dtype) for n in numbers)
@@ -169,7 +187,7 @@ def on_gpu(heads: int, kv_heads: int, length: int, dtype: torch.dtype = torch.bf
 def test_a_gpu_attends_as_the_formula_says(
     window: int | None, masked: str, dtype: torch.dtype, is_compiled: bool
 ) -> None:
-    """In 16 bits a tensor differs by at most two of its roundings, and in 32 bits by those of sums of 256 products."""
+    """A tensor differs by at most two of its roundings in 16 bits, and in 32 bits by those of sums of 256 products."""
     q, k, v, dy = on_gpu(8, 2, 256, dtype)
     tokens = drop = None
     if masked == "padded":
@@ -208,7 +226,7 @@ def test_a_gpu_holds_neither_scores_nor_a_mask_nor_repeated_keys(window: int | N
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 40, 64, 100, 150, 250, 383])
 def test_flash_has_the_window_of_each_block_of_a_ring(window: int) -> None:
-    """On 3 ranks of 128 positions each; in bf16 two kernels agree within two of its roundings."""
+    """There are 3 ranks of 128 positions each. In bf16 two kernels agree within two of its roundings."""
     ranks, local = 3, 128
     q, k, v, dy = on_gpu(8, 2, local)
     dy = dy.unflatten(2, (8, 64)).transpose(1, 2)
@@ -220,9 +238,11 @@ def test_flash_has_the_window_of_each_block_of_a_ring(window: int) -> None:
             for block, rows, columns in zigzag.parts_of(source, local, Masking(window=window)):
                 found = []
                 for kernel in (flash, kernels.unfused()):
-                    of_block = q[..., rows, :].detach(), *(x[..., columns, :].detach() for x in (k, v))
-                    results = kernel.forward(*of_block, block)
-                    grads = kernel.backward(dy[..., rows, :], (*of_block, *results), block)
+                    queries, keys, values = (
+                        x.detach()[..., part, :] for x, part in ((q, rows), (k, columns), (v, columns))
+                    )
+                    results = kernel.forward(queries, keys, values, block)
+                    grads = kernel.backward(dy[..., rows, :], (queries, keys, values, *results), block)
                     found.append((*results, *grads))
                 for got, want in zip(*found, strict=True):
                     error = (got.double() - want.double()).norm() / (1e-2 * want[..., 0].numel() ** 0.5 + want.norm())
