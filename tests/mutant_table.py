@@ -100,6 +100,8 @@ NORMS = "parallel/tensor/norms.py"
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
+WHOLE = "tests/test_grouped_attention.py::test_whole_sequences_are_attended_to_as_the_formula_says"
+PARTS = "tests/test_grouped_attention.py::test_split_sequences_are_attended_to_as_the_formula_says"
 IMPORTS, MARKS = "tests/test_imports.py", "parallel/ops/compiling.py"
 TORCH_OPTIM, LEAVES = "parallel/optim/torch_optimizer.py", "parallel/optim/leaves.py"
 ENGINE, COUNTS, LAYOUT = "parallel/engine/engine.py", "parallel/optim/update_counts.py", "parallel/layout/layout.py"
@@ -408,7 +410,7 @@ SEQUENCES = (
            RING, "options.zigzag.axis, torch.promote_types(q.dtype, torch.float32)", "options.zigzag.axis, q.dtype",
            "tests/test_sequence.py::test_a_block_sends_as_much_as_the_table_says[ring 2]"),
     Mutant("ring-keeps-remote-blocks", "the keys and values of other ranks stay in memory until backward",
-           RING, "            del keys, values, result  # or they would be held beside the next ones\n",
+           RING, "            del keys, values  # or they would be held beside the next ones\n",
            "            ctx.keys = keys\n",
            "tests/test_sequence.py::test_a_block_keeps_only_its_own_tokens[ring 2]"),
     Mutant("ring-sends-late", "the next part is sent only after attention to the one before is computed",
@@ -425,10 +427,10 @@ SEQUENCES = (
            BLOCKS, "q[..., : max(1, q.shape[-2] // 2), :]", "q",
            "tests/test_sequence.py::test_a_gpu_attends_with_the_kernel_that_torch_would_choose"),
     Mutant("ring-waits-before-it-computes", "the gradients of a block are not computed until those that they are added to have come",
-           RING, "        result = contribution(part, keys, values)\n"
+           RING, "        results = [contribution(part, keys, values) for part in parts]\n"
            "        dkv = torch.zeros_like(own_dkv) if in_flight is None else in_flight.wait()\n",
            "        dkv = torch.zeros_like(own_dkv) if in_flight is None else in_flight.wait()\n"
-           "        result = contribution(part, keys, values)\n",
+           "        results = [contribution(part, keys, values) for part in parts]\n",
            "tests/test_sequence.py::test_keys_are_in_flight_while_others_are_attended_to"),
     Mutant("rotates-backwards", "what should come from the previous rank comes from the next one",
            "parallel/mesh/collectives.py",
@@ -446,13 +448,13 @@ SEQUENCES = (
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
            "tests/test_batches.py::test_a_mask_without_padding_is_left_out"),
     Mutant("16-bit-scores", "attention scores are rounded to 16 bits before the softmax",
-           BLOCKS, "scores: Tensor = wide_batched_product(q, k.mT, wide)", "scores: Tensor = (q @ k.mT).to(wide)",
+           BLOCKS, "scores = _products(q, k.mT, wide)", "scores = _products(q, k.mT, q.dtype).to(wide)",
            "tests/test_sequence.py::test_unfused_attention_is_as_exact_as_flash"),
     Mutant("ring-merges-the-other-way", "the weights of the earlier and the new result are exchanged when they are merged",
            RING, "(logsumexp - own).sigmoid_()", "(own - logsumexp).sigmoid_()", f"{ACROSS}[2-ring-causal]"),
     Mutant("ring-drops-what-other-ranks-added", "the gradients of keys and values start from zero again on every rank",
-           RING, "if in_flight is None else in_flight.wait()\n        add",
-           "if True else in_flight.wait()\n        add",
+           RING, "if in_flight is None else in_flight.wait()\n        for",
+           "if True else in_flight.wait()\n        for",
            f"{ACROSS}[3-ring-causal]"),
     Mutant("ring-keeps-one-parts-logsumexp", "the softmax is over the keys that came first only",
            RING, "own.copy_(torch.logaddexp(own, logsumexp))", "own", f"{ACROSS}[2-ring-causal]"),
@@ -1041,6 +1043,81 @@ TENSOR = (
     ),
 )
 
+GROUPED_ATTENTION = (
+    Mutant(
+        "window-one-too-long",
+        "attention over whole sequences sees one key more than its window has",
+        SPLIT,
+        "seen.triu(1 - masking.window)",
+        "seen.triu(-masking.window)",
+        WHOLE,
+    ),
+    Mutant(
+        "window-of-a-block-one-too-long",
+        "attention that is computed block by block sees one key more than its window has",
+        BLOCKS,
+        "self.columns >= self.masking.window",
+        "self.columns > self.masking.window",
+        f"{PARTS}[ring-2]",
+    ),
+    Mutant(
+        "window-not-in-the-ring",
+        "a ring attends to all earlier keys of other parts, where the window hides some of them",
+        RING,
+        "if rows.stop - 1 - columns.start <= reach:",
+        "if rows != columns:",
+        f"{PARTS}[ring-3]",
+    ),
+    Mutant(
+        "keys-before-the-window",
+        "the keys that a ring computes with begin one after the first that its queries see",
+        RING,
+        "range(max(columns.start, rows.start - reach)",
+        "range(max(columns.start, rows.start - reach + 1)",
+        SEEN,
+    ),
+    Mutant(
+        "heads-interleaved",
+        "query heads use the key heads in turn, and not one key head for each group of neighbours",
+        BLOCKS,
+        "x.unflatten(1, (kv_heads, -1)).flatten(2, 3)",
+        "x.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(2, 3)",
+        WHOLE,
+    ),
+    Mutant(
+        "repeated-heads-interleaved",
+        "where no kernel takes groups, query heads use the key heads in turn",
+        SPLIT,
+        "k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1",
+        "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), 1",
+        "tests/test_grouped_attention.py::test_keys_are_repeated_where_no_kernel_takes_groups",
+    ),
+    Mutant(
+        "exchange-cuts-groups",
+        "all_to_all sends each rank every second key head, and not those of its queries",
+        SPLIT,
+        "unflatten(2, (ranks, -1)).movedim(2, 0) for x in (q, k, v)]",
+        "unflatten(2, (ranks, -1) if x is q else (-1, ranks)).movedim(2 if x is q else 3, 0) for x in (q, k, v)]",
+        f"{PARTS}[all_to_all-2]",
+    ),
+    Mutant(
+        "dk-of-one-query-head",
+        "the gradient of a key is that of the first query head of its group",
+        BLOCKS,
+        "_grouped(dscores, kv_heads).mT @ _grouped(q, kv_heads), dv",
+        "dscores[:, :: q.shape[1] // kv_heads].mT @ q[:, :: q.shape[1] // kv_heads], dv",
+        WHOLE,
+    ),
+    Mutant(
+        "keys-repeated-around-the-ring",
+        "a ring sends each key once for every query head of its group",
+        RING,
+        "start_rotate(torch.stack([k, v]), axis), axis)",
+        "start_rotate(torch.stack([x.repeat_interleave(4, 1) for x in (k, v)]), axis), axis)",
+        "tests/test_grouped_attention.py::test_around_a_ring_keys_and_their_gradients_travel_once_for_each_group",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1067,4 +1144,5 @@ MUTANTS = (
     *FOLDERS,
     *ACCESS_AND_STATE,
     *TENSOR,
+    *GROUPED_ATTENTION,
 )
