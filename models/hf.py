@@ -43,7 +43,8 @@ def sources(name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
     public = f"model.decoder.{name.removeprefix('embed.').removeprefix('head.')}"
     if ".self_attn.qkv." not in public:
         return whole(public, shape)
-    return fused([public.replace(".qkv.", f".{name}.") for name in ("q_proj", "k_proj", "v_proj")], shape[1:])
+    names = [public.replace(".qkv.", f".{projection}.") for projection in ("q_proj", "k_proj", "v_proj")]
+    return fused(names, shape[1:])
 
 
 def expected_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:

@@ -360,7 +360,7 @@ PLACES = (
     Mutant("replicas-take-the-same-samples", "every replica reads the first one's rows",
            "models/data.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
     Mutant("queries-are-keys", "Hugging Face's q and k are exchanged when they are read",
-           HF, '("q_proj", "k_proj", "v_proj"))', '("k_proj", "q_proj", "v_proj"))', trains("single")),
+           HF, 'in ("q_proj", "k_proj", "v_proj")]', 'in ("k_proj", "q_proj", "v_proj")]', trains("single")),
 )
 
 MODEL = (
@@ -927,7 +927,7 @@ FOLDERS = (
            HF, "    if HEAD in found and HEAD not in expected:", "    if False:",
            folder_row("a head of its own, in a folder that says that it is tied")),
     Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
-           HF, 'return (name.removeprefix("head."),)', "return (EMBEDDING,)",
+           HF, 'return whole(name.removeprefix("head."), shape)', "return whole(EMBEDDING, shape)",
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
            "models/data.py", "        return tokenizer.end, []", "        return 2, []",
@@ -967,6 +967,54 @@ ACCESS_AND_STATE = (
     ),
 )
 
+SOURCES, SOURCES_TESTS = "parallel/layout/sources.py", "tests/test_sources.py"
+PUBLIC = f"{SOURCES_TESTS}::test_the_pieces_of_all_ranks_are_the_public_tensors_each_element_once"
+IN_FILES = f"{SOURCES_TESTS}::test_files_have_the_public_tensors_of_every_kind_of_parameter[last]"
+STATES = f"{SOURCES_TESTS}::test_a_state_of_every_kind_of_parameter_is_loaded_in_another_layout"
+
+PIECES = (
+    Mutant(
+        "transposed-box-not-reversed",
+        "a piece of a transposed matrix has the box of the parameter",
+        SOURCES,
+        "return tuple(reversed(public) if self.transposed else public)",
+        "return tuple(public)",
+        PUBLIC,
+    ),
+    Mutant(
+        "transposed-data-as-in-the-parameter",
+        "a piece of a transposed matrix is no transposed view",
+        LAYOUT,
+        "view = view.T if source.transposed else view",
+        "view = view",
+        PUBLIC,
+    ),
+    Mutant(
+        "wrong-group-row",
+        "the rows of every group but the first are taken for others of the public tensor",
+        SOURCES,
+        "first = self.first + row * (end - begin)",
+        "first = self.first + row",
+        PUBLIC,
+    ),
+    Mutant(
+        "first-row-left-out",
+        "q, k and v in one public tensor all begin at its first row",
+        SOURCES,
+        "first = self.first + row * (end - begin)",
+        "first = row * (end - begin)",
+        IN_FILES,
+    ),
+    Mutant(
+        "owned-by-name-alone",
+        "a rank that saves a part of a public tensor saves all parts that it has of it",
+        BASE,
+        "or (piece.name, piece.box) in mine",
+        "or piece.name in {name for name, _ in mine}",
+        STATES,
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -992,4 +1040,5 @@ MUTANTS = (
     *PARTING,
     *FOLDERS,
     *ACCESS_AND_STATE,
+    *PIECES,
 )

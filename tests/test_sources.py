@@ -13,16 +13,24 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
+from models.shapes import resolve
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import write_folder
 from parallel.checkpoint.shards import Entry
+from parallel.chunk.chunk import make_chunks
 from parallel.chunk.spec import Segment
+from parallel.config import parse
+from parallel.engine.base import initial_placement_of
+from parallel.engine.context import Place, make_context
+from parallel.engine.state import EngineState
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
 from parallel.layout.sources import Box, Source, are_of, fused, grouped, joined, transposed, whole
 from parallel.mesh.mesh import Axis, Traffic
+from parallel.optim.adamw import AdamW
 from tests.harness import run
+from tests.parity import config_of
 
 
 @dataclass(frozen=True)
@@ -220,3 +228,76 @@ def test_files_have_the_public_tensors_of_every_kind_of_parameter(tmp_path: Path
                 num_bytes = checkpoint.load(checkpoint.step_folder(tmp_path, 1), info.pieces(found))
                 assert torch.equal(found, info.parameter), f"{info.name} on rank {rank} of {size} is read otherwise"
                 assert num_bytes == 8 * sum(piece.data.numel() for piece in info.pieces()), info.name
+
+
+# -- the state of an engine --------------------------------------------------------------------------------------------
+
+HALVES = joined("both", (*whole("upper", (4, 3)), *whole("lower", (2, 3))))
+STATE = PUBLIC | {"both": torch.arange(18.0, dtype=torch.float64).view(6, 3)}
+FROZEN = ("grouped", "transposed")
+
+
+def engine_of(rank: int, size: int, stage: int) -> EngineState:
+    """Return an engine of zeros: every kind of parameter on all ranks, and one public tensor in two parameters.
+
+    The first half of it is saved by the first rank, the second half by the last one, unless ZeRO divides them.
+    """
+    raw = config_of({}, train=dict(micro_batch_size=2), zero=dict(stage=stage))
+    context = make_context(parse(raw, world_size=size, resolve=resolve), Place(rank, size, rank, size))
+    parameters = {name: (case.values.shape, case.sources) for name, case in KINDS.items()}
+    parameters |= {"upper": ((4, 3), HALVES[:1]), "lower": ((2, 3), HALVES[1:])}
+    infos = []
+    for name, (shape, found) in parameters.items():
+        layout = Layout(shape, ((),) * len(shape), sync=(context.mesh.axis("data"),))
+        if name == "lower":
+            layout = Layout(shape, ((), ()), copies=(axis(size - 1 - rank, size),))
+        parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64), requires_grad=name not in FROZEN)
+        infos.append(ParameterInfo(name, "layer", parameter, layout, found))
+    placement = initial_placement_of(infos, context)
+    chunks = make_chunks(placement.specs, placement.storages)
+    return EngineState(nn.Identity(), context, chunks, AdamW(chunks, context.config.optimizer), placement)
+
+
+def value_of(piece: Piece) -> Tensor:
+    """Return what a piece of the state is to hold: other values in each kind of state."""
+    kind, name = piece.name.split("/")
+    return STATE[name][slices(piece.box)] + {"master": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}[kind]
+
+
+def save_states(rank: int, size: int, folder: Path) -> None:
+    """Save the state of an engine in ZeRO stage 0, and in stage 1."""
+    for stage in (0, 1):
+        engine = engine_of(rank, size, stage)
+        for piece in engine.state_pieces():
+            piece.data.copy_(value_of(piece))
+        engine.restore(engine.counters())
+        engine.save_checkpoint(folder / str(stage))
+        kept = engine.state_dict()
+        again = engine_of(rank, size, stage)
+        again.load_state_dict(kept)
+        for piece in again.state_pieces():
+            assert torch.equal(piece.data, value_of(piece)), f"{piece.name} of a state_dict"
+
+
+def load_states(rank: int, size: int, folder: Path) -> None:
+    """Load each state in another stage, and compare it and the parameters."""
+    for saved, stage in ((0, 1), (1, 0)):
+        engine = engine_of(rank, size, stage)
+        engine.load_checkpoint(folder / str(saved))
+        for piece in engine.state_pieces():
+            assert torch.equal(piece.data, value_of(piece)), f"{piece.name} of stage {saved} in stage {stage}"
+        for info in (info for chunk in engine.chunks for info in chunk.infos):
+            for piece in info.pieces():
+                assert torch.equal(piece.data, STATE[piece.name][slices(piece.box)]), f"{piece.name} of {info.name}"
+
+
+def test_a_state_of_every_kind_of_parameter_is_loaded_in_another_layout(tmp_path: Path) -> None:
+    """Frozen parameters have weights alone. A public tensor that is in two parameters has two owners in stage 0."""
+    run(save_states, 2, tmp_path)
+    for stage in (0, 1):
+        folder = checkpoint.step_folder(tmp_path / str(stage), 0)
+        assert checkpoint.read_metadata(folder)["frozen"] == sorted(x for k in FROZEN for x in KINDS[k].public)
+        names = {name.partition("/")[2] for name in checkpoint.read_shapes(folder)}
+        assert names == STATE.keys()
+    run(load_states, 1, tmp_path)
+    run(load_states, 3, tmp_path)
