@@ -376,10 +376,10 @@ MODEL = (
     Mutant("positions-from-zero", "positions do not start at 2, as OPT's do",
            OPT, "* mask - 1 + POSITION_OFFSET", "* mask", trains("single")),
     Mutant("a-token-sees-the-future", "attention has no causal mask",
-           SPLIT, ".tril() & tokens[:, None, None, :]", " & tokens[:, None, None, :]",
+           SPLIT, "device=q.device).tril()", "device=q.device)",
            trains("single")),
     Mutant("padding-is-attended-to", "the attention mask is ignored",
-           SPLIT, ".tril() & tokens[:, None, None, :]", ".tril()",
+           SPLIT, "else seen & masking.tokens[:, None, None, :]", "else seen[None, None]",
            trains("single")),
     Mutant("dropout-the-same-for-every-sample", "a dropout mask depends on the position only",
            LAYER, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
@@ -1118,6 +1118,54 @@ GROUPED_ATTENTION = (
     ),
 )
 
+SOURCES, SOURCES_TESTS = "parallel/layout/sources.py", "tests/test_sources.py"
+PUBLIC = f"{SOURCES_TESTS}::test_the_pieces_of_all_ranks_are_the_public_tensors_each_element_once"
+IN_FILES = f"{SOURCES_TESTS}::test_files_have_the_public_tensors_of_every_kind_of_parameter[last]"
+STATES = f"{SOURCES_TESTS}::test_a_state_of_every_kind_of_parameter_is_loaded_in_another_layout"
+
+PIECES = (
+    Mutant(
+        "transposed-box-not-reversed",
+        "a piece of a transposed matrix has the box of the parameter",
+        SOURCES,
+        "return tuple(reversed(public) if self.transposed else public)",
+        "return tuple(public)",
+        PUBLIC,
+    ),
+    Mutant(
+        "transposed-data-as-in-the-parameter",
+        "a piece of a transposed matrix is no transposed view",
+        LAYOUT,
+        "view = view.T if source.transposed else view",
+        "view = view",
+        PUBLIC,
+    ),
+    Mutant(
+        "wrong-group-row",
+        "the rows of every group but the first are taken for others of the public tensor",
+        SOURCES,
+        "first = self.first + row * (end - begin)",
+        "first = self.first + row",
+        PUBLIC,
+    ),
+    Mutant(
+        "first-row-left-out",
+        "q, k and v in one public tensor all begin at its first row",
+        SOURCES,
+        "first = self.first + row * (end - begin)",
+        "first = row * (end - begin)",
+        IN_FILES,
+    ),
+    Mutant(
+        "owned-by-name-alone",
+        "a rank that saves a part of a public tensor saves all parts that it has of it",
+        BASE,
+        "or (piece.name, piece.box) in mine",
+        "or piece.name in {name for name, _ in mine}",
+        STATES,
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1145,4 +1193,5 @@ MUTANTS = (
     *ACCESS_AND_STATE,
     *TENSOR,
     *GROUPED_ATTENTION,
+    *PIECES,
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import specs_of
 from parallel.layout.layout import ParameterInfo
+from parallel.layout.sources import whole as whole_source
 from parallel.mesh.mesh import Axis, Mesh
 from parallel.mesh.topology import Topology
 from parallel.optim.grad_norm import global_norm
@@ -199,7 +200,9 @@ def compare_head_norms(mode: Mode, stage: int, found: Account) -> None:
     norm = mode.head_norm("rms_norm", D, eps=EPS)
     (weight,) = norm.parameters()
     weight.data.copy_(drawn(D, seed=0))
-    info = ParameterInfo("block.q_norm.weight", "block", weight, norm.layouts["weight"], ("q_norm.weight",))
+    info = ParameterInfo(
+        "block.q_norm.weight", "block", weight, norm.layouts["weight"], whole_source("q_norm.weight", (D,))
+    )
     (spec,) = specs_of([info], torch.float64, zero=stage)
     chunk = Chunk(spec)
     gradients = Gradients([chunk], scatters_each=stage >= 2)
