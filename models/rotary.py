@@ -32,6 +32,11 @@ class RotarySettings:
         return self.scaling.rope_type == "dynamic"
 
     @property
+    def factor(self) -> float:
+        """How many times longer sequences become."""
+        return self.scaling.factor or 1.0
+
+    @property
     def original(self) -> int:
         """The longest sequence of the first training."""
         return self.scaling.original(self.max_position_embeddings)
@@ -51,7 +56,7 @@ class Rotary:
     def __init__(self, settings: RotarySettings, device: torch.device) -> None:
         self.settings = settings
         self._inv_freq = inverse_frequencies(settings).to(device)
-        self._attention_factor = attention_factor(settings.scaling)
+        self._attention_factor = attention_factor(settings)
         self._shared: tuple[tuple[object, ...], Tables] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, batch: Microbatch, mode: Mode) -> tuple[Tensor, Tensor]:
@@ -104,13 +109,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def inverse_frequencies(settings: RotarySettings) -> Tensor:
     """Return the angle per position of each pair, as it is for sequences of the length that the model was made for."""
-    factor = settings.scaling.factor
     inv_freq = 1.0 / _powers(settings.head_size, settings.theta)
     match settings.scaling.rope_type:
         case "default" | "dynamic":
             return inv_freq
         case "linear":
-            return inv_freq / factor
+            return inv_freq / settings.factor
         case "llama3":
             return _llama3(settings, inv_freq)
         case "yarn":
@@ -124,23 +128,22 @@ def dynamic_frequencies(settings: RotarySettings, inv_freq: Tensor, length: int 
     It is NTK-aware scaling with a factor that follows from the length (Peng et al. 2023, arXiv 2309.00071, section
     3.3). Hugging Face computes the base in fp32 from a tensor, so it is done here, too.
     """
-    most, dim, factor = settings.max_position_embeddings, settings.head_size, settings.scaling.factor
-    assert factor is not None, "settings have been checked"
+    most, dim, factor = settings.max_position_embeddings, settings.head_size, settings.factor
     length = torch.as_tensor(length, device=inv_freq.device)
     base = settings.theta * ((factor * length / most) - (factor - 1)) ** (dim / (dim - 2))
     return torch.where(length > most, 1.0 / _powers(dim, base), inv_freq)
 
 
-def attention_factor(scaling: RopeScaling) -> float:
+def attention_factor(settings: RotarySettings) -> float:
     """Return what cosines and sines are multiplied by, 1 but for yarn (Peng et al. 2023, section 3.4)."""
+    scaling = settings.scaling
     if scaling.rope_type != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    assert scaling.factor is not None, "settings have been checked"
 
     def mscale(weight: float) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
+        return 1.0 if settings.factor <= 1 else 0.1 * weight * math.log(settings.factor) + 1.0
 
     if scaling.mscale and scaling.mscale_all_dim:
         return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
@@ -160,13 +163,14 @@ def _llama3(settings: RotarySettings, inv_freq: Tensor) -> Tensor:
 
     This is the scaling of Llama 3.1 (Grattafiori et al. 2024, arXiv 2407.21783).
     """
-    scaling, original = settings.scaling, settings.original
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    assert low is not None and high is not None, "settings have been checked"
+    factor, original = settings.factor, settings.original
+    low, high = settings.scaling.low_freq_factor, settings.scaling.high_freq_factor
+    assert low is not None, "the shape has been checked"
+    assert high is not None, "the shape has been checked"
     lengths = 2 * math.pi / inv_freq
-    divided = torch.where(lengths > original / low, inv_freq / scaling.factor, inv_freq)
+    divided = torch.where(lengths > original / low, inv_freq / factor, inv_freq)
     smooth = (original / lengths - low) / (high - low)
-    between = (1 - smooth) * divided / scaling.factor + smooth * divided
+    between = (1 - smooth) * divided / factor + smooth * divided
     is_between = ~(lengths < original / high) * ~(lengths > original / low)
     return torch.where(is_between, between, divided)
 
@@ -178,7 +182,6 @@ def _yarn(settings: RotarySettings) -> Tensor:
     `beta_slow` times has it divided, and a linear ramp over the dims is between (Peng et al. 2023, section 3.2).
     """
     scaling, dim, theta = settings.scaling, settings.head_size, settings.theta
-    assert scaling.factor is not None, "settings have been checked"
 
     def dim_of(turns: float) -> float:
         return dim * math.log(settings.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -192,4 +195,4 @@ def _yarn(settings: RotarySettings) -> Tensor:
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     kept = 1 - ramp
     powers = _powers(dim, theta)
-    return 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    return 1.0 / (settings.factor * powers) * (1 - kept) + 1.0 / powers * kept

@@ -143,7 +143,8 @@ class RopeScaling:
 def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config in which rotary positions are said by `rope_theta` and `rope_scaling` alone.
 
-    `rope_scaling` is {} where it is null. A value that should be a dict and is none stays, for the reader to refuse.
+    `rope_scaling` is None where nothing is scaled. A value that should be a dict and is none stays, for the reader to
+    refuse.
     Raises ConfigError where a config says two different things, or has rotary positions of its own for some layers.
     """
     found = dict(raw)
@@ -159,7 +160,9 @@ def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     if any(value != read[0] for value in read):
         both = (f"{key} is {shown(value)}" for key, value in given.items())
         raise ConfigError(f"model.rope_scaling: {', and '.join(both)}. Keep one.")
-    return found | {"rope_scaling": read[0] if read else {}} if given else found
+    if not given:
+        return found
+    return found | {"rope_scaling": read[0] if read and read[0] != {"rope_type": "default"} else None}
 
 
 def _flat(key: str, value: Any) -> Any:

@@ -6,10 +6,10 @@ positions: `rope_theta` and `rope_scaling` have the names of transformers 4, see
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from models.llama.shared import SharedShape
-from parallel.config.model import Size
+from models.shape import Size
 from parallel.config.reader import Natural
 from parallel.errors import did_you_mean, shown
 
@@ -20,8 +20,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class LlamaShape(SharedShape):
     """Llama 2, 3, 3.1, 3.2, and others of the same architecture, such as SmolLM2."""
 
-    model_type: ClassVar[str] = "llama"
-    architecture: ClassVar[str] = "LlamaForCausalLM"
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
 
     bos_token_id: Natural | None = 1
     eos_token_id: Natural | tuple[Natural, ...] | None = 2
@@ -56,8 +56,8 @@ class LlamaShape(SharedShape):
 class MistralShape(SharedShape):
     """Mistral: Llama with fewer k, v heads and a sliding window (Jiang et al. 2023, arXiv 2310.06825)."""
 
-    model_type: ClassVar[str] = "mistral"
-    architecture: ClassVar[str] = "MistralForCausalLM"
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
 
     intermediate_size: Size = 14336
     num_key_value_heads: Size | None = 8
@@ -175,8 +175,8 @@ class Qwen2Shape(QwenShape):
     Hugging Face's config has no `head_dim`, but its model uses one that a file has.
     """
 
-    model_type: ClassVar[str] = "qwen2"
-    architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    model_type = "qwen2"
+    architecture = "Qwen2ForCausalLM"
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -187,8 +187,8 @@ class Qwen2Shape(QwenShape):
 class Qwen3Shape(QwenShape):
     """Qwen3: norms of q and k in each head, and a head size of its own (Yang et al. 2025, arXiv 2505.09388)."""
 
-    model_type: ClassVar[str] = "qwen3"
-    architecture: ClassVar[str] = "Qwen3ForCausalLM"
+    model_type = "qwen3"
+    architecture = "Qwen3ForCausalLM"
 
     head_dim: Size | None = 128
 

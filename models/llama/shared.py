@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from models.llama.rope import RopeScaling, normalized_rope
-from models.shape import Kept, ModelShape, Names, Normal, Sizes
-from parallel.config.model import Size
+from models.shape import Kept, ModelShape, Names, Normal, Size, Sizes, activation_problems, common_problems
 from parallel.config.reader import Natural, Probability, Range
-from parallel.errors import did_you_mean, divisors, either, shown
 
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh")
 NO_SCALING = RopeScaling()
 
 
@@ -19,13 +16,12 @@ NO_SCALING = RopeScaling()
 class SharedShape(ModelShape):
     """The fields that all four families have, with Llama's defaults, and what all four have in common."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset(
-        {"attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "use_cache", "pretraining_tp"}
+    only = MappingProxyType({"partial_rotary_factor": (1.0,), "is_causal": (True,)})
+    may_change = frozenset(
+        ("attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "use_cache", "pretraining_tp")
     )
-    only: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {"partial_rotary_factor": (1.0, None), "is_causal": (True, None)}
-    )
-    unused: ClassVar[str] = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    embedding = "model.embed_tokens.weight"
+    unused = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # what conversions of Llama 1 and 2 left
 
     vocab_size: Size = 32000
     """The number of token ids. No axis needs to divide it: the embedding is padded."""
@@ -49,7 +45,7 @@ class SharedShape(ModelShape):
     """The width of a head. None: `hidden_size` / `num_attention_heads`."""
 
     hidden_act: str = "silu"
-    """The function of the feed-forward's gate: silu, gelu, gelu_new, relu or tanh."""
+    """The function of the feed-forward's gate: silu, gelu, gelu_new, gelu_pytorch_tanh, relu or tanh."""
 
     max_position_embeddings: Size = 2048
     """The longest sequence, in tokens, if `rope_scaling` allows no longer one."""
@@ -78,7 +74,7 @@ class SharedShape(ModelShape):
     rope_theta: Annotated[float, Range(1)] = 10000.0
     """The base of the wave lengths of the rotary positions."""
 
-    rope_scaling: RopeScaling = NO_SCALING
+    rope_scaling: RopeScaling | None = None
     """How their angles are changed for long sequences: dict(rope_type=..., factor=..., ...). None: not at all."""
 
     attention_dropout: Probability = 0.0
@@ -128,8 +124,13 @@ class SharedShape(ModelShape):
         return self.num_attention_heads * self.head_size
 
     @property
+    def scaling(self) -> RopeScaling:
+        """The change of the rotary positions; of the kind default where there is none."""
+        return self.rope_scaling or NO_SCALING
+
+    @property
     def max_positions(self) -> int:
-        return self.rope_scaling.max_positions(self.max_position_embeddings)
+        return self.scaling.max_positions(self.max_position_embeddings)
 
     def heads(self) -> Mapping[str, int]:
         if self.num_kv_heads == self.num_attention_heads:
@@ -145,35 +146,13 @@ class SharedShape(ModelShape):
         return {**super().widths(), **other}
 
     def problems(self) -> list[str]:
-        found = self._head_problems() + self.rope_scaling.problems()
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+        found = common_problems(self, derives_head_size=self._must_divide_hidden)
+        if not found and self.head_size % 2:
             found.append(
-                f"model.pad_token_id: {self.pad_token_id} is outside model.vocab_size {self.vocab_size}."
-                f" Try {self.vocab_size - 1}."
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            hint = did_you_mean(self.hidden_act, ACTIVATIONS)
-            found.append(f"model.hidden_act: {shown(self.hidden_act)} is not available. {hint}")
-        return found
-
-    def _head_problems(self) -> list[str]:
-        heads, groups = self.num_attention_heads, self.num_kv_heads
-        if self._must_divide_hidden and self.hidden_size % heads:
-            return [
-                f"model.num_attention_heads: {heads} does not divide model.hidden_size {self.hidden_size}."
-                f" Try {_nearest_divisors(self.hidden_size, heads)}."
-            ]
-        if heads % groups:
-            return [
-                f"model.num_key_value_heads: {groups} does not divide model.num_attention_heads {heads}."
-                f" Try {_nearest_divisors(heads, groups)}."
-            ]
-        if self.head_size % 2:
-            return [
                 f"model.head_dim: rotary positions turn pairs, but a head has {self.head_size} elements."
                 f" Try {self.head_size + 1}."
-            ]
-        return []
+            )
+        return found + activation_problems("hidden_act", self.hidden_act) + self.scaling.problems()
 
     @property
     def _must_divide_hidden(self) -> bool:
@@ -220,10 +199,6 @@ class SharedShape(ModelShape):
             "head.table": "lm_head",
         }
 
-    @property
-    def embedding(self) -> str:
-        return "model.embed_tokens.weight"
-
     def initial(self, name: str) -> Normal:
         if name.endswith("norm.weight"):
             return Normal(mean=1.0)
@@ -257,10 +232,5 @@ class SharedShape(ModelShape):
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_size,
             "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
-            "rope_scaling": self.rope_scaling.exported(self.max_position_embeddings),
+            "rope_scaling": self.scaling.exported(self.max_position_embeddings),
         }
-
-
-def _nearest_divisors(value: int, wanted: int) -> str:
-    """Return the divisors of a value that are nearest to the wanted one: 'A, B or C'."""
-    return either(sorted(sorted(divisors(value), key=lambda divisor: abs(divisor - wanted))[:3]))
