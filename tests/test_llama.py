@@ -376,6 +376,7 @@ def test_scaling_allows_sequences_as_long_as_it_was_made_for(scaling: RopeScalin
             "model.num_key_value_heads: 3 does not divide model.num_attention_heads 8. Try 2, 4",
         ),
         ({"head_dim": 15}, "model.head_dim: rotary positions turn pairs, but a head has 15 elements. Try 16"),
+        ({"head_dim": 2, "rope_scaling": SCALINGS["dynamic"]}, "'dynamic' needs heads of at least 4 elements"),
         ({"hidden_act": "swiglu"}, "model.hidden_act: 'swiglu' is not available"),
         ({"pad_token_id": 260}, "model.pad_token_id: 260 is outside model.vocab_size 260"),
         ({"name": "mistral-7b", "layer_types": ["full_attention"] * 32}, "Hugging Face's Mistral ignores it"),

@@ -152,6 +152,8 @@ class SharedShape(ModelShape):
                 f"model.head_dim: rotary positions turn pairs, but a head has {self.head_size} elements."
                 f" Try {self.head_size + 1}."
             )
+        if self.head_size == 2 and self.scaling.rope_type == "dynamic":  # its exponent is D / (D − 2)
+            found.append("model.rope_scaling.rope_type: 'dynamic' needs heads of at least 4 elements. Try 'linear'.")
         return found + activation_problems("hidden_act", self.hidden_act) + self.scaling.problems()
 
     @property
