@@ -59,6 +59,11 @@ WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
 PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
 
 
+def torch_norm(layout: str) -> str:
+    """Return the test that norms over a split dim and over heads equal torch's in this layout."""
+    return f"tests/test_norms.py::test_a_split_norm_equals_torch[{layout}]"
+
+
 def trains(layout: str) -> str:
     """Return the test that two steps in this layout equal Hugging Face's, from the same weights."""
     return f"{RULES}::test_unequal_microbatches_train_as_one_batch_of_hugging_face[{layout}]"
@@ -91,6 +96,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+NORMS = "parallel/tensor/norms.py"
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
@@ -110,7 +116,8 @@ MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.p
 SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
-OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
+LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
+SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
 # fmt: off
@@ -149,11 +156,11 @@ DROPPED_REDUCTIONS = (
            "dim, axis = self.scatter_rows; return reduce(rows.chunk(axis.size, dim)[axis.rank], self.reduce_rows)",
            trains("3d2x2x2")),
     Mutant("layer-norm-mean-not-reduced", "mean and variance are those of this rank's part of the hidden dim",
-           LAYERS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
+           NORMS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
     Mutant("layer-norm-mean-gradient-not-reduced", "dx lacks what comes through mean and variance from other ranks",
-           LAYERS, "sums = all_reduce(sums, axis)", "pass", trains("2d1x2")),
+           NORMS, "sums = ctx.dim.sum(sums)", "pass", trains("2d1x2")),
     Mutant("layer-norm-variance-of-parts", "the variance leaves out how far the ranks' means are apart",
-           LAYERS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
+           NORMS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
            "sums = all_reduce(sums, axis)",
@@ -330,8 +337,8 @@ PARAMETERS = (
            CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
     Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole tensor",
            INITIAL_VALUES,
-           "draw_normal(piece.shape, piece.box, shape.init_std",
-           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), shape.init_std",
+           "draw_normal(piece.shape, piece.box, wanted.std",
+           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), wanted.std",
            SEED),
     Mutant("masters-rounded", "the master weights of a bf16 model start as its rounded weights",
            BUILD, "master_dtype(context.dtype),\n        sequence", "context.dtype,\n        sequence", BF16),
@@ -360,7 +367,7 @@ PLACES = (
     Mutant("replicas-take-the-same-samples", "every replica reads the first one's rows",
            "models/data.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
     Mutant("queries-are-keys", "Hugging Face's q and k are exchanged when they are read",
-           HF, '("q_proj", "k_proj", "v_proj"))', '("k_proj", "q_proj", "v_proj"))', trains("single")),
+           OPT_SHAPE, '("self_attn.q_proj", "self_attn.k_proj"', '("self_attn.k_proj", "self_attn.q_proj"', trains("single")),
 )
 
 MODEL = (
@@ -373,10 +380,10 @@ MODEL = (
            SPLIT, ".tril() & tokens[:, None, None, :]", ".tril()",
            trains("single")),
     Mutant("dropout-the-same-for-every-sample", "a dropout mask depends on the position only",
-           OPT, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
+           LAYER, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
            drops("Block")),
     Mutant("attention-dropout-the-same-for-every-sample", "a dropout mask of attention depends on head and position only",
-           OPT, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
+           LAYER, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
@@ -429,11 +436,11 @@ SEQUENCES = (
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_all_to_all_and_rotate_move_the_right_parts"),
     Mutant("positions-of-the-first-part", "every rank numbers its tokens from the beginning of the sequence",
-           OPT, "self.blocks_mode.tokens(position_ids(batch), self.blocks_mode.batch)",
-           "self.blocks_mode.local(position_ids(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
+           LAYER, "self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)",
+           "self.blocks_mode.local(self.learned.rows_of(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share dropout masks with the next sample's first ones",
-           OPT, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
+           LAYER, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[dp2-a2a2-1d2]"),
     Mutant("a-mask-of-ones-is-kept", "attention uses a kernel for padding where nothing is padded",
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
@@ -462,7 +469,7 @@ SEQUENCES = (
            MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a dropout mask",
-           OPT, "self.mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           LAYER, "mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
@@ -924,10 +931,10 @@ FOLDERS = (
            HF, "        return True  # what cannot be read may be weights", "        return False",
            folder_row("weights in .bin, .pt, .msgpack, .h5 or .gguf alone")),
     Mutant("own-head-left-out", "a head that is not the embedding is left out",
-           HF, "    if HEAD in found and HEAD not in expected:", "    if False:",
+           HF, "    if head in found and head not in expected:", "    if False:",
            folder_row("a head of its own, in a folder that says that it is tied")),
     Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
-           HF, 'return (name.removeprefix("head."),)', "return (EMBEDDING,)",
+           SHAPE, 'if module == "head.table" and self.tie_word_embeddings else module', 'if module == "head.table" else module',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
            "models/data.py", "        return tokenizer.end, []", "        return 2, []",
@@ -967,6 +974,73 @@ ACCESS_AND_STATE = (
     ),
 )
 
+TENSOR = (
+    Mutant(
+        "head-norm-not-summed-in-1d",
+        "the weight of a norm over heads gets the gradient of one rank's heads",
+        MODE,
+        "if by_heads and axis.name not in own",
+        'if by_heads and axis.name == "col"',
+        torch_norm("1d2"),
+    ),
+    Mutant(
+        "head-norm-not-summed-in-a-grid",
+        "the weight of a norm over heads gets the gradient of one column's heads",
+        MODE,
+        "if by_heads and axis.name not in own",
+        'if by_heads and axis.name == "t"',
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "head-norm-summed-twice",
+        "an axis of a cube that splits tokens and heads is summed over twice",
+        MODE,
+        "*self.token_axes) if name not in done)), *heads]",
+        "*self.token_axes) if name not in own)), *heads]",
+        torch_norm("3d2x2x2"),
+    ),
+    Mutant(
+        "rms-norm-eps-outside",
+        "eps is added to 1 / √(mean of x²)",
+        NORMS,
+        "mean_square.add_(dim.eps).rsqrt_()",
+        "mean_square.rsqrt_().add_(dim.eps)",
+        torch_norm("1d2"),
+    ),
+    Mutant(
+        "rms-norm-of-a-part",
+        "each column divides by the mean square of its own part",
+        NORMS,
+        "dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size",
+        "wide.square().mean(-1, keepdim=True)",
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "rms-norm-gradient-of-a-part",
+        "dx has the projection of each column's own part",
+        NORMS,
+        "ctx.dim.sum((dnormal * normal).sum(-1, keepdim=True))",
+        "(dnormal * normal).sum(-1, keepdim=True)",
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "norm-statistics-in-bf16",
+        "squares of bf16 numbers are added up in bf16",
+        NORMS,
+        "return x.to(torch.promote_types(x.dtype, torch.float32))",
+        "return x",
+        "tests/test_norms.py::test_the_error_of_a_split_norm_in_bf16_is_at_most_twice_torchs[2d2x2]",
+    ),
+    Mutant(
+        "groups-split-by-rows",
+        "each rank has some rows of every group, and so parts of heads",
+        MODE,
+        "(groups, self.inner_hidden), (rows, ())",
+        "(groups, ()), (rows, self.inner_hidden)",
+        "tests/test_grouped_linear.py::test_a_grouped_linear_and_its_gradients_equal_one_that_is_not_split[1d2]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -992,4 +1066,5 @@ MUTANTS = (
     *PARTING,
     *FOLDERS,
     *ACCESS_AND_STATE,
+    *TENSOR,
 )
