@@ -91,9 +91,10 @@ def test_our_parameters_hold_every_public_element_once(variant: str) -> None:
 
 
 def test_weights_are_drawn_as_transformers_draws_them() -> None:
-    """In particular the matrices that lead back to the residual stream have a smaller standard deviation.
+    """The matrices that lead back to the residual stream have a smaller standard deviation.
 
-    The std of n drawn elements is off by about 1/√(2 n) of itself: 0.8% of the smallest matrix here, of 8192.
+    The std of n drawn elements is off by about 1/√(2 n) of itself, and their mean by 1/√n of the std: 0.8% and 1% of
+    the smallest matrix here, of 9,216 elements.
     """
     shape = replace(SMALL, n_embd=96, vocab_size=300, n_positions=96, initializer_range=0.05)
     torch.manual_seed(0)
@@ -105,7 +106,7 @@ def test_weights_are_drawn_as_transformers_draws_them() -> None:
         else:
             assert ours == Normal(std=ours.std)
             assert drawn.std(correction=0).item() == pytest.approx(ours.std, rel=0.04), name
-            assert abs(drawn.mean()) < 0.04 * ours.std * 2, name
+            assert abs(drawn.mean()) < 0.05 * ours.std, name
 
 
 @pytest.mark.parametrize(
