@@ -179,8 +179,8 @@ DROPPED_REDUCTIONS = (
 GRADIENT_RULE = (
     Mutant("data-not-summed", "each replica keeps its own gradient",
            MODE,
-           'for name in ("data", "context", *self.token_axes) if name not in own))]',
-           'for name in ("context", *self.token_axes) if name not in own))]',
+           'for name in ("data", "context", *self.token_axes) if name not in done)), *heads]',
+           'for name in ("context", *self.token_axes) if name not in done)), *heads]',
            trains("dp2")),
     Mutant("depth-not-summed", "each depth of 2.5d keeps its own gradient",
            GRID,
