@@ -6,6 +6,8 @@ A family is a folder beside this file and an entry in `FAMILIES`: docs/adding_a_
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from models.gpt2.shape import SIZES as GPT2_SIZES
+from models.gpt2.shape import GPT2Shape
 from models.opt.shape import SIZES as OPT_SIZES
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
@@ -25,6 +27,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "opt": Family(OPTShape, OPT_SIZES, "models.opt.layers"),
+    "gpt2": Family(GPT2Shape, GPT2_SIZES, "models.gpt2.layers"),
 }
 
 

@@ -4,19 +4,51 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
-from models.shape import Kept, ModelShape, Names, Normal, Sizes
-from models.shapes import ACTIVATIONS
-from parallel.config.model import Size
+from models.shape import Kept, ModelShape, Names, Normal, Size, Sizes, activation_problems, common_problems
 from parallel.config.reader import Natural, Probability, Range
-from parallel.errors import did_you_mean, divisors, either, shown
 from parallel.layout.sources import Source, fused, joined, transposed, whole
 
 
 @dataclass(frozen=True)
 class GPT2Shape(ModelShape):
     """Everything in which two GPT-2 models can differ, under Hugging Face's names and with its defaults (gpt2)."""
+
+    model_type = "gpt2"
+    architecture = "GPT2LMHeadModel"
+    aliases = MappingProxyType(
+        {
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        }
+    )
+    only = MappingProxyType(
+        {
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+            "add_cross_attention": (False,),
+            "pruned_heads": ({}, None),
+            "per_layer_config": ({}, None),
+        }
+    )
+    may_change = frozenset(
+        (
+            *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),
+            *("bos_token_id", "eos_token_id", "pad_token_id"),
+            *("summary_type", "summary_use_proj", "summary_activation"),
+            *("summary_proj_to_labels", "summary_first_dropout"),
+        )
+    )
+    base = "transformer."
+    blocks = "transformer.h"
+    embedding = "transformer.wte.weight"
+    positions = "transformer.wpe.weight"
+    unused = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # masks, which older versions of transformers saved
+    padding_row = None  # of which Hugging Face's GPT-2 has none, whatever `pad_token_id` is
 
     vocab_size: Size = 50257
     """The number of token ids. No axis needs to divide it: the embedding is padded."""
@@ -87,58 +119,22 @@ class GPT2Shape(ModelShape):
     tie_word_embeddings: bool = True
     """True: the head has the weights of the token embedding. False: it has weights of its own."""
 
-    model_type: ClassVar[str] = "gpt2"
-    architecture: ClassVar[str] = "GPT2LMHeadModel"
-    aliases: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-        }
-    )
-    only: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "reorder_and_upcast_attn": (False,),
-            "add_cross_attention": (False,),
-            "pruned_heads": ({}, None),
-            "per_layer_config": ({}, None),
-        }
-    )
-    may_change: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),
-            *("bos_token_id", "eos_token_id", "pad_token_id"),
-            *("summary_type", "summary_use_proj", "summary_activation"),
-            *("summary_proj_to_labels", "summary_first_dropout"),
-        }
-    )
-    base: ClassVar[str] = "transformer."
-    blocks: ClassVar[str] = "transformer.h"
-    unused: ClassVar[str] = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # masks, which older versions saved
-
     # -- sizes
 
     @property
     def hidden_size(self) -> int:
-        """The width of the activations between blocks."""
         return self.n_embd
 
     @property
     def num_hidden_layers(self) -> int:
-        """The number of blocks."""
         return self.n_layer
 
     @property
     def num_attention_heads(self) -> int:
-        """The number of heads."""
         return self.n_head
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest sequence."""
         return self.n_positions
 
     @property
@@ -146,34 +142,15 @@ class GPT2Shape(ModelShape):
         """The width inside the feed-forward."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
-    def heads(self) -> Mapping[str, int]:
-        """Return the count of heads that the axes of heads must divide."""
-        return {"n_head": self.n_head}
-
     def inner_widths(self) -> Mapping[str, int]:
-        """Return the width inside the feed-forward."""
         return {"n_inner": self.inner}
 
-    def widths(self) -> Mapping[str, int]:
-        """Return all widths that the grid's and the cube's axes must divide."""
-        return {"n_embd": self.n_embd, **self.inner_widths()}
-
     def problems(self) -> list[str]:
-        """Return what is wrong with the model in every layout, a line each."""
-        found = []
-        if self.n_embd % self.n_head:
-            even = divisors(self.n_embd)
-            tries = either(sorted(sorted(even, key=lambda heads: abs(heads - self.n_head))[:3]))
-            found.append(f"model.n_head: {self.n_head} does not divide model.n_embd {self.n_embd}. Try {tries}.")
-        if self.activation_function not in ACTIVATIONS:
-            hint = did_you_mean(self.activation_function, ACTIVATIONS)
-            found.append(f"model.activation_function: {shown(self.activation_function)} is not available. {hint}")
-        return found
+        return common_problems(self) + activation_problems("activation_function", self.activation_function)
 
     # -- tensors
 
     def first_tensors(self) -> Sizes:
-        """Return the two embeddings."""
         return {self.embedding: (self.vocab_size, self.n_embd), self.positions: (self.n_positions, self.n_embd)}
 
     def block_tensors(self, layer: int) -> Sizes:
@@ -189,11 +166,9 @@ class GPT2Shape(ModelShape):
         }
 
     def last_tensors(self) -> Sizes:
-        """Return the tensors of the last norm."""
         return _norm("transformer.ln_f", self.n_embd)
 
     def names(self) -> Names:
-        """Return the public name of each module that has parameters, by our name."""
         return {
             "embed.table": "transformer.wte",
             "embed.positions": "transformer.wpe",
@@ -216,16 +191,6 @@ class GPT2Shape(ModelShape):
         if ".c_attn." in name:
             return transposed(joined(name, fused([name] * 3, (rows // 3, *columns))))
         return transposed(whole(name, (rows, *columns)))
-
-    @property
-    def embedding(self) -> str:
-        """The public name of the token embedding."""
-        return "transformer.wte.weight"
-
-    @property
-    def positions(self) -> str:
-        """The public name of the table of positions."""
-        return "transformer.wpe.weight"
 
     def initial(self, name: str) -> Normal:
         """Return the distribution from which a public tensor is drawn: matrices are normal, biases zero, norms one."""
