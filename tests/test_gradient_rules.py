@@ -20,6 +20,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import ChunkSpec
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
+from parallel.layout import sources
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import Layout, ParameterInfo, slices
 from parallel.mesh.mesh import Mesh
@@ -110,7 +111,7 @@ def test_the_parts_of_these_batches_have_different_numbers_of_labels() -> None:
 def test_clipping_equals_torch(limit: float) -> None:
     """The norm is 5: one limit is below it, one is equal to it, and one does not change the gradient."""
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    info = ParameterInfo("layer.w", "layer", parameter, Layout((2,), ((),)), ("w",))
+    info = ParameterInfo("layer.w", "layer", parameter, Layout((2,), ((),)), sources.whole("w", (2,)))
     chunk = Chunk(ChunkSpec([info], torch.float64))
     gradient = torch.zeros(chunk.size, dtype=torch.float64)
     (ours,) = chunk.spec.views(gradient)
@@ -126,7 +127,7 @@ def test_clipping_equals_torch(limit: float) -> None:
 def test_the_norm_of_many_numbers_is_exact_to_a_few_units_in_the_last_place() -> None:
     """torch's own norm of as many fp32 numbers on a CPU has an error of 5e-4, since it adds in fp32."""
     parameter = torch.nn.Parameter(torch.randn(12_000_000, generator=torch.Generator().manual_seed(0)))
-    info = ParameterInfo("layer.w", "layer", parameter, Layout((12_000_000,), ((),)), ("w",))
+    info = ParameterInfo("layer.w", "layer", parameter, Layout((12_000_000,), ((),)), sources.whole("w", (12_000_000,)))
     chunk = Chunk(ChunkSpec([info], torch.float32))
     chunk.store_gradient(chunk.master)
     norm = global_norm([chunk], Mesh(Topology(dict(pipe=1)), 0).world)

@@ -76,11 +76,11 @@ def infos_of(shape: ModelShape, rank: int, size: int) -> list[ParameterInfo]:
     """Return zeros for this rank: a matrix is split over rows and columns, a vector over columns only, fused or not."""
     row, column = axis(rank // 2, max(1, size // 2)), axis(rank % 2, min(2, size))
     infos = []
-    for name, whole in parameters_of(shape).items():
-        is_matrix = len(whole) - (".qkv." in name) == 2
+    for name, full in parameters_of(shape).items():
+        is_matrix = len(full) - (".qkv." in name) == 2
         split = ((row,), (column,)) if is_matrix else ((column,),)
-        dims = (*((),) * (len(whole) - len(split)), *split)
-        layout = Layout(whole, dims, copies=() if is_matrix else (row,))
+        dims = (*((),) * (len(full) - len(split)), *split)
+        layout = Layout(full, dims, copies=() if is_matrix else (row,))
         parameter, unit = nn.Parameter(torch.zeros(layout.local_shape)), name.split(".")[0]
         infos.append(ParameterInfo(name, unit, parameter, layout, shape.sources(name)))
     return infos
