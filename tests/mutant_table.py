@@ -967,6 +967,34 @@ ACCESS_AND_STATE = (
     ),
 )
 
+GPT2_TESTS = "tests/test_gpt2.py"
+GPT2 = (
+    Mutant(
+        "no-dropout-of-gpt2-embeddings",
+        "GPT-2's embeddings have no dropout: a model trains with less noise than its config says",
+        "models/gpt2/layers.py",
+        "dropout_p=shape.embd_pdrop",
+        "dropout_p=0.0",
+        f"{GPT2_TESTS}::test_each_dropout_stands_where_transformers_has_it[2d1x2]",
+    ),
+    Mutant(
+        "gpt2-has-a-padding-row",
+        "the embedding of GPT-2's padding token gets no gradient from the lookup, though in transformers it does",
+        "models/gpt2/shape.py",
+        "padding_row = None",
+        "padding_rows = None",
+        f"{GPT2_TESTS}::test_each_dropout_stands_where_transformers_has_it[2d1x2]",
+    ),
+    Mutant(
+        "gpt2-residual-matrices-drawn-too-large",
+        "the matrices that lead back to GPT-2's residual stream are drawn as if there were one of them in a block",
+        "models/gpt2/shape.py",
+        "sqrt(2 * self.n_layer)",
+        "sqrt(self.n_layer)",
+        f"{GPT2_TESTS}::test_weights_are_drawn_as_transformers_draws_them",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -992,4 +1020,5 @@ MUTANTS = (
     *PARTING,
     *FOLDERS,
     *ACCESS_AND_STATE,
+    *GPT2,
 )
