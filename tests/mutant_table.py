@@ -345,7 +345,7 @@ PARAMETERS = (
     Mutant("masters-rounded", "the master weights of a bf16 model start as its rounded weights",
            BUILD, "master_dtype(context.dtype),\n        sequence", "context.dtype,\n        sequence", BF16),
     Mutant("padding-row-drawn", "the embedding of the padding token starts with drawn values instead of zeros",
-           INITIAL_VALUES, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
+           INITIAL_VALUES, "drawn[shape.padding_row - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
            SPEC, "return self.is_counted and (self.zero >= 1 or self.axes[0].rank == 0)", "return True",
            trains("dp2")),
@@ -1166,6 +1166,34 @@ PIECES = (
     ),
 )
 
+GPT2_TESTS = "tests/test_gpt2.py"
+GPT2 = (
+    Mutant(
+        "no-dropout-of-gpt2-embeddings",
+        "GPT-2's embeddings have no dropout: a model trains with less noise than its config says",
+        "models/gpt2/layers.py",
+        "dropout_p=shape.embd_pdrop",
+        "dropout_p=0.0",
+        f"{GPT2_TESTS}::test_each_dropout_stands_where_transformers_has_it[2d1x2]",
+    ),
+    Mutant(
+        "gpt2-has-a-padding-row",
+        "the embedding of GPT-2's padding token gets no gradient from the lookup, though in transformers it does",
+        "models/gpt2/shape.py",
+        "padding_row = None",
+        "padding_rows = None",
+        f"{GPT2_TESTS}::test_each_dropout_stands_where_transformers_has_it[2d1x2]",
+    ),
+    Mutant(
+        "gpt2-residual-matrices-drawn-too-large",
+        "the matrices that lead back to GPT-2's residual stream are drawn as if there were one of them in a block",
+        "models/gpt2/shape.py",
+        "sqrt(2 * self.n_layer)",
+        "sqrt(self.n_layer)",
+        f"{GPT2_TESTS}::test_weights_are_drawn_as_transformers_draws_them",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1194,4 +1222,5 @@ MUTANTS = (
     *TENSOR,
     *GROUPED_ATTENTION,
     *PIECES,
+    *GPT2,
 )
