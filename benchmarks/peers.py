@@ -1,4 +1,4 @@
-"""Hugging Face's OPT trained with torch's own parallel APIs, one function for each, as a user of torch would write it.
+"""Hugging Face's models trained with torch's own parallel APIs, one function for each, as a user of torch would do it.
 
 Every function returns a training step: the global batch ids[G, S] -> its mean loss, the same on every rank, after one
 update. All of them use the fused AdamW, apply weight decay to matrices only, and clip the norm of the whole gradient.
@@ -62,7 +62,7 @@ def _fsdp2(folder: Path, rank: int, world_size: int, *, reshard_after_forward: b
 
 def shard(model: Any, mesh: DeviceMesh, **how: Any) -> None:
     """Apply `fully_shard` to every layer, and then to the rest of the model; `how` is passed on to it."""
-    for layer in model.model.decoder.layers:
+    for layer in blocks_of(model):
         fully_shard(layer, mesh=mesh, **how)
     fully_shard(model, mesh=mesh, **how)
 
@@ -193,12 +193,17 @@ def _pipeline(schedule: Any, model: Any, stages: Sequence[PipelineStage], rank: 
 
 
 def load(folder: Path) -> Any:
-    """Load the Hugging Face model of a directory, in fp32 and in training mode."""
-    from transformers import OPTForCausalLM  # this takes seconds, and only ranks with a peer need it
+    """Load the Hugging Face model of a directory, of any family, in fp32 and in training mode."""
+    from transformers import AutoModelForCausalLM  # this takes seconds, and only ranks with a peer need it
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """Return the transformer blocks of a Hugging Face model of any family: its longest list of modules."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> Tensor:

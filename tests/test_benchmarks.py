@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_peers, overlap, ring, workload
+from benchmarks import cpu_peers, one_gpu, overlap, ring, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
@@ -19,21 +19,46 @@ from parallel.engine.context import Place, make_context
 from tests.harness import run
 
 
-def losses(rank: int, world_size: int, folder: Path) -> dict[str, Result]:
+def losses(rank: int, world_size: int, model: str, folder: Path) -> dict[str, Result]:
     """Train each contender for a few steps from the same weights."""
-    save_start("opt-tiny", folder)
+    save_start(model, folder)
     work = Work(folder, batch=2, sequence=16, steps=3)
     return {name: measure(name, work) for name in ("ours", "hf", "fsdp2")}
 
 
 @pytest.mark.gpu
-def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["opt-tiny"])
+def test_the_contenders_of_one_gpu_train_the_same_model(model: str, tmp_path: Path) -> None:
     """Losses fall so far that an update which one of them leaves out would show."""
-    (results,) = run(losses, 1, tmp_path / "start")
+    (results,) = run(losses, 1, model, tmp_path / "start")
     first, *_, last = results["ours"].losses
     assert last < first * (1 - 4 * AGREEMENT)
     for name, result in results.items():
         assert agree(results["ours"], result), (name, result.losses, results["ours"].losses)
+
+
+def test_a_table_needs_both_of_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert one_gpu.arguments_of(["--batch", "8", "4", "--sequence", "16", "32"], on_gpu=True).steps == 10
+    assert one_gpu.arguments_of(["--tiny"], on_gpu=True).steps == one_gpu.arguments_of([], on_gpu=False).steps == 2
+    with pytest.raises(SystemExit):
+        one_gpu.arguments_of(["--batch", "8", "4", "--sequence", "16"], on_gpu=True)
+    assert "equally many numbers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_gpu_prints_a_table_for_each_batch_and_names_who_is_not_available(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The model is OPT, for which liger-kernel has nothing even where it is installed."""
+    with pytest.raises(SystemExit) as end:
+        sizes = ["--batch", "2", "1", "--sequence", "16", "32", "--steps", "1"]
+        one_gpu.main(["--tiny", "--model", "opt-tiny", *sizes, "--only", "ours", "hf", "liger"])
+    assert end.value.code == 0
+    first, second = capsys.readouterr().out.split("s since the start")[:2]
+    for table, size in ((first, "2 × 16"), (second, "1 × 32")):
+        assert f"{size} tokens" in table
+        assert re.search(r"^ours +\d+ ", table, re.MULTILINE)
+        assert "liger          not available" in table
 
 
 @pytest.mark.slow
