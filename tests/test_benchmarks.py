@@ -50,8 +50,8 @@ def test_one_gpu_prints_a_table_for_each_batch_and_names_who_is_not_available(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The model is OPT, for which liger-kernel has nothing even where it is installed."""
+    sizes = ["--batch", "2", "1", "--sequence", "16", "32", "--steps", "1"]
     with pytest.raises(SystemExit) as end:
-        sizes = ["--batch", "2", "1", "--sequence", "16", "32", "--steps", "1"]
         one_gpu.main(["--tiny", "--model", "opt-tiny", *sizes, "--only", "ours", "hf", "liger"])
     assert end.value.code == 0
     first, second = capsys.readouterr().out.split("s since the start")[:2]
