@@ -29,18 +29,19 @@ import models
 import parallel
 from benchmarks.gpu_contenders import CONTENDERS, Result, UnavailableError, Work, measure
 from models.costs import flops_per_token
+from models.family import named_sizes
 from models.hf import export
-from models.shapes import NAMED, from_hugging_face, resolve, shape_of
+from models.shapes import from_hugging_face, resolve, shape_of
 
 AGREEMENT = 2**-7  # the difference allowed between losses, relative to the first loss: bf16's epsilon
 USUAL = dict(model="opt-1.3b", batch=[8], sequence=[1024], steps=10)
-TINY = dict(model="opt-tiny", batch=[2], sequence=[32], steps=2)
+TINY = dict(model="llama-tiny", batch=[2], sequence=[32], steps=2)
 COLUMNS = "{:<14} {:>9} {:>17} {:>6} {:>9} {:>10} {:>9}"
 
 
 def save_start(model: str, folder: Path) -> None:
     """Save the weights that a seed draws for a named model, with dropout 0, as a Hugging Face directory in fp32."""
-    named = dict(name=model) | without_dropout(NAMED[model])
+    named = dict(name=model) | without_dropout(named_sizes()[model])
     context = parallel.launch_from_torch(dict(model=named, train=dict(device="cpu")), resolve=resolve)
     pieces = [piece for info in models.build(context).infos for piece in info.pieces()]
     export(folder, pieces, shape=shape_of(context.config), axis=context.mesh.world, dtype=torch.float32)
@@ -99,7 +100,7 @@ def arguments_of(given: list[str] | None, *, on_gpu: bool) -> argparse.Namespace
     """Parse the command line. What it leaves out depends on `--tiny`, which is usual where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, few tokens and few steps")
-    parser.add_argument("--model", choices=NAMED)
+    parser.add_argument("--model", choices=named_sizes())
     parser.add_argument("--batch", type=int, nargs="+", help="samples of a step, one number for each table")
     parser.add_argument("--sequence", type=int, nargs="+", help="tokens of a sample, one number for each table")
     parser.add_argument("--steps", type=int, help="timed steps of a round, after a few that are not")

@@ -27,7 +27,7 @@ def losses(rank: int, world_size: int, model: str, folder: Path) -> dict[str, Re
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", ["opt-tiny"])
+@pytest.mark.parametrize("model", ["opt-tiny", "llama-tiny"])
 def test_the_contenders_of_one_gpu_train_the_same_model(model: str, tmp_path: Path) -> None:
     """Losses fall so far that an update which one of them leaves out would show."""
     (results,) = run(losses, 1, model, tmp_path / "start")

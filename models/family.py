@@ -1,0 +1,39 @@
+"""The families of models, by Hugging Face's `model_type`. This module needs no torch.
+
+A family is a folder beside this file and an entry in `FAMILIES`: docs/adding_a_model.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
+from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
+from models.opt.shape import SIZES as OPT_SIZES
+from models.opt.shape import OPTShape
+from models.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: the dataclass of its shapes, its sizes by name, and the module of its layers.
+
+    The module, which needs torch and is imported when a model is built, has `layers_of(shape, mode, seed)`.
+    """
+
+    shape: type[ModelShape]
+    sizes: Mapping[str, ModelShape]
+    layers: str
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaShape, LLAMA, "models.llama.layers"),
+    "mistral": Family(MistralShape, MISTRAL, "models.llama.layers"),
+    "opt": Family(OPTShape, OPT_SIZES, "models.opt.layers"),
+    "qwen2": Family(Qwen2Shape, QWEN2, "models.llama.layers"),
+    "qwen3": Family(Qwen3Shape, QWEN3, "models.llama.layers"),
+}
+
+
+def named_sizes() -> dict[str, ModelShape]:
+    """Return the shapes of all families by the names that `model.name` may have."""
+    return {name: shape for family in FAMILIES.values() for name, shape in family.sizes.items()}
