@@ -17,17 +17,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
 import models
 import parallel
 from benchmarks.gpu_contenders import CONTENDERS, Result, UnavailableError, Work, measure
+from benchmarks.workload import without_dropout
 from models.costs import flops_per_token
 from models.family import named_sizes
 from models.hf import export
@@ -45,11 +44,6 @@ def save_start(model: str, folder: Path) -> None:
     context = parallel.launch_from_torch(dict(model=named, train=dict(device="cpu")), resolve=resolve)
     pieces = [piece for info in models.build(context).infos for piece in info.pieces()]
     export(folder, pieces, shape=shape_of(context.config), axis=context.mesh.world, dtype=torch.float32)
-
-
-def without_dropout(shape: Any) -> dict[str, float]:
-    """Return the fields of a family's shape that set the probability of a dropout, all of them 0."""
-    return {field.name: 0.0 for field in fields(shape) if "drop" in field.name}
 
 
 def run(name: str, work: Work) -> Result:
