@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_peers, one_gpu, overlap, ring, workload
+from benchmarks import attention, cpu_peers, one_gpu, overlap, ring, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
@@ -84,22 +84,23 @@ def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
     assert not agree(replace(result, losses=losses), result)
 
 
-def rows_of_all_jobs(rank: int, world_size: int, out: Path) -> list[Row]:
+def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str) -> list[Row]:
     setup = RankSetup(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
     jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
         ParityJob(pipe),
         BandwidthJob([zero, pipe]),
-        SpeedJob(zero, "opt-tiny", 4, steps=1, trace=True),
-        *(SpeedJob(pipe, "opt-tiny", 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
-        SpeedJob(zero, "opt-tiny", 4, alone=True, steps=1),
+        SpeedJob(zero, model, 4, steps=1, trace=True),
+        *(SpeedJob(pipe, model, 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
+        SpeedJob(zero, model, 4, alone=True, steps=1),
     ]
     return [row for job in jobs for row in job.run(setup)]
 
 
-def test_the_jobs_of_several_gpus_run_on_a_cpu(tmp_path: Path) -> None:
-    rows, _ = run(rows_of_all_jobs, 2, tmp_path)
+@pytest.mark.parametrize("model", ["opt-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
+def test_the_jobs_of_several_gpus_run_on_a_cpu(model: str, tmp_path: Path) -> None:
+    rows, _ = run(rows_of_all_jobs, 2, tmp_path, model)
     assert not [row for row in rows if row.get("failed")]
     assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
     assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE, "ZeRO 2", "ZeRO 2 alone", "world"}
@@ -140,6 +141,19 @@ def test_communication_under_other_kernels_is_hidden() -> None:
     ]
     assert overlap.shares(events) == pytest.approx((20e-6, 8 / 20))
     assert overlap.shares(events[2:]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", attention.TINY)
+def test_every_contender_computes_the_same_attention(name: str) -> None:
+    """Without the window, or with heads in another order, the error is as large as the numbers themselves."""
+    case, device = attention.TINY[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = attention.compare(case, device, times=1)
+    assert found.keys() >= {"ours", "repeated", "grouped"}
+    assert not any(figures.is_wrong for figures in found.values())
+    inputs, wrong = attention.Inputs.draw(case, device), attention.ours(replace(case, window=3), device)
+    expected = inputs.of_sample(0, torch.float32).both(attention.repeated(case, device))
+    assert attention.measure(wrong, inputs, expected, times=1).error > 0.1
 
 
 def parts_of_a_ring(rank: int, world_size: int) -> dict[str, str]:
