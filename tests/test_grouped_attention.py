@@ -160,6 +160,7 @@ def test_all_to_all_exchanges_queries_and_results_beside_the_keys_of_groups() ->
         assert quarter == windowed == dict(all_to_all=(2 * 8 + 2 * 2) * of_a_head)
 
 
+@pytest.mark.slow
 def test_compiled_code_attends_to_whole_sequences_in_one_graph() -> None:
     for case in (Case(6, 2, None, "causal"), Case(6, 2, 3, "padded")):
         compiled = torch.compile(UNSPLIT.attend, backend="eager", fullgraph=True)
@@ -201,7 +202,8 @@ def test_a_gpu_attends_as_the_formula_says(
     if masked == "dropout":
         drop = AttentionDropout(0.3, torch.tensor(11, device="cuda"), torch.arange(16, device="cuda").view(2, 8))
     masking = Masking(tokens, drop, window)
-    attend = torch.compile(UNSPLIT.attend) if is_compiled else UNSPLIT.attend
+    # not inductor, which leaves variables in the environment: what is chosen while a graph is traced matters here
+    attend = torch.compile(UNSPLIT.attend, backend="aot_eager") if is_compiled else UNSPLIT.attend
     y = attend(q, k, v, masking)
     assert y.isfinite().all()
     y, dy = y.where(seeing, 0), dy.where(seeing, 0)
