@@ -1074,7 +1074,7 @@ GROUPED_ATTENTION = (
         RING,
         "range(max(columns.start, rows.start - reach)",
         "range(max(columns.start, rows.start - reach + 1)",
-        SEEN,
+        f"{PARTS}[ring-2]",
     ),
     Mutant(
         "heads-interleaved",
@@ -1107,14 +1107,6 @@ GROUPED_ATTENTION = (
         "_grouped(dscores, kv_heads).mT @ _grouped(q, kv_heads), dv",
         "dscores[:, :: q.shape[1] // kv_heads].mT @ q[:, :: q.shape[1] // kv_heads], dv",
         WHOLE,
-    ),
-    Mutant(
-        "keys-repeated-around-the-ring",
-        "a ring sends each key once for every query head of its group",
-        RING,
-        "start_rotate(torch.stack([k, v]), axis), axis)",
-        "start_rotate(torch.stack([x.repeat_interleave(4, 1) for x in (k, v)]), axis), axis)",
-        "tests/test_grouped_attention.py::test_around_a_ring_keys_and_their_gradients_travel_once_for_each_group",
     ),
 )
 
