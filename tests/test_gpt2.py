@@ -178,6 +178,18 @@ def test_the_common_names_of_sizes_are_read_too() -> None:
     assert both[0].model.fields["n_embd"] == 64
 
 
+def test_two_values_of_one_field_are_refused(tmp_path: Path) -> None:
+    """transformers takes that of the common name, whichever comes first."""
+    twice: dict[str, Any] = dict(hidden_size=32, n_embd=64)
+    assert GPT2Config(**twice).n_embd == GPT2Config(**dict(reversed(twice.items()))).n_embd == 32
+    words = "hidden_size.*: 32 is not 64, the value of n_embd, which is the same field. Leave one of them out."
+    with pytest.raises(ConfigError, match=f"model.{words}"):
+        parse(dict(model=dict(name="gpt2", **twice)), resolve=resolve)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **twice}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"model.path: {words}"):
+        from_hugging_face(tmp_path)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 DROPPING: Raw = dict(n_inner=60, resid_pdrop=0.2, embd_pdrop=0.3, attn_pdrop=0.25)
