@@ -5,6 +5,7 @@ in GPT-J, and nothing says where a token is.
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def registered(folder: Path) -> Iterator[None]:
 
 def train(rank: int, world_size: int, folder: Path, name: str, changes: tuple[str, ...], resume: str | None) -> None:
     """Train a whole run of the command line on this rank, into a folder of this name."""
-    place = Place(rank, world_size, rank, world_size)
+    place = Place(rank, world_size, rank, max(world_size, os.cpu_count() or 1))  # one thread: other tests run, too
     with registered(folder):
         settings = [*RUN, f"data.path={folder / 'tokens.npy'}", f"output.dir={folder / name}", *changes]
         run_job(prepare(read_config(None, settings, world_size), place, resume=resume))
