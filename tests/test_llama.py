@@ -419,5 +419,5 @@ def test_what_is_not_supported_is_refused_by_name(model: dict[str, Any], message
 
 def test_the_families_of_llama_are_known() -> None:
     assert {kind for kind, family in FAMILIES.items() if issubclass(family.shape, SharedShape)} == {
-        *("llama", "mistral", "qwen2", "qwen3")
+        *("llama", "ministral", "mistral", "qwen2", "qwen3")
     }
