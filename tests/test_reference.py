@@ -43,7 +43,7 @@ def test_the_reference_equals_the_unchanged_model_in_fp32(name: str, folder: Pat
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_part_of_the_reference_but_rotary_tables_computes_in_fp32(name: str, folder: Path) -> None:
-    """In fp64 a change of the last embedding by 1e-12 changes the logits by about as much, linearly.
+    """A change of the embedding by 1e-10 changes the logits by about as much, linearly.
 
     In a model that rounds to fp32 somewhere the change is lost, or becomes a step of 1e-8.
     """
