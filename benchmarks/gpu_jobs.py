@@ -22,7 +22,8 @@ from benchmarks.gpu_peers import LR, PEERS, Work
 from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
 from models.build import stage_of
 from models.costs import flops_per_token, parameter_count
-from models.shapes import NAMED, OPTShape, resolve
+from models.opt.shape import SIZES, OPTShape
+from models.shapes import resolve
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
@@ -231,7 +232,7 @@ def work_of(layout: Layout, model: str, world: int, samples_per_rank: int, setup
     Both are the same for a layout and for the peers beside it. So the estimate is for Hugging Face's layers, which keep
     more activations than ours. Raises ValueError where nothing fits.
     """
-    shape = replace(TINY if setup.tiny else NAMED[model], dropout=0.0, attention_dropout=0.0)
+    shape = replace(TINY if setup.tiny else SIZES[model], dropout=0.0, attention_dropout=0.0)
     sequence = min(2048, shape.max_position_embeddings) * layout.longer
     shape = replace(shape, max_position_embeddings=max(sequence, shape.max_position_embeddings))
     batch = samples_per_rank * world // layout.longer
@@ -252,7 +253,7 @@ def work_of(layout: Layout, model: str, world: int, samples_per_rank: int, setup
     return Work(shape, setup.device, sequence, batch, chosen.micro, chosen.recompute)
 
 
-TINY = replace(NAMED["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
+TINY = replace(SIZES["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
 
 
 def _ours(layout: Layout, work: Work, setup: RankSetup, world: int) -> Engine:

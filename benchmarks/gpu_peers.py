@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from benchmarks import peers
 from benchmarks.workload import CLIP, Step
 from models.costs import layer_costs
-from models.shapes import OPTShape
+from models.opt.shape import OPTShape
 from parallel.pipeline.partition import partition
 
 LR = 1e-4  # constant, without a warm-up, from random weights

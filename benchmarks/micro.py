@@ -21,6 +21,7 @@ from parallel.config import parse
 from parallel.engine.context import Context, Place, make_context
 from parallel.engine.engine import Engine
 from parallel.layout.layout import Layout, ParameterInfo
+from parallel.layout.sources import whole
 from parallel.optim.adamw import AdamW
 from parallel.placement.initial import ON_HOST
 from parallel.tensor import MODES, Mode
@@ -98,7 +99,7 @@ class TestUpdate:
     @pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
     def test_ours(self, state_dtype: str, benchmark: Benchmark) -> None:
         parameter = nn.Parameter(torch.randn(2**12, 2**11))
-        info = ParameterInfo("weight", "", parameter, Layout((2**12, 2**11), ((), ())), ("weight",))
+        info = ParameterInfo("weight", "", parameter, Layout((2**12, 2**11), ((), ())), whole("weight", (2**12, 2**11)))
         chunk = Chunk(ChunkSpec([info], torch.float32), ChunkStorage(ON_HOST))
         optimizer = AdamW([chunk], parse(dict(optimizer=dict(state_dtype=state_dtype))).optimizer)
         gradient, one = torch.randn(chunk.size), torch.ones(())

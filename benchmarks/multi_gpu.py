@@ -35,7 +35,7 @@ import torch.distributed as dist
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob, clean, write_rows
 from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
 from benchmarks.gpu_peers import ON_GPUS_ALONE
-from models.shapes import NAMED
+from models.opt.shape import SIZES
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 
@@ -303,7 +303,7 @@ def run(arguments: argparse.Namespace, driver: Driver) -> list[Row]:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", nargs="+", choices=NAMED, default=["opt-6.7b"])
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["opt-6.7b"])
     parser.add_argument("--layouts", nargs="+", default=[], help="only these, or peers; 'weak': weak scaling")
     parser.add_argument("--batch", type=int, default=4, help="samples a step, for each GPU")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")

@@ -37,7 +37,9 @@ import parallel
 from benchmarks.peers import adamw
 from benchmarks.workload import Step
 from models.costs import flops_per_token, parameter_count
-from models.shapes import NAMED, OPTShape, resolve, shape_of
+from models.opt.shape import SIZES
+from models.shape import ModelShape
+from models.shapes import resolve, shape_of
 from parallel.config import parse
 from parallel.storage.transfer import Tier
 from training.metrics import peak_device_bytes, peak_host_bytes
@@ -46,7 +48,7 @@ SEQUENCE, LR = 1024, 1e-4
 SLOW = 5.0  # seconds: a step that takes longer is printed when it ends
 MATMUL, COPY, UPDATE = 790e12, 55e9, 0.24e-9  # FLOP/s in bf16; bytes/s in each direction; seconds for an element
 
-Contender: TypeAlias = tuple[Step, OPTShape, parallel.Engine | None]
+Contender: TypeAlias = tuple[Step, ModelShape, parallel.Engine | None]
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def measure(case: Case, warm_up: int, steps: int) -> dict[str, Any]:
     )
 
 
-def floor_of(shape: OPTShape, batch: int, engine: parallel.Engine | None) -> float:
+def floor_of(shape: ModelShape, batch: int, engine: parallel.Engine | None) -> float:
     """Return the least seconds that a step needs, at the rates of an H200 with 16 cores.
 
     First there are matmuls or copies, whichever take longer. The matmuls include those of a second forward, except each
@@ -228,7 +230,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"cases that belong together: {', '.join(SETS)}")
-    parser.add_argument("--model", choices=NAMED, default="opt-1.3b")
+    parser.add_argument("--model", choices=SIZES, default="opt-1.3b")
     parser.add_argument("--device-memory", default="6GiB")
     parser.add_argument("--policies", nargs="+", default=["cpu"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16])

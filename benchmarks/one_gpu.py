@@ -24,8 +24,9 @@ import models
 import parallel
 from benchmarks.gpu_contenders import CONTENDERS, Result, Work, measure
 from models.costs import flops_per_token
+from models.family import named_sizes
 from models.hf import export
-from models.shapes import NAMED, from_hugging_face, resolve, shape_of
+from models.shapes import from_hugging_face, resolve, shape_of
 
 AGREEMENT = 2**-7  # the difference allowed between losses, relative to the first loss: bf16's epsilon
 COLUMNS = "{:<14} {:>9} {:>17} {:>6} {:>9} {:>10} {:>9}"
@@ -65,7 +66,7 @@ def agree(one: Result, other: Result) -> bool:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=NAMED, default="opt-1.3b" if on_gpu else "opt-tiny")
+    parser.add_argument("--model", choices=named_sizes(), default="opt-1.3b" if on_gpu else "opt-tiny")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10, help="timed steps, after a few that are not")

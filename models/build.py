@@ -6,13 +6,15 @@ lets the blocks be compiled and recomputed, and puts all into a `Stage`. Each st
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from importlib import import_module
 
 from torch import nn
 
 from models.costs import layer_costs
-from models.hf import sources
+from models.family import FAMILIES
 from models.initial_values import check_origin, set_initial_values
-from models.opt import PADDING_POSITION, LayerSpec, blocks_mode_of, layers_of
+from models.layer import LayerSpec, blocks_mode_of
+from models.shape import ModelShape
 from models.shapes import shape_of
 from parallel.activations.offload import InputsOnHost
 from parallel.activations.recompute import Recomputed
@@ -49,7 +51,7 @@ def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
     blocks = [spec.name for spec in specs if spec.is_block]
     layers = {spec.name: build_layer(spec, keep_storage=not in_parts) for spec in specs}
     tie_embeddings(layers)
-    infos = parameter_infos(layers)
+    infos = parameter_infos(layers, shape_of(config))
     if not in_parts:
         set_values(infos)
     if config.train.compile:
@@ -89,7 +91,8 @@ def mode_of(context: Context) -> Mode:
 def specs_of_stage(context: Context, mode: Mode) -> list[LayerSpec]:
     """Return the layers of the pipeline stage that this rank belongs to, in order."""
     config = context.config
-    specs = layers_of(shape_of(config), mode, config.train.seed)
+    shape = shape_of(config)
+    specs: list[LayerSpec] = import_module(FAMILIES[shape.model_type].layers).layers_of(shape, mode, config.train.seed)
     stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
     return [specs[i] for i in stages[context.mesh.axis("pipe").rank]]
 
@@ -127,7 +130,7 @@ def tie_embeddings(layers: dict[str, nn.Module]) -> None:
     Otherwise the first and the last stage have a copy each, and the layout of the copies sums their gradients.
     """
     if "embed" in layers and "head" in layers and layers["head"].is_tied:
-        layers["head"].embed_tokens = layers["embed"].embed_tokens
+        layers["head"].table = layers["embed"].table
 
 
 def compile_layers(layers: dict[str, nn.Module], names: Iterable[str]) -> None:
@@ -147,7 +150,7 @@ def recomputed(layers: dict[str, nn.Module], names: Iterable[str], inputs: Input
 # -- what the engine must know of them ---------------------------------------------------------------------------------
 
 
-def parameter_infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
+def parameter_infos(layers: dict[str, nn.Module], shape: ModelShape) -> list[ParameterInfo]:
     """Return every parameter of these layers, once, with its layout and its public names."""
     infos: dict[int, ParameterInfo] = {}
     for layer, module in layers.items():
@@ -155,7 +158,7 @@ def parameter_infos(layers: dict[str, nn.Module]) -> list[ParameterInfo]:
             for name, layout in getattr(part, "layouts", {}).items():
                 parameter = getattr(part, name)
                 full = ".".join(filter(None, (layer, path, name)))
-                infos.setdefault(id(parameter), ParameterInfo(full, layer, parameter, layout, sources(full)))
+                infos.setdefault(id(parameter), ParameterInfo(full, layer, parameter, layout, shape.sources(full)))
     return list(infos.values())
 
 
@@ -167,5 +170,5 @@ def interface_of(context: Context, mode: Mode) -> StageInterface:
         activation_shape=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
         is_counted=mode.counts_for(mode.inner_batch),
-        limits=Limits(shape.vocab_size, shape.max_position_embeddings, parts, first_position=PADDING_POSITION),
+        limits=Limits(shape.vocab_size, shape.max_positions, parts, first_position=shape.first_position),
     )

@@ -1,59 +1,60 @@
-"""The parameters, FLOPs and layer costs of an OPT, from its sizes alone. This module needs no torch."""
+"""The parameters, FLOPs and layer costs of a model, from its public tensors and sizes. This module needs no torch."""
 
-from dataclasses import replace
+from collections.abc import Iterable
+from math import prod
 
-from models.shapes import OPTShape
+from models.shape import ModelShape
 
 
-def parameter_count(shape: OPTShape) -> int:
+def parameter_count(shape: ModelShape) -> int:
     """Return the number of parameters of the whole model, with a tied embedding counted once."""
-    hidden, ffn, width = shape.hidden_size, shape.ffn_dim, shape.word_embed_proj_dim
-    norm = 2 * hidden * shape.layer_norm_elementwise_affine
-    attention = 4 * (hidden * hidden + hidden * shape.enable_bias)
-    feed_forward = 2 * hidden * ffn + (hidden + ffn) * shape.enable_bias
-    projections = 2 * hidden * width * (width != hidden)
-    tables = 1 if shape.tie_word_embeddings else 2
-    embeddings = tables * shape.vocab_size * width + _positions(shape)
-    layers = shape.num_hidden_layers * (attention + feed_forward + 2 * norm)
-    return embeddings + projections + layers + norm * shape.has_final_layer_norm
-
-
-def _positions(shape: OPTShape) -> int:
-    """Return the number of elements of the position table, which has two more rows: OPT's positions start at 2."""
-    return (shape.max_position_embeddings + 2) * shape.hidden_size
+    return sum(map(prod, shape.public_tensors().values()))
 
 
 FLOPS_PER_BYTE = {
     "cuda": 230.0,
     "cpu": 9.0,
 }  # FLOPs of matmuls in the time of moving a byte: H100 in bf16, core in fp32
-# The bytes that all kernels except matmuls move, for each hidden element of a block and for each logit. This is a third
-# of a step's bytes, as a forward is a third of a step's FLOPs. Measured on the kernels of OPT-6.7b's stages on H100s.
-BLOCK_BYTES, HEAD_BYTES = 57.0, 33.0
+# The bytes that all kernels except matmuls move, for each element that a block keeps for backward and for each logit.
+# This is a third of a step's bytes, as a forward is a third of a step's FLOPs. Measured on the kernels of OPT-6.7b's
+# stages on H100s, of which a block keeps 12 elements for each element of a token's hidden dim.
+KEPT_BYTES, HEAD_BYTES = 57.0 / 12, 33.0
 
 
-def layer_costs(shape: OPTShape, sequence_length: int, device: str) -> list[float]:
+def layer_costs(shape: ModelShape, sequence_length: int, device: str) -> list[float]:
     """Return the cost of each layer, [embedding, block 0 … n−1, head], by which the pipeline is cut into stages.
 
     A cost is the FLOPs of one token forward, plus the FLOPs that this type of device ("cuda" or "cpu") would do in the
     time of everything that is not a matmul.
     """
-    hidden, width = shape.hidden_size, shape.word_embed_proj_dim
-    a_byte = FLOPS_PER_BYTE[device]
+    hidden, width, a_byte = shape.hidden_size, shape.embedding_width, FLOPS_PER_BYTE[device]
     projection = 2.0 * hidden * width if width != hidden else 0.0
-    block = 2.0 * (4 * hidden * hidden + 2 * hidden * shape.ffn_dim) + 4.0 * sequence_length * hidden
-    block += a_byte * BLOCK_BYTES * hidden
+    kept = a_byte * KEPT_BYTES * (shape.kept().outer + shape.kept().inner)
+    blocks = [
+        2.0 * _matrix_elements(shape.block_tensors(layer).values()) + _attention_flops(shape, span) + kept
+        for layer, span in enumerate(shape.spans(sequence_length))
+    ]
     head = projection + (2.0 * width + a_byte * HEAD_BYTES) * shape.vocab_size
-    return [projection, *[block] * shape.num_hidden_layers, head]
+    return [projection, *blocks, head]
 
 
-def flops_per_token(shape: OPTShape, sequence_length: int) -> float:
-    """Return the model FLOPs of one token, forward and backward: 6 N + 12 L H S (PaLM, arXiv:2204.02311, appendix B).
+def flops_per_token(shape: ModelShape, sequence_length: int) -> float:
+    """Return the model FLOPs of one token, forward and backward: 6 N + 12 L A D S (PaLM, arXiv:2204.02311, appendix B).
 
     N is without tables that are only looked up: that of the positions, and an embedding that is not tied. A tied one is
-    counted once, as the matmul of the head. Attention is counted in full, not halved because it is causal.
-    Recomputation is not counted.
+    counted once, as the matmul of the head. A · D is the width of all heads; of S a block with a window counts no more
+    keys than its window has. Attention is counted in full, not halved because it is causal. Recomputation is not
+    counted.
     """
-    tied = replace(shape, tie_word_embeddings=True)
-    matmuls = 6.0 * (parameter_count(tied) - _positions(shape))
-    return matmuls + 12.0 * shape.num_hidden_layers * shape.hidden_size * sequence_length
+    looked_up = {shape.positions} | (set() if shape.tie_word_embeddings else {shape.embedding})
+    elements = sum(prod(size) for name, size in shape.public_tensors().items() if name not in looked_up)
+    return 6.0 * elements + 3 * sum(_attention_flops(shape, span) for span in shape.spans(sequence_length))
+
+
+def _matrix_elements(sizes: Iterable[tuple[int, ...]]) -> int:
+    return sum(prod(size) for size in sizes if len(size) == 2)
+
+
+def _attention_flops(shape: ModelShape, span: int) -> float:
+    """Return the FLOPs of a query's scores of `span` keys and of their weighted sum of values, in all heads."""
+    return 4.0 * shape.num_attention_heads * shape.head_size * span

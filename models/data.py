@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -126,18 +126,18 @@ class Loader:
         return torch.arange(first + self._block.start, first + self._block.stop)
 
 
-def load_tokens(data: DataConfig, vocab_size: int, *, end: int | None = None, pad: int | None = None) -> Corpus:
+def load_tokens(data: DataConfig, vocab_size: int, *, ends: Sequence[int] = (), pad: int | None = None) -> Corpus:
     """Return the corpus that a config names.
 
-    `end` and `pad` are the model's eos_token_id and pad_token_id: the first is used where the tokenizer names no token
-    that ends a text. Raises DataError if the corpus cannot be read, is too short, or has a token id outside
-    `vocab_size`.
+    `ends` and `pad` are the model's eos_token_id and pad_token_id: of the former the first is used where the tokenizer
+    names no token that ends a text. Raises DataError if the corpus cannot be read, is too short, or has a token id
+    outside `vocab_size`.
     """
     messages: list[str] = []
     if data.path.endswith(".npy"):
         tokens = _read_token_file(Path(data.path))
     else:
-        tokens, messages = _encode(data, vocab_size, end)
+        tokens, messages = _encode(data, vocab_size, ends[0] if ends else None)
     num_pads, digest = _check_ids(tokens, vocab_size, pad, source=data.path)
     if num_pads:
         messages.append(

@@ -1,4 +1,4 @@
-"""Generate text with an exported model, or with any Hugging Face OPT directory that has weights and a tokenizer.
+"""Generate text with an exported model, or with any Hugging Face directory that has weights and a tokenizer.
 
     python -m models.generate runs/NAME/export --prompt "The " --tokens 200
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from models import hf
 from models.build import build
 from models.generation_config import end_tokens, read_generation_config
-from models.opt import Head
-from models.shapes import OPTShape, resolve, shape_of
+from models.layer import Head
+from models.shape import ModelShape
+from models.shapes import resolve, shape_of
 from models.tokenizer import ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
@@ -29,7 +30,7 @@ from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.stage import Stage
 
 
-def load_model(folder: Path) -> tuple[Stage, OPTShape]:
+def load_model(folder: Path) -> tuple[Stage, ModelShape]:
     """Return the whole model of a directory, as the single stage of one process, and its shape.
 
     Raises ConfigError or DataError.
@@ -66,14 +67,13 @@ class Sampling:
     positions: int
 
 
-def generate(stage: Stage, shape: OPTShape, prompt: Tensor, count: int, *, temperature: float, seed: int) -> Tensor:
+def generate(stage: Stage, shape: ModelShape, prompt: Tensor, count: int, *, temperature: float, seed: int) -> Tensor:
     """Return prompt[S] and up to `count` new tokens; `eos_token_id` ends the text sooner.
 
     Temperature 0 takes the most likely token each time. If the text has more tokens than the model has positions, the
     oldest tokens are left out of the input.
     """
-    ends, positions = {shape.eos_token_id}, shape.max_position_embeddings
-    return continued(stage, prompt, count, Sampling(temperature, seed, ends, positions))
+    return continued(stage, prompt, count, Sampling(temperature, seed, shape.end_tokens, shape.max_positions))
 
 
 def continued(stage: Stage, prompt: Tensor, count: int, sampling: Sampling) -> Tensor:
@@ -101,10 +101,14 @@ def complete(folder: Path, prompt: str, count: int, *, temperature: float, seed:
     """
     stage, shape = load_model(folder)
     tokenizer = read_tokenizer(folder)
-    end = shape.eos_token_id if tokenizer.end is None else tokenizer.end
+    end = shape.end_tokens[0] if tokenizer.end is None and shape.end_tokens else tokenizer.end
+    if not prompt and end is None:
+        raise DataError(
+            f"{folder}: neither the tokenizer nor the model says which token begins a text. Give a --prompt."
+        )
     ids = torch.from_numpy(tokenizer.encode(prompt)).long() if prompt else torch.tensor([end])
     ends = end_tokens(read_generation_config(folder), shape)
-    sampling = Sampling(temperature, seed, ends, shape.max_position_embeddings)
+    sampling = Sampling(temperature, seed, ends, shape.max_positions)
     if tokenizer.vocab_size > shape.vocab_size:
         raise DataError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, but the model's vocabulary only"
@@ -126,7 +130,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the text that the arguments ask for, and return the exit code."""
-    about = "Generate text with an exported model, or with any Hugging Face OPT directory."
+    about = "Generate text with an exported model, or with any Hugging Face directory."
     parser = argparse.ArgumentParser(prog="python -m models.generate", description=about)
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="has config.json, safetensors and tokenizer.json: runs/NAME/export")

@@ -1,11 +1,11 @@
 """The generation_config.json of a Hugging Face directory: which tokens end a text, and what an export carries on."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from models.shapes import OPTShape
+from models.shape import ModelShape
 from parallel.checkpoint.shards import read_json, write_json
 from parallel.errors import DataError
 
@@ -29,19 +29,24 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     return content
 
 
-def write_generation_config(folder: Path, content: GenerationConfig, *, end: int, before: int) -> None:
-    """Write the content into another directory. A text ends there with `end` in place of `before`, the model's token.
+def write_generation_config(
+    folder: Path, content: GenerationConfig, *, ends: Collection[int], before: Collection[int]
+) -> None:
+    """Write the content into another directory. A text ends there with `ends` in place of `before`, the model's tokens.
 
     Other tokens that end a text stay.
     """
-    ends = content.get("eos_token_id")
-    others = [token for token in (ends if isinstance(ends, list) else [ends]) if token not in (None, before, end)]
-    write_json(folder / FILE, {**content, "eos_token_id": [end, *others] if others else end})
+    found = content.get("eos_token_id")
+    others = [token for token in (found if isinstance(found, list) else [found]) if token not in {None, *ends, *before}]
+    tokens = [*ends, *others]
+    write_json(folder / FILE, {**content, "eos_token_id": tokens[0] if len(tokens) == 1 else tokens or None})
 
 
-def end_tokens(content: GenerationConfig | None, shape: OPTShape) -> set[int]:
+def end_tokens(content: GenerationConfig | None, shape: ModelShape) -> set[int]:
     """Return the tokens with which a generated text ends, as Hugging Face's `generate` finds them."""
-    found = shape.eos_token_id if content is None else content.get("eos_token_id")
+    if content is None:
+        return set(shape.end_tokens)
+    found = content.get("eos_token_id")
     if found is None:
         return set()
     return set(found) if isinstance(found, list) else {found}

@@ -1,17 +1,17 @@
-"""Read and write Hugging Face OPT directories, and translate the names of parameters into theirs.
+"""Read and write the weights of Hugging Face directories, of every family.
 
 To read, each rank maps the files into memory and touches only its own slices. To write, rank 0 puts together one tensor
 at a time.
 """
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
 import torch
 
-from models.shapes import OPTShape
+from models.shape import ModelShape
 from models.tokenizer import Tokenizer
 from models.tokenizer_files import TOKENIZER_FILES
 from models.weight_files import files_of
@@ -29,54 +29,8 @@ from parallel.errors import DataError, names_text
 from parallel.layout.layout import Piece, box_shape
 from parallel.mesh.mesh import Axis
 
-EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
-UNUSED = (HEAD, "model.decoder.version")  # the tied head again, and a number that OPT's first conversion left
 COMPARED_AT_ONCE = 1 << 22  # elements: a vocabulary may be larger than the memory
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
-
-
-def sources(name: str) -> tuple[str, ...]:
-    """Return Hugging Face's name of one of our parameters; three names for the fused q, k, v."""
-    if name.startswith("head.lm_head."):
-        return (name.removeprefix("head."),)
-    public = f"model.decoder.{name.removeprefix('embed.').removeprefix('head.')}"
-    if ".self_attn.qkv." not in public:
-        return (public,)
-    return tuple(public.replace(".qkv.", f".{projection}.") for projection in ("q_proj", "k_proj", "v_proj"))
-
-
-def expected_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:
-    """Return the name and the shape of every tensor of Hugging Face's model, in the order of the model."""
-    hidden, width = shape.hidden_size, shape.word_embed_proj_dim
-    tensors: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (shape.vocab_size, width),
-        "embed_positions.weight": (shape.max_position_embeddings + 2, hidden),  # OPT's positions start at 2
-    }
-    if width != hidden:
-        tensors |= {"project_in.weight": (hidden, width), "project_out.weight": (width, hidden)}
-    for layer in range(shape.num_hidden_layers):
-        tensors |= {f"layers.{layer}.{name}": size for name, size in _layer_tensors(shape).items()}
-    if shape.has_final_layer_norm:
-        tensors |= _norm_tensors("final_layer_norm", shape)
-    tensors = {f"model.decoder.{name}": size for name, size in tensors.items()}
-    return tensors if shape.tie_word_embeddings else {**tensors, HEAD: (shape.vocab_size, width)}
-
-
-def _layer_tensors(shape: OPTShape) -> dict[str, tuple[int, ...]]:
-    hidden, ffn = shape.hidden_size, shape.ffn_dim
-    attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
-    tensors: dict[str, tuple[int, ...]] = {}
-    for name, (rows, columns) in {**attention, "fc1": (ffn, hidden), "fc2": (hidden, ffn)}.items():
-        tensors[f"{name}.weight"] = (rows, columns)
-        if shape.enable_bias:
-            tensors[f"{name}.bias"] = (rows,)
-    return tensors | _norm_tensors("self_attn_layer_norm", shape) | _norm_tensors("final_layer_norm", shape)
-
-
-def _norm_tensors(name: str, shape: OPTShape) -> dict[str, tuple[int, ...]]:
-    if not shape.layer_norm_elementwise_affine:
-        return {}
-    return {f"{name}.weight": (shape.hidden_size,), f"{name}.bias": (shape.hidden_size,)}
 
 
 def has_weights(path: str | Path) -> bool:
@@ -87,15 +41,15 @@ def has_weights(path: str | Path) -> bool:
         return True  # what cannot be read may be weights
 
 
-def check_weights(path: str | Path, shape: OPTShape) -> None:
+def check_weights(path: str | Path, shape: ModelShape) -> None:
     """Raise DataError unless the directory has exactly the tensors of the model, in the right shapes.
 
     Only headers are read, and the head where it is stored beside the embedding that it shares.
     """
-    archive, expected = _archive(Path(path)), expected_tensors(shape)
-    found = archive.tensors
-    if missing := [name for name in expected if name not in found or _is_head_alone(name, found, expected)]:
-        advice = " Try model.tie_word_embeddings=True." if missing == [HEAD] else ""
+    archive, expected = _archive(Path(path), shape), shape.public_tensors()
+    found, head = archive.tensors, shape.head
+    if missing := [name for name in expected if name not in found or _is_head_alone(name, found, shape)]:
+        advice = " Try model.tie_word_embeddings=True." if missing == [head] else ""
         raise DataError(
             f"model.path: {path} lacks {len(missing)} of {len(expected)} tensors: {names_text(missing)}.{advice}"
         )
@@ -106,18 +60,19 @@ def check_weights(path: str | Path, shape: OPTShape) -> None:
     ]
     if differing:
         raise DataError(f"model.path: {path}: {names_text(differing)}.")
-    if more := [name for name in found if name not in expected and name not in UNUSED]:
+    unused = re.compile(shape.unused)
+    if more := [name for name in found if name not in expected and name != head and not unused.fullmatch(name)]:
         raise DataError(
             f"model.path: {path} has {len(more)} tensors that the model lacks: {names_text(more)}. Set the keys of"
             " `model` so that it has them, or take them out of the files."
         )
-    if HEAD in found and HEAD not in expected:
-        _check_head(found[EMBEDDING].parts[0], found[HEAD].parts[0])
+    if head in found and head not in expected:
+        _check_head(found[shape.embedding].parts[0], found[head].parts[0])
 
 
-def _is_head_alone(name: str, found: Mapping[str, StoredTensor], expected: Container[str]) -> bool:
+def _is_head_alone(name: str, found: Mapping[str, StoredTensor], shape: ModelShape) -> bool:
     """Return whether a head is read for the embedding, although the model has both."""
-    return name == EMBEDDING and HEAD in expected and found[name].parts[0].key == HEAD
+    return name == shape.embedding and not shape.tie_word_embeddings and found[name].parts[0].key == shape.head
 
 
 def _check_head(embedding: StoredPart, head: StoredPart) -> None:
@@ -148,18 +103,18 @@ def _first_different_row(one: StoredPart, other: StoredPart) -> int | None:
     return None
 
 
-def load_weights(path: str | Path, pieces: Iterable[Piece]) -> int:
+def load_weights(path: str | Path, shape: ModelShape, pieces: Iterable[Piece]) -> int:
     """Fill each piece with its slice of the weights, cast to its dtype. Returns the number of bytes read."""
-    return _archive(Path(path)).read_into(pieces)
+    return _archive(Path(path), shape).read_into(pieces)
 
 
-def too_large(path: str | Path, dtype: torch.dtype, *, part: int = 0, parts: int = 1) -> list[str]:
+def too_large(path: str | Path, shape: ModelShape, dtype: torch.dtype, *, part: int = 0, parts: int = 1) -> list[str]:
     """Return which tensors of the directory have finite values that are infinite in this dtype.
 
     One of `parts` equal parts of the tensors is read, and only where their own dtype has a far larger range.
     """
     found = []
-    for name, stored in sorted(_archive(Path(path)).tensors.items())[part::parts]:
+    for name, stored in sorted(_archive(Path(path), shape).tensors.items())[part::parts]:
         (whole,) = stored.parts
         with open_safetensors(whole.file, DataError) as content:
             tensor = content.get_slice(whole.key)
@@ -180,8 +135,8 @@ def stored_dtypes(path: str | Path) -> list[str]:
     return sorted(found)
 
 
-def _archive(path: Path) -> Archive:
-    """Return the weights of a directory under the names of OPTForCausalLM, even if OPTModel wrote them."""
+def _archive(path: Path, shape: ModelShape) -> Archive:
+    """Return the weights of a directory under the public names, even if a model without its head wrote them."""
     tensors: dict[str, StoredTensor] = {}
     files = files_of(path)
     if not files:
@@ -195,7 +150,7 @@ def _archive(path: Path) -> Archive:
                         f"model.path: {file}: {key} is {stored.get_dtype()}, not one of {', '.join(FLOATS)}."
                     )
                 size = tuple(stored.get_shape())
-                name = f"model.{key}" if key.startswith("decoder.") else key
+                name = key if key == shape.head or key.startswith(shape.base) else f"{shape.base}{key}"
                 if name in tensors:
                     other = tensors[name].parts[0]
                     raise DataError(
@@ -203,8 +158,8 @@ def _archive(path: Path) -> Archive:
                         " Take one of them out."
                     )
                 tensors[name] = StoredTensor(size, (StoredPart(file, key, tuple((0, stop) for stop in size)),))
-    if HEAD in tensors:  # a tied pair may be stored under the name of the head alone
-        tensors.setdefault(EMBEDDING, tensors[HEAD])
+    if shape.head in tensors:  # a tied pair may be stored under the name of the head alone
+        tensors.setdefault(shape.embedding, tensors[shape.head])
     return Archive(path, tensors, DataError)
 
 
@@ -212,16 +167,16 @@ def export(
     folder: Path,
     pieces: Iterable[Piece],
     *,
-    shape: OPTShape,
+    shape: ModelShape,
     axis: Axis,
     dtype: torch.dtype,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write a directory that OPTForCausalLM.from_pretrained reads. Every rank of `axis` calls this.
+    """Write a directory that AutoModelForCausalLM.from_pretrained reads. Every rank of `axis` calls this.
 
     `pieces` are those that this rank owns. If rank 0 cannot write, every rank raises CheckpointError.
     """
-    entries = [Entry(name, size, dtype) for name, size in expected_tensors(shape).items()]
+    entries = [Entry(name, size, dtype) for name, size in shape.public_tensors().items()]
 
     def describe(temporary: Path) -> None:
         _write_configs(temporary, shape, dtype)
@@ -233,8 +188,6 @@ def export(
     write_folder(folder, pieces, entries, axis=axis, describe=describe, names=names)
 
 
-def _write_configs(folder: Path, shape: OPTShape, dtype: torch.dtype) -> None:
-    fields = asdict(shape)
-    fields["_remove_final_layer_norm"] = fields.pop("remove_final_layer_norm")  # OPTConfig's name has an underscore
-    fields |= {"model_type": "opt", "architectures": ["OPTForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", fields)
+def _write_configs(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
+    own = {"model_type": shape.model_type, "architectures": [shape.architecture]}
+    write_json(folder / "config.json", shape.exported() | own | {"dtype": str(dtype).removeprefix("torch.")})

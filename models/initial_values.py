@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from models.hf import check_weights, has_weights, load_weights, too_large
-from models.shapes import OPTShape, shape_of
+from models.shape import ModelShape
+from models.shapes import shape_of
 from models.weight_files import files_of
 from parallel.config import Config
 from parallel.engine.context import Context
@@ -34,7 +34,7 @@ def check_origin(context: Context) -> None:
         found = files_of(path)
         if found:
             check_weights(path, shape)
-            _check_range(context, path)
+            _check_range(context, path, shape)
         files = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in found) or NO_FILES
     except ColonnadeError as error:
         problem = type(error), str(error)
@@ -52,10 +52,10 @@ def check_origin(context: Context) -> None:
         log.warning("%s has no weights: they are drawn from train.seed %d", path, config.train.seed)
 
 
-def _check_range(context: Context, path: str) -> None:
+def _check_range(context: Context, path: str, shape: ModelShape) -> None:
     """Raise DataError if weights are infinite in the precision of the run. Each rank reads a part of the tensors."""
     world = context.mesh.world
-    if found := too_large(path, context.dtype, part=world.rank, parts=world.size):
+    if found := too_large(path, shape, context.dtype, part=world.rank, parts=world.size):
         raise DataError(
             f"model.path: {path} has weights that are too large for train.precision {context.config.train.precision}:"
             f" {names_text(found)}. Try bf16."
@@ -66,24 +66,23 @@ def set_initial_values(infos: Sequence[ParameterInfo], config: Config) -> None:
     """Set these parameters to the weights in `model.path` if it has any, else to values drawn from `train.seed`."""
     path = config.model.path
     if path is not None and has_weights(path):
-        load_weights(Path(path), [piece for info in infos for piece in info.pieces()])
+        load_weights(path, shape_of(config), [piece for info in infos for piece in info.pieces()])
     else:
         draw_parameters(infos, shape_of(config), config.train.seed)
 
 
-def draw_parameters(infos: Sequence[ParameterInfo], shape: OPTShape, seed: int) -> None:
-    """Draw every weight as Hugging Face's OPT does, from its public name and the seed: the same in every layout.
+def draw_parameters(infos: Sequence[ParameterInfo], shape: ModelShape, seed: int) -> None:
+    """Draw every weight as Hugging Face does, from its public name and the seed: the same in every layout.
 
-    Matrices are normal with standard deviation `init_std`, biases are zero, LayerNorm weights are one. The embedding of
-    the padding token is zero.
+    The embedding of the padding token is zero.
     """
-    for info in infos:
-        for piece in info.pieces():
-            if len(piece.shape) == 1:
-                piece.data.fill_(float(piece.name.endswith("layer_norm.weight")))
-                continue
-            drawn = draw_normal(piece.shape, piece.box, shape.init_std, seed, piece.name)
-            start, stop = piece.box[0]
-            if piece.name.endswith("embed_tokens.weight") and start <= shape.pad_token_id < stop:
-                drawn[shape.pad_token_id - start] = 0
-            piece.data.copy_(drawn)
+    for piece in (piece for info in infos for piece in info.pieces()):
+        wanted = shape.initial(piece.name)
+        if wanted.std == 0:
+            piece.data.fill_(wanted.mean)
+            continue
+        drawn = draw_normal(piece.shape, piece.box, wanted.std, seed, piece.name) + wanted.mean
+        start, stop = piece.box[0]
+        if piece.name == shape.embedding and shape.pad_token_id is not None and start <= shape.pad_token_id < stop:
+            drawn[shape.pad_token_id - start] = 0
+        piece.data.copy_(drawn)

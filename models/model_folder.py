@@ -14,11 +14,8 @@ from parallel.errors import ConfigError, shortened, shown
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{,95}/[A-Za-z0-9][\w.-]{,95}")
 
 
-def read_config(path: str | Path, *, fields: Iterable[str], null: Iterable[str]) -> dict[str, Any]:
-    """Return the values of these fields in DIR/config.json, where it has them, without a leading underscore.
-
-    `null` names those that may be null there; such a field is left out. Raises ConfigError.
-    """
+def read_config(path: str | Path, families: Iterable[str]) -> dict[str, Any]:
+    """Return the content of DIR/config.json, whose `model_type` is one of these families. Raises ConfigError."""
     file = Path(path) / "config.json"
     name = shortened(str(file))
     try:
@@ -29,19 +26,15 @@ def read_config(path: str | Path, *, fields: Iterable[str], null: Iterable[str])
         raise ConfigError(f"model.path: {name} is nested too deep for a config.json.") from error
     except ValueError as error:
         raise ConfigError(f"model.path: {name} is not JSON: {shortened(str(error))}.") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "opt":
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ConfigError(f"model.path: {name} describes model_type {shown(kind)}. Only 'opt' is available.")
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    known = tuple(families)
+    if kind not in known:
+        raise ConfigError(
+            f"model.path: {name} describes model_type {shown(kind)}. Available: {', '.join(map(repr, known))}."
+        )
     if raw.get("quantization_config") is not None:
         raise ConfigError(f"model.path: quantization_config in {name} is not available. Try the model's own weights.")
-    names, may_be_null = set(fields), set(null)
-    found = {key.removeprefix("_"): value for key, value in raw.items()}
-    found = {key: found[key] for key in names & found.keys() if found[key] is not None or key not in may_be_null}
-    for key, value in found.items():
-        if value is None or isinstance(value, list):
-            text = json.dumps(value)
-            raise ConfigError(f"model.path: {key} {text} in {name} is not available. Write a value of its own there.")
-    return found
+    return dict(raw)
 
 
 def _advice(path: Path) -> str:
@@ -52,8 +45,8 @@ def _advice(path: Path) -> str:
     if found := next((folder for folder in inner if (folder / "config.json").is_file()), None):
         return f"Try {found}."
     if path.is_dir():
-        return "The directory has none. Try a Hugging Face OPT directory, as save_pretrained writes it."
-    return hub_advice(str(path)) or "Try a Hugging Face OPT directory."
+        return "The directory has none. Try a Hugging Face directory, as save_pretrained writes it."
+    return hub_advice(str(path)) or "Try a Hugging Face directory."
 
 
 def hub_advice(name: str) -> str:
@@ -62,6 +55,6 @@ def hub_advice(name: str) -> str:
         return ""
     return (
         f"If {name} is a model of the Hugging Face hub, save it in a directory first, which model.path names then:"
-        f" OPTForCausalLM.from_pretrained({name!r}).save_pretrained(DIR) and"
+        f" AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(DIR) and"
         f" AutoTokenizer.from_pretrained({name!r}).save_pretrained(DIR)."
     )

@@ -6,11 +6,19 @@ the code asks of a model has one name in all families, the properties and method
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
+from parallel.config.reader import Range
+from parallel.errors import did_you_mean, divisors, either, nearest, shown
 from parallel.layout.sources import Source, fused, grouped, whole
+
+Size = Annotated[int, Range(1, 2**28)]
+"""A dimension of a tensor: with two of them torch can still count a tensor's bytes."""
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "tanh")
+"""Hugging Face's names of the functions that a feed-forward may have."""
 
 Names: TypeAlias = Mapping[str, str | tuple[str, ...]]
 Sizes: TypeAlias = dict[str, tuple[int, ...]]
@@ -39,6 +47,7 @@ class Kept:
     """Statistics of norms over the hidden dim: one number a row each."""
 
 
+@dataclass(frozen=True)
 class ModelShape(ABC):
     """The sizes of a model. A family's frozen dataclass derives from this.
 
@@ -151,11 +160,20 @@ class ModelShape(ABC):
         ends = self.eos_token_id
         return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
+    @classmethod
+    def field(cls, common: str) -> str:
+        """Return this family's own name of a size that has a common name."""
+        return cls.aliases.get(common, common)
+
+    def with_fields(self, **changes: Any) -> Self:
+        """Return the shape with other values of fields of its family."""
+        return replace(self, **changes)
+
     # -- how a layout may split it
 
     def heads(self) -> Mapping[str, int]:
         """Return the counts of heads that the axes of heads must divide, by the field that a message names."""
-        return {"num_attention_heads": self.num_attention_heads}
+        return {self.field("num_attention_heads"): self.num_attention_heads}
 
     @abstractmethod
     def inner_widths(self) -> Mapping[str, int]:
@@ -163,7 +181,7 @@ class ModelShape(ABC):
 
     def widths(self) -> Mapping[str, int]:
         """Return all widths that the grid's and the cube's axes must divide."""
-        return {"hidden_size": self.hidden_size, **self.inner_widths()}
+        return {self.field("hidden_size"): self.hidden_size, **self.inner_widths()}
 
     @abstractmethod
     def problems(self) -> list[str]:
@@ -254,4 +272,33 @@ class ModelShape(ABC):
 
     def exported(self) -> dict[str, Any]:
         """Return the fields of the config.json that Hugging Face reads, besides the model's type and class."""
-        return asdict(cast(Any, self))
+        return asdict(self)
+
+
+def common_problems(shape: ModelShape, *, derives_head_size: bool = True) -> list[str]:
+    """Return what is wrong with heads and token ids, in every layout.
+
+    `derives_head_size`: a head is as wide as the heads' share of the hidden size.
+    """
+    found = []
+    heads, groups, hidden = shape.num_attention_heads, shape.num_kv_heads, shape.hidden_size
+    key = shape.field("num_attention_heads")
+    if derives_head_size and hidden % heads:
+        tries = either(nearest(heads, divisors(hidden)))
+        found.append(f"model.{key}: {heads} does not divide model.{shape.field('hidden_size')} {hidden}. Try {tries}.")
+    if heads % groups:
+        tries = either(nearest(groups, divisors(heads)))
+        found.append(f"model.num_key_value_heads: {groups} does not divide model.{key} {heads}. Try {tries}.")
+    if shape.pad_token_id is not None and shape.pad_token_id >= shape.vocab_size:
+        found.append(
+            f"model.pad_token_id: {shape.pad_token_id} is outside model.vocab_size {shape.vocab_size}."
+            f" Try {shape.vocab_size - 1}."
+        )
+    return found
+
+
+def activation_problems(key: str, name: str) -> list[str]:
+    """Return what is wrong with the name of an activation function."""
+    if name in ACTIVATIONS:
+        return []
+    return [f"model.{key}: {shown(name)} is not available. {did_you_mean(name, ACTIVATIONS)}"]

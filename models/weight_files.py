@@ -124,5 +124,5 @@ def _advice(file: Path, folder: Path) -> str:
         return f"its name is not {SINGLE}. Rename it, if it has all of the model's weights, or convert it."
     return (
         "safetensors are needed. Convert them:"
-        f" OPTForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_DIRECTORY)."
+        f" AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_DIRECTORY)."
     )

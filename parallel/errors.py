@@ -129,3 +129,9 @@ def times(**factors: int) -> str:
     """Write out a product: (a=2, b=4) -> 'a 2 × b 4 = 8'."""
     product = " × ".join(f"{name} {factor}" for name, factor in factors.items())
     return f"{product} = {math.prod(factors.values())}" if len(factors) > 1 else product
+
+
+def nearest(value: int, choices: list[int]) -> list[int]:
+    """Return the three choices nearest to `value`, in order; 1 is among them only if there is no other."""
+    larger = [choice for choice in choices if choice > 1] or choices
+    return sorted(sorted(larger, key=lambda choice: abs(choice - value))[:3])

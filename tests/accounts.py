@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.shapes import OPTShape
+from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
@@ -48,7 +48,14 @@ def letters(tensor: TensorConfig, shape: OPTShape, batch: int, sequence: int) ->
     parts = axes.get("t", 1) * c * q  # the vocabulary's
     V = -(-shape.vocab_size // parts) * parts
     sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, A=shape.num_attention_heads)
-    return sizes | dict(H=H, F=F, L=L, W=W, V=V, M=L * W + V * H, I=L * (3 * H + F), U=(6 * L + 2 + P) * H)
+    sizes |= dict(H=H, F=F, L=L, W=W, V=V, M=L * W + V * H, J=L * (3 * H + F), U=(6 * L + 2 + P) * H)
+    return sizes | kept_of(shape)
+
+
+def kept_of(shape: OPTShape) -> dict[str, int]:
+    """Return what a block keeps for backward of each token: of tensors between blocks, inside a block, and of norms."""
+    H, F, A = shape.hidden_size, shape.ffn_dim, shape.num_attention_heads
+    return dict(O=4 * H, I=4 * H + F + A, N=4)
 
 
 def value(formula: str, letters: Mapping[str, int]) -> float:

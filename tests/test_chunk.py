@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from parallel.chunk import accumulator
 from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import ALIGNMENT, ChunkSpec, ChunkStorage, specs_of
+from parallel.layout import sources
 from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.collectives import Pending, start_all_gather, start_all_reduce
 from parallel.mesh.mesh import ALONE, Axis
@@ -30,7 +31,8 @@ from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of, share_of
 
 def info_of(name: str, *shape: int, layout: Layout | None = None) -> ParameterInfo:
     parameter = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(len(name))))
-    return ParameterInfo(name, name.split(".")[0], parameter, layout or Layout(shape, ((),) * len(shape)), (name,))
+    layout = layout or Layout(shape, ((),) * len(shape))
+    return ParameterInfo(name, name.split(".")[0], parameter, layout, sources.whole(name, layout.shape))
 
 
 def test_parameters_become_views_of_one_buffer_and_keep_their_values() -> None:

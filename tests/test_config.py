@@ -85,7 +85,7 @@ def test_config_survives_json() -> None:
     config = parse(raw, world_size=24)
     assert parse(json.loads(json.dumps(config.to_dict()))) == config
     assert config.parallel.pipeline.layers == (0, 12, 0)
-    assert config.model.remove_final_layer_norm is True
+    assert config.model.fields["_remove_final_layer_norm"] is True
 
 
 @pytest.mark.parametrize("name", ["model", "parallel", "sections"])

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from models import hf
-from models.shapes import OPTShape, from_hugging_face
+from models.build import stage_of
+from models.opt.shape import OPTShape
+from models.shape import ModelShape
+from models.shapes import fields_of, from_hugging_face, resolve
 from models.tokenizer import ByteTokenizer
 from parallel.checkpoint import hf_folder
 from parallel.checkpoint.shards import Entry, write_tensors
+from parallel.config import parse
+from parallel.engine.context import Place, make_context
 from parallel.errors import CheckpointError, DataError
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
 from parallel.mesh.mesh import Axis, Traffic
@@ -60,30 +65,24 @@ def world(rank: int, size: int) -> Axis:
     return Axis("world", rank, size, tuple(range(size)), dist.group.WORLD if size > 1 else None, Traffic())
 
 
-def parameters_of(shape: OPTShape) -> dict[str, tuple[int, ...]]:
+def parameters_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return our parameters and their shapes, with q, k and v fused."""
-    parameters = {}
-    for public, size in hf.expected_tensors(shape).items():
-        name = public.removeprefix("model.decoder.")
-        if ".q_proj." in name:
-            parameters[name.replace(".q_proj.", ".qkv.")] = (3, *size)
-        elif ".k_proj." not in name and ".v_proj." not in name:
-            end = "" if name.startswith("layers.") else "embed." if "embed" in name or "in" in name[:10] else "head."
-            parameters[end + name] = size
-    return parameters
+    config = parse({"model": fields_of(shape), "data": {"sequence_length": 2}}, resolve=resolve)
+    context = make_context(config, Place(), connect=False, device=torch.device("meta"))
+    return {info.name: info.layout.shape for info in stage_of(context).infos}
 
 
-def infos_of(shape: OPTShape, rank: int, size: int) -> list[ParameterInfo]:
+def infos_of(shape: ModelShape, rank: int, size: int) -> list[ParameterInfo]:
     """Return zeros for this rank: a matrix is split over rows and columns, a vector over columns only, fused or not."""
     row, column = axis(rank // 2, max(1, size // 2)), axis(rank % 2, min(2, size))
     infos = []
-    for name, whole in parameters_of(shape).items():
-        is_matrix = len(whole) - (".qkv." in name) == 2
+    for name, full in parameters_of(shape).items():
+        is_matrix = len(full) - (".qkv." in name) == 2
         split = ((row,), (column,)) if is_matrix else ((column,),)
-        dims = (*((),) * (len(whole) - len(split)), *split)
-        layout = Layout(whole, dims, copies=() if is_matrix else (row,))
+        dims = (*((),) * (len(full) - len(split)), *split)
+        layout = Layout(full, dims, copies=() if is_matrix else (row,))
         parameter, unit = nn.Parameter(torch.zeros(layout.local_shape)), name.split(".")[0]
-        infos.append(ParameterInfo(name, unit, parameter, layout, hf.sources(name)))
+        infos.append(ParameterInfo(name, unit, parameter, layout, shape.sources(name)))
     return infos
 
 
@@ -95,7 +94,7 @@ def load_and_export(rank: int, size: int, source: Path, target: Path, max_shard_
     shape = from_hugging_face(source)
     infos = infos_of(shape, rank, size)
     hf.check_weights(source, shape)
-    num_bytes = hf.load_weights(source, [piece for info in infos for piece in info.pieces()])
+    num_bytes = hf.load_weights(source, shape, [piece for info in infos for piece in info.pieces()])
     owned = [piece for info in infos if owns(info.layout) for piece in info.pieces()]
     with patch.object(hf_folder, "MAX_SHARD_BYTES", max_shard_bytes):
         axes, tokenizer = world(rank, size), ByteTokenizer()
@@ -108,15 +107,18 @@ def test_expected_tensors_are_those_of_transformers(tmp_path: Path, variant: str
     model = hugging_face_model(variant)
     model.config.save_pretrained(tmp_path)
     theirs = {name: tuple(tensor.shape) for name, tensor in public_tensors(model).items()}
-    assert hf.expected_tensors(from_hugging_face(tmp_path)) == theirs
+    assert from_hugging_face(tmp_path).public_tensors() == theirs
 
 
 def test_sources_name_the_tensors_of_hugging_face() -> None:
-    assert hf.sources("embed.embed_tokens.weight") == ("model.decoder.embed_tokens.weight",)
-    assert hf.sources("head.embed_tokens.weight") == ("model.decoder.embed_tokens.weight",)
-    assert hf.sources("head.final_layer_norm.bias") == ("model.decoder.final_layer_norm.bias",)
-    assert hf.sources("layers.3.fc1.bias") == ("model.decoder.layers.3.fc1.bias",)
-    assert hf.sources("layers.3.self_attn.qkv.weight") == tuple(
+    def names(parameter: str) -> tuple[str, ...]:
+        return tuple(source.name for source in OPTShape(num_hidden_layers=4).sources(parameter))
+
+    assert names("embed.table.weight") == ("model.decoder.embed_tokens.weight",)
+    assert names("head.table.weight") == ("model.decoder.embed_tokens.weight",)
+    assert names("head.norm.bias") == ("model.decoder.final_layer_norm.bias",)
+    assert names("layers.3.feed_forward.up.bias") == ("model.decoder.layers.3.fc1.bias",)
+    assert names("layers.3.attention.qkv.weight") == tuple(
         f"model.decoder.layers.3.self_attn.{projection}_proj.weight" for projection in "qkv"
     )
 
@@ -156,10 +158,10 @@ def test_transformers_reads_back_bit_for_bit_what_it_wrote(
 def test_a_rank_reads_its_own_slices_and_no_more(tmp_path: Path) -> None:
     model = hugging_face_model("plain")
     model.save_pretrained(tmp_path)
-    tensors, seen = public_tensors(model), 0
+    tensors, seen, shape = public_tensors(model), 0, from_hugging_face(tmp_path)
     for rank in range(4):
-        pieces = [piece for info in infos_of(from_hugging_face(tmp_path), rank, 4) for piece in info.pieces()]
-        assert hf.load_weights(tmp_path, pieces) == 4 * sum(piece.data.numel() for piece in pieces)
+        pieces = [piece for info in infos_of(shape, rank, 4) for piece in info.pieces()]
+        assert hf.load_weights(tmp_path, shape, pieces) == 4 * sum(piece.data.numel() for piece in pieces)
         for piece in pieces:
             assert torch.equal(piece.data, tensors[piece.name][slices(piece.box)])
             seen += piece.data.numel()
@@ -174,7 +176,7 @@ def load_a_column_of_a_giant(rank: int, size: int, folder: Path) -> int:
     """Load eight columns of the tensor, and return by how many bytes the peak resident memory grows."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     piece = Piece("model.decoder.giant.weight", GIANT, ((0, 16), (70000, 70008)), torch.ones(16, 8))
-    assert hf.load_weights(folder, [piece]) == 16 * 8 * 4
+    assert hf.load_weights(folder, OPTShape(**SMALL), [piece]) == 16 * 8 * 4
     assert piece.data.abs().sum() == 0
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
@@ -196,7 +198,7 @@ def test_weights_of_the_bare_decoder_are_read_too(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
     hf.check_weights(tmp_path, from_hugging_face(tmp_path))
     data = torch.zeros(16)
-    hf.load_weights(tmp_path, [Piece("model.decoder.layers.1.fc2.bias", (16,), ((0, 16),), data)])
+    hf.load_weights(tmp_path, OPTShape(**SMALL), [Piece("model.decoder.layers.1.fc2.bias", (16,), ((0, 16),), data)])
     assert torch.equal(data, model.model.decoder.layers[1].fc2.bias)
 
 
@@ -206,7 +208,7 @@ def test_an_export_has_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -
     model.save_pretrained(tmp_path / "source")
     shape = from_hugging_face(tmp_path / "source")
     pieces = [piece for info in infos_of(shape, 0, 1) for piece in info.pieces()]
-    hf.load_weights(tmp_path / "source", pieces)
+    hf.load_weights(tmp_path / "source", shape, pieces)
     hf.export(tmp_path / "export", pieces, shape=shape, axis=world(0, 1), dtype=dtype)
     again = OPTForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     for name, tensor in public_tensors(model).items():
@@ -243,7 +245,7 @@ def test_an_export_without_an_owner_of_a_tensor_fails(tmp_path: Path) -> None:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Return a directory with the weights of SMALL in one file, all zero."""
-    save_zeros(tmp_path, hf.expected_tensors(OPTShape(**SMALL)))
+    save_zeros(tmp_path, OPTShape(**SMALL).public_tensors())
     return tmp_path
 
 
@@ -260,7 +262,7 @@ def refusal(folder: Path) -> str:
 
 
 def test_missing_tensors_are_counted_and_named(directory: Path) -> None:
-    expected = hf.expected_tensors(OPTShape(**SMALL))
+    expected = OPTShape(**SMALL).public_tensors()
     save_zeros(directory, {name: size for name, size in expected.items() if "layers.1." not in name})
     message = refusal(directory)
     assert f"lacks 16 of {len(expected)} tensors: model.decoder.layers.1.self_attn.q_proj.weight" in message
@@ -269,12 +271,12 @@ def test_missing_tensors_are_counted_and_named(directory: Path) -> None:
 
 def test_a_tensor_of_another_shape_is_named_with_file_and_both_shapes(directory: Path) -> None:
     name = "model.decoder.layers.0.fc1.bias"
-    save_zeros(directory, {**hf.expected_tensors(OPTShape(**SMALL)), name: (23,)})
+    save_zeros(directory, {**OPTShape(**SMALL).public_tensors(), name: (23,)})
     assert f"model.safetensors has {name} as (23,), the model needs (24,)" in refusal(directory)
 
 
 def test_quantized_weights_are_refused(directory: Path) -> None:
-    save_zeros(directory, hf.expected_tensors(OPTShape(**SMALL)), torch.uint8)
+    save_zeros(directory, OPTShape(**SMALL).public_tensors(), torch.uint8)
     assert "embed_positions.weight is U8, not one of F64, F32, F16, BF16" in refusal(directory)
 
 

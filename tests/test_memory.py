@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.opt import Block
-from models.shapes import OPTShape
+from models.opt.layers import block_of
+from models.opt.shape import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
@@ -97,7 +97,7 @@ VARIANTS = {
 
 
 def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None = None) -> Kept:
-    block = Block(shape, mode, seed=0)
+    block = block_of(shape, mode, 0)
     x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
     tokens = torch.zeros(B, S, dtype=torch.int64)
     held = Allocations()
@@ -107,7 +107,7 @@ def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None =
     known = total - x.nbytes + y.nbytes  # x existed before, and y is held by this function alone
     own = set(map(storage_of, block.parameters()))
     # Dropout in attention has a table of its heads' numbers, which is no activation.
-    known += 8 * len(mode.local(tokens, mode.inner_batch)) * block.self_attn.heads * (shape.attention_dropout > 0)
+    known += 8 * len(mode.local(tokens, mode.inner_batch)) * block.attention.heads * (shape.attention_dropout > 0)
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
 
 

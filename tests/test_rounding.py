@@ -15,6 +15,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import ChunkSpec
 from parallel.config import parse
 from parallel.engine.base import EngineBase
+from parallel.layout import sources
 from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.optim import adamw as optim
@@ -60,7 +61,9 @@ def chunk_of(*shapes: tuple[int, ...], rank: int = 0, ranks: int = 1) -> Chunk:
     infos = []
     for i, shape in enumerate(shapes):
         layout = Layout(shape, ((),) * len(shape), sync=(axis,))
-        infos.append(ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, (f"a.{i}",)))
+        infos.append(
+            ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, sources.whole(f"a.{i}", shape))
+        )
     return Chunk(ChunkSpec(infos, torch.float32, zero=1))
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.opt import Block as TransformerBlock
-from models.shapes import OPTShape
+from models.opt.layers import block_of
+from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
 from parallel.layout.rng import dropout
 from parallel.mesh.collectives import Pending, all_to_all, start_rotate
@@ -347,7 +347,7 @@ def names_of(layout: str) -> dict[str, int]:
 def kept(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig) -> tuple[int, int]:
     """Return the bytes that a block keeps for backward, and those that stay allocated beside what autograd knows."""
     mode = mode_of(rank, tensor, torch.float32, config)
-    block = TransformerBlock(SHAPE, mode, seed=0)
+    block = block_of(SHAPE, mode, 0)
     x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), requires_grad=True)
     tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
     held = Allocations()
@@ -378,7 +378,7 @@ def test_a_block_keeps_only_its_own_tokens(layout: str) -> None:
 def sent(rank: int, world_size: int, tensor: TensorConfig, config: ContextConfig) -> list[float]:
     """Return the bytes sent over the context axis in a block's forward and backward; our own counters agree."""
     mode = mode_of(rank, tensor, torch.bfloat16, config)
-    block = TransformerBlock(SHAPE, mode, seed=0)
+    block = block_of(SHAPE, mode, 0)
     group = mode.mesh.axis("context").group
     assert group is not None
     x = torch.ones(mode.activation_shape(SAMPLES, LENGTH, SHAPE.hidden_size), dtype=torch.bfloat16, requires_grad=True)

@@ -10,7 +10,9 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from models.costs import flops_per_token, layer_costs, parameter_count
-from models.shapes import NAMED, OPTShape, from_hugging_face, resolve, shape_of
+from models.family import named_sizes
+from models.opt.shape import OPTShape
+from models.shapes import from_hugging_face, resolve, shape_of
 from parallel.config import ModelConfig, parse
 from parallel.errors import ConfigError
 from parallel.pipeline.partition import partition
@@ -47,12 +49,12 @@ def test_a_config_overrides_exactly_the_fields_of_a_shape() -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        NAMED["opt-tiny"],
-        NAMED["opt-125m"],
-        NAMED["opt-350m"],
-        NAMED["opt-175b"],
-        replace(NAMED["opt-tiny"], enable_bias=False, remove_final_layer_norm=True),
-        replace(NAMED["opt-tiny"], layer_norm_elementwise_affine=False),
+        named_sizes()["opt-tiny"],
+        named_sizes()["opt-125m"],
+        named_sizes()["opt-350m"],
+        named_sizes()["opt-175b"],
+        replace(named_sizes()["opt-tiny"], enable_bias=False, remove_final_layer_norm=True),
+        replace(named_sizes()["opt-tiny"], layer_norm_elementwise_affine=False),
     ],
 )
 def test_parameter_count_is_that_of_hugging_faces_model(shape: OPTShape) -> None:
@@ -63,12 +65,12 @@ def test_parameter_count_is_that_of_hugging_faces_model(shape: OPTShape) -> None
 
 @pytest.mark.parametrize(("name", "billions"), [("opt-1.3b", 1.3), ("opt-13b", 13), ("opt-30b", 30), ("opt-175b", 175)])
 def test_a_named_size_has_about_the_parameters_it_is_named_for(name: str, billions: float) -> None:
-    assert parameter_count(NAMED[name]) / 1e9 == pytest.approx(billions, rel=0.03)
+    assert parameter_count(named_sizes()[name]) / 1e9 == pytest.approx(billions, rel=0.03)
 
 
 def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
     """The reference adds up the matmuls. The formula also counts 6 FLOPs for each bias and norm, a thousandth here."""
-    shape, length = NAMED["opt-1.3b"], 1024
+    shape, length = named_sizes()["opt-1.3b"], 1024
     hidden, ffn = shape.hidden_size, shape.ffn_dim
     layer = 2 * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * (2 * hidden * length)  # scores, and values
     forward = shape.num_hidden_layers * layer + 2 * hidden * shape.vocab_size
@@ -81,7 +83,7 @@ def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
 @pytest.mark.parametrize(("device", "blocks"), [("cuda", [8, 8, 9, 7]), ("cpu", [8, 8, 8, 8])])
 def test_the_partition_counts_the_time_of_more_than_matmuls(device: str, blocks: list[int]) -> None:
     """OPT-6.7b's last stage took 717 ms of a step on H100s, the others 585, with 8 blocks in each."""
-    costs = layer_costs(NAMED["opt-6.7b"], 2048, device)
+    costs = layer_costs(named_sizes()["opt-6.7b"], 2048, device)
     first, *middle, last = (len(stage) for stage in partition(costs, 4))
     assert [first - 1, *middle, last - 1] == blocks
     assert (costs[-1] > 1.5 * costs[1]) == (device == "cuda")
@@ -89,17 +91,17 @@ def test_the_partition_counts_the_time_of_more_than_matmuls(device: str, blocks:
 
 @pytest.mark.parametrize("name", ["opt-tiny", "opt-350m"])
 def test_what_hugging_face_saves_reads_back(tmp_path: Path, name: str) -> None:
-    hugging_face(NAMED[name]).save_pretrained(tmp_path)
-    assert from_hugging_face(tmp_path) == NAMED[name]
+    hugging_face(named_sizes()[name]).save_pretrained(tmp_path)
+    assert from_hugging_face(tmp_path) == named_sizes()[name]
 
 
 def test_an_embedding_is_as_wide_as_the_model_unless_its_width_is_given(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "opt", "hidden_size": 48, "word_embed_proj_dim": None})
     )
-    assert from_hugging_face(tmp_path) == OPTShape(hidden_size=48, word_embed_proj_dim=48)
+    assert from_hugging_face(tmp_path) == OPTShape(hidden_size=48)
     wider = parse({"model": {"path": str(tmp_path), "hidden_size": 96}}, resolve=resolve)
-    assert wider.model.word_embed_proj_dim == 96
+    assert shape_of(wider).embedding_width == 96
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_a_directory_of_another_model_or_none_is_refused(tmp_path: Path, text: s
 
 def test_resolve_fills_in_every_field_and_overrides_win() -> None:
     config = parse({"model": {"name": "opt-350m", "vocab_size": 300}}, resolve=resolve)
-    assert shape_of(config) == replace(NAMED["opt-350m"], vocab_size=300)
+    assert shape_of(config) == replace(named_sizes()["opt-350m"], vocab_size=300)
     assert None not in {key: value for key, value in asdict(config.model).items() if key != "path"}.values()
     assert parse(config.to_dict(), resolve=resolve) == config
 

@@ -51,9 +51,11 @@ def texts_in(folder: Path, **texts: str | bytes) -> Path:
     return folder
 
 
-def tokens_of(path: Path, tokenizer: Path | str = "bytes", vocab_size: int = 260, **model: int) -> list[int]:
+def tokens_of(
+    path: Path, tokenizer: Path | str = "bytes", vocab_size: int = 260, *, end: int | None = None
+) -> list[int]:
     data = DataConfig(path=str(path), tokenizer=str(tokenizer), sequence_length=2, validation_fraction=0.0)
-    return list(load_tokens(data, vocab_size, **model).tokens.tolist())
+    return list(load_tokens(data, vocab_size, ends=() if end is None else (end,)).tokens.tolist())
 
 
 def byte_ids(text: str) -> list[int]:

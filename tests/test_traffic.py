@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from models.opt import Block, Embed, Head
-from models.shapes import OPTShape
+from models.layer import Block, Embed, Head
+from models.opt.shape import OPTShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
 from parallel.tensor import loss

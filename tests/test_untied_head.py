@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from models import hf
 from models.costs import flops_per_token, parameter_count
-from models.shapes import NAMED, OPTShape, from_hugging_face
+from models.family import named_sizes
+from models.opt.shape import OPTShape
+from models.shapes import from_hugging_face
 from tests.harness import run
 from tests.parity import (
     BOUND,
@@ -94,12 +95,12 @@ def test_expected_tensors_and_the_parameter_count_are_those_of_transformers(mode
     for path in models_of.values():
         shape, model = from_hugging_face(path), OPTForCausalLM(OPTConfig.from_pretrained(path))
         sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        assert hf.expected_tensors(shape) == sizes
+        assert shape.public_tensors() == sizes
         assert parameter_count(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_head_of_its_own_costs_memory_and_no_flops() -> None:
-    tied = NAMED["opt-125m"]
+    tied = named_sizes()["opt-125m"]
     untied = OPTShape(tie_word_embeddings=False)
     assert flops_per_token(untied, 128) == flops_per_token(tied, 128)
     assert parameter_count(untied) - parameter_count(tied) == tied.vocab_size * tied.word_embed_proj_dim

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,9 +75,9 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     """
     config = engine.config
     shape = shape_of(config)
-    if job.tokenizer is not None and (end := job.tokenizer.end) is not None:
+    if job.tokenizer is not None and (end := job.tokenizer.end) is not None and end not in shape.end_tokens:
         begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
-        shape = replace(shape, bos_token_id=begin, eos_token_id=end)
+        shape = shape.with_fields(bos_token_id=begin, eos_token_id=end)
     widest = torch.float64 if config.train.precision == "fp64" else torch.float32
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
     pieces = engine.weights()
@@ -95,8 +94,8 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     )
     with fail_together(engine.mesh.world):
         if engine.mesh.world.rank == 0 and job.generation is not None:
-            before = shape_of(config).eos_token_id
-            write_generation_config(job.folder.export, job.generation, end=shape.eos_token_id, before=before)
+            before = shape_of(config).end_tokens
+            write_generation_config(job.folder.export, job.generation, ends=shape.end_tokens, before=before)
     log.info("exported %s", job.folder.export)
 
 

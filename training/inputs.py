@@ -5,7 +5,8 @@ from pathlib import Path
 from models.data import Corpus, load_tokens
 from models.generation_config import read_generation_config
 from models.hf import check_weights, has_weights, stored_dtypes
-from models.shapes import OPTShape, shape_of
+from models.shape import ModelShape
+from models.shapes import shape_of
 from models.tokenizer import Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import Config
 from parallel.errors import DataError
@@ -17,7 +18,7 @@ UNUSED_ROWS = 1024  # a vocabulary is often padded to a multiple of 64 or 128, w
 def read_corpus(config: Config) -> Corpus:
     """Return the corpus, after checking it and the files in `model.path`. Raises ConfigError or DataError."""
     shape, path = shape_of(config), config.model.path
-    corpus = load_tokens(config.data, shape.vocab_size, end=shape.eos_token_id, pad=shape.pad_token_id)
+    corpus = load_tokens(config.data, shape.vocab_size, ends=shape.end_tokens, pad=shape.pad_token_id)
     if path is not None:
         read_generation_config(path)
         if has_weights(path):
@@ -56,10 +57,10 @@ def _dtype_messages(config: Config, path: str) -> list[str]:
     ]
 
 
-def _vocabulary_messages(tokenizer: Tokenizer, shape: OPTShape) -> list[str]:
+def _vocabulary_messages(tokenizer: Tokenizer, shape: ModelShape) -> list[str]:
     """Say where the tokenizer and the model's shape do not fit each other."""
     messages = []
-    if tokenizer.end is not None and tokenizer.end != shape.eos_token_id:
+    if tokenizer.end is not None and tokenizer.end not in shape.end_tokens:
         messages.append(
             f"a text ends with token {tokenizer.end}, the tokenizer's eos_token, and not with model.eos_token_id"
             f" {shape.eos_token_id}: the export has {tokenizer.end}"

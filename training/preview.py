@@ -6,7 +6,8 @@ import torch
 
 from models.build import costs_of, layers_of_stages, mode_of, specs_of_stage, stage_of
 from models.costs import parameter_count
-from models.shapes import OPTShape, shape_of
+from models.shape import ModelShape
+from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
 from parallel.config import Config
 from parallel.engine.context import Place, make_context
@@ -46,7 +47,7 @@ class Preview:
     stages: tuple[StagePreview, ...]
 
     @property
-    def shape(self) -> OPTShape:
+    def shape(self) -> ModelShape:
         return shape_of(self.config)
 
     @property

@@ -3,20 +3,17 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from models.data import Corpus
 from models.hf import has_weights
-from models.shapes import OPTShape, shape_of
+from models.shape import ModelShape
+from models.shapes import fields_of, shape_from, shape_of
 from parallel.checkpoint import checkpoint
 from parallel.config import Config
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
-
-MAY_CHANGE = {"dropout", "attention_dropout", "layerdrop", "init_std", "bos_token_id", "eos_token_id"}
-"""The fields of a model's shape that may differ: the same weights are then still the same function."""
 
 
 def find_checkpoint(config: Config, resume: str | None, corpus: Corpus) -> Path | None:
@@ -60,16 +57,16 @@ def start_messages(config: Config, resume: str | None, found: Path | None) -> li
     return [f"nothing to resume in {config.output.dir}: starting from the beginning", origin]
 
 
-def check_same_model(folder: Path, shape: OPTShape) -> None:
+def check_same_model(folder: Path, shape: ModelShape) -> None:
     """Raise CheckpointError if the checkpoint is of another function than this model."""
     try:
-        saved = OPTShape(**checkpoint.read_metadata(folder)["model"])
-    except (KeyError, TypeError) as error:
+        saved = shape_from(checkpoint.read_metadata(folder)["model"])
+    except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error
-    ours, theirs = asdict(shape), asdict(saved)
-    keys = [key for key in ours if key not in MAY_CHANGE and ours[key] != theirs[key]]
+    ours, theirs = fields_of(shape), fields_of(saved)
+    keys = [key for key in ours if key not in shape.may_change and ours[key] != theirs.get(key)]
     if keys:
-        differing = "; ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in keys)
+        differing = "; ".join(f"{key} {theirs.get(key)}, not {ours[key]}" for key in keys)
         raise CheckpointError(f"--resume: {folder} is of another model: it has {differing}.")
 
 
@@ -78,7 +75,7 @@ def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus) -> 
     return {
         "step": counters["step"],
         "counters": dict(counters),
-        "model": asdict(shape_of(config)),
+        "model": fields_of(shape_of(config)),
         "config": config.to_dict(),
         "corpus": corpus_record(corpus),
     }

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from parallel.errors import CheckpointError, ColonnadeError
-from parallel.layout.layout import Piece, box_shape, overlap, slices
-from parallel.layout.sources import Box
+from parallel.layout.layout import Piece, box_shape, slices
+from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 

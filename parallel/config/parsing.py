@@ -11,17 +11,15 @@ from typing import Any, TypeAlias, get_type_hints
 
 from parallel.config.other_names import accumulation_problems
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import MAX_DEPTH, Reader, literal
+from parallel.config.reader import MAX_DEPTH, Reader, hints_of, literal
 from parallel.config.sections import Config
 from parallel.errors import ConfigError, closest, either, shortened, shown
 
 MOST_ADVISED = 64  # the largest size that is tried for a tensor mode without one
 SUFFIXES = (".py", ".json", "")  # of config files; none: a pipe, such as /dev/stdin
 
-KEYS = {
-    section.name: tuple(key.name for key in fields(get_type_hints(Config)[section.name])) for section in fields(Config)
-}
-"""The keys of every section."""
+KEYS = {section.name: tuple(hints_of(get_type_hints(Config)[section.name])[0]) for section in fields(Config)}
+"""The keys of every section; those of `model` that its family has are not among them."""
 
 Resolver: TypeAlias = Callable[[Config], tuple[Config, list[str]]]
 """Takes a config; returns it with the fields that depend on the model filled in, and what does not fit the model."""
@@ -124,13 +122,11 @@ def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
     dicts that are nested too deep.
     """
     config: dict[str, Any] = _copy(raw)
-    parallel, model = config.get("parallel"), config.get("model")
+    parallel = config.get("parallel")
     if isinstance(parallel, dict):
         for key, short in (("pipeline", "size"), ("context", "size"), ("tensor", "mode")):
             if key in parallel and not isinstance(parallel[key], dict):
                 parallel[key] = {short: parallel[key]}
-    if isinstance(model, dict) and "_remove_final_layer_norm" in model and "remove_final_layer_norm" not in model:
-        model["remove_final_layer_norm"] = model.pop("_remove_final_layer_norm")
     return config
 
 

@@ -74,6 +74,10 @@ class Expanded:
     """The mark of a path, in which `~` and variables are replaced."""
 
 
+class Rest:
+    """The mark of a field that holds all keys of a section for which it has no field."""
+
+
 PathText = Annotated[str, Expanded()]
 """A path, of which `~` and `$NAME` may be a part."""
 
@@ -104,15 +108,18 @@ class Reader:
         if not isinstance(raw, Mapping):
             self._report(path, f"needs a dict, got {shown(raw)}. Try dict().")
             return kind()
-        hints = get_type_hints(kind, include_extras=True)
+        hints, rest = hints_of(kind)
         defaults = {key.name: key.default for key in fields(kind)}  # type: ignore[arg-type]
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {} if rest is None else {rest: {}}
         for key, value in raw.items():
             here = (*path, key_text(key))
-            if key not in hints:
+            inner = _section_of(hints.get(key))
+            if key not in hints and rest is not None:
+                values[rest][key] = value
+            elif key not in hints:
                 self._report_unknown(here, list(hints))
-            elif is_dataclass(hints[key]):
-                values[key] = self.section(hints[key], value, here)
+            elif inner is not None and not (value is None and inner is not hints[key]):
+                values[key] = self.section(inner, value, here)
             else:
                 values[key] = self._value(hints[key], value, here, defaults[key])
         return kind(**values)
@@ -141,6 +148,21 @@ class Reader:
             self.misread.add(closest(path[-1], known) or path[-1])
 
 
+def hints_of(kind: type) -> tuple[dict[str, Any], str | None]:
+    """Return the hint of each field of a dataclass, and the name of the field for the keys that have none."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {key.name: hints[key.name] for key in fields(kind)}
+    rest = next((name for name, hint in found.items() if any(annotations_of(hint, Rest))), None)
+    return {name: hint for name, hint in found.items() if name != rest}, rest
+
+
+def _section_of(hint: Any) -> Any:
+    """Return the dataclass of a hint that is one, or one or None; else None."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next((argument for argument in get_args(hint) if is_dataclass(argument)), None)
+    return hint if is_dataclass(hint) else None
+
+
 def annotations_of(hint: Any, kind: type[Section]) -> Iterator[Section]:
     """Yield the objects of one kind, Range or Supported, that an `Annotated` hint carries."""
     if get_origin(hint) is Annotated:
@@ -158,8 +180,7 @@ def convert(hint: Any, raw: object) -> Any:
                 raise MisreadError(f"needs {bounds.needs(value)}, got {shown(raw)}", nearest)
         return _expanded(value) if any(annotations_of(hint, Expanded)) else value
     if origin in (Union, UnionType):
-        (inner,) = (argument for argument in arguments if argument is not NoneType)
-        return None if raw is None else _optional(inner, raw)
+        return _one_of([argument for argument in arguments if argument is not NoneType], arguments, raw)
     if origin is Literal:
         return _choice(arguments, raw)
     if origin is tuple:
@@ -174,6 +195,15 @@ def can_convert(hint: Any, raw: object) -> bool:
     except MisreadError:
         return False
     return True
+
+
+def _one_of(kinds: list[Any], arguments: tuple[Any, ...], raw: object) -> Any:
+    """Return `raw` as one of these kinds requires: a list as a tuple, if there is one; or None, if the hint has it."""
+    if raw is None and NoneType in arguments:
+        return None
+    is_list = isinstance(raw, (list, tuple))
+    fitting = [kind for kind in kinds if is_list is (get_origin(kind) is tuple)]
+    return _optional((fitting or kinds)[0], raw)
 
 
 def _optional(hint: Any, raw: object) -> Any:

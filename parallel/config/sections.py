@@ -226,6 +226,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as dicts, lists, numbers and text for JSON; `parse` reads it back to an equal config."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        plain["model"] |= plain["model"].pop("fields")
         return plain
 
     def microbatch_problems(self) -> list[str]:

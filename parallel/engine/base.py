@@ -177,12 +177,12 @@ class EngineBase:
 
     def state_pieces(self, *, owned: bool = False) -> list[Piece]:
         """Return the pieces of `state` in one list, each named KIND/NAME; `owned`: only those that this rank saves."""
-        mine = {piece.name for piece in self.weights()} if owned else None
+        mine = {(piece.name, piece.box) for piece in self.weights()} if owned else None
         return [
             Piece(f"{kind}/{piece.name}", piece.shape, piece.box, piece.data)
             for kind, pieces in self.state().items()
             for piece in pieces
-            if piece.data.numel() and (mine is None or piece.name in mine)
+            if piece.data.numel() and (mine is None or (piece.name, piece.box) in mine)
         ]
 
     def counters(self) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class ModuleState(EngineState):
             save = save_merged if merge else save_adapters
             save(self.module, super().weights(), Path(folder), wide, self.mesh.world)
             return
-        entries = [Entry(i.name, i.public_shape, wide) for chunk in self.chunks for i in chunk.infos]
+        sources = [source for chunk in self.chunks for info in chunk.infos for source in info.sources]
+        entries = [Entry(source.name, source.shape, wide) for source in sources]
         entries += [Entry(piece.name, piece.shape, piece.data.dtype) for piece in buffer_pieces(self.module)]
         entries.sort(key=lambda entry: -entry.dtype.itemsize)
         describe = partial(write_hf_configs, self.module, wide)

@@ -86,7 +86,7 @@ class EngineState(EngineBase):
             if kind_of(piece.name) not in WEIGHTS and piece.name not in saved.shapes:
                 piece.data.fill_(self.optimizer.initial_value(kind_of(piece.name), name_of(piece.name)))
         infos = [info for chunk in self.chunks for info in chunk.infos]
-        steps = {info.name: 0 for info in infos if not new.isdisjoint(info.sources)}
+        steps = {info.name: 0 for info in infos if not new.isdisjoint(info.names)}
         self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})
         set_extra_states(self.module, saved.values.get("extra_state", {}))
         self._log_what_starts_anew(saved, new)
@@ -171,7 +171,7 @@ class EngineState(EngineBase):
 
     def _frozen(self) -> frozenset[str]:
         """Return the public names of all frozen parameters, of all ranks."""
-        own = {name for chunk in self.chunks if chunk.is_frozen for info in chunk.infos for name in info.sources}
+        own = {name for chunk in self.chunks if chunk.is_frozen for info in chunk.infos for name in info.names}
         return frozenset().union(*gather_objects(own, self.mesh.world))
 
     def _groups(self, *, gathers: bool = True) -> tuple[list[list[str]], list[Mapping[str, Any]]]:

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from parallel.layout.sources import Box
+from parallel.layout.sources import Box, Source, are_of
 from parallel.mesh.mesh import Axis
 
 ROOT = ""
@@ -69,7 +69,8 @@ class Piece:
     """A part of a public tensor on this rank: `data` is box `box` of the tensor `name`, whose whole shape is `shape`.
 
     A public tensor has the name and the shape that it has in Hugging Face's files. `data` is a view: writing into it
-    writes the parameter.
+    writes the parameter. Of a matrix that the files have transposed it is the transposed view, which is not contiguous.
+    A rank may have several pieces of one public tensor, of one parameter or of several.
     """
 
     name: str
@@ -88,17 +89,20 @@ class ParameterInfo:
 
     parameter: nn.Parameter
     layout: Layout
-    sources: tuple[str, ...]
-    """The name of its public tensor. If public tensors of one shape are fused along dim 0, one name for each index: the
-    weight [3, N, K] of q, k and v has three.
-    """
+    sources: tuple[Source, ...]
+    """The public tensors that it holds, and where: the weight [3, N, K] of q, k and v has three."""
+
     dtype: torch.dtype | None = None
     """The dtype in which it is computed; None: that of the model."""
 
+    def __post_init__(self) -> None:
+        problem = f"{self.name} {self.layout.shape} is not made of {self.sources}"
+        assert are_of(self.sources, self.layout.shape), problem
+
     @property
-    def public_shape(self) -> tuple[int, ...]:
-        """The shape of each of its public tensors."""
-        return self.layout.shape if len(self.sources) == 1 else self.layout.shape[1:]
+    def names(self) -> tuple[str, ...]:
+        """The names of its public tensors, each once."""
+        return tuple(dict.fromkeys(source.name for source in self.sources))
 
     @property
     def is_matrix(self) -> bool:
@@ -106,7 +110,7 @@ class ParameterInfo:
 
         A fused bias [3, N] is no matrix: it is three public vectors.
         """
-        return len(self.public_shape) >= 2
+        return all(len(source.shape) >= 2 for source in self.sources)
 
     def pieces(self, data: Tensor | None = None, part: Box | None = None) -> list[Piece]:
         """Return the parts of public tensors on this rank, as views of `data`.
@@ -114,14 +118,14 @@ class ParameterInfo:
         `data`: the local tensor, or box `part` of it; by default the parameter itself. Padding is left out.
         """
         data = self.parameter.detach() if data is None else data
-        box = self.layout.box if part is None else self.layout.box_of(part)
-        data = data[tuple(slice(0, stop - start) for start, stop in box)]
-        if len(self.sources) == 1:
-            pieces = [Piece(self.sources[0], self.layout.shape, box, data)]
-        else:
-            names = self.sources[slice(*box[0])]
-            pieces = [Piece(n, self.public_shape, box[1:], row) for n, row in zip(names, data, strict=True)]
-        return [piece for piece in pieces if piece.data.numel()]
+        held = self.layout.box if part is None else self.layout.box_of(part)
+        origin = [start for start, _ in held]
+        pieces = []
+        for source in self.sources:
+            for inside, box in source.parts(held):
+                view = data[slices(inside, origin)][(0,) * source.num_merged]  # size 1 along each merged dim
+                pieces.append(Piece(source.name, source.shape, box, view.T if source.transposed else view))
+        return pieces
 
 
 def index_along(axes: tuple[Axis, ...]) -> int:
@@ -165,11 +169,6 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
     first = index * prod(shape[1:])
     for offset, box in rectangles(shape[1:], start - first, stop - first):
         yield first + offset, ((index, index + 1), *box)
-
-
-def overlap(a: Box, b: Box) -> Box:
-    """Return the box that both boxes cover, which may be empty."""
-    return tuple((max(s, t), max(max(s, t), min(e, f))) for (s, e), (t, f) in zip(a, b, strict=True))
 
 
 def box_shape(box: Box) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The public tensors that a parameter holds: those of Hugging Face's files. This module needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 
 Box = tuple[tuple[int, int], ...]
@@ -29,6 +30,41 @@ class Source:
     first: int = 0
     """The first row (or column, if transposed) of the public tensor that the box holds."""
 
+    @property
+    def num_merged(self) -> int:
+        """The number of leading dims of the box that are merged into the dim after them."""
+        return len(self.box) - len(self.shape)
+
+    def parts(self, held: Box) -> Iterator[tuple[Box, Box]]:
+        """Yield the parts of box `held` of the parameter that belong to this source, each with its public box.
+
+        There is a part for each index along the dims that are merged, since the rows of two indices are not at one
+        stride in the parameter. With 2 groups of 12 rows, of which rows 4 ... 5 are those of the source, and K columns:
+
+            ((0, 1), (4, 6), (0, K))    of the parameter is    ((0, 2), (0, K))    of the public tensor
+            ((1, 2), (4, 6), (0, K))                           ((2, 4), (0, K))
+        """
+        common = overlap(self.box, held)
+        if not size_of(common):
+            return
+        merged = common[: self.num_merged]
+        for index in product(*(range(start, stop) for start, stop in merged)):
+            part = (*((i, i + 1) for i in index), *common[self.num_merged :])
+            yield part, self._public(part)
+
+    def _public(self, part: Box) -> Box:
+        """Return the box in the public tensor of a part that has one index along each of the dims that are merged."""
+        row = 0
+        for (i, _), (start, stop) in zip(part, self.box[: self.num_merged], strict=False):
+            row = row * (stop - start) + i - start
+        inner = self.box[self.num_merged :]
+        public = [(s - start, e - start) for (s, e), (start, _) in zip(part[self.num_merged :], inner, strict=True)]
+        if public:
+            (start, stop), (begin, end) = public[0], inner[0]
+            first = self.first + row * (end - begin)
+            public[0] = start + first, stop + first
+        return tuple(reversed(public) if self.transposed else public)
+
 
 def whole(name: str, shape: Sequence[int]) -> tuple[Source, ...]:
     """Return the source of a parameter that is one public tensor."""
@@ -48,6 +84,7 @@ def grouped(names: Sequence[str], shapes: Sequence[Sequence[int]], groups: int) 
     """
     found, start = [], 0
     for name, shape in zip(names, shapes, strict=True):
+        assert shape[0] % groups == 0, f"{name}: {shape[0]} rows in {groups} groups"
         rows, rest = shape[0] // groups, shape[1:]
         found.append(Source(name, tuple(shape), ((0, groups), (start, start + rows), *_box(rest))))
         start += rows
@@ -56,17 +93,53 @@ def grouped(names: Sequence[str], shapes: Sequence[Sequence[int]], groups: int) 
 
 def transposed(sources: Sequence[Source]) -> tuple[Source, ...]:
     """Return the sources with public matrices that are stored the other way around, [K, N]; vectors are as before."""
-    return tuple(replace(s, shape=s.shape[::-1], transposed=True) if len(s.shape) == 2 else s for s in sources)
+    return tuple(
+        replace(s, shape=s.shape[::-1], transposed=not s.transposed) if len(s.shape) == 2 else s for s in sources
+    )
 
 
 def joined(name: str, sources: Sequence[Source]) -> tuple[Source, ...]:
-    """Return the sources of which the rows follow one another in one public tensor `name`, as q, k, v do in GPT-2's."""
+    """Return the sources of which the rows follow one another in one public tensor `name`, as q, k, v do in GPT-2's.
+
+    Of transposed matrices the columns follow one another. Each source is a whole public tensor before.
+    """
     found, first = [], 0
-    total = sum(source.shape[0] for source in sources)
-    for source in sources:
-        found.append(replace(source, name=name, shape=(total, *source.shape[1:]), first=first))
-        first += source.shape[0]
+    dims = [len(source.shape) - 1 if source.transposed else 0 for source in sources]
+    total = sum(source.shape[dim] for source, dim in zip(sources, dims, strict=True))
+    for source, dim in zip(sources, dims, strict=True):
+        shape = (*source.shape[:dim], total, *source.shape[dim + 1 :])
+        found.append(replace(source, name=name, shape=shape, first=first))
+        first += source.shape[dim]
     return tuple(found)
+
+
+def are_of(sources: Sequence[Source], shape: Sequence[int]) -> bool:
+    """Return whether each element of a parameter of this shape is in one source, and each source in its public tensor.
+
+    That is so if the boxes have as many elements as the parameter, no two of them overlap, and each is of its source's
+    rows.
+    """
+    boxes = [source.box for source in sources]
+    if not all(_is_inside(source, shape) for source in sources) or sum(map(size_of, boxes)) != prod(shape):
+        return False
+    return not any(size_of(overlap(a, b)) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def _is_inside(source: Source, shape: Sequence[int]) -> bool:
+    """Return whether a source is in a parameter of this shape, and its rows are rows of its public tensor."""
+    public = source.shape[::-1] if source.transposed else source.shape
+    if len(source.box) != len(shape) or len(public) > len(shape):
+        return False
+    if not all(0 <= start <= stop <= size for (start, stop), size in zip(source.box, shape, strict=True)):
+        return False
+    sizes = tuple(stop - start for start, stop in source.box)
+    rows, columns = prod(sizes[: source.num_merged + 1]), sizes[source.num_merged + 1 :]
+    return columns == public[1:] and source.first + rows <= public[0] if public else rows == 1
+
+
+def overlap(a: Box, b: Box) -> Box:
+    """Return the box that both boxes cover, which may be empty."""
+    return tuple((max(s, t), max(max(s, t), min(e, f))) for (s, e), (t, f) in zip(a, b, strict=True))
 
 
 def size_of(box: Box) -> int:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from parallel.errors import ModelError, either
 from parallel.layout.layout import ROOT, Layout, ParameterInfo
+from parallel.layout.sources import whole
 from parallel.mesh.mesh import Axis
 from parallel.modules.precision import computed_dtypes, report_dtypes
 
@@ -104,4 +105,4 @@ def _info(parameter: nn.Parameter, name: str, owners: set[str], data: Axis, dtyp
     shape = tuple(parameter.shape)
     layout = Layout(shape, ((),) * len(shape), sync=(data,))
     unit = next(iter(owners)) if len(owners) == 1 else ROOT
-    return ParameterInfo(name, unit, parameter, layout, (name,), dtype)
+    return ParameterInfo(name, unit, parameter, layout, whole(name, shape), dtype)

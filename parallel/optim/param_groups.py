@@ -30,20 +30,20 @@ class ParamGroups:
 
     def __init__(self, inner: torch.optim.Optimizer, infos: Sequence[ParameterInfo]) -> None:
         self.inner = inner
-        self._sources = {info.parameter: info.sources for info in infos}
+        self._names = {info.parameter: info.names for info in infos}
         self.names: list[list[str]] = []
         for group in inner.param_groups:
             self.add(group["params"])
 
     def repeated(self, parameters: Sequence[nn.Parameter]) -> list[str]:
         """Return the names of those of these parameters that a group has, or that are twice among them."""
-        given = [name for parameter in parameters for name in self._sources.get(parameter, ())]
+        given = [name for parameter in parameters for name in self._names.get(parameter, ())]
         present = {name for names in self.names for name in names}
         return [name for i, name in enumerate(given) if name in present or name in given[:i]]
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note a group of these parameters of the model, which comes after the others."""
-        self.names.append([name for parameter in parameters for name in self._sources.get(parameter, ())])
+        self.names.append([name for parameter in parameters for name in self._names.get(parameter, ())])
 
     def state(self) -> list[SavedGroup]:
         """Return each group's names, and all of its fields."""

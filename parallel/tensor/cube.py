@@ -14,7 +14,7 @@ class Cube(Mode):
     linear_out    y[B_wo, S, K_i] · W[N_o, K_iw] -> x[B_wi, S, N_o]   the same with i and o swapped
     embedding     E[V_i, H_ow]: gather E over its width, look up the tokens of B_w, then scatter the batch over i
 
-    kept by a block   T · (8 · H + F + A + 4 · q) / p
+    kept by a block   T · (O + I + N · q) / p
     """
 
     axes = ("i", "w", "o")

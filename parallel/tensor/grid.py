@@ -15,7 +15,7 @@ class Grid(Mode):
     linear        x[B_dr, S, K_c] · W[N_c, K_r] -> y[B_dr, S, N_c]   gather x over c, W over r; backward scatters both
     embedding     E[V_c, H_r]: gather E over its width, look up the tokens of B_dr, then scatter the hidden dim over c
 
-    kept by a block   T · (8 · H + F + A + 4 · c) / p
+    kept by a block   T · (O + I + N · c) / p
 
     All depths d have the same W. Its gradient is summed over them once a step, together with the data-parallel sum.
     """

@@ -14,7 +14,7 @@ class Line(Mode):
 
     linear_in is Megatron-LM's ColumnParallelLinear, linear_out its RowParallelLinear.
 
-    kept by a block   T · (4 · H + 4) + T · (4 · H + F + A) / p
+    kept by a block   T · (O + N) + T · I / p
     """
 
     axes = ("t",)
@@ -27,6 +27,6 @@ class Line(Mode):
 
     def project_in(self, n: int, k: int) -> Linear:
         """Return a linear with a whole W[N, K] on every rank, since x is whole both before and after it."""
-        return self._linear((n, ()), (k, ()), LinearCollectives(), bias=False)
+        return self._linear(LinearCollectives(), (n, ()), (k, ()), bias=False)
 
     project_out = project_in

@@ -23,9 +23,10 @@ from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import gather, reduce, scatter
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.sequence import UNSPLIT, SequenceSplit
-from parallel.tensor.layers import Embedding, LayerNorm, Linear, Vocabulary
+from parallel.tensor.layers import Embedding, Linear, Vocabulary
 from parallel.tensor.loss import HeadLayout, sum_cross_entropy
 from parallel.tensor.matmul import LinearCollectives, matmul
+from parallel.tensor.norms import NORMS, Norm
 
 Split = tuple[Axis, ...]
 """The axes that split a dim, outermost first."""
@@ -34,10 +35,10 @@ Split = tuple[Axis, ...]
 class Mode:
     """One way to split a transformer over ranks. This base class: none, every rank computes all of it.
 
-    kept by a block   T · (8 · H + F + A + 4)
+    kept by a block   T · (O + I + N)
 
-    These are the elements that each rank keeps for backward; `models.opt.Block` lists them. The letters are those of
-    docs/notation.md.
+    These are the elements that each rank keeps for backward: for a token O of tensors between blocks, I of tensors
+    inside a block, and N numbers of the norms. docs/notation.md says what O, I and N are for each family.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
@@ -120,19 +121,26 @@ class Mode:
         """
         return all(self.mesh.axis(name).rank == 0 for name in self.axes if name not in {axis.name for axis in batch})
 
-    def layout(self, shape: tuple[int, ...], *dims: Split, tied: bool = False) -> Layout:
+    def layout(self, shape: tuple[int, ...], *dims: Split, tied: bool = False, by_heads: bool = False) -> Layout:
         """Return a parameter's layout: its global shape, the axes that split each dim, and the gradient rule.
 
-        The rule: **a gradient is summed over every axis that splits tokens and does not split the parameter.** A rank
-        computes a gradient from its own tokens. Along an axis that splits both, the collectives around the matmul have
-        already brought in what the other ranks' tokens contribute; along one that splits neither, all ranks compute the
-        same gradient. `tied`: the parameter has a copy on the last pipeline stage, whose gradient is added too.
+        The rule: **a gradient is summed over every axis that splits what the parameter is applied to, tokens or heads,
+        and does not split the parameter.** A rank computes a gradient from its own tokens and heads. Along an axis that
+        splits both, the collectives around the matmul have already brought in what the other ranks contribute; along
+        one that splits neither, all ranks compute the same gradient.
+
+        `tied`: the parameter has a copy on the last pipeline stage, whose gradient is added too. `by_heads`: it is
+        applied to each head, as the weight of a head norm is. Then the sum over the axes that split heads follows the
+        sum over those that split tokens. So both need only process groups that the mesh has in any case, and ZeRO
+        divides the update over tokens' axes, as that of all other parameters.
         """
         own = {axis.name for axes in dims for axis in axes}
-        sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in own))]
+        heads = [axis for axis in self.inner_hidden if by_heads and axis.name not in own]
+        done = own | {axis.name for axis in heads}
+        sync = [self.mesh.axis(*(name for name in ("data", "context", *self.token_axes) if name not in done)), *heads]
         if tied:
             sync.append(self.mesh.ends)
-        copies = (self.mesh.axis(name) for name in self.axes if name not in (*own, *self.token_axes))
+        copies = (self.mesh.axis(name) for name in self.axes if name not in (*done, *self.token_axes))
         return Layout(shape, dims, tuple(sync), tuple(copies))
 
     # -- layers
@@ -143,14 +151,27 @@ class Mode:
         In mode 1d it is Megatron-LM's ColumnParallelLinear. `fused` weights of one shape are one parameter
         [fused, N, K], and y has fused · N features.
         """
-        return self._linear((n, self.inner_hidden), (k, self.k_in), self.collectives_in, bias=bias, fused=fused)
+        count = () if fused == 1 else ((fused, ()),)
+        return self._linear(self.collectives_in, *count, (n, self.inner_hidden), (k, self.k_in), bias=bias)
+
+    def linear_in_groups(self, groups: int, rows: int, k: int, *, bias: bool = True) -> Linear:
+        """Return the linear into a block of which each group has the same rows, and ranks have whole groups.
+
+        x[B_batch, S, K_hidden] · W[groups_inner_hidden, rows, K_k_in] -> y[B_inner_batch, S, groups' · rows]
+
+        q, k and v of grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) are one such parameter. A group is
+        a k, v head and the q heads that use it. So a block sends what it sends with as many k, v heads as q heads.
+        """
+        parts = prod(axis.size for axis in self.inner_hidden)
+        assert groups % parts == 0, f"{groups} groups are not divisible by {parts}"
+        return self._linear(self.collectives_in, (groups, self.inner_hidden), (rows, ()), (k, self.k_in), bias=bias)
 
     def linear_out(self, n: int, k: int, *, bias: bool = True) -> Linear:
         """Return the linear out of a block, y[B_inner_batch, S, K_inner_hidden] -> x[B_batch, S, N_hidden].
 
         In mode 1d it is Megatron-LM's RowParallelLinear.
         """
-        return self._linear((n, self.hidden), (k, self.k_out), self.collectives_out, bias=bias)
+        return self._linear(self.collectives_out, (n, self.hidden), (k, self.k_out), bias=bias)
 
     def project_in(self, n: int, k: int) -> Linear:
         """Return the linear from the embedding's width to the blocks', without a bias.
@@ -167,10 +188,19 @@ class Mode:
         """Return the mode of the blocks between `project_in` and `project_out`, which may split x in another way."""
         return self
 
-    def layer_norm(self, hidden: int, *, affine: bool = True) -> LayerNorm:
-        """Return the LayerNorm of x[B_batch, S, H_hidden] over H, with weight[H_hidden] and bias[H_hidden]."""
+    def norm(self, kind: str, hidden: int, *, eps: float, affine: bool = True) -> Norm:
+        """Return a norm of x[B_batch, S, H_hidden] over H: a kind of `NORMS`, whose parameters are [H_hidden]."""
         layout = self.layout((hidden,), self.hidden) if affine else None
-        return LayerNorm(hidden, self.hidden, layout, self._empty())
+        return NORMS[kind](hidden, self.hidden, layout=layout, eps=eps, like=self._empty())
+
+    def head_norm(self, kind: str, head_size: int, *, eps: float) -> Norm:
+        """Return a norm of each head, q[B_inner_batch, heads_inner_hidden, S, D] over D: a kind of `NORMS`.
+
+        Its parameters are [D]: all heads have the same. Heads are whole on a rank, so nothing is sent in forward.
+        """
+        return NORMS[kind](
+            head_size, (), layout=self.layout((head_size,), (), by_heads=True), eps=eps, like=self._empty()
+        )
 
     def positions(self, count: int, hidden: int) -> Embedding:
         """Return the position table P[count, H_hidden]: indices[B_batch, S] -> [B_batch, S, H_hidden]."""
@@ -204,21 +234,11 @@ class Mode:
         head = HeadLayout(self.collectives_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
         return sum_cross_entropy(x, vocabulary.weight, self.tokens(labels, self.inner_batch), head, scale)
 
-    def _linear(
-        self,
-        n: tuple[int, Split],
-        k: tuple[int, Split],
-        collectives: LinearCollectives,
-        *,
-        bias: bool = True,
-        fused: int = 1,
-    ) -> Linear:
-        (n_size, n_split), (k_size, k_split) = n, k
-        count, unsplit = ((), ()) if fused == 1 else ((fused,), ((),))
-        weight = self.layout((*count, n_size, k_size), *unsplit, n_split, k_split)
-        return Linear(
-            collectives, weight, self.layout((*count, n_size), *unsplit, n_split) if bias else None, self._empty()
-        )
+    def _linear(self, collectives: LinearCollectives, *dims: tuple[int, Split], bias: bool = True) -> Linear:
+        """Return a linear whose weight has these dims, each split over these axes. A bias has all but the last."""
+        sizes, splits = zip(*dims, strict=True)
+        weight = self.layout(sizes, *splits)
+        return Linear(collectives, weight, self.layout(sizes[:-1], *splits[:-1]) if bias else None, self._empty())
 
     def _empty(self) -> Tensor:
         """Return a tensor without elements, with the dtype and the device of parameters."""

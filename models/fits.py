@@ -1,0 +1,125 @@
+"""The checks that a model fits a layout: what axes must divide, each with the nearest values that would work.
+
+This module needs no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from models.shape import ModelShape
+from parallel.config import Config, ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.errors import divisors, either, nearest, nearest_multiples, shown, times
+
+
+def layout_problems(shape: ModelShape, config: Config) -> list[str]:
+    """Return a line for each thing in which the model does not fit the layout of a config."""
+    sequence_length, parallel = config.data.sequence_length, config.parallel
+    found = _sequence_problems(shape, sequence_length, parallel.context)
+    found += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline)
+    tensor = _tensor_problems(shape, parallel.tensor)
+    return found + (tensor or _head_problems(shape, sequence_length, parallel))
+
+
+def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
+    """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer."""
+    if pipeline.size > num_layers + 2:
+        return [
+            f"parallel.pipeline.size: {pipeline.size} stages are more than embedding, {num_layers} layers and head can"
+            f" fill. Try {num_layers + 2}."
+        ]
+    if pipeline.layers is not None and sum(pipeline.layers) != num_layers:
+        some, more = divmod(num_layers, pipeline.size)
+        # One more layer goes to stages 1, 2, … and to stage 0 last: it has the embedding already.
+        even = tuple(some + ((stage - 1) % pipeline.size < more) for stage in range(pipeline.size))
+        return [
+            f"parallel.pipeline.layers: {shown(pipeline.layers)} adds up to {sum(pipeline.layers)}, but the model has"
+            f" {num_layers} layers. Try {shown(even)}."
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Widths that a tensor mode splits.
+
+    Each of `sizes`, by its field of the model, must be divisible by `parts ** power`. A message names the number of
+    parts by `name`, and other numbers that would work by `wording`, which are `parts ** total`.
+    """
+
+    sizes: Mapping[str, int]
+    parts: int
+    name: str
+    wording: str
+    power: int = 1
+    total: int = 1
+
+    def problems(self) -> list[str]:
+        found = []
+        for key, value in self.sizes.items():
+            if value % self.parts**self.power:
+                even = [part for part in divisors(value) if value % part**self.power == 0]
+                tries = either(part**self.total for part in nearest(self.parts, even))
+                found.append(f"model.{key}: {value} is not divisible by {self.name}. Try {self.wording.format(tries)}.")
+        return found
+
+
+def _tensor_problems(shape: ModelShape, tensor: TensorConfig) -> list[str]:
+    """Return the widths that the tensor mode does not divide. The vocabulary may have any size: it is padded."""
+    heads, inner, widths = shape.heads(), shape.inner_widths(), shape.widths()
+    axes = tensor.axes()
+    cuts: tuple[_Cut, ...]
+    match tensor.mode:
+        case "1d":
+            cuts = (_Cut({**heads, **inner}, axes["t"], f"tensor.size {tensor.size}", "size {}"),)
+        case "2d" | "2.5d":
+            row, col = axes["row"], axes["col"]
+            cuts = (
+                _Cut({**heads, **widths}, col, f"the {col} columns of tensor.size {tensor.size}", "{} columns"),
+                _Cut(widths, row, f"the {row} rows of tensor.size {tensor.size}", "{} rows"),
+            )
+        case "3d":
+            edge, cube = axes["i"], f"the cube of tensor.size {tensor.size}"
+            cuts = (
+                _Cut(heads, edge, f"{edge}, the edge of {cube}", "size {}", total=3),
+                _Cut(widths, edge, f"{edge} × {edge}, a face of {cube}", "size {}", power=2, total=3),
+            )
+        case _:
+            cuts = ()
+    return [problem for cut in cuts for problem in cut.problems()]
+
+
+def _sequence_problems(shape: ModelShape, sequence_length: int, context: ContextConfig) -> list[str]:
+    """Return the problems of the sequence length: too few positions for it, or ranks that do not split it evenly."""
+    most, key = shape.max_positions, shape.field("max_position_embeddings")
+    if sequence_length > most:
+        return [f"data.sequence_length: {sequence_length} is more than model.{key} {most}. Try {most}."]
+    if context.splits(sequence_length):
+        return []
+    lengths = [n for n in nearest_multiples(sequence_length, context.parts) if n <= most]
+    tries = [either(lengths)] if lengths else []
+    tries.append(f"parallel.context.size={either(nearest(context.size, context.sizes(sequence_length)))}")
+    return [
+        f"data.sequence_length: {sequence_length} is not a multiple of {context.parts}, the parts that parallel.context"
+        f" of size {context.size}, kind {context.kind!r}, splits it into. Try {', or '.join(tries)}."
+    ]
+
+
+def _head_problems(shape: ModelShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
+    """Return the problem of heads that context parallelism cannot split: its kind 'all_to_all' exchanges heads."""
+    context = parallel.context
+    if context.size == 1 or context.kind != "all_to_all":
+        return []
+    axes = parallel.tensor.axes()
+    tensor = axes.get("t", 1) * axes.get("col", 1) * axes.get("i", 1)
+    for key, heads in shape.heads().items():
+        if heads % (tensor * context.size):
+            factors = {"the tensor mode's": tensor, "parallel.context.size": context.size}
+            sizes = [n for n in divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
+            tries = [f"parallel.context.size={either(nearest(context.size, sizes))}"]
+            tries += ["kind='ring'"] if replace(context, kind="ring").splits(sequence_length) else []
+            product = times(**{name: size for name, size in factors.items() if size > 1})
+            return [
+                f"model.{key}: {heads} is not divisible by {product}, over which kind 'all_to_all' splits heads too."
+                f" Try {', or '.join(tries)}."
+            ]
+    return []

@@ -1,0 +1,323 @@
+"""The layers that families share, written once for every tensor mode: embedding, transformer block and head.
+
+Between two layers the activations are x[B_batch, S, H_hidden]; the mode says over which axes they are split. A family
+chooses what its layers are made of: see models/opt/layers.py, which is short.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.shape import ModelShape
+from parallel.layout.layout import global_range
+from parallel.layout.rng import dropout, seed_of
+from parallel.pipeline.microbatch import Microbatch
+from parallel.sequence import AttentionDropout, Masking
+from parallel.tensor import Mode
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+Rotary: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
+"""Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer that is not built yet."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    is_block: bool = False  # a transformer block: compiled, recomputed and gathered on demand as a unit
+
+
+def layers(
+    shape: ModelShape,
+    *,
+    embed: Callable[[], nn.Module],
+    block: Callable[[int], nn.Module],
+    head: Callable[[], nn.Module],
+) -> list[LayerSpec]:
+    """Return all layers of a model, [embedding, block 0 ... n−1, head], each with the function that builds it."""
+    blocks = [
+        LayerSpec(f"layers.{i}", lambda index=i: block(index), is_block=True)  # type: ignore[misc]
+        for i in range(shape.num_hidden_layers)
+    ]
+    return [LayerSpec("embed", embed), *blocks, LayerSpec("head", head)]
+
+
+def blocks_mode_of(shape: ModelShape, mode: Mode) -> Mode:
+    """Return the mode of the blocks: another one than the embedding's if there are projections between the two.
+
+    OPT-350m has such projections, because its embedding is narrower than its blocks.
+    """
+    return mode.blocks_mode() if shape.embedding_width != shape.hidden_size else mode
+
+
+# -- embedding ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LearnedPositions:
+    """A table of learned positions with `num_rows` rows; `rows_of` returns a batch's rows of it, int64 [B, S]."""
+
+    num_rows: int
+    rows_of: Callable[[Microbatch], Tensor]
+
+
+class Embed(nn.Module):
+    """The embeddings of tokens and, in some families, positions: None -> x[B_batch, S, H_hidden].
+
+    With `dropout_p` the dropout of the embeddings draws its masks from `seed`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        mode: Mode,
+        *,
+        positions: LearnedPositions | None = None,
+        dropout_p: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.mode, self.blocks_mode, self.learned = mode, blocks_mode_of(shape, mode), positions
+        hidden, width, tied = shape.hidden_size, shape.embedding_width, shape.tie_word_embeddings
+        self.table = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id, tied=tied)
+        self.positions = None if positions is None else self.blocks_mode.positions(positions.num_rows, hidden)
+        self.project_in = mode.project_in(hidden, width) if width != hidden else None
+        self.dropout, self.key = dropout_p, key_of(mode, seed)
+
+    def forward(self, x: None, batch: Microbatch) -> Tensor:
+        found = self.mode.lookup(batch.input_ids, self.table)
+        if self.project_in is not None:
+            found = self.project_in(found)
+        if self.positions is not None and self.learned is not None:
+            rows = self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)
+            found = found + self.positions(rows)
+        if self.training and self.dropout > 0:
+            found = dropout(found, self.dropout, self.key, *coordinates(found, batch, self.blocks_mode))
+        return found
+
+
+# -- block -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What differs between the blocks of families.
+
+    `norm_first`: a norm stands before each half of the block, not after it. `dropout`: the probability with which an
+    element of a half's output becomes zero in training, by masks drawn from `seed`.
+    """
+
+    norm_first: bool = True
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class Block(nn.Module):
+    """A transformer block: x[B_batch, S, H_hidden] -> the same shape.
+
+    A norm comes before each of the two halves (attention and feed-forward) or after each. Each rank keeps for backward
+    its own part of these, and nothing that was gathered:
+
+        [B, S, H] between blocks   the inputs of the two norms, of q k v, and of the feed-forward's first matrix
+        [B, S, A · D], [B, S, G · D] inside   q, k, v and the output of attention, for A heads and G k, v heads
+        [B, S, F] inside           the output of the activation, which is the second matrix's input; also its input,
+                                   unless it is relu; where it is gated, both of its inputs
+        [B, S, A], [B, S, 1]       attention's logsumexp; the statistics of each norm
+
+    With dropout there is also a mask of bytes for each half. `ModelShape.kept` counts these, and the line `kept by a
+    block` in a mode's docstring says how they are split.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norms: tuple[nn.Module, nn.Module],
+        *,
+        options: BlockOptions,
+    ) -> None:
+        super().__init__()
+        self.mode, self.norm_first, self.dropout = mode, options.norm_first, options.dropout
+        self.keys = [key_of(mode, options.seed, half) for half in range(2)]
+        self.attention, self.feed_forward = attention, feed_forward
+        self.attention_norm, self.feed_forward_norm = norms
+
+    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+        x = self._residual(x, self.attention_norm, lambda h: self.attention(h, batch), batch, half=0)
+        return self._residual(x, self.feed_forward_norm, self.feed_forward, batch, half=1)
+
+    def _residual(
+        self, x: Tensor, norm: nn.Module, function: Callable[[Tensor], Tensor], batch: Microbatch, *, half: int
+    ) -> Tensor:
+        """Return x + dropout(function(norm(x))), or norm(x + dropout(function(x))) where the norm comes after."""
+        y = function(norm(x) if self.norm_first else x)
+        if self.training and self.dropout > 0:
+            y = dropout(y, self.dropout, self.keys[half], *coordinates(y, batch, self.mode))
+        y = x + y
+        return y if self.norm_first else norm(y)
+
+
+class FeedForward(nn.Module):
+    """Two linears with an activation between them: x[B_batch, S, H_hidden] -> the same shape.
+
+    `gated`: the first linear has two outputs, and the activation of the one multiplies the other (SwiGLU; Shazeer 2020,
+    arXiv 2002.05202). Both are one parameter [2, F, H].
+    """
+
+    def __init__(
+        self, mode: Mode, hidden: int, width: int, *, activation: str, bias: bool, gated: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation, self.gated = ACTIVATIONS[activation], gated
+        self.up = mode.linear_in(width, hidden, bias=bias, fused=2 if gated else 1)
+        self.down = mode.linear_out(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x)
+        if self.gated:
+            gate, linear = inner.chunk(2, -1)
+            inner = self.activation(gate) * linear
+        else:
+            inner = self.activation(inner)
+        y: Tensor = self.down(inner)
+        return y
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What differs between the attentions of families.
+
+    `bias`, `out_bias`: whether q, k, v and the output's linear have biases. `dropout`: of the probabilities. `rotary`:
+    turns q and k by their positions. `head_norm`: the kind and eps of norms of q and k over each head. `window`: how
+    many keys, its own among them, a query sees; None: all before it.
+    """
+
+    bias: bool
+    out_bias: bool
+    dropout: float = 0.0
+    rotary: Rotary | None = None
+    head_norm: tuple[str, float] | None = None
+    window: int | None = None
+
+
+class Attention(nn.Module):
+    """Causal self-attention: x[B_batch, S, H_hidden] -> the same shape.
+
+    Heads are split over the axes `mode.inner_hidden`, so attention needs communication only where sequences are split
+    (context parallelism). q, k and v are one parameter and one matmul: [3, A · D, H], or [G, (A/G + 2) · D, H] where
+    there are fewer k, v heads (G) than q heads (A; grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245).
+    """
+
+    def __init__(self, shape: ModelShape, mode: Mode, options: AttentionOptions, seed: int) -> None:
+        super().__init__()
+        self.mode, self.options, self.key = mode, options, key_of(mode, seed)
+        self.all_heads, parts = shape.num_attention_heads, prod(axis.size for axis in mode.inner_hidden)
+        self.heads, self.kv_heads, self.head_size = (
+            self.all_heads // parts,
+            shape.num_kv_heads // parts,
+            shape.head_size,
+        )
+        hidden, width, group = shape.hidden_size, self.all_heads * self.head_size, self.heads // self.kv_heads
+        if group == 1:
+            self.qkv = mode.linear_in(width, hidden, bias=options.bias, fused=3)
+        else:
+            rows = (group + 2) * self.head_size
+            self.qkv = mode.linear_in_groups(shape.num_kv_heads, rows, hidden, bias=options.bias)
+        self.q_norm, self.k_norm = (self._head_norm() for _ in range(2))
+        self.out = mode.linear_out(hidden, width, bias=options.out_bias)
+
+    def _head_norm(self) -> nn.Module | None:
+        if self.options.head_norm is None:
+            return None
+        kind, eps = self.options.head_norm
+        return self.mode.head_norm(kind, self.head_size, eps=eps)
+
+    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+        q, k, v = self._heads_of(self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.options.rotary is not None:
+            q, k = self.options.rotary(q, k, batch, self.mode)
+        y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
+        return y
+
+    def _heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q[B, heads, S, D] and k, v[B, kv heads, S, D] of the linear's output qkv[B, S, ...].
+
+        The output is cut along its last dim, so that in backward their gradients are joined by one fast copy.
+        """
+        size = self.head_size
+        if self.heads == self.kv_heads:
+            q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.chunk(3, -1))
+        else:
+            group = self.heads // self.kv_heads
+            q, k, v = qkv.unflatten(-1, (self.kv_heads, -1)).split([group * size, size, size], -1)
+            q = q.unflatten(-1, (group, size)).flatten(2, 3)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _masking(self, batch: Microbatch) -> Masking:
+        tokens = dropout = None
+        if batch.attention_mask is not None:
+            tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
+        if self.training and self.options.dropout > 0:
+            samples = self.mode.local(batch.samples, self.mode.inner_batch)
+            heads = global_range(self.mode.inner_hidden, self.heads, samples.device)
+            numbers = samples.unsqueeze(1) * self.all_heads + heads
+            dropout = AttentionDropout(self.options.dropout, self.key, numbers)
+        return Masking(tokens, dropout, self.options.window)
+
+
+# -- head --------------------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """The last norm, the projection, and the logits: x -> the summed loss of this rank.
+
+    The logits are products with the token embedding, or with a table of the head's own where the two are not tied.
+    """
+
+    def __init__(self, shape: ModelShape, mode: Mode, *, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.mode, self.norm, self.is_tied = mode, norm, shape.tie_word_embeddings
+        hidden, width = shape.hidden_size, shape.embedding_width
+        self.project_out = mode.project_out(width, hidden) if width != hidden else None
+        padding_idx = shape.pad_token_id if self.is_tied else None
+        self.table = mode.vocabulary(shape.vocab_size, width, padding_idx=padding_idx, tied=self.is_tied)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the table multiplies: x[B_batch, S, H_hidden] of the last block -> [B_batch, S, E_hidden]."""
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+        return self.mode.lm_loss(self.features(x), self.table, batch.labels, batch.scale)
+
+
+def key_of(mode: Mode, *parts: object) -> Tensor:
+    """Return the key of a dropout. It is a tensor, since code would be compiled anew for each key that is a number."""
+    return torch.tensor(seed_of(*parts), device=mode.mesh.device)
+
+
+def coordinates(y: Tensor, batch: Microbatch, mode: Mode) -> tuple[Tensor, Tensor]:
+    """Return the global rows [B_batch, S] and columns [H_hidden] of the elements of y[B_batch, S, H_hidden]."""
+    sequence, hidden = y.shape[1:]
+    samples = mode.local(batch.samples, mode.batch)
+    rows = samples.unsqueeze(1) * batch.length + mode.sequence.positions(sequence, y.device)
+    return rows, global_range(mode.hidden, hidden, y.device)

@@ -1,0 +1,162 @@
+"""Norms over a dim that may be split: LayerNorm (Ba et al. 2016, arXiv 1607.06450) and RMSNorm (arXiv 1910.07467).
+
+Both keep for backward x and the statistics of each row, and nothing else; statistics are computed in fp32 at least.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.layout.layout import Layout
+from parallel.mesh.collectives import all_gather, all_reduce
+from parallel.mesh.mesh import Axis
+from parallel.ops.compiling import not_compiled
+from parallel.tensor.layers import Sharded
+
+
+@dataclass(frozen=True)
+class NormalizedDim:
+    """The dim over which rows are normalized: its whole size, the axes that split it, and what its variance gets."""
+
+    size: int
+    axes: tuple[Axis, ...]
+    eps: float
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over the ranks that have parts of the same rows."""
+        for axis in self.axes:
+            x = all_reduce(x, axis)
+        return x
+
+
+class Norm(Sharded):
+    """A norm over the last dim, which `axes` split: x[..., H_axes] -> y[..., H_axes], with parameters [H_axes].
+
+    `layout` is that of each parameter; with None there are no parameters. `like`: a tensor of their dtype and device.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    """The names of the parameters."""
+
+    def __init__(self, hidden: int, axes: tuple[Axis, ...], *, layout: Layout | None, eps: float, like: Tensor) -> None:
+        super().__init__(like, **dict.fromkeys(self.names, layout))
+        self.dim = NormalizedDim(hidden, tuple(axis for axis in axes if axis.size > 1), eps)
+
+
+class LayerNorm(Norm):
+    """(x − mean) / √(variance + eps) · weight + bias: see `Norm`."""
+
+    names = ("weight", "bias")
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.dim.axes:  # every rank has the whole dim: torch's fused kernel
+            return F.layer_norm(x, (self.dim.size,), self.weight, self.bias, self.dim.eps)
+        y: Tensor = _apply(_LayerNorm, x, self.weight, self.bias, self.dim)
+        return y
+
+
+class RMSNorm(Norm):
+    """x / √(mean of x² + eps) · weight: see `Norm`.
+
+    torch fuses it on a GPU. On a CPU its function is composed of others, which keep three more tensors as large as x.
+    """
+
+    names = ("weight",)
+    weight: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.dim.axes and (x.is_cuda or torch.compiler.is_compiling()):
+            return F.rms_norm(x, (self.dim.size,), self.weight, self.dim.eps)
+        y: Tensor = _apply(_RMSNorm, x, self.weight, self.dim)
+        return y
+
+
+class _LayerNorm(torch.autograd.Function):
+    """LayerNorm over a split dim, x[..., H_axes] -> y[..., H_axes].
+
+    For backward it keeps x and two numbers a row, as torch's kernel does. One all-gather an axis sends mean and
+    variance of each rank's part, which are then merged (Chan, Golub & LeVeque 1979). A sum and a sum of squares would
+    be as short, but their difference loses digits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dim: NormalizedDim) -> Tensor:
+        wide = _wide(x)
+        statistics = torch.stack(torch.var_mean(wide, -1, correction=0, keepdim=True)).unsqueeze(0)
+        for axis in dim.axes:
+            statistics = all_gather(statistics, 0, axis)
+        variances, means = statistics.unbind(1)
+        mean = means.mean(0)
+        deviation = (variances + (means - mean).square()).mean(0).add_(dim.eps).rsqrt_()
+        ctx.save_for_backward(x, weight, mean, deviation)
+        ctx.dim = dim
+        normal = ((wide - mean) * deviation).to(x.dtype)
+        return normal if weight is None or bias is None else torch.addcmul(bias, normal, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, deviation = ctx.saved_tensors
+        dnormal, normal = dy.to(mean.dtype), (x - mean) * deviation
+        dw = db = None
+        if weight is not None:
+            dw, dnormal = _gradients_of_product(dnormal, normal, weight)
+            db = dy.flatten(0, -2).sum(0)
+        sums = torch.stack([dnormal.sum(-1, keepdim=True), (dnormal * normal).sum(-1, keepdim=True)])
+        sums = ctx.dim.sum(sums)
+        dx = (dnormal - (sums[0] + normal * sums[1]) / ctx.dim.size) * deviation
+        return dx.to(x.dtype), dw, db, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm over a dim that may be split, x[..., H_axes] -> y[..., H_axes].
+
+    For backward it keeps x and one number a row, as torch's kernel does. One number a row is sent, forward and
+    backward: squares are all positive, so that their sum loses no digits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dim: NormalizedDim) -> Tensor:
+        wide = _wide(x)
+        mean_square = dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size
+        scale = mean_square.add_(dim.eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.dim = dim
+        normal = wide * scale
+        return (normal if weight is None else normal.mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        dnormal, normal = dy.to(scale.dtype), x * scale
+        dw = None
+        if weight is not None:
+            dw, dnormal = _gradients_of_product(dnormal, normal, weight)
+        total = ctx.dim.sum((dnormal * normal).sum(-1, keepdim=True))
+        dx = (dnormal - normal * total / ctx.dim.size) * scale
+        return dx.to(x.dtype), dw, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _gradients_of_product(dy: Tensor, normal: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of y = normal · weight: of weight[H_axes], and of normal[..., H_axes]."""
+    return (dy * normal).flatten(0, -2).sum(0).to(weight.dtype), dy * weight
+
+
+@not_compiled
+def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    y: Tensor = function.apply(*arguments)
+    return y
+
+
+NORMS: Mapping[str, type[Norm]] = MappingProxyType({"layer_norm": LayerNorm, "rms_norm": RMSNorm})
