@@ -6,6 +6,8 @@ A family is a folder beside this file and an entry in `FAMILIES`: docs/adding_a_
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
+from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
 from models.opt.shape import SIZES as OPT_SIZES
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
@@ -24,7 +26,11 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaShape, LLAMA, "models.llama.layers"),
+    "mistral": Family(MistralShape, MISTRAL, "models.llama.layers"),
     "opt": Family(OPTShape, OPT_SIZES, "models.opt.layers"),
+    "qwen2": Family(Qwen2Shape, QWEN2, "models.llama.layers"),
+    "qwen3": Family(Qwen3Shape, QWEN3, "models.llama.layers"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Llama and the families that share its layers: Mistral, Qwen2 and Qwen3."""

@@ -1,0 +1,213 @@
+"""The sizes of Llama, Mistral, Qwen2 and Qwen3, and what follows from them. This module needs no torch.
+
+The fields are those of Hugging Face's configs in transformers 5, with their names and defaults, but for the rotary
+positions: `rope_theta` and `rope_scaling` have the names of transformers 4, see `rope.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.llama.shared import SharedShape
+from models.shape import Size
+from parallel.config.reader import Natural
+from parallel.errors import did_you_mean, shown
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class LlamaShape(SharedShape):
+    """Llama 2, 3, 3.1, 3.2, and others of the same architecture, such as SmolLM2."""
+
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+
+    bos_token_id: Natural | None = 1
+    eos_token_id: Natural | tuple[Natural, ...] | None = 2
+
+    attention_bias: bool = False
+    """True: the linears of attention have a bias."""
+
+    mlp_bias: bool = False
+    """True: the linears of the feed-forward have a bias."""
+
+    pretraining_tp: Natural | None = 1
+    """An export carries it; training does not use it."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return self.mlp_bias
+
+    @property
+    def _must_divide_hidden(self) -> bool:
+        return True  # Hugging Face's LlamaConfig refuses others, also where it has head_dim
+
+
+@dataclass(frozen=True)
+class MistralShape(SharedShape):
+    """Mistral: Llama with fewer k, v heads and a sliding window (Jiang et al. 2023, arXiv 2310.06825)."""
+
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+
+    intermediate_size: Size = 14336
+    num_key_value_heads: Size | None = 8
+    max_position_embeddings: Size = 4096 * 32
+    bos_token_id: Natural | None = 1
+    eos_token_id: Natural | tuple[Natural, ...] | None = 2
+
+    sliding_window: Size | None = 4096
+    """How many keys a query sees in every block, itself included. None: all earlier ones."""
+
+    layer_types: tuple[str, ...] | None = None
+    """The kind of attention of each block. Hugging Face's Mistral does not use it: it must say the same of all blocks,
+    and the same as `sliding_window`.
+    """
+
+    def windows(self) -> list[int | None]:
+        return [self.sliding_window] * self.num_hidden_layers
+
+    def problems(self) -> list[str]:
+        kind = FULL if self.sliding_window is None else SLIDING
+        if self.layer_types is None or set(self.layer_types) == {kind}:
+            return super().problems()
+        return [
+            *super().problems(),
+            f"model.layer_types: {shown(self.layer_types)} is not available: Hugging Face's Mistral ignores it, and has"
+            f" model.sliding_window {self.sliding_window} in every block. Try None.",
+        ]
+
+    def exported(self) -> dict[str, Any]:
+        return {key: value for key, value in super().exported().items() if key != "layer_types"}
+
+
+@dataclass(frozen=True)
+class QwenShape(SharedShape):
+    """The fields that Qwen2 and Qwen3 have in common, and the windows of their blocks."""
+
+    vocab_size: Size = 151936
+    intermediate_size: Size = 22016
+    num_key_value_heads: Size | None = 32
+    max_position_embeddings: Size = 32768
+
+    use_sliding_window: bool = False
+    """True: some blocks have a sliding window."""
+
+    sliding_window: Size | None = 4096
+    """How many keys a query sees in these blocks, itself included. Used with `use_sliding_window` only."""
+
+    max_window_layers: Natural = 28
+    """The number of blocks at the beginning that have no window. Used where `layer_types` is None."""
+
+    layer_types: tuple[str, ...] | None = None
+    """The kind of attention of each block: full_attention or sliding_attention. None: as `max_window_layers` says."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of attention of each block."""
+        if self.layer_types is not None:
+            return self.layer_types
+        return kinds_of(self.num_hidden_layers, self.max_window_layers if self.use_sliding_window else None)
+
+    def windows(self) -> list[int | None]:
+        return [self.sliding_window if kind == SLIDING else None for kind in self.kinds]
+
+    def problems(self) -> list[str]:
+        return super().problems() + self._window_problems()
+
+    def _window_problems(self) -> list[str]:
+        if unknown := [kind for kind in self.kinds if kind not in (FULL, SLIDING)]:
+            hint = did_you_mean(unknown[0], (FULL, SLIDING))
+            return [f"model.layer_types: {shown(unknown[0])} is not available. {hint}"]
+        if len(self.kinds) != self.num_hidden_layers:
+            return [
+                f"model.layer_types: it has {len(self.kinds)} entries, but model.num_hidden_layers is"
+                f" {self.num_hidden_layers}. Try None."
+            ]
+        if SLIDING in self.kinds and not self.use_sliding_window:
+            return [
+                f"model.layer_types: it has {SLIDING}, but model.use_sliding_window is False. Try"
+                " model.use_sliding_window=True."
+            ]
+        if self.use_sliding_window and self.sliding_window is None:
+            return ["model.sliding_window: None is no window, but model.use_sliding_window is True. Try 4096."]
+        return []
+
+    @classmethod
+    def normalized(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields under the names of this dataclass.
+
+        The files of transformers 5 write `layer_types` out. Where they are those that other fields give anyway, they
+        are left out, so that a run may change `num_hidden_layers` alone.
+        """
+        found = super().normalized(raw)
+        types = found.get("layer_types")
+        if "model_type" in raw and isinstance(types, list | tuple) and tuple(types) == cls._kinds_of(found):
+            del found["layer_types"]
+        return found
+
+    @classmethod
+    def _kinds_of(cls, found: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return the kinds of attention that follow from the other fields of a file; None where these are broken."""
+        count = found.get("num_hidden_layers", cls.num_hidden_layers)
+        first = found.get("max_window_layers", cls.max_window_layers)
+        if not isinstance(count, int) or not isinstance(first, int):
+            return None
+        return kinds_of(count, first if found.get("use_sliding_window", False) else None)
+
+    def exported(self) -> dict[str, Any]:
+        return super().exported() | {"layer_types": list(self.kinds)}
+
+
+@dataclass(frozen=True)
+class Qwen2Shape(QwenShape):
+    """Qwen2 and Qwen2.5: Llama with biases of q, k and v (Yang et al. 2024, arXiv 2407.10671).
+
+    Hugging Face's config has no `head_dim`, but its model uses one that a file has.
+    """
+
+    model_type = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Qwen3Shape(QwenShape):
+    """Qwen3: norms of q and k in each head, and a head size of its own (Yang et al. 2025, arXiv 2505.09388)."""
+
+    model_type = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+
+    head_dim: Size | None = 128
+
+    attention_bias: bool = False
+    """True: the linears of attention have a bias."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def has_head_norms(self) -> bool:
+        return True
+
+
+def kinds_of(num_layers: int, first: int | None) -> tuple[str, ...]:
+    """Return the kind of attention of each block, where those from `first` on have windows; None: no block has one."""
+    return tuple(FULL if first is None or layer < first else SLIDING for layer in range(num_layers))

@@ -1,0 +1,198 @@
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864): q and k are turned by angles that grow with the position.
+
+The numbers are those of Hugging Face's `ROPE_INIT_FUNCTIONS` to the last bit, in fp32 whatever the model's dtype.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from models.llama.rope import RopeScaling
+from parallel.pipeline.microbatch import Microbatch
+from parallel.tensor import Mode
+
+Tables: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RotarySettings:
+    """All that the angles depend on, besides the positions."""
+
+    head_size: int
+    theta: float
+    scaling: RopeScaling
+    max_position_embeddings: int
+
+    @property
+    def is_dynamic(self) -> bool:
+        """True if the angles depend on the length of the sequence."""
+        return self.scaling.rope_type == "dynamic"
+
+    @property
+    def factor(self) -> float:
+        """How many times longer sequences become."""
+        return self.scaling.factor or 1.0
+
+    @property
+    def original(self) -> int:
+        """The longest sequence of the first training."""
+        return self.scaling.original(self.max_position_embeddings)
+
+
+class Rotary:
+    """Turns q and k by the angles of their positions. All layers of a stage share the object, and so its tables.
+
+    For backward it keeps the tables and nothing else: the gradient of a rotation needs no q and no k.
+
+    With dynamic scaling the angles depend on the length of the whole sequence, or on the largest position id of the
+    microbatch. Hugging Face's model remembers the longest sequence that it has seen and uses its angles for shorter
+    ones too, until one fits into `max_position_embeddings`; here a result depends on its own batch alone. The two are
+    equal where lengths do not fall.
+    """
+
+    def __init__(self, settings: RotarySettings, device: torch.device) -> None:
+        self.settings = settings
+        self._inv_freq = inverse_frequencies(settings).to(device)
+        self._attention_factor = attention_factor(settings)
+        self._shared: tuple[tuple[object, ...], Tables] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, batch: Microbatch, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Return q[B, heads, S_context, D] and k[B, kv_heads, S_context, D], turned.
+
+        B are this rank's samples inside a block. The positions are the batch's own, else 0, 1, ... from the first
+        column, also where it is padding.
+        """
+        cos, sin = self._tables_of(batch, mode, q)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
+
+    def tables(self, positions: Tensor, length: int | Tensor, dtype: torch.dtype) -> Tables:
+        """Return cosines and sines, positions[B or 1, S] -> two of [B or 1, 1, S, D].
+
+        `length` is that of the whole sequence; only dynamic scaling uses it.
+        """
+        inv_freq = self._inv_freq
+        if self.settings.is_dynamic:
+            inv_freq = dynamic_frequencies(self.settings, inv_freq, length)
+        angles = positions[:, None, :, None].float() * inv_freq
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = (table * self._attention_factor for table in (angles.cos(), angles.sin()))
+        return cos.to(dtype), sin.to(dtype)
+
+    def _tables_of(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+        """Return the tables of a microbatch; those of positions that are counted are made once for all layers."""
+        if batch.position_ids is not None:
+            own = mode.tokens(batch.position_ids, mode.inner_batch)
+            return self.tables(own, batch.position_ids.max() + 1, q.dtype)
+        if torch.compiler.is_compiling():
+            return self._counted(batch, mode, q)
+        key = batch.length, q.shape[2], q.device, q.dtype, torch.is_inference_mode_enabled()
+        if self._shared is None or self._shared[0] != key:
+            self._shared = key, self._counted(batch, mode, q)
+        return self._shared[1]
+
+    def _counted(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+        positions = mode.sequence.positions(q.shape[2], q.device)
+        return self.tables(positions.unsqueeze(0), batch.length, q.dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+# -- frequencies, fp32 [D/2] -------------------------------------------------------------------------------------------
+
+
+def inverse_frequencies(settings: RotarySettings) -> Tensor:
+    """Return the angle per position of each pair, as it is for sequences of the length that the model was made for."""
+    inv_freq = 1.0 / _powers(settings.head_size, settings.theta)
+    match settings.scaling.rope_type:
+        case "default" | "dynamic":
+            return inv_freq
+        case "linear":
+            return inv_freq / settings.factor
+        case "llama3":
+            return _llama3(settings, inv_freq)
+        case "yarn":
+            return _yarn(settings)
+    raise AssertionError(settings.scaling.rope_type)
+
+
+def dynamic_frequencies(settings: RotarySettings, inv_freq: Tensor, length: int | Tensor) -> Tensor:
+    """Return `inv_freq` for sequences of up to `max_position_embeddings`, else those of a base that grows with them.
+
+    It is NTK-aware scaling with a factor that follows from the length (Peng et al. 2023, arXiv 2309.00071, section
+    3.3). Hugging Face computes the base in fp32 from a tensor, so it is done here, too.
+    """
+    most, dim, factor = settings.max_position_embeddings, settings.head_size, settings.factor
+    length = torch.as_tensor(length, device=inv_freq.device)
+    base = settings.theta * ((factor * length / most) - (factor - 1)) ** (dim / (dim - 2))
+    return torch.where(length > most, 1.0 / _powers(dim, base), inv_freq)
+
+
+def attention_factor(settings: RotarySettings) -> float:
+    """Return what cosines and sines are multiplied by, 1 but for yarn (Peng et al. 2023, section 3.4)."""
+    scaling = settings.scaling
+    if scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if settings.factor <= 1 else 0.1 * weight * math.log(settings.factor) + 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1)
+
+
+def _powers(dim: int, base: float | Tensor) -> Tensor:
+    """Return base^(0/dim), base^(2/dim), ..."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    if isinstance(base, Tensor):
+        exponents = exponents.to(base.device)
+    return base**exponents
+
+
+def _llama3(settings: RotarySettings, inv_freq: Tensor) -> Tensor:
+    """Return frequencies of which low ones are divided by the factor, high ones kept, those between interpolated.
+
+    This is the scaling of Llama 3.1 (Grattafiori et al. 2024, arXiv 2407.21783).
+    """
+    factor, original = settings.factor, settings.original
+    low, high = settings.scaling.low_freq_factor, settings.scaling.high_freq_factor
+    assert low is not None, "the shape has been checked"
+    assert high is not None, "the shape has been checked"
+    lengths = 2 * math.pi / inv_freq
+    divided = torch.where(lengths > original / low, inv_freq / factor, inv_freq)
+    smooth = (original / lengths - low) / (high - low)
+    between = (1 - smooth) * divided / factor + smooth * divided
+    is_between = ~(lengths < original / high) * ~(lengths > original / low)
+    return torch.where(is_between, between, divided)
+
+
+def _yarn(settings: RotarySettings) -> Tensor:
+    """Return frequencies between those divided by the factor and the original ones, by their number of turns.
+
+    A pair that turns more than `beta_fast` times in the original length keeps its frequency, one that turns fewer than
+    `beta_slow` times has it divided, and a linear ramp over the dims is between (Peng et al. 2023, section 3.2).
+    """
+    scaling, dim, theta = settings.scaling, settings.head_size, settings.theta
+
+    def dim_of(turns: float) -> float:
+        return dim * math.log(settings.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dim_of(scaling.beta_fast or 32), dim_of(scaling.beta_slow or 1)
+    if scaling.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # else a division by zero
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    powers = _powers(dim, theta)
+    return 1.0 / (settings.factor * powers) * (1 - kept) + 1.0 / powers * kept
