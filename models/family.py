@@ -6,6 +6,8 @@ A family is a folder beside this file and an entry in `FAMILIES`: docs/adding_a_
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from models.gpt2.shape import SIZES as GPT2_SIZES
+from models.gpt2.shape import GPT2Shape
 from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
 from models.opt.shape import SIZES as OPT_SIZES
@@ -26,6 +28,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "gpt2": Family(GPT2Shape, GPT2_SIZES, "models.gpt2.layers"),
     "llama": Family(LlamaShape, LLAMA, "models.llama.layers"),
     "mistral": Family(MistralShape, MISTRAL, "models.llama.layers"),
     "opt": Family(OPTShape, OPT_SIZES, "models.opt.layers"),

@@ -83,6 +83,6 @@ def draw_parameters(infos: Sequence[ParameterInfo], shape: ModelShape, seed: int
             continue
         drawn = draw_normal(piece.shape, piece.box, wanted.std, seed, piece.name) + wanted.mean
         start, stop = piece.box[0]
-        if piece.name == shape.embedding and shape.pad_token_id is not None and start <= shape.pad_token_id < stop:
-            drawn[shape.pad_token_id - start] = 0
+        if piece.name == shape.embedding and shape.padding_row is not None and start <= shape.padding_row < stop:
+            drawn[shape.padding_row - start] = 0
         piece.data.copy_(drawn)

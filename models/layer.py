@@ -94,7 +94,7 @@ class Embed(nn.Module):
         super().__init__()
         self.mode, self.blocks_mode, self.learned = mode, blocks_mode_of(shape, mode), positions
         hidden, width, tied = shape.hidden_size, shape.embedding_width, shape.tie_word_embeddings
-        self.table = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.pad_token_id, tied=tied)
+        self.table = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.padding_row, tied=tied)
         self.positions = None if positions is None else self.blocks_mode.positions(positions.num_rows, hidden)
         self.project_in = mode.project_in(hidden, width) if width != hidden else None
         self.dropout, self.key = dropout_p, key_of(mode, seed)
@@ -297,7 +297,7 @@ class Head(nn.Module):
         self.mode, self.norm, self.is_tied = mode, norm, shape.tie_word_embeddings
         hidden, width = shape.hidden_size, shape.embedding_width
         self.project_out = mode.project_out(width, hidden) if width != hidden else None
-        padding_idx = shape.pad_token_id if self.is_tied else None
+        padding_idx = shape.padding_row if self.is_tied else None
         self.table = mode.vocabulary(shape.vocab_size, width, padding_idx=padding_idx, tied=self.is_tied)
 
     def features(self, x: Tensor) -> Tensor:

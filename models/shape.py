@@ -117,7 +117,7 @@ class ModelShape(ABC):
     @property
     @abstractmethod
     def pad_token_id(self) -> int | None:
-        """The token of which the embedding begins as zero and gets no gradient from the lookup; None: there is none."""
+        """The token that fills up texts."""
 
     @property
     @abstractmethod
@@ -128,6 +128,11 @@ class ModelShape(ABC):
     @abstractmethod
     def eos_token_id(self) -> int | tuple[int, ...] | None:
         """The token that ends a text, or all tokens that do."""
+
+    @property
+    def padding_row(self) -> int | None:
+        """The token of which the embedding begins as zero and gets no gradient from the lookup; None: there is none."""
+        return self.pad_token_id
 
     @property
     def num_kv_heads(self) -> int:
@@ -289,9 +294,9 @@ def common_problems(shape: ModelShape, *, derives_head_size: bool = True) -> lis
     if heads % groups:
         tries = either(nearest(groups, divisors(heads)))
         found.append(f"model.num_key_value_heads: {groups} does not divide model.{key} {heads}. Try {tries}.")
-    if shape.pad_token_id is not None and shape.pad_token_id >= shape.vocab_size:
+    if shape.padding_row is not None and shape.padding_row >= shape.vocab_size:
         found.append(
-            f"model.pad_token_id: {shape.pad_token_id} is outside model.vocab_size {shape.vocab_size}."
+            f"model.pad_token_id: {shape.padding_row} is outside model.vocab_size {shape.vocab_size}."
             f" Try {shape.vocab_size - 1}."
         )
     return found

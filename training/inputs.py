@@ -18,7 +18,7 @@ UNUSED_ROWS = 1024  # a vocabulary is often padded to a multiple of 64 or 128, w
 def read_corpus(config: Config) -> Corpus:
     """Return the corpus, after checking it and the files in `model.path`. Raises ConfigError or DataError."""
     shape, path = shape_of(config), config.model.path
-    corpus = load_tokens(config.data, shape.vocab_size, ends=shape.end_tokens, pad=shape.pad_token_id)
+    corpus = load_tokens(config.data, shape.vocab_size, ends=shape.end_tokens, pad=shape.padding_row)
     if path is not None:
         read_generation_config(path)
         if has_weights(path):
