@@ -81,6 +81,7 @@ SHAPES: dict[str, Fields] = {
     "qwen2-types": QWEN2
     | dict(
         num_key_value_heads=2,
+        head_dim=8,  # a field that Qwen2's config does not have and its model uses
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         tie_word_embeddings=False,
     ),
@@ -96,6 +97,7 @@ SHAPES: dict[str, Fields] = {
     "gpt2-untied": GPT2 | dict(n_inner=36, activation_function="relu", tie_word_embeddings=False),
 }
 FAMILIES = ("opt", "llama", "mistral", "qwen2", "qwen3", "gpt2")
+VARIANTS = tuple(name for name in SHAPES if name not in FAMILIES and name != "opt-projected")
 
 
 def family_of(name: str) -> str:

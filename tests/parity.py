@@ -85,6 +85,19 @@ def batches_of(count: int, *, batch: int = 12, sequence: int = 6, vocabulary: in
     return found
 
 
+def padded(batches: list[Batch]) -> list[Batch]:
+    """Return the samples padded on the left, on the right, and not at all. One sample has a single label."""
+    found = []
+    for batch in batches:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[0::3, :2] = 0
+        mask[1::3, 4:] = 0
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        labels[5, 2:] = -100
+        found.append(dict(input_ids=batch["input_ids"].masked_fill(mask == 0, 1), attention_mask=mask, labels=labels))
+    return found
+
+
 def save_model(folder: Path, family: str = "opt", **shape: Any) -> Path:
     """Save a Hugging Face model in which no weight is zero or one, biases and the padding row included.
 

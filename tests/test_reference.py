@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, SHAPES, family_of, saved
-from tests.parity import batches_of, distance, hugging_face, reference, relative
-from tests.parity import config_of as raw_config
-from tests.test_training import padded
+from tests.parity import batches_of, config_of, distance, hugging_face, padded, reference, relative
 
 ROTARY = [name for name in SHAPES if family_of(name) in ("llama", "mistral", "qwen2", "qwen3")]
 
@@ -106,7 +104,7 @@ def test_attention_of_the_reference_is_that_of_a_written_out_mask(
 def test_training_in_fp32_stays_within_the_bound_of_the_parity_tests(name: str, folder: Path) -> None:
     """Layouts of ours are compared with the reference in fp32 too: its own error must leave them room."""
     path = saved(folder, name)
-    exact, rounded = (reference(path, raw_config({}, precision=p), batches_of(4)) for p in ("fp64", "fp32"))
+    exact, rounded = (reference(path, config_of({}, precision=p), batches_of(4)) for p in ("fp64", "fp32"))
     assert distance(rounded, exact) < 5e-6
 
 
