@@ -105,7 +105,7 @@ def check(
     """Compare a layout with the reference. By default each replica sums the gradients of three microbatches."""
     world_size, parallel = LAYOUTS[layout]
     micro = micro or (2 if layout.startswith("dp2") else 4)
-    sections = dict(model=dict(path=str(path)), train=dict(micro_batch_size=micro), zero=zero or {})
+    sections: Raw = dict(model=dict(path=str(path)), train=dict(micro_batch_size=micro), zero=zero or {})
     trace = run(train, world_size, config_of(parallel, precision=precision, **sections), batches(pad=pad))[0]
     assert trace is not None
     compare(trace, wanted(path, precision, pad=pad), BOUND[precision], is_fp64=precision == "fp64")
