@@ -204,7 +204,7 @@ def test_what_else_a_family_can_be_trains_as_hugging_faces(
 
 
 PADDED = {"llama": "2d4", "mistral": "ring3", "qwen2": "pp4-uneven", "qwen3": "1d2", "gpt2": "a2a2"}
-"""For each family the layout in which a test of padding is not slow."""
+"""The layout of each family in which a test of padding is not slow."""
 
 
 @pytest.mark.parametrize(
