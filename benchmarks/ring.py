@@ -122,8 +122,7 @@ def exchanged(layer: Layer) -> str:
     sequence = sequence_of(layer.context.mesh, ContextConfig(layer.axis.size, "all_to_all"))
 
     def attend() -> Tensor:
-        qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (layer.q, layer.k, layer.v)], -1)
-        y: Tensor = sequence.attend(qkv, heads, Masking()).unflatten(-1, (heads, head)).transpose(1, 2)
+        y: Tensor = sequence.attend(layer.q, layer.k, layer.v, Masking()).unflatten(-1, (heads, head)).transpose(1, 2)
         return y
 
     return layer.both(attend)

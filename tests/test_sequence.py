@@ -44,6 +44,12 @@ KINDS = ("ring", "all_to_all")
 B, HEADS, S, D = 3, 12, 24, 5
 
 
+def heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v: qkv[B, S, 3 · heads · D] -> three of [B, heads, S, D]."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    return q, k, v
+
+
 def context(size: int, kind: str) -> Any:
     return dict(size=size, kind=kind)
 
@@ -89,7 +95,7 @@ def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> 
     """Return y at this rank's positions, and the gradient of qkv there, where y's gradient is the square of y."""
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     x = sequence.local_part(qkv()).requires_grad_()
-    y = sequence.attend(x, HEADS, masking_of(masked))
+    y = sequence.attend(*heads_of(x, HEADS), masking_of(masked))
     y.backward(y.detach() ** 2)
     assert x.grad is not None
     return y.detach(), x.grad
@@ -206,27 +212,31 @@ def test_unfused_attention_is_as_exact_as_flash() -> None:
     assert all(one < 1.5 * other for one, other in zip(ours, flash, strict=True)), (ours, flash)
 
 
-@given(st.integers(1, 9))
-def test_every_pair_is_computed_once_and_every_rank_computes_as_many(ranks: int) -> None:
-    local, device = 6, torch.device("cpu")
+@given(st.integers(1, 9), st.none() | st.integers(1, 60))
+def test_every_pair_is_computed_once_and_every_rank_computes_as_many(ranks: int, window: int | None) -> None:
+    """With a window ranks compute unequally many pairs, but no block has a query that sees nothing in it."""
+    local, device, masking = 6, torch.device("cpu"), Masking(window=window)
     length = local * ranks
     forward, backward = torch.zeros(2, ranks, length, length, dtype=torch.int64).unbind(0)
     for rank in range(ranks):
         zigzag = Zigzag(Axis("context", rank, ranks, tuple(range(ranks)), None, ALONE.traffic))
-        remote = [(n, zigzag.part_of(n, local, Masking())) for n in range(ranks) if n != rank]
-        first, last = ([(rank, part) for part in parts] for parts in zigzag.own_parts(local, Masking()))
-        whole = (rank, zigzag.part_of(rank, local, Masking()))
-        for seen, parts in ((forward, [whole, *remote]), (backward, [*first, *remote, *last])):
+        remote = [(n, part) for n in range(ranks) if n != rank for part in zigzag.parts_of(n, local, masking)]
+        first, last = ([(rank, part) for part in parts] for parts in zigzag.own_parts(local, masking))
+        own = [(rank, part) for part in zigzag.parts_of(rank, local, masking)]
+        for seen, parts in ((forward, [*own, *remote]), (backward, [*first, *remote, *last])):
             for source, (block, rows, columns) in parts:
                 pairs = block.pairs(device)
                 assert torch.equal(positions_in(zigzag.positions(rank, local), device)[rows], pairs.rows)
                 assert torch.equal(positions_in(zigzag.positions(source, local), device)[columns], pairs.columns)
-                earlier = pairs.rows.unsqueeze(1) >= pairs.columns
-                assert block.is_causal or earlier.all()
-                seen[rank][pairs.rows.unsqueeze(1), pairs.columns] += earlier
+                assert block.is_causal or (pairs.rows.unsqueeze(1) >= pairs.columns).all()
+                hidden = pairs.hidden()
+                visible = torch.ones(len(pairs.rows), len(pairs.columns)) if hidden is None else ~hidden[0, 0]
+                assert visible.any(1).all()
+                seen[rank][pairs.rows.unsqueeze(1), pairs.columns] += visible.to(torch.int64)
     for seen in (forward, backward):
-        assert torch.equal(seen.sum(0), torch.ones(length, length, dtype=torch.int64).tril())
-        assert len(set(seen.sum((1, 2)).tolist())) == 1
+        in_window = torch.ones(length, length, dtype=torch.int64).tril().triu(1 - (window or length))
+        assert torch.equal(seen.sum(0), in_window)
+        assert window is not None or len(set(seen.sum((1, 2)).tolist())) == 1
 
 
 def order(rank: int, world_size: int) -> list[str]:
@@ -261,7 +271,7 @@ def order(rank: int, world_size: int) -> list[str]:
         patch.object(ring, "start_rotate", sent),
         patch.object(ring, "kernel_for", lambda q, masking, compiles: kernel),
     ):
-        y = sequence.attend(x, HEADS, Masking())
+        y = sequence.attend(*heads_of(x, HEADS), Masking())
         found.append("|")
         y.sum().backward()
     return found
@@ -280,7 +290,7 @@ def test_keys_are_in_flight_while_others_are_attended_to() -> None:
 def attended_in_16_bits(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     x = sequence.local_part(qkv()).bfloat16().requires_grad_()
-    y = sequence.attend(x, HEADS, masking_of(masked))
+    y = sequence.attend(*heads_of(x, HEADS), masking_of(masked))
     y.backward(torch.ones_like(y))
     assert x.grad is not None
     return y.detach(), x.grad

@@ -1,12 +1,15 @@
 """Attention of some queries to some keys, forward and backward: the blocks from which ring attention is put together.
 
+There may be fewer heads of keys and values than of queries (grouped-query attention, Ainslie et al. 2023, arXiv
+2305.13245): query head h uses key head h // (heads // kv_heads). Keys are not repeated in memory.
+
 A forward returns y[B, heads, R, D] and the logsumexp of each query's scores, [B, heads, R]. A backward is given y and
 logsumexp over all keys, and returns what the keys of this block contribute to the gradients. It needs nothing else of
 the other keys (Dao et al. 2022, "FlashAttention", arXiv 2205.14135, appendix B.4).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -41,19 +44,31 @@ class AttentionDropout:
 
 @dataclass(frozen=True)
 class Masking:
-    """Padding and dropout: all that attention applies besides causality."""
+    """Padding, dropout and a window: all that attention applies besides causality."""
 
     tokens: Tensor | None = None
     """True where a position of the whole sequence holds a token, bool [B, S]. None: all positions do."""
 
     dropout: AttentionDropout | None = None
 
+    window: int | None = None
+    """The number of keys that a query sees: with W, the query at position i sees the keys i − W + 1 … i, as in Mistral
+    (Jiang et al. 2023, arXiv 2310.06825, section 2). None: all earlier keys.
+    """
+
+    def within(self, length: int) -> "Masking":
+        """Return what remains of it among `length` positions: a window that reaches over all of them is dropped."""
+        if self.window is None or self.window < length:
+            return self
+        return replace(self, window=None)
+
 
 @dataclass(frozen=True)
 class Pairs:
     """Queries and keys by their positions in a sequence of `length` tokens: int64 rows[R] and columns[C], in order.
 
-    `is_causal`: a query sees the keys up to its own position. Otherwise it sees all of these keys.
+    `is_causal`: a query sees the keys up to its own position. Otherwise all of these keys are before it. The window and
+    the padding of `masking` hide keys in either case.
     """
 
     rows: Tensor
@@ -67,6 +82,9 @@ class Pairs:
         hidden = None
         if self.is_causal:
             hidden = (self.rows.unsqueeze(1) < self.columns)[None, None]
+        if self.masking.window is not None:
+            far = (self.rows.unsqueeze(1) - self.columns >= self.masking.window)[None, None]
+            hidden = far if hidden is None else hidden | far
         if self.masking.tokens is not None:
             empty = ~self.masking.tokens[:, self.columns][:, None, None]
             hidden = empty if hidden is None else hidden | empty
@@ -107,7 +125,7 @@ def positions_in(ranges: tuple[range, ...], device: torch.device) -> Tensor:
 class Kernel:
     """A forward and a backward of attention.
 
-    forward   q[B, heads, R, D], k, v[B, heads, C, D], block -> y[B, heads, R, D], logsumexp[B, heads, R]
+    forward   q[B, heads, R, D], k, v[B, kv_heads, C, D], block -> y[B, heads, R, D], logsumexp[B, heads, R]
     backward  dy, (q, k, v, y, logsumexp), block -> dq, dk, dv
     """
 
@@ -120,24 +138,51 @@ def kernel_for(q: Tensor, masking: Masking, *, compiles: bool = False) -> Kernel
 
     Where that one returns no logsumexp, with dropout (which torch would not draw by coordinates), or on a GPU with a
     padding mask, it is `unfused` instead, which holds a block's scores, [B, heads, R, C]; `compiles` is for that one.
+    With a window it is flash, the only one on a GPU that has windows. Both of torch's accept grouped heads.
     """
     if masking.dropout is None and not q.is_cuda:
         return FLASH_ON_CPU
-    if masking == Masking() and q.is_cuda and q.shape[-1] % HEAD_UNIT == 0:
+    if masking.tokens is None and masking.dropout is None and q.is_cuda and q.shape[-1] % HEAD_UNIT == 0:
         half = q[..., : max(1, q.shape[-2] // 2), :]  # as long as the shortest block
         chosen = SDPBackend(torch._fused_sdp_choice(half, half, half, is_causal=True))
+        if chosen in ON_GPU and masking.window is not None:
+            return ON_GPU[SDPBackend.FLASH_ATTENTION]
         if chosen in ON_GPU:
             return ON_GPU[chosen]
     return unfused(compiles)
 
 
+def has_fused_window(q: Tensor, masking: Masking) -> bool:
+    """Return whether this masking has a window that `kernel_for` q[B, heads, R, D] applies without any mask."""
+    if masking.window is None or masking.tokens is not None or not q.is_cuda:
+        return False
+    return q.dtype.itemsize == 2 and q.shape[-1] % HEAD_UNIT == 0
+
+
 # -- unfused attention: any dtype, any mask, dropout
 
 
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """Join the rows of all query heads that use the same key head: x[B, heads, R, N] -> [B, kv_heads, group · R, N]."""
+    joined: Tensor = x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    return joined
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """Undo `_grouped`: x[B, kv_heads, group · R, N] -> [B, heads, R, N]."""
+    cut: Tensor = x.unflatten(2, (heads // x.shape[1], -1)).flatten(1, 2)
+    return cut
+
+
+def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply each query head by its key head: a[B, heads, R, K] · b[B, kv_heads, K, N] -> [B, heads, R, N]."""
+    return _by_head(wide_batched_product(_grouped(a, b.shape[1]), b, dtype), a.shape[1])
+
+
 def _scores(q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
-    """Return q[B, heads, R, D] · k[B, heads, C, D]ᵀ / √D in at least fp32, with −inf where a query sees no key."""
+    """Return q[B, heads, R, D] · k[B, kv_heads, C, D]ᵀ / √D in at least fp32, with −inf where a query sees no key."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores: Tensor = wide_batched_product(q, k.mT, wide).mul_(q.shape[-1] ** -0.5)
+    scores = _products(q, k.mT, wide).mul_(q.shape[-1] ** -0.5)
     hidden = pairs.hidden()
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
@@ -146,17 +191,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> tuple[Tensor, Ten
     scores = _scores(q, k, pairs)
     logsumexp = scores.logsumexp(-1).clamp_min(UNSEEN)
     weights = scores.sub_(logsumexp.unsqueeze(-1)).exp_()
-    return pairs.dropout()(weights).to(q.dtype) @ v, logsumexp
+    return _products(pairs.dropout()(weights).to(q.dtype), v, q.dtype), logsumexp
 
 
 def _backward(dy: Tensor, saved: tuple[Tensor, ...], pairs: Pairs) -> tuple[Tensor, ...]:
     q, k, v, y, logsumexp = saved
+    kv_heads = k.shape[1]
     weights, dropout = _scores(q, k, pairs).sub_(logsumexp.unsqueeze(-1)).exp_(), pairs.dropout()
-    dweights = dropout(wide_batched_product(dy, v.mT, weights.dtype))
+    dweights = dropout(_products(dy, v.mT, weights.dtype))
     inner = (dy.to(weights.dtype) * y).sum(-1, keepdim=True)  # Σ weights · dweights over all keys
     dscores = dweights.sub_(inner).mul_(weights).mul_(q.shape[-1] ** -0.5).to(q.dtype)
-    dv = dropout(weights).to(dy.dtype).mT @ dy
-    return dscores @ k, dscores.mT @ q, dv
+    dv = _grouped(dropout(weights).to(dy.dtype), kv_heads).mT @ _grouped(dy, kv_heads)
+    return _products(dscores, k, k.dtype), _grouped(dscores, kv_heads).mT @ _grouped(q, kv_heads), dv
 
 
 @cache
@@ -174,11 +220,11 @@ def unfused(compiles: bool = False) -> Kernel:
 
 
 def _cpu_mask(q: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to the scores [B, 1, R, C], and which queries [B, 1, R] see nothing; without padding None.
+    """Return what is added to the scores [B or 1, 1, R, C], and which queries [B or 1, 1, R] see nothing.
 
-    Without padding the kernel needs no mask: it knows causality.
+    Without padding and a window both are None: the kernel knows causality.
     """
-    if block.masking.tokens is None:
+    if block.masking.tokens is None and block.masking.window is None:
         return None, None
     hidden = block.pairs(q.device).hidden()
     assert hidden is not None
@@ -205,20 +251,47 @@ def _flash_on_cpu_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) 
 FLASH_ON_CPU = Kernel(_flash_on_cpu_forward, _flash_on_cpu_backward)
 
 
+def _flash_window(block: Block) -> dict[str, int | None]:
+    """Return the arguments of flash that limit how far a query sees, for a block of consecutive queries and keys.
+
+    Flash places the last query at the last key. Of R queries from position a and C keys from position b, its query i is
+    therefore at key i + C − R, while it is at key i + a − b in the sequence:
+
+        queries 4 5 6, keys 2 3 4 5, W = 4     query 4 is at key 3 for flash, and sees from key 1 on: 2 keys to its left
+    """
+    if (window := block.masking.window) is None:
+        return {}
+    (rows,), (columns,) = block.rows, block.columns
+    left = len(columns) - len(rows) - (rows.start - columns.start) + window - 1
+    assert left >= 0, f"some of the queries {rows} see none of the keys {columns}"  # flash would take it for no limit
+    return dict(window_size_left=left, window_size_right=0 if block.is_causal else None)
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    y, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, block.is_causal)
-    return y, logsumexp
+    by_position = (x.transpose(1, 2) for x in (q, k, v))
+    sizes = None, None, q.shape[-2], k.shape[-2]  # all sequences have one length
+    y, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        *by_position, *sizes, 0.0, block.is_causal, False, **_flash_window(block)
+    )
+    return y.transpose(1, 2), logsumexp
 
 
 def _flash_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
     q, k, v, y, logsumexp = saved
-    tensors = q, k, v, y, logsumexp.contiguous()  # of a slice the kernel would read other rows
+    by_position = (x.transpose(1, 2) for x in (dy, q, k, v, y))
     no_random = torch.empty(2, dtype=torch.uint64, device=q.device)
-    sizes = None, None, q.shape[-2], k.shape[-2]  # all sequences have one length
-    grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        dy, *tensors, *sizes, 0.0, block.is_causal, no_random, no_random
+    sizes = None, None, q.shape[-2], k.shape[-2]
+    grads = torch.ops.aten._flash_attention_backward(
+        *by_position,
+        logsumexp.contiguous(),  # of a slice the kernel would read other rows
+        *sizes,
+        0.0,
+        block.is_causal,
+        no_random,
+        no_random,
+        **_flash_window(block),
     )
-    return grads
+    return tuple(grad.transpose(1, 2) for grad in grads)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,13 @@ again, and the gradients of each follow one step behind it.
 Each rank has two parts of the sequence, one from its beginning and one from its end, so that causal attention gives
 every rank the same work: Megatron-LM's context parallelism does so too; striped attention (Brandon et al. 2023, arXiv
 2311.09431) reaches the same by interleaving tokens.
+
+With a window a rank computes only what its queries see, one pair of parts at a time. All keys and values go around as
+without one.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from parallel.mesh.collectives import Pending, start_rotate
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.sequence.blocks import Block, Kernel, Masking, kernel_for
+from parallel.sequence.blocks import UNSEEN, Block, Kernel, Masking, kernel_for
 
 ALL = slice(None)
 
@@ -44,8 +47,23 @@ class Zigzag:
         size = local // 2
         return tuple(range(i * size, (i + 1) * size) for i in (rank, 2 * self.axis.size - 1 - rank))
 
-    def part_of(self, source: int, local: int, masking: Masking) -> Part:
-        """Return the pairs of this rank's queries and rank `source`'s keys in which the query sees the key."""
+    def parts_of(self, source: int, local: int, masking: Masking) -> list[Part]:
+        """Return the pairs of this rank's queries and rank `source`'s keys in which the query sees the key.
+
+        Without a window they are one block. With one, they are a block for each two parts of which one sees the other.
+        """
+        if masking.window is None:
+            return [self._part_of(source, local, masking)]
+        queries, keys = (self.positions(rank, local) for rank in (self.axis.rank, source))
+        size, length = local // len(queries), local * self.axis.size
+        return [
+            (block, _slice_of(block.rows, rows, i * size), _slice_of(block.columns, columns, j * size))
+            for i, rows in enumerate(queries)
+            for j, columns in enumerate(keys)
+            if (block := _windowed(rows, columns, length, masking)) is not None
+        ]
+
+    def _part_of(self, source: int, local: int, masking: Masking) -> Part:
         queries, keys = (self.positions(rank, local) for rank in (self.axis.rank, source))
         length = local * self.axis.size
         if source == self.axis.rank:
@@ -59,8 +77,9 @@ class Zigzag:
 
         First: the rectangle of its second part's queries and its first part's keys. Last: the two causal triangles.
         """
-        if self.axis.size == 1:
-            return [], [self.part_of(self.axis.rank, local, masking)]
+        if self.axis.size == 1 or masking.window is not None:
+            own = self.parts_of(self.axis.rank, local, masking)
+            return [part for part in own if not part[0].is_causal], [part for part in own if part[0].is_causal]
         parts = self.positions(self.axis.rank, local)
         halves = slice(0, local // 2), slice(local // 2, local)
         length = local * self.axis.size
@@ -70,6 +89,31 @@ class Zigzag:
             for part, half in zip(parts, halves, strict=True)
         ]
         return [rectangle], triangles
+
+
+def _windowed(rows: range, columns: range, length: int, masking: Masking) -> Block | None:
+    """Return the block of those queries that see one of these keys, and of the keys that they see; None if none does.
+
+    Of queries 8 … 11 and keys 0 … 3, with a window of 7, these are the queries 8, 9 and the keys 2, 3.
+    """
+    assert masking.window is not None
+    reach = masking.window - 1
+    is_causal = rows == columns
+    rows, columns = (
+        range(max(rows.start, columns.start), min(rows.stop, columns.stop + reach)),
+        range(max(columns.start, rows.start - reach), min(columns.stop, rows.stop)),
+    )
+    if not rows or not columns:
+        return None
+    if rows.stop - 1 - columns.start <= reach:  # every query sees as far as the first key: the block needs no window
+        masking = replace(masking, window=None)
+    return Block((rows,), (columns,), length, is_causal, masking)
+
+
+def _slice_of(ranges: tuple[range, ...], part: range, begin: int) -> slice:
+    """Return where these positions, a range of a part that begins at `begin` in memory, lie in memory."""
+    (positions,) = ranges
+    return slice(begin + positions.start - part.start, begin + positions.stop - part.start)
 
 
 @dataclass(frozen=True)
@@ -83,14 +127,21 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
         local, axis, kernel = q.shape[-2], options.zigzag.axis, options.kernel
+
+        def attended(part: Part, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, slice]:
+            block, rows, columns = part
+            of_part = q[..., rows, :], keys[..., columns, :], values[..., columns, :]
+            return *kernel.forward(*of_part, block), rows
+
         remote = _remote_keys_and_values(k, v, axis)
-        block, _, _ = options.zigzag.part_of(axis.rank, local, options.masking)
-        total = _Accumulated.start(*kernel.forward(q, k, v, block))
+        own, *more = options.zigzag.parts_of(axis.rank, local, options.masking)
+        total = _Accumulated.start(*attended(own, k, v), local)
+        for part in more:
+            total.merge(*attended(part, k, v))
         for source, keys, values in remote:
-            block, rows, columns = options.zigzag.part_of(source, local, options.masking)
-            result = kernel.forward(q[..., rows, :], keys[..., columns, :], values[..., columns, :], block)
-            total.merge(*result, rows)
-            del keys, values, result  # or they would be held beside the next ones
+            for part in options.zigzag.parts_of(source, local, options.masking):
+                total.merge(*attended(part, keys, values))
+            del keys, values  # or they would be held beside the next ones
         y = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2).copy_(total.y)
         ctx.save_for_backward(q, k, v, y, total.logsumexp)
         ctx.options = options
@@ -104,18 +155,20 @@ class _Ring(torch.autograd.Function):
 
 @not_compiled
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, masking: Masking, *, compiles: bool = False) -> Tensor:
-    """Attend causally to the keys of all ranks of the axis: q, k, v[B, heads, S_axis, D] -> y[B, heads, S_axis, D].
+    """Attend causally to the keys of all ranks of the axis: q[B, heads, S_axis, D] -> y[B, heads, S_axis, D].
 
-    `Zigzag` defines which positions a rank has; B and heads may be split over other axes. An axis of size 1 has all
-    positions. `compiles`: attention that is not fused is compiled.
+    k, v[B, kv_heads, S_axis, D] are passed around with the heads that they have, and so are their gradients. `Zigzag`
+    defines which positions a rank has; B and heads may be split over other axes. An axis of size 1 has all positions.
+    `compiles`: attention that is not fused is compiled.
     """
+    masking = masking.within(q.shape[-2] * axis.size)
     options = _Options(Zigzag(axis), masking, kernel_for(q, masking, compiles=compiles))
     y: Tensor = _Ring.apply(q, k, v, options)  # type: ignore[no-untyped-call]
     return y
 
 
 def _gradients(dy: Tensor, saved: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Tensor]:
-    """Return the gradients, dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, heads, S_axis, D].
+    """Return the gradients, dy[B, heads, S_axis, D] -> dq[B, heads, S_axis, D], dkv[2, B, kv_heads, S_axis, D].
 
     Both are in fp32 at least. The gradients of a rank's keys and values are passed around one step behind them: a rank
     computes its contribution while they arrive, adds it, and sends them on while it computes the contribution to the
@@ -143,12 +196,14 @@ def _gradients(dy: Tensor, saved: tuple[Tensor, ...], options: _Options) -> tupl
     for part in first:
         add(contribution(part, k, v), part, own_dkv)
     for source, keys, values in remote:
-        part = options.zigzag.part_of(source, local, options.masking)
-        result = contribution(part, keys, values)
+        parts = options.zigzag.parts_of(source, local, options.masking)
+        results = [contribution(part, keys, values) for part in parts]
         dkv = torch.zeros_like(own_dkv) if in_flight is None else in_flight.wait()
-        add(result, part, dkv)
+        for part, result in zip(parts, results, strict=True):
+            add(result, part, dkv)
+            del result
         in_flight = start_rotate(dkv, axis)
-        del keys, values, result, dkv
+        del keys, values, results, dkv
     for part in last:
         add(contribution(part, k, v), part, own_dkv)
     return dq, own_dkv if in_flight is None else own_dkv.add_(in_flight.wait())
@@ -185,8 +240,14 @@ class _Accumulated:
     logsumexp: Tensor
 
     @classmethod
-    def start(cls, y: Tensor, logsumexp: Tensor) -> "_Accumulated":
-        return cls(y.to(logsumexp.dtype), logsumexp)
+    def start(cls, y: Tensor, logsumexp: Tensor, rows: slice, local: int) -> "_Accumulated":
+        """Return the result over the first keys, for `local` rows, of which those outside `rows` see none of them."""
+        y = y.to(logsumexp.dtype)
+        if y.shape[-2] == local:
+            return cls(y, logsumexp)
+        total = cls(y.new_zeros(*y.shape[:-2], local, y.shape[-1]), y.new_full((*y.shape[:-2], local), UNSEEN))
+        total.y[..., rows, :], total.logsumexp[..., rows] = y, logsumexp
+        return total
 
     def merge(self, y: Tensor, logsumexp: Tensor, rows: slice) -> None:
         """Add the result over further keys, which only some rows see, in place.

@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import exchange
 from parallel.mesh.mesh import ALONE, Axis
-from parallel.sequence.blocks import Masking, positions_in
+from parallel.sequence.blocks import Masking, has_fused_window, positions_in
 from parallel.sequence.ring import Zigzag, ring_attention
 
 
@@ -38,14 +39,16 @@ class SequenceSplit:
         """Return the position in the whole sequence of each of this rank's positions, int64 [local]."""
         return positions_in(self.ranges(local), device)
 
-    def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
-        """Attend causally over the whole sequence: qkv[B, S_context, 3 · heads · D] -> [B, S_context, heads · D]."""
-        q, k, v = _heads_of(qkv, heads)
-        if masking.dropout is not None:  # torch's own would not draw by coordinates
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
+        """Attend causally over the whole sequence: q[B, heads, S_context, D] -> y[B, S_context, heads · D].
+
+        k, v[B, kv_heads, S_context, D] may have fewer heads: query head h uses key head h // (heads // kv_heads).
+        """
+        masking = masking.within(q.shape[-2])
+        if masking.dropout is not None or has_fused_window(q, masking):  # torch's own has no coordinates and no window
             y: Tensor = ring_attention(q, k, v, ALONE, masking, compiles=self.compiles)
         else:
-            mask = None if masking.tokens is None else _causal(masking.tokens)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = _fused_attention(q, k, v, _mask_of(masking, q))
         return y.transpose(1, 2).flatten(2)
 
 
@@ -56,9 +59,9 @@ class Ring(SequenceSplit):
         """Return the positions of this rank's two parts."""
         return Zigzag(self.axis).positions(self.axis.rank, local)
 
-    def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
-        """Pass keys and values from rank to rank: qkv[B, S_context, 3 · heads · D] -> [B, S_context, heads · D]."""
-        y: Tensor = ring_attention(*_heads_of(qkv, heads), self.axis, masking, compiles=self.compiles)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
+        """Pass keys and values from rank to rank, and attend to each block of them on the way."""
+        y: Tensor = ring_attention(q, k, v, self.axis, masking, compiles=self.compiles)
         return y.transpose(1, 2).flatten(2)
 
 
@@ -67,20 +70,26 @@ class AllToAll(SequenceSplit):
 
     This is DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509, section 3.1):
 
-    qkv[B, S_context, 3, heads, D] -> [B, S, 3, heads_context, D]; y[B, S, heads_context, D] -> [B, S_context, heads, D]
+    q, k, v[B, S_context, heads or kv_heads, D] -> [B, S, heads_context or kv_heads_context, D], in one exchange;
+    y[B, S, heads_context, D] -> [B, S_context, heads, D]
     """
 
     def ranges(self, local: int) -> tuple[range, ...]:
         """Return the positions of this rank: consecutive ones."""
         return (range(self.axis.rank * local, (self.axis.rank + 1) * local),)
 
-    def attend(self, qkv: Tensor, heads: int, masking: Masking) -> Tensor:
-        """Attend to all positions with some heads: qkv[B, S_context, 3 · heads · D] -> [B, S_context, heads · D]."""
-        own_heads = heads // self.axis.size
-        whole = exchange(qkv.unflatten(-1, (3, heads, -1)), 3, 1, self.axis).flatten(2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
+        """Attend to all positions with some heads: a rank has whole groups, and kv_heads is a multiple of the axis."""
+        ranks = self.axis.size
+        assert k.shape[1] % ranks == 0, f"{k.shape[1]} heads of keys and values on {ranks} ranks"
+        # [ranks, B, S_context, heads of a rank, D]: so joined they are what is sent, and are not copied once more
+        by_rank = [x.transpose(1, 2).unflatten(2, (ranks, -1)).movedim(2, 0) for x in (q, k, v)]
+        own_heads, *_ = sizes = [x.shape[3] for x in by_rank]
+        whole = exchange(torch.cat(by_rank, 3), 0, 2, self.axis).squeeze(0)
+        q, k, v = (x.transpose(1, 2) for x in whole.split(sizes, 2))
         if (drop := masking.dropout) is not None:
             masking = replace(masking, dropout=replace(drop, heads=local_slice(drop.heads, 1, self.axis)))
-        y = super().attend(whole, own_heads, masking)
+        y = super().attend(q, k, v, masking)
         y = exchange(y.unflatten(-1, (own_heads, -1)), 1, 2, self.axis)
         return y.flatten(2)
 
@@ -89,16 +98,29 @@ UNSPLIT = SequenceSplit(ALONE)
 """Every rank has whole sequences."""
 
 
-def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v: qkv[B, S, 3 · heads · D] -> three of [B, heads, S, D].
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return torch's attention, causal if there is no mask: q[B, heads, S, D], k, v[B, kv_heads, S, D] -> y, like q.
 
-    qkv is cut along its last dim, so that in backward their gradients are joined by one fast copy.
+    Where torch has no fused kernel that accepts groups, on a GPU in fp32 for instance, each key is repeated for the
+    queries of its group, since the fused kernel that is left uses less memory than all scores do.
     """
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    return q, k, v
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        chosen = torch._fused_sdp_choice(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        if chosen == SDPBackend.MATH.value:
+            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    y: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1)
+    return y
 
 
-def _causal(tokens: Tensor) -> Tensor:
-    """Return which keys a query sees, the earlier ones that hold a token: tokens[B, S], bool -> [B, 1, S, S]."""
-    sequence = tokens.shape[-1]
-    return torch.ones(sequence, sequence, dtype=torch.bool, device=tokens.device).tril() & tokens[:, None, None, :]
+def _mask_of(masking: Masking, q: Tensor) -> Tensor | None:
+    """Return which keys a query sees: those before it that are in the window and hold a token; bool [B or 1, 1, S, S].
+
+    None: it sees all keys before it.
+    """
+    if masking.tokens is None and masking.window is None:
+        return None
+    seen = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if masking.window is not None:
+        seen = seen.triu(1 - masking.window)
+    return seen[None, None] if masking.tokens is None else seen & masking.tokens[:, None, None, :]

@@ -1,0 +1,139 @@
+"""Attention with fewer heads of keys and values than of queries, and with windows, in every way to split a sequence."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.config.parallel import ContextConfig, TensorConfig
+from parallel.layout.rng import dropout
+from parallel.sequence import UNSPLIT, AttentionDropout, Masking, SequenceSplit, sequence_of
+from tests.accounts import RecordedCalls, mesh_of
+from tests.harness import run
+
+B, S, D = 3, 24, 5
+WINDOWS = (None, 1, 3, S - 1, S, S + 5)
+MASKED = ("causal", "padded", "dropout", "both")
+SPLITS: list[tuple[Literal["ring", "all_to_all"], int]] = [("ring", 2), ("ring", 3), ("all_to_all", 2)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one attention: numbers of heads, a window, and what else is masked."""
+
+    heads: int
+    kv_heads: int
+    window: int | None
+    masked: str
+
+    def drawn(self) -> tuple[Tensor, ...]:
+        """Return q, k and v, [B, heads or kv_heads, S, D] in fp64, and the gradient of y, [B, S, heads · D]."""
+        generator = torch.Generator().manual_seed(0)
+        numbers = self.heads, self.kv_heads, self.kv_heads, self.heads
+        q, k, v, dy = (torch.randn(B, S, n, D, generator=generator, dtype=torch.float64) for n in numbers)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dy.flatten(2)
+
+    def masking(self) -> Masking:
+        """Return the masking: padding is at the start of one sample, and at the end of another."""
+        tokens = drop = None
+        if self.masked in ("padded", "both"):
+            tokens = torch.ones(B, S, dtype=torch.bool)
+            tokens[0, :7], tokens[1, 17:] = False, False
+        if self.masked in ("dropout", "both"):
+            heads = torch.arange(B).unsqueeze(1) * self.heads + torch.arange(self.heads)
+            drop = AttentionDropout(0.3, torch.tensor(11), heads)
+        return Masking(tokens, drop, self.window)
+
+
+HEADS = (6, 2), (4, 1), (8, 8)
+CASES = [Case(*heads, window, masked) for heads, window, masked in product(HEADS, WINDOWS, MASKED)]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
+    """Compute attention as its formula says, with each key written out for every query head and a mask of positions.
+
+    It shares only the drawing of dropout with what it checks. A query that sees no key has a result of zero.
+    """
+    group, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    i, j = torch.arange(length, device=q.device).unsqueeze(1), torch.arange(length, device=q.device)
+    seen = (j <= i).expand(len(q), 1, length, length)
+    if masking.window is not None:
+        seen = seen & (j > i - masking.window)
+    if masking.tokens is not None:
+        seen = seen & masking.tokens[:, None, None]
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).where(seen.any(-1, keepdim=True), 0.0)
+    if (drop := masking.dropout) is not None:
+        weights = dropout(weights, drop.p, drop.key, drop.heads.unsqueeze(-1) * length + i[:, 0], j)
+    return torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2)
+
+
+def results_of(attend: Any, case: Case, sequence: SequenceSplit = UNSPLIT) -> list[Tensor]:
+    """Return y and the gradients of q, k and v at this rank's positions, all as [B, S_context, ...]."""
+    q, k, v = (sequence.local_part(x.transpose(1, 2)).requires_grad_() for x in case.drawn()[:3])
+    y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), case.masking())
+    return [y.detach(), *torch.autograd.grad(y, (q, k, v), sequence.local_part(case.drawn()[3]))]
+
+
+def compare(found: list[Tensor], case: Case) -> None:
+    """Compare with the reference. Each number is a sum of at most 24 products, so that 1e-12 is far above rounding."""
+    for name, got, want in zip(("y", "dq", "dk", "dv"), found, results_of(reference, case), strict=True):
+        assert (got - want).abs().max() < 1e-12, f"{name} of {case}"
+
+
+def test_whole_sequences_are_attended_to_as_the_formula_says() -> None:
+    for case in CASES:
+        compare(results_of(UNSPLIT.attend, case), case)
+
+
+def attended(rank: int, world_size: int, config: ContextConfig, cases: list[Case]) -> list[list[Tensor]]:
+    sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
+    return [results_of(sequence.attend, case, sequence) for case in cases]
+
+
+@pytest.mark.parametrize(("kind", "size"), SPLITS)
+def test_split_sequences_are_attended_to_as_the_formula_says(kind: Any, size: int) -> None:
+    config = ContextConfig(size, kind)
+    cases = [case for case in CASES if kind == "ring" or case.kv_heads % size == 0]
+    found = run(attended, size, config, cases)
+    splits = [sequence_of(mesh_of(rank, TensorConfig(), config), config) for rank in range(size)]
+    index = torch.cat([one.positions(S // size, torch.device("cpu")) for one in splits]).argsort()
+    for case, parts in zip(cases, zip(*found, strict=True), strict=True):
+        compare([torch.cat(of_ranks, 1)[:, index] for of_ranks in zip(*parts, strict=True)], case)
+
+
+def test_memory_may_be_laid_out_in_any_order() -> None:
+    """Also where the numbers of one head are not next to each other, and where a gradient is one number repeated."""
+    case = Case(6, 2, 3, "causal")
+    for masking in (Masking(), case.masking(), Case(6, 2, 3, "dropout").masking()):
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in case.drawn()[:3])
+        found, want = (attend(q, k, v, masking) for attend in (UNSPLIT.attend, reference))
+        ours, theirs = (torch.autograd.grad(y.sum(), (q, k, v)) for y in (found, want))
+        for got, expected in zip((found, *ours), (want, *theirs), strict=True):
+            assert (got - expected).abs().max() < 1e-12
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def sent(rank: int, world_size: int, config: ContextConfig) -> list[dict[str, int]]:
+    """Return the bytes that a rank sends with as many k, v heads as q heads, and with a quarter of them."""
+    found = []
+    for kv_heads, window in ((8, None), (2, None), (2, 3)):
+        sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
+        with RecordedCalls("both") as calls:
+            results_of(sequence.attend, Case(8, kv_heads, window, "causal"), sequence)
+        assert sequence.axis.traffic.bytes == calls.bytes
+        found.append(dict(calls.bytes))
+    return found
+
+
+def test_around_a_ring_keys_and_their_gradients_travel_once_for_each_group() -> None:
+    """On 2 ranks k and v make a hop in forward and in backward, and their gradients one back to their owner."""
+    for whole, quarter, windowed in run(sent, 2, ContextConfig(2, "ring")):
+        assert whole == dict(rotate=3 * 2 * B * 8 * (S // 2) * D * 8)  # k and v, fp64
+        assert quarter == windowed == dict(rotate=whole["rotate"] // 4)
