@@ -249,27 +249,13 @@ class Attention(nn.Module):
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        q, k, v = self._heads_of(self.qkv(x))
+        q, k, v = heads_of(self.qkv(x), self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
         y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
         return y
-
-    def _heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q[B, heads, S, D] and k, v[B, kv heads, S, D] of the linear's output qkv[B, S, ...].
-
-        The output is cut along its last dim, so that in backward their gradients are joined by one fast copy.
-        """
-        size = self.head_size
-        if self.heads == self.kv_heads:
-            q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.chunk(3, -1))
-        else:
-            group = self.heads // self.kv_heads
-            q, k, v = qkv.unflatten(-1, (self.kv_heads, -1)).split([group * size, size, size], -1)
-            q = q.unflatten(-1, (group, size)).flatten(2, 3)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _masking(self, batch: Microbatch) -> Masking:
         tokens = dropout = None
@@ -281,6 +267,21 @@ class Attention(nn.Module):
             numbers = samples.unsqueeze(1) * self.all_heads + heads
             dropout = AttentionDropout(self.options.dropout, self.key, numbers)
         return Masking(tokens, dropout, self.options.window)
+
+
+def heads_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q[B, heads, S, D] and k, v[B, kv heads, S, D] of the joint linear's output qkv[B, S, ...].
+
+    With as many k, v heads as q heads the features are all of q, of k and of v; else q's, k's and v's of each group
+    follow one another. The output is cut along its last dim, so that in backward the gradients are joined by one copy.
+    """
+    group, size = heads // kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads)
+    if group == 1:
+        q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.chunk(3, -1))
+    else:
+        q, k, v = qkv.unflatten(-1, (kv_heads, -1)).split([group * size, size, size], -1)
+        q = q.unflatten(-1, (group, size)).flatten(2, 3)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

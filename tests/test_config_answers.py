@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from models.opt.shape import OPTShape
 from models.shapes import resolve
 from parallel.config import apply_overrides, load_raw, parse
 from parallel.config.parsing import KEYS
@@ -186,6 +188,9 @@ WORDS = [
 NUMBERS = [0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 60, 97, 128, 1000, 4095, 2**20, 2**20 - 1, 2**40, 2**40 - 87, 2**63, 10**18]
 
 
+SHAPE_FIELDS = tuple(key.name for key in fields(OPTShape))
+
+
 def drawn_value(rng: random.Random, depth: int = 0) -> Any:
     """Return a value of any kind, dicts and lists of values among them."""
     kind = rng.randrange(10 if depth < 4 else 7)
@@ -205,7 +210,8 @@ def drawn_config(rng: random.Random) -> dict[str, Any]:
     raw: dict[str, Any] = {}
     for _ in range(rng.randint(1, 6)):
         section = rng.choice([*KEYS, "parallel", "parallel", "model"])
-        key = rng.choice([*KEYS[section], "lr", "size", "learning_rate"])
+        fields = SHAPE_FIELDS if section == "model" else ()
+        key = rng.choice([*KEYS[section], *fields, "lr", "size", "learning_rate"])
         raw.setdefault(section, {})[key] = drawn_value(rng)
     if rng.random() < 0.1:
         raw[rng.choice(["modle", "train", "gradient_accumulation_steps"])] = drawn_value(rng)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfi
 import models
 import parallel
 from models import generate
-from models.shapes import resolve
+from models.shapes import from_hugging_face, resolve
 from models.tokenizer import ByteTokenizer
 from models.weight_files import files_of
 from parallel.config import parse
@@ -252,9 +252,15 @@ def quantization(folder: Path) -> str:
 
 def null_field(folder: Path) -> str:
     assert_right(with_config(model_in(folder / "width"), word_embed_proj_dim=None))
-    listed = with_config(model_in(folder / "list"), eos_token_id=[2, 5])
-    assert "eos_token_id [2, 5] in" in refused(folder, listed, error=ConfigError)
-    return refused(folder, with_config(model_in(folder / "null"), eos_token_id=None), error=ConfigError)
+    assert_right(with_config(model_in(folder / "padding"), pad_token_id=None))
+    return refused(folder, with_config(model_in(folder / "null"), hidden_size=None), error=ConfigError)
+
+
+def several_ends(folder: Path) -> str:
+    path = with_config(model_in(folder / "list"), eos_token_id=[2, 5])
+    assert_right(path)
+    assert from_hugging_face(path).end_tokens == (2, 5)
+    return ""
 
 
 def adapter(folder: Path) -> str:
@@ -456,7 +462,8 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "tensors that the model lacks": left_over,
     "quantized tensors": quantized,
     "a `quantization_config`": quantization,
-    "a field of config.json that is null or a list": null_field,
+    "a field of config.json that is null": null_field,
+    "several tokens that end a text": several_ends,
     "an adapter": adapter,
     "a head that equals the embedding": same_head,
     "a head alone, whose embedding is not stored": head_alone,

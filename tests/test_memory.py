@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.layer import Attention
 from models.opt.layers import block_of
 from models.opt.shape import OPTShape
 from parallel.config.parallel import TensorConfig
@@ -98,6 +99,8 @@ VARIANTS = {
 
 def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None = None) -> Kept:
     block = block_of(shape, mode, 0)
+    attention = block.attention
+    assert isinstance(attention, Attention)
     x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
     tokens = torch.zeros(B, S, dtype=torch.int64)
     held = Allocations()
@@ -107,7 +110,7 @@ def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None =
     known = total - x.nbytes + y.nbytes  # x existed before, and y is held by this function alone
     own = set(map(storage_of, block.parameters()))
     # Dropout in attention has a table of its heads' numbers, which is no activation.
-    known += 8 * len(mode.local(tokens, mode.inner_batch)) * block.attention.heads * (shape.attention_dropout > 0)
+    known += 8 * len(mode.local(tokens, mode.inner_batch)) * attention.heads * (shape.attention_dropout > 0)
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
 
 

@@ -10,10 +10,9 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from models.costs import flops_per_token, layer_costs, parameter_count
-from models.family import named_sizes
-from models.opt.shape import OPTShape
+from models.opt.shape import SIZES, OPTShape
 from models.shapes import from_hugging_face, resolve, shape_of
-from parallel.config import ModelConfig, parse
+from parallel.config import parse
 from parallel.errors import ConfigError
 from parallel.pipeline.partition import partition
 
@@ -36,25 +35,26 @@ def tensor(**keys: Any) -> dict[str, Any]:
 
 def test_a_shape_has_hugging_faces_defaults() -> None:
     theirs = OPTConfig()
-    assert OPTShape(
-        **{key.name: getattr(theirs, key.name) for key in fields(OPTShape) if hasattr(theirs, key.name)}
-    ) == (OPTShape())
+    known = {key.name: getattr(theirs, key.name) for key in fields(OPTShape) if hasattr(theirs, key.name)}
+    assert OPTShape(**known | dict(word_embed_proj_dim=None)) == OPTShape()
+    assert theirs.word_embed_proj_dim == OPTShape().embedding_width
     assert theirs._remove_final_layer_norm is OPTShape().remove_final_layer_norm
 
 
-def test_a_config_overrides_exactly_the_fields_of_a_shape() -> None:
-    assert {key.name for key in fields(ModelConfig)} - {"name", "path"} == {key.name for key in fields(OPTShape)}
+def test_a_resolved_config_has_exactly_the_fields_of_the_familys_shape() -> None:
+    fields_of_model = parse({}, resolve=resolve).model.fields
+    assert fields_of_model.keys() == {key.name for key in fields(OPTShape)} | {"model_type"}
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        named_sizes()["opt-tiny"],
-        named_sizes()["opt-125m"],
-        named_sizes()["opt-350m"],
-        named_sizes()["opt-175b"],
-        replace(named_sizes()["opt-tiny"], enable_bias=False, remove_final_layer_norm=True),
-        replace(named_sizes()["opt-tiny"], layer_norm_elementwise_affine=False),
+        SIZES["opt-tiny"],
+        SIZES["opt-125m"],
+        SIZES["opt-350m"],
+        SIZES["opt-175b"],
+        replace(SIZES["opt-tiny"], enable_bias=False, remove_final_layer_norm=True),
+        replace(SIZES["opt-tiny"], layer_norm_elementwise_affine=False),
     ],
 )
 def test_parameter_count_is_that_of_hugging_faces_model(shape: OPTShape) -> None:
@@ -65,12 +65,12 @@ def test_parameter_count_is_that_of_hugging_faces_model(shape: OPTShape) -> None
 
 @pytest.mark.parametrize(("name", "billions"), [("opt-1.3b", 1.3), ("opt-13b", 13), ("opt-30b", 30), ("opt-175b", 175)])
 def test_a_named_size_has_about_the_parameters_it_is_named_for(name: str, billions: float) -> None:
-    assert parameter_count(named_sizes()[name]) / 1e9 == pytest.approx(billions, rel=0.03)
+    assert parameter_count(SIZES[name]) / 1e9 == pytest.approx(billions, rel=0.03)
 
 
 def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
     """The reference adds up the matmuls. The formula also counts 6 FLOPs for each bias and norm, a thousandth here."""
-    shape, length = named_sizes()["opt-1.3b"], 1024
+    shape, length = SIZES["opt-1.3b"], 1024
     hidden, ffn = shape.hidden_size, shape.ffn_dim
     layer = 2 * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * (2 * hidden * length)  # scores, and values
     forward = shape.num_hidden_layers * layer + 2 * hidden * shape.vocab_size
@@ -83,7 +83,7 @@ def test_flops_are_three_times_those_of_the_forward_matmuls() -> None:
 @pytest.mark.parametrize(("device", "blocks"), [("cuda", [8, 8, 9, 7]), ("cpu", [8, 8, 8, 8])])
 def test_the_partition_counts_the_time_of_more_than_matmuls(device: str, blocks: list[int]) -> None:
     """OPT-6.7b's last stage took 717 ms of a step on H100s, the others 585, with 8 blocks in each."""
-    costs = layer_costs(named_sizes()["opt-6.7b"], 2048, device)
+    costs = layer_costs(SIZES["opt-6.7b"], 2048, device)
     first, *middle, last = (len(stage) for stage in partition(costs, 4))
     assert [first - 1, *middle, last - 1] == blocks
     assert (costs[-1] > 1.5 * costs[1]) == (device == "cuda")
@@ -91,8 +91,8 @@ def test_the_partition_counts_the_time_of_more_than_matmuls(device: str, blocks:
 
 @pytest.mark.parametrize("name", ["opt-tiny", "opt-350m"])
 def test_what_hugging_face_saves_reads_back(tmp_path: Path, name: str) -> None:
-    hugging_face(named_sizes()[name]).save_pretrained(tmp_path)
-    assert from_hugging_face(tmp_path) == named_sizes()[name]
+    hugging_face(SIZES[name]).save_pretrained(tmp_path)
+    assert from_hugging_face(tmp_path) == SIZES[name]
 
 
 def test_an_embedding_is_as_wide_as_the_model_unless_its_width_is_given(tmp_path: Path) -> None:
@@ -110,9 +110,9 @@ def test_an_embedding_is_as_wide_as_the_model_unless_its_width_is_given(tmp_path
         (None, "cannot read"),
         ("{", "is not JSON"),
         ("[]", "model_type None"),
-        ('{"model_type": "llama"}', "model_type 'llama'"),
+        ('{"model_type": "bert"}', "model_type 'bert'"),
         ('{"model_type": "opt", "ffn_dim": "wide"}', "needs an int, got 'wide'"),
-        ('{"model_type": "opt", "pad_token_id": null}', "pad_token_id null"),
+        ('{"model_type": "opt", "hidden_size": null}', "hidden_size: needs an int, got None"),
     ],
 )
 def test_a_directory_of_another_model_or_none_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
@@ -128,7 +128,7 @@ def test_a_directory_of_another_model_or_none_is_refused(tmp_path: Path, text: s
 
 def test_resolve_fills_in_every_field_and_overrides_win() -> None:
     config = parse({"model": {"name": "opt-350m", "vocab_size": 300}}, resolve=resolve)
-    assert shape_of(config) == replace(named_sizes()["opt-350m"], vocab_size=300)
+    assert shape_of(config) == replace(SIZES["opt-350m"], vocab_size=300)
     assert None not in {key: value for key, value in asdict(config.model).items() if key != "path"}.values()
     assert parse(config.to_dict(), resolve=resolve) == config
 

@@ -97,7 +97,7 @@ def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
         layer.register_forward_hook(lambda module, x, y, backward=backward: y.register_hook(backward) and None)
     embed = engine.stage.layers[0]
     assert isinstance(embed, Embed)
-    embed.embed_tokens.weight.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE))
+    embed.table.weight.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE))
 
 
 @cache

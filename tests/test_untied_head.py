@@ -103,4 +103,4 @@ def test_a_head_of_its_own_costs_memory_and_no_flops() -> None:
     tied = named_sizes()["opt-125m"]
     untied = OPTShape(tie_word_embeddings=False)
     assert flops_per_token(untied, 128) == flops_per_token(tied, 128)
-    assert parameter_count(untied) - parameter_count(tied) == tied.vocab_size * tied.word_embed_proj_dim
+    assert parameter_count(untied) - parameter_count(tied) == tied.vocab_size * tied.embedding_width
