@@ -60,8 +60,7 @@ def check_weights(path: str | Path, shape: ModelShape) -> None:
     ]
     if differing:
         raise DataError(f"model.path: {path}: {names_text(differing)}.")
-    unused = re.compile(shape.unused)
-    if more := [name for name in found if name not in expected and name != head and not unused.fullmatch(name)]:
+    if more := [name for name in found if name not in expected and name != head]:
         raise DataError(
             f"model.path: {path} has {len(more)} tensors that the model lacks: {names_text(more)}. Set the keys of"
             " `model` so that it has them, or take them out of the files."
@@ -126,13 +125,19 @@ def too_large(path: str | Path, shape: ModelShape, dtype: torch.dtype, *, part: 
     return found
 
 
-def stored_dtypes(path: str | Path) -> list[str]:
+def stored_dtypes(path: str | Path, shape: ModelShape) -> list[str]:
     """Return the dtypes of the weights of a directory, as safetensors names them: F32, BF16, ..."""
     found: set[str] = set()
     for file in files_of(path):
         with open_safetensors(file, DataError) as content:
-            found |= {content.get_slice(key).get_dtype() for key in content.keys()}  # noqa: SIM118
+            found |= {content.get_slice(key).get_dtype() for key in _used(content.keys(), shape)}
     return sorted(found)
+
+
+def _used(keys: Iterable[str], shape: ModelShape) -> dict[str, str]:
+    """Return the public name of each tensor of a file, without those that the model does not use."""
+    names = {key: key if key == shape.head or key.startswith(shape.base) else f"{shape.base}{key}" for key in keys}
+    return {key: name for key, name in sorted(names.items()) if not re.fullmatch(shape.unused, name)}
 
 
 def _archive(path: Path, shape: ModelShape) -> Archive:
@@ -143,14 +148,13 @@ def _archive(path: Path, shape: ModelShape) -> Archive:
         raise DataError(f"model.path: {path} has neither {SINGLE} nor {INDEX}.")
     for file in files:
         with open_safetensors(file, DataError) as content:
-            for key in sorted(content.keys()):
+            for key, name in _used(content.keys(), shape).items():
                 stored = content.get_slice(key)
                 if stored.get_dtype() not in FLOATS:
                     raise DataError(
                         f"model.path: {file}: {key} is {stored.get_dtype()}, not one of {', '.join(FLOATS)}."
                     )
                 size = tuple(stored.get_shape())
-                name = key if key == shape.head or key.startswith(shape.base) else f"{shape.base}{key}"
                 if name in tensors:
                     other = tensors[name].parts[0]
                     raise DataError(

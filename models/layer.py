@@ -116,7 +116,7 @@ class Embed(nn.Module):
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What differs between the blocks of families.
+    """The options in which the blocks of families differ.
 
     `norm_first`: a norm stands before each half of the block, not after it. `dropout`: the probability with which an
     element of a half's output becomes zero in training, by masks drawn from `seed`.
@@ -201,7 +201,7 @@ class FeedForward(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What differs between the attentions of families.
+    """The options in which the attentions of families differ.
 
     `bias`, `out_bias`: whether q, k, v and the output's linear have biases. `dropout`: of the probabilities. `rotary`:
     turns q and k by their positions. `head_norm`: the kind and eps of norms of q and k over each head. `window`: how

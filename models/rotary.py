@@ -57,7 +57,9 @@ class Rotary:
         self.settings = settings
         self._inv_freq = inverse_frequencies(settings).to(device)
         self._attention_factor = attention_factor(settings)
-        self._shared: tuple[tuple[object, ...], Tables] | None = None
+        self._key: tuple[object, ...] = ()
+        self._ids: Tensor | None = None
+        self._tables: Tables | None = None
 
     def __call__(self, q: Tensor, k: Tensor, batch: Microbatch, mode: Mode) -> tuple[Tensor, Tensor]:
         """Return q[B, heads, S_context, D] and k[B, kv_heads, S_context, D], turned.
@@ -82,20 +84,22 @@ class Rotary:
         return cos.to(dtype), sin.to(dtype)
 
     def _tables_of(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
-        """Return the tables of a microbatch; those of positions that are counted are made once for all layers."""
-        if batch.position_ids is not None:
-            own = mode.tokens(batch.position_ids, mode.inner_batch)
-            return self.tables(own, batch.position_ids.max() + 1, q.dtype)
+        """Return the tables of a microbatch, which the first layer makes and the others of the stage find here."""
         if torch.compiler.is_compiling():
-            return self._counted(batch, mode, q)
-        key = batch.length, q.shape[2], q.device, q.dtype, torch.is_inference_mode_enabled()
-        if self._shared is None or self._shared[0] != key:
-            self._shared = key, self._counted(batch, mode, q)
-        return self._shared[1]
+            return self._made(batch, mode, q)
+        ids = batch.position_ids
+        version = None if ids is None else ids._version
+        key = batch.length, q.shape[2], q.device, q.dtype, version, torch.is_inference_mode_enabled()
+        if self._tables is None or self._key != key or self._ids is not ids:
+            self._key, self._ids, self._tables = key, ids, self._made(batch, mode, q)
+        return self._tables
 
-    def _counted(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
-        positions = mode.sequence.positions(q.shape[2], q.device)
-        return self.tables(positions.unsqueeze(0), batch.length, q.dtype)
+    def _made(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+        if batch.position_ids is None:
+            positions = mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)
+            return self.tables(positions, batch.length, q.dtype)
+        length = batch.position_ids.max() + 1 if self.settings.is_dynamic else batch.length
+        return self.tables(mode.tokens(batch.position_ids, mode.inner_batch), length, q.dtype)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
+from parallel.layout.layout import Layout
+from parallel.mesh.collectives import all_reduce, local_slice
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
+from parallel.tensor.mode import Split
 from tests.patience import patient, wait_until
 
 UNSPLIT = ContextConfig()
@@ -63,6 +66,23 @@ def value(formula: str, letters: Mapping[str, int]) -> float:
     for sign, python in (("·", "*"), ("−", "-"), ("²", "**2")):
         formula = formula.replace(sign, python)
     return float(eval(formula, dict(letters)))
+
+
+def part(x: Tensor, *dims: Split) -> Tensor:
+    """Return this rank's part of a tensor whose first dims are split over these axes, outermost first: a copy."""
+    for dim, axes in enumerate(dims):
+        for axis in axes:
+            x = local_slice(x, dim, axis)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def summed(parameter: nn.Parameter, layout: Layout) -> Tensor:
+    """Return the parameter's gradient, summed as its layout says, in fp32 at least."""
+    assert parameter.grad is not None
+    gradient = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))
+    for axis in layout.sync:
+        gradient = all_reduce(gradient, axis)
+    return gradient
 
 
 def storage_of(x: Tensor) -> int:

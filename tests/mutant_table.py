@@ -59,6 +59,11 @@ WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
 PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
 
 
+def torch_norm(layout: str) -> str:
+    """Return the test that norms over a split dim and over heads equal torch's in this layout."""
+    return f"tests/test_norms.py::test_a_split_norm_equals_torch[{layout}]"
+
+
 def trains(layout: str) -> str:
     """Return the test that two steps in this layout equal Hugging Face's, from the same weights."""
     return f"{RULES}::test_unequal_microbatches_train_as_one_batch_of_hugging_face[{layout}]"
@@ -91,9 +96,12 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+NORMS = "parallel/tensor/norms.py"
 SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
+WHOLE = "tests/test_grouped_attention.py::test_whole_sequences_are_attended_to_as_the_formula_says"
+PARTS = "tests/test_grouped_attention.py::test_split_sequences_are_attended_to_as_the_formula_says"
 IMPORTS, MARKS = "tests/test_imports.py", "parallel/ops/compiling.py"
 TORCH_OPTIM, LEAVES = "parallel/optim/torch_optimizer.py", "parallel/optim/leaves.py"
 ENGINE, COUNTS, LAYOUT = "parallel/engine/engine.py", "parallel/optim/update_counts.py", "parallel/layout/layout.py"
@@ -110,7 +118,8 @@ MODULE, GATHERER = "parallel/engine/module_engine.py", "parallel/zero/gatherer.p
 SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
-OPT, BUILD, HF = "models/opt.py", "models/build.py", "models/hf.py"
+LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
+SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
 # fmt: off
@@ -149,11 +158,11 @@ DROPPED_REDUCTIONS = (
            "dim, axis = self.scatter_rows; return reduce(rows.chunk(axis.size, dim)[axis.rank], self.reduce_rows)",
            trains("3d2x2x2")),
     Mutant("layer-norm-mean-not-reduced", "mean and variance are those of this rank's part of the hidden dim",
-           LAYERS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
+           NORMS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
     Mutant("layer-norm-mean-gradient-not-reduced", "dx lacks what comes through mean and variance from other ranks",
-           LAYERS, "sums = all_reduce(sums, axis)", "pass", trains("2d1x2")),
+           NORMS, "sums = ctx.dim.sum(sums)", "pass", trains("2d1x2")),
     Mutant("layer-norm-variance-of-parts", "the variance leaves out how far the ranks' means are apart",
-           LAYERS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
+           NORMS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
            "sums = all_reduce(sums, axis)",
@@ -330,13 +339,13 @@ PARAMETERS = (
            CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
     Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole tensor",
            INITIAL_VALUES,
-           "draw_normal(piece.shape, piece.box, shape.init_std",
-           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), shape.init_std",
+           "draw_normal(piece.shape, piece.box, wanted.std",
+           "draw_normal(tuple(piece.data.shape), tuple((0, n) for n in piece.data.shape), wanted.std",
            SEED),
     Mutant("masters-rounded", "the master weights of a bf16 model start as its rounded weights",
            BUILD, "master_dtype(context.dtype),\n        sequence", "context.dtype,\n        sequence", BF16),
     Mutant("padding-row-drawn", "the embedding of the padding token starts with drawn values instead of zeros",
-           INITIAL_VALUES, "drawn[shape.pad_token_id - start] = 0", "pass", SEED),
+           INITIAL_VALUES, "drawn[shape.padding_row - start] = 0", "pass", SEED),
     Mutant("every-replica-owns", "a checkpoint and an export get an element twice",
            SPEC, "return self.is_counted and (self.zero >= 1 or self.axes[0].rank == 0)", "return True",
            trains("dp2")),
@@ -360,23 +369,23 @@ PLACES = (
     Mutant("replicas-take-the-same-samples", "every replica reads the first one's rows",
            "models/data.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
     Mutant("queries-are-keys", "Hugging Face's q and k are exchanged when they are read",
-           HF, '("q_proj", "k_proj", "v_proj"))', '("k_proj", "q_proj", "v_proj"))', trains("single")),
+           OPT_SHAPE, '("self_attn.q_proj", "self_attn.k_proj"', '("self_attn.k_proj", "self_attn.q_proj"', trains("single")),
 )
 
 MODEL = (
     Mutant("positions-from-zero", "positions do not start at 2, as OPT's do",
            OPT, "* mask - 1 + POSITION_OFFSET", "* mask", trains("single")),
     Mutant("a-token-sees-the-future", "attention has no causal mask",
-           SPLIT, ".tril() & tokens[:, None, None, :]", " & tokens[:, None, None, :]",
+           SPLIT, "device=q.device).tril()", "device=q.device)",
            trains("single")),
     Mutant("padding-is-attended-to", "the attention mask is ignored",
-           SPLIT, ".tril() & tokens[:, None, None, :]", ".tril()",
+           SPLIT, "else seen & masking.tokens[:, None, None, :]", "else seen[None, None]",
            trains("single")),
     Mutant("dropout-the-same-for-every-sample", "a dropout mask depends on the position only",
-           OPT, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
+           LAYER, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
            drops("Block")),
     Mutant("attention-dropout-the-same-for-every-sample", "a dropout mask of attention depends on head and position only",
-           OPT, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
+           LAYER, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
@@ -401,7 +410,7 @@ SEQUENCES = (
            RING, "options.zigzag.axis, torch.promote_types(q.dtype, torch.float32)", "options.zigzag.axis, q.dtype",
            "tests/test_sequence.py::test_a_block_sends_as_much_as_the_table_says[ring 2]"),
     Mutant("ring-keeps-remote-blocks", "the keys and values of other ranks stay in memory until backward",
-           RING, "            del keys, values, result  # or they would be held beside the next ones\n",
+           RING, "            del keys, values  # or they would be held beside the next ones\n",
            "            ctx.keys = keys\n",
            "tests/test_sequence.py::test_a_block_keeps_only_its_own_tokens[ring 2]"),
     Mutant("ring-sends-late", "the next part is sent only after attention to the one before is computed",
@@ -418,10 +427,10 @@ SEQUENCES = (
            BLOCKS, "q[..., : max(1, q.shape[-2] // 2), :]", "q",
            "tests/test_sequence.py::test_a_gpu_attends_with_the_kernel_that_torch_would_choose"),
     Mutant("ring-waits-before-it-computes", "the gradients of a block are not computed until those that they are added to have come",
-           RING, "        result = contribution(part, keys, values)\n"
+           RING, "        results = [contribution(part, keys, values) for part in parts]\n"
            "        dkv = torch.zeros_like(own_dkv) if in_flight is None else in_flight.wait()\n",
            "        dkv = torch.zeros_like(own_dkv) if in_flight is None else in_flight.wait()\n"
-           "        result = contribution(part, keys, values)\n",
+           "        results = [contribution(part, keys, values) for part in parts]\n",
            "tests/test_sequence.py::test_keys_are_in_flight_while_others_are_attended_to"),
     Mutant("rotates-backwards", "what should come from the previous rank comes from the next one",
            "parallel/mesh/collectives.py",
@@ -429,23 +438,23 @@ SEQUENCES = (
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_all_to_all_and_rotate_move_the_right_parts"),
     Mutant("positions-of-the-first-part", "every rank numbers its tokens from the beginning of the sequence",
-           OPT, "self.blocks_mode.tokens(position_ids(batch), self.blocks_mode.batch)",
-           "self.blocks_mode.local(position_ids(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
+           LAYER, "self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)",
+           "self.blocks_mode.local(self.learned.rows_of(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share dropout masks with the next sample's first ones",
-           OPT, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
+           LAYER, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[dp2-a2a2-1d2]"),
     Mutant("a-mask-of-ones-is-kept", "attention uses a kernel for padding where nothing is padded",
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
            "tests/test_batches.py::test_a_mask_without_padding_is_left_out"),
     Mutant("16-bit-scores", "attention scores are rounded to 16 bits before the softmax",
-           BLOCKS, "scores: Tensor = wide_batched_product(q, k.mT, wide)", "scores: Tensor = (q @ k.mT).to(wide)",
+           BLOCKS, "scores = _products(q, k.mT, wide)", "scores = _products(q, k.mT, q.dtype).to(wide)",
            "tests/test_sequence.py::test_unfused_attention_is_as_exact_as_flash"),
     Mutant("ring-merges-the-other-way", "the weights of the earlier and the new result are exchanged when they are merged",
            RING, "(logsumexp - own).sigmoid_()", "(own - logsumexp).sigmoid_()", f"{ACROSS}[2-ring-causal]"),
     Mutant("ring-drops-what-other-ranks-added", "the gradients of keys and values start from zero again on every rank",
-           RING, "if in_flight is None else in_flight.wait()\n        add",
-           "if True else in_flight.wait()\n        add",
+           RING, "if in_flight is None else in_flight.wait()\n        for",
+           "if True else in_flight.wait()\n        for",
            f"{ACROSS}[3-ring-causal]"),
     Mutant("ring-keeps-one-parts-logsumexp", "the softmax is over the keys that came first only",
            RING, "own.copy_(torch.logaddexp(own, logsumexp))", "own", f"{ACROSS}[2-ring-causal]"),
@@ -462,7 +471,7 @@ SEQUENCES = (
            MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a dropout mask",
-           OPT, "self.mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           LAYER, "mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
@@ -924,10 +933,10 @@ FOLDERS = (
            HF, "        return True  # what cannot be read may be weights", "        return False",
            folder_row("weights in .bin, .pt, .msgpack, .h5 or .gguf alone")),
     Mutant("own-head-left-out", "a head that is not the embedding is left out",
-           HF, "    if HEAD in found and HEAD not in expected:", "    if False:",
+           HF, "    if head in found and head not in expected:", "    if False:",
            folder_row("a head of its own, in a folder that says that it is tied")),
     Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
-           HF, 'return (name.removeprefix("head."),)', "return (EMBEDDING,)",
+           SHAPE, 'if module == "head.table" and self.tie_word_embeddings else module', 'if module == "head.table" else module',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
            "models/data.py", "        return tokenizer.end, []", "        return 2, []",
@@ -967,6 +976,224 @@ ACCESS_AND_STATE = (
     ),
 )
 
+TENSOR = (
+    Mutant(
+        "head-norm-not-summed-in-1d",
+        "the weight of a norm over heads gets the gradient of one rank's heads",
+        MODE,
+        "if by_heads and axis.name not in own",
+        'if by_heads and axis.name == "col"',
+        torch_norm("1d2"),
+    ),
+    Mutant(
+        "head-norm-not-summed-in-a-grid",
+        "the weight of a norm over heads gets the gradient of one column's heads",
+        MODE,
+        "if by_heads and axis.name not in own",
+        'if by_heads and axis.name == "t"',
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "head-norm-summed-twice",
+        "an axis of a cube that splits tokens and heads is summed over twice",
+        MODE,
+        "*self.token_axes) if name not in done)), *heads]",
+        "*self.token_axes) if name not in own)), *heads]",
+        torch_norm("3d2x2x2"),
+    ),
+    Mutant(
+        "rms-norm-eps-outside",
+        "eps is added to 1 / √(mean of x²)",
+        NORMS,
+        "mean_square.add_(dim.eps).rsqrt_()",
+        "mean_square.rsqrt_().add_(dim.eps)",
+        torch_norm("1d2"),
+    ),
+    Mutant(
+        "rms-norm-of-a-part",
+        "each column divides by the mean square of its own part",
+        NORMS,
+        "dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size",
+        "wide.square().mean(-1, keepdim=True)",
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "rms-norm-gradient-of-a-part",
+        "dx has the projection of each column's own part",
+        NORMS,
+        "ctx.dim.sum((dnormal * normal).sum(-1, keepdim=True))",
+        "(dnormal * normal).sum(-1, keepdim=True)",
+        torch_norm("2d1x2"),
+    ),
+    Mutant(
+        "norm-statistics-in-bf16",
+        "squares of bf16 numbers are added up in bf16",
+        NORMS,
+        "return x.to(torch.promote_types(x.dtype, torch.float32))",
+        "return x",
+        "tests/test_norms.py::test_the_error_of_a_split_norm_in_bf16_is_at_most_twice_torchs[2d2x2]",
+    ),
+    Mutant(
+        "groups-split-by-rows",
+        "each rank has some rows of every group, and so parts of heads",
+        MODE,
+        "(groups, self.inner_hidden), (rows, ())",
+        "(groups, ()), (rows, self.inner_hidden)",
+        "tests/test_grouped_linear.py::test_a_grouped_linear_and_its_gradients_equal_one_that_is_not_split[1d2]",
+    ),
+)
+
+GROUPED_ATTENTION = (
+    Mutant(
+        "window-one-too-long",
+        "attention over whole sequences sees one key more than its window has",
+        SPLIT,
+        "seen.triu(1 - masking.window)",
+        "seen.triu(-masking.window)",
+        WHOLE,
+    ),
+    Mutant(
+        "window-of-a-block-one-too-long",
+        "attention that is computed block by block sees one key more than its window has",
+        BLOCKS,
+        "self.columns >= self.masking.window",
+        "self.columns > self.masking.window",
+        f"{PARTS}[ring-2]",
+    ),
+    Mutant(
+        "window-not-in-the-ring",
+        "a ring attends to all earlier keys of other parts, where the window hides some of them",
+        RING,
+        "if rows.stop - 1 - columns.start <= reach:",
+        "if rows != columns:",
+        f"{PARTS}[ring-3]",
+    ),
+    Mutant(
+        "keys-before-the-window",
+        "the keys that a ring computes with begin one after the first that its queries see",
+        RING,
+        "range(max(columns.start, rows.start - reach)",
+        "range(max(columns.start, rows.start - reach + 1)",
+        SEEN,
+    ),
+    Mutant(
+        "heads-interleaved",
+        "query heads use the key heads in turn, and not one key head for each group of neighbours",
+        BLOCKS,
+        "x.unflatten(1, (kv_heads, -1)).flatten(2, 3)",
+        "x.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(2, 3)",
+        WHOLE,
+    ),
+    Mutant(
+        "repeated-heads-interleaved",
+        "where no kernel takes groups, query heads use the key heads in turn",
+        SPLIT,
+        "k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1",
+        "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), 1",
+        "tests/test_grouped_attention.py::test_keys_are_repeated_where_no_kernel_takes_groups",
+    ),
+    Mutant(
+        "exchange-cuts-groups",
+        "all_to_all sends each rank every second key head, and not those of its queries",
+        SPLIT,
+        "unflatten(2, (ranks, -1)).movedim(2, 0) for x in (q, k, v)]",
+        "unflatten(2, (ranks, -1) if x is q else (-1, ranks)).movedim(2 if x is q else 3, 0) for x in (q, k, v)]",
+        f"{PARTS}[all_to_all-2]",
+    ),
+    Mutant(
+        "dk-of-one-query-head",
+        "the gradient of a key is that of the first query head of its group",
+        BLOCKS,
+        "_grouped(dscores, kv_heads).mT @ _grouped(q, kv_heads), dv",
+        "dscores[:, :: q.shape[1] // kv_heads].mT @ q[:, :: q.shape[1] // kv_heads], dv",
+        WHOLE,
+    ),
+    Mutant(
+        "keys-repeated-around-the-ring",
+        "a ring sends each key once for every query head of its group",
+        RING,
+        "start_rotate(torch.stack([k, v]), axis), axis)",
+        "start_rotate(torch.stack([x.repeat_interleave(4, 1) for x in (k, v)]), axis), axis)",
+        "tests/test_grouped_attention.py::test_around_a_ring_keys_and_their_gradients_travel_once_for_each_group",
+    ),
+)
+
+SOURCES, SOURCES_TESTS = "parallel/layout/sources.py", "tests/test_sources.py"
+PUBLIC = f"{SOURCES_TESTS}::test_the_pieces_of_all_ranks_are_the_public_tensors_each_element_once"
+IN_FILES = f"{SOURCES_TESTS}::test_files_have_the_public_tensors_of_every_kind_of_parameter[last]"
+STATES = f"{SOURCES_TESTS}::test_a_state_of_every_kind_of_parameter_is_loaded_in_another_layout"
+
+PIECES = (
+    Mutant(
+        "transposed-box-not-reversed",
+        "a piece of a transposed matrix has the box of the parameter",
+        SOURCES,
+        "return tuple(reversed(public) if self.transposed else public)",
+        "return tuple(public)",
+        PUBLIC,
+    ),
+    Mutant(
+        "transposed-data-as-in-the-parameter",
+        "a piece of a transposed matrix is no transposed view",
+        LAYOUT,
+        "view = view.T if source.transposed else view",
+        "view = view",
+        PUBLIC,
+    ),
+    Mutant(
+        "wrong-group-row",
+        "the rows of every group but the first are taken for others of the public tensor",
+        SOURCES,
+        "first = self.first + row * (end - begin)",
+        "first = self.first + row",
+        PUBLIC,
+    ),
+    Mutant(
+        "first-row-left-out",
+        "q, k and v in one public tensor all begin at its first row",
+        SOURCES,
+        "first = self.first + row * (end - begin)",
+        "first = row * (end - begin)",
+        IN_FILES,
+    ),
+    Mutant(
+        "owned-by-name-alone",
+        "a rank that saves a part of a public tensor saves all parts that it has of it",
+        BASE,
+        "or (piece.name, piece.box) in mine",
+        "or piece.name in {name for name, _ in mine}",
+        STATES,
+    ),
+)
+
+GPT2_TESTS = "tests/test_gpt2.py"
+GPT2 = (
+    Mutant(
+        "no-dropout-of-gpt2-embeddings",
+        "GPT-2's embeddings have no dropout: a model trains with less noise than its config says",
+        "models/gpt2/layers.py",
+        "dropout_p=shape.embd_pdrop",
+        "dropout_p=0.0",
+        f"{GPT2_TESTS}::test_each_dropout_stands_where_transformers_has_it[2d1x2]",
+    ),
+    Mutant(
+        "gpt2-has-a-padding-row",
+        "the embedding of GPT-2's padding token gets no gradient from the lookup, though in transformers it does",
+        "models/gpt2/shape.py",
+        "padding_row = None",
+        "padding_rows = None",
+        f"{GPT2_TESTS}::test_each_dropout_stands_where_transformers_has_it[2d1x2]",
+    ),
+    Mutant(
+        "gpt2-residual-matrices-drawn-too-large",
+        "the matrices that lead back to GPT-2's residual stream are drawn as if there were one of them in a block",
+        "models/gpt2/shape.py",
+        "sqrt(2 * self.n_layer)",
+        "sqrt(self.n_layer)",
+        f"{GPT2_TESTS}::test_weights_are_drawn_as_transformers_draws_them",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -992,4 +1219,8 @@ MUTANTS = (
     *PARTING,
     *FOLDERS,
     *ACCESS_AND_STATE,
+    *TENSOR,
+    *GROUPED_ATTENTION,
+    *PIECES,
+    *GPT2,
 )

@@ -189,7 +189,7 @@ def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
     """
     engine, events = engine_of(rank, world_size, raw), []
     units = {chunk.master.numel(): chunk.infos[0].unit for chunk in engine.chunks if chunk.spec.is_matrix}
-    embedding = next(info for info in engine.stage.infos if info.name.endswith("embed_tokens.weight"))
+    embedding = next(info for info in engine.stage.infos if info.name.endswith("table.weight"))
     embedding.parameter.register_hook(lambda gradient: events.append("embedding arrives"))
     engine.stage.register_forward_pre_hook(lambda module, inputs: events.append("forward"))
 

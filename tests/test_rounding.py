@@ -57,13 +57,17 @@ def narrow(raw: Raw, state_dtype: str = "bf16") -> Raw:
 
 
 def chunk_of(*shapes: tuple[int, ...], rank: int = 0, ranks: int = 1) -> Chunk:
+    return chunk_of_sources(*(sources.whole(f"a.{i}", x) for i, x in enumerate(shapes)), rank=rank, ranks=ranks)
+
+
+def chunk_of_sources(*found: tuple[sources.Source, ...], rank: int = 0, ranks: int = 1) -> Chunk:
+    """Return a chunk of parameters with these sources, of which the last box ends where the parameter does."""
     axis = Axis("data", rank, ranks, tuple(range(ranks)), None, ALONE.traffic)
     infos = []
-    for i, shape in enumerate(shapes):
+    for i, of in enumerate(found):
+        shape = tuple(stop for _, stop in of[-1].box)
         layout = Layout(shape, ((),) * len(shape), sync=(axis,))
-        infos.append(
-            ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, sources.whole(f"a.{i}", shape))
-        )
+        infos.append(ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, of))
     return Chunk(ChunkSpec(infos, torch.float32, zero=1))
 
 
@@ -119,11 +123,14 @@ def test_zero_and_numbers_that_bf16_can_represent_stay_the_same() -> None:
 def test_the_noise_of_an_element_depends_on_neither_ranks_nor_parts(ranks: int) -> None:
     """The chunk is divided into slices of ranks, and these into parts that begin and end inside a row."""
     shapes = ((24, 40), (7,), (130,), (3, 5, 7), (64, 16))
-    size = chunk_of(*shapes, ranks=ranks).size
-    values = torch.rand(2, size)
-    want = rounded(part_of(chunk_of(*shapes)), tuple(values[:, : chunk_of(*shapes).size]), 3)
+    found = [sources.whole(f"a.{i}", shape) for i, shape in enumerate(shapes)]
+    found.append(sources.grouped(["q", "k", "v"], [(24, 9), (8, 9), (8, 9)], 4))
+    found.append(sources.transposed(sources.joined("c_attn", sources.fused(["q", "k", "v"], (6, 11)))))
+    one = chunk_of_sources(*found)
+    values = torch.rand(2, chunk_of_sources(*found, ranks=ranks).size)
+    want = rounded(part_of(one), (values[0, : one.size], values[1, : one.size]), 3)
     for rank in range(ranks):
-        chunk = chunk_of(*shapes, rank=rank, ranks=ranks)
+        chunk = chunk_of_sources(*found, rank=rank, ranks=ranks)
         mine = slice(chunk.spec.first, chunk.spec.first + len(chunk.master))
         held = part_of(chunk)
         for part in held.split(33):

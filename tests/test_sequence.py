@@ -209,7 +209,7 @@ def test_unfused_attention_is_as_exact_as_flash() -> None:
 
 @given(st.integers(1, 9), st.none() | st.integers(1, 60))
 def test_every_pair_is_computed_once_and_every_rank_computes_as_many(ranks: int, window: int | None) -> None:
-    """With a window ranks compute unequally many pairs, but no block has a query that sees nothing in it."""
+    """Ranks compute unequally many pairs with a window, but no block has a query that sees nothing in it."""
     local, device, masking = 6, torch.device("cpu"), Masking(window=window)
     length = local * ranks
     forward, backward = torch.zeros(2, ranks, length, length, dtype=torch.int64).unbind(0)

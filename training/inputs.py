@@ -39,15 +39,15 @@ def input_messages(config: Config, corpus: Corpus) -> list[str]:
     if tokenizer is not None:
         messages += _vocabulary_messages(tokenizer, shape)
     if path is not None and has_weights(path):
-        messages += _dtype_messages(config, path)
+        messages += _dtype_messages(config, path, shape)
         if tokenizer is not None:
             messages += _tokenizer_messages(config.data.tokenizer, tokenizer, path)
     return messages
 
 
-def _dtype_messages(config: Config, path: str) -> list[str]:
+def _dtype_messages(config: Config, path: str, shape: ModelShape) -> list[str]:
     """Say which dtype the weights are cast to, where that is not their own."""
-    run, stored = config.train.precision, [DTYPES[dtype] for dtype in stored_dtypes(path)]
+    run, stored = config.train.precision, [DTYPES[dtype] for dtype in stored_dtypes(path, shape)]
     if stored == [run]:
         return []
     exported = config.output.export_dtype or ("fp64" if run == "fp64" else "fp32")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from parallel.config.reader import Range
-from parallel.errors import ConfigError, did_you_mean, either, shown
+from parallel.errors import ConfigError, did_you_mean, names_text, shown
 
 Positive = Annotated[float, Range(1e-6)]
 Factor = Annotated[float, Range(1)]
@@ -104,9 +104,9 @@ class RopeScaling:
             hint = did_you_mean(kind, REQUIRED)
             return [f"model.rope_scaling.rope_type: {shown(kind)} is not available. {hint}"]
         allowed = (*REQUIRED[kind], *OPTIONAL[kind])
-        tries = f"Try {either(allowed)}" if allowed else "Write the rope_type beside it"
+        hint = f"It has {names_text(allowed)}" if allowed else "Write another rope_type beside it, such as 'linear'"
         found = [
-            f"model.rope_scaling.{key}: rope_type {kind!r} has no such parameter. {tries}."
+            f"model.rope_scaling.{key}: rope_type {kind!r} has no such parameter. {hint}."
             for key in given
             if key not in allowed
         ]

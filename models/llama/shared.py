@@ -152,6 +152,8 @@ class SharedShape(ModelShape):
                 f"model.head_dim: rotary positions turn pairs, but a head has {self.head_size} elements."
                 f" Try {self.head_size + 1}."
             )
+        if self.head_size == 2 and self.scaling.rope_type == "dynamic":  # its exponent is D / (D − 2)
+            found.append("model.rope_scaling.rope_type: 'dynamic' needs heads of at least 4 elements. Try 'linear'.")
         return found + activation_problems("hidden_act", self.hidden_act) + self.scaling.problems()
 
     @property
@@ -164,22 +166,20 @@ class SharedShape(ModelShape):
         return {self.embedding: (self.vocab_size, self.hidden_size)}
 
     def block_tensors(self, layer: int) -> Sizes:
-        hidden, width, inner = self.hidden_size, self.attention_width, self.intermediate_size
-        groups = self.num_kv_heads * self.head_size
-        found: Sizes = {}
-        for name, rows, columns, bias in (
-            ("self_attn.q_proj", width, hidden, self.has_qkv_bias),
-            ("self_attn.k_proj", groups, hidden, self.has_qkv_bias),
-            ("self_attn.v_proj", groups, hidden, self.has_qkv_bias),
-            ("self_attn.o_proj", hidden, width, self.has_out_bias),
-            ("mlp.gate_proj", inner, hidden, self.has_mlp_bias),
-            ("mlp.up_proj", inner, hidden, self.has_mlp_bias),
-            ("mlp.down_proj", hidden, inner, self.has_mlp_bias),
-        ):
-            found |= {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
-        if self.has_head_norms:
-            found |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (self.head_size,))
-        return found | dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (hidden,))
+        hidden, inner = self.hidden_size, self.intermediate_size
+        width, pairs = self.attention_width, self.num_kv_heads * self.head_size
+        head_norms = ("self_attn.q_norm.weight", "self_attn.k_norm.weight") if self.has_head_norms else ()
+        return {
+            **_linear("self_attn.q_proj", width, hidden, bias=self.has_qkv_bias),
+            **_linear("self_attn.k_proj", pairs, hidden, bias=self.has_qkv_bias),
+            **_linear("self_attn.v_proj", pairs, hidden, bias=self.has_qkv_bias),
+            **_linear("self_attn.o_proj", hidden, width, bias=self.has_out_bias),
+            **dict.fromkeys(head_norms, (self.head_size,)),
+            **_linear("mlp.gate_proj", inner, hidden, bias=self.has_mlp_bias),
+            **_linear("mlp.up_proj", inner, hidden, bias=self.has_mlp_bias),
+            **_linear("mlp.down_proj", hidden, inner, bias=self.has_mlp_bias),
+            **dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (hidden,)),
+        }
 
     def last_tensors(self) -> Sizes:
         return {"model.norm.weight": (self.hidden_size,)}
@@ -234,3 +234,8 @@ class SharedShape(ModelShape):
             "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
             "rope_scaling": self.scaling.exported(self.max_position_embeddings),
         }
+
+
+def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Sizes:
+    weight: Sizes = {f"{name}.weight": (rows, columns)}
+    return weight | {f"{name}.bias": (rows,)} if bias else weight

@@ -69,14 +69,15 @@ class Piece:
     """A part of a public tensor on this rank: `data` is box `box` of the tensor `name`, whose whole shape is `shape`.
 
     A public tensor has the name and the shape that it has in Hugging Face's files. `data` is a view: writing into it
-    writes the parameter. Of a matrix that the files have transposed it is the transposed view, which is not contiguous.
-    A rank may have several pieces of one public tensor, of one parameter or of several.
+    writes the parameter. A rank may have several pieces of one public tensor, of one parameter or of several.
     """
 
     name: str
     shape: tuple[int, ...]
     box: Box
     data: Tensor
+    is_transposed: bool = False
+    """True: the parameter has the matrix the other way around, and `data` is the transpose of its memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,8 @@ class ParameterInfo:
         for source in self.sources:
             for inside, box in source.parts(held):
                 view = data[slices(inside, origin)][(0,) * source.num_merged]  # size 1 along each merged dim
-                pieces.append(Piece(source.name, source.shape, box, view.T if source.transposed else view))
+                view = view.T if source.transposed else view
+                pieces.append(Piece(source.name, source.shape, box, view, source.transposed))
         return pieces
 
 

@@ -128,7 +128,7 @@ def are_of(sources: Sequence[Source], shape: Sequence[int]) -> bool:
 def _is_inside(source: Source, shape: Sequence[int]) -> bool:
     """Return whether a source is in a parameter of this shape, and its rows are rows of its public tensor."""
     public = source.shape[::-1] if source.transposed else source.shape
-    if len(source.box) != len(shape) or len(public) > len(shape):
+    if len(source.box) != len(shape) or len(public) > len(shape) or (source.transposed and len(public) != 2):
         return False
     if not all(0 <= start <= stop <= size for (start, stop), size in zip(source.box, shape, strict=True)):
         return False

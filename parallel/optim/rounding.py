@@ -26,10 +26,11 @@ class Rounding:
 
     The noise of an element is a function of the public name of its tensor, its coordinates in that tensor, the moment
     and the number of the update. It does not depend on the rank that the element is on: N[a + P[b + row] + column], all
-    indices modulo 2^20. N is a table in which all numbers of 16 bits occur equally often, P is a permutation, and the
-    offsets a and b are drawn for each moment and update; a row may have several dims. So the noise is uniform and
-    differs from update to update, each row reads the table from an offset of its own, and computing it takes one pass
-    and no memory for each element.
+    indices modulo 2^20. (Of a public matrix that the parameter has transposed, row and column are the parameter's.) N
+    is a table in which all numbers of 16 bits occur equally often, P is a permutation, and the offsets a and b are
+    drawn for each moment and update; a row may have several dims. So the noise is uniform and differs from update to
+    update, each row reads the table from an offset of its own, and computing it takes one pass and no memory for each
+    element.
     """
 
     def __init__(self, size: int, master: torch.dtype, device: torch.device) -> None:
@@ -63,11 +64,11 @@ class Rounding:
 
     def _write(self, piece: Piece, moment: int, update: int) -> None:
         """Write the noise of a piece of a public tensor into its data."""
-        box = piece.box or ((0, 1),)
+        box, data = (piece.box[::-1], piece.data.T) if piece.is_transposed else (piece.box or ((0, 1),), piece.data)
         offsets = [seed_of(piece.name, moment, update, dim) + start for dim, (start, _) in enumerate(box)]
         *sizes, width = (stop - start for start, stop in box)
         if not sizes:
-            piece.data.view(-1).copy_(_stretch(self._numbers, offsets[0], width))
+            data.view(-1).copy_(_stretch(self._numbers, offsets[0], width))
             return
         rows = reduce(
             lambda sums, line: sums.unsqueeze(-1) + line,
@@ -75,7 +76,7 @@ class Rounding:
         )
         starts = (rows.flatten() + offsets[-1] % TABLE) % TABLE
         every = _stretch(self._numbers, 0, TABLE + width).unfold(0, width, 1)  # a view: a row from each index on
-        torch.index_select(every, 0, starts, out=piece.data.view(-1, width))
+        torch.index_select(every, 0, starts, out=data.view(-1, width))
 
 
 def _stretch(table: Tensor, start: int, size: int) -> Tensor:

@@ -16,6 +16,8 @@ from parallel.mesh.mesh import ALONE, Axis
 from parallel.sequence.blocks import Masking, has_fused_window, positions_in
 from parallel.sequence.ring import Zigzag, ring_attention
 
+LARGEST_FLASH_HEAD = 256
+
 
 class SequenceSplit:
     """A sequence of which every rank of an axis has equally many positions. This base class: one rank has all of them.
@@ -105,12 +107,18 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     queries of its group, since the fused kernel that is left uses less memory than all scores do.
     """
     group = q.shape[1] // k.shape[1]
-    if group > 1:
-        chosen = torch._fused_sdp_choice(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        if chosen == SDPBackend.MATH.value:
-            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    if group > 1 and not _is_fused_with_groups(q, k, v, mask):
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     y: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1)
     return y
+
+
+def _is_fused_with_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Return whether torch has a fused kernel for these arguments in which a key serves several query heads."""
+    if torch.compiler.is_compiling():  # torch cannot be asked in a graph; flash is on all GPUs, and takes no mask
+        return not q.is_cuda or (mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= LARGEST_FLASH_HEAD)
+    chosen = torch._fused_sdp_choice(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return chosen != SDPBackend.MATH.value
 
 
 def _mask_of(masking: Masking, q: Tensor) -> Tensor | None:

@@ -1,0 +1,194 @@
+"""docs/adding_a_model.md: what it quotes is in the files, and a family needs no more than a folder and an entry.
+
+The family here is unlike the others: in a block, attention and the feed-forward stand side by side behind one norm, as
+in GPT-J, and nothing says where a token is.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.family import FAMILIES, Family
+from models.shapes import from_hugging_face
+from parallel.engine.context import Place
+from tests.harness import run
+from tests.parity import relative
+from tests.test_docs import ROOT
+from training import metrics
+from training.config import read_config
+from training.preflight import prepare
+from training.run import run_job
+
+PAGE = ROOT / "docs/adding_a_model.md"
+
+SHAPE = """\
+from dataclasses import dataclass
+
+from models.shape import Kept, ModelShape, Normal, Size, common_problems
+
+
+@dataclass(frozen=True)
+class ToyShape(ModelShape):
+    model_type = "toy"
+    architecture = "ToyForCausalLM"
+    may_change = frozenset()
+    base = "toy."
+    blocks = "toy.blocks"
+    embedding = "toy.embed.weight"
+
+    vocab_size: Size = 37
+    hidden_size: Size = 24
+    num_hidden_layers: Size = 2
+    num_attention_heads: Size = 4
+    inner_size: Size = 36
+    max_position_embeddings: Size = 16
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 0
+
+    def inner_widths(self):
+        return {"inner_size": self.inner_size}
+
+    def problems(self):
+        return common_problems(self)
+
+    def first_tensors(self):
+        return {self.embedding: (self.vocab_size, self.hidden_size)}
+
+    def block_tensors(self, layer):
+        hidden, inner = self.hidden_size, self.inner_size
+        attention = {f"{name}.weight": (hidden, hidden) for name in "qkvo"}
+        return {"norm.weight": (hidden,), **attention, "up.weight": (inner, hidden), "down.weight": (hidden, inner)}
+
+    def last_tensors(self):
+        return {"toy.norm.weight": (self.hidden_size,)}
+
+    def names(self):
+        inner = {"norm": "norm", "attention.qkv": tuple("qkv"), "attention.out": "o"}
+        feed_forward = {"feed_forward.up": "up", "feed_forward.down": "down"}
+        return {"embed.table": "toy.embed", "head.norm": "toy.norm", "head.table": "lm_head", **inner, **feed_forward}
+
+    def initial(self, name):
+        return Normal(mean=1.0) if name.endswith("norm.weight") else Normal(std=0.1)
+
+    def kept(self):
+        return Kept(2 * self.hidden_size, 4 * self.hidden_size + 2 * self.inner_size + self.num_attention_heads, rows=1)
+
+
+SIZES = {"toy-tiny": ToyShape()}
+"""
+
+LAYERS = """\
+from torch import nn
+
+from models.layer import Attention, AttentionOptions, Embed, FeedForward, Head, layers
+
+
+class SideBySide(nn.Module):
+    def __init__(self, shape, mode):
+        super().__init__()
+        hidden, inner = shape.hidden_size, shape.inner_size
+        self.norm = norm_of(shape, mode)
+        self.attention = Attention(shape, mode, AttentionOptions(bias=False, out_bias=False), seed=0)
+        self.feed_forward = FeedForward(mode, hidden, inner, activation="silu", bias=False)
+
+    def forward(self, x, batch):
+        h = self.norm(x)
+        return x + self.attention(h, batch) + self.feed_forward(h)
+
+
+def layers_of(shape, mode, seed):
+    return layers(
+        shape,
+        embed=lambda: Embed(shape, mode),
+        block=lambda index: SideBySide(shape, mode),
+        head=lambda: Head(shape, mode, norm=norm_of(shape, mode)),
+    )
+
+
+def norm_of(shape, mode):
+    return mode.norm("rms_norm", shape.hidden_size, eps=1e-5)
+"""
+
+RUN = (
+    *("model.name=toy-tiny", "data.sequence_length=6", "data.validation_fraction=0.2", "train.steps=4"),
+    *("train.global_batch_size=8", "train.micro_batch_size=2", "train.precision=fp64", "optimizer.lr=0.01"),
+    *("train.clip_grad_norm=0.5", "lr_scheduler.warmup_steps=2", "output.checkpoint_every=2"),
+)
+SPLIT = "parallel={'pipeline': 2, 'tensor': {'mode': '2d', 'size': 2, 'rows': 1}}"
+
+
+@contextmanager
+def registered(folder: Path) -> Iterator[None]:
+    """Make the family one of those that the program has: its folder can be imported, and it has an entry."""
+    with patch.object(sys, "path", [str(folder), *sys.path]), patch.dict(sys.modules):
+        shape = import_module("toy.shape")
+        with patch.dict(FAMILIES, toy=Family(shape.ToyShape, shape.SIZES, "toy.layers")):
+            yield
+
+
+def train(rank: int, world_size: int, folder: Path, name: str, changes: tuple[str, ...], resume: str | None) -> None:
+    """Train a whole run of the command line on this rank, into a folder of this name."""
+    place = Place(rank, world_size, rank, world_size)
+    with registered(folder):
+        settings = [*RUN, f"data.path={folder / 'tokens.npy'}", f"output.dir={folder / name}", *changes]
+        run_job(prepare(read_config(None, settings, world_size), place, resume=resume))
+
+
+def logits(weights: dict[str, Tensor], ids: Tensor, *, layers: int = 2, heads: int = 4) -> Tensor:
+    """Return the toy model's logits, written down in plain torch: ids[B, S] -> [B, S, V]."""
+    x = weights["toy.embed.weight"][ids]
+    for layer in range(layers):
+        w = {name: weights[f"toy.blocks.{layer}.{name}.weight"] for name in ("norm", *"qkvo", "up", "down")}
+        h = F.rms_norm(x, x.shape[-1:], w["norm"], 1e-5)
+        q, k, v = ((h @ w[name].T).unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qkv")
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+        attention = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ w["o"].T
+        x = x + attention + F.silu(h @ w["up"].T) @ w["down"].T
+    return F.rms_norm(x, x.shape[-1:], weights["toy.norm.weight"], 1e-5) @ weights["lm_head.weight"].T
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with the family's package and a file of tokens."""
+    (tmp_path / "toy").mkdir()
+    for name, text in (("__init__", ""), ("shape", SHAPE), ("layers", LAYERS)):
+        (tmp_path / "toy" / f"{name}.py").write_text(text, encoding="utf-8")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 37, 6 * 40).astype(np.int32))
+    return tmp_path
+
+
+def test_a_folder_and_an_entry_are_a_family(folder: Path) -> None:
+    """It is drawn, trains in a pipeline of grids as in one process, saves, resumes in another layout and exports.
+
+    Its loss is that of the model written down in plain torch. In fp64 runs differ by roundings of four steps.
+    """
+    train(0, 1, folder, "alone", (), None)
+    run(train, 4, folder, "split", (SPLIT,), None)
+    train(0, 1, folder, "resumed", (), str(folder / "split" / "checkpoints" / "step_000002"))
+    want, *others = (
+        load_file(folder / name / "export" / "model.safetensors") for name in ("alone", "split", "resumed")
+    )
+    for got in others:
+        assert got.keys() == want.keys()
+        assert max(relative(got[name], tensor) for name, tensor in want.items()) < 1e-9
+    lines, split = (list(metrics.read(folder / name / "metrics.jsonl")) for name in ("alone", "split"))
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in split] == pytest.approx([line[key] for line in lines], rel=1e-9)
+    held_out = torch.from_numpy(np.load(folder / "tokens.npy")).long().view(40, 6)[-8:]
+    loss = F.cross_entropy(logits(want, held_out)[:, :-1].flatten(0, 1), held_out[:, 1:].flatten())
+    assert lines[-1]["validation_loss"] == pytest.approx(loss.item(), rel=1e-9)
+    with registered(folder):
+        assert from_hugging_face(folder / "alone" / "export").vocab_size == 37
