@@ -33,6 +33,7 @@ from tests.parity import (
     train,
     whole,
 )
+from tests.test_batch_keys import packed
 from tests.test_parity import LAYOUTS
 
 TINY = {"llama": "llama-tiny", "mistral": "mistral-7b", "qwen2": "qwen2.5-0.5b", "qwen3": "qwen3-tiny", "gpt2": "gpt2"}
@@ -43,6 +44,30 @@ TINY = {"llama": "llama-tiny", "mistral": "mistral-7b", "qwen2": "qwen2.5-0.5b",
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which models are saved when a test first needs them."""
     return tmp_path_factory.mktemp("runs")
+
+
+POSITIONED = [("llama", "ring3"), ("gpt2", "2d4")]
+MORE_POSITIONED = [("llama", "3d8"), ("llama", "dp2-2d4"), ("mistral", "a2a2-2d4"), ("qwen2", "pp2-ring3")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "layout"), [*POSITIONED, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_POSITIONED)]
+)
+def test_positions_of_a_batch_are_those_of_hugging_faces(folder: Path, name: str, layout: str) -> None:
+    """Documents are packed into samples, and their positions begin anew, with a mask of the padding.
+
+    With this mask Hugging Face's models, as ours, let tokens attend to the documents before theirs.
+    """
+    world_size, parallel = LAYOUTS[layout]
+    path, batches = saved(folder, name, layout), [packed(batch) for batch in batches_of(4)]
+    for batch in batches:
+        batch["position_ids"] = batch["position_ids"].clamp(min=0)  # only OPT has a position of padding
+    micro = 2 if layout.startswith("dp2") else 4
+    raw = config_of(parallel, model=dict(path=str(path)), train=dict(micro_batch_size=micro))
+    got = run(train, world_size, raw, batches)[0]
+    assert got is not None
+    compare(got, reference(path, raw, batches), BOUND["fp64"], is_fp64=True)
 
 
 def evaluate(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> tuple[float, float]:
