@@ -46,8 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-POSITIONED = [("llama", "ring3"), ("gpt2", "2d4")]
-MORE_POSITIONED = [("llama", "3d8"), ("llama", "dp2-2d4"), ("mistral", "a2a2-2d4"), ("qwen2", "pp2-ring3")]
+POSITIONED = [("llama", "3d8"), ("gpt2", "ring3")]
+MORE_POSITIONED = [
+    *(("llama", layout) for layout in ("ring3", "dp2-2d4")),
+    ("gpt2", "2d4"),
+    ("mistral", "a2a2-2d4"),
+    ("qwen2", "pp2-ring3"),
+]
 
 
 @pytest.mark.gpu
