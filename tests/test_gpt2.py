@@ -34,10 +34,10 @@ from tests.parity import (
     config_of,
     engine_of,
     exported,
+    padded,
     relative,
     train,
 )
-from tests.test_training import padded
 
 COUNTS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 """The numbers of parameters of the four published models."""
