@@ -34,6 +34,7 @@ from tests.parity import (
     config_of,
     engine_of,
     exported,
+    padded,
     relative,
     train,
 )
