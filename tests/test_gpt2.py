@@ -34,7 +34,6 @@ from tests.parity import (
     config_of,
     engine_of,
     exported,
-    padded,
     relative,
     train,
 )

@@ -143,16 +143,12 @@ class RopeScaling:
 def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config in which rotary positions are said by `rope_theta` and `rope_scaling` alone.
 
-    `rope_scaling` is None where nothing is scaled. A value that should be a dict and is none stays, for the reader to
-    refuse.
-    Raises ConfigError where a config says two different things, or has rotary positions of its own for some layers.
+    `rope_scaling` is None where nothing is scaled. Raises ConfigError for a value that should be a dict and is none,
+    where a config says two different things, and where some layers have rotary positions of their own.
     """
     found = dict(raw)
     given = {key: found.pop(key) for key in ("rope_parameters", "rope_scaling") if key in found}
     read = [_flat(key, value) for key, value in given.items() if value not in (None, {})]
-    for value in read:
-        if not isinstance(value, dict):
-            return found | {"rope_scaling": value}
     thetas = [value.pop("rope_theta") for value in read if "rope_theta" in value]
     if any(theta != found.setdefault("rope_theta", theta) for theta in thetas):
         values = shown(found["rope_theta"]), *map(shown, thetas)
@@ -165,13 +161,14 @@ def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"rope_scaling": read[0] if read and read[0] != {"rope_type": "default"} else None}
 
 
-def _flat(key: str, value: Any) -> Any:
+def _flat(key: str, value: Any) -> dict[str, Any]:
     """Return the parameters of one dict, with `rope_type` for `type`, and without those that are None.
 
     Of a kind that is not available only the kind is kept, so that it is refused by its name.
     """
     if not isinstance(value, Mapping):
-        return value
+        kind = value if isinstance(value, str) and REQUIRED.get(value) == ("factor",) else "linear"
+        raise ConfigError(f"model.{key}: needs a dict, got {shown(value)}. Try dict(rope_type={kind!r}, factor=2.0).")
     value = _of_all_layers(key, value)
     found = {name: one for name, one in value.items() if one is not None}
     old = found.pop("type", None)
