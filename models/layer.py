@@ -250,10 +250,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         q, k, v = heads_of(self.qkv(x), self.heads, self.kv_heads)
+        # A view keeps all of qkv for backward. With groups q is a copy; so what is kept of k and v must be one, too.
+        has_norms, grouped = self.q_norm is not None, self.heads != self.kv_heads
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k.contiguous() if grouped else k)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
+            v = v.contiguous() if grouped or not has_norms else v
         y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
         return y
 

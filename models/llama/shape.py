@@ -66,7 +66,7 @@ class MistralShape(SharedShape):
     eos_token_id: Natural | tuple[Natural, ...] | None = 2
 
     sliding_window: Size | None = 4096
-    """How many keys a query sees in every block, itself included. None: all earlier ones."""
+    """The number of keys that a query sees in every block, its own among them. None: all before it."""
 
     layer_types: tuple[str, ...] | None = None
     """The kind of attention of each block. Hugging Face's Mistral does not use it: it must say the same of all blocks,
@@ -103,7 +103,7 @@ class QwenShape(SharedShape):
     """True: some blocks have a sliding window."""
 
     sliding_window: Size | None = 4096
-    """How many keys a query sees in these blocks, itself included. Used with `use_sliding_window` only."""
+    """The number of keys that a query sees in these blocks, its own among them; used with `use_sliding_window` only."""
 
     max_window_layers: Natural = 28
     """The number of blocks at the beginning that have no window. Used where `layer_types` is None."""
