@@ -47,7 +47,7 @@ class _Gated(torch.autograd.Function):
         return activation(gate).mul_(up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         gate, up = ctx.saved_tensors[0].chunk(2, -1)
         with torch.enable_grad():

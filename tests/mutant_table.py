@@ -1217,17 +1217,17 @@ FAMILIES = (
     Mutant(
         "gate-and-up-exchanged",
         "the activation is that of the up matrix, and not of the gate",
-        LAYER,
-        "self.activation(gate) * linear",
-        "gate * self.activation(linear)",
+        "models/activation.py",
+        "return activation(gate).mul_(up)",
+        "return activation(up).mul_(gate)",
         FAMILY.format("llama-single-fp64"),
     ),
     Mutant(
         "q-heads-of-groups-interleaved",
         "the q heads of a rank are in another order than their k, v heads",
         LAYER,
-        "q.unflatten(-1, (group, size)).flatten(2, 3)",
-        "q.unflatten(-1, (group, size)).transpose(2, 3).flatten(2, 3)",
+        "return x.flatten(2, -2).transpose(1, 2)",
+        "return x.transpose(2, -2).flatten(2, -2).transpose(1, 2)",
         FAMILY.format("qwen3-single-fp64"),
     ),
     Mutant(

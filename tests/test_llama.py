@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from models.costs import parameter_count
 from models.family import FAMILIES
+from models.llama.layers import block_of
 from models.llama.rope import RopeScaling
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.llama.shared import SharedShape
@@ -21,7 +22,10 @@ from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
 from models.rotary import Rotary, RotarySettings, rotated
 from models.shapes import from_hugging_face, resolve, shape_of
 from parallel.config import parse
+from parallel.config.parallel import TensorConfig
 from parallel.errors import ConfigError
+from parallel.pipeline.microbatch import Microbatch
+from tests.accounts import bytes_kept, mode_of, saved_for_backward
 
 CPU = torch.device("cpu")
 TINY = LLAMA["llama-tiny"]
@@ -293,6 +297,47 @@ def test_a_rotation_keeps_the_tables_alone_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         rotated(x, cos, sin)
     assert {tensor.data_ptr() for tensor in saved} == {cos.data_ptr(), sin.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shrunk(TINY),
+        shrunk(TINY, num_key_value_heads=4),
+        shrunk(TINY, hidden_act="gelu"),
+        shrunk(QWEN3["qwen3-tiny"]),
+        shrunk(QWEN3["qwen3-tiny"], num_key_value_heads=4),
+    ],
+)
+def test_a_block_keeps_what_its_shape_says_and_the_tables(shape: SharedShape) -> None:
+    """A view of v once kept the whole output of the linear of q, k and v, of which q and k are not needed any more."""
+    mode, tokens = mode_of(0, TensorConfig(), torch.float32), torch.zeros(3, 6, dtype=torch.int64)
+    block = block_of(shape, mode, rotary_of(shape), None, seed=0)
+    x = torch.ones(3, 6, shape.hidden_size, requires_grad=True)
+    with saved_for_backward() as saved:
+        block(x, Microbatch(tokens, tokens, torch.arange(3)))
+    kept, tables = shape.kept(), 2 * 6 * shape.head_size
+    assert bytes_kept(saved, block) == 4 * (tokens.numel() * (kept.outer + kept.inner + kept.rows) + tables)
+
+
+def test_all_blocks_of_a_stage_share_the_tables_of_a_microbatch() -> None:
+    mode, rotary = mode_of(0, TensorConfig(), torch.float32), rotary_of(TINY)
+    ids, q = torch.arange(12).view(2, 6) % 4, torch.randn(2, 4, 6, 16, requires_grad=True)
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+
+    def tables_of(batch: Microbatch) -> set[int]:
+        with saved_for_backward() as saved:
+            rotary(q, q, batch, mode)
+        return {x.data_ptr() for x in saved}
+
+    counted = Microbatch(tokens, tokens, torch.arange(2))
+    given = replace(counted, position_ids=ids)
+    assert tables_of(counted) == tables_of(replace(counted))
+    assert tables_of(given) == tables_of(given) != tables_of(counted)
+    before, _ = rotary(q, q, given, mode)
+    ids += 1  # a caller's buffer, written in place
+    after, _ = rotary(q, q, given, mode)
+    assert not torch.equal(before, after)
 
 
 # -- config.json -------------------------------------------------------------------------------------------------------

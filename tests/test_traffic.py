@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -35,7 +36,7 @@ MODEL = OPTShape(
     max_position_embeddings=16,
     dropout=0.0,
 )
-GROUPED = dict(
+GROUPED: Any = dict(
     vocab_size=37,
     hidden_size=512,  # the last norm has one vector: it is a flat buffer of its own
     num_hidden_layers=2,
