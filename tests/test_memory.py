@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,9 @@ VARIANTS = {
     "dropout": replace(SHAPE, dropout=0.5),
     "attention dropout": replace(SHAPE, attention_dropout=0.5),
 }
-LLAMA_SIZES = dict(vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40)
+LLAMA_SIZES: dict[str, Any] = dict(
+    vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40
+)
 FAMILY_SHAPES: dict[str, ModelShape] = {
     "opt": SHAPE,
     "opt, gelu": VARIANTS["gelu"],

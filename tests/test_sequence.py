@@ -56,6 +56,12 @@ def qkv(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(B, S, 3 * HEADS * D, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
+def heads_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v[B, HEADS, S, D] of their joint tensor."""
+    q, k, v = parts_of(x, HEADS, HEADS)
+    return by_head(q), by_head(k), by_head(v)
+
+
 def masking_of(kind: str) -> Masking:
     """Return a masking; `padded` is at the start of one sample, where rows see nothing, and at the end of another."""
     tokens = drop = None
@@ -90,7 +96,7 @@ def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> 
     """Return y at this rank's positions, and the gradient of qkv there, where y's gradient is the square of y."""
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     x = sequence.local_part(qkv()).requires_grad_()
-    y = sequence.attend(*map(by_head, parts_of(x, HEADS, HEADS)), masking_of(masked))
+    y = sequence.attend(*heads_of(x), masking_of(masked))
     y.backward(y.detach() ** 2)
     assert x.grad is not None
     return y.detach(), x.grad
@@ -266,7 +272,7 @@ def order(rank: int, world_size: int) -> list[str]:
         patch.object(ring, "start_rotate", sent),
         patch.object(ring, "kernel_for", lambda q, masking, compiles: kernel),
     ):
-        y = sequence.attend(*map(by_head, parts_of(x, HEADS, HEADS)), Masking())
+        y = sequence.attend(*heads_of(x), Masking())
         found.append("|")
         y.sum().backward()
     return found
@@ -285,7 +291,7 @@ def test_keys_are_in_flight_while_others_are_attended_to() -> None:
 def attended_in_16_bits(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     x = sequence.local_part(qkv()).bfloat16().requires_grad_()
-    y = sequence.attend(*map(by_head, parts_of(x, HEADS, HEADS)), masking_of(masked))
+    y = sequence.attend(*heads_of(x), masking_of(masked))
     y.backward(torch.ones_like(y))
     assert x.grad is not None
     return y.detach(), x.grad
