@@ -80,7 +80,7 @@ def test_the_parameters_are_those_of_hugging_faces_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama, grouped, tied", "qwen3, grouped"])
 def test_a_preview_of_one_rank_holds_the_parameters_of_the_model(name: str) -> None:
-    """In bf16 with AdamW a parameter has 2 bytes of weights, 2 of gradient, and 12 of master weight and moments."""
+    """A parameter has 2 bytes of weights and 2 of gradient in bf16, and with AdamW 12 of master weight and moments."""
     shape = MODELS[name]
     fields = {key: value for key, value in shape.__dict__.items() if value is not None}
     raw = dict(
@@ -103,7 +103,7 @@ def test_a_preview_of_two_stages_holds_a_tied_table_on_both(name: str) -> None:
 
 
 def test_the_head_of_a_large_vocabulary_is_worth_several_blocks() -> None:
-    """Of Llama-3.1-8b in four stages on a GPU the last one has five blocks, the others nine.
+    """The last of four stages of Llama-3.1-8b on a GPU has five blocks, the others have nine.
 
     By FLOPs alone its head of 128,256 rows is worth 2.2 blocks: 2 · 4096 · 128256 = 1.05e9 for a token, and a block
     2 · 218e6 + 34e6. Cross entropy reads and writes each logit several times, in bf16 and fp32: 33 bytes, in whose

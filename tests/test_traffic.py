@@ -199,7 +199,7 @@ def test_outside_its_layers_a_step_sends_only_gradients_and_a_few_numbers(layout
 
 
 def test_in_1d_a_block_all_reduces_twice_each_way_with_grouped_heads_too() -> None:
-    """With q in one linear and k, v in another, a backward would all-reduce x three times, as large as twice."""
+    """A backward would all-reduce dx three times with q in one linear and k, v in another."""
     for model in ("llama", "qwen3"):
         for calls, _ in steps("1d4", model):
             for way in WAYS:
