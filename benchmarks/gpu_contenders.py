@@ -1,4 +1,4 @@
-"""OPT trained in bf16 in one process, on the GPU if there is one: by our engine, and as a user of torch would do it.
+"""A model trained in bf16 in one process, on the GPU if there is one: by our engine, and as users of torch do it.
 
 Every function takes the work and returns a training step: ids[B, S] on the host -> the mean loss, after one update. All
 start from the same fp32 weights, keep fp32 master weights, apply weight decay to matrices only, and clip the norm of
@@ -8,6 +8,8 @@ the whole gradient.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils import clip_grad_norm_
 
 import models
 import parallel
-from benchmarks.peers import adamw, load
+from benchmarks.peers import adamw, load, shard
 from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
 from models.shapes import from_hugging_face, resolve
 from training.metrics import peak_device_bytes, peak_tflops
@@ -28,6 +30,10 @@ from training.metrics import peak_device_bytes, peak_tflops
 LR = 1e-4  # constant, without a warm-up
 ROUNDS = 3
 WARM_UP = 3  # steps for compilation, the optimizer's moments and the allocator's blocks
+
+
+class UnavailableError(Exception):
+    """A contender cannot run here, and the message says why."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,19 @@ def hf_compiled(work: Work) -> Step:
     return _with_masters(model, forward=torch.compile(model))
 
 
+def liger(work: Work) -> Step:
+    """Train Hugging Face's model with the kernels of liger-kernel (Hsu et al. 2024, arXiv 2410.10989)."""
+    if find_spec("liger_kernel") is None:
+        raise UnavailableError("liger-kernel is not installed.")
+    model = load(work.folder).to(_device())
+    family = model.config.model_type
+    replace = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    if family not in replace or _device().type != "cuda":
+        raise UnavailableError(f"liger-kernel has no kernels for {family} on {_device().type}.")
+    replace[family](model=model)
+    return _with_masters(model, forward=model)
+
+
 def _with_masters(model: nn.Module, *, forward: Callable[..., Any]) -> Step:
     """Return the training step of a bf16 model whose fp32 master weights are kept apart and rounded into it."""
     masters = [parameter.detach() for parameter in model.parameters()]
@@ -121,9 +140,7 @@ def fsdp2(work: Work) -> Step:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     model, mesh = load(work.folder).to(device), init_device_mesh(device.type, (1,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.model.decoder.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    shard(model, mesh, mp_policy=policy)
     optimizer = adamw(model.parameters(), lr=LR)
 
     def step(ids: Tensor) -> float:
@@ -138,7 +155,7 @@ def fsdp2(work: Work) -> Step:
     return step
 
 
-CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_compiled, fsdp2)}
+CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_compiled, liger, fsdp2)}
 
 
 def measure(name: str, work: Work) -> Result:

@@ -6,8 +6,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,11 +20,12 @@ from torch import Tensor
 from benchmarks import overlap
 from benchmarks.gpu_layouts import Fit, Layout, fit, state_bytes
 from benchmarks.gpu_peers import LR, PEERS, Work
-from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
+from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step, without_dropout
 from models.build import stage_of
 from models.costs import flops_per_token, parameter_count
-from models.opt.shape import SIZES, OPTShape
-from models.shapes import resolve
+from models.family import named_sizes
+from models.shape import ModelShape
+from models.shapes import resolve, shape_of
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
@@ -232,34 +234,38 @@ def work_of(layout: Layout, model: str, world: int, samples_per_rank: int, setup
     Both are the same for a layout and for the peers beside it. So the estimate is for Hugging Face's layers, which keep
     more activations than ours. Raises ValueError where nothing fits.
     """
-    shape = replace(TINY if setup.tiny else SIZES[model], dropout=0.0, attention_dropout=0.0)
-    sequence = min(2048, shape.max_position_embeddings) * layout.longer
-    shape = replace(shape, max_position_embeddings=max(sequence, shape.max_position_embeddings))
+    named = named_sizes()[model]
+    sequence = min(TINY_SEQUENCE if setup.tiny else 2048, named.max_position_embeddings) * layout.longer
+    section: dict[str, Any] = dict(name=model, **without_dropout(named))
+    section["max_position_embeddings"] = max(sequence, named.max_position_embeddings)
+    if setup.tiny:
+        section["num_hidden_layers"] = 8
+    shape = shape_of(parse(dict(model=section), resolve=resolve))
     batch = samples_per_rank * world // layout.longer
     room = float(torch.cuda.mem_get_info()[1] if setup.device.type == "cuda" else 2**40) * 0.9 - 3 * 2**30
-    hidden, blocks = shape.hidden_size, shape.num_hidden_layers
-    layer = 12.0 * hidden * hidden
+    blocks, block = shape.num_hidden_layers, PEER_BYTES * (shape.kept().outer + shape.kept().inner)
+    layer = float(sum(map(prod, shape.block_tensors(0).values())))
 
     def activations(samples: int, recompute: bool) -> float:
         tokens = samples * sequence
         logits = 0.0 if layout.stages > 1 else tokens * shape.vocab_size * 14.0 * layout.tensor  # not split by a peer
-        kept = 2.0 * blocks + 40.0 if recompute else 40.0 * blocks
-        return tokens * hidden * kept + (logits if layout.peers else 0.0)
+        kept = 2.0 * blocks * shape.hidden_size + block if recompute else block * blocks
+        return tokens * kept + (logits if layout.peers else 0.0)
 
     state = state_bytes(layout, world, parameter_count(shape), layer)
     chosen: Fit | None = fit(layout, world, batch, activations, room - state)
     if chosen is None:
         raise ValueError(f"by estimate it does not fit: {state / 2**30:.0f} GiB of states in {room / 2**30:.0f} GiB")
-    return Work(shape, setup.device, sequence, batch, chosen.micro, chosen.recompute)
+    return Work(section, shape, setup.device, sequence, batch, chosen.micro, chosen.recompute)
 
 
-TINY = replace(SIZES["opt-tiny"], num_hidden_layers=8, max_position_embeddings=32)
+TINY_SEQUENCE = 32  # tokens
+PEER_BYTES = 40 / 12  # that a peer keeps for each element that our blocks keep: 40 for each hidden element of an OPT
 
 
 def _ours(layout: Layout, work: Work, setup: RankSetup, world: int) -> Engine:
-    shape = {name: getattr(work.shape, name) for name in OPTShape.__dataclass_fields__}
     raw = dict(
-        model=shape,
+        model=work.model,
         data=dict(sequence_length=work.sequence),
         train=dict(
             global_batch_size=work.batch,
@@ -275,7 +281,7 @@ def _ours(layout: Layout, work: Work, setup: RankSetup, world: int) -> Engine:
     config = parse(raw | layout.sections, world_size=world, resolve=resolve)
     rank = 0 if world == 1 else setup.rank
     context = make_context(config, Place(rank, world, setup.rank, setup.world))
-    return Engine(stage_of(context, _fill), context)
+    return Engine(stage_of(context, partial(_fill, shape=work.shape)), context)
 
 
 def _loss(engine: Engine, ids: Tensor) -> float:
@@ -283,16 +289,14 @@ def _loss(engine: Engine, ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def _fill(infos: Any) -> None:
+def _fill(infos: Any, shape: ModelShape) -> None:
     """Draw random weights on the device, for the host would take minutes; replicas get the same ones."""
     info: ParameterInfo
     for info in infos:
         for piece in info.pieces():
-            if len(piece.shape) == 1:
-                piece.data.fill_(float(piece.name.endswith("layer_norm.weight")))
-                continue
+            of = shape.initial(piece.name)
             generator = torch.Generator(piece.data.device).manual_seed(seed_of(piece.name, piece.box))
-            piece.data.normal_(0, 0.02, generator=generator)
+            piece.data.normal_(of.mean, of.std, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Hugging Face's OPT under torch's own parallel APIs on several GPUs, in bf16 with fp32 master weights.
+"""Hugging Face's models under torch's own parallel APIs on several GPUs, in bf16 with fp32 master weights.
 
 These are the peers of `benchmarks.peers` on GPUs. Every function takes the work and returns a training step: the global
 batch ids[G, S] on the host -> its mean loss on every rank, after one update.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from benchmarks import peers
 from benchmarks.workload import CLIP, Step
 from models.costs import layer_costs
-from models.opt.shape import OPTShape
+from models.shape import ModelShape
 from parallel.pipeline.partition import partition
 
 LR = 1e-4  # constant, without a warm-up, from random weights
@@ -32,10 +32,12 @@ LR = 1e-4  # constant, without a warm-up, from random weights
 class Work:
     """The work of a contender: train a model of this shape on `batch` samples a step.
 
-    `micro`: the samples of a replica's microbatch. `recompute`: whether a layer keeps only its input for backward.
+    `model`: the section of a config that gives the shape. `micro`: the samples of a replica's microbatch. `recompute`:
+    whether a layer keeps only its input for backward.
     """
 
-    shape: OPTShape
+    model: dict[str, Any]
+    shape: ModelShape
     device: torch.device
     sequence: int
     batch: int
@@ -100,7 +102,7 @@ def pipelining(work: Work) -> Step:
     costs = layer_costs(work.shape, work.sequence, work.device.type)
     own = partition(costs, world)[rank]  # of the embedding, the blocks and the head
     part = peers.Part(model, rank, world, range(max(0, own.start - 1), min(own.stop - 1, work.shape.num_hidden_layers)))
-    tied = model.lm_head.weight if rank in (0, last) else None
+    tied = model.lm_head.weight if work.shape.tie_word_embeddings and rank in (0, last) else None
     del model
     stage = PipelineStage(part, rank, world, work.device)
     schedule = Schedule1F1B(stage, work.batch // work.micro, loss_fn=_loss_of)
@@ -219,13 +221,13 @@ def _mesh(work: Work) -> DeviceMesh:
 
 def _model(work: Work, dtype: torch.dtype) -> Any:
     """Make the model with random weights, which are drawn on the device and are the same on every rank."""
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = OPTConfig.from_dict(asdict(work.shape) | dict(dropout=0.0, attention_dropout=0.0))
-    config._attn_implementation = "sdpa"
+    config = CONFIG_MAPPING[work.shape.model_type].from_dict(work.shape.exported())
     torch.manual_seed(0)
     with torch.device(work.device):
-        model: Any = OPTForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     model.to(dtype).train()
     if work.recompute:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob, clean, write_rows
 from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
 from benchmarks.gpu_peers import ON_GPUS_ALONE
-from models.opt.shape import SIZES
+from models.family import named_sizes
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 
@@ -303,7 +303,7 @@ def run(arguments: argparse.Namespace, driver: Driver) -> list[Row]:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=["opt-6.7b"])
+    parser.add_argument("--models", nargs="+", choices=named_sizes())
     parser.add_argument("--layouts", nargs="+", default=[], help="only these, or peers; 'weak': weak scaling")
     parser.add_argument("--batch", type=int, default=4, help="samples a step, for each GPU")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after two that are not")
@@ -312,9 +312,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/multi_gpu"))
     parser.add_argument("--tiny", action="store_true", help="a small model, a step each, on the CPU")
     arguments = parser.parse_args()
+    arguments.models = arguments.models or ["opt-tiny" if arguments.tiny else "opt-6.7b"]
     if arguments.tiny:
         arguments.steps = min(arguments.steps, 1)
-        arguments.models = ["opt-tiny"]
     return arguments
 
 

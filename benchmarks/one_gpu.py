@@ -1,10 +1,12 @@
 """Measure tokens a second and memory on one GPU in bf16: our engine beside Hugging Face's model in plain torch.
 
     python -m benchmarks.one_gpu [--model opt-1.3b] [--batch 8] [--sequence 1024] [--steps 10] [--only ours hf fsdp2]
+    python -m benchmarks.one_gpu --model llama-3.2-1b --batch 8 4 --sequence 1024 4096     # two tables
+    python -m benchmarks.one_gpu --tiny                                                    # also without a GPU
 
-It prints a line for each contender: the median of tokens a second, the smallest and the largest, the model FLOPs
-utilization (MFU), the peak memory of the GPU in GiB, and the first and the last loss. The exit code says whether the
-losses agree.
+It prints a table for each pair of batch and sequence, with a line for each contender: the median of tokens a second,
+the smallest and the largest, the model FLOPs utilization (MFU), the peak memory of the GPU in GiB, and the first and
+the last loss. The exit code says whether the losses agree.
 
 Each contender runs in a new process. All start from the same random weights and train on the same random tokens, with
 dropout 0. Without a GPU they run on the CPU.
@@ -13,6 +15,7 @@ dropout 0. Without a GPU they run on the CPU.
 import argparse
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,19 +25,22 @@ import torch
 
 import models
 import parallel
-from benchmarks.gpu_contenders import CONTENDERS, Result, Work, measure
+from benchmarks.gpu_contenders import CONTENDERS, Result, UnavailableError, Work, measure
+from benchmarks.workload import without_dropout
 from models.costs import flops_per_token
 from models.family import named_sizes
 from models.hf import export
 from models.shapes import from_hugging_face, resolve, shape_of
 
 AGREEMENT = 2**-7  # the difference allowed between losses, relative to the first loss: bf16's epsilon
+USUAL = dict(model="opt-1.3b", batch=[8], sequence=[1024], steps=10)
+TINY = dict(model="llama-tiny", batch=[2], sequence=[32], steps=2)
 COLUMNS = "{:<14} {:>9} {:>17} {:>6} {:>9} {:>10} {:>9}"
 
 
 def save_start(model: str, folder: Path) -> None:
-    """Save the weights that a seed draws for a named model as a Hugging Face directory in fp32."""
-    named = dict(name=model, dropout=0.0, attention_dropout=0.0)
+    """Save the weights that a seed draws for a named model, with dropout 0, as a Hugging Face directory in fp32."""
+    named = dict(name=model) | without_dropout(named_sizes()[model])
     context = parallel.launch_from_torch(dict(model=named, train=dict(device="cpu")), resolve=resolve)
     pieces = [piece for info in models.build(context).infos for piece in info.pieces()]
     export(folder, pieces, shape=shape_of(context.config), axis=context.mesh.world, dtype=torch.float32)
@@ -63,39 +69,59 @@ def agree(one: Result, other: Result) -> bool:
     return all(abs(one.losses[i] - other.losses[i]) <= AGREEMENT * one.losses[0] for i in (0, -1))
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=named_sizes(), default="opt-1.3b" if on_gpu else "opt-tiny")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps, after a few that are not")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    arguments = parser.parse_args()
-    where = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(
-        f"{arguments.model}, bf16, {arguments.batch} × {arguments.sequence} tokens; {where}, torch {torch.__version__}"
-    )
+def table(work: Work, names: list[str]) -> bool:
+    """Print the table of a work; return whether all contenders ran, or cannot run here, and their losses agree."""
     print(COLUMNS.format("", "tokens/s", "min-max", "MFU", "peak GiB", "first loss", "last loss"), flush=True)
     results: dict[str, Result] = {}
     failed = False
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Work(Path(temporary, "start"), arguments.batch, arguments.sequence, arguments.steps)
-        save_start(arguments.model, work.folder)
-        for name in arguments.only:
-            try:
-                results[name] = run(name, work)
-                print(line(name, results[name], work), flush=True)
-            except parallel.ConfigError as error:
-                print(f"{name:<14} not available: {error}", flush=True)
-            except Exception as error:  # most likely it ran out of memory, and the others can still run
-                failed = True
-                print(f"{name:<14} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+    for name in names:
+        try:
+            results[name] = run(name, work)
+            print(line(name, results[name], work), flush=True)
+        except (parallel.ConfigError, UnavailableError) as error:
+            print(f"{name:<14} not available: {error}", flush=True)
+        except Exception as error:  # most likely it ran out of memory, and the others can still run
+            failed = True
+            print(f"{name:<14} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
     reference = next(iter(results.values()), None)
     different = [name for name, result in results.items() if reference is None or not agree(reference, result)]
     if different:
-        sys.exit(f"The losses of {', '.join(different)} disagree: these were not the same computation.")
-    sys.exit(failed)
+        print(f"The losses of {', '.join(different)} disagree: these were not the same computation.", flush=True)
+    return not failed and not different
+
+
+def arguments_of(given: list[str] | None, *, on_gpu: bool) -> argparse.Namespace:
+    """Parse the command line. What it leaves out depends on `--tiny`, which is usual where there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, few tokens and few steps")
+    parser.add_argument("--model", choices=named_sizes())
+    parser.add_argument("--batch", type=int, nargs="+", help="samples of a step, one number for each table")
+    parser.add_argument("--sequence", type=int, nargs="+", help="tokens of a sample, one number for each table")
+    parser.add_argument("--steps", type=int, help="timed steps of a round, after a few that are not")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    arguments = parser.parse_args(given)
+    usual = USUAL if on_gpu and not arguments.tiny else TINY
+    for name, value in usual.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if len(arguments.batch) != len(arguments.sequence):
+        parser.error("--batch and --sequence need equally many numbers, one of each for a table")
+    return arguments
+
+
+def main(given: list[str] | None = None) -> None:
+    on_gpu = torch.cuda.is_available()
+    arguments = arguments_of(given, on_gpu=on_gpu)
+    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    begun, agreed = time.monotonic(), True
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "start")
+        save_start(arguments.model, folder)
+        for batch, sequence in zip(arguments.batch, arguments.sequence, strict=True):
+            print(f"{arguments.model}, bf16, {batch} × {sequence} tokens; {where}, torch {torch.__version__}")
+            agreed &= table(Work(folder, batch, sequence, arguments.steps), arguments.only)
+            print(f"{time.monotonic() - begun:.0f} s since the start\n", flush=True)
+    sys.exit(not agreed)
 
 
 if __name__ == "__main__":

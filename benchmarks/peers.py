@@ -1,4 +1,4 @@
-"""Hugging Face's OPT trained with torch's own parallel APIs, one function for each, as a user of torch would write it.
+"""Hugging Face's models trained with torch's own parallel APIs, one function for each, as a user of torch would do it.
 
 Every function returns a training step: the global batch ids[G, S] -> its mean loss, the same on every rank, after one
 update. All of them use the fused AdamW, apply weight decay to matrices only, and clip the norm of the whole gradient.
@@ -62,7 +62,7 @@ def _fsdp2(folder: Path, rank: int, world_size: int, *, reshard_after_forward: b
 
 def shard(model: Any, mesh: DeviceMesh, **how: Any) -> None:
     """Apply `fully_shard` to every layer, and then to the rest of the model; `how` is passed on to it."""
-    for layer in model.model.decoder.layers:
+    for layer in blocks_of(model):
         fully_shard(layer, mesh=mesh, **how)
     fully_shard(model, mesh=mesh, **how)
 
@@ -109,42 +109,56 @@ def tensor_parallel(folder: Path, rank: int, world_size: int) -> Step:
 
 
 def split_linears(model: Any, mesh: DeviceMesh) -> None:
-    """Split the linears of each layer, and its attention heads, over the mesh."""
-    columns, rows = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"), ("self_attn.out_proj", "fc2")
-    for layer in model.model.decoder.layers:
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in columns} | {
-            name: RowwiseParallel() for name in rows
+    """Split the linears of each layer, and its attention heads, over the mesh.
+
+    Hugging Face's models name the linears from heads or the inner width back to the hidden one as `ROWS` says.
+    """
+    for layer in blocks_of(model):
+        linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        plan: dict[str, Any] = {
+            name: RowwiseParallel() if name.rpartition(".")[2] in ROWS else ColwiseParallel() for name in linears
         }
         parallelize_module(layer, mesh, plan)
-        layer.self_attn.num_heads //= mesh.size()
+        if hasattr(layer.self_attn, "num_heads"):  # other families than OPT count their heads by the width of a head
+            layer.self_attn.num_heads //= mesh.size()
+
+
+ROWS = ("out_proj", "o_proj", "fc2", "down_proj")
 
 
 class Part(nn.Module):
     """One of `count` pipeline stages: the blocks of the range `blocks`, or an equal share of them.
 
-    The first stage has the embeddings too, and the last one the head.
+    The first stage has the embeddings too, and the last one the head. The model is an OPT, or has rotary positions as
+    Llama's family does. Attention is causal and has no window.
     """
 
     def __init__(self, model: Any, index: int, count: int, blocks: range | None = None) -> None:
         super().__init__()
-        decoder = model.model.decoder
+        decoder = model.get_decoder()
         size = len(decoder.layers) // count
         blocks = blocks or range(index * size, (index + 1) * size)
         first, last = index == 0, index == count - 1
         self.embed_tokens = decoder.embed_tokens if first else None
-        self.embed_positions = decoder.embed_positions if first else None
+        self.embed_positions = getattr(decoder, "embed_positions", None) if first else None
+        self.rotary = getattr(decoder, "rotary_emb", None)
         self.layers = decoder.layers[blocks.start : blocks.stop]
-        self.final_layer_norm = decoder.final_layer_norm if last else None
+        norm = decoder.final_layer_norm if hasattr(decoder, "final_layer_norm") else decoder.norm
+        self.norm = norm if last else None
         self.lm_head = model.lm_head if last else None  # its weight is the first stage's embedding
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.embed_tokens is not None and self.embed_positions is not None:
-            positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
-            x = self.embed_tokens(x) + self.embed_positions(torch.ones_like(x), position_ids=positions)
+        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        ids = x
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(ids)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(torch.ones_like(ids), position_ids=positions)
+        turned = {} if self.rotary is None else dict(position_embeddings=self.rotary(x, positions))
         for layer in self.layers:
-            x = layer(x)
-        if self.final_layer_norm is not None and self.lm_head is not None:
-            x = self.lm_head(self.final_layer_norm(x))
+            x = layer(x, **turned)
+        if self.norm is not None and self.lm_head is not None:
+            x = self.lm_head(self.norm(x))
         return x
 
 
@@ -193,12 +207,18 @@ def _pipeline(schedule: Any, model: Any, stages: Sequence[PipelineStage], rank: 
 
 
 def load(folder: Path) -> Any:
-    """Load the Hugging Face model of a directory, in fp32 and in training mode."""
-    from transformers import OPTForCausalLM  # this takes seconds, and only ranks with a peer need it
+    """Load the Hugging Face model of a directory, of any family, in fp32 and in training mode."""
+    from transformers import AutoModelForCausalLM  # this takes seconds, and only ranks with a peer need it
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
+
+
+def blocks_of(model: nn.Module) -> list[Any]:
+    """Return the transformer blocks of a Hugging Face model of any family: its longest list of modules."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> Tensor:

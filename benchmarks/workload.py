@@ -1,12 +1,14 @@
 """The model, the batch and the optimizer settings of `benchmarks.cpu_peers`, and our engine training with them."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from models.shape import ModelShape
 from tests.parity import engine_of, share_of
 
 Step = Callable[[Tensor], float]
@@ -36,6 +38,11 @@ def save_model(folder: Path, **changes: float) -> None:
     disable_progress_bar()
     torch.manual_seed(0)
     OPTForCausalLM(OPTConfig.from_dict(SHAPE | dict(dropout=0.0) | changes)).save_pretrained(folder)
+
+
+def without_dropout(shape: ModelShape) -> dict[str, float]:
+    """Return the fields of a family's shape that set the probability of a dropout, all of them 0."""
+    return {field.name: 0.0 for field in fields(cast(Any, shape)) if "drop" in field.name}
 
 
 def tokens_of(step: int) -> Tensor:

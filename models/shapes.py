@@ -68,7 +68,8 @@ def from_hugging_face(path: str | Path) -> ModelShape:
     file = Path(path) / "config.json"
     raw = read_config(path, FAMILIES)
     family = FAMILIES[raw[MODEL_TYPE]]
-    if problems := _only_problems(family, raw, f"model.path: {{}} in {file}"):
+    wording = f"model.path: {{}} in {file}"
+    if problems := _only_problems(family, raw, wording) + _twice_problems(family, raw, wording):
         raise ConfigError(*problems)
     known = {key.name for key in _fields(family)}
     found = {key: value for key, value in family.shape.normalized(raw).items() if key in known}
@@ -87,9 +88,8 @@ def _shape_of(model: ModelConfig) -> ModelShape:
     changes = dict(model.fields)
     problems = []
     if (kind := changes.pop(MODEL_TYPE, base.model_type)) != base.model_type:
-        where = model.name if model.path is None else model.path
-        problems.append(f"model.model_type: {shown(kind)} is not that of {where}. Try {base.model_type!r}.")
-    problems += _only_problems(family, changes, "model.{}")
+        problems.append(_other_family(model, base, kind))
+    problems += _only_problems(family, changes, "model.{}") + _twice_problems(family, changes, "model.{}")
     changes = {key: value for key, value in changes.items() if key not in family.shape.only}
     changes = family.shape.normalized(changes)
     problems += _foreign_problems(base, changes)
@@ -120,6 +120,16 @@ def _only_problems(family: Family, raw: Mapping[str, Any], wording: str) -> list
     ]
 
 
+def _twice_problems(family: Family, raw: Mapping[str, Any], wording: str) -> list[str]:
+    """Return a line for each field that has two values, under two of its names."""
+    return [
+        f"{wording.format(key)}: {_plain(raw[key])} is not {_plain(raw[own])}, the value of {own}, which is the same"
+        " field. Leave one of them out."
+        for key, own in family.shape.aliases.items()
+        if key in raw and own in raw and raw[key] != raw[own]
+    ]
+
+
 def _plain(value: object) -> str:
     """Return a value as a config file has it, shortened."""
     try:
@@ -128,9 +138,17 @@ def _plain(value: object) -> str:
         return shown(value)
 
 
+def _other_family(model: ModelConfig, base: ModelShape, kind: object) -> str:
+    """Return the message about a model_type that is not that of the model which `name` or `path` gives."""
+    sizes = FAMILIES[kind].sizes if model.path is None and isinstance(kind, str) and kind in FAMILIES else ()
+    other = f", or model.name={next(iter(sizes))!r}" if sizes else ""
+    where = shown(model.name if model.path is None else model.path)
+    return f"model.model_type: {shown(kind)} is not that of {where}. Try {base.model_type!r}{other}."
+
+
 def _foreign_problems(base: ModelShape, changes: Mapping[str, Any]) -> list[str]:
     """Return a line for each field that only other families have."""
-    own = {key.name for key in _fields(FAMILIES[base.model_type])}
+    own = [key.name for key in _fields(FAMILIES[base.model_type])]
     found = []
     for key in changes:
         others = [kind for kind, family in FAMILIES.items() if key in {field.name for field in _fields(family)}]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_peers, overlap, ring, workload
+from benchmarks import attention, cpu_peers, one_gpu, overlap, ring, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
@@ -19,21 +19,46 @@ from parallel.engine.context import Place, make_context
 from tests.harness import run
 
 
-def losses(rank: int, world_size: int, folder: Path) -> dict[str, Result]:
+def losses(rank: int, world_size: int, model: str, folder: Path) -> dict[str, Result]:
     """Train each contender for a few steps from the same weights."""
-    save_start("opt-tiny", folder)
+    save_start(model, folder)
     work = Work(folder, batch=2, sequence=16, steps=3)
     return {name: measure(name, work) for name in ("ours", "hf", "fsdp2")}
 
 
 @pytest.mark.gpu
-def test_the_contenders_of_one_gpu_train_the_same_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["opt-tiny", "llama-tiny"])
+def test_the_contenders_of_one_gpu_train_the_same_model(model: str, tmp_path: Path) -> None:
     """Losses fall so far that an update which one of them leaves out would show."""
-    (results,) = run(losses, 1, tmp_path / "start")
+    (results,) = run(losses, 1, model, tmp_path / "start")
     first, *_, last = results["ours"].losses
     assert last < first * (1 - 4 * AGREEMENT)
     for name, result in results.items():
         assert agree(results["ours"], result), (name, result.losses, results["ours"].losses)
+
+
+def test_a_table_needs_both_of_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert one_gpu.arguments_of(["--batch", "8", "4", "--sequence", "16", "32"], on_gpu=True).steps == 10
+    assert one_gpu.arguments_of(["--tiny"], on_gpu=True).steps == one_gpu.arguments_of([], on_gpu=False).steps == 2
+    with pytest.raises(SystemExit):
+        one_gpu.arguments_of(["--batch", "8", "4", "--sequence", "16"], on_gpu=True)
+    assert "equally many numbers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_gpu_prints_a_table_for_each_batch_and_names_who_is_not_available(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The model is OPT, for which liger-kernel has nothing even where it is installed."""
+    sizes = ["--batch", "2", "1", "--sequence", "16", "32", "--steps", "1"]
+    with pytest.raises(SystemExit) as end:
+        one_gpu.main(["--tiny", "--model", "opt-tiny", *sizes, "--only", "ours", "hf", "liger"])
+    assert end.value.code == 0
+    first, second = capsys.readouterr().out.split("s since the start")[:2]
+    for table, size in ((first, "2 × 16"), (second, "1 × 32")):
+        assert f"{size} tokens" in table
+        assert re.search(r"^ours +\d+ ", table, re.MULTILINE)
+        assert "liger          not available" in table
 
 
 @pytest.mark.slow
@@ -59,22 +84,23 @@ def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
     assert not agree(replace(result, losses=losses), result)
 
 
-def rows_of_all_jobs(rank: int, world_size: int, out: Path) -> list[Row]:
+def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str) -> list[Row]:
     setup = RankSetup(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
     jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
         ParityJob(pipe),
         BandwidthJob([zero, pipe]),
-        SpeedJob(zero, "opt-tiny", 4, steps=1, trace=True),
-        *(SpeedJob(pipe, "opt-tiny", 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
-        SpeedJob(zero, "opt-tiny", 4, alone=True, steps=1),
+        SpeedJob(zero, model, 4, steps=1, trace=True),
+        *(SpeedJob(pipe, model, 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
+        SpeedJob(zero, model, 4, alone=True, steps=1),
     ]
     return [row for job in jobs for row in job.run(setup)]
 
 
-def test_the_jobs_of_several_gpus_run_on_a_cpu(tmp_path: Path) -> None:
-    rows, _ = run(rows_of_all_jobs, 2, tmp_path)
+@pytest.mark.parametrize("model", ["opt-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
+def test_the_jobs_of_several_gpus_run_on_a_cpu(model: str, tmp_path: Path) -> None:
+    rows, _ = run(rows_of_all_jobs, 2, tmp_path, model)
     assert not [row for row in rows if row.get("failed")]
     assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
     assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE, "ZeRO 2", "ZeRO 2 alone", "world"}
@@ -115,6 +141,19 @@ def test_communication_under_other_kernels_is_hidden() -> None:
     ]
     assert overlap.shares(events) == pytest.approx((20e-6, 8 / 20))
     assert overlap.shares(events[2:]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", attention.TINY)
+def test_every_contender_computes_the_same_attention(name: str) -> None:
+    """Without the window, or with heads in another order, the error is as large as the numbers themselves."""
+    case, device = attention.TINY[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = attention.compare(case, device, times=1)
+    assert found.keys() >= {"ours", "repeated", "grouped"}
+    assert not any(figures.is_wrong for figures in found.values())
+    inputs, wrong = attention.Inputs.draw(case, device), attention.ours(replace(case, window=3), device)
+    expected = inputs.of_sample(0, torch.float32).both(attention.repeated(case, device))
+    assert attention.measure(wrong, inputs, expected, times=1).error > 0.1
 
 
 def parts_of_a_ring(rank: int, world_size: int) -> dict[str, str]:

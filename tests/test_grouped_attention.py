@@ -160,6 +160,7 @@ def test_all_to_all_exchanges_queries_and_results_beside_the_keys_of_groups() ->
         assert quarter == windowed == dict(all_to_all=(2 * 8 + 2 * 2) * of_a_head)
 
 
+@pytest.mark.slow
 def test_compiled_code_attends_to_whole_sequences_in_one_graph() -> None:
     for case in (Case(6, 2, None, "causal"), Case(6, 2, 3, "padded")):
         compiled = torch.compile(UNSPLIT.attend, backend="eager", fullgraph=True)
@@ -187,23 +188,31 @@ def on_gpu(heads: int, kv_heads: int, length: int, dtype: torch.dtype = torch.bf
 def test_a_gpu_attends_as_the_formula_says(
     window: int | None, masked: str, dtype: torch.dtype, is_compiled: bool
 ) -> None:
-    """A tensor differs by at most two of its roundings in 16 bits, and in 32 bits by those of sums of 256 products."""
+    """A tensor differs by at most two of its roundings in 16 bits, and in 32 bits by those of sums of 256 products.
+
+    A query that sees no key is padding itself: its result is any number, and has no gradient.
+    """
     q, k, v, dy = on_gpu(8, 2, 256, dtype)
     tokens = drop = None
+    seeing = torch.ones(2, 256, 1, dtype=torch.bool, device="cuda")
     if masked == "padded":
         tokens = torch.ones(2, 256, dtype=torch.bool, device="cuda")
         tokens[0, :70], tokens[1, 200:] = False, False
+        seeing[:, :, 0] = tokens
     if masked == "dropout":
         drop = AttentionDropout(0.3, torch.tensor(11, device="cuda"), torch.arange(16, device="cuda").view(2, 8))
     masking = Masking(tokens, drop, window)
-    attend = torch.compile(UNSPLIT.attend) if is_compiled else UNSPLIT.attend
+    # not inductor, which leaves variables in the environment: what is chosen while a graph is traced matters here
+    attend = torch.compile(UNSPLIT.attend, backend="aot_eager") if is_compiled else UNSPLIT.attend
     y = attend(q, k, v, masking)
+    assert y.isfinite().all()
+    y, dy = y.where(seeing, 0), dy.where(seeing, 0)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want = reference(exact[0], exact[1], exact[2], masking)
+    want = reference(exact[0], exact[1], exact[2], masking).where(seeing, 0)
     ours = [y, *torch.autograd.grad(y, (q, k, v), dy)]
     theirs = [want, *torch.autograd.grad(want, exact, dy.double())]
     for got, expected in zip(ours, theirs, strict=True):
-        assert relative(got, expected) < (2**-7 if dtype == torch.bfloat16 else 1e-5)
+        assert relative(got.detach(), expected.detach()) < (2**-7 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.gpu

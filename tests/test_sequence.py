@@ -56,12 +56,6 @@ def qkv(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(B, S, 3 * HEADS * D, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def heads_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v[B, HEADS, S, D] of their joint tensor."""
-    q, k, v = parts_of(x, HEADS, HEADS)
-    return by_head(q), by_head(k), by_head(v)
-
-
 def masking_of(kind: str) -> Masking:
     """Return a masking; `padded` is at the start of one sample, where rows see nothing, and at the end of another."""
     tokens = drop = None
@@ -90,6 +84,12 @@ def reference(x: Tensor, masking: Masking) -> Tensor:
             weights = dropout(weights, drop.p, drop.key, drop.heads * S + i, torch.arange(S))
         rows.append((weights.unsqueeze(-1) * v).sum(-2))
     return torch.stack(rows, 1).flatten(2)
+
+
+def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v[B, heads, S, D] of a joint linear's output."""
+    q, k, v = parts_of(qkv, HEADS, HEADS)
+    return by_head(q), by_head(k), by_head(v)
 
 
 def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:

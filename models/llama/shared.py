@@ -1,4 +1,4 @@
-"""What the shapes of Llama, Mistral, Qwen2 and Qwen3 have in common. This module needs no torch."""
+"""The part of their shapes that Llama, Mistral, Qwen2 and Qwen3 have in common. This module needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -75,7 +75,7 @@ class SharedShape(ModelShape):
     """The base of the wave lengths of the rotary positions."""
 
     rope_scaling: RopeScaling | None = None
-    """How their angles are changed for long sequences: dict(rope_type=..., factor=..., ...). None: not at all."""
+    """The change of their angles for long sequences: dict(rope_type=..., factor=..., ...). None: there is none."""
 
     attention_dropout: Probability = 0.0
     """The probability with which an attention probability becomes zero in training. Above 0, attention is written out

@@ -1,35 +1,59 @@
 """Fingerprints of flat buffers, by which an engine notices that somebody else has written into one."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-FEW = 2**18  # words that are weighted one by one
-ROWS, COLUMNS = 61, 8191  # primes: no row of a matrix is as long as a multiple of a block's columns
+COLUMNS = 32_749  # a prime: no row of a matrix is as long as a multiple of it
+FEW = 2**15  # words that are weighted one by one
 MIXERS = (-7046029254386353131, -4658895280553007687)  # 64-bit odd constants of splitmix64
 HALF = 2**32 - 1
 
 
 def fingerprint(flat: Tensor) -> Tensor:
-    """Return an int64 scalar, on the device of flat[n], that other bits in any place change; the host does not wait.
+    """Return the fingerprint of one buffer, an int64 scalar."""
+    return fingerprints([flat])[0]
 
-    It is a sum of 32-bit words, modulo 2**64, with a pseudorandom weight of 64 bits for each. A long buffer is read
-    once: words of 64 bits are added up in blocks of 61 × 8191 before they are weighted, so that those which change
-    places within a block, 8191 · k places apart, are not noticed. Long rows are what a GPU adds up at the speed of its
-    memory. n · itemsize is a multiple of 8, as in the buffers of chunks.
+
+def fingerprints(flats: Sequence[Tensor]) -> Tensor:
+    """Return an int64 [len(flats)], on their device, that other bits in any place of a flat[n] change.
+
+    The host does not wait. A fingerprint is a sum of 32-bit words, modulo 2**64, with a pseudorandom weight of 64 bits
+    for each. A long buffer is read once, by one kernel: the rows of words [rows, COLUMNS] of 64 bits are added up
+    before they are weighted, so that words which change places COLUMNS · k apart are not noticed. All buffers are
+    weighted together: a GPU takes longer to start kernels than to read the sums. n · itemsize is a multiple of 8, as in
+    the buffers of chunks.
+    """
+    sums = [_added_up(flat) for flat in flats]
+    found = torch.empty(len(sums), dtype=torch.int64, device=sums[0].device if sums else None)
+    for length in dict.fromkeys(map(len, sums)):
+        where = [i for i, x in enumerate(sums) if len(x) == length]
+        found[where] = _weighted(torch.stack([sums[i] for i in where]))
+    return found
+
+
+def _added_up(flat: Tensor) -> Tensor:
+    """Return the words of a short buffer, and the sums of a long one's, int64 [at most FEW].
+
+    The number of rows is odd, so that the sum shows if every word has changed its sign. The rest is added with weights.
     """
     words = flat.detach().view(torch.int64)
     if len(words) <= FEW:
-        low, high = _weights(words.device)[:, : len(words)]
-        total: Tensor = ((words & HALF) * low + (words >> 32) * high).sum()
-        return total
-    num_rows = len(words) // COLUMNS
-    num_blocks = num_rows // ROWS
-    blocks, rows, rest = words.tensor_split([num_blocks * ROWS * COLUMNS, num_rows * COLUMNS])
-    sums = blocks.view(num_blocks, ROWS, COLUMNS).sum(1).flatten()
-    first, second = MIXERS
-    return fingerprint(sums) * first + fingerprint(rows.view(-1, COLUMNS).sum(0)) * second + fingerprint(rest)
+        return words
+    num_rows = (len(words) // COLUMNS - 1) // 2 * 2 + 1
+    total: Tensor = words[: num_rows * COLUMNS].view(num_rows, COLUMNS).sum(0)
+    for part, mixer in zip(words[num_rows * COLUMNS :].split(COLUMNS), MIXERS, strict=False):
+        total[: len(part)].add_(part, alpha=mixer)
+    return total
+
+
+def _weighted(words: Tensor) -> Tensor:
+    """Return the weighted sum of each row, words[n, at most FEW] -> [n]. The words are overwritten."""
+    low, high = _weights(words.device)[:, : words.shape[1]]
+    upper = (words >> 32).mul_(high)
+    return words.bitwise_and_(HALF).mul_(low).add_(upper).sum(1)
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.fingerprint import fingerprint
+from parallel.chunk.fingerprint import fingerprint, fingerprints
 from parallel.errors import ModelError
 from parallel.mesh.collectives import all_gather, all_reduce, gather_objects
 from parallel.mesh.mesh import Axis
@@ -29,18 +29,18 @@ class Writes:
 
     def __init__(self, chunks: Sequence[Chunk], world: Axis) -> None:
         self._chunks, self._world, self._device = list(chunks), world, chunks[0].memory.device
-        self._noted: dict[Chunk, Tensor] = {}  # the fingerprint of each chunk whose parameters stay whole
+        self._noted: Tensor | None = None  # the fingerprint of each chunk whose parameters stay whole
         self.note()
 
     def note(self) -> None:
         """Note that all parameters are now as the engine has written them."""
-        self._noted = {chunk: fingerprint(chunk.parameters.whole) for chunk in self._chunks if _stays_whole(chunk)}
+        self._noted = self._fingerprints()
         for chunk in self._chunks:
             chunk.parameters.writes.note()
 
     def stop(self) -> None:
         """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
-        self._chunks, self._noted = [], {}
+        self._chunks, self._noted = [], None
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""
@@ -62,13 +62,13 @@ class Writes:
         """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
         self._take_replaced()
         flags = [torch.zeros((), dtype=torch.bool, device=self._device)]
+        if self._noted is not None:
+            flags.append((self._fingerprints() != self._noted).any())
         for chunk in self._chunks:
             writes = chunk.parameters.writes
             if not _stays_whole(chunk):
                 chunk.parameters.note_lost_writes()
                 flags += [] if writes.damaged is None else [writes.damaged]
-            elif chunk in self._noted:
-                flags.append(fingerprint(chunk.parameters.whole) != self._noted[chunk])
             if writes.is_any():
                 flags.append(torch.ones_like(flags[0]))
         return torch.stack(flags).sum(dtype=torch.float64)
@@ -89,6 +89,10 @@ class Writes:
         for chunk in self._chunks:
             chunk.take_written()
         self.note()
+
+    def _fingerprints(self) -> Tensor:
+        """Return the fingerprint of each chunk whose parameters stay whole, int64, in the order of the chunks."""
+        return fingerprints([chunk.parameters.whole for chunk in self._chunks if _stays_whole(chunk)])
 
     def _take_replaced(self) -> None:
         """Take values that came by `p.data = ...` where parameters stay whole."""
@@ -124,7 +128,7 @@ class Writes:
         if not _stays_whole(chunk):
             return f"{chunk.infos[0].name}, or another parameter of its layer"
         whole = chunk.parameters.whole
-        each = torch.stack([fingerprint(whole[start:stop]) for start, stop in chunk.spec.ranges])
+        each = fingerprints([whole[start:stop] for start, stop in chunk.spec.ranges])
         marks = all_gather(each, 0, axis).view(axis.size, -1)
         differs = (marks != marks[0]).any(0).tolist()
         return next(info.name for info, is_other in zip(chunk.infos, differs, strict=True) if is_other)

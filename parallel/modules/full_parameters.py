@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.fingerprint import fingerprint
+from parallel.chunk.fingerprint import fingerprints
 from parallel.mesh.collectives import all_gather, broadcast
 
 
@@ -99,7 +99,8 @@ class FullParameters:
             whole.write()
 
     def _fingerprints(self) -> list[int]:
-        return [int(fingerprint(flat)) for whole in self._wholes for flat in (whole.values, whole.shown)]
+        found: list[int] = fingerprints([x for whole in self._wholes for x in (whole.values, whole.shown)]).tolist()
+        return found
 
 
 def whole_gradients(
