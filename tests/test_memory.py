@@ -100,7 +100,9 @@ VARIANTS = {
     "dropout": replace(SHAPE, dropout=0.5),
     "attention dropout": replace(SHAPE, attention_dropout=0.5),
 }
-LLAMA_SIZES: Any = dict(vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40)
+LLAMA_SIZES: dict[str, Any] = dict(
+    vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40
+)
 FAMILY_SHAPES: dict[str, ModelShape] = {
     "opt": SHAPE,
     "opt, gelu": VARIANTS["gelu"],
@@ -169,8 +171,8 @@ def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: str) -> None:
-    """Beside it there are the tables of cosines and sines, which all blocks of a stage share, and on a CPU the mask of
-    a window. No tensor is larger than this rank's part, so no more features and no more heads than its own.
+    """There are the tables of cosines and sines, too, which all blocks of a stage share, and on a CPU the mask of a
+    window. No tensor is larger than this rank's part, so no more features and no more heads than its own.
     """
     tensor, shape = LAYOUTS[layout], FAMILY_SHAPES[family]
     a = letters(tensor, shape, B, S)

@@ -4,7 +4,6 @@ import re
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import nn
@@ -36,7 +35,7 @@ MODEL = OPTShape(
     max_position_embeddings=16,
     dropout=0.0,
 )
-GROUPED: Any = dict(
+GROUPED: Raw = dict(
     vocab_size=37,
     hidden_size=512,  # the last norm has one vector: it is a flat buffer of its own
     num_hidden_layers=2,
@@ -49,6 +48,7 @@ MODELS: dict[str, tuple[ModelShape, str]] = {  # the shape, and the row of its n
     "llama": (LlamaShape(**GROUPED, attention_bias=True, mlp_bias=True), "an RMSNorm"),
     "qwen3": (Qwen3Shape(**GROUPED, head_dim=128, tie_word_embeddings=True), "an RMSNorm"),  # heads · D ≠ hidden
 }
+OF_LLAMA = ("llama", "qwen3")
 B, S = 8, 6  # of a microbatch
 POSITIONS_PER_SLICE = 2  # so the loss has three slices
 
@@ -61,15 +61,26 @@ LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
     "dp2-2.5d2x1x2": ("2d, 2.5d", TensorConfig("2.5d", 4, depth=2, rows=1), 2),
     "3d2x2x2": ("3d", TensorConfig("3d", 8), 1),
 }
+WITH_ALL_MODELS = ("dp2", "1d4", "2d2x4", "2.5d2x2x2", "3d2x2x2")  # whose ranks are started once for all models
+CASES = [
+    pytest.param(
+        layout,
+        model,
+        marks=[] if model == "opt" or layout in WITH_ALL_MODELS else pytest.mark.slow,
+        id=f"{layout}-{model}",
+    )
+    for layout in LAYOUTS
+    for model in MODELS
+]
 
 
 def calls_of_steps(
-    rank: int, world_size: int, tensor: TensorConfig, microbatches: int
+    rank: int, world_size: int, tensor: TensorConfig, microbatches: int, names: tuple[str, ...]
 ) -> dict[str, tuple[list[Call], str]]:
     """Return for each model every collective call of a step, and the name of the process group over depth."""
+    models = {name: dict(name=f"{name}-tiny", **asdict(MODELS[name][0])) for name in names}
     return {
-        name: calls_of_a_step(rank, world_size, tensor, microbatches, model=dict(name=f"{name}-tiny", **asdict(shape)))
-        for name, (shape, _) in MODELS.items()
+        name: calls_of_a_step(rank, world_size, tensor, microbatches, model=model) for name, model in models.items()
     }
 
 
@@ -133,11 +144,18 @@ def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
     embed.table.weight.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE))
 
 
+def steps(layout: str, model: str, microbatches: int = 1) -> list[tuple[list[Call], str]]:
+    """Return what `calls_of_a_step` returns on every rank."""
+    with_others = layout in WITH_ALL_MODELS and microbatches == 1
+    names = tuple(MODELS) if with_others else OF_LLAMA if model in OF_LLAMA else (model,)
+    return [found[model] for found in _steps(layout, microbatches, names)]
+
+
 @cache
-def steps(layout: str, microbatches: int) -> list[dict[str, tuple[list[Call], str]]]:
+def _steps(layout: str, microbatches: int, names: tuple[str, ...]) -> list[dict[str, tuple[list[Call], str]]]:
     """Return what `calls_of_steps` returns on every rank; it runs once for all tests of a layout."""
     _, tensor, replicas = LAYOUTS[layout]
-    return run(calls_of_steps, tensor.size * replicas, tensor, microbatches)
+    return run(calls_of_steps, tensor.size * replicas, tensor, microbatches, names)
 
 
 def sent(calls: list[Call], part: str) -> float:
@@ -156,12 +174,11 @@ def layers_of(norm: str) -> dict[type[nn.Module], list[str]]:
     return {Embed: [LOOKUP], Block: [norm, norm, LINEARS], Head: [norm, LOSS]}
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_each_part_of_a_step_sends_what_the_tables_say(layout: str, model: str) -> None:
     (row, tensor, replicas), (shape, norm) = LAYOUTS[layout], MODELS[model]
     names = letters(tensor, shape, B, S) | dict(n=replicas)
-    for calls, _ in (found[model] for found in steps(layout, 1)):
+    for calls, _ in steps(layout, model):
         for layer, parts in layers_of(norm).items():
             times = shape.num_hidden_layers if layer is Block else 1
             wanted = [
@@ -173,30 +190,28 @@ def test_each_part_of_a_step_sends_what_the_tables_say(layout: str, model: str) 
         assert sent(calls, SUMS) == value(formula, names)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_outside_its_layers_a_step_sends_only_gradients_and_a_few_numbers(layout: str, model: str) -> None:
-    for calls, _ in (found[model] for found in steps(layout, 1)):
+    for calls, _ in steps(layout, model):
         others = [call.elements for call in calls if call.part == OUTSIDE]
         assert len(others) <= 4  # the count of labels, what was written, the loss, the norm
         assert not others or max(others) <= FEW
 
 
 def test_in_1d_a_block_all_reduces_twice_each_way_with_grouped_heads_too() -> None:
-    """With q in one linear and k, v in another, a backward would all-reduce x three times, as large as twice."""
+    """A backward would all-reduce dx three times with q in one linear and k, v in another."""
     for model in ("llama", "qwen3"):
-        for calls, _ in (found[model] for found in steps("1d4", 1)):
+        for calls, _ in steps("1d4", model):
             for way in WAYS:
                 elements = [call.elements for call in calls if call.part == f"Block {way}"]
                 assert elements == [B * S * MODELS[model][0].hidden_size] * 2 * MODELS[model][0].num_hidden_layers
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in OF_LLAMA)])
 def test_gradients_are_summed_once_a_step_over_depth_too(model: str) -> None:
     """Three microbatches send three times what one sends in 2.5d, but over depth they send the same."""
     layout = "2.5d2x2x2"
-    for found, more in zip(steps(layout, 1), steps(layout, 3), strict=True):
-        (one, depth), (three, _) = found[model], more[model]
+    for (one, _), (three, depth) in zip(steps(layout, model), steps(layout, model, 3), strict=True):
         for part in {call.part for call in one}:
             assert sent(three, part) == (1 if part in (SUMS, OUTSIDE) else 3) * sent(one, part)
         assert {call.part for call in three if call.group == depth} == {SUMS}
