@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     # All ranks draw the same batches, and each replica takes its share of the rows.
     share = slice(engine.data.rank, None, engine.data.size)
     generator = torch.Generator().manual_seed(0)
-    order = RandomSampler(training, num_samples=args.steps * args.batch, generator=generator)  # type: ignore[arg-type]
+    order = RandomSampler(training, num_samples=args.steps * args.batch, generator=generator)
     loader: Any = DataLoader(training, args.batch, sampler=order)  # type: ignore[arg-type]
     to_evaluate = [{"input_ids": rows[share]} for rows in held_out.split(args.batch)]
 

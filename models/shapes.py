@@ -68,7 +68,8 @@ def from_hugging_face(path: str | Path) -> ModelShape:
     file = Path(path) / "config.json"
     raw = read_config(path, FAMILIES)
     family = FAMILIES[raw[MODEL_TYPE]]
-    if problems := _only_problems(family, raw, f"model.path: {{}} in {file}"):
+    wording = f"model.path: {{}} in {file}"
+    if problems := _only_problems(family, raw, wording) + _twice_problems(family, raw, wording):
         raise ConfigError(*problems)
     known = {key.name for key in _fields(family)}
     found = {key: value for key, value in family.shape.normalized(raw).items() if key in known}
@@ -88,7 +89,7 @@ def _shape_of(model: ModelConfig) -> ModelShape:
     problems = []
     if (kind := changes.pop(MODEL_TYPE, base.model_type)) != base.model_type:
         problems.append(_other_family(model, base, kind))
-    problems += _only_problems(family, changes, "model.{}")
+    problems += _only_problems(family, changes, "model.{}") + _twice_problems(family, changes, "model.{}")
     changes = {key: value for key, value in changes.items() if key not in family.shape.only}
     changes = family.shape.normalized(changes)
     problems += _foreign_problems(base, changes)
@@ -116,6 +117,16 @@ def _only_problems(family: Family, raw: Mapping[str, Any], wording: str) -> list
         f"{wording.format(key)}: {_plain(raw[key])} is not supported. Try {either(map(_plain, values))}."
         for key, values in family.shape.only.items()
         if key in raw and raw[key] not in values
+    ]
+
+
+def _twice_problems(family: Family, raw: Mapping[str, Any], wording: str) -> list[str]:
+    """Return a line for each field that has two values, under two of its names."""
+    return [
+        f"{wording.format(key)}: {_plain(raw[key])} is not {_plain(raw[own])}, the value of {own}, which is the same"
+        " field. Leave one of them out."
+        for key, own in family.shape.aliases.items()
+        if key in raw and own in raw and raw[key] != raw[own]
     ]
 
 

@@ -5,11 +5,14 @@ in GPT-J, and nothing says where a token is.
 """
 
 import math
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 from unittest.mock import patch
 
 import numpy as np
@@ -20,11 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.family import FAMILIES, Family
+from models.shape import ModelShape
 from models.shapes import from_hugging_face
 from parallel.engine.context import Place
+from parallel.tensor import Mode
 from tests.harness import run
 from tests.parity import relative
-from tests.test_docs import ROOT
+from tests.test_docs import ROOT, blocks
 from training import metrics
 from training.config import read_config
 from training.preflight import prepare
@@ -141,7 +146,7 @@ def registered(folder: Path) -> Iterator[None]:
 
 def train(rank: int, world_size: int, folder: Path, name: str, changes: tuple[str, ...], resume: str | None) -> None:
     """Train a whole run of the command line on this rank, into a folder of this name."""
-    place = Place(rank, world_size, rank, world_size)
+    place = Place(rank, world_size, rank, max(world_size, os.cpu_count() or 1))  # one thread: other tests run, too
     with registered(folder):
         settings = [*RUN, f"data.path={folder / 'tokens.npy'}", f"output.dir={folder / name}", *changes]
         run_job(prepare(read_config(None, settings, world_size), place, resume=resume))
@@ -192,3 +197,41 @@ def test_a_folder_and_an_entry_are_a_family(folder: Path) -> None:
     assert lines[-1]["validation_loss"] == pytest.approx(loss.item(), rel=1e-9)
     with registered(folder):
         assert from_hugging_face(folder / "alone" / "export").vocab_size == 37
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_is_that_of_the_files() -> None:
+    files = sorted((ROOT / "models/gpt2").glob("*.py"))
+    sources = [*(file.read_text(encoding="utf-8") for file in files), LAYERS]
+    quoted = blocks(PAGE, "python")
+    assert len(quoted) > 8
+    for code in quoted:
+        assert any(indent(code, space) in source for space in ("", "    ") for source in sources), code
+    (entry,) = re.findall(r"`(.* Family\(.*)`", PAGE.read_text(encoding="utf-8"))
+    assert f"    {entry}\n" in (ROOT / "models/family.py").read_text(encoding="utf-8")
+
+
+SHARED_CHECKS = {"common_problems", "activation_problems"}
+
+
+def test_the_table_of_the_page_has_all_that_a_shape_is_asked_for() -> None:
+    table = PAGE.read_text(encoding="utf-8").split("What `ModelShape` asks")[1].split("GPT-2 has names")[0]
+    named = set(re.findall(r"`(\w+)(?:\(\w*(?:, \w+)*\))?`", table))
+    assert ModelShape.__abstractmethods__ | ModelShape.__annotations__.keys() <= named
+    assert all(hasattr(ModelShape, name) for name in named - ModelShape.__annotations__.keys() - SHARED_CHECKS)
+
+
+def test_the_vocabulary_of_the_page_is_that_of_a_mode() -> None:
+    table = PAGE.read_text(encoding="utf-8").split("## The mode's vocabulary")[1]
+    named = set(re.findall(r"`mode\.(\w+)\(", table))
+    makes_layers = {name for name, made in vars(Mode).items() if "return" in getattr(made, "__annotations__", {})}
+    assert named <= makes_layers
+    assert {"norm", "head_norm", "linear_in", "linear_in_groups", "linear_out", "vocabulary", "lm_loss"} <= named
+
+
+def test_the_page_counts_the_lines_of_the_family_that_is_unlike_the_others() -> None:
+    counts = [sum(map(bool, text.splitlines())) for text in (SHAPE, LAYERS)]
+    words = "took {} lines of shape, {} lines of layers and one entry".format(*counts)
+    assert words in " ".join(PAGE.read_text(encoding="utf-8").split())

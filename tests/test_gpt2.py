@@ -37,7 +37,6 @@ from tests.parity import (
     relative,
     train,
 )
-from tests.test_training import padded
 
 COUNTS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 """The numbers of parameters of the four published models."""
@@ -178,6 +177,18 @@ def test_the_common_names_of_sizes_are_read_too() -> None:
     assert both[0].model.fields["n_embd"] == 64
 
 
+def test_two_values_of_one_field_are_refused(tmp_path: Path) -> None:
+    """transformers takes that of the common name, whichever comes first."""
+    twice: dict[str, Any] = dict(hidden_size=32, n_embd=64)
+    assert GPT2Config(**twice).n_embd == GPT2Config(**dict(reversed(twice.items()))).n_embd == 32
+    words = "hidden_size.*: 32 is not 64, the value of n_embd, which is the same field. Leave one of them out."
+    with pytest.raises(ConfigError, match=f"model.{words}"):
+        parse(dict(model=dict(name="gpt2", **twice)), resolve=resolve)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **twice}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"model.path: {words}"):
+        from_hugging_face(tmp_path)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 DROPPING: Raw = dict(n_inner=60, resid_pdrop=0.2, embd_pdrop=0.3, attn_pdrop=0.25)
@@ -251,6 +262,15 @@ def gradients_of_transformers(folder: Path, batch: Batch) -> tuple[float, float,
     return loss.item(), norm.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
+def padded_batch() -> Batch:
+    """Return a batch with samples that are padded on the left and on the right, and with numbers of samples."""
+    ids = batches_of(1)[0]["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0::3, :2] = mask[1::3, 4:] = 0
+    ids, labels = ids.masked_fill(mask == 0, 1), ids.masked_fill(mask == 0, -100)
+    return dict(input_ids=ids, attention_mask=mask, labels=labels, sample_ids=7 * torch.arange(12) + 1000)
+
+
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "2d1x2": (2, dict(tensor=dict(mode="2d", size=2, rows=1))),
     "single": (1, {}),
@@ -271,8 +291,7 @@ def test_each_dropout_stands_where_transformers_has_it(folder: Path, layout: str
     fp64 losses and gradients are equal but for the roundings of some thousand operations.
     """
     world_size, parallel = LAYOUTS[layout]
-    (batch,) = padded(batches_of(1))
-    batch["sample_ids"] = 7 * torch.arange(12) + 1000
+    batch = padded_batch()
     raw = config_of(parallel, steps=1, model=dict(path=str(folder)), train=dict(seed=SEED, micro_batch_size=6))
     got = run(train, world_size, raw, [batch])[0]
     assert got is not None

@@ -69,7 +69,7 @@ class GPT2Shape(ModelShape):
     """The width inside the feed-forward; None: 4 · `n_embd`."""
 
     activation_function: str = "gelu_new"
-    """The function inside the feed-forward: relu, gelu, gelu_new, silu or tanh."""
+    """The function inside the feed-forward: relu, gelu, gelu_new, gelu_pytorch_tanh, silu or tanh."""
 
     resid_pdrop: Probability = 0.1
     """The probability with which an element of the output of attention or of the feed-forward becomes zero in training.

@@ -49,34 +49,34 @@ class RopeScaling:
     """The kind: default (no change), linear, dynamic, yarn (Peng et al. 2023, arXiv 2309.00071) or llama3."""
 
     factor: Factor | None = None
-    """How many times longer sequences become. All kinds but the default need it."""
+    """The number of times that sequences become longer. All kinds but the default need it."""
 
     original_max_position_embeddings: Annotated[int, Range(1, 2**28)] | None = None
     """The longest sequence of the first training, for yarn and llama3. None: `max_position_embeddings`."""
 
     low_freq_factor: Positive | None = None
-    """For llama3: waves longer than the original length divided by this are stretched by `factor`."""
+    """Waves longer than the original length divided by this are stretched by `factor` (llama3)."""
 
     high_freq_factor: Positive | None = None
-    """For llama3: waves shorter than the original length divided by this are not changed."""
+    """Waves shorter than the original length divided by this are not changed (llama3)."""
 
     attention_factor: Annotated[float, Range(0)] | None = None
-    """For yarn: the number that cosines and sines are multiplied by. None: it follows from `factor`."""
+    """The number that cosines and sines are multiplied by (yarn). None: it follows from `factor`."""
 
     beta_fast: Positive | None = None
-    """For yarn: dims with more than this many turns in the original length are not changed. None: 32."""
+    """Dims with more turns than these in the original length are not changed (yarn). None: 32."""
 
     beta_slow: Positive | None = None
-    """For yarn: dims with fewer than this many turns in the original length are stretched by `factor`. None: 1."""
+    """Dims with fewer turns than these in the original length are stretched by `factor` (yarn). None: 1."""
 
     mscale: Annotated[float, Range(0)] | None = None
-    """For yarn, where `attention_factor` is None: a weight of its numerator, used if `mscale_all_dim` is given too."""
+    """The weight of the numerator of an `attention_factor` of None, used if `mscale_all_dim` is given too (yarn)."""
 
     mscale_all_dim: Annotated[float, Range(0)] | None = None
-    """For yarn: the weight of the denominator."""
+    """The weight of the denominator (yarn)."""
 
     truncate: bool | None = None
-    """For yarn: True, as is None, rounds the dims between which angles change to whole ones."""
+    """True, as is None: the dims between which angles change are rounded to whole ones (yarn)."""
 
     @property
     def parameters(self) -> dict[str, Any]:
