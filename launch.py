@@ -1,4 +1,4 @@
-"""Train an OPT language model as a config file says.
+"""Train a language model as a config file says.
 
     python launch.py                                       one process, the built-in config: a small model
     python launch.py --config FILE --check                 show how a config is laid out, without starting it

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from models.gpt2.shape import SIZES as GPT2_SIZES
 from models.gpt2.shape import GPT2Shape
-from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
+from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
 from models.opt.shape import SIZES as OPT_SIZES
 from models.opt.shape import OPTShape
@@ -30,6 +30,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(GPT2Shape, GPT2_SIZES, "models.gpt2.layers"),
     "llama": Family(LlamaShape, LLAMA, "models.llama.layers"),
+    "ministral": Family(MinistralShape, {}, "models.llama.layers"),
     "mistral": Family(MistralShape, MISTRAL, "models.llama.layers"),
     "opt": Family(OPTShape, OPT_SIZES, "models.opt.layers"),
     "qwen2": Family(Qwen2Shape, QWEN2, "models.llama.layers"),

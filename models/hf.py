@@ -194,4 +194,4 @@ def export(
 
 def _write_configs(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
     own = {"model_type": shape.model_type, "architectures": [shape.architecture]}
-    write_json(folder / "config.json", shape.exported() | own | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", own | shape.exported() | {"dtype": str(dtype).removeprefix("torch.")})

@@ -10,24 +10,15 @@ from math import prod
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.activation import ACTIVATIONS, gated
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import dropout, seed_of
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 Rotary: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
 """Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
@@ -134,10 +125,11 @@ class Block(nn.Module):
     its own part of these, and nothing that was gathered:
 
         [B, S, H] between blocks   the inputs of the two norms, of q k v, and of the feed-forward's first matrix
-        [B, S, A · D], [B, S, G · D] inside   q, k, v and the output of attention, for A heads and G k, v heads
-        [B, S, F] inside           the output of the activation, which is the second matrix's input; also its input,
-                                   unless it is relu; where it is gated, both of its inputs
-        [B, S, A], [B, S, 1]       attention's logsumexp; the statistics of each norm
+        [B, S, A · D], [B, S, G · D] inside   q, k, v and the output of attention, for A heads and G k, v heads; with
+                                   norms of q and k over each head also q and k before them
+        [B, S, F] inside           the second matrix's input; also that of the activation, unless it is relu; where it
+                                   is gated, the gate and what it multiplies
+        [B, S, A], [B, S, 1]       attention's logsumexp, statistics of norms over each head; those of other norms
 
     With dropout there is also a mask of bytes for each half. `ModelShape.kept` counts these, and the line `kept by a
     block` in a mode's docstring says how they are split.
@@ -190,12 +182,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.up(x)
-        if self.gated:
-            gate, linear = inner.chunk(2, -1)
-            inner = self.activation(gate) * linear
-        else:
-            inner = self.activation(inner)
-        y: Tensor = self.down(inner)
+        y: Tensor = self.down(gated(inner, self.activation) if self.gated else self.activation(inner))
         return y
 
 
@@ -249,9 +236,12 @@ class Attention(nn.Module):
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        q, k, v = heads_of(self.qkv(x), self.heads, self.kv_heads)
+        q, k, v = parts_of(self.qkv(x), self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        elif self.options.rotary is not None:
+            v = v.clone()  # only v is kept for backward then, and as a view it would keep the memory of all three
+        q, k, v = by_head(q), by_head(k), by_head(v)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
         y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
@@ -269,8 +259,8 @@ class Attention(nn.Module):
         return Masking(tokens, dropout, self.options.window)
 
 
-def heads_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q[B, heads, S, D] and k, v[B, kv heads, S, D] of the joint linear's output qkv[B, S, ...].
+def parts_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q[B, S, kv heads, group, D] and k, v[B, S, kv heads, D], views of the joint linear's output qkv[B, S, F].
 
     With as many k, v heads as q heads the features are all of q, of k and of v; else q's, k's and v's of each group
     follow one another. The output is cut along its last dim, so that in backward the gradients are joined by one copy.
@@ -280,8 +270,12 @@ def heads_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Te
         q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.chunk(3, -1))
     else:
         q, k, v = qkv.unflatten(-1, (kv_heads, -1)).split([group * size, size, size], -1)
-        q = q.unflatten(-1, (group, size)).flatten(2, 3)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return q.unflatten(-1, (group, size)) if group > 1 else q.unsqueeze(3), k, v
+
+
+def by_head(x: Tensor) -> Tensor:
+    """Return x[B, S, ..., D] as [B, heads, S, D]: a view, but for q's part of grouped q, k and v."""
+    return x.flatten(2, -2).transpose(1, 2)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class RotarySettings:
 
     @property
     def factor(self) -> float:
-        """How many times longer sequences become."""
+        """The number of times that sequences become longer."""
         return self.scaling.factor or 1.0
 
     @property
@@ -197,6 +197,5 @@ def _yarn(settings: RotarySettings) -> Tensor:
     if low == high:
         high += 0.001  # else a division by zero
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    kept = 1 - ramp
-    powers = _powers(dim, theta)
-    return 1.0 / (settings.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    weight, powers = 1 - ramp, _powers(dim, theta)
+    return 1.0 / (settings.factor * powers) * (1 - weight) + 1.0 / powers * weight

@@ -88,8 +88,7 @@ def _shape_of(model: ModelConfig) -> ModelShape:
     changes = dict(model.fields)
     problems = []
     if (kind := changes.pop(MODEL_TYPE, base.model_type)) != base.model_type:
-        where = model.name if model.path is None else model.path
-        problems.append(f"model.model_type: {shown(kind)} is not that of {where}. Try {base.model_type!r}.")
+        problems.append(_other_family(model, base, kind))
     problems += _only_problems(family, changes, "model.{}") + _twice_problems(family, changes, "model.{}")
     changes = {key: value for key, value in changes.items() if key not in family.shape.only}
     changes = family.shape.normalized(changes)
@@ -139,9 +138,17 @@ def _plain(value: object) -> str:
         return shown(value)
 
 
+def _other_family(model: ModelConfig, base: ModelShape, kind: object) -> str:
+    """Return the message about a model_type that is not that of the model which `name` or `path` gives."""
+    sizes = FAMILIES[kind].sizes if model.path is None and isinstance(kind, str) and kind in FAMILIES else ()
+    other = f", or model.name={next(iter(sizes))!r}" if sizes else ""
+    where = shown(model.name if model.path is None else model.path)
+    return f"model.model_type: {shown(kind)} is not that of {where}. Try {base.model_type!r}{other}."
+
+
 def _foreign_problems(base: ModelShape, changes: Mapping[str, Any]) -> list[str]:
     """Return a line for each field that only other families have."""
-    own = {key.name for key in _fields(FAMILIES[base.model_type])}
+    own = [key.name for key in _fields(FAMILIES[base.model_type])]
     found = []
     for key in changes:
         others = [kind for kind, family in FAMILIES.items() if key in {field.name for field in _fields(family)}]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.opt.shape import OPTShape
+from models.shape import ModelShape
 from parallel.config.parallel import ContextConfig, TensorConfig
 from parallel.layout.layout import Layout
 from parallel.mesh.collectives import all_reduce, local_slice
@@ -42,23 +43,54 @@ def mesh_of(rank: int, tensor: TensorConfig, context: ContextConfig, *, connect:
     return Mesh(topology, rank, merged=MODES[tensor.mode].merged_axes(), connect=connect)
 
 
-def letters(tensor: TensorConfig, shape: OPTShape, batch: int, sequence: int) -> dict[str, int]:
+def letters(tensor: TensorConfig, shape: ModelShape, batch: int, sequence: int) -> dict[str, int]:
     """Return the values of the letters of docs/notation.md."""
     axes = tensor.axes()
     d, r, c, q = (axes.get(name, 1) for name in ("depth", "row", "col", "w"))
-    H, F, L = shape.hidden_size, shape.ffn_dim, shape.num_hidden_layers
-    P, W = shape.max_position_embeddings + 2, 4 * H * H + 2 * H * F
     parts = axes.get("t", 1) * c * q  # the vocabulary's
     V = -(-shape.vocab_size // parts) * parts
-    sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, A=shape.num_attention_heads)
-    sizes |= dict(H=H, F=F, L=L, W=W, V=V, M=L * W + V * H, J=L * (3 * H + F), U=(6 * L + 2 + P) * H)
-    return sizes | kept_of(shape)
+    kept = shape.kept()
+    sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, S=sequence, V=V)
+    return sizes | widths_of(shape) | sums_of(shape, V) | dict(O=kept.outer, I=kept.inner, N=kept.rows)
 
 
-def kept_of(shape: OPTShape) -> dict[str, int]:
-    """Return what a block keeps for backward of each token: of tensors between blocks, inside a block, and of norms."""
-    H, F, A = shape.hidden_size, shape.ffn_dim, shape.num_attention_heads
-    return dict(O=4 * H, I=4 * H + F + A, N=4)
+def widths_of(shape: ModelShape) -> dict[str, int]:
+    """Return the widths of a block and the elements of its matrices; these are counted among its public tensors too."""
+    H, A, G, D = shape.hidden_size, shape.num_attention_heads, shape.num_kv_heads, shape.head_size
+    (F,) = shape.inner_widths().values()
+    Q, Z = (A + 2 * G) * D, F * len(_public_names(shape, "feed_forward.up"))
+    W = sum(prod(size) for size in shape.block_tensors(0).values() if len(size) == 2)
+    assert W == H * (Q + A * D + Z + F)
+    return dict(H=H, A=A, G=G, D=D, L=shape.num_hidden_layers, F=F, Q=Q, Z=Z, W=W)
+
+
+def sums_of(shape: ModelShape, vocabulary: int) -> dict[str, int]:
+    """Return the elements of which gradients are summed: of all matrices, and of the kinds of vectors."""
+    tables = 1 if shape.tie_word_embeddings else 2
+    vectors = {"Y": 0, "J": 0, "U": 0}
+    matrices = tables * vocabulary * shape.embedding_width
+    for name, size in shape.public_tensors().items():
+        if name == shape.positions:
+            vectors["U"] += prod(size)
+        elif len(size) == 1:
+            vectors[_kind_of(shape, name)] += prod(size)
+        elif name not in (shape.embedding, shape.head):
+            matrices += prod(size)
+    return vectors | dict(M=matrices)
+
+
+def _kind_of(shape: ModelShape, name: str) -> str:
+    """Return the letter under which docs/notation.md counts a public vector: Y, J or U."""
+    module = name.removeprefix(f"{shape.blocks}.").partition(".")[2].rpartition(".")[0]  # of a block's vector
+    for letter, ours in (("Y", ("attention.q_norm", "attention.k_norm")), ("J", ("attention.qkv", "feed_forward.up"))):
+        if any(module in _public_names(shape, our) for our in ours):
+            return letter
+    return "U"
+
+
+def _public_names(shape: ModelShape, module: str) -> tuple[str, ...]:
+    found = shape.names().get(module, ())
+    return (found,) if isinstance(found, str) else found
 
 
 def value(formula: str, letters: Mapping[str, int]) -> float:

@@ -1186,6 +1186,60 @@ GPT2 = (
     ),
 )
 
+LLAMA_LAYERS, ROTARY, LAYER = "models/llama/layers.py", "models/rotary.py", "models/layer.py"
+FAMILY_RUNS = "tests/test_family_runs.py"
+FAMILY = "tests/test_parity.py::test_every_family_trains_in_every_layout_as_hugging_faces[{}]"
+FAMILIES = (
+    Mutant(
+        "window-of-another-block",
+        "every block has the window of the first one, or none",
+        LLAMA_LAYERS,
+        "rotary, windows[index]",
+        "rotary, windows[0]",
+        FAMILY.format("qwen2-pp4-uneven-fp64"),
+    ),
+    Mutant(
+        "rotary-counts-from-zero-on-every-rank",
+        "the positions of a part of a sequence begin with 0 on every rank",
+        ROTARY,
+        "mode.sequence.positions(q.shape[2], q.device)",
+        "torch.arange(q.shape[2], device=q.device)",
+        FAMILY.format("llama-ring3-fp64"),
+    ),
+    Mutant(
+        "rotary-of-the-samples-between-blocks",
+        "a cube turns q and k by the positions of the samples that a rank has between blocks, not inside",
+        ROTARY,
+        "mode.tokens(batch.position_ids, mode.inner_batch)",
+        "mode.tokens(batch.position_ids, mode.batch)",
+        f"{FAMILY_RUNS}::test_positions_of_a_batch_are_those_of_hugging_faces[llama-3d8]",
+    ),
+    Mutant(
+        "gate-and-up-exchanged",
+        "the activation is that of the up matrix, and not of the gate",
+        "models/activation.py",
+        "return activation(gate).mul_(up)",
+        "return activation(up).mul_(gate)",
+        FAMILY.format("llama-single-fp64"),
+    ),
+    Mutant(
+        "q-heads-of-groups-interleaved",
+        "the q heads of a rank are in another order than their k, v heads",
+        LAYER,
+        "return x.flatten(2, -2).transpose(1, 2)",
+        "return x.transpose(2, -2).flatten(2, -2).transpose(1, 2)",
+        FAMILY.format("qwen3-single-fp64"),
+    ),
+    Mutant(
+        "embeddings-dropped-in-evaluation",
+        "an evaluation has the dropout of embeddings",
+        LAYER,
+        "if self.training and self.dropout > 0:\n            found =",
+        "if self.dropout > 0:\n            found =",
+        f"{FAMILY_RUNS}::test_evaluation_of_a_family_has_no_dropout_and_equals_hugging_faces[gpt2-ring3]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1215,4 +1269,5 @@ MUTANTS = (
     *GROUPED_ATTENTION,
     *PIECES,
     *GPT2,
+    *FAMILIES,
 )

@@ -1,6 +1,6 @@
 """An independent reference, and a run of ours that is compared with it.
 
-The reference is Hugging Face's OPT with torch's own loss, clipping and AdamW, in one process. It shares no line with
+The reference is Hugging Face's model with torch's own loss, clipping and AdamW, in one process. It shares no line with
 the code that it checks. Whole weights, gradients and moments are compared, under their public names.
 """
 
@@ -32,7 +32,7 @@ from parallel.mesh.collectives import gather_objects
 Batch = dict[str, Tensor]
 Raw = dict[str, Any]
 
-SHAPE = dict(
+SHAPE: Raw = dict(
     vocab_size=37,  # a prime, which no axis divides
     hidden_size=24,
     num_hidden_layers=3,
@@ -41,7 +41,7 @@ SHAPE = dict(
     max_position_embeddings=16,
     dropout=0.0,
 )
-PROJECTED = SHAPE | dict(word_embed_proj_dim=12, do_layer_norm_before=False)  # like opt-350m
+PROJECTED: Raw = SHAPE | dict(word_embed_proj_dim=12, do_layer_norm_before=False)  # like opt-350m
 AnyEngine = TypeVar("AnyEngine", bound=EngineBase)
 BOUND = {"fp64": 1e-9, "fp32": 1e-5}
 
@@ -85,30 +85,59 @@ def batches_of(count: int, *, batch: int = 12, sequence: int = 6, vocabulary: in
     return found
 
 
-def save_model(folder: Path, **shape: Any) -> Path:
-    """Save a Hugging Face OPT in which no weight is zero or one, biases and the padding row included.
+def padded(batches: list[Batch]) -> list[Batch]:
+    """Return the samples padded on the left, on the right, and not at all. One sample has a single label."""
+    found = []
+    for batch in batches:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[0::3, :2] = 0
+        mask[1::3, 4:] = 0
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        labels[5, 2:] = -100
+        found.append(dict(input_ids=batch["input_ids"].masked_fill(mask == 0, 1), attention_mask=mask, labels=labels))
+    return found
 
-    All weights are exact in every precision, so that errors come from arithmetic alone.
+
+def save_model(folder: Path, family: str = "opt", **shape: Any) -> Path:
+    """Save a Hugging Face model in which no weight is zero or one, biases and the padding row included.
+
+    All weights are exact in every precision, so that errors come from arithmetic alone. `family`: its model_type.
     """
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(7)
-    model = OPTForCausalLM(OPTConfig(**shape)).double()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.2).add_("layer_norm.weight" in name)
+            is_norm = parameter.ndim == 1 and name.endswith(".weight")  # weights of norms are around one
+            parameter.normal_(0, 0.2).add_(is_norm)
             parameter.copy_(parameter.bfloat16())
     model.save_pretrained(folder)
     return folder
 
 
-def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
-    """Train Hugging Face's OPT in one process, with the same weights, tokens and hyperparameters."""
-    from transformers import OPTForCausalLM
+def hugging_face(path: Path, dtype: torch.dtype) -> Any:
+    """Return the Hugging Face model of a folder, each of its RMSNorms replaced by torch's with the same weight and eps.
 
+    Hugging Face's own computes in fp32, in an fp64 model too. Attention is torch's, to which a row of padding sees no
+    token; Hugging Face's eager attention lets it see all of them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    for name, norm in [(name, part) for name, part in model.named_modules() if type(part).__name__.endswith("RMSNorm")]:
+        (size,) = norm.weight.shape
+        replaced = torch.nn.RMSNorm(size, norm.variance_epsilon, dtype=dtype)
+        replaced.weight = norm.weight
+        model.set_submodule(name, replaced)
+    return model
+
+
+def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
+    """Train Hugging Face's model in one process, with the same weights, tokens and hyperparameters."""
     config = parse(raw)
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    model = OPTForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").train()
+    model = hugging_face(path, dtype).train()
     named = dict(model.named_parameters())
     matrices = [p for p in named.values() if p.ndim >= 2]
     others = [p for p in named.values() if p.ndim < 2]
@@ -268,11 +297,11 @@ def assert_same_update(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) ->
 def compare(got: Trace, want: Trace, bound: float, *, is_fp64: bool) -> None:
     """Assert that the error of every loss, norm, gradient and weight is within the bound, relative to its own norm.
 
-    A gradient that is zero, or nearly so, in exact arithmetic because large terms cancel (k_proj.bias always; q and k
-    where every label sees few tokens) is rounding noise. So an error of four units in the last place of the whole
-    gradient's norm is allowed beside the bound. Below fp64 (not `is_fp64`) Adam turns such noise into whole steps, of
-    which a weight that began at zero then consists: so the weights of k_proj.bias, and of others whose gradient was
-    noise, are not compared.
+    A gradient that is zero, or nearly so, in exact arithmetic because large terms cancel (the bias of k always, unless
+    rotary positions turn k; q and k where every label sees few tokens) is rounding noise. So an error of four units in
+    the last place of the whole gradient's norm is allowed beside the bound. Below fp64 (not `is_fp64`) Adam turns such
+    noise into whole steps, of which a weight that began at zero then consists: so the bias of k, and other weights
+    whose gradient was noise, are not compared.
     """
     for name, ours, theirs in (("loss", got.losses, want.losses), ("norm", got.norms, want.norms)):
         assert len(ours) == len(theirs)
@@ -281,15 +310,16 @@ def compare(got: Trace, want: Trace, bound: float, *, is_fp64: bool) -> None:
     assert got.weights.keys() == want.weights.keys()
     assert got.gradients.keys() == want.gradients.keys()
     noise = _noise(want, torch.float64 if bound < 1e-8 else torch.float32)
-    for name, gradient in want.gradients.items():
+    found, exact = _separated(got), _separated(want)
+    for name, gradient in exact.gradients.items():
         norm = gradient.double().norm().item()
-        difference = (got.gradients[name].double() - gradient.double()).norm().item()
+        difference = (found.gradients[name].double() - gradient.double()).norm().item()
         assert difference <= bound * norm + noise, (
             f"gradient of {name}: off by {difference:.1e}, of a norm of {norm:.1e}"
         )
-    for name, weight in want.weights.items():
-        if is_fp64 or not _has_only_noise(want, name, noise):
-            error = relative(got.weights[name], weight)
+    for name, weight in exact.weights.items():
+        if is_fp64 or not _has_only_noise(exact, name, noise):
+            error = relative(found.weights[name], weight)
             assert error <= bound, f"weight {name}: {error:.1e}"
 
 
@@ -298,6 +328,7 @@ def distance(got: Trace, want: Trace) -> float:
     pairs = [*zip(got.losses, want.losses, strict=True), *zip(got.norms, want.norms, strict=True)]
     found = [abs(a - b) / abs(b) for a, b in pairs]
     noise = _noise(want, torch.float32)
+    got, want = _separated(got), _separated(want)
     for name, gradient in want.gradients.items():
         difference = (got.gradients[name].double() - gradient.double()).norm().item()
         found.append(max(0.0, difference - noise) / max(gradient.double().norm().item(), noise))
@@ -307,10 +338,33 @@ def distance(got: Trace, want: Trace) -> float:
     return max(found)
 
 
+def _separated(trace: Trace) -> Trace:
+    """Return the trace with the biases of q, k and v, which are one vector in GPT-2, under a name each.
+
+    The gradient of k's part is noise: it would be hidden by the others' in a gradient, and would spoil the weights.
+    """
+
+    def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(tensors)
+        for name in [name for name in tensors if name.endswith(".c_attn.bias")]:
+            parts = found.pop(name).chunk(3)
+            found |= {name.replace("c_attn", f"{part}_proj"): x for part, x in zip("qkv", parts, strict=True)}
+        return found
+
+    return Trace(trace.losses, trace.norms, separated(trace.gradients), separated(trace.weights))
+
+
 def _has_only_noise(want: Trace, name: str, noise: float) -> bool:
-    """Return whether a parameter's gradient was rounding noise."""
+    """Return whether a parameter's gradient was rounding noise.
+
+    The bias of k adds one number to all scores of a query, which its softmax does not see. Rotary positions turn it,
+    and the number is another one for each key: in the families that have them the bias is compared as any other.
+    """
     gradient = want.gradients.get(name)
-    return name.endswith("k_proj.bias") or (gradient is not None and gradient.double().norm().item() <= noise)
+    is_turned = name.startswith("model.layers.")  # a name of a family with rotary positions
+    return (name.endswith("k_proj.bias") and not is_turned) or (
+        gradient is not None and gradient.double().norm().item() <= noise
+    )
 
 
 def _noise(want: Trace, dtype: torch.dtype) -> float:

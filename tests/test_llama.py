@@ -14,18 +14,22 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from models.costs import parameter_count
 from models.family import FAMILIES
+from models.llama.layers import block_of
 from models.llama.rope import RopeScaling
-from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
+from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.llama.shared import SharedShape
 from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
 from models.rotary import Rotary, RotarySettings, rotated
 from models.shapes import from_hugging_face, resolve, shape_of
 from parallel.config import parse
+from parallel.config.parallel import TensorConfig
 from parallel.errors import ConfigError
+from parallel.pipeline.microbatch import Microbatch
+from tests.accounts import bytes_kept, mode_of, saved_for_backward
 
 CPU = torch.device("cpu")
 TINY = LLAMA["llama-tiny"]
-CLASSES: tuple[type[SharedShape], ...] = (LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape)
+CLASSES: tuple[type[SharedShape], ...] = (LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape)
 
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
@@ -98,7 +102,7 @@ def write_config(folder: Path, raw: Mapping[str, Any]) -> Path:
 
 def theirs_of(folder: Path, shape: SharedShape) -> Any:
     """Return what Hugging Face reads in the config.json of an export."""
-    raw = {**shape.exported(), "model_type": shape.model_type, "architectures": [shape.architecture]}
+    raw = {"model_type": shape.model_type, "architectures": [shape.architecture], **shape.exported()}
     return AutoConfig.from_pretrained(write_config(folder, raw))
 
 
@@ -214,6 +218,26 @@ def test_windows_are_those_of_hugging_faces_layers(shape: SharedShape, changes: 
     assert ours.spans(100) == [window or 100 for window in ours.windows()]
 
 
+@pytest.mark.parametrize("shape", [MistralShape(), MinistralShape()], ids=lambda shape: shape.model_type)
+def test_a_mistral_with_layer_types_has_the_windows_of_the_model_that_hugging_face_reads(
+    shape: SharedShape, tmp_path: Path
+) -> None:
+    """`AutoModel` takes a mistral's config with layer_types for a ministral's; so the export says that it is one."""
+    types = ("sliding_attention", "full_attention") * 2
+    ours = shrunk(shape).with_fields(num_hidden_layers=4, sliding_window=7, layer_types=types)
+    config = theirs_of(tmp_path, ours)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config).model.layers
+    assert config.model_type == "ministral"
+    assert ours.windows() == [7, None, 7, None] == [layer.self_attn.sliding_window for layer in theirs]
+    config.save_pretrained(tmp_path / "saved")
+    read = from_hugging_face(tmp_path / "saved")
+    assert (read.model_type, read.spans(100)) == ("ministral", ours.spans(100))
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text()) | {"model_type": "mistral"}
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(saved))
+    assert from_hugging_face(tmp_path / "saved").spans(100) == ours.spans(100)
+
+
 def test_a_file_that_writes_default_layer_types_out_can_be_given_fewer_layers(tmp_path: Path) -> None:
     """transformers 5 writes `layer_types` of all layers, which do not fit another number of them."""
     theirs_of(tmp_path, QWEN3["qwen3-0.6b"]).save_pretrained(tmp_path)
@@ -273,6 +297,47 @@ def test_a_rotation_keeps_the_tables_alone_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         rotated(x, cos, sin)
     assert {tensor.data_ptr() for tensor in saved} == {cos.data_ptr(), sin.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shrunk(TINY),
+        shrunk(TINY, num_key_value_heads=4),
+        shrunk(TINY, hidden_act="gelu"),
+        shrunk(QWEN3["qwen3-tiny"]),
+        shrunk(QWEN3["qwen3-tiny"], num_key_value_heads=4),
+    ],
+)
+def test_a_block_keeps_what_its_shape_says_and_the_tables(shape: SharedShape) -> None:
+    """A view of v once kept the whole output of the linear of q, k and v, of which q and k are not needed any more."""
+    mode, tokens = mode_of(0, TensorConfig(), torch.float32), torch.zeros(3, 6, dtype=torch.int64)
+    block = block_of(shape, mode, rotary_of(shape), None, seed=0)
+    x = torch.ones(3, 6, shape.hidden_size, requires_grad=True)
+    with saved_for_backward() as saved:
+        block(x, Microbatch(tokens, tokens, torch.arange(3)))
+    kept, tables = shape.kept(), 2 * 6 * shape.head_size
+    assert bytes_kept(saved, block) == 4 * (tokens.numel() * (kept.outer + kept.inner + kept.rows) + tables)
+
+
+def test_all_blocks_of_a_stage_share_the_tables_of_a_microbatch() -> None:
+    mode, rotary = mode_of(0, TensorConfig(), torch.float32), rotary_of(TINY)
+    ids, q = torch.arange(12).view(2, 6) % 4, torch.randn(2, 4, 6, 16, requires_grad=True)
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+
+    def tables_of(batch: Microbatch) -> set[int]:
+        with saved_for_backward() as saved:
+            rotary(q, q, batch, mode)
+        return {x.data_ptr() for x in saved}
+
+    counted = Microbatch(tokens, tokens, torch.arange(2))
+    given = replace(counted, position_ids=ids)
+    assert tables_of(counted) == tables_of(replace(counted))
+    assert tables_of(given) == tables_of(given) != tables_of(counted)
+    before, _ = rotary(q, q, given, mode)
+    ids += 1  # a caller's buffer, written in place
+    after, _ = rotary(q, q, given, mode)
+    assert not torch.equal(before, after)
 
 
 # -- config.json -------------------------------------------------------------------------------------------------------
@@ -379,7 +444,11 @@ def test_scaling_allows_sequences_as_long_as_it_was_made_for(scaling: RopeScalin
         ({"head_dim": 2, "rope_scaling": SCALINGS["dynamic"]}, "'dynamic' needs heads of at least 4 elements"),
         ({"hidden_act": "swiglu"}, "model.hidden_act: 'swiglu' is not available"),
         ({"pad_token_id": 260}, "model.pad_token_id: 260 is outside model.vocab_size 260"),
-        ({"name": "mistral-7b", "layer_types": ["full_attention"] * 32}, "Hugging Face's Mistral ignores it"),
+        ({"name": "mistral-7b", "layer_types": ["full_attention"] * 3}, "it has 3 entries, but"),
+        (
+            {"name": "mistral-7b", "sliding_window": None, "layer_types": ["sliding_attention"] * 32},
+            "model.sliding_window: None is no window",
+        ),
         ({"name": "qwen3-tiny", "layer_types": ["sliding_attention"] * 4}, "model.use_sliding_window is False"),
         (
             {"name": "qwen3-tiny", "layer_types": ["full_attention"] * 3},
@@ -393,7 +462,7 @@ def test_what_is_not_supported_is_refused_by_name(model: dict[str, Any], message
     assert message in problems(**{"name": "llama-tiny", **model})
 
 
-def test_the_four_families_are_known() -> None:
+def test_the_families_of_llama_are_known() -> None:
     assert {kind for kind, family in FAMILIES.items() if issubclass(family.shape, SharedShape)} == {
-        *("llama", "mistral", "qwen2", "qwen3")
+        *("llama", "ministral", "mistral", "qwen2", "qwen3")
     }

@@ -3,15 +3,20 @@
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.layer import Attention
-from models.opt.layers import block_of
+from models.family import FAMILIES
+from models.gpt2.shape import GPT2Shape
+from models.layer import Attention, Block
+from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
+from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
@@ -70,7 +75,7 @@ def accounts(layout: str) -> list[Account]:
 
 def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
     mode = mode_of(rank, tensor, torch.float32)
-    blocks = {name: kept_by_a_block(shape, mode) for name, shape in VARIANTS.items()}
+    blocks = {name: kept_by_a_block(shape, mode) for name, shape in {**VARIANTS, **FAMILY_SHAPES}.items()}
     blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
     return Account(blocks, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
 
@@ -95,10 +100,30 @@ VARIANTS = {
     "dropout": replace(SHAPE, dropout=0.5),
     "attention dropout": replace(SHAPE, attention_dropout=0.5),
 }
+LLAMA_SIZES: Any = dict(vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40)
+FAMILY_SHAPES: dict[str, ModelShape] = {
+    "opt": SHAPE,
+    "opt, gelu": VARIANTS["gelu"],
+    "gpt2": GPT2Shape(
+        vocab_size=37, n_embd=16, n_layer=1, n_head=4, n_inner=48, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
+    "llama": LlamaShape(**LLAMA_SIZES),
+    "llama, grouped": LlamaShape(**LLAMA_SIZES, num_key_value_heads=4),
+    "mistral": MistralShape(**LLAMA_SIZES, num_key_value_heads=4, sliding_window=2),
+    "qwen2": Qwen2Shape(**LLAMA_SIZES, num_key_value_heads=4),
+    "qwen3": Qwen3Shape(**LLAMA_SIZES, num_key_value_heads=4, head_dim=6),
+}
 
 
-def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None = None) -> Kept:
-    block = block_of(shape, mode, 0)
+def block_of(shape: ModelShape, mode: Mode) -> Block:
+    """Return the first block of a family's model."""
+    block = import_module(FAMILIES[shape.model_type].layers).layers_of(shape, mode, 0)[1].build()
+    assert isinstance(block, Block)
+    return block
+
+
+def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None = None) -> Kept:
+    block = block_of(shape, mode)
     attention = block.attention
     assert isinstance(attention, Attention)
     x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
@@ -110,7 +135,7 @@ def kept_by_a_block(shape: OPTShape, mode: Mode, attention_mask: Tensor | None =
     known = total - x.nbytes + y.nbytes  # x existed before, and y is held by this function alone
     own = set(map(storage_of, block.parameters()))
     # Dropout in attention has a table of its heads' numbers, which is no activation.
-    known += 8 * len(mode.local(tokens, mode.inner_batch)) * attention.heads * (shape.attention_dropout > 0)
+    known += 8 * len(mode.local(tokens, mode.inner_batch)) * attention.heads * (attention.options.dropout > 0)
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
 
 
@@ -139,6 +164,36 @@ def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> N
         assert kept["dropout"].bytes == wanted + 2 * between  # two masks, a byte for each element
         assert kept["attention dropout"].bytes == wanted  # no probabilities: backward computes them again
         assert not any(found.hidden for found in kept.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: str) -> None:
+    """Beside it there are the tables of cosines and sines, which all blocks of a stage share, and on a CPU the mask of
+    a window. No tensor is larger than this rank's part, so no more features and no more heads than its own.
+    """
+    tensor, shape = LAYOUTS[layout], FAMILY_SHAPES[family]
+    a = letters(tensor, shape, B, S)
+    T, A, G, D, F, p = (a[letter] for letter in "TAGDFp")
+    is_rotary = shape.positions is None
+    tables = (2 * S * D if is_rotary else 0) + (S * S if family == "mistral" else 0)
+    between = T * a["H"] // (1 if tensor.mode == "1d" else p)
+    largest = max(between, T * A * D // p, T * F // p)
+    for kept in (found.blocks[family] for found in accounts(layout)):
+        assert kept.bytes == (value(formula_of(tensor), a) + tables) * FLOAT
+        assert max(kept.sizes) == max(largest, T * a["Z"] // p)
+        assert T * G * D // p in kept.sizes  # k and v have their own number of heads
+        assert not kept.hidden
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILY_SHAPES if family != "opt, gelu"])
+def test_the_documents_have_what_a_familys_shape_says(family: str) -> None:
+    """The table of docs/notation.md gives O, I and N of a family in the letters of its widths."""
+    a = letters(TensorConfig(), FAMILY_SHAPES[family], B, S)
+    row = re.compile(r"^\| ([^|]*) \| ([^|]*) \| ([^|]*) \| (\d) \|$", re.MULTILINE)
+    rows = {name: cells for names, *cells in row.findall(NOTATION.read_text("utf-8")) for name in names.split(", ")}
+    (cells,) = (rows[name] for name in rows if name.lower().replace("-", "") == family.partition(",")[0])
+    assert [value(formula, a) for formula in cells] == [a["O"], a["I"], a["N"]]
 
 
 @pytest.mark.parametrize("layout", ["serial", "1d2", "2d2x2", "3d2x2x2"])

@@ -1,12 +1,14 @@
 """Layouts drawn at random train as a single rank does: loss, norm, all gradients and all updated weights are equal.
 
-Dropout and padding masks are included. The single rank is our own engine, which `test_parity` compares with Hugging
-Face. Both begin with nothing but the seed, so this also shows that one seed gives one model in every layout. Bounds:
-relative Frobenius error 1e-12 in fp64 (seen: 3e-15) and, with exceptions (`check`), 1e-5 in fp32. Adam's eps is 1e-3
-here: with 1e-8 an element whose exact gradient is zero moves by the sign of its rounding error.
+The family is drawn, too. Grouped heads, windows, head sizes, dropout and padding masks are included. The single rank is
+our own engine, which `test_parity` compares with Hugging Face. Both begin with nothing but the seed, so this also shows
+that one seed gives one model in every layout. Bounds: relative Frobenius error 1e-12 in fp64 (seen: 3e-15) and, with
+exceptions (`check`), 1e-5 in fp32. Adam's eps is 1e-3 here: with 1e-8 an element whose exact gradient is zero moves by
+the sign of its rounding error.
 """
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel.config.parallel import ContextConfig
+from tests.families import COMMON, FAMILIES, GPT2, LLAMA, LLAMA3, MISTRAL, QWEN3, YARN
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
 
@@ -50,24 +53,27 @@ def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
     return found
 
 
-@st.composite
-def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
-    size = draw(st.integers(1, max_ranks // min_context))
-    pipeline = draw(st.integers(1, max_ranks // size // min_context))
-    most = max_ranks // size // pipeline
-    context = ContextConfig(draw(st.integers(min_context, most)), draw(st.sampled_from(KINDS)))
-    data = draw(st.integers(1, most // context.size))
-    section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
-    heads = heads_by * draw(st.integers(1, 3)) * (context.size if context.kind == "all_to_all" else 1)
-    head = widths_by // heads_by * draw(st.sampled_from([3, 5, 8]))
-    hidden, blocks = heads * head, draw(st.integers(max(1, pipeline - 2), max(3, pipeline - 2)))
-    model = dict(
-        vocab_size=draw(st.integers(5, 40)),
+@dataclass(frozen=True)
+class Divisors:
+    """The numbers that heads and widths must be multiples of, and a head's size if it is to fill up a width."""
+
+    heads: int
+    widths: int
+
+    @property
+    def head(self) -> int:
+        return self.widths // self.heads
+
+
+def opt_of(draw: st.DrawFn, by: Divisors) -> Raw:
+    heads = by.heads * draw(st.integers(1, 3))
+    hidden = heads * by.head * draw(st.sampled_from([3, 5, 8]))
+    return dict(
+        name="opt-tiny",
         hidden_size=hidden,
-        num_hidden_layers=blocks,
         num_attention_heads=heads,
-        ffn_dim=widths_by * draw(st.sampled_from([5, 8, 13])),
-        word_embed_proj_dim=draw(st.sampled_from([hidden, widths_by * 3])),
+        ffn_dim=by.widths * draw(st.sampled_from([5, 8, 13])),
+        word_embed_proj_dim=draw(st.sampled_from([hidden, by.widths * 3])),
         do_layer_norm_before=draw(st.booleans()),
         enable_bias=draw(st.booleans()),
         layer_norm_elementwise_affine=draw(st.booleans()),
@@ -76,6 +82,82 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
         attention_dropout=draw(st.sampled_from([0.0, 0.25])),
         init_std=0.3,
     )
+
+
+def gpt2_of(draw: st.DrawFn, by: Divisors) -> Raw:
+    heads = by.heads * draw(st.integers(1, 3))
+    return dict(
+        name="gpt2",
+        n_embd=heads * by.head * draw(st.sampled_from([3, 5, 8])),
+        n_head=heads,
+        n_inner=by.widths * draw(st.sampled_from([5, 8, 13])),
+        activation_function=draw(st.sampled_from(["relu", "gelu_new"])),
+        tie_word_embeddings=draw(st.booleans()),
+        resid_pdrop=draw(st.sampled_from([0.0, 0.25])),
+        embd_pdrop=draw(st.sampled_from([0.0, 0.25])),
+        attn_pdrop=draw(st.sampled_from([0.0, 0.25])),
+        n_positions=24,
+        initializer_range=0.3,
+    )
+
+
+def rotary_of(draw: st.DrawFn, by: Divisors, family: str) -> Raw:
+    """Return a model with rotary positions: each k, v head serves one, two or three q heads of an even size."""
+    kv_heads, group = by.heads * draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    heads = kv_heads * group
+    model = dict(
+        name=dict(llama="llama-tiny", mistral="mistral-7b", qwen2="qwen2.5-0.5b", qwen3="qwen3-tiny")[family],
+        hidden_size=heads * by.head * draw(st.sampled_from([1, 3, 4])),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=2 * by.head * draw(st.integers(1, 3)),
+        intermediate_size=by.widths * draw(st.sampled_from([5, 8, 13])),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_dropout=draw(st.sampled_from([0.0, 0.25])),
+        max_position_embeddings=128,
+        rope_parameters=draw(st.sampled_from([COMMON["rope_parameters"], LLAMA3, YARN])),
+        initializer_range=0.3,
+    )
+    window = draw(st.sampled_from([None, 1, 2, 3, 5]))
+    if family in ("llama", "qwen3"):
+        model |= dict(attention_bias=draw(st.booleans()))
+    if family == "llama":
+        model |= dict(mlp_bias=draw(st.booleans()))
+    if family == "mistral":
+        model |= dict(sliding_window=window)
+    if family in ("qwen2", "qwen3"):
+        windows = dict(use_sliding_window=window is not None, sliding_window=window or 4, layer_types=None)
+        model |= windows | dict(max_window_layers=draw(st.integers(0, 2)))
+    return model
+
+
+# Token ids that a named model has beyond the small vocabularies of these tests. OPT's pad token is within them.
+NO_SPECIAL_TOKENS: dict[str, Raw] = {
+    family: {} if family == "opt" else dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    for family in FAMILIES
+}
+
+
+def model_of(draw: st.DrawFn, by: Divisors, *, blocks: int) -> Raw:
+    """Return a model of any family with sizes that these numbers divide."""
+    family = draw(st.sampled_from(FAMILIES))
+    model = dict(opt=opt_of, gpt2=gpt2_of).get(family, partial(rotary_of, family=family))(draw, by)
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    return model | {"vocab_size": draw(st.integers(5, 40)), layers: blocks} | NO_SPECIAL_TOKENS[family]
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
+    size = draw(st.integers(1, max_ranks // min_context))
+    pipeline = draw(st.integers(1, max_ranks // size // min_context))
+    most = max_ranks // size // pipeline
+    context = ContextConfig(draw(st.integers(min_context, most)), draw(st.sampled_from(KINDS)))
+    data = draw(st.integers(1, most // context.size))
+    section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
+    split_heads = context.size if context.kind == "all_to_all" else 1
+    by = Divisors(heads_by * split_heads, widths_by * split_heads)
+    blocks = draw(st.integers(max(1, pipeline - 2), max(3, pipeline - 2)))
+    model = model_of(draw, by, blocks=blocks)
     micro, k = batch_by * draw(st.integers(1, 2)), draw(st.integers(1, 4))
     schedule = dict(size=pipeline, schedule=draw(st.sampled_from(["1f1b", "gpipe"])))
     return Case(
@@ -175,23 +257,40 @@ def test_many_drawn_layouts_equal_a_single_rank(case: Case) -> None:
 
 MODEL = dict(vocab_size=29, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=20, init_std=0.3)
 PROJECTED = MODEL | dict(word_embed_proj_dim=12, do_layer_norm_before=False)
+HALF: Raw = dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, attention_dropout=0.25)
+DROPPED: dict[str, Raw] = {  # a model of a family, with dropout where the family has it
+    "opt": dict(dropout=0.25, attention_dropout=0.25),
+    "llama": LLAMA | HALF | dict(name="llama-tiny", initializer_range=0.3),
+    "mistral": MISTRAL | HALF | dict(name="mistral-7b", initializer_range=0.3),
+    "qwen3": QWEN3 | HALF | dict(name="qwen3-tiny", initializer_range=0.3),
+    "gpt2": GPT2 | dict(name="gpt2", resid_pdrop=0.25, embd_pdrop=0.25, attn_pdrop=0.25, initializer_range=0.3),
+}
 EIGHT: dict[str, tuple[Raw, Raw]] = {
-    "3d": (dict(tensor=dict(mode="3d", size=8)), MODEL),
-    "3d-projected": (dict(tensor=dict(mode="3d", size=8)), PROJECTED),
-    "2.5d-depth2": (dict(tensor=dict(mode="2.5d", size=8, depth=2)), MODEL),
-    "pp2-2.5d-depth2-1x2": (dict(pipeline=2, tensor=dict(mode="2.5d", size=4, depth=2, rows=1)), PROJECTED),
-    "pp4-dp2": (dict(pipeline=dict(size=4, schedule="gpipe")), MODEL),
-    "dp2-pp2-2d-2x1": (dict(pipeline=2, tensor=dict(mode="2d", size=2, rows=2)), MODEL),
-    "dp4-1d2": (dict(tensor=dict(mode="1d", size=2)), PROJECTED),
-    "dp2-a2a2-1d2": (dict(context=dict(size=2, kind="all_to_all"), tensor=dict(mode="1d", size=2)), MODEL),
-    "pp2-ring2-2d-1x2": (dict(pipeline=2, context=2, tensor=dict(mode="2d", size=2, rows=1)), PROJECTED),
+    "3d": (dict(tensor=dict(mode="3d", size=8)), DROPPED["llama"]),
+    "3d-projected": (dict(tensor=dict(mode="3d", size=8)), PROJECTED | DROPPED["opt"]),
+    "2.5d-depth2": (dict(tensor=dict(mode="2.5d", size=8, depth=2)), DROPPED["qwen3"]),
+    "pp2-2.5d-depth2-1x2": (
+        dict(pipeline=2, tensor=dict(mode="2.5d", size=4, depth=2, rows=1)),
+        PROJECTED | DROPPED["opt"],
+    ),
+    "pp4-dp2": (dict(pipeline=dict(size=4, schedule="gpipe")), DROPPED["mistral"]),
+    "dp2-pp2-2d-2x1": (dict(pipeline=2, tensor=dict(mode="2d", size=2, rows=2)), MODEL | DROPPED["opt"]),
+    "dp4-1d2": (dict(tensor=dict(mode="1d", size=2)), DROPPED["gpt2"]),
+    "dp2-a2a2-1d2": (
+        dict(context=dict(size=2, kind="all_to_all"), tensor=dict(mode="1d", size=2)),
+        MODEL | DROPPED["opt"],
+    ),
+    "pp2-ring2-2d-1x2": (
+        dict(pipeline=2, context=2, tensor=dict(mode="2d", size=2, rows=1)),
+        PROJECTED | DROPPED["opt"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", EIGHT)
 def test_eight_ranks_equal_a_single_rank(name: str) -> None:
-    parallel, shape = EIGHT[name]
-    model, sequence = shape | dict(dropout=0.25, attention_dropout=0.25), 4 if "context" in parallel else 5
+    parallel, model = EIGHT[name]
+    sequence = 4 if "context" in parallel else 5
     check(
         Case(8, parallel, model, dict(global_batch_size=16, micro_batch_size=4), sequence, "fp64", masked=True, zero=3)
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.layer import heads_of
+from models.layer import by_head, parts_of
 from models.opt.layers import block_of
 from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
@@ -86,11 +86,17 @@ def reference(x: Tensor, masking: Masking) -> Tensor:
     return torch.stack(rows, 1).flatten(2)
 
 
+def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v[B, heads, S, D] of a joint linear's output."""
+    q, k, v = parts_of(qkv, HEADS, HEADS)
+    return by_head(q), by_head(k), by_head(v)
+
+
 def attended(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
     """Return y at this rank's positions, and the gradient of qkv there, where y's gradient is the square of y."""
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     x = sequence.local_part(qkv()).requires_grad_()
-    y = sequence.attend(*heads_of(x, HEADS, HEADS), masking_of(masked))
+    y = sequence.attend(*heads_of(x), masking_of(masked))
     y.backward(y.detach() ** 2)
     assert x.grad is not None
     return y.detach(), x.grad
@@ -266,7 +272,7 @@ def order(rank: int, world_size: int) -> list[str]:
         patch.object(ring, "start_rotate", sent),
         patch.object(ring, "kernel_for", lambda q, masking, compiles: kernel),
     ):
-        y = sequence.attend(*heads_of(x, HEADS, HEADS), Masking())
+        y = sequence.attend(*heads_of(x), Masking())
         found.append("|")
         y.sum().backward()
     return found
@@ -285,7 +291,7 @@ def test_keys_are_in_flight_while_others_are_attended_to() -> None:
 def attended_in_16_bits(rank: int, world_size: int, config: ContextConfig, masked: str) -> tuple[Tensor, Tensor]:
     sequence = sequence_of(mesh_of(rank, TensorConfig(), config, connect=True), config)
     x = sequence.local_part(qkv()).bfloat16().requires_grad_()
-    y = sequence.attend(*heads_of(x, HEADS, HEADS), masking_of(masked))
+    y = sequence.attend(*heads_of(x), masking_of(masked))
     y.backward(torch.ones_like(y))
     assert x.grad is not None
     return y.detach(), x.grad

@@ -4,12 +4,15 @@ import re
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
 from models.layer import Block, Embed, Head
+from models.llama.shape import LlamaShape, Qwen3Shape
 from models.opt.shape import OPTShape
+from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
 from parallel.tensor import loss
@@ -18,13 +21,12 @@ from tests.harness import run
 from tests.parity import Raw, batches_of, config_of, engine_of, share_of
 
 TABLES = Path(__file__).parent.parent / "docs/notation.md"
-LOOKUP, NORM, LINEARS, LOSS = "lookup", "a LayerNorm", "a block's linears", "head, loss"  # as the tables name them
-LAYERS: dict[type[nn.Module], list[str]] = {Embed: [LOOKUP], Block: [NORM, NORM, LINEARS], Head: [NORM, LOSS]}
+LOOKUP, LINEARS, LOSS = "lookup", "a block's linears", "head, loss"  # as the tables name them
 WAYS = ("forward", "backward")
 SUMS, OUTSIDE = "gradient sums", "outside the layers"
 FEW = 4  # elements: counts of labels and samples, the loss and the norm may be summed over the same axes as gradients
 
-MODEL: Raw = dict(
+MODEL = OPTShape(
     vocab_size=37,  # nothing divides it
     hidden_size=256,  # a multiple of 64 on every rank: flat buffers of gradients need no padding then
     word_embed_proj_dim=256,
@@ -34,6 +36,19 @@ MODEL: Raw = dict(
     max_position_embeddings=16,
     dropout=0.0,
 )
+GROUPED: Any = dict(
+    vocab_size=37,
+    hidden_size=512,  # the last norm has one vector: it is a flat buffer of its own
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=256,
+)
+MODELS: dict[str, tuple[ModelShape, str]] = {  # the shape, and the row of its norms in the tables
+    "opt": (MODEL, "a LayerNorm"),
+    "llama": (LlamaShape(**GROUPED, attention_bias=True, mlp_bias=True), "an RMSNorm"),
+    "qwen3": (Qwen3Shape(**GROUPED, head_dim=128, tie_word_embeddings=True), "an RMSNorm"),  # heads · D ≠ hidden
+}
 B, S = 8, 6  # of a microbatch
 POSITIONS_PER_SLICE = 2  # so the loss has three slices
 
@@ -48,16 +63,28 @@ LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
 }
 
 
-def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatches: int) -> tuple[list[Call], str]:
+def calls_of_steps(
+    rank: int, world_size: int, tensor: TensorConfig, microbatches: int
+) -> dict[str, tuple[list[Call], str]]:
+    """Return for each model every collective call of a step, and the name of the process group over depth."""
+    return {
+        name: calls_of_a_step(rank, world_size, tensor, microbatches, model=dict(name=f"{name}-tiny", **asdict(shape)))
+        for name, (shape, _) in MODELS.items()
+    }
+
+
+def calls_of_a_step(
+    rank: int, world_size: int, tensor: TensorConfig, microbatches: int, *, model: Raw
+) -> tuple[list[Call], str]:
     """Return every collective call of a step, and the name of the process group over depth.
 
     The calls are caught where torch dispatches them. Our own counters must have counted the same, to the byte.
     """
     replicas = world_size // tensor.size
     samples = B * microbatches * replicas
-    batch = batches_of(1, batch=samples, sequence=S, vocabulary=MODEL["vocab_size"])[0]
+    batch = batches_of(1, batch=samples, sequence=S, vocabulary=MODEL.vocab_size)[0]
     train = dict(global_batch_size=samples, micro_batch_size=B)
-    raw = config_of(dict(tensor=asdict(tensor)), model=MODEL, data=dict(sequence_length=S), train=train)
+    raw = config_of(dict(tensor=asdict(tensor)), model=model, data=dict(sequence_length=S), train=train)
     engine = engine_of(rank, world_size, raw)
     loss.TOKENS_PER_SLICE = POSITIONS_PER_SLICE * B // tensor.batch_parts
     engine.mesh.traffic.reset()
@@ -70,18 +97,24 @@ def calls_of_a_step(rank: int, world_size: int, tensor: TensorConfig, microbatch
         engine.train_step(share_of(batch, engine))
     assert engine.mesh.traffic.bytes == handed.bytes
     assert [call.bytes for call in handed.agreed] == [16]  # a step begins with an agreement, of two numbers on the host
-    sync = {axis.group for info in engine.stage.infos for axis in info.layout.sync if axis.group is not None}
-    calls = [named(call, {group.group_name for group in sync}) for call in handed.calls]
+    calls = [named(call, engine) for call in handed.calls]
     depth = engine.mesh.axis("depth").group if tensor.depth > 1 else None
+    engine.mesh.close()
     return calls, depth.group_name if depth else ""
 
 
-def named(call: Call, sync: set[str]) -> Call:
-    """Return the call, with the part `gradient sums` if it is one; it may be launched during any part of a step.
+def named(call: Call, engine: Engine) -> Call:
+    """Return the call, with the part `gradient sums` if it is one.
 
-    It is recognized by its group: no layer all-reduces anything over a group that some gradient is summed over.
+    A chunk's sum over its first axis may be launched during any part of a step. It is recognized by its group: no layer
+    all-reduces anything over such a group. The sum over a further axis, that of heads for the norms of q and k, follows
+    after the last backward, outside the layers, which all-reduce over the same group.
     """
-    is_sum = call.kind == "all_reduce" and call.group in sync and call.elements > FEW
+    syncs = [info.layout.sync for info in engine.stage.infos]
+    first = {sync[0].group.group_name for sync in syncs if sync[0].group is not None}
+    further = {axis.group.group_name for sync in syncs for axis in sync[1:] if axis.group is not None}
+    is_sum = call.group in first or (call.group in further and call.part == OUTSIDE)
+    is_sum = is_sum and call.kind == "all_reduce" and call.elements > FEW
     return replace(call, part=SUMS) if is_sum else call
 
 
@@ -101,10 +134,10 @@ def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
 
 
 @cache
-def steps(layout: str, microbatches: int) -> list[tuple[list[Call], str]]:
-    """Return what `calls_of_a_step` returns on every rank; it runs once for all tests of a layout."""
+def steps(layout: str, microbatches: int) -> list[dict[str, tuple[list[Call], str]]]:
+    """Return what `calls_of_steps` returns on every rank; it runs once for all tests of a layout."""
     _, tensor, replicas = LAYOUTS[layout]
-    return run(calls_of_a_step, tensor.size * replicas, tensor, microbatches)
+    return run(calls_of_steps, tensor.size * replicas, tensor, microbatches)
 
 
 def sent(calls: list[Call], part: str) -> float:
@@ -118,17 +151,19 @@ def formulas(row: str, part: str) -> list[str]:
     return found[1].split(" | ")
 
 
-def names_of(layout: str) -> dict[str, int]:
-    _, tensor, replicas = LAYOUTS[layout]
-    return letters(tensor, OPTShape(**MODEL), B, S) | dict(n=replicas)
+def layers_of(norm: str) -> dict[type[nn.Module], list[str]]:
+    """Return the rows of the tables that count each kind of layer."""
+    return {Embed: [LOOKUP], Block: [norm, norm, LINEARS], Head: [norm, LOSS]}
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_part_of_a_step_sends_what_the_tables_say(layout: str) -> None:
-    row, names = LAYOUTS[layout][0], names_of(layout)
-    for calls, _ in steps(layout, 1):
-        for layer, parts in LAYERS.items():
-            times = MODEL["num_hidden_layers"] if layer is Block else 1
+def test_each_part_of_a_step_sends_what_the_tables_say(layout: str, model: str) -> None:
+    (row, tensor, replicas), (shape, norm) = LAYOUTS[layout], MODELS[model]
+    names = letters(tensor, shape, B, S) | dict(n=replicas)
+    for calls, _ in (found[model] for found in steps(layout, 1)):
+        for layer, parts in layers_of(norm).items():
+            times = shape.num_hidden_layers if layer is Block else 1
             wanted = [
                 times * sum(value(formula, names) for formula in way)
                 for way in zip(*(formulas(row, part) for part in parts), strict=True)
@@ -138,18 +173,30 @@ def test_each_part_of_a_step_sends_what_the_tables_say(layout: str) -> None:
         assert sent(calls, SUMS) == value(formula, names)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outside_its_layers_a_step_sends_only_gradients_and_a_few_numbers(layout: str) -> None:
-    for calls, _ in steps(layout, 1):
+def test_outside_its_layers_a_step_sends_only_gradients_and_a_few_numbers(layout: str, model: str) -> None:
+    for calls, _ in (found[model] for found in steps(layout, 1)):
         others = [call.elements for call in calls if call.part == OUTSIDE]
         assert len(others) <= 3  # the count of labels, the loss, the norm
         assert not others or max(others) <= FEW
 
 
-def test_gradients_are_summed_once_a_step_over_depth_too() -> None:
+def test_in_1d_a_block_all_reduces_twice_each_way_with_grouped_heads_too() -> None:
+    """With q in one linear and k, v in another, a backward would all-reduce x three times, as large as twice."""
+    for model in ("llama", "qwen3"):
+        for calls, _ in (found[model] for found in steps("1d4", 1)):
+            for way in WAYS:
+                elements = [call.elements for call in calls if call.part == f"Block {way}"]
+                assert elements == [B * S * MODELS[model][0].hidden_size] * 2 * MODELS[model][0].num_hidden_layers
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_summed_once_a_step_over_depth_too(model: str) -> None:
     """Three microbatches send three times what one sends in 2.5d, but over depth they send the same."""
     layout = "2.5d2x2x2"
-    for (one, depth), (three, _) in zip(steps(layout, 1), steps(layout, 3), strict=True):
+    for found, more in zip(steps(layout, 1), steps(layout, 3), strict=True):
+        (one, depth), (three, _) = found[model], more[model]
         for part in {call.part for call in one}:
             assert sent(three, part) == (1 if part in (SUMS, OUTSIDE) else 3) * sent(one, part)
         assert {call.part for call in three if call.group == depth} == {SUMS}
@@ -168,7 +215,7 @@ def test_the_linears_send_what_the_paper_says_except_for_what_the_documents_list
     paper: str, row: str, tensor: TensorConfig
 ) -> None:
     """This is arithmetic between two tables; the tests above compare our own with what is sent."""
-    names = letters(tensor, OPTShape(**MODEL), B, S)
+    names = letters(tensor, MODEL, B, S)
     names["q"] = max(names["q"], names["c"])
     (cells,) = re.findall(rf"^\| {paper} \| (.*) \|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)
     forward, backward, more = (value(formula, names) for formula in cells.split(" | "))

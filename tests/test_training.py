@@ -22,6 +22,7 @@ from tests.parity import (
     compare,
     config_of,
     engine_of,
+    padded,
     reference,
     relative,
     save_model,
@@ -44,19 +45,6 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
 @pytest.fixture(scope="session")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("opt"), **SHAPE)
-
-
-def padded(batches: list[Batch]) -> list[Batch]:
-    """Return the samples padded on the left, on the right, and not at all. One sample has a single label."""
-    found = []
-    for batch in batches:
-        mask = torch.ones_like(batch["input_ids"])
-        mask[0::3, :2] = 0
-        mask[1::3, 4:] = 0
-        labels = batch["input_ids"].masked_fill(mask == 0, -100)
-        labels[5, 2:] = -100
-        found.append(dict(input_ids=batch["input_ids"].masked_fill(mask == 0, 1), attention_mask=mask, labels=labels))
-    return found
 
 
 @pytest.mark.gpu

@@ -49,34 +49,34 @@ class RopeScaling:
     """The kind: default (no change), linear, dynamic, yarn (Peng et al. 2023, arXiv 2309.00071) or llama3."""
 
     factor: Factor | None = None
-    """How many times longer sequences become. All kinds but the default need it."""
+    """The number of times that sequences become longer. All kinds but the default need it."""
 
     original_max_position_embeddings: Annotated[int, Range(1, 2**28)] | None = None
     """The longest sequence of the first training, for yarn and llama3. None: `max_position_embeddings`."""
 
     low_freq_factor: Positive | None = None
-    """For llama3: waves longer than the original length divided by this are stretched by `factor`."""
+    """Waves longer than the original length divided by this are stretched by `factor` (llama3)."""
 
     high_freq_factor: Positive | None = None
-    """For llama3: waves shorter than the original length divided by this are not changed."""
+    """Waves shorter than the original length divided by this are not changed (llama3)."""
 
     attention_factor: Annotated[float, Range(0)] | None = None
-    """For yarn: the number that cosines and sines are multiplied by. None: it follows from `factor`."""
+    """The number that cosines and sines are multiplied by (yarn). None: it follows from `factor`."""
 
     beta_fast: Positive | None = None
-    """For yarn: dims with more than this many turns in the original length are not changed. None: 32."""
+    """Dims with more turns than these in the original length are not changed (yarn). None: 32."""
 
     beta_slow: Positive | None = None
-    """For yarn: dims with fewer than this many turns in the original length are stretched by `factor`. None: 1."""
+    """Dims with fewer turns than these in the original length are stretched by `factor` (yarn). None: 1."""
 
     mscale: Annotated[float, Range(0)] | None = None
-    """For yarn, where `attention_factor` is None: a weight of its numerator, used if `mscale_all_dim` is given too."""
+    """The weight of the numerator of an `attention_factor` of None, used if `mscale_all_dim` is given too (yarn)."""
 
     mscale_all_dim: Annotated[float, Range(0)] | None = None
-    """For yarn: the weight of the denominator."""
+    """The weight of the denominator (yarn)."""
 
     truncate: bool | None = None
-    """For yarn: True, as is None, rounds the dims between which angles change to whole ones."""
+    """True, as is None: the dims between which angles change are rounded to whole ones (yarn)."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -143,16 +143,12 @@ class RopeScaling:
 def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config in which rotary positions are said by `rope_theta` and `rope_scaling` alone.
 
-    `rope_scaling` is None where nothing is scaled. A value that should be a dict and is none stays, for the reader to
-    refuse.
-    Raises ConfigError where a config says two different things, or has rotary positions of its own for some layers.
+    `rope_scaling` is None where nothing is scaled. Raises ConfigError for a value that should be a dict and is none,
+    where a config says two different things, and where some layers have rotary positions of their own.
     """
     found = dict(raw)
     given = {key: found.pop(key) for key in ("rope_parameters", "rope_scaling") if key in found}
     read = [_flat(key, value) for key, value in given.items() if value not in (None, {})]
-    for value in read:
-        if not isinstance(value, dict):
-            return found | {"rope_scaling": value}
     thetas = [value.pop("rope_theta") for value in read if "rope_theta" in value]
     if any(theta != found.setdefault("rope_theta", theta) for theta in thetas):
         values = shown(found["rope_theta"]), *map(shown, thetas)
@@ -165,13 +161,14 @@ def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"rope_scaling": read[0] if read and read[0] != {"rope_type": "default"} else None}
 
 
-def _flat(key: str, value: Any) -> Any:
+def _flat(key: str, value: Any) -> dict[str, Any]:
     """Return the parameters of one dict, with `rope_type` for `type`, and without those that are None.
 
     Of a kind that is not available only the kind is kept, so that it is refused by its name.
     """
     if not isinstance(value, Mapping):
-        return value
+        kind = value if isinstance(value, str) and REQUIRED.get(value) == ("factor",) else "linear"
+        raise ConfigError(f"model.{key}: needs a dict, got {shown(value)}. Try dict(rope_type={kind!r}, factor=2.0).")
     value = _of_all_layers(key, value)
     found = {name: one for name, one in value.items() if one is not None}
     old = found.pop("type", None)

@@ -4,8 +4,9 @@ The fields are those of Hugging Face's configs in transformers 5, with their nam
 positions: `rope_theta` and `rope_scaling` have the names of transformers 4, see `rope.py`.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from models.llama.shared import SharedShape
@@ -53,70 +54,24 @@ class LlamaShape(SharedShape):
 
 
 @dataclass(frozen=True)
-class MistralShape(SharedShape):
-    """Mistral: Llama with fewer k, v heads and a sliding window (Jiang et al. 2023, arXiv 2310.06825)."""
-
-    model_type = "mistral"
-    architecture = "MistralForCausalLM"
-
-    intermediate_size: Size = 14336
-    num_key_value_heads: Size | None = 8
-    max_position_embeddings: Size = 4096 * 32
-    bos_token_id: Natural | None = 1
-    eos_token_id: Natural | tuple[Natural, ...] | None = 2
+class WindowedShape(SharedShape):
+    """The fields of families in which some blocks have a sliding window, and what follows from them."""
 
     sliding_window: Size | None = 4096
-    """How many keys a query sees in every block, itself included. None: all earlier ones."""
+    """How many keys a query sees in a block that has a window, itself included. None: all earlier ones."""
 
     layer_types: tuple[str, ...] | None = None
-    """The kind of attention of each block. Hugging Face's Mistral does not use it: it must say the same of all blocks,
-    and the same as `sliding_window`.
-    """
+    """The kind of attention of each block, full_attention or sliding_attention. None: the other fields say it."""
 
-    def windows(self) -> list[int | None]:
-        return [self.sliding_window] * self.num_hidden_layers
-
-    def problems(self) -> list[str]:
-        kind = FULL if self.sliding_window is None else SLIDING
-        if self.layer_types is None or set(self.layer_types) == {kind}:
-            return super().problems()
-        return [
-            *super().problems(),
-            f"model.layer_types: {shown(self.layer_types)} is not available: Hugging Face's Mistral ignores it, and has"
-            f" model.sliding_window {self.sliding_window} in every block. Try None.",
-        ]
-
-    def exported(self) -> dict[str, Any]:
-        return {key: value for key, value in super().exported().items() if key != "layer_types"}
-
-
-@dataclass(frozen=True)
-class QwenShape(SharedShape):
-    """The fields that Qwen2 and Qwen3 have in common, and the windows of their blocks."""
-
-    vocab_size: Size = 151936
-    intermediate_size: Size = 22016
-    num_key_value_heads: Size | None = 32
-    max_position_embeddings: Size = 32768
-
-    use_sliding_window: bool = False
-    """True: some blocks have a sliding window."""
-
-    sliding_window: Size | None = 4096
-    """How many keys a query sees in these blocks, itself included. Used with `use_sliding_window` only."""
-
-    max_window_layers: Natural = 28
-    """The number of blocks at the beginning that have no window. Used where `layer_types` is None."""
-
-    layer_types: tuple[str, ...] | None = None
-    """The kind of attention of each block: full_attention or sliding_attention. None: as `max_window_layers` says."""
+    @classmethod
+    @abstractmethod
+    def kinds_of(cls, found: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the kind of attention of each block, of a config with these fields and no `layer_types`."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of attention of each block."""
-        if self.layer_types is not None:
-            return self.layer_types
-        return kinds_of(self.num_hidden_layers, self.max_window_layers if self.use_sliding_window else None)
+        return self.kinds_of(asdict(self)) if self.layer_types is None else self.layer_types
 
     def windows(self) -> list[int | None]:
         return [self.sliding_window if kind == SLIDING else None for kind in self.kinds]
@@ -133,13 +88,8 @@ class QwenShape(SharedShape):
                 f"model.layer_types: it has {len(self.kinds)} entries, but model.num_hidden_layers is"
                 f" {self.num_hidden_layers}. Try None."
             ]
-        if SLIDING in self.kinds and not self.use_sliding_window:
-            return [
-                f"model.layer_types: it has {SLIDING}, but model.use_sliding_window is False. Try"
-                " model.use_sliding_window=True."
-            ]
-        if self.use_sliding_window and self.sliding_window is None:
-            return ["model.sliding_window: None is no window, but model.use_sliding_window is True. Try 4096."]
+        if SLIDING in self.kinds and self.sliding_window is None:
+            return [f"model.sliding_window: None is no window, but some blocks have {SLIDING}. Try 4096."]
         return []
 
     @classmethod
@@ -151,21 +101,91 @@ class QwenShape(SharedShape):
         """
         found = super().normalized(raw)
         types = found.get("layer_types")
-        if "model_type" in raw and isinstance(types, list | tuple) and tuple(types) == cls._kinds_of(found):
-            del found["layer_types"]
+        if "model_type" in raw and isinstance(types, list | tuple):
+            defaults = {key.name: key.default for key in fields(cls)}
+            try:
+                usual = cls.kinds_of(defaults | found)
+            except TypeError:  # of fields that the reader will refuse
+                return found
+            if tuple(types) == usual:
+                del found["layer_types"]
         return found
-
-    @classmethod
-    def _kinds_of(cls, found: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Return the kinds of attention that follow from the other fields of a file; None where these are broken."""
-        count = found.get("num_hidden_layers", cls.num_hidden_layers)
-        first = found.get("max_window_layers", cls.max_window_layers)
-        if not isinstance(count, int) or not isinstance(first, int):
-            return None
-        return kinds_of(count, first if found.get("use_sliding_window", False) else None)
 
     def exported(self) -> dict[str, Any]:
         return super().exported() | {"layer_types": list(self.kinds)}
+
+
+@dataclass(frozen=True)
+class MistralShape(WindowedShape):
+    """Mistral: Llama with fewer k, v heads and a sliding window (Jiang et al. 2023, arXiv 2310.06825).
+
+    With `layer_types` its blocks differ. Hugging Face's `AutoModel` reads such a config as a Ministral's, and an export
+    says that it is one.
+    """
+
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+
+    intermediate_size: Size = 14336
+    num_key_value_heads: Size | None = 8
+    max_position_embeddings: Size = 4096 * 32
+    bos_token_id: Natural | None = 1
+    eos_token_id: Natural | tuple[Natural, ...] | None = 2
+
+    @classmethod
+    def kinds_of(cls, found: Mapping[str, Any]) -> tuple[str, ...]:
+        kind = FULL if found["sliding_window"] is None else SLIDING
+        return tuple(kind for _ in range(found["num_hidden_layers"]))
+
+    def exported(self) -> dict[str, Any]:
+        found = super().exported()
+        if self.layer_types is None:
+            del found["layer_types"]
+            return found
+        return found | {"model_type": MinistralShape.model_type, "architectures": [MinistralShape.architecture]}
+
+
+@dataclass(frozen=True)
+class MinistralShape(MistralShape):
+    """Ministral: a Mistral in which some blocks may have a window and others not."""
+
+    model_type = "ministral"
+    architecture = "MinistralForCausalLM"
+
+    def exported(self) -> dict[str, Any]:
+        return WindowedShape.exported(self)
+
+
+@dataclass(frozen=True)
+class QwenShape(WindowedShape):
+    """The fields that Qwen2 and Qwen3 have in common, and the windows of their blocks."""
+
+    vocab_size: Size = 151936
+    intermediate_size: Size = 22016
+    num_key_value_heads: Size | None = 32
+    max_position_embeddings: Size = 32768
+
+    use_sliding_window: bool = False
+    """True: some blocks have a sliding window. `sliding_window` is used then only."""
+
+    max_window_layers: Natural = 28
+    """The number of blocks at the beginning that have no window. Used where `layer_types` is None."""
+
+    @classmethod
+    def kinds_of(cls, found: Mapping[str, Any]) -> tuple[str, ...]:
+        count, first = found["num_hidden_layers"], found["max_window_layers"]
+        has_windows = found["use_sliding_window"]
+        return tuple(SLIDING if has_windows and layer >= first else FULL for layer in range(count))
+
+    def _window_problems(self) -> list[str]:
+        if SLIDING in self.kinds and not self.use_sliding_window:
+            return [
+                f"model.layer_types: it has {SLIDING}, but model.use_sliding_window is False. Try"
+                " model.use_sliding_window=True."
+            ]
+        if self.use_sliding_window and self.sliding_window is None:
+            return ["model.sliding_window: None is no window, but model.use_sliding_window is True. Try 4096."]
+        return super()._window_problems()
 
 
 @dataclass(frozen=True)
@@ -206,8 +226,3 @@ class Qwen3Shape(QwenShape):
     @property
     def has_head_norms(self) -> bool:
         return True
-
-
-def kinds_of(num_layers: int, first: int | None) -> tuple[str, ...]:
-    """Return the kind of attention of each block, where those from `first` on have windows; None: no block has one."""
-    return tuple(FULL if first is None or layer < first else SLIDING for layer in range(num_layers))

@@ -1,4 +1,4 @@
-"""What the shapes of Llama, Mistral, Qwen2 and Qwen3 have in common. This module needs no torch."""
+"""The part of their shapes that Llama, Mistral, Qwen2 and Qwen3 have in common. This module needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -75,7 +75,7 @@ class SharedShape(ModelShape):
     """The base of the wave lengths of the rotary positions."""
 
     rope_scaling: RopeScaling | None = None
-    """How their angles are changed for long sequences: dict(rope_type=..., factor=..., ...). None: not at all."""
+    """The change of their angles for long sequences: dict(rope_type=..., factor=..., ...). None: there is none."""
 
     attention_dropout: Probability = 0.0
     """The probability with which an attention probability becomes zero in training. Above 0, attention is written out
@@ -209,11 +209,14 @@ class SharedShape(ModelShape):
     def kept(self) -> Kept:
         """Return what a block keeps for backward.
 
-        Between blocks these are the inputs of both norms and of the linears after them. Inside there are q, k, v and
-        the output of attention, and a logsumexp for each head; gate, its activation, up and their product.
+        Between blocks these are the inputs of both norms and of the linears after them. Inside there are q and k,
+        turned, v and the output of attention, and a logsumexp for each head; gate, up and their product. Norms of q and
+        k keep their inputs and a statistic for each head.
         """
-        queries, pairs = self.attention_width, 2 * self.num_kv_heads * self.head_size
-        inner = 2 * queries + pairs + self.num_attention_heads + 4 * self.intermediate_size
+        heads, groups, size = self.num_attention_heads, self.num_kv_heads, self.head_size
+        inner = (2 * heads + 2 * groups) * size + heads + 3 * self.intermediate_size
+        if self.has_head_norms:
+            inner += (heads + groups) * (size + 1)
         return Kept(outer=4 * self.hidden_size, inner=inner, rows=2)
 
     def spans(self, sequence_length: int) -> list[int]:
