@@ -78,7 +78,7 @@ def test_the_table_of_sizes_is_that_of_the_code() -> None:
 
 @pytest.mark.parametrize("name", named_sizes())
 def test_a_check_of_each_named_size_counts_its_parameters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """In 1d a rank holds its share of the matrices, and all of norms, of positions and of the vocabulary's padding."""
+    """A rank of 1d holds its share of the matrices, and all of norms, of positions and of the vocabulary's padding."""
     size = named_sizes()[name]
     (heads,) = size.heads().values()
     parts = next(n for n in divisors(heads) if n > 1)
