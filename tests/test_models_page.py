@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+import launch
 from models.costs import parameter_count
 from models.family import FAMILIES, named_sizes
 from models.llama.shape import FULL, SLIDING, LlamaShape
 from models.shape import ModelShape
 from models.shapes import from_hugging_face, resolve, shape_of
 from parallel.config import parse
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, divisors
 from tests.tables import ROOT, Row, rows
 
 PAGE = "docs/models.md"
@@ -73,6 +74,20 @@ def test_the_table_of_sizes_is_that_of_the_code() -> None:
         )
         head = "tied" if size.tie_word_embeddings else "its own"
         assert (count, others) == (f"{parameter_count(size):,}", " | ".join([*map("{:,}".format, numbers), head]))
+
+
+@pytest.mark.parametrize("name", named_sizes())
+def test_a_check_of_each_named_size_counts_its_parameters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank of 1d holds its share of the matrices, and all of norms, of positions and of the vocabulary's padding."""
+    size = named_sizes()[name]
+    (heads,) = size.heads().values()
+    parts = next(n for n in divisors(heads) if n > 1)
+    changes = [f"model.name={name}", f"parallel.tensor={tensor('1d', parts)}", "train.device=cuda"]
+    assert launch.main(launch.read_arguments(["--check", "--set", *changes])) == 0
+    shown, count = capsys.readouterr().out, parameter_count(size)
+    assert f"\n{name}: {count:,} parameters in fp32\n" in shown
+    (of_a_rank,) = re.findall(r"embed, layers [\d–]+, head +│ +([\d,]+) │", shown)
+    assert count <= parts * int(of_a_rank.replace(",", "")) < 1.3 * count
 
 
 # -- fields
@@ -149,6 +164,13 @@ def qwen_kinds(folder: Path) -> str:
     return refused_directory(folder, "qwen3", layer_types=[FULL] * 5)
 
 
+def mistral_kinds(folder: Path) -> str:
+    found = read(folder, "mistral", sliding_window=16, layer_types=[SLIDING, FULL, FULL, SLIDING])
+    assert found.windows() == [16, None, None, 16]
+    assert found.exported()["model_type"] == "ministral"
+    return ""
+
+
 def biases(folder: Path) -> str:
     names = {"attention_bias": "self_attn.o_proj.bias", "mlp_bias": "mlp.up_proj.bias"}
     for kind, field in (("llama", "attention_bias"), ("llama", "mlp_bias"), ("qwen3", "attention_bias")):
@@ -211,9 +233,7 @@ FIELDS: dict[str, Callable[[Path], str]] = {
     "`layer_types` of a kind that is not built": lambda folder: refused_directory(
         folder, "qwen3", layer_types=["chunked_attention"] * 4
     ),
-    "`layer_types` of Mistral that differ from its window": lambda folder: refused_directory(
-        folder, "mistral", sliding_window=16, layer_types=[FULL] * 4
-    ),
+    "`layer_types` of Mistral": mistral_kinds,
     "`attention_bias` of Llama and Qwen3, `mlp_bias` of Llama": biases,
     "an activation that is not built": lambda folder: tiny(hidden_act="swish"),
     "a `pad_token_id` outside the vocabulary": lambda folder: tiny(pad_token_id=32000),
