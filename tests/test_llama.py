@@ -214,8 +214,10 @@ def test_grouped_heads_are_named_where_a_mode_does_not_divide_them() -> None:
 )
 def test_windows_are_those_of_hugging_faces_layers(shape: SharedShape, changes: dict[str, Any], tmp_path: Path) -> None:
     ours = shrunk(shape).with_fields(num_hidden_layers=4, **changes)
+    raw = {**ours.exported(), "model_type": ours.model_type, "layer_types": changes.get("layer_types")}
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(theirs_of(tmp_path, ours)).model.layers
+        config = AutoConfig.from_pretrained(write_config(tmp_path, raw))
+        theirs = AutoModelForCausalLM.from_config(config).model.layers
     assert ours.windows() == [layer.self_attn.sliding_window for layer in theirs]
     assert ours.spans(5) == [5] * 4
     assert ours.spans(100) == [window or 100 for window in ours.windows()]
@@ -358,6 +360,9 @@ def test_all_blocks_of_a_stage_share_the_tables_of_a_microbatch() -> None:
     assert tables_of(counted) == tables_of(replace(counted))
     assert tables_of(given) == tables_of(given) != tables_of(counted)
     before, _ = rotary(q, q, given, mode)
+    other, _ = rotary(q, q, replace(counted, position_ids=ids.flip(1)), mode)
+    assert not torch.equal(before, other)
+    rotary(q, q, given, mode)
     ids += 1  # a caller's buffer, written in place
     after, _ = rotary(q, q, given, mode)
     assert not torch.equal(before, after)
