@@ -78,10 +78,8 @@ class Rotary:
         inv_freq = self._inv_freq
         if self.settings.is_dynamic:
             inv_freq = dynamic_frequencies(self.settings, inv_freq, length)
-        angles = positions[:, None, :, None].float() * inv_freq
-        angles = torch.cat((angles, angles), -1)
-        cos, sin = (table * self._attention_factor for table in (angles.cos(), angles.sin()))
-        return cos.to(dtype), sin.to(dtype)
+        make = _tables_in_compiled_code if torch.compiler.is_compiling() else tables_of
+        return make(positions, inv_freq, self._attention_factor, dtype)
 
     def _tables_of(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
         """Return the tables of a microbatch, which the first layer makes and the others of the stage find here."""
@@ -100,6 +98,28 @@ class Rotary:
             return self.tables(positions, batch.length, q.dtype)
         length = batch.position_ids.max() + 1 if self.settings.is_dynamic else batch.length
         return self.tables(mode.tokens(batch.position_ids, mode.inner_batch), length, q.dtype)
+
+
+def tables_of(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tables:
+    """Return cosines and sines times `factor`: positions[B, S], inv_freq[D/2] -> two of [B, 1, S, D]."""
+    angles = positions[:, None, :, None].float() * inv_freq
+    angles = torch.cat((angles, angles), -1)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+@torch.library.custom_op("colonnade::rotary_tables", mutates_args=())
+def _tables_in_compiled_code(
+    positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what `tables_of` does; the compiler calls this as it is. Cosines of its own differ in fp32's last bit."""
+    return tables_of(positions, inv_freq, factor, dtype)
+
+
+@_tables_in_compiled_code.register_fake
+def _(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, sequence = positions.shape
+    cos, sin = (inv_freq.new_empty(batch, 1, sequence, 2 * len(inv_freq), dtype=dtype) for _ in range(2))
+    return cos, sin
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1275,6 +1275,51 @@ TABLES = (
     ),
 )
 
+LLAMA_TESTS, ROTARY = "tests/test_llama.py", "models/rotary.py"
+
+LLAMA = (
+    Mutant(
+        "rotary-turns-the-other-way",
+        "the angles of rotary positions have the wrong sign",
+        ROTARY,
+        "torch.cat((-second, first), -1)",
+        "torch.cat((second, -first), -1)",
+        f"{LLAMA_TESTS}::test_q_and_k_are_turned_as_hugging_face_does",
+    ),
+    Mutant(
+        "rotary-positions-of-the-first-rank",
+        "every rank of a split sequence turns q and k as if it had the first positions",
+        ROTARY,
+        "mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)",
+        "torch.arange(q.shape[2], device=q.device).unsqueeze(0)",
+        f"{LLAMA_TESTS}::test_a_rank_turns_by_the_positions_that_it_has_of_the_whole_sequence[False]",
+    ),
+    Mutant(
+        "rotary-tables-of-another-batch",
+        "tables of the position ids of one microbatch are used for the next one of the same size",
+        ROTARY,
+        "self._key != key or self._ids is not ids:",
+        "self._key != key:",
+        f"{LLAMA_TESTS}::test_all_blocks_of_a_stage_share_the_tables_of_a_microbatch",
+    ),
+    Mutant(
+        "linear-scaling-left-out",
+        "angles of linear scaling are not divided by its factor",
+        ROTARY,
+        "return inv_freq / settings.factor",
+        "return inv_freq",
+        f"{LLAMA_TESTS}::test_the_tables_are_hugging_faces_to_the_last_bit",
+    ),
+    Mutant(
+        "windows-in-the-wrong-blocks",
+        "the first blocks of a Qwen have windows, and the later ones have none",
+        "models/llama/shape.py",
+        "if has_windows and layer >= first else",
+        "if has_windows and layer < first else",
+        f"{LLAMA_TESTS}::test_windows_are_those_of_hugging_faces_layers",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1306,4 +1351,5 @@ MUTANTS = (
     *GPT2,
     *FAMILIES,
     *TABLES,
+    *LLAMA,
 )
