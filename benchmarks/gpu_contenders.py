@@ -155,7 +155,7 @@ def fsdp2(work: Work) -> Step:
     return step
 
 
-CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_compiled, liger, fsdp2)}
+CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_compiled, fsdp2, liger)}
 
 
 def measure(name: str, work: Work) -> Result:

@@ -1,7 +1,7 @@
 """A host of eight GPUs of 80 GB: a pipeline of two stages, each layer split over four GPUs (1d).
 
-A GPU has at most 18 GiB of weights, gradients and optimizer states, and in this pipeline at most 18 GiB of activations:
-0.5 GiB for each of 17 layers and each of two microbatches. So nothing is computed again in backward. With more hosts
+A GPU has at most 19 GiB of weights, gradients and optimizer states, and in this pipeline about 19 GiB of activations:
+0.5 GiB for each of 18 layers and each of two microbatches. So nothing is computed again in backward. With more hosts
 there are more replicas, and zero=dict(stage=1) divides the optimizer states over them.
 
 torchrun --nproc-per-node 8 launch.py --config configs/llama_3p1_8b_pp2_1d.py

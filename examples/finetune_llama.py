@@ -25,7 +25,7 @@ import models
 import parallel
 from models.hf import export
 from models.shapes import resolve, shape_of
-from models.texts import Texts
+from models.texts import BUILT_IN, Texts
 from models.tokenizer import ByteTokenizer
 
 
@@ -76,6 +76,8 @@ def main(args: argparse.Namespace) -> None:
 
 def small_llama(folder: Path) -> Path:
     """Return a folder with a new Llama of 0.8 million parameters, whose tokens are bytes; the first rank makes it."""
+    if folder.exists():
+        return folder
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8)
     sizes |= dict(num_key_value_heads=4, vocab_size=ByteTokenizer.vocab_size)  # a k, v head serves two q heads
@@ -91,7 +93,7 @@ def small_llama(folder: Path) -> Path:
 
 def read_samples(args: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return the text, cut into samples [N, S]: those to train on, and two batches of them to evaluate."""
-    text = "\n".join(text for _, text in Texts(args.text))
+    text = args.text.read_text(encoding="utf-8") if args.text else next(iter(Texts(BUILT_IN)))[1]
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     samples = tokens[: len(tokens) // args.sequence * args.sequence].view(-1, args.sequence)
     if len(samples) < 3 * args.batch:
@@ -105,7 +107,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="a Hugging Face directory (default: a new, small Llama)")
-    add("--text", default="python-docs", metavar="FILE.txt", help="the text to train on (default: Python's manual)")
+    add("--text", type=Path, metavar="FILE.txt", help="the text to train on (default: Python's manual)")
     add("--output", type=Path, default=Path("runs/finetune_llama"), metavar="DIR", help="(default: %(default)s)")
     add("--tensor", type=int, default=1, help="how many ranks share each layer (default: 1)")
     add("--pipeline", type=int, default=1, help="how many stages the layers are divided over (default: 1)")
@@ -121,5 +123,5 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         main(read_arguments())
-    except parallel.ColonnadeError as error:
+    except (parallel.ColonnadeError, OSError, UnicodeError) as error:  # the last two are errors of reading files
         sys.exit(f"rank {parallel.Place.from_environment().rank}: {error}")

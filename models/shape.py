@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from parallel.config.reader import Range
-from parallel.errors import ConfigError, did_you_mean, divisors, either, nearest, shown
+from parallel.errors import did_you_mean, divisors, either, nearest, shown
 from parallel.layout.sources import Source, fused, grouped, whole
 
 Size = Annotated[int, Range(1, 2**28)]
@@ -272,18 +272,8 @@ class ModelShape(ABC):
 
     @classmethod
     def normalized(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a config.json, or of a config's section `model`, under the names of this dataclass.
-
-        Raises ConfigError where two spellings of a field have different values.
-        """
-        found: dict[str, Any] = {}
-        for key, value in raw.items():
-            name = cls.aliases.get(key, key)
-            if found.setdefault(name, value) != value:
-                other = next(one for one, meant in cls.aliases.items() if meant == name and one in raw)
-                values = f"{shown(found[name])} and as {shown(value)}"
-                raise ConfigError(f"model.{name}: it is given as {values}, once under the name {other}. Keep one.")
-        return found
+        """Return the fields of a config.json, or of a config's section `model`, under the names of this dataclass."""
+        return {cls.aliases.get(key, key): value for key, value in raw.items()}
 
     def exported(self) -> dict[str, Any]:
         """Return the fields of the config.json that Hugging Face reads, besides the model's type and class."""

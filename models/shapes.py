@@ -123,8 +123,8 @@ def _only_problems(family: Family, raw: Mapping[str, Any], wording: str) -> list
 def _twice_problems(family: Family, raw: Mapping[str, Any], wording: str) -> list[str]:
     """Return a line for each field that has two values, under two of its names."""
     return [
-        f"{wording.format(key)}: {_plain(raw[key])} is not {_plain(raw[own])}, the value of {own}, which is the same"
-        " field. Leave one of them out."
+        f"{wording.format(own)}: it is given as {_plain(raw[own])} and as {_plain(raw[key])}, once under the name"
+        f" {key}. Keep one."
         for key, own in family.shape.aliases.items()
         if key in raw and own in raw and raw[key] != raw[own]
     ]

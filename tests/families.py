@@ -64,7 +64,7 @@ SHAPES: dict[str, Fields] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "gpt2": GPT2,
-    # What else a family can be; the name begins with the family's.
+    # What else a family can be, each under a name that begins with the family's.
     "opt-projected": PROJECTED,
     "llama-yarn": LLAMA
     | dict(
@@ -78,6 +78,7 @@ SHAPES: dict[str, Fields] = {
     "llama-few": LLAMA | dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
     "llama-whole": LLAMA | dict(num_key_value_heads=12),
     "mistral-full": MISTRAL | dict(num_key_value_heads=2, sliding_window=None),
+    "ministral": MISTRAL | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     "qwen2-types": QWEN2
     | dict(
         num_key_value_heads=2,
@@ -101,7 +102,7 @@ VARIANTS = tuple(name for name in SHAPES if name not in FAMILIES and name != "op
 
 
 def family_of(name: str) -> str:
-    """Return the family of one of the `SHAPES`: Hugging Face's model_type."""
+    """Return the family of one of the `SHAPES`: the model_type of Hugging Face."""
     return name.partition("-")[0]
 
 

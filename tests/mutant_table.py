@@ -639,8 +639,8 @@ PLACEMENT = (
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
            "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
-           "norm, divisor, num_written)\n",
-           "        skipped = self._update(norm, divisor, num_written)\n",
+           "norm, divisor, HostCopy(num_written))\n",
+           "        skipped = self._update(norm, divisor, HostCopy(num_written))\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-mode-not-ended", "a module stays in evaluation mode after an evaluation",
            "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",

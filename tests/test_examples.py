@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -14,11 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 import parallel
-from examples import finetune_opt
-from parallel.errors import DataError
+from examples import finetune_llama, finetune_opt
+from parallel.errors import ConfigError, DataError
 from tests.harness import run
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ TEXT, SEQUENCE, BATCH, STEPS, SAVED = ROOT / "README.md", 32, 8, 12, 6
 OPTIONS = (
     f"--text {TEXT} --sequence {SEQUENCE} --batch {BATCH} --steps {STEPS} --log-every 1 --save-every {SAVED}".split()
 )
+LLAMA_OPTIONS = f"--text {TEXT} --sequence {SEQUENCE} --batch {BATCH} --steps {STEPS}".split()
 
 # A loss is about 5 and is printed to 6 places. It may differ by 1e-5 of that, the bound of fp32 (tests/parity.py). So a
 # perplexity, which is its exponential, may differ by 5e-5 of itself.
@@ -33,12 +35,22 @@ LOSS, PERPLEXITY = 5e-5, 1e-4
 
 
 def example(rank: int, world_size: int, *options: str) -> str:
-    """Run the example in a rank that is connected already, and return what it prints."""
+    """Run the example of OPT in a rank that is connected already, and return what it prints."""
     arguments = finetune_opt.read_arguments([*OPTIONS, *options])
+    return printed_by(lambda: finetune_opt.main(arguments), rank, world_size)
+
+
+def llama_example(rank: int, world_size: int, *options: str) -> str:
+    """Do the same with the example of Llama."""
+    arguments = finetune_llama.read_arguments([*LLAMA_OPTIONS, *options])
+    return printed_by(lambda: finetune_llama.main(arguments), rank, world_size)
+
+
+def printed_by(main: Callable[[], None], rank: int, world_size: int) -> str:
     place = dict(RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     printed = io.StringIO()
     with patch.dict(os.environ, place), patch.object(parallel, "leave"), redirect_stdout(printed):
-        finetune_opt.main(arguments)
+        main()
     return printed.getvalue()
 
 
@@ -75,6 +87,42 @@ def perplexity_of(export: Path) -> float:
     with torch.no_grad():
         logits = OPTForCausalLM.from_pretrained(export)(rows).logits
     return math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item())
+
+
+LAYOUTS = {
+    "1d": (2, ("--tensor", "2")),
+    "1d, pipeline": (4, ("--tensor", "2", "--pipeline", "2")),
+    "pipeline, replicas": (4, ("--pipeline", "2", "--micro-batch", "2")),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", ["1d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1d, pipeline", "pipeline, replicas"))]
+)
+def test_a_split_llama_is_fine_tuned_equally_in_one_process_and_in_several(tmp_path: Path, layout: str) -> None:
+    """Its export has the same loss in transformers, which knows nothing of this library."""
+    world_size, options = LAYOUTS[layout]
+    finetune_llama.small_llama(tmp_path / "split" / "small")  # connected, only rank 0 would save it
+    (alone,) = run(llama_example, 1, "--output", str(tmp_path / "one"))
+    first, *others = run(llama_example, world_size, "--output", str(tmp_path / "split"), *options)
+    assert others == [""] * (world_size - 1)
+    before, _, last, after, exported = numbers(alone, "loss")
+    assert max(last, after) < before - 1
+    assert numbers(first, "loss") == pytest.approx(numbers(alone, "loss"), abs=LOSS)
+    assert exported == pytest.approx(after, abs=LOSS)
+
+    tokens = torch.tensor(list(TEXT.read_bytes())) + 4  # after the four special tokens
+    rows = tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)[-2 * BATCH :]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "split" / "export")(rows).logits
+    assert F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item() == pytest.approx(after, abs=LOSS)
+
+
+def test_a_layout_with_more_parts_than_key_value_heads_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    arguments = finetune_llama.read_arguments([*LLAMA_OPTIONS, "--tensor", "8", "--output", str(tmp_path)])
+    place = dict(RANK="0", WORLD_SIZE="8", OMP_NUM_THREADS="1")
+    with patch.dict(os.environ, place), pytest.raises(ConfigError, match=r"num_key_value_heads: 4 .* Try size 2 or 4"):
+        finetune_llama.main(arguments)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("", 0), ("x" * (2 * BATCH * SEQUENCE - 1), 2 * BATCH * SEQUENCE - 1)])

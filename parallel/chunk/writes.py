@@ -29,6 +29,7 @@ class Writes:
 
     def __init__(self, chunks: Sequence[Chunk], world: Axis) -> None:
         self._chunks, self._world, self._device = list(chunks), world, chunks[0].memory.device
+        self.is_on = True
         self._noted: Tensor | None = None  # the fingerprint of each chunk whose parameters stay whole
         self.note()
 
@@ -38,9 +39,14 @@ class Writes:
         for chunk in self._chunks:
             chunk.parameters.writes.note()
 
+    @property
+    def shows_at_once(self) -> bool:
+        """True if all writes show before a step; those into parameters without values show when these are gathered."""
+        return all(map(_stays_whole, self._chunks))
+
     def stop(self) -> None:
         """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
-        self._chunks, self._noted = [], None
+        self._chunks, self._noted, self.is_on = [], None, False
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""

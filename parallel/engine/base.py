@@ -29,7 +29,7 @@ from parallel.optim.torch_optimizer import TorchOptimizer
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.initial import InitialPlacement, initial_placement
 from parallel.placement.manager import PlacementManager
-from parallel.storage.transfer import Tier
+from parallel.storage.transfer import HostCopy, Tier
 
 Optimizer: TypeAlias = AdamW | TorchOptimizer
 
@@ -239,15 +239,14 @@ class EngineBase:
         """Return the number that gradients of this norm are multiplied by, a scalar."""
         return clip_coefficient(norm, self.config.train.clip_grad_norm)
 
-    def _update(self, norm: Tensor, divisor: float, num_written: Tensor) -> bool:
+    def _update(self, norm: Tensor, divisor: float, written: HostCopy) -> bool:
         """Update every weight by gradient / `divisor`, clipped; `norm` is the global norm of that quotient.
 
-        `num_written` is the sum over ranks of `Writes.changed`: values that somebody has written into parameters are
-        taken over first. The host waits for the gradients here. Returns whether the gradient overflowed in fp16: then
-        no rank updates anything.
+        `written` is the sum over ranks of `Writes.changed`: values that somebody has written into parameters are taken
+        over first. Returns whether the gradient overflowed in fp16: then no rank updates anything.
         """
         self.placement_manager.before_update()
-        if num_written.item():
+        if written.wait().item():
             self.writes.take()
         overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # ranks agree: the norm is the same
         if not overflow:

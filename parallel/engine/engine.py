@@ -18,7 +18,7 @@ from parallel.errors import DataError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.shares import UNKNOWN
-from parallel.optim.grad_norm import norm_and_sum
+from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
 from parallel.pipeline.microbatch import Microbatch, batch_problem, given
 from parallel.pipeline.p2p import Pipe
@@ -79,6 +79,7 @@ class Engine(EngineState):
 
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")
+        written = self._start_check() if self.writes.shows_at_once else None
         self.stage.train()
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
@@ -97,12 +98,16 @@ class Engine(EngineState):
         self.gatherer.end()
         self.gradients.finish()
         scale = self.loss_scale.scale
-        norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
+        if written is None:
+            norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
+            written = HostCopy(num_written)
+        else:
+            norm = global_norm(self.chunks, self.mesh.world)
         norm = norm / scale
         result = HostCopy(torch.stack([total / tokens, norm]))
         self.stopwatch.mark("update")
         lr = self.lr
-        overflow = self._update(norm, scale, num_written)
+        overflow = self._update(norm, scale, written)
         self.num_samples += self.data.size * len(batch["input_ids"])
         self.placement_manager.after_step(skipped=overflow)
         self.writes.note()
@@ -141,6 +146,15 @@ class Engine(EngineState):
         return total / tokens if tokens else float("nan")
 
     # -- parts of a step
+
+    def _start_check(self) -> HostCopy:
+        """Return the number of writes into parameters on all ranks, in flight.
+
+        No code of a user runs within a step, so they can be counted before it. Before its update the host has the
+        number, and needs not wait for the gradients.
+        """
+        changed = self.writes.changed()
+        return HostCopy(all_reduce(changed, self.mesh.world) if self.writes.is_on else changed)
 
     def _microbatches(self, batch: Mapping[str, Tensor]) -> tuple[list[Microbatch], int]:
         """Return the batch as microbatches on this rank's device, and the number of counted labels of all replicas.

@@ -176,7 +176,7 @@ class ModuleEngine(ParameterAccess):
         lr = self.lr
         self.optimizer.unused = self._unused()
         with self.placement_manager.explain_shortage():
-            skipped = self._update(norm, divisor, num_written)
+            skipped = self._update(norm, divisor, HostCopy(num_written))
         self.zero_grad()
         self.placement_manager.after_step(skipped=skipped)
         self.writes.note()
