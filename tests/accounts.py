@@ -50,7 +50,7 @@ def letters(tensor: TensorConfig, shape: ModelShape, batch: int, sequence: int) 
     parts = axes.get("t", 1) * c * q  # the vocabulary's
     V = -(-shape.vocab_size // parts) * parts
     kept = shape.kept()
-    sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, S=sequence, V=V)
+    sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, S=sequence, V=V, E=shape.embedding_width)
     return sizes | widths_of(shape) | sums_of(shape, V) | dict(O=kept.outer, I=kept.inner, N=kept.rows)
 
 

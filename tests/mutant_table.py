@@ -1240,6 +1240,41 @@ FAMILIES = (
     ),
 )
 
+TABLES = (
+    Mutant(
+        "flops-without-windows",
+        "the MFU of a model with windows counts keys that no query sees",
+        "models/llama/shared.py",
+        "min(sequence_length, window or sequence_length)",
+        "sequence_length",
+        "tests/test_costs.py::test_blocks_with_a_window_count_the_keys_of_a_sequence_as_long_as_the_window[mistral]",
+    ),
+    Mutant(
+        "flops-of-looked-up-rows",
+        "the MFU of a model whose head is not tied counts its embedding as a matmul",
+        "models/costs.py",
+        "(set() if shape.tie_word_embeddings else {shape.embedding})",
+        "set()",
+        "tests/test_costs.py::test_flops_are_those_that_torch_counts_in_hugging_faces_model[llama]",
+    ),
+    Mutant(
+        "k-and-v-not-counted",
+        "what a block keeps for backward, and so the cut of the pipeline, leaves out k and v",
+        "models/llama/shared.py",
+        "inner = (2 * heads + 2 * groups) * size",
+        "inner = 2 * heads * size",
+        "tests/test_memory.py::test_a_block_of_each_family_keeps_what_its_shape_says[llama-serial]",
+    ),
+    Mutant(
+        "q-and-k-kept-twice",
+        "q and k are kept for backward before they are turned, too",
+        LAYER,
+        "            v = v.clone()",
+        "            pass",
+        "tests/test_memory.py::test_a_block_of_each_family_keeps_what_its_shape_says[llama-serial]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1270,4 +1305,5 @@ MUTANTS = (
     *PIECES,
     *GPT2,
     *FAMILIES,
+    *TABLES,
 )

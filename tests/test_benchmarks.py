@@ -146,7 +146,7 @@ def test_communication_under_other_kernels_is_hidden() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", attention.TINY)
 def test_every_contender_computes_the_same_attention(name: str) -> None:
-    """The error without the window, or with heads in another order, is as large as the numbers themselves."""
+    """The error is, without the window or with heads in another order, as large as the numbers themselves."""
     case, device = attention.TINY[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = attention.compare(case, device, times=1)
     assert found.keys() >= {"ours", "repeated", "grouped"}

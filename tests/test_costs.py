@@ -1,7 +1,9 @@
 """FLOPs, parameters, bytes and layer costs of every family, compared with counts that share nothing with them."""
 
+import re
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +19,12 @@ from models.opt.shape import OPTShape
 from models.shape import ModelShape
 from models.shapes import resolve
 from parallel.config import parse
+from parallel.config.parallel import TensorConfig
 from parallel.pipeline.partition import partition
+from tests.accounts import letters, value
 from training.preview import preview_of
 
+NOTATION = Path(__file__).parent.parent / "docs/notation.md"
 LENGTH, WINDOW = 32, 8
 LLAMA_SIZES: dict[str, Any] = dict(
     vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4
@@ -59,6 +64,14 @@ def counted(shape: ModelShape, length: int) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_torch_counts_in_hugging_faces_model(name: str) -> None:
     assert flops_per_token(MODELS[name], LENGTH) == counted(MODELS[name], LENGTH)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "opt, projected"])
+def test_flops_are_those_of_the_documents(name: str) -> None:
+    shape = MODELS[name]
+    table = re.findall(r"^\| (a block|the head)'s FLOPs \| (.*) \|$", NOTATION.read_text("utf-8"), re.MULTILINE)
+    parts = {part: value(formula, letters(TensorConfig(), shape, 2, LENGTH)) for part, formula in table}
+    assert flops_per_token(shape, LENGTH) == shape.num_hidden_layers * parts["a block"] + parts["the head"]
 
 
 @pytest.mark.parametrize("name", WINDOWED)

@@ -58,7 +58,7 @@ class WindowedShape(SharedShape):
     """The fields of families in which some blocks have a sliding window, and what follows from them."""
 
     sliding_window: Size | None = 4096
-    """The number of keys that a query sees in a block that has a window, itself included. None: all earlier ones."""
+    """The number of keys that a query sees in a block with a window, its own among them. None: all before it."""
 
     layer_types: tuple[str, ...] | None = None
     """The kind of attention of each block, full_attention or sliding_attention. None: the other fields say it."""

@@ -26,12 +26,15 @@ def fingerprints(flats: Sequence[Tensor]) -> Tensor:
     weighted together: a GPU takes longer to start kernels than to read the sums. n · itemsize is a multiple of 8, as in
     the buffers of chunks.
     """
+    if not flats:
+        return torch.empty(0, dtype=torch.int64)
     sums = [_added_up(flat) for flat in flats]
-    found = torch.empty(len(sums), dtype=torch.int64, device=sums[0].device if sums else None)
-    for length in dict.fromkeys(map(len, sums)):
-        where = [i for i, x in enumerate(sums) if len(x) == length]
-        found[where] = _weighted(torch.stack([sums[i] for i in where]))
-    return found
+    by_length: dict[int, list[Tensor]] = {}
+    for x in sums:
+        by_length.setdefault(len(x), []).append(x)
+    # No list of places: as an index it would be copied to the device, for which the host waits.
+    found = {length: iter(_weighted(torch.stack(same)).unbind()) for length, same in by_length.items()}
+    return torch.stack([next(found[len(x)]) for x in sums])
 
 
 def _added_up(flat: Tensor) -> Tensor:
