@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 
 from models.opt.shape import OPTShape
-from models.shapes import resolve
+from models.shapes import resolve, shape_of
 from parallel.config import apply_overrides, load_raw, parse
 from parallel.config.parsing import KEYS
 from parallel.engine.context import Place
 from parallel.errors import SHOWN, ConfigError, divisors
 from tests.patience import patient
 from tests.tables import ROOT, Row, rows
+from training.config import read_config
 from training.streams import SafeOutput
 
 ANSWER_SECONDS = 1.0
@@ -51,6 +52,19 @@ def refusal_of_file(path: Path, content: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_raw(path)
     return str(caught.value)
+
+
+def refusal_over_a_run(file: Path, *assignments: str) -> str:
+    """Return the message with which overrides of the config.json of a run of qwen3-tiny are refused."""
+    write_config_of_a_run(file)
+    with pytest.raises(ConfigError) as caught:
+        read_config(str(file), assignments, 1)
+    return str(caught.value)
+
+
+def write_config_of_a_run(file: Path) -> None:
+    config = parse({"model": {"name": "qwen3-tiny", "num_hidden_layers": 2}}, resolve=resolve)
+    file.write_text(json.dumps(config.to_dict()))
 
 
 def circle() -> dict[str, Any]:
@@ -80,6 +94,9 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     "a key in the wrong section": lambda path, _: refusal({"train": {"lr": 1.0}}),
     "a key that is promised, but not built yet": lambda path, _: refusal({"train": {"epochs": 1}}),
     "the name of a model on the hub": lambda path, _: refusal({"model": {"path": "facebook/opt-125m"}}),
+    "another `model.name` over a run's config.json, which has all fields of its model": lambda path, _: (
+        refusal_over_a_run(path / "config.json", "model.name=llama-tiny")
+    ),
     "a YAML or TOML file": lambda path, _: refusal_of_file(path / "config.yaml", "train:\n  steps: 1\n"),
     "a number that no model reaches": lambda path, _: refusal(
         {"parallel": {"tensor": {"mode": "2d", "size": 1000000000000000002}}}
@@ -130,6 +147,22 @@ def test_what_the_table_says_is_answered(row: Row, tmp_path: Path, monkeypatch: 
         return
     (quoted,) = re.findall(r"`([^`]+)`", row.answer)
     assert quoted in REFUSALS[row.what](tmp_path, monkeypatch)
+
+
+def test_over_a_runs_config_a_model_of_the_same_sizes_and_a_whole_section_are_taken(tmp_path: Path) -> None:
+    """A run's export has its sizes, written out. Another name once took the fields of the run's model, and no other."""
+    write_config_of_a_run(file := tmp_path / "config.json")
+    shape = shape_of(parse(load_raw(file), resolve=resolve))
+    (tmp_path / "export").mkdir()
+    exported = {"model_type": "qwen3", **shape.exported(), "eos_token_id": 7}
+    (tmp_path / "export/config.json").write_text(json.dumps(exported))
+    assert read_config(str(file), [f"model.path={tmp_path}/export"], 1).model.path == f"{tmp_path}/export"
+    assert shape_of(read_config(str(file), ["model={'name': 'llama-tiny'}"], 1)).model_type == "llama"
+    assert shape_of(read_config(str(file), ["model.num_hidden_layers=3"], 1)).num_hidden_layers == 3
+    assert "rope_theta" not in refusal_over_a_run(file, "model.name=llama-x")  # the name alone is the problem
+
+    (tmp_path / "export/config.json").write_text(json.dumps(exported | {"rope_theta": 5.0}))
+    assert "would stay" in refusal_over_a_run(file, f"model.path={tmp_path}/export")
 
 
 def test_every_row_has_a_check_and_every_check_a_row() -> None:

@@ -1,12 +1,13 @@
 """The config of a run, from a file and what the command line overrides. This module needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from models.shapes import resolve
+from models.shapes import MODEL_TYPE, resolve, shape_of
 from parallel.config import Config, apply_overrides, load_raw, parse
-from parallel.errors import shortened
+from parallel.errors import ConfigError, shortened, shown
 
 DEFAULT_NAME = "default"
 
@@ -16,10 +17,40 @@ def read_config(file: str | None, assignments: Sequence[str], world_size: int | 
 
     `{name}` in `output.dir` becomes the name of the file. Raises ConfigError.
     """
-    raw = apply_overrides({} if file is None else load_raw(file), assignments)
+    before = {} if file is None else load_raw(file)
+    raw = apply_overrides(before, assignments)
+    _check_model(before.get("model"), raw.get("model"), f"{file}")
     config = parse(raw, world_size=world_size, resolve=resolve)
     name = DEFAULT_NAME if file is None else Path(file).stem
     return replace(config, output=replace(config.output, dir=config.output.dir.replace("{name}", name)))
+
+
+def _check_model(before: Any, model: Any, file: str) -> None:
+    """Raise ConfigError where another model is named over a run's config.json, whose fields of its model would stay."""
+    if not all(isinstance(section, Mapping) and MODEL_TYPE in section for section in (before, model)):
+        return
+    changed = {key: value for key, value in model.items() if key not in before or before[key] != value}
+    named = [key for key in ("path", "name") if key in changed]
+    if not named:
+        return
+    fresh = _numbers({**{key: model[key] for key in ("name", "path") if key in model}, **changed})
+    if fresh is not None and fresh != _numbers(model):
+        section = {key: changed[key] for key in named}
+        raise ConfigError(
+            f"model.{named[0]}: with {shown(changed[named[0]])} the fields of the other model, which {shortened(file)}"
+            f' has, would stay. Replace the whole section: --set "model={section}".'
+        )
+
+
+def _numbers(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return all fields of the model of a section, but for those that its weights do not fix; None: it is refused."""
+    try:
+        shape = shape_of(parse({"model": model}, resolve=resolve))
+    except ConfigError:
+        return None
+    return {"model_type": shape.model_type} | {
+        key: value for key, value in shape.exported().items() if key not in shape.may_change
+    }
 
 
 def override_messages(assignments: Sequence[str]) -> list[str]:
