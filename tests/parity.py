@@ -130,7 +130,23 @@ def hugging_face(path: Path, dtype: torch.dtype) -> Any:
         replaced = torch.nn.RMSNorm(size, norm.variance_epsilon, dtype=dtype)
         replaced.weight = norm.weight
         model.set_submodule(name, replaced)
+    if torch.cuda.is_available():
+        for rotary in [part for part in model.modules() if type(part).__name__.endswith("RotaryEmbedding")]:
+            compute_on_gpu(rotary)
     return model
+
+
+def compute_on_gpu(rotary: torch.nn.Module) -> None:
+    """Make a Hugging Face module compute its cosines and sines where ours are computed.
+
+    They are fp32 in an fp64 model, too, and a GPU's last bit of a cosine is not a CPU's.
+    """
+    forward = rotary.to("cuda").forward
+
+    def tables(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(table.cpu() for table in forward(x[:0].cuda(), position_ids.cuda()))
+
+    rotary.forward = tables  # type: ignore[method-assign]
 
 
 def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
