@@ -146,7 +146,7 @@ def compute_on_gpu(rotary: torch.nn.Module) -> None:
     def tables(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         return tuple(table.cpu() for table in forward(x[:0].cuda(), position_ids.cuda()))
 
-    rotary.forward = tables  # type: ignore[method-assign]
+    rotary.forward = tables
 
 
 def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
