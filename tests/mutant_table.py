@@ -874,7 +874,7 @@ USER_WRITES = (
            "parallel/chunk/writes.py", "            chunk.take_written()\n", "            pass\n",
            f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
     Mutant("write-through-data-missed", "only the writes that torch counts in versions are noticed",
-           "parallel/chunk/writes.py", "flags.append((self._fingerprints() != self._noted).any())", "pass",
+           "parallel/chunk/writes.py", "flags.append((_fingerprints(noted) != before).any())", "pass",
            f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
     Mutant("written-chunk-loses-precision", "a write rounds the master weights of all elements of its chunk",
            "parallel/chunk/chunk.py", "torch.where(is_kept, self.master, own.to(self.master.dtype))",

@@ -62,6 +62,11 @@ def byte_ids(text: str) -> list[int]:
     return list(ByteTokenizer().encode(text).tolist())
 
 
+def of_folder(path: Path) -> str:
+    """Return the assignment of a section `model` in which nothing but the folder is set."""
+    return f"model=dict(path={str(path)!r})"
+
+
 def messages_of(folder: Path, *assignments: str) -> str:
     return "\n".join(prepared(folder / "run", *assignments).messages)
 
@@ -275,7 +280,7 @@ def wrong_tokenizer(folder: Path) -> str:
     path, model = texts_in(folder / "texts", a="a b " * 40), tokenizer_in(model_in(folder / "model"))
     same, other = tokenizer_in(folder / "same"), tokenizer_in(folder / "other", words=WORDS | {"b": 4, "d": 1})
     same.joinpath("tokenizer.json").write_bytes(model.joinpath("tokenizer.json").read_bytes() + b"\n")
-    named = (*FREE, f"data.path={path}", f"model.path={model}")
+    named = (f"data.path={path}", of_folder(model))
     for right in (model, same):
         assert "have another id" not in messages_of(folder, *named, f"data.tokenizer={right}")
     said = messages_of(folder, *named, f"data.tokenizer={other}")
@@ -284,15 +289,12 @@ def wrong_tokenizer(folder: Path) -> str:
     return said
 
 
-FREE = tuple(f"model.{key}=None" for key in ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads"))
-
-
 def bytes_and_weights(folder: Path) -> str:
     model = model_in(folder / "model")
-    said = messages_of(folder, *FREE, f"model.path={model}")
+    said = messages_of(folder, of_folder(model))
     assert "does not say with which tokenizer" in said
     tokenizer_in(model)
-    return messages_of(folder, *FREE, f"model.path={model}")
+    return messages_of(folder, of_folder(model))
 
 
 def ids_alone(folder: Path) -> str:

@@ -30,12 +30,13 @@ class Writes:
     def __init__(self, chunks: Sequence[Chunk], world: Axis) -> None:
         self._chunks, self._world, self._device = list(chunks), world, chunks[0].memory.device
         self.is_on = True
-        self._noted: Tensor | None = None  # the fingerprint of each chunk whose parameters stay whole
+        self._noted: dict[Chunk, Tensor] = {}  # the fingerprint of each chunk whose parameters stay whole
         self.note()
 
     def note(self) -> None:
         """Note that all parameters are now as the engine has written them."""
-        self._noted = self._fingerprints()
+        whole = [chunk for chunk in self._chunks if _stays_whole(chunk)]
+        self._noted = dict(zip(whole, _fingerprints(whole).unbind(), strict=True))
         for chunk in self._chunks:
             chunk.parameters.writes.note()
 
@@ -46,7 +47,7 @@ class Writes:
 
     def stop(self) -> None:
         """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
-        self._chunks, self._noted, self.is_on = [], None, False
+        self._chunks, self._noted, self.is_on = [], {}, False
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""
@@ -68,8 +69,10 @@ class Writes:
         """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
         self._take_replaced()
         flags = [torch.zeros((), dtype=torch.bool, device=self._device)]
-        if self._noted is not None:
-            flags.append((self._fingerprints() != self._noted).any())
+        noted = [chunk for chunk in self._chunks if chunk in self._noted and _stays_whole(chunk)]
+        if noted:
+            before = torch.stack([self._noted[chunk] for chunk in noted])
+            flags.append((_fingerprints(noted) != before).any())
         for chunk in self._chunks:
             writes = chunk.parameters.writes
             if not _stays_whole(chunk):
@@ -95,10 +98,6 @@ class Writes:
         for chunk in self._chunks:
             chunk.take_written()
         self.note()
-
-    def _fingerprints(self) -> Tensor:
-        """Return the fingerprint of each chunk whose parameters stay whole, int64, in the order of the chunks."""
-        return fingerprints([chunk.parameters.whole for chunk in self._chunks if _stays_whole(chunk)])
 
     def _take_replaced(self) -> None:
         """Take values that came by `p.data = ...` where parameters stay whole."""
@@ -138,6 +137,11 @@ class Writes:
         marks = all_gather(each, 0, axis).view(axis.size, -1)
         differs = (marks != marks[0]).any(0).tolist()
         return next(info.name for info, is_other in zip(chunk.infos, differs, strict=True) if is_other)
+
+
+def _fingerprints(chunks: Sequence[Chunk]) -> Tensor:
+    """Return the fingerprint of each chunk's parameters, int64 [len(chunks)]."""
+    return fingerprints([chunk.parameters.whole for chunk in chunks])
 
 
 def _stays_whole(chunk: Chunk) -> bool:
