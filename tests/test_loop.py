@@ -371,10 +371,10 @@ def test_the_peak_of_a_device_follows_from_its_name(
 
 
 def test_tflops_are_those_of_one_device() -> None:
-    """Each token takes 6 N + 12 L H S, with N counted by hand: without the position table, the embedding once."""
+    """Each token takes 6 N + 12 L H S, with the matrices of N counted by hand: the embedding once, no positions."""
     config = read_config(None, TINY, 1)
-    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
-    flops = 8 * 16 * (6 * (260 * 32 + 2 * layer + 2 * 32) + 12 * 2 * 32 * 16)
+    layer = 4 * 32 * 32 + 2 * 32 * 64
+    flops = 8 * 16 * (6 * (260 * 32 + 2 * layer) + 12 * 2 * 32 * 16)
     line = Meter(config, 4, torch.device("cpu")).line(3, StepResult(2.0, 1.0, 0.1, 120), 0.5, samples=24)
     assert line["tflops"] == pytest.approx(flops / 0.5 / 4 / 1e12)
     assert line["tokens"] == 3 * 8 * 16

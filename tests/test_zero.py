@@ -181,7 +181,7 @@ def test_a_step_sends_what_the_table_of_stages_says(stage: int) -> None:
     micro = dict(global_batch_size=24, micro_batch_size=24 // n // m)
     raw = config_of({}, model=SHAPE, train=micro, zero=dict(stage=stage))
     for psi, blocks, handed in run(elements_sent, n, raw):
-        scalars = 6 + 2  # labels, refusals, samples and their squares; loss; norm; written parameters
+        scalars = 6 + 3  # labels, refusals, samples and their squares; loss; norm; written parameters, twice
         sent = handed.get("reduce_scatter", 0) * (n - 1) / n + handed.get("all_gather", 0) * (n - 1)
         sums = handed["all_reduce"] - (psi if stage == 0 else 0)
         assert 0 < sums < scalars
