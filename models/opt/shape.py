@@ -68,7 +68,7 @@ class OPTShape(ModelShape):
     """
 
     activation_function: str = "relu"
-    """The function inside the feed-forward: relu, gelu, gelu_new, silu or tanh."""
+    """The function inside the feed-forward: relu, gelu, gelu_new, gelu_pytorch_tanh, silu or tanh."""
 
     enable_bias: bool = True
     """True: linears have biases. The projections beside the embedding never have one."""
