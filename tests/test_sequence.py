@@ -22,9 +22,9 @@ from parallel.layout.rng import dropout
 from parallel.mesh.collectives import Pending, all_to_all, start_rotate
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.pipeline.microbatch import Microbatch
-from parallel.sequence import AttentionDropout, Masking, ring, sequence_of
-from parallel.sequence import blocks as kernels
-from parallel.sequence.blocks import Block, Kernel, positions_in
+from parallel.sequence import AttentionDropout, Masking, kernels, ring, sequence_of
+from parallel.sequence.blocks import Block, positions_in
+from parallel.sequence.kernels import Kernel
 from parallel.sequence.ring import Zigzag
 from tests.accounts import (
     Allocations,

@@ -22,7 +22,8 @@ from torch import Tensor
 from parallel.mesh.collectives import Pending, start_rotate
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.sequence.blocks import UNSEEN, Block, Kernel, Masking, kernel_for
+from parallel.sequence.blocks import Block, Masking
+from parallel.sequence.kernels import UNSEEN, Kernel, kernel_for
 
 ALL = slice(None)
 
