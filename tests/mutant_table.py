@@ -119,6 +119,7 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
 LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
+ATTENTION = "models/attention.py"
 SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
@@ -385,7 +386,7 @@ MODEL = (
            LAYER, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
            drops("Block")),
     Mutant("attention-dropout-the-same-for-every-sample", "a dropout mask of attention depends on head and position only",
-           LAYER, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
+           ATTENTION, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
@@ -1186,7 +1187,7 @@ GPT2 = (
     ),
 )
 
-LLAMA_LAYERS, ROTARY, LAYER = "models/llama/layers.py", "models/rotary.py", "models/layer.py"
+LLAMA_LAYERS, ROTARY = "models/llama/layers.py", "models/rotary.py"
 FAMILY_RUNS = "tests/test_family_runs.py"
 FAMILY = "tests/test_parity.py::test_every_family_trains_in_every_layout_as_hugging_faces[{}]"
 FAMILIES = (
@@ -1225,7 +1226,7 @@ FAMILIES = (
     Mutant(
         "q-heads-of-groups-interleaved",
         "the q heads of a rank are in another order than their k, v heads",
-        LAYER,
+        ATTENTION,
         "return x.flatten(2, -2).transpose(1, 2)",
         "return x.transpose(2, -2).flatten(2, -2).transpose(1, 2)",
         FAMILY.format("qwen3-single-fp64"),
@@ -1268,14 +1269,14 @@ TABLES = (
     Mutant(
         "q-and-k-kept-twice",
         "q and k are kept for backward before they are turned, too",
-        LAYER,
+        ATTENTION,
         "            v = v.clone()",
         "            pass",
         "tests/test_memory.py::test_a_block_of_each_family_keeps_what_its_shape_says[llama-serial]",
     ),
 )
 
-LLAMA_TESTS, ROTARY = "tests/test_llama.py", "models/rotary.py"
+LLAMA_TESTS = "tests/test_llama.py"
 
 LLAMA = (
     Mutant(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.layer import by_head, parts_of
+from models.attention import by_head, parts_of
 from models.opt.layers import block_of
 from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
