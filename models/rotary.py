@@ -111,7 +111,11 @@ def tables_of(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.d
 def _tables_in_compiled_code(
     positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return what `tables_of` does; the compiler calls this as it is. Cosines of its own differ in fp32's last bit."""
+    """Return what `tables_of` does; the compiler calls this as it is. Cosines of its own differ in fp32's last bit.
+
+    torch's registry of operators has it from the import on: code that is being compiled cannot register one. Without an
+    operator the compiled block would be cut in two here.
+    """
     return tables_of(positions, inv_freq, factor, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The part of their shapes that Llama, Mistral, Ministral, Qwen2 and Qwen3 have in common. This module needs no torch."""
+"""The fields and tensors that Llama, Mistral, Ministral, Qwen2 and Qwen3 share. This module needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

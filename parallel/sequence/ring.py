@@ -119,6 +119,8 @@ def _slice_of(ranges: tuple[range, ...], part: range, begin: int) -> slice:
 
 @dataclass(frozen=True)
 class _Options:
+    """All that forward and backward are given beside tensors."""
+
     zigzag: Zigzag
     masking: Masking
     kernel: Kernel
