@@ -8,7 +8,6 @@ In files of the first versions of transformers 4 `rope_type` is called `type`. t
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from parallel.config.reader import Range
@@ -17,29 +16,25 @@ from parallel.errors import ConfigError, did_you_mean, names_text, shown
 Positive = Annotated[float, Range(1e-6)]
 Factor = Annotated[float, Range(1)]
 
-OPTIONAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "default": (),
-        "linear": (),
-        "dynamic": (),
-        "yarn": (
-            *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-            *("mscale", "mscale_all_dim", "truncate"),
-        ),
-        "llama3": ("original_max_position_embeddings",),
-    }
-)
+OPTIONAL = {
+    "default": (),
+    "linear": (),
+    "dynamic": (),
+    "yarn": (
+        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": ("original_max_position_embeddings",),
+}
 """The kinds of scaling, and the parameters that each may have."""
 
-REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-)
+REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 """The parameters that each kind must have."""
 
 
