@@ -31,9 +31,9 @@ from parallel.engine.environment import environment_variables
 from parallel.mesh.collectives import Pending, start_rotate
 from parallel.mesh.mesh import Axis
 from parallel.ops.clock import clock_of
-from parallel.sequence import Masking, ring, sequence_of
-from parallel.sequence import blocks as kernels
-from parallel.sequence.blocks import Block, Kernel
+from parallel.sequence import Masking, kernels, ring, sequence_of
+from parallel.sequence.blocks import Block
+from parallel.sequence.kernels import Kernel
 
 TIMES, WARM_UP = 10, 3
 

@@ -1,4 +1,4 @@
-"""The families of models that the library trains: GPT-2, Llama, Mistral, OPT, Qwen2 and Qwen3."""
+"""Families of language models, built in any layout: `models.family` lists them."""
 
 from models.build import build
 

@@ -1,7 +1,8 @@
 """The parameters, FLOPs and layer costs of a model, from its public tensors and sizes. This module needs no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
+from types import MappingProxyType
 
 from models.shape import ModelShape
 
@@ -11,10 +12,9 @@ def parameter_count(shape: ModelShape) -> int:
     return sum(map(prod, shape.public_tensors().values()))
 
 
-FLOPS_PER_BYTE = {
-    "cuda": 230.0,
-    "cpu": 9.0,
-}  # FLOPs of matmuls in the time of moving a byte: H100 in bf16, core in fp32
+# The FLOPs of matmuls in the time of moving a byte: of an H100 in bf16, and of a CPU's core in fp32.
+FLOPS_PER_BYTE: Mapping[str, float] = MappingProxyType({"cuda": 230.0, "cpu": 9.0})
+
 # The bytes that all kernels except matmuls move, for each element that a block keeps for backward and for each logit.
 # This is a third of a step's bytes, as a forward is a third of a step's FLOPs. Measured on the kernels of OPT-6.7b's
 # stages on H100s, of which a block keeps 12 elements for each element of a token's hidden dim. Beside OPT's, by a count

@@ -1,13 +1,11 @@
 """The layers that families share, written once for every tensor mode: embedding, transformer block and head.
 
 Between two layers the activations are x[B_batch, S, H_hidden]; the mode says over which axes they are split. A family
-chooses what its layers are made of: see models/opt/layers.py, which is short.
+chooses what its layers are made of: see models/opt/layers.py, which is short. Attention is in models/attention.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +15,7 @@ from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import dropout, seed_of
 from parallel.pipeline.microbatch import Microbatch
-from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
-
-Rotary: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
-"""Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class Embed(nn.Module):
         self.table = mode.vocabulary(shape.vocab_size, width, padding_idx=shape.padding_row, tied=tied)
         self.positions = None if positions is None else self.blocks_mode.positions(positions.num_rows, hidden)
         self.project_in = mode.project_in(hidden, width) if width != hidden else None
-        self.dropout, self.key = dropout_p, key_of(mode, seed)
+        self.dropout, self.dropout_key = dropout_p, dropout_key(mode, seed)
 
     def forward(self, x: None, batch: Microbatch) -> Tensor:
         found = self.mode.lookup(batch.input_ids, self.table)
@@ -98,7 +92,7 @@ class Embed(nn.Module):
             rows = self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)
             found = found + self.positions(rows)
         if self.training and self.dropout > 0:
-            found = dropout(found, self.dropout, self.key, *coordinates(found, batch, self.blocks_mode))
+            found = dropout(found, self.dropout, self.dropout_key, *coordinates(found, batch, self.blocks_mode))
         return found
 
 
@@ -146,7 +140,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.mode, self.norm_first, self.dropout = mode, options.norm_first, options.dropout
-        self.keys = [key_of(mode, options.seed, half) for half in range(2)]
+        self.dropout_keys = [dropout_key(mode, options.seed, half) for half in range(2)]
         self.attention, self.feed_forward = attention, feed_forward
         self.attention_norm, self.feed_forward_norm = norms
 
@@ -160,7 +154,7 @@ class Block(nn.Module):
         """Return x + dropout(function(norm(x))), or norm(x + dropout(function(x))) where the norm comes after."""
         y = function(norm(x) if self.norm_first else x)
         if self.training and self.dropout > 0:
-            y = dropout(y, self.dropout, self.keys[half], *coordinates(y, batch, self.mode))
+            y = dropout(y, self.dropout, self.dropout_keys[half], *coordinates(y, batch, self.mode))
         y = x + y
         return y if self.norm_first else norm(y)
 
@@ -184,98 +178,6 @@ class FeedForward(nn.Module):
         inner = self.up(x)
         y: Tensor = self.down(gated(inner, self.activation) if self.gated else self.activation(inner))
         return y
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """The options in which the attentions of families differ.
-
-    `bias`, `out_bias`: whether q, k, v and the output's linear have biases. `dropout`: of the probabilities. `rotary`:
-    turns q and k by their positions. `head_norm`: the kind and eps of norms of q and k over each head. `window`: how
-    many keys, its own among them, a query sees; None: all before it.
-    """
-
-    bias: bool
-    out_bias: bool
-    dropout: float = 0.0
-    rotary: Rotary | None = None
-    head_norm: tuple[str, float] | None = None
-    window: int | None = None
-
-
-class Attention(nn.Module):
-    """Causal self-attention: x[B_batch, S, H_hidden] -> the same shape.
-
-    Heads are split over the axes `mode.inner_hidden`, so attention needs communication only where sequences are split
-    (context parallelism). q, k and v are one parameter and one matmul: [3, A · D, H], or [G, (A/G + 2) · D, H] where
-    there are fewer k, v heads (G) than q heads (A; grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245).
-    """
-
-    def __init__(self, shape: ModelShape, mode: Mode, options: AttentionOptions, seed: int) -> None:
-        super().__init__()
-        self.mode, self.options, self.key = mode, options, key_of(mode, seed)
-        self.all_heads, parts = shape.num_attention_heads, prod(axis.size for axis in mode.inner_hidden)
-        self.heads, self.kv_heads, self.head_size = (
-            self.all_heads // parts,
-            shape.num_kv_heads // parts,
-            shape.head_size,
-        )
-        hidden, width, group = shape.hidden_size, self.all_heads * self.head_size, self.heads // self.kv_heads
-        if group == 1:
-            self.qkv = mode.linear_in(width, hidden, bias=options.bias, fused=3)
-        else:
-            rows = (group + 2) * self.head_size
-            self.qkv = mode.linear_in_groups(shape.num_kv_heads, rows, hidden, bias=options.bias)
-        self.q_norm, self.k_norm = (self._head_norm() for _ in range(2))
-        self.out = mode.linear_out(hidden, width, bias=options.out_bias)
-
-    def _head_norm(self) -> nn.Module | None:
-        if self.options.head_norm is None:
-            return None
-        kind, eps = self.options.head_norm
-        return self.mode.head_norm(kind, self.head_size, eps=eps)
-
-    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        q, k, v = parts_of(self.qkv(x), self.heads, self.kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif self.options.rotary is not None:
-            v = v.clone()  # only v is kept for backward then, and as a view it would keep the memory of all three
-        q, k, v = by_head(q), by_head(k), by_head(v)
-        if self.options.rotary is not None:
-            q, k = self.options.rotary(q, k, batch, self.mode)
-        y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
-        return y
-
-    def _masking(self, batch: Microbatch) -> Masking:
-        tokens = dropout = None
-        if batch.attention_mask is not None:
-            tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
-        if self.training and self.options.dropout > 0:
-            samples = self.mode.local(batch.samples, self.mode.inner_batch)
-            heads = global_range(self.mode.inner_hidden, self.heads, samples.device)
-            numbers = samples.unsqueeze(1) * self.all_heads + heads
-            dropout = AttentionDropout(self.options.dropout, self.key, numbers)
-        return Masking(tokens, dropout, self.options.window)
-
-
-def parts_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q[B, S, kv heads, group, D] and k, v[B, S, kv heads, D], views of the joint linear's output qkv[B, S, F].
-
-    With as many k, v heads as q heads the features are all of q, of k and of v; else q's, k's and v's of each group
-    follow one another. The output is cut along its last dim, so that in backward the gradients are joined by one copy.
-    """
-    group, size = heads // kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads)
-    if group == 1:
-        q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.chunk(3, -1))
-    else:
-        q, k, v = qkv.unflatten(-1, (kv_heads, -1)).split([group * size, size, size], -1)
-    return q.unflatten(-1, (group, size)) if group > 1 else q.unsqueeze(3), k, v
-
-
-def by_head(x: Tensor) -> Tensor:
-    """Return x[B, S, ..., D] as [B, heads, S, D]: a view, but for q's part of grouped q, k and v."""
-    return x.flatten(2, -2).transpose(1, 2)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------
@@ -305,7 +207,7 @@ class Head(nn.Module):
         return self.mode.lm_loss(self.features(x), self.table, batch.labels, batch.scale)
 
 
-def key_of(mode: Mode, *parts: object) -> Tensor:
+def dropout_key(mode: Mode, *parts: object) -> Tensor:
     """Return the key of a dropout. It is a tensor, since code would be compiled anew for each key that is a number."""
     return torch.tensor(seed_of(*parts), device=mode.mesh.device)
 

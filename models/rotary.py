@@ -67,7 +67,7 @@ class Rotary:
         B are this rank's samples inside a block. The positions are the batch's own, else 0, 1, ... from the first
         column, also where it is padding.
         """
-        cos, sin = self._tables_of(batch, mode, q)
+        cos, sin = self._tables_for(batch, mode, q)
         return rotated(q, cos, sin), rotated(k, cos, sin)
 
     def tables(self, positions: Tensor, length: int | Tensor, dtype: torch.dtype) -> Tables:
@@ -81,18 +81,18 @@ class Rotary:
         make = _tables_in_compiled_code if torch.compiler.is_compiling() else tables_of
         return make(positions, inv_freq, self._attention_factor, dtype)
 
-    def _tables_of(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+    def _tables_for(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
         """Return the tables of a microbatch, which the first layer makes and the others of the stage find here."""
         if torch.compiler.is_compiling():
-            return self._made(batch, mode, q)
+            return self._make_tables(batch, mode, q)
         ids = batch.position_ids
         version = None if ids is None else ids._version
         key = batch.length, q.shape[2], q.device, q.dtype, version, torch.is_inference_mode_enabled()
         if self._tables is None or self._key != key or self._ids is not ids:
-            self._key, self._ids, self._tables = key, ids, self._made(batch, mode, q)
+            self._key, self._ids, self._tables = key, ids, self._make_tables(batch, mode, q)
         return self._tables
 
-    def _made(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+    def _make_tables(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
         if batch.position_ids is None:
             positions = mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)
             return self.tables(positions, batch.length, q.dtype)
@@ -111,7 +111,11 @@ def tables_of(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.d
 def _tables_in_compiled_code(
     positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return what `tables_of` does; the compiler calls this as it is. Cosines of its own differ in fp32's last bit."""
+    """Return what `tables_of` does; the compiler calls this as it is. Cosines of its own differ in fp32's last bit.
+
+    torch's registry of operators has it from the import on: code that is being compiled cannot register one. Without an
+    operator the compiled block would be cut in two here.
+    """
     return tables_of(positions, inv_freq, factor, dtype)
 
 

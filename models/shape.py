@@ -21,6 +21,8 @@ ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "tanh")
 """Hugging Face's names of the functions that a feed-forward may have."""
 
 Names: TypeAlias = Mapping[str, str | tuple[str, ...]]
+"""The public name of each of our modules, or the names of those that are fused into one parameter."""
+
 Sizes: TypeAlias = dict[str, tuple[int, ...]]
 """The shapes of tensors by their public names, in order."""
 
@@ -43,8 +45,8 @@ class Kept:
     inner: int
     """Elements of tensors inside the block, split as heads and the feed-forward are."""
 
-    rows: int
-    """Statistics of norms over the hidden dim: one number a row each."""
+    statistics: int
+    """Statistics of norms over the hidden dim: a LayerNorm has two, an RMSNorm one."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ This module needs no torch.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _read(family: Family, raw: Mapping[str, Any], path: tuple[str, ...]) -> Mode
     return shape
 
 
-def _fields(family: Family) -> tuple[Any, ...]:
+def _fields(family: Family) -> tuple[Field[Any], ...]:
     return fields(family.shape)
 
 

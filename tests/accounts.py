@@ -51,7 +51,7 @@ def letters(tensor: TensorConfig, shape: ModelShape, batch: int, sequence: int) 
     V = -(-shape.vocab_size // parts) * parts
     kept = shape.kept()
     sizes = dict(p=tensor.size, d=d, r=r, c=c, q=q, T=batch * sequence, S=sequence, V=V, E=shape.embedding_width)
-    return sizes | widths_of(shape) | sums_of(shape, V) | dict(O=kept.outer, I=kept.inner, N=kept.rows)
+    return sizes | widths_of(shape) | sums_of(shape, V) | dict(O=kept.outer, I=kept.inner, N=kept.statistics)
 
 
 def widths_of(shape: ModelShape) -> dict[str, int]:

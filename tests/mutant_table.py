@@ -97,7 +97,7 @@ def text_row(what: str) -> str:
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
 NORMS = "parallel/tensor/norms.py"
-SPLIT, RING, BLOCKS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks"))
+SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
 WHOLE = "tests/test_grouped_attention.py::test_whole_sequences_are_attended_to_as_the_formula_says"
@@ -119,6 +119,7 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
     f"parallel/modules/{name}.py" for name in ("sharded", "lazy", "recorder", "construction")
 )
 LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
+ATTENTION = "models/attention.py"
 SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
@@ -385,7 +386,7 @@ MODEL = (
            LAYER, "rows = samples.unsqueeze(1) * batch.length", "rows = samples.unsqueeze(1) * 0",
            drops("Block")),
     Mutant("attention-dropout-the-same-for-every-sample", "a dropout mask of attention depends on head and position only",
-           LAYER, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
+           ATTENTION, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("Attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
            ENGINE,
@@ -421,10 +422,10 @@ SEQUENCES = (
            "        yield (axis.rank - step) % axis.size, keys, values\n        in_flight = start_rotate(received, axis)\n",
            "tests/test_sequence.py::test_keys_are_in_flight_while_others_are_attended_to"),
     Mutant("ring-attends-by-flash", "a GPU does not use its faster kernel",
-           BLOCKS, "return ON_GPU[chosen]", "return ON_GPU[SDPBackend.FLASH_ATTENTION]",
+           KERNELS, "return ON_GPU[chosen]", "return ON_GPU[SDPBackend.FLASH_ATTENTION]",
            "tests/test_sequence.py::test_a_gpu_attends_with_the_kernel_that_torch_would_choose"),
     Mutant("kernel-asked-for-the-whole", "torch is asked for a kernel for blocks twice as long as they are",
-           BLOCKS, "q[..., : max(1, q.shape[-2] // 2), :]", "q",
+           KERNELS, "q[..., : max(1, q.shape[-2] // 2), :]", "q",
            "tests/test_sequence.py::test_a_gpu_attends_with_the_kernel_that_torch_would_choose"),
     Mutant("ring-waits-before-it-computes", "the gradients of a block are not computed until those that they are added to have come",
            RING, "        results = [contribution(part, keys, values) for part in parts]\n"
@@ -448,7 +449,7 @@ SEQUENCES = (
            ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
            "tests/test_batches.py::test_a_mask_without_padding_is_left_out"),
     Mutant("16-bit-scores", "attention scores are rounded to 16 bits before the softmax",
-           BLOCKS, "scores = _products(q, k.mT, wide)", "scores = _products(q, k.mT, q.dtype).to(wide)",
+           KERNELS, "scores = _products(q, k.mT, wide)", "scores = _products(q, k.mT, q.dtype).to(wide)",
            "tests/test_sequence.py::test_unfused_attention_is_as_exact_as_flash"),
     Mutant("ring-merges-the-other-way", "the weights of the earlier and the new result are exchanged when they are merged",
            RING, "(logsumexp - own).sigmoid_()", "(own - logsumexp).sigmoid_()", f"{ACROSS}[2-ring-causal]"),
@@ -1079,7 +1080,7 @@ GROUPED_ATTENTION = (
     Mutant(
         "heads-interleaved",
         "query heads use the key heads in turn, and not one key head for each group of neighbours",
-        BLOCKS,
+        KERNELS,
         "x.unflatten(1, (kv_heads, -1)).flatten(2, 3)",
         "x.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(2, 3)",
         WHOLE,
@@ -1103,7 +1104,7 @@ GROUPED_ATTENTION = (
     Mutant(
         "dk-of-one-query-head",
         "the gradient of a key is that of the first query head of its group",
-        BLOCKS,
+        KERNELS,
         "_grouped(dscores, kv_heads).mT @ _grouped(q, kv_heads), dv",
         "dscores[:, :: q.shape[1] // kv_heads].mT @ q[:, :: q.shape[1] // kv_heads], dv",
         WHOLE,
@@ -1186,7 +1187,7 @@ GPT2 = (
     ),
 )
 
-LLAMA_LAYERS, ROTARY, LAYER = "models/llama/layers.py", "models/rotary.py", "models/layer.py"
+LLAMA_LAYERS, ROTARY = "models/llama/layers.py", "models/rotary.py"
 FAMILY_RUNS = "tests/test_family_runs.py"
 FAMILY = "tests/test_parity.py::test_every_family_trains_in_every_layout_as_hugging_faces[{}]"
 FAMILIES = (
@@ -1225,7 +1226,7 @@ FAMILIES = (
     Mutant(
         "q-heads-of-groups-interleaved",
         "the q heads of a rank are in another order than their k, v heads",
-        LAYER,
+        ATTENTION,
         "return x.flatten(2, -2).transpose(1, 2)",
         "return x.transpose(2, -2).flatten(2, -2).transpose(1, 2)",
         FAMILY.format("qwen3-single-fp64"),
@@ -1268,14 +1269,14 @@ TABLES = (
     Mutant(
         "q-and-k-kept-twice",
         "q and k are kept for backward before they are turned, too",
-        LAYER,
+        ATTENTION,
         "            v = v.clone()",
         "            pass",
         "tests/test_memory.py::test_a_block_of_each_family_keeps_what_its_shape_says[llama-serial]",
     ),
 )
 
-LLAMA_TESTS, ROTARY = "tests/test_llama.py", "models/rotary.py"
+LLAMA_TESTS = "tests/test_llama.py"
 
 LLAMA = (
     Mutant(

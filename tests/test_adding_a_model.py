@@ -89,7 +89,7 @@ class ToyShape(ModelShape):
         return Normal(mean=1.0) if name.endswith("norm.weight") else Normal(std=0.1)
 
     def kept(self):
-        return Kept(2 * self.hidden_size, 4 * self.hidden_size + 2 * self.inner_size + self.num_attention_heads, rows=1)
+        return Kept(2 * self.hidden_size, 4 * self.hidden_size + 2 * self.inner_size + self.num_attention_heads, 1)
 
 
 SIZES = {"toy-tiny": ToyShape()}
@@ -98,7 +98,8 @@ SIZES = {"toy-tiny": ToyShape()}
 LAYERS = """\
 from torch import nn
 
-from models.layer import Attention, AttentionOptions, Embed, FeedForward, Head, layers
+from models.attention import Attention, AttentionOptions
+from models.layer import Embed, FeedForward, Head, layers
 
 
 class SideBySide(nn.Module):

@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend
 from parallel.config.parallel import ContextConfig, TensorConfig
 from parallel.layout.rng import dropout
 from parallel.mesh.mesh import ALONE, Axis
-from parallel.sequence import UNSPLIT, AttentionDropout, Masking, SequenceSplit, sequence_of
-from parallel.sequence import blocks as kernels
+from parallel.sequence import UNSPLIT, AttentionDropout, Masking, SequenceSplit, kernels, sequence_of
 from parallel.sequence.ring import Zigzag
 from tests.accounts import RecordedCalls, mesh_of, saved_for_backward, storage_of
 from tests.harness import run

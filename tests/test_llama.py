@@ -362,7 +362,7 @@ def test_a_block_keeps_what_its_shape_says_and_the_tables(shape: SharedShape) ->
     with saved_for_backward() as saved:
         block(x, Microbatch(tokens, tokens, torch.arange(3)))
     kept, tables = shape.kept(), 2 * 6 * shape.head_size
-    assert bytes_kept(saved, block) == 4 * (tokens.numel() * (kept.outer + kept.inner + kept.rows) + tables)
+    assert bytes_kept(saved, block) == 4 * (tokens.numel() * (kept.outer + kept.inner + kept.statistics) + tables)
 
 
 def test_all_blocks_of_a_stage_share_the_tables_of_a_microbatch() -> None:

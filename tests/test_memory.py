@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.attention import Attention
 from models.family import FAMILIES
 from models.gpt2.shape import GPT2Shape
-from models.layer import Attention, Block
+from models.layer import Block
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape

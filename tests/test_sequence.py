@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.layer import by_head, parts_of
+from models.attention import by_head, parts_of
 from models.opt.layers import block_of
 from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
@@ -22,9 +22,9 @@ from parallel.layout.rng import dropout
 from parallel.mesh.collectives import Pending, all_to_all, start_rotate
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.pipeline.microbatch import Microbatch
-from parallel.sequence import AttentionDropout, Masking, ring, sequence_of
-from parallel.sequence import blocks as kernels
-from parallel.sequence.blocks import Block, Kernel, positions_in
+from parallel.sequence import AttentionDropout, Masking, kernels, ring, sequence_of
+from parallel.sequence.blocks import Block, positions_in
+from parallel.sequence.kernels import Kernel
 from parallel.sequence.ring import Zigzag
 from tests.accounts import (
     Allocations,

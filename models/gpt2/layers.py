@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
+from models.attention import Attention, AttentionOptions
 from models.gpt2.shape import GPT2Shape
 from models.layer import (
-    Attention,
-    AttentionOptions,
     Block,
     BlockOptions,
     Embed,

@@ -1,4 +1,4 @@
-"""The sizes of GPT-2 models, and their public tensors. This module needs no torch."""
+"""The shape of GPT-2 models, their public tensors, and the published sizes by name. This module needs no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -206,7 +206,7 @@ class GPT2Shape(ModelShape):
     def kept(self) -> Kept:
         """Return what a block keeps for backward: of an activation other than relu the input, too."""
         activation = 1 if self.activation_function == "relu" else 2
-        return Kept(outer=4 * self.n_embd, inner=4 * self.n_embd + activation * self.inner + self.n_head, rows=4)
+        return Kept(outer=4 * self.n_embd, inner=4 * self.n_embd + activation * self.inner + self.n_head, statistics=4)
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Sizes:

@@ -1,6 +1,7 @@
-"""Llama, Mistral, Qwen2 and Qwen3 as a list of layers: see the papers in `shape.py`."""
+"""Llama, Mistral, Ministral, Qwen2 and Qwen3 as a list of layers: see the papers in `shape.py`."""
 
-from models.layer import Attention, AttentionOptions, Block, BlockOptions, Embed, FeedForward, Head, LayerSpec, layers
+from models.attention import Attention, AttentionOptions
+from models.layer import Block, BlockOptions, Embed, FeedForward, Head, LayerSpec, layers
 from models.llama.shared import SharedShape
 from models.rotary import Rotary, RotarySettings
 from parallel.layout.rng import seed_of

@@ -1,4 +1,4 @@
-"""The sizes of Llama, Mistral, Qwen2 and Qwen3, and what follows from them. This module needs no torch.
+"""The shapes of Llama, Mistral, Ministral, Qwen2 and Qwen3: what each adds to `shared.py`. This module needs no torch.
 
 The fields are those of Hugging Face's configs in transformers 5, with their names and defaults, but for the rotary
 positions: `rope_theta` and `rope_scaling` have the names of transformers 4, see `rope.py`.

@@ -1,4 +1,4 @@
-"""The part of their shapes that Llama, Mistral, Qwen2 and Qwen3 have in common. This module needs no torch."""
+"""The fields and tensors that Llama, Mistral, Ministral, Qwen2 and Qwen3 share. This module needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ NO_SCALING = RopeScaling()
 
 @dataclass(frozen=True)
 class SharedShape(ModelShape):
-    """The fields that all four families have, with Llama's defaults, and what all four have in common."""
+    """The fields that all of these families have, with Llama's defaults, and what follows from them in the same way."""
 
     only = MappingProxyType({"partial_rotary_factor": (1.0,), "is_causal": (True,)})
     may_change = frozenset(
@@ -167,12 +167,12 @@ class SharedShape(ModelShape):
 
     def block_tensors(self, layer: int) -> Sizes:
         hidden, inner = self.hidden_size, self.intermediate_size
-        width, pairs = self.attention_width, self.num_kv_heads * self.head_size
+        width, kv_width = self.attention_width, self.num_kv_heads * self.head_size
         head_norms = ("self_attn.q_norm.weight", "self_attn.k_norm.weight") if self.has_head_norms else ()
         return {
             **_linear("self_attn.q_proj", width, hidden, bias=self.has_qkv_bias),
-            **_linear("self_attn.k_proj", pairs, hidden, bias=self.has_qkv_bias),
-            **_linear("self_attn.v_proj", pairs, hidden, bias=self.has_qkv_bias),
+            **_linear("self_attn.k_proj", kv_width, hidden, bias=self.has_qkv_bias),
+            **_linear("self_attn.v_proj", kv_width, hidden, bias=self.has_qkv_bias),
             **_linear("self_attn.o_proj", hidden, width, bias=self.has_out_bias),
             **dict.fromkeys(head_norms, (self.head_size,)),
             **_linear("mlp.gate_proj", inner, hidden, bias=self.has_mlp_bias),
@@ -217,7 +217,7 @@ class SharedShape(ModelShape):
         inner = (2 * heads + 2 * groups) * size + heads + 3 * self.intermediate_size
         if self.has_head_norms:
             inner += (heads + groups) * (size + 1)
-        return Kept(outer=4 * self.hidden_size, inner=inner, rows=2)
+        return Kept(outer=4 * self.hidden_size, inner=inner, statistics=2)
 
     def spans(self, sequence_length: int) -> list[int]:
         return [min(sequence_length, window or sequence_length) for window in self.windows()]

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from models.attention import Attention, AttentionOptions
 from models.layer import (
-    Attention,
-    AttentionOptions,
     Block,
     BlockOptions,
     Embed,

@@ -1,4 +1,4 @@
-"""The sizes of OPT models, their public tensors, and the published sizes by name. This module needs no torch."""
+"""The shape of OPT models, their public tensors, and the published sizes by name. This module needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -68,7 +68,7 @@ class OPTShape(ModelShape):
     """
 
     activation_function: str = "relu"
-    """The function inside the feed-forward: relu, gelu, gelu_new, silu or tanh."""
+    """The function inside the feed-forward: relu, gelu, gelu_new, gelu_pytorch_tanh, silu or tanh."""
 
     enable_bias: bool = True
     """True: linears have biases. The projections beside the embedding never have one."""
@@ -172,7 +172,7 @@ class OPTShape(ModelShape):
     def kept(self) -> Kept:
         """Return what a block keeps for backward: relu keeps its output alone, other activations their input too."""
         activation = self.ffn_dim * (1 if self.activation_function == "relu" else 2)
-        return Kept(4 * self.hidden_size, 4 * self.hidden_size + activation + self.num_attention_heads, rows=4)
+        return Kept(4 * self.hidden_size, 4 * self.hidden_size + activation + self.num_attention_heads, statistics=4)
 
     # -- config.json
 

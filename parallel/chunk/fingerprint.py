@@ -18,13 +18,13 @@ def fingerprint(flat: Tensor) -> Tensor:
 
 
 def fingerprints(flats: Sequence[Tensor]) -> Tensor:
-    """Return an int64 [len(flats)], on their device, that other bits in any place of a flat[n] change.
+    """Return the fingerprint of each buffer flat[n], int64 [len(flats)] on their device; the host does not wait.
 
-    The host does not wait. A fingerprint is a sum of 32-bit words, modulo 2**64, with a pseudorandom weight of 64 bits
-    for each. A long buffer is read once, by one kernel: the rows of words [rows, COLUMNS] of 64 bits are added up
-    before they are weighted, so that words which change places COLUMNS · k apart are not noticed. All buffers are
-    weighted together: a GPU takes longer to start kernels than to read the sums. n · itemsize is a multiple of 8, as in
-    the buffers of chunks.
+    It changes where any bits of the buffer change. A fingerprint is a sum of 32-bit words, modulo 2**64, each of them
+    multiplied by a pseudorandom weight of 64 bits. A long buffer is read once, by one kernel: the rows of its 64-bit
+    words [rows, COLUMNS] are added up, and the sums weighted. So two words that change places, COLUMNS · k apart, are
+    not noticed. All buffers are weighted together: a GPU takes longer to start kernels than to read the sums. The bytes
+    of a buffer, n · itemsize, are a multiple of 8, as in chunks.
     """
     if not flats:
         return torch.empty(0, dtype=torch.int64)
@@ -40,7 +40,7 @@ def fingerprints(flats: Sequence[Tensor]) -> Tensor:
 def _added_up(flat: Tensor) -> Tensor:
     """Return the words of a short buffer, and the sums of a long one's, int64 [at most FEW].
 
-    The number of rows is odd, so that the sum shows if every word has changed its sign. The rest is added with weights.
+    The number of rows is odd, so that the sum changes if the sign bits of all words do. The rest is added with weights.
     """
     words = flat.detach().view(torch.int64)
     if len(words) <= FEW:

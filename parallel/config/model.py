@@ -12,7 +12,7 @@ class ModelConfig:
     """The section `model`: a named size or a Hugging Face directory, and what to change in it."""
 
     name: str = "opt-tiny"
-    """The name of a size, such as opt-1.3b, llama-3.2-1b or gpt2; docs/config.md lists all. opt-tiny has 1.1 million
+    """The name of a size, such as opt-1.3b, llama-3.2-1b or gpt2; docs/models.md lists all. opt-tiny has 1.1 million
     parameters, for tests on a CPU. Not used if `path` is given.
     """
 

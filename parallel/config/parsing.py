@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, get_type_hints
 
+from parallel.config.literals import literal
 from parallel.config.other_names import accumulation_problems
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import MAX_DEPTH, Reader, hints_of, literal
+from parallel.config.reader import MAX_DEPTH, Reader, hints_of
 from parallel.config.sections import Config
 from parallel.errors import ConfigError, closest, either, shortened, shown
 

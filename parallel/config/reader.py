@@ -1,10 +1,9 @@
 """Reads raw values into frozen dataclasses by their type hints: what a hint can express needs no code in a section.
 
-A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or `X | None`; Annotated adds Range and
-Supported.
+A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or a union of such; Annotated adds Range,
+Supported, Expanded and Rest.
 """
 
-import ast
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from difflib import SequenceMatcher
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from parallel.config.literals import literal
 from parallel.config.other_names import advice, key_text
 from parallel.config.paths import PathError, expanded
 from parallel.errors import closest, either, shown
@@ -180,7 +180,7 @@ def convert(hint: Any, raw: object) -> Any:
                 raise MisreadError(f"needs {bounds.needs(value)}, got {shown(raw)}", nearest)
         return _expanded(value) if any(annotations_of(hint, Expanded)) else value
     if origin in (Union, UnionType):
-        return _one_of([argument for argument in arguments if argument is not NoneType], arguments, raw)
+        return _one_of(arguments, raw)
     if origin is Literal:
         return _choice(arguments, raw)
     if origin is tuple:
@@ -197,11 +197,12 @@ def can_convert(hint: Any, raw: object) -> bool:
     return True
 
 
-def _one_of(kinds: list[Any], arguments: tuple[Any, ...], raw: object) -> Any:
-    """Return `raw` as one of these kinds requires: a list as a tuple, if there is one; or None, if the hint has it."""
-    if raw is None and NoneType in arguments:
+def _one_of(hints: tuple[Any, ...], raw: object) -> Any:
+    """Return `raw` as one of these hints requires: None as None, a list as a tuple, if they are among them."""
+    if raw is None and NoneType in hints:
         return None
     is_list = isinstance(raw, (list, tuple))
+    kinds = [hint for hint in hints if hint is not NoneType]
     fitting = [kind for kind in kinds if is_list is (get_origin(kind) is tuple)]
     return _optional((fitting or kinds)[0], raw)
 
@@ -295,26 +296,6 @@ def _nearest(kind: type, raw: object) -> object:
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     return value if type(value) is kind else MISSING
-
-
-def literal(text: str) -> object:
-    """Return the value of a Python literal, or of dict(key=value) as in a config file; else the text itself."""
-    try:
-        return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode="eval")))
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return text
-
-
-class _DictCalls(ast.NodeTransformer):
-    """Replaces dict(key=value) by {"key": value}."""
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        names = [keyword.arg for keyword in node.keywords]
-        if not (isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args or None in names:
-            return node
-        keys: list[ast.expr | None] = [ast.Constant(name) for name in names]
-        return ast.Dict(keys, [keyword.value for keyword in node.keywords])
 
 
 def _bytes(raw: object) -> Bytes:

@@ -22,7 +22,8 @@ from torch import Tensor
 from parallel.mesh.collectives import Pending, start_rotate
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.sequence.blocks import UNSEEN, Block, Kernel, Masking, kernel_for
+from parallel.sequence.blocks import Block, Masking
+from parallel.sequence.kernels import UNSEEN, Kernel, kernel_for
 
 ALL = slice(None)
 
@@ -118,6 +119,8 @@ def _slice_of(ranges: tuple[range, ...], part: range, begin: int) -> slice:
 
 @dataclass(frozen=True)
 class _Options:
+    """All that forward and backward are given beside tensors."""
+
     zigzag: Zigzag
     masking: Masking
     kernel: Kernel

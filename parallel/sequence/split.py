@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend
 from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import exchange
 from parallel.mesh.mesh import ALONE, Axis
-from parallel.sequence.blocks import Masking, has_fused_window, positions_in
+from parallel.sequence.blocks import Masking, positions_in
+from parallel.sequence.kernels import has_fused_window
 from parallel.sequence.ring import Zigzag, ring_attention
 
 LARGEST_FLASH_HEAD = 256
