@@ -86,7 +86,9 @@ def continued(stage: Stage, prompt: Tensor, count: int, sampling: Sampling) -> T
         if sampling.temperature == 0:
             token = logits.argmax(keepdim=True)
         else:
-            token = torch.multinomial((logits / sampling.temperature).softmax(0), 1, generator=generator)
+            # At most 0 before the division: with a temperature near 0 others become -inf, and no NaN comes of it.
+            scaled = (logits - logits.max()) / sampling.temperature
+            token = torch.multinomial(scaled.softmax(0), 1, generator=generator)
         if int(token) in sampling.ends:
             break
         tokens = torch.cat([tokens, token])
@@ -139,8 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--temperature", type=float, default=0.8, help="0: the most likely token each time (default: %(default)s)")
     add("--seed", type=int, default=0, help="the seed of the random choices (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.temperature < 0:
-        parser.error(f"--temperature: {arguments.temperature} is negative. Try 0, the most likely token each time.")
+    if not arguments.temperature >= 0:  # NaN is not, either
+        problem = "is negative" if arguments.temperature < 0 else "is no number"
+        parser.error(f"--temperature: {arguments.temperature} {problem}. Try 0, the most likely token each time.")
     options = dict(temperature=arguments.temperature, seed=arguments.seed)
     try:
         print(complete(arguments.folder, arguments.prompt, arguments.tokens, **options))

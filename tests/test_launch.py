@@ -439,6 +439,17 @@ def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
     stage, shape = generate.load_model(tmp_path)
     ours = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=0, seed=0)
     assert ours.tolist() == expected.tolist()
+    coldest = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=1e-40, seed=0)
+    assert coldest.tolist() == expected.tolist()  # logits / 1e-40 are infinite, and their softmax NaN
+
+
+@pytest.mark.parametrize(("temperature", "words"), [("-1", "is negative"), ("nan", "is no number")])
+def test_a_temperature_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: str, words: str
+) -> None:
+    with pytest.raises(SystemExit):
+        generate.main([str(tmp_path), f"--temperature={temperature}"])
+    assert words in capsys.readouterr().err
 
 
 def test_generation_refuses_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import launch
 from models.data import Batch
+from models.shapes import fields_of, named_sizes
 from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
@@ -234,6 +235,14 @@ def test_a_checkpoint_of_another_function_of_the_same_weights_is_refused(
     with pytest.raises(CheckpointError, match=f"of another model: it has {change.split('=')[0]} {words}"):
         prepared(tmp_path / "run", f"model.{change}", resume="auto")
     prepared(tmp_path / "run", "model.attention_dropout=0.3", "model.init_std=0.1", resume="auto")
+
+
+def test_a_checkpoint_of_another_family_is_refused_by_the_familys_name_alone(tmp_path: Path) -> None:
+    """Fields that only one of the two families has were named as well: `ffn_dim None, not 64`."""
+    index = dict(metadata=dict(model=fields_of(named_sizes()["llama-tiny"])), files={}, tensors={})
+    (tmp_path / "checkpoint.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"is of another model: it has model_type llama, not opt\.$"):
+        prepared(tmp_path / "other", resume=str(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_is_written_and_the_one_before_is_named(tmp_path: Path) -> None:

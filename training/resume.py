@@ -9,7 +9,7 @@ from typing import Any
 from models.data import Corpus
 from models.hf import has_weights
 from models.shape import ModelShape
-from models.shapes import fields_of, shape_from, shape_of
+from models.shapes import MODEL_TYPE, fields_of, shape_from, shape_of
 from parallel.checkpoint import checkpoint
 from parallel.config import Config
 from parallel.errors import CheckpointError, ConfigError
@@ -64,6 +64,8 @@ def check_same_model(folder: Path, shape: ModelShape) -> None:
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error
     ours, theirs = fields_of(shape), fields_of(saved)
+    if saved.model_type != shape.model_type:  # they have other fields, too, and not because a size differs
+        ours = {MODEL_TYPE: shape.model_type}
     keys = [key for key in ours if key not in shape.may_change and ours[key] != theirs.get(key)]
     if keys:
         differing = "; ".join(f"{key} {theirs.get(key)}, not {ours[key]}" for key in keys)
