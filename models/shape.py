@@ -27,6 +27,18 @@ Sizes: TypeAlias = dict[str, tuple[int, ...]]
 """The shapes of tensors by their public names, in order."""
 
 
+EVERY_FAMILY: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "is_causal": (True,),
+        "per_layer_config": ({}, None),
+        "transformers_weights": (None, "model.safetensors"),
+    }
+)
+"""Fields that Hugging Face reads in the config of any family, with the values that are supported: attention that sees
+later tokens, blocks with sizes of their own, and the name of the file of the weights.
+"""
+
+
 @dataclass(frozen=True)
 class Normal:
     """The distribution from which a tensor is drawn; with std 0 all of its elements are `mean`."""
@@ -66,7 +78,7 @@ class ModelShape(ABC):
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Other spellings of fields that a config may have, by the spelling."""
 
-    only: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = EVERY_FAMILY
     """Fields of the family's Hugging Face config of which only some values are supported; other values are refused."""
 
     may_change: ClassVar[frozenset[str]]

@@ -399,8 +399,35 @@ def test_both_spellings_of_a_file_are_read(scaling: dict[str, Any], tmp_path: Pa
     expected = LlamaShape(rope_theta=5e5, rope_scaling=RopeScaling(**scaling) if scaling else None)
     for raw in (old, new, oldest, {**old, **new, "rope_scaling": None}):
         assert from_hugging_face(write_config(tmp_path, raw)) == expected
-    types = dict.fromkeys(("full_attention", "sliding_attention"), new["rope_parameters"])
-    assert from_hugging_face(write_config(tmp_path, {**new, "rope_parameters": types})) == expected
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_an_original_length_beside_the_dict_is_the_one_that_hugging_face_uses(kind: str, tmp_path: Path) -> None:
+    """It was ignored, as a field that Hugging Face's class does not have: the angles were others, without a word."""
+    scaling = {key: value for key, value in SCALINGS[kind].items() if key != "original_max_position_embeddings"}
+    raw = shrunk(TINY).exported() | {"model_type": "llama", "rope_scaling": scaling, "head_dim": 32}
+    write_config(tmp_path, {**raw, "hidden_size": 128, "original_max_position_embeddings": 16})
+    shape = from_hugging_face(tmp_path)
+    assert isinstance(shape, SharedShape)
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    positions = torch.arange(16)[None]
+    cos, sin = rotary_of(shape).tables(positions, 16, torch.float64)
+    expected = theirs(torch.zeros(1, dtype=torch.float64), positions)
+    assert torch.equal(cos[:, 0], expected[0])
+    assert torch.equal(sin[:, 0], expected[1])
+
+
+def test_a_ministral_without_windows_is_exported_as_the_mistral_that_it_is(tmp_path: Path) -> None:
+    """Hugging Face's Ministral fails in its first step where `sliding_window` is null."""
+    for shape in (
+        MinistralShape(sliding_window=None),
+        MistralShape(sliding_window=None, layer_types=("full_attention",) * 32),
+    ):
+        theirs = theirs_of(tmp_path, shape)
+        assert (theirs.model_type, theirs.sliding_window) == ("mistral", None)
+        again = from_hugging_face(tmp_path)
+        assert isinstance(again, SharedShape)
+        assert again.windows() == shape.windows()
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
@@ -481,7 +508,18 @@ def test_scaling_allows_sequences_as_long_as_it_was_made_for(scaling: RopeScalin
             {"rope_parameters": SCALINGS["linear"], "rope_scaling": SCALINGS["yarn"]},
             "model.rope_scaling: rope_parameters",
         ),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {}}}, "differ between types"),
+        (
+            {"rope_parameters": {"full_attention": SCALINGS["linear"], "sliding_attention": SCALINGS["linear"]}},
+            "rotary positions of each type of layers (full_attention, sliding_attention) are not available",
+        ),
+        (
+            {"rope_parameters": {**SCALINGS["linear"], "rope_theta": 50.0}, "rope_scaling": SCALINGS["linear"]},
+            "model.rope_theta: of rope_parameters and rope_scaling one gives it as 50.0, and the other does not",
+        ),
+        (
+            {"rope_scaling": SCALINGS["llama3"], "original_max_position_embeddings": 32},
+            "original_max_position_embeddings: it is given as 64 and as 32, once outside of the dict",
+        ),
         ({"partial_rotary_factor": 0.5}, "model.partial_rotary_factor: 0.5 is not supported. Try 1.0"),
         ({"is_causal": False}, "model.is_causal: False is not supported"),
         (

@@ -199,6 +199,16 @@ def gpt2_attention(folder: Path) -> str:
     return refused({"name": "gpt2", "scale_attn_by_inverse_layer_idx": True})
 
 
+def read_by_hugging_face(folder: Path) -> str:
+    """Refuse what transformers reads of a config in every family. `is_causal` was ignored in GPT-2 and OPT."""
+    values = {"is_causal": False, "per_layer_config": {"0": {"vocab_size": 8}}, "transformers_weights": "a.safetensors"}
+    for kind in FAMILIES:
+        for field, value in values.items():
+            assert f"{field} in {folder}/config.json: " in refused_directory(folder, kind, **{field: value})
+        assert read(folder, kind, is_causal=True, per_layer_config={}, transformers_weights=None) == read(folder, kind)
+    return refused_directory(folder, "opt", is_causal=False)
+
+
 FIELDS: dict[str, Callable[[Path], str]] = {
     "a name of a size in other letters, `Llama-3.2-1B`": lambda folder: refused({"name": "Llama-3.2-1B"}),
     "a name of the hub, `meta-llama/Llama-3.2-1B`": lambda folder: refused({"name": "meta-llama/Llama-3.2-1B"}),
@@ -243,6 +253,7 @@ FIELDS: dict[str, Callable[[Path], str]] = {
         gpt2_attention
     ),
     "OPT's `layerdrop`": lambda folder: refused({"name": "opt-tiny", "layerdrop": 0.1}),
+    "`is_causal`, `per_layer_config` or `transformers_weights`, in any family": read_by_hugging_face,
 }
 ROWS = rows(PAGE, "Fields and directories that do not fit")
 

@@ -6,7 +6,17 @@ from math import sqrt
 from types import MappingProxyType
 from typing import Annotated
 
-from models.shape import Kept, ModelShape, Names, Normal, Size, Sizes, activation_problems, common_problems
+from models.shape import (
+    EVERY_FAMILY,
+    Kept,
+    ModelShape,
+    Names,
+    Normal,
+    Size,
+    Sizes,
+    activation_problems,
+    common_problems,
+)
 from parallel.config.reader import Natural, Probability, Range
 from parallel.layout.sources import Source, fused, joined, transposed, whole
 
@@ -32,7 +42,7 @@ class GPT2Shape(ModelShape):
             "reorder_and_upcast_attn": (False,),
             "add_cross_attention": (False,),
             "pruned_heads": ({}, None),
-            "per_layer_config": ({}, None),
+            **EVERY_FAMILY,
         }
     )
     may_change = frozenset(

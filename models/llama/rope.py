@@ -7,7 +7,7 @@ In files of the first versions of transformers 4 `rope_type` is called `type`. t
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from parallel.config.reader import Range
@@ -36,6 +36,10 @@ REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 """The parameters that each kind must have."""
+
+ORIGINAL = "original_max_position_embeddings"
+WITH_ORIGINAL = tuple(kind for kind, names in OPTIONAL.items() if ORIGINAL in names)
+"""The kinds that know the longest sequence of the first training."""
 
 
 @dataclass(frozen=True)
@@ -134,25 +138,38 @@ class RopeScaling:
         """Return the `rope_scaling` of a config.json that transformers 4 and 5 read; None where there is no scaling."""
         if self.rope_type == "default":
             return None
-        found = {"rope_type": self.rope_type, **self.parameters}
-        if self.rope_type in ("yarn", "llama3"):
-            found["original_max_position_embeddings"] = self.original(max_position_embeddings)
-        return found
+        found = self
+        if self.rope_type in WITH_ORIGINAL:
+            found = replace(self, original_max_position_embeddings=self.original(max_position_embeddings))
+        return {"rope_type": self.rope_type, **found.parameters}
 
 
 def normalized_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config in which rotary positions are said by `rope_theta` and `rope_scaling` alone.
 
     `rope_scaling` is None where nothing is scaled. Raises ConfigError for a value that should be a dict and is none,
-    where a config says two different things, and where some layers have rotary positions of their own.
+    where a config says two different things, and where types of layers have rotary positions of their own.
     """
     found = dict(raw)
     given = {key: found.pop(key) for key in ("rope_parameters", "rope_scaling") if key in found}
     read = [_flat(key, value) for key, value in given.items() if value not in (None, {})]
     thetas = [value.pop("rope_theta") for value in read if "rope_theta" in value]
+    if len(read) > len(thetas) == 1 and "rope_theta" not in found:  # Hugging Face reads one dict alone
+        raise ConfigError(
+            f"model.rope_theta: of {' and '.join(given)} one gives it as {shown(thetas[0])}, and the other does not."
+            " Keep one."
+        )
     if any(theta != found.setdefault("rope_theta", theta) for theta in thetas):
         values = shown(found["rope_theta"]), *map(shown, thetas)
         raise ConfigError(f"model.rope_theta: it is given as {' and as '.join(dict.fromkeys(values))}. Keep one.")
+    if ORIGINAL in found and read and read[0]["rope_type"] in WITH_ORIGINAL:  # Hugging Face prefers this one
+        original = found.pop(ORIGINAL)
+        if any(value.setdefault(ORIGINAL, original) != original for value in read):
+            values = shown(read[0][ORIGINAL]), shown(original)
+            raise ConfigError(
+                f"model.rope_scaling.{ORIGINAL}: it is given as {' and as '.join(values)}, once outside of the dict."
+                " Keep one."
+            )
     if any(value != read[0] for value in read):
         both = (f"{key} is {shown(value)}" for key, value in given.items())
         raise ConfigError(f"model.rope_scaling: {', and '.join(both)}. Keep one.")
@@ -169,7 +186,11 @@ def _flat(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         kind = value if isinstance(value, str) and REQUIRED.get(value) == ("factor",) else "linear"
         raise ConfigError(f"model.{key}: needs a dict, got {shown(value)}. Try dict(rope_type={kind!r}, factor=2.0).")
-    value = _of_all_layers(key, value)
+    if types := [str(name) for name in value if str(name).endswith("_attention")]:
+        raise ConfigError(
+            f"model.{key}: rotary positions of each type of layers ({', '.join(types)}) are not available. Write one"
+            " dict for all layers."
+        )
     found = {name: one for name, one in value.items() if one is not None}
     old = found.pop("type", None)
     kind = found.setdefault("rope_type", "default" if old is None else old)
@@ -180,17 +201,3 @@ def _flat(key: str, value: Any) -> dict[str, Any]:
     if isinstance(kind, str) and kind not in REQUIRED:
         return {"rope_type": kind}
     return found
-
-
-def _of_all_layers(key: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the parameters of a dict that has them for each type of layer, if they are the same for all types."""
-    of_types = {name: one for name, one in value.items() if name.endswith("_attention")}
-    if not of_types:
-        return value
-    first, *others = of_types.values()
-    if not isinstance(first, Mapping) or any(other != first for other in others):
-        raise ConfigError(
-            f"model.{key}: rotary positions that differ between types of layers ({', '.join(of_types)}) are not"
-            " available. Give all types the same."
-        )
-    return first

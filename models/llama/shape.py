@@ -138,11 +138,17 @@ class MistralShape(WindowedShape):
         return tuple(kind for _ in range(found["num_hidden_layers"]))
 
     def exported(self) -> dict[str, Any]:
+        """Return a Ministral's fields where there are `layer_types`, and a Mistral's where no block has a window.
+
+        Hugging Face's Ministral does not run without a `sliding_window`.
+        """
         found = super().exported()
-        if self.layer_types is None:
-            del found["layer_types"]
-            return found
-        return found | {"model_type": MinistralShape.model_type, "architectures": [MinistralShape.architecture]}
+        types = found.pop("layer_types")
+        is_ministral = self.layer_types is not None or self.model_type == MinistralShape.model_type
+        if not is_ministral or self.sliding_window is None:
+            return found | {"model_type": MistralShape.model_type, "architectures": [MistralShape.architecture]}
+        kind = MinistralShape
+        return found | {"layer_types": types, "model_type": kind.model_type, "architectures": [kind.architecture]}
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,6 @@ class MinistralShape(MistralShape):
 
     model_type = "ministral"
     architecture = "MinistralForCausalLM"
-
-    def exported(self) -> dict[str, Any]:
-        return WindowedShape.exported(self)
 
 
 @dataclass(frozen=True)

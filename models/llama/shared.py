@@ -6,7 +6,17 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from models.llama.rope import RopeScaling, normalized_rope
-from models.shape import Kept, ModelShape, Names, Normal, Size, Sizes, activation_problems, common_problems
+from models.shape import (
+    EVERY_FAMILY,
+    Kept,
+    ModelShape,
+    Names,
+    Normal,
+    Size,
+    Sizes,
+    activation_problems,
+    common_problems,
+)
 from parallel.config.reader import Natural, Probability, Range
 
 NO_SCALING = RopeScaling()
@@ -16,7 +26,7 @@ NO_SCALING = RopeScaling()
 class SharedShape(ModelShape):
     """The fields that all of these families have, with Llama's defaults, and what follows from them in the same way."""
 
-    only = MappingProxyType({"partial_rotary_factor": (1.0,), "is_causal": (True,)})
+    only = MappingProxyType({"partial_rotary_factor": (1.0,), **EVERY_FAMILY})
     may_change = frozenset(
         ("attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "use_cache", "pretraining_tp")
     )

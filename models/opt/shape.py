@@ -178,8 +178,14 @@ class OPTShape(ModelShape):
 
     @classmethod
     def normalized(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields under our names. An embedding as wide as the model stays so if the width is changed."""
-        found = super().normalized(raw)
+        """Return the fields under our names. An embedding as wide as the model stays so if the width is changed.
+
+        A config.json has `_remove_final_layer_norm`; Hugging Face ignores the name without the underscore there.
+        """
+        is_file = "model_type" in raw
+        found = super().normalized(
+            {key: value for key, value in raw.items() if not (is_file and key == "remove_final_layer_norm")}
+        )
         if "hidden_size" in found and found.get("word_embed_proj_dim") == found["hidden_size"]:
             found["word_embed_proj_dim"] = None
         return found
