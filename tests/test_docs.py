@@ -224,6 +224,15 @@ def test_the_files_and_folders_that_the_documents_name_exist(document: Path) -> 
         assert exists or name == "parallel/tensor/sliced.py", name
 
 
+def test_what_the_documents_name_beside_a_file_is_in_it() -> None:
+    """Two checks had moved to another file, where the page on new modes did not send its reader."""
+    text = " ".join(" ".join(document.read_text(encoding="utf-8") for document in DOCUMENTS).split())
+    of_files = re.findall(r"`([\w/]+\.py)`, `(\w+)`", text)
+    of_files += [(file, name) for name, file in re.findall(r"`(\w+)(?:\([^`]*\))?` (?:in|of) `([\w/]+\.py)`", text)]
+    assert len(of_files) > 10
+    assert [f"{name} in {file}" for file, name in of_files if name not in (ROOT / file).read_text()] == []
+
+
 # -- the folders -------------------------------------------------------------------------------------------------------
 
 
