@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,24 @@ def test_every_mutant_finds_its_line_exactly_once() -> None:
     """Three mutants once did not, and were planted nowhere."""
     stale = [m.name for m in MUTANTS if (ROOT / m.file).read_text(encoding="utf-8").count(m.before) != 1]
     assert stale == []
+
+
+@pytest.mark.slow
+def test_every_mutant_names_a_test_that_exists() -> None:
+    """Two did not, after their test had been given other parameters. Then no mutant is planted at all."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "",
+        *{m.test.partition("::")[0] for m in MUTANTS},
+    ]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    known = {*collected, *(test.partition("[")[0] for test in collected)}
+    assert [m.name for m in MUTANTS if m.test not in known] == []
 
 
 def test_the_readme_counts_the_mutants() -> None:
