@@ -294,9 +294,9 @@ def _fill(infos: Any, shape: ModelShape) -> None:
     info: ParameterInfo
     for info in infos:
         for piece in info.pieces():
-            of = shape.initial(piece.name)
+            wanted = shape.initial(piece.name)
             generator = torch.Generator(piece.data.device).manual_seed(seed_of(piece.name, piece.box))
-            piece.data.normal_(of.mean, of.std, generator=generator)
+            piece.data.normal_(wanted.mean, wanted.std, generator=generator)
 
 
 @dataclass(frozen=True)

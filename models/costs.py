@@ -28,14 +28,14 @@ def layer_costs(shape: ModelShape, sequence_length: int, device: str) -> list[fl
     A cost is the FLOPs of one token forward, plus the FLOPs that this type of device ("cuda" or "cpu") would do in the
     time of everything that is not a matmul.
     """
-    hidden, width, a_byte = shape.hidden_size, shape.embedding_width, FLOPS_PER_BYTE[device]
+    hidden, width, flops_per_byte = shape.hidden_size, shape.embedding_width, FLOPS_PER_BYTE[device]
     projection = 2.0 * hidden * width if width != hidden else 0.0
-    kept = a_byte * KEPT_BYTES * (shape.kept().outer + shape.kept().inner)
+    kept = flops_per_byte * KEPT_BYTES * (shape.kept().outer + shape.kept().inner)
     blocks = [
         2.0 * _matrix_elements(shape.block_tensors(layer).values()) + _attention_flops(shape, span) + kept
         for layer, span in enumerate(shape.spans(sequence_length))
     ]
-    head = projection + (2.0 * width + a_byte * HEAD_BYTES) * shape.vocab_size
+    head = projection + (2.0 * width + flops_per_byte * HEAD_BYTES) * shape.vocab_size
     return [projection, *blocks, head]
 
 

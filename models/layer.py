@@ -6,6 +6,7 @@ chooses what its layers are made of: see models/opt/layers.py, which is short. A
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,7 @@ def layers(
     head: Callable[[], nn.Module],
 ) -> list[LayerSpec]:
     """Return all layers of a model, [embedding, block 0 ... n−1, head], each with the function that builds it."""
-    blocks = [
-        LayerSpec(f"layers.{i}", lambda index=i: block(index), is_block=True)  # type: ignore[misc]
-        for i in range(shape.num_hidden_layers)
-    ]
+    blocks = [LayerSpec(f"layers.{i}", partial(block, i), is_block=True) for i in range(shape.num_hidden_layers)]
     return [LayerSpec("embed", embed), *blocks, LayerSpec("head", head)]
 
 

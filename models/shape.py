@@ -191,8 +191,13 @@ class ModelShape(ABC):
     # -- how a layout may split it
 
     def heads(self) -> Mapping[str, int]:
-        """Return the counts of heads that the axes of heads must divide, by the field that a message names."""
-        return {self.field("num_attention_heads"): self.num_attention_heads}
+        """Return the counts of heads that the axes of heads must divide, by the field that a message names.
+
+        Where q heads share k, v heads a rank has whole groups.
+        """
+        if self.num_kv_heads == self.num_attention_heads:
+            return {self.field("num_attention_heads"): self.num_attention_heads}
+        return {self.field("num_key_value_heads"): self.num_kv_heads}
 
     @abstractmethod
     def inner_widths(self) -> Mapping[str, int]:
@@ -307,7 +312,9 @@ def common_problems(shape: ModelShape, *, derives_head_size: bool = True) -> lis
         found.append(f"model.{key}: {heads} does not divide model.{shape.field('hidden_size')} {hidden}. Try {tries}.")
     if heads % groups:
         tries = either(nearest(groups, divisors(heads)))
-        found.append(f"model.num_key_value_heads: {groups} does not divide model.{key} {heads}. Try {tries}.")
+        found.append(
+            f"model.{shape.field('num_key_value_heads')}: {groups} does not divide model.{key} {heads}. Try {tries}."
+        )
     if shape.padding_row is not None and shape.padding_row >= shape.vocab_size:
         found.append(
             f"model.pad_token_id: {shape.padding_row} is outside model.vocab_size {shape.vocab_size}."

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,24 @@ def test_every_mutant_finds_its_line_exactly_once() -> None:
     assert stale == []
 
 
+@pytest.mark.slow
+def test_every_mutant_names_a_test_that_exists() -> None:
+    """Two did not, after their test had been given other parameters. Then no mutant is planted at all."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "",
+        *{m.test.partition("::")[0] for m in MUTANTS},
+    ]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    known = {*collected, *(test.partition("[")[0] for test in collected)}
+    assert [m.name for m in MUTANTS if m.test not in known] == []
+
+
 def test_the_readme_counts_the_mutants() -> None:
     assert f" {len(MUTANTS)} bugs" in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -222,6 +241,15 @@ def test_the_files_and_folders_that_the_documents_name_exist(document: Path) -> 
         path = ROOT / name
         exists = path.is_dir() if name.endswith("/") else path.is_file()
         assert exists or name == "parallel/tensor/sliced.py", name
+
+
+def test_what_the_documents_name_beside_a_file_is_in_it() -> None:
+    """Two checks had moved to another file, where the page on new modes did not send its reader."""
+    text = " ".join(" ".join(document.read_text(encoding="utf-8") for document in DOCUMENTS).split())
+    of_files = re.findall(r"`([\w/]+\.py)`, `(\w+)`", text)
+    of_files += [(file, name) for name, file in re.findall(r"`(\w+)(?:\([^`]*\))?` (?:in|of) `([\w/]+\.py)`", text)]
+    assert len(of_files) > 10
+    assert [f"{name} in {file}" for file, name in of_files if name not in (ROOT / file).read_text()] == []
 
 
 # -- the folders -------------------------------------------------------------------------------------------------------

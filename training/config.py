@@ -33,8 +33,8 @@ def _check_model(before: Any, model: Any, file: str) -> None:
     named = [key for key in ("path", "name") if key in changed]
     if not named:
         return
-    fresh = _numbers({**{key: model[key] for key in ("name", "path") if key in model}, **changed})
-    if fresh is not None and fresh != _numbers(model):
+    fresh = _fixed_fields({**{key: model[key] for key in ("name", "path") if key in model}, **changed})
+    if fresh is not None and fresh != _fixed_fields(model):
         section = {key: changed[key] for key in named}
         raise ConfigError(
             f"model.{named[0]}: with {shown(changed[named[0]])} the fields of the other model, which {shortened(file)}"
@@ -42,8 +42,8 @@ def _check_model(before: Any, model: Any, file: str) -> None:
         )
 
 
-def _numbers(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return all fields of the model of a section, but for those that its weights do not fix; None: it is refused."""
+def _fixed_fields(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the fields that the weights of a section's model fix, or None where the section is refused."""
     try:
         shape = shape_of(parse({"model": model}, resolve=resolve))
     except ConfigError:

@@ -142,11 +142,6 @@ class SharedShape(ModelShape):
     def max_positions(self) -> int:
         return self.scaling.max_positions(self.max_position_embeddings)
 
-    def heads(self) -> Mapping[str, int]:
-        if self.num_kv_heads == self.num_attention_heads:
-            return super().heads()
-        return {"num_key_value_heads": self.num_kv_heads}
-
     def inner_widths(self) -> Mapping[str, int]:
         return {"intermediate_size": self.intermediate_size}
 

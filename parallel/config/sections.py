@@ -226,7 +226,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as dicts, lists, numbers and text for JSON; `parse` reads it back to an equal config."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        plain["model"] |= plain["model"].pop("fields")
+        fields_of_family = plain["model"].pop("fields")
+        plain["model"].update(fields_of_family)
         return plain
 
     def microbatch_problems(self) -> list[str]:

@@ -21,7 +21,10 @@ from parallel.tensor.layers import Sharded
 
 @dataclass(frozen=True)
 class NormalizedDim:
-    """The dim over which rows are normalized: its whole size, the axes that split it, and what its variance gets."""
+    """The dim over which rows are normalized: its whole size, the axes that split it, and eps.
+
+    eps is added to the variance in LayerNorm, and to the mean square in RMSNorm.
+    """
 
     size: int
     axes: tuple[Axis, ...]
