@@ -31,7 +31,7 @@ class SharedShape(ModelShape):
         ("attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "use_cache", "pretraining_tp")
     )
     embedding = "model.embed_tokens.weight"
-    unused = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # what conversions of Llama 1 and 2 left
+    unused = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # what older versions of transformers saved
 
     vocab_size: Size = 32000
     """The number of token ids. No axis needs to divide it: the embedding is padded."""
