@@ -170,6 +170,17 @@ class SharedShape(ModelShape):
     def _must_divide_hidden(self) -> bool:
         return self.head_dim is None
 
+    def change_problems(self, changes: Mapping[str, Any]) -> list[str]:
+        """Return a line for rotary parameters without a kind: they replace all of the model's, its kind too."""
+        kind = self.scaling.rope_type
+        return [
+            f"model.{key}: it has no rope_type, and the model's own is {kind!r}. Write rope_type={kind!r} with all of"
+            " its parameters, or rope_type='default' for no scaling."
+            for key in ("rope_parameters", "rope_scaling")
+            if kind != "default" and isinstance(given := changes.get(key), Mapping) and given
+            if not {"rope_type", "type"} & given.keys()
+        ]
+
     # -- tensors
 
     def first_tensors(self) -> Sizes:
