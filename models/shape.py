@@ -188,6 +188,10 @@ class ModelShape(ABC):
         """Return the shape with other values of fields of its family."""
         return replace(self, **changes)
 
+    def change_problems(self, changes: Mapping[str, Any]) -> list[str]:
+        """Return why fields that the section `model` sets over these are unclear, a line each."""
+        return []
+
     # -- how a layout may split it
 
     def heads(self) -> Mapping[str, int]:

@@ -90,6 +90,7 @@ def _shape_of(model: ModelConfig) -> ModelShape:
     if (kind := changes.pop(MODEL_TYPE, base.model_type)) != base.model_type:
         problems.append(_other_family(model, base, kind))
     problems += _only_problems(family, changes, "model.{}") + _twice_problems(family, changes, "model.{}")
+    problems += base.change_problems(changes)
     changes = {key: value for key, value in changes.items() if key not in family.shape.only}
     changes = family.shape.normalized(changes)
     problems += _foreign_problems(base, changes)

@@ -1323,28 +1323,12 @@ LLAMA = (
 
 READING = (
     Mutant(
-        "attention-to-later-tokens-ignored",
-        "a config.json whose attention sees later tokens, too, is read as if it did not",
-        "models/shape.py",
-        '"is_causal": (True,),',
-        '"is_causal": (True, False),',
-        "tests/test_models_page.py::test_a_field_or_a_directory_is_treated_as_the_table_says",
-    ),
-    Mutant(
         "original-length-beside-the-dict-ignored",
         "an original length of the rotary positions that stands beside their dict is ignored",
         "models/llama/rope.py",
         "value.setdefault(ORIGINAL, original) != original",
         "value.get(ORIGINAL, original) != original",
         f"{LLAMA_TESTS}::test_an_original_length_beside_the_dict_is_the_one_that_hugging_face_uses",
-    ),
-    Mutant(
-        "base-of-the-dict-that-is-not-read",
-        "the base of the rotary positions is taken from a dict that Hugging Face does not read",
-        "models/llama/rope.py",
-        "if len(read) > len(thetas) == 1 and",
-        "if len(read) > len(thetas) == 3 and",
-        f"{LLAMA_TESTS}::test_what_is_not_supported_is_refused_by_name",
     ),
 )
 

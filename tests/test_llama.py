@@ -520,6 +520,13 @@ def test_scaling_allows_sequences_as_long_as_it_was_made_for(scaling: RopeScalin
             {"rope_scaling": SCALINGS["llama3"], "original_max_position_embeddings": 32},
             "original_max_position_embeddings: it is given as 64 and as 32, once outside of the dict",
         ),
+        (
+            {
+                "name": "llama-3.2-1b",
+                "rope_parameters": {"rope_theta": 1e6},
+            },  # the scaling was left out, without a word
+            "model.rope_parameters: it has no rope_type, and the model's own is 'llama3'",
+        ),
         ({"partial_rotary_factor": 0.5}, "model.partial_rotary_factor: 0.5 is not supported. Try 1.0"),
         ({"is_causal": False}, "model.is_causal: False is not supported"),
         (

@@ -31,7 +31,7 @@ class SharedShape(ModelShape):
         ("attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "use_cache", "pretraining_tp")
     )
     embedding = "model.embed_tokens.weight"
-    unused = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # what conversions of Llama 1 and 2 left
+    unused = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # what older versions of transformers saved
 
     vocab_size: Size = 32000
     """The number of token ids. No axis needs to divide it: the embedding is padded."""
@@ -164,6 +164,17 @@ class SharedShape(ModelShape):
     @property
     def _must_divide_hidden(self) -> bool:
         return self.head_dim is None
+
+    def change_problems(self, changes: Mapping[str, Any]) -> list[str]:
+        """Return a line for rotary parameters without a kind: they replace all of the model's, its kind too."""
+        kind = self.scaling.rope_type
+        return [
+            f"model.{key}: it has no rope_type, and the model's own is {kind!r}. Write rope_type={kind!r} with all of"
+            " its parameters, or rope_type='default' for no scaling."
+            for key in ("rope_parameters", "rope_scaling")
+            if kind != "default" and isinstance(given := changes.get(key), Mapping) and given
+            if not {"rope_type", "type"} & given.keys()
+        ]
 
     # -- tensors
 
