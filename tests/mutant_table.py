@@ -1332,6 +1332,17 @@ READING = (
     ),
 )
 
+EVALUATION = (
+    Mutant(
+        "different-weights-evaluated",
+        "an evaluation does not look whether ranks have written different values into their parameters",
+        ENGINE,
+        "            self.writes.take_if_any()\n",
+        "            pass\n",
+        f"{WRITTEN}::test_what_is_written_into_a_stage_of_a_split_model_counts_too[0]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1365,4 +1376,5 @@ MUTANTS = (
     *TABLES,
     *LLAMA,
     *READING,
+    *EVALUATION,
 )

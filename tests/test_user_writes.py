@@ -361,11 +361,16 @@ def write_into_a_stage(rank: int, world_size: int, raw: Raw) -> tuple[bool, list
     if not (norm == 0.375).all():
         wrong.append(f"{name} is not kept")
     norm.data.fill_(float(rank))
-    try:
-        engine.train_step(dict(input_ids=tokens))
-        wrong.append("different values")
-    except parallel.ModelError as error:
-        wrong += [] if "ranks have written different values" in str(error) else [str(error)]
+    uses: list[Callable[[], object]] = [
+        lambda: engine.evaluate([dict(input_ids=tokens)]),  # its loss would be of a model that is on no rank
+        lambda: engine.train_step(dict(input_ids=tokens)),
+    ]
+    for use in uses:
+        try:
+            use()
+            wrong.append("different values")
+        except parallel.ModelError as error:
+            wrong += [] if "ranks have written different values" in str(error) else [str(error)]
     return is_saved, wrong
 
 

@@ -128,7 +128,8 @@ class Engine(EngineState):
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """Return the mean loss over all counted labels of all batches, the same on every rank; NaN without a label.
 
-        Every replica must give as many batches as the others. Raises DataError as `train_step` does.
+        Every replica must give as many batches as the others. Raises DataError as `train_step` does, and ModelError
+        where ranks have written different values into their parameters.
         """
         self.agree_on("an evaluation")
         self.stage.eval()
@@ -143,6 +144,8 @@ class Engine(EngineState):
                 total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
+        if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
+            self.writes.take_if_any()
         return total / tokens if tokens else float("nan")
 
     # -- parts of a step
