@@ -35,6 +35,11 @@ class Source:
         """The number of leading dims of the box that are merged into the dim after them."""
         return len(self.box) - len(self.shape)
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The first row (or column) of the public tensor that the box holds, and the one after its last."""
+        return self.first, self.first + prod(stop - start for start, stop in self.box[: self.num_merged + 1])
+
     def parts(self, held: Box) -> Iterator[tuple[Box, Box]]:
         """Yield the parts of box `held` of the parameter that belong to this source, each with its public box.
 
