@@ -118,6 +118,25 @@ def joined(name: str, sources: Sequence[Source]) -> tuple[Source, ...]:
     return tuple(found)
 
 
+def by_head(name: str, shape: Sequence[int], parts: int, heads: int) -> tuple[Source, ...]:
+    """Return the sources of a parameter [parts, rows, ...], as q, k and v, of which one public tensor alternates heads.
+
+    With 2 heads of size D the public rows are, D of each: q of head 0, k of head 0, v of head 0, q of head 1, ...
+    """
+    size, rest = shape[0] // (parts * heads), _box(shape[1:])
+    assert size * parts * heads == shape[0], f"{name}: {shape[0]} rows in {heads} heads of {parts} parts"
+    return tuple(
+        Source(
+            name,
+            tuple(shape),
+            ((part, part + 1), (head * size, (head + 1) * size), *rest),
+            first=(head * parts + part) * size,
+        )
+        for part in range(parts)
+        for head in range(heads)
+    )
+
+
 def are_of(sources: Sequence[Source], shape: Sequence[int]) -> bool:
     """Return whether each element of a parameter of this shape is in one source, and each source in its public tensor.
 
