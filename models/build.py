@@ -11,6 +11,7 @@ from importlib import import_module
 from torch import nn
 
 from models.costs import layer_costs
+from models.coverage import check_names, check_tensors
 from models.family import FAMILIES
 from models.initial_values import check_origin, set_initial_values
 from models.layer import LayerSpec, blocks_mode_of
@@ -51,7 +52,10 @@ def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
     blocks = [spec.name for spec in specs if spec.is_block]
     layers = {spec.name: build_layer(spec, keep_storage=not in_parts) for spec in specs}
     tie_embeddings(layers)
-    infos = parameter_infos(layers, shape_of(config))
+    shape = shape_of(config)
+    check_names(layers, shape)
+    infos = parameter_infos(layers, shape)
+    check_tensors(layers, infos, shape)
     if not in_parts:
         set_values(infos)
     if config.train.compile:

@@ -4,7 +4,7 @@ A family is a folder beside this file and an entry in `FAMILIES`: docs/adding_a_
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from models.gpt2.shape import SIZES as GPT2_SIZES
 from models.gpt2.shape import GPT2Shape
@@ -13,6 +13,7 @@ from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
 from models.opt.shape import SIZES as OPT_SIZES
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
+from parallel.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,21 @@ class Family:
     sizes: Mapping[str, ModelShape]
     layers: str
 
+    def __post_init__(self) -> None:
+        """Check that the dataclass has all that is asked of it by name. What it lacks would be missed late in a run."""
+        kind = self.shape.__name__
+        lacks = [name for name in ("model_type", "architecture", "may_change") if not hasattr(self.shape, name)]
+        if lacks := lacks + sorted(self.shape.__abstractmethods__):
+            raise ModelError(f"{kind} lacks {', '.join(lacks)}. See ModelShape.")
+        known = {field.name for field in fields(self.shape)} | ModelShape.__annotations__.keys() | set(dir(ModelShape))
+        for name, value in vars(self.shape).items():
+            is_code = callable(value) or isinstance(value, property | classmethod | staticmethod)
+            if name not in known and not name.startswith("_") and not is_code:
+                raise ModelError(
+                    f"{kind}.{name}: it has no type, so it is no field, and ModelShape asks for nothing of this name."
+                    f" Write {name}: {type(value).__name__} = {value!r}."
+                )
+
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(GPT2Shape, GPT2_SIZES, "models.gpt2.layers"),
@@ -36,6 +52,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(Qwen2Shape, QWEN2, "models.llama.layers"),
     "qwen3": Family(Qwen3Shape, QWEN3, "models.llama.layers"),
 }
+
+for _kind, _family in FAMILIES.items():
+    assert _kind == _family.shape.model_type, f"{_family.shape.__name__}.model_type is not {_kind!r}"
 
 
 def named_sizes() -> dict[str, ModelShape]:

@@ -22,6 +22,8 @@ class RotarySettings:
     """All that the angles depend on, besides the positions."""
 
     head_size: int
+    """The elements of a head that are turned: all of them, or its first ones."""
+
     theta: float
     scaling: RopeScaling
     max_position_embeddings: int
@@ -127,7 +129,12 @@ def _(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) ->
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D]."""
+    """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D].
+
+    If the tables are narrower than a head, its first elements are turned and the others stay, as in GPT-NeoX.
+    """
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotated(x[..., :size], cos, sin), x[..., size:]), -1)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from parallel.config.reader import Range
-from parallel.errors import did_you_mean, divisors, either, nearest, shown
+from parallel.errors import ModelError, did_you_mean, divisors, either, nearest, shown
 from parallel.layout.sources import Source, fused, grouped, whole
 
 Size = Annotated[int, Range(1, 2**28)]
@@ -233,7 +233,7 @@ class ModelShape(ABC):
         """Return every public tensor of the model; a tied table is there once, as the embedding."""
         found = self.first_tensors()
         for layer in range(self.num_hidden_layers):
-            found |= {f"{self.blocks}.{layer}.{name}": size for name, size in self.block_tensors(layer).items()}
+            found |= self.tensors_of(f"layers.{layer}")
         return found | self._after_blocks()
 
     @abstractmethod
@@ -243,19 +243,40 @@ class ModelShape(ABC):
         Several names are fused into one parameter. A tied head is not asked for.
         """
 
+    def tensors_of(self, layer: str) -> Sizes:
+        """Return the public tensors of a layer: embed, layers.3 or head. A tied head has the embedding, too."""
+        if layer == "embed":
+            return self.first_tensors()
+        if layer == "head":
+            is_shared = {self.embedding: self.tie_word_embeddings}
+            tied = {name: size for name, size in self.first_tensors().items() if is_shared.get(name)}
+            return tied | self._after_blocks()
+        index = int(layer.removeprefix("layers."))
+        return {f"{self.blocks}.{index}.{name}": size for name, size in self.block_tensors(index).items()}
+
     def sources(self, name: str) -> tuple[Source, ...]:
-        """Return the public tensors that our parameter `name` holds, such as layers.3.attention.qkv.weight."""
+        """Return the public tensors that our parameter `name` holds, such as layers.3.attention.qkv.weight.
+
+        Raises ModelError where the shape has no names of them, or names of tensors that it does not have.
+        """
         module, _, leaf = name.rpartition(".")
-        if module.startswith("layers."):
-            _, layer, module = module.split(".", 2)
-            prefix, sizes = f"{self.blocks}.{layer}.", self.block_tensors(int(layer))
-        else:
-            module = "embed.table" if module == "head.table" and self.tie_word_embeddings else module
-            prefix, sizes = "", self.first_tensors() | self._after_blocks()
-        found = self.names()[module]
-        inside = [f"{public}.{leaf}" for public in ((found,) if isinstance(found, str) else found)]
-        names, shapes = [f"{prefix}{public}" for public in inside], [sizes[public] for public in inside]
-        return self.sources_of(names, shapes)
+        layer, prefix = module.partition(".")[0], ""
+        if layer == "layers":
+            _, index, module = module.split(".", 2)
+            layer, prefix = f"layers.{index}", f"{self.blocks}.{index}."
+        elif module == "head.table" and self.tie_word_embeddings:
+            module = "embed.table"
+        found, sizes = self.names().get(module, ()), self.tensors_of(layer)
+        names = [f"{prefix}{public}.{leaf}" for public in ((found,) if isinstance(found, str) else found)]
+        kind = type(self).__name__
+        if not names:
+            raise ModelError(f"{name}: {kind}.names() has no {module!r}, which is a module with parameters.")
+        if missing := [public for public in names if public not in sizes]:
+            raise ModelError(
+                f"{name}: {kind}.names() makes of it {missing[0]}, which is no tensor of the shape."
+                f" {did_you_mean(missing[0], sizes)}"
+            )
+        return self.sources_of(names, [sizes[public] for public in names])
 
     def sources_of(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[Source, ...]:
         """Return the sources of a parameter that holds these tensors: one, several of one shape, or q, k and v."""

@@ -937,7 +937,7 @@ FOLDERS = (
            HF, "    if head in found and head not in expected:", "    if False:",
            folder_row("a head of its own, in a folder that says that it is tied")),
     Mutant("head-is-the-embedding", "a head of its own starts with the values of the embedding",
-           SHAPE, 'if module == "head.table" and self.tie_word_embeddings else module', 'if module == "head.table" else module',
+           SHAPE, 'elif module == "head.table" and self.tie_word_embeddings:', 'elif module == "head.table":',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
            "models/data.py", "        return tokenizer.end, []", "        return 2, []",
@@ -1343,6 +1343,42 @@ EVALUATION = (
     ),
 )
 
+COVERAGE_TESTS = "tests/test_coverage.py"
+COVERAGE = (
+    Mutant(
+        "parameter-without-a-layout",
+        "a parameter that is not the mode's is trained by no rank and saved by none, and nothing says so",
+        "models/coverage.py",
+        "if id(parameter) not in known:",
+        "if False:",
+        f"{COVERAGE_TESTS}::test_a_parameter_that_is_not_the_modes_is_refused[single]",
+    ),
+    Mutant(
+        "rows-held-twice",
+        "a part of a public tensor may be held by two parameters",
+        "models/coverage.py",
+        "if start != end:",
+        "if start > end:",
+        f"{COVERAGE_TESTS}::test_what_a_shape_says_otherwise_than_its_layers_is_refused_by_name",
+    ),
+    Mutant(
+        "parts-by-head-exchanged",
+        "q, k and v of a tensor by heads are read as if each were in one piece",
+        "parallel/layout/sources.py",
+        "first=(head * parts + part) * size",
+        "first=(part * heads + head) * size",
+        "tests/test_sources.py::test_sources_by_head_are_what_gpt_neox_makes_of_its_joint_tensor",
+    ),
+    Mutant(
+        "last-elements-of-a-head-turned",
+        "tables that are narrower than a head turn its last elements, not its first ones",
+        "models/rotary.py",
+        "(rotated(x[..., :size], cos, sin), x[..., size:])",
+        "(x[..., :-size], rotated(x[..., -size:], cos, sin))",
+        "tests/test_llama.py::test_tables_narrower_than_a_head_turn_its_first_elements_as_in_gpt_neox[4]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1377,4 +1413,5 @@ MUTANTS = (
     *LLAMA,
     *READING,
     *EVALUATION,
+    *COVERAGE,
 )

@@ -3,7 +3,7 @@
     python -m tests.mutants [--list] [--only NAME ...]
 
 It prints a line for each mutant of the table: red where its test noticed the bug, GREEN where it survived. Red means
-that a comparison failed, or that a plan or a config was refused; a crash or a hang does not count.
+that a comparison failed, or that a plan, a config or a model was refused; a crash or a hang does not count.
 
 Importing torch and transformers takes most of the time of a single test. So this process imports them once, and each
 run of pytest is a fork of it; where it runs a single test, the ranks of that test are forks too.
@@ -36,7 +36,7 @@ JOBS = min(8, os.cpu_count() or 1)
 IMPORTED_ONCE = ("pytest", "torch._dynamo", "transformers.models.opt.modeling_opt")
 
 # A failed comparison with a message, or a refusal of a plan or a config, in a traceback.
-NAMED = re.compile(r"(\w+\.)*(AssertionError|PlanError|ConfigError): .+")
+NAMED = re.compile(r"(\w+\.)*(AssertionError|PlanError|ConfigError|ModelError): .+")
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,19 @@ def hugging_face(path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def named_as_in_files(model: Any) -> dict[str, Any]:
+    """Return the parameters of a Hugging Face model by the names under which it saves them.
+
+    Those of some classes are called otherwise in the files: GPT-NeoX's lm_head is embed_out there.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    named = dict(model.named_parameters())
+    saved: dict[str, Any] = revert_weight_conversion(model, dict(named))
+    assert {id(parameter) for parameter in saved.values()} == {id(parameter) for parameter in named.values()}
+    return saved
+
+
 def compute_on_gpu(rotary: torch.nn.Module) -> None:
     """Make a Hugging Face module compute its cosines and sines where ours are computed.
 
@@ -154,7 +167,7 @@ def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
     config = parse(raw)
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
     model = hugging_face(path, dtype).train()
-    named = dict(model.named_parameters())
+    named = named_as_in_files(model)
     matrices = [p for p in named.values() if p.ndim >= 2]
     others = [p for p in named.values() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=config.optimizer.weight_decay), dict(params=others, weight_decay=0.0)]

@@ -1,7 +1,7 @@
 """docs/adding_a_model.md: what it quotes is in the files, and a family needs no more than a folder and an entry.
 
 The family here is unlike the others: in a block, attention and the feed-forward stand side by side behind one norm, as
-in GPT-J, and nothing says where a token is.
+in GPT-J, its files have q, k and v in one tensor by heads, as GPT-NeoX's, and nothing says where a token is.
 """
 
 import math
@@ -41,6 +41,7 @@ SHAPE = """\
 from dataclasses import dataclass
 
 from models.shape import Kept, ModelShape, Normal, Size, common_problems
+from parallel.layout.sources import by_head, whole
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,20 @@ class ToyShape(ModelShape):
 
     def block_tensors(self, layer):
         hidden, inner = self.hidden_size, self.inner_size
-        attention = {f"{name}.weight": (hidden, hidden) for name in "qkvo"}
+        attention = {"qkv.weight": (3 * hidden, hidden), "o.weight": (hidden, hidden)}
         return {"norm.weight": (hidden,), **attention, "up.weight": (inner, hidden), "down.weight": (hidden, inner)}
 
     def last_tensors(self):
         return {"toy.norm.weight": (self.hidden_size,)}
 
     def names(self):
-        inner = {"norm": "norm", "attention.qkv": tuple("qkv"), "attention.out": "o"}
+        inner = {"norm": "norm", "attention.qkv": "qkv", "attention.out": "o"}
         feed_forward = {"feed_forward.up": "up", "feed_forward.down": "down"}
         return {"embed.table": "toy.embed", "head.norm": "toy.norm", "head.table": "lm_head", **inner, **feed_forward}
+
+    def sources_of(self, names, shapes):
+        (name,), (shape,) = names, shapes
+        return by_head(name, shape, 3, self.num_attention_heads) if ".qkv." in name else whole(name, shape)
 
     def initial(self, name):
         return Normal(mean=1.0) if name.endswith("norm.weight") else Normal(std=0.1)
@@ -157,9 +162,9 @@ def logits(weights: dict[str, Tensor], ids: Tensor, *, layers: int = 2, heads: i
     """Return the toy model's logits, written down in plain torch: ids[B, S] -> [B, S, V]."""
     x = weights["toy.embed.weight"][ids]
     for layer in range(layers):
-        w = {name: weights[f"toy.blocks.{layer}.{name}.weight"] for name in ("norm", *"qkvo", "up", "down")}
+        w = {name: weights[f"toy.blocks.{layer}.{name}.weight"] for name in ("norm", "qkv", "o", "up", "down")}
         h = F.rms_norm(x, x.shape[-1:], w["norm"], 1e-5)
-        q, k, v = ((h @ w[name].T).unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qkv")
+        q, k, v = (h @ w["qkv"].T).unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
         attention = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ w["o"].T
         x = x + attention + F.silu(h @ w["up"].T) @ w["down"].T
@@ -205,7 +210,7 @@ def test_a_folder_and_an_entry_are_a_family(folder: Path) -> None:
 
 def test_the_code_of_the_page_is_that_of_the_files() -> None:
     files = sorted((ROOT / "models/gpt2").glob("*.py"))
-    sources = [*(file.read_text(encoding="utf-8") for file in files), LAYERS]
+    sources = [*(file.read_text(encoding="utf-8") for file in files), SHAPE, LAYERS]
     quoted = blocks(PAGE, "python")
     assert len(quoted) > 8
     for code in quoted:

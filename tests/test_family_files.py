@@ -15,7 +15,7 @@ from models.shapes import from_hugging_face
 from parallel.checkpoint import hf_folder
 from tests.families import SHAPES, family_of
 from tests.harness import run
-from tests.parity import Raw, config_of, engine_of
+from tests.parity import Raw, config_of, engine_of, named_as_in_files
 from tests.test_parity import LAYOUTS
 
 NAMES = [name for name in SHAPES if family_of(name) != "opt"]
@@ -36,7 +36,7 @@ def test_public_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> 
     model = model_of(name)
     model.save_pretrained(tmp_path)
     shape = from_hugging_face(tmp_path)
-    assert shape.public_tensors() == {key: tuple(x.shape) for key, x in model.named_parameters()}
+    assert shape.public_tensors() == {key: tuple(x.shape) for key, x in named_as_in_files(model).items()}
     assert parameter_count(shape) == model.num_parameters()
     hf.check_weights(tmp_path, shape)
 

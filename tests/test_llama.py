@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from models.costs import parameter_count
@@ -327,6 +328,15 @@ def test_q_and_k_are_turned_as_hugging_face_does() -> None:
     x = torch.randn(2, 3, 50, 16)
     cos, sin = rotary_of(TINY).tables(torch.randint(0, 2000, (2, 50)), 50, x.dtype)
     expected, _ = apply_rotary_pos_emb(x, x, cos.squeeze(1), sin.squeeze(1))
+    assert torch.equal(rotated(x, cos, sin), expected)
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_tables_narrower_than_a_head_turn_its_first_elements_as_in_gpt_neox(size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 50, 16)
+    cos, sin = Rotary(RotarySettings(size, 1e4, TINY.scaling, 64), CPU).tables(torch.arange(50)[None], 50, x.dtype)
+    expected, _ = modeling_gpt_neox.apply_rotary_pos_emb(x, x, cos.squeeze(1), sin.squeeze(1))
     assert torch.equal(rotated(x, cos, sin), expected)
 
 

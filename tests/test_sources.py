@@ -26,7 +26,7 @@ from parallel.engine.base import initial_placement_of
 from parallel.engine.context import Place, make_context
 from parallel.engine.state import EngineState
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
-from parallel.layout.sources import Box, Source, are_of, fused, grouped, joined, transposed, whole
+from parallel.layout.sources import Box, Source, are_of, by_head, fused, grouped, joined, transposed, whole
 from parallel.mesh.mesh import Axis, Traffic
 from parallel.optim.adamw import AdamW
 from tests.harness import run
@@ -301,3 +301,16 @@ def test_a_state_of_every_kind_of_parameter_is_loaded_in_another_layout(tmp_path
         assert names == STATE.keys()
     run(load_states, 1, tmp_path)
     run(load_states, 3, tmp_path)
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+def test_sources_by_head_are_what_gpt_neox_makes_of_its_joint_tensor(rest: tuple[int, ...]) -> None:
+    """Its model views the rows as [heads, 3 · D] and cuts these in three: q, k and v of each head."""
+    heads, size = 4, 2
+    public = np.arange(3 * heads * size * prod(rest)).reshape(3 * heads * size, *rest)
+    wanted = np.stack(np.split(public.reshape(heads, 3 * size, *rest), 3, 1)).reshape(3, heads * size, *rest)
+    sources = by_head("query_key_value", public.shape, 3, heads)
+    assert are_of(sources, wanted.shape)
+    for source in sources:
+        box = tuple(slice(*bounds) for bounds in source.box)
+        assert np.array_equal(wanted[box][0], public[slice(*source.rows)])

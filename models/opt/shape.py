@@ -126,7 +126,7 @@ class OPTShape(ModelShape):
             "embed_positions.weight": (self.max_position_embeddings + POSITION_OFFSET, hidden),
         }
         if width != hidden:
-            tensors |= {"project_in.weight": (hidden, width), "project_out.weight": (width, hidden)}
+            tensors["project_in.weight"] = (hidden, width)
         return {f"{DECODER}{name}": size for name, size in tensors.items()}
 
     def block_tensors(self, layer: int) -> Sizes:
@@ -140,7 +140,9 @@ class OPTShape(ModelShape):
         return tensors | self._norm("self_attn_layer_norm") | self._norm("final_layer_norm")
 
     def last_tensors(self) -> Sizes:
-        return self._norm(f"{DECODER}final_layer_norm") if self.has_final_layer_norm else {}
+        hidden, width = self.hidden_size, self.embedding_width
+        project_out: Sizes = {f"{DECODER}project_out.weight": (width, hidden)} if width != hidden else {}
+        return (self._norm(f"{DECODER}final_layer_norm") if self.has_final_layer_norm else {}) | project_out
 
     def _norm(self, name: str) -> Sizes:
         if not self.layer_norm_elementwise_affine:

@@ -35,6 +35,11 @@ class Source:
         """The number of leading dims of the box that are merged into the dim after them."""
         return len(self.box) - len(self.shape)
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The first row (or column) of the public tensor that the box holds, and the one after its last."""
+        return self.first, self.first + prod(stop - start for start, stop in self.box[: self.num_merged + 1])
+
     def parts(self, held: Box) -> Iterator[tuple[Box, Box]]:
         """Yield the parts of box `held` of the parameter that belong to this source, each with its public box.
 
@@ -111,6 +116,25 @@ def joined(name: str, sources: Sequence[Source]) -> tuple[Source, ...]:
         found.append(replace(source, name=name, shape=shape, first=first))
         first += source.shape[dim]
     return tuple(found)
+
+
+def by_head(name: str, shape: Sequence[int], parts: int, heads: int) -> tuple[Source, ...]:
+    """Return the sources of a parameter [parts, rows, ...], as q, k and v, of which one public tensor alternates heads.
+
+    With 2 heads of size D the public rows are, D of each: q of head 0, k of head 0, v of head 0, q of head 1, ...
+    """
+    size, rest = shape[0] // (parts * heads), _box(shape[1:])
+    assert size * parts * heads == shape[0], f"{name}: {shape[0]} rows in {heads} heads of {parts} parts"
+    return tuple(
+        Source(
+            name,
+            tuple(shape),
+            ((part, part + 1), (head * size, (head + 1) * size), *rest),
+            first=(head * parts + part) * size,
+        )
+        for part in range(parts)
+        for head in range(heads)
+    )
 
 
 def are_of(sources: Sequence[Source], shape: Sequence[int]) -> bool:
