@@ -146,7 +146,7 @@ def are_of(sources: Sequence[Source], shape: Sequence[int]) -> bool:
     boxes = [source.box for source in sources]
     if not all(_is_inside(source, shape) for source in sources) or sum(map(size_of, boxes)) != prod(shape):
         return False
-    return not any(size_of(overlap(a, b)) for i, a in enumerate(boxes) for b in boxes[:i])
+    return not any(_meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def _is_inside(source: Source, shape: Sequence[int]) -> bool:
@@ -159,6 +159,11 @@ def _is_inside(source: Source, shape: Sequence[int]) -> bool:
     sizes = tuple(stop - start for start, stop in source.box)
     rows, columns = prod(sizes[: source.num_merged + 1]), sizes[source.num_merged + 1 :]
     return columns == public[1:] and source.first + rows <= public[0] if public else rows == 1
+
+
+def _meet(a: Box, b: Box) -> bool:
+    """Return whether two boxes have an element in common."""
+    return all(max(s, t) < min(e, f) for (s, e), (t, f) in zip(a, b, strict=True))
 
 
 def overlap(a: Box, b: Box) -> Box:
