@@ -506,6 +506,8 @@ def test_scaling_allows_sequences_as_long_as_it_was_made_for(scaling: RopeScalin
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor: rope_type 'default' has no such parameter"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling.factor: rope_type 'dynamic' needs it"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor: needs at least 1, got 0.5"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, "rope_scaling.factor: needs at most 1048576, got"),
+        ({"rope_theta": 1, "rope_scaling": SCALINGS["yarn"]}, "model.rope_theta: rope_type 'yarn' needs more than 1"),
         ({"rope_scaling": {**SCALINGS["llama3"], "high_freq_factor": 1.0}}, "high_freq_factor: 1.0 is not more than"),
         ({"rope_scaling": {**SCALINGS["linear"], "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 is not"),
         ({"rope_scaling": {**SCALINGS["linear"], "type": "yarn"}}, "rope_scaling.type: 'yarn' is not the rope_type"),
@@ -563,6 +565,13 @@ def test_scaling_allows_sequences_as_long_as_it_was_made_for(scaling: RopeScalin
 )
 def test_what_is_not_supported_is_refused_by_name(model: dict[str, Any], message: str) -> None:
     assert message in problems(**{"name": "llama-tiny", **model})
+
+
+def test_a_file_with_more_layers_than_a_model_has_is_refused_in_no_time(tmp_path: Path) -> None:
+    """The windows of all of them were listed first, to compare them with `layer_types`."""
+    raw = {"model_type": "mistral", "num_hidden_layers": 10**13, "layer_types": ["full_attention"]}
+    with pytest.raises(ConfigError, match="num_hidden_layers: needs at most 1024"):
+        from_hugging_face(write_config(tmp_path, raw))
 
 
 def test_the_families_of_llama_are_known() -> None:

@@ -14,7 +14,7 @@ from parallel.config.reader import Range
 from parallel.errors import ConfigError, did_you_mean, names_text, shown
 
 Positive = Annotated[float, Range(1e-6)]
-Factor = Annotated[float, Range(1)]
+Factor = Annotated[float, Range(1, 2**20)]
 
 OPTIONAL = {
     "default": (),

@@ -102,13 +102,12 @@ class WindowedShape(SharedShape):
         found = super().normalized(raw)
         types = found.get("layer_types")
         if "model_type" in raw and isinstance(types, list | tuple):
-            defaults = {key.name: key.default for key in fields(cls)}
+            known = {key.name: key.default for key in fields(cls)} | found
             try:
-                usual = cls.kinds_of(defaults | found)
+                if known["num_hidden_layers"] == len(types) and tuple(types) == cls.kinds_of(known):
+                    del found["layer_types"]
             except TypeError:  # of fields that the reader will refuse
                 return found
-            if tuple(types) == usual:
-                del found["layer_types"]
         return found
 
     def exported(self) -> dict[str, Any]:

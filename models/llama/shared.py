@@ -159,6 +159,8 @@ class SharedShape(ModelShape):
             )
         if self.head_size == 2 and self.scaling.rope_type == "dynamic":  # its exponent is D / (D − 2)
             found.append("model.rope_scaling.rope_type: 'dynamic' needs heads of at least 4 elements. Try 'linear'.")
+        if self.rope_theta == 1 and self.scaling.rope_type == "yarn":  # all pairs turn alike, and none is between
+            found.append("model.rope_theta: rope_type 'yarn' needs more than 1. Try 10000.0.")
         return found + activation_problems("hidden_act", self.hidden_act) + self.scaling.problems()
 
     @property
