@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import launch
 from models.data import Batch
-from models.shapes import fields_of, named_sizes
+from models.family import named_sizes
+from models.shapes import fields_of
 from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
