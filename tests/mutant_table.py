@@ -1341,6 +1341,22 @@ EVALUATION = (
         "            pass\n",
         f"{WRITTEN}::test_what_is_written_into_a_stage_of_a_split_model_counts_too[0]",
     ),
+    Mutant(
+        "stage-changed-unseen",
+        "a split model is trained on whose parameters are not the engine's any more",
+        ENGINE,
+        "            problem = self._original.change()\n",
+        "            pass\n",
+        f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
+    ),
+    Mutant(
+        "shared-view-unseen",
+        "a parameter that shows another one's part of the buffer counts as one that shows its own",
+        "parallel/chunk/parameters.py",
+        "            return not parameter.numel() or parameter.data_ptr() == address",
+        "            return True",
+        f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
+    ),
 )
 
 COVERAGE_TESTS = "tests/test_coverage.py"

@@ -382,3 +382,53 @@ def test_what_is_written_into_a_stage_of_a_split_model_counts_too(stage: int) ->
     saved, wrong = zip(*run(write_into_a_stage, 2, raw), strict=True)
     assert any(saved)
     assert wrong == ([], [])
+
+
+def cast(layer: nn.Module) -> None:
+    layer.get_parameter("attention_norm.weight").data = torch.ones(128)
+
+
+def replace(layer: nn.Module) -> None:
+    layer.get_submodule("attention_norm").weight = nn.Parameter(torch.ones(128, dtype=torch.bfloat16))
+
+
+def reshape(layer: nn.Module) -> None:
+    bias = layer.get_parameter("attention.qkv.bias")
+    bias.data = bias.data.T
+
+
+def share(layer: nn.Module) -> None:
+    """Have one parameter show another's memory, in the same buffer: it takes over the values, and no more."""
+    first, second = (layer.get_parameter(f"{name}_norm.weight") for name in ("attention", "feed_forward"))
+    first.data = second.data.fill_(0.625)
+
+
+def change_a_stage(rank: int, world_size: int) -> list[str]:
+    """Return what is said of each change to the parameters of a split model."""
+    model, train = dict(name="opt-tiny", num_hidden_layers=1), dict(precision="bf16", device="cpu", global_batch_size=2)
+    context = make_context(parse(dict(model=model, train=train), world_size=1, resolve=resolve), Place())
+    found = []
+    for change in (cast, replace, reshape, share):
+        engine = parallel.Engine(models.build(context), context)
+        layer = engine.stage.layers[1]
+        change(layer)
+        try:
+            engine.train_step(dict(input_ids=torch.ones(2, 8, dtype=torch.int64)))
+            found.append("")
+        except (parallel.ModelError, RuntimeError) as error:  # torch's own, if nothing is refused
+            found.append(str(error))
+    layer.get_parameter("feed_forward_norm.weight").data.fill_(0.5)
+    return [*found, str(layer.get_parameter("attention_norm.weight").mean().item() > 0.6)]
+
+
+def test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused() -> None:
+    """Such a model was once trained on without any message: its parameter stayed as it was for ever."""
+    (found,) = run(change_a_stage, 1)
+    cure = "Change a model before parallel.Engine, not after."
+    assert found == [
+        f"model: layers.1.attention_norm.weight moved: its memory is not the engine's any more. {cure}",
+        f"model: layers.1.attention_norm.weight is not the parameter it was. {cure}",
+        f"model: layers.1.attention.qkv.bias moved: its memory is not the engine's any more. {cure}",
+        "",
+        "True",
+    ]

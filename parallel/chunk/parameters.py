@@ -36,6 +36,8 @@ class ParameterBuffer:
         self.whole, self.own, self.tier = whole, own, Tier.DEVICE
         self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
         self._placeholder: Tensor | None = None  # what the module's parameters show while they have no values
+        places = zip(spec.starts, spec.shapes, strict=True)
+        self._places = {info.parameter: place for info, place in zip(spec.infos, places, strict=True)}
         self.on_show: Shown = lambda is_whole: None
         self._show_whole()
         self.writes = UserWrites(spec.infos)
@@ -111,11 +113,15 @@ class ParameterBuffer:
         self._show_whole()
 
     def shows(self, parameter: nn.Parameter) -> bool:
-        """Return True if one of the module's parameters still is a view of this buffer."""
-        buffers = [self.whole] if self._placeholder is None else [self.whole, self._placeholder]
+        """Return True if one of the module's parameters still is its own view of this buffer, or has a placeholder."""
+        if self.has_placeholder(parameter):
+            return True
+        start, shape = self._places[parameter]
         with torch._C.DisableTorchFunctionSubclass():
-            found = parameter.untyped_storage().data_ptr()
-        return any(found == buffer.untyped_storage().data_ptr() for buffer in buffers)
+            if parameter.shape != shape or not parameter.is_contiguous():
+                return False
+            address = self.whole.data_ptr() + start * self.whole.element_size()
+            return not parameter.numel() or parameter.data_ptr() == address
 
     def has_placeholder(self, parameter: nn.Parameter) -> bool:
         """Return True if one of the module's parameters has a placeholder in the place of its values."""

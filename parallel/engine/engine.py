@@ -14,9 +14,10 @@ from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.phases import Stopwatch
 from parallel.engine.state import EngineState
-from parallel.errors import DataError
+from parallel.errors import ColonnadeError, DataError, ModelError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
+from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
@@ -64,7 +65,15 @@ class Engine(EngineState):
                 module.accumulate = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device)
         self.num_samples = 0
+        self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
+
+    def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
+        """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
+        if self.writes.is_on and not problem:
+            self.writes.seen()  # values that came by `p.data = ...` can be followed
+            problem = self._original.change()
+        super().agree_on(action, problem, error)
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """Do forward and backward of all microbatches, and one update; no rank updates after an overflow in fp16.

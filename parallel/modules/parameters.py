@@ -67,8 +67,9 @@ class OriginalParameters:
     in_use  what somebody does with the parameters now, so that no step can use them; an empty string if nobody does
     """
 
-    def __init__(self, module: nn.Module, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, module: nn.Module, chunks: Sequence[Chunk], *, made_by: str = "parallel.initialize") -> None:
         self._module, self.in_use = module, ""
+        self._cure = f"Change a model before {made_by}, not after."
         self._parameters = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
 
@@ -77,14 +78,13 @@ class OriginalParameters:
         if self.in_use:
             return self.in_use
         present = dict(self._module.named_parameters(remove_duplicate=False))
-        cure = "Change a model before parallel.initialize, not after."
         for name in {**present, **self._parameters}:
             if present.get(name) is not self._parameters.get(name, (None,))[0]:
-                return f"model: {name} is not the parameter it was. {cure}"
+                return f"model: {name} is not the parameter it was. {self._cure}"
         for name, (parameter, required_grad) in self._parameters.items():
             chunk = self._chunk_of.get(parameter)
             if chunk is not None and not chunk.parameters.shows(parameter):
-                return f"model: {name} moved: its memory is not the engine's any more. {cure}"
+                return f"model: {name} moved: its memory is not the engine's any more. {self._cure}"
             if parameter.requires_grad and not required_grad:
-                return f"model: {name} was frozen and requires a gradient now. {cure}"
+                return f"model: {name} was frozen and requires a gradient now. {self._cure}"
         return ""
