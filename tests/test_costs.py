@@ -50,7 +50,8 @@ WINDOWED: dict[str, ModelShape] = {
 
 def transformers_model(shape: ModelShape) -> Any:
     """Return Hugging Face's model, with attention written out in matmuls."""
-    config = AutoConfig.for_model(shape.model_type, **shape.exported())
+    fields = {"model_type": shape.model_type, **shape.exported()}
+    config = AutoConfig.for_model(**fields)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
