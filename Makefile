@@ -34,12 +34,12 @@ demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate
 # One thread a process: the tests start many, and they share the cores.
 test test-gpu slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
 
-# Half of the tests use one core: files of tests are shared out between as many processes.
+# Half of the tests use one core: the tests are shared out between as many processes.
 WORKERS ?= 2
 
 test: lint  ## lint, with a GPU the tests marked gpu on it, then every test not marked slow on the CPU
 	@$(RUN) -m pytest --gpu
-	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 test-gpu: venv  ## the tests marked gpu alone, on a GPU of this machine
 	@$(RUN) -m pytest --gpu

@@ -69,8 +69,13 @@ IN_FP32 = ("single", "1d2", "pp2", "dp2", "ring3", "a2a2")
 """The layouts of which the others are combinations. The others are slow in fp32; grid and cube in fp32 meet another
 family, with both kinds of norms.
 """
-COMBINED = ("pp2-2.5d4", "a2a2-2.5d4-depth2")
-"""Layouts that are slow in fp64 too: depth 1 is the grid of pp2-2d4, and depth 2 and all_to_all meet in no layer."""
+COMBINED = (
+    *("2.5d4", "pp2-2.5d4", "a2a2-2.5d4-depth2", "dp2-2d4", "dp2-pp2-a2a2"),
+    *("1d3", "2d2x3", "2d4x1", "ring3-1d2", "pp2-ring3", "a2a2-2d4"),
+)
+"""Layouts that are slow in fp64 too. Depth 1 is the grid of 2d4; the parts of the other combinations meet in no layer.
+The last six are those of another family in `DIAGONAL`.
+"""
 
 
 def cases(layouts: Iterable[str], in_fp32: Container[str], slow: Container[str] = ()) -> list[Any]:
