@@ -162,6 +162,18 @@ def compute_on_gpu(rotary: torch.nn.Module) -> None:
     rotary.forward = tables
 
 
+@torch.no_grad()
+def mean_loss(model: Any, batches: list[Batch]) -> float:
+    """Return a Hugging Face model's loss, the mean over all labels of all batches."""
+    total, count = 0.0, 0
+    for batch in batches:
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"][:, 1:].flatten()
+        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
 def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
     """Train Hugging Face's model in one process, with the same weights, tokens and hyperparameters."""
     config = parse(raw)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.build import stage_of
@@ -26,6 +25,7 @@ from tests.parity import (
     engine_of,
     exported,
     hugging_face,
+    mean_loss,
     padded,
     reference,
     relative,
@@ -94,15 +94,9 @@ def test_evaluation_of_a_family_has_no_dropout_and_equals_hugging_faces(folder: 
     raw = config_of(parallel, model=dict(path=str(path)) | DROPOUT[name])
     results = run(evaluate, world_size, raw, batches)
     assert len(set(results)) == 1, "ranks disagree"
-    model, total, count = hugging_face(path, torch.float64).eval(), 0.0, 0
-    for batch in batches:
-        with torch.no_grad():
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        labels = batch["labels"][:, 1:].flatten()
-        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum").item()
-        count += int((labels != -100).sum())
+    model = hugging_face(path, torch.float64).eval()
     before, after = results[0]
-    assert before == pytest.approx(total / count, rel=1e-12)
+    assert before == pytest.approx(mean_loss(model, batches), rel=1e-12)
     assert after < before
 
 

@@ -18,23 +18,11 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
-class LlamaShape(SharedShape):
-    """Llama 2, 3, 3.1, 3.2, and others of the same architecture, such as SmolLM2."""
-
-    model_type = "llama"
-    architecture = "LlamaForCausalLM"
-
-    bos_token_id: Natural | None = 1
-    eos_token_id: Natural | tuple[Natural, ...] | None = 2
+class AttentionBias:
+    """The field of families in which all linears of attention have a bias, or none. It stands before the shape."""
 
     attention_bias: bool = False
     """True: the linears of attention have a bias."""
-
-    mlp_bias: bool = False
-    """True: the linears of the feed-forward have a bias."""
-
-    pretraining_tp: Natural | None = 1
-    """An export carries it; training does not use it."""
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -43,6 +31,23 @@ class LlamaShape(SharedShape):
     @property
     def has_out_bias(self) -> bool:
         return self.attention_bias
+
+
+@dataclass(frozen=True)
+class LlamaShape(AttentionBias, SharedShape):
+    """Llama 2, 3, 3.1, 3.2, and others of the same architecture, such as SmolLM2."""
+
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+
+    bos_token_id: Natural | None = 1
+    eos_token_id: Natural | tuple[Natural, ...] | None = 2
+
+    mlp_bias: bool = False
+    """True: the linears of the feed-forward have a bias."""
+
+    pretraining_tp: Natural | None = 1
+    """An export carries it; training does not use it."""
 
     @property
     def has_mlp_bias(self) -> bool:
@@ -206,24 +211,13 @@ class Qwen2Shape(QwenShape):
 
 
 @dataclass(frozen=True)
-class Qwen3Shape(QwenShape):
+class Qwen3Shape(AttentionBias, QwenShape):
     """Qwen3: norms of q and k in each head, and a head size of its own (Yang et al. 2025, arXiv 2505.09388)."""
 
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
 
     head_dim: Size | None = 128
-
-    attention_bias: bool = False
-    """True: the linears of attention have a bias."""
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def has_out_bias(self) -> bool:
-        return self.attention_bias
 
     @property
     def has_head_norms(self) -> bool:
