@@ -77,7 +77,10 @@ def from_hugging_face(path: str | Path) -> ModelShape:
 
 
 def _shape_of(model: ModelConfig) -> ModelShape:
-    """Return the named or the read shape with the fields that the section sets. Raises ConfigError."""
+    """Return the named or the read shape with the fields that the section sets.
+
+    Raises ConfigError with all that is wrong in the section.
+    """
     if model.path is not None:
         base = from_hugging_face(model.path)
     elif (named := named_sizes().get(model.name)) is not None:
@@ -93,10 +96,16 @@ def _shape_of(model: ModelConfig) -> ModelShape:
     problems += base.change_problems(changes)
     changes = {key: value for key, value in changes.items() if key not in family.shape.only}
     changes = family.shape.normalized(changes)
-    problems += _foreign_problems(base, changes)
+    foreign = _foreign_problems(base, changes)
+    problems += foreign.values()
+    own = {key: value for key, value in changes.items() if key not in foreign}
+    try:
+        shape = _read(family, {**asdict(base), **own}, ("model",))
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
     if problems:
-        raise ConfigError(*problems)
-    return _read(family, {**asdict(base), **changes}, ("model",))
+        raise ConfigError(*problems, *shape.problems())
+    return shape
 
 
 def _read(family: Family, raw: Mapping[str, Any], path: tuple[str, ...]) -> ModelShape:
@@ -147,14 +156,14 @@ def _other_family(model: ModelConfig, base: ModelShape, kind: object) -> str:
     return f"model.model_type: {shown(kind)} is not that of {where}. Try {base.model_type!r}{other}."
 
 
-def _foreign_problems(base: ModelShape, changes: Mapping[str, Any]) -> list[str]:
-    """Return a line for each field that only other families have."""
+def _foreign_problems(base: ModelShape, changes: Mapping[str, Any]) -> dict[str, str]:
+    """Return a line for each field that only other families have, by the field."""
     own = [key.name for key in _fields(FAMILIES[base.model_type])]
-    found = []
+    found: dict[str, str] = {}
     for key in changes:
         others = [kind for kind, family in FAMILIES.items() if key in {field.name for field in _fields(family)}]
         if key not in own and others:
-            found.append(
+            found[key] = (
                 f"model.{key}: unknown key. It is a field of {names_text(others)}, and the model is of the family"
                 f" {base.model_type}. {did_you_mean(key, own)}"
             )

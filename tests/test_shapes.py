@@ -200,3 +200,15 @@ def test_an_indivisible_width_names_the_nearest_sizes() -> None:
     assert problems(parallel=tensor(mode="3d", size=27))[1] == (
         "model.hidden_size: 128 is not divisible by 3 × 3, a face of the cube of tensor.size 27. Try size 8, 64 or 512."
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(ffn_dim=8, hidden_sise=64, vocab_size=0),  # unknown, misspelt, out of range
+        dict(ffn_dim=8, num_key_value_heads=3),  # unknown, and one that does not fit the others
+    ],
+)
+def test_all_that_is_wrong_in_the_section_model_is_said_at_once(wrong: dict[str, int]) -> None:
+    said = {problem.partition(":")[0] for problem in problems(model=dict(name="llama-tiny", **wrong))}
+    assert said == {f"model.{key}" for key in wrong}
