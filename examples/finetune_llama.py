@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import models
 import parallel
+from models.data.texts import BUILT_IN, Texts
 from models.hf import export
 from models.shapes import resolve, shape_of
-from models.texts import BUILT_IN, Texts
 from models.tokenizer import ByteTokenizer
 
 

@@ -368,7 +368,7 @@ PLACES = (
            "for axis in reversed(list(self.shape)) if axis in axes]",
            GROUPS),
     Mutant("replicas-take-the-same-samples", "every replica reads the first one's rows",
-           "models/data.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
+           "models/data/loader.py", "slice(replica * rows, (replica + 1) * rows)", "slice(0, rows)", REPLICAS),
     Mutant("queries-are-keys", "Hugging Face's q and k are exchanged when they are read",
            OPT_SHAPE, '("self_attn.q_proj", "self_attn.k_proj"', '("self_attn.k_proj", "self_attn.q_proj"', trains("single")),
 )
@@ -940,7 +940,7 @@ FOLDERS = (
            SHAPE, 'elif module == "head.table" and self.tie_word_embeddings:', 'elif module == "head.table":',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
-           "models/data.py", "        return tokenizer.end, []", "        return 2, []",
+           "models/data/corpus.py", "        return tokenizer.end, []", "        return 2, []",
            text_row("several texts")),
     Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",

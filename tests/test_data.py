@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.data import Corpus, Loader, SampleOrder, load_tokens
+from models.data.corpus import corpus_of
+from models.data.samples import TokenRow
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.config import DataConfig
 from parallel.errors import DataError
@@ -32,7 +34,8 @@ def byte_ids(text: str) -> list[int]:
 
 def counting_corpus(num_samples: int, sequence_length: int = 4, num_validation: int = 0) -> Corpus:
     """Return a corpus in which all tokens differ, with a rest at the end that is too short for a sample."""
-    return Corpus(np.arange(num_samples * sequence_length + sequence_length - 1), sequence_length, num_validation)
+    tokens = np.arange(num_samples * sequence_length + sequence_length - 1)
+    return corpus_of(TokenRow(tokens, sequence_length), sequence_length, num_validation)
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
@@ -126,8 +129,9 @@ def test_the_built_in_corpus_is_pythons_help_topics_in_order() -> None:
     corpus = load_tokens(data_config("python-docs", sequence_length=256, validation_fraction=0.05), VOCAB)
     text = ByteTokenizer().decode(corpus.tokens)
     assert text == "\n".join(body for _, body in sorted(topics.items()))
-    assert corpus.num_samples > 1000
-    assert corpus.num_validation == int(0.05 * corpus.num_samples)
+    num_samples = corpus.num_training + corpus.num_validation
+    assert num_samples > 1000
+    assert corpus.num_validation == int(0.05 * num_samples)
 
 
 def test_a_text_file_is_read_as_pythons_text_mode_reads_it(tmp_path: Path) -> None:
@@ -154,12 +158,12 @@ def test_a_token_file_stays_memory_mapped(tmp_path: Path, dtype: str) -> None:
     file = tmp_path / "tokens.npy"
     np.save(file, np.arange(30).astype(dtype))
     corpus = load_tokens(data_config(file), 30)
-    before = corpus.sample(6)
+    before = corpus.training.sample(6)["input_ids"]
     assert before.dtype == np.int64
     assert before.tolist() == [24, 25, 26, 27]
     # What is now written to the file appears in the corpus, but not in a sample that was taken before.
     np.lib.format.open_memmap(file, mode="r+")[25] = 3
-    assert corpus.sample(6).tolist() == [24, 3, 26, 27]
+    assert corpus.training.sample(6)["input_ids"].tolist() == [24, 3, 26, 27]
     assert before.tolist() == [24, 25, 26, 27]
 
 
@@ -186,7 +190,7 @@ def test_a_wrong_token_file_is_refused_by_name(tmp_path: Path, array: Any, compl
 
 
 def test_an_id_is_found_in_every_block_of_a_token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.data.CHECKED_AT_ONCE", 4)
+    monkeypatch.setattr("models.data.corpus.CHECKED_AT_ONCE", 4)
     for position in range(11):
         np.save(tmp_path / "tokens.npy", np.where(np.arange(11) >= position, VOCAB, 0))
         with pytest.raises(DataError, match=f"token 272 at position {position},"):

@@ -14,7 +14,7 @@ from tokenizers import models as kinds
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, OPTConfig, OPTForCausalLM, Qwen2Tokenizer
 
 from models.data import load_tokens
-from models.texts import Texts
+from models.data.texts import Texts
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from models.tokenizer_files import END_OF_CLASS
 from parallel.config import Config, DataConfig, apply_overrides, load_raw, parse

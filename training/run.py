@@ -74,7 +74,7 @@ def check_room(context: Context) -> None:
 
 def check_same_data(job: Job, world: Axis) -> None:
     """Raise DataError, on every rank, if the ranks have read other tokens: from files of several hosts, say."""
-    read = gather_objects((len(job.corpus.tokens), job.corpus.digest), world)
+    read = gather_objects((job.corpus.num_tokens, job.corpus.digest), world)
     if len(set(read)) > 1:
         ranks = "; ".join(f"rank {rank}: {tokens} tokens, {digest:08x}" for rank, (tokens, digest) in enumerate(read))
         raise DataError(

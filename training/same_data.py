@@ -17,7 +17,7 @@ BATCH, STEPS = "train.global_batch_size", "train.steps"
 
 def corpus_record(corpus: Corpus) -> dict[str, Any]:
     """Return what a checkpoint says about a corpus, wherever its file lies."""
-    return {"tokens": len(corpus.tokens), "digest": corpus.digest}
+    return {"tokens": corpus.num_tokens, "digest": corpus.digest}
 
 
 def samples_taken(metadata: Mapping[str, Any]) -> int:
@@ -41,8 +41,8 @@ def check_same_data(folder: Path, metadata: Mapping[str, Any], config: Config, c
     ]
     record = metadata.get("corpus")
     if record is not None and record != corpus_record(corpus):
-        same_size = record["tokens"] == len(corpus.tokens)
-        found = "other tokens" if same_size else f"{len(corpus.tokens)} tokens, and not {record['tokens']}"
+        same_size = record["tokens"] == corpus.num_tokens
+        found = "other tokens" if same_size else f"{corpus.num_tokens} tokens, and not {record['tokens']}"
         problems.append(f"data.path: {config.data.path} has {found}; name the corpus of the checkpoint's run")
     if problems:
         raise CheckpointError(

@@ -29,8 +29,8 @@ def _samples(config: Config, corpus: Corpus) -> Iterator[str]:
     if not corpus.num_validation and (config.output.eval_every or data.validation_fraction):
         wants = "output.eval_every is set, but " if config.output.eval_every else ""
         yield (
-            f"no validation: {wants}data.validation_fraction {data.validation_fraction} of {corpus.num_samples} samples"
-            " leaves no sample for it"
+            f"no validation: {wants}data.validation_fraction {data.validation_fraction} of {corpus.num_training}"
+            " samples leaves no sample for it"
         )
     if batch > corpus.num_training:
         yield (

@@ -84,10 +84,9 @@ ACCUMULATION = (
 )
 
 NOT_YET = {
-    "data": ("text_key", "bin_dtype", "validation_path", "document_mask"),
     "tensor": ("overlap",),
-    "train": ("epochs", "nonfinite", "early_stopping"),
-    "output": ("loggers", "keep_best", "checkpoint_async"),
+    "train": ("nonfinite",),
+    "output": ("checkpoint_async",),
 }
 """The keys of a section, by its last name, that are promised and not available yet."""
 

@@ -22,9 +22,15 @@ class DataConfig:
     """The section `data`: a corpus is a row of tokens, cut into samples of `sequence_length` (docs/data.md)."""
 
     path: PathText = "python-docs"
-    """python-docs (Python's manual, which every installation has), a text file, a folder of *.txt, or FILE.npy with
-    token ids.
+    """python-docs (Python's manual, which every installation has), or a file or folder of texts, records or token ids:
+    docs/data.md lists the kinds.
     """
+
+    text_key: str = "text"
+    """The key of the text in records of .jsonl, .parquet and saved datasets."""
+
+    bin_dtype: Literal["uint16", "uint32"] = "uint16"
+    """The dtype of the token ids in FILE.bin, which has no header."""
 
     tokenizer: PathText = "bytes"
     """"bytes" (the id of a byte is the byte + 4: a vocabulary of 260, with nothing to download), or a tokenizer.json,
@@ -41,6 +47,14 @@ class DataConfig:
 
     validation_fraction: Probability = 0.05
     """The share of samples, at the end of the corpus, that are kept from training for validation. 0: none."""
+
+    validation_path: PathText | None = None
+    """Data for validation, of any kind that `path` has; then all samples of `path` are trained on."""
+
+    document_mask: bool = False
+    """True: in a sample with several documents a token attends only to tokens of its own document, and positions begin
+    anew with each document.
+    """
 
 
 @dataclass(frozen=True)
@@ -89,11 +103,22 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """When a run ends before its last step."""
+
+    patience: Count = 3
+    """The number of evaluations in a row without a new lowest validation loss, after which the run ends."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The section `train`: how long, in which batches, in which precision, and on which device."""
 
     steps: Count = 100
     """The number of updates. A run that resumes goes on to this number; it does not begin to count again."""
+
+    epochs: Annotated[float | None, Range(2**-20, 2**20)] = None
+    """The number of passes over the training samples, instead of `steps`, which is then computed from it."""
 
     global_batch_size: Count = 16
     """The samples of a step, over all replicas: micro_batch_size × data parallel size × the number of microbatches."""
@@ -135,6 +160,9 @@ class TrainConfig:
     """The seconds after which a rank that others wait for is named, and the run ends. A rank that saves, loads or
     compiles is waited for as long as its process runs; one that has ended is named at once.
     """
+
+    early_stopping: EarlyStoppingConfig | None = None
+    """dict(patience=3): end the run once the validation loss no longer falls. It needs output.eval_every."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,12 @@ class OutputConfig:
 
     keep_checkpoints: Count = 2
     """The number of checkpoints that are kept; older ones are deleted after a newer one is complete."""
+
+    keep_best: bool = False
+    """True: the checkpoint of the lowest validation loss is kept beside these. It needs `eval_every`."""
+
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """The programs that metrics are logged to, beside metrics.jsonl."""
 
     export: bool = True
     """True: the final model is written as a Hugging Face directory."""
