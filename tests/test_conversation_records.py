@@ -22,11 +22,13 @@ PLAIN = {"messages": [USER, ANSWER]}
 
 
 def corpus_of(
-    folder: Path, *records: Record, template: str | None = CHATML, length: int = 64, **fields: Any
+    folder: Path, *records: Record, template: str | None = CHATML, length: int = 100, **fields: Any
 ) -> Corpus:
     tokenizer, file = save_tokenizer(folder / "tokenizer", template), folder / "chat.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    data = dict(path=str(file), tokenizer=str(tokenizer), sequence_length=length, validation_fraction=0.0) | fields
+    data: dict[str, Any] = (
+        dict(path=str(file), tokenizer=str(tokenizer), sequence_length=length, validation_fraction=0.0) | fields
+    )
     return load_tokens(DataConfig(**data), VOCABULARY, ends=(2,), pad=1)
 
 
@@ -93,8 +95,11 @@ def message_pair(folder: Path) -> str:
 def tools(folder: Path) -> str:
     tool, template = {"type": "function", "function": {"name": "clock"}}, TEMPLATES["qwen2"]
     with_tools = corpus_of(folder, PLAIN | dict(tools=[tool]), template=template, length=512).num_tokens
-    assert with_tools == corpus_of(folder, PLAIN | dict(tools=json.dumps([tool])), template=template).num_tokens
-    assert with_tools > corpus_of(folder, PLAIN, template=template).num_tokens
+    assert (
+        with_tools
+        == corpus_of(folder, PLAIN | dict(tools=json.dumps([tool])), template=template, length=512).num_tokens
+    )
+    assert with_tools > corpus_of(folder, PLAIN, template=template, length=512).num_tokens
     assert "no JSON" in refused(folder, PLAIN | dict(tools="clock"))
     assert "not a list of JSON schemas" in refused(folder, PLAIN | dict(tools=["clock"]))
     assert "and not an object" in refused(folder, PLAIN | dict(chat_template_kwargs=3))

@@ -50,6 +50,11 @@ def is_conversation(keys: Collection[str], text_key: str = "text") -> bool:
     return MESSAGES in keys or (PROMPT in keys and COMPLETION in keys)
 
 
+def needs_template(record: Mapping[str, Any]) -> bool:
+    """Return whether records like this one are written by a chat template, as all but text are."""
+    return MESSAGES in record or not isinstance(record.get(PROMPT), str)
+
+
 def kind_of(record: Mapping[str, Any]) -> Kind:
     """Return the kind of a record. Raises DataError where it is none."""
     if MESSAGES in record:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from models.chat import ChatTemplate, Conversation
 from models.data.conversation_records import ASSISTANT, Completion, Dialogue, kind_of, parse_record
 from models.data.documents import Document
-from models.data.records import Located
+from models.data.records import Located, Records
 from models.tokenizer import Ids, Tokenizer
 from parallel.errors import DataError
 
@@ -45,9 +45,34 @@ def documents_of(
             first = first or kind
             if kind is not first:
                 raise DataError(f"it has {kind.value}, but the first record has {first.value}. Keep them in two files.")
-            yield encoder.document(parse_record(located.record))
+            document = encoder.document(parse_record(located.record))
+            if not len(document.ids):
+                raise DataError("the chat template writes no text of it. Leave out such records.")
         except DataError as error:
             raise DataError(f"{key}: {located.place}: {error}") from error
+        yield document
+
+
+class ConversationDocuments:
+    """The documents of records of conversations. `end` is as for `documents_of`."""
+
+    def __init__(
+        self, records: Records, tokenizer: Tokenizer, template: ChatTemplate | None, end: int | None = None
+    ) -> None:
+        self._records, self._tokenizer, self._template, self._end = records, tokenizer, template, end
+
+    @property
+    def fraction(self) -> float:
+        return self._records.fraction
+
+    def __iter__(self) -> Iterator[Document]:
+        located, key = self._records.located(), self._records.source.key
+        return documents_of(located, self._tokenizer, self._template, end=self._end, key=key)
+
+    def messages(self) -> list[str]:
+        if self._template is None or not self._template.writes_date:
+            return []
+        return ["the chat template may write a date: it is that of the day on which the data were encoded"]
 
 
 class ConversationEncoder:

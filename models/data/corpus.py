@@ -11,14 +11,19 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.chat import load_chat_template
 from models.data.cache import Cache
+from models.data.conversation_records import is_conversation, needs_template
+from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
+from models.data.padded import messages_of, pad_conversations
+from models.data.records import Records
 from models.data.rows import Counted, encoded_row, mapped_row
 from models.data.samples import Part, Samples, TokenRow
 from models.data.sources import Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 
 VALIDATION = "data.validation_path"
 
@@ -120,7 +125,12 @@ class _Reader:
 
     def samples(self, source: Source) -> tuple[Samples, list[str]]:
         """Return the samples of a source, of which there is at least one, and messages about it."""
-        counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
+        record = next(iter(Records(source)), {}) if source.kind.has_records else {}
+        has_conversations = is_conversation(record, self.data.text_key)
+        if has_conversations:
+            counted, messages = self._conversations(source, needs_template=needs_template(record))
+        else:
+            counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
         row = counted.row
         messages = [*(f"{source.key}: {message}" for message in row.messages), *messages]
         if num_pads := counted.count(self.pad):
@@ -128,6 +138,9 @@ class _Reader:
                 f"{source.key}: {num_pads} of its tokens are {self.pad}, model.pad_token_id, which the embedding does"
                 " not learn where it is looked up. Set model.pad_token_id to an id that the texts do not have"
             )
+        if has_conversations:
+            padded = pad_conversations(row, self.data.sequence_length, pad=self.pad or 0, key=source.key)
+            return padded, [*messages, *messages_of(padded, source.key)]
         samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
         if not samples.num_samples:
             shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
@@ -148,12 +161,7 @@ class _Reader:
 
     def _texts(self, source: Source) -> tuple[Counted, list[str]]:
         """Return texts as token ids, with a token between two that ends a text."""
-        tokenizer, text_key = load_tokenizer(self.data.tokenizer), self.data.text_key
-        if tokenizer.vocab_size > self.vocab_size:
-            raise DataError(
-                f"data.tokenizer: '{self.data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary"
-                f" only {self.vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
-            )
+        tokenizer, text_key = self._tokenizer(), self.data.text_key
         end = Separator(tokenizer, self.end, self.vocab_size)
         key = {
             "tokenizer": tokenizer.identity,
@@ -164,6 +172,33 @@ class _Reader:
         vocab_size = tokenizer.vocab_size if end.id is None else max(tokenizer.vocab_size, end.id + 1)
         counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=end.required)
         return counted, end.messages() if counted.row.num_documents > 1 else []
+
+    def _conversations(self, source: Source, *, needs_template: bool) -> tuple[Counted, list[str]]:
+        """Return conversations as token ids, each as the chat template writes it."""
+        if self.data.document_mask:
+            raise ConfigError(
+                f"data.document_mask: True, but {source.path} has conversations: a sample has one conversation, and"
+                " there is nothing to mask. Set data.document_mask=False."
+            )
+        tokenizer = self._tokenizer()
+        template = load_chat_template(self.data.tokenizer) if needs_template else None
+        end = Separator(tokenizer, self.end, self.vocab_size).id
+        key = {"conversations": 1, "tokenizer": tokenizer.identity, "end": end}
+        if template is not None:
+            key["template"] = template.content
+        documents = ConversationDocuments(Records(source), tokenizer, template, end)
+        vocab_size = max(tokenizer.vocab_size, (end or 0) + 1)
+        return encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=None), []
+
+    def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises DataError where it has ids that the model has not."""
+        tokenizer = load_tokenizer(self.data.tokenizer)
+        if tokenizer.vocab_size > self.vocab_size:
+            raise DataError(
+                f"data.tokenizer: '{self.data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary"
+                f" only {self.vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
+            )
+        return tokenizer
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Padded:
 
     @property
     def digest(self) -> int:
-        return self.row.digest
+        return zlib.crc32(self.row.starts.astype("<i8").tobytes(), self.row.digest)
 
     def sample(self, index: int) -> Sample:
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
@@ -122,8 +123,6 @@ def count_labels(row: DocumentRow, sequence_length: int) -> LabelCounts:
 
 
 def _why_none(counts: LabelCounts, sequence_length: int) -> str:
-    if not len(counts.whole):
-        return "there is no record in it. Name a file with conversations."
     if not counts.whole.any():
         return (
             "no conversation has an answer, so that nothing is learned. An answer is a message whose role is"
