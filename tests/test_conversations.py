@@ -158,10 +158,13 @@ def test_tools_parts_and_variables_reach_the_template(tmp_path: Path) -> None:
 
 
 def row_of(*learned: str) -> DocumentRow:
-    """Return a row of documents, each given by a digit for each token: 1 for those that are learned."""
+    """Return a row of documents, each given by a digit for each token: 1 for those that are learned.
+
+    Its dtype is that of a small vocabulary, in which a label of −100 was once 65436.
+    """
     is_learned = np.array([bit == "1" for bits in learned for bit in bits], np.bool_)
     starts = np.cumsum([0, *map(len, learned)])
-    return DocumentRow(np.arange(10, 10 + len(is_learned), dtype=np.int32), starts.astype(np.int64), is_learned)
+    return DocumentRow(np.arange(10, 10 + len(is_learned), dtype=np.uint16), starts.astype(np.int64), is_learned)
 
 
 def test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right() -> None:

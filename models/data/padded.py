@@ -47,9 +47,10 @@ class Padded:
         here = slice(start, min(end, start + self.sequence_length))
         assert self.row.is_learned is not None
         ids = np.full(self.sequence_length, self.pad, np.int64)
-        labels = np.full(self.sequence_length, IGNORED, np.int64)
+        is_learned = np.zeros(self.sequence_length, np.bool_)
         ids[: here.stop - start] = self.row.tokens[here]
-        labels[: here.stop - start] = np.where(self.row.is_learned[here], self.row.tokens[here], IGNORED)
+        is_learned[: here.stop - start] = self.row.is_learned[here]
+        labels = np.where(is_learned, ids, np.int64(IGNORED))  # of int64 ids: a file of uint16 has no −100
         return {"input_ids": ids, "labels": labels}
 
 
