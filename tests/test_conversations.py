@@ -168,9 +168,9 @@ def row_of(*learned: str) -> DocumentRow:
 
 
 def test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right() -> None:
-    samples = pad_conversations(row_of("0011", "011", "00110001"), 5, pad=1)
+    samples = pad_conversations(row_of("0011", "011", "00110001", "000001", "100"), 5, pad=1)
     assert samples.num_samples == 3
-    assert samples.num_tokens == 15
+    assert samples.num_tokens == 24
     rows = [(sample["input_ids"].tolist(), sample["labels"].tolist()) for sample in map(samples.sample, range(3))]
     assert rows == [
         ([10, 11, 12, 13, 1], [-100, -100, 12, 13, -100]),
@@ -179,8 +179,10 @@ def test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right() -> None
     ]
     assert list(messages_of(samples)) == [
         "data.path: 3 conversations, one in a sample; 6 of their 12 tokens are learned, those of the answers",
-        "data.path: 1 of 3 conversations are longer than data.sequence_length 5 and are cut, the longest has 8 tokens:"
-        " 1 of the 7 tokens of answers are lost",
+        "data.path: 2 of 5 conversations are longer than data.sequence_length 5 and are cut, the longest has 8 tokens:"
+        " 2 of the 8 tokens of answers are lost",
+        "data.path: 1 of 5 conversations have no answer and are left out",
+        "data.path: 1 of 5 conversations have none of their answer in the first 5 tokens and are left out",
     ]
 
 
