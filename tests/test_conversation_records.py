@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from models.data import Corpus, load_tokens
+from models.data.cache import Cache
 from parallel.config import DataConfig
 from parallel.errors import ColonnadeError, ConfigError
 from tests.chat_templates import CHATML, CHATML_MARKED, TEMPLATES, VOCABULARY, save_tokenizer, theirs
@@ -22,14 +25,19 @@ PLAIN = {"messages": [USER, ANSWER]}
 
 
 def corpus_of(
-    folder: Path, *records: Record, template: str | None = CHATML, length: int = 100, **fields: Any
+    folder: Path,
+    *records: Record,
+    template: str | None = CHATML,
+    length: int = 100,
+    cache: Cache | None = None,
+    **fields: Any,
 ) -> Corpus:
     tokenizer, file = save_tokenizer(folder / "tokenizer", template), folder / "chat.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     data: dict[str, Any] = (
         dict(path=str(file), tokenizer=str(tokenizer), sequence_length=length, validation_fraction=0.0) | fields
     )
-    return load_tokens(DataConfig(**data), VOCABULARY, ends=(2,), pad=1)
+    return load_tokens(DataConfig(**data), VOCABULARY, ends=(2,), pad=1, cache=cache)
 
 
 def refused(folder: Path, *records: Record, error: type[ColonnadeError] | None = None, **how: Any) -> str:
@@ -137,6 +145,21 @@ def share_gpt(folder: Path) -> str:
     return refused(folder, {"messages": [{"from": "human", "value": "he"}]})
 
 
+def share_gpt_records(folder: Path) -> str:
+    turns = [{"from": "human", "value": "Is he there?"}, {"from": "gpt", "value": "he is"}]
+    found, file = refused(folder, dict(conversations=turns)), folder / "chat.jsonl"
+    recipe = found[found.index("jq") :].replace("FILE > NEW.jsonl", str(file))
+    if shutil.which("jq"):
+        record = json.loads(subprocess.check_output(recipe, shell=True))
+        assert record == PLAIN
+    return found
+
+
+def never_ending(folder: Path) -> str:
+    assert "does not learn to stop" not in said(corpus_of(folder, PLAIN, template=TEMPLATES["zephyr"]))
+    return said(corpus_of(folder, PLAIN, template=CHATML))
+
+
 def without_content(folder: Path) -> str:
     assert "message 2 of `messages`" in refused(folder, {"messages": [USER, {"role": "assistant"}]})
     return refused(folder, {"messages": [{"role": "user", "content": None}, ANSWER]})
@@ -207,8 +230,10 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     ),
     "a role that no template knows": unknown_role,
     "`from` and `value`": share_gpt,
+    "`conversations`": share_gpt_records,
     "a message without content": without_content,
     "a record without messages": lambda folder: refused(folder, {"messages": []}),
+    "a template whose answers end with another token than the `eos_token`": never_ending,
     "records of several kinds": several_kinds,
     "half of a surrogate pair": half_a_pair,
     "conversations that are longer than a sample": cut,
@@ -217,6 +242,20 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "`data.text_key`, set to a key of the records": text_key,
     "`data.document_mask=True`": lambda folder: refused(folder, PLAIN, error=ConfigError, document_mask=True),
 }
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["prefixes", "marks"])
+def test_tokens_in_the_cache_are_those_of_the_same_template(tmp_path: Path, template: str) -> None:
+    """The template is not in tokenizer.json: a template that is changed must not find the tokens of another."""
+    cache = Cache(tmp_path / "cache")
+    for source in (template, template, template.replace("<|im_end|>", "</s>")):
+        made, kept = (corpus_of(tmp_path, PLAIN, template=source, cache=where) for where in (None, cache))
+        assert kept.digest == made.digest
+        for key, values in made.training.sample(0).items():
+            assert kept.training.sample(0)[key].tolist() == values.tolist()
+    assert len(list((tmp_path / "cache" / "entries").glob("*/"))) == 2
+
+
 ROWS = rows("docs/data.md", "Conversations")
 
 

@@ -15,6 +15,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 ASSISTANT = "assistant"
 OTHER_NAMES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "ai": ASSISTANT}
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+SHARE_GPT = "conversations"  # of messages with `from` and `value`; it is refused with what makes `messages` of it
+TO_MESSAGES = (
+    'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from),'
+    " content: .value}]}' FILE > NEW.jsonl"
+)
 WITHOUT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 """Keys of a message of the assistant that needs no content beside them."""
 
@@ -45,9 +50,9 @@ class Completion:
 
 def is_conversation(keys: Collection[str], text_key: str = "text") -> bool:
     """Return whether a record with these keys is a conversation, and not a text under the key that the config names."""
-    if text_key != "text" and text_key in keys:
+    if text_key in keys and (text_key != "text" or SHARE_GPT in keys):
         return False
-    return MESSAGES in keys or (PROMPT in keys and COMPLETION in keys)
+    return MESSAGES in keys or (PROMPT in keys and COMPLETION in keys) or SHARE_GPT in keys
 
 
 def needs_template(record: Mapping[str, Any]) -> bool:
@@ -60,6 +65,8 @@ def kind_of(record: Mapping[str, Any]) -> Kind:
     if MESSAGES in record:
         return Kind.MESSAGES
     if PROMPT not in record or COMPLETION not in record:
+        if SHARE_GPT in record:
+            raise DataError(f"it has `conversations`, and `messages` are needed. Write them: {TO_MESSAGES}")
         raise DataError(
             f"it has neither `messages` nor `prompt` and `completion`, but {names_text(map(repr, record)) or 'no key'}."
             " Leave out such records, or name their keys so."

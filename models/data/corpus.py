@@ -17,7 +17,7 @@ from models.data.conversation_records import is_conversation, needs_template
 from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
 from models.data.padded import messages_of, pad_conversations
-from models.data.records import Records
+from models.data.records import Record, Records
 from models.data.rows import Counted, encoded_row, mapped_row
 from models.data.samples import Part, Samples, TokenRow
 from models.data.sources import Source, find_source
@@ -95,7 +95,7 @@ def load_tokens(
     names no token that ends a text. `cache` keeps what was encoded; without one all tokens are made in memory. Raises
     DataError if the corpus cannot be read, is too short, or has a token id outside `vocab_size`.
     """
-    reader = _Reader(data, vocab_size, ends[0] if ends else None, pad, cache)
+    reader = _Reader(data, vocab_size, tuple(ends), pad, cache)
     training, messages = reader.samples(find_source(data.path))
     if data.validation_path is None:
         num_validation = math.floor(data.validation_fraction * training.num_samples)
@@ -115,32 +115,25 @@ def load_tokens(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a source as samples, as the section `data` says; `end` and `pad` are ids of the model."""
+    """Reads a source as samples, as the section `data` says; `ends` and `pad` are ids of the model."""
 
     data: DataConfig
     vocab_size: int
-    end: int | None
+    ends: tuple[int, ...]
     pad: int | None
     cache: Cache | None
+
+    @property
+    def end(self) -> int | None:
+        return self.ends[0] if self.ends else None
 
     def samples(self, source: Source) -> tuple[Samples, list[str]]:
         """Return the samples of a source, of which there is at least one, and messages about it."""
         record = next(iter(Records(source)), {}) if source.kind.has_records else {}
-        has_conversations = is_conversation(record, self.data.text_key)
-        if has_conversations:
-            counted, messages = self._conversations(source, needs_template=needs_template(record))
-        else:
-            counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
-        row = counted.row
-        messages = [*(f"{source.key}: {message}" for message in row.messages), *messages]
-        if num_pads := counted.count(self.pad):
-            messages.append(
-                f"{source.key}: {num_pads} of its tokens are {self.pad}, model.pad_token_id, which the embedding does"
-                " not learn where it is looked up. Set model.pad_token_id to an id that the texts do not have"
-            )
-        if has_conversations:
-            padded = pad_conversations(row, self.data.sequence_length, pad=self.pad or 0, key=source.key)
-            return padded, [*messages, *messages_of(padded, source.key)]
+        if is_conversation(record, self.data.text_key):
+            return self._conversations(source, record)
+        counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
+        row, messages = counted.row, [*self._messages(source, counted), *messages]
         samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
         if not samples.num_samples:
             shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
@@ -173,22 +166,38 @@ class _Reader:
         counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=end.required)
         return counted, end.messages() if counted.row.num_documents > 1 else []
 
-    def _conversations(self, source: Source, *, needs_template: bool) -> tuple[Counted, list[str]]:
-        """Return conversations as token ids, each as the chat template writes it."""
+    def _conversations(self, source: Source, record: Record) -> tuple[Samples, list[str]]:
+        """Return conversations, one in a sample, and messages about them. `record` is the first one."""
         if self.data.document_mask:
             raise ConfigError(
                 f"data.document_mask: True, but {source.path} has conversations: a sample has one conversation, and"
                 " there is nothing to mask. Set data.document_mask=False."
             )
         tokenizer = self._tokenizer()
-        template = load_chat_template(self.data.tokenizer) if needs_template else None
+        template = load_chat_template(self.data.tokenizer) if needs_template(record) else None
         end = Separator(tokenizer, self.end, self.vocab_size).id
-        key = {"conversations": 1, "tokenizer": tokenizer.identity, "end": end}
-        if template is not None:
-            key["template"] = template.content
         documents = ConversationDocuments(Records(source), tokenizer, template, end)
+        key = {
+            "conversations": 1,
+            "tokenizer": tokenizer.identity,
+            "template": None if template is None else template.content,
+            "end": end,
+        }
         vocab_size = max(tokenizer.vocab_size, (end or 0) + 1)
-        return encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=None), []
+        counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=None)
+        samples = pad_conversations(counted.row, self.data.sequence_length, pad=self.pad or 0, key=source.key)
+        ends = sorted({*self.ends, *(() if end is None else (end,))})
+        return samples, [*self._messages(source, counted), *messages_of(samples, ends, source.key)]
+
+    def _messages(self, source: Source, counted: Counted) -> list[str]:
+        """Return what was read otherwise than it stands, and whether the padding token occurs."""
+        messages = [f"{source.key}: {message}" for message in counted.row.messages]
+        if num_pads := counted.count(self.pad):
+            messages.append(
+                f"{source.key}: {num_pads} of its tokens are {self.pad}, model.pad_token_id, which the embedding does"
+                " not learn where it is looked up. Set model.pad_token_id to an id that the texts do not have"
+            )
+        return messages
 
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises DataError where it has ids that the model has not."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from models.data.documents import DocumentRow
 from models.data.samples import Indexes, Sample
-from parallel.errors import DataError
+from parallel.errors import DataError, either
 from parallel.layout.labels import IGNORED
 
 AT_ONCE = 4096  # conversations, whose tokens are counted in one go
@@ -79,8 +79,11 @@ def pad_conversations(row: DocumentRow, sequence_length: int, *, pad: int, key: 
     return Padded(row, sequence_length, numbers, pad)
 
 
-def messages_of(samples: Padded, key: str = "data.path") -> Iterator[str]:
-    """Yield how many tokens are learned, and what is lost because conversations are cut or have no answer."""
+def messages_of(samples: Padded, ends: Sequence[int] = (), key: str = "data.path") -> Iterator[str]:
+    """Yield how many tokens are learned, and what is lost because conversations are cut or have no answer.
+
+    `ends` are the tokens with which a generated text ends. If the first conversation teaches none, a message says so.
+    """
     row, length = samples.row, samples.sequence_length
     counts, lengths = count_labels(row, length), np.diff(row.starts)
     whole, kept = int(counts.whole.sum()), int(counts.kept.sum())
@@ -104,6 +107,14 @@ def messages_of(samples: Padded, key: str = "data.path") -> Iterator[str]:
     ):
         if number:
             yield f"{key}: {number:,} of {len(lengths):,} conversations {why} and are left out"
+
+    start, end = row.starts[samples.numbers[0] : samples.numbers[0] + 2].tolist()
+    assert row.is_learned is not None
+    if ends and not np.isin(row.tokens[start:end][row.is_learned[start:end]], ends).any():
+        yield (
+            f"{key}: the answers of the first conversation have no token that ends a text, {either(ends)}: the model"
+            " does not learn to stop. Name the token that ends a turn as eos_token in tokenizer_config.json"
+        )
 
 
 def count_labels(row: DocumentRow, sequence_length: int) -> LabelCounts:
