@@ -2,7 +2,7 @@
 
 The text is cut into windows that overlap, and each is encoded alone. At its ends a window may have other tokens than
 the whole text: a word is cut there, a space is put before it, digits are grouped from another place. So two windows are
-joined within their overlap, far from the ends, where both have the same tokens on both sides:
+joined within their overlap, far from the ends, where both have the same tokens on both sides, which are not all space:
 
     window 1   … | the | cat | sat | on | t̶h̶          joined before "sat":
     window 2         t̶ | c̶a̶t̶ | sat | on | the | …     the | cat + sat | on | the
@@ -66,6 +66,10 @@ class Window:
         span = self.encoding.token_to_chars(index)
         assert span is not None, f"token {index} of {len(self.ids)}"
         return span[0] + self.start, span[1] + self.start
+
+    def is_space(self, first: int, stop: int) -> bool:
+        """Return whether the text has nothing but space between two characters."""
+        return not self.text[first - self.start : stop - self.start].strip()
 
     def begins_word(self, index: int) -> bool:
         """Return whether a word of the pre-tokenizer begins with this token."""
@@ -135,7 +139,11 @@ class WindowEncoder:
             return False
         if not of_words and self._unknown in ids[near - 1 : near + 1]:  # several unknown characters may be one token
             return False
-        return all(before.span(index + k) == after.span(other + k) for k in range(-near, near))
+        spans = [before.span(index + k) for k in range(-near, near)]
+        if spans != [after.span(other + k) for k in range(-near, near)]:
+            return False
+        # A special token may take in all space beside it, however long: none reaches over what is no space.
+        return not before.is_space(spans[0][0], spans[near][0]) and not before.is_space(spans[near][0], spans[-1][1])
 
     def _longer(self, current: Window, first: int, following: Window, windows: Iterator[Window]) -> tuple[Window, int]:
         """Return a window of at least twice the length, from the current one on, and the token from which it counts."""
