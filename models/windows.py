@@ -36,11 +36,11 @@ class Sizes:
     `agreeing` counts the tokens on each side of a joint that must be the same. `at_once` windows are encoded together.
     """
 
-    window: int = 1 << 18
-    overlap: int = 1 << 12
-    end: int = 1 << 10
+    window: int = 1 << 16
+    overlap: int = 1 << 11
+    end: int = 1 << 9
     agreeing: int = 8
-    at_once: int = 8
+    at_once: int = 16
 
 
 @dataclass(frozen=True)
