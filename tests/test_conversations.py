@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from models.chat import load_chat_template
 from models.data.conversation_records import is_conversation
@@ -69,11 +70,15 @@ def test_a_generation_mask_is_that_of_transformers(marked: Path, texts: list[str
 
 
 def test_the_last_character_of_an_answer_is_learned_whole(tmp_path: Path) -> None:
-    """transformers' mask has only the first of the tokens of a last character such as 😀: the others were lost."""
+    """transformers' mask has only the first of the tokens of a last character such as 😀."""
     source = CHATML_MARKED.replace("message.content + '<|im_end|>'", "message.content")
     folder = save_tokenizer(tmp_path, source)
-    (document,) = documents(folder, {"messages": [USER, {"role": "assistant", "content": "he 😀"}]})
+    messages = [USER, {"role": "assistant", "content": "he 😀"}]
+    (document,) = documents(folder, {"messages": messages})
     assert learned_texts(folder, document) == ["he 😀"]
+    found = theirs(folder).apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert document.is_learned is not None
+    assert document.is_learned.sum() == sum(found["assistant_masks"]) + 3
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -111,6 +116,19 @@ def test_a_completion_of_text_is_learned_with_an_end_as_trl_has_it(
     assert document.ids.tolist() == ids
     assert document.is_learned is not None
     assert document.is_learned.tolist() == [i >= len(reference(prompt)["input_ids"]) for i in range(len(ids))]
+
+
+def test_a_tokenizer_without_a_token_for_the_letter_a_puts_its_first_token_before_a_prompt(tmp_path: Path) -> None:
+    """The tokens before a text were found in those of "a"."""
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "h": 1, "i": 2, "</s>": 3}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (document,) = documents(tmp_path, dict(prompt="h", completion=" i"))
+    assert document.ids.tolist() == [0, 1, 2, 3]
+    assert document.is_learned is not None
+    assert document.is_learned.tolist() == [False, False, True, True]
 
 
 def test_bytes_complete_a_text_too() -> None:
