@@ -15,7 +15,7 @@ from models.chat import load_chat_template
 from models.data.conversation_records import is_conversation
 from models.data.conversations import documents_of
 from models.data.documents import Document, DocumentRow
-from models.data.padded import messages_of, pad_conversations
+from models.data.padded import pad_conversations
 from models.data.records import Located
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.errors import DataError
@@ -186,7 +186,7 @@ def row_of(*learned: str) -> DocumentRow:
 
 
 def test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right() -> None:
-    samples = pad_conversations(row_of("0011", "011", "00110001", "000001", "100"), 5, pad=1)
+    samples, messages = pad_conversations(row_of("0011", "011", "00110001", "000001", "100"), 5, pad=1)
     assert samples.num_samples == 3
     assert samples.num_tokens == 24
     rows = [(sample["input_ids"].tolist(), sample["labels"].tolist()) for sample in map(samples.sample, range(3))]
@@ -195,7 +195,7 @@ def test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right() -> None
         ([14, 15, 16, 1, 1], [-100, 15, 16, -100, -100]),
         ([17, 18, 19, 20, 21], [-100, -100, 19, 20, -100]),
     ]
-    assert list(messages_of(samples)) == [
+    assert messages == [
         "data.path: 3 conversations, one in a sample; 6 of their 12 tokens are learned, those of the answers",
         "data.path: 2 of 5 conversations are longer than data.sequence_length 5 and are cut, the longest has 8 tokens:"
         " 2 of the 8 tokens of answers are lost",
@@ -214,14 +214,14 @@ def test_every_sample_has_a_label_and_what_is_left_out_is_counted(bits: list[str
             pad_conversations(row_of(*bits), length, pad=1)
         if found := re.search(r"Set data.sequence_length to (\d+) or more", str(refusal.value)):
             needed = int(found[1])
-            assert pad_conversations(row_of(*bits), needed, pad=1).num_samples
+            assert pad_conversations(row_of(*bits), needed, pad=1)[0].num_samples
             assert needed == min(text.index("1", 1) + 1 for text in bits if "1" in text[1:])
         return
-    samples = pad_conversations(row_of(*bits), length, pad=1)
+    samples, messages = pad_conversations(row_of(*bits), length, pad=1)
     assert samples.numbers.tolist() == kept
     for index in range(samples.num_samples):
         assert (samples.sample(index)["labels"][1:] != -100).any()
-    said = "\n".join(messages_of(samples))
+    said = "\n".join(messages)
     answerless = sum("1" not in text[1:] for text in bits)
     beyond = len(bits) - len(kept) - answerless
     assert (f"{answerless} of {len(bits)} conversations have no answer and are left out" in said) == (answerless > 0)

@@ -16,7 +16,7 @@ from models.data.cache import Cache
 from models.data.conversation_records import is_conversation, needs_template
 from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
-from models.data.padded import messages_of, pad_conversations
+from models.data.padded import pad_conversations
 from models.data.records import Record, Records
 from models.data.rows import Counted, encoded_row, mapped_row
 from models.data.samples import Part, Samples, TokenRow
@@ -185,9 +185,10 @@ class _Reader:
         }
         vocab_size = max(tokenizer.vocab_size, (end or 0) + 1)
         counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=None)
-        samples = pad_conversations(counted.row, self.data.sequence_length, pad=self.pad or 0, key=source.key)
         ends = sorted({*self.ends, *(() if end is None else (end,))})
-        return samples, [*self._messages(source, counted), *messages_of(samples, ends, source.key)]
+        length, pad = self.data.sequence_length, self.pad or 0
+        samples, messages = pad_conversations(counted.row, length, pad=pad, ends=ends, key=source.key)
+        return samples, [*self._messages(source, counted), *messages]
 
     def _messages(self, source: Source, counted: Counted) -> list[str]:
         """Return what was read otherwise than it stands, and whether the padding token occurs."""

@@ -67,34 +67,35 @@ class LabelCounts:
     first: Indexes
 
 
-def pad_conversations(row: DocumentRow, sequence_length: int, *, pad: int, key: str = "data.path") -> Padded:
-    """Return the conversations of a row as samples: those that have a label within `sequence_length` tokens.
+def pad_conversations(
+    row: DocumentRow, sequence_length: int, *, pad: int, ends: Sequence[int] = (), key: str = "data.path"
+) -> tuple[Padded, list[str]]:
+    """Return the conversations of a row as samples, those with a label within `sequence_length` tokens, and messages.
 
-    Raises DataError where there is none.
+    `ends` are the tokens with which a generated text ends. Raises DataError where no conversation has a label.
     """
     counts = count_labels(row, sequence_length)
     (numbers,) = np.nonzero(counts.kept)
     if not len(numbers):
         raise DataError(f"{key}: {_why_none(counts, sequence_length)}")
-    return Padded(row, sequence_length, numbers, pad)
+    samples = Padded(row, sequence_length, numbers, pad)
+    messages = [*_what_is_lost(samples, counts), *_without_end(samples, ends)]
+    return samples, [f"{key}: {message}" for message in messages]
 
 
-def messages_of(samples: Padded, ends: Sequence[int] = (), key: str = "data.path") -> Iterator[str]:
-    """Yield how many tokens are learned, and what is lost because conversations are cut or have no answer.
-
-    `ends` are the tokens with which a generated text ends. If the first conversation teaches none, a message says so.
-    """
+def _what_is_lost(samples: Padded, counts: LabelCounts) -> Iterator[str]:
+    """Yield how many tokens are learned, and what is lost because conversations are cut or have no answer."""
     row, length = samples.row, samples.sequence_length
-    counts, lengths = count_labels(row, length), np.diff(row.starts)
+    lengths = np.diff(row.starts)
     whole, kept = int(counts.whole.sum()), int(counts.kept.sum())
     cut = int((lengths > length).sum())
     yield (
-        f"{key}: {samples.num_samples:,} conversations, one in a sample; {kept:,} of their"
+        f"{samples.num_samples:,} conversations, one in a sample; {kept:,} of their"
         f" {int(np.minimum(lengths, length)[samples.numbers].sum()):,} tokens are learned, those of the answers"
     )
     if cut:
         yield (
-            f"{key}: {cut:,} of {len(lengths):,} conversations are longer than data.sequence_length {length} and are"
+            f"{cut:,} of {len(lengths):,} conversations are longer than data.sequence_length {length} and are"
             f" cut, the longest has {int(lengths.max()):,} tokens: {whole - kept:,} of the {whole:,} tokens of answers"
             " are lost"
         )
@@ -106,13 +107,17 @@ def messages_of(samples: Padded, ends: Sequence[int] = (), key: str = "data.path
         ),
     ):
         if number:
-            yield f"{key}: {number:,} of {len(lengths):,} conversations {why} and are left out"
+            yield f"{number:,} of {len(lengths):,} conversations {why} and are left out"
 
+
+def _without_end(samples: Padded, ends: Sequence[int]) -> Iterator[str]:
+    """Yield a message if the first conversation teaches none of the tokens with which a generated text ends."""
+    row = samples.row
     start, end = row.starts[samples.numbers[0] : samples.numbers[0] + 2].tolist()
     assert row.is_learned is not None
     if ends and not np.isin(row.tokens[start:end][row.is_learned[start:end]], ends).any():
         yield (
-            f"{key}: the answers of the first conversation have no token that ends a text, {either(ends)}: the model"
+            f"the answers of the first conversation have no token that ends a text, {either(ends)}: the model"
             " does not learn to stop. Name the token that ends a turn as eos_token in tokenizer_config.json"
         )
 
