@@ -76,6 +76,10 @@ class ChatTemplate:
         """True if the text may depend on the day on which it is written."""
         return any("strftime_now" in source for source in self.sources.values())
 
+    def names_role(self, role: str) -> bool:
+        """Return whether a template has this role in quotes, as it would to write its messages in their own way."""
+        return any(quoted in source for source in self.sources.values() for quoted in (f"'{role}'", f'"{role}"'))
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return the text of messages, with the beginning of an answer after them if it is asked for.
 

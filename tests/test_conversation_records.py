@@ -135,6 +135,10 @@ def without_jinja(folder: Path) -> str:
 
 
 def unknown_role(folder: Path) -> str:
+    named = TEMPLATES["chatml"] + "{% if messages[0].role == 'observation' %}{% endif %}"
+    seen = {"messages": [dict(role="observation", content="he"), ANSWER]}
+    assert learned(folder, corpus_of(folder, seen, template=named)) == "he is<|im_end|>\n"
+    assert "has the role 'observation'" in refused(folder, seen)
     assert "Known: system, developer" in refused(folder, {"messages": [{"role": 3, "content": "he"}]})
     return refused(folder, {"messages": [USER, {"role": "gpt", "content": "he"}]})
 
@@ -228,7 +232,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "messages that the template refuses": lambda folder: refused(
         folder, {"messages": [ANSWER, USER]}, template=TEMPLATES["mistral"]
     ),
-    "a role that no template knows": unknown_role,
+    "a role that is neither a usual one nor named in the template": unknown_role,
     "`from` and `value`": share_gpt,
     "`conversations`": share_gpt_records,
     "a message without content": without_content,

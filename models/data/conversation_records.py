@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from models.chat import Conversation
+from models.chat import ChatTemplate, Conversation
 from parallel.errors import DataError, closest, names_text, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -77,26 +77,31 @@ def kind_of(record: Mapping[str, Any]) -> Kind:
     return Kind.TEXT if is_text[0] else Kind.PROMPTED
 
 
-def parse_record(record: Mapping[str, Any]) -> Dialogue | Completion:
-    """Return what a record says. Raises DataError, which names the key and the message, for one that cannot be used."""
+def parse_record(record: Mapping[str, Any], template: ChatTemplate | None = None) -> Dialogue | Completion:
+    """Return what a record says, whose roles are the usual ones, or named by the template.
+
+    Raises DataError, which names the key and the message, for one that cannot be used.
+    """
     kind = kind_of(record)
     if kind is Kind.TEXT:
         return Completion(_checked(record[PROMPT], PROMPT), _checked(record[COMPLETION], COMPLETION))
-    prompt = _messages(record, PROMPT) if kind is Kind.PROMPTED else []
-    messages = _messages(record, MESSAGES if kind is Kind.MESSAGES else COMPLETION)
+    prompt = _messages(record, PROMPT, template) if kind is Kind.PROMPTED else []
+    messages = _messages(record, MESSAGES if kind is Kind.MESSAGES else COMPLETION, template)
     return Dialogue(Conversation([*prompt, *messages], _tools(record), _variables(record)), first=len(prompt))
 
 
-def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def _messages(record: Mapping[str, Any], key: str, template: ChatTemplate | None) -> list[dict[str, Any]]:
     given = record[key]
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise DataError(f"`{key}` is {shown(given)}, and not a list of messages. {_recipe()}")
     if not given:
         raise DataError(f"`{key}` is empty: it has no message. Leave out such records.")
-    return [_message(message, f"message {number} of `{key}`") for number, message in enumerate(given, start=1)]
+    return [
+        _message(message, f"message {number} of `{key}`", template) for number, message in enumerate(given, start=1)
+    ]
 
 
-def _message(given: Any, name: str) -> dict[str, Any]:
+def _message(given: Any, name: str, template: ChatTemplate | None) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise DataError(f"{name} is {shown(given)}. {_recipe()}")
     message = {str(key): value for key, value in given.items() if value is not None}
@@ -106,7 +111,7 @@ def _message(given: Any, name: str) -> dict[str, Any]:
             " It has `from`, which must be `role`, and `value`, which must be `content`." if "from" in message else ""
         )
         raise DataError(f"{name} has no `role`.{like} {_recipe()}")
-    if role not in ROLES:
+    if role not in ROLES and not (template is not None and template.names_role(str(role))):
         match = OTHER_NAMES.get(str(role).casefold()) or closest(str(role), ROLES)
         hint = f"Did you mean {match!r}?" if match else f"Known: {', '.join(ROLES)}."
         raise DataError(f"{name} has the role {shown(role)}. {hint}")

@@ -45,7 +45,7 @@ def documents_of(
             first = first or kind
             if kind is not first:
                 raise DataError(f"it has {kind.value}, but the first record has {first.value}. Keep them in two files.")
-            document = encoder.document(parse_record(located.record))
+            document = encoder.document(parse_record(located.record, template))
             if not len(document.ids):
                 raise DataError("the chat template writes no text of it. Leave out such records.")
         except DataError as error:
