@@ -114,7 +114,8 @@ class ConversationEncoder:
         if template is None:
             raise DataError(
                 "messages need a chat template, and the tokenizer of data.tokenizer has none. Write"
-                f" chat_template.jinja beside its tokenizer.json, such as: {EXAMPLE}"
+                f" chat_template.jinja beside its tokenizer.json, such as: {EXAMPLE} The files of a built-in tokenizer"
+                " are written by load_tokenizer(NAME).save(FOLDER) of models.tokenizer."
             )
         if template.marks_answers(dialogue.conversation.tools):
             return self._by_marks(template, dialogue)
