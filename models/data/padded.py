@@ -118,7 +118,8 @@ def _without_end(samples: Padded, ends: Sequence[int]) -> Iterator[str]:
     if ends and not np.isin(row.tokens[start:end][row.is_learned[start:end]], ends).any():
         yield (
             f"the answers of the first conversation have no token that ends a text, {either(ends)}: the model"
-            " does not learn to stop. Name the token that ends a turn as eos_token in tokenizer_config.json"
+            " does not learn to stop. In tokenizer_config.json name the token that ends a turn as eos_token, and leave"
+            " out split_special_tokens"
         )
 
 
