@@ -12,8 +12,9 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from colonnade import __version__
-from colonnade.arguments import REFUSED, Parser
+from colonnade.arguments import Parser
 from colonnade.completion import SHELLS, completion
+from colonnade.process import REFUSED
 
 COMMANDS = {
     "train": "train a model as a config says",
