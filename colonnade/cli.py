@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "colonnade") 
         return REFUSED
     if problem := _problem(arguments[0], list(commands)):
         parser.error(problem)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:  # the command's own usage is printed with it
+        commands.get(parsed.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.print_completion is not None:
         print(completion(make_parser("colonnade")[0], parsed.print_completion))
         return 0

@@ -128,8 +128,9 @@ def test_the_dtype_of_the_command_is_one_of_the_configs_and_casts_as_the_run_doe
         safe_open(first / "export/model.safetensors", "pt") as own,
         safe_open(tmp_path / "bf16/model.safetensors", "pt") as found,
     ):
-        assert set(own.keys()) == set(found.keys())
-        for name in own.keys():
+        names = set(own.keys())
+        assert names == set(found.keys())
+        for name in names:
             assert torch.equal(found.get_tensor(name), own.get_tensor(name).to(torch.bfloat16))
     assert json.loads((tmp_path / "bf16/config.json").read_text())["dtype"] == "bfloat16"
 
