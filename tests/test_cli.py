@@ -135,6 +135,24 @@ def test_another_package_of_the_same_name_that_came_first_is_named(tmp_path: Pat
     assert str(tmp_path / "models") in shown
 
 
+def test_a_package_of_the_user_is_not_imported_for_ours(tmp_path: Path) -> None:
+    """The folder of the user is searched first, as the working directory is by `python -m`."""
+    for name in ("models", "training"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "parallel.py").touch()
+    program = f"""if True:
+        import sys
+        import colonnade
+        sys.path.insert(0, {str(tmp_path)!r})
+        from importlib.util import find_spec
+        print(*(find_spec(name).origin for name in ("parallel", "models", "training")))
+    """
+    assert python("-c", program).split() == [
+        str(ROOT / name / "__init__.py") for name in ("parallel", "models", "training")
+    ]
+
+
 def test_our_own_packages_that_came_first_are_no_problem() -> None:
     assert python("-c", "import training; import colonnade; print(training.__file__)").endswith(
         f"{ROOT / 'training/__init__.py'}\n"
