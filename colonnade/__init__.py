@@ -11,7 +11,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-__version__ = "0.1.0"
+from colonnade.version import __version__
+
+__all__ = ["__version__"]
 
 FOLDER = Path(__file__).resolve().parent.parent
 PACKAGES = ("parallel", "models", "training")

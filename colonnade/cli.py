@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 
-from colonnade import __version__
 from colonnade.arguments import Parser
 from colonnade.completion import SHELLS, completion
 from colonnade.process import REFUSED
+from colonnade.version import __version__
 
 COMMANDS = {
     "train": "train a model as a config says",

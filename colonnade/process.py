@@ -1,4 +1,4 @@
-"""How a command ends: the exit codes, and the signals and missing packages that end it early."""
+"""The end of a command: its exit codes, and the signals and missing packages that end it early."""
 
 import gc
 import os

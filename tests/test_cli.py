@@ -124,7 +124,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_another_package_of_the_same_name_that_came_first_is_named(tmp_path: Path) -> None:
-    """Without this, `models` of the user would be asked for our modules: No module named 'models.shapes'."""
+    """The message was once that of Python: No module named 'models.shapes'."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models/__init__.py").touch()
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import models, colonnade"

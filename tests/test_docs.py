@@ -295,7 +295,7 @@ def test_the_architecture_and_its_picture_have_every_folder_of_parallel_in_order
 
 
 def test_users_get_the_annotations_of_every_package() -> None:
-    """That they are installed, tests/test_package.py tests."""
+    """The test of the wheel shows that these files are installed."""
     for package in PACKAGES:
         assert (ROOT / package / "py.typed").is_file(), package
 

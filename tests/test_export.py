@@ -161,7 +161,7 @@ def test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_ex
 
 
 def test_one_tensor_of_a_checkpoint_is_in_memory_at_a_time(first: Path) -> None:
-    """Of the tensors that were yielded only the last one, and the one that is being read, are alive."""
+    """The last tensor that was yielded and the one that is being read are alive, and no other."""
     alive: list[weakref.ref[torch.Tensor]] = []
     for piece in SavedModel.find(str(first)).tensors():
         alive.append(weakref.ref(piece.data))

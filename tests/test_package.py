@@ -1,4 +1,4 @@
-"""What is installed: the wheel has what the tree has, and works in a folder with packages and a config of our names."""
+"""The wheel has what the tree has, and an installation works in a folder with packages and a config of our names."""
 
 import os
 import re
@@ -19,6 +19,9 @@ from tests.patience import LIMIT
 ROOT = Path(__file__).parent.parent
 BUILT_FROM = ("pyproject.toml", "LICENSE", "launch.py")
 
+DATA_FILES = ("models/words.model", "models/opt/tables/a.json.gz")
+"""Files that a package might have one day, of any name, also in a folder without Python."""
+
 CONFIG = """
 model = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
 data = dict(path="story.txt", sequence_length=16)
@@ -35,7 +38,7 @@ def files_of_packages() -> list[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of what a package is built from, with what a used clone has beside it."""
+    """Return a copy of what a package is built from, with data files, and with what a used clone has beside it."""
     folder = tmp_path_factory.mktemp("source")
     for name in (*BUILT_FROM, *files_of_packages()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +46,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for litter in ("models/__pycache__/a.cpython-311.pyc", "models/opt/__pycache__/b.pyc", "runs/x/config.json"):
         (folder / litter).parent.mkdir(parents=True, exist_ok=True)
         (folder / litter).touch()
+    for name in DATA_FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("data")
     return folder
 
 
@@ -91,7 +97,7 @@ def test_the_wheel_has_every_file_of_our_packages_and_nothing_else(wheel: Path) 
     with zipfile.ZipFile(wheel) as content:
         found = {name for name in content.namelist() if not name.endswith("/")}
     info = {name for name in found if re.match(r"colonnade-[\d.]+\.dist-info/", name)}
-    assert found - info == set(files_of_packages())
+    assert found - info == {*files_of_packages(), *DATA_FILES}
     assert {name.partition("/")[2] for name in info} >= {"METADATA", "entry_points.txt", "licenses/LICENSE"}
 
 
@@ -196,7 +202,7 @@ STEPS: dict[str, tuple[Step, str]] = {
         "runs/fourth/export/tokenizer.json",
     ),
 }
-"""What a user does, one step after another in one folder: the command, and a file that it leaves."""
+"""Steps that a user takes one after another in one folder: the command of each, and a file that it leaves."""
 
 
 @pytest.mark.slow
