@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export the checkpoint and return the exit code."""
+    """Export the checkpoint and return the exit code. Raises argparse.ArgumentError under torchrun."""
+    if "RANK" in os.environ:
+        raise argparse.ArgumentError(None, "one process writes an export: start this without torchrun")
     return guarded(lambda: _export(arguments))
 
 

@@ -6,6 +6,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from safetensors import safe_open
 from colonnade import cli
 from colonnade.export import DTYPES as CHOICES
 from models import hf
-from parallel.checkpoint import checkpoint
+from parallel.checkpoint import checkpoint, hf_folder
 from parallel.checkpoint.shards import Entry, write_tensors
 from parallel.engine.context import DTYPES, Place
+from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
 from tests.harness import run
 from tests.test_loop import prepared
@@ -189,6 +191,11 @@ def remove_a_file(step: Path) -> str:
     return "rank_00000.safetensors is missing."
 
 
+def lose_the_list_of_files(step: Path) -> str:
+    (step / "checkpoint.json").write_text('{"metadata": {}, "files": [], "tensors": {}}')
+    return "is not a checkpoint of this program"
+
+
 def break_the_index(step: Path) -> str:
     (step / "checkpoint.json").write_text('{"metadata": 1}')
     return "checkpoint.json is damaged"
@@ -206,7 +213,15 @@ def save_by_another_program(step: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [cut, change_a_byte, remove_a_file, break_the_index, save_by_a_loop_of_ones_own, save_by_another_program],
+    [
+        cut,
+        change_a_byte,
+        remove_a_file,
+        lose_the_list_of_files,
+        break_the_index,
+        save_by_a_loop_of_ones_own,
+        save_by_another_program,
+    ],
 )
 def test_a_checkpoint_that_cannot_be_exported_is_refused_by_name(
     damage: Callable[[Path], str], saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -235,12 +250,12 @@ def of_another_program(target: Path) -> str:
 
 
 def of_an_export_and_a_user(target: Path) -> str:
-    hf_folder(target)
+    an_export(target)
     (target / "train.py").write_text("mine")
     return "is not empty, and train.py in it is no file of an earlier export"
 
 
-def hf_folder(target: Path) -> None:
+def an_export(target: Path) -> None:
     target.mkdir()
     write_tensors(target / "model.safetensors", [], [])
 
@@ -275,6 +290,50 @@ def test_a_wrong_path_is_refused(
     assert export(arguments[0], "--to", arguments[1]) == 2
     assert words in capsys.readouterr().err
     assert not inside.exists()
+
+
+def test_an_empty_folder_stays_the_one_that_it_is(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who is in the folder once saw nothing in it: it had been replaced by another one of its name."""
+    monkeypatch.chdir(tmp_path)
+    assert export(first, "--to", ".") == 0
+    assert contents(Path()) == contents(first / "export")
+
+
+def test_a_folder_named_auto_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export("auto", "--to", tmp_path / "hf") == 2
+    assert "auto is not a directory" in capsys.readouterr().err
+
+
+def test_several_processes_of_torchrun_are_refused(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended:
+        export(first, "--to", tmp_path / "hf")
+    assert ended.value.code == 2
+    assert "one process writes an export: start this without torchrun" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_ends_the_export_without_reading_the_rest(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other tensors of the checkpoint were once read after the disk was full, or after Ctrl-C."""
+    read = []
+    whole = checkpoint.whole_tensors
+
+    def counted(*arguments: Any) -> Iterator[Piece]:
+        for piece in whole(*arguments):
+            read.append(piece.name)
+            yield piece
+
+    def fail(file: Path, entries: object, tensors: Iterator[torch.Tensor]) -> None:
+        next(tensors)
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(checkpoint, "whole_tensors", counted)
+    monkeypatch.setattr(hf_folder, "write_tensors", fail)
+    assert export(first, "--to", tmp_path / "hf") == 2
+    assert len(read) == 1
 
 
 def test_an_export_that_fails_leaves_the_earlier_one_and_nothing_else(

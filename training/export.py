@@ -1,6 +1,7 @@
 """The export of a run: what a Hugging Face directory has beside weights, and the export of a checkpoint afterwards."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from models.shapes import shape_from
 from models.tokenizer import Tokenizer
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
-from parallel.checkpoint.shards import replace_folder
+from parallel.checkpoint.shards import replace_files, replace_folder
 from parallel.config import Config, parse
 from parallel.engine.context import DTYPES
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError
@@ -26,6 +27,7 @@ from training.resume import naming_the_one_before
 
 T = TypeVar("T")
 
+EVERYTHING = re.compile(".*")
 MASTER = "master/"  # with which the names of master weights begin in a checkpoint
 
 
@@ -61,21 +63,22 @@ class SavedModel:
 
         Raises CheckpointError, by the name of the file, for one that is missing, damaged, or of another program.
         """
-        folder = checkpoint.find_checkpoint(os.path.expanduser(name), Path(), option="CHECKPOINT")
+        path = "./auto" if name == "auto" else os.path.expanduser(name)  # a folder; --resume has another meaning for it
+        folder = checkpoint.find_checkpoint(path, Path(), option="CHECKPOINT")
         assert folder is not None
-        with naming_the_one_before(folder, option=""):
-            checkpoint.check_files(folder)
-            checkpoint.check_contents(folder, ALONE)
-        metadata = checkpoint.read_metadata(folder)
-        if "model" not in metadata and "format" in metadata:
-            raise CheckpointError(
-                f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say which"
-                " model it has. Load it there, and call engine.save_pretrained."
-            )
         try:
+            with naming_the_one_before(folder, option=""):
+                checkpoint.check_files(folder)
+                checkpoint.check_contents(folder, ALONE)
+            metadata = checkpoint.read_metadata(folder)
+            if "model" not in metadata and "format" in metadata:
+                raise CheckpointError(
+                    f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say"
+                    " which model it has. Load it there, and call engine.save_pretrained."
+                )
             config, shape = parse(metadata["config"], batches=False), shape_from(metadata["model"])
             return cls(folder, int(metadata["step"]), config, shape)
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
             raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
 
     def tensors(self) -> Iterator[Piece]:
@@ -110,7 +113,8 @@ def export_checkpoint(saved: SavedModel, target: Path, dtype: str | None = None)
     tokenizer = _or_message(lambda: tokenizer_of(saved.config), "no tokenizer", messages)
     shape = exported_shape(saved.shape, tokenizer)
     generation = _or_message(lambda: _generation_of(saved.config), "no generation_config.json", messages)
-    with replace_folder(target, ALONE) as temporary:
+    is_empty = target.exists() and not any(target.iterdir())  # it may be a mount, or where a shell is: it stays
+    with replace_files(target, EVERYTHING, ALONE) if is_empty else replace_folder(target, ALONE) as temporary:
         tensors = (piece.data.to(chosen) for piece in saved.tensors())
         export_whole(temporary, tensors, shape=shape, dtype=chosen, tokenizer=tokenizer)
         if generation is not None:
