@@ -1,7 +1,9 @@
 """Train language models in parallel, from a laptop to many hosts, and use what was trained.
 
-colonnade COMMAND --help             the options of a command
-colonnade --print-completion bash    a script by which the shell completes commands and options
+    colonnade COMMAND --help             the options of a command
+    colonnade --print-completion bash    a script by which the shell completes commands and options
+
+docs/config.md describes them all.
 """
 
 import argparse

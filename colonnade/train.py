@@ -1,9 +1,11 @@
 """Train a language model as a config file says.
 
-colonnade train                                        one process, the built-in config: a small model
-colonnade train --config FILE --check                  show how a config is laid out, without starting it
-colonnade train --config FILE --nprocs 8               eight processes on this host
-torchrun --nproc-per-node 8 -m colonnade train --config FILE    the same eight, started by torchrun
+    colonnade train                                        one process, the built-in config: a small model
+    colonnade train --config FILE --check                  show how a config is laid out, without starting it
+    colonnade train --config FILE --nprocs 8               eight processes on this host
+    torchrun --nproc-per-node 8 -m colonnade train --config FILE    the same eight, started by torchrun
+
+docs/config.md lists every key of a config, and README.md the files that a run leaves.
 """
 
 # Torch takes seconds to import. So it is imported in the functions that need it, once the arguments have been read:
