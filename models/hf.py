@@ -212,7 +212,8 @@ def not_exported(folder: Path) -> str:
 
     The weights of another program are told by their headers, which lack our checksum. Without weights nothing is ours.
     """
-    found = sorted(path for path in folder.rglob("*") if path.name != TEMPLATES.partition("/")[0])
+    inner = folder / TEMPLATES.partition("/")[0]
+    found = sorted({*folder.iterdir(), *inner.glob("*")} - ({inner} if inner.is_dir() else set()))
     weights = [path for path in found if path.suffix == ".safetensors" and has_checksum(path)]
     for path in found:
         name = str(path.relative_to(folder))

@@ -9,7 +9,6 @@ import pytest
 import colonnade
 from colonnade import cli
 from colonnade.completion import SHELLS
-from parallel.config import Config
 
 ROOT = Path(__file__).parent.parent
 NOT_BUILT = ("timeline", "plan", "simulate", "report", "doctor")
@@ -73,13 +72,6 @@ def test_check_prints_what_train_check_prints(capsys: pytest.CaptureFixture[str]
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert "2 ranks = pipe 2" in shown[0]
-
-
-def test_the_dtypes_of_an_export_are_those_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Config().output.export_dtype is None
-    with pytest.raises(SystemExit):
-        cli.main(["export", "--help"])
-    assert "{fp64,fp32,bf16,fp16}" in capsys.readouterr().out
 
 
 # -- imports -----------------------------------------------------------------------------------------------------------

@@ -260,12 +260,21 @@ def an_export(target: Path) -> None:
     write_tensors(target / "model.safetensors", [], [])
 
 
+def of_an_export_and_a_folder(target: Path) -> str:
+    an_export(target)
+    (target / "additional_chat_templates").mkdir()
+    (target / "additional_chat_templates/notes.txt").write_text("mine")
+    return "is not empty, and additional_chat_templates/notes.txt in it is no file of an earlier export"
+
+
 def a_file(target: Path) -> str:
     target.write_text("mine")
     return "is not a folder"
 
 
-@pytest.mark.parametrize("make", [of_a_user, of_another_program, of_an_export_and_a_user, a_file])
+@pytest.mark.parametrize(
+    "make", [of_a_user, of_another_program, of_an_export_and_a_user, of_an_export_and_a_folder, a_file]
+)
 def test_a_target_that_is_no_earlier_export_is_refused_and_stays(
     make: Callable[[Path], str], first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
