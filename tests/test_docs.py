@@ -297,7 +297,7 @@ def test_the_architecture_and_its_picture_have_every_folder_of_parallel_in_order
 
 def test_users_get_the_annotations_of_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    assert settings["package-data"] == {"*": ["py.typed"]}
+    assert settings["package-data"]["*"] == ["py.typed"]
     for package in {name.partition(".")[0] for name in settings["packages"]}:
         assert (ROOT / package / "py.typed").is_file(), package
 
