@@ -34,7 +34,9 @@ def known_share(texts: list[str], corpus: list[str]) -> tuple[float, int]:
 def generated(folder: Path, prompt: str, tokens: int, temperature: float) -> list[str]:
     """Return what an exported model continues a prompt with, without the prompt: one text for each seed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].repeat(SEEDS, 1)

@@ -1,6 +1,6 @@
 """Tokenizers, which turn text into token ids and back: bytes, the default, or any Hugging Face `tokenizer.json`.
 
-One of the latter is built in: "bpe", a byte-level BPE of 2,048 ids (models/train_bpe.py).
+One of the latter is built in: "bpe", a byte-level BPE of 4,096 ids (models/train_bpe.py).
 
 Each can save itself in an exported directory, where `transformers` then finds the tokenizer of the training.
 """

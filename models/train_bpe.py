@@ -17,7 +17,7 @@ from typing import Any
 from models.data.texts import BUILT_IN, Texts
 from models.tokenizer import BUILT_IN_BPE, SPECIALS, byte_level_config, byte_level_json
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 4096
 
 
 def trained_merges(texts: Sequence[str], vocab_size: int) -> list[tuple[str, str]]:

@@ -75,13 +75,13 @@ def test_the_wheel_has_the_files_of_the_bpe() -> None:
 
 def test_a_vocabulary_that_is_too_small_for_the_bpe_is_refused_with_one_that_fits(tmp_path: Path) -> None:
     path = texts_in(tmp_path, a="a text of some words") / "a.txt"
-    with pytest.raises(DataError, match=re.escape("'bpe' has 2048 ids") + r".*Set model\.vocab_size=2048"):
+    with pytest.raises(DataError, match=re.escape("'bpe' has 4096 ids") + r".*Set model\.vocab_size=4096"):
         tokens_of(path, "bpe", 260)
-    assert tokens_of(path, "bpe", 2048) == BPE.encode("a text of some words").tolist()
+    assert tokens_of(path, "bpe", 4096) == BPE.encode("a text of some words").tolist()
 
 
 def test_weights_that_do_not_say_their_tokenizer_are_named_beside_the_bpe(tmp_path: Path) -> None:
-    said = messages_of(tmp_path, of_folder(model_in(tmp_path / "model", vocab_size=2048)), "data.tokenizer=bpe")
+    said = messages_of(tmp_path, of_folder(model_in(tmp_path / "model", vocab_size=4096)), "data.tokenizer=bpe")
     assert re.search(r"the data are read with the built-in bpe, but .* does not say with which tokenizer", said)
 
 
