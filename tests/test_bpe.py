@@ -40,7 +40,7 @@ def test_the_bpe_decodes_to_the_text_that_was_encoded(text: str) -> None:
 
 
 def test_the_ids_of_special_tokens_and_bytes_are_those_of_the_byte_tokenizer() -> None:
-    """So the default bos_token_id, pad_token_id and eos_token_id of opt-tiny fit."""
+    """The default bos_token_id, pad_token_id and eos_token_id of opt-tiny are then the right ones."""
     vocabulary = BPE.vocabulary()
     assert ByteTokenizer().vocabulary().items() <= vocabulary.items()
     assert sorted(vocabulary.values()) == list(range(BPE.vocab_size)) == list(range(VOCAB_SIZE))

@@ -65,14 +65,14 @@ def test_a_check_shows_ranks_layers_bytes_and_the_pipeline_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = ROOT / "configs" / "opt_tiny_pp2_2p5d.py"
+    config = ROOT / "configs" / "opt_tiny_equal.py"
     assert call("--config", str(config), "--check", "--set", "train.steps=7", "optimizer.lr=0.5") == 0
     shown = capsys.readouterr().out
     assert "overridden: train.steps=7\noverridden: optimizer.lr=0.5\n" in shown
     assert "8 ranks = pipe 2 × row 2 × col 2" in shown
     assert re.search(r"pipe 0 .* 0 1 .*\n.* 2 3 .*\n.*pipe 1 .* 4 5 .*\n.* 6 7 ", shown)
-    assert re.search(r"pipe 0 .* embed, layer 0 ", shown)
-    assert re.search(r"pipe 1 .* layer 1, head ", shown)
+    assert re.search(r"pipe 0 .* embed, layers 0–1 ", shown)
+    assert re.search(r"pipe 1 .* layers 2–3, head ", shown)
     assert re.search(r"rank 0  F0 F1 .*B0", shown)
     assert "bubble" in shown
     assert list(tmp_path.iterdir()) == []
