@@ -1,20 +1,44 @@
 """Packed documents: each is trained on as if it were alone, in every layout, and its labels are its own tokens."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from models.data import packed as packed_module
+from models.data.documents import DocumentRow
+from models.data.packed import PackedRow, starts_after
+from models.data.samples import TokenRow
 from parallel.config import parse
-from parallel.errors import ConfigError
-from parallel.sequence import Documents
-from tests.families import GPT2, LLAMA, MISTRAL, QWEN3, SHAPES, saved
+from parallel.errors import ConfigError, DataError
+from parallel.pipeline.microbatch import Limits, batch_problem, labels_of
+from parallel.sequence import UNSPLIT, AttentionDropout, Documents, Masking, kernels, whole
+from tests.families import MISTRAL, saved
 from tests.harness import run
-from tests.parity import SHAPE, Batch, Raw, Trace, batches_of, compare, config_of, reference, train
-from tests.test_compile import check as check_compiled  # noqa: F401
+from tests.parity import (
+    SHAPE,
+    Batch,
+    Raw,
+    Trace,
+    batches_of,
+    compare,
+    config_of,
+    engine_of,
+    reference,
+    relative,
+    train,
+)
 
 S = 10
 BOUND = 1e-9  # in fp64, that of the parity tests
@@ -26,7 +50,7 @@ def ends_of(sample: int) -> list[int]:
 
 
 def packed(batch: Batch, *, padded: bool = False) -> Batch:
-    """Return the batch with documents, and no label for their first tokens: it would be a guess from nothing.
+    """Return the batch with documents. Their first tokens are no labels, which is so by default.
 
     The numbers of documents need neither begin at 0 nor be consecutive. `padded`: the first document of some samples is
     padded at its beginning, and the last document of others at its end.
@@ -107,3 +131,264 @@ def test_packed_documents_are_trained_on_as_each_by_itself(
     raw = raw_of(LAYOUTS[layout][1], dict(path=str(path)), zero=dict(stage=3 * (layout in ("2d4", "dp2"))))
     batches = [packed(batch, padded=padded) for batch in batches_of(2, sequence=S)]
     compare(trained(layout, raw, batches), reference(path, raw, batches, loss_of_documents), BOUND, is_fp64=True)
+
+
+# -- dropout, recomputation, compiled code
+
+
+DROPPED: dict[str, Raw] = {
+    "opt": SHAPE | dict(name="opt-tiny", dropout=0.25, attention_dropout=0.25, init_std=0.3),
+    "mistral": MISTRAL | dict(name="mistral-7b", attention_dropout=0.25, num_key_value_heads=6, initializer_range=0.3),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [
+        ("a2a2", "mistral"),
+        *(pytest.param(layout, "opt", marks=pytest.mark.slow) for layout in ("2.5d8", "dp2-pp2-a2a2")),
+    ],
+)
+def test_dropout_within_documents_is_that_of_a_single_rank(layout: str, family: str) -> None:
+    """Blocks are recomputed, too. The bounds are those of the drawn layouts, in tests/test_property.py."""
+    batches = [packed(batch, padded=True) for batch in batches_of(2, sequence=S)]
+    more = dict(train=dict(activation_checkpointing="full"), optimizer=dict(eps=1e-3))
+    raw, single = (raw_of(LAYOUTS[name][1], DROPPED[family], **more) for name in (layout, "single"))
+    compare(trained(layout, raw, batches), trained("single", single, batches), 1e-12, is_fp64=False)
+
+
+def test_samples_of_one_document_are_as_without_documents() -> None:
+    """A microbatch in which no sample has two documents, beside one in which some have, needs no mask."""
+    batches = batches_of(2, sequence=S)
+    raw = raw_of({}, DROPPED["opt"])
+    numbered = [batch | dict(document_ids=torch.arange(12).unsqueeze(1).expand(12, S)) for batch in batches]
+    got, want = trained("single", raw, numbered), trained("single", raw, batches)
+    assert got.losses == want.losses
+
+
+# -- attention, as its formula says ------------------------------------------------------------------------------------
+
+
+def documents_of(samples: int) -> Documents:
+    ids = [[sum(column >= end for end in ends_of(sample)) for column in range(S)] for sample in range(samples)]
+    return Documents.of(torch.tensor(ids))
+
+
+def test_documents_are_read_as_their_docstring_says() -> None:
+    found = Documents.of(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]))
+    assert found.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+    assert found.bounds.tolist() == [[0, 3, 4], [4, 8, 8]]
+    assert found.longest == 4
+    assert found.cumulative().tolist() == [0, 3, 4, 4, 8, 8]
+    assert found.split(1)[1].cumulative().tolist() == [0, 4, 4]  # of a microbatch, from its own first token
+    assert not found.is_one_per_sample
+    assert Documents.of(torch.tensor([[3, 3], [5, 5]])).is_one_per_sample
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attend within each document by itself, as the formula says: q[B, heads, S, D] -> y[B, S, heads · D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    samples = []
+    for sample in range(len(q)):
+        parts = []
+        for start, end in pairwise([0, *ends_of(sample)]):
+            queries, keys, values = (x[sample, :, start:end] for x in (q, k, v))
+            seen = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - (window or S))
+            scores = (queries @ keys.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+            parts.append(scores.softmax(-1) @ values)
+        samples.append(torch.cat(parts, 1))
+    return torch.stack(samples).transpose(1, 2).flatten(2)
+
+
+HEADS = {"whole": (4, 4), "grouped": (4, 2)}
+
+
+def drawn(heads: tuple[int, int], dtype: torch.dtype = torch.float64, size: int = 8) -> tuple[Tensor, ...]:
+    """Return q, k, v [B, heads or kv_heads, S, D], in memory as a linear leaves them, and dy [B, S, heads · D]."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(5, S, n, size, generator=generator, dtype=dtype) for n in (*heads, heads[1], heads[0]))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dy.flatten(2)
+
+
+def with_gradients(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    *tensors, dy = inputs
+    q, k, v = (x.detach().requires_grad_() for x in tensors)
+    y = attend(q, k, v)
+    return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+
+
+NONE_DROPPED = AttentionDropout(0.0, torch.tensor(1), torch.arange(20).reshape(5, 4))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("kernel", ["torch's", "unfused"])
+def test_attention_stays_within_documents(heads: str, window: int | None, kernel: str) -> None:
+    """Each number is a sum of a few products in fp64: 1e-13 is far above rounding."""
+    masking = Masking(None, NONE_DROPPED if kernel == "unfused" else None, window, documents_of(5))
+    inputs = drawn(HEADS[heads])
+    found = with_gradients(lambda q, k, v: UNSPLIT.attend(q, k, v, masking), inputs)
+    for got, want in zip(found, with_gradients(lambda q, k, v: formula(q, k, v, window), inputs), strict=True):
+        assert relative(got, want) < 1e-13
+
+
+# -- flash with a sequence for each document: on a GPU by itself, on a CPU with torch's operators written out ----------
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, *sizes: Any, **limits: Any) -> tuple[Tensor, Tensor, None]:
+    """Do as torch's `_flash_attention_forward` on sequences of several lengths: q[T, heads, D], k, v[T, groups, D]."""
+    starts, of_keys, longest, longest_key, dropout_p, is_causal, debugs = sizes
+    assert starts is of_keys
+    assert starts.dtype == torch.int32
+    assert starts.is_contiguous()
+    assert (dropout_p, is_causal, debugs) == (0.0, True, False)
+    left = limits.get("window_size_left")
+    assert (starts[0], starts[-1]) == (0, len(q))
+    assert (lengths := starts.diff()).min() >= 0
+    assert longest == longest_key >= lengths.max()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    parts, sums = [], []
+    for start, end in pairwise(starts.tolist()):
+        queries, keys, values = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if left is not None:
+            seen = seen.triu(-left)
+        scores = (queries @ keys.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+        parts.append((scores.softmax(-1) @ values).transpose(0, 1))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(parts), torch.cat(sums, 1), None
+
+
+def flash_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any, **limits: Any) -> tuple[Tensor, ...]:
+    """Do as torch's `_flash_attention_backward`."""
+    y, logsumexp, *sizes, dropout_p, is_causal, _, _ = others
+    with torch.enable_grad():
+        tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+        again, sums, _ = flash_forward(*tensors, *sizes, dropout_p, is_causal, False, **limits)
+        assert relative(y, again.detach()) < 1e-13
+        assert relative(logsumexp, sums.detach()) < 1e-13
+        return torch.autograd.grad(again, tensors, dy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 2])
+def test_flash_of_documents_equals_the_formula(heads: str, window: int | None) -> None:
+    """On a GPU in bf16, where the bound is two of its roundings, relative to a whole tensor."""
+    masking, inputs = Masking(None, None, window, documents_of(5)), drawn(HEADS[heads])
+    want = with_gradients(lambda q, k, v: formula(q, k, v, window), inputs)
+    if torch.cuda.is_available():
+        masking = replace(masking, documents=documents_of(5).apply(lambda x: x.cuda()))
+        inputs = tuple(x.cuda().bfloat16() for x in inputs)
+        assert kernels.needs_no_mask(inputs[0], masking)
+        assert kernels.kernel_for(inputs[0], masking) is kernels.FLASH_OF_DOCUMENTS
+        found, bound = with_gradients(lambda q, k, v: UNSPLIT.attend(q, k, v, masking), inputs), 2**-6
+    else:
+        with (
+            patch.object(torch.ops.aten, "_flash_attention_forward", flash_forward),
+            patch.object(torch.ops.aten, "_flash_attention_backward", flash_backward),
+            patch.object(whole, "kernel_for", lambda *_, **__: kernels.FLASH_OF_DOCUMENTS),
+        ):
+            attend = lambda q, k, v: whole.whole_attention(q, k, v, masking).transpose(1, 2).flatten(2)  # noqa: E731
+            found, bound = with_gradients(attend, inputs), 1e-13
+    for got, wanted in zip(found, want, strict=True):
+        assert relative(got.cpu(), wanted) < bound
+
+
+def test_flash_takes_documents_in_half_precision_on_a_gpu_alone() -> None:
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    half = torch.empty(5, 4, S, 8, dtype=torch.bfloat16).as_subclass(OnGpu)
+    documents = Masking(documents=documents_of(5))
+    with patch.object(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.CUDNN_ATTENTION.value):
+        assert kernels.kernel_for(half, documents) is kernels.FLASH_OF_DOCUMENTS
+        assert kernels.kernel_for(half, Masking()) is kernels.ON_GPU[SDPBackend.CUDNN_ATTENTION]
+        padded = replace(documents, tokens=torch.ones(5, S, dtype=torch.bool))
+        assert kernels.kernel_for(half, padded) is kernels.unfused(False)
+    assert kernels.needs_no_mask(half, documents)
+    assert not kernels.needs_no_mask(half, padded)
+    assert not kernels.needs_no_mask(half.float(), documents)
+    assert not kernels.needs_no_mask(torch.empty(5, 4, S, 8, dtype=torch.bfloat16), documents)
+
+
+# -- refusals
+
+
+def test_a_ring_refuses_documents_in_a_config() -> None:
+    raw = dict(parallel=dict(context=2), data=dict(document_mask=True))
+    with pytest.raises(ConfigError, match=r"data\.document_mask: parallel\.context of kind 'ring'.*kind='all_to_all'"):
+        parse(raw)
+    parse(raw | dict(parallel=dict(context=A2A2)))
+    parse(raw | dict(parallel=dict(context=1)))
+
+
+def refused(rank: int, world_size: int, parallel: Raw, batches: list[Batch]) -> list[str]:
+    engine = engine_of(rank, world_size, raw_of(parallel, DROPPED["opt"]) | dict(data=dict(sequence_length=8)))
+    found = []
+    for batch in batches:
+        with pytest.raises(DataError) as error:
+            engine.train_step(batch)
+        found.append(str(error.value))
+    return found
+
+
+def test_a_batch_with_documents_that_cannot_be_used_is_refused() -> None:
+    batch = packed(batches_of(1, sequence=S)[0])
+    numbers = batch["document_ids"]
+    falling = numbers.clone()
+    falling[7, 5] = -9
+    wrong = [batch | dict(document_ids=x) for x in (falling, numbers[:, :-1], numbers.double())]
+    falls, short, floats = run(refused, 1, {}, wrong)[0]
+    assert "document_ids: -9 comes after 11 in sample 7. The numbers of a sample's documents never fall" in falls
+    assert "document_ids: wanted integers [12, 10], got torch.int64 [12, 9]" in short
+    assert "document_ids: wanted integers [12, 10], got torch.float64 [12, 10]" in floats
+    for (in_ring,) in run(refused, 2, dict(context=2), [{key: x[:, :8] for key, x in batch.items()}]):
+        assert "batch: document_ids: parallel.context of kind 'ring' does not keep" in in_ring
+
+
+def test_by_default_the_first_token_of_a_document_is_no_label() -> None:
+    batch = packed(batches_of(1, sequence=S)[0])
+    first, *others = (labels_of({key: batch[key] for key in keys}) for keys in (batch, ("input_ids", "document_ids")))
+    assert torch.equal(first[:, 1:], others[0][:, 1:])  # that of a sample's first token is never used
+    assert torch.equal(labels_of(dict(input_ids=batch["input_ids"])), batch["input_ids"])
+
+
+# -- samples
+
+
+def document_row(lengths: list[int], **more: Any) -> DocumentRow:
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    return DocumentRow(np.arange(100, 100 + starts[-1]), starts.astype(np.int64), **more)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.integers(2, 12), st.booleans())
+def test_samples_are_the_row_with_the_documents_of_its_tokens(lengths: list[int], length: int, learns: bool) -> None:
+    """Each token is compared with a list of documents that is written down token by token."""
+    number = [document for document, size in enumerate(lengths) for _ in range(size)]
+    is_learned = np.arange(len(number)) % 3 > 0 if learns else None
+    row = document_row(lengths, is_learned=is_learned)
+    packed_row, plain = PackedRow(row, length), TokenRow(row.tokens, length)
+    assert (packed_row.num_samples, packed_row.num_tokens) == (plain.num_samples, len(number))
+    for index in range(packed_row.num_samples):
+        sample = packed_row.sample(index)
+        assert np.array_equal(sample["input_ids"], plain.sample(index)["input_ids"])
+        at = range(index * length, (index + 1) * length)
+        is_first = [place == at.start or number[place] != number[place - 1] for place in at]
+        assert sample["document_ids"].tolist() == [sum(is_first[: i + 1]) - 1 for i in range(length)]
+        expected = [
+            -100 if first or (is_learned is not None and not is_learned[place]) else 100 + place
+            for place, first in zip(at, is_first, strict=True)
+        ]
+        assert sample["labels"].tolist() == expected
+        tensors = {key: torch.from_numpy(x)[None] for key, x in sample.items()}
+        assert batch_problem(tensors, 1, Limits(200, 12)) is None
+
+
+@given(st.lists(st.integers(0, 4), max_size=30))
+def test_documents_of_a_file_of_tokens_end_after_each_end_token(tokens: list[int]) -> None:
+    with patch.object(packed_module, "READ_AT_ONCE", 7):
+        starts = starts_after(np.array(tokens, np.uint16), (2, 4)).tolist()
+    assert starts == sorted({0, len(tokens)} | {place + 1 for place, token in enumerate(tokens) if token in (2, 4)})

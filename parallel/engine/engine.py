@@ -21,7 +21,7 @@ from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch, batch_problem, given
+from parallel.pipeline.microbatch import Microbatch, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
@@ -40,7 +40,8 @@ class Engine(EngineState):
     `train.micro_batch_size`. All tensors are of integers:
 
     input_ids [B, S]
-    labels [B, S]            optional; −100 is not counted; they are shifted inside. Default: the inputs
+    labels [B, S]            optional; −100 is not counted; they are shifted inside. Default: the inputs, but for the
+                             first token of each document
     attention_mask [B, S]    optional; 1 where there is a token, 0 at padding. Default: no padding
     position_ids [B, S]      optional; each token's position in its document. Default: counted from the tokens
     document_ids [B, S]      optional; never falling along S. Tokens attend within their document. Default: one a sample
@@ -181,7 +182,7 @@ class Engine(EngineState):
         counts = self.context.shares.counts(batch)
         problem = batch_problem(batch, size, self.stage.interface.limits) or (UNKNOWN if counts is None else None)
         batch = {} if problem else given(batch)
-        labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
+        labels = torch.empty(0) if problem else shift(labels_of(batch))
         labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.

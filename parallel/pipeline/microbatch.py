@@ -84,6 +84,19 @@ def given(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {key: x for key, x in batch.items() if x is not None}
 
 
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the labels of a batch, [B, S], not shifted; where it has none, its tokens.
+
+    The first token of a document is then no label, since no token that is before it is seen.
+    """
+    if "labels" in batch or "document_ids" not in batch:
+        return batch.get("labels", batch["input_ids"])
+    documents = batch["document_ids"]
+    labels = batch["input_ids"].clone()
+    labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORED
+    return labels
+
+
 def batch_problem(batch: object, micro_batch_size: int, limits: Limits) -> str | None:
     """Return what is wrong with a replica's batch, as the end of a message, or None.
 
