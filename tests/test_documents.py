@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.data import packed as packed_module
+from models.data.corpus import load_tokens
 from models.data.documents import DocumentRow
-from models.data.packed import PackedRow, starts_after
+from models.data.packed import PackedRow
 from models.data.samples import TokenRow
 from parallel.config import parse
 from parallel.errors import ConfigError, DataError
@@ -387,8 +387,41 @@ def test_samples_are_the_row_with_the_documents_of_its_tokens(lengths: list[int]
         assert batch_problem(tensors, 1, Limits(200, 12)) is None
 
 
-@given(st.lists(st.integers(0, 4), max_size=30))
-def test_documents_of_a_file_of_tokens_end_after_each_end_token(tokens: list[int]) -> None:
-    with patch.object(packed_module, "READ_AT_ONCE", 7):
-        starts = starts_after(np.array(tokens, np.uint16), (2, 4)).tolist()
-    assert starts == sorted({0, len(tokens)} | {place + 1 for place, token in enumerate(tokens) if token in (2, 4)})
+IDS = [5, 6, 3, 7, 8, 3, 9, 5, 6, 7, 3, 8, 9]  # 3 ends a document
+NUMBERS, LABELS = (
+    [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]],
+    [[-100, 6, 3, -100], [-100, 3, -100, 5], [-100, 7, 3, -100]],
+)
+
+
+def read(folder: Path, **data: Any) -> list[dict[str, list[int]]]:
+    config = parse(dict(data=dict(sequence_length=4, document_mask=True, validation_fraction=0.0) | data)).data
+    corpus = load_tokens(config, 300, ends=(3,))
+    assert corpus.tokens.tolist()[: len(IDS)] == IDS or data["path"] != str(folder / "ids.npy")
+    return [
+        {key: x.tolist() for key, x in corpus.training.sample(i).items()} for i in range(corpus.training.num_samples)
+    ]
+
+
+def test_documents_of_a_config_are_those_of_its_data(tmp_path: Path) -> None:
+    """Token ids have a document up to each end token, and texts are documents. A sample may begin in one's middle."""
+    np.save(tmp_path / "ids.npy", np.array(IDS))
+    np.array(IDS, np.uint16).tofile(tmp_path / "ids.bin")
+    for name in ("ids.npy", "ids.bin"):
+        samples = read(tmp_path, path=str(tmp_path / name))
+        assert [sample["document_ids"] for sample in samples] == NUMBERS, name
+        assert [sample["labels"] for sample in samples] == LABELS, name
+    (tmp_path / "texts.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n{"text": "f"}\n')
+    samples = read(tmp_path, path=str(tmp_path / "texts.jsonl"))  # the token between two texts belongs to the first
+    assert [sample["document_ids"] for sample in samples] == [[0, 0, 0, 0], [0, 0, 0, 1]]
+    for sample in read(tmp_path, path="python-docs"):
+        assert set(sample["document_ids"]) == {0}
+        break
+
+
+def test_documents_without_a_token_that_ends_them_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.array(IDS))
+    data = parse(dict(data=dict(path=str(tmp_path / "ids.npy"), sequence_length=4, document_mask=True))).data
+    with pytest.raises(DataError, match=r"data\.document_mask: no token is known that ends a document.*eos_token_id"):
+        load_tokens(data, 300)
+    assert any("all of it is one document" in line for line in load_tokens(data, 300, ends=(99,)).messages)

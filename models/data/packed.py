@@ -12,8 +12,6 @@ from models.data.samples import Sample
 from models.tokenizer import Ids
 from parallel.layout.labels import IGNORED
 
-READ_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
-
 
 @dataclass(frozen=True)
 class PackedRow:
@@ -26,6 +24,10 @@ class PackedRow:
 
     row: DocumentRow
     sequence_length: int
+
+    @property
+    def tokens(self) -> Ids:
+        return self.row.tokens
 
     @property
     def num_samples(self) -> int:
@@ -53,16 +55,3 @@ class PackedRow:
         """Return where documents begin within a sample, in the whole row: at its first token, and at others."""
         first, end = np.searchsorted(self.row.starts, (places.start + 1, places.stop))
         return np.concatenate(([places.start], self.row.starts[first:end]))
-
-
-def starts_after(tokens: Ids, ends: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Return where documents begin in a row of tokens, and its length, if each of these tokens ends one.
-
-    int64 [number of documents + 1], the `starts` of a `DocumentRow`. One block of tokens is in memory at a time.
-    """
-    found = [np.zeros(1, np.int64)]
-    for start in range(0, len(tokens), READ_AT_ONCE):
-        block = tokens[start : start + READ_AT_ONCE]
-        found.append(np.flatnonzero(np.isin(block, ends)) + (start + 1))
-    starts = np.concatenate(found)
-    return starts if starts[-1] == len(tokens) else np.append(starts, len(tokens))
