@@ -151,7 +151,8 @@ def varlen(case: Case, device: torch.device) -> Attend:
         sizes = bounds, bounds, longest, longest
         y = varlen_attn(q, k, v, *sizes, window_size=window, enable_gqa=case.heads > case.kv_heads)
         assert isinstance(y, Tensor)
-        return y.unflatten(0, (case.batch, -1)).flatten(2)
+        by_sample: Tensor = y.unflatten(0, (case.batch, -1))
+        return by_sample.flatten(2)
 
     return attend
 

@@ -1395,6 +1395,91 @@ COVERAGE = (
     ),
 )
 
+DOCUMENT_TESTS = "tests/test_documents.py"
+BY_ITSELF = f"{DOCUMENT_TESTS}::test_packed_documents_are_trained_on_as_each_by_itself"
+DOCUMENTS = (
+    Mutant(
+        "documents-seen-before",
+        "a query sees the keys of the documents before its own",
+        "parallel/sequence/documents.py",
+        "columns < starts.unsqueeze(-1)",
+        "columns < 0 * starts.unsqueeze(-1)",
+        f"{DOCUMENT_TESTS}::test_attention_stays_within_documents[torch's-None-whole]",
+    ),
+    Mutant(
+        "documents-positions-go-on",
+        "positions do not begin anew in a document",
+        "parallel/pipeline/microbatch.py",
+        "return self.documents.positions",
+        "return None",
+        f"{BY_ITSELF}[2d4-gpt2-False]",
+    ),
+    Mutant(
+        "documents-positions-of-opt-go-on",
+        "OPT counts the tokens of the documents before, too",
+        "models/opt/layers.py",
+        "if batch.documents is not None:",
+        "if False and batch.documents is not None:",
+        f"{BY_ITSELF}[pp2-opt-True]",
+    ),
+    Mutant(
+        "documents-shifted-by-one",
+        "the documents of a sample begin one token later",
+        "models/data/packed.py",
+        "self.row.starts[first:end]",
+        "self.row.starts[first:end] - 1",
+        f"{DOCUMENT_TESTS}::test_samples_are_the_row_with_the_documents_of_its_tokens",
+    ),
+    Mutant(
+        "documents-of-the-sample-before",
+        "a sample that begins with a document has none there, and one that ends with one has another at its end",
+        "models/data/packed.py",
+        "(places.start + 1, places.stop)",
+        "(places.start + 1, places.stop - 1)",
+        f"{DOCUMENT_TESTS}::test_samples_are_the_row_with_the_documents_of_its_tokens",
+    ),
+    Mutant(
+        "documents-of-another-microbatch",
+        "the first microbatch takes the documents of the last one",
+        "parallel/sequence/documents.py",
+        "self.positions.split(size), self.bounds",
+        "self.positions.split(size)[::-1], self.bounds",
+        f"{BY_ITSELF}[pp2-opt-True]",
+    ),
+    Mutant(
+        "documents-of-the-first-samples",
+        "every part of a microbatch takes the documents of its first samples",
+        "models/attention.py",
+        "batch.documents.apply(lambda x: self.mode.local(x, self.mode.inner_batch))",
+        "batch.documents.apply(lambda x: x[: len(self.mode.local(x, self.mode.inner_batch))])",
+        f"{BY_ITSELF}[2d4-gpt2-False]",
+    ),
+    Mutant(
+        "documents-lost-in-an-exchange",
+        "after the exchange of all_to_all attention goes over the whole sequence",
+        SPLIT,
+        "super().attend(q, k, v, masking)",
+        "super().attend(q, k, v, replace(masking, documents=None))",
+        f"{BY_ITSELF}[a2a2-llama-False]",
+    ),
+    Mutant(
+        "documents-counted-from-the-batch",
+        "bounds of a microbatch count from the first token of the batch",
+        "parallel/sequence/documents.py",
+        "return bounds - bounds[0]",
+        "return bounds",
+        f"{DOCUMENT_TESTS}::test_documents_are_read_as_their_docstring_says",
+    ),
+    Mutant(
+        "documents-guessed-from-nothing",
+        "the first token of a document is a label",
+        "parallel/pipeline/microbatch.py",
+        "labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORED",
+        "labels[:, 1:][documents[:, 1:] < documents[:, :-1]] = IGNORED",
+        f"{DOCUMENT_TESTS}::test_by_default_the_first_token_of_a_document_is_no_label",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1430,4 +1515,5 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
+    *DOCUMENTS,
 )
