@@ -49,7 +49,7 @@ class Masking:
 
     @property
     def is_causal_alone(self) -> bool:
-        """Whether causality hides all keys that are hidden."""
+        """Return whether causality hides all keys that are hidden."""
         return self.tokens is None and self.window is None and self.documents is None
 
     def within(self, length: int) -> "Masking":

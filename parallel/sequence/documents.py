@@ -22,8 +22,8 @@ class Documents:
     """The position of each token in its document, counted in columns of the batch, int64 [B, S]."""
 
     bounds: Tensor
-    """Where documents begin and end in the row of all tokens, sample after sample; int32 [B, D + 1] for at most D
-    documents in a sample. A row with fewer of them is filled up with its end: the documents between are empty.
+    """The places at which documents begin and end in the row of all tokens, sample after sample; int32 [B, D + 1] for
+    at most D documents in a sample. A row with fewer of them is filled up with its end: further documents are empty.
     """
 
     longest: int
@@ -49,7 +49,7 @@ class Documents:
 
     @property
     def is_one_per_sample(self) -> bool:
-        """Whether each sample is a single document: attention and positions are then as without documents."""
+        """Return whether each sample is a single document: attention and positions are then as without documents."""
         return self.bounds.shape[1] == 2
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Documents":

@@ -29,7 +29,7 @@ class SequenceSplit:
     """
 
     has_documents: ClassVar[bool] = True
-    """Whether attention can be kept within documents."""
+    """True where attention can be kept within documents."""
 
     def __init__(self, axis: Axis, *, compiles: bool = False) -> None:
         self.axis, self.compiles = axis, compiles
