@@ -27,6 +27,8 @@ UNSEEN = -1e30
 MOST_DOCUMENTS = 2**16
 """A GPU's grid has one block fewer in the direction in which flash takes documents, and there is one bound more."""
 
+LARGEST_FLASH_HEAD = 256
+
 HEAD_UNIT = 8
 """GPU kernels take head sizes that are multiples of this. torch pads others, but not for callers of its kernels."""
 
@@ -73,7 +75,7 @@ def needs_no_mask(q: Tensor, masking: Masking) -> bool:
         return False
     if masking.documents is not None and masking.documents.bounds.numel() > MOST_DOCUMENTS:
         return False
-    return q.dtype.itemsize == 2 and q.shape[-1] % HEAD_UNIT == 0
+    return q.dtype.itemsize == 2 and q.shape[-1] % HEAD_UNIT == 0 and q.shape[-1] <= LARGEST_FLASH_HEAD
 
 
 # -- unfused attention: any dtype, any mask, dropout

@@ -15,11 +15,9 @@ from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import exchange
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.sequence.blocks import Masking, positions_in
-from parallel.sequence.kernels import needs_no_mask
+from parallel.sequence.kernels import LARGEST_FLASH_HEAD, needs_no_mask
 from parallel.sequence.ring import Zigzag, ring_attention
 from parallel.sequence.whole import whole_attention
-
-LARGEST_FLASH_HEAD = 256
 
 
 class SequenceSplit:
