@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.tokenizer_files import TokenizerFiles
+from models.windows import WindowEncoder
 from parallel.errors import DataError
 
 if TYPE_CHECKING:
@@ -150,7 +151,22 @@ class FileTokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
-        yield from self.encode_documents(["".join(chunks)])
+        before, after = self._special_tokens()
+        parts = (part for part in WindowEncoder(self._tokenizer).encode(chunks) if len(part))
+        if (first := next(parts, None)) is not None:
+            yield np.concatenate([before, first])
+            yield from parts
+            yield after
+
+    def _special_tokens(self) -> tuple[Ids, Ids]:
+        """Return the special tokens before and after a document, as the post-processor puts them."""
+        for text in ("a", *self.vocabulary()):
+            encoding = self._tokenizer.encode(text)
+            mask = encoding.special_tokens_mask
+            if 0 in mask:  # some tokenizers have no token for some texts
+                first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+                return np.array(encoding.ids[:first], np.int32), np.array(encoding.ids[last:], np.int32)
+        raise AssertionError("no text has a token")
 
     def decode(self, ids: npt.ArrayLike) -> str:
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)

@@ -47,6 +47,13 @@ class Records:
 
     def located(self, *, only: str | None = None) -> Iterator[Located]:
         """Yield each record with its place. `only` names the one key that is needed, where the others cost time."""
+        try:
+            yield from self._located(only)
+        except OSError as error:
+            path = error.filename or self.source.path
+            raise DataError(f"{self.source.key}: cannot read {path}: {error.strerror or error}.") from error
+
+    def _located(self, only: str | None) -> Iterator[Located]:
         if self.source.kind is Kind.DATASET:
             yield from self._of_dataset(only)
             return
@@ -96,8 +103,6 @@ class Records:
             raise DataError(
                 f"{self.source.key}: {file} is damaged near line {number}: {error}. Download or pack it again."
             ) from error
-        except OSError as error:
-            raise DataError(f"{self.source.key}: cannot read {file}: {error.strerror}.") from error
 
     def _record_of(self, line: bytes, place: str) -> Record:
         key = self.source.key
