@@ -39,6 +39,7 @@ from tests.parity import (
     relative,
     train,
 )
+from tests.tables import rows
 from training import preflight
 
 S = 10
@@ -474,3 +475,43 @@ def test_documents_without_a_token_that_ends_them_are_refused(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"data\.document_mask: no token is known that ends a document.*eos_token_id"):
         load_tokens(data, 300)
     assert any("all of it is one document" in line for line in load_tokens(data, 300, ends=(99,)).messages)
+
+
+# -- the table in the documents
+
+
+HELD: dict[str, str] = {  # by the first cell of a row, the test above that shows it
+    "a document": "test_documents_of_a_config_are_those_of_its_data",
+    "the token between two texts": "test_documents_of_a_config_are_those_of_its_data",
+    "the first token of a document": "test_samples_are_the_row_with_the_documents_of_its_tokens",
+    "a sample that begins in the middle of a document": "test_documents_of_a_config_are_those_of_its_data",
+    "a sample that ends in the middle of a document": "test_documents_of_a_config_are_those_of_its_data",
+    "learned and rotary positions, sliding windows, dropout, recomputation": (
+        "test_dropout_within_documents_is_that_of_a_single_rank"
+    ),
+    "tensor modes, pipelines, ZeRO, offloading, `all_to_all`": (
+        "test_packed_documents_are_trained_on_as_each_by_itself"
+    ),
+    "a ring, `parallel.context` of kind `ring`": "test_a_ring_refuses_documents_in_a_config",
+    "token ids without a token that ends a document": ("test_documents_without_a_token_that_ends_them_are_refused"),
+    "data of a single document": "test_documents_without_a_token_that_ends_them_are_refused",
+}
+
+
+def test_each_row_of_the_documentation_has_a_test_and_its_words(tmp_path: Path) -> None:
+    table = {row.what: row.answer for row in rows("docs/data.md", "Packed documents")}
+    assert table.keys() == HELD.keys()
+    assert all(name in globals() for name in HELD.values())
+    np.save(tmp_path / "ids.npy", np.array(IDS))
+    data = dict(path=str(tmp_path / "ids.npy"), sequence_length=4, document_mask=True)
+    with pytest.raises(ConfigError) as in_ring:
+        parse(dict(parallel=dict(context=2), data=data))
+    with pytest.raises(DataError) as without_end:
+        load_tokens(parse(dict(data=data)).data, 300)
+    said = {
+        "a ring, `parallel.context` of kind `ring`": str(in_ring.value),
+        "token ids without a token that ends a document": str(without_end.value),
+        "data of a single document": " ".join(load_tokens(parse(dict(data=data)).data, 300, ends=(99,)).messages),
+    }
+    for what, words in said.items():
+        assert table[what].split("`")[1] in words, what
