@@ -207,7 +207,7 @@ class Engine(EngineState):
         )
         scale = self.loss_scale.scale / max(1, tokens)
         documents = self._documents(batch)
-        return Microbatch(ids, labels, samples, mask, scale, positions, documents).split(size), tokens
+        return Microbatch(ids, labels, samples, mask, scale, positions, documents=documents).split(size), tokens
 
     def _documents(self, batch: Mapping[str, Tensor]) -> Documents | None:
         """Return the documents of a batch on this rank's device; None where they hide nothing."""

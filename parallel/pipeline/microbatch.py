@@ -54,7 +54,7 @@ class Microbatch:
         count = len(self.input_ids) // size
         parts = zip(*([None] * count if x is None else x.split(size) for x in given), strict=True)
         return [
-            Microbatch(ids, labels, samples, mask, self.scale, positions, documents)
+            Microbatch(ids, labels, samples, mask, self.scale, positions, documents=documents)
             for ids, labels, samples, mask, positions, documents in parts
         ]
 
