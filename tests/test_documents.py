@@ -406,6 +406,18 @@ def test_by_default_the_first_token_of_a_document_is_no_label() -> None:
     assert torch.equal(labels_of(dict(input_ids=batch["input_ids"])), batch["input_ids"])
 
 
+def test_labels_and_positions_are_those_of_hugging_faces_collator_of_packed_documents() -> None:
+    from transformers import DataCollatorWithFlattening
+
+    lengths = (3, 1, 4, 2)
+    documents = [dict(input_ids=list(range(10 * i, 10 * i + length))) for i, length in enumerate(lengths)]
+    want = DataCollatorWithFlattening(return_position_ids=True, return_tensors="pt")(documents)
+    ids = torch.tensor([[i for i, length in enumerate(lengths) for _ in range(length)]])
+    assert torch.equal(Documents.of(ids).positions, want["position_ids"])
+    ours = labels_of(dict(input_ids=want["input_ids"], document_ids=ids))
+    assert torch.equal(ours[:, 1:], want["labels"][:, 1:])  # shifting drops the label of the first column
+
+
 # -- samples
 
 
