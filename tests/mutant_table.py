@@ -296,8 +296,8 @@ MEANS = (
            ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
            ENGINE,
-           'shift(batch.get("labels", batch["input_ids"]))',
-           'batch.get("labels", batch["input_ids"])',
+           'shift(labels_of(batch))',
+           'labels_of(batch)',
            trains("single")),
     Mutant("loss-counted-on-every-rank", "a loss that several ranks compute is added several times",
            MODE,
@@ -1212,8 +1212,8 @@ FAMILIES = (
         "rotary-of-the-samples-between-blocks",
         "a cube turns q and k by the positions of the samples that a rank has between blocks, not inside",
         ROTARY,
-        "mode.tokens(batch.position_ids, mode.inner_batch)",
-        "mode.tokens(batch.position_ids, mode.batch)",
+        "mode.tokens(ids, mode.inner_batch)",
+        "mode.tokens(ids, mode.batch)",
         f"{FAMILY_RUNS}::test_positions_of_a_batch_are_those_of_hugging_faces[llama-3d8]",
     ),
     Mutant(
@@ -1455,6 +1455,91 @@ INSTALLED = (
     ),
 )
 
+DOCUMENT_TESTS = "tests/test_documents.py"
+BY_ITSELF = f"{DOCUMENT_TESTS}::test_packed_documents_are_trained_on_as_each_by_itself"
+DOCUMENTS = (
+    Mutant(
+        "documents-seen-before",
+        "a query sees the keys of the documents before its own",
+        "parallel/sequence/documents.py",
+        "columns < starts.unsqueeze(-1)",
+        "columns < 0 * starts.unsqueeze(-1)",
+        f"{DOCUMENT_TESTS}::test_attention_stays_within_documents[torch's-None-whole]",
+    ),
+    Mutant(
+        "documents-positions-go-on",
+        "positions do not begin anew in a document",
+        "parallel/pipeline/microbatch.py",
+        "return self.documents.positions",
+        "return None",
+        f"{BY_ITSELF}[2d4-gpt2-False]",
+    ),
+    Mutant(
+        "documents-positions-of-opt-go-on",
+        "OPT counts the tokens of the documents before, too",
+        "models/opt/layers.py",
+        "if batch.documents is not None:",
+        "if False and batch.documents is not None:",
+        f"{BY_ITSELF}[pp2-opt-True]",
+    ),
+    Mutant(
+        "documents-shifted-by-one",
+        "the documents of a sample begin one token earlier",
+        "models/data/packed.py",
+        "self.row.starts[first:end]",
+        "self.row.starts[first:end] - 1",
+        f"{DOCUMENT_TESTS}::test_samples_are_the_row_with_the_documents_of_its_tokens",
+    ),
+    Mutant(
+        "documents-lost-at-the-last-token",
+        "a document that begins with the last token of a sample does not begin there",
+        "models/data/packed.py",
+        "(places.start + 1, places.stop)",
+        "(places.start + 1, places.stop - 1)",
+        f"{DOCUMENT_TESTS}::test_samples_are_the_row_with_the_documents_of_its_tokens",
+    ),
+    Mutant(
+        "documents-of-another-microbatch",
+        "the first microbatch takes the documents of the last one",
+        "parallel/sequence/documents.py",
+        "self.positions.split(size), self.bounds",
+        "self.positions.split(size)[::-1], self.bounds",
+        f"{BY_ITSELF}[pp2-opt-True]",
+    ),
+    Mutant(
+        "documents-of-the-first-samples",
+        "every part of a microbatch takes the documents of its first samples",
+        "models/attention.py",
+        "batch.documents.apply(lambda x: self.mode.local(x, self.mode.inner_batch))",
+        "batch.documents.apply(lambda x: x[: len(self.mode.local(x, self.mode.inner_batch))])",
+        f"{BY_ITSELF}[2d4-gpt2-False]",
+    ),
+    Mutant(
+        "documents-lost-in-an-exchange",
+        "after the exchange of all_to_all attention goes over the whole sequence",
+        SPLIT,
+        "super().attend(q, k, v, masking)",
+        "super().attend(q, k, v, replace(masking, documents=None))",
+        f"{BY_ITSELF}[a2a2-llama-False]",
+    ),
+    Mutant(
+        "documents-counted-from-the-batch",
+        "bounds of a microbatch count from the first token of the batch",
+        "parallel/sequence/documents.py",
+        "return bounds - bounds[0]",
+        "return bounds",
+        f"{DOCUMENT_TESTS}::test_documents_are_read_as_their_docstring_says",
+    ),
+    Mutant(
+        "documents-guessed-from-nothing",
+        "the first token of a document is a label",
+        "parallel/pipeline/microbatch.py",
+        "labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORED",
+        "labels[:, 1:][documents[:, 1:] < documents[:, :-1]] = IGNORED",
+        f"{DOCUMENT_TESTS}::test_by_default_the_first_token_of_a_document_is_no_label",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1491,4 +1576,7 @@ MUTANTS = (
     *EVALUATION,
     *COVERAGE,
     *INSTALLED,
+    *DOCUMENT_TESTS,
+    *BY_ITSELF,
+    *DOCUMENTS,
 )
