@@ -16,6 +16,7 @@ from models.data.cache import Cache
 from models.data.conversation_records import is_conversation, needs_template
 from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
+from models.data.packed import PackedRow
 from models.data.padded import pad_conversations
 from models.data.records import Record, Records
 from models.data.rows import Counted, encoded_row, mapped_row
@@ -70,7 +71,7 @@ class Corpus:
     def tokens(self) -> Ids:
         """The row of tokens, where the data are one."""
         whole = self.training.whole if isinstance(self.training, Part) else self.training
-        assert isinstance(whole, TokenRow), "these samples are not cut from one row"
+        assert isinstance(whole, TokenRow | PackedRow), "these samples are not cut from one row"
         return whole.tokens
 
 
@@ -134,7 +135,11 @@ class _Reader:
             return self._conversations(source, record)
         counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
         row, messages = counted.row, [*self._messages(source, counted), *messages]
-        samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
+        samples: Samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
+        if self.data.document_mask:
+            samples = PackedRow(row, self.data.sequence_length)
+            if row.num_documents == 1:
+                messages.append(f"{source.key}: all of it is one document: data.document_mask only cuts it by samples")
         if not samples.num_samples:
             shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
             raise DataError(
@@ -149,6 +154,11 @@ class _Reader:
         if self.data.document_mask:
             tokenizer = None if self.data.tokenizer == "bytes" else load_tokenizer(self.data.tokenizer)
             end = self.end if tokenizer is None or tokenizer.end is None else tokenizer.end
+            if end is None:
+                raise DataError(
+                    f"data.document_mask: no token is known that ends a document of {source.path}. Set"
+                    " model.eos_token_id, or data.tokenizer to the tokenizer that made the ids."
+                )
         bin_dtype = self.data.bin_dtype
         return mapped_row(source, self.cache, bin_dtype=bin_dtype, vocab_size=self.vocab_size, end=end), []
 
