@@ -36,11 +36,11 @@ class Sizes:
     `agreeing` counts the tokens on each side of a joint that must be the same. `at_once` windows are encoded together.
     """
 
-    window: int = 1 << 16
-    overlap: int = 1 << 11
-    end: int = 1 << 9
+    window: int = 1 << 13
+    overlap: int = 1 << 10
+    end: int = 1 << 8
     agreeing: int = 8
-    at_once: int = 16
+    at_once: int = 128
 
 
 @dataclass(frozen=True)
