@@ -941,7 +941,7 @@ FOLDERS = (
            SHAPE, 'elif module == "head.table" and self.tie_word_embeddings:', 'elif module == "head.table":',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
-           "models/data/corpus.py", "        return tokenizer.end, []", "        return 2, []",
+           "models/data/corpus.py", "            return self.tokenizer.end\n", "            return 2\n",
            text_row("several texts")),
     Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
@@ -1540,6 +1540,99 @@ DOCUMENTS = (
     ),
 )
 
+CACHE_TESTS, WINDOW_TESTS = "tests/test_cache.py", "tests/test_windows.py"
+DATA = (
+    Mutant(
+        "cache-without-tokenizer",
+        "tokens that another tokenizer made are taken from the cache",
+        "models/data/corpus.py",
+        '"tokenizer": tokenizer.identity,',
+        '"tokenizer": "",',
+        f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
+    ),
+    Mutant(
+        "cache-without-text-key",
+        "the texts of another key of the records are taken from the cache",
+        "models/data/corpus.py",
+        '"text_key": text_key if source.kind.has_records else None,',
+        '"text_key": None,',
+        f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
+    ),
+    Mutant(
+        "cache-without-end",
+        "texts that were joined by another token are taken from the cache",
+        "models/data/corpus.py",
+        '"end": end.id,',
+        '"end": None,',
+        f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
+    ),
+    Mutant(
+        "digest-of-the-first-block",
+        "a file whose size and time are those of another one is taken for it, however young it is",
+        "models/data/contents.py",
+        "if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:",
+        "if is_same:",
+        f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
+    ),
+    Mutant(
+        "cache-without-lock",
+        "processes that come together all do the work, and remove what the others write",
+        "models/data/cache.py",
+        "while not try_to_lock(lock):",
+        "while False:",
+        f"{CACHE_TESTS}::test_processes_that_come_together_do_the_work_once_and_the_others_wait",
+    ),
+    Mutant(
+        "entry-under-its-name",
+        "what a killed process has written is taken for whole",
+        "models/data/cache.py",
+        "if file.stat().st_size != size:",
+        "if file.stat().st_size < 0:",
+        f"{CACHE_TESTS}::test_a_damaged_entry_is_made_again[_cut_off]",
+    ),
+    Mutant(
+        "windows-joined-anywhere",
+        "windows are joined where their tokens differ",
+        "models/windows.py",
+        "if spans != [after.span(other + k) for k in range(-near, near)]:",
+        "if False:",
+        f"{WINDOW_TESTS}::test_windows_have_the_tokens_of_the_whole_text[llama2]",
+    ),
+    Mutant(
+        "windows-joined-within-words",
+        "windows are joined within a word of a model that is not BPE",
+        "models/windows.py",
+        "for of_words in (True, False) if self._is_bpe else (True,):",
+        "for of_words in (False,):",
+        f"{WINDOW_TESTS}::test_windows_have_the_tokens_of_the_whole_text[t5 without words]",
+    ),
+    Mutant(
+        "windows-joined-in-space",
+        "windows are joined within space that a special token takes in",
+        "models/windows.py",
+        "return not before.is_space(spans[0][0], spans[near][0]) and",
+        "return True or",
+        f"{WINDOW_TESTS}::test_windows_have_the_tokens_of_the_whole_text[opt]",
+    ),
+    Mutant(
+        "window-begins-the-row",
+        "the tokens of an overlap are there twice",
+        "models/windows.py",
+        "current, first = following, joint[1]",
+        "current, first = following, 0",
+        f"{WINDOW_TESTS}::test_windows_have_the_tokens_of_the_whole_text[gpt2]",
+    ),
+    Mutant(
+        "end-token-twice",
+        "the token that ends a text stands twice where a text has it already",
+        "models/data/documents.py",
+        "if end not in (self._last, int(document.ids[0])):",
+        "if True:",
+        "tests/test_records.py::test_what_users_bring_as_data_is_treated_as_the_table_says"
+        "[special tokens that the tokenizer puts around a text]",
+    ),
+)
+
 CONVERSATION_TESTS, CONVERSATION_CODE = "tests/test_conversations.py", "models/data/conversations.py"
 ANSWERS_ALONE = f"{CONVERSATION_TESTS}::test_an_answer_is_learned_with_what_ends_it_and_nothing_else_is[llama3]"
 CONVERSATIONS = (
@@ -1688,5 +1781,6 @@ MUTANTS = (
     *COVERAGE,
     *INSTALLED,
     *DOCUMENTS,
+    *DATA,
     *CONVERSATIONS,
 )

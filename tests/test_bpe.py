@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.demo_words import known_share
-from models.data.texts import BUILT_IN, Texts
+from models.data.texts import built_in_text
 from models.tokenizer import BUILT_IN_BPE, SPECIALS, ByteTokenizer, load_tokenizer
 from models.train_bpe import VOCAB_SIZE, bpe_json, trained_merges
 from parallel.errors import DataError
@@ -59,7 +59,7 @@ def test_transformers_reads_the_same_bpe_from_an_export(tmp_path: Path) -> None:
 
 
 def test_the_shipped_bpe_is_what_its_script_trains() -> None:
-    texts = [text for _, text in Texts(BUILT_IN)]
+    texts = [built_in_text()]
     if hashlib.sha256("".join(texts).encode()).hexdigest() != MANUAL_OF_THE_README:
         pytest.skip("the shipped one was trained on the manual of another Python")
     shipped = json.loads((BUILT_IN_BPE / "tokenizer.json").read_text(encoding="utf-8"))

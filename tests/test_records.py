@@ -35,11 +35,9 @@ def lines_in(file: Path, records: list[Any] | None = None) -> Path:
 
 
 def parquet_in(file: Path, records: list[Any] | None = None) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
+    table, written = pytest.importorskip("pyarrow").Table, pytest.importorskip("pyarrow.parquet")
     file.parent.mkdir(exist_ok=True, parents=True)
-    parquet.write_table(pyarrow.Table.from_pylist(RECORDS if records is None else records), file, row_group_size=2)
+    written.write_table(table.from_pylist(RECORDS if records is None else records), file, row_group_size=2)
     return file
 
 

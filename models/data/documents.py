@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -90,13 +90,8 @@ class RowWriter:
         self._starts: list[int] = []
         self._buffered = 0
 
-    def write(self, documents: Iterable[Document]) -> None:
-        """Write documents that are not empty."""
-        for document in documents:
-            self.add(document)
-        self.finish()
-
     def add(self, document: Document) -> None:
+        """Write a document, which has a token, or more of the one before."""
         if not document.continues:
             if self._last is not None and self._end is not None:
                 end = self._end()
