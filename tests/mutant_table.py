@@ -1546,8 +1546,8 @@ DATA = (
         "cache-without-tokenizer",
         "tokens that another tokenizer made are taken from the cache",
         "models/data/corpus.py",
-        '"tokenizer": tokenizer.identity,',
-        '"tokenizer": "",',
+        '"tokenizer": tokenizer.identity,\n            "text_key"',
+        '"tokenizer": "",\n            "text_key"',
         f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
     ),
     Mutant(
@@ -1733,6 +1733,14 @@ CONVERSATIONS = (
         "labels = np.where(is_learned, ids, np.int64(IGNORED))",
         "labels = np.where(is_learned, ids.astype(np.uint16), np.array(IGNORED).astype(np.uint16)).astype(np.int64)",
         f"{CONVERSATION_TESTS}::test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right",
+    ),
+    Mutant(
+        "cache-without-template",
+        "conversations that another chat template wrote are taken from the cache",
+        "models/data/corpus.py",
+        '"template": None if template is None else template.content,',
+        '"template": None,',
+        "tests/test_conversation_records.py::test_tokens_in_the_cache_are_those_of_the_same_template[prefixes]",
     ),
     Mutant(
         "samples-without-a-label",
