@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Ids:
         """Return the ids of a text, without special tokens."""
 
+    def encode_with_places(self, text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Return what `encode` returns, and of each token from which character to which it is: int64 [T, 2]."""
+
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, with the special tokens that the tokenizer puts before and after a text."""
 
@@ -91,6 +94,10 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)
+
+    def encode_with_places(self, text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
+        starts = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
 
     @property
     def identity(self) -> str:
@@ -152,6 +159,10 @@ class FileTokenizer:
 
     def encode(self, text: str) -> Ids:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_with_places(self, text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts))]

@@ -1633,6 +1633,117 @@ DATA = (
     ),
 )
 
+CONVERSATION_TESTS, CONVERSATION_CODE = "tests/test_conversations.py", "models/data/conversations.py"
+ANSWERS_ALONE = f"{CONVERSATION_TESTS}::test_an_answer_is_learned_with_what_ends_it_and_nothing_else_is[llama3]"
+CONVERSATIONS = (
+    Mutant(
+        "users-learned",
+        "what the user says is learned as if it were an answer",
+        CONVERSATION_CODE,
+        "is_learned[start:stop] = True",
+        "is_learned[:stop] = True",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "end-of-turn-not-learned",
+        "the token that ends an answer is not learned, so that the model never stops",
+        CONVERSATION_CODE,
+        "is_learned[start:stop] = True",
+        "is_learned[start : stop - 1] = True",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "first-token-of-an-answer-not-learned",
+        "the mask of an answer begins one token too late, as if it were shifted already",
+        CONVERSATION_CODE,
+        "is_learned[start:stop] = True",
+        "is_learned[start + 1 : stop] = True",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "prompt-without-its-end",
+        "the prompt before an answer has no beginning of the answer, whose header is learned then",
+        CONVERSATION_CODE,
+        "add_generation_prompt=True).text",
+        "add_generation_prompt=False).text",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "second-first-token",
+        "the tokenizer puts <s> before a text that has one from its template",
+        "models/tokenizer.py",
+        "self._tokenizer.encode(text, add_special_tokens=False).ids",
+        "self._tokenizer.encode(text).ids",
+        f"{CONVERSATION_TESTS}::test_a_template_that_writes_the_first_token_gets_no_second_one[llama3]",
+    ),
+    Mutant(
+        "first-token-of-the-post-processor",
+        "a conversation gets the special tokens of a text, beside those of its template",
+        "models/tokenizer.py",
+        "encoding = self._tokenizer.encode(text, add_special_tokens=False)",
+        "encoding = self._tokenizer.encode(text)",
+        f"{CONVERSATION_TESTS}::test_a_generation_mask_is_that_of_transformers",
+    ),
+    Mutant(
+        "mark-within-a-token",
+        "a token is learned only if all of its characters are in the block",
+        CONVERSATION_CODE,
+        "(places[:, 0] < stop) & (places[:, 1] > start)",
+        "(places[:, 0] >= start) & (places[:, 1] <= stop)",
+        f"{CONVERSATION_TESTS}::test_a_generation_mask_is_that_of_transformers",
+    ),
+    Mutant(
+        "prefix-not-verified",
+        "a template that changes earlier messages is not noticed, and what is learned is somewhere else",
+        CONVERSATION_CODE,
+        "if not text.startswith(part):",
+        "if False:",
+        "tests/test_conversation_records.py::test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[a template that writes earlier messages in another way once others follow]",
+    ),
+    Mutant(
+        "tokens-of-a-prefix-not-verified",
+        "an answer begins within a token, and the token is counted to the prompt",
+        CONVERSATION_CODE,
+        "begin = self._tokenizer.encode(part)\n        if not _begins(ids, begin):",
+        "begin = self._tokenizer.encode(part)\n        if False:",
+        "tests/test_conversation_records.py::test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[an answer that shares a token with the text before it]",
+    ),
+    Mutant(
+        "answers-of-a-prompt-learned",
+        "answers in a prompt of messages are learned",
+        CONVERSATION_CODE,
+        "if start >= after:",
+        "if True:",
+        f"{CONVERSATION_TESTS}::test_answers_in_a_prompt_of_messages_are_not_learned[marks]",
+    ),
+    Mutant(
+        "end-of-a-completion-not-learned",
+        "the end token after a completion is not learned",
+        CONVERSATION_CODE,
+        "return Document(ids, np.arange(len(ids)) >= len(prompt))",
+        "return Document(ids, (np.arange(len(ids)) >= len(prompt)) & (ids != self._end))",
+        f"{CONVERSATION_TESTS}::test_a_completion_of_text_is_learned_with_an_end_as_trl_has_it[Is he- there]",
+    ),
+    Mutant(
+        "labels-of-uint16",
+        "labels have the dtype of the tokens, in which −100 is another token",
+        "models/data/padded.py",
+        "labels = np.where(is_learned, ids, np.int64(IGNORED))",
+        "labels = np.where(is_learned, ids.astype(np.uint16), np.array(IGNORED).astype(np.uint16)).astype(np.int64)",
+        f"{CONVERSATION_TESTS}::test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right",
+    ),
+    Mutant(
+        "samples-without-a-label",
+        "a conversation whose answer is cut off is a sample, of which nothing is learned",
+        "models/data/padded.py",
+        "(numbers,) = np.nonzero(counts.kept)",
+        "(numbers,) = np.nonzero(counts.whole)",
+        f"{CONVERSATION_TESTS}::test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1671,4 +1782,5 @@ MUTANTS = (
     *INSTALLED,
     *DOCUMENTS,
     *DATA,
+    *CONVERSATIONS,
 )
