@@ -1546,8 +1546,8 @@ DATA = (
         "cache-without-tokenizer",
         "tokens that another tokenizer made are taken from the cache",
         "models/data/corpus.py",
-        '"tokenizer": tokenizer.identity,',
-        '"tokenizer": "",',
+        '"tokenizer": tokenizer.identity,\n            "text_key"',
+        '"tokenizer": "",\n            "text_key"',
         f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
     ),
     Mutant(
