@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,13 +63,6 @@ def test_the_shipped_bpe_is_what_its_script_trains() -> None:
         pytest.skip("the shipped one was trained on the manual of another Python")
     shipped = json.loads((BUILT_IN_BPE / "tokenizer.json").read_text(encoding="utf-8"))
     assert bpe_json(trained_merges(texts, VOCAB_SIZE)) == shipped
-
-
-def test_the_wheel_has_the_files_of_the_bpe() -> None:
-    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    packed = {file for pattern in tables["package-data"]["models"] for file in (ROOT / "models").glob(pattern)}
-    assert set(BUILT_IN_BPE.iterdir()) <= packed
-    assert {file.name for file in packed} == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_vocabulary_that_is_too_small_for_the_bpe_is_refused_with_one_that_fits(tmp_path: Path) -> None:
