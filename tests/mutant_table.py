@@ -1735,6 +1735,14 @@ CONVERSATIONS = (
         f"{CONVERSATION_TESTS}::test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right",
     ),
     Mutant(
+        "cache-without-template",
+        "conversations that another chat template wrote are taken from the cache",
+        "models/data/corpus.py",
+        '"template": None if template is None else template.content,',
+        '"template": None,',
+        "tests/test_conversation_records.py::test_tokens_in_the_cache_are_those_of_the_same_template[prefixes]",
+    ),
+    Mutant(
         "samples-without-a-label",
         "a conversation whose answer is cut off is a sample, of which nothing is learned",
         "models/data/padded.py",
