@@ -37,6 +37,7 @@ class WandbLogger(Callback):
             self._run = _begin(run, None)
         except wandb.Error as error:
             run.log(f"wandb: {_first_line(error)} The run is logged offline, for `wandb sync` to upload.")
+            wandb.teardown()  # what has failed still holds the id of the run
             self._run = _begin(run, "offline")
         run.log(f"wandb: {Path(self._run.dir).parent if self._run.offline else self._run.url}")
 
