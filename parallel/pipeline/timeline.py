@@ -7,6 +7,8 @@ from typing import TypeAlias
 from parallel.pipeline.schedule import Action, Op, Plan, PlanError, group_transfers
 
 OTHER_END = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
+FROM_STAGE = {Op.SEND_F: 0, Op.RECV_F: -1, Op.SEND_B: 0, Op.RECV_B: 1}
+"""The stage whose result a transfer carries, counted from its own."""
 
 MOST_SIMULATED = 64 * 128  # microbatches of all stages
 FEWEST_SIMULATED = 100  # microbatches of a step that is not simulated as a whole
@@ -41,8 +43,9 @@ class Timeline:
     @property
     def makespan(self) -> float:
         """The time at which the last rank has finished."""
-        longest = max(self._busy) / self._num_simulated
-        return self.end_of_rows + self.num_omitted * longest
+        if not self.num_omitted:
+            return self.end_of_rows
+        return self.end_of_rows + self.num_omitted * max(self._busy) / self._num_simulated
 
     @property
     def end_of_rows(self) -> float:
@@ -100,8 +103,8 @@ def _peak_in_flight(actions: Sequence[Action]) -> int:
     return peak
 
 
-_End: TypeAlias = tuple[str, int, int]
-"""One end of a message: the value of its op, and the stage and the microbatch whose result it carries."""
+_End: TypeAlias = tuple[Op, int, int]
+"""One end of a message: its op, and the stage and the microbatch whose result it carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +119,8 @@ class _Step:
     def of(cls, step: Action | tuple[Action, ...]) -> "_Step":
         if isinstance(step, Action):
             return cls((step,), (), ())
-        carried = [(action, action.payload) for action in step]
-        return cls(
-            step,
-            tuple((action.op.value, payload.stage, payload.microbatch) for action, payload in carried),
-            tuple((OTHER_END[action.op].value, payload.stage, payload.microbatch) for action, payload in carried),
-        )
+        messages = [(a.op, a.stage + FROM_STAGE[a.op], a.microbatch) for a in step]
+        return cls(step, tuple(messages), tuple([(OTHER_END[op], stage, k) for op, stage, k in messages]))
 
 
 @dataclass(slots=True)
