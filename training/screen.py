@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from parallel.checkpoint.checkpoint import best_checkpoint, step_folder
+from parallel.checkpoint.checkpoint import best_checkpoint
 from parallel.config import Config
 from training.best_loss import BestLoss
 from training.callbacks import Callback
@@ -95,11 +95,11 @@ class Screen(Callback):
         self.close()
         self.print("done")
         table = Table(show_header=False, box=None, padding=(0, 2))
-        for name, text in (*self._results(steps), *_places(folder, best)):
+        for name, text in (*self._results(steps, best), *_places(folder)):
             table.add_row(name, text)
         self.console.print(table)
 
-    def _results(self, steps: int) -> Iterator[tuple[str, str]]:
+    def _results(self, steps: int, best: BestLoss) -> Iterator[tuple[str, str]]:
         """Yield what the steps have come to, by name."""
         if self._last is None:
             yield "steps", f"none left to take: {steps} were taken before"
@@ -108,6 +108,8 @@ class Screen(Callback):
         yield "final loss", f"{self._last['loss']:.4f}"
         if self._validation is not None:
             yield "validation loss", f"{self._validation:.4f}"
+        if self.config.output.eval_every:
+            yield "its lowest", str(best)
         yield "samples", f"{samples:,}, {samples / self.num_training:.2f} epochs"
         yield "speed", f"{self._tokens / self._seconds:,.0f} tokens/s"
         yield "time", duration(time.monotonic() - self._began)
@@ -123,7 +125,7 @@ class Screen(Callback):
             self._bar = None
 
 
-def _places(folder: RunFolder, best: BestLoss) -> Iterator[tuple[str, str]]:
+def _places(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """Yield where the files of a run are, by name."""
     places = {
         "metrics": folder.metrics,
@@ -134,5 +136,4 @@ def _places(folder: RunFolder, best: BestLoss) -> Iterator[tuple[str, str]]:
     }
     yield from ((name, str(path)) for name, path in places.items() if path.exists())
     if (found := best_checkpoint(folder.path)) is not None:
-        loss = f" (validation loss {best.loss:.4f})" if found == step_folder(folder.path, best.step) else ""
-        yield "best checkpoint", f"{found}{loss}"
+        yield "best checkpoint", str(found)

@@ -56,9 +56,13 @@ class _View:
             yield self.end - self.tail / self.scale, self.tail
 
     def shows(self, span: Span) -> bool:
-        """Return whether some of a span is in a part that is shown."""
-        parts = [(start, start + columns / self.scale) for start, columns in self.windows()]
-        return any(span.start < stop and span.end > start for start, stop in parts)
+        """Return whether all of a span is in a part that is shown."""
+        parts = [(*self.columns_of(span, start), columns) for start, columns in self.windows()]
+        return any(begin >= 0 and end <= columns for begin, end, columns in parts)
+
+    def columns_of(self, span: Span, start: float) -> tuple[int, int]:
+        """Return between which columns a span is, in a part that begins at the time `start`."""
+        return round((span.start - start) * self.scale), round((span.end - start) * self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ def _labelled(row: Sequence[Span], labels: _Labels, view: _View, widest: int) ->
     for start, columns in view.windows():
         cells, last = [], 0
         for span in row:
-            begin, end = (round((time - start) * view.scale) for time in (span.start, span.end))
+            begin, end = view.columns_of(span, start)
             if end <= 0 or begin >= columns:
                 continue
             is_whole, begin, end = begin >= 0 and end <= columns, max(begin, 0), min(end, columns)
