@@ -1,6 +1,8 @@
 """Callbacks: what they are told, in which order, on which rank, and what becomes of a run when one fails."""
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import launch
 from parallel.engine.context import Place
 from parallel.errors import ConfigError
 from tests.harness import run
+from tests.tables import ROOT
 from tests.test_loop import ALONE, TINY, Recorder, lines_of, prepared
 from training.callbacks import Callback, CallbackError, Run
 from training.config import read_config
 from training.loggers import callbacks_of
 from training.metrics import MetricsLine
+from training.preflight import prepare
 from training.run import run_job
 
 SHORT = ("train.steps=4", "output.export=False")
@@ -47,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_of_test_callbacks.py").write_text(MODULE)
     yield tmp_path
-    monkeypatch.delitem(__import__("sys").modules, "mine_of_test_callbacks", raising=False)
+    monkeypatch.delitem(sys.modules, "mine_of_test_callbacks", raising=False)
 
 
 # -- what is called ----------------------------------------------------------------------------------------------------
@@ -156,6 +160,22 @@ def test_what_a_callback_raises_on_one_rank_ends_the_run_on_all_by_name(
         assert f"tests.test_callbacks:FailsOn failed in {where}: ZeroDivisionError: the reason (" in words
         assert f"{Path(__file__).name}:" in words
     assert len(lines_of(tmp_path)) == (2 if where == "on_step" else 4)
+
+
+def test_the_callback_of_the_loggers_page_works_as_it_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, config = re.findall(r"```python\n(.*?)```", (ROOT / "docs/loggers.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "small.py").write_text(config)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    sets = [*TINY, *SHORT, f"output.dir={tmp_path}/run", "output.eval_every=2"]
+    run_job(prepare(read_config(str(tmp_path / "small.py"), sets, 1), ALONE))
+    written = [line.split() for line in (tmp_path / "run" / "losses.txt").read_text().splitlines()]
+    lines = [line for line in lines_of(tmp_path / "run") if "validation_loss" in line]
+    assert written == [[str(line["step"]), str(line["validation_loss"])] for line in lines]
+    assert len(written) == 2
+    assert f"losses are written to {tmp_path}/run/losses.txt" in capsys.readouterr().out
 
 
 # -- those of a config -------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_epochs_are_the_decimal_number_that_was_written() -> None:
 def test_a_run_of_epochs_that_goes_on_with_another_batch_size_takes_the_samples_that_are_left(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 62 samples three steps of 8 take 24; the other 38 are ten steps of 4. By epochs alone it would be 16 steps."""
+    """Three steps of 8 take 24 of 62 samples; the other 38 are ten steps of 4. By epochs alone it would be 16 steps."""
     first = prepared(tmp_path / "run", *options(tokens), "train.epochs=1", "output.checkpoint_every=3")
     assert first.config.train.steps == 8
     run_job(first)
@@ -121,7 +121,7 @@ def test_a_loop_of_the_users_own_is_refused_the_keys_of_a_run() -> None:
 def test_a_check_and_a_run_say_how_many_samples_tokens_and_epochs_there_are(
     tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 62 samples 5% are 3: they are for validation. 4 steps of 8 samples of 16 tokens are 32/59 epochs."""
+    """Three of 62 samples, 5%, are for validation. 4 steps of 8 samples of 16 tokens are 32/59 epochs."""
     sets = [f"data.path={tokens}", f"data.sequence_length={LENGTH}", "train.steps=4", "train.global_batch_size=8"]
     assert launch.main(launch.read_arguments(["--check", "--set", *sets, "output.eval_every=2"])) == 0
     shown = capsys.readouterr().out

@@ -95,7 +95,7 @@ def test_a_long_step_that_is_simulated_in_part_has_the_picture_and_figures_of_th
 def test_the_bubble_of_a_part_is_that_of_the_whole_for_stages_of_any_cost(
     name: str, p: int, rng: random.Random
 ) -> None:
-    """Between the first and the last microbatches each takes the time of the slowest rank; rendezvous adds up to 1%."""
+    """A microbatch that is left out takes the time of the slowest rank. Rendezvous adds up to 1% to that."""
     costs = [rng.uniform(1, 2) for _ in range(p)]
     whole, part = (timeline_of(name, p, 20 * p, costs, simulated) for simulated in (20 * p, 6 * p))
     assert part.makespan == pytest.approx(whole.makespan, rel=0.01)
