@@ -1396,7 +1396,7 @@ COVERAGE = (
 )
 
 BEST_TESTS = "tests/test_best_checkpoint.py"
-SEEN = (
+LENGTHS_AND_BESTS = (
     Mutant(
         "best-checkpoint-deleted",
         "the checkpoint of the lowest validation loss is deleted like any older one",
@@ -1506,5 +1506,5 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
-    *SEEN,
+    *LENGTHS_AND_BESTS,
 )
