@@ -11,7 +11,7 @@ from models.data import Corpus
 from parallel.checkpoint import checkpoint
 from parallel.config import Config
 from training.same_data import samples_taken
-from training.text import plural
+from training.text import epochs_text, plural
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,10 @@ def length_messages(config: Config, corpus: Corpus, taken: Taken) -> Iterator[st
     train, length = config.train, corpus.sequence_length
     steps = max(0, train.steps - taken.steps)
     samples = taken.samples + steps * train.global_batch_size
-    total = f"{_epochs(samples / corpus.num_training)}, {samples * length:,} tokens"
+    total = f"{epochs_text(samples / corpus.num_training)}, {samples * length:,} tokens"
     coming = f"{plural(steps, 'step')} of {train.global_batch_size:,}"
     run = f"{coming} are {total}" if not taken.steps else f"{coming} follow the {taken.steps:,} taken: {total}"
     yield f"training: {plural(corpus.num_training, 'sample')} of {length:,} tokens; {run}"
     if corpus.num_validation:
         every = f"every {plural(config.output.eval_every, 'step')} and " if config.output.eval_every else ""
         yield f"validation: {plural(corpus.num_validation, 'sample')} of {length:,} tokens, {every}after the last step"
-
-
-def _epochs(number: float) -> str:
-    """Return a number of epochs with at least two digits that say something: 0.80, 0.0012, 3.00."""
-    if number >= 0.01:
-        return f"{number:,.2f} epochs"
-    return f"{number:.2g} epochs"

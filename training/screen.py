@@ -19,7 +19,7 @@ from training.layout_report import print_layout
 from training.metrics import MetricsLine
 from training.preview import Preview
 from training.run_folder import RunFolder
-from training.text import duration, plural
+from training.text import duration, epochs_text, plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -110,7 +110,7 @@ class Screen(Callback):
             yield "validation loss", f"{self._validation:.4f}"
         if self.config.output.eval_every:
             yield "its lowest", str(best)
-        yield "samples", f"{samples:,}, {samples / self.num_training:.2f} epochs"
+        yield "samples", f"{samples:,}, {epochs_text(samples / self.num_training)}"
         yield "speed", f"{self._tokens / self._seconds:,.0f} tokens/s"
         yield "time", duration(time.monotonic() - self._began)
 
