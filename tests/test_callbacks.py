@@ -209,7 +209,7 @@ def test_a_class_beside_the_config_is_found_and_config_json_names_its_file(
 REFUSED = {
     "nowhere_at_all:Steps": "there is no module nowhere_at_all in ",
     "mine_of_test_callbacks:Step": "mine_of_test_callbacks has no Step. Did you mean mine_of_test_callbacks:Steps?",
-    "mine_of_test_callbacks:Other": "has a Other that is no training.callbacks.Callback",
+    "mine_of_test_callbacks:Other": "Other is not a training.callbacks.Callback.",
     "mine_of_test_callbacks": "names no class. Try 'module:Class' or 'FILE.py:Class'.",
     "nowhere.py:Steps": "nowhere.py does not exist",
     "broken.py:Steps": "importing broken.py failed: NameError",

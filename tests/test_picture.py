@@ -66,6 +66,13 @@ def test_what_fits_is_drawn_whole_and_a_letter_stands_for_each_compute_where_lab
     assert rows_of(draw(timeline, 30)) == ["rank 0  FF..BBFBB.BB", "rank 1  .FBBFBBFBB.."]
 
 
+def test_letters_of_long_columns_are_as_frequent_as_what_they_stand_for() -> None:
+    """Where a column lasts about a forward and a backward, as here, nearly all letters were once backwards."""
+    timeline = timeline_of("1f1b", 40, 41)  # squeezed: the warm-up and the cool-down are nearly all of it
+    last = rows_of(draw(timeline, 50))[-1].partition("  ")[2].replace(" … ", "")
+    assert last.count("B") == pytest.approx(2 * last.count("F"), abs=3)
+
+
 def test_the_middle_that_is_left_out_is_marked_and_counted() -> None:
     picture = draw(timeline_of("1f1b", 2, 40), 80)
     first, last = (row.removeprefix(f"rank {rank}  ").split(" … ") for rank, row in enumerate(rows_of(picture)))

@@ -61,8 +61,8 @@ def _class_of(text: str) -> type[Callback]:
         known = [key for key, value in vars(module).items() if isclass(value) and issubclass(value, Callback)]
         hint = closest(attribute, known)
         tries = f" Did you mean {name}:{hint}?" if hint else ""
-        problem = f"has no {attribute}" if kind is None else f"has a {attribute} that is no training.callbacks.Callback"
-        raise ConfigError(f"output.callbacks: {shown(text)}: {name} {problem}.{tries}")
+        problem = f"{name} has no {attribute}" if kind is None else f"{attribute} is not a training.callbacks.Callback"
+        raise ConfigError(f"output.callbacks: {shown(text)}: {problem}.{tries}")
     return kind
 
 

@@ -9,6 +9,7 @@ from parallel.pipeline.timeline import Span, Timeline
 
 GAP = " … "  # stands for the middle of a row
 SMALLEST_ROOM = 16  # columns
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly over 0 to 1, however many there are
 SHOWN_PEAKS = 3  # of the activations in flight, where they do not all fit
 
 
@@ -32,7 +33,8 @@ def draw(timeline: Timeline, width: int | None = None) -> str:
     room = None if width is None else max(SMALLEST_ROOM, width - len(names[0]))
     view = _fitting(timeline, rows, room, scales=(widest / shortest, 1 / shortest))
     has_labels = view.scale >= widest / shortest
-    drawn = (_labelled(row, labels, view, widest) if has_labels else _lettered(row, view) for row in rows)
+    spreads = view.scale < 0.995 / shortest
+    drawn = (_labelled(row, labels, view, widest) if has_labels else _lettered(row, view, spreads) for row in rows)
     lines = [f"{name}{row}".rstrip() for name, row in zip(names, drawn, strict=True)]
     return "\n".join([*lines, *_notes(timeline, rows, view, None if has_labels else 1 / view.scale / shortest, width)])
 
@@ -138,13 +140,18 @@ def _labelled(row: Sequence[Span], labels: _Labels, view: _View, widest: int) ->
     return GAP.join(parts)
 
 
-def _lettered(row: Sequence[Span], view: _View) -> str:
-    """Return a row with the letter of what the rank does in the middle of each column."""
+def _lettered(row: Sequence[Span], view: _View, spreads: bool) -> str:
+    """Return a row with the letter of what the rank does at one time of each column.
+
+    That is the middle. Where a column lasts longer than a compute, the times are spread over the columns instead, so
+    that letters are as frequent as what they stand for: at equal distances, a distance of one forward and one backward
+    would meet nothing but backwards.
+    """
     parts = []
     for start, columns in view.windows():
         letters, position = [], 0
         for column in range(columns):
-            time = start + (column + 0.5) / view.scale
+            time = start + (column + (column * GOLDEN % 1 if spreads else 0.5)) / view.scale
             while position < len(row) and row[position].end <= time:
                 position += 1
             computes = position < len(row) and row[position].start <= time
