@@ -1,12 +1,15 @@
 """Tokenizers, which turn text into token ids and back: bytes, the default, or any Hugging Face `tokenizer.json`.
 
+One of the latter is built in: "bpe", a byte-level BPE of 4,096 ids (models/train_bpe.py).
+
 Each can save itself in an exported directory, where `transformers` then finds the tokenizer of the training.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.tokenizer_files import TokenizerFiles
+from models.windows import WindowEncoder
 from parallel.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +28,8 @@ Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 # OPT's special tokens, in the order of their ids.
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 PAD, SEPARATOR = SPECIALS.index("<pad>"), SPECIALS.index("</s>")
+
+BUILT_IN_BPE = Path(__file__).parent / "bpe"
 
 
 class Tokenizer(Protocol):
@@ -39,8 +45,22 @@ class Tokenizer(Protocol):
     def vocabulary(self) -> Mapping[str, int]:
         """Return the id of each token, the special tokens among them."""
 
+    @property
+    def num_special(self) -> int:
+        """The number of special tokens that a document has beside those of its text."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides which ids a text becomes."""
+
     def encode(self, text: str) -> Ids:
         """Return the ids of a text, without special tokens."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text, with the special tokens that the tokenizer puts before and after a text."""
+
+    def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
+        """Yield, part by part, the ids of a document whose text comes in chunks: those that it has in one."""
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text of these ids. Special tokens are left out."""
@@ -50,11 +70,13 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder with one.
+    """Return the tokenizer that `data.tokenizer` names: "bytes", "bpe", a tokenizer.json, or a folder with one.
 
     Raises DataError.
     """
-    return ByteTokenizer() if spec == "bytes" else FileTokenizer(Path(spec))
+    if spec == "bytes":
+        return ByteTokenizer()
+    return FileTokenizer(BUILT_IN_BPE if spec == "bpe" else Path(spec))
 
 
 class ByteTokenizer:
@@ -62,12 +84,23 @@ class ByteTokenizer:
 
     vocab_size = 256 + len(SPECIALS)
     end: int | None = SEPARATOR
+    num_special = 0
 
     def vocabulary(self) -> Mapping[str, int]:
         return _byte_level_vocabulary()
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)
+
+    @property
+    def identity(self) -> str:
+        return "bytes"
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        return [self.encode(text) for text in texts]
+
+    def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
+        return map(self.encode, chunks)
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text. Bytes that are not UTF-8 become U+FFFD, and ids that are not bytes are left out."""
@@ -76,13 +109,13 @@ class ByteTokenizer:
         return (array[is_byte] - len(SPECIALS)).astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, folder: Path) -> None:
-        _write_json(folder / "tokenizer.json", _byte_level_json())
-        _write_json(folder / "tokenizer_config.json", _byte_level_config())
+        _write_json(folder / "tokenizer.json", byte_level_json())
+        _write_json(folder / "tokenizer_config.json", byte_level_config())
 
 
 def is_of_bytes(file: Path) -> bool:
     """Return whether a tokenizer.json is the one that `ByteTokenizer.save` writes."""
-    return file.read_bytes() == _json_text(_byte_level_json()).encode()
+    return file.read_bytes() == _json_text(byte_level_json()).encode()
 
 
 class FileTokenizer:
@@ -93,7 +126,7 @@ class FileTokenizer:
         if not file.is_file():
             raise DataError(
                 f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "
-                "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bytes'."
+                "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bpe', or 'bytes'."
             )
         self._files = TokenizerFiles(file)
         self._tokenizer = _parse(file, self._files.tokenizer)
@@ -104,13 +137,42 @@ class FileTokenizer:
         ids = self.vocabulary()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end = self._files.end(ids)
+        self.num_special: int = self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     def vocabulary(self) -> Mapping[str, int]:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return ids
 
+    @property
+    def identity(self) -> str:
+        import tokenizers
+
+        own = self._tokenizer.encode_special_tokens, self._files.adds_prefix_space
+        return hashlib.sha256(self._files.tokenizer + repr((own, tokenizers.__version__)).encode()).hexdigest()
+
     def encode(self, text: str) -> Ids:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
+        before, after = self._special_tokens()
+        parts = (part for part in WindowEncoder(self._tokenizer).encode(chunks) if len(part))
+        if (first := next(parts, None)) is not None:
+            yield np.concatenate([before, first])
+            yield from parts
+            yield after
+
+    def _special_tokens(self) -> tuple[Ids, Ids]:
+        """Return the special tokens before and after a document, as the post-processor puts them."""
+        for text in ("a", *self.vocabulary()):
+            encoding = self._tokenizer.encode(text)
+            mask = encoding.special_tokens_mask
+            if 0 in mask:  # some tokenizers have no token for some texts
+                first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+                return np.array(encoding.ids[:first], np.int32), np.array(encoding.ids[last:], np.int32)
+        raise AssertionError("no text has a token")
 
     def decode(self, ids: npt.ArrayLike) -> str:
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
@@ -144,9 +206,12 @@ def _set_prefix_space(tokenizer: tokenizers.Tokenizer, value: bool) -> None:
         tokenizer.pre_tokenizer = pre_tokenizer
 
 
-def _byte_level_json() -> dict[str, object]:
-    """Return the byte tokenizer in the format of `tokenizers`: a byte-level BPE without merges."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+def byte_level_json(*, use_regex: bool = False) -> dict[str, Any]:
+    """Return the byte tokenizer in the format of `tokenizers`: a byte-level BPE without merges.
+
+    `use_regex` divides a text into words first, as GPT-2 does, which matters once there are merges.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": use_regex}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -166,7 +231,8 @@ def _byte_level_vocabulary() -> dict[str, int]:
     return specials | {character: byte + len(SPECIALS) for byte, character in enumerate(_byte_characters())}
 
 
-def _byte_level_config() -> dict[str, object]:
+def byte_level_config() -> dict[str, object]:
+    """Return the tokenizer_config.json that stands beside it."""
     bos, pad, eos, unk = SPECIALS
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -175,7 +241,7 @@ def _byte_level_config() -> dict[str, object]:
         "eos_token": eos,
         "unk_token": unk,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is four byte tokens, as it was in training
+        "split_special_tokens": True,  # "</s>" in a text is text, as it was in training
     }
 
 

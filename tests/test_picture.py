@@ -67,7 +67,7 @@ def test_what_fits_is_drawn_whole_and_a_letter_stands_for_each_compute_where_lab
 
 
 def test_letters_of_long_columns_are_as_frequent_as_what_they_stand_for() -> None:
-    """Where a column lasts about a forward and a backward, as here, nearly all letters were once backwards."""
+    """Nearly all were once backwards where a column, as here, lasts about a forward and a backward."""
     timeline = timeline_of("1f1b", 40, 41)  # squeezed: the warm-up and the cool-down are nearly all of it
     last = rows_of(draw(timeline, 50))[-1].partition("  ")[2].replace(" … ", "")
     assert last.count("B") == pytest.approx(2 * last.count("F"), abs=3)

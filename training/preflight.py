@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.data import Corpus
+from models.data import Cache, Corpus
 from models.generation_config import GenerationConfig, read_generation_config
 from models.tokenizer import Tokenizer
 from parallel.config import Config
@@ -42,9 +42,9 @@ class Inputs:
     messages: tuple[str, ...]
 
 
-def read_inputs(config: Config, *, resume: str | None, overridden: Sequence[str]) -> Inputs:
+def read_inputs(config: Config, *, resume: str | None, overridden: Sequence[str], cache: Cache | None = None) -> Inputs:
     """Return the inputs of a run, checked. Raises ConfigError, DataError or CheckpointError."""
-    corpus = read_corpus(config)
+    corpus = read_corpus(config, cache)
     found = find_checkpoint(config, resume, corpus)
     taken = Taken.before(found)
     config = with_steps(config, corpus, taken)
@@ -81,13 +81,14 @@ def prepare(
     resume: str | None = None,
     profile: range = range(0),
     overridden: Sequence[str] = (),
+    cache: Cache | None = None,
 ) -> Job:
     """Check all that a run needs (data, weights, device, checkpoint, folder) and return the run as a Job.
 
-    Nothing is written. Raises ConfigError, DataError or CheckpointError.
+    Nothing is written but into the `cache` of tokens. Raises ConfigError, DataError or CheckpointError.
     """
     callbacks = callbacks_of(config)
-    inputs = read_inputs(config, resume=resume, overridden=overridden)
+    inputs = read_inputs(config, resume=resume, overridden=overridden, cache=cache)
     config, found = inputs.config, inputs.resume_from
     check_device(config, place)
     traced, not_traced = steps_to_trace(profile, taken=Taken.before(found).steps, steps=config.train.steps)
