@@ -1396,6 +1396,82 @@ COVERAGE = (
     ),
 )
 
+BEST_TESTS = "tests/test_best_checkpoint.py"
+LENGTHS_AND_BESTS = (
+    Mutant(
+        "best-checkpoint-deleted",
+        "the checkpoint of the lowest validation loss is deleted like any older one",
+        "parallel/checkpoint/checkpoint.py",
+        "if best is None or folder.name != best.name:",
+        "if folder:",
+        f"{BEST_TESTS}::test_the_checkpoint_of_the_lowest_loss_survives_whatever_is_saved_after_it[losses1-options1-steps1-best_and_latest1]",
+    ),
+    Mutant(
+        "best-loss-forgotten",
+        "a resumed run takes its first evaluation for the best one",
+        "training/resume.py",
+        'return BestLoss() if folder is None else BestLoss.restored(checkpoint.read_metadata(folder).get("best"))',
+        "return BestLoss()",
+        f"{BEST_TESTS}::test_a_run_resumes_from_its_best_checkpoint_and_remembers_its_loss",
+    ),
+    Mutant(
+        "patience-begins-anew",
+        "the evaluations before a resume are not counted, so that a run which is resumed often never ends early",
+        "training/best_loss.py",
+        'int(state["evaluations_since"])',
+        "0",
+        f"{BEST_TESTS}::test_the_evaluations_before_a_resume_are_counted",
+    ),
+    Mutant(
+        "any-evaluation-resets-patience",
+        "an evaluation that is no new lowest one sets the count back",
+        "training/best_loss.py",
+        "self.evaluations_since += 1",
+        "self.evaluations_since = 1",
+        f"{BEST_TESTS}::test_a_run_ends_after_evaluations_in_a_row_without_a_new_lowest_loss[losses0-4]",
+    ),
+    Mutant(
+        "epochs-from-the-beginning",
+        "a resumed run of epochs takes all of its samples again",
+        "training/length.py",
+        "left = -(-(total - taken.samples) //",
+        "left = -(-total //",
+        "tests/test_length.py::test_a_run_of_epochs_that_goes_on_with_another_batch_size_takes_the_samples_that_are_left",
+    ),
+    Mutant(
+        "last-epoch-cut-short",
+        "the last step of a run of epochs, which is not full, is left out",
+        "training/length.py",
+        "left = -(-(total - taken.samples) // train.global_batch_size)",
+        "left = (total - taken.samples) // train.global_batch_size",
+        "tests/test_length.py::test_the_fewest_steps_that_take_each_sample_as_often_as_the_epochs_say[8-1]",
+    ),
+    Mutant(
+        "steps-logged-twice",
+        "TensorBoard shows the values of a run and of its resumed run, one over the other",
+        "training/tensorboard_logger.py",
+        "purge = run.num_steps + 1 if run.num_steps else None",
+        "purge = None",
+        "tests/test_loggers.py::test_tensorboard_has_every_number_of_metrics_jsonl_and_a_resumed_run_replaces_its_steps",
+    ),
+    Mutant(
+        "omitted-microbatches-cost-nothing",
+        "the bubble of a long step is that of its first and last microbatches",
+        "parallel/pipeline/timeline.py",
+        "return self._num_simulated + self.num_omitted",
+        "return self._num_simulated",
+        "tests/test_picture.py::test_a_long_step_that_is_simulated_in_part_has_the_picture_and_figures_of_the_whole",
+    ),
+    Mutant(
+        "labels-of-a-shorter-step",
+        "the last microbatches of a long step have the numbers of the shorter one that was simulated",
+        "parallel/pipeline/picture.py",
+        "later = span.action, self.num_omitted if span.start > self.middle else 0",
+        "later = span.action, 0",
+        "tests/test_picture.py::test_a_long_step_that_is_simulated_in_part_has_the_picture_and_figures_of_the_whole",
+    ),
+)
+
 INSTALLED = (
     Mutant(
         "own-packages-last",
@@ -1787,6 +1863,7 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
+    *LENGTHS_AND_BESTS,
     *INSTALLED,
     *DOCUMENTS,
     *DATA,
