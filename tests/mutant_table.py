@@ -57,6 +57,7 @@ SURGERY_TESTS = "tests/test_surgery.py"
 SAVED, GRAPH_TESTS = "parallel/zero/saved.py", "tests/test_graphs.py"
 WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
 PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
+EXPORTS = "tests/test_export.py"
 
 
 def torch_norm(layout: str) -> str:
@@ -295,8 +296,8 @@ MEANS = (
            ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
            ENGINE,
-           'shift(batch.get("labels", batch["input_ids"]))',
-           'batch.get("labels", batch["input_ids"])',
+           'shift(labels_of(batch))',
+           'labels_of(batch)',
            trains("single")),
     Mutant("loss-counted-on-every-rank", "a loss that several ranks compute is added several times",
            MODE,
@@ -946,7 +947,7 @@ FOLDERS = (
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
            text_row("texts that contain `</s>` or another special token")),
     Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
-           "training/artifacts.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           "training/export.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
            text_row("an end token that is not the model's")),
     Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
            "training/run.py", "    if len(set(read)) > 1:", "    if False:",
@@ -1211,8 +1212,8 @@ FAMILIES = (
         "rotary-of-the-samples-between-blocks",
         "a cube turns q and k by the positions of the samples that a rank has between blocks, not inside",
         ROTARY,
-        "mode.tokens(batch.position_ids, mode.inner_batch)",
-        "mode.tokens(batch.position_ids, mode.batch)",
+        "mode.tokens(ids, mode.inner_batch)",
+        "mode.tokens(ids, mode.batch)",
         f"{FAMILY_RUNS}::test_positions_of_a_batch_are_those_of_hugging_faces[llama-3d8]",
     ),
     Mutant(
@@ -1395,14 +1396,158 @@ COVERAGE = (
     ),
 )
 
+INSTALLED = (
+    Mutant(
+        "own-packages-last",
+        "a folder `models` of the user is imported instead of ours",
+        "colonnade/__init__.py",
+        "sys.meta_path.insert(0, OwnPackages)",
+        "sys.meta_path.append(OwnPackages)",
+        "tests/test_cli.py::test_a_package_of_the_user_is_not_imported_for_ours",
+    ),
+    Mutant(
+        "fork-server-in-the-working-directory",
+        "the ranks of --nprocs import a `training` of the user",
+        "training/spawn.py",
+        """    _set_values({"PYTHONPATH": searched, "PYTHONSAFEPATH": "1"})\n""",
+        "",
+        "tests/test_package.py::test_what_is_installed_trains_on_two_ranks_in_a_folder_with_packages_of_our_names",
+    ),
+    Mutant(
+        "data-files-not-installed",
+        "files of a package that are no Python are missing in the wheel",
+        "pyproject.toml",
+        '"*" = ["**/*"]',
+        '"*" = ["*.json"]',
+        "tests/test_package.py::test_the_wheel_has_every_file_of_our_packages_and_nothing_else",
+    ),
+    Mutant(
+        "damaged-checkpoint-exported",
+        "a checkpoint with a changed byte is exported",
+        "training/export.py",
+        "                checkpoint.check_contents(folder, ALONE)\n",
+        "",
+        f"{EXPORTS}::test_a_checkpoint_that_cannot_be_exported_is_refused_by_name[change_a_byte]",
+    ),
+    Mutant(
+        "download-replaced-by-an-export",
+        "an export replaces weights that another program wrote",
+        "models/hf.py",
+        """path.suffix == ".safetensors" and has_checksum(path)]""",
+        """path.suffix == ".safetensors"]""",
+        f"{EXPORTS}::test_a_target_that_is_no_earlier_export_is_refused_and_stays[of_another_program]",
+    ),
+    Mutant(
+        "export-overflows",
+        "weights that fp16 cannot hold are exported as infinite",
+        "training/export.py",
+        "    if problem and dtype is not None:",
+        "    if not problem and dtype is not None:",
+        f"{EXPORTS}::test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_exported_in_a_wider_one",
+    ),
+    Mutant(
+        "export-without-the-tokenizers-end",
+        "an export ends its texts with another token than its tokenizer",
+        "training/export.py",
+        "    shape = exported_shape(saved.shape, tokenizer)",
+        "    shape = saved.shape",
+        f"{EXPORTS}::test_tokenizer_template_and_generation_config_come_along_and_what_is_gone_is_named",
+    ),
+)
+
+DOCUMENT_TESTS = "tests/test_documents.py"
+BY_ITSELF = f"{DOCUMENT_TESTS}::test_packed_documents_are_trained_on_as_each_by_itself"
+DOCUMENTS = (
+    Mutant(
+        "documents-seen-before",
+        "a query sees the keys of the documents before its own",
+        "parallel/sequence/documents.py",
+        "columns < starts.unsqueeze(-1)",
+        "columns < 0 * starts.unsqueeze(-1)",
+        f"{DOCUMENT_TESTS}::test_attention_stays_within_documents[torch's-None-whole]",
+    ),
+    Mutant(
+        "documents-positions-go-on",
+        "positions do not begin anew in a document",
+        "parallel/pipeline/microbatch.py",
+        "return self.documents.positions",
+        "return None",
+        f"{BY_ITSELF}[2d4-gpt2-False]",
+    ),
+    Mutant(
+        "documents-positions-of-opt-go-on",
+        "OPT counts the tokens of the documents before, too",
+        "models/opt/layers.py",
+        "if batch.documents is not None:",
+        "if False and batch.documents is not None:",
+        f"{BY_ITSELF}[pp2-opt-True]",
+    ),
+    Mutant(
+        "documents-shifted-by-one",
+        "the documents of a sample begin one token earlier",
+        "models/data/packed.py",
+        "self.row.starts[first:end]",
+        "self.row.starts[first:end] - 1",
+        f"{DOCUMENT_TESTS}::test_samples_are_the_row_with_the_documents_of_its_tokens",
+    ),
+    Mutant(
+        "documents-lost-at-the-last-token",
+        "a document that begins with the last token of a sample does not begin there",
+        "models/data/packed.py",
+        "(places.start + 1, places.stop)",
+        "(places.start + 1, places.stop - 1)",
+        f"{DOCUMENT_TESTS}::test_samples_are_the_row_with_the_documents_of_its_tokens",
+    ),
+    Mutant(
+        "documents-of-another-microbatch",
+        "the first microbatch takes the documents of the last one",
+        "parallel/sequence/documents.py",
+        "self.positions.split(size), self.bounds",
+        "self.positions.split(size)[::-1], self.bounds",
+        f"{BY_ITSELF}[pp2-opt-True]",
+    ),
+    Mutant(
+        "documents-of-the-first-samples",
+        "every part of a microbatch takes the documents of its first samples",
+        "models/attention.py",
+        "batch.documents.apply(lambda x: self.mode.local(x, self.mode.inner_batch))",
+        "batch.documents.apply(lambda x: x[: len(self.mode.local(x, self.mode.inner_batch))])",
+        f"{BY_ITSELF}[2d4-gpt2-False]",
+    ),
+    Mutant(
+        "documents-lost-in-an-exchange",
+        "after the exchange of all_to_all attention goes over the whole sequence",
+        SPLIT,
+        "super().attend(q, k, v, masking)",
+        "super().attend(q, k, v, replace(masking, documents=None))",
+        f"{BY_ITSELF}[a2a2-llama-False]",
+    ),
+    Mutant(
+        "documents-counted-from-the-batch",
+        "bounds of a microbatch count from the first token of the batch",
+        "parallel/sequence/documents.py",
+        "return bounds - bounds[0]",
+        "return bounds",
+        f"{DOCUMENT_TESTS}::test_documents_are_read_as_their_docstring_says",
+    ),
+    Mutant(
+        "documents-guessed-from-nothing",
+        "the first token of a document is a label",
+        "parallel/pipeline/microbatch.py",
+        "labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORED",
+        "labels[:, 1:][documents[:, 1:] < documents[:, :-1]] = IGNORED",
+        f"{DOCUMENT_TESTS}::test_by_default_the_first_token_of_a_document_is_no_label",
+    ),
+)
+
 CACHE_TESTS, WINDOW_TESTS = "tests/test_cache.py", "tests/test_windows.py"
 DATA = (
     Mutant(
         "cache-without-tokenizer",
         "tokens that another tokenizer made are taken from the cache",
         "models/data/corpus.py",
-        '"tokenizer": tokenizer.identity,',
-        '"tokenizer": "",',
+        '"tokenizer": tokenizer.identity,\n            "text_key"',
+        '"tokenizer": "",\n            "text_key"',
         f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
     ),
     Mutant(
@@ -1480,6 +1625,117 @@ DATA = (
     ),
 )
 
+CONVERSATION_TESTS, CONVERSATION_CODE = "tests/test_conversations.py", "models/data/conversations.py"
+ANSWERS_ALONE = f"{CONVERSATION_TESTS}::test_an_answer_is_learned_with_what_ends_it_and_nothing_else_is[llama3]"
+CONVERSATIONS = (
+    Mutant(
+        "users-learned",
+        "what the user says is learned as if it were an answer",
+        CONVERSATION_CODE,
+        "is_learned[start:stop] = True",
+        "is_learned[:stop] = True",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "end-of-turn-not-learned",
+        "the token that ends an answer is not learned, so that the model never stops",
+        CONVERSATION_CODE,
+        "is_learned[start:stop] = True",
+        "is_learned[start : stop - 1] = True",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "first-token-of-an-answer-not-learned",
+        "the mask of an answer begins one token too late, as if it were shifted already",
+        CONVERSATION_CODE,
+        "is_learned[start:stop] = True",
+        "is_learned[start + 1 : stop] = True",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "prompt-without-its-end",
+        "the prompt before an answer has no beginning of the answer, whose header is learned then",
+        CONVERSATION_CODE,
+        "add_generation_prompt=True).text",
+        "add_generation_prompt=False).text",
+        ANSWERS_ALONE,
+    ),
+    Mutant(
+        "second-first-token",
+        "the tokenizer puts <s> before a text that has one from its template",
+        "models/tokenizer.py",
+        "self._tokenizer.encode(text, add_special_tokens=False).ids",
+        "self._tokenizer.encode(text).ids",
+        f"{CONVERSATION_TESTS}::test_a_template_that_writes_the_first_token_gets_no_second_one[llama3]",
+    ),
+    Mutant(
+        "first-token-of-the-post-processor",
+        "a conversation gets the special tokens of a text, beside those of its template",
+        "models/tokenizer.py",
+        "encoding = self._tokenizer.encode(text, add_special_tokens=False)",
+        "encoding = self._tokenizer.encode(text)",
+        f"{CONVERSATION_TESTS}::test_a_generation_mask_is_that_of_transformers",
+    ),
+    Mutant(
+        "mark-within-a-token",
+        "a token is learned only if all of its characters are in the block",
+        CONVERSATION_CODE,
+        "(places[:, 0] < stop) & (places[:, 1] > start)",
+        "(places[:, 0] >= start) & (places[:, 1] <= stop)",
+        f"{CONVERSATION_TESTS}::test_a_generation_mask_is_that_of_transformers",
+    ),
+    Mutant(
+        "prefix-not-verified",
+        "a template that changes earlier messages is not noticed, and what is learned is somewhere else",
+        CONVERSATION_CODE,
+        "if not text.startswith(part):",
+        "if False:",
+        "tests/test_conversation_records.py::test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[a template that writes earlier messages in another way once others follow]",
+    ),
+    Mutant(
+        "tokens-of-a-prefix-not-verified",
+        "an answer begins within a token, and the token is counted to the prompt",
+        CONVERSATION_CODE,
+        "begin = self._tokenizer.encode(part)\n        if not _begins(ids, begin):",
+        "begin = self._tokenizer.encode(part)\n        if False:",
+        "tests/test_conversation_records.py::test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[an answer that shares a token with the text before it]",
+    ),
+    Mutant(
+        "answers-of-a-prompt-learned",
+        "answers in a prompt of messages are learned",
+        CONVERSATION_CODE,
+        "if start >= after:",
+        "if True:",
+        f"{CONVERSATION_TESTS}::test_answers_in_a_prompt_of_messages_are_not_learned[marks]",
+    ),
+    Mutant(
+        "end-of-a-completion-not-learned",
+        "the end token after a completion is not learned",
+        CONVERSATION_CODE,
+        "return Document(ids, np.arange(len(ids)) >= len(prompt))",
+        "return Document(ids, (np.arange(len(ids)) >= len(prompt)) & (ids != self._end))",
+        f"{CONVERSATION_TESTS}::test_a_completion_of_text_is_learned_with_an_end_as_trl_has_it[Is he- there]",
+    ),
+    Mutant(
+        "labels-of-uint16",
+        "labels have the dtype of the tokens, in which −100 is another token",
+        "models/data/padded.py",
+        "labels = np.where(is_learned, ids, np.int64(IGNORED))",
+        "labels = np.where(is_learned, ids.astype(np.uint16), np.array(IGNORED).astype(np.uint16)).astype(np.int64)",
+        f"{CONVERSATION_TESTS}::test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right",
+    ),
+    Mutant(
+        "samples-without-a-label",
+        "a conversation whose answer is cut off is a sample, of which nothing is learned",
+        "models/data/padded.py",
+        "(numbers,) = np.nonzero(counts.kept)",
+        "(numbers,) = np.nonzero(counts.whole)",
+        f"{CONVERSATION_TESTS}::test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1515,5 +1771,8 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
+    *INSTALLED,
+    *DOCUMENTS,
     *DATA,
+    *CONVERSATIONS,
 )

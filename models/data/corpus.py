@@ -11,14 +11,20 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.chat import load_chat_template
 from models.data.cache import Cache
+from models.data.conversation_records import is_conversation, needs_template
+from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
+from models.data.packed import PackedRow
+from models.data.padded import pad_conversations
+from models.data.records import Record, Records
 from models.data.rows import Counted, encoded_row, mapped_row
 from models.data.samples import Part, Samples, TokenRow
 from models.data.sources import Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 
 VALIDATION = "data.validation_path"
 
@@ -65,7 +71,7 @@ class Corpus:
     def tokens(self) -> Ids:
         """The row of tokens, where the data are one."""
         whole = self.training.whole if isinstance(self.training, Part) else self.training
-        assert isinstance(whole, TokenRow), "these samples are not cut from one row"
+        assert isinstance(whole, TokenRow | PackedRow), "these samples are not cut from one row"
         return whole.tokens
 
 
@@ -90,7 +96,7 @@ def load_tokens(
     names no token that ends a text. `cache` keeps what was encoded; without one all tokens are made in memory. Raises
     DataError if the corpus cannot be read, is too short, or has a token id outside `vocab_size`.
     """
-    reader = _Reader(data, vocab_size, ends[0] if ends else None, pad, cache)
+    reader = _Reader(data, vocab_size, tuple(ends), pad, cache)
     training, messages = reader.samples(find_source(data.path))
     if data.validation_path is None:
         num_validation = math.floor(data.validation_fraction * training.num_samples)
@@ -110,25 +116,30 @@ def load_tokens(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a source as samples, as the section `data` says; `end` and `pad` are ids of the model."""
+    """Reads a source as samples, as the section `data` says; `ends` and `pad` are ids of the model."""
 
     data: DataConfig
     vocab_size: int
-    end: int | None
+    ends: tuple[int, ...]
     pad: int | None
     cache: Cache | None
 
+    @property
+    def end(self) -> int | None:
+        return self.ends[0] if self.ends else None
+
     def samples(self, source: Source) -> tuple[Samples, list[str]]:
         """Return the samples of a source, of which there is at least one, and messages about it."""
+        record = next(iter(Records(source)), {}) if source.kind.has_records else {}
+        if is_conversation(record, self.data.text_key):
+            return self._conversations(source, record)
         counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
-        row = counted.row
-        messages = [*(f"{source.key}: {message}" for message in row.messages), *messages]
-        if num_pads := counted.count(self.pad):
-            messages.append(
-                f"{source.key}: {num_pads} of its tokens are {self.pad}, model.pad_token_id, which the embedding does"
-                " not learn where it is looked up. Set model.pad_token_id to an id that the texts do not have"
-            )
-        samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
+        row, messages = counted.row, [*self._messages(source, counted), *messages]
+        samples: Samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
+        if self.data.document_mask:
+            samples = PackedRow(row, self.data.sequence_length)
+            if row.num_documents == 1:
+                messages.append(f"{source.key}: all of it is one document: data.document_mask only cuts it by samples")
         if not samples.num_samples:
             shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
             raise DataError(
@@ -143,17 +154,17 @@ class _Reader:
         if self.data.document_mask:
             tokenizer = None if self.data.tokenizer == "bytes" else load_tokenizer(self.data.tokenizer)
             end = self.end if tokenizer is None or tokenizer.end is None else tokenizer.end
+            if end is None:
+                raise DataError(
+                    f"data.document_mask: no token is known that ends a document of {source.path}. Set"
+                    " model.eos_token_id, or data.tokenizer to the tokenizer that made the ids."
+                )
         bin_dtype = self.data.bin_dtype
         return mapped_row(source, self.cache, bin_dtype=bin_dtype, vocab_size=self.vocab_size, end=end), []
 
     def _texts(self, source: Source) -> tuple[Counted, list[str]]:
         """Return texts as token ids, with a token between two that ends a text."""
-        tokenizer, text_key = load_tokenizer(self.data.tokenizer), self.data.text_key
-        if tokenizer.vocab_size > self.vocab_size:
-            raise DataError(
-                f"data.tokenizer: '{self.data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary"
-                f" only {self.vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
-            )
+        tokenizer, text_key = self._tokenizer(), self.data.text_key
         end = Separator(tokenizer, self.end, self.vocab_size)
         key = {
             "tokenizer": tokenizer.identity,
@@ -164,6 +175,50 @@ class _Reader:
         vocab_size = tokenizer.vocab_size if end.id is None else max(tokenizer.vocab_size, end.id + 1)
         counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=end.required)
         return counted, end.messages() if counted.row.num_documents > 1 else []
+
+    def _conversations(self, source: Source, record: Record) -> tuple[Samples, list[str]]:
+        """Return conversations, one in a sample, and messages about them. `record` is the first one."""
+        if self.data.document_mask:
+            raise ConfigError(
+                f"data.document_mask: True, but {source.path} has conversations: a sample has one conversation, and"
+                " there is nothing to mask. Set data.document_mask=False."
+            )
+        tokenizer = self._tokenizer()
+        template = load_chat_template(self.data.tokenizer) if needs_template(record) else None
+        end = Separator(tokenizer, self.end, self.vocab_size).id
+        documents = ConversationDocuments(Records(source), tokenizer, template, end)
+        key = {
+            "conversations": 1,
+            "tokenizer": tokenizer.identity,
+            "template": None if template is None else template.content,
+            "end": end,
+        }
+        vocab_size = max(tokenizer.vocab_size, (end or 0) + 1)
+        counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=None)
+        ends = sorted({*self.ends, *(() if end is None else (end,))})
+        length, pad = self.data.sequence_length, self.pad or 0
+        samples, messages = pad_conversations(counted.row, length, pad=pad, ends=ends, key=source.key)
+        return samples, [*self._messages(source, counted), *messages]
+
+    def _messages(self, source: Source, counted: Counted) -> list[str]:
+        """Return what was read otherwise than it stands, and whether the padding token occurs."""
+        messages = [f"{source.key}: {message}" for message in counted.row.messages]
+        if num_pads := counted.count(self.pad):
+            messages.append(
+                f"{source.key}: {num_pads} of its tokens are {self.pad}, model.pad_token_id, which the embedding does"
+                " not learn where it is looked up. Set model.pad_token_id to an id that the texts do not have"
+            )
+        return messages
+
+    def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises DataError where it has ids that the model has not."""
+        tokenizer = load_tokenizer(self.data.tokenizer)
+        if tokenizer.vocab_size > self.vocab_size:
+            raise DataError(
+                f"data.tokenizer: '{self.data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary"
+                f" only {self.vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
+            )
+        return tokenizer
 
 
 @dataclass(frozen=True)
