@@ -73,8 +73,15 @@ class Attention(nn.Module):
         q, k, v = by_head(q), by_head(k), by_head(v)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
-        y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
+        y: Tensor = self.out(self._attend(q, k, v, batch))
         return y
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Microbatch) -> Tensor:
+        if batch.cache is not None:
+            if batch.cache.new is not None:
+                return batch.cache.attend(q, k, v, self.options.window)
+            batch.cache.write(k, v)
+        return self.mode.sequence.attend(q, k, v, self._masking(batch))
 
     def _masking(self, batch: Microbatch) -> Masking:
         tokens = dropout = None

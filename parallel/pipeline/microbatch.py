@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parallel.errors import did_you_mean, either, nearest_multiples
 from parallel.layout.labels import IGNORED
+from parallel.sequence.cache import KeyValueCache
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Microbatch:
     the whole run, which dropout depends on. `attention_mask` is 1 where there is a token and 0 at padding; None where
     there is no padding. `position_ids` are the position of each token in its document; None where they are counted from
     the tokens. The gradient of the summed loss is multiplied by `scale`: the loss scale divided by the number of labels
-    in the whole step.
+    in the whole step. `cache`: where the layer that is given the microbatch keeps keys and values, if texts are
+    continued.
     """
 
     input_ids: Tensor  # int64 [B, S]
@@ -29,6 +31,7 @@ class Microbatch:
     attention_mask: Tensor | None = None  # int64 [B, S]
     scale: float = 1.0
     position_ids: Tensor | None = None  # int64 [B, S]
+    cache: KeyValueCache | None = None
 
     @property
     def length(self) -> int:

@@ -1,0 +1,70 @@
+"""Keys and values of the tokens of a text, kept for the tokens that follow, and the attention of a new token to them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """One new token of each text: its position, int64 [B], and which keys it sees.
+
+    `masks`: by window (None: all earlier keys), what is added to the scores of keys 0 … L − 1: 0 or −inf, [B, 1, 1, L].
+    """
+
+    positions: Tensor
+    masks: Mapping[int | None, Tensor]
+
+    @classmethod
+    def at(cls, positions: Tensor, length: int, windows: Iterable[int | None], dtype: torch.dtype) -> "NewTokens":
+        """Return the new tokens at positions[B], among caches of `length` tokens."""
+        keys = torch.arange(length, device=positions.device)
+        return cls(positions, {window: _mask(positions.unsqueeze(1), keys, window).to(dtype) for window in windows})
+
+
+class KeyValueCache:
+    """The keys and values of the texts that are continued, in one attention of this rank.
+
+    k, v[B_inner_batch, kv_heads_inner_hidden, L, D]: those of a token are at its position, so texts of different
+    lengths begin in one column and have no padding between their tokens. After the last token of a text there is
+    anything, and no query sees it. L is fixed, so that a step can be captured in a CUDA graph.
+
+    The first forward has whole texts, padded on the right: attention is the ordinary, causal one, and `write` keeps its
+    keys and values. In every further one a text has one token, and `new` is set.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.new: NewTokens | None = None
+        self.k = self.v = torch.empty(0)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Keep the keys and values of whole texts: k, v[B, kv_heads, S, D]."""
+        batch, heads, sequence, size = k.shape
+        self.k, self.v = (k.new_zeros(batch, heads, self.length, size) for _ in range(2))
+        self.k[:, :, :sequence], self.v[:, :, :sequence] = k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Keep the keys and values of the new tokens, and return their attention to all tokens that they see.
+
+        q[B, heads, 1, D], k, v[B, kv_heads, 1, D] -> y[B, 1, heads · D]. The queries that share a key head are its
+        rows, so that no key is repeated.
+        """
+        new = self.new
+        assert new is not None, "whole texts are attended to as without a cache"
+        texts = torch.arange(len(k), device=k.device)
+        self.k[texts, :, new.positions], self.v[texts, :, new.positions] = k.squeeze(2), v.squeeze(2)
+        rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
+        y: Tensor = F.scaled_dot_product_attention(rows, self.k, self.v, attn_mask=new.masks[window])
+        return y.flatten(1).unsqueeze(1)
+
+
+def _mask(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Return 0 where the query at positions[B, 1] sees a key of keys[L], else −inf: fp32 [B, 1, 1, L]."""
+    hidden = keys > positions
+    if window is not None:
+        hidden = hidden | (keys <= positions - window)
+    return torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf)[:, None, None]
