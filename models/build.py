@@ -40,14 +40,15 @@ def build(context: Context) -> Stage:
     return stage_of(context, partial(set_initial_values, config=context.config))
 
 
-def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
+def stage_of(context: Context, set_values: SetValues = keep_values, *, in_parts: bool | None = None) -> Stage:
     """Return this rank's stage, with parameters in the dtype of the master weights.
 
-    `set_values` gives them their values: at once or, if the stage `is_built_in_parts`, chunk by chunk when an engine is
-    made of it. By default they are zero, to be read from a checkpoint. On the device "meta" they have sizes only.
+    `set_values` gives them their values: at once or, `in_parts`, chunk by chunk when an engine is made of it; by
+    default as `is_built_in_parts` says. Without it they are zero, to be read from a checkpoint. On the device "meta"
+    they have sizes only.
     """
     config, mode = context.config, mode_of(context)
-    in_parts = is_built_in_parts(config)
+    in_parts = is_built_in_parts(config) if in_parts is None else in_parts
     specs = specs_of_stage(context, mode)
     blocks = [spec.name for spec in specs if spec.is_block]
     layers = {spec.name: build_layer(spec, keep_storage=not in_parts) for spec in specs}

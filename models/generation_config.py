@@ -36,10 +36,15 @@ def write_generation_config(
 
     Other tokens that end a text stay.
     """
+    tokens = carried_ends(content, ends=ends, before=before)
+    write_json(folder / FILE, {**content, "eos_token_id": tokens[0] if len(tokens) == 1 else tokens or None})
+
+
+def carried_ends(content: GenerationConfig, *, ends: Collection[int], before: Collection[int]) -> list[int]:
+    """Return the tokens that end a text where `ends` take the place of `before`, the model's tokens; others stay."""
     found = content.get("eos_token_id")
     others = [token for token in (found if isinstance(found, list) else [found]) if token not in {None, *ends, *before}]
-    tokens = [*ends, *others]
-    write_json(folder / FILE, {**content, "eos_token_id": tokens[0] if len(tokens) == 1 else tokens or None})
+    return [*ends, *others]
 
 
 def end_tokens(content: GenerationConfig | None, shape: ModelShape) -> set[int]:
