@@ -31,7 +31,7 @@ from tests.patience import LIMIT, patient, wait_until
 
 T = TypeVar("T")
 
-PRELOADED_PACKAGES = ("parallel", "models", "training", "tests")
+PRELOADED_PACKAGES = ("parallel", "models", "training", "colonnade", "tests")
 
 
 class RankError(Exception):

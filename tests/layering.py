@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+PACKAGES = ("parallel", "models", "training", "colonnade")
+
 # From the lowest up: each folder of `parallel/` is a layer, which may import from itself and from the layers below it.
 # `NAME.*` is a package and everything in it; a plain name is only that module (for a package: its __init__.py).
 LAYERS = (
@@ -32,6 +34,7 @@ LAYERS = (
     "parallel",
     "models.*",
     "training.*",
+    "colonnade.*",
     "launch",
 )
 
@@ -130,8 +133,8 @@ def layers_under(root: Path) -> Layers:
 
 
 def modules_under(root: Path) -> dict[str, Module]:
-    """Return the modules of parallel/, models/ and training/, and launch.py, by their dotted names."""
-    packages = (root.glob(f"{package}/**/*.py") for package in ("parallel", "models", "training"))
+    """Return the modules of the PACKAGES, and launch.py, by their dotted names."""
+    packages = (root.glob(f"{package}/**/*.py") for package in PACKAGES)
     paths = [*itertools.chain(*packages), *root.glob("launch.py")]
     modules = {}
     for path in sorted(paths):
@@ -176,7 +179,7 @@ def _absolute(module: Module, node: ast.ImportFrom) -> str:
 def imports(modules: dict[str, Module], module: Module) -> Iterator[tuple[int, str]]:
     """Yield the line and the dotted name of each module of the project that a module imports."""
     for reference in references(module):
-        if reference.module.partition(".")[0] in ("parallel", "models", "training", "launch"):
+        if reference.module.partition(".")[0] in (*PACKAGES, "launch"):
             yield reference.line, reference.dotted if reference.dotted in modules else reference.module
 
 

@@ -33,6 +33,7 @@ from tests.mutant_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 JOBS = min(8, os.cpu_count() or 1)
+OWN = ("tests", "parallel", "models", "training", "colonnade", "launch")
 IMPORTED_ONCE = ("pytest", "torch._dynamo", "transformers.models.opt.modeling_opt")
 
 # A failed comparison with a message, or a refusal of a plan or a config, in a traceback.
@@ -102,7 +103,7 @@ def _pytest(tree: Tree, tests: list[str]) -> None:
         os.dup2(output.fileno(), 2)
     os.chdir(tree.folder)
     sys.path[:] = [str(tree.folder), *(path for path in sys.path if Path(path).resolve() != ROOT)]
-    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "parallel", "models", "training")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
         del sys.modules[name]
     fork, starts_ranks = multiprocessing.get_context("fork"), "multiprocessing.get_context"
     with patch(starts_ranks, return_value=fork) if len(tests) == 1 else nullcontext():

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -26,17 +26,22 @@ REFUSED, NOT_FINITE, LOST = 2, 4, 5
 """The exit codes of a rank that refuses what the user gave, of one whose numbers are not finite, and of one that lost
 another."""
 
+SEARCH = ("PYTHONPATH", "PYTHONSAFEPATH")
+"""The variables that say where Python searches modules."""
 
-def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int, *, preload: Sequence[str] = ()) -> int:
+
+def run_ranks(
+    main: Callable[[T], int], argument: T, num_ranks: int, *, preload: Sequence[str] = ("torch", "training.run")
+) -> int:
     """Call `main(argument)` in each of `num_ranks` processes, in the environment that torchrun would give them.
 
-    `preload` names modules that are imported once, for all ranks. Returns 0 if all ranks return 0. Otherwise it ends
-    the others and returns the exit code of the first rank that failed: LOST for one that a signal has killed. No rank
-    is left running, however this function ends. This process hosts the store in which the ranks meet, so that a rank
-    that is stopped does not stop it.
+    `preload` names modules that are imported once, for all ranks, in this order. Returns 0 if all ranks return 0.
+    Otherwise it ends the others and returns the exit code of the first rank that failed: LOST for one that a signal has
+    killed. No rank is left running, however this function ends. This process hosts the store in which the ranks meet,
+    so that a rank that is stopped does not stop it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "training.run", *preload])
+    context.set_forkserver_preload(list(preload))
     _start_server()
     store, port = host_store(prefix_of("0"))
     board = Board(store, rank=NO_RANK, size=num_ranks)
@@ -53,16 +58,40 @@ def run_ranks(main: Callable[[T], int], argument: T, num_ranks: int, *, preload:
 
 
 def _start_server() -> None:
-    """Start the fork server. It ignores Ctrl-C from the first: during its imports that would end in a traceback."""
+    """Start the fork server. It ignores Ctrl-C from the first: during its imports that would end in a traceback.
+
+    It searches modules where this process does. By itself it would search the working directory first, and import a
+    `training` of the user's.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    own = _values(SEARCH)
+    searched = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    _set_values({"PYTHONPATH": searched, "PYTHONSAFEPATH": "1"})
     try:
         forkserver.ensure_running()
     finally:
+        _set_values(own)
         signal.signal(signal.SIGINT, before)
 
 
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def _values(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the values of these environment variables; None where one is not set."""
+    return {name: os.environ.get(name) for name in names}
+
+
+def _set_values(values: Mapping[str, str | None]) -> None:
+    """Set environment variables, and remove those whose value is None."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str | None]:
+    """Return the variables that torchrun would set for a rank, and those that only the fork server has otherwise."""
     return {
+        **_values(SEARCH),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -73,11 +102,11 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _rank(main: Callable[[T], int], argument: T, environment: dict[str, str]) -> None:
+def _rank(main: Callable[[T], int], argument: T, environment: Mapping[str, str | None]) -> None:
     """Run a rank, in its own process, until it exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends the ranks
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ.update(environment)
+    _set_values(environment)
     sys.exit(main(argument))
 
 
