@@ -11,8 +11,9 @@ from models.weight_files import LFS_POINTER
 from parallel.errors import DataError
 
 TOKENIZER, CONFIG, SPECIALS_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 OTHERS = (
-    *(CONFIG, SPECIALS_MAP, "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *(CONFIG, SPECIALS_MAP, "added_tokens.json", CHAT_TEMPLATE, "chat_template.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
 TEMPLATES = "additional_chat_templates/*.jinja"
@@ -26,6 +27,14 @@ END_OF_CLASS = {  # the token that ends a text where the config names only the c
     "T5Tokenizer": "</s>",
     "GemmaTokenizer": "<eos>",
 }
+BEGIN_OF_CLASS = {  # likewise the token that begins one
+    "GPT2Tokenizer": "<|endoftext|>",
+    "GPTNeoXTokenizer": "<|endoftext|>",
+    "CodeGenTokenizer": "<|endoftext|>",
+    "LlamaTokenizer": "<s>",
+    "GemmaTokenizer": "<bos>",
+}
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerFiles:
@@ -65,6 +74,45 @@ class TokenizerFiles:
     def _class(self) -> str:
         return str(self.config.get("tokenizer_class")).removesuffix("Fast")
 
+    @property
+    def _named(self) -> dict[str, Any]:
+        """The config with the special tokens of the older file, which transformers reads unless the config has more."""
+        return self.config if "added_tokens_decoder" in self.config else self.config | self._read(SPECIALS_MAP)
+
+    def special_tokens(self) -> dict[str, str]:
+        """Return the special tokens that have a name, such as bos_token, as `AutoTokenizer` has them."""
+        of_class = {"bos_token": BEGIN_OF_CLASS.get(self._class), "eos_token": END_OF_CLASS.get(self._class)}
+        named = {name: _content(self._named.get(name, of_class.get(name))) for name in NAMED_TOKENS}
+        return {name: token for name, token in named.items() if token is not None}
+
+    def chat_templates(self) -> dict[str, str]:
+        """Return the chat templates by their names: files replace what the config has, and "default" is the main one.
+
+        Raises DataError where a template is not text.
+        """
+        names = {name: "default" for name in self.others if name == CHAT_TEMPLATE}
+        names |= {name: Path(name).stem for name in self.others if Path(name).match(TEMPLATES)}
+        if not names:
+            return self._templates_of_config()
+        try:
+            return {name: self.others[file].decode() for file, name in names.items()}
+        except UnicodeDecodeError as error:
+            raise DataError(f"data.tokenizer: a chat template in {self.folder} is not UTF-8: {error}.") from error
+
+    def _templates_of_config(self) -> dict[str, str]:
+        given = self.config.get("chat_template")
+        if isinstance(given, str):
+            return {"default": given}
+        entries = [] if given is None else given
+        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+            found = {entry.get("name"): entry.get("template") for entry in entries}
+            if all(isinstance(text, str) for text in (*found, *found.values())):
+                return found
+        raise DataError(
+            f"data.tokenizer: the chat_template of {self.folder / CONFIG} is neither text nor a list of objects with"
+            " `name` and `template`. Save it as chat_template.jinja beside the tokenizer."
+        )
+
     def save(self, folder: Path) -> None:
         """Write the files into another folder, a lone tokenizer.json with a config that `AutoTokenizer` needs."""
         lone = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2).encode() + b"\n"
@@ -79,10 +127,7 @@ class TokenizerFiles:
         `AutoTokenizer` would give it a new id, which no text of the training has.
         """
         self._check_added(ids)
-        named = dict(self.config)
-        if "added_tokens_decoder" not in named:  # else transformers does not read the older file
-            named |= self._read(SPECIALS_MAP)
-        token = _content(named.get("eos_token"))
+        token = _content(self._named.get("eos_token"))
         if token is None:
             return ids.get(END_OF_CLASS.get(self._class, ""))
         if token not in ids:
