@@ -43,8 +43,8 @@ def write_generation_config(
 def carried_ends(content: GenerationConfig, *, ends: Collection[int], before: Collection[int]) -> list[int]:
     """Return the tokens that end a text where `ends` take the place of `before`, the model's tokens; others stay."""
     found = content.get("eos_token_id")
-    others = [token for token in (found if isinstance(found, list) else [found]) if token not in {None, *ends, *before}]
-    return [*ends, *others]
+    tokens: list[int] = found if isinstance(found, list) else [] if found is None else [found]
+    return [*ends, *(token for token in tokens if token not in {*ends, *before})]
 
 
 def end_tokens(content: GenerationConfig | None, shape: ModelShape) -> set[int]:

@@ -6,7 +6,9 @@ Each can save itself in an exported directory, where `transformers` then finds t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -36,6 +38,10 @@ class Tokenizer(Protocol):
     def end(self) -> int | None:
         """The id of the token that ends a text; None where the tokenizer names none."""
 
+    @property
+    def beginning(self) -> Sequence[int]:
+        """The ids that stand before a text by the tokenizer's post-processor, such as the one of <s>."""
+
     def vocabulary(self) -> Mapping[str, int]:
         """Return the id of each token, the special tokens among them."""
 
@@ -62,6 +68,7 @@ class ByteTokenizer:
 
     vocab_size = 256 + len(SPECIALS)
     end: int | None = SEPARATOR
+    beginning: Sequence[int] = ()
 
     def vocabulary(self) -> Mapping[str, int]:
         return _byte_level_vocabulary()
@@ -104,6 +111,12 @@ class FileTokenizer:
         ids = self.vocabulary()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end = self._files.end(ids)
+
+    @property
+    def beginning(self) -> Sequence[int]:
+        text = self._tokenizer.encode("a", add_special_tokens=True)
+        marked = zip(text.ids, text.special_tokens_mask, strict=True)
+        return [id for id, is_special in takewhile(itemgetter(1), marked)]
 
     def vocabulary(self) -> Mapping[str, int]:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)

@@ -1,7 +1,7 @@
 """The loop that continues texts: whole prompts once, then one token of each text at a time."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,24 +22,24 @@ CACHE_UNIT = 64  # positions: rows of masks then begin at addresses that every k
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When a text ends: after `num_tokens` new ones, when it has `positions` tokens in all, or with one of `ends`.
-
-    `is_stopped`: told the new tokens of a text, returns whether it ends for another reason.
-    """
-
-    num_tokens: int
-    positions: int
-    ends: Collection[int] = ()
-    is_stopped: Callable[[Sequence[int]], bool] = field(default=lambda tokens: False)
-
-
-@dataclass(frozen=True)
 class Prompt:
     """The tokens of a prompt, and its number among all prompts, which the draws depend on."""
 
     number: int
     ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a text ends: after `num_tokens` new ones, when it has `positions` tokens in all, or with one of `ends`.
+
+    `is_stopped`: told a prompt and its new tokens, returns whether the text ends for another reason.
+    """
+
+    num_tokens: int
+    positions: int
+    ends: Collection[int] = ()
+    is_stopped: Callable[[Prompt, Sequence[int]], bool] = lambda prompt, tokens: False
 
 
 Listener = Callable[[Sequence[Sequence[int]]], None]
@@ -88,7 +88,7 @@ class _State:
     @classmethod
     def of(cls, prompts: Sequence[Prompt], num_steps: int, device: torch.device) -> "_State":
         """Return the state after the last tokens of these prompts."""
-        values = ([[prompt.ids[-1], len(prompt.ids) - 1, prompt.number] for prompt in prompts])
+        values = [[prompt.ids[-1], len(prompt.ids) - 1, prompt.number] for prompt in prompts]
         tokens, positions, samples = torch.tensor(values, device=device).T.contiguous().unsqueeze(2)
         new = torch.zeros(len(prompts), num_steps, dtype=torch.int64, device=device)
         return cls(tokens, positions, samples.squeeze(1), new, torch.zeros(1, dtype=torch.int64, device=device))
@@ -174,9 +174,9 @@ class _Texts:
     def _texts(self, new: Tensor, count: int) -> list[tuple[list[int], bool]]:
         """Return the first `count` new tokens of each text, up to its end, and whether it has ended."""
         found = []
-        for row, allowed in zip(new.tolist(), self.allowed, strict=True):
+        for prompt, row, allowed in zip(self.prompts, new.tolist(), self.allowed, strict=True):
             tokens = row[: min(count, allowed)]
             end = next((i for i, token in enumerate(tokens) if token in self.limits.ends), None)
-            is_done = end is not None or len(tokens) == allowed or self.limits.is_stopped(tokens)
+            is_done = end is not None or len(tokens) == allowed or self.limits.is_stopped(prompt, tokens)
             found.append((tokens[:end], is_done))
         return found

@@ -30,12 +30,14 @@ class Source:
     """A model, its tokenizer and the tokens with which its texts end.
 
     `folder` is the directory of the weights: a Hugging Face directory or, where `is_checkpoint`, a checkpoint.
-    `precision` is the dtype of the weights, or that of the training.
+    `tokenizer_path` is what the tokenizer was read from, as data.tokenizer names it. `precision` is the dtype of the
+    weights, or that of the training.
     """
 
     folder: Path
     shape: ModelShape
     tokenizer: Tokenizer
+    tokenizer_path: str
     ends: frozenset[int]
     precision: str
     is_checkpoint: bool = False
@@ -103,7 +105,7 @@ def _of_directory(folder: Path, tokenizer: str | None) -> Source:
     stored = str(raw.get("dtype") or raw.get("torch_dtype"))
     ends = end_tokens(read_generation_config(folder), shape)
     found = _tokenizer_beside(folder) if tokenizer is None else load_tokenizer(tokenizer)
-    return Source(folder, shape, found, frozenset(ends), PRECISIONS.get(stored, "fp32"))
+    return Source(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
 
 
 def _tokenizer_beside(folder: Path) -> Tokenizer:
@@ -126,9 +128,10 @@ def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
         data, precision = config["data"], config["train"]["precision"]
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{found} is not a checkpoint of a run of this program: {error}.") from error
-    used = load_tokenizer(_named_tokenizer(found, data) if tokenizer is None else tokenizer)
+    path = tokenizer or _named_tokenizer(found, data)
+    used = load_tokenizer(path)
     ends = _ends_of_export(shape, used, config.get("model", {}).get("path"))
-    return Source(found, shape, used, ends, precision, is_checkpoint=True)
+    return Source(found, shape, used, path, ends, precision, is_checkpoint=True)
 
 
 def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:

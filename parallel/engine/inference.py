@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from parallel.chunk.chunk import make_chunks
 from parallel.chunk.spec import specs_of
+from parallel.config import Config
 from parallel.engine.context import Context
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, shown
 from parallel.mesh.collectives import MAX, all_reduce
 from parallel.mesh.mesh import Mesh
 from parallel.pipeline.microbatch import Microbatch
@@ -29,7 +30,7 @@ class Inference:
     """
 
     def __init__(self, stage: Stage, context: Context) -> None:
-        refuse(context)
+        refuse(context.config)
         self.stage, self.context = stage.eval(), context
         for info in stage.infos:
             info.parameter.requires_grad_(False)
@@ -121,14 +122,19 @@ class _NoWatcher:
         return nullcontext()
 
 
-def refuse(context: Context) -> None:
+def context_problem(size: object) -> str:
+    """Return why sequences cannot be split over ranks."""
+    return (
+        f"parallel.context.size: {shown(size)} splits a sequence, and a new token is a single position. Try 1, and"
+        " parallel.tensor or parallel.pipeline to split the model."
+    )
+
+
+def refuse(config: Config) -> None:
     """Raise ConfigError for a layout in which texts cannot be continued."""
-    config, problems = context.config, []
+    problems = []
     if (size := config.parallel.context.size) > 1:
-        problems.append(
-            f"parallel.context.size: {size} splits a sequence, and a new token is a single position. Try 1, and"
-            " parallel.tensor or parallel.pipeline to split the model."
-        )
+        problems.append(context_problem(size))
     if (policy := config.zero.tensor_placement_policy) != "cuda":
         problems.append(
             f"zero.tensor_placement_policy: {policy!r} is for training, whose states it offloads. Try 'cuda', and"

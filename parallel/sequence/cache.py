@@ -1,4 +1,4 @@
-"""Keys and values of the tokens of a text, kept for the tokens that follow, and the attention of a new token to them."""
+"""Keys and values of the tokens of texts, kept for the tokens that follow, and the attention of these to them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
