@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from models.layer import dropout_key
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         q, k, v = parts_of(self.qkv(x), self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.options.rotary is not None:
+        elif self.options.rotary is not None and torch.is_grad_enabled():
             v = v.clone()  # only v is kept for backward then, and as a view it would keep the memory of all three
         q, k, v = by_head(q), by_head(k), by_head(v)
         if self.options.rotary is not None:

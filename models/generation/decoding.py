@@ -9,10 +9,12 @@ from torch import Tensor
 from models.attention import Attention
 from models.generation.sampling import Sampler, Sampling
 from models.layer import Head
+from models.rotary import Rotary
 from parallel.engine.inference import Inference
 from parallel.ops.captured import Captured
+from parallel.ops.compiling import not_yet_compiled
 from parallel.pipeline.microbatch import Microbatch
-from parallel.sequence.cache import KeyValueCache, NewTokens
+from parallel.sequence.cache import KeyValueCache, NewTokens, masks_at
 from parallel.storage.transfer import HostCopy, to_device
 
 TOKENS_BETWEEN_LOOKS = 8
@@ -141,7 +143,8 @@ class _Texts:
         for row, prompt in zip(ids, self.prompts, strict=True):
             row[: len(prompt.ids)] = torch.tensor(prompt.ids)
         ids = to_device(ids, self.model.context.device)
-        x = self.model.forward(Microbatch(ids, labels=ids, samples=self.state.samples), self.caches)
+        with not_yet_compiled(self.model.context.config.train.compile):
+            x = self.model.forward(Microbatch(ids, labels=ids, samples=self.state.samples), self.caches)
         self._add_token(x, self.state.positions.squeeze(1))
 
     def _step(self) -> None:
@@ -152,14 +155,17 @@ class _Texts:
         self._add_token(self.model.forward(batch, self.caches), torch.zeros_like(state.samples))
 
     def _show_positions(self) -> None:
-        """Tell the caches which tokens are new, and which keys they see in each kind of window."""
+        """Tell the caches which tokens are new, which keys they see in each kind of window, and their angles."""
         if not self.attentions:
             return
-        mode, windows = self.attentions[0].mode, {attention.options.window for attention in self.attentions}
-        positions = mode.local(self.state.positions.squeeze(1), mode.inner_batch)
-        new = NewTokens.at(positions, self.caches[0].length, windows, self.model.context.dtype)
+        first, dtype = self.attentions[0], self.model.context.dtype
+        positions = first.mode.local(self.state.positions.squeeze(1), first.mode.inner_batch)
+        windows = {attention.options.window for attention in self.attentions}
+        masks = masks_at(positions, self.caches[0].length, windows, dtype)
+        rotary = first.options.rotary  # all attentions share it
+        angles = rotary.tables_of_new(positions, dtype) if isinstance(rotary, Rotary) else None
         for cache in self.caches:
-            cache.new = new
+            cache.new = NewTokens(positions, masks, angles)
 
     def _add_token(self, x: Tensor | None, at: Tensor) -> None:
         """Choose the next token of each text by the logits at these places of x, and add it on every stage."""

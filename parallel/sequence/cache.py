@@ -13,16 +13,12 @@ class NewTokens:
     """One new token of each text: its position, int64 [B], and which keys it sees.
 
     `masks`: by window (None: all earlier keys), what is added to the scores of keys 0 … L − 1: 0 or −inf, [B, 1, 1, L].
+    `angles`: cosines and sines by which rotary positions turn the tokens, two of [B, 1, 1, D]; None without these.
     """
 
     positions: Tensor
     masks: Mapping[int | None, Tensor]
-
-    @classmethod
-    def at(cls, positions: Tensor, length: int, windows: Iterable[int | None], dtype: torch.dtype) -> "NewTokens":
-        """Return the new tokens at positions[B], among caches of `length` tokens."""
-        keys = torch.arange(length, device=positions.device)
-        return cls(positions, {window: _mask(positions.unsqueeze(1), keys, window).to(dtype) for window in windows})
+    angles: tuple[Tensor, Tensor] | None = None
 
 
 class KeyValueCache:
@@ -62,9 +58,14 @@ class KeyValueCache:
         return y.flatten(1).unsqueeze(1)
 
 
-def _mask(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Return 0 where the query at positions[B, 1] sees a key of keys[L], else −inf: fp32 [B, 1, 1, L]."""
-    hidden = keys > positions
-    if window is not None:
-        hidden = hidden | (keys <= positions - window)
-    return torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+def masks_at(
+    positions: Tensor, length: int, windows: Iterable[int | None], dtype: torch.dtype
+) -> dict[int | None, Tensor]:
+    """Return the masks of queries at positions[B] among `length` keys, for each of these windows."""
+    keys, rows = torch.arange(length, device=positions.device), positions.unsqueeze(1)
+    found = {}
+    for window in windows:
+        hidden = keys > rows if window is None else (keys > rows) | (keys <= rows - window)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -torch.inf)
+        found[window] = mask[:, None, None]
+    return found
