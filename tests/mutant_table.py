@@ -1395,6 +1395,43 @@ COVERAGE = (
     ),
 )
 
+GENERATE_TESTS = "tests/test_generate.py"
+GREEDY = f"{GENERATE_TESTS}::test_greedy_texts_of_prompts_of_different_lengths_equal_hugging_faces"
+GENERATION = (
+    Mutant(
+        "cache-written-one-position-off",
+        "keys and values of a new token are kept one position before its own",
+        "parallel/sequence/cache.py",
+        "        self.k[texts, :, new.positions], self.v[texts, :, new.positions] = k.squeeze(2), v.squeeze(2)\n",
+        "        self.k[texts, :, new.positions - 1], self.v[texts, :, new.positions - 1] = k.squeeze(2), v.squeeze(2)\n",
+        f"{GREEDY}[gpt2]",
+    ),
+    Mutant(
+        "cache-mask-one-off",
+        "a new token sees the position after its own, where the prompt's padding is",
+        "parallel/sequence/cache.py",
+        "keys > rows if",
+        "keys > rows + 1 if",
+        f"{GREEDY}[llama]",
+    ),
+    Mutant(
+        "draws-not-keyed-by-sample",
+        "texts of the same prompt are the same: a draw does not depend on its sample",
+        "models/generation/sampling.py",
+        "(samples << 32) + positions",
+        "(samples << 64) + positions",
+        f"{GENERATE_TESTS}::test_a_draw_depends_on_seed_sample_and_position_and_on_nothing_beside_it",
+    ),
+    Mutant(
+        "window-ignored-for-new-tokens",
+        "a new token sees all earlier keys, though the prompt's tokens have a window",
+        "parallel/sequence/cache.py",
+        "(keys > rows) | (keys <= rows - window)",
+        "(keys > rows)",
+        f"{GREEDY}[mistral]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1430,4 +1467,5 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
+    *GENERATION,
 )
