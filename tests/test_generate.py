@@ -1,6 +1,7 @@
 """Generated texts equal Hugging Face's `generate` token for token, and are the same in every layout."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ from models.generation.decoding import Limits, Prompt, continue_texts
 from models.generation.job import Request, continued, prepare
 from models.generation.layout import config_for
 from models.generation.sampling import Sampler, Sampling, filtered
-from models.generation.source import Source
-from models.generation.texts import Continuation, Options
+from models.generation.source import Source, find_source
+from models.generation.texts import Continuation, Options, Texts
 from models.shapes import from_hugging_face
-from models.tokenizer import ByteTokenizer
+from models.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.engine.context import Place, make_context
 from parallel.errors import ConfigError, DataError
+from tests.chat_templates import TEMPLATES, save_tokenizer, theirs
 from tests.families import FAMILIES, SHAPES, VARIANTS, family_of
 from tests.harness import run
 from tests.parity import save_model
+from training.config import read_config
+from training.preflight import prepare as prepare_run
+from training.run import run_job
 
 PROMPTS = [[2, 5, 7], [9, 11, 13, 17, 4, 6, 8, 22], [3]]
 NEW = 14  # longer than every window; 22 positions in all
@@ -324,3 +329,44 @@ def test_a_layout_that_cannot_generate_is_refused_by_name(
     request = Request(export, ["a"], assignments=settings)
     with pytest.raises(ConfigError, match=words):
         prepare(request, Place(), world_size)
+
+
+def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) -> None:
+    settings = (
+        *("model.hidden_size=32", "model.ffn_dim=64", "model.num_hidden_layers=2", "data.sequence_length=16"),
+        *("train.steps=2", "train.global_batch_size=2", "output.checkpoint_every=2", f"output.dir={tmp_path}/run"),
+    )
+    run_job(prepare_run(read_config(None, settings, 1), Place()))
+    of_export = texts(tmp_path / "run" / "export", ["The ", "A"], sampling=SAMPLED)
+    assert texts(tmp_path / "run", ["The ", "A"], sampling=SAMPLED) == of_export
+    assert texts(tmp_path / "run" / "checkpoints" / "step_000002", ["The ", "A"], sampling=SAMPLED) == of_export
+    assert find_source(tmp_path / "run").is_checkpoint
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_model_is_given_the_tokens_that_transformers_makes_of_a_prompt(tmp_path: Path, chat: bool) -> None:
+    """With its chat template or, for plain text, with what the tokenizer puts before it."""
+    folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
+    save_model(folder, "llama", **(SHAPES["llama"] | dict(vocab_size=1024, max_position_embeddings=128)))
+    request = Request(folder, ["Who is there?"], chat=chat)
+    reference = theirs(folder)
+    messages = [{"role": "user", "content": "Who is there?"}]
+    wanted = reference("Who is there?").input_ids
+    if chat:
+        wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert [list(ids) for ids in prepare(request, Place(), 1).tokens] == [wanted]
+
+
+def test_a_stop_that_names_a_special_token_ends_a_text_with_it(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
+    texts = Texts(replace(source_of(model_in(tmp_path, "llama")), tokenizer=load_tokenizer(str(folder))), Options())
+    assert not texts.ends
+    source = texts.tokenizer.vocabulary()["<|im_end|>"]
+    stopping = Options(stops=("<|im_end|>", "b"))
+    named = Texts(replace(source_of(tmp_path / "llama"), tokenizer=load_tokenizer(str(folder))), stopping)
+    assert (set(named.ends), named.stops) == ({source}, ["b"])
+
+
+def test_chat_without_a_template_is_refused(export: Path) -> None:
+    with pytest.raises(DataError, match="has no chat template, which --chat and prompts of messages need"):
+        prepare(Request(export, ["a"], chat=True), Place(), 1)
