@@ -24,15 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.build import stage_of
 from models.costs import parameter_count
 from models.family import named_sizes
 from models.generation.decoding import Limits, Prompt, continue_texts
 from models.generation.sampling import Sampling
+from models.generation.source import inference_of
 from models.shapes import resolve, shape_of
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
-from parallel.engine.inference import Inference
 from parallel.layout.layout import ParameterInfo, slices
 
 COLUMNS = "{:<14} {:>6} {:>10} {:>17} {:>9}"
@@ -65,7 +64,7 @@ def ours(model: str, theirs: Any, *, compiles: bool) -> Contender:
         for piece in (piece for info in infos for piece in info.pieces()):
             piece.data.copy_(weights[piece.name][slices(piece.box)])
 
-    inference = Inference(stage_of(context, set_values, in_parts=True), context)
+    inference = inference_of(context, set_values)
     limit = shape_of(config).max_positions
 
     def generate(prompts: Tensor, count: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from models.build import stage_of
@@ -20,9 +21,13 @@ from parallel.engine.context import Context
 from parallel.engine.inference import Inference
 from parallel.errors import CheckpointError, ConfigError, DataError
 from parallel.layout.layout import ParameterInfo
+from parallel.pipeline.stage import SetValues
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TOKEN_FILES = (".npy", ".bin")
+
+COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
+"""With it, torch's compiler makes kernels of its own for products with a single row, at nearly the memory's speed."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ class Source:
                 checkpoint.check_contents(self.folder, context.mesh.world)
         else:
             check_origin(context)
-        return Inference(stage_of(context, set_values, in_parts=True), context)
+        return inference_of(context, set_values)
+
+
+def inference_of(context: Context, set_values: SetValues) -> Inference:
+    """Return the weights of this rank, which `set_values` fills chunk by chunk, in the dtype of the run."""
+    return Inference(stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS), context)
 
 
 def find_source(folder: Path, tokenizer: str | None = None) -> Source:
