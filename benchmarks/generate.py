@@ -26,9 +26,10 @@ from torch import Tensor
 
 from models.costs import parameter_count
 from models.family import named_sizes
-from models.generation.decoding import Limits, Prompt, continue_texts
+from models.generation.decoding import Decoder, Limits
 from models.generation.sampling import Sampling
 from models.generation.source import inference_of
+from models.generation.step import Prompt
 from models.shapes import resolve, shape_of
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
@@ -39,8 +40,8 @@ USUAL = dict(model="opt-1.3b", batch=[1, 32], prompt=128, new=256, rounds=3)
 TINY = dict(model="llama-tiny", batch=[1, 3], prompt=8, new=16, rounds=1)
 COPIED_BYTES = 2**31
 
-Contender = Callable[[Tensor, int], Tensor]
-"""Continues prompts[B, S] by a number of tokens, and returns these [B, N]."""
+Contender = Callable[[Tensor], Tensor]
+"""Continues prompts[B, S], and returns the new tokens [B, N]."""
 
 
 def hugging_face(model: str, device: torch.device) -> Any:
@@ -54,7 +55,7 @@ def hugging_face(model: str, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def ours(model: str, theirs: Any, *, compiles: bool) -> Contender:
+def ours(model: str, theirs: Any, new: int, *, compiles: bool) -> Contender:
     """Return our model of a named size, with the weights of Hugging Face's."""
     training = dict(precision="bf16", compile=compiles)
     config = parse(dict(model=dict(name=model), data=dict(sequence_length=2), train=training), resolve=resolve)
@@ -64,27 +65,27 @@ def ours(model: str, theirs: Any, *, compiles: bool) -> Contender:
         for piece in (piece for info in infos for piece in info.pieces()):
             piece.data.copy_(weights[piece.name][slices(piece.box)])
 
-    inference = inference_of(context, set_values)
-    limit = shape_of(config).max_positions
+    limits = Limits(new, shape_of(config).max_positions)
+    decoder = Decoder(inference_of(context, set_values), limits, Sampling())
 
-    def generate(prompts: Tensor, count: int) -> Tensor:
+    def generate(prompts: Tensor) -> Tensor:
         texts = [Prompt(number, ids) for number, ids in enumerate(prompts.tolist())]
-        return torch.tensor(continue_texts(inference, texts, Limits(count, limit), Sampling()))
+        return torch.tensor(decoder.continue_texts(texts))
 
     return generate
 
 
-def theirs_with(model: Any, **options: Any) -> Contender:
+def theirs_with(model: Any, new: int, **options: Any) -> Contender:
     """Return Hugging Face's `generate` with these options."""
 
-    def generate(prompts: Tensor, count: int) -> Tensor:
+    def generate(prompts: Tensor) -> Tensor:
         ids = prompts.to(model.device)
         with torch.no_grad():
             found: Tensor = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
+                max_new_tokens=new,
+                min_new_tokens=new,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
@@ -128,8 +129,8 @@ def measure(name: str, contender: Contender, arguments: argparse.Namespace, boun
         torch._dynamo.reset()  # or a second batch size would be compiled for all
         generator = torch.Generator().manual_seed(batch)
         prompts = torch.randint(4, vocabulary, (batch, arguments.prompt), generator=generator)
-        found[batch] = contender(prompts, arguments.new)
-        seconds = [timed(lambda: contender(prompts, arguments.new)) for _ in range(arguments.rounds)]  # noqa: B023
+        found[batch] = contender(prompts)
+        seconds = [timed(lambda: contender(prompts)) for _ in range(arguments.rounds)]  # noqa: B023
         speeds = [batch * arguments.new / each for each in seconds]
         spread = f"{min(speeds):.0f}-{max(speeds):.0f}"
         share = median(speeds) / batch / bound
@@ -168,10 +169,10 @@ def main(given: list[str] | None = None) -> None:
     print(COLUMNS.format("", "batch", "tokens/s", "min-max", "of bound"), flush=True)
     theirs = hugging_face(arguments.model, device)
     contenders: dict[str, Callable[[], Contender]] = {
-        "ours": lambda: ours(arguments.model, theirs, compiles=False),
-        "ours compiled": lambda: ours(arguments.model, theirs, compiles=True),
-        "hf": lambda: theirs_with(theirs),
-        "hf static": lambda: theirs_with(theirs, cache_implementation="static"),
+        "ours": lambda: ours(arguments.model, theirs, arguments.new, compiles=False),
+        "ours compiled": lambda: ours(arguments.model, theirs, arguments.new, compiles=True),
+        "hf": lambda: theirs_with(theirs, arguments.new),
+        "hf static": lambda: theirs_with(theirs, arguments.new, cache_implementation="static"),
     }
     results: dict[str, dict[int, Tensor]] = {}
     for name in arguments.only:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.generation.decoding import Limits, Prompt, continue_texts
+from models.generation.decoding import Decoder, Limits
 from models.generation.job import Request, continued, prepare
 from models.generation.layout import config_for
 from models.generation.sampling import Sampler, Sampling, filtered
 from models.generation.source import Source, find_source
+from models.generation.step import Prompt
 from models.generation.texts import Continuation, Options, Texts
 from models.shapes import from_hugging_face
 from models.tokenizer import ByteTokenizer, load_tokenizer
@@ -56,7 +57,7 @@ def texts_of(
     data = context.mesh.axis("data")
     prompts = [Prompt(number, ids) for number, ids in enumerate(PROMPTS)][data.rank :: data.size]
     model = source.load(context)
-    found = [continue_texts(model, prompts, Limits(NEW, 32), sampling) for sampling in samplings]
+    found = [Decoder(model, Limits(NEW, 32), sampling).continue_texts(prompts) for sampling in samplings]
     context.mesh.close()
     return found
 
@@ -137,7 +138,7 @@ def test_a_text_ends_where_hugging_face_ends_it(tmp_path: Path) -> None:
     source = source_of(path)
     context = make_context(config_for(source, None, [], dtype=None, world_size=1), Place())
     prompts = [Prompt(number, prompt) for number, prompt in enumerate(PROMPTS)]
-    assert continue_texts(source.load(context), prompts, Limits(NEW, 32, ends), Sampling()) == wanted
+    assert Decoder(source.load(context), Limits(NEW, 32, ends), Sampling()).continue_texts(prompts) == wanted
     assert {len(text) for text in wanted} > {3}
 
 
@@ -262,6 +263,13 @@ def test_a_text_is_the_same_beside_others_and_in_smaller_batches(export: Path) -
     assert len({text.text for text in together}) == 4
 
 
+def test_a_second_batch_in_the_memory_of_the_first_has_the_same_texts(export: Path) -> None:
+    """The first one's longer texts have left keys and values behind those of the second."""
+    long, short = ["a longer text", "xy", "A", "b"], ["z", "The "]
+    apart = [texts(export, [prompt], sampling=Sampling()) for prompt in short]
+    assert texts(export, long[:2] + short, batch_size=2)[2:] == [text for (text,) in apart]
+
+
 def test_a_text_ends_before_a_stop_with_the_token_that_completed_it(export: Path) -> None:
     (free,) = texts(export, ["The "])
     characters = ByteTokenizer().decode(free.tokens[4:6])
@@ -332,7 +340,10 @@ def test_a_layout_that_cannot_generate_is_refused_by_name(
 
 
 def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text of a few words. " * 20)
     settings = (
+        *(f"data.path={text}", "data.validation_fraction=0"),
         *("model.hidden_size=32", "model.ffn_dim=64", "model.num_hidden_layers=2", "data.sequence_length=16"),
         *("train.steps=2", "train.global_batch_size=2", "output.checkpoint_every=2", f"output.dir={tmp_path}/run"),
     )

@@ -4,9 +4,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from models.generation.decoding import Limits, Prompt, continue_texts
+from models.generation.decoding import Decoder, Limits
 from models.generation.sampling import Sampling
 from models.generation.source import Source
+from models.generation.step import Prompt
 from models.tokenizer import Tokenizer
 from parallel.engine.inference import Inference
 from parallel.errors import DataError, names_text
@@ -66,6 +67,7 @@ class Texts:
         all_prompts = [Prompt(number, ids) for number, ids in enumerate(prompts)]
         mine, size = all_prompts[data.rank :: data.size], self.options.batch_size
         limits = Limits(self.options.num_tokens, self.positions, self.ends, self._is_stopped)
+        decoder = Decoder(model, limits, self.options.sampling)
         found: dict[int, list[int]] = {}
         for start in range(0, -(-len(all_prompts) // data.size), size):
             batch = mine[start : start + size] or all_prompts[:1]  # a replica without prompts of its own repeats one
@@ -74,7 +76,7 @@ class Texts:
                 if listener is not None and first.number == 0:
                     listener(self._continuation(first, texts[0]).text)
 
-            new = continue_texts(model, batch, limits, self.options.sampling, listener=tell)
+            new = decoder.continue_texts(batch, listener=tell)
             found |= {prompt.number: tokens for prompt, tokens in zip(batch, new, strict=True)}
         of_ranks = gather_objects(found, model.mesh.world)
         tokens = {number: new for part in of_ranks for number, new in part.items()}

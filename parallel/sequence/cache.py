@@ -38,9 +38,13 @@ class KeyValueCache:
         self.k = self.v = torch.empty(0)
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values of whole texts: k, v[B, kv_heads, S, D]."""
+        """Keep the keys and values of whole texts, k, v[B, kv_heads, S, D], in place of those of other texts.
+
+        The memory is that of the first texts: no element of it is ever NaN, which a mask would not hide.
+        """
         batch, heads, sequence, size = k.shape
-        self.k, self.v = (k.new_zeros(batch, heads, self.length, size) for _ in range(2))
+        if not len(self.k):
+            self.k, self.v = (k.new_zeros(batch, heads, self.length, size) for _ in range(2))
         self.k[:, :, :sequence], self.v[:, :, :sequence] = k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
