@@ -13,8 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from colonnade.arguments import REFUSED, Parser
-from colonnade.train import INTERRUPTED, NOT_FINITE, TERMINATED, add_arguments, check_arguments, main
+from colonnade.arguments import Parser
+from colonnade.process import INTERRUPTED, NOT_FINITE, REFUSED, TERMINATED
+from colonnade.train import add_arguments, check_arguments, main
 
 __all__ = ["INTERRUPTED", "NOT_FINITE", "REFUSED", "TERMINATED", "main", "read_arguments"]
 

@@ -6,12 +6,14 @@ that lie beside it, in a clone as well as among the installed packages. Nothing 
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-__version__ = "0.1.0"
+from colonnade.version import __version__
+
+__all__ = ["__version__"]
 
 FOLDER = Path(__file__).resolve().parent.parent
 PACKAGES = ("parallel", "models", "training")
@@ -26,15 +28,15 @@ class OwnPackages:
         return PathFinder.find_spec(name, [str(FOLDER)]) if name in PACKAGES else None
 
 
-def refuse_others(names: Iterable[str] = PACKAGES) -> None:
+def refuse_others() -> None:
     """Raise ImportError, with the file, if another package of one of these names has been imported already."""
-    for name in names:
+    for name in PACKAGES:
         module = sys.modules.get(name)
         if module is not None and FOLDER not in (folder.parent for folder in _places(module)):
             place = next(iter(_places(module)), "nowhere")
             raise ImportError(
                 f"colonnade has a package {name!r} of its own, but another one has been imported already, from {place}."
-                f" Import colonnade before it, or give the other one another name.",
+                " Import colonnade before it, or give the other one another name.",
                 name=name,
                 path=str(place),
             )

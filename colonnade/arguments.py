@@ -9,7 +9,7 @@ import re
 import sys
 from typing import NoReturn
 
-REFUSED = 2  # the exit code for what the user gave
+from colonnade.process import REFUSED
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,9 @@
-"""Show how a config is laid out, without starting it: `colonnade train --check`.
+"""Show how a config is laid out, without starting it, as `colonnade train --check` does.
 
-colonnade check --config FILE              in the smallest world that holds the model
-colonnade check --config FILE --world N    in a world of N processes
+    colonnade check --config FILE              in the smallest world that holds the model
+    colonnade check --config FILE --world N    in a world of N processes
+
+It prints the layout, the bytes on each rank, and the timeline of a pipeline.
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """Train language models in parallel, from a laptop to many hosts, and use what was trained.
 
-colonnade COMMAND --help             the options of a command
-colonnade --print-completion bash    a script by which the shell completes commands and options
+    colonnade COMMAND --help             the options of a command
+    colonnade --print-completion bash    a script by which the shell completes commands and options
+
+docs/config.md describes them all.
 """
 
 import argparse
@@ -11,9 +13,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 
-from colonnade import __version__
-from colonnade.arguments import REFUSED, Parser
+from colonnade.arguments import Parser
 from colonnade.completion import SHELLS, completion
+from colonnade.process import REFUSED
+from colonnade.version import __version__
 
 COMMANDS = {
     "train": "train a model as a config says",
@@ -42,7 +45,9 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "colonnade") 
         return REFUSED
     if problem := _problem(arguments[0], list(commands)):
         parser.error(problem)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:  # the command's own usage is printed with it
+        commands.get(parsed.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.print_completion is not None:
         print(completion(make_parser("colonnade")[0], parsed.print_completion))
         return 0

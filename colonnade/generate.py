@@ -12,20 +12,20 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colonnade.arguments import REFUSED, add_config, count
+from colonnade.arguments import add_config, count
+from colonnade.process import REFUSED, TERMINATED, guarded, import_torch, terminate
 
 if TYPE_CHECKING:
     from models.generation.job import Request
     from models.generation.prompts import Messages
     from models.generation.texts import Continuation
-
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,19 +82,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the arguments say, in this process or in new ones, and return the exit code."""
-    from training.streams import safe_output
-
-    try:
-        with safe_output():
-            return _launch(arguments)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return guarded(lambda: _launch(arguments))
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     """Check all that can be checked without the weights, then generate; a refusal is printed without a traceback."""
+    # torchrun ends the other ranks when one refuses: they go on until rank 0, among them, has printed why.
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    if not import_torch():
+        return REFUSED
     from models.generation.job import generate, prepare
     from parallel.engine.context import Place, watch_of
     from parallel.errors import ColonnadeError, LostRankError, RoomError
@@ -111,6 +108,9 @@ def _launch(arguments: argparse.Namespace) -> int:
             job = prepare(_request(arguments), place, world_size)
             if watch.is_on:
                 watch.meet(job.facts(world_size), job.config.train.timeout_seconds)
+        signal.signal(signal.SIGTERM, terminate)
+        if ended:
+            return TERMINATED
         if arguments.nprocs is not None:
             arguments.nprocs = None
             return run_ranks(main, arguments, world_size, preload=("colonnade", "torch", "models.generation.job"))
@@ -129,6 +129,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         watch.leave(f"it refuses: {error}", code=REFUSED)
         if place.rank == 0 or isinstance(error, RoomError):  # which may be of one rank alone
             print(error, file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return REFUSED
     return 0
 

@@ -1,29 +1,28 @@
 """Train a language model as a config file says.
 
-colonnade train                                        one process, the built-in config: a small model
-colonnade train --config FILE --check                  show how a config is laid out, without starting it
-colonnade train --config FILE --nprocs 8               eight processes on this host
-torchrun --nproc-per-node 8 -m colonnade train --config FILE    the same eight, started by torchrun
+    colonnade train                                        one process, the built-in config: a small model
+    colonnade train --config FILE --check                  show how a config is laid out, without starting it
+    colonnade train --config FILE --nprocs 8               eight processes on this host
+    torchrun --nproc-per-node 8 -m colonnade train --config FILE    the same eight, started by torchrun
+
+docs/config.md lists every key of a config, and README.md the files that a run leaves.
 """
 
 # Torch takes seconds to import. So it is imported in the functions that need it, once the arguments have been read:
 # --help and a mistyped option need not wait for it.
 
 import argparse
-import gc
 import multiprocessing
 import os
 import signal
 import sys
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from colonnade.arguments import REFUSED, add_config, add_resume, count, step_range
+from colonnade.arguments import add_config, add_resume, count, step_range
+from colonnade.process import NOT_FINITE, REFUSED, TERMINATED, guarded, import_torch, terminate
 
 if TYPE_CHECKING:
     from parallel.engine.context import Place
-
-INTERRUPTED, TERMINATED, NOT_FINITE = 130, 143, 4  # exit codes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,15 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the arguments say and return the exit code."""
-    from training.streams import safe_output
-
-    try:
-        with safe_output():
-            return _launch(arguments)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return guarded(lambda: _launch(arguments))
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -87,8 +78,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     ended: list[int] = []
     if not arguments.check:
         signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    if not _import_torch():
-        print("torch is not installed in this Python: run `. .venv/bin/activate`, or make venv.", file=sys.stderr)
+    if not import_torch():
         return REFUSED
     from parallel.engine.context import Place, watch_of
     from parallel.errors import ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
@@ -109,7 +99,7 @@ def _launch(arguments: argparse.Namespace) -> int:
             job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
             if watch.is_on:
                 watch.meet(facts_of_job(job), config.train.timeout_seconds)
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
         if ended:
             return TERMINATED
         if arguments.nprocs is None:
@@ -133,23 +123,6 @@ def _launch(arguments: argparse.Namespace) -> int:
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return code
-
-
-def _import_torch() -> bool:
-    """Import torch, and exempt its objects from garbage collection. Return False if it is not installed.
-
-    There are 170,000, and they stay until the process ends: every full collection, also the one at exit, would spend
-    0.07 s on them. A process that has imported torch before, as tests have, exempts nothing.
-    """
-    if "torch" not in sys.modules:
-        try:
-            import torch  # noqa: F401
-        except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            return False
-        gc.freeze()
-    return True
 
 
 def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
@@ -181,7 +154,3 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     print_layout(console, preview, messages)
     print_timeline(console, preview)
     return 0
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(TERMINATED)

@@ -5,30 +5,35 @@ at a time.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from models.generation_config import FILE as GENERATION
 from models.shape import ModelShape
 from models.tokenizer import Tokenizer
-from models.tokenizer_files import TOKENIZER_FILES
+from models.tokenizer_files import TEMPLATES, TOKENIZER_FILES
 from models.weight_files import files_of
-from parallel.checkpoint.hf_folder import INDEX, MODEL, SINGLE, write_folder
+from parallel.checkpoint.hf_folder import INDEX, MODEL, SINGLE, FileNames, write_folder, write_tensors_of
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
     Archive,
     Entry,
     StoredPart,
     StoredTensor,
+    has_checksum,
     open_safetensors,
     write_json,
 )
 from parallel.errors import DataError, names_text
 from parallel.layout.layout import Piece, box_shape
-from parallel.mesh.mesh import Axis
+from parallel.mesh.mesh import ALONE, Axis
 
+CONFIG = "config.json"
 COMPARED_AT_ONCE = 1 << 22  # elements: a vocabulary may be larger than the memory
 FLOATS = tuple(DTYPE_NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
@@ -180,18 +185,64 @@ def export(
 
     `pieces` are those that this rank owns. If rank 0 cannot write, every rank raises CheckpointError.
     """
-    entries = [Entry(name, size, dtype) for name, size in shape.public_tensors().items()]
+    files = _OtherFiles(shape, dtype, tokenizer)
+    write_folder(folder, pieces, entries_of(shape, dtype), axis=axis, describe=files.write, names=files.names)
 
-    def describe(temporary: Path) -> None:
-        _write_configs(temporary, shape, dtype)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
 
-    # A chat template of the tokenizer that was there before would be taken for this one's.
-    names = MODEL if tokenizer is None else MODEL.replacing(TOKENIZER_FILES)
-    write_folder(folder, pieces, entries, axis=axis, describe=describe, names=names)
+def export_whole(
+    folder: Path,
+    tensors: Iterator[Tensor],
+    *,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write the same directory from the whole tensors, in the order of `entries_of`: one process calls this alone."""
+    files = _OtherFiles(shape, dtype, tokenizer)
+    write_tensors_of(folder, entries_of(shape, dtype), tensors, axis=ALONE, describe=files.write, names=files.names)
+
+
+def entries_of(shape: ModelShape, dtype: torch.dtype) -> list[Entry]:
+    """Return the tensors of an exported directory, in the order in which they are written."""
+    return [Entry(name, size, dtype) for name, size in shape.public_tensors().items()]
+
+
+def not_exported(folder: Path) -> str:
+    """Return the name of something in a folder that `export` did not write; empty where there is nothing like that.
+
+    The weights of another program are told by their headers, which lack our checksum. Without weights nothing is ours.
+    """
+    inner = folder / TEMPLATES.partition("/")[0]
+    found = sorted({*folder.iterdir(), *inner.glob("*")} - ({inner} if inner.is_dir() else set()))
+    weights = [path for path in found if path.suffix == ".safetensors" and has_checksum(path)]
+    for path in found:
+        name = str(path.relative_to(folder))
+        is_known = TOKENIZER_FILES.fullmatch(name) or name in (CONFIG, GENERATION, INDEX) or path in weights
+        if not (is_known and weights):
+            return name
+    return ""
+
+
+@dataclass(frozen=True)
+class _OtherFiles:
+    """The files of an export beside its weights."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+
+    @property
+    def names(self) -> FileNames:
+        """A chat template of the tokenizer that was there before would be taken for this one's: it goes."""
+        return MODEL if self.tokenizer is None else MODEL.replacing(TOKENIZER_FILES)
+
+    def write(self, folder: Path) -> None:
+        """Write the config, and the tokenizer if there is one."""
+        _write_configs(folder, self.shape, self.dtype)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
 
 
 def _write_configs(folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
     own = {"model_type": shape.model_type, "architectures": [shape.architecture]}
-    write_json(folder / "config.json", own | shape.exported() | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / CONFIG, own | shape.exported() | {"dtype": str(dtype).removeprefix("torch.")})

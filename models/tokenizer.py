@@ -1,5 +1,7 @@
 """Tokenizers, which turn text into token ids and back: bytes, the default, or any Hugging Face `tokenizer.json`.
 
+One of the latter is built in: "bpe", a byte-level BPE of 4,096 ids (models/train_bpe.py).
+
 Each can save itself in an exported directory, where `transformers` then finds the tokenizer of the training.
 """
 
@@ -26,6 +28,8 @@ Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 # OPT's special tokens, in the order of their ids.
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 PAD, SEPARATOR = SPECIALS.index("<pad>"), SPECIALS.index("</s>")
+
+BUILT_IN_BPE = Path(__file__).parent / "bpe"
 
 
 class Tokenizer(Protocol):
@@ -56,11 +60,13 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder with one.
+    """Return the tokenizer that `data.tokenizer` names: "bytes", "bpe", a tokenizer.json, or a folder with one.
 
     Raises DataError.
     """
-    return ByteTokenizer() if spec == "bytes" else FileTokenizer(Path(spec))
+    if spec == "bytes":
+        return ByteTokenizer()
+    return FileTokenizer(BUILT_IN_BPE if spec == "bpe" else Path(spec))
 
 
 class ByteTokenizer:
@@ -83,13 +89,13 @@ class ByteTokenizer:
         return (array[is_byte] - len(SPECIALS)).astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, folder: Path) -> None:
-        _write_json(folder / "tokenizer.json", _byte_level_json())
-        _write_json(folder / "tokenizer_config.json", _byte_level_config())
+        _write_json(folder / "tokenizer.json", byte_level_json())
+        _write_json(folder / "tokenizer_config.json", byte_level_config())
 
 
 def is_of_bytes(file: Path) -> bool:
     """Return whether a tokenizer.json is the one that `ByteTokenizer.save` writes."""
-    return file.read_bytes() == _json_text(_byte_level_json()).encode()
+    return file.read_bytes() == _json_text(byte_level_json()).encode()
 
 
 class FileTokenizer:
@@ -100,7 +106,7 @@ class FileTokenizer:
         if not file.is_file():
             raise DataError(
                 f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "
-                "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bytes'."
+                "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bpe', or 'bytes'."
             )
         self._files = TokenizerFiles(file)
         self._tokenizer = _parse(file, self._files.tokenizer)
@@ -157,9 +163,12 @@ def _set_prefix_space(tokenizer: tokenizers.Tokenizer, value: bool) -> None:
         tokenizer.pre_tokenizer = pre_tokenizer
 
 
-def _byte_level_json() -> dict[str, object]:
-    """Return the byte tokenizer in the format of `tokenizers`: a byte-level BPE without merges."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+def byte_level_json(*, use_regex: bool = False) -> dict[str, Any]:
+    """Return the byte tokenizer in the format of `tokenizers`: a byte-level BPE without merges.
+
+    `use_regex` divides a text into words first, as GPT-2 does, which matters once there are merges.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": use_regex}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -179,7 +188,8 @@ def _byte_level_vocabulary() -> dict[str, int]:
     return specials | {character: byte + len(SPECIALS) for byte, character in enumerate(_byte_characters())}
 
 
-def _byte_level_config() -> dict[str, object]:
+def byte_level_config() -> dict[str, object]:
+    """Return the tokenizer_config.json that stands beside it."""
     bos, pad, eos, unk = SPECIALS
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -188,7 +198,7 @@ def _byte_level_config() -> dict[str, object]:
         "eos_token": eos,
         "unk_token": unk,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is four byte tokens, as it was in training
+        "split_special_tokens": True,  # "</s>" in a text is text, as it was in training
     }
 
 

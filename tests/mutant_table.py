@@ -57,6 +57,7 @@ SURGERY_TESTS = "tests/test_surgery.py"
 SAVED, GRAPH_TESTS = "parallel/zero/saved.py", "tests/test_graphs.py"
 WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
 PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
+EXPORTS = "tests/test_export.py"
 
 
 def torch_norm(layout: str) -> str:
@@ -946,7 +947,7 @@ FOLDERS = (
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
            text_row("texts that contain `</s>` or another special token")),
     Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
-           "training/artifacts.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           "training/export.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
            text_row("an end token that is not the model's")),
     Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
            "training/run.py", "    if len(set(read)) > 1:", "    if False:",
@@ -1395,6 +1396,65 @@ COVERAGE = (
     ),
 )
 
+INSTALLED = (
+    Mutant(
+        "own-packages-last",
+        "a folder `models` of the user is imported instead of ours",
+        "colonnade/__init__.py",
+        "sys.meta_path.insert(0, OwnPackages)",
+        "sys.meta_path.append(OwnPackages)",
+        "tests/test_cli.py::test_a_package_of_the_user_is_not_imported_for_ours",
+    ),
+    Mutant(
+        "fork-server-in-the-working-directory",
+        "the ranks of --nprocs import a `training` of the user",
+        "training/spawn.py",
+        """    _set_values({"PYTHONPATH": searched, "PYTHONSAFEPATH": "1"})\n""",
+        "",
+        "tests/test_package.py::test_what_is_installed_trains_on_two_ranks_in_a_folder_with_packages_of_our_names",
+    ),
+    Mutant(
+        "data-files-not-installed",
+        "files of a package that are no Python are missing in the wheel",
+        "pyproject.toml",
+        '"*" = ["**/*"]',
+        '"*" = ["*.json"]',
+        "tests/test_package.py::test_the_wheel_has_every_file_of_our_packages_and_nothing_else",
+    ),
+    Mutant(
+        "damaged-checkpoint-exported",
+        "a checkpoint with a changed byte is exported",
+        "training/export.py",
+        "                checkpoint.check_contents(folder, ALONE)\n",
+        "",
+        f"{EXPORTS}::test_a_checkpoint_that_cannot_be_exported_is_refused_by_name[change_a_byte]",
+    ),
+    Mutant(
+        "download-replaced-by-an-export",
+        "an export replaces weights that another program wrote",
+        "models/hf.py",
+        """path.suffix == ".safetensors" and has_checksum(path)]""",
+        """path.suffix == ".safetensors"]""",
+        f"{EXPORTS}::test_a_target_that_is_no_earlier_export_is_refused_and_stays[of_another_program]",
+    ),
+    Mutant(
+        "export-overflows",
+        "weights that fp16 cannot hold are exported as infinite",
+        "training/export.py",
+        "    if problem and dtype is not None:",
+        "    if not problem and dtype is not None:",
+        f"{EXPORTS}::test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_exported_in_a_wider_one",
+    ),
+    Mutant(
+        "export-without-the-tokenizers-end",
+        "an export ends its texts with another token than its tokenizer",
+        "training/export.py",
+        "    shape = exported_shape(saved.shape, tokenizer)",
+        "    shape = saved.shape",
+        f"{EXPORTS}::test_tokenizer_template_and_generation_config_come_along_and_what_is_gone_is_named",
+    ),
+)
+
 GENERATE_TESTS = "tests/test_generate.py"
 GREEDY = f"{GENERATE_TESTS}::test_greedy_texts_of_prompts_of_different_lengths_equal_hugging_faces"
 GENERATION = (
@@ -1467,5 +1527,6 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
+    *INSTALLED,
     *GENERATION,
 )

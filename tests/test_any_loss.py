@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import parallel
 from parallel.config import parse
@@ -18,17 +20,28 @@ from parallel.engine.context import Place, make_context, use
 from parallel.engine.module_engine import ModuleEngine
 from tests.harness import run
 from tests.losses import LOSSES, REFUSED, Batch, Loss, cross_entropy, mean_times_samples, tagger
-from tests.parity import Raw, relative, whole
+from tests.parity import BOUND, Raw, relative, whole
 from tests.patience import LIMIT
 from tests.tables import rows
 
 FP32 = {
     "a language model that shifts its labels",
     "a subclass with any name",
+    "a language model without labels in the batch",
+    "seq2seq (T5)",
     "mixture of experts without a router loss",
 }
-FP32 |= {"a language model without labels in the batch"}
-"""The models of Hugging Face that compute their loss in fp32, whatever their own dtype is."""
+"""The models of Hugging Face that compute their loss or their norms in fp32, whatever their own dtype is."""
+
+
+def bound_of(name: str) -> float:
+    """Return how far two runs of the same operations in another order, or on another device, may be apart, relatively.
+
+    There are terms of both signs, and 1e-10 is far above the rounding of fp64. With some operations in fp32 there are
+    some dozens of roundings of 6e-8. A CPU makes the same ones for a sample in every microbatch, a GPU others. A label
+    that is counted wrongly changes the result by percents.
+    """
+    return BOUND["fp32"] if name in FP32 else 1e-10
 
 
 def made(name: str) -> Loss:
@@ -40,9 +53,8 @@ Result = tuple[float, float, dict[str, Tensor]]
 """The losses of an evaluation and of a step, and the weights after it."""
 
 
-@cache
-def by_torch(name: str) -> Result:
-    """Train by plain torch, with all samples in one batch, for one step of SGD in fp64."""
+def forward_by_torch(name: str) -> tuple[nn.Module, Tensor]:
+    """Return the module, and its loss by plain torch in fp64, with all samples in one batch."""
     one = made(name)
     module, batch = one.module.double().train(), dict(one.batch)
     if one.criterion is None:
@@ -52,7 +64,13 @@ def by_torch(name: str) -> Result:
     else:
         labels = batch.pop("labels")
         loss = one.criterion(module(**batch), labels)
-    loss = loss[0] / loss[1] if isinstance(loss, tuple) else loss
+    return module, loss[0] / loss[1] if isinstance(loss, tuple) else loss
+
+
+@cache
+def by_torch(name: str) -> Result:
+    """Train by plain torch, with all samples in one batch, for one step of SGD in fp64."""
+    module, loss = forward_by_torch(name)
     loss.backward()
     torch.optim.SGD(module.parameters(), lr=1.0).step()
     return loss.item(), loss.item(), {name: p.detach() for name, p in module.named_parameters()}
@@ -190,13 +208,33 @@ def test_the_table_of_losses_has_no_row_without_a_test() -> None:
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("row", ROWS)
 def test_every_loss_equals_plain_torchs_with_all_samples_in_one_batch(row: str, stage: int) -> None:
-    """The same operations run in another order, with terms of both signs: 1e-10 is far above the rounding of fp64.
-
-    Losses that are computed in fp32 have some roundings of 6e-8.
-    """
     for got in by_engines(stage):
         for name in ROWS[row]:
-            assert_equal(name, got[name], by_torch(name), 1e-6 if name in FP32 else 1e-10)
+            assert_equal(name, got[name], by_torch(name), bound_of(name))
+
+
+class Narrowed(TorchDispatchMode):
+    """See whether torch runs an operation that has an fp64 tensor as input and an fp32 tensor as output."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        given, returned = ({x.dtype for x in tree_leaves(some) if isinstance(x, Tensor)} for some in (args, out))
+        self.seen |= torch.float64 in given and torch.float32 in returned
+        return out
+
+
+def test_the_losses_with_a_wider_bound_are_those_that_do_not_stay_in_fp64() -> None:
+    """The norms of T5 do not. On a CPU they round alike in every microbatch, so that only a GPU showed it."""
+    narrowed = set()
+    for name in LOSSES:
+        with Narrowed() as mode:
+            forward_by_torch(name)
+        narrowed |= {name} if mode.seen else set()
+    assert narrowed == FP32
 
 
 def refusal(rank: int, world_size: int, raw: Raw, names: list[str]) -> dict[str, tuple[str, str]]:
@@ -299,4 +337,4 @@ def in_a_precision(rank: int, world_size: int, precision: str, train: dict[str, 
 def test_recomputed_layers_count_no_label_twice(kind: str) -> None:
     for got in run(in_a_precision, 2, "fp64", dict(activation_checkpointing=kind)):
         for name in SOME:
-            assert_equal(name, got[name], by_torch(name), 1e-6 if name in FP32 else 1e-10)
+            assert_equal(name, got[name], by_torch(name), bound_of(name))

@@ -110,7 +110,7 @@ def test_greedy_texts_of_what_else_a_family_can_be_equal_hugging_faces(tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["dynamic", "linear", "llama3"])
 def test_a_greedy_text_with_scaled_rotary_positions_equals_hugging_faces(tmp_path: Path, scaling: str) -> None:
-    """With dynamic scaling the angles change with each token after the 16th; earlier keys keep theirs."""
+    """Dynamic scaling changes the angles with each token after the 16th; earlier keys keep theirs."""
     rope = dict(rope_type=scaling, rope_theta=100.0, factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
     rope |= dict(original_max_position_embeddings=8) if scaling == "llama3" else {}
     used = rope if scaling == "llama3" else {key: rope[key] for key in ("rope_type", "rope_theta", "factor")}
@@ -163,7 +163,7 @@ def test_the_tokens_that_can_be_drawn_are_those_of_hugging_faces_processors(samp
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
-    """In 40,000 draws a share of p has the deviation √(p (1 − p) / 40,000) < 0.0025; five of them are allowed."""
+    """A share of p in 40,000 draws has the deviation √(p (1 − p) / 40,000) < 0.0025; five of them are allowed."""
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     draws = 40_000
     found = Sampler(Sampling(1.0, seed=5), logits.device)(
@@ -356,7 +356,7 @@ def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_model_is_given_the_tokens_that_transformers_makes_of_a_prompt(tmp_path: Path, chat: bool) -> None:
-    """With its chat template or, for plain text, with what the tokenizer puts before it."""
+    """The chat template writes messages; plain text has before it what the tokenizer puts there."""
     folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
     save_model(folder, "llama", **(SHAPES["llama"] | dict(vocab_size=1024, max_position_embeddings=128)))
     request = Request(folder, ["Who is there?"], chat=chat)

@@ -67,7 +67,7 @@ def test_a_check_shows_ranks_layers_bytes_and_the_pipeline_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = ROOT / "configs" / "opt_tiny_pp2_2p5d.py"
+    config = ROOT / "configs" / "opt_tiny_equal.py"
     assert call("--config", str(config), "--check", "--set", "train.steps=7", "optimizer.lr=0.5") == 0
     shown = capsys.readouterr().out
     assert "overridden: train.steps=7\noverridden: optimizer.lr=0.5\n" in shown

@@ -1,1 +1,1 @@
-"""A training run: the checks before it, the loop, what it prints, and the files it leaves. `launch.py` starts it."""
+"""A training run: the checks before it, the loop, what it prints, and the files it leaves."""

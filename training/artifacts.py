@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from models.generation_config import write_generation_config
+from models.generation_config import exported_shape, write_generation_config
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
@@ -15,6 +13,7 @@ from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
+from training.export import widest_dtype
 from training.loop import Listeners
 from training.metrics import MetricsFile, MetricsLine
 from training.plot import draw_loss
@@ -69,16 +68,10 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     """Write a Hugging Face directory of the weights, in `output.export_dtype`, and the tokenizer.
 
     The default dtype is fp64 for an fp64 run, else fp32. It is also used where another cannot hold a weight, because an
-    export that fails after the training would lose it. Where the tokenizer names a token that ends a text, it is that
-    of the exported model too; and so is the token that begins one, if it was the same. A generation_config.json that
-    `model.path` had is carried on.
+    export that fails after the training would lose it. A generation_config.json that `model.path` had is carried on.
     """
     config = engine.config
-    shape = shape_of(config)
-    if job.tokenizer is not None and (end := job.tokenizer.end) is not None and end not in shape.end_tokens:
-        begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
-        shape = shape.with_fields(bos_token_id=begin, eos_token_id=end)
-    widest = torch.float64 if config.train.precision == "fp64" else torch.float32
+    shape, widest = exported_shape(shape_of(config), job.tokenizer), widest_dtype(config)
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
     pieces = engine.weights()
     if problem := too_large([(piece, dtype) for piece in pieces], engine.mesh.world):

@@ -82,7 +82,8 @@ def _tokenizer_messages(spec: str, tokenizer: Tokenizer, path: str) -> list[str]
     """Say where the ids of the data mean other tokens than those that the weights in `path` were trained with."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        read = "the data are read as bytes" if spec == "bytes" else ""
+        built_in = {"bytes": "the data are read as bytes", "bpe": "the data are read with the built-in bpe"}
+        read = built_in.get(spec, "")
         return [f"{read}, but {path} does not say with which tokenizer its weights were trained"] if read else []
     if spec == "bytes":
         if is_of_bytes(file):

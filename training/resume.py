@@ -33,13 +33,13 @@ def find_checkpoint(config: Config, resume: str | None, corpus: Corpus) -> Path 
 
 
 @contextmanager
-def naming_the_one_before(found: Path) -> Iterator[None]:
-    """Have a CheckpointError about a damaged checkpoint name the one before it, if there is one."""
+def naming_the_one_before(found: Path, option: str = "--resume ") -> Iterator[None]:
+    """Have a CheckpointError about a damaged checkpoint name the one before it, after `option`, if there is one."""
     try:
         yield
     except CheckpointError as error:
         if earlier := checkpoint.previous_checkpoint(found):
-            raise CheckpointError(f"{error} Try --resume {earlier}.") from error
+            raise CheckpointError(f"{error} Try {option}{earlier}.") from error
         raise
 
 

@@ -24,7 +24,7 @@ from parallel.watch.watch import UNWATCHED, Watch
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. `chat`: prompts that are text are messages of a user.
+    """The prompts, the model and the options that a user gives. `chat`: prompts that are text are messages of a user.
 
     `dtype` is a precision as train.precision names it. `config` is a file, of which `assignments` change keys.
     """

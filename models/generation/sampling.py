@@ -10,7 +10,7 @@ from parallel.layout.rng import gumbel, seed_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen, in the order of Hugging Face's logits processors: temperature, top_k, top_p.
+    """The options of a draw, which are applied in the order of Hugging Face's processors: temperature, top_k, top_p.
 
     `temperature`: logits are divided by it; 0 takes the most likely token, whatever the others say. `top_k`: only the k
     most likely tokens can be drawn; None: all. `top_p`: only the most likely tokens whose probabilities together reach

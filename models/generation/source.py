@@ -1,4 +1,4 @@
-"""What texts are generated from: a Hugging Face directory, such as a run's export, or a checkpoint of a run."""
+"""The source of generated texts: a Hugging Face directory, such as a run's export, or a checkpoint of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.build import stage_of
-from models.generation_config import carried_ends, end_tokens, read_generation_config
+from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
 from models.shape import ModelShape
@@ -27,7 +27,7 @@ PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16
 TOKEN_FILES = (".npy", ".bin")
 
 COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
-"""With it, torch's compiler makes kernels of its own for products with a single row, at nearly the memory's speed."""
+"""An option with which torch's compiler makes kernels of its own for products with a single row."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,10 @@ def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
 
 
 def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -> frozenset[int]:
-    """Return the tokens that would end a text of the run's export: see `training.artifacts.export_model`."""
-    before, end = shape.end_tokens, tokenizer.end
-    ends = before if end is None or end in before else (end,)
+    """Return the tokens that would end a text of the run's export."""
+    ends = exported_shape(shape, tokenizer).end_tokens
     generation = None if path is None else read_generation_config(path)
-    return frozenset(ends if generation is None else carried_ends(generation, ends=ends, before=before))
+    return frozenset(ends if generation is None else carried_ends(generation, ends=ends, before=shape.end_tokens))
 
 
 def _read_checkpoint(infos: Sequence[ParameterInfo], folder: Path) -> None:

@@ -43,7 +43,7 @@ class StepSize:
 
 
 class _State:
-    """What a step reads and writes, on the device, the same on every rank of a replica.
+    """The tensors that a step reads and writes, on the device, the same on every rank of a replica.
 
     tokens, positions [B, 1]   the last token of each text, and its position
     samples [B]                the numbers of the texts

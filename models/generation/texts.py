@@ -16,7 +16,7 @@ from parallel.mesh.collectives import gather_objects
 
 @dataclass(frozen=True)
 class Options:
-    """How texts are continued. `stops`: texts or special tokens that end one. `batch_size`: prompts of a replica."""
+    """The options of a text. `stops`: texts or special tokens that end one. `batch_size`: prompts of a replica."""
 
     num_tokens: int = 200
     sampling: Sampling = field(default_factory=Sampling)
@@ -26,7 +26,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was added to a prompt: text, tokens, and what ended it.
+    """The text and the tokens that were added to a prompt, and what ended it.
 
     `ended`: "end" (a token that ends a text), "stop" (one of the stops), "tokens" (as many as were asked for), or
     "positions" (the model has no more).

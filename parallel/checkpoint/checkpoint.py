@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,20 @@ def load(folder: Path, pieces: Iterable[Piece]) -> int:
     """
     check_files(folder)
     return Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError).read_into(pieces)
+
+
+def whole_tensors(folder: Path, entries: Iterable[Entry]) -> Iterator[Piece]:
+    """Yield the tensors that `entries` name, whole, cast to the entries' dtypes. One of them is in memory at a time.
+
+    Raises CheckpointError as `load` does.
+    """
+    check_files(folder)
+    archive = Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError)
+    for entry in entries:
+        box = tuple((0, size) for size in entry.shape)
+        piece = Piece(entry.key, entry.shape, box, torch.empty(entry.shape, dtype=entry.dtype))
+        archive.read_into([piece])
+        yield piece
 
 
 def _stored(folder: Path, tensors: dict[str, Any]) -> dict[str, StoredTensor]:

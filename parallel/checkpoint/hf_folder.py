@@ -93,7 +93,7 @@ def write_tensors_of(
                 _write_weights(temporary, entries, tensors, names)
                 describe(temporary)
         finally:  # even after an error: the other ranks send, and wait until that is received
-            for _ in tensors:
+            for _ in tensors if axis.size > 1 else ():
                 pass
 
 

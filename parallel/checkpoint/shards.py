@@ -194,6 +194,15 @@ def check_sum(file: Path, error: type[ColonnadeError]) -> None:
         raise error(f"{file} is damaged: its bytes are not those that were written.")
 
 
+def has_checksum(file: Path) -> bool:
+    """Return whether `write_tensors` wrote a file, by its header; False also for one that cannot be read."""
+    try:
+        with file.open("rb") as content:
+            return content.read(8 + len(BEFORE_CHECKSUM))[8:] == BEFORE_CHECKSUM
+    except OSError:
+        return False
+
+
 def file_size(entries: Sequence[Entry]) -> int:
     """Return the size of a file with these entries, in bytes."""
     return len(_header(entries)) + sum(entry.num_bytes for entry in entries)

@@ -33,8 +33,8 @@ class DataConfig:
     """The dtype of the token ids in FILE.bin, which has no header."""
 
     tokenizer: PathText = "bytes"
-    """"bytes" (the id of a byte is the byte + 4: a vocabulary of 260, with nothing to download), or a tokenizer.json,
-    or a folder with one.
+    """"bytes" (the id of a byte is the byte + 4: a vocabulary of 260), "bpe" (built in too: 4,096 ids, by the package
+    `tokenizers`), or a tokenizer.json, or a folder with one.
     """
 
     sequence_length: Annotated[int, Range(2, 2**40)] = 256

@@ -1,0 +1,144 @@
+"""The export of a run: what a Hugging Face directory has beside weights, and the export of a checkpoint afterwards."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from models.generation_config import (
+    GenerationConfig,
+    exported_shape,
+    read_generation_config,
+    write_generation_config,
+)
+from models.hf import entries_of, export_whole, not_exported
+from models.shape import ModelShape
+from models.shapes import shape_from
+from parallel.checkpoint import checkpoint
+from parallel.checkpoint.hf_folder import too_large
+from parallel.checkpoint.shards import replace_files, replace_folder
+from parallel.config import Config, parse
+from parallel.engine.context import DTYPES
+from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError
+from parallel.layout.layout import Piece
+from parallel.mesh.mesh import ALONE
+from training.inputs import tokenizer_of
+from training.resume import naming_the_one_before
+
+T = TypeVar("T")
+
+EVERYTHING = re.compile(".*")
+MASTER = "master/"  # with which the names of master weights begin in a checkpoint
+
+
+def widest_dtype(config: Config) -> torch.dtype:
+    """Return the dtype of the master weights, in which an export loses nothing."""
+    return torch.float64 if config.train.precision == "fp64" else torch.float32
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The model of a checkpoint that a run has saved: its folder, the step it was saved after, config and shape."""
+
+    folder: Path
+    step: int
+    config: Config
+    shape: ModelShape
+
+    @classmethod
+    def find(cls, name: str) -> "SavedModel":
+        """Return the model of a checkpoint, or of the newest one of a run's folder.
+
+        Raises CheckpointError, by the name of the file, for one that is missing, damaged, or of another program.
+        """
+        path = "./auto" if name == "auto" else os.path.expanduser(name)  # a folder; --resume has another meaning for it
+        folder = checkpoint.find_checkpoint(path, Path(), option="CHECKPOINT")
+        assert folder is not None
+        try:
+            with naming_the_one_before(folder, option=""):
+                checkpoint.check_files(folder)
+                checkpoint.check_contents(folder, ALONE)
+            metadata = checkpoint.read_metadata(folder)
+            if "model" not in metadata and "format" in metadata:
+                raise CheckpointError(
+                    f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say"
+                    " which model it has. Load it there, and call engine.save_pretrained."
+                )
+            config, shape = parse(metadata["config"], batches=False), shape_from(metadata["model"])
+            return cls(folder, int(metadata["step"]), config, shape)
+        except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+            raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
+
+    def tensors(self) -> Iterator[Piece]:
+        """Yield the master weights, whole, one at a time, in the order of an export."""
+        entries = entries_of(self.shape, widest_dtype(self.config))
+        stored = [replace(entry, key=f"{MASTER}{entry.key}") for entry in entries]
+        for piece in checkpoint.whole_tensors(self.folder, stored):
+            yield replace(piece, name=piece.name.removeprefix(MASTER))
+
+
+def check_target(target: Path, saved: SavedModel) -> None:
+    """Raise ConfigError where an export cannot be written into this folder, or would replace other files."""
+    for blocked in (target, *target.parents):
+        if blocked.exists() and not blocked.is_dir():
+            raise ConfigError(f"--to: {target}: {blocked} is not a folder. Name another folder.")
+    if target.is_relative_to(saved.folder.resolve()):
+        raise ConfigError(f"--to: {target} lies in the checkpoint, which is deleted one day. Name another folder.")
+    if target.exists() and (other := not_exported(target)):
+        raise ConfigError(
+            f"--to: {target} is not empty, and {other} in it is no file of an earlier export. Name a new folder."
+        )
+
+
+def export_checkpoint(saved: SavedModel, target: Path, dtype: str | None = None) -> tuple[torch.dtype, list[str]]:
+    """Write what the run's own export would be after this step; return its dtype, and messages of what is missing.
+
+    `dtype` is one of DTYPES, by default that of the run's export. This process does it alone, and has one tensor in
+    memory at a time. The folder gets its name when it is complete; an earlier export there is replaced. Raises
+    CheckpointError, also where a value is too large for a dtype that was asked for.
+    """
+    chosen, messages = _dtype_for(saved, dtype)
+    tokenizer = _or_message(lambda: tokenizer_of(saved.config), "no tokenizer", messages)
+    shape = exported_shape(saved.shape, tokenizer)
+    generation = _or_message(lambda: _generation_of(saved.config), "no generation_config.json", messages)
+    is_empty = target.exists() and not any(target.iterdir())  # it may be a mount, or where a shell is: it stays
+    with replace_files(target, EVERYTHING, ALONE) if is_empty else replace_folder(target, ALONE) as temporary:
+        tensors = (piece.data.to(chosen) for piece in saved.tensors())
+        export_whole(temporary, tensors, shape=shape, dtype=chosen, tokenizer=tokenizer)
+        if generation is not None:
+            write_generation_config(temporary, generation, ends=shape.end_tokens, before=saved.shape.end_tokens)
+    return chosen, messages
+
+
+def _dtype_for(saved: SavedModel, dtype: str | None) -> tuple[torch.dtype, list[str]]:
+    """Return the dtype of the export, and a message where it is not that of the run's config."""
+    widest, name = widest_dtype(saved.config), dtype or saved.config.output.export_dtype
+    chosen = widest if name is None else DTYPES[name]
+    if torch.finfo(chosen).max >= torch.finfo(widest).max:
+        return chosen, []
+    problem = too_large(((piece, chosen) for piece in saved.tensors()), ALONE)
+    if problem and dtype is not None:
+        raise CheckpointError(f"--dtype: {dtype}: {problem} Choose a dtype with a larger range, such as fp32.")
+    if problem:
+        return widest, [f"output.export_dtype: {name}: {problem} The export is {widest}"]
+    return chosen, []
+
+
+def _generation_of(config: Config) -> GenerationConfig | None:
+    path = config.model.path
+    if path is not None and not Path(path).is_dir():
+        raise DataError(f"model.path: {path} is not a directory.")
+    return None if path is None else read_generation_config(path)
+
+
+def _or_message(read: Callable[[], T], missing: str, messages: list[str]) -> T | None:
+    """Return what `read` returns; None, and a message of what is missing and why, where it raises."""
+    try:
+        return read()
+    except ColonnadeError as error:
+        messages.append(f"{missing}: {error} Relative paths of the run are looked up in the working directory.")
+        return None
