@@ -23,9 +23,11 @@ from colonnade.arguments import add_config, count
 from colonnade.process import REFUSED, TERMINATED, guarded, import_torch, terminate
 
 if TYPE_CHECKING:
-    from models.generation.job import Request
+    from models.generation.job import GenerationJob, Request
     from models.generation.prompts import Messages
     from models.generation.texts import Continuation
+    from parallel.engine.context import Place
+    from parallel.watch.watch import Watch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +94,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     if not import_torch():
         return REFUSED
-    from models.generation.job import generate, prepare
+    from models.generation.job import prepare
     from parallel.engine.context import Place, watch_of
     from parallel.errors import ColonnadeError, LostRankError, RoomError
     from parallel.mesh.process_groups import leave
@@ -114,13 +116,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         if arguments.nprocs is not None:
             arguments.nprocs = None
             return run_ranks(main, arguments, world_size, preload=("colonnade", "torch", "models.generation.job"))
-        streams = place.rank == 0 and arguments.out is None and len(job.prompts) == 1
-        screen = _Stream(job.prompts[0] if isinstance(job.prompts[0], str) and not arguments.chat else "")
-        found = generate(job, place, watch=watch, listener=screen.show if streams else None)
-        if streams:
-            screen.finish(found[0].text)
-        elif place.rank == 0:
-            _write(arguments.out, job.prompts, found)
+        _generate(arguments, job, place, watch)
         watch.leave()
         leave()
     except LostRankError as error:
@@ -132,6 +128,28 @@ def _launch(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return REFUSED
     return 0
+
+
+def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place", watch: "Watch") -> None:
+    """Generate the texts of the job, with all ranks, and give them out on rank 0. A single one is printed as it grows."""
+    from models.generation.job import generate
+
+    streams = place.rank == 0 and arguments.out is None and len(job.prompts) == 1
+    screen = _Stream(job.prompts[0] if isinstance(job.prompts[0], str) and not arguments.chat else "")
+    found = generate(job, place, watch=watch, listener=screen.show if streams else None)
+    if streams:
+        screen.finish(found[0].text)
+    elif place.rank == 0:
+        _write(arguments.out, job.prompts, found)
+    if place.rank == 0:
+        _say_what_was_cut(found, job.source.shape.max_positions)
+
+
+def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
+    """Print which texts ended although the model had not ended them, nor the user."""
+    cut = [str(number) for number, continuation in enumerate(found, 1) if continuation.ended == "positions"]
+    if cut:
+        print(f"cut at the model's {positions} positions: text {', '.join(cut)}", file=sys.stderr)
 
 
 def _request(arguments: argparse.Namespace) -> "Request":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.generation.decoding import Decoder, Limits
-from models.generation.job import Request, continued, prepare
+from models.generation.job import Request, continued, generate, prepare
 from models.generation.layout import config_for
 from models.generation.sampling import Sampler, Sampling, filtered
 from models.generation.source import Source, find_source
@@ -95,6 +95,7 @@ def assert_greedy_texts_are_equal(folder: Path, name: str) -> None:
     assert greedy(path) == theirs[:, ids.shape[1] :].tolist()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_texts_of_prompts_of_different_lengths_equal_hugging_faces(tmp_path: Path, family: str) -> None:
     """The windows of Mistral and Qwen2, of 3 and 2 tokens, are shorter than every text."""
@@ -121,6 +122,7 @@ def test_a_greedy_text_with_scaled_rotary_positions_equals_hugging_faces(tmp_pat
     assert greedy(path)[1] == theirs[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.gpu
 def test_a_text_ends_where_hugging_face_ends_it(tmp_path: Path) -> None:
     """One of several end tokens, at another place in each text. Rows that have ended do not end the others."""
     path = model_in(tmp_path, "llama")
@@ -232,6 +234,21 @@ def test_texts_are_the_same_in_every_larger_layout(tmp_path: Path, layout: str) 
     assert_texts_are_those_of_one_process(tmp_path, "mistral", layout)
 
 
+def texts_of_replicas(rank: int, world_size: int, path: Path, settings: list[str]) -> list[Continuation]:
+    place = Place(rank, world_size, rank, world_size)
+    options = Options(12, SAMPLED, batch_size=2)
+    request = Request(path, ["The ", "A", "of text", "xy", "z"], options=options, assignments=settings)
+    return generate(prepare(request, place, world_size), place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], ["zero.stage=3"], ["parallel.pipeline=2"]], ids=["whole", "zero3", "pp2"])
+def test_replicas_share_the_prompts_and_all_ranks_have_all_texts_in_order(export: Path, settings: list[str]) -> None:
+    """Five prompts on four replicas, two at a time: some have one batch more than others, in which they repeat one."""
+    (wanted,) = [texts_of_replicas(0, 1, export, [])]
+    assert run(texts_of_replicas, 4, export, settings) == [wanted] * 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt-projected", "qwen2", "qwen3", "gpt2"])
 @pytest.mark.parametrize("layout", ["pp2", "2d4", "3d8"])
@@ -263,6 +280,7 @@ def test_a_text_is_the_same_beside_others_and_in_smaller_batches(export: Path) -
     assert len({text.text for text in together}) == 4
 
 
+@pytest.mark.gpu
 def test_a_second_batch_in_the_memory_of_the_first_has_the_same_texts(export: Path) -> None:
     """The first one's longer texts have left keys and values behind those of the second."""
     long, short = ["a longer text", "xy", "A", "b"], ["z", "The "]
@@ -302,7 +320,9 @@ def test_prompts_of_a_file_are_answered_in_order(
     assert [line["prompt"] for line in lines] == ["The ", "A"]
     assert [Continuation(line["text"], line["tokens"], line["ended"]) for line in lines] == wanted
     assert main(["generate", str(export), "--prompt", "The ", *options[2:]]) == 0
-    assert capsys.readouterr().out == f"The {wanted[0].text}\n"
+    assert capsys.readouterr() == (f"The {wanted[0].text}\n", "")
+    assert main(["generate", str(export), "--prompt", "x" * 30, *options[2:]]) == 0
+    assert capsys.readouterr().err == "cut at the model's 32 positions: text 1\n"
 
 
 @pytest.mark.parametrize(
