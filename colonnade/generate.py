@@ -131,7 +131,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place", watch: "Watch") -> None:
-    """Generate the texts of the job, with all ranks, and give them out on rank 0. A single one is printed as it grows."""
+    """Generate the texts of the job, and give them out on rank 0. A single one is printed while it grows."""
     from models.generation.job import generate
 
     streams = place.rank == 0 and arguments.out is None and len(job.prompts) == 1

@@ -947,7 +947,7 @@ FOLDERS = (
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
            text_row("texts that contain `</s>` or another special token")),
     Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
-           "training/export.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           "models/generation_config.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
            text_row("an end token that is not the model's")),
     Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
            "training/run.py", "    if len(set(read)) > 1:", "    if False:",
