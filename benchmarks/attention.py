@@ -1,4 +1,4 @@
-"""Measure attention with grouped heads and with a window: ours beside torch's, in bf16 on the GPU.
+"""Measure attention with grouped heads, with a window and within documents: ours beside torch's, in bf16 on the GPU.
 
     python -m benchmarks.attention [--only llama-3.2-1b mistral-7b] [--times 20]
     python -m benchmarks.attention --tiny     # also without a GPU, in fp32
@@ -6,9 +6,10 @@
 The rows of each case, by their names:
 
     ours      `SequenceSplit.attend`, as a layer calls it
-    repeated  `scaled_dot_product_attention` of keys and values repeated for each query head, a window as a mask
-    grouped   `scaled_dot_product_attention(enable_gqa=True)`, a window as a mask
-    flex      `flex_attention(enable_gqa=True)`, compiled, a window as a block mask; on a GPU alone
+    repeated  `scaled_dot_product_attention` of keys and values repeated for each query head, and a mask
+    grouped   `scaled_dot_product_attention(enable_gqa=True)`, with the same mask
+    flex      `flex_attention(enable_gqa=True)`, compiled, with a block mask; on a GPU alone
+    varlen    `torch.nn.attention.varlen`, a sequence for each document; with documents on a GPU alone
 
 A row has the median milliseconds of a forward and a backward, TFLOP/s (a backward is 2.5 forwards, and only the scores
 that a query sees count), the peak memory of both beyond the inputs, their gradients and the mask in MiB, and the error:
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from parallel.ops.clock import clock_of
-from parallel.sequence import UNSPLIT, Masking
+from parallel.sequence import UNSPLIT, Documents, Masking
 from training.metrics import peak_device_bytes
 
 WARM_UP = 3
@@ -45,14 +46,30 @@ class Case:
     kv_heads: int
     head: int
     window: int | None = None
+    document: int | None = None  # the mean length of documents
+
+    def numbers(self) -> Tensor:
+        """Return the number of each token's document, int64 [S], the same in all samples; lengths are geometric."""
+        if self.document is None:
+            return torch.zeros(self.length, dtype=torch.int64)
+        drawn = torch.rand(self.length, generator=torch.Generator().manual_seed(0))
+        return (drawn < 1 / self.document).cumsum(0)
+
+    def documents(self, device: torch.device) -> Documents | None:
+        """Return the documents of all samples; None where a sample is one."""
+        if self.document is None:
+            return None
+        return Documents.of(self.numbers().expand(self.batch, -1)).apply(lambda x: x.to(device))
 
     def flops(self) -> float:
         """Return the FLOPs of a forward and a backward, counting only the keys that a query sees."""
-        seen = sum(min(i + 1, self.window or self.length) for i in range(self.length))
+        places = Documents.of(self.numbers().unsqueeze(0)).positions
+        seen = int((places + 1).clamp_max(self.window or self.length).sum())
         return 3.5 * 4.0 * self.batch * self.heads * self.head * seen
 
     def __str__(self) -> str:
         window = f", a window of {self.window}" if self.window else ""
+        window += f", documents of {self.document} tokens in the mean" if self.document else ""
         heads = f"{self.heads} heads of {self.head}, {self.kv_heads} of keys and values"
         return f"{self.batch} × {self.length} tokens, {heads}{window}"
 
@@ -62,8 +79,15 @@ USUAL = {
     "llama-3.2-1b, longer": Case(4, 4096, 32, 8, 64),
     "mistral-7b": Case(1, 16384, 32, 8, 128, window=4096),
     "mistral-7b, no window": Case(1, 16384, 32, 8, 128),
+    "llama-3.2-1b, documents": Case(2, 8192, 32, 8, 64, document=512),
+    "llama-3.1-8b, documents": Case(1, 8192, 32, 8, 128, document=512),
+    "mistral-7b, documents": Case(1, 16384, 32, 8, 128, window=4096, document=4096),
 }
-TINY = {"grouped": Case(2, 16, 4, 2, 8), "a window": Case(1, 16, 4, 2, 8, window=5)}
+TINY = {
+    "grouped": Case(2, 16, 4, 2, 8),
+    "a window": Case(1, 16, 4, 2, 8, window=5),
+    "documents": Case(2, 16, 4, 2, 8, document=6),
+}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q[B, heads, S, D], k, v[B, kv_heads, S, D] -> y[B, S, heads · D]."""
@@ -71,7 +95,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def ours(case: Case, device: torch.device) -> Attend:
     """Return our attention of whole sequences."""
-    masking = Masking(window=case.window)
+    masking = Masking(window=case.window, documents=case.documents(device))
     return lambda q, k, v: UNSPLIT.attend(q, k, v, masking)
 
 
@@ -98,8 +122,10 @@ def flex(case: Case, device: torch.device) -> Attend:
     """Return torch's attention that is compiled for its mask."""
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        before: Tensor = row >= column
+        before: Tensor = (row >= column) & (numbers[row] == numbers[column])
         return before if case.window is None else before & (row - column < case.window)
+
+    numbers = case.numbers().to(device)
 
     mask = create_block_mask(sees, None, None, case.length, case.length, device=str(device))
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -111,12 +137,33 @@ def flex(case: Case, device: torch.device) -> Attend:
     return attend
 
 
+def varlen(case: Case, device: torch.device) -> Attend:
+    """Return torch's attention of sequences of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    documents = case.documents(device)
+    assert documents is not None
+    bounds, longest = documents.cumulative(), documents.longest
+    window = (-1 if case.window is None else case.window - 1), 0
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        sizes = bounds, bounds, longest, longest
+        y = varlen_attn(q, k, v, *sizes, window_size=window, enable_gqa=case.heads > case.kv_heads)
+        assert isinstance(y, Tensor)
+        by_sample: Tensor = y.unflatten(0, (case.batch, -1))
+        return by_sample.flatten(2)
+
+    return attend
+
+
 def _mask(case: Case, device: torch.device) -> Tensor | None:
-    """Return which keys a query sees in a window, bool [S, S]; None without one."""
-    if case.window is None:
+    """Return which keys a query sees in its window and document, bool [S, S]; None without both."""
+    if case.window is None and case.document is None:
         return None
-    seen = torch.ones(case.length, case.length, dtype=torch.bool, device=device)
-    return seen.tril_().triu_(1 - case.window)
+    numbers = case.numbers().to(device)
+    seen = (numbers.unsqueeze(1) == numbers).tril_()
+    return seen.triu_(1 - (case.window or case.length))
 
 
 def _joined(y: Tensor) -> Tensor:
@@ -124,7 +171,7 @@ def _joined(y: Tensor) -> Tensor:
 
 
 CONTENDERS: dict[str, Callable[[Case, torch.device], Attend]] = {
-    build.__name__: build for build in (ours, repeated, grouped, flex)
+    build.__name__: build for build in (ours, repeated, grouped, flex, varlen)
 }
 
 
@@ -205,6 +252,8 @@ def compare(case: Case, device: torch.device, times: int) -> dict[str, Figures]:
     for name, build in CONTENDERS.items():
         if name == "flex" and (device.type != "cuda" or case.head < 16):
             continue  # it has no backward on a CPU, and no narrower heads
+        if name == "varlen" and (device.type != "cuda" or case.document is None):
+            continue
         try:
             found[name] = one = measure(build(case, device), inputs, expected, times)
         except Exception as error:  # most likely it ran out of memory, and the others can still run

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from models.data.texts import BUILT_IN, Texts
+from models.data.texts import built_in_text
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 1.0)
 SEEDS = 10
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="The", help="the beginning of each text (default: %(default)r)")
     parser.add_argument("--tokens", type=int, default=120, help="the tokens of each text (default: %(default)s)")
     arguments = parser.parse_args()
-    corpus = [text for _, text in Texts(BUILT_IN)]
+    corpus = [built_in_text()]
     print("temperature | known words | different words")
     for temperature in TEMPERATURES:
         texts = generated(arguments.folder, arguments.prompt, arguments.tokens, temperature)

@@ -86,6 +86,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from parallel.watch.watch import UNWATCHED
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
+    from training.tokenizing import cache_of
 
     place, watch = Place(), UNWATCHED
     try:
@@ -96,7 +97,9 @@ def _launch(arguments: argparse.Namespace) -> int:
         watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
         with watch.refusing(), watch.phase("preparation"):
             config = read_config(arguments.config, arguments.set, world_size)
-            job = prepare(config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set)
+            cache = cache_of(os.environ, quiet=place.rank != 0, check=lambda: ended and sys.exit(TERMINATED))
+            resume, profile, overridden = arguments.resume, arguments.profile, arguments.set
+            job = prepare(config, place, resume=resume, profile=profile, overridden=overridden, cache=cache)
             if watch.is_on:
                 watch.meet(facts_of_job(job), config.train.timeout_seconds)
         signal.signal(signal.SIGTERM, terminate)
@@ -135,12 +138,13 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     from training.preview import device_messages, preview_of
     from training.resume import find_checkpoint, start_messages
     from training.schedule_messages import schedule_messages
+    from training.tokenizing import cache_of
 
     world_size = arguments.world or arguments.nprocs or place.world_size
     if world_size == 1 and not (arguments.world or arguments.nprocs):
         world_size = read_config(arguments.config, arguments.set, None).parallel.model_size
     config = read_config(arguments.config, arguments.set, world_size)
-    corpus = read_corpus(config)
+    corpus = read_corpus(config, cache_of(os.environ, quiet=place.rank != 0))
     found = find_checkpoint(config, arguments.resume, corpus)
     messages = [
         *override_messages(arguments.set),

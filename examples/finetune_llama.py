@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import models
 import parallel
-from models.data.texts import BUILT_IN, Texts
+from models.data.texts import built_in_text
 from models.hf import export
 from models.shapes import resolve, shape_of
 from models.tokenizer import ByteTokenizer
@@ -93,7 +93,7 @@ def small_llama(folder: Path) -> Path:
 
 def read_samples(args: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return the text, cut into samples [N, S]: those to train on, and two batches of them to evaluate."""
-    text = args.text.read_text(encoding="utf-8") if args.text else next(iter(Texts(BUILT_IN)))[1]
+    text = args.text.read_text(encoding="utf-8") if args.text else built_in_text()
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     samples = tokens[: len(tokens) // args.sequence * args.sequence].view(-1, args.sequence)
     if len(samples) < 3 * args.batch:

@@ -85,7 +85,7 @@ class Attention(nn.Module):
         return self.mode.sequence.attend(q, k, v, self._masking(batch))
 
     def _masking(self, batch: Microbatch) -> Masking:
-        tokens = dropout = None
+        tokens = dropout = documents = None
         if batch.attention_mask is not None:
             tokens = self.mode.local(batch.attention_mask, self.mode.inner_batch).bool()
         if self.training and self.options.dropout > 0:
@@ -93,7 +93,9 @@ class Attention(nn.Module):
             heads = global_range(self.mode.inner_hidden, self.heads, samples.device)
             numbers = samples.unsqueeze(1) * self.all_heads + heads
             dropout = AttentionDropout(self.options.dropout, self.dropout_key, numbers)
-        return Masking(tokens, dropout, self.options.window)
+        if batch.documents is not None:
+            documents = batch.documents.apply(lambda x: self.mode.local(x, self.mode.inner_batch))
+        return Masking(tokens, dropout, self.options.window, documents)
 
 
 def parts_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,5 +183,11 @@ def interface_of(context: Context, mode: Mode) -> StageInterface:
         activation_shape=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
         dtype=context.dtype,
         is_counted=mode.counts_for(mode.inner_batch),
-        limits=Limits(shape.vocab_size, shape.max_positions, parts, first_position=shape.first_position),
+        limits=Limits(
+            shape.vocab_size,
+            shape.max_positions,
+            parts,
+            first_position=shape.first_position,
+            has_documents=mode.sequence.has_documents,
+        ),
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 Message: TypeAlias = Mapping[str, Any]
+BUILT_IN = ("bytes", "bpe")  # tokenizers without a chat template
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning, the standard one first
 
@@ -45,7 +46,7 @@ def load_chat_template(spec: str) -> ChatTemplate | None:
     As for `AutoTokenizer`, chat_template.jinja and the files of additional_chat_templates/ replace the `chat_template`
     of tokenizer_config.json. Raises DataError where the files cannot be read, or jinja2 is not installed.
     """
-    if spec == "bytes":
+    if spec in BUILT_IN:
         return None
     path = Path(spec)
     files = TokenizerFiles(path / "tokenizer.json" if path.is_dir() else path)
@@ -75,6 +76,10 @@ class ChatTemplate:
     def writes_date(self) -> bool:
         """True if the text may depend on the day on which it is written."""
         return any("strftime_now" in source for source in self.sources.values())
+
+    def names_role(self, role: str) -> bool:
+        """Return whether a template has this role in quotes, as it would to write its messages in their own way."""
+        return any(quoted in source for source in self.sources.values() for quoted in (f"'{role}'", f'"{role}"'))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return the text of messages, with the beginning of an answer after them if it is asked for.

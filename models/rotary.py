@@ -96,7 +96,7 @@ class Rotary:
         """Return the tables of a microbatch, which the first layer makes and the others of the stage find here."""
         if torch.compiler.is_compiling():
             return self._make_tables(batch, mode, q)
-        ids = batch.position_ids
+        ids = batch.columns
         version = None if ids is None else ids._version
         key = batch.length, q.shape[2], q.device, q.dtype, version, torch.is_inference_mode_enabled()
         if self._tables is None or self._key != key or self._ids is not ids:
@@ -104,11 +104,12 @@ class Rotary:
         return self._tables
 
     def _make_tables(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
-        if batch.position_ids is None:
+        ids = batch.columns
+        if ids is None:
             positions = mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)
             return self.tables(positions, batch.length, q.dtype)
-        length = batch.position_ids.max() + 1 if self.settings.is_dynamic else batch.length
-        return self.tables(mode.tokens(batch.position_ids, mode.inner_batch), length, q.dtype)
+        length = ids.max() + 1 if self.settings.is_dynamic else batch.length
+        return self.tables(mode.tokens(ids, mode.inner_batch), length, q.dtype)
 
 
 def tables_of(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tables:

@@ -7,10 +7,9 @@ Each can save itself in an exported directory, where `transformers` then finds t
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.tokenizer_files import TokenizerFiles
+from models.windows import WindowEncoder
 from parallel.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,8 +49,25 @@ class Tokenizer(Protocol):
     def vocabulary(self) -> Mapping[str, int]:
         """Return the id of each token, the special tokens among them."""
 
+    @property
+    def num_special(self) -> int:
+        """The number of special tokens that a document has beside those of its text."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides which ids a text becomes."""
+
     def encode(self, text: str) -> Ids:
         """Return the ids of a text, without special tokens."""
+
+    def encode_with_places(self, text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Return what `encode` returns, and of each token from which character to which it is: int64 [T, 2]."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text, with the special tokens that the tokenizer puts before and after a text."""
+
+    def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
+        """Yield, part by part, the ids of a document whose text comes in chunks: those that it has in one."""
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text of these ids. Special tokens are left out."""
@@ -75,12 +92,27 @@ class ByteTokenizer:
     vocab_size = 256 + len(SPECIALS)
     end: int | None = SEPARATOR
     beginning: Sequence[int] = ()
+    num_special = 0
 
     def vocabulary(self) -> Mapping[str, int]:
         return _byte_level_vocabulary()
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + len(SPECIALS)
+
+    def encode_with_places(self, text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
+        starts = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
+
+    @property
+    def identity(self) -> str:
+        return "bytes"
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        return [self.encode(text) for text in texts]
+
+    def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
+        return map(self.encode, chunks)
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text. Bytes that are not UTF-8 become U+FFFD, and ids that are not bytes are left out."""
@@ -117,19 +149,51 @@ class FileTokenizer:
         ids = self.vocabulary()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end = self._files.end(ids)
+        self.num_special: int = self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     @property
     def beginning(self) -> Sequence[int]:
-        text = self._tokenizer.encode("a", add_special_tokens=True)
-        marked = zip(text.ids, text.special_tokens_mask, strict=True)
-        return [id for id, is_special in takewhile(itemgetter(1), marked)]
+        before: list[int] = self._special_tokens()[0].tolist()
+        return before
 
     def vocabulary(self) -> Mapping[str, int]:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return ids
 
+    @property
+    def identity(self) -> str:
+        import tokenizers
+
+        own = self._tokenizer.encode_special_tokens, self._files.adds_prefix_space
+        return hashlib.sha256(self._files.tokenizer + repr((own, tokenizers.__version__)).encode()).hexdigest()
+
     def encode(self, text: str) -> Ids:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_with_places(self, text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def encode_long(self, chunks: Iterable[str]) -> Iterator[Ids]:
+        before, after = self._special_tokens()
+        parts = (part for part in WindowEncoder(self._tokenizer).encode(chunks) if len(part))
+        if (first := next(parts, None)) is not None:
+            yield np.concatenate([before, first])
+            yield from parts
+            yield after
+
+    def _special_tokens(self) -> tuple[Ids, Ids]:
+        """Return the special tokens before and after a document, as the post-processor puts them."""
+        for text in ("a", *self.vocabulary()):
+            encoding = self._tokenizer.encode(text)
+            mask = encoding.special_tokens_mask
+            if 0 in mask:  # some tokenizers have no token for some texts
+                first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+                return np.array(encoding.ids[:first], np.int32), np.array(encoding.ids[last:], np.int32)
+        raise AssertionError("no text has a token")
 
     def decode(self, ids: npt.ArrayLike) -> str:
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from models.data.texts import BUILT_IN, Texts
+from models.data.texts import built_in_text
 from models.tokenizer import BUILT_IN_BPE, SPECIALS, byte_level_config, byte_level_json
 
 VOCAB_SIZE = 4096
@@ -51,7 +51,7 @@ def bpe_json(merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 def main() -> None:
     """Write tokenizer.json and tokenizer_config.json."""
-    merges = trained_merges([text for _, text in Texts(BUILT_IN)], VOCAB_SIZE)
+    merges = trained_merges([built_in_text()], VOCAB_SIZE)
     BUILT_IN_BPE.mkdir(exist_ok=True)
     for name, content in {"tokenizer.json": bpe_json(merges), "tokenizer_config.json": byte_level_config()}.items():
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + \
 '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -142,6 +142,7 @@ SPECIALS = (
     *("<s>", "<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
     *("<|eot_id|>", "<start_of_turn>", "<end_of_turn>"),
 )
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama 3 has them
 BOS, PAD, EOS = 0, 1, 2
 VOCABULARY = len(SPECIALS) + 256 + 3
 
@@ -153,7 +154,9 @@ def save_tokenizer(folder: Path, template: str | None, **config: Any) -> Path:
     merges = [("h", "e"), ("Ġ", "t"), ("Ċ", "Ċ")]
     words = [*SPECIALS, *letters, *(a + b for a, b in merges)]
     tokenizer = Tokenizer(models.BPE({word: id for id, word in enumerate(words)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
@@ -166,7 +169,6 @@ def save_tokenizer(folder: Path, template: str | None, **config: Any) -> Path:
     return folder
 
 
-def theirs(folder: Path) -> PreTrainedTokenizerBase:
+def theirs(folder: Path) -> Any:
     """Return the tokenizer of a folder as transformers reads it."""
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
-    return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(folder)

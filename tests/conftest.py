@@ -7,6 +7,8 @@ and only these, a second time: in them the configs' default, `train.device="auto
 
 import multiprocessing
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["COLONNADE_CACHE"] = tempfile.mkdtemp(prefix="colonnade-cache-")  # and not the one of the user
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
@@ -36,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if Path("/dev/nvidiactl").exists():
             pytest.exit("this machine has an NVIDIA GPU, but torch sees none: the driver or torch's build is wrong", 1)
         pytest.exit("torch sees no GPU here, so the tests marked gpu are not run a second time", 0)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["COLONNADE_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ the code that it checks. Whole weights, gradients and moments are compared, unde
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -174,7 +174,17 @@ def mean_loss(model: Any, batches: list[Batch]) -> float:
     return total / count
 
 
-def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
+def loss_of_batch(model: Any, batch: Batch) -> Tensor:
+    """Return a Hugging Face model's loss, the mean over all labels of a batch."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    labels = batch.get("labels", ids)
+    logits = model(ids, attention_mask=mask, position_ids=batch.get("position_ids")).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def reference(
+    path: Path, raw: Raw, batches: list[Batch], loss_of: Callable[[Any, Batch], Tensor] = loss_of_batch
+) -> Trace:
     """Train Hugging Face's model in one process, with the same weights, tokens and hyperparameters."""
     config = parse(raw)
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
@@ -186,10 +196,7 @@ def reference(path: Path, raw: Raw, batches: list[Batch]) -> Trace:
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
     trace = Trace()
     for step, batch in enumerate(batches):
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        labels = batch.get("labels", ids)
-        logits = model(ids, attention_mask=mask, position_ids=batch.get("position_ids")).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         clip = config.train.clip_grad_norm or math.inf

@@ -83,6 +83,7 @@ SPLIT_MODEL: dict[str, tuple[Any, str]] = {
     "a position too large": (dict(position_ids=IDS), "position_ids: 16 is outside -1 … 15"),
     "a position too small": (dict(position_ids=IDS * 0 - 2), "position_ids: -2 is outside -1 … 15"),
     "a list": (dict(labels=IDS.tolist()), "labels: wanted integers [4, 6], got list"),
+    "numbers of documents that fall": (dict(document_ids=IDS.flip(1)), "document_ids: 4 comes after 5 in sample 0."),
     "numbers of documents as a mask": (dict(attention_mask=IDS % 3), "attention_mask: 2 is neither 1, a token, nor 0"),
 }
 
@@ -228,11 +229,14 @@ KEYS_REFUSED = {
     "positions outside of the model's table": "a position too large",
     "another key": "the nearest key",
     "a list in place of a tensor": "a list",
+    "documents whose numbers fall along a sample": "numbers of documents that fall",
 }
+KEYS_REFUSED_IN_A_RING = {"documents where a ring splits sequences"}  # tested in tests/test_documents.py
 KEYS_USED = {
     "`input_ids` [samples, sequence]",
     "`labels`",
     "`position_ids`",
+    "`document_ids`",
     "`sample_ids` [samples]",
     "a value of None",
 }
@@ -246,6 +250,6 @@ def test_the_tables_of_batches_have_no_row_without_a_test() -> None:
     for row, case in HOLDS.items():
         assert table[row].split("`")[1] in found[case][0], row
     table, refusals = documented("Keys of a batch"), run(refused_by_the_split_model, 1)[0]
-    assert table.keys() == KEYS_REFUSED.keys() | KEYS_USED
+    assert table.keys() == KEYS_REFUSED.keys() | KEYS_USED | KEYS_REFUSED_IN_A_RING
     for row, case in KEYS_REFUSED.items():
         assert table[row].split("`")[1] in refusals[case], row

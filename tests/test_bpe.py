@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.demo_words import known_share
-from models.data.texts import BUILT_IN, Texts
+from models.data.texts import built_in_text
 from models.tokenizer import BUILT_IN_BPE, SPECIALS, ByteTokenizer, load_tokenizer
 from models.train_bpe import VOCAB_SIZE, bpe_json, trained_merges
 from parallel.errors import DataError
@@ -59,18 +58,11 @@ def test_transformers_reads_the_same_bpe_from_an_export(tmp_path: Path) -> None:
 
 
 def test_the_shipped_bpe_is_what_its_script_trains() -> None:
-    texts = [text for _, text in Texts(BUILT_IN)]
+    texts = [built_in_text()]
     if hashlib.sha256("".join(texts).encode()).hexdigest() != MANUAL_OF_THE_README:
         pytest.skip("the shipped one was trained on the manual of another Python")
     shipped = json.loads((BUILT_IN_BPE / "tokenizer.json").read_text(encoding="utf-8"))
     assert bpe_json(trained_merges(texts, VOCAB_SIZE)) == shipped
-
-
-def test_the_wheel_has_the_files_of_the_bpe() -> None:
-    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    packed = {file for pattern in tables["package-data"]["models"] for file in (ROOT / "models").glob(pattern)}
-    assert set(BUILT_IN_BPE.iterdir()) <= packed
-    assert {file.name for file in packed} == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_vocabulary_that_is_too_small_for_the_bpe_is_refused_with_one_that_fits(tmp_path: Path) -> None:

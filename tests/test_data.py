@@ -190,7 +190,7 @@ def test_a_wrong_token_file_is_refused_by_name(tmp_path: Path, array: Any, compl
 
 
 def test_an_id_is_found_in_every_block_of_a_token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.data.corpus.CHECKED_AT_ONCE", 4)
+    monkeypatch.setattr("models.data.token_files.AT_ONCE", 4)
     for position in range(11):
         np.save(tmp_path / "tokens.npy", np.where(np.arange(11) >= position, VOCAB, 0))
         with pytest.raises(DataError, match=f"token 272 at position {position},"):
@@ -204,9 +204,9 @@ def test_a_path_without_texts_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     complaints = {
         "nowhere.txt": "does not exist",
-        "nowhere.npy": "there is no file",
+        "nowhere.npy": "does not exist",
         "empty": r"no \*\.txt",
-        "text.md": "neither a .txt nor a .npy",
+        "text.md": r"not of a kind that is read: \.txt, .*\.npy",
         "broken.npy": "not an array",
         "latin.txt": "not UTF-8: byte 0xe9 at position 3",
     }
@@ -315,13 +315,14 @@ def test_validation_is_the_last_samples_once_and_padding_has_no_label(num_valida
 
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
 def test_a_file_that_cannot_be_read_is_named(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str = "") -> bytes:
         raise OSError(errno.EACCES, "Permission denied", str(path))
 
     text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
     for file in (text, tokenizer):
         file.write_text("{}")
     monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     named = tokenizer if key == "data.tokenizer" else text
     with pytest.raises(DataError, match=rf"{key}: cannot read {named}: Permission denied\."):
         load_tokens(data_config(text, tokenizer=str(tokenizer) if named == tokenizer else "bytes"), VOCAB)

@@ -1,10 +1,10 @@
 """Layouts drawn at random train as a single rank does: loss, norm, all gradients and all updated weights are equal.
 
-The family is drawn, too. Grouped heads, windows, head sizes, dropout and padding masks are included. The single rank is
-our own engine, which `test_parity` compares with Hugging Face. Both begin with nothing but the seed, so this also shows
-that one seed gives one model in every layout. Bounds: relative Frobenius error 1e-12 in fp64 (seen: 3e-15) and, with
-exceptions (`check`), 1e-5 in fp32. Adam's eps is 1e-3 here: with 1e-8 an element whose exact gradient is zero moves by
-the sign of its rounding error.
+The family is drawn, too. Grouped heads, windows, head sizes, dropout, padding masks and documents are included. The
+single rank is our own engine, which `test_parity` compares with Hugging Face. Both begin with nothing but the seed, so
+this also shows that one seed gives one model in every layout. Bounds: relative Frobenius error 1e-12 in fp64 (seen:
+3e-15) and, with exceptions (`check`), 1e-5 in fp32. Adam's eps is 1e-3 here: with 1e-8 an element whose exact gradient
+is zero moves by the sign of its rounding error.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +38,7 @@ class Case:
     masked: bool
     zero: int = 0
     placement: str = "cuda"
+    packed: bool = False
 
 
 def tensor_layouts(size: int) -> list[tuple[Raw, int, int, int]]:
@@ -177,6 +178,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),
         placement=draw(st.sampled_from(["cuda", "cpu"])),
+        packed=draw(st.booleans()) and (context.size == 1 or context.kind == "all_to_all"),
     )
 
 
@@ -197,6 +199,10 @@ def batches(case: Case) -> list[Batch]:
             mask[1::4, : case.sequence // 2] = 0
             batch["attention_mask"] = mask
             batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    if case.packed:  # documents of one to four tokens; a sample may end in the middle of one
+        rows, columns = torch.arange(size).unsqueeze(1), torch.arange(case.sequence)
+        for batch in found:
+            batch["document_ids"] = (columns + rows) // (1 + rows % 4)
     return found
 
 

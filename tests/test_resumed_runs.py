@@ -118,6 +118,24 @@ def last_one_changed(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.append(tokens[:-1], 4 + (tokens[-1] - 3) % 256)
 
 
+def check_other_validation(go_on: Callable[..., Job], corpus: Path, tmp_path: Path, **_: Any) -> str:
+    """A run that is validated on data of its own goes on with the same ones, wherever they are, and with no others."""
+    others = [tmp_path / f"{name}.npy" for name in ("own", "moved", "changed")]
+    for file in others:
+        np.save(file, np.load(corpus)[:100] + (file.stem == "changed"))
+    with_own = [*OPTIONS, f"data.path={corpus}"]
+    run_job(prepared(tmp_path / "own", *with_own, f"data.validation_path={others[0]}"))
+
+    def resumed(*assignments: str) -> Job:
+        return prepared(tmp_path / "on", *with_own, *assignments, resume=str(tmp_path / "own"))
+
+    assert resumed(f"data.validation_path={others[1]}", "data.validation_fraction=0.1").resume_from is not None
+    words = refused(f"data.validation_path={others[2]}")(resumed)
+    assert f"data.validation_path: {others[2]} has other tokens" in words
+    assert "validated on its own data" in refused()(resumed)
+    return refused(f"data.validation_path={corpus}")(go_on)
+
+
 def check_other_key(go_on: Callable[..., Job], corpus: Path, tmp_path: Path, **_: Any) -> str:
     """The same tokens in another dtype and elsewhere are the same corpus."""
     np.save(tmp_path / "moved.npy", np.load(corpus).astype(np.uint16))
@@ -152,7 +170,8 @@ CHECKS: dict[str, Callable[..., str]] = {
     "`data.shuffle`": refused("data.shuffle=False"),
     "`data.validation_fraction`": refused("data.validation_fraction=0.1"),
     "a corpus of another length, also a longer one": with_tokens(lambda tokens: np.append(tokens, 4)),
-    "a corpus of the same length with another beginning or end": with_tokens(last_one_changed),
+    "a corpus of the same length with other tokens, also of `data.validation_path`": with_tokens(last_one_changed),
+    "data for validation of their own, or none any more": check_other_validation,
     "the path of the same corpus, or any other key": check_other_key,
     "nothing, and the checkpoint is of version 0.1.0": check_older,
 }

@@ -491,5 +491,6 @@ def test_an_export_replaces_the_files_of_the_tokenizer_that_was_there_before(tmp
 
 def test_texts_are_read_one_at_a_time(tmp_path: Path) -> None:
     texts = iter(Texts(str(texts_in(tmp_path, a="first", b=b"\xff"))))
-    assert next(texts) == ("a.txt", "first")
-    assert "b.txt is not UTF-8" in refusal(lambda: next(texts))
+    name, chunks = next(texts)
+    assert (name, list(chunks)) == ("a.txt", ["first"])
+    assert "b.txt is not UTF-8" in refusal(lambda: list(next(texts)[1]))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models.data import Corpus, load_tokens
+from models.data import Cache, Corpus, find_source, load_tokens
 from models.generation_config import read_generation_config
 from models.hf import check_weights, has_weights, stored_dtypes
 from models.shape import ModelShape
@@ -15,10 +15,13 @@ DTYPES = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 UNUSED_ROWS = 1024  # a vocabulary is often padded to a multiple of 64 or 128, which needs no message
 
 
-def read_corpus(config: Config) -> Corpus:
-    """Return the corpus, after checking it and the files in `model.path`. Raises ConfigError or DataError."""
+def read_corpus(config: Config, cache: Cache | None = None) -> Corpus:
+    """Return the corpus, after checking it and the files in `model.path`. Raises ConfigError or DataError.
+
+    Without a `cache` the tokens of texts are in memory.
+    """
     shape, path = shape_of(config), config.model.path
-    corpus = load_tokens(config.data, shape.vocab_size, ends=shape.end_tokens, pad=shape.padding_row)
+    corpus = load_tokens(config.data, shape.vocab_size, ends=shape.end_tokens, pad=shape.padding_row, cache=cache)
     if path is not None:
         read_generation_config(path)
         if has_weights(path):
@@ -29,7 +32,8 @@ def read_corpus(config: Config) -> Corpus:
 def tokenizer_of(config: Config) -> Tokenizer | None:
     """Return the tokenizer that the export will contain, or None for token ids whose tokenizer is not named."""
     is_default = config.data.tokenizer == "bytes"
-    return None if is_default and config.data.path.endswith(".npy") else load_tokenizer(config.data.tokenizer)
+    has_ids = find_source(config.data.path).kind.has_ids
+    return None if is_default and has_ids else load_tokenizer(config.data.tokenizer)
 
 
 def input_messages(config: Config, corpus: Corpus) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.data import Corpus
+from models.data import Cache, Corpus
 from models.generation_config import GenerationConfig, read_generation_config
 from models.tokenizer import Tokenizer
 from parallel.config import Config
@@ -48,12 +48,13 @@ def prepare(
     resume: str | None = None,
     profile: range = range(0),
     overridden: Sequence[str] = (),
+    cache: Cache | None = None,
 ) -> Job:
     """Check all that a run needs (data, weights, device, checkpoint, folder) and return the run as a Job.
 
-    Nothing is written. Raises ConfigError, DataError or CheckpointError.
+    Nothing is written but into the `cache` of tokens. Raises ConfigError, DataError or CheckpointError.
     """
-    corpus = read_corpus(config)
+    corpus = read_corpus(config, cache)
     check_device(config, place)
     found = find_checkpoint(config, resume, corpus)
     taken = steps_taken(found) if profile else 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.data import Corpus
+from models.data import Corpus, Samples
 from parallel.config import Config
 from parallel.errors import CheckpointError
 
@@ -13,11 +13,17 @@ DECIDES_THE_ORDER = ("train.seed", "data.sequence_length", "data.shuffle", "data
 """The keys that a resumed run may not change: with another value samples would be repeated and others left out."""
 
 BATCH, STEPS = "train.global_batch_size", "train.steps"
+FRACTION, VALIDATION = "data.validation_fraction", "data.validation_path"
 
 
 def corpus_record(corpus: Corpus) -> dict[str, Any]:
     """Return what a checkpoint says about a corpus, wherever its file lies."""
-    return {"tokens": corpus.num_tokens, "digest": corpus.digest}
+    record: dict[str, Any] = _record_of(corpus.training)
+    return {**record, "validation": _record_of(corpus.validation)} if corpus.validates_other_data else record
+
+
+def _record_of(samples: Samples) -> dict[str, int]:
+    return {"tokens": samples.num_tokens, "digest": samples.digest}
 
 
 def samples_taken(metadata: Mapping[str, Any]) -> int:
@@ -37,18 +43,34 @@ def check_same_data(folder: Path, metadata: Mapping[str, Any], config: Config, c
     problems = [
         f"{key} is {ours[key]}, and the checkpoint was saved with {saved[key]}; set {key}={saved[key]}"
         for key in DECIDES_THE_ORDER
-        if key in saved and saved[key] != ours[key]
+        if key in saved and saved[key] != ours[key] and not (key == FRACTION and ours[VALIDATION] is not None)
     ]
-    record = metadata.get("corpus")
-    if record is not None and record != corpus_record(corpus):
-        same_size = record["tokens"] == corpus.num_tokens
-        found = "other tokens" if same_size else f"{corpus.num_tokens} tokens, and not {record['tokens']}"
-        problems.append(f"data.path: {config.data.path} has {found}; name the corpus of the checkpoint's run")
+    if (record := metadata.get("corpus")) is not None:
+        problems += _other_data(record, config, corpus)
     if problems:
         raise CheckpointError(
             f"--resume: {folder} cannot go on at its place in the data: {'. '.join(problems)}. To train its weights on"
             f" other data, begin a new run: model.path={folder.parent.parent}/export."
         )
+
+
+def _other_data(record: Mapping[str, Any], config: Config, corpus: Corpus) -> Iterator[str]:
+    """Yield what is wrong with the corpus, where a checkpoint has the `record` of another one."""
+    ours = corpus_record(corpus)
+    if ("validation" in record) != ("validation" in ours):
+        had = "its own data" if "validation" in record else "a share of data.path"
+        yield f"{VALIDATION} is {config.data.validation_path}, and the checkpoint's run was validated on {had}"
+    named = {"data.path": (config.data.path, record, ours)}
+    if "validation" in record and "validation" in ours:
+        named[VALIDATION] = (str(config.data.validation_path), record["validation"], ours["validation"])
+    for key, (path, theirs, found) in named.items():
+        if theirs["tokens"] != found["tokens"]:
+            yield (
+                f"{key}: {path} has {found['tokens']} tokens, and not {theirs['tokens']}; name the corpus of the"
+                " checkpoint's run"
+            )
+        elif theirs["digest"] != found["digest"]:
+            yield f"{key}: {path} has other tokens; name the corpus of the checkpoint's run"
 
 
 def resume_messages(metadata: Mapping[str, Any], config: Config) -> list[str]:

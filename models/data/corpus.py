@@ -5,22 +5,28 @@ Text and token ids are one row of tokens, cut into N = tokens // S samples, the 
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
+from models.chat import load_chat_template
+from models.data.cache import Cache
+from models.data.conversation_records import is_conversation, needs_template
+from models.data.conversations import ConversationDocuments
+from models.data.encoding import text_documents
+from models.data.packed import PackedRow
+from models.data.padded import pad_conversations
+from models.data.records import Record, Records
+from models.data.rows import Counted, encoded_row, mapped_row
 from models.data.samples import Part, Samples, TokenRow
-from models.data.texts import Texts
-from models.data.token_files import read_token_file
+from models.data.sources import Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 
-CHECKED_AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
+VALIDATION = "data.validation_path"
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,21 @@ class Corpus:
     @property
     def digest(self) -> int:
         """A checksum of all data, by which ranks, and a run that is resumed, know that they read the same."""
-        return self.training.digest
+        if not self.validates_other_data:
+            return self.training.digest
+        parts = [(samples.num_tokens, samples.digest) for samples in (self.training, self.validation)]
+        return zlib.crc32(json.dumps(parts).encode())
+
+    @property
+    def validates_other_data(self) -> bool:
+        """True if the samples for validation are of `data.validation_path`, and not a share of the others."""
+        return not isinstance(self.validation, Part)
 
     @property
     def tokens(self) -> Ids:
         """The row of tokens, where the data are one."""
         whole = self.training.whole if isinstance(self.training, Part) else self.training
-        assert isinstance(whole, TokenRow), "these samples are not cut from one row"
+        assert isinstance(whole, TokenRow | PackedRow), "these samples are not cut from one row"
         return whole.tokens
 
 
@@ -68,99 +82,172 @@ def corpus_of(samples: Samples, sequence_length: int, num_validation: int = 0, m
     return Corpus(training, validation, sequence_length, tuple(messages))
 
 
-def load_tokens(data: DataConfig, vocab_size: int, *, ends: Sequence[int] = (), pad: int | None = None) -> Corpus:
+def load_tokens(
+    data: DataConfig,
+    vocab_size: int,
+    *,
+    ends: Sequence[int] = (),
+    pad: int | None = None,
+    cache: Cache | None = None,
+) -> Corpus:
     """Return the corpus that a config names.
 
     `ends` and `pad` are the model's eos_token_id and pad_token_id: of the former the first is used where the tokenizer
-    names no token that ends a text. Raises DataError if the corpus cannot be read, is too short, or has a token id
-    outside `vocab_size`.
+    names no token that ends a text. `cache` keeps what was encoded; without one all tokens are made in memory. Raises
+    DataError if the corpus cannot be read, is too short, or has a token id outside `vocab_size`.
     """
-    messages: list[str] = []
-    if data.path.endswith(".npy"):
-        tokens = read_token_file(Path(data.path))
-    else:
-        tokens, messages = _encode(data, vocab_size, ends[0] if ends else None)
-    num_pads, digest = _check_ids(tokens, vocab_size, pad, source=data.path)
-    if num_pads:
-        messages.append(
-            f"data.path: {num_pads} of its tokens are {pad}, model.pad_token_id, which the embedding does not learn"
-            " where it is looked up. Set model.pad_token_id to an id that the texts do not have"
-        )
-    samples = TokenRow(tokens, data.sequence_length, digest)
-    if not samples.num_samples:
-        shorter = f", or a sequence_length of at most {len(tokens)}" if len(tokens) > 1 else ""
-        raise DataError(
-            f"data.path: {data.path} has {len(tokens)} tokens, too few for one sample of data.sequence_length "
-            f"{data.sequence_length}. Use a longer text{shorter}."
-        )
-    num_validation = math.floor(data.validation_fraction * samples.num_samples)
-    corpus = corpus_of(samples, data.sequence_length, num_validation, messages)
-    if corpus.num_training <= 0:
-        raise DataError(
-            f"data.validation_fraction: {data.validation_fraction} takes all {samples.num_samples} samples of"
-            f" {data.path} and leaves none to train on. Use a fraction below 1."
-        )
-    return corpus
-
-
-def _encode(data: DataConfig, vocab_size: int, end: int | None) -> tuple[Ids, list[str]]:
-    """Return the texts of `data.path` as token ids, with a token between two that ends a text, and messages."""
-    tokenizer, texts = load_tokenizer(data.tokenizer), Texts(data.path)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"data.tokenizer: '{data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary only "
-            f"{vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
-        )
-    parts: list[Ids] = []
-    for name, text in texts:
-        ids = tokenizer.encode(text)
-        if len(ids):
-            parts.append(ids)
-        else:
-            texts.mention(name, "left out, since there is no token in it")
-    if not parts:
-        raise DataError(f"data.path: {data.path} is empty: there is no token in it. Name a text.")
-    messages = texts.messages()
-    if len(parts) > 1:
-        separator, more = _separator(tokenizer, end, vocab_size)
-        messages += more
-        parts = [part for text in parts for part in (np.array([separator], np.int32), text)][1:]
-    return np.concatenate(parts), messages
-
-
-def _separator(tokenizer: Tokenizer, end: int | None, vocab_size: int) -> tuple[int, list[str]]:
-    """Return the token that joins two texts: the tokenizer's own, else the model's, which a message says."""
-    if tokenizer.end is not None:
-        return tokenizer.end, []
-    if end is None or end >= vocab_size:
-        raise DataError(
-            "data.tokenizer: it names no token that ends a text, which must stand between two texts of data.path. Name"
-            " its eos_token in tokenizer_config.json, or set model.eos_token_id."
-        )
-    token = next((repr(token) for token, id in tokenizer.vocabulary().items() if id == end), "of no text")
-    return end, [
-        f"texts are joined by token {end}, {token}: model.eos_token_id, since the tokenizer names no eos_token"
-    ]
-
-
-def _check_ids(tokens: Ids, vocab_size: int, pad: int | None, *, source: str) -> tuple[int, int]:
-    """Return how often the token `pad` occurs, and a checksum of all ids, which does not depend on their dtype.
-
-    One block of tokens is in memory at a time. Raises DataError for the first token id outside the vocabulary.
-    """
-    num_pads = digest = 0
-    for start in range(0, len(tokens), CHECKED_AT_ONCE):
-        block = tokens[start : start + CHECKED_AT_ONCE]
-        (outside,) = np.nonzero((block < 0) | (block >= vocab_size))
-        if len(outside):
-            id, position = int(block[outside[0]]), start + int(outside[0])
-            advice = (
-                f"set model.vocab_size to at least {id + 1}" if id >= 0 else "no id is negative: write the file again"
-            )
+    reader = _Reader(data, vocab_size, tuple(ends), pad, cache)
+    training, messages = reader.samples(find_source(data.path))
+    if data.validation_path is None:
+        num_validation = math.floor(data.validation_fraction * training.num_samples)
+        if num_validation >= training.num_samples:
             raise DataError(
-                f"data.path: {source} has token {id} at position {position}, outside the vocabulary of {vocab_size}. "
-                f"{advice[0].upper()}{advice[1:]}."
+                f"data.validation_fraction: {data.validation_fraction} takes all {training.num_samples} samples of"
+                f" {data.path} and leaves none to train on. Use a fraction below 1."
             )
-        num_pads += 0 if pad is None else int((block == pad).sum())
-        digest = zlib.crc32(block.astype("<i8").tobytes(), digest)
-    return num_pads, digest
+        return corpus_of(training, data.sequence_length, num_validation, messages)
+    validation, more = reader.samples(find_source(data.validation_path, VALIDATION))
+    if data.validation_fraction not in (0, DataConfig().validation_fraction):
+        more.append(
+            f"data.validation_fraction: {data.validation_fraction} is not used, since data.validation_path is set"
+        )
+    return Corpus(training, validation, data.sequence_length, (*messages, *more))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a source as samples, as the section `data` says; `ends` and `pad` are ids of the model."""
+
+    data: DataConfig
+    vocab_size: int
+    ends: tuple[int, ...]
+    pad: int | None
+    cache: Cache | None
+
+    @property
+    def end(self) -> int | None:
+        return self.ends[0] if self.ends else None
+
+    def samples(self, source: Source) -> tuple[Samples, list[str]]:
+        """Return the samples of a source, of which there is at least one, and messages about it."""
+        record = next(iter(Records(source)), {}) if source.kind.has_records else {}
+        if is_conversation(record, self.data.text_key):
+            return self._conversations(source, record)
+        counted, messages = self._ids(source) if source.kind.has_ids else self._texts(source)
+        row, messages = counted.row, [*self._messages(source, counted), *messages]
+        samples: Samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
+        if self.data.document_mask:
+            samples = PackedRow(row, self.data.sequence_length)
+            if row.num_documents == 1:
+                messages.append(f"{source.key}: all of it is one document: data.document_mask only cuts it by samples")
+        if not samples.num_samples:
+            shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
+            raise DataError(
+                f"{source.key}: {source.path} has {len(row.tokens)} tokens, too few for one sample of"
+                f" data.sequence_length {self.data.sequence_length}. Use a longer text{shorter}."
+            )
+        return samples, messages
+
+    def _ids(self, source: Source) -> tuple[Counted, list[str]]:
+        """Return token ids as they stand. Where documents count, one ends after each end token."""
+        end = None
+        if self.data.document_mask:
+            tokenizer = None if self.data.tokenizer == "bytes" else load_tokenizer(self.data.tokenizer)
+            end = self.end if tokenizer is None or tokenizer.end is None else tokenizer.end
+            if end is None:
+                raise DataError(
+                    f"data.document_mask: no token is known that ends a document of {source.path}. Set"
+                    " model.eos_token_id, or data.tokenizer to the tokenizer that made the ids."
+                )
+        bin_dtype = self.data.bin_dtype
+        return mapped_row(source, self.cache, bin_dtype=bin_dtype, vocab_size=self.vocab_size, end=end), []
+
+    def _texts(self, source: Source) -> tuple[Counted, list[str]]:
+        """Return texts as token ids, with a token between two that ends a text."""
+        tokenizer, text_key = self._tokenizer(), self.data.text_key
+        end = Separator(tokenizer, self.end, self.vocab_size)
+        key = {
+            "tokenizer": tokenizer.identity,
+            "text_key": text_key if source.kind.has_records else None,
+            "end": end.id,
+        }
+        documents = text_documents(source, tokenizer, text_key)
+        vocab_size = tokenizer.vocab_size if end.id is None else max(tokenizer.vocab_size, end.id + 1)
+        counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=end.required)
+        return counted, end.messages() if counted.row.num_documents > 1 else []
+
+    def _conversations(self, source: Source, record: Record) -> tuple[Samples, list[str]]:
+        """Return conversations, one in a sample, and messages about them. `record` is the first one."""
+        if self.data.document_mask:
+            raise ConfigError(
+                f"data.document_mask: True, but {source.path} has conversations: a sample has one conversation, and"
+                " there is nothing to mask. Set data.document_mask=False."
+            )
+        tokenizer = self._tokenizer()
+        template = load_chat_template(self.data.tokenizer) if needs_template(record) else None
+        end = Separator(tokenizer, self.end, self.vocab_size).id
+        documents = ConversationDocuments(Records(source), tokenizer, template, end)
+        key = {
+            "conversations": 1,
+            "tokenizer": tokenizer.identity,
+            "template": None if template is None else template.content,
+            "end": end,
+        }
+        vocab_size = max(tokenizer.vocab_size, (end or 0) + 1)
+        counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=None)
+        ends = sorted({*self.ends, *(() if end is None else (end,))})
+        length, pad = self.data.sequence_length, self.pad or 0
+        samples, messages = pad_conversations(counted.row, length, pad=pad, ends=ends, key=source.key)
+        return samples, [*self._messages(source, counted), *messages]
+
+    def _messages(self, source: Source, counted: Counted) -> list[str]:
+        """Return what was read otherwise than it stands, and whether the padding token occurs."""
+        messages = [f"{source.key}: {message}" for message in counted.row.messages]
+        if num_pads := counted.count(self.pad):
+            messages.append(
+                f"{source.key}: {num_pads} of its tokens are {self.pad}, model.pad_token_id, which the embedding does"
+                " not learn where it is looked up. Set model.pad_token_id to an id that the texts do not have"
+            )
+        return messages
+
+    def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises DataError where it has ids that the model has not."""
+        tokenizer = load_tokenizer(self.data.tokenizer)
+        if tokenizer.vocab_size > self.vocab_size:
+            raise DataError(
+                f"data.tokenizer: '{self.data.tokenizer}' has {tokenizer.vocab_size} ids, but the model's vocabulary"
+                f" only {self.vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
+            )
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Separator:
+    """The token that joins two texts: the tokenizer's own, else the model's, which a message says."""
+
+    tokenizer: Tokenizer
+    end_of_model: int | None
+    vocab_size: int
+
+    @property
+    def id(self) -> int | None:
+        if self.tokenizer.end is not None:
+            return self.tokenizer.end
+        return self.end_of_model if self.end_of_model is not None and self.end_of_model < self.vocab_size else None
+
+    def required(self) -> int:
+        """Return the token. Raises DataError where there is none."""
+        if self.id is None:
+            raise DataError(
+                "data.tokenizer: it names no token that ends a text, which must stand between two texts of data.path."
+                " Name its eos_token in tokenizer_config.json, or set model.eos_token_id."
+            )
+        return self.id
+
+    def messages(self) -> list[str]:
+        if self.tokenizer.end is not None:
+            return []
+        token = next((repr(token) for token, id in self.tokenizer.vocabulary().items() if id == self.id), "of no text")
+        return [
+            f"texts are joined by token {self.id}, {token}: model.eos_token_id, since the tokenizer names no eos_token"
+        ]

@@ -51,10 +51,10 @@ def norm_of(shape: GPT2Shape, mode: Mode) -> Norm:
 
 
 def rows_of(batch: Microbatch) -> Tensor:
-    """Return the rows of the table of positions, [B, S]: those of the batch's positions, else 0, 1, ... of each sample.
+    """Return the rows of the table of positions, [B, S]: the batch's positions, else 0, 1, ... of each document.
 
     They count padding, too, as in Hugging Face's GPT-2.
     """
-    if batch.position_ids is not None:
-        return batch.position_ids
+    if batch.columns is not None:
+        return batch.columns
     return torch.arange(batch.length, device=batch.input_ids.device).expand_as(batch.input_ids)

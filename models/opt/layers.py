@@ -57,10 +57,14 @@ def norm_of(shape: OPTShape, mode: Mode) -> Norm:
 def rows_of(batch: Microbatch) -> Tensor:
     """Return the rows of the table of positions, [B, S], as Hugging Face's OPT does: those of the batch's positions.
 
-    Without them 0, 1, ... count the tokens of each sample, and padding has position -1. Positions that begin anew do
-    not keep tokens from attending to what is before them.
+    Without them 0, 1, ... count the tokens of each document, and padding has position -1. Positions that begin anew do
+    not keep tokens from attending to what is before them: `document_ids` do.
     """
     if batch.position_ids is not None:
         return batch.position_ids + POSITION_OFFSET
     mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-    return mask.cumsum(1) * mask - 1 + POSITION_OFFSET
+    tokens = mask.cumsum(1)
+    if batch.documents is not None:
+        starts = torch.arange(batch.length, device=mask.device) - batch.documents.positions
+        tokens = tokens - (tokens - mask).gather(1, starts)  # those before the document
+    return tokens * mask - 1 + POSITION_OFFSET

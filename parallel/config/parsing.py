@@ -206,6 +206,8 @@ def parse(
     if is_layout_valid and reader.could_read("train"):
         problems += config.microbatch_problems()
         problems += config.batch_problems(world_size) if batches else []
+    if is_layout_valid and reader.could_read("data"):
+        problems += config.document_problems()
     if reader.could_read("zero"):
         problems += config.zero.problems()
     if resolve is not None and reader.could_read("model", "data"):

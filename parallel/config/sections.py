@@ -12,6 +12,12 @@ from parallel.errors import either, nearest_multiples, times
 Fraction = Annotated[float, Range(0, 1)]
 """A share of something: 0 and 1 are allowed."""
 
+NO_DOCUMENTS_IN_A_RING = (
+    "parallel.context of kind 'ring' does not keep attention within documents. Try parallel.context.kind='all_to_all',"
+    " or parallel.context.size=1"
+)
+"""The reason for which a ring refuses documents: the end of a message."""
+
 MOST_MICROBATCHES = 2**16  # of a step on each replica, since a plan lists every one of them
 
 Dtype = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -263,6 +269,13 @@ class Config:
         fields_of_family = plain["model"].pop("fields")
         plain["model"].update(fields_of_family)
         return plain
+
+    def document_problems(self) -> list[str]:
+        """Return what is wrong if attention is to stay within documents and sequences are split in a ring."""
+        context = self.parallel.context
+        if self.data.document_mask and context.size > 1 and context.kind == "ring":
+            return [f"data.document_mask: {NO_DOCUMENTS_IN_A_RING}, or data.document_mask=False."]
+        return []
 
     def microbatch_problems(self) -> list[str]:
         """Return what is wrong if the tensor mode cannot split a microbatch into equal parts."""

@@ -21,12 +21,13 @@ from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch, batch_problem, given
+from parallel.pipeline.microbatch import Microbatch, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
+from parallel.sequence import Documents
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.tensor.layers import Linear
 from parallel.zero.gatherer import Gatherer
@@ -39,9 +40,11 @@ class Engine(EngineState):
     `train.micro_batch_size`. All tensors are of integers:
 
     input_ids [B, S]
-    labels [B, S]            optional; −100 is not counted; they are shifted inside. Default: the inputs
+    labels [B, S]            optional; −100 is not counted; they are shifted inside. Default: the inputs, but for the
+                             first token of each document
     attention_mask [B, S]    optional; 1 where there is a token, 0 at padding. Default: no padding
     position_ids [B, S]      optional; each token's position in its document. Default: counted from the tokens
+    document_ids [B, S]      optional; never falling along S. Tokens attend within their document. Default: one a sample
     sample_ids [B]           optional; the samples' numbers over the run, which dropout depends on. Default: counted
 
     `num_samples` counts the samples of all replicas in the steps that were taken: it is the position in the data.
@@ -93,8 +96,9 @@ class Engine(EngineState):
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
-        ids, mask = microbatches[0].input_ids, microbatches[0].attention_mask
-        self.placement_manager.before_step((len(microbatches), *ids.shape, int(mask is not None)))
+        first = microbatches[0]
+        masks = (int(x is not None) for x in (first.attention_mask, first.documents))
+        self.placement_manager.before_step((len(microbatches), *first.input_ids.shape, *masks))
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
         # With recomputation, products that wait would keep more recomputed activations at a time.
@@ -178,7 +182,7 @@ class Engine(EngineState):
         counts = self.context.shares.counts(batch)
         problem = batch_problem(batch, size, self.stage.interface.limits) or (UNKNOWN if counts is None else None)
         batch = {} if problem else given(batch)
-        labels = torch.empty(0) if problem else shift(batch.get("labels", batch["input_ids"]))
+        labels = torch.empty(0) if problem else shift(labels_of(batch))
         labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.
@@ -202,7 +206,15 @@ class Engine(EngineState):
             for x in (mask, batch.get("position_ids"))
         )
         scale = self.loss_scale.scale / max(1, tokens)
-        return Microbatch(ids, labels, samples, mask, scale, positions).split(size), tokens
+        documents = self._documents(batch)
+        return Microbatch(ids, labels, samples, mask, scale, positions, documents=documents).split(size), tokens
+
+    def _documents(self, batch: Mapping[str, Tensor]) -> Documents | None:
+        """Return the documents of a batch on this rank's device; None where they hide nothing."""
+        if (ids := batch.get("document_ids")) is None:
+            return None
+        documents = Documents.of(ids)  # on the host, where the batch is: a GPU would be waited for
+        return None if documents.is_one_per_sample else documents.apply(lambda x: to_device(x, self.mesh.device))
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.config.sections import NO_DOCUMENTS_IN_A_RING
 from parallel.errors import did_you_mean, either, nearest_multiples
 from parallel.layout.labels import IGNORED
+from parallel.sequence import Documents
 from parallel.sequence.cache import KeyValueCache
 
 
@@ -20,9 +22,9 @@ class Microbatch:
     already shifted: the label of each position, −100 where there is none. `samples` are the numbers of the samples over
     the whole run, which dropout depends on. `attention_mask` is 1 where there is a token and 0 at padding; None where
     there is no padding. `position_ids` are the position of each token in its document; None where they are counted from
-    the tokens. The gradient of the summed loss is multiplied by `scale`: the loss scale divided by the number of labels
-    in the whole step. `cache`: where the layer that is given the microbatch keeps keys and values, if texts are
-    continued.
+    the tokens. `documents` are those that attention stays within; None where each sample is one. The gradient of the
+    summed loss is multiplied by `scale`: the loss scale divided by the number of labels in the whole step. `cache` is
+    where the layer that is given the microbatch keeps keys and values, if texts are continued.
     """
 
     input_ids: Tensor  # int64 [B, S]
@@ -31,6 +33,7 @@ class Microbatch:
     attention_mask: Tensor | None = None  # int64 [B, S]
     scale: float = 1.0
     position_ids: Tensor | None = None  # int64 [B, S]
+    documents: Documents | None = None
     cache: KeyValueCache | None = None
 
     @property
@@ -38,12 +41,25 @@ class Microbatch:
         """S, the length of the whole sequence."""
         return self.input_ids.shape[1]
 
+    @property
+    def columns(self) -> Tensor | None:
+        """The batch's positions, else the column of each token in its document, int64 [B, S].
+
+        None: there are neither, and each sample has the columns 0, 1, ...
+        """
+        if self.position_ids is not None or self.documents is None:
+            return self.position_ids
+        return self.documents.positions
+
     def split(self, size: int) -> list["Microbatch"]:
         """Return microbatches of `size` samples each, in order, as views."""
-        tensors = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
+        given = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids, self.documents
         count = len(self.input_ids) // size
-        parts = zip(*([None] * count if x is None else x.split(size) for x in tensors), strict=True)
-        return [Microbatch(ids, labels, samples, mask, self.scale, at) for ids, labels, samples, mask, at in parts]
+        parts = zip(*([None] * count if x is None else x.split(size) for x in given), strict=True)
+        return [
+            Microbatch(ids, labels, samples, mask, self.scale, positions, documents=documents)
+            for ids, labels, samples, mask, positions, documents in parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -51,22 +67,37 @@ class Limits:
     """The batches that a model accepts.
 
     Token ids are from 0 to `vocab_size` - 1. A sequence has at most `max_sequence` tokens, and its length is a multiple
-    of `sequence_parts`. Positions are from `first_position` to `max_sequence` - 1.
+    of `sequence_parts`. Positions are from `first_position` to `max_sequence` - 1. `has_documents`: attention can be
+    kept within documents.
     """
 
     vocab_size: int
     max_sequence: int
     sequence_parts: int = 1
     first_position: int = 0
+    has_documents: bool = True
 
 
-KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "sample_ids")
+KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "document_ids", "sample_ids")
 """The keys of a batch. All but the first are optional, and a value of None is the same as no key."""
 
 
 def given(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Return the batch without its keys of which the value is None."""
     return {key: x for key, x in batch.items() if x is not None}
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the labels of a batch, [B, S], not shifted; where it has none, its tokens.
+
+    The first token of a document is then no label, since no token that is before it is seen.
+    """
+    if "labels" in batch or "document_ids" not in batch:
+        return batch.get("labels", batch["input_ids"])
+    documents = batch["document_ids"]
+    labels = batch["input_ids"].clone()
+    labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORED
+    return labels
 
 
 def batch_problem(batch: object, micro_batch_size: int, limits: Limits) -> str | None:
@@ -121,6 +152,20 @@ def _value_problem(batch: Mapping[str, Tensor], limits: Limits) -> str | None:
     if len(outside := positions[(positions < limits.first_position) | (positions >= limits.max_sequence)]):
         valid = f"{limits.first_position} … {limits.max_sequence - 1}"
         return f"position_ids: {int(outside[0])} is outside {valid} (model.max_position_embeddings)"
+    return _document_problem(batch["document_ids"], limits) if "document_ids" in batch else None
+
+
+def _document_problem(documents: Tensor, limits: Limits) -> str | None:
+    """Return why attention cannot be kept within these documents, or None."""
+    if not limits.has_documents:
+        return f"document_ids: {NO_DOCUMENTS_IN_A_RING}"
+    before, after = documents[:, :-1], documents[:, 1:]
+    if len(falls := (after < before).nonzero()):
+        sample, column = falls[0].tolist()
+        return (
+            f"document_ids: {int(after[sample, column])} comes after {int(before[sample, column])} in sample {sample}."
+            " The numbers of a sample's documents never fall, such as 0, 0, 1, 1, 2"
+        )
     return None
 
 

@@ -3,9 +3,10 @@
 from parallel.config import ContextConfig
 from parallel.mesh.mesh import Mesh
 from parallel.sequence.blocks import AttentionDropout, Masking
+from parallel.sequence.documents import Documents
 from parallel.sequence.split import UNSPLIT, AllToAll, Ring, SequenceSplit
 
-__all__ = ["KINDS", "UNSPLIT", "AttentionDropout", "Masking", "SequenceSplit", "sequence_of"]
+__all__ = ["KINDS", "UNSPLIT", "AttentionDropout", "Documents", "Masking", "SequenceSplit", "sequence_of"]
 
 KINDS: dict[str | None, type[SequenceSplit]] = {None: SequenceSplit, "ring": Ring, "all_to_all": AllToAll}
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
 from parallel.layout.rng import dropout_mask
+from parallel.sequence.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class AttentionDropout:
 
 @dataclass(frozen=True)
 class Masking:
-    """Padding, dropout and a window: all that attention applies besides causality."""
+    """Padding, dropout, a window and documents: all that attention applies besides causality."""
 
     tokens: Tensor | None = None
     """True where a position of the whole sequence holds a token, bool [B, S]. None: all positions do."""
@@ -38,6 +41,16 @@ class Masking:
     """The number of keys that a query sees: with W, the query at position i sees the keys i − W + 1 … i, as in Mistral
     (Jiang et al. 2023, arXiv 2310.06825, section 2). None: all earlier keys.
     """
+
+    documents: Documents | None = None
+    """The documents of these samples, over the whole sequence: a query sees keys of its own document alone. None: each
+    sample is one.
+    """
+
+    @property
+    def is_causal_alone(self) -> bool:
+        """Return whether causality hides all keys that are hidden."""
+        return self.tokens is None and self.window is None and self.documents is None
 
     def within(self, length: int) -> "Masking":
         """Return what remains of it among `length` positions: a window that reaches over all of them is dropped."""
@@ -50,8 +63,8 @@ class Masking:
 class Pairs:
     """Queries and keys by their positions in a sequence of `length` tokens: int64 rows[R] and columns[C], in order.
 
-    `is_causal`: a query sees the keys up to its own position. Otherwise all of these keys are before it. The window and
-    the padding of `masking` hide keys in either case.
+    `is_causal`: a query sees the keys up to its own position. Otherwise all of these keys are before it. The window,
+    the documents and the padding of `masking` hide keys in either case.
     """
 
     rows: Tensor
@@ -62,16 +75,16 @@ class Pairs:
 
     def hidden(self) -> Tensor | None:
         """Return [B or 1, 1, R or 1, C], True where a query does not see a key; None if every query sees every key."""
-        hidden = None
+        found = []
         if self.is_causal:
-            hidden = (self.rows.unsqueeze(1) < self.columns)[None, None]
+            found.append((self.rows.unsqueeze(1) < self.columns)[None, None])
         if self.masking.window is not None:
-            far = (self.rows.unsqueeze(1) - self.columns >= self.masking.window)[None, None]
-            hidden = far if hidden is None else hidden | far
+            found.append((self.rows.unsqueeze(1) - self.columns >= self.masking.window)[None, None])
+        if self.masking.documents is not None:
+            found.append(self.masking.documents.hides(self.rows, self.columns).unsqueeze(1))
         if self.masking.tokens is not None:
-            empty = ~self.masking.tokens[:, self.columns][:, None, None]
-            hidden = empty if hidden is None else hidden | empty
-        return hidden
+            found.append(~self.masking.tokens[:, self.columns][:, None, None])
+        return reduce(or_, found) if found else None
 
     def dropout(self) -> Callable[[Tensor], Tensor]:
         """Return a function that applies dropout to x[B, heads, R, C] in place, with the same mask at every call."""

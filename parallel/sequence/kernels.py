@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ from parallel.sequence.blocks import Block, Masking, Pairs
 
 UNSEEN = -1e30
 """The logsumexp of a query that sees no key: finite, so that the difference of two of them is a number."""
+
+MOST_DOCUMENTS = 2**16
+"""A GPU's grid has one block fewer in the direction in which flash takes documents, and there is one bound more."""
+
+LARGEST_FLASH_HEAD = 256
 
 HEAD_UNIT = 8
 """GPU kernels take head sizes that are multiples of this. torch pads others, but not for callers of its kernels."""
@@ -44,13 +50,15 @@ def kernel_for(q: Tensor, masking: Masking, *, compiles: bool = False) -> Kernel
 
     Where that one returns no logsumexp, with dropout (which torch would not draw by coordinates), or on a GPU with a
     padding mask, it is `unfused` instead, which holds a block's scores, [B, heads, R, C]; `compiles` is for that one.
-    With a window it is flash, the only one on a GPU that has windows. Both of torch's accept grouped heads.
+    With a window or documents it is flash, the only one on a GPU that has both. All of torch's accept grouped heads.
     """
     if masking.dropout is None and not q.is_cuda:
         return FLASH_ON_CPU
     if masking.tokens is None and masking.dropout is None and q.is_cuda and q.shape[-1] % HEAD_UNIT == 0:
         half = q[..., : max(1, q.shape[-2] // 2), :]  # as long as the shortest block
         chosen = SDPBackend(torch._fused_sdp_choice(half, half, half, is_causal=True))
+        if chosen in ON_GPU and masking.documents is not None:
+            return FLASH_OF_DOCUMENTS
         if chosen in ON_GPU and masking.window is not None:
             return ON_GPU[SDPBackend.FLASH_ATTENTION]
         if chosen in ON_GPU:
@@ -58,11 +66,16 @@ def kernel_for(q: Tensor, masking: Masking, *, compiles: bool = False) -> Kernel
     return unfused(compiles)
 
 
-def has_fused_window(q: Tensor, masking: Masking) -> bool:
-    """Return whether this masking has a window that `kernel_for` q[B, heads, R, D] applies without any mask."""
-    if masking.window is None or masking.tokens is not None or not q.is_cuda:
+def needs_no_mask(q: Tensor, masking: Masking) -> bool:
+    """Return whether `kernel_for` q[B, heads, R, D] applies this masking, a window or documents, without any mask.
+
+    torch's own `scaled_dot_product_attention` would need one.
+    """
+    if masking.is_causal_alone or masking.tokens is not None or not q.is_cuda:
         return False
-    return q.dtype.itemsize == 2 and q.shape[-1] % HEAD_UNIT == 0
+    if masking.documents is not None and masking.documents.bounds.numel() > MOST_DOCUMENTS:
+        return False
+    return q.dtype.itemsize == 2 and q.shape[-1] % HEAD_UNIT == 0 and q.shape[-1] <= LARGEST_FLASH_HEAD
 
 
 # -- unfused attention: any dtype, any mask, dropout
@@ -128,9 +141,9 @@ def unfused(compiles: bool = False) -> Kernel:
 def _cpu_mask(q: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None]:
     """Return what is added to the scores [B or 1, 1, R, C], and which queries [B or 1, 1, R] see nothing.
 
-    Without padding and a window both are None: the kernel knows causality.
+    Both are None where causality hides all that is hidden: the kernel knows it.
     """
-    if block.masking.tokens is None and block.masking.window is None:
+    if block.masking.is_causal_alone:
         return None, None
     hidden = block.pairs(q.device).hidden()
     assert hidden is not None
@@ -198,6 +211,60 @@ def _flash_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tupl
         **_flash_window(block),
     )
     return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _in_a_row(x: Tensor) -> Tensor:
+    """Return x[B, heads, S, D] as [B · S, heads, D]: a view where the heads of a token lie beside each other."""
+    row: Tensor = x.transpose(1, 2).flatten(0, 1)
+    return row
+
+
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    """Undo `_in_a_row`: x[B · S, heads, D] -> [B, heads, S, D]."""
+    samples_of: Tensor = x.unflatten(0, (samples, -1))
+    return samples_of.transpose(1, 2)
+
+
+def _of_documents(block: Block) -> tuple[Any, ...]:
+    """Return flash's arguments for the documents of a block of whole samples: bounds and longest, of queries and keys.
+
+    A longest of 1 is said to be 2, since flash takes queries of one token for those of a generation, without documents
+    that are empty.
+    """
+    documents = block.masking.documents
+    assert documents is not None
+    assert block.rows == block.columns == (range(block.length),), "a document is in one block"
+    bounds, longest = documents.cumulative(), max(2, documents.longest)
+    return bounds, bounds, longest, longest
+
+
+def _flash_of_documents_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    in_a_row = (_in_a_row(x) for x in (q, k, v))
+    y, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        *in_a_row, *_of_documents(block), 0.0, True, False, **_flash_window(block)
+    )
+    return _by_sample(y, len(q)), logsumexp.unflatten(1, (len(q), -1)).transpose(0, 1)
+
+
+def _flash_of_documents_backward(dy: Tensor, saved: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    *tensors, logsumexp = saved
+    in_a_row = (_in_a_row(x) for x in (dy, *tensors))
+    no_random = torch.empty(2, dtype=torch.uint64, device=dy.device)
+    grads = torch.ops.aten._flash_attention_backward(
+        *in_a_row,
+        logsumexp.transpose(0, 1).flatten(1),
+        *_of_documents(block),
+        0.0,
+        True,
+        no_random,
+        no_random,
+        **_flash_window(block),
+    )
+    return tuple(_by_sample(grad, len(dy)) for grad in grads)
+
+
+FLASH_OF_DOCUMENTS = Kernel(_flash_of_documents_forward, _flash_of_documents_backward)
+"""Flash with a sequence for each document, of the lengths that they have: what no query sees is not computed."""
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:

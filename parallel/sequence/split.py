@@ -4,6 +4,7 @@ All other parts of a transformer work on each position separately, and do not de
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,9 @@ from parallel.mesh.collectives import local_slice
 from parallel.mesh.conjugate import exchange
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.sequence.blocks import Masking, positions_in
-from parallel.sequence.kernels import has_fused_window
+from parallel.sequence.kernels import LARGEST_FLASH_HEAD, needs_no_mask
 from parallel.sequence.ring import Zigzag, ring_attention
-
-LARGEST_FLASH_HEAD = 256
+from parallel.sequence.whole import whole_attention
 
 
 class SequenceSplit:
@@ -25,6 +25,9 @@ class SequenceSplit:
 
     `compiles`: attention that is not fused is compiled.
     """
+
+    has_documents: ClassVar[bool] = True
+    """True where attention can be kept within documents."""
 
     def __init__(self, axis: Axis, *, compiles: bool = False) -> None:
         self.axis, self.compiles = axis, compiles
@@ -48,15 +51,20 @@ class SequenceSplit:
         k, v[B, kv_heads, S_context, D] may have fewer heads: query head h uses key head h // (heads // kv_heads).
         """
         masking = masking.within(q.shape[-2])
-        if masking.dropout is not None or has_fused_window(q, masking):  # torch's own has no coordinates and no window
-            y: Tensor = ring_attention(q, k, v, ALONE, masking, compiles=self.compiles)
+        if masking.dropout is not None or needs_no_mask(q, masking):  # torch's own has no coordinates and no window
+            y: Tensor = whole_attention(q, k, v, masking, compiles=self.compiles)
         else:
             y = _fused_attention(q, k, v, _mask_of(masking, q))
         return y.transpose(1, 2).flatten(2)
 
 
 class Ring(SequenceSplit):
-    """Ring attention. A rank has a part from the beginning and a part from the end: see `ring.Zigzag`."""
+    """Ring attention. A rank has a part from the beginning and a part from the end: see `ring.Zigzag`.
+
+    It has no documents: a GPU's fused kernels take none in a block of a ring.
+    """
+
+    has_documents = False
 
     def ranges(self, local: int) -> tuple[range, ...]:
         """Return the positions of this rank's two parts."""
@@ -64,6 +72,7 @@ class Ring(SequenceSplit):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
         """Pass keys and values from rank to rank, and attend to each block of them on the way."""
+        assert masking.documents is None, "the batch has been checked"
         y: Tensor = ring_attention(q, k, v, self.axis, masking, compiles=self.compiles)
         return y.transpose(1, 2).flatten(2)
 
@@ -123,13 +132,17 @@ def _is_fused_with_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
 
 
 def _mask_of(masking: Masking, q: Tensor) -> Tensor | None:
-    """Return which keys a query sees: those before it that are in the window and hold a token; bool [B or 1, 1, S, S].
+    """Return which keys a query sees: those before it that are in its window and document and hold a token.
 
-    None: it sees all keys before it.
+    bool [B or 1, 1, S, S]; None: it sees all keys before it.
     """
-    if masking.tokens is None and masking.window is None:
+    if masking.is_causal_alone:
         return None
     seen = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()
     if masking.window is not None:
         seen = seen.triu(1 - masking.window)
-    return seen[None, None] if masking.tokens is None else seen & masking.tokens[:, None, None, :]
+    seen = seen[None, None]
+    if masking.documents is not None:
+        columns = torch.arange(q.shape[-2], device=q.device)
+        seen = seen & ~masking.documents.hides(columns, columns).unsqueeze(1)
+    return seen if masking.tokens is None else seen & masking.tokens[:, None, None, :]

@@ -1,0 +1,225 @@
+"""Arrays that are made from files once and kept in a folder: the tokens of texts, and what is known of token ids.
+
+The folder has `entries/KEY/`, which is whole or not there, and `contents/`, digests of files that are large. All of it
+may be deleted at any time: what is missing or damaged is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+
+from models.data.contents import digest_of_file
+from models.data.documents import Array, MemoryStore, Store
+from models.data.sources import Source
+from parallel.errors import DataError
+from parallel.storage.file_lock import try_to_lock
+
+VERSION = 1
+ENTRY = "entry.json"
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_BETWEEN_REPORTS = 0.2
+
+Report: TypeAlias = Callable[[float, int], None]
+"""It is told which share of the work is done, and how many tokens there are."""
+
+Work: TypeAlias = Callable[[Store, Report], dict[str, Any]]
+"""It appends arrays to a store, reports how far it is, and returns what JSON can say of them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Arrays by name, mapped from files where they have been kept, and what JSON can say of them."""
+
+    arrays: Mapping[str, Array]
+    metadata: Mapping[str, Any]
+
+
+class Observer:
+    """It is told of work on a cache that takes time. This one is silent."""
+
+    def advance(self, source: Source, fraction: float, num_tokens: int) -> None:
+        """Note which share of a source is done, by this process or another one."""
+
+    def finish(self, source: Source, entry: Entry, folder: Path) -> None:
+        """Note that an entry was made, and where it is kept."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of entries, which processes of several hosts may share."""
+
+    folder: Path
+    observer: Observer = field(default_factory=Observer)
+
+    def entry(self, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+        """Return the entry of a source, which `work` makes if there is none; other processes wait meanwhile.
+
+        `key` says by what the entry is decided beside the contents of the source. Raises DataError where the folder
+        cannot be written.
+        """
+        name = self._name(source, key)
+        folder = self.folder / "entries" / name
+        if (entry := read_entry(folder)) is not None:
+            return entry
+        with self._locked(folder, source) as lock:
+            if (entry := read_entry(folder)) is None:
+                entry = self._make(folder, work, self._reporter(source, lock))
+        self.observer.finish(source, entry, folder)
+        return entry
+
+    def _name(self, source: Source, key: Mapping[str, Any]) -> str:
+        """Return the name of an entry, a digest of all that decides it."""
+
+        def report(fraction: float) -> None:
+            self.observer.advance(source, fraction, 0)
+
+        files = [(file.name, digest_of_file(file, source.key, self.folder, report)) for file in source.files]
+        parts = {"version": VERSION, "kind": source.kind, "files": files, **key}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    @contextmanager
+    def _locked(self, folder: Path, source: Source) -> Iterator[IO[str]]:
+        """Hold the lock of an entry until the `with` statement ends; wait for it where another process has it."""
+        with _naming(self.folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.with_suffix(".lock").open("a+")
+        with lock:
+            while not try_to_lock(lock):
+                lock.seek(0)
+                if said := lock.read().split():
+                    self.observer.advance(source, float(said[0]), int(said[1]))
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            yield lock
+
+    def _reporter(self, source: Source, lock: IO[str]) -> Report:
+        """Return a function that tells the observer, and those who wait for the lock, how far the work is."""
+        last = 0.0
+
+        def report(fraction: float, num_tokens: int) -> None:
+            nonlocal last
+            if (now := time.monotonic()) - last >= SECONDS_BETWEEN_REPORTS:
+                last = now
+                with _naming(self.folder):
+                    lock.truncate(0)
+                    lock.write(f"{fraction:.4f} {num_tokens}\n")
+                    lock.flush()
+                self.observer.advance(source, fraction, num_tokens)
+
+        return report
+
+    def _make(self, folder: Path, work: Work, report: Report) -> Entry:
+        """Make an entry under another name, and rename it when all of it is on the disk."""
+        for left in folder.parent.glob(f"{folder.name}.*.part"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        part = folder.with_suffix(f".{os.uname().nodename}-{os.getpid()}.part")
+        with _naming(self.folder):
+            part.mkdir()
+        try:
+            store = FileStore(part, self.folder)
+            metadata = work(store, report)
+            with _naming(self.folder):
+                store.finish(metadata)
+                if folder.exists():  # and is damaged
+                    shutil.rmtree(folder)
+                part.rename(folder)
+                _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        entry = read_entry(folder)
+        assert entry is not None, f"{folder} was written and cannot be read"
+        return entry
+
+
+def made(cache: Cache | None, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+    """Return the entry of a source from the cache; without a cache it is made in memory."""
+    if cache is not None:
+        return cache.entry(source, key, work)
+    store = MemoryStore()
+    metadata = work(store, lambda fraction, num_tokens: None)
+    return Entry(store.arrays(), metadata)
+
+
+class FileStore:
+    """Arrays that grow in the files of a folder: NAME.bin, and entry.json, which says what they are."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self._folder, self._cache = folder, cache
+        self._files: dict[str, IO[bytes]] = {}
+        self._arrays: dict[str, dict[str, Any]] = {}
+
+    def append(self, name: str, values: Array) -> None:
+        with _naming(self._cache):
+            if name not in self._files:
+                self._files[name] = (self._folder / f"{name}.bin").open("wb")
+                self._arrays[name] = {"dtype": values.dtype.newbyteorder("<").str, "length": 0}
+            dtype = np.dtype(self._arrays[name]["dtype"])
+            self._files[name].write(np.ascontiguousarray(values, dtype).data)
+        self._arrays[name]["length"] += len(values)
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """Write entry.json; all of the folder is on the disk when this returns."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        content = {"arrays": self._arrays, "metadata": dict(metadata)}
+        with (self._folder / ENTRY).open("w", encoding="utf-8") as entry:
+            json.dump({**content, "digest": _digest(content)}, entry)
+            entry.flush()
+            os.fsync(entry.fileno())
+        _sync(self._folder)
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """Return the entry in a folder; None where there is none, or where it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads((folder / ENTRY).read_bytes())
+        if content.pop("digest") == _digest(content):
+            arrays = {name: _map(folder / f"{name}.bin", **array) for name, array in content["arrays"].items()}
+            return Entry(arrays, content["metadata"])
+    return None
+
+
+def _map(file: Path, dtype: str, length: int) -> Array:
+    """Return the array of a file. Raises ValueError where the file has another size."""
+    size = length * np.dtype(dtype).itemsize
+    if file.stat().st_size != size:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, and not {size}")
+    return np.memmap(file, dtype, mode="r", shape=(length,)) if length else np.zeros(0, dtype)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Have an OSError in the block be a DataError that says how to name another folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"COLONNADE_CACHE: tokens cannot be kept in {folder}: {error.strerror}. Set this environment variable to a"
+            " folder that can be written and has room for them."
+        ) from error

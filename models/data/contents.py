@@ -1,0 +1,77 @@
+"""Digests of the contents of files. That of a file which has not changed is remembered, for it may have many GiB."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from parallel.errors import DataError
+from parallel.storage.file_lock import try_to_lock
+
+AT_ONCE = 1 << 22  # bytes
+REMEMBERED_FROM = 1 << 24  # bytes: a smaller file is read again as fast as it is looked up
+SECONDS_OF_A_TICK = 2.0
+"""The seconds in which a file system may give two changes of a file the same time."""
+
+
+def digest_of_file(file: Path, key: str, cache: Path, report: Callable[[float], None]) -> str:
+    """Return the SHA-256 of a file, which a large one is read for once: then path, size, time and inode tell it.
+
+    One process reads the file, and others wait. Raises DataError, with the config's key, where it cannot be read.
+    """
+    try:
+        status = file.stat()
+        if status.st_size < REMEMBERED_FROM:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+        path = str(file.resolve())
+        known = cache / "contents" / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
+        identity = [path, status.st_size, status.st_mtime_ns, status.st_ino]
+        return _remembered(known, identity) or _read_once(file, known, identity, report)
+    except OSError as error:
+        raise DataError(f"{key}: cannot read {file}: {error.strerror}.") from error
+
+
+def _read_once(file: Path, known: Path, identity: list[object], report: Callable[[float], None]) -> str:
+    """Return the digest of a file, and remember it where the cache can be written."""
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        lock = known.with_suffix(".lock").open("w")
+    except OSError:  # it is needed by none but the next run: whoever must write an entry says what is wrong
+        return _read(file, report)
+    with lock:
+        while not try_to_lock(lock):
+            time.sleep(0.1)
+        if (digest := _remembered(known, identity)) is not None:
+            return digest
+        began = time.time()
+        digest, after = _read(file, report), file.stat()
+        is_same = identity[1:] == [after.st_size, after.st_mtime_ns, after.st_ino]
+        if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:
+            part = known.with_suffix(f".{os.getpid()}.part")
+            with suppress(OSError):
+                part.write_text(json.dumps([*identity, digest]))
+                part.rename(known)
+        return digest
+
+
+def _remembered(known: Path, identity: list[object]) -> str | None:
+    with suppress(OSError, ValueError):
+        *stored, digest = json.loads(known.read_bytes())
+        if stored == identity and isinstance(digest, str):
+            return digest
+    return None
+
+
+def _read(file: Path, report: Callable[[float], None]) -> str:
+    total, size, done = hashlib.sha256(), max(1, file.stat().st_size), 0
+    with file.open("rb") as stream:
+        while block := stream.read(AT_ONCE):
+            total.update(block)
+            done += len(block)
+            report(done / size)
+    return total.hexdigest()

@@ -1,0 +1,213 @@
+"""Records, one at a time: of .jsonl files, of Parquet, and of folders that `datasets` saved."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from models.data.file_starts import GZIP, byte_order_mark, packed_as, start_of
+from models.data.sources import Kind, Source
+from parallel.errors import DataError, closest, names_text, shown
+
+Record: TypeAlias = Mapping[str, Any]
+
+AT_ONCE = 256  # rows of Parquet or of a dataset that are in memory at a time
+LINES_RECIPE = "Write one record on each line: jq -c . FILE > NEW.jsonl (for an array: jq -c '.[]')."
+
+
+@dataclass(frozen=True)
+class Located:
+    """A record, and where it stands: "FILE line 3" or "FILE row 3", counted from 1, for a message about it."""
+
+    record: Record
+    place: str
+
+
+class Records:
+    """The records of a source, in order. Iterating reads them again; one at a time is in memory.
+
+    Raises DataError, with file and line, for what is no record. `fraction` is the share of the source that the latest
+    iteration has read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        assert source.kind.has_records, source
+        self.source = source
+        self.fraction = 0.0
+
+    def __iter__(self) -> Iterator[Record]:
+        return (located.record for located in self.located())
+
+    def located(self, *, only: str | None = None) -> Iterator[Located]:
+        """Yield each record with its place. `only` names the one key that is needed, where the others cost time."""
+        try:
+            yield from self._located(only)
+        except OSError as error:
+            path = error.filename or self.source.path
+            raise DataError(f"{self.source.key}: cannot read {path}: {error.strerror or error}.") from error
+
+    def _located(self, only: str | None) -> Iterator[Located]:
+        if self.source.kind is Kind.DATASET:
+            yield from self._of_dataset(only)
+            return
+        sizes, done = [max(1, file.stat().st_size) for file in self.source.files], 0
+        for file, size in zip(self.source.files, sizes, strict=True):
+            is_lines = self.source.kind is Kind.LINES
+            for record, number, share in self._lines(file) if is_lines else self._rows(file, only):
+                self.fraction = (done + share * size) / sum(sizes)
+                yield Located(record, f"{file} {'line' if is_lines else 'row'} {number}")
+            done += size
+        self.fraction = 1.0
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys of the first record; none where there is no record."""
+        return tuple(next(iter(self), {}))
+
+    def _lines(self, file: Path) -> Iterator[tuple[Record, int, float]]:
+        """Yield the records of a file of lines, the number of each line, and the share of the file up to it."""
+        size = max(1, file.stat().st_size)
+        with file.open("rb") as packed, self._unpacked(file, packed) as lines:
+            number = 0
+            while line := self._read_line(lines, file, number + 1):
+                number += 1
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if not line.isspace():
+                    yield self._record_of(line, f"{file} line {number}"), number, packed.tell() / size
+
+    def _unpacked(self, file: Path, packed: IO[bytes]) -> IO[bytes]:
+        """Return the lines of a file, which is unpacked where its name says so."""
+        key, start = self.source.key, start_of(file, self.source.key)
+        kind, is_gzip = packed_as(start), file.name.endswith(".gz")
+        if is_gzip and not start.startswith(GZIP) and start:
+            raise DataError(f"{key}: {file} is not packed by gzip. Rename it to {file.name.removesuffix('.gz')}.")
+        if kind is not None and not (is_gzip and kind == "gzip"):
+            recipe = f"Rename it to {file.name}.gz." if kind == "gzip" else "Unpack or convert it first."
+            raise DataError(f"{key}: {file} has no lines of JSON: it begins as {kind} does. {recipe}")
+        _, encoding = byte_order_mark(start)
+        if encoding != "UTF-8":
+            raise DataError(f"{key}: {file} is {encoding}. Convert it: iconv -f {encoding[:6]} -t UTF-8 FILE > NEW.")
+        return gzip.GzipFile(fileobj=packed) if is_gzip else packed  # type: ignore[return-value]
+
+    def _read_line(self, lines: IO[bytes], file: Path, number: int) -> bytes:
+        try:
+            return lines.readline()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(
+                f"{self.source.key}: {file} is damaged near line {number}: {error}. Download or pack it again."
+            ) from error
+
+    def _record_of(self, line: bytes, place: str) -> Record:
+        key = self.source.key
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{key}: {place} is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}. Convert the"
+                " file, as in: iconv -f LATIN1 -t UTF-8."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{key}: {place} is not JSON: {error}. {LINES_RECIPE}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{key}: {place} is {_kind_of(record)}, and not a record {{...}}. {LINES_RECIPE}")
+        return record
+
+    def _rows(self, file: Path, only: str | None) -> Iterator[tuple[Record, int, float]]:
+        """Yield the rows of a Parquet file, the number of each, and the share of the file up to it."""
+        parquet, number = _import_parquet(self.source), 0
+        with _naming(file, self.source.key), parquet.ParquetFile(file, memory_map=True, pre_buffer=False) as rows:
+            num_rows = max(1, rows.metadata.num_rows)
+            columns = [only] if only in rows.schema_arrow.names else None  # else the error names all keys
+            for batch in rows.iter_batches(batch_size=AT_ONCE, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield record, number, number / num_rows
+
+    def _of_dataset(self, only: str | None) -> Iterator[Located]:
+        dataset, number = load_dataset(self.source), 0
+        if only in dataset.column_names:
+            dataset = dataset.select_columns([only])
+        for table in dataset.with_format("arrow").iter(AT_ONCE):
+            for record in table.to_pylist():
+                number += 1
+                self.fraction = number / len(dataset)
+                yield Located(record, f"{self.source.path} row {number}")
+        self.fraction = 1.0
+
+
+def text_of(located: Located, text_key: str) -> str:
+    """Return the text of a record. Raises DataError where the key is missing, or its value is no text."""
+    record, place = located.record, located.place
+    if text_key not in record:
+        keys = [str(key) for key in record]
+        match = closest(text_key, keys) or next((key for key in keys if isinstance(record[key], str)), None)
+        hint = f" Set data.text_key={match}." if match else ""
+        has = f"it has {names_text(map(repr, keys))}" if keys else "it is empty"
+        raise DataError(f"data.text_key: {place} has no key {text_key!r}: {has}.{hint}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise DataError(
+            f"data.text_key: {place}: {text_key!r} is {_kind_of(text)}, and not text: {shown(text)}. Leave out such"
+            " records, or name another key."
+        )
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data.text_key: {place}: {text_key!r} has the character {text[error.start]!r}, half of a surrogate pair,"
+            " which no encoding can write. Leave out the record, or replace it."
+        ) from error
+    return text
+
+
+def load_dataset(source: Source) -> Any:
+    """Return the dataset that `datasets.save_to_disk` wrote, mapped from its files."""
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DataError(
+            f"{source.key}: {source.path} needs the package 'datasets': pip install 'colonnade[data]'."
+        ) from error
+    try:
+        return datasets.Dataset.load_from_disk(source.path, keep_in_memory=False)
+    except Exception as error:  # a damaged folder raises what its reader meets
+        raise DataError(
+            f"{source.key}: {source.path} is not a folder that datasets.save_to_disk wrote, or is damaged: {error}"
+        ) from error
+
+
+def _import_parquet(source: Source) -> Any:
+    try:
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DataError(
+            f"{source.key}: {source.path} needs the package 'pyarrow': pip install 'colonnade[data]'."
+        ) from error
+    return pyarrow.parquet
+
+
+@contextmanager
+def _naming(file: Path, key: str) -> Iterator[None]:
+    """Have an error of pyarrow's be a DataError that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise DataError(
+            f"{key}: {file} is not Parquet, or is damaged: {reason}. Download or write it again."
+        ) from error
+
+
+def _kind_of(value: object) -> str:
+    """Return what JSON calls a value: a list, a number, null."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
