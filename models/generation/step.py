@@ -127,8 +127,9 @@ class Step:
         masks = masks_at(positions, self.caches[0].length, windows, dtype)
         rotary = first.options.rotary  # all attentions share it
         angles = rotary.tables_of_new(positions, dtype) if isinstance(rotary, Rotary) else None
+        texts = torch.arange(len(positions), device=positions.device)
         for cache in self.caches:
-            cache.new = NewTokens(positions, masks, angles)
+            cache.new = NewTokens(texts, positions, masks, angles)
 
     def _add_token(self, x: Tensor | None, at: Tensor) -> None:
         """Choose the next token of each text by the logits at these places of x, and add it on every stage."""

@@ -10,12 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NewTokens:
-    """One new token of each text: its position, int64 [B], and which keys it sees.
+    """One new token of each text: its text, 0 … B − 1, and its position, both int64 [B], and which keys it sees.
 
     `masks`: by window (None: all earlier keys), what is added to the scores of keys 0 … L − 1: 0 or −inf, [B, 1, 1, L].
     `angles`: cosines and sines by which rotary positions turn the tokens, two of [B, 1, 1, D]; None without these.
     """
 
+    texts: Tensor
     positions: Tensor
     masks: Mapping[int | None, Tensor]
     angles: tuple[Tensor, Tensor] | None = None
@@ -55,8 +56,8 @@ class KeyValueCache:
         """
         new = self.new
         assert new is not None, "whole texts are attended to as without a cache"
-        texts = torch.arange(len(k), device=k.device)
-        self.k[texts, :, new.positions], self.v[texts, :, new.positions] = k.squeeze(2), v.squeeze(2)
+        at = new.texts, slice(None), new.positions
+        self.k[at], self.v[at] = k.squeeze(2), v.squeeze(2)
         rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
         y: Tensor = F.scaled_dot_product_attention(rows, self.k, self.v, attn_mask=new.masks[window])
         return y.flatten(1).unsqueeze(1)
