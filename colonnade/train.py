@@ -19,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, add_resume, count, step_range
-from colonnade.process import NOT_FINITE, REFUSED, TERMINATED, guarded, import_torch, terminate
+from colonnade.process import FAILED, NOT_FINITE, REFUSED, TERMINATED, guarded, import_torch, terminate
 
 if TYPE_CHECKING:
     from parallel.engine.context import Place
@@ -84,6 +84,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from parallel.errors import ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from parallel.watch.watch import UNWATCHED
+    from training.callbacks import CallbackError
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
     from training.tokenizing import cache_of
@@ -120,8 +121,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     except LostRankError as error:
         return watch.end(error)
     except ColonnadeError as error:
-        code = NOT_FINITE if isinstance(error, NonFiniteError) else REFUSED
-        watch.leave(f"it refuses: {error}", code=code)
+        codes = {NonFiniteError: NOT_FINITE, CallbackError: FAILED}
+        code = codes.get(type(error), REFUSED)
+        watch.leave(f"it {'ends' if code == FAILED else 'refuses'}: {error}", code=code)
         if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends

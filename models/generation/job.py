@@ -102,7 +102,7 @@ def continued(request: Request) -> list[Continuation]:
 
 
 def _tokens(source: Source, prompts: Sequence[str | Messages], *, chat: bool) -> list[list[int]]:
-    """Return the tokens of each prompt. Raises DataError where one needs a chat template and there is none."""
+    """Return the tokens of each prompt. Raises DataError, with its number, for one that has none."""
     template = None
     if chat or not all(isinstance(prompt, str) for prompt in prompts):
         template = load_chat_template(source.tokenizer_path)
@@ -111,7 +111,13 @@ def _tokens(source: Source, prompts: Sequence[str | Messages], *, chat: bool) ->
                 f"{source.tokenizer_path}: its tokenizer has no chat template, which --chat and prompts of messages"
                 " need. Give prompts that are text, without --chat."
             )
-    return [tokens_of(p, source, template if chat or not isinstance(p, str) else None) for p in prompts]
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            found.append(tokens_of(prompt, source, template if chat or not isinstance(prompt, str) else None))
+        except DataError as error:
+            raise DataError(f"prompt {number}: {error}") from error
+    return found
 
 
 def _shortage(job: GenerationJob, device: torch.device) -> str:

@@ -19,7 +19,7 @@ RECIPE = 'Write one object a line: {"prompt": "..."}, or {"messages": [{"role": 
 def read_prompts(file: Path) -> list[str | Messages]:
     """Return the prompts of a file: each line of a .txt, or each record of a .jsonl. Raises DataError."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # U+2028, say, is a character of a line
     except OSError as error:
         raise DataError(f"--prompts: cannot read {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -77,4 +77,11 @@ def tokens_of(prompt: str | Messages, source: Source, template: ChatTemplate | N
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"it has the character {text[error.start]!r}, which is half of a surrogate pair, or a byte that is not"
+            " UTF-8. Replace it."
+        ) from error
     return tokenizer.encode(text).tolist() if text else []
