@@ -123,16 +123,37 @@ class FailsOn(Ranks):
         self._fail("on_end")
 
 
-def train_with(rank: int, world_size: int, folder: Path, callbacks: Callable[[], list[Callback]]) -> str:
+def train_with(
+    rank: int, world_size: int, folder: Path, callbacks: Callable[[], list[Callback]], options: tuple[str, ...] = ()
+) -> str:
     """Return the error that ends a run of two ranks with these callbacks, and what the first rank was told."""
     place = Place(rank, world_size, rank, ALONE.local_world_size)
-    job = prepared(folder, *SHORT, place=place)
+    job = prepared(folder, *SHORT, *options, place=place)
     dist.barrier()
     try:
         run_job(job, callbacks=callbacks())
     except CallbackError as error:
         return str(error)
     return ""
+
+
+class Pops(Callback):
+    """Takes a number out of the line, as a logger does that shows it in another way."""
+
+    def on_step(self, line: MetricsLine) -> None:
+        line.pop("validation_loss", None)
+
+
+def pops() -> list[Callback]:
+    return [Pops()]
+
+
+def test_what_a_callback_changes_in_a_line_nothing_else_sees(tmp_path: Path) -> None:
+    """Rank 0 alone took the evaluation for none then, and the other one waited for it to save the best checkpoint."""
+    options = ("output.eval_every=1", "output.keep_best=True", "output.checkpoint_every=0")
+    assert run(train_with, 2, tmp_path, pops, options) == ["", ""]
+    assert all(line["validation_loss"] > 0 for line in lines_of(tmp_path))
+    assert (tmp_path / "checkpoints" / "best").exists()
 
 
 def on_ranks() -> list[Callback]:
