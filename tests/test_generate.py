@@ -426,6 +426,7 @@ def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) 
     assert texts(tmp_path / "run", ["The ", "A"], sampling=SAMPLED) == of_export
     assert texts(tmp_path / "run" / "checkpoints" / "step_000002", ["The ", "A"], sampling=SAMPLED) == of_export
     assert find_source(tmp_path / "run").is_checkpoint
+    assert find_source(tmp_path / "run" / "checkpoints" / "latest").folder == find_source(tmp_path / "run").folder
 
 
 @pytest.mark.parametrize("chat", [True, False])
