@@ -123,12 +123,10 @@ class FailsOn(Ranks):
         self._fail("on_end")
 
 
-def train_with(
-    rank: int, world_size: int, folder: Path, callbacks: Callable[[], list[Callback]], options: tuple[str, ...] = ()
-) -> str:
+def train_with(rank: int, world_size: int, folder: Path, callbacks: Callable[[], list[Callback]]) -> str:
     """Return the error that ends a run of two ranks with these callbacks, and what the first rank was told."""
     place = Place(rank, world_size, rank, ALONE.local_world_size)
-    job = prepared(folder, *SHORT, *options, place=place)
+    job = prepared(folder, *SHORT, place=place)
     dist.barrier()
     try:
         run_job(job, callbacks=callbacks())
@@ -144,14 +142,10 @@ class Pops(Callback):
         line.pop("validation_loss", None)
 
 
-def pops() -> list[Callback]:
-    return [Pops()]
-
-
 def test_what_a_callback_changes_in_a_line_nothing_else_sees(tmp_path: Path) -> None:
-    """Rank 0 alone took the evaluation for none then, and the other one waited for it to save the best checkpoint."""
+    """Rank 0 alone took an evaluation for none then, and the others waited for it to save the best checkpoint."""
     options = ("output.eval_every=1", "output.keep_best=True", "output.checkpoint_every=0")
-    assert run(train_with, 2, tmp_path, pops, options) == ["", ""]
+    run_job(prepared(tmp_path, *SHORT, *options), callbacks=[Pops()])
     assert all(line["validation_loss"] > 0 for line in lines_of(tmp_path))
     assert (tmp_path / "checkpoints" / "best").exists()
 

@@ -332,7 +332,8 @@ def test_a_line_of_a_file_of_prompts_ends_at_a_line_feed_alone(tmp_path: Path) -
     records, lines = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
     records.write_bytes('\ufeff{"prompt": "one\u2028line\x85"}\r\n\r\n{"prompt": "two"}'.encode())
     lines.write_bytes("\ufeffone\u2028line\x85\r\n\r\ntwo\n".encode())
-    assert read_prompts(records) == read_prompts(lines) == ["one\u2028line\x85", "two"]
+    assert read_prompts(lines) == ["one\u2028line\x85", "two"]
+    assert read_prompts(records) == read_prompts(lines)
 
 
 def test_a_prompt_that_has_no_tokens_is_refused_with_its_number(export: Path) -> None:
