@@ -1752,6 +1752,17 @@ CONVERSATIONS = (
     ),
 )
 
+TEXTS_ATTACKED = (
+    Mutant(
+        "labels-in-a-narrow-dtype",
+        "the label −100 of a batch in uint8 is 156, and is counted",
+        "parallel/engine/engine.py",
+        "as_int64(given(batch))",
+        "given(batch)",
+        "tests/test_batch_keys.py::test_integers_of_any_dtype_are_those_of_int64",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1791,4 +1802,5 @@ MUTANTS = (
     *DOCUMENTS,
     *DATA,
     *CONVERSATIONS,
+    *TEXTS_ATTACKED,
 )

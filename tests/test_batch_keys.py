@@ -74,6 +74,19 @@ def test_a_value_of_none_is_the_same_as_no_key(folder: Path) -> None:
     assert abs(given - left_out) > 1e-3
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+
+
+def test_integers_of_any_dtype_are_those_of_int64(folder: Path) -> None:
+    """In uint8 the label −100 was 156, which was counted; unsigned integers of more bits ended in an error of torch."""
+    batch = packed(batches_of(1)[0]) | dict(document_ids=torch.arange(6).expand(12, 6) // 3)
+    unsigned = batch | dict(position_ids=batch["position_ids"].clamp_min(0))
+    del batch["labels"], unsigned["labels"]  # the default is made of the tokens, in their dtype
+    narrow = [{key: x.to(dtype) for key, x in unsigned.items()} for dtype in INTEGERS]
+    found = run(losses_with, 1, folder, [unsigned, *narrow])[0]
+    assert found == [found[0]] * len(found)
+
+
 IDS = torch.arange(24).reshape(4, 6)
 SPLIT_MODEL: dict[str, tuple[Any, str]] = {
     "a misspelt key": (dict(attention_masks=IDS * 0), "batch: 'attention_masks' is no key of a batch."),
