@@ -82,6 +82,18 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return FileTokenizer(BUILT_IN_BPE if spec == "bpe" else Path(spec))
 
 
+def unwritable(text: str) -> str:
+    """Return what no encoding can write of a text that came as JSON, or "".
+
+    It is the end of a message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write"
+    return ""
+
+
 class ByteTokenizer:
     """Bytes of UTF-8 as tokens: the id of a byte is the byte + 4, after OPT's four special tokens."""
 

@@ -77,6 +77,11 @@ def changing(folder: Path) -> str:
     return refused(folder, PLAIN, record, template=TEMPLATES["qwen3"])
 
 
+def another_prompt(folder: Path) -> str:
+    """A prompt of DeepSeek-R1's template ends with the beginning of the reasoning, which the text need not have."""
+    return refused(folder, PLAIN, template=CHATML.replace("assistant\\n' }}", "assistant\\n<think>' }}"))
+
+
 def within_a_token(folder: Path) -> str:
     begins = {"messages": [USER, {"role": "assistant", "content": "\nhe"}]}
     assert learned(folder, corpus_of(folder, begins, template=CHATML_MARKED)).endswith("he<|im_end|>")
@@ -111,6 +116,10 @@ def tools(folder: Path) -> str:
     assert "no JSON" in refused(folder, PLAIN | dict(tools="clock"))
     assert "not a list of JSON schemas" in refused(folder, PLAIN | dict(tools=["clock"]))
     assert "and not an object" in refused(folder, PLAIN | dict(chat_template_kwargs=3))
+    variables = dict(tools=[tool], style="kind")
+    assert "`chat_template_kwargs` has tools, which follow" in refused(
+        folder, PLAIN | dict(chat_template_kwargs=variables)
+    )
     return ""
 
 
@@ -181,6 +190,8 @@ def half_a_pair(folder: Path) -> str:
     file = folder / "chat.jsonl"
     assert "half of" in refused(folder, dict(prompt="\ud800", completion="he"))
     assert "\\ud800" in file.read_text()
+    shown = dict(chat_template_kwargs=dict(style="\ud800"))
+    assert "half of" in refused(folder, PLAIN | shown, template="{{ style }}" + CHATML)
     return refused(folder, {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]})
 
 
@@ -219,6 +230,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a template with `{% generation %}`": marked,
     "a template without it": unmarked,
     "a template that writes earlier messages in another way once others follow": changing,
+    "a template whose prompt for an answer has more than the text before the answer": another_prompt,
     "an answer that shares a token with the text before it": within_a_token,
     "`prompt` and `completion` as text": text_pair,
     "a token that has the end of the prompt and the beginning of the completion": joined_pair,

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from models.chat import ChatTemplate, Conversation
+from models.tokenizer import unwritable
 from parallel.errors import DataError, closest, names_text, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -22,6 +23,8 @@ TO_MESSAGES = (
 )
 WITHOUT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 """Keys of a message of the assistant that needs no content beside them."""
+OF_THE_RECORD = ("messages", "tools", "add_generation_prompt")
+"""Variables of a template that `chat_template_kwargs` cannot set."""
 
 
 class Kind(Enum):
@@ -158,18 +161,15 @@ def _variables(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     variables = record.get("chat_template_kwargs")
     if variables is not None and not isinstance(variables, Mapping):
         raise DataError(f"`chat_template_kwargs` is {shown(variables)}, and not an object.")
+    if taken := [key for key in OF_THE_RECORD if key in (variables or {})]:
+        raise DataError(f"`chat_template_kwargs` has {names_text(taken)}, which follow from the record itself.")
     return variables
 
 
 def _checked(text: str, name: str) -> str:
-    """Return a text. Raises DataError where it has half of a surrogate pair, which JSON can write."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} has the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write."
-            " Leave out the record, or replace it."
-        ) from error
+    """Return a text. Raises DataError where no encoding can write it."""
+    if found := unwritable(text):
+        raise DataError(f"{name} has {found}. Leave out the record, or replace it.")
     return text
 
 

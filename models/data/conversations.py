@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from models.chat import ChatTemplate, Conversation
 from models.data.conversation_records import ASSISTANT, Completion, Dialogue, kind_of, parse_record
@@ -22,7 +21,14 @@ EXAMPLE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARK = "Mark what an answer is in the chat template, between {% generation %} and {% endgeneration %}"
-IsLearned = npt.NDArray[np.bool_]
+_CHANGED = (
+    "the chat template writes the messages up to message {number} otherwise when others follow, so that it cannot be"
+    " found which tokens are the answer."
+)
+_CHANGED_PROMPT = (
+    "the chat template writes the prompt for message {number} otherwise when the answer follows, so that it cannot be"
+    " found which tokens are the answer."
+)
 
 
 def documents_of(
@@ -153,14 +159,18 @@ class ConversationEncoder:
             if message["role"] == ASSISTANT:
                 prompt = template.write(_until(conversation, number), add_generation_prompt=True).text
                 answered = template.write(_until(conversation, number + 1)).text
-                start, stop = (self._num_tokens(text, ids, part, number + 1) for part in (prompt, answered))
+                start = self._num_tokens(text, ids, prompt, number + 1, changed=_CHANGED_PROMPT)
+                stop = self._num_tokens(text, ids, answered, number + 1)
                 is_learned[start:stop] = True
         return Document(ids, is_learned)
 
-    def _num_tokens(self, text: str, ids: Ids, part: str, number: int) -> int:
-        """Return how many of the tokens of a text are those of its first part, which ends at message `number`."""
+    def _num_tokens(self, text: str, ids: Ids, part: str, number: int, *, changed: str = _CHANGED) -> int:
+        """Return how many of the tokens of a text are those of its first part, which ends at message `number`.
+
+        `changed` is the error where the text begins in another way.
+        """
         if not text.startswith(part):
-            raise DataError(f"{_CHANGED.format(number=number)} {MARK}.")
+            raise DataError(f"{changed.format(number=number)} {MARK}.")
         if part == text:
             return len(ids)
         begin = self._tokenizer.encode(part)
@@ -170,12 +180,6 @@ class ConversationEncoder:
                 f" it has here. Strip the blanks around the answer. Or: {MARK[0].lower()}{MARK[1:]}."
             )
         return len(begin)
-
-
-_CHANGED = (
-    "the chat template writes the messages up to message {number} otherwise when others follow, so that it cannot be"
-    " found which tokens are the answer."
-)
 
 
 def _special_tokens_before(tokenizer: Tokenizer) -> Ids:

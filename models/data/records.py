@@ -14,6 +14,7 @@ from typing import IO, Any, TypeAlias
 
 from models.data.file_starts import GZIP, byte_order_mark, packed_as, start_of
 from models.data.sources import Kind, Source
+from models.tokenizer import unwritable
 from parallel.errors import DataError, closest, names_text, shown
 
 Record: TypeAlias = Mapping[str, Any]
@@ -157,13 +158,8 @@ def text_of(located: Located, text_key: str) -> str:
             f"data.text_key: {place}: {text_key!r} is {_kind_of(text)}, and not text: {shown(text)}. Leave out such"
             " records, or name another key."
         )
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"data.text_key: {place}: {text_key!r} has the character {text[error.start]!r}, half of a surrogate pair,"
-            " which no encoding can write. Leave out the record, or replace it."
-        ) from error
+    if found := unwritable(text):
+        raise DataError(f"data.text_key: {place}: {text_key!r} has {found}. Leave out the record, or replace it.")
     return text
 
 
