@@ -83,10 +83,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def unwritable(text: str) -> str:
-    """Return what no encoding can write of a text that came as JSON, or "".
-
-    It is the end of a message.
-    """
+    """Return which character of a text no encoding can write, as the end of a message, or ""."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

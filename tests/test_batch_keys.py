@@ -78,7 +78,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, tor
 
 
 def test_integers_of_any_dtype_are_those_of_int64(folder: Path) -> None:
-    """In uint8 the label −100 was 156, which was counted; unsigned integers of more bits ended in an error of torch."""
+    """The label −100 was 156 in uint8, and was counted; wider unsigned integers ended in an error of torch."""
     batch = packed(batches_of(1)[0]) | dict(document_ids=torch.arange(6).expand(12, 6) // 3)
     unsigned = batch | dict(position_ids=batch["position_ids"].clamp_min(0))
     del batch["labels"], unsigned["labels"]  # the default is made of the tokens, in their dtype
