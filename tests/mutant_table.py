@@ -1754,11 +1754,19 @@ CONVERSATIONS = (
 
 TEXTS_ATTACKED = (
     Mutant(
+        "packed-samples-without-a-label",
+        "a sample of documents of one token each is trained on, and a step of such samples ends the run",
+        "models/data/packed.py",
+        "count_starts(row, sequence_length) < sequence_length - 1",
+        "count_starts(row, sequence_length) < sequence_length",
+        f"{DOCUMENT_TESTS}::test_every_packed_sample_has_a_label",
+    ),
+    Mutant(
         "labels-in-a-narrow-dtype",
         "the label −100 of a batch in uint8 is 156, and is counted",
-        "parallel/engine/engine.py",
-        "as_int64(given(batch))",
-        "given(batch)",
+        "parallel/pipeline/microbatch.py",
+        "{key: x.to(torch.int64) for",
+        "{key: x if x.dtype == torch.uint8 else x.to(torch.int64) for",
         "tests/test_batch_keys.py::test_integers_of_any_dtype_are_those_of_int64",
     ),
 )
