@@ -1867,6 +1867,15 @@ TEXTS_ATTACKED = (
         f"{DOCUMENT_TESTS}::test_every_packed_sample_has_a_label",
     ),
     Mutant(
+        "documents-not-in-the-digest",
+        "a run is resumed with documents that end elsewhere, and so with other labels",
+        "models/data/packed.py",
+        "return self.row.digest_with_starts",
+        "return self.row.digest",
+        "tests/test_resumed_runs.py::"
+        "test_a_resumed_run_does_what_the_table_says[with `data.document_mask`, the token that ends a document of token ids]",
+    ),
+    Mutant(
         "labels-in-a-narrow-dtype",
         "the label −100 of a batch in uint8 is 156, and is counted",
         "parallel/pipeline/microbatch.py",

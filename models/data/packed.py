@@ -43,7 +43,7 @@ class PackedRow:
 
     @property
     def digest(self) -> int:
-        return self.row.digest
+        return self.row.digest_with_starts
 
     def sample(self, index: int) -> Sample:
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
