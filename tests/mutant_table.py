@@ -1876,6 +1876,16 @@ TEXTS_ATTACKED = (
         "test_a_resumed_run_does_what_the_table_says[with `data.document_mask`, the token that ends a document of token ids]",
     ),
     Mutant(
+        "answers-of-no-weight-learned",
+        "an answer with the weight 0 is learned as any other",
+        "models/data/conversation_records.py",
+        "number >= self.first and message.get(WEIGHT) != 0",
+        "number >= self.first",
+        "tests/test_conversation_records.py::"
+        "test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[an answer with the `weight` 0, as in OpenAI's format]",
+    ),
+    Mutant(
         "labels-in-a-narrow-dtype",
         "the label −100 of a batch in uint8 is 156, and is counted",
         "parallel/pipeline/microbatch.py",

@@ -105,6 +105,23 @@ def message_pair(folder: Path) -> str:
     return ""
 
 
+def weights(folder: Path) -> str:
+    """An answer of weight 0 was learned as any other."""
+    for template, end in ((CHATML, "<|im_end|>\n"), (CHATML_MARKED, "<|im_end|>")):
+        for first, second, expected in ((0, 1, "the"), (1, 0, "he"), (None, 0.0, "he"), (0, None, "the")):
+            answers = [dict(role="assistant", content=text, weight=w) for text, w in (("he", first), ("the", second))]
+            record = {"messages": [USER, answers[0], USER, answers[1]]}
+            assert learned(folder, corpus_of(folder, record, template=template)) == expected + end
+        both = {"messages": [USER, answers[0], USER, answers[0]]}
+        assert "have no answer and are left out" in said(corpus_of(folder, PLAIN, both, template=template))
+    changing = {"messages": [USER, dict(role="assistant", content="<think>hm</think>he", weight=0), USER, ANSWER]}
+    marked_qwen = TEMPLATES["qwen3"].replace(
+        "{{- '<|im_start|>' +", "{%- generation %}{%- endgeneration %}{{- '<|im_start|>' +"
+    )
+    assert "whose answers are all learned" in refused(folder, changing, template=marked_qwen)
+    return refused(folder, {"messages": [USER, dict(ANSWER, weight=0.5)]})
+
+
 def tools(folder: Path) -> str:
     tool, template = {"type": "function", "function": {"name": "clock"}}, TEMPLATES["qwen2"]
     with_tools = corpus_of(folder, PLAIN | dict(tools=[tool]), template=template, length=512).num_tokens
@@ -235,6 +252,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "`prompt` and `completion` as text": text_pair,
     "a token that has the end of the prompt and the beginning of the completion": joined_pair,
     "`prompt` and `completion` as lists of messages": message_pair,
+    "an answer with the `weight` 0, as in OpenAI's format": weights,
     "`tools`, a list or its JSON, and `chat_template_kwargs`": tools,
     "a content of several parts of text": parts,
     "a part that is no text": image,

@@ -15,6 +15,7 @@ from parallel.errors import DataError, closest, names_text, shown
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 ASSISTANT = "assistant"
 OTHER_NAMES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "ai": ASSISTANT}
+WEIGHT = "weight"  # of an answer, 0 or 1, as in the format of OpenAI
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 SHARE_GPT = "conversations"  # of messages with `from` and `value`; it is refused with what makes `messages` of it
 TO_MESSAGES = (
@@ -37,10 +38,18 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages for the chat template; the answers that are learned are those from message `first` on."""
+    """Messages for the chat template. The answers from message `first` on are learned, but for those of weight 0."""
 
     conversation: Conversation
     first: int = 0
+
+    def answers(self) -> dict[int, bool]:
+        """Return the number of each message of the assistant, from 0, and whether it is learned."""
+        return {
+            number: number >= self.first and message.get(WEIGHT) != 0
+            for number, message in enumerate(self.conversation.messages)
+            if message["role"] == ASSISTANT
+        }
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,10 @@ def _message(given: Any, name: str, template: ChatTemplate | None) -> dict[str, 
         message["content"] = _checked(_text_of(message["content"], name), name)
     elif role != ASSISTANT or not any(key in message for key in WITHOUT_TEXT):
         raise DataError(f"{name} has no `content`. Leave out the record, or set it to an empty text.")
+    if message.get(WEIGHT) not in (None, 0, 1):
+        raise DataError(
+            f"{name} has the weight {shown(message[WEIGHT])}. Known: 0, an answer that is not learned, and 1."
+        )
     return message
 
 

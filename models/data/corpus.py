@@ -194,7 +194,7 @@ class _Reader:
         end = Separator(tokenizer, self.end, self.vocab_size).id
         documents = ConversationDocuments(Records(source), tokenizer, template, end)
         key = {
-            "conversations": 1,
+            "conversations": 2,
             "tokenizer": tokenizer.identity,
             "template": None if template is None else template.content,
             "end": end,
