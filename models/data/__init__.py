@@ -1,4 +1,4 @@
-"""Their data: from what `data.path` names to the batches of a step."""
+"""The data of a run: from what `data.path` names to the batches of a step."""
 
 from models.data.cache import Cache
 from models.data.corpus import Corpus, load_tokens

@@ -116,7 +116,7 @@ class Records:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{key}: {place} is not JSON: {error}. {LINES_RECIPE}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{key}: {place} is {_kind_of(record)}, and not a record {{...}}. {LINES_RECIPE}")
+            raise DataError(f"{key}: {place} is {_json_type(record)}, and not a record {{...}}. {LINES_RECIPE}")
         return record
 
     def _rows(self, file: Path, only: str | None) -> Iterator[tuple[Record, int, float]]:
@@ -154,15 +154,20 @@ def text_of(located: Located, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         raise DataError(
-            f"data.text_key: {place}: {text_key!r} is {_kind_of(text)}, and not text: {shown(text)}. Leave out such"
+            f"data.text_key: {place}: {text_key!r} is {_json_type(text)}, and not text: {shown(text)}. Leave out such"
             " records, or name another key."
         )
+    return checked_text(text, f"data.text_key: {place}: {text_key!r}")
+
+
+def checked_text(text: str, name: str) -> str:
+    """Return a text. Raises DataError where it has half of a surrogate pair, which JSON can write."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"data.text_key: {place}: {text_key!r} has the character {text[error.start]!r}, half of a surrogate pair,"
-            " which no encoding can write. Leave out the record, or replace it."
+            f"{name} has the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write."
+            " Leave out the record, or replace it."
         ) from error
     return text
 
@@ -207,7 +212,7 @@ def _naming(file: Path, key: str) -> Iterator[None]:
         ) from error
 
 
-def _kind_of(value: object) -> str:
+def _json_type(value: object) -> str:
     """Return what JSON calls a value: a list, a number, null."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

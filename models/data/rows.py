@@ -10,7 +10,7 @@ import numpy as np
 
 from models.data.cache import Cache, Entry, made
 from models.data.documents import DocumentRow, RowWriter, Store
-from models.data.encoding import Documents
+from models.data.encoding import DocumentStream
 from models.data.sources import Kind, Source
 from models.data.token_files import map_token_file, position_of_stranger, starts_after, survey
 from models.tokenizer import Ids
@@ -29,7 +29,7 @@ class Counted:
 
 
 def encoded_row(
-    documents: Documents,
+    documents: DocumentStream,
     source: Source,
     cache: Cache | None,
     *,
