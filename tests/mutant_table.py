@@ -941,7 +941,7 @@ FOLDERS = (
            SHAPE, 'elif module == "head.table" and self.tie_word_embeddings:', 'elif module == "head.table":',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
-           "models/data/corpus.py", "            return self.tokenizer.end\n", "            return 2\n",
+           "models/data/separator.py", "            return self.tokenizer.end\n", "            return 2\n",
            text_row("several texts")),
     Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",

@@ -214,6 +214,10 @@ def text_key(folder: Path) -> str:
     return ""
 
 
+def unknown_text_key(folder: Path) -> str:
+    return "\n".join(corpus_of(folder, PLAIN, text_key="contnt").messages)
+
+
 CHECKS: dict[str, Callable[[Path], str]] = {
     "`messages`": messages,
     "a template with `{% generation %}`": marked,
@@ -244,6 +248,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "conversations without an answer, or with none in what a sample has of them": left_out,
     "nothing that is learned": nothing_learned,
     "`data.text_key`, set to a key of the records": text_key,
+    "`data.text_key`, set to a key that they lack": unknown_text_key,
     "`data.document_mask=True`": lambda folder: refused(folder, PLAIN, error=ConfigError, document_mask=True),
 }
 

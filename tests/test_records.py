@@ -94,7 +94,6 @@ def parquet(folder: Path) -> str:
 def saved(folder: Path) -> str:
     path = dataset_in(folder / "saved")
     assert list(Records(find_source(str(path)))) == RECORDS
-    assert Records(find_source(str(path))).keys() == ("text", "n", "more")
     assert tokens_of(path) == joined([str(record["text"]) for record in RECORDS])
     return ""
 
@@ -228,6 +227,17 @@ def of_splits(folder: Path) -> str:
     return said
 
 
+def not_used(folder: Path) -> str:
+    """A user who names a key of records for a text believed that it was read by this key."""
+    text, ids = str(texts_in(folder / "texts", a="x" * 99)), str(bin_in(folder / "a.bin", dtype="<u4"))
+    of_records = messages_of(folder, f"data.path={text}", "data.text_key=content")
+    assert f"data.text_key: 'content' is not used, since {text} has no records" in of_records
+    both = (f"data.path={text}", f"data.validation_path={ids}", "data.bin_dtype=uint32")
+    assert "data.bin_dtype" not in messages_of(folder, *both)
+    assert "data.text_key: 'content' is not used" in messages_of(folder, *both, "data.text_key=content")
+    return messages_of(folder, f"data.path={text}", "data.bin_dtype=uint32")
+
+
 def other_kind(folder: Path) -> str:
     for name in ("a.csv", "a.txt.gz", "a.arrow", "a.pt"):
         (folder / name).write_text("x")
@@ -303,6 +313,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a folder with files of several kinds": of_several_kinds,
     "a folder with a training split and others": of_splits,
     "a file of another kind": other_kind,
+    "`data.text_key` or `data.bin_dtype`, for data without records or without .bin": not_used,
     "data for validation": validation,
     "data for validation that are too short": short_validation,
     "special tokens that the tokenizer puts around a text": special_tokens,

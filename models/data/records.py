@@ -66,10 +66,6 @@ class Records:
             done += size
         self.fraction = 1.0
 
-    def keys(self) -> tuple[str, ...]:
-        """Return the keys of the first record; none where there is no record."""
-        return tuple(next(iter(self), {}))
-
     def _lines(self, file: Path) -> Iterator[tuple[Record, int, float]]:
         """Yield the records of a file of lines, the number of each line, and the share of the file up to it."""
         size = max(1, file.stat().st_size)
