@@ -1,4 +1,4 @@
-"""Conversations that users bring are treated as the table of docs/data.md says."""
+"""Conversations that users bring are treated as the table of docs/conversations.md says."""
 
 import json
 import re
@@ -265,7 +265,7 @@ def test_tokens_in_the_cache_are_those_of_the_same_template(tmp_path: Path, temp
     assert len(list((tmp_path / "cache" / "entries").glob("*/"))) == 2
 
 
-ROWS = rows("docs/data.md", "Conversations")
+ROWS = rows("docs/conversations.md", "Conversations")
 
 
 def test_every_row_of_the_table_has_a_check() -> None:

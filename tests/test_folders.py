@@ -30,7 +30,7 @@ from training.config import read_config
 from training.preflight import Job, prepare
 from training.run import run_job
 
-PAGE, HEADING = "docs/data.md", "Model folders"
+PAGE, HEADING = "docs/models.md", "Model folders"
 SHAPE: dict[str, Any] = dict(vocab_size=260, hidden_size=8, word_embed_proj_dim=8, num_attention_heads=2, ffn_dim=8)
 SHAPE |= dict(num_hidden_layers=1, max_position_embeddings=16, dropout=0.0, init_std=1.0)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
