@@ -947,7 +947,7 @@ FOLDERS = (
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
            text_row("texts that contain `</s>` or another special token")),
     Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
-           "training/export.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           "models/generation_config.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
            text_row("an end token that is not the model's")),
     Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
            "training/run.py", "    if len(set(read)) > 1:", "    if False:",
@@ -1820,6 +1820,43 @@ CONVERSATIONS = (
     ),
 )
 
+GENERATE_TESTS = "tests/test_generate.py"
+GREEDY = f"{GENERATE_TESTS}::test_greedy_texts_of_prompts_of_different_lengths_equal_hugging_faces"
+GENERATION = (
+    Mutant(
+        "cache-written-one-position-off",
+        "keys and values of a new token are kept one position before its own",
+        "parallel/sequence/cache.py",
+        "at = new.texts, slice(None), new.positions",
+        "at = new.texts, slice(None), new.positions - 1",
+        f"{GREEDY}[gpt2]",
+    ),
+    Mutant(
+        "cache-mask-one-off",
+        "a new token sees the position after its own, where the prompt's padding is",
+        "parallel/sequence/cache.py",
+        "keys > rows if",
+        "keys > rows + 1 if",
+        f"{GREEDY}[llama]",
+    ),
+    Mutant(
+        "draws-not-keyed-by-sample",
+        "texts of the same prompt are the same: a draw does not depend on its sample",
+        "models/generation/sampling.py",
+        "(samples << 32) + positions",
+        "(samples << 64) + positions",
+        f"{GENERATE_TESTS}::test_a_draw_depends_on_seed_sample_and_position_and_on_nothing_beside_it",
+    ),
+    Mutant(
+        "window-ignored-for-new-tokens",
+        "a new token sees all earlier keys, though the prompt's tokens have a window",
+        "parallel/sequence/cache.py",
+        "(keys > rows) | (keys <= rows - window)",
+        "(keys > rows)",
+        f"{GREEDY}[mistral]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1860,4 +1897,5 @@ MUTANTS = (
     *DOCUMENTS,
     *DATA,
     *CONVERSATIONS,
+    *GENERATION,
 )

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from models.generation_config import write_generation_config
+from models.generation_config import exported_shape, write_generation_config
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
@@ -12,7 +12,7 @@ from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
 from training.best_loss import BestLoss
-from training.export import exported_shape, widest_dtype
+from training.export import widest_dtype
 from training.plot import draw_loss
 from training.preflight import Job
 from training.resume import metadata_of
