@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.build import stage_of
+from models.data import has_token_ids
 from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
@@ -24,7 +25,6 @@ from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.stage import SetValues
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-TOKEN_FILES = (".npy", ".bin")
 
 COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
 """An option with which torch's compiler makes kernels of its own for products with a single row."""
@@ -146,12 +146,19 @@ def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
 
 def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
     """Return the tokenizer that a run's data named. Raises DataError where they are token ids and named none."""
-    if data["tokenizer"] == "bytes" and str(data["path"]).endswith(TOKEN_FILES):
+    name, path = str(data["tokenizer"]), str(data["path"])
+    if name != "bytes":
+        return name
+    try:
+        has_ids = has_token_ids(path)
+    except DataError as error:
+        raise DataError(f"{found}: {error} Or name the tokenizer of its run: --tokenizer bytes, or DIR.") from error
+    if has_ids:
         raise DataError(
-            f"{found}: its run was trained on the token ids of {data['path']}, and data.tokenizer names no tokenizer."
-            " Name it: --tokenizer DIR."
+            f"{found}: its run was trained on the token ids of {path}, and data.tokenizer names no tokenizer. Name it:"
+            " --tokenizer DIR."
         )
-    return str(data["tokenizer"])
+    return name
 
 
 def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -> frozenset[int]:
