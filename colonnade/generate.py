@@ -25,7 +25,7 @@ from colonnade.process import REFUSED, TERMINATED, guarded, import_torch, termin
 if TYPE_CHECKING:
     from models.generation.job import GenerationJob, Request
     from models.generation.prompts import Messages
-    from models.generation.texts import Continuation
+    from models.generation.text_generator import Continuation
     from parallel.engine.context import Place
     from parallel.watch.watch import Watch
 
@@ -142,7 +142,7 @@ def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place
     elif place.rank == 0:
         _write(arguments.out, job.prompts, found)
     if place.rank == 0:
-        _say_what_was_cut(found, job.source.shape.max_positions)
+        _say_what_was_cut(found, job.trained.shape.max_positions)
 
 
 def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
@@ -155,7 +155,7 @@ def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
 def _request(arguments: argparse.Namespace) -> "Request":
     from models.generation.job import Request
     from models.generation.sampling import Sampling
-    from models.generation.texts import Options
+    from models.generation.text_generator import Options
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     options = Options(arguments.tokens, sampling, tuple(arguments.stop), arguments.batch_size)

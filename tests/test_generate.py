@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.generation.decoding import Decoder, Limits
+from models.generation.decoding import Decoder, TextLimits
 from models.generation.job import Request, continued, generate, prepare
 from models.generation.layout import config_for
 from models.generation.sampling import Sampler, Sampling, filtered
-from models.generation.source import Source, find_source
 from models.generation.step import Prompt
-from models.generation.texts import Continuation, Options, Texts
+from models.generation.text_generator import Continuation, Options, TextGenerator
+from models.generation.trained_model import TrainedModel, find_trained_model
 from models.shapes import from_hugging_face
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.engine.context import Place, make_context
@@ -41,23 +41,23 @@ def model_in(folder: Path, name: str) -> Path:
     return save_model(folder / name, family_of(name), **(fields | longer))
 
 
-def source_of(path: Path) -> Source:
-    """Return the model of a folder as a source of token ids: no text is needed here."""
-    return Source(path, from_hugging_face(path), ByteTokenizer(), "bytes", frozenset(), "fp32")
+def trained_in(path: Path) -> TrainedModel:
+    """Return the model of a folder for token ids: no text is needed here."""
+    return TrainedModel(path, from_hugging_face(path), ByteTokenizer(), "bytes", frozenset(), "fp32")
 
 
 def texts_of(
     rank: int, world_size: int, path: Path, sections: dict[str, Any], dtype: str, samplings: list[Sampling]
 ) -> list[list[list[int]]]:
     """Return the new tokens of PROMPTS on a rank, for each sampling: of the prompts that its replica is given."""
-    source = source_of(path)
+    trained = trained_in(path)
     settings = [f"{key}={value!r}" for key, value in sections.items()]
-    config = config_for(source, None, settings, dtype=dtype, world_size=world_size)
+    config = config_for(trained, None, settings, dtype=dtype, world_size=world_size)
     context = make_context(config, Place(rank, world_size, rank, world_size))
     data = context.mesh.axis("data")
     prompts = [Prompt(number, ids) for number, ids in enumerate(PROMPTS)][data.rank :: data.size]
-    model = source.load(context)
-    found = [Decoder(model, Limits(NEW, 32), sampling).continue_texts(prompts) for sampling in samplings]
+    model = trained.load(context)
+    found = [Decoder(model, TextLimits(NEW, 32), sampling).continue_texts(prompts) for sampling in samplings]
     context.mesh.close()
     return found
 
@@ -137,10 +137,10 @@ def test_a_text_ends_where_hugging_face_ends_it(tmp_path: Path) -> None:
     for row in theirs[:, ids.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in ends), None)
         wanted.append(row[:end])
-    source = source_of(path)
-    context = make_context(config_for(source, None, [], dtype=None, world_size=1), Place())
+    trained = trained_in(path)
+    context = make_context(config_for(trained, None, [], dtype=None, world_size=1), Place())
     prompts = [Prompt(number, prompt) for number, prompt in enumerate(PROMPTS)]
-    assert Decoder(source.load(context), Limits(NEW, 32, ends), Sampling()).continue_texts(prompts) == wanted
+    assert Decoder(trained.load(context), TextLimits(NEW, 32, ends), Sampling()).continue_texts(prompts) == wanted
     assert {len(text) for text in wanted} > {3}
 
 
@@ -371,7 +371,7 @@ def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) 
     of_export = texts(tmp_path / "run" / "export", ["The ", "A"], sampling=SAMPLED)
     assert texts(tmp_path / "run", ["The ", "A"], sampling=SAMPLED) == of_export
     assert texts(tmp_path / "run" / "checkpoints" / "step_000002", ["The ", "A"], sampling=SAMPLED) == of_export
-    assert find_source(tmp_path / "run").is_checkpoint
+    assert find_trained_model(tmp_path / "run").is_checkpoint
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -390,12 +390,14 @@ def test_the_model_is_given_the_tokens_that_transformers_makes_of_a_prompt(tmp_p
 
 def test_a_stop_that_names_a_special_token_ends_a_text_with_it(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
-    texts = Texts(replace(source_of(model_in(tmp_path, "llama")), tokenizer=load_tokenizer(str(folder))), Options())
+    texts = TextGenerator(
+        replace(trained_in(model_in(tmp_path, "llama")), tokenizer=load_tokenizer(str(folder))), Options()
+    )
     assert not texts.ends
-    source = texts.tokenizer.vocabulary()["<|im_end|>"]
+    end = texts.tokenizer.vocabulary()["<|im_end|>"]
     stopping = Options(stops=("<|im_end|>", "b"))
-    named = Texts(replace(source_of(tmp_path / "llama"), tokenizer=load_tokenizer(str(folder))), stopping)
-    assert (set(named.ends), named.stops) == ({source}, ["b"])
+    named = TextGenerator(replace(trained_in(tmp_path / "llama"), tokenizer=load_tokenizer(str(folder))), stopping)
+    assert (set(named.ends), named.stops) == ({end}, ["b"])
 
 
 def test_chat_without_a_template_is_refused(export: Path) -> None:

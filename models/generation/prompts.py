@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from models.chat import ChatTemplate
-from models.generation.source import Source
+from models.generation.trained_model import TrainedModel
 from models.tokenizer import Tokenizer
 from parallel.errors import DataError, shown
 
@@ -55,7 +55,7 @@ def _is_message(message: object) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-def tokens_of(prompt: str | Messages, source: Source, template: ChatTemplate | None) -> list[int]:
+def tokens_of(prompt: str | Messages, trained: TrainedModel, template: ChatTemplate | None) -> list[int]:
     """Return the tokens that a model is given for a prompt.
 
     With a template, which messages need, text is the message of a user. Without one, text has before it what the
@@ -63,17 +63,17 @@ def tokens_of(prompt: str | Messages, source: Source, template: ChatTemplate | N
     """
     if template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return _ids(source.tokenizer, template.render(messages, add_generation_prompt=True))
+        return _ids(trained.tokenizer, template.render(messages, add_generation_prompt=True))
     assert isinstance(prompt, str)
-    ids = [*source.tokenizer.beginning, *_ids(source.tokenizer, prompt)]
+    ids = [*trained.tokenizer.beginning, *_ids(trained.tokenizer, prompt)]
     if ids:
         return ids
-    if source.begin is None:
+    if trained.begin is None:
         raise DataError(
-            f"{source.folder}: neither the tokenizer nor the model says which token begins a text. Give a --prompt that"
-            " is not empty."
+            f"{trained.folder}: neither the tokenizer nor the model says which token begins a text. Give a --prompt"
+            " that is not empty."
         )
-    return [source.begin]
+    return [trained.begin]
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

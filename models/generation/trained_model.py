@@ -1,4 +1,4 @@
-"""The source of generated texts: a Hugging Face directory, such as a run's export, or a checkpoint of a run."""
+"""The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedModel:
     """A model, its tokenizer and the tokens with which its texts end.
 
     `folder` is the directory of the weights: a Hugging Face directory or, where `is_checkpoint`, a checkpoint.
@@ -74,8 +74,8 @@ def inference_of(context: Context, set_values: SetValues) -> Inference:
     return Inference(stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS), context)
 
 
-def find_source(folder: Path, tokenizer: str | None = None) -> Source:
-    """Return the source that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
+def find_trained_model(folder: Path, tokenizer: str | None = None) -> TrainedModel:
+    """Return the model that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
 
     `tokenizer` is used in place of its own, and named as data.tokenizer is. Raises ConfigError, DataError or
     CheckpointError.
@@ -83,13 +83,13 @@ def find_source(folder: Path, tokenizer: str | None = None) -> Source:
     kind = _kind(folder)
     if kind == "run" and checkpoint.resolve_latest(folder / checkpoint.CHECKPOINTS) is None:
         folder, kind = folder / "export", _kind(folder / "export")
-    source = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
-    if source.tokenizer.vocab_size > source.shape.vocab_size:
+    trained = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
+    if trained.tokenizer.vocab_size > trained.shape.vocab_size:
         raise DataError(
-            f"{folder}: its tokenizer has {source.tokenizer.vocab_size} ids, but the model's vocabulary only"
-            f" {source.shape.vocab_size}. Put the one there that the model was trained with."
+            f"{folder}: its tokenizer has {trained.tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {trained.shape.vocab_size}. Put the one there that the model was trained with."
         )
-    return source
+    return trained
 
 
 def _kind(folder: Path) -> str:
@@ -103,7 +103,7 @@ def _kind(folder: Path) -> str:
     return "run" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "model"
 
 
-def _of_directory(folder: Path, tokenizer: str | None) -> Source:
+def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
     if not (folder / "config.json").is_file():
         raise DataError(
             f"{folder}: there is no config.json. Name the export folder of a run, a Hugging Face directory, or a"
@@ -115,7 +115,7 @@ def _of_directory(folder: Path, tokenizer: str | None) -> Source:
     stored = str(raw.get("dtype") or raw.get("torch_dtype"))
     ends = end_tokens(read_generation_config(folder), shape)
     found = _tokenizer_beside(folder) if tokenizer is None else load_tokenizer(tokenizer)
-    return Source(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
+    return TrainedModel(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
 
 
 def _tokenizer_beside(folder: Path) -> Tokenizer:
@@ -129,7 +129,7 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
     return ByteTokenizer() if is_of_bytes(file) else load_tokenizer(str(folder))
 
 
-def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
+def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
     found = checkpoint.find_checkpoint(str(folder), folder, option="generate")
     assert found is not None
     metadata = checkpoint.read_metadata(found)
@@ -141,7 +141,7 @@ def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
     path = tokenizer or _named_tokenizer(found, data)
     used = load_tokenizer(path)
     ends = _ends_of_export(shape, used, config.get("model", {}).get("path"))
-    return Source(found, shape, used, path, ends, precision, is_checkpoint=True)
+    return TrainedModel(found, shape, used, path, ends, precision, is_checkpoint=True)
 
 
 def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
