@@ -10,17 +10,17 @@ torchrun --nproc-per-node 8 -m colonnade generate DIR --prompt "The " --config F
 
 import argparse
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, count
-from colonnade.process import REFUSED, TERMINATED, guarded, import_torch, terminate
+from colonnade.process import guarded
+from colonnade.ranks import Prepared, Surroundings, run_on_ranks
 
 if TYPE_CHECKING:
     from models.generation.job import GenerationJob, Request
@@ -84,50 +84,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the arguments say, in this process or in new ones, and return the exit code."""
-    return guarded(lambda: _launch(arguments))
+    return guarded(lambda: run_on_ranks(main, arguments, partial(_prepare, arguments)))
 
 
-def _launch(arguments: argparse.Namespace) -> int:
-    """Check all that can be checked without the weights, then generate; a refusal is printed without a traceback."""
-    # torchrun ends the other ranks when one refuses: they go on until rank 0, among them, has printed why.
-    ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    if not import_torch():
-        return REFUSED
+def _prepare(arguments: argparse.Namespace, surroundings: Surroundings) -> Prepared:
+    """Check all that can be checked without the weights. Raises ColonnadeError."""
     from models.generation.job import prepare
-    from parallel.engine.context import Place, watch_of
-    from parallel.errors import ColonnadeError, LostRankError, RoomError
-    from parallel.mesh.process_groups import leave
-    from parallel.watch.watch import UNWATCHED
-    from training.spawn import run_ranks
 
-    place, watch = Place(), UNWATCHED
-    try:
-        place = Place.from_environment()
-        world_size = arguments.nprocs or place.world_size
-        watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
-        with watch.refusing(), watch.phase("preparation"):
-            job = prepare(_request(arguments), place, world_size)
-            if watch.is_on:
-                watch.meet(job.facts(world_size), job.config.train.timeout_seconds)
-        signal.signal(signal.SIGTERM, terminate)
-        if ended:
-            return TERMINATED
-        if arguments.nprocs is not None:
-            arguments.nprocs = None
-            return run_ranks(main, arguments, world_size, preload=("colonnade", "torch", "models.generation.job"))
-        _generate(arguments, job, place, watch)
-        watch.leave()
-        leave()
-    except LostRankError as error:
-        return watch.end(error)
-    except ColonnadeError as error:
-        watch.leave(f"it refuses: {error}", code=REFUSED)
-        if place.rank == 0 or isinstance(error, RoomError):  # which may be of one rank alone
-            print(error, file=sys.stderr)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
-        return REFUSED
-    return 0
+    place, world_size = surroundings.place, surroundings.world_size
+    job = prepare(_request(arguments), place, world_size)
+    work = partial(_generate, arguments, job, place)
+    return Prepared(partial(job.facts, world_size), job.config.train.timeout_seconds, work, ["models.generation.job"])
 
 
 def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place", watch: "Watch") -> None:

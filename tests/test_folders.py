@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfi
 import models
 import parallel
 from models.generation.job import Request, continued
-from models.generation.texts import Continuation, Options
+from models.generation.text_generator import Continuation, Options
 from models.shapes import from_hugging_face, resolve
 from models.tokenizer import ByteTokenizer
 from models.weight_files import files_of
