@@ -23,8 +23,8 @@ from colonnade.process import guarded
 from colonnade.ranks import Prepared, Surroundings, run_on_ranks
 
 if TYPE_CHECKING:
+    from models.data.records import Record
     from models.generation.job import GenerationJob, Request
-    from models.generation.prompts import Messages
     from models.generation.text_generator import Continuation
     from parallel.engine.context import Place
     from parallel.watch.watch import Watch
@@ -160,7 +160,7 @@ class _Stream:
         self.printed = max(self.printed, len(whole))
 
 
-def _write(out: Path | None, prompts: Sequence["str | Messages"], found: Sequence["Continuation"]) -> None:
+def _write(out: Path | None, prompts: Sequence["str | Record"], found: Sequence["Continuation"]) -> None:
     """Write a line of JSON for each prompt, or print the texts of several. Raises DataError."""
     from parallel.errors import DataError
 
@@ -172,7 +172,7 @@ def _write(out: Path | None, prompts: Sequence["str | Messages"], found: Sequenc
     try:
         with out.open("w", encoding="utf-8") as file:
             for prompt, continuation in zip(prompts, found, strict=True):
-                given = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+                given = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt["messages"]}
                 file.write(json.dumps(given | asdict(continuation), ensure_ascii=False) + "\n")
     except OSError as error:
         raise DataError(f"--out: cannot write {out}: {error.strerror}.") from error

@@ -1857,6 +1857,25 @@ GENERATION = (
     ),
 )
 
+READ_AGAIN = (
+    Mutant(
+        "tools-left-out",
+        "a model is asked without the tools of its prompt",
+        "models/generation/prompts.py",
+        "template.write(dialogue.conversation, add_generation_prompt=True).text",
+        "template.render(dialogue.conversation.messages, add_generation_prompt=True)",
+        "tests/test_generate.py::test_messages_of_a_file_are_read_as_in_training",
+    ),
+    Mutant(
+        "token-ids-taken-for-text",
+        "the token ids of a folder are decoded as bytes by a generation from a checkpoint",
+        "models/data/sources.py",
+        "if kind is None or Path(path).is_dir():",
+        "if kind is None:",
+        "tests/test_records.py::test_a_folder_of_token_ids_is_told_from_texts",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1898,4 +1917,5 @@ MUTANTS = (
     *DATA,
     *CONVERSATIONS,
     *GENERATION,
+    *READ_AGAIN,
 )

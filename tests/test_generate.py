@@ -1,5 +1,6 @@
 """Generated texts equal Hugging Face's `generate` token for token, and are the same in every layout."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -327,14 +328,18 @@ def test_prompts_of_a_file_are_answered_in_order(
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{", "line 1 is not JSON"), ("[]", "line 1 is no object"), ('{"text": "a"}', "line 1 has the keys 'text'")],
+    [
+        ("{", "line 1 is not JSON.*Write one record on each line"),
+        ("[]", "line 1 is a list.*Write one record on each line"),
+        ('{"text": "a"}', "line 1 has the keys 'text'.*Write one object a line"),
+    ],
 )
 def test_a_file_of_other_records_is_refused_with_the_recipe(
     export: Path, tmp_path: Path, line: str, words: str
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(line)
-    with pytest.raises(DataError, match=f"{words}.*Write one object a line"):
+    with pytest.raises(DataError, match=f"^--prompts: .*{words}"):
         prepare(Request(export, [], file=file), Place(), 1)
 
 
@@ -386,6 +391,24 @@ def test_the_model_is_given_the_tokens_that_transformers_makes_of_a_prompt(tmp_p
     if chat:
         wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert [list(ids) for ids in prepare(request, Place(), 1).tokens] == [wanted]
+
+
+def test_messages_of_a_file_are_read_as_in_training(tmp_path: Path) -> None:
+    """Tools were once left out, and a content in parts was written as Python shows a list."""
+    folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
+    save_model(folder, "llama", **(SHAPES["llama"] | dict(vocab_size=1024, max_position_embeddings=1024)))
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    parts = [{"type": "text", "text": "Who is "}, {"type": "text", "text": "there?"}]
+    file = tmp_path / "prompts.jsonl.gz"
+    record = {"messages": [{"role": "user", "content": parts}], "tools": tools}
+    file.write_bytes(gzip.compress(json.dumps(record).encode()))
+    messages = [{"role": "user", "content": "Who is there?"}]
+    wanted = theirs(folder).apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    assert [list(ids) for ids in prepare(Request(folder, [], file=file), Place(), 1).tokens] == [wanted]
+
+    file.write_bytes(gzip.compress(json.dumps({"messages": [{"role": "gpt", "content": "a"}]}).encode()))
+    with pytest.raises(DataError, match="prompt 1: message 1 of `messages` has the role 'gpt'"):
+        prepare(Request(folder, [], file=file), Place(), 1)
 
 
 def test_a_stop_that_names_a_special_token_ends_a_text_with_it(tmp_path: Path) -> None:

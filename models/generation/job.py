@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from models.chat import load_chat_template
+from models.data.records import Record
 from models.generation.layout import config_for
-from models.generation.prompts import Messages, read_prompts, tokens_of
+from models.generation.prompts import read_prompts, tokens_of
 from models.generation.text_generator import Continuation, Options, TextGenerator
 from models.generation.trained_model import TrainedModel, find_trained_model
 from parallel.config import Config
@@ -30,7 +31,7 @@ class Request:
     """
 
     folder: Path
-    prompts: Sequence[str | Messages]
+    prompts: Sequence[str | Record]
     file: Path | None = None
     chat: bool = False
     options: Options = field(default_factory=Options)
@@ -46,7 +47,7 @@ class GenerationJob:
 
     trained: TrainedModel
     config: Config
-    prompts: Sequence[str | Messages]
+    prompts: Sequence[str | Record]
     tokens: Sequence[Sequence[int]]
     generator: TextGenerator
 
@@ -101,7 +102,7 @@ def continued(request: Request) -> list[Continuation]:
     return generate(prepare(request, place, 1), place)
 
 
-def _tokens(trained: TrainedModel, prompts: Sequence[str | Messages], *, chat: bool) -> list[list[int]]:
+def _tokens(trained: TrainedModel, prompts: Sequence[str | Record], *, chat: bool) -> list[list[int]]:
     """Return the tokens of each prompt. Raises DataError where one needs a chat template and there is none."""
     template = None
     if chat or not all(isinstance(prompt, str) for prompt in prompts):
@@ -111,7 +112,13 @@ def _tokens(trained: TrainedModel, prompts: Sequence[str | Messages], *, chat: b
                 f"{trained.tokenizer_path}: its tokenizer has no chat template, which --chat and prompts of messages"
                 " need. Give prompts that are text, without --chat."
             )
-    return [tokens_of(p, trained, template if chat or not isinstance(p, str) else None) for p in prompts]
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            found.append(tokens_of(prompt, trained, template if chat or not isinstance(prompt, str) else None))
+        except DataError as error:
+            raise DataError(f"prompt {number}: {error}") from error
+    return found
 
 
 def _shortage(job: GenerationJob, device: torch.device) -> str:
