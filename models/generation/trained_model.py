@@ -1,4 +1,4 @@
-"""The source of generated texts: a Hugging Face directory, such as a run's export, or a checkpoint of a run."""
+"""The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.build import stage_of
+from models.data import has_token_ids
 from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
@@ -24,14 +25,13 @@ from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.stage import SetValues
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-TOKEN_FILES = (".npy", ".bin")
 
 COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
 """An option with which torch's compiler makes kernels of its own for products with a single row."""
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedModel:
     """A model, its tokenizer and the tokens with which its texts end.
 
     `folder` is the directory of the weights: a Hugging Face directory or, where `is_checkpoint`, a checkpoint.
@@ -74,8 +74,8 @@ def inference_of(context: Context, set_values: SetValues) -> Inference:
     return Inference(stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS), context)
 
 
-def find_source(folder: Path, tokenizer: str | None = None) -> Source:
-    """Return the source that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
+def find_trained_model(folder: Path, tokenizer: str | None = None) -> TrainedModel:
+    """Return the model that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
 
     `tokenizer` is used in place of its own, and named as data.tokenizer is. Raises ConfigError, DataError or
     CheckpointError.
@@ -83,13 +83,13 @@ def find_source(folder: Path, tokenizer: str | None = None) -> Source:
     kind = _kind(folder)
     if kind == "run" and checkpoint.resolve_latest(folder / checkpoint.CHECKPOINTS) is None:
         folder, kind = folder / "export", _kind(folder / "export")
-    source = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
-    if source.tokenizer.vocab_size > source.shape.vocab_size:
+    trained = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
+    if trained.tokenizer.vocab_size > trained.shape.vocab_size:
         raise DataError(
-            f"{folder}: its tokenizer has {source.tokenizer.vocab_size} ids, but the model's vocabulary only"
-            f" {source.shape.vocab_size}. Put the one there that the model was trained with."
+            f"{folder}: its tokenizer has {trained.tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {trained.shape.vocab_size}. Put the one there that the model was trained with."
         )
-    return source
+    return trained
 
 
 def _kind(folder: Path) -> str:
@@ -103,7 +103,7 @@ def _kind(folder: Path) -> str:
     return "run" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "model"
 
 
-def _of_directory(folder: Path, tokenizer: str | None) -> Source:
+def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
     if not (folder / "config.json").is_file():
         raise DataError(
             f"{folder}: there is no config.json. Name the export folder of a run, a Hugging Face directory, or a"
@@ -115,7 +115,7 @@ def _of_directory(folder: Path, tokenizer: str | None) -> Source:
     stored = str(raw.get("dtype") or raw.get("torch_dtype"))
     ends = end_tokens(read_generation_config(folder), shape)
     found = _tokenizer_beside(folder) if tokenizer is None else load_tokenizer(tokenizer)
-    return Source(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
+    return TrainedModel(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
 
 
 def _tokenizer_beside(folder: Path) -> Tokenizer:
@@ -129,7 +129,7 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
     return ByteTokenizer() if is_of_bytes(file) else load_tokenizer(str(folder))
 
 
-def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
+def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
     found = checkpoint.find_checkpoint(str(folder), folder, option="generate")
     assert found is not None
     metadata = checkpoint.read_metadata(found)
@@ -141,17 +141,24 @@ def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
     path = tokenizer or _named_tokenizer(found, data)
     used = load_tokenizer(path)
     ends = _ends_of_export(shape, used, config.get("model", {}).get("path"))
-    return Source(found, shape, used, path, ends, precision, is_checkpoint=True)
+    return TrainedModel(found, shape, used, path, ends, precision, is_checkpoint=True)
 
 
 def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
     """Return the tokenizer that a run's data named. Raises DataError where they are token ids and named none."""
-    if data["tokenizer"] == "bytes" and str(data["path"]).endswith(TOKEN_FILES):
+    name, path = str(data["tokenizer"]), str(data["path"])
+    if name != "bytes":
+        return name
+    try:
+        has_ids = has_token_ids(path)
+    except DataError as error:
+        raise DataError(f"{found}: {error} Or name the tokenizer of its run: --tokenizer bytes, or DIR.") from error
+    if has_ids:
         raise DataError(
-            f"{found}: its run was trained on the token ids of {data['path']}, and data.tokenizer names no tokenizer."
-            " Name it: --tokenizer DIR."
+            f"{found}: its run was trained on the token ids of {path}, and data.tokenizer names no tokenizer. Name it:"
+            " --tokenizer DIR."
         )
-    return str(data["tokenizer"])
+    return name
 
 
 def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -> frozenset[int]:
