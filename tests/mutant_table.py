@@ -1782,7 +1782,7 @@ CONVERSATIONS = (
         "answers-of-a-prompt-learned",
         "answers in a prompt of messages are learned",
         CONVERSATION_CODE,
-        "if start >= after:",
+        "if not any(start in part for part in unlearned):",
         "if True:",
         f"{CONVERSATION_TESTS}::test_answers_in_a_prompt_of_messages_are_not_learned[marks]",
     ),
