@@ -1,9 +1,11 @@
 """Continue texts with a trained model: a run's export, any Hugging Face directory of a known family, or a checkpoint.
 
-colonnade generate runs/NAME/export --prompt "The "                     one process
-colonnade generate runs/NAME --prompts FILE.jsonl --out TEXTS.jsonl     the run's latest checkpoint, many prompts
-colonnade generate DIR --chat --prompt "Hello!" --config FILE --nprocs 8     in the layout of a config
-torchrun --nproc-per-node 8 -m colonnade generate DIR --prompt "The " --config FILE     the same, by torchrun
+    colonnade generate runs/NAME/export --prompt "The "                      one process
+    colonnade generate runs/NAME --prompts FILE.jsonl --out TEXTS.jsonl      the run's latest checkpoint, many prompts
+    colonnade generate DIR --chat --prompt "Hi" --config FILE --nprocs 8     in the layout of a config
+    torchrun --nproc-per-node 8 -m colonnade generate DIR --prompt "The " --config FILE     the same, by torchrun
+
+docs/generate.md explains it.
 """
 
 # Torch takes seconds to import, so it is imported in the functions that need it.
@@ -39,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="make each prompt the message of a user, by the tokenizer's chat template")
     add("--tokens", type=count, default=200, metavar="N", help="the most new tokens of a text (default: %(default)s)")
     add(
-        "--temperature", type=temperature, default=0.8, help="0: the most likely token each time (default: %(default)s)"
+        "--temperature",
+        metavar="T",
+        type=temperature,
+        default=0.8,
+        help="0: the most likely token each time (default: %(default)s)",
     )
     add("--top-k", type=count, metavar="K", help="draw from the K most likely tokens (default: from all)")
     add("--top-p", type=probability, default=1.0, metavar="P", help="draw from the most likely tokens whose"
@@ -51,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=count, default=32, metavar="N", help="prompts at a time, on each replica of the model"
         " (default: %(default)s)")  # fmt: skip
     add("--tokenizer", metavar="DIR", help="a tokenizer.json, a folder with one, or bytes, in place of the model's own")
-    add("--out", type=Path, metavar="FILE.jsonl", help="write a line for each prompt, and print no text")
+    add("--out", type=Path, metavar="FILE", help="write a line of JSON for each prompt, and print no text")
     add_config(parser)
     add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
 
@@ -129,9 +135,9 @@ def _request(arguments: argparse.Namespace) -> "Request":
     return Request(
         arguments.folder,
         arguments.prompt,
-        arguments.prompts,
-        arguments.chat,
-        options,
+        file=arguments.prompts,
+        chat=arguments.chat,
+        options=options,
         tokenizer=arguments.tokenizer,
         config=arguments.config,
         assignments=arguments.set,

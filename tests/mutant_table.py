@@ -1501,7 +1501,7 @@ INSTALLED = (
         "damaged-checkpoint-exported",
         "a checkpoint with a changed byte is exported",
         "training/export.py",
-        "                checkpoint.check_contents(folder, ALONE)\n",
+        "        checkpoint.check_contents(folder, ALONE)\n",
         "",
         f"{EXPORTS}::test_a_checkpoint_that_cannot_be_exported_is_refused_by_name[change_a_byte]",
     ),

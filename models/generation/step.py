@@ -105,6 +105,9 @@ class Step:
             cache.new = None
         with not_yet_compiled(self.model.context.config.train.compile):
             x = self.model.forward(Microbatch(ids, labels=ids, samples=self.state.samples), self.caches)
+        num_blocks = len(self.caches) - (self.model.pipe.rank == 0)  # the embedding attends to nothing
+        written = sum(len(cache.k) > 0 for cache in self.caches)
+        assert written == num_blocks, f"{written} of {num_blocks} blocks keep keys and values in `batch.cache`"
         self._add_token(x, self.state.positions.squeeze(1))
 
     def __call__(self) -> None:

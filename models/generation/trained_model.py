@@ -1,26 +1,27 @@
 """The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from models.build import stage_of
 from models.data import has_token_ids
 from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
+from models.saved_model import MASTER, SavedModel, of_this_program
 from models.shape import ModelShape
-from models.shapes import from_hugging_face, shape_from
+from models.shapes import from_hugging_face
 from models.tokenizer import ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
+from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
-from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.errors import DataError
 from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.stage import SetValues
 
@@ -61,7 +62,7 @@ class TrainedModel:
         set_values = partial(set_initial_values, config=context.config)
         if self.is_checkpoint:
             set_values = partial(_read_checkpoint, folder=self.folder)
-            with fail_together(context.mesh.world):
+            with fail_together(context.mesh.world), of_this_program(self.folder):
                 checkpoint.check_files(self.folder)
                 checkpoint.check_contents(self.folder, context.mesh.world)
         else:
@@ -130,35 +131,29 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
 
 
 def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
-    found = checkpoint.find_checkpoint(str(folder), folder, option="generate")
+    found = checkpoint.find_checkpoint(str(folder), folder, option="CHECKPOINT")
     assert found is not None
-    metadata = checkpoint.read_metadata(found)
-    try:
-        shape, config = shape_from(metadata["model"]), metadata["config"]
-        data, precision = config["data"], config["train"]["precision"]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{found} is not a checkpoint of a run of this program: {error}.") from error
-    path = tokenizer or _named_tokenizer(found, data)
+    saved = SavedModel.read(found)
+    path = tokenizer or _named_tokenizer(found, saved.config.data)
     used = load_tokenizer(path)
-    ends = _ends_of_export(shape, used, config.get("model", {}).get("path"))
-    return TrainedModel(found, shape, used, path, ends, precision, is_checkpoint=True)
+    ends = _ends_of_export(saved.shape, used, saved.config.model.path)
+    return TrainedModel(found, saved.shape, used, path, ends, saved.config.train.precision, is_checkpoint=True)
 
 
-def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
+def _named_tokenizer(found: Path, data: DataConfig) -> str:
     """Return the tokenizer that a run's data named. Raises DataError where they are token ids and named none."""
-    name, path = str(data["tokenizer"]), str(data["path"])
-    if name != "bytes":
-        return name
+    if data.tokenizer != "bytes":
+        return data.tokenizer
     try:
-        has_ids = has_token_ids(path)
+        has_ids = has_token_ids(data.path)
     except DataError as error:
         raise DataError(f"{found}: {error} Or name the tokenizer of its run: --tokenizer bytes, or DIR.") from error
     if has_ids:
         raise DataError(
-            f"{found}: its run was trained on the token ids of {path}, and data.tokenizer names no tokenizer. Name it:"
-            " --tokenizer DIR."
+            f"{found}: its run was trained on the token ids of {data.path}, and data.tokenizer names no tokenizer. Name"
+            " it: --tokenizer DIR."
         )
-    return name
+    return data.tokenizer
 
 
 def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -> frozenset[int]:
@@ -171,4 +166,4 @@ def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -
 def _read_checkpoint(infos: Sequence[ParameterInfo], folder: Path) -> None:
     """Read the weights that a run saved, in the precision of the master weights, into parameters of any dtype."""
     pieces = (piece for info in infos for piece in info.pieces())
-    checkpoint.load(folder, [replace(piece, name=f"master/{piece.name}") for piece in pieces])
+    checkpoint.load(folder, [replace(piece, name=f"{MASTER}{piece.name}") for piece in pieces])
