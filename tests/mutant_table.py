@@ -1782,7 +1782,7 @@ CONVERSATIONS = (
         "answers-of-a-prompt-learned",
         "answers in a prompt of messages are learned",
         CONVERSATION_CODE,
-        "if start >= after:",
+        "if not any(start in part for part in unlearned):",
         "if True:",
         f"{CONVERSATION_TESTS}::test_answers_in_a_prompt_of_messages_are_not_learned[marks]",
     ),
@@ -1876,6 +1876,44 @@ READ_AGAIN = (
     ),
 )
 
+TEXTS_ATTACKED = (
+    Mutant(
+        "packed-samples-without-a-label",
+        "a sample of documents of one token each is trained on, and a step of such samples ends the run",
+        "models/data/packed.py",
+        "count_starts(row, sequence_length) < sequence_length - 1",
+        "count_starts(row, sequence_length) < sequence_length",
+        f"{DOCUMENT_TESTS}::test_every_packed_sample_has_a_label",
+    ),
+    Mutant(
+        "documents-not-in-the-digest",
+        "a run is resumed with documents that end elsewhere, and so with other labels",
+        "models/data/packed.py",
+        "return self.row.digest_with_starts",
+        "return self.row.digest",
+        "tests/test_resumed_runs.py::"
+        "test_a_resumed_run_does_what_the_table_says[with `data.document_mask`, the token that ends a document of token ids]",
+    ),
+    Mutant(
+        "answers-of-no-weight-learned",
+        "an answer with the weight 0 is learned as any other",
+        "models/data/conversation_records.py",
+        "number >= self.first and message.get(WEIGHT) != 0",
+        "number >= self.first",
+        "tests/test_conversation_records.py::"
+        "test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[an answer with the `weight` 0, as in OpenAI's format]",
+    ),
+    Mutant(
+        "labels-in-a-narrow-dtype",
+        "the label −100 of a batch in uint8 is 156, and is counted",
+        "parallel/pipeline/microbatch.py",
+        "{key: x.to(torch.int64) for",
+        "{key: x if x.dtype == torch.uint8 else x.to(torch.int64) for",
+        "tests/test_batch_keys.py::test_integers_of_any_dtype_are_those_of_int64",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1918,4 +1956,5 @@ MUTANTS = (
     *CONVERSATIONS,
     *GENERATION,
     *READ_AGAIN,
+    *TEXTS_ATTACKED,
 )

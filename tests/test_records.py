@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,22 @@ def saved_splits(folder: Path) -> str:
     said = refused(folder)
     assert f"data.path={folder}/train, and data.validation_path={folder}/test" in said
     assert tokens_of(folder / "train") == joined([str(record["text"]) for record in RECORDS])
+    return said
+
+
+def questions(folder: Path) -> str:
+    """The recipe once was to train on the questions alone. It has no other key than those that the record has."""
+    several = refused(lines_in(folder / "a.jsonl", [{"title": "a", "body": "b"}]))
+    assert "it has 'title', 'body'. Set data.text_key to one of them." in several
+    asked = refused(lines_in(folder / "b.jsonl", [{"question": "a", "answer": "b"}]))
+    assert 'content: (.question)}, {role: "assistant", content: .answer}]' in asked
+    file = lines_in(folder / "c.jsonl", [{"instruction": "a", "input": "b", "output": "c"}])
+    said = refused(file)
+    recipe = said[said.index("jq") :].replace("FILE > NEW.jsonl.", str(file))
+    assert 'content: (.instruction + .input)}, {role: "assistant", content: .output}]' in recipe
+    if shutil.which("jq"):
+        made = json.loads(subprocess.check_output(recipe, shell=True))
+        assert made == {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}
     return said
 
 
@@ -302,6 +320,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a folder that `datasets.save_to_disk` wrote": saved,
     "such a folder with several splits": saved_splits,
     "records without `data.text_key`": missing_key,
+    "records with a question and its answer under other keys, such as `instruction` and `output`": questions,
     "a value that is no text": no_text,
     "records with an empty text": empty_text,
     "lines that are no records, such as a JSON array": no_record,

@@ -14,12 +14,19 @@ from typing import IO, Any, TypeAlias
 
 from models.data.file_starts import GZIP, byte_order_mark, packed_as, start_of
 from models.data.sources import Kind, Source
+from models.tokenizer import unwritable
 from parallel.errors import DataError, closest, names_text, shown
 
 Record: TypeAlias = Mapping[str, Any]
 
 AT_ONCE = 256  # rows of Parquet or of a dataset that are in memory at a time
 LINES_RECIPE = "Write one record on each line: jq -c . FILE > NEW.jsonl (for an array: jq -c '.[]')."
+
+QUESTIONS = (
+    *(("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("prompt", "response")),
+    *(("prompt", "chosen"), ("query", "response"), ("input", "output")),
+)
+"""Keys under which published records have a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,7 @@ def text_of(located: Located, text_key: str) -> str:
     record, place = located.record, located.place
     if text_key not in record:
         keys = [str(key) for key in record]
-        match = closest(text_key, keys) or next((key for key in keys if isinstance(record[key], str)), None)
-        hint = f" Set data.text_key={match}." if match else ""
+        hint = _conversation_hint(record) or _key_hint(record, text_key)
         has = f"it has {names_text(map(repr, keys))}" if keys else "it is empty"
         raise DataError(f"data.text_key: {place} has no key {text_key!r}: {has}.{hint}")
     text = record[text_key]
@@ -157,15 +163,29 @@ def text_of(located: Located, text_key: str) -> str:
 
 
 def checked_text(text: str, name: str) -> str:
-    """Return a text. Raises DataError where it has half of a surrogate pair, which JSON can write."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} has the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write."
-            " Leave out the record, or replace it."
-        ) from error
+    """Return a text. Raises DataError where no encoding can write it."""
+    if found := unwritable(text):
+        raise DataError(f"{name} has {found}. Leave out the record, or replace it.")
     return text
+
+
+def _conversation_hint(record: Record) -> str:
+    """Return how to make `messages` of a record with a question and its answer, whose names are usual ones."""
+    for question, answer in QUESTIONS:
+        if isinstance(record.get(question), str) and isinstance(record.get(answer), str):
+            content = f".{question}" if question == "input" or "input" not in record else f".{question} + .input"
+            messages = f'[{{role: "user", content: ({content})}}, {{role: "assistant", content: .{answer}}}]'
+            return f" To train on {answer!r} as an answer: jq -c '{{messages: {messages}}}' FILE > NEW.jsonl."
+    return ""
+
+
+def _key_hint(record: Record, text_key: str) -> str:
+    """Return which key may be meant."""
+    texts = [str(key) for key in record if isinstance(record[key], str)]
+    match = closest(text_key, map(str, record)) or (texts[0] if len(texts) == 1 else None)
+    if match is not None:
+        return f" Set data.text_key={match}."
+    return " Set data.text_key to one of them." if texts else ""
 
 
 def load_dataset(source: Source) -> Any:
