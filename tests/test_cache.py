@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -188,6 +189,60 @@ def test_a_cache_that_cannot_be_written_is_refused_with_what_to_set(
     assert [one.suffix for one in (full.folder / "entries").iterdir()] == [".lock"]
 
 
+def test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process once removed the files that the others were writing, and all but the last one were refused."""
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    source, found = find_source(str(texts_in(tmp_path, a="x"))), []
+
+    def work(store: Store, report: Report, *, is_first: bool) -> dict[str, Any]:
+        store.append("tokens", np.arange(500))
+        if is_first:  # another process comes, and is done before this one
+            found.append(cache.entry(source, {}, partial(work, is_first=False)))
+        store.append("tokens", np.arange(500, 1000))
+        return {}
+
+    found.append(cache.entry(source, {}, partial(work, is_first=True)))
+    assert [entry.arrays["tokens"].tolist() for entry in found] == 2 * [list(range(1000))]
+    assert [one.suffix for one in sorted((cache.folder / "entries").iterdir())] == ["", ".lock"]
+
+
+def test_a_lock_that_fails_is_refused_with_what_to_set(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once was a traceback, or said of the data that they could not be read."""
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    monkeypatch.setattr("models.data.contents.REMEMBERED_FROM", 1)
+    path = texts_in(tmp_path / "texts", a="one")
+    assert f"COLONNADE_CACHE: tokens cannot be kept in {cache.folder}: Input/output error" in refusal(
+        lambda: corpus_of(path, cache)
+    )
+
+
+def test_a_folder_whose_names_cannot_be_synced_is_no_error(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems answer so."""
+    sync = os.fsync
+
+    def sync_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files)
+    assert corpus_of(texts_in(tmp_path / "texts", a="one"), cache).tokens.tolist() == byte_ids("one")
+
+
 def test_a_cache_that_can_only_be_read_is_used(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     path = texts_in(tmp_path / "texts", a="one")
     corpus_of(path, cache)
@@ -216,6 +271,7 @@ def test_ids_are_checked_once_and_against_the_vocabulary_of_each_run(
 
 
 def test_a_large_file_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was replaced by one of the same size, time and inode was once taken for the one before."""
     monkeypatch.setattr("models.data.contents.REMEMBERED_FROM", 1)
     reads: list[float] = []
     file = tmp_path / "a.txt"
@@ -226,11 +282,14 @@ def test_a_large_file_that_has_not_changed_is_not_read_again(tmp_path: Path, mon
 
     young = [digest(), digest()]
     assert len(reads) == 2  # it could still change within the same tick of the file system's clock
-    os.utime(file, (time.time() - 9, time.time() - 9))
+    monkeypatch.setattr("models.data.contents.SECONDS_OF_A_TICK", -1.0)
     assert [digest(), digest()] == young
     assert len(reads) == 3
-    file.write_text("two")
-    os.utime(file, (time.time() - 9, time.time() - 9))
+    status = file.stat()
+    while file.stat().st_ctime_ns == status.st_ctime_ns:
+        file.write_text("two")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_mtime_ns == status.st_mtime_ns
     assert digest() != young[0]
 
 

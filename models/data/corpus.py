@@ -24,7 +24,7 @@ from models.data.samples import Part, Samples, TokenRow
 from models.data.sources import Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import ConfigError, DataError
+from parallel.errors import ConfigError, DataError, names_text
 
 VALIDATION = "data.validation_path"
 
@@ -97,7 +97,8 @@ def load_tokens(
     DataError if the corpus cannot be read, is too short, or has a token id outside `vocab_size`.
     """
     reader = _Reader(data, vocab_size, tuple(ends), pad, cache)
-    training, messages = reader.samples(find_source(data.path))
+    source = find_source(data.path)
+    training, messages = reader.samples(source)
     if data.validation_path is None:
         num_validation = math.floor(data.validation_fraction * training.num_samples)
         if num_validation >= training.num_samples:
@@ -106,12 +107,24 @@ def load_tokens(
                 f" {data.path} and leaves none to train on. Use a fraction below 1."
             )
         return corpus_of(training, data.sequence_length, num_validation, messages)
-    validation, more = reader.samples(find_source(data.validation_path, VALIDATION))
+    other = find_source(data.validation_path, VALIDATION)
+    validation, more = reader.samples(other)
+    if shared := _shared(training, validation, source, other):
+        more.append(f"{VALIDATION}: {shared}: the model is validated on what it is trained on")
     if data.validation_fraction not in (0, DataConfig().validation_fraction):
         more.append(
             f"data.validation_fraction: {data.validation_fraction} is not used, since data.validation_path is set"
         )
     return Corpus(training, validation, data.sequence_length, (*messages, *more))
+
+
+def _shared(training: Samples, validation: Samples, first: Source, second: Source) -> str:
+    """Return what two sources have in common; nothing where that is not known."""
+    if (training.num_tokens, training.digest) == (validation.num_tokens, validation.digest):
+        return f"{second.path} has the same tokens as data.path"
+    others = {file.resolve() for file in first.files}
+    files = [str(file) for file in second.files if file.resolve() in others]
+    return f"{names_text(files)} is also read for data.path" if files else ""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,8 @@ def load_dataset(source: Source) -> Any:
         raise DataError(
             f"{source.key}: {source.path} needs the package 'datasets': pip install 'colonnade[data]'."
         ) from error
+    if not any(file.suffix == ".arrow" for file in source.files):
+        raise DataError(f"{source.key}: {source.path} is empty: a dataset without rows. Name another one.")
     try:
         return datasets.Dataset.load_from_disk(source.path, keep_in_memory=False)
     except Exception as error:  # a damaged folder raises what its reader meets
@@ -201,7 +203,7 @@ def _naming(file: Path, key: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).rstrip(".")
         raise DataError(
             f"{key}: {file} is not Parquet, or is damaged: {reason}. Download or write it again."
         ) from error
