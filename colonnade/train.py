@@ -130,30 +130,21 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _print_layout(arguments: argparse.Namespace, place: "Place") -> int:
     """Print the layout in the world that was asked for, else in this one, else in the smallest that holds a replica."""
-    from training.config import override_messages, read_config
+    from training.config import read_config
     from training.console import make_console
-    from training.inputs import input_messages, read_corpus
     from training.layout_report import print_layout, print_timeline
-    from training.preflight import problems_here
+    from training.preflight import problems_here, read_inputs
     from training.preview import device_messages, preview_of
-    from training.resume import find_checkpoint, start_messages
-    from training.schedule_messages import schedule_messages
     from training.tokenizing import cache_of
 
     world_size = arguments.world or arguments.nprocs or place.world_size
     if world_size == 1 and not (arguments.world or arguments.nprocs):
         world_size = read_config(arguments.config, arguments.set, None).parallel.model_size
     config = read_config(arguments.config, arguments.set, world_size)
-    corpus = read_corpus(config, cache_of(os.environ, quiet=place.rank != 0))
-    found = find_checkpoint(config, arguments.resume, corpus)
-    messages = [
-        *override_messages(arguments.set),
-        *start_messages(config, arguments.resume, found),
-        *input_messages(config, corpus),
-        *schedule_messages(config, corpus),
-        *device_messages(config),
-        *problems_here(config, place, found),
-    ]
+    cache = cache_of(os.environ, quiet=place.rank != 0)
+    inputs = read_inputs(config, resume=arguments.resume, overridden=arguments.set, cache=cache)
+    config = inputs.config
+    messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.resume_from)]
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
     print_layout(console, preview, messages)
     print_timeline(console, preview)

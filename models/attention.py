@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from models.layer import dropout_key
@@ -68,13 +69,20 @@ class Attention(nn.Module):
         q, k, v = parts_of(self.qkv(x), self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.options.rotary is not None:
+        elif self.options.rotary is not None and torch.is_grad_enabled():
             v = v.clone()  # only v is kept for backward then, and as a view it would keep the memory of all three
         q, k, v = by_head(q), by_head(k), by_head(v)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
-        y: Tensor = self.out(self.mode.sequence.attend(q, k, v, self._masking(batch)))
+        y: Tensor = self.out(self._attend(q, k, v, batch))
         return y
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Microbatch) -> Tensor:
+        if batch.cache is not None:
+            if batch.cache.new is not None:
+                return batch.cache.attend(q, k, v, self.options.window)
+            batch.cache.write(k, v)
+        return self.mode.sequence.attend(q, k, v, self._masking(batch))
 
     def _masking(self, batch: Microbatch) -> Masking:
         tokens = dropout = documents = None

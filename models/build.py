@@ -4,7 +4,7 @@
 lets the blocks be compiled and recomputed, and puts all into a `Stage`. Each step is a function of its own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 
@@ -40,14 +40,21 @@ def build(context: Context) -> Stage:
     return stage_of(context, partial(set_initial_values, config=context.config))
 
 
-def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
+def stage_of(
+    context: Context,
+    set_values: SetValues = keep_values,
+    *,
+    in_parts: bool | None = None,
+    compile_options: Mapping[str, bool] | None = None,
+) -> Stage:
     """Return this rank's stage, with parameters in the dtype of the master weights.
 
-    `set_values` gives them their values: at once or, if the stage `is_built_in_parts`, chunk by chunk when an engine is
-    made of it. By default they are zero, to be read from a checkpoint. On the device "meta" they have sizes only.
+    `set_values` gives them their values: at once or, `in_parts`, chunk by chunk when an engine is made of it; by
+    default as `is_built_in_parts` says. Without it they are zero, to be read from a checkpoint. On the device "meta"
+    they have sizes only. `compile_options` are those of torch's compiler, where blocks are compiled.
     """
     config, mode = context.config, mode_of(context)
-    in_parts = is_built_in_parts(config)
+    in_parts = is_built_in_parts(config) if in_parts is None else in_parts
     specs = specs_of_stage(context, mode)
     blocks = [spec.name for spec in specs if spec.is_block]
     layers = {spec.name: build_layer(spec, keep_storage=not in_parts) for spec in specs}
@@ -59,7 +66,7 @@ def stage_of(context: Context, set_values: SetValues = keep_values) -> Stage:
     if not in_parts:
         set_values(infos)
     if config.train.compile:
-        compile_layers(layers, blocks)
+        compile_layers(layers, blocks, compile_options)
     inputs = InputsOnHost(context.device) if config.train.activation_checkpointing == "offload" else None
     if config.train.activation_checkpointing != "none":
         layers = recomputed(layers, blocks, inputs)
@@ -137,10 +144,12 @@ def tie_embeddings(layers: dict[str, nn.Module]) -> None:
         layers["head"].table = layers["embed"].table
 
 
-def compile_layers(layers: dict[str, nn.Module], names: Iterable[str]) -> None:
-    """Let torch.compile compile the forward of each of these layers when it is first called."""
+def compile_layers(
+    layers: dict[str, nn.Module], names: Iterable[str], options: Mapping[str, bool] | None = None
+) -> None:
+    """Let torch.compile compile the forward of each of these layers, with these options, when it is first called."""
     for name in names:
-        layers[name].compile()
+        layers[name].compile(options=dict(options) if options else None)
 
 
 def recomputed(layers: dict[str, nn.Module], names: Iterable[str], inputs: InputsOnHost | None) -> dict[str, nn.Module]:

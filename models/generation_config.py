@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from models.shape import ModelShape
+from models.tokenizer import Tokenizer
 from parallel.checkpoint.shards import read_json, write_json
 from parallel.errors import DataError
 
@@ -36,10 +37,27 @@ def write_generation_config(
 
     Other tokens that end a text stay.
     """
-    found = content.get("eos_token_id")
-    others = [token for token in (found if isinstance(found, list) else [found]) if token not in {None, *ends, *before}]
-    tokens = [*ends, *others]
+    tokens = carried_ends(content, ends=ends, before=before)
     write_json(folder / FILE, {**content, "eos_token_id": tokens[0] if len(tokens) == 1 else tokens or None})
+
+
+def exported_shape(shape: ModelShape, tokenizer: Tokenizer | None) -> ModelShape:
+    """Return the shape of a model's export, whose texts end as those of the tokenizer do.
+
+    Where the tokenizer names a token that ends a text, it is that of the exported model too; and so is the token that
+    begins one, if it was the same.
+    """
+    if tokenizer is None or (end := tokenizer.end) is None or end in shape.end_tokens:
+        return shape
+    begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
+    return shape.with_fields(bos_token_id=begin, eos_token_id=end)
+
+
+def carried_ends(content: GenerationConfig, *, ends: Collection[int], before: Collection[int]) -> list[int]:
+    """Return the tokens that end a text where `ends` take the place of `before`, the model's tokens; others stay."""
+    found = content.get("eos_token_id")
+    tokens: list[int] = found if isinstance(found, list) else [] if found is None else [found]
+    return [*ends, *(token for token in tokens if token not in {*ends, *before})]
 
 
 def end_tokens(content: GenerationConfig | None, shape: ModelShape) -> set[int]:

@@ -201,6 +201,14 @@ class Head(nn.Module):
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
+    def logits(self, x: Tensor, at: Tensor) -> Tensor:
+        """Return the logits of one position of each sample: x[B_batch, S, H_hidden], at[B] -> [B, V], on every rank."""
+        features = self.features(x)
+        at = self.mode.local(at, self.mode.batch)
+        chosen = features[torch.arange(len(at), device=at.device), at].unsqueeze(1)
+        logits = self.mode.gathered(self.mode.logits(chosen, self.table).squeeze(1), 1, self.mode.inner_hidden)
+        return self.mode.gathered(logits, 0, self.mode.inner_batch)[:, : self.table.layout.shape[0]]
+
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         return self.mode.lm_loss(self.features(x), self.table, batch.labels, batch.scale)
 

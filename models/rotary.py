@@ -69,7 +69,8 @@ class Rotary:
         B are this rank's samples inside a block. The positions are the batch's own, else 0, 1, ... from the first
         column, also where it is padding.
         """
-        cos, sin = self._tables_for(batch, mode, q)
+        new = None if batch.cache is None else batch.cache.new
+        cos, sin = self._tables_for(batch, mode, q) if new is None or new.angles is None else new.angles
         return rotated(q, cos, sin), rotated(k, cos, sin)
 
     def tables(self, positions: Tensor, length: int | Tensor, dtype: torch.dtype) -> Tables:
@@ -82,6 +83,14 @@ class Rotary:
             inv_freq = dynamic_frequencies(self.settings, inv_freq, length)
         make = _tables_in_compiled_code if torch.compiler.is_compiling() else tables_of
         return make(positions, inv_freq, self._attention_factor, dtype)
+
+    def tables_of_new(self, positions: Tensor, dtype: torch.dtype) -> Tables:
+        """Return the tables of one new token of each text: positions[B] -> two of [B, 1, 1, D].
+
+        With dynamic scaling the length is that of the text up to this token. So what a text becomes does not depend on
+        the texts beside it, as it would by the longest of them, which Hugging Face takes.
+        """
+        return self.tables(positions.unsqueeze(1), (positions + 1)[:, None, None, None], dtype)
 
     def _tables_for(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
         """Return the tables of a microbatch, which the first layer makes and the others of the stage find here."""

@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
     def end(self) -> int | None:
         """The id of the token that ends a text; None where the tokenizer names none."""
 
+    @property
+    def beginning(self) -> Sequence[int]:
+        """The ids that stand before a text by the tokenizer's post-processor, such as the one of <s>."""
+
     def vocabulary(self) -> Mapping[str, int]:
         """Return the id of each token, the special tokens among them."""
 
@@ -87,6 +91,7 @@ class ByteTokenizer:
 
     vocab_size = 256 + len(SPECIALS)
     end: int | None = SEPARATOR
+    beginning: Sequence[int] = ()
     num_special = 0
 
     def vocabulary(self) -> Mapping[str, int]:
@@ -145,6 +150,11 @@ class FileTokenizer:
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end = self._files.end(ids)
         self.num_special: int = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+
+    @property
+    def beginning(self) -> Sequence[int]:
+        before: list[int] = self._special_tokens()[0].tolist()
+        return before
 
     def vocabulary(self) -> Mapping[str, int]:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)

@@ -60,6 +60,7 @@ PURE = (
     "parallel.pipeline.schedule",
     "parallel.pipeline.validate",
     "parallel.pipeline.timeline",
+    "parallel.pipeline.picture",
     "parallel.pipeline.partition",
 )
 

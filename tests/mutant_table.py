@@ -947,7 +947,7 @@ FOLDERS = (
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
            text_row("texts that contain `</s>` or another special token")),
     Mutant("export-ends-with-token-2", "an export ends a text with another token than its training did",
-           "training/export.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
+           "models/generation_config.py", "bos_token_id=begin, eos_token_id=end", "bos_token_id=begin",
            text_row("an end token that is not the model's")),
     Mutant("other-texts-unnoticed", "ranks of one replica train on other tokens, from the files of their hosts",
            "training/run.py", "    if len(set(read)) > 1:", "    if False:",
@@ -1396,6 +1396,82 @@ COVERAGE = (
     ),
 )
 
+BEST_TESTS = "tests/test_best_checkpoint.py"
+LENGTHS_AND_BESTS = (
+    Mutant(
+        "best-checkpoint-deleted",
+        "the checkpoint of the lowest validation loss is deleted like any older one",
+        "parallel/checkpoint/checkpoint.py",
+        "if best is None or folder.name != best.name:",
+        "if folder:",
+        f"{BEST_TESTS}::test_the_checkpoint_of_the_lowest_loss_survives_whatever_is_saved_after_it[losses1-options1-steps1-best_and_latest1]",
+    ),
+    Mutant(
+        "best-loss-forgotten",
+        "a resumed run takes its first evaluation for the best one",
+        "training/resume.py",
+        'return BestLoss() if folder is None else BestLoss.restored(checkpoint.read_metadata(folder).get("best"))',
+        "return BestLoss()",
+        f"{BEST_TESTS}::test_a_run_resumes_from_its_best_checkpoint_and_remembers_its_loss",
+    ),
+    Mutant(
+        "patience-begins-anew",
+        "the evaluations before a resume are not counted, so that a run which is resumed often never ends early",
+        "training/best_loss.py",
+        'int(state["evaluations_since"])',
+        "0",
+        f"{BEST_TESTS}::test_the_evaluations_before_a_resume_are_counted",
+    ),
+    Mutant(
+        "any-evaluation-resets-patience",
+        "an evaluation that is no new lowest one sets the count back",
+        "training/best_loss.py",
+        "self.evaluations_since += 1",
+        "self.evaluations_since = 1",
+        f"{BEST_TESTS}::test_a_run_ends_after_evaluations_in_a_row_without_a_new_lowest_loss[losses0-4]",
+    ),
+    Mutant(
+        "epochs-from-the-beginning",
+        "a resumed run of epochs takes all of its samples again",
+        "training/length.py",
+        "left = -(-(total - taken.samples) //",
+        "left = -(-total //",
+        "tests/test_length.py::test_a_run_of_epochs_that_goes_on_with_another_batch_size_takes_the_samples_that_are_left",
+    ),
+    Mutant(
+        "last-epoch-cut-short",
+        "the last step of a run of epochs, which is not full, is left out",
+        "training/length.py",
+        "left = -(-(total - taken.samples) // train.global_batch_size)",
+        "left = (total - taken.samples) // train.global_batch_size",
+        "tests/test_length.py::test_the_fewest_steps_that_take_each_sample_as_often_as_the_epochs_say[8-1]",
+    ),
+    Mutant(
+        "steps-logged-twice",
+        "TensorBoard shows the values of a run and of its resumed run, one over the other",
+        "training/tensorboard_logger.py",
+        "purge = run.num_steps + 1 if run.num_steps else None",
+        "purge = None",
+        "tests/test_loggers.py::test_tensorboard_has_every_number_of_metrics_jsonl_and_a_resumed_run_replaces_its_steps",
+    ),
+    Mutant(
+        "omitted-microbatches-cost-nothing",
+        "the bubble of a long step is that of its first and last microbatches",
+        "parallel/pipeline/timeline.py",
+        "return self._num_simulated + self.num_omitted",
+        "return self._num_simulated",
+        "tests/test_picture.py::test_a_long_step_that_is_simulated_in_part_has_the_picture_and_figures_of_the_whole",
+    ),
+    Mutant(
+        "labels-of-a-shorter-step",
+        "the last microbatches of a long step have the numbers of the shorter one that was simulated",
+        "parallel/pipeline/picture.py",
+        "later = span.action, self.num_omitted if span.start > self.middle else 0",
+        "later = span.action, 0",
+        "tests/test_picture.py::test_a_long_step_that_is_simulated_in_part_has_the_picture_and_figures_of_the_whole",
+    ),
+)
+
 INSTALLED = (
     Mutant(
         "own-packages-last",
@@ -1567,7 +1643,7 @@ DATA = (
         f"{CACHE_TESTS}::test_another_tokenizer_key_or_end_token_has_another_entry",
     ),
     Mutant(
-        "digest-of-the-first-block",
+        "young-file-remembered",
         "a file whose size and time are those of another one is taken for it, however young it is",
         "models/data/contents.py",
         "if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:",
@@ -1583,28 +1659,20 @@ DATA = (
         f"{CACHE_TESTS}::test_processes_that_come_together_do_the_work_once_and_the_others_wait",
     ),
     Mutant(
-        "entry-under-its-name",
-        "what a killed process has written is taken for whole",
+        "entry-that-was-changed",
+        "an entry whose description was changed is read as it says",
         "models/data/cache.py",
-        "if file.stat().st_size != size:",
-        "if file.stat().st_size < 0:",
-        f"{CACHE_TESTS}::test_a_damaged_entry_is_made_again[_cut_off]",
+        'if content.pop("digest") == _digest(content):',
+        'if content.pop("digest"):',
+        f"{CACHE_TESTS}::test_a_damaged_entry_is_made_again[_changed]",
     ),
     Mutant(
         "windows-joined-anywhere",
         "windows are joined where their tokens differ",
         "models/windows.py",
-        "if spans != [after.span(other + k) for k in range(-near, near)]:",
-        "if False:",
+        "if other is not None and self._agree(before, index, after, other, of_words=of_words):",
+        "if other is not None:",
         f"{WINDOW_TESTS}::test_windows_have_the_tokens_of_the_whole_text[llama2]",
-    ),
-    Mutant(
-        "windows-joined-within-words",
-        "windows are joined within a word of a model that is not BPE",
-        "models/windows.py",
-        "for of_words in (True, False) if self._is_bpe else (True,):",
-        "for of_words in (False,):",
-        f"{WINDOW_TESTS}::test_windows_have_the_tokens_of_the_whole_text[t5 without words]",
     ),
     Mutant(
         "windows-joined-in-space",
@@ -1752,6 +1820,43 @@ CONVERSATIONS = (
     ),
 )
 
+GENERATE_TESTS = "tests/test_generate.py"
+GREEDY = f"{GENERATE_TESTS}::test_greedy_texts_of_prompts_of_different_lengths_equal_hugging_faces"
+GENERATION = (
+    Mutant(
+        "cache-written-one-position-off",
+        "keys and values of a new token are kept one position before its own",
+        "parallel/sequence/cache.py",
+        "at = new.texts, slice(None), new.positions",
+        "at = new.texts, slice(None), new.positions - 1",
+        f"{GREEDY}[gpt2]",
+    ),
+    Mutant(
+        "cache-mask-one-off",
+        "a new token sees the position after its own, where the prompt's padding is",
+        "parallel/sequence/cache.py",
+        "keys > rows if",
+        "keys > rows + 1 if",
+        f"{GREEDY}[llama]",
+    ),
+    Mutant(
+        "draws-not-keyed-by-sample",
+        "texts of the same prompt are the same: a draw does not depend on its sample",
+        "models/generation/sampling.py",
+        "(samples << 32) + positions",
+        "(samples << 64) + positions",
+        f"{GENERATE_TESTS}::test_a_draw_depends_on_seed_sample_and_position_and_on_nothing_beside_it",
+    ),
+    Mutant(
+        "window-ignored-for-new-tokens",
+        "a new token sees all earlier keys, though the prompt's tokens have a window",
+        "parallel/sequence/cache.py",
+        "(keys > rows) | (keys <= rows - window)",
+        "(keys > rows)",
+        f"{GREEDY}[mistral]",
+    ),
+)
+
 ATTACKED_DATA = (
     Mutant(
         "digest-without-the-change",
@@ -1814,9 +1919,11 @@ MUTANTS = (
     *READING,
     *EVALUATION,
     *COVERAGE,
+    *LENGTHS_AND_BESTS,
     *INSTALLED,
     *DOCUMENTS,
     *DATA,
     *CONVERSATIONS,
+    *GENERATION,
     *ATTACKED_DATA,
 )

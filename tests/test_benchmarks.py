@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, cpu_peers, one_gpu, overlap, ring, workload
+from benchmarks import attention, cpu_peers, generate, one_gpu, overlap, ring, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
@@ -43,6 +43,15 @@ def test_a_table_needs_both_of_its_numbers(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         one_gpu.arguments_of(["--batch", "8", "4", "--sequence", "16"], on_gpu=True)
     assert "equally many numbers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generation_is_measured_for_each_batch_beside_hugging_faces(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        generate.main(["--tiny", "--only", "ours", "hf", "--new", "4"])
+    assert end.value.code == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines if line[0] in ("ours", "hf")] == [[n, b] for n in ("ours", "hf") for b in "13"]
 
 
 @pytest.mark.slow

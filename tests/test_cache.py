@@ -118,8 +118,9 @@ def test_processes_that_come_together_do_the_work_once_and_the_others_wait(tmp_p
         return {"answer": 1}
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: cache.entry(source, {}, work), range(4)))
+        threads = [pool.submit(cache.entry, source, {}, work) for _ in range(4)]
     assert len(began) == 1
+    found = [thread.result() for thread in threads]
     assert all(entry.arrays["tokens"].tolist() == np.repeat(np.arange(20), 5).tolist() for entry in found)
 
 

@@ -78,6 +78,7 @@ def test_an_empty_config_is_the_documented_default() -> None:
             "keep_checkpoints": 2,
             "keep_best": False,
             "loggers": [],
+            "callbacks": [],
             "export": True,
             "export_dtype": None,
         },

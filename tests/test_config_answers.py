@@ -27,6 +27,7 @@ from parallel.errors import SHOWN, ConfigError, divisors
 from tests.patience import patient
 from tests.tables import ROOT, Row, rows
 from training.config import read_config
+from training.loggers import callbacks_of
 from training.streams import SafeOutput
 
 ANSWER_SECONDS = 1.0
@@ -36,6 +37,13 @@ def refusal(raw: Any) -> str:
     """Return the message with which a config is refused."""
     with pytest.raises(ConfigError) as caught:
         parse(raw, resolve=resolve)
+    return str(caught.value)
+
+
+def refusal_of_callbacks(*callbacks: str) -> str:
+    """Return the message with which these callbacks are refused before a run."""
+    with pytest.raises(ConfigError) as caught:
+        callbacks_of(parse({"output": {"callbacks": callbacks}}))
     return str(caught.value)
 
 
@@ -92,6 +100,11 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     "`gradient_accumulation_steps`": lambda path, _: refusal({"train": {"gradient_accumulation_steps": 4}}),
     "a key as another program calls it": lambda path, _: refusal({"train": {"learning_rate": 1.0}}),
     "a key in the wrong section": lambda path, _: refusal({"train": {"lr": 1.0}}),
+    "`train.steps` beside `train.epochs`": lambda path, _: refusal({"train": {"steps": 20, "epochs": 1.5}}),
+    "`keep_best` or `early_stopping` without evaluations": lambda path, _: refusal(
+        {"output": {"keep_best": True}, "train": {"early_stopping": {}}}
+    ),
+    "a callback or a logger that is not there": lambda path, _: refusal_of_callbacks("mine:Steps"),
     "a key that is promised, but not built yet": lambda path, _: refusal({"train": {"nonfinite": "skip"}}),
     "the name of a model on the hub": lambda path, _: refusal({"model": {"path": "facebook/opt-125m"}}),
     "another `model.name` over a run's config.json, which has all fields of its model": lambda path, _: (

@@ -28,8 +28,9 @@ from parallel.layout.labels import shift
 from parallel.mesh.conjugate import reduce
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
+from parallel.pipeline.picture import draw
 from parallel.pipeline.schedule import SCHEDULES, Action, group_transfers, with_transfers
-from parallel.pipeline.timeline import draw, simulate
+from parallel.pipeline.timeline import simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from tests.harness import run

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import launch
-from models import generate
+from models.generation.job import Request, continued
+from models.generation.sampling import Sampling
+from models.generation.texts import Options
 from parallel.config import load_raw, parse
 from parallel.engine.device import choose_device
 from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError
@@ -416,45 +418,12 @@ def test_two_processes_train_and_the_export_generates(tmp_path: Path) -> None:
     coordinates = [(folder / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
     assert ["'pipe': 0" in coordinates[0], "'pipe': 1" in coordinates[1]] == [True, True]
 
-    texts = [generate.complete(folder / "export", "The ", 12, temperature=0.8, seed=seed) for seed in (0, 0, 1)]
+    def text(seed: int) -> str:
+        request = Request(folder / "export", ["The "], options=Options(12, Sampling(0.8, seed=seed)))
+        return continued(request)[0].text
+
+    texts = [text(seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("The ")
-
-
-def test_generation_is_that_of_hugging_face(tmp_path: Path) -> None:
-    """Greedy, and for more tokens than there are positions: the oldest tokens are then left out."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.OPTConfig(
-        vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=12,
-        max_position_embeddings=8, do_layer_norm_before=False, eos_token_id=36,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    theirs = transformers.OPTForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path)
-    expected = torch.tensor([2, 5, 7])
-    with torch.no_grad():
-        for _ in range(9):
-            logits = theirs(expected[None, -8:]).logits[0, -1]
-            expected = torch.cat([expected, logits.argmax(keepdim=True)])
-    stage, shape = generate.load_model(tmp_path)
-    ours = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=0, seed=0)
-    assert ours.tolist() == expected.tolist()
-    coldest = generate.generate(stage, shape, torch.tensor([2, 5, 7]), 9, temperature=1e-40, seed=0)
-    assert coldest.tolist() == expected.tolist()  # logits / 1e-40 are infinite, and their softmax NaN
-
-
-@pytest.mark.parametrize(("temperature", "words"), [("-1", "is negative"), ("nan", "is no number")])
-def test_a_temperature_that_is_none_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: str, words: str
-) -> None:
-    with pytest.raises(SystemExit):
-        generate.main([str(tmp_path), f"--temperature={temperature}"])
-    assert words in capsys.readouterr().err
-
-
-def test_generation_refuses_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"{tmp_path}: there is no config.json. Name the export folder of a run.\n"
 
 
 @pytest.mark.parametrize("kind", [RoomError, StorageError, ConfigError])

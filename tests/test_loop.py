@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import launch
-from models.data import Batch
+from models.data import Batch, Loader
 from models.family import named_sizes
 from models.shapes import fields_of
 from parallel.engine.base import StepResult
@@ -27,9 +27,12 @@ from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, ConfigError
 from tests.harness import run
 from training import metrics, plot
+from training.best_loss import BestLoss
+from training.callbacks import Callback, Callbacks, Run
 from training.config import read_config
-from training.loop import Listeners, fit
-from training.metrics import Meter, MetricsFile, MetricsLine
+from training.loop import fit
+from training.metrics import Meter, MetricsLine
+from training.metrics_file import MetricsFile
 from training.preflight import Job, prepare
 from training.preview import device_messages
 from training.run import make_engine, make_loader, run_job
@@ -65,6 +68,43 @@ def prepared(folder: Path, *assignments: str, resume: str | None = None, place: 
 def lines_of(folder: Path) -> list[MetricsLine]:
     """Return the lines of metrics.jsonl without the keys in which any two runs differ."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder / "metrics.jsonl")]
+
+
+class Recorder(Callback):
+    """Keeps what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.lines: list[MetricsLine] = []
+        self.told: list[tuple[Any, ...]] = []
+
+    def on_start(self, run: Run) -> None:
+        self.told.append(("start", run.num_steps))
+
+    def on_step(self, line: MetricsLine) -> None:
+        self.lines.append(line)
+        self.told.append(("step", line["step"]))
+
+    def on_evaluate(self, step: int, loss: float) -> None:
+        self.told.append(("evaluate", step, loss))
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self.told.append(("checkpoint", step, folder.name))
+
+    def on_end(self, error: BaseException | None) -> None:
+        self.told.append(("end", error))
+
+
+def fitted(engine: Engine, loader: Loader) -> list[MetricsLine]:
+    """Train with the loop alone, without a run around it, and return the lines of its steps."""
+    recorder = Recorder()
+    callbacks = Callbacks([recorder], [], engine.mesh.world)
+    fit(engine, loader, callbacks=callbacks, save=lambda step: Path(), best=BestLoss())
+    return recorder.lines
+
+
+def run_of(folder: Path, num_steps: int = 0) -> Run:
+    """Return what a callback is told of a run that has taken some steps before."""
+    return Run(read_config(None, TINY, 1), folder, rank=0, num_steps=num_steps, log=print)
 
 
 def strict_json(text: str) -> Any:
@@ -331,12 +371,13 @@ def test_a_resumed_run_with_no_steps_left_exports_and_ends(tmp_path: Path, capsy
 
 
 def test_metrics_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "metrics.jsonl", after=0)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.on_start(run_of(tmp_path))
     for step, loss in enumerate((1.5, math.nan, math.inf), 1):
-        file.write({"step": step, "loss": loss, "grad_norm": None})
+        file.on_step({"step": step, "loss": loss, "grad_norm": None})
         flushed = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert len(flushed) == step
-    file.close()
+    file.on_end(None)
     assert [strict_json(line)["loss"] for line in flushed] == [1.5, None, None]
 
 
@@ -355,9 +396,10 @@ def test_a_run_whose_numbers_are_not_finite_ends_with_code_4_and_keeps_what_was_
 def test_a_resumed_run_removes_the_lines_after_its_checkpoint_and_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    file = MetricsFile(path, after=2)
-    file.write({"step": 3, "loss": 0.5})
-    file.close()
+    file = MetricsFile(path)
+    file.on_start(run_of(tmp_path, num_steps=2))
+    file.on_step({"step": 3, "loss": 0.5})
+    file.on_end(None)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
 
 
@@ -419,7 +461,6 @@ def test_the_loop_needs_no_launcher_and_gives_each_step_its_own_batch(tmp_path: 
     engine = make_engine(make_context(job.config, job.place), job)
     loader = make_loader(engine, job)
     taken: list[int] = []
-    lines: list[MetricsLine] = []
     training = loader.training
 
     def watched(first: int) -> Batch:
@@ -427,7 +468,7 @@ def test_the_loop_needs_no_launcher_and_gives_each_step_its_own_batch(tmp_path: 
         return training(first)
 
     loader.training = watched  # type: ignore[method-assign]
-    fit(engine, loader, Listeners(lines.append, lambda step: None), validates=False)
+    lines = fitted(engine, loader)
     assert taken == [0, 8, 16, 24, 32, 40]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run").exists()

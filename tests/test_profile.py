@@ -18,12 +18,11 @@ from parallel.engine.phases import PHASES, Stopwatch
 from parallel.errors import ConfigError
 from parallel.pipeline.schedule import Op, one_f_one_b
 from tests.harness import run
-from tests.test_loop import ALONE, TINY, lines_of, prepared
+from tests.test_loop import ALONE, TINY, fitted, lines_of, prepared
 from training import metrics
 from training.config import read_config
-from training.loop import Listeners, fit
+from training.length import Taken
 from training.preflight import prepare
-from training.resume import steps_taken
 from training.run import make_engine, make_loader, run_job
 from training.tracer import Tracer, steps_to_trace
 
@@ -53,8 +52,8 @@ def test_the_phases_of_a_step_add_up_to_its_seconds(device: str, tmp_path: Path)
         pytest.skip("there is no GPU")
     job = prepared(tmp_path, f"train.device={device}")
     context = make_context(job.config, job.place)
-    engine, lines = make_engine(context, job), list[metrics.MetricsLine]()
-    fit(engine, make_loader(engine, job), Listeners(lines.append, lambda step: None), validates=True)
+    engine = make_engine(context, job)
+    lines = fitted(engine, make_loader(engine, job))
     assert "validation_loss" in lines[-1]
     if device == "cuda":  # work that the device has not finished when a step ends is counted in the next line
         total = sum(sum(line["phases"].values()) for line in lines)
@@ -105,7 +104,7 @@ def test_each_stage_of_a_pipeline_leaves_a_trace_of_the_steps_asked_for(tmp_path
 
 def test_a_profiler_exists_only_during_the_steps_asked_for(tmp_path: Path) -> None:
     file, done, alive = tmp_path / "profile" / "rank_0.json", list[list[str]](), list[bool]()
-    tracer = Tracer(range(2, 4), file, CPU, on_written=lambda: done.append(ranges(file)))
+    tracer = Tracer(range(2, 4), file, CPU, on_written=lambda written: done.append(ranges(written)))
     for step in range(1, 6):
         with tracer.around_step(step):
             alive.append(torch.autograd.profiler._is_profiler_enabled)
@@ -147,7 +146,7 @@ def test_a_resumed_run_traces_only_steps_that_it_takes(tmp_path: Path) -> None:
     run_job(prepared(tmp_path, "output.checkpoint_every=3", "output.keep_checkpoints=2", "output.export=False"))
     checkpoint = tmp_path / "checkpoints" / "step_000003"
     for asked, taken in ((range(2, 4), range(0)), (range(2, 6), range(4, 6)), (range(5, 9), range(5, 7))):
-        coming, messages = steps_to_trace(asked, taken=steps_taken(checkpoint), steps=6)
+        coming, messages = steps_to_trace(asked, taken=Taken.before(checkpoint).steps, steps=6)
         assert list(coming) == list(taken)
         expected = [f"--profile {asked.start}:{asked.stop}: nothing to trace, 3 of 6 steps were taken before"]
         assert messages == ([] if taken else expected)

@@ -94,6 +94,13 @@ def check_steps(go_on: Callable[..., Job], **_: Any) -> str:
     return "\n".join(job.messages)
 
 
+def check_epochs(go_on: Callable[..., Job], **_: Any) -> str:
+    """24 of 62 samples are taken: the others are 5 steps of 8. test_length.py goes on with batches of another size."""
+    job = go_on("train.steps=None", "train.epochs=1")
+    assert job.config.train.steps == 8
+    return "\n".join(job.messages)
+
+
 def refused(*assignments: str) -> Callable[..., str]:
     def check(go_on: Callable[..., Job], **_: Any) -> str:
         with pytest.raises(CheckpointError) as refusal:
@@ -122,7 +129,7 @@ def check_other_validation(go_on: Callable[..., Job], corpus: Path, tmp_path: Pa
     """A run that is validated on data of its own goes on with the same ones, wherever they are, and with no others."""
     others = [tmp_path / f"{name}.npy" for name in ("own", "moved", "changed")]
     for file in others:
-        np.save(file, np.load(corpus)[:100] + (file.stem == "changed"))
+        np.save(file, np.load(corpus)[:100][:: -1 if file.stem == "changed" else 1])
     with_own = [*OPTIONS, f"data.path={corpus}"]
     run_job(prepared(tmp_path / "own", *with_own, f"data.validation_path={others[0]}"))
 
@@ -165,6 +172,7 @@ CHECKS: dict[str, Callable[..., str]] = {
     "the layout": check_layout,
     "`train.global_batch_size`": check_batch_size,
     "`train.steps`": check_steps,
+    "`train.epochs`": check_epochs,
     "`train.seed`": refused("train.seed=5"),
     "`data.sequence_length`": refused("data.sequence_length=8"),
     "`data.shuffle`": refused("data.shuffle=False"),

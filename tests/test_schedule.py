@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from parallel.mesh.mesh import Axis, Traffic
 from parallel.pipeline.p2p import Pipe
+from parallel.pipeline.picture import draw
 from parallel.pipeline.schedule import (
     SCHEDULES,
     Action,
@@ -22,7 +23,7 @@ from parallel.pipeline.schedule import (
     one_f_one_b,
     with_transfers,
 )
-from parallel.pipeline.timeline import draw, simulate
+from parallel.pipeline.timeline import simulate
 from parallel.pipeline.validate import validate
 
 STAGES, MICROBATCHES, COST = st.integers(1, 8), st.integers(1, 16), st.integers(1, 5)

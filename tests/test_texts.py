@@ -382,6 +382,10 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a warm-up that is longer than the run": lambda folder: messages_of(
         folder, "train.steps=4", "lr_scheduler.warmup_steps=10", "optimizer.lr=3e-3"
     ),
+    "`train.epochs`": lambda folder: messages_of(folder, "train.steps=None", "train.epochs=2"),
+    "early stopping with more patience than the run has evaluations": lambda folder: messages_of(
+        folder, "train.steps=4", "output.eval_every=2", "train.early_stopping=dict(patience=3)"
+    ),
     "a learning rate of zero": lambda folder: messages_of(folder, "optimizer.lr=0"),
     "a share for validation that is less than a sample": lambda folder: messages_of(
         folder, "data.validation_fraction=0.00001"
@@ -409,7 +413,9 @@ def test_what_users_bring_as_text_is_treated_as_the_table_says(row: Row, tmp_pat
 
 
 def test_a_run_that_fits_has_no_message_but_where_its_weights_come_from(tmp_path: Path) -> None:
-    assert prepared(tmp_path / "run").messages == ("weights drawn from train.seed 0",)
+    weights, *lengths = prepared(tmp_path / "run").messages
+    assert weights == "weights drawn from train.seed 0"
+    assert [text.partition(":")[0] for text in lengths] == ["training", "validation"]
     assert "lr_scheduler.warmup_steps=2" in TINY
     assert "warmup" not in messages_of(tmp_path, "train.steps=2")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
@@ -137,6 +137,8 @@ pieces = st.one_of(
 
 
 @settings(max_examples=60)
+@example("\r\n" * 152 + "</s>", 50)  # the special token takes in all of the space
+@example("x" * 19 + "word" * 60, 7)  # a word that is cut is another word, also where it is cut far away
 @given(st.lists(pieces, max_size=12).map("".join), st.integers(1, 50))
 def test_windows_have_the_tokens_of_the_whole_text(tokenizer: Tokenizer, text: str, chunk: int) -> None:
     chunks = [text[at : at + chunk] for at in range(0, len(text), chunk)]

@@ -1,11 +1,9 @@
-"""The files that a run leaves: metrics, checkpoints and traces while it trains, and then an export and a plot."""
+"""The files that a run leaves beside its metrics: checkpoints while it trains, and then an export and a plot."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from models.generation_config import write_generation_config
+from models.generation_config import exported_shape, write_generation_config
 from models.hf import export
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
@@ -13,54 +11,28 @@ from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
-from training.export import exported_shape, widest_dtype
-from training.loop import Listeners
-from training.metrics import MetricsFile, MetricsLine
+from training.best_loss import BestLoss
+from training.export import widest_dtype
 from training.plot import draw_loss
 from training.preflight import Job
 from training.resume import metadata_of
 from training.screen import Screen
-from training.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def written_while_training(engine: Engine, job: Job, screen: Screen) -> Iterator[Listeners]:
-    """Yield listeners that write metrics.jsonl (on rank 0), checkpoints and traces, and show each step on the screen.
-
-    Its files are closed when the `with` statement ends, whatever ended it.
-    """
-    rank = engine.mesh.world.rank
-    metrics = MetricsFile(job.folder.metrics, after=engine.num_steps) if rank == 0 else None
-    trace = job.folder.trace(rank)
-    tracer = Tracer(job.traced_steps, trace, engine.mesh.device, on_written=lambda: screen.print(f"traced: {trace}"))
-
-    def on_step(line: MetricsLine) -> None:
-        log.info("%s", line)
-        if metrics is not None:
-            metrics.write(line)
-        screen.step(line)
-
-    def on_checkpoint(step: int) -> None:
-        target = save_checkpoint(engine, job, step)
-        log.info("saved %s", target)
-        screen.print(f"saved {target}")
-
-    try:
-        yield Listeners(on_step, on_checkpoint, tracer.around_step)
-    finally:
-        tracer.close()
-        if metrics is not None:
-            metrics.close()
-
-
-def save_checkpoint(engine: Engine, job: Job, step: int) -> Path:
+def save_checkpoint(engine: Engine, job: Job, best: BestLoss, step: int) -> Path:
     """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns."""
-    target = checkpoint.step_folder(job.folder.path, step)
-    keep = engine.config.output.keep_checkpoints
-    metadata = metadata_of(engine.config, engine.counters(), job.corpus)
-    checkpoint.save(target, engine.state_pieces(owned=True), metadata=metadata, axis=engine.mesh.world, keep=keep)
+    output, run = engine.config.output, job.folder.path
+    target = checkpoint.step_folder(run, step)
+    checkpoint.save(
+        target,
+        engine.state_pieces(owned=True),
+        metadata=metadata_of(engine.config, engine.counters(), job.corpus, best),
+        axis=engine.mesh.world,
+        keep=output.keep_checkpoints,
+        best=checkpoint.step_folder(run, best.step) if output.keep_best and best.step else None,
+    )
     return target
 
 

@@ -15,14 +15,33 @@ DEFAULT_NAME = "default"
 def read_config(file: str | None, assignments: Sequence[str], world_size: int | None) -> Config:
     """Return the config of a file, or the built-in default, with KEY=VALUE assignments applied and every field set.
 
-    `{name}` in `output.dir` becomes the name of the file. Raises ConfigError.
+    `{name}` in `output.dir` becomes the name of the file. A callback that lies beside it becomes that of its own file.
+    Raises ConfigError.
     """
     before = {} if file is None else load_raw(file)
     raw = apply_overrides(before, assignments)
     _check_model(before.get("model"), raw.get("model"), f"{file}")
     config = parse(raw, world_size=world_size, resolve=resolve)
-    name = DEFAULT_NAME if file is None else Path(file).stem
-    return replace(config, output=replace(config.output, dir=config.output.dir.replace("{name}", name)))
+    name, folder = (DEFAULT_NAME, Path()) if file is None else (Path(file).stem, Path(file).parent)
+    output = replace(
+        config.output,
+        dir=config.output.dir.replace("{name}", name),
+        callbacks=tuple(found_beside(folder, text) for text in config.output.callbacks),
+    )
+    return replace(config, output=output)
+
+
+def found_beside(folder: Path, text: str) -> str:
+    """Return a callback of a config in `folder`: by its file, if its module is there and not in the working directory.
+
+    So the config.json of a run, which lies elsewhere, names the same class.
+    """
+    name, colon, attribute = text.partition(":")
+    for suffix in (".py", "/__init__.py"):
+        file = Path(f"{name.replace('.', '/')}{suffix}")
+        if colon and not name.endswith(".py") and not file.exists() and (folder / file).exists():
+            return f"{(folder / file).resolve()}:{attribute}"
+    return text
 
 
 def _check_model(before: Any, model: Any, file: str) -> None:

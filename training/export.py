@@ -9,11 +9,15 @@ from typing import TypeVar
 
 import torch
 
-from models.generation_config import GenerationConfig, read_generation_config, write_generation_config
+from models.generation_config import (
+    GenerationConfig,
+    exported_shape,
+    read_generation_config,
+    write_generation_config,
+)
 from models.hf import entries_of, export_whole, not_exported
 from models.shape import ModelShape
 from models.shapes import shape_from
-from models.tokenizer import Tokenizer
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import replace_files, replace_folder
@@ -29,18 +33,6 @@ T = TypeVar("T")
 
 EVERYTHING = re.compile(".*")
 MASTER = "master/"  # with which the names of master weights begin in a checkpoint
-
-
-def exported_shape(shape: ModelShape, tokenizer: Tokenizer | None) -> ModelShape:
-    """Return the shape of a model's export, whose texts end as those of the tokenizer do.
-
-    Where the tokenizer names a token that ends a text, it is that of the exported model too; and so is the token that
-    begins one, if it was the same.
-    """
-    if tokenizer is None or (end := tokenizer.end) is None or end in shape.end_tokens:
-        return shape
-    begin = end if shape.bos_token_id == shape.eos_token_id else shape.bos_token_id
-    return shape.with_fields(bos_token_id=begin, eos_token_id=end)
 
 
 def widest_dtype(config: Config) -> torch.dtype:

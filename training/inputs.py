@@ -1,5 +1,6 @@
 """The inputs of a run: its corpus, its tokenizer, and a check of the weights that it starts from."""
 
+import math
 from pathlib import Path
 
 from models.data import Cache, Corpus, find_source, load_tokens
@@ -9,7 +10,7 @@ from models.shape import ModelShape
 from models.shapes import shape_of
 from models.tokenizer import Tokenizer, is_of_bytes, load_tokenizer
 from parallel.config import Config
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 
 DTYPES = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 UNUSED_ROWS = 1024  # a vocabulary is often padded to a multiple of 64 or 128, which needs no message
@@ -22,11 +23,28 @@ def read_corpus(config: Config, cache: Cache | None = None) -> Corpus:
     """
     shape, path = shape_of(config), config.model.path
     corpus = load_tokens(config.data, shape.vocab_size, ends=shape.end_tokens, pad=shape.padding_row, cache=cache)
+    _check_validation(config, corpus)
     if path is not None:
         read_generation_config(path)
         if has_weights(path):
             check_weights(path, shape)
     return corpus
+
+
+def _check_validation(config: Config, corpus: Corpus) -> None:
+    """Raise ConfigError for a key that needs a validation loss, where the data leave no sample for it."""
+    wants = {"output.keep_best": config.output.keep_best, "train.early_stopping": config.train.early_stopping}
+    needing = [key for key, value in wants.items() if value]
+    if needing and not corpus.num_validation:
+        smallest = 1 / corpus.num_training
+        raise ConfigError(
+            *(
+                f"{key}: it needs validation samples, and data.validation_fraction {config.data.validation_fraction:g}"
+                f" of {corpus.num_training} samples leaves none. Try data.validation_fraction="
+                f"{math.ceil(smallest * 1000) / 1000:g}, or data.validation_path."
+                for key in needing
+            )
+        )
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from parallel.config import Config
 from parallel.errors import with_short_words
-from parallel.pipeline.timeline import draw
+from parallel.pipeline.picture import draw
 from training.console import print_line
 from training.preview import Preview
 from training.rank_grid import cell_caption, cell_of, columns_shown
@@ -19,9 +19,6 @@ PLACEMENT = {
     "cpu": "; all of it is offloaded to the host",
     "auto": "; on the device as far as it fits, the rest on the host",
 }
-
-
-MOST_SIMULATED = 20_000  # microbatches of all stages
 
 
 def print_layout(console: Console, preview: Preview, messages: Iterable[str]) -> None:
@@ -37,20 +34,13 @@ def print_layout(console: Console, preview: Preview, messages: Iterable[str]) ->
 
 
 def print_timeline(console: Console, preview: Preview) -> None:
-    """Print a drawing of one step of the pipeline or, if it is wider than the console, only its bubble.
-
-    Nothing is printed of a step that has too many microbatches for a simulation to end in a second.
-    """
-    num_stages = preview.topology.shape["pipe"]
-    if num_stages == 1 or num_stages * preview.num_microbatches > MOST_SIMULATED:
+    """Print a picture of one step of the pipeline, where there is one, that fits into the console."""
+    if preview.topology.shape["pipe"] == 1:
         return
-    picture = draw(preview.timeline()).splitlines()
-    title = f"one step of the {preview.config.parallel.pipeline.schedule} schedule, by estimated cost"
-    if max(map(len, picture)) > console.width:
-        print_line(console, f"{title}: {picture[-1]}")
-        return
-    print_line(console, f"{title} (F forward, B backward; microbatches count from 0):")
-    for line in picture:
+    schedule = preview.config.parallel.pipeline.schedule
+    print_line(console, f"one step of the {schedule} schedule, by estimated cost")
+    print_line(console, "(F forward, B backward, dots idle; microbatches count from 0):")
+    for line in draw(preview.timeline(), console.width).splitlines():
         print_line(console, line)
 
 

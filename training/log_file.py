@@ -5,7 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from training.callbacks import Callback
+from training.metrics import MetricsLine
+
 PACKAGES = ("parallel", "models", "training")
+
+
+class StepLog(Callback):
+    """Logs the metrics of each step and the checkpoints, on every rank."""
+
+    on_every_rank = True
+
+    def on_step(self, line: MetricsLine) -> None:
+        logging.getLogger(__name__).info("%s", line)
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        logging.getLogger(__name__).info("saved %s", folder)
 
 
 @contextmanager

@@ -1,56 +1,66 @@
-"""The training loop: steps, evaluation, and checkpoints when they are due. What is done with them is a listener's."""
+"""The training loop: steps, evaluation, and checkpoints when they are due. Callbacks are told of each."""
 
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
 from models.data import Loader
+from parallel.config import Config
 from parallel.engine.base import StepResult
 from parallel.engine.engine import Engine
 from parallel.errors import NonFiniteError
-from training.metrics import Meter, MetricsLine
+from training.best_loss import BestLoss
+from training.callbacks import Callbacks
+from training.metrics import Meter
 
 
-@dataclass(frozen=True)
-class Listeners:
-    """The functions that a training loop calls.
+def fit(
+    engine: Engine,
+    loader: Loader,
+    *,
+    callbacks: Callbacks,
+    save: Callable[[int], Path],
+    best: BestLoss,
+    around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Train from the engine's last step to `train.steps`, or until early stopping ends the run before.
 
-    `on_step`: with the metrics of each step. `on_checkpoint`: with the number of the step after which a checkpoint is
-    due. `around_step`: with the number of the step that begins; the step runs inside the context that it returns.
+    Every rank does the same, in the same order. `save` saves the checkpoint of a step, and returns its folder. `best`
+    takes in the loss of the validation samples, if there are any, which is computed every `eval_every` steps and after
+    the last step. Each step, counted from 1, runs inside the context that `around_step` returns.
+
+    The seconds of a step are those of its data, forwards, backwards and update, without evaluation, checkpoints and
+    callbacks. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite.
     """
-
-    on_step: Callable[[MetricsLine], None]
-    on_checkpoint: Callable[[int], None]
-    around_step: Callable[[int], AbstractContextManager[object]] = nullcontext
-
-
-def fit(engine: Engine, loader: Loader, listeners: Listeners, *, validates: bool) -> None:
-    """Train from the engine's last step to `train.steps`. Every rank does the same, in the same order.
-
-    `validates`: whether there are validation samples. Their loss is computed every `eval_every` steps and after the
-    last step. The seconds of a step are those of its data, forwards, backwards and update, without evaluation and
-    checkpoints. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite.
-    """
-    steps, output = engine.config.train.steps, engine.config.output
-    meter = Meter(engine.config, engine.mesh.world.size, engine.mesh.device)
-    while engine.num_steps < steps:
-        with listeners.around_step(engine.num_steps + 1):
+    config, corpus = engine.config, loader.corpus
+    meter = Meter(config, engine.mesh.world.size, engine.mesh.device, corpus.num_training)
+    while engine.num_steps < config.train.steps and not ends_early(config, best):
+        with around_step(engine.num_steps + 1):
             started = time.perf_counter()
             engine.stopwatch.mark("data")
             result = engine.train_step(loader.training(engine.num_samples))
             seconds = time.perf_counter() - started
-        step = engine.num_steps
+        step, is_best = engine.num_steps, False
         line = meter.line(step, result, seconds, samples=engine.num_samples)
         if problem := not_finite(result):
-            listeners.on_step(line)
+            callbacks.on_step(line)
             raise NonFiniteError(f"step {step}: {problem}. No checkpoint of it is kept. Try a smaller optimizer.lr.")
-        if validates and (step == steps or is_due(step, output.eval_every)):
+        if corpus.num_validation and (step == config.train.steps or is_due(step, config.output.eval_every)):
             line["validation_loss"] = engine.evaluate(loader.validation())
-        listeners.on_step(line)
-        if is_due(step, output.checkpoint_every):
-            listeners.on_checkpoint(step)
+        callbacks.on_step(line)
+        if "validation_loss" in line:
+            is_best = best.take(step, line["validation_loss"])
+            callbacks.on_evaluate(step, line["validation_loss"])
+        if is_due(step, config.output.checkpoint_every) or (is_best and config.output.keep_best):
+            callbacks.on_checkpoint(step, save(step))
+
+
+def ends_early(config: Config, best: BestLoss) -> bool:
+    """Return whether `train.early_stopping` ends the run: too many evaluations in a row were not the lowest."""
+    stopping = config.train.early_stopping
+    return stopping is not None and best.evaluations_since >= stopping.patience
 
 
 def not_finite(result: StepResult) -> str:

@@ -1,8 +1,6 @@
-"""Write and read metrics.jsonl, which has a line of JSON for each step: what it did and what it cost."""
+"""The metrics of a step: what it did and what it cost. metrics.jsonl has a line of JSON for each."""
 
 import json
-import math
-import os
 import re
 import resource
 import sys
@@ -42,7 +40,8 @@ class Meter:
     `step` counts from 1. `loss` is the loss before the update, the mean over the labels of the step; `grad_norm` is
     the norm of the gradient before clipping, and `lr` the learning rate of the update. `skipped` is true where an fp16
     gradient overflowed and nothing was updated; then `grad_norm` is null. `tokens` are all tokens of the run so far,
-    padding included, and `tokens_per_second` those of this step, on all devices, divided by `step_seconds`.
+    padding included, and `tokens_per_second` those of this step, on all devices, divided by `step_seconds`. `epoch` is
+    the number of passes over the `num_training` samples, with a fraction; null where these are not known.
 
     `tflops` is what each device achieved: the model's TFLOP/s (`flops_per_token`, without recomputation) divided by the
     number of devices. `mfu` is `tflops` divided by the device's bf16 peak, whatever the precision, and null where the
@@ -55,6 +54,7 @@ class Meter:
     config: Config
     world_size: int
     device: torch.device
+    num_training: int = 0
 
     def line(self, step: int, result: StepResult, seconds: float, *, samples: int) -> MetricsLine:
         """Return the line of a step, counted from 1, with which the run has taken so many samples."""
@@ -69,6 +69,7 @@ class Meter:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens": samples * sequence,
+            "epoch": samples / self.num_training if self.num_training else None,
             "step_seconds": seconds,
             "phases": dict(result.phases),
             "tokens_per_second": tokens / seconds,
@@ -99,36 +100,9 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-class MetricsFile:
-    """A metrics.jsonl that is open for writing. Lines of steps after `after`, left by an earlier run, are removed.
-
-    Every line is valid JSON, so NaN and the infinities become null. When `write` returns, the operating system has the
-    line, so it is not lost if the process is killed.
-    """
-
-    def __init__(self, path: Path, *, after: int) -> None:
-        kept = [line for line in read(path) if int(line["step"] or 0) <= after] if after else []
-        temporary = path.with_name(f".{path.name}.incomplete")
-        temporary.write_text("".join(map(_encode, kept)))
-        os.replace(temporary, path)
-        self._file = path.open("a")
-
-    def write(self, line: MetricsLine) -> None:
-        self._file.write(_encode(line))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def read(path: Path) -> Iterator[MetricsLine]:
     """Yield the lines of a metrics.jsonl, if there is one. A last line that a crash cut short is left out."""
     text = path.read_text() if path.exists() else ""
     for line in text.splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
-
-
-def _encode(line: MetricsLine) -> str:
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"

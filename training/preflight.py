@@ -1,7 +1,7 @@
 """The checks before a run: everything that can be refused is refused before anything is started or touched."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,12 +18,44 @@ from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import ConfigError
+from training.callbacks import Callback
 from training.config import override_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
-from training.resume import find_checkpoint, start_messages, steps_taken
+from training.length import Taken, length_messages, with_steps
+from training.loggers import callbacks_of
+from training.resume import find_checkpoint, start_messages
 from training.run_folder import RunFolder
 from training.schedule_messages import schedule_messages
 from training.tracer import steps_to_trace
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a run, as far as they are known before a device or a folder is looked at.
+
+    `config` is the one that was given, with its number of steps.
+    """
+
+    config: Config
+    corpus: Corpus
+    resume_from: Path | None  # the checkpoint that the run continues
+    messages: tuple[str, ...]
+
+
+def read_inputs(config: Config, *, resume: str | None, overridden: Sequence[str], cache: Cache | None = None) -> Inputs:
+    """Return the inputs of a run, checked. Raises ConfigError, DataError or CheckpointError."""
+    corpus = read_corpus(config, cache)
+    found = find_checkpoint(config, resume, corpus)
+    taken = Taken.before(found)
+    config = with_steps(config, corpus, taken)
+    messages = (
+        *override_messages(overridden),
+        *start_messages(config, resume, found),
+        *input_messages(config, corpus),
+        *schedule_messages(config, corpus),
+        *length_messages(config, corpus, taken),
+    )
+    return Inputs(config, corpus, found, messages)
 
 
 @dataclass(frozen=True)
@@ -38,6 +70,7 @@ class Job:
     folder: RunFolder
     resume_from: Path | None  # the checkpoint that the run continues
     traced_steps: range  # counted from 1: those of the steps asked for that the run will take
+    callbacks: tuple[type[Callback], ...]  # the loggers and the user's own
     messages: tuple[str, ...]  # printed when the run starts
 
 
@@ -54,21 +87,23 @@ def prepare(
 
     Nothing is written but into the `cache` of tokens. Raises ConfigError, DataError or CheckpointError.
     """
-    corpus = read_corpus(config, cache)
+    callbacks = callbacks_of(config)
+    inputs = read_inputs(config, resume=resume, overridden=overridden, cache=cache)
+    config, found = inputs.config, inputs.resume_from
     check_device(config, place)
-    found = find_checkpoint(config, resume, corpus)
-    taken = steps_taken(found) if profile else 0
-    traced, not_traced = steps_to_trace(profile, taken=taken, steps=config.train.steps)
-    folder = checked_folder(config, found)
-    messages = (
-        *override_messages(overridden),
-        *start_messages(config, resume, found),
-        *not_traced,
-        *input_messages(config, corpus),
-        *schedule_messages(config, corpus),
+    traced, not_traced = steps_to_trace(profile, taken=Taken.before(found).steps, steps=config.train.steps)
+    return Job(
+        config,
+        place,
+        inputs.corpus,
+        tokenizer_of(config),
+        None if config.model.path is None else read_generation_config(config.model.path),
+        checked_folder(config, found),
+        found,
+        traced,
+        callbacks,
+        (*inputs.messages, *not_traced),
     )
-    generation = None if config.model.path is None else read_generation_config(config.model.path)
-    return Job(config, place, corpus, tokenizer_of(config), generation, folder, found, traced, messages)
 
 
 def facts_of_job(job: Job) -> dict[str, Any]:
@@ -93,12 +128,17 @@ def check_device(config: Config, place: Place) -> None:
 
 
 def problems_here(config: Config, place: Place, resume_from: Path | None) -> list[str]:
-    """Return messages of why this machine would refuse the run: its device, or the run's folder.
+    """Return messages of why this machine would refuse the run: its device, its packages, or the run's folder.
 
     These are for `--check`, which goes on, since it may be for another machine.
     """
     found = []
-    for check in (partial(check_device, config, place), partial(checked_folder, config, resume_from)):
+    checks: tuple[Callable[[], object], ...] = (
+        partial(check_device, config, place),
+        partial(callbacks_of, config),
+        partial(checked_folder, config, resume_from),
+    )
+    for check in checks:
         try:
             check()
         except ConfigError as error:

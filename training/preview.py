@@ -1,6 +1,6 @@
 """A run laid out over a number of ranks: the layers, bytes and cost of each pipeline stage, with nothing started."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
-from parallel.pipeline.timeline import Timeline, simulate
+from parallel.pipeline.timeline import Timeline, num_simulated, simulate
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,16 @@ class Preview:
         return self.config.num_microbatches(self.topology.world_size)
 
     def timeline(self) -> Timeline:
-        """Simulate one step of the pipeline by the layers' costs: a backward costs two forwards, a transfer nothing."""
+        """Simulate one step of the pipeline by the layers' costs: a backward costs two forwards, a transfer nothing.
+
+        Of a step with very many microbatches the first and the last are simulated: see `Timeline`.
+        """
         pipeline = self.config.parallel.pipeline
-        plan = with_transfers(SCHEDULES[pipeline.schedule](pipeline.size, self.num_microbatches))
+        simulated = num_simulated(pipeline.size, self.num_microbatches)
+        plan = with_transfers(SCHEDULES[pipeline.schedule](pipeline.size, simulated))
         costs = [stage.cost for stage in self.stages]
-        return simulate(plan, costs, [2 * cost for cost in costs])
+        timeline = simulate(plan, costs, [2 * cost for cost in costs])
+        return replace(timeline, num_omitted=self.num_microbatches - simulated)
 
 
 def preview_of(config: Config, world_size: int) -> Preview:

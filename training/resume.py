@@ -13,6 +13,7 @@ from models.shapes import MODEL_TYPE, fields_of, shape_from, shape_of
 from parallel.checkpoint import checkpoint
 from parallel.config import Config
 from parallel.errors import CheckpointError, ConfigError
+from training.best_loss import BestLoss
 from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
 
 
@@ -72,7 +73,7 @@ def check_same_model(folder: Path, shape: ModelShape) -> None:
         raise CheckpointError(f"--resume: {folder} is of another model: it has {differing}.")
 
 
-def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
+def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, best: BestLoss) -> dict[str, Any]:
     """Return what a checkpoint says about its run."""
     return {
         "step": counters["step"],
@@ -80,6 +81,7 @@ def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus) -> 
         "model": fields_of(shape_of(config)),
         "config": config.to_dict(),
         "corpus": corpus_record(corpus),
+        "best": best.state(),
     }
 
 
@@ -89,6 +91,6 @@ def counters_of(folder: Path) -> dict[str, Any]:
     return {**metadata["counters"], "samples": samples_taken(metadata)}
 
 
-def steps_taken(folder: Path | None) -> int:
-    """Return the number of steps that a run had taken when it saved this checkpoint; 0 without a checkpoint."""
-    return 0 if folder is None else int(checkpoint.read_metadata(folder)["step"])
+def best_of(folder: Path | None) -> BestLoss:
+    """Return the lowest validation loss that a run had had when it saved this checkpoint."""
+    return BestLoss() if folder is None else BestLoss.restored(checkpoint.read_metadata(folder).get("best"))

@@ -4,9 +4,10 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -22,23 +23,29 @@ from parallel.errors import DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.watch.watch import UNWATCHED, Watch
-from training.artifacts import export_model, plot_loss, written_while_training
-from training.log_file import log_file
-from training.loop import fit
+from training.artifacts import export_model, plot_loss, save_checkpoint
+from training.callbacks import Callback, Callbacks, Run
+from training.log_file import StepLog, log_file
+from training.loop import ends_early, fit
+from training.metrics_file import MetricsFile
 from training.preflight import Job, modules_of_steps
 from training.preview import preview_of
-from training.resume import counters_of, naming_the_one_before
+from training.resume import best_of, counters_of, naming_the_one_before
 from training.screen import Screen
+from training.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, watch: Watch = UNWATCHED) -> None:
-    """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others."""
+def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = ()) -> None:
+    """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others.
+
+    `callbacks` are called beside those that the config names. Raises CallbackError, on every rank, where one fails.
+    """
     context = make_context(job.config, job.place, watch=watch)
     check_room(context)
     check_same_data(job, context.mesh.world)
-    screen = Screen(job.config, quiet=job.place.rank != 0)
+    screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
     with (
         run_folder(job, context.mesh.world) as messages,
         log_file(job.folder.log(job.place.rank), append=job.folder.resumed),
@@ -46,21 +53,34 @@ def run_job(job: Job, watch: Watch = UNWATCHED) -> None:
     ):
         log_environment(context)
         screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
-        train(make_engine(context, job), job, screen)
+        train(make_engine(context, job), job, screen, callbacks)
         barrier(context.mesh.world)
         log.info("done")
 
 
-def train(engine: Engine, job: Job, screen: Screen) -> None:
+def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = ()) -> None:
     """Train to the last step, and leave the metrics, checkpoints, traces, export and plot that the job asks for."""
     engine.placement_manager.log = screen.print
-    with written_while_training(engine, job, screen) as listeners:
-        fit(engine, make_loader(engine, job), listeners, validates=job.corpus.num_validation > 0)
-    if engine.config.output.export:
-        export_model(engine, job, screen)
-    if engine.mesh.world.rank == 0:
-        plot_loss(job, screen)
-    screen.finish(job.folder, engine.num_steps)
+    world, best = engine.mesh.world, best_of(job.resume_from)
+    callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
+    tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, on_written=screen.traced)
+    with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
+        with closing(tracer):
+            fit(
+                engine,
+                make_loader(engine, job),
+                callbacks=callbacks,
+                save=partial(save_checkpoint, engine, job, best),
+                best=best,
+                around_step=tracer.around_step,
+            )
+        if ends_early(job.config, best) and engine.num_steps < job.config.train.steps:
+            screen.ended_early(best)
+        if engine.config.output.export:
+            export_model(engine, job, screen)
+        if world.rank == 0:
+            plot_loss(job, screen)
+    screen.finish(job.folder, engine.num_steps, best)
 
 
 def check_room(context: Context) -> None:

@@ -30,6 +30,14 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 

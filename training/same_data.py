@@ -26,6 +26,9 @@ def _record_of(samples: Samples) -> dict[str, int]:
     return {"tokens": samples.num_tokens, "digest": samples.digest}
 
 
+LENGTH = STEPS, "train.epochs"
+
+
 def samples_taken(metadata: Mapping[str, Any]) -> int:
     """Return the number of samples that a run had taken when it saved this checkpoint."""
     counters = metadata["counters"]
@@ -79,9 +82,9 @@ def resume_messages(metadata: Mapping[str, Any], config: Config) -> list[str]:
     found, taken = [], samples_taken(metadata)
     if saved.get(BATCH, ours[BATCH]) != ours[BATCH]:
         found.append(f"{BATCH} is {ours[BATCH]}, and was {saved[BATCH]}: the run goes on at sample {taken}")
-    if any(saved.get(key, ours[key]) != ours[key] for key in (BATCH, STEPS)):
-        updates = metadata["counters"]["updates"]
-        found.append(f"the learning rate follows the updates: {updates} of the schedule's {ours[STEPS]} are done")
+    if any(saved.get(key) != ours.get(key) for key in (BATCH, *LENGTH)):
+        updates, steps = metadata["counters"]["updates"], config.train.steps
+        found.append(f"the learning rate follows the updates: {updates} of the schedule's {steps} are done")
     if metadata.get("corpus") is None:
         found.append("the checkpoint does not say which corpus it was saved with: data.path must be the same")
     changed = [f"{key} is {ours[key]}, was {saved[key]}" for key in ours if key in saved and saved[key] != ours[key]]

@@ -9,7 +9,7 @@ from parallel.optim.lr_schedule import learning_rate
 
 def schedule_messages(config: Config, corpus: Corpus) -> list[str]:
     """Return a message for each key that does something else than its value suggests, in a run of this length."""
-    return [*_learning_rate(config), *_samples(config, corpus), *_what_is_kept(config)]
+    return [*_learning_rate(config), *_samples(config, corpus), *_evaluations(config), *_what_is_kept(config)]
 
 
 def _learning_rate(config: Config) -> Iterator[str]:
@@ -39,9 +39,18 @@ def _samples(config: Config, corpus: Corpus) -> Iterator[str]:
         )
 
 
+def _evaluations(config: Config) -> Iterator[str]:
+    every, steps, stopping = config.output.eval_every, config.train.steps, config.train.early_stopping
+    if stopping is not None and (num_evaluations := -(-steps // every)) <= stopping.patience + 1:
+        yield (
+            f"train.early_stopping: the {num_evaluations} evaluations of a run of {steps} steps are too few for"
+            f" patience {stopping.patience}: it cannot end early"
+        )
+
+
 def _what_is_kept(config: Config) -> Iterator[str]:
     output, steps = config.output, config.train.steps
-    saves = 0 < output.checkpoint_every <= steps
+    saves = 0 < output.checkpoint_every <= steps or output.keep_best
     if output.checkpoint_every > steps:
         yield f"output.checkpoint_every: {output.checkpoint_every} is more than train.steps {steps}: no checkpoint"
     if not saves and not output.export:

@@ -4,18 +4,22 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from parallel.checkpoint.checkpoint import best_checkpoint
 from parallel.config import Config
+from training.best_loss import BestLoss
+from training.callbacks import Callback
 from training.console import make_console, print_line
 from training.layout_report import print_layout
 from training.metrics import MetricsLine
 from training.preview import Preview
 from training.run_folder import RunFolder
-from training.text import duration
+from training.text import duration, epochs_text, plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,14 +27,14 @@ if TYPE_CHECKING:
 RECENT_STEPS = 20  # the time left is estimated from these
 
 
-class Screen:
+class Screen(Callback):
     """Shows a run; a `quiet` screen, that of every rank but the first, shows nothing.
 
     `close` must be called at the end: a terminal has a progress bar until then.
     """
 
-    def __init__(self, config: Config, *, quiet: bool) -> None:
-        self.config = config
+    def __init__(self, config: Config, num_training: int, *, quiet: bool) -> None:
+        self.config, self.num_training = config, num_training
         self.console = make_console(quiet=quiet)
         self._has_bar = sys.stdout.isatty() and not quiet
         self._bar: Progress | None = None
@@ -51,8 +55,8 @@ class Screen:
             self._bar.add_task("", total=self.config.train.steps)
             self._bar.start()
 
-    def step(self, line: MetricsLine) -> None:
-        """Move the bar, or else print a line every `log_every` steps; print the validation loss if there is one."""
+    def on_step(self, line: MetricsLine) -> None:
+        """Move the bar, or else print a line every `log_every` steps."""
         step, steps = int(line["step"] or 0), self.config.train.steps
         seconds = float(line["step_seconds"] or 0)
         self._recent.append(seconds)
@@ -66,27 +70,49 @@ class Screen:
             self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         elif step % self.config.output.log_every == 0 or step == steps:
             self.print(f"step {step:>{len(str(steps))}}/{steps}  lr {line['lr']:.2e}  {text}")
-        if "validation_loss" in line:
-            self._validation = line["validation_loss"]
-            self.print(f"step {step:>{len(str(steps))}}/{steps}  validation loss {self._validation:.4f}")
 
-    def finish(self, folder: RunFolder, steps: int) -> None:
+    def on_evaluate(self, step: int, loss: float) -> None:
+        steps = self.config.train.steps
+        self._validation = loss
+        self.print(f"step {step:>{len(str(steps))}}/{steps}  validation loss {loss:.4f}")
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self.print(f"saved {folder}")
+
+    def traced(self, file: Path) -> None:
+        """Print that the trace of this rank is written."""
+        self.print(f"traced: {file}")
+
+    def ended_early(self, best: BestLoss) -> None:
+        """Print why the run ends before its last step."""
+        self.print(
+            f"train.early_stopping: the run ends, since {plural(best.evaluations_since, 'evaluation')} in a row had no"
+            f" lower validation loss than {best}"
+        )
+
+    def finish(self, folder: RunFolder, steps: int, best: BestLoss) -> None:
         """Print a summary of the run, which has taken `steps` steps, and where its files are."""
         self.close()
         self.print("done")
         table = Table(show_header=False, box=None, padding=(0, 2))
-        if self._last is None:
-            table.add_row("steps", f"none left to take: {steps} were taken before")
-        else:
-            table.add_row("final loss", f"{self._last['loss']:.4f}")
-            if self._validation is not None:
-                table.add_row("validation loss", f"{self._validation:.4f}")
-            table.add_row("speed", f"{self._tokens / self._seconds:,.0f} tokens/s")
-            table.add_row("time", duration(time.monotonic() - self._began))
-        for name, path in (("metrics", folder.metrics), ("plot", folder.plot), ("model", folder.export)):
-            if path.exists():
-                table.add_row(name, str(path))
+        for name, text in (*self._results(steps, best), *_places(folder)):
+            table.add_row(name, text)
         self.console.print(table)
+
+    def _results(self, steps: int, best: BestLoss) -> Iterator[tuple[str, str]]:
+        """Yield what the steps have come to, by name."""
+        if self._last is None:
+            yield "steps", f"none left to take: {steps} were taken before"
+            return
+        samples = self._last["tokens"] // self.config.data.sequence_length
+        yield "final loss", f"{self._last['loss']:.4f}"
+        if self._validation is not None:
+            yield "validation loss", f"{self._validation:.4f}"
+        if self.config.output.eval_every:
+            yield "its lowest", str(best)
+        yield "samples", f"{samples:,}, {epochs_text(samples / self.num_training)}"
+        yield "speed", f"{self._tokens / self._seconds:,.0f} tokens/s"
+        yield "time", duration(time.monotonic() - self._began)
 
     def print(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -97,3 +123,17 @@ class Screen:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _places(folder: RunFolder) -> Iterator[tuple[str, str]]:
+    """Yield where the files of a run are, by name."""
+    places = {
+        "metrics": folder.metrics,
+        "plot": folder.plot,
+        "tensorboard": folder.tensorboard,
+        "wandb": folder.wandb,
+        "model": folder.export,
+    }
+    yield from ((name, str(path)) for name, path in places.items() if path.exists())
+    if (found := best_checkpoint(folder.path)) is not None:
+        yield "best checkpoint", str(found)

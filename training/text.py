@@ -15,6 +15,11 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def epochs_text(number: float) -> str:
+    """Return a number of epochs with two digits, of small ones the first that count: 0.8 -> '0.80 epochs'."""
+    return f"{number:,.2f} epochs" if number >= 0.01 or not number else f"{number:.2g} epochs"
+
+
 def readable_bytes(number: float) -> str:
     """Return a number of bytes with its unit: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

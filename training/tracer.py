@@ -30,10 +30,10 @@ class Tracer:
     """Writes to `file` a trace of `steps`, counted from 1: what this rank and its GPU did, by name.
 
     The profiler exists from before the first of these steps until after the last, and around other steps there is none.
-    `on_written` is called once the file is written.
+    `on_written` is called with the file once it is written.
     """
 
-    def __init__(self, steps: range, file: Path, device: torch.device, *, on_written: Callable[[], None]) -> None:
+    def __init__(self, steps: range, file: Path, device: torch.device, *, on_written: Callable[[Path], None]) -> None:
         self.steps, self.file, self.device, self.on_written = steps, file, device, on_written
         self._profiler: profile | None = None
 
@@ -53,7 +53,7 @@ class Tracer:
             self.close()
             self.file.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.file))
-            self.on_written()
+            self.on_written(self.file)
 
     def close(self) -> None:
         """Stop the profiler if a run ends during its traced steps: a process that exits while it runs may crash."""

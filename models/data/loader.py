@@ -51,7 +51,7 @@ class Loader:
         self, corpus: Corpus, order: SampleOrder, *, global_batch: int, replica: int = 0, num_replicas: int = 1
     ) -> None:
         assert global_batch % num_replicas == 0, f"{global_batch} samples over {num_replicas} replicas"
-        self._corpus = corpus
+        self.corpus = corpus
         self._order = order
         self._global_batch = global_batch
         rows = global_batch // num_replicas
@@ -63,7 +63,7 @@ class Loader:
         The sample ids number the samples of the whole run, and dropout masks follow from them.
         """
         numbers = self._order.take(first, self._global_batch)[self._block]
-        samples = [self._corpus.training.sample(int(number)) for number in numbers]
+        samples = [self.corpus.training.sample(int(number)) for number in numbers]
         return {**_stacked(samples), "sample_ids": self._sample_ids(first)}
 
     def validation(self) -> Iterator[Batch]:
@@ -72,7 +72,7 @@ class Loader:
         Every global batch has G samples, so that any layout divides it: the last one is filled up with rows that have
         no labels.
         """
-        validation = self._corpus.validation
+        validation = self.corpus.validation
         for step in range(math.ceil(validation.num_samples / self._global_batch)):
             sample_ids = self._sample_ids(step * self._global_batch)
             samples = [

@@ -68,7 +68,7 @@ SPLITS = re.compile(r"(?P<train>train|training)|val|valid|validation|dev|test|ev
 class Source:
     """The files that a key of the config names, sorted by name, and messages about what else is there.
 
-    `path` is what the key says. The files of a saved dataset are all of its folder.
+    `path` is what the key says. The files of a saved dataset are its data and what describes them.
     """
 
     key: str
@@ -126,7 +126,8 @@ def _saved_dataset(folder: Path, key: str) -> Source | None:
         )
     if "state.json" not in names or "dataset_info.json" not in names:
         return None
-    files = tuple(folder / name for name in names if (folder / name).is_file())
+    own = (name for name in names if not name.startswith("cache-"))  # `datasets` keeps results of its own beside them
+    files = tuple(folder / name for name in own if (folder / name).is_file())
     return Source(key, str(folder), Kind.DATASET, files)
 
 

@@ -4,6 +4,7 @@
         step_000100/              checkpoint.json, rank_00000.safetensors, rank_00001.safetensors, ...
         step_000200/
         latest                    the name of the newest checkpoint
+        best                      the name of the best one, where a run keeps it
 
 Each rank writes the pieces that it owns. checkpoint.json is the index: which box of which tensor is in which file. A
 checkpoint gets its name only after every rank has written its part. This module does not interpret the tensors' names.
@@ -43,7 +44,7 @@ from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 
-CHECKPOINTS, LATEST, INDEX = "checkpoints", "latest", "checkpoint.json"
+CHECKPOINTS, LATEST, BEST, INDEX = "checkpoints", "latest", "best", "checkpoint.json"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,20 @@ def step_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step_{step:06d}"
 
 
-def save(folder: Path, pieces: Iterable[Piece], *, metadata: Mapping[str, Any], axis: Axis, keep: int) -> None:
+def save(
+    folder: Path,
+    pieces: Iterable[Piece],
+    *,
+    metadata: Mapping[str, Any],
+    axis: Axis,
+    keep: int,
+    best: Path | None = None,
+) -> None:
     """Write the pieces that the ranks of `axis` own, and `metadata`, into `folder`.
 
     Each element of each tensor is owned by one of these ranks. Afterwards `folder` is the latest checkpoint, and all
-    but `keep` checkpoints beside it are deleted. If a rank cannot write, every rank raises a CheckpointError, and the
-    earlier checkpoints stay as they were.
+    but `keep` checkpoints beside it are deleted, and `best`: the best checkpoint of the run, which may be `folder`, or
+    None. If a rank cannot write, every rank raises a CheckpointError, and the earlier checkpoints stay as they were.
     """
     Agreement(axis).agree_on(f"a checkpoint named {folder.name}")
     owned = sorted(pieces, key=lambda piece: -piece.data.element_size())  # `write_tensors` needs this order
@@ -89,8 +98,9 @@ def save(folder: Path, pieces: Iterable[Piece], *, metadata: Mapping[str, Any], 
             write_json(temporary / INDEX, index)
     with fail_together(axis):
         if axis.rank == 0:
-            _name_latest(folder)
-            _delete_old(folder, keep)
+            _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
+            _point(folder.with_name(LATEST), folder)
+            _delete_old(folder, keep, best)
 
 
 def _file_name(rank: int) -> str:
@@ -118,15 +128,19 @@ def _index(saved: list[list[SavedPiece]], metadata: Mapping[str, Any]) -> dict[s
     return {"metadata": metadata, "files": files, "tensors": tensors}
 
 
-def _name_latest(folder: Path) -> None:
-    temporary = folder.with_name(f".{LATEST}.incomplete")
+def _point(pointer: Path, folder: Path | None) -> None:
+    """Have the file `pointer` name a checkpoint beside it; None: remove it, where there is one."""
+    if folder is None:
+        pointer.unlink(missing_ok=True)
+        return
+    temporary = pointer.with_name(f".{pointer.name}.incomplete")
     with write_synced(temporary) as out:
         out.write(f"{folder.name}\n".encode())
-    os.replace(temporary, folder.with_name(LATEST))
+    os.replace(temporary, pointer)
 
 
-def _delete_old(newest: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest and the keep - 1 before it.
+def _delete_old(newest: Path, keep: int, best: Path | None) -> None:
+    """Delete all checkpoints but the best, the newest, and the keep - 1 before it.
 
     A checkpoint of a later step was left by a run that has since been resumed from an earlier one: it is deleted first.
     What an interrupted save has left is deleted too.
@@ -134,7 +148,8 @@ def _delete_old(newest: Path, keep: int) -> None:
     others = [folder for folder in _step_folders(newest.parent) if folder.name != newest.name]
     others.sort(key=lambda folder: (_step(folder) < _step(newest), _step(folder)))
     for folder in others[: max(0, len(others) - (keep - 1))]:
-        _delete(folder)
+        if best is None or folder.name != best.name:
+            _delete(folder)
     for folder in newest.parent.glob(".step_*"):
         _delete(folder)
 
@@ -228,13 +243,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | None:
     """Return the checkpoint that this option names: with 'auto' the latest of this run, or None if it has none yet.
 
-    Otherwise `resume` is a run's folder, its checkpoints folder, or a checkpoint. Raises CheckpointError.
+    Otherwise `resume` is a run's folder, its checkpoints folder, a checkpoint, or one of the files that name one:
+    checkpoints/best and checkpoints/latest. Raises CheckpointError.
     """
     if resume == "auto":
         return resolve_latest(run / CHECKPOINTS)
     folder = Path(resume)
     if _is_checkpoint(folder):
         return folder
+    if folder.name in (BEST, LATEST) and folder.is_file():
+        if (named := named_by(folder)) is None:
+            raise CheckpointError(f"{option}: {folder} names no checkpoint. Try {folder.parent}.")
+        return named
     found = resolve_latest(folder / CHECKPOINTS) or resolve_latest(folder)
     if found is None:
         problem = "holds no checkpoint" if folder.is_dir() else "is not a directory"
@@ -244,12 +264,23 @@ def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | 
 
 def resolve_latest(checkpoints: Path) -> Path | None:
     """Return the checkpoint that the file `latest` names; if there is none, that of the highest step; else None."""
-    latest = checkpoints / LATEST
-    if latest.is_file():
-        named = checkpoints / latest.read_text().strip()
-        if _is_checkpoint(named):
-            return named
-    return max(filter(_is_checkpoint, _step_folders(checkpoints)), key=_step, default=None)
+    named = named_by(checkpoints / LATEST)
+    return named or max(filter(_is_checkpoint, _step_folders(checkpoints)), key=_step, default=None)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """Return the checkpoint that the file `best` of the run in this folder names, or None."""
+    return named_by(run / CHECKPOINTS / BEST)
+
+
+def named_by(pointer: Path) -> Path | None:
+    """Return the checkpoint that a file, `latest` or `best`, names; None where there is no file or no checkpoint."""
+    try:
+        name = pointer.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    named = pointer.with_name(name) if STEP_FOLDER.fullmatch(name) else None
+    return named if named is not None and _is_checkpoint(named) else None
 
 
 def _is_checkpoint(folder: Path) -> bool:

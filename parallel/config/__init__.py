@@ -6,6 +6,7 @@ from parallel.config.parsing import Resolver, apply_overrides, load_raw, normali
 from parallel.config.sections import (
     Config,
     DataConfig,
+    EarlyStoppingConfig,
     OptimizerConfig,
     OutputConfig,
     SchedulerConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "ContextConfig",
     "DataConfig",
+    "EarlyStoppingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",

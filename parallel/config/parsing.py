@@ -145,6 +145,23 @@ def _replace_sequence_mode(config: dict[str, Any]) -> list[str]:
     return []
 
 
+def _length_problems(config: dict[str, Any]) -> list[str]:
+    """Take `train.steps` out of a raw config that has `train.epochs`; return what is wrong if it has both.
+
+    A value of None is that of a key which is left out: so `--set` can replace one by the other.
+    """
+    train = config.get("train")
+    if not isinstance(train, dict) or train.get("epochs") is None:
+        return []
+    steps = train.pop("steps", None)
+    if steps is None:
+        return []
+    return [
+        f"train.epochs: {shown(train['epochs'])} and train.steps {shown(steps)} are two lengths of one run. Try"
+        " train.steps=None or train.epochs=None."
+    ]
+
+
 def _needs_size(config: dict[str, Any]) -> bool:
     """Return whether a tensor mode is given without its size."""
     parallel = config.get("parallel")
@@ -190,7 +207,7 @@ def parse(
     """
     written_out = normalize(raw)
     reader = Reader(sections=KEYS)
-    problems = _replace_sequence_mode(written_out) + accumulation_problems(written_out)
+    problems = _replace_sequence_mode(written_out) + accumulation_problems(written_out) + _length_problems(written_out)
     needs_size = _needs_size(written_out)
     config = reader.section(Config, written_out)
     problems += reader.problems
@@ -210,6 +227,8 @@ def parse(
         problems += config.document_problems()
     if reader.could_read("zero"):
         problems += config.zero.problems()
+    if reader.could_read("train", "data", "output"):
+        problems += config.evaluation_problems()
     if resolve is not None and reader.could_read("model", "data"):
         # The model is checked even if the layout is wrong: as if it were not split at all.
         config, model_problems = resolve(config if is_layout_valid else replace(config, parallel=ParallelConfig()))

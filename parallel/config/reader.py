@@ -238,7 +238,7 @@ def _choice(choices: tuple[object, ...], raw: object) -> object:
 
 def _tuple(arguments: tuple[Any, ...], raw: object) -> tuple[Any, ...]:
     if not isinstance(raw, (list, tuple)):
-        raise MisreadError(f"needs a tuple, got {shown(raw)}")
+        raise MisreadError(f"needs a tuple, got {shown(raw)}", (raw,))
     hints = (arguments[0],) * len(raw) if arguments[-1] is Ellipsis else arguments
     if len(hints) != len(raw):
         raise MisreadError(f"needs {len(hints)} values, got {shown(raw)}")

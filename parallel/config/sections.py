@@ -124,7 +124,7 @@ class TrainConfig:
     """The number of updates. A run that resumes goes on to this number; it does not begin to count again."""
 
     epochs: Annotated[float | None, Range(2**-20, 2**20)] = None
-    """The number of passes over the training samples, instead of `steps`, which is then computed from it."""
+    """The number of passes over the training samples, instead of `steps`, which are computed when the data are read."""
 
     global_batch_size: Count = 16
     """The samples of a step, over all replicas: micro_batch_size × data parallel size × the number of microbatches."""
@@ -235,6 +235,11 @@ class OutputConfig:
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """The programs that metrics are logged to, beside metrics.jsonl."""
 
+    callbacks: tuple[str, ...] = ()
+    """Callbacks of yours, as "module:Class" or "FILE.py:Class". A module is searched in the working directory, beside
+    the config, and among the installed packages.
+    """
+
     export: bool = True
     """True: the final model is written as a Hugging Face directory."""
 
@@ -264,11 +269,32 @@ class Config:
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as dicts, lists, numbers and text for JSON; `parse` reads it back to an equal config."""
+        """Return the config as dicts, lists, numbers and text for JSON; `parse` reads it back to an equal config.
+
+        It has `train.epochs` or `train.steps`, whichever was given.
+        """
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.train.epochs is not None:  # the number of steps follows from it, and a config has one of the two
+            del plain["train"]["steps"]
         fields_of_family = plain["model"].pop("fields")
         plain["model"].update(fields_of_family)
         return plain
+
+    def evaluation_problems(self) -> list[str]:
+        """Return which keys need a validation loss that this config never computes."""
+        every, data = self.output.eval_every, self.data
+        wants = {"output.keep_best": self.output.keep_best, "train.early_stopping": self.train.early_stopping}
+        missing = []
+        if not every:
+            missing.append("output.eval_every, which is 0. Try output.eval_every=50")
+        if not data.validation_fraction and data.validation_path is None:
+            missing.append("validation samples, and data.validation_fraction is 0. Try data.validation_fraction=0.05")
+        return [
+            f"{key}: it needs {what}, or {key}={False if value is True else None}."
+            for key, value in wants.items()
+            for what in missing
+            if value
+        ]
 
     def document_problems(self) -> list[str]:
         """Return what is wrong if attention is to stay within documents and sequences are split in a ring."""

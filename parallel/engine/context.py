@@ -172,10 +172,28 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
         if not isinstance(config, Config):
             raw = load_raw(config) if isinstance(config, str | Path) else config
             config = parse(raw, world_size=place.world_size, resolve=resolve, batches=False)
+        _refuse_keys_of_a_run(config)
         choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
         if watch.is_on:
             watch.meet(facts_of(config, place.world_size), config.train.timeout_seconds)
     return use(make_context(config, place, watch=watch))
+
+
+def _refuse_keys_of_a_run(config: Config) -> None:
+    """Raise ConfigError for keys that decide how long `colonnade train` trains: here the loop is the user's own."""
+    train, problems = config.train, []
+    if train.epochs is not None:
+        problems.append(
+            f"train.epochs: {train.epochs:g} is for colonnade train, which knows its data. In a loop of yours set"
+            " train.steps=epochs * len(loader), by which the learning rate falls."
+        )
+    if train.early_stopping is not None:
+        problems.append(
+            "train.early_stopping: it is for colonnade train. In a loop of yours leave the loop, and set"
+            " train.early_stopping=None."
+        )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def watch_of(place: Place, *, speaker: Speaker = "every") -> Watch:

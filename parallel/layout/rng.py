@@ -56,8 +56,25 @@ def dropout_mask(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     """Return a bool tensor [..., R, C] whose elements are True, which means dropped, with probability p.
 
     rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64. So
-    an element's value does not depend on the rank that holds it. Rows and columns are hashed separately, and combined
-    for each of the R·C elements by a few 32-bit operations.
+    an element's value does not depend on the rank that holds it.
+    """
+    return random_bits(key, rows, columns) < min(round(p * 2**32) - 2**31, 2**31 - 1)
+
+
+def gumbel(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return numbers of the standard Gumbel distribution, fp32 [..., R, C]: functions of key, row and column.
+
+    An index at which logits plus these are largest is drawn from softmax(logits) (Gumbel 1954; Maddison et al. 2014,
+    arXiv 1411.0030). It changes only where the two largest sums are as close as the logits are uncertain.
+    """
+    uniform = (random_bits(key, rows, columns).double() + (2**31 + 0.5)) * 2**-32
+    return -(-uniform.log()).log().float()
+
+
+def random_bits(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return random 32 bits for each element, int32 [..., R, C], as a function of key, rows[..., R] and columns[C].
+
+    Rows and columns are hashed separately, and combined for each of the R·C elements by a few 32-bit operations.
     """
     bits = mix64(rows + key).to(torch.int32).unsqueeze(-1) ^ mix64(columns ^ key).to(torch.int32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -65,7 +82,7 @@ def dropout_mask(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor
         high &= 2 ** (32 - shift) - 1
         bits ^= high
         bits *= factor
-    return bits < min(round(p * 2**32) - 2**31, 2**31 - 1)
+    return bits
 
 
 def mix64(z: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A mark for functions that torch.compile must not look into: functions that communicate, and hooks."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -24,3 +25,14 @@ def not_compiled(function: F) -> F:
     eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def not_yet_compiled(compiles: bool) -> AbstractContextManager[None]:
+    """Return a context in which layers that are compiled otherwise run as usual: for a call whose shapes come once.
+
+    `compiles`: whether there are such layers; without them torch's compiler is not imported.
+    """
+    if not compiles:
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

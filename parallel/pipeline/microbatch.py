@@ -11,6 +11,7 @@ from parallel.config.sections import NO_DOCUMENTS_IN_A_RING
 from parallel.errors import did_you_mean, either, nearest_multiples
 from parallel.layout.labels import IGNORED
 from parallel.sequence import Documents
+from parallel.sequence.cache import KeyValueCache
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Microbatch:
     the whole run, which dropout depends on. `attention_mask` is 1 where there is a token and 0 at padding; None where
     there is no padding. `position_ids` are the position of each token in its document; None where they are counted from
     the tokens. `documents` are those that attention stays within; None where each sample is one. The gradient of the
-    summed loss is multiplied by `scale`: the loss scale divided by the number of labels in the whole step.
+    summed loss is multiplied by `scale`: the loss scale divided by the number of labels in the whole step. `cache` is
+    where the layer that is given the microbatch keeps keys and values, if texts are continued.
     """
 
     input_ids: Tensor  # int64 [B, S]
@@ -32,6 +34,7 @@ class Microbatch:
     scale: float = 1.0
     position_ids: Tensor | None = None  # int64 [B, S]
     documents: Documents | None = None
+    cache: KeyValueCache | None = None
 
     @property
     def length(self) -> int:

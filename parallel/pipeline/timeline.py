@@ -1,12 +1,17 @@
-"""The simulation of a plan: when each action runs, how much of the time is bubble, and a picture of it."""
+"""The simulation of a plan: when each action runs, and how much of the time is bubble."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median_low
+from typing import TypeAlias
 
 from parallel.pipeline.schedule import Action, Op, Plan, PlanError, group_transfers
 
 OTHER_END = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
+FROM_STAGE = {Op.SEND_F: 0, Op.RECV_F: -1, Op.SEND_B: 0, Op.RECV_B: 1}
+"""The stage whose result a transfer carries, counted from its own."""
+
+MOST_SIMULATED = 64 * 128  # microbatches of all stages
+FEWEST_SIMULATED = 100  # microbatches of a step that is not simulated as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,25 +25,70 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The spans of all ranks: `rows[r]` are those of rank r, in order. Times are in the unit of the costs."""
+    """The spans of all ranks: `rows[r]` are those of rank r, in order. Times are in the unit of the costs.
+
+    `num_omitted` microbatches of the step are in no row, but all figures count them: of a long step the first and the
+    last microbatches are simulated, and those between take the time of the rank that computes longest for each. (That
+    is exact where sends are asynchronous. Rendezvous may add to it; at random costs, of up to 1:2, at most 1%.)
+    """
 
     rows: tuple[tuple[Span, ...], ...]
+    num_omitted: int = 0
+
+    @property
+    def num_microbatches(self) -> int:
+        """The microbatches of the step, those in no row included."""
+        return self._num_simulated + self.num_omitted
 
     @property
     def makespan(self) -> float:
         """The time at which the last rank has finished."""
+        if not self.num_omitted:
+            return self.end_of_rows
+        return self.end_of_rows + self.num_omitted * max(self._busy) / self._num_simulated
+
+    @property
+    def end_of_rows(self) -> float:
+        """The time at which the last row ends."""
         return max(row[-1].end for row in self.rows)
 
     @property
     def bubble_fraction(self) -> float:
         """The fraction of the ranks' time in which they do not compute: waits and transfers."""
-        busy = sum(span.end - span.start for row in self.rows for span in row if not span.action.op.is_transfer)
+        busy = sum(self._busy) / self._num_simulated * self.num_microbatches
         return 1 - busy / (len(self.rows) * self.makespan)
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
         """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept."""
-        return tuple(_peak_in_flight([span.action for span in row]) for row in self.rows)
+        peaks = [_peak_in_flight([span.action for span in row]) for row in self.rows]
+        if not self.num_omitted:
+            return tuple(peaks)
+        nums_stages = [len({span.action.stage for span in row}) for row in self.rows]
+        return tuple(
+            peak + self.num_omitted * num_stages * (peak == self._num_simulated * num_stages)
+            for peak, num_stages in zip(peaks, nums_stages, strict=True)
+        )
+
+    @property
+    def _num_simulated(self) -> int:
+        return 1 + max(span.action.microbatch for span in self.rows[0])
+
+    @property
+    def _busy(self) -> list[float]:
+        """The time that each rank computes, in its row."""
+        return [sum(span.end - span.start for span in row if not span.action.op.is_transfer) for row in self.rows]
+
+
+def num_simulated(num_stages: int, num_microbatches: int) -> int:
+    """Return how many of a step's microbatches are simulated: all, or as many as show how it begins and ends.
+
+    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so.
+    """
+    if num_stages * num_microbatches <= MOST_SIMULATED:
+        return num_microbatches
+    rounds = max(2, -(-FEWEST_SIMULATED // num_stages))
+    return min(num_microbatches, rounds * num_stages)
 
 
 def _peak_in_flight(actions: Sequence[Action]) -> int:
@@ -53,19 +103,37 @@ def _peak_in_flight(actions: Sequence[Action]) -> int:
     return peak
 
 
+_End: TypeAlias = tuple[Op, int, int]
+"""One end of a message: its op, and the stage and the microbatch whose result it carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step of a rank: a compute, or transfers that are posted at once, with both ends of each."""
+
+    actions: tuple[Action, ...]
+    ends: tuple[_End, ...]
+    other_ends: tuple[_End, ...]
+
+    @classmethod
+    def of(cls, step: Action | tuple[Action, ...]) -> "_Step":
+        if isinstance(step, Action):
+            return cls((step,), (), ())
+        messages = [(a.op, a.stage + FROM_STAGE[a.op], a.microbatch) for a in step]
+        return cls(step, tuple(messages), tuple([(OTHER_END[op], stage, k) for op, stage, k in messages]))
+
+
 @dataclass(slots=True)
 class _Rank:
     """The state of one rank in a simulation: of its `steps`, `position` are done at the time `clock`."""
 
-    steps: list[Action | tuple[Action, ...]]
+    steps: list[_Step]
     clock: float = 0.0
     position: int = 0
     spans: list[Span] = field(default_factory=list)
 
     def finish_step(self, end: float) -> None:
-        step = self.steps[self.position]
-        actions = (step,) if isinstance(step, Action) else step
-        self.spans += [Span(action, self.clock, end) for action in actions]
+        self.spans += [Span(action, self.clock, end) for action in self.steps[self.position].actions]
         self.clock = end
         self.position += 1
 
@@ -83,17 +151,19 @@ def simulate(
     each. Raises PlanError, which names what each rank waits for, where ranks wait forever.
     """
     costs = {Op.F: _per_stage(forward_cost, plan), Op.B: _per_stage(backward_cost, plan)}
-    ranks = [_Rank(list(group_transfers(actions))) for actions in plan.ranks]
-    posted: dict[tuple[Action, Op], float] = {}
+    ranks = [_Rank([_Step.of(step) for step in group_transfers(actions)]) for actions in plan.ranks]
+    posted: dict[_End, float] = {}
 
-    def end_of(step: Action | tuple[Action, ...], start: float) -> float | None:
+    def end_of(step: _Step, start: float) -> float | None:
         """Return when `step`, begun at `start`, ends; None while a peer has not posted its end of a message."""
-        if isinstance(step, Action):
-            return start + costs[step.op][step.stage]
-        posted.update({(transfer.payload, transfer.op): start for transfer in step})
-        if _unmatched(step, posted):
+        if not step.ends:
+            (action,) = step.actions
+            return start + costs[action.op][action.stage]
+        posted.update(dict.fromkeys(step.ends, start))
+        others = [posted.get(end) for end in step.other_ends]
+        if None in others:
             return None
-        return max(start, *(posted[_other_end(transfer)] for transfer in step)) + transfer_cost
+        return max(start, *(time for time in others if time is not None)) + transfer_cost
 
     # The order in which ranks are visited changes no time: each span depends only on what it waits for.
     progressed = True
@@ -115,65 +185,16 @@ def _per_stage(cost: float | Sequence[float], plan: Plan) -> Sequence[float]:
     return cost if isinstance(cost, Sequence) else [cost] * plan.num_stages
 
 
-def _other_end(transfer: Action) -> tuple[Action, Op]:
-    return transfer.payload, OTHER_END[transfer.op]
-
-
-def _unmatched(group: tuple[Action, ...], posted: dict[tuple[Action, Op], float]) -> list[Action]:
-    """Return the transfers of a group whose other end is not posted."""
-    return [transfer for transfer in group if _other_end(transfer) not in posted]
-
-
-def _describe_deadlock(ranks: list[_Rank], posted: dict[tuple[Action, Op], float]) -> str:
+def _describe_deadlock(ranks: list[_Rank], posted: dict[_End, float]) -> str:
     lines = ["the plan waits forever:"]
     for number, rank in enumerate(ranks):
         if rank.position == len(rank.steps):
             lines.append(f"  rank {number} has finished")
             continue
-        group = rank.steps[rank.position]
-        assert isinstance(group, tuple), "a compute never waits"
+        step = rank.steps[rank.position]
+        assert step.ends, "a compute never waits"
         after = f"after {rank.spans[-1].action}" if rank.spans else "at its start"
-        waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in _unmatched(group, posted))
-        lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, group))}}}: waits for {waits}")
+        unmatched = [action for action, end in zip(step.actions, step.other_ends, strict=True) if end not in posted]
+        waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in unmatched)
+        lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, step.actions))}}}: waits for {waits}")
     return "\n".join(lines)
-
-
-def draw(timeline: Timeline) -> str:
-    """Return a picture with one row for each rank, and a summary below.
-
-    `F2` and `B2` are as wide as they are long, dots are time in which nothing is computed. Where a rank holds several
-    stages the labels name them: `F4.2` is stage 4, microbatch 2. The shortest compute is as wide as its label, except
-    for those that take less than half the usual time, whose labels are cut off.
-    """
-    computes = [[span for span in row if not span.action.op.is_transfer] for row in timeline.rows]
-    several = any(len({span.action.stage for span in row}) > 1 for row in computes)
-
-    def label(action: Action) -> str:
-        return str(action) if several else f"{action.op.value}{action.microbatch}"
-
-    widest = 1 + max(len(label(span.action)) for row in computes for span in row)
-    lengths = [span.end - span.start for row in computes for span in row]
-    columns_per_unit = widest / min(length for length in lengths if length >= median_low(lengths) / 2)
-
-    def column(time: float) -> int:
-        return round(time * columns_per_unit)
-
-    lines = []
-    for rank, row in enumerate(computes):
-        cells, last = [], 0
-        for span in row:
-            begin, end = column(span.start), column(span.end)
-            cells.append(_idle(begin - last, widest))
-            cells.append(label(span.action).ljust(end - begin - 1, "-")[: max(end - begin - 1, 0)].ljust(end - begin))
-            last = end
-        cells.append(_idle(column(timeline.makespan) - last, widest))
-        lines.append(f"rank {rank}  {''.join(cells).rstrip()}")
-    in_flight = ", ".join(map(str, timeline.peak_in_flight))
-    lines.append(f"bubble {timeline.bubble_fraction:.1%}; activations in flight at most {in_flight}")
-    return "\n".join(lines)
-
-
-def _idle(num_columns: int, cell: int) -> str:
-    """Return dots, grouped to the width of the shortest compute: `.. .. `."""
-    dots = ("." * (cell - 1) + " ") * (num_columns // cell + 1)
-    return dots[:num_columns]

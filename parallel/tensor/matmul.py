@@ -153,7 +153,9 @@ def matmul(
     then gets no gradient for w.
     """
     if torch.compiler.is_compiling() and collectives.is_local:
-        return F.linear(x, w, bias)  # which a compiler can fuse with what surrounds it
+        # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
+        is_row = x.numel() == x.shape[-1]
+        return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
     y: Tensor = _matmul(x, w, bias, collectives, accumulate)
     return y
 

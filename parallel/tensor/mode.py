@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from parallel.layout.layout import Layout
-from parallel.mesh.collectives import local_slice
+from parallel.mesh.collectives import all_gather, local_slice
 from parallel.mesh.conjugate import gather, reduce, scatter
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.sequence import UNSPLIT, SequenceSplit
@@ -106,6 +106,12 @@ class Mode:
     def tokens(self, x: Tensor, batch: Split) -> Tensor:
         """Return this rank's tokens of what every rank has: x[B, S] -> x[B_batch, S_context]."""
         return self.sequence.local_part(self.local(x, batch))
+
+    def gathered(self, x: Tensor, dim: int, split: Split) -> Tensor:
+        """Return a tensor whole along a dim that these axes split, on every rank. It has no backward."""
+        for axis in reversed(split):
+            x = all_gather(x, dim, axis)
+        return x
 
     def activation_shape(self, batch: int, sequence: int, hidden: int) -> tuple[int, int, int]:
         """Return the shape of x[B_batch, S_context, H_hidden] on a rank, for B samples of S tokens."""

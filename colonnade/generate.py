@@ -1,0 +1,211 @@
+"""Continue texts with a trained model: a run's export, any Hugging Face directory of a known family, or a checkpoint.
+
+colonnade generate runs/NAME/export --prompt "The "                     one process
+colonnade generate runs/NAME --prompts FILE.jsonl --out TEXTS.jsonl     the run's latest checkpoint, many prompts
+colonnade generate DIR --chat --prompt "Hello!" --config FILE --nprocs 8     in the layout of a config
+torchrun --nproc-per-node 8 -m colonnade generate DIR --prompt "The " --config FILE     the same, by torchrun
+"""
+
+# Torch takes seconds to import, so it is imported in the functions that need it.
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colonnade.arguments import add_config, count
+from colonnade.process import REFUSED, TERMINATED, guarded, import_torch, terminate
+
+if TYPE_CHECKING:
+    from models.generation.job import GenerationJob, Request
+    from models.generation.prompts import Messages
+    from models.generation.texts import Continuation
+    from parallel.engine.context import Place
+    from parallel.watch.watch import Watch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a generation."""
+    add = parser.add_argument
+    add("folder", metavar="EXPORT|CHECKPOINT", type=Path, help="a Hugging Face directory, a checkpoint, or a run")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="the beginning of a text; may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt on each line, or a .jsonl with `prompt` or `messages`")
+    add("--chat", action="store_true", help="make each prompt the message of a user, by the tokenizer's chat template")
+    add("--tokens", type=count, default=200, metavar="N", help="the most new tokens of a text (default: %(default)s)")
+    add(
+        "--temperature", type=temperature, default=0.8, help="0: the most likely token each time (default: %(default)s)"
+    )
+    add("--top-k", type=count, metavar="K", help="draw from the K most likely tokens (default: from all)")
+    add("--top-p", type=probability, default=1.0, metavar="P", help="draw from the most likely tokens whose"
+        " probabilities together reach P (default: %(default)s)")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a text before this text, or at this special"
+        " token; may be repeated")  # fmt: skip
+    add("--seed", type=int, default=0, help="the seed of the draws (default: %(default)s)")
+    add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of weights and activations (default: the weights')")
+    add("--batch-size", type=count, default=32, metavar="N", help="prompts at a time, on each replica of the model"
+        " (default: %(default)s)")  # fmt: skip
+    add("--tokenizer", metavar="DIR", help="a tokenizer.json, a folder with one, or bytes, in place of the model's own")
+    add("--out", type=Path, metavar="FILE.jsonl", help="write a line for each prompt, and print no text")
+    add_config(parser)
+    add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
+
+
+def temperature(text: str) -> float:
+    """Return a temperature, 0 or more."""
+    value = float(text)
+    if not value >= 0:  # NaN is not, either
+        problem = "is negative" if value < 0 else "is no number"
+        raise argparse.ArgumentTypeError(f"{value} {problem}. Try 0, the most likely token each time")
+    return value
+
+
+def probability(text: str) -> float:
+    """Return a number above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1. Try 0.95")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print or write the texts that the arguments ask for, and return the exit code. Raises argparse.ArgumentError."""
+    if not arguments.prompt and arguments.prompts is None:
+        raise argparse.ArgumentError(None, "what shall the texts begin with? Give --prompt TEXT or --prompts FILE")
+    if arguments.nprocs is not None and "RANK" in os.environ:
+        raise argparse.ArgumentError(None, "--nprocs is not for torchrun, which has started the processes already")
+    return main(arguments)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Do what the arguments say, in this process or in new ones, and return the exit code."""
+    return guarded(lambda: _launch(arguments))
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Check all that can be checked without the weights, then generate; a refusal is printed without a traceback."""
+    # torchrun ends the other ranks when one refuses: they go on until rank 0, among them, has printed why.
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    if not import_torch():
+        return REFUSED
+    from models.generation.job import prepare
+    from parallel.engine.context import Place, watch_of
+    from parallel.errors import ColonnadeError, LostRankError, RoomError
+    from parallel.mesh.process_groups import leave
+    from parallel.watch.watch import UNWATCHED
+    from training.spawn import run_ranks
+
+    place, watch = Place(), UNWATCHED
+    try:
+        place = Place.from_environment()
+        world_size = arguments.nprocs or place.world_size
+        watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
+        with watch.refusing(), watch.phase("preparation"):
+            job = prepare(_request(arguments), place, world_size)
+            if watch.is_on:
+                watch.meet(job.facts(world_size), job.config.train.timeout_seconds)
+        signal.signal(signal.SIGTERM, terminate)
+        if ended:
+            return TERMINATED
+        if arguments.nprocs is not None:
+            arguments.nprocs = None
+            return run_ranks(main, arguments, world_size, preload=("colonnade", "torch", "models.generation.job"))
+        _generate(arguments, job, place, watch)
+        watch.leave()
+        leave()
+    except LostRankError as error:
+        return watch.end(error)
+    except ColonnadeError as error:
+        watch.leave(f"it refuses: {error}", code=REFUSED)
+        if place.rank == 0 or isinstance(error, RoomError):  # which may be of one rank alone
+            print(error, file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
+        return REFUSED
+    return 0
+
+
+def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place", watch: "Watch") -> None:
+    """Generate the texts of the job, and give them out on rank 0. A single one is printed while it grows."""
+    from models.generation.job import generate
+
+    streams = place.rank == 0 and arguments.out is None and len(job.prompts) == 1
+    screen = _Stream(job.prompts[0] if isinstance(job.prompts[0], str) and not arguments.chat else "")
+    found = generate(job, place, watch=watch, listener=screen.show if streams else None)
+    if streams:
+        screen.finish(found[0].text)
+    elif place.rank == 0:
+        _write(arguments.out, job.prompts, found)
+    if place.rank == 0:
+        _say_what_was_cut(found, job.source.shape.max_positions)
+
+
+def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
+    """Print which texts ended although the model had not ended them, nor the user."""
+    cut = [str(number) for number, continuation in enumerate(found, 1) if continuation.ended == "positions"]
+    if cut:
+        print(f"cut at the model's {positions} positions: text {', '.join(cut)}", file=sys.stderr)
+
+
+def _request(arguments: argparse.Namespace) -> "Request":
+    from models.generation.job import Request
+    from models.generation.sampling import Sampling
+    from models.generation.texts import Options
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    options = Options(arguments.tokens, sampling, tuple(arguments.stop), arguments.batch_size)
+    return Request(
+        arguments.folder,
+        arguments.prompt,
+        arguments.prompts,
+        arguments.chat,
+        options,
+        tokenizer=arguments.tokenizer,
+        config=arguments.config,
+        assignments=arguments.set,
+        dtype=arguments.dtype,
+    )
+
+
+class _Stream:
+    """Prints a text while it grows: `prompt` first, then what each call adds."""
+
+    def __init__(self, prompt: str) -> None:
+        self.text, self.printed = prompt, 0
+
+    def show(self, added: str) -> None:
+        """Print what is new, but for an end that may be half a character, whose other bytes are yet to come."""
+        self._print(added.rstrip("\ufffd"))
+
+    def finish(self, added: str) -> None:
+        """Print the rest, and end the line."""
+        self._print(added)
+        print()
+
+    def _print(self, added: str) -> None:
+        whole = self.text + added
+        print(whole[self.printed :], end="", flush=True)
+        self.printed = max(self.printed, len(whole))
+
+
+def _write(out: Path | None, prompts: Sequence["str | Messages"], found: Sequence["Continuation"]) -> None:
+    """Write a line of JSON for each prompt, or print the texts of several. Raises DataError."""
+    from parallel.errors import DataError
+
+    if out is None:
+        for number, (prompt, continuation) in enumerate(zip(prompts, found, strict=True), 1):
+            print(f"--- {number} of {len(found)}")
+            print((prompt if isinstance(prompt, str) else "") + continuation.text)
+        return
+    try:
+        with out.open("w", encoding="utf-8") as file:
+            for prompt, continuation in zip(prompts, found, strict=True):
+                given = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+                file.write(json.dumps(given | asdict(continuation), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise DataError(f"--out: cannot write {out}: {error.strerror}.") from error

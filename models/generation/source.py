@@ -1,0 +1,167 @@
+"""The source of generated texts: a Hugging Face directory, such as a run's export, or a checkpoint of a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from models.build import stage_of
+from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
+from models.hf import check_weights
+from models.initial_values import check_origin, set_initial_values
+from models.shape import ModelShape
+from models.shapes import from_hugging_face, shape_from
+from models.tokenizer import ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
+from parallel.checkpoint import checkpoint
+from parallel.checkpoint.shards import fail_together
+from parallel.engine.context import Context
+from parallel.engine.inference import Inference
+from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.layout.layout import ParameterInfo
+from parallel.pipeline.stage import SetValues
+
+PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+TOKEN_FILES = (".npy", ".bin")
+
+COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
+"""An option with which torch's compiler makes kernels of its own for products with a single row."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, its tokenizer and the tokens with which its texts end.
+
+    `folder` is the directory of the weights: a Hugging Face directory or, where `is_checkpoint`, a checkpoint.
+    `tokenizer_path` is what the tokenizer was read from, as data.tokenizer names it. `precision` is the dtype of the
+    weights, or that of the training.
+    """
+
+    folder: Path
+    shape: ModelShape
+    tokenizer: Tokenizer
+    tokenizer_path: str
+    ends: frozenset[int]
+    precision: str
+    is_checkpoint: bool = False
+
+    @property
+    def begin(self) -> int | None:
+        """The token after which a text without a prompt begins, as in training: the one that ends a text."""
+        end = self.tokenizer.end
+        return self.shape.end_tokens[0] if end is None and self.shape.end_tokens else end
+
+    def load(self, context: Context) -> Inference:
+        """Return the weights of this rank in the layout of a context. Every rank calls this.
+
+        Raises ConfigError, DataError or CheckpointError on every rank.
+        """
+        set_values = partial(set_initial_values, config=context.config)
+        if self.is_checkpoint:
+            set_values = partial(_read_checkpoint, folder=self.folder)
+            with fail_together(context.mesh.world):
+                checkpoint.check_files(self.folder)
+                checkpoint.check_contents(self.folder, context.mesh.world)
+        else:
+            check_origin(context)
+        return inference_of(context, set_values)
+
+
+def inference_of(context: Context, set_values: SetValues) -> Inference:
+    """Return the weights of this rank, which `set_values` fills chunk by chunk, in the dtype of the run."""
+    return Inference(stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS), context)
+
+
+def find_source(folder: Path, tokenizer: str | None = None) -> Source:
+    """Return the source that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
+
+    `tokenizer` is used in place of its own, and named as data.tokenizer is. Raises ConfigError, DataError or
+    CheckpointError.
+    """
+    kind = _kind(folder)
+    if kind == "run" and checkpoint.resolve_latest(folder / checkpoint.CHECKPOINTS) is None:
+        folder, kind = folder / "export", _kind(folder / "export")
+    source = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
+    if source.tokenizer.vocab_size > source.shape.vocab_size:
+        raise DataError(
+            f"{folder}: its tokenizer has {source.tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {source.shape.vocab_size}. Put the one there that the model was trained with."
+        )
+    return source
+
+
+def _kind(folder: Path) -> str:
+    """Return "model" for a Hugging Face directory, "run" for the folder of a run, else "checkpoint"."""
+    try:
+        content = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        is_checkpoint = (folder / checkpoint.INDEX).is_file() or any(folder.glob("step_*"))
+        is_run = (folder / checkpoint.CHECKPOINTS).is_dir()
+        return "checkpoint" if is_checkpoint else "run" if is_run else "model"
+    return "run" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "model"
+
+
+def _of_directory(folder: Path, tokenizer: str | None) -> Source:
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder}: there is no config.json. Name the export folder of a run, a Hugging Face directory, or a"
+            " checkpoint."
+        )
+    shape = from_hugging_face(folder)
+    check_weights(folder, shape)
+    raw = json.loads((folder / "config.json").read_bytes())
+    stored = str(raw.get("dtype") or raw.get("torch_dtype"))
+    ends = end_tokens(read_generation_config(folder), shape)
+    found = _tokenizer_beside(folder) if tokenizer is None else load_tokenizer(tokenizer)
+    return Source(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
+
+
+def _tokenizer_beside(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a directory. The byte tokenizer needs no library to be read again."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(
+            f"{folder}: there is no tokenizer.json. Put the one there that the model was trained with, or name it:"
+            " --tokenizer DIR."
+        )
+    return ByteTokenizer() if is_of_bytes(file) else load_tokenizer(str(folder))
+
+
+def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
+    found = checkpoint.find_checkpoint(str(folder), folder, option="generate")
+    assert found is not None
+    metadata = checkpoint.read_metadata(found)
+    try:
+        shape, config = shape_from(metadata["model"]), metadata["config"]
+        data, precision = config["data"], config["train"]["precision"]
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{found} is not a checkpoint of a run of this program: {error}.") from error
+    path = tokenizer or _named_tokenizer(found, data)
+    used = load_tokenizer(path)
+    ends = _ends_of_export(shape, used, config.get("model", {}).get("path"))
+    return Source(found, shape, used, path, ends, precision, is_checkpoint=True)
+
+
+def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
+    """Return the tokenizer that a run's data named. Raises DataError where they are token ids and named none."""
+    if data["tokenizer"] == "bytes" and str(data["path"]).endswith(TOKEN_FILES):
+        raise DataError(
+            f"{found}: its run was trained on the token ids of {data['path']}, and data.tokenizer names no tokenizer."
+            " Name it: --tokenizer DIR."
+        )
+    return str(data["tokenizer"])
+
+
+def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -> frozenset[int]:
+    """Return the tokens that would end a text of the run's export."""
+    ends = exported_shape(shape, tokenizer).end_tokens
+    generation = None if path is None else read_generation_config(path)
+    return frozenset(ends if generation is None else carried_ends(generation, ends=ends, before=shape.end_tokens))
+
+
+def _read_checkpoint(infos: Sequence[ParameterInfo], folder: Path) -> None:
+    """Read the weights that a run saved, in the precision of the master weights, into parameters of any dtype."""
+    pieces = (piece for info in infos for piece in info.pieces())
+    checkpoint.load(folder, [replace(piece, name=f"master/{piece.name}") for piece in pieces])

@@ -1,0 +1,142 @@
+"""The forwards of a batch of texts: whole prompts once, then steps of one token of each text, on tensors that stay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.attention import Attention
+from models.generation.sampling import Sampler
+from models.layer import Head
+from models.rotary import Rotary
+from parallel.engine.inference import Inference
+from parallel.ops.captured import Captured
+from parallel.ops.compiling import not_yet_compiled
+from parallel.pipeline.microbatch import Microbatch
+from parallel.sequence.cache import KeyValueCache, NewTokens, masks_at
+from parallel.storage.transfer import to_device
+
+CACHE_UNIT = 64  # positions: rows of masks then begin at addresses that every kernel accepts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, and its number among all prompts, which the draws depend on."""
+
+    number: int
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The sizes of the tensors of a step: texts, positions of the caches, and new tokens of a text."""
+
+    texts: int
+    positions: int
+    new: int
+
+    def holds(self, other: "StepSize") -> bool:
+        """Return whether tensors of this size can be used for another one, and are not far too large for it."""
+        fits = other.positions <= self.positions <= 2 * other.positions and other.new <= self.new
+        return self.texts == other.texts and fits
+
+
+class _State:
+    """The tensors that a step reads and writes, on the device, the same on every rank of a replica.
+
+    tokens, positions [B, 1]   the last token of each text, and its position
+    samples [B]                the numbers of the texts
+    new [B, T]                 the tokens that were added to each text
+    count [1]                  how many
+    """
+
+    def __init__(self, size: StepSize, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.tokens, self.positions, self.samples = zeros(size.texts, 1), zeros(size.texts, 1), zeros(size.texts)
+        self.new, self.count = zeros(size.texts, size.new), zeros(1)
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """Become the state after the last tokens of these prompts."""
+        values = [[prompt.ids[-1], len(prompt.ids) - 1, prompt.number] for prompt in prompts]
+        tokens, positions, samples = torch.tensor(values).unbind(1)
+        self.tokens.copy_(tokens.unsqueeze(1))
+        self.positions.copy_(positions.unsqueeze(1))
+        self.samples.copy_(samples)
+        self.count.zero_()
+
+    def add(self, chosen: Tensor, most_positions: int) -> None:
+        """Add a token to each text, chosen[B]. Those of a text that has ended stay before `most_positions`."""
+        self.new.index_copy_(1, self.count, chosen.unsqueeze(1))
+        self.count.add_(1)
+        self.tokens.copy_(chosen.unsqueeze(1))
+        self.positions.add_(1).clamp_(max=most_positions - 1)
+
+
+class Step:
+    """Adds a token to each text of a batch with each call. On one GPU a call is a CUDA graph.
+
+    `most_positions` is how many the model has. After a batch the same step can `start` another one of its `size`.
+    """
+
+    def __init__(self, model: Inference, sampler: Sampler, size: StepSize, most_positions: int) -> None:
+        self.model, self.sampler, self.size = model, sampler, size
+        self.most_positions = min(size.positions, most_positions)
+        self.state = _State(size, model.context.device)
+        self.attentions = [part for part in model.stage.modules() if isinstance(part, Attention)]
+        self.caches = [KeyValueCache(-(-size.positions // CACHE_UNIT) * CACHE_UNIT) for _ in model.layers]
+        self._captured = Captured(self._forward_last_tokens, captures=model.can_be_captured)
+
+    @property
+    def new(self) -> Tensor:
+        """The tokens that were added to each text, int64 [B, T], of which the first ones are set."""
+        return self.state.new
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """Forward the prompts, padded on the right, and add a token to each: none sees what follows it."""
+        self.state.start(prompts)
+        ids = torch.zeros(len(prompts), max(len(prompt.ids) for prompt in prompts), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.ids)] = torch.tensor(prompt.ids)
+        ids = to_device(ids, self.model.context.device)
+        for cache in self.caches:
+            cache.new = None
+        with not_yet_compiled(self.model.context.config.train.compile):
+            x = self.model.forward(Microbatch(ids, labels=ids, samples=self.state.samples), self.caches)
+        self._add_token(x, self.state.positions.squeeze(1))
+
+    def __call__(self) -> None:
+        """Forward the last token of each text, and add the next one."""
+        self._captured()
+
+    def _forward_last_tokens(self) -> None:
+        state = self.state
+        self._show_positions()
+        batch = Microbatch(state.tokens, labels=state.tokens, samples=state.samples, position_ids=state.positions)
+        self._add_token(self.model.forward(batch, self.caches), torch.zeros_like(state.samples))
+
+    def _show_positions(self) -> None:
+        """Tell the caches which tokens are new, which keys they see in each kind of window, and their angles."""
+        if not self.attentions:
+            return
+        first, dtype = self.attentions[0], self.model.context.dtype
+        positions = first.mode.local(self.state.positions.squeeze(1), first.mode.inner_batch)
+        windows = {attention.options.window for attention in self.attentions}
+        masks = masks_at(positions, self.caches[0].length, windows, dtype)
+        rotary = first.options.rotary  # all attentions share it
+        angles = rotary.tables_of_new(positions, dtype) if isinstance(rotary, Rotary) else None
+        texts = torch.arange(len(positions), device=positions.device)
+        for cache in self.caches:
+            cache.new = NewTokens(texts, positions, masks, angles)
+
+    def _add_token(self, x: Tensor | None, at: Tensor) -> None:
+        """Choose the next token of each text by the logits at these places of x, and add it on every stage."""
+        state = self.state
+        chosen = torch.zeros_like(state.samples)
+        if x is not None:
+            head = self.model.head
+            assert isinstance(head, Head)
+            chosen = self.sampler(head.logits(x, at), state.samples, state.positions.squeeze(1) + 1)
+        state.add(self.model.from_last_stage(chosen), self.most_positions)

@@ -1,0 +1,144 @@
+"""Forwards of a model in stages, in any layout, without gradients and optimizer states. It knows no model."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from parallel.chunk.chunk import make_chunks
+from parallel.chunk.spec import specs_of
+from parallel.config import Config
+from parallel.engine.context import Context
+from parallel.errors import ConfigError, shown
+from parallel.mesh.collectives import MAX, all_reduce
+from parallel.mesh.mesh import Mesh
+from parallel.pipeline.microbatch import Microbatch
+from parallel.pipeline.p2p import Pipe, start_receive, start_send
+from parallel.pipeline.stage import Stage
+from parallel.sequence.cache import KeyValueCache
+from parallel.zero.gatherer import Gatherer
+
+
+class Inference:
+    """The weights of this rank's stage, and forwards of it.
+
+    Parameters have the model's dtype and nothing beside them: no master weights, gradients or moments. In ZeRO stage 3
+    each replica has a slice of every parameter, and a layer's are gathered while it computes; the other stages divide
+    only what does not exist here. Raises ConfigError for a layout that it cannot run, see `refuse`.
+    """
+
+    def __init__(self, stage: Stage, context: Context) -> None:
+        refuse(context.config)
+        self.stage, self.context = stage.eval(), context
+        for info in stage.infos:
+            info.parameter.requires_grad_(False)
+        zero = 3 if context.config.zero.stage == 3 else 0
+        specs = specs_of(stage.infos, context.dtype, zero=zero)
+        self.chunks = make_chunks(specs, fill=stage.set_initial_values, device=context.device)
+        self.pipe = Pipe(self.mesh.links)
+        self.pipe.connect(context.device)
+        self.gathers = any(chunk.is_gathered_on_demand for chunk in self.chunks)
+        self.gatherer = Gatherer(stage.units, self.chunks, watcher=_NoWatcher()) if self.gathers else None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the context."""
+        return self.context.mesh
+
+    @property
+    def is_last(self) -> bool:
+        """True on the last pipeline stage, which has the head."""
+        return self.pipe.rank == self.pipe.size - 1
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The layers of this stage, in order, without the head."""
+        layers = list(self.stage.layers)
+        return layers[:-1] if self.is_last else layers
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer of the last stage, which makes logits of what `forward` returns there."""
+        return self.stage.layers[-1]
+
+    @property
+    def can_be_captured(self) -> bool:
+        """True if a forward is nothing but kernels on one GPU, so that a CUDA graph can hold it."""
+        return self.context.device.type == "cuda" and self.mesh.world.size == 1
+
+    def begin(self) -> None:
+        """Make available what is not gathered layer by layer; every rank calls this before its first forward."""
+        if self.gatherer is not None:
+            self.gatherer.begin()
+
+    def end(self) -> None:
+        """Release what `begin` has made available."""
+        if self.gatherer is not None:
+            self.gatherer.end()
+
+    def forward(self, batch: Microbatch, caches: Sequence[KeyValueCache]) -> Tensor | None:
+        """Return the output x[B_batch, S, H_hidden] of the last block, on the last stage; None on the others.
+
+        `caches`: one for each of `layers`. Every rank of a replica calls this with the same batch and, where parameters
+        are gathered on demand, every replica with one of its own.
+        """
+        if self.gatherer is not None:
+            self.gatherer.start_pass()
+        x = self._receive(batch)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, replace(batch, cache=cache))
+        if self.is_last:
+            return x
+        assert x is not None
+        start_send(x, self.pipe.link(self.pipe.rank, self.pipe.rank + 1), self.pipe.rank + 1).wait()
+        return None
+
+    def from_last_stage(self, x: Tensor) -> Tensor:
+        """Return what the last stage has as x, on every stage; the others give a tensor of its shape and dtype."""
+        return all_reduce(x if self.is_last else torch.zeros_like(x), self.mesh.axis("pipe"))
+
+    def agreed_maximum(self, value: int) -> int:
+        """Return the largest value of the replicas that must forward together with this one."""
+        if not self.gathers:
+            return value
+        return int(all_reduce(torch.tensor(int(value)), self.mesh.axis("data"), MAX))
+
+    def _receive(self, batch: Microbatch) -> Tensor | None:
+        before = self.pipe.rank - 1
+        if before < 0:
+            return None
+        interface = self.stage.interface
+        like = torch.empty(0, dtype=interface.dtype, device=self.context.device)
+        shape = interface.activation_shape(*batch.input_ids.shape)
+        return start_receive(shape, like, self.pipe.link(before, self.pipe.rank), before).wait()
+
+
+class _NoWatcher:
+    """An observer of waits for parameters that observes nothing."""
+
+    def using(self, unit: str, *, backward: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def context_problem(size: object) -> str:
+    """Return why sequences cannot be split over ranks."""
+    return (
+        f"parallel.context.size: {shown(size)} splits a sequence, and a new token is a single position. Try 1, and"
+        " parallel.tensor or parallel.pipeline to split the model."
+    )
+
+
+def refuse(config: Config) -> None:
+    """Raise ConfigError for a layout in which texts cannot be continued."""
+    problems = []
+    if (size := config.parallel.context.size) > 1:
+        problems.append(context_problem(size))
+    if (policy := config.zero.tensor_placement_policy) != "cuda":
+        problems.append(
+            f"zero.tensor_placement_policy: {policy!r} is for training, whose states it offloads. Try 'cuda', and"
+            " zero.stage=3 where a replica's device is too small."
+        )
+    if problems:
+        raise ConfigError(*problems)

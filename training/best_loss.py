@@ -1,0 +1,43 @@
+"""The lowest validation loss of a run, which decides what the best checkpoint is and whether a run ends early."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class BestLoss:
+    """The lowest validation loss so far, and how many evaluations in a row have not been lower.
+
+    `step` is the step after which it was computed, 0 before the first evaluation. Every rank takes in the same losses,
+    and so decides the same. A checkpoint saves it.
+    """
+
+    loss: float = math.inf
+    step: int = 0
+    evaluations_since: int = 0
+
+    def take(self, step: int, loss: float) -> bool:
+        """Take in the loss of an evaluation; return whether it is a new lowest one, which NaN never is."""
+        if loss < self.loss:
+            self.loss, self.step, self.evaluations_since = loss, step, 0
+            return True
+        self.evaluations_since += 1
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} after step {self.step}" if self.step else "infinity"
+
+    def state(self) -> dict[str, Any]:
+        """Return the values that a checkpoint saves, for JSON, which has no infinity."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        return {"loss": loss, "step": self.step, "evaluations_since": self.evaluations_since}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any] | None) -> "BestLoss":
+        """Return what `state` was called on; None, which an older checkpoint has: before the first evaluation."""
+        if state is None:
+            return cls()
+        loss = math.inf if state["loss"] is None else float(state["loss"])
+        return cls(loss, int(state["step"]), int(state["evaluations_since"]))
