@@ -203,6 +203,7 @@ def test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once(
 
     def work(store: Store, report: Report, *, is_first: bool) -> dict[str, Any]:
         store.append("tokens", np.arange(500))
+        assert len(list(cache.folder.glob("entries/*.part/tokens.bin"))) == (1 if is_first else 2)
         if is_first:  # another process comes, and is done before this one
             found.append(cache.entry(source, {}, partial(work, is_first=False)))
         store.append("tokens", np.arange(500, 1000))
