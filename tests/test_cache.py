@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from models.data import Cache, Corpus, find_source, load_tokens
 from models.data.cache import ENTRY, Report
@@ -22,11 +25,12 @@ from models.data.contents import digest_of_file
 from models.data.documents import Document, MemoryStore, RowWriter, Store
 from models.tokenizer import ByteTokenizer
 from parallel.config import DataConfig
+from parallel.errors import DataError
 from tests.parting import TIMEOUT, play
 from tests.test_data import byte_ids
 from tests.test_records import lines_in
 from tests.test_texts import WORDS, refusal, texts_in, tokenizer_in
-from training.tokenizing import cache_of
+from training.tokenizing import TokenizingScreen, cache_of
 
 
 @pytest.fixture
@@ -342,6 +346,25 @@ def test_a_long_work_shows_lines_and_at_the_end_what_was_kept(
     assert f"data.path: 3 tokens, 100% of {path}" in said
     assert "data.path: 7 tokens encoded in 0 s, kept in " in said
     assert said.count("kept in") == 1
+
+
+@pytest.mark.parametrize("ends", ["refused", "found"])
+def test_a_bar_is_gone_when_the_work_has_ended_however_it_did(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """After a refusal the terminal once had no cursor, and the bar stood below the message."""
+    monkeypatch.setattr("training.tokenizing.SECONDS_WITHOUT_WORD", 0.0)
+    monkeypatch.setattr("models.data.cache.SECONDS_BETWEEN_REPORTS", 0.0)
+    path = lines_in(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" if ends == "found" else None}])
+    if ends == "found":
+        corpus_of(path, cache)  # the next one reads the file, and has nothing to encode
+    terminal = io.StringIO()
+    screen = TokenizingScreen(Console(file=terminal, force_terminal=True, width=80))
+    with nullcontext() if ends == "found" else pytest.raises(DataError, match="is null"):
+        corpus_of(path, Cache(cache.folder, screen))
+    shown = terminal.getvalue()
+    assert "data.path: reading" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
 
 
 def train_on_slow_texts(text: Path, rank: int, folder: Path) -> None:

@@ -56,6 +56,9 @@ class Observer:
     def finish(self, source: Source, entry: Entry, folder: Path) -> None:
         """Note that an entry was made, and where it is kept."""
 
+    def stop(self) -> None:
+        """Note that the work has ended, however it did."""
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -70,8 +73,13 @@ class Cache:
         `key` says by what the entry is decided beside the contents of the source. Raises DataError where the folder
         cannot be written.
         """
-        name = self._name(source, key)
-        folder = self.folder / "entries" / name
+        try:
+            return self._entry(source, key, work)
+        finally:
+            self.observer.stop()
+
+    def _entry(self, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+        folder = self.folder / "entries" / self._name(source, key)
         if (entry := read_entry(folder)) is not None:
             return entry
         with self._locked(folder, source) as lock:
@@ -82,11 +90,14 @@ class Cache:
 
     def _name(self, source: Source, key: Mapping[str, Any]) -> str:
         """Return the name of an entry, a digest of all that decides it."""
+        files = []
+        for number, file in enumerate(source.files):
 
-        def report(fraction: float) -> None:
-            self.observer.advance(source, fraction, 0)
+            def report(fraction: float, *, before: int = number) -> None:
+                self.observer.advance(source, (before + fraction) / len(source.files), 0)
 
-        files = [(file.name, digest_of_file(file, source.key, self.folder, report)) for file in source.files]
+            report(0.0)
+            files.append((file.name, digest_of_file(file, source.key, self.folder, report)))
         parts = {"version": VERSION, "kind": source.kind, "files": files, **key}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
