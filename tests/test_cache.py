@@ -164,7 +164,11 @@ def _not_json(folder: Path) -> None:
     (folder / ENTRY).write_text("{")
 
 
-@pytest.mark.parametrize("damage", [_cut_off, _changed, _without_starts, _not_json])
+def _null(folder: Path) -> None:
+    (folder / ENTRY).write_text("null")
+
+
+@pytest.mark.parametrize("damage", [_cut_off, _changed, _without_starts, _not_json, _null])
 def test_a_damaged_entry_is_made_again(
     tmp_path: Path, cache: Cache, encoded: list[str], damage: Callable[[Path], None]
 ) -> None:

@@ -149,7 +149,9 @@ def no_record(folder: Path) -> str:
     assert "line 1 is not UTF-8: byte 0xe9 at position 13" in refused(path)
     path.write_bytes('{"text": "a"}\n'.encode("utf-16"))
     assert "is UTF-16-LE. Convert it" in refused(path)
-    path.write_text(json.dumps(RECORDS))
+    for array in (json.dumps(RECORDS, indent=1), json.dumps(RECORDS)[:50]):  # which need not be read to its end
+        path.write_text(array)
+        assert "line 1 is a list, and not a record {...}" in refused(path)
     return refused(path)
 
 
@@ -160,6 +162,8 @@ def packed(folder: Path) -> str:
     assert f"Rename it to {plain.name}.gz" in refused(plain)
     (folder / "c.jsonl.gz").write_text('{"text": "a"}')
     assert "c.jsonl.gz is not packed by gzip" in refused(folder / "c.jsonl.gz")
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert "it begins as gzip does. Unpack or convert it." in refused(folder / "e.jsonl.gz")
     (folder / "d.jsonl.gz").write_bytes(file.read_bytes()[:-12])
     return refused(folder / "d.jsonl.gz")
 

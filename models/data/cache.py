@@ -198,8 +198,8 @@ class FileStore:
 
 
 def read_entry(folder: Path) -> Entry | None:
-    """Return the entry in a folder; None where there is none, or where it is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    """Return the entry in a folder; None where there is none, or a file of it is missing or of another size."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads((folder / ENTRY).read_bytes())
         if content.pop("digest") == _digest(content):
             arrays = {name: _map(folder / f"{name}.bin", **array) for name, array in content["arrays"].items()}
