@@ -25,7 +25,7 @@ from models.data.contents import digest_of_file
 from models.data.documents import Document, MemoryStore, RowWriter, Store
 from models.tokenizer import ByteTokenizer
 from parallel.config import DataConfig
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
 from tests.parting import TIMEOUT, play
 from tests.test_data import byte_ids
 from tests.test_records import lines_in
@@ -335,6 +335,8 @@ def test_the_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_of({}, quiet=True).folder == tmp_path / ".cache" / "colonnade"
     assert cache_of({"COLONNADE_CACHE": "~/here"}, quiet=True).folder == tmp_path / "here"
+    with pytest.raises(ConfigError, match=r"^COLONNADE_CACHE: [^.]*\. Set it to a folder for tokens\.$"):
+        cache_of({"COLONNADE_CACHE": "~nobody-has-this-name/here"}, quiet=True)
 
 
 def test_a_long_work_shows_lines_and_at_the_end_what_was_kept(

@@ -25,7 +25,7 @@ def cache_of(environment: Mapping[str, str], *, quiet: bool, check: Callable[[],
     try:
         folder = Path(environment.get(VARIABLE) or DEFAULT).expanduser().absolute()
     except RuntimeError as error:
-        raise ConfigError(f"{VARIABLE}: {error}. Set it to a folder for tokens.") from error
+        raise ConfigError(f"{VARIABLE}: {str(error).rstrip('.')}. Set it to a folder for tokens.") from error
     return Cache(folder, TokenizingScreen(make_console(quiet=quiet), check))
 
 
