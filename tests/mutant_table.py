@@ -1646,15 +1646,15 @@ DATA = (
         "young-file-remembered",
         "a file whose size and time are those of another one is taken for it, however young it is",
         "models/data/contents.py",
-        "if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:",
-        "if is_same:",
+        "if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:",
+        "if identity[1:] == _identity(after):",
         f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
     ),
     Mutant(
         "cache-without-lock",
         "processes that come together all do the work, and remove what the others write",
         "models/data/cache.py",
-        "while not try_to_lock(lock):",
+        "while not self._is_locked(lock):",
         "while False:",
         f"{CACHE_TESTS}::test_processes_that_come_together_do_the_work_once_and_the_others_wait",
     ),
@@ -1914,6 +1914,33 @@ TEXTS_ATTACKED = (
     ),
 )
 
+ATTACKED_DATA = (
+    Mutant(
+        "digest-without-the-change",
+        "a file that was replaced by one of the same size and time has the tokens of the one before",
+        "models/data/contents.py",
+        "[status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]",
+        "[status.st_size, status.st_mtime_ns, status.st_ino]",
+        f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
+    ),
+    Mutant(
+        "halves-of-large-ids",
+        "ids of 4 bytes of a large vocabulary are read as twice as many of 2 bytes",
+        "models/data/token_files.py",
+        "if upper.any() and not is_small:",
+        "if upper.any():",
+        "tests/test_records.py::test_what_users_bring_as_data_is_treated_as_the_table_says[a .bin of another dtype]",
+    ),
+    Mutant(
+        "parts-of-others-removed",
+        "without locks a process removes the files of an entry that another one is writing",
+        "models/data/cache.py",
+        "        if excludes_others(lock):\n            for left",
+        "        if True:\n            for left",
+        f"{CACHE_TESTS}::test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1957,4 +1984,5 @@ MUTANTS = (
     *GENERATION,
     *READ_AGAIN,
     *TEXTS_ATTACKED,
+    *ATTACKED_DATA,
 )
