@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a rank has prepared and checked, before all ranks meet.
+    """The work of a rank, prepared and checked, before all ranks meet.
 
     `facts` returns what must be the same on all of them, and `work` is what each does then. `timeout` is
     `train.timeout_seconds`. `modules` are imported once for ranks that are started here.
