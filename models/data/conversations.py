@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from models.chat import ChatTemplate, Conversation
 from models.data.conversation_records import ASSISTANT, Completion, Dialogue, kind_of, parse_record
@@ -22,7 +21,6 @@ EXAMPLE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARK = "Mark what an answer is in the chat template, between {% generation %} and {% endgeneration %}"
-IsLearned = npt.NDArray[np.bool_]
 
 
 def documents_of(
