@@ -13,6 +13,7 @@ from models.rotary import Rotary
 from parallel.engine.inference import Inference
 from parallel.ops.captured import Captured
 from parallel.ops.compiling import not_yet_compiled
+from parallel.ops.kernels.cached_attention import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence.cache import KeyValueCache, NewTokens, masks_at
 from parallel.storage.transfer import to_device
@@ -86,6 +87,8 @@ class Step:
         self.most_positions = min(size.positions, most_positions)
         self.state = _State(size, model.context.device)
         self.attentions = [part for part in model.stage.modules() if isinstance(part, Attention)]
+        sizes = {attention.head_size for attention in self.attentions}  # all have the same
+        self.is_fused = all(is_fused(model.context.device, model.context.dtype, size) for size in sizes)
         self.caches = [KeyValueCache(-(-size.positions // CACHE_UNIT) * CACHE_UNIT) for _ in model.layers]
         self._captured = Captured(self._forward_last_tokens, captures=model.can_be_captured)
 
@@ -123,13 +126,14 @@ class Step:
             return
         first, dtype = self.attentions[0], self.model.context.dtype
         positions = first.mode.local(self.state.positions.squeeze(1), first.mode.inner_batch)
-        windows = {attention.options.window for attention in self.attentions}
-        masks = masks_at(positions, self.caches[0].length, windows, dtype)
+        masks = None
+        if not self.is_fused:
+            windows = {attention.options.window for attention in self.attentions}
+            masks = masks_at(positions, self.caches[0].length, windows, dtype)
         rotary = first.options.rotary  # all attentions share it
         angles = rotary.tables_of_new(positions, dtype) if isinstance(rotary, Rotary) else None
-        texts = torch.arange(len(positions), device=positions.device)
         for cache in self.caches:
-            cache.new = NewTokens(texts, positions, masks, angles)
+            cache.new = NewTokens(positions, masks, angles)
 
     def _add_token(self, x: Tensor | None, at: Tensor) -> None:
         """Choose the next token of each text by the logits at these places of x, and add it on every stage."""
