@@ -49,7 +49,7 @@ class Case:
 
 def exact(case: Case, new: tuple[Tensor, Tensor, Tensor], cache: Tensor) -> tuple[Tensor, Tensor]:
     """Return the attention in fp64, text by text, and the cache with the new keys and values."""
-    q, k, v = (x.double().squeeze(2) for x in new)
+    q = new[0].double().squeeze(2)
     cache, rows = cache.clone(), []
     for text, position in enumerate(case.positions):
         cache[0, text, :, position], cache[1, text, :, position] = new[1][text, :, 0], new[2][text, :, 0]
@@ -159,7 +159,11 @@ def test_a_captured_graph_follows_the_positions() -> None:
     case = Case((5, 700, 64), 1024, (8, 4), 64, dtype=torch.bfloat16)
     new, cache, positions = case.inputs("cuda")
     y = torch.empty(3, 8 * 64, dtype=case.dtype, device="cuda")
-    captured = Captured(lambda: y.copy_(attend_fused(*new, cache, positions, None)) and None, captures=True)
+
+    def attend() -> None:
+        y.copy_(attend_fused(*new, cache, positions, None))
+
+    captured = Captured(attend, captures=True)
     for number in range(CALLS_BEFORE + 3):
         moved = Case(tuple(position + number for position in case.positions), *(1024, (8, 4), 64, None, case.dtype))
         _, fresh, moved_positions = moved.inputs("cuda")
@@ -167,7 +171,6 @@ def test_a_captured_graph_follows_the_positions() -> None:
         positions.copy_(moved_positions)
         captured()
         assert_as_exact_as_torch(moved, "cuda", y, cache)
-
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tens
     """Keep k and v, and attend to the last `window` keys, the new one among them; None: to all."""
     window = cache.shape[3] if window is None else window
     if torch.compiler.is_compiling():
-        return _attend_in_compiled_code(q, k, v, cache, positions, window)
+        y: Tensor = _attend_in_compiled_code(q, k, v, cache, positions, window)
+        return y
     return _launch(q, k, v, cache, positions, window)
 
 
@@ -61,9 +62,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tensor, w
 
 
 @torch.library.custom_op("colonnade::attend_to_cache", mutates_args={"cache"})
-def _attend_in_compiled_code(
-    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tensor, window: int
-) -> Tensor:
+def _attend_in_compiled_code(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tensor, window: int) -> Tensor:
     """Do as `_launch`; the compiler calls this as it is, with the cache itself and not with a copy.
 
     torch's registry of operators has it from the import on: code that is being compiled cannot register one.

@@ -58,7 +58,9 @@ def attend(
     batch, heads, _, size = q.shape
     kv_heads = k.shape[1]
     assert q.dtype == k.dtype == v.dtype == cache.dtype, (q.dtype, k.dtype, v.dtype, cache.dtype)
-    assert cache.stride(-1) == 1 and positions.is_contiguous() and heads % kv_heads == 0
+    assert heads % kv_heads == 0, (heads, kv_heads)
+    assert cache.stride(-1) == 1, cache.stride()
+    assert positions.is_contiguous(), positions.stride()
     y = q.new_empty(batch, heads * size)
     parts, dims = tiling.parts, triton.next_power_of_2(size)
     # Of each part the weighted sum of values, the maximum and the sum of weights; without parts y takes their place.
@@ -169,7 +171,7 @@ def _attend(
 
 @triton.jit
 def _add_up(sums, y, SIZE: tl.constexpr, DIMS: tl.constexpr, PARTS: tl.constexpr):
-    """Add up the sums of the parts of one text and query head: sums[B · heads, PARTS, SIZE + 2] -> y[B · heads, SIZE]."""
+    """Add up the parts of one text and query head: sums[B · heads, PARTS, SIZE + 2] -> y[B · heads, SIZE]."""
     number = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, DIMS)
     is_dim = dims < SIZE
