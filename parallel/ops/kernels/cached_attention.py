@@ -36,10 +36,11 @@ def is_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
 def attend_in_torch(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Keep k and v, and attend with this mask[B, 1, 1, L], which is added to the scores.
 
-    The queries that share a key head are its rows, so that no key is repeated.
+    The queries that share a key head are its rows, so that no key is repeated. The compiler writes through indices in
+    place, where `scatter_` would copy the cache.
     """
-    new = torch.stack((k, v))
-    cache.scatter_(3, positions.view(1, -1, 1, 1, 1).expand_as(new), new)
+    texts = torch.arange(len(positions), device=positions.device)
+    cache[:, texts, :, positions] = torch.stack((k.squeeze(2), v.squeeze(2)), 1)  # the texts are its first dim here
     keys, values = cache.unbind(0)
     rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
     y: Tensor = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
