@@ -48,7 +48,7 @@ COPIED_BYTES = 2**31
 KERNEL_COLUMNS = "{:>6} {:>6} {:>9} {:>9}  {}"
 CACHES_BYTES = 2**28
 TILINGS = {384: [(256, 1, 8), (128, 1, 8), (256, 1, 16), (128, 1, 4), (64, 2, 4)], 4096: [(128, 8, 4), (256, 4, 8)]}
-"""By keys of a cache, some tilings that are tried: keys of a tile, parts, warps."""
+"""They are tried for a cache of so many keys, and are each keys of a tile, parts and warps."""
 
 Contender = Callable[[Tensor], Tensor]
 """Continues prompts[B, S], and returns the new tokens [B, N]."""

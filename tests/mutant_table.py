@@ -1857,50 +1857,50 @@ GENERATION = (
     ),
 )
 
-KERNEL = "parallel/ops/kernels/cached_attention_triton.py"
-KERNEL_TEST = (
+FUSED = "parallel/ops/kernels/cached_attention_triton.py"
+FUSED_TEST = (
     "tests/test_cached_attention.py::test_the_interpreted_kernel_is_as_exact_as_torch_and_leaves_the_rest_of_the_cache"
 )
-KERNELS = (
+FUSED_ATTENTION = (
     Mutant(
         "kernel-window-one-off",
         "the fused attention sees one key more than its window",
-        KERNEL,
+        FUSED,
         "tl.maximum(position - window + 1, 0)",
         "tl.maximum(position - window, 0)",
-        KERNEL_TEST,
+        FUSED_TEST,
     ),
     Mutant(
         "kernel-adds-the-new-key-in-every-part",
         "where programs share a query head, each of them counts the new key",
-        KERNEL,
+        FUSED,
         "tl.where(part == 0, tl.exp2(new_score - top), 0.0)",
         "tl.exp2(new_score - top)",
-        KERNEL_TEST,
+        FUSED_TEST,
     ),
     Mutant(
         "kernel-without-rescaling",
         "sums of values are not rescaled when a larger score comes",
-        KERNEL,
+        FUSED,
         "weighted * kept[:, None] + weights[:, None]",
         "weighted + weights[:, None]",
-        KERNEL_TEST,
+        FUSED_TEST,
     ),
     Mutant(
         "kernel-wrong-key-head",
         "neighbouring query heads use different key heads",
-        KERNEL,
+        FUSED,
         "kv_head = head // GROUP",
         "kv_head = head % (tl.num_programs(1) // GROUP)",
-        KERNEL_TEST,
+        FUSED_TEST,
     ),
     Mutant(
         "kernel-writes-the-value-as-key",
         "the new value is kept in the place of the new key",
-        KERNEL,
+        FUSED,
         "dims, new_key, mask",
         "dims, new_value, mask",
-        KERNEL_TEST,
+        FUSED_TEST,
     ),
 )
 
@@ -1945,5 +1945,5 @@ MUTANTS = (
     *DATA,
     *CONVERSATIONS,
     *GENERATION,
-    *KERNELS,
+    *FUSED_ATTENTION,
 )

@@ -64,13 +64,15 @@ def exact(case: Case, new: tuple[Tensor, Tensor, Tensor], cache: Tensor) -> tupl
 def assert_as_exact_as_torch(case: Case, device: str, found: Tensor, cache: Tensor) -> None:
     """Compare with fp64: an error of at most twice that of torch's attention, and every element of the cache.
 
-    Torch's is at least half the distance of two numbers of the dtype near the largest one.
+    Torch's counts as at least half the distance of two numbers of the dtype near the largest result, and of two fp32
+    numbers near the largest value: sums are in fp32.
     """
     new, before, positions = case.inputs(device)
     wanted, cache_after = exact(case, new, before)
     mask = masks_at(positions, case.length, {case.window}, case.dtype)[case.window]
     of_torch = attend_in_torch(*new, before.nan_to_num(), positions, mask)
     rounding = wanted.abs().max() * torch.finfo(case.dtype).eps / 2
+    rounding += cache_after.nan_to_num().abs().max() * torch.finfo(torch.float32).eps / 2
     bound = 2 * torch.maximum((of_torch.double() - wanted).abs().max(), rounding)
     assert found.dtype == case.dtype
     assert (found.double() - wanted).abs().max() <= bound, case
@@ -142,14 +144,21 @@ def skip_without_kernel() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_is_as_exact_as_torch_on_a_gpu(case: Case, compiles: bool) -> None:
+def test_the_kernel_is_as_exact_as_torch_on_a_gpu(case: Case) -> None:
     skip_without_kernel()
     new, cache, positions = case.inputs("cuda")
+    found = attend_fused(*new, cache, positions, case.window)
+    assert_as_exact_as_torch(case, "cuda", found, cache)
+
+
+@pytest.mark.gpu
+def test_compiled_code_writes_into_the_cache_itself() -> None:
+    skip_without_kernel()
+    case = Case((300, 4095), 4096, (8, 2), 128, 1000, torch.bfloat16)
+    new, cache, positions = case.inputs("cuda")
     torch._dynamo.reset()
-    attend = torch.compile(attend_fused, dynamic=False) if compiles else attend_fused
-    found = attend(*new, cache, positions, case.window)
+    found = torch.compile(attend_fused, fullgraph=True)(*new, cache, positions, case.window)
     assert_as_exact_as_torch(case, "cuda", found, cache)
 
 

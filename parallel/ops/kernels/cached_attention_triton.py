@@ -20,15 +20,15 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634  # GPUs have an instruction for powers of 2
 
 MANY_PROGRAMS = 256
-"""So many, about two for each multiprocessor of a large GPU, hide each other's waits for memory."""
+"""The number of programs, about two for each multiprocessor of a large GPU, that hide each other's waits for memory."""
 
 MOST_PROGRAMS, MOST_PARTS = 512, 16
-"""Of a split cache: programs in all, and of a query head."""
+"""A split cache has at most so many programs in all, and so many of a query head."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut: keys of a tile, programs that share a query head (both powers of 2), warps of a program."""
+    """A way to cut the work: keys of a tile, programs that share a query head (both powers of 2), warps of a program."""
 
     keys: int
     parts: int
