@@ -30,10 +30,10 @@ from torch import Tensor
 
 from models.costs import parameter_count
 from models.family import named_sizes
-from models.generation.decoding import Decoder, Limits
+from models.generation.decoding import Decoder, TextLimits
 from models.generation.sampling import Sampling
-from models.generation.source import inference_of
 from models.generation.step import Prompt
+from models.generation.trained_model import inference_of
 from models.shapes import resolve, shape_of
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
@@ -75,7 +75,7 @@ def ours(model: str, theirs: Any, new: int, *, compiles: bool) -> Contender:
         for piece in (piece for info in infos for piece in info.pieces()):
             piece.data.copy_(weights[piece.name][slices(piece.box)])
 
-    limits = Limits(new, shape_of(config).max_positions)
+    limits = TextLimits(new, shape_of(config).max_positions)
     decoder = Decoder(inference_of(context, set_values), limits, Sampling())
 
     def generate(prompts: Tensor) -> Tensor:

@@ -941,7 +941,7 @@ FOLDERS = (
            SHAPE, 'elif module == "head.table" and self.tie_word_embeddings:', 'elif module == "head.table":',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
-           "models/data/corpus.py", "            return self.tokenizer.end\n", "            return 2\n",
+           "models/data/separator.py", "            return self.tokenizer.end\n", "            return 2\n",
            text_row("several texts")),
     Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
@@ -1501,7 +1501,7 @@ INSTALLED = (
         "damaged-checkpoint-exported",
         "a checkpoint with a changed byte is exported",
         "training/export.py",
-        "                checkpoint.check_contents(folder, ALONE)\n",
+        "        checkpoint.check_contents(folder, ALONE)\n",
         "",
         f"{EXPORTS}::test_a_checkpoint_that_cannot_be_exported_is_refused_by_name[change_a_byte]",
     ),
@@ -1904,6 +1904,25 @@ FUSED_ATTENTION = (
     ),
 )
 
+READ_AGAIN = (
+    Mutant(
+        "tools-left-out",
+        "a model is asked without the tools of its prompt",
+        "models/generation/prompts.py",
+        "template.write(dialogue.conversation, add_generation_prompt=True).text",
+        "template.render(dialogue.conversation.messages, add_generation_prompt=True)",
+        "tests/test_generate.py::test_messages_of_a_file_are_read_as_in_training",
+    ),
+    Mutant(
+        "token-ids-taken-for-text",
+        "the token ids of a folder are decoded as bytes by a generation from a checkpoint",
+        "models/data/sources.py",
+        "if kind is None or Path(path).is_dir():",
+        "if kind is None:",
+        "tests/test_records.py::test_a_folder_of_token_ids_is_told_from_texts",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1946,4 +1965,5 @@ MUTANTS = (
     *CONVERSATIONS,
     *GENERATION,
     *FUSED_ATTENTION,
+    *READ_AGAIN,
 )

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.data import Cache, Corpus, find_source, load_tokens
+from models.data import Cache, Corpus, load_tokens
 from models.data.cache import ENTRY, Report
 from models.data.contents import digest_of_file
 from models.data.documents import Document, MemoryStore, RowWriter, Store
+from models.data.sources import find_source
 from models.tokenizer import ByteTokenizer
 from parallel.config import DataConfig
 from tests.parting import TIMEOUT, play

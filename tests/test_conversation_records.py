@@ -1,4 +1,4 @@
-"""Conversations that users bring are treated as the table of docs/data.md says."""
+"""Conversations that users bring are treated as the table of docs/conversations.md says."""
 
 import json
 import re
@@ -214,6 +214,10 @@ def text_key(folder: Path) -> str:
     return ""
 
 
+def unknown_text_key(folder: Path) -> str:
+    return "\n".join(corpus_of(folder, PLAIN, text_key="contnt").messages)
+
+
 CHECKS: dict[str, Callable[[Path], str]] = {
     "`messages`": messages,
     "a template with `{% generation %}`": marked,
@@ -244,6 +248,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "conversations without an answer, or with none in what a sample has of them": left_out,
     "nothing that is learned": nothing_learned,
     "`data.text_key`, set to a key of the records": text_key,
+    "`data.text_key`, set to a key that they lack": unknown_text_key,
     "`data.document_mask=True`": lambda folder: refused(folder, PLAIN, error=ConfigError, document_mask=True),
 }
 
@@ -260,7 +265,7 @@ def test_tokens_in_the_cache_are_those_of_the_same_template(tmp_path: Path, temp
     assert len(list((tmp_path / "cache" / "entries").glob("*/"))) == 2
 
 
-ROWS = rows("docs/data.md", "Conversations")
+ROWS = rows("docs/conversations.md", "Conversations")
 
 
 def test_every_row_of_the_table_has_a_check() -> None:

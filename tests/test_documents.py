@@ -511,7 +511,7 @@ HELD: dict[str, str] = {  # by the first cell of a row, the test above that show
 
 
 def test_each_row_of_the_documentation_has_a_test_and_its_words(tmp_path: Path) -> None:
-    table = {row.what: row.answer for row in rows("docs/data.md", "Packed documents")}
+    table = {row.what: row.answer for row in rows("docs/packed_documents.md", "Packed documents")}
     assert table.keys() == HELD.keys()
     assert all(name in globals() for name in HELD.values())
     np.save(tmp_path / "ids.npy", np.array(IDS))

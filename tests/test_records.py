@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from models.data import load_tokens
+from models.data import has_token_ids, load_tokens
 from models.data.records import Records
 from models.data.sources import find_source
 from models.tokenizer import load_tokenizer
-from parallel.config import DataConfig
+from parallel.config import DataConfig, parse
+from parallel.errors import DataError
 from tests.tables import Row, rows
 from tests.test_texts import byte_ids, messages_of, refusal, texts_in, tokenizer_in
+from training.inputs import tokenizer_of
 
 PAGE, HEADING = "docs/data.md", "Records and token ids"
 RECORDS = [{"text": f"é is {number}", "n": number, "more": {"a": [1, None]}} for number in range(5)]
@@ -94,7 +96,6 @@ def parquet(folder: Path) -> str:
 def saved(folder: Path) -> str:
     path = dataset_in(folder / "saved")
     assert list(Records(find_source(str(path)))) == RECORDS
-    assert Records(find_source(str(path))).keys() == ("text", "n", "more")
     assert tokens_of(path) == joined([str(record["text"]) for record in RECORDS])
     return ""
 
@@ -228,6 +229,17 @@ def of_splits(folder: Path) -> str:
     return said
 
 
+def not_used(folder: Path) -> str:
+    """A user who names a key of records for a text believed that it was read by this key."""
+    text, ids = str(texts_in(folder / "texts", a="x" * 99)), str(bin_in(folder / "a.bin", dtype="<u4"))
+    of_records = messages_of(folder, f"data.path={text}", "data.text_key=content")
+    assert f"data.text_key: 'content' is not used, since {text} has no records" in of_records
+    both = (f"data.path={text}", f"data.validation_path={ids}", "data.bin_dtype=uint32")
+    assert "data.bin_dtype" not in messages_of(folder, *both)
+    assert "data.text_key: 'content' is not used" in messages_of(folder, *both, "data.text_key=content")
+    return messages_of(folder, f"data.path={text}", "data.bin_dtype=uint32")
+
+
 def other_kind(folder: Path) -> str:
     for name in ("a.csv", "a.txt.gz", "a.arrow", "a.pt"):
         (folder / name).write_text("x")
@@ -303,6 +315,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a folder with files of several kinds": of_several_kinds,
     "a folder with a training split and others": of_splits,
     "a file of another kind": other_kind,
+    "`data.text_key` or `data.bin_dtype`, for data without records or without .bin": not_used,
     "data for validation": validation,
     "data for validation that are too short": short_validation,
     "special tokens that the tokenizer puts around a text": special_tokens,
@@ -319,3 +332,25 @@ def test_what_users_bring_as_data_is_treated_as_the_table_says(row: Row, tmp_pat
     said = CHECKS[row.what](tmp_path)
     quoted = re.findall(r"`([^`]*)`", row.answer)
     assert all(words in said for words in quoted if " " in words), (quoted, said)
+
+
+@pytest.mark.parametrize(
+    ("path", "tokenizer", "vocab_size"),
+    [("gone.jsonl", "bytes", 260), ("gone.npy", "bytes", None), ("gone", "bpe", 4096), ("python-docs", "bytes", 260)],
+)
+def test_the_tokenizer_of_a_run_is_known_although_its_data_have_moved(
+    path: str, tokenizer: str, vocab_size: int | None
+) -> None:
+    """An export after the data had moved once lost a tokenizer that was named, since the data were looked at first."""
+    config = parse(dict(data=dict(path=path, tokenizer=tokenizer)), batches=False)
+    found = tokenizer_of(config)
+    assert (None if found is None else found.vocab_size) == vocab_size
+
+
+def test_a_folder_of_token_ids_is_told_from_texts(tmp_path: Path) -> None:
+    """Generation from a checkpoint once took the ids of a folder for bytes: it looked at the end of the path alone."""
+    bin_in(tmp_path / "ids.txt" / "a.bin")
+    assert has_token_ids(str(tmp_path / "ids.txt"))
+    assert not has_token_ids(str(texts_in(tmp_path / "texts.bin", a="x")))
+    with pytest.raises(DataError, match="does not exist"):
+        has_token_ids(str(tmp_path / "gone"))

@@ -142,7 +142,7 @@ class Cache:
         return entry
 
 
-def made(cache: Cache | None, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+def entry_of(cache: Cache | None, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
     """Return the entry of a source from the cache; without a cache it is made in memory."""
     if cache is not None:
         return cache.entry(source, key, work)

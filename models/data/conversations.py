@@ -82,7 +82,7 @@ class ConversationEncoder:
         self._tokenizer = tokenizer
         self._template = template
         self._end = end if tokenizer.end is None else tokenizer.end
-        self._before = _special_tokens_before(tokenizer)
+        self._before = np.array(tokenizer.beginning, np.int32)
 
     def document(self, record: Dialogue | Completion) -> Document:
         """Return the tokens of a record, and which of them are learned. Raises DataError."""
@@ -176,15 +176,6 @@ _CHANGED = (
     "the chat template writes the messages up to message {number} otherwise when others follow, so that it cannot be"
     " found which tokens are the answer."
 )
-
-
-def _special_tokens_before(tokenizer: Tokenizer) -> Ids:
-    """Return the special tokens that a tokenizer puts before a text."""
-    # Some tokenizers have no token for some texts.
-    text = next(text for text in ("a", *tokenizer.vocabulary()) if len(tokenizer.encode(text)))
-    (around,), inside = tokenizer.encode_documents([text]), tokenizer.encode(text).tolist()
-    starts = range(len(around) - len(inside) + 1)
-    return around[: next(start for start in starts if around[start : start + len(inside)].tolist() == inside)]
 
 
 def _until(conversation: Conversation, number: int) -> Conversation:

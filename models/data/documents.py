@@ -121,7 +121,7 @@ class RowWriter:
         if self._ids:
             ids = np.concatenate(self._ids)
             self.digest = digest_of(ids, self.digest)
-            self._counts = added(self._counts, np.bincount(ids))
+            self._counts = sum_of_counts(self._counts, np.bincount(ids))
             self._store.append("tokens", ids.astype(self._dtype))
         if self._learned:
             is_learned = np.concatenate(self._learned)
@@ -137,7 +137,7 @@ def digest_of(ids: Ids, before: int = 0) -> int:
     return zlib.crc32(ids.astype("<i8").tobytes(), before)
 
 
-def added(counts: Array, more: Array) -> Array:
+def sum_of_counts(counts: Array, more: Array) -> Array:
     """Return the sum of two arrays of counts, of which one may be shorter."""
     longer, shorter = (counts, more) if len(counts) >= len(more) else (more, counts)
     total = longer.astype(np.int64)

@@ -66,10 +66,6 @@ class Records:
             done += size
         self.fraction = 1.0
 
-    def keys(self) -> tuple[str, ...]:
-        """Return the keys of the first record; none where there is no record."""
-        return tuple(next(iter(self), {}))
-
     def _lines(self, file: Path) -> Iterator[tuple[Record, int, float]]:
         """Yield the records of a file of lines, the number of each line, and the share of the file up to it."""
         size = max(1, file.stat().st_size)
@@ -116,7 +112,7 @@ class Records:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{key}: {place} is not JSON: {error}. {LINES_RECIPE}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{key}: {place} is {_kind_of(record)}, and not a record {{...}}. {LINES_RECIPE}")
+            raise DataError(f"{key}: {place} is {_json_type(record)}, and not a record {{...}}. {LINES_RECIPE}")
         return record
 
     def _rows(self, file: Path, only: str | None) -> Iterator[tuple[Record, int, float]]:
@@ -154,15 +150,20 @@ def text_of(located: Located, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         raise DataError(
-            f"data.text_key: {place}: {text_key!r} is {_kind_of(text)}, and not text: {shown(text)}. Leave out such"
+            f"data.text_key: {place}: {text_key!r} is {_json_type(text)}, and not text: {shown(text)}. Leave out such"
             " records, or name another key."
         )
+    return checked_text(text, f"data.text_key: {place}: {text_key!r}")
+
+
+def checked_text(text: str, name: str) -> str:
+    """Return a text. Raises DataError where it has half of a surrogate pair, which JSON can write."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"data.text_key: {place}: {text_key!r} has the character {text[error.start]!r}, half of a surrogate pair,"
-            " which no encoding can write. Leave out the record, or replace it."
+            f"{name} has the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write."
+            " Leave out the record, or replace it."
         ) from error
     return text
 
@@ -207,7 +208,7 @@ def _naming(file: Path, key: str) -> Iterator[None]:
         ) from error
 
 
-def _kind_of(value: object) -> str:
+def _json_type(value: object) -> str:
     """Return what JSON calls a value: a list, a number, null."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

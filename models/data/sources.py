@@ -95,6 +95,17 @@ def find_source(path: str, key: str = PATH) -> Source:
     return Source(key, path, _kind_of(named, key), (named,))
 
 
+def has_token_ids(path: str) -> bool:
+    """Return whether data of this path are token ids: by the end of its name, else by what is there.
+
+    So a file may be gone by now. Raises DataError where a folder is.
+    """
+    kind = next((kind for suffix, kind in LONE_SUFFIXES.items() if path.endswith(suffix)), None)
+    if kind is None or Path(path).is_dir():
+        kind = find_source(path).kind
+    return kind.has_ids
+
+
 def names_in(folder: Path, key: str) -> list[str]:
     """Return the names of what a folder holds, sorted; none where it is no folder."""
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models.data.documents import Array, Store, added, digest_of
+from models.data.documents import Array, Store, digest_of, sum_of_counts
 from models.data.file_starts import GZIP, packed_as, start_of
 from models.data.sources import Kind, Source
 from models.tokenizer import Ids
@@ -40,7 +40,7 @@ def survey(parts: list[Ids], store: Store, report: Callable[[float, int], None],
         for start in range(0, len(part), AT_ONCE):
             block = part[start : start + AT_ONCE]
             lowest, highest = min(lowest, int(block.min())), max(highest, int(block.max()))
-            counts = added(counts, counts_of(block))
+            counts = sum_of_counts(counts, counts_of(block))
             digest = digest_of(block, digest)
             if copy:
                 store.append("tokens", block.astype(dtype))

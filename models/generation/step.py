@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention
 from models.generation.sampling import Sampler
-from models.generation.source import compiled
+from models.generation.trained_model import compiled
 from models.layer import Head
 from models.rotary import Rotary
 from parallel.engine.inference import Inference
@@ -113,6 +113,9 @@ class Step:
         with not_yet_compiled(self.model.context.config.train.compile):
             x = self.model.forward(Microbatch(ids, labels=ids, samples=self.state.samples), self.caches)
             self._add_token(x, self.state.positions.squeeze(1))
+        num_blocks = len(self.caches) - (self.model.pipe.rank == 0)  # the embedding attends to nothing
+        written = sum(len(cache.kept) > 0 for cache in self.caches)
+        assert written == num_blocks, f"{written} of {num_blocks} blocks keep keys and values in `batch.cache`"
 
     def __call__(self) -> None:
         """Forward the last token of each text, and add the next one."""

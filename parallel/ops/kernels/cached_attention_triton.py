@@ -28,7 +28,7 @@ MOST_PROGRAMS, MOST_PARTS = 512, 16
 
 @dataclass(frozen=True)
 class Tiling:
-    """A way to cut the work: keys of a tile, programs that share a query head (both powers of 2), warps of a program."""
+    """A way to cut the work: keys of a tile, programs of a query head (both powers of 2), warps of a program."""
 
     keys: int
     parts: int
