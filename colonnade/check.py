@@ -7,9 +7,15 @@ It prints the layout, the bytes on each rank, and the timeline of a pipeline.
 """
 
 import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
 
-from colonnade import train
 from colonnade.arguments import add_config, add_resume, count
+from colonnade.process import REFUSED, guarded, import_torch
+
+if TYPE_CHECKING:
+    from parallel.engine.context import Place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +29,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the layout, the memory of each rank and the timeline, and return the exit code."""
-    return train.main(argparse.Namespace(**vars(arguments), check=True, nprocs=None, profile=range(0)))
+    return main(argparse.Namespace(**vars(arguments), nprocs=None))
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Do what `run` does, for the arguments of `train`, among which are --world and --nprocs."""
+    return guarded(lambda: _check(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Print what a config comes to; a refusal is printed without a traceback."""
+    if not import_torch():
+        return REFUSED
+    from parallel.engine.context import Place
+    from parallel.errors import ColonnadeError
+
+    place = Place()
+    try:
+        place = Place.from_environment()
+        _print_layout(arguments, place)
+        return 0
+    except ColonnadeError as error:
+        if place.rank == 0:
+            print(error, file=sys.stderr)
+        return REFUSED
+
+
+def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
+    """Print the layout in the world that was asked for, else in this one, else in the smallest that holds a replica."""
+    from training.config import read_config
+    from training.console import make_console
+    from training.layout_report import print_layout, print_timeline
+    from training.preflight import problems_here, read_inputs
+    from training.preview import device_messages, preview_of
+    from training.tokenizing import cache_of
+
+    world_size = arguments.world or arguments.nprocs or place.world_size
+    if world_size == 1 and not (arguments.world or arguments.nprocs):
+        world_size = read_config(arguments.config, arguments.set, None).parallel.model_size
+    config = read_config(arguments.config, arguments.set, world_size)
+    cache = cache_of(os.environ, quiet=place.rank != 0)
+    inputs = read_inputs(config, resume=arguments.resume, overridden=arguments.set, cache=cache)
+    config = inputs.config
+    messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.resume_from)]
+    preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
+    print_layout(console, preview, messages)
+    print_timeline(console, preview)

@@ -43,12 +43,12 @@ def _export(arguments: argparse.Namespace) -> int:
     if not import_torch():
         return REFUSED
     from parallel.errors import ColonnadeError
-    from training.export import SavedModel, check_target, export_checkpoint
+    from training.export import check_target, export_checkpoint, find_saved_model
 
     signal.signal(signal.SIGTERM, terminate)
     target = Path(os.path.expanduser(arguments.to)).resolve()
     try:
-        saved = SavedModel.find(arguments.checkpoint)
+        saved = find_saved_model(arguments.checkpoint)
         check_target(target, saved)
         dtype, messages = export_checkpoint(saved, target, arguments.dtype)
     except (ColonnadeError, OSError) as error:

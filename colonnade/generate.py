@@ -1,31 +1,33 @@
 """Continue texts with a trained model: a run's export, any Hugging Face directory of a known family, or a checkpoint.
 
-colonnade generate runs/NAME/export --prompt "The "                     one process
-colonnade generate runs/NAME --prompts FILE.jsonl --out TEXTS.jsonl     the run's latest checkpoint, many prompts
-colonnade generate DIR --chat --prompt "Hello!" --config FILE --nprocs 8     in the layout of a config
-torchrun --nproc-per-node 8 -m colonnade generate DIR --prompt "The " --config FILE     the same, by torchrun
+    colonnade generate runs/NAME/export --prompt "The "                      one process
+    colonnade generate runs/NAME --prompts FILE.jsonl --out TEXTS.jsonl      the run's latest checkpoint, many prompts
+    colonnade generate DIR --chat --prompt "Hi" --config FILE --nprocs 8     in the layout of a config
+    torchrun --nproc-per-node 8 -m colonnade generate DIR --prompt "The " --config FILE     the same, by torchrun
+
+docs/generate.md explains it.
 """
 
 # Torch takes seconds to import, so it is imported in the functions that need it.
 
 import argparse
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, count
-from colonnade.process import REFUSED, TERMINATED, guarded, import_torch, terminate
+from colonnade.process import guarded
+from colonnade.ranks import Launch, Prepared, run_on_ranks
 
 if TYPE_CHECKING:
+    from models.data.records import Record
     from models.generation.job import GenerationJob, Request
-    from models.generation.prompts import Messages
-    from models.generation.texts import Continuation
+    from models.generation.text_generator import Continuation
     from parallel.engine.context import Place
     from parallel.watch.watch import Watch
 
@@ -39,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="make each prompt the message of a user, by the tokenizer's chat template")
     add("--tokens", type=count, default=200, metavar="N", help="the most new tokens of a text (default: %(default)s)")
     add(
-        "--temperature", type=temperature, default=0.8, help="0: the most likely token each time (default: %(default)s)"
+        "--temperature",
+        metavar="T",
+        type=temperature,
+        default=0.8,
+        help="0: the most likely token each time (default: %(default)s)",
     )
     add("--top-k", type=count, metavar="K", help="draw from the K most likely tokens (default: from all)")
     add("--top-p", type=probability, default=1.0, metavar="P", help="draw from the most likely tokens whose"
@@ -51,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=count, default=32, metavar="N", help="prompts at a time, on each replica of the model"
         " (default: %(default)s)")  # fmt: skip
     add("--tokenizer", metavar="DIR", help="a tokenizer.json, a folder with one, or bytes, in place of the model's own")
-    add("--out", type=Path, metavar="FILE.jsonl", help="write a line for each prompt, and print no text")
+    add("--out", type=Path, metavar="FILE", help="write a line of JSON for each prompt, and print no text")
     add_config(parser)
     add("--nprocs", metavar="N", type=count, help="start N processes on this host, without torchrun")
 
@@ -91,52 +97,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do what the arguments say, in this process or in new ones, and return the exit code."""
-    return guarded(lambda: _launch(arguments))
+    return guarded(lambda: run_on_ranks(main, arguments, partial(_prepare, arguments)))
 
 
-def _launch(arguments: argparse.Namespace) -> int:
-    """Check all that can be checked without the weights, then generate; a refusal is printed without a traceback."""
-    # torchrun ends the other ranks when one refuses: they go on until rank 0, among them, has printed why.
-    ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    if not import_torch():
-        return REFUSED
+def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
+    """Check all that can be checked without the weights. Raises ColonnadeError."""
     from models.generation.job import prepare
-    from parallel.engine.context import Place, watch_of
-    from parallel.errors import ColonnadeError, LostRankError, RoomError
-    from parallel.mesh.process_groups import leave
-    from parallel.watch.watch import UNWATCHED
-    from training.spawn import run_ranks
 
-    place, watch = Place(), UNWATCHED
-    try:
-        place = Place.from_environment()
-        world_size = arguments.nprocs or place.world_size
-        watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
-        with watch.refusing(), watch.phase("preparation"):
-            if place.rank == 0 and arguments.out is not None:
-                _check_out(arguments.out)
-            job = prepare(_request(arguments), place, world_size)
-            if watch.is_on:
-                watch.meet(job.facts(world_size), job.config.train.timeout_seconds)
-        signal.signal(signal.SIGTERM, terminate)
-        if ended:
-            return TERMINATED
-        if arguments.nprocs is not None:
-            arguments.nprocs = None
-            return run_ranks(main, arguments, world_size, preload=("colonnade", "torch", "models.generation.job"))
-        _generate(arguments, job, place, watch)
-        watch.leave()
-        leave()
-    except LostRankError as error:
-        return watch.end(error)
-    except ColonnadeError as error:
-        watch.leave(f"it refuses: {error}", code=REFUSED)
-        if place.rank == 0 or isinstance(error, RoomError):  # which may be of one rank alone
-            print(error, file=sys.stderr)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
-        return REFUSED
-    return 0
+    place, world_size = launch.place, launch.world_size
+    if place.rank == 0 and arguments.out is not None:
+        _check_out(arguments.out)
+    job = prepare(_request(arguments), place, world_size)
+    work = partial(_generate, arguments, job, place)
+    return Prepared(partial(job.facts, world_size), job.config.train.timeout_seconds, work, ["models.generation.job"])
 
 
 def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place", watch: "Watch") -> None:
@@ -151,7 +124,7 @@ def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place
     elif place.rank == 0:
         _write(arguments.out, job.prompts, found)
     if place.rank == 0:
-        _say_what_was_cut(found, job.source.shape.max_positions)
+        _say_what_was_cut(found, job.trained.shape.max_positions)
 
 
 def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
@@ -164,16 +137,16 @@ def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
 def _request(arguments: argparse.Namespace) -> "Request":
     from models.generation.job import Request
     from models.generation.sampling import Sampling
-    from models.generation.texts import Options
+    from models.generation.text_generator import Options
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     options = Options(arguments.tokens, sampling, tuple(arguments.stop), arguments.batch_size)
     return Request(
         arguments.folder,
         arguments.prompt,
-        arguments.prompts,
-        arguments.chat,
-        options,
+        file=arguments.prompts,
+        chat=arguments.chat,
+        options=options,
         tokenizer=arguments.tokenizer,
         config=arguments.config,
         assignments=arguments.set,
@@ -214,7 +187,7 @@ def _check_out(out: Path) -> None:
         raise DataError(f"--out: cannot write {out}: {problem}.")
 
 
-def _write(out: Path | None, prompts: Sequence["str | Messages"], found: Sequence["Continuation"]) -> None:
+def _write(out: Path | None, prompts: Sequence["str | Record"], found: Sequence["Continuation"]) -> None:
     """Write a line of JSON for each prompt, or print the texts of several. Raises DataError."""
     from parallel.errors import DataError
 
@@ -226,7 +199,7 @@ def _write(out: Path | None, prompts: Sequence["str | Messages"], found: Sequenc
     try:
         with out.open("w", encoding="utf-8") as file:
             for prompt, continuation in zip(prompts, found, strict=True):
-                given = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+                given = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt["messages"]}
                 file.write(json.dumps(given | asdict(continuation), ensure_ascii=False) + "\n")
     except OSError as error:
         raise DataError(f"--out: cannot write {out}: {error.strerror}.") from error

@@ -11,7 +11,7 @@ INTERRUPTED, TERMINATED, FAILED, REFUSED, NOT_FINITE = 130, 143, 1, 2, 4  # exit
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Return the exit code of `work`, or that of Ctrl-C. It prints into an output that may be closed or ASCII alone."""
+    """Return the exit code of `work`, or that of Ctrl-C. Its standard output may be closed, or write ASCII alone."""
     from training.streams import safe_output
 
     try:

@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from models.tokenizer_files import TokenizerFiles
+from models.tokenizer import unwritable
+from models.tokenizer_files import TokenizerFiles, tokenizer_file
 from parallel.errors import DataError, names_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 Message: TypeAlias = Mapping[str, Any]
-BUILT_IN = ("bytes", "bpe")  # tokenizers without a chat template
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning, the standard one first
 
@@ -46,10 +45,9 @@ def load_chat_template(spec: str) -> ChatTemplate | None:
     As for `AutoTokenizer`, chat_template.jinja and the files of additional_chat_templates/ replace the `chat_template`
     of tokenizer_config.json. Raises DataError where the files cannot be read, or jinja2 is not installed.
     """
-    if spec in BUILT_IN:
+    if spec == "bytes":
         return None
-    path = Path(spec)
-    files = TokenizerFiles(path / "tokenizer.json" if path.is_dir() else path)
+    files = TokenizerFiles(tokenizer_file(spec))
     sources = files.chat_templates()
     return ChatTemplate(sources, files.special_tokens(), folder=str(files.folder)) if sources else None
 
@@ -95,10 +93,10 @@ class ChatTemplate:
         template, _ = self._chosen(conversation.tools)
         variables = {
             **self.special_tokens,
+            "documents": None,
             **(conversation.variables or {}),
             "messages": [_as_templates_expect(message) for message in conversation.messages],
             "tools": conversation.tools,
-            "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         pieces, answers, length = [], [], 0
@@ -110,7 +108,10 @@ class ChatTemplate:
                 length += len(piece)
         except Exception as error:  # whatever the expressions of a template raise, such as a TypeError
             raise DataError(f"the chat template of {self._folder} refuses it: {error}") from error
-        return Rendering("".join(pieces), tuple(answers))
+        text = "".join(pieces)
+        if found := unwritable(text):
+            raise DataError(f"the chat template of {self._folder} writes {found}. Replace it in the record.")
+        return Rendering(text, tuple(answers))
 
     def marks_answers(self, tools: Sequence[Any] | None = None) -> bool:
         """Return whether the template that is used with these tools has blocks {% generation %}."""

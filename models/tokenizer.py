@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from models.tokenizer_files import TokenizerFiles
+from models.tokenizer_files import TokenizerFiles, tokenizer_file
 from models.windows import WindowEncoder
 from parallel.errors import DataError
 
@@ -27,9 +27,7 @@ Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 
 # OPT's special tokens, in the order of their ids.
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-PAD, SEPARATOR = SPECIALS.index("<pad>"), SPECIALS.index("</s>")
-
-BUILT_IN_BPE = Path(__file__).parent / "bpe"
+SEPARATOR = SPECIALS.index("</s>")
 
 
 class Tokenizer(Protocol):
@@ -83,7 +81,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    return FileTokenizer(BUILT_IN_BPE if spec == "bpe" else Path(spec))
+    return FileTokenizer(tokenizer_file(spec))
+
+
+def unwritable(text: str) -> str:
+    """Return which character of a text no encoding can write, as the end of a message, or ""."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write"
+    return ""
 
 
 class ByteTokenizer:
@@ -133,8 +140,7 @@ def is_of_bytes(file: Path) -> bool:
 class FileTokenizer:
     """A tokenizer.json, run by the `tokenizers` library, with the files beside it."""
 
-    def __init__(self, path: Path) -> None:
-        file = path / "tokenizer.json" if path.is_dir() else path
+    def __init__(self, file: Path) -> None:
         if not file.is_file():
             raise DataError(
                 f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "

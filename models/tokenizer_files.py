@@ -34,7 +34,14 @@ BEGIN_OF_CLASS = {  # likewise the token that begins one
     "LlamaTokenizer": "<s>",
     "GemmaTokenizer": "<bos>",
 }
+BUILT_IN_BPE = Path(__file__).parent / "bpe"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def tokenizer_file(spec: str) -> Path:
+    """Return the tokenizer.json that `data.tokenizer` names: that of "bpe", the file itself, or the one in a folder."""
+    path = BUILT_IN_BPE if spec == "bpe" else Path(spec)
+    return path / TOKENIZER if path.is_dir() else path
 
 
 class TokenizerFiles:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.data.texts import built_in_text
-from models.tokenizer import BUILT_IN_BPE, SPECIALS, byte_level_config, byte_level_json
+from models.tokenizer import SPECIALS, byte_level_config, byte_level_json
+from models.tokenizer_files import BUILT_IN_BPE
 
 VOCAB_SIZE = 4096
 

@@ -941,7 +941,7 @@ FOLDERS = (
            SHAPE, 'elif module == "head.table" and self.tie_word_embeddings:', 'elif module == "head.table":',
            "tests/test_untied_head.py::test_a_head_of_its_own_trains_as_hugging_faces[plain-single]"),
     Mutant("joined-by-token-2", "texts are joined by OPT's end token, whatever the tokenizer is",
-           "models/data/corpus.py", "            return self.tokenizer.end\n", "            return 2\n",
+           "models/data/separator.py", "            return self.tokenizer.end\n", "            return 2\n",
            text_row("several texts")),
     Mutant("special-tokens-in-texts", "a text with </s> in it ends there, although the tokenizer takes it for text",
            "models/tokenizer.py", 'bool(self._files.config.get("split_special_tokens"))', "False",
@@ -1501,7 +1501,7 @@ INSTALLED = (
         "damaged-checkpoint-exported",
         "a checkpoint with a changed byte is exported",
         "training/export.py",
-        "                checkpoint.check_contents(folder, ALONE)\n",
+        "        checkpoint.check_contents(folder, ALONE)\n",
         "",
         f"{EXPORTS}::test_a_checkpoint_that_cannot_be_exported_is_refused_by_name[change_a_byte]",
     ),
@@ -1646,15 +1646,15 @@ DATA = (
         "young-file-remembered",
         "a file whose size and time are those of another one is taken for it, however young it is",
         "models/data/contents.py",
-        "if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:",
-        "if is_same:",
+        "if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:",
+        "if identity[1:] == _identity(after):",
         f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
     ),
     Mutant(
         "cache-without-lock",
         "processes that come together all do the work, and remove what the others write",
         "models/data/cache.py",
-        "while not try_to_lock(lock):",
+        "while not self._is_locked(lock):",
         "while False:",
         f"{CACHE_TESTS}::test_processes_that_come_together_do_the_work_once_and_the_others_wait",
     ),
@@ -1782,7 +1782,7 @@ CONVERSATIONS = (
         "answers-of-a-prompt-learned",
         "answers in a prompt of messages are learned",
         CONVERSATION_CODE,
-        "if start >= after:",
+        "if not any(start in part for part in unlearned):",
         "if True:",
         f"{CONVERSATION_TESTS}::test_answers_in_a_prompt_of_messages_are_not_learned[marks]",
     ),
@@ -1826,9 +1826,9 @@ GENERATION = (
     Mutant(
         "cache-written-one-position-off",
         "keys and values of a new token are kept one position before its own",
-        "parallel/sequence/cache.py",
-        "at = new.texts, slice(None), new.positions",
-        "at = new.texts, slice(None), new.positions - 1",
+        "parallel/ops/kernels/cached_attention.py",
+        "cache[:, texts, :, positions] =",
+        "cache[:, texts, :, positions - 1] =",
         f"{GREEDY}[gpt2]",
     ),
     Mutant(
@@ -1857,11 +1857,142 @@ GENERATION = (
     ),
 )
 
+FUSED = "parallel/ops/kernels/cached_attention_triton.py"
+FUSED_TEST = (
+    "tests/test_cached_attention.py::test_the_interpreted_kernel_is_as_exact_as_torch_and_leaves_the_rest_of_the_cache"
+)
+FUSED_ATTENTION = (
+    Mutant(
+        "kernel-window-one-off",
+        "the fused attention sees one key more than its window",
+        FUSED,
+        "tl.maximum(position - window + 1, 0)",
+        "tl.maximum(position - window, 0)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-adds-the-new-key-in-every-part",
+        "where programs share a query head, each of them counts the new key",
+        FUSED,
+        "tl.where(part == 0, tl.exp2(new_score - top), 0.0)",
+        "tl.exp2(new_score - top)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-without-rescaling",
+        "sums of values are not rescaled when a larger score comes",
+        FUSED,
+        "weighted * kept[:, None] + weights[:, None]",
+        "weighted + weights[:, None]",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-wrong-key-head",
+        "neighbouring query heads use different key heads",
+        FUSED,
+        "kv_head = head // GROUP",
+        "kv_head = head % (tl.num_programs(1) // GROUP)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-writes-the-value-as-key",
+        "the new value is kept in the place of the new key",
+        FUSED,
+        "dims, new_key, mask",
+        "dims, new_value, mask",
+        FUSED_TEST,
+    ),
+)
+
+READ_AGAIN = (
+    Mutant(
+        "tools-left-out",
+        "a model is asked without the tools of its prompt",
+        "models/generation/prompts.py",
+        "template.write(dialogue.conversation, add_generation_prompt=True).text",
+        "template.render(dialogue.conversation.messages, add_generation_prompt=True)",
+        "tests/test_generate.py::test_messages_of_a_file_are_read_as_in_training",
+    ),
+    Mutant(
+        "token-ids-taken-for-text",
+        "the token ids of a folder are decoded as bytes by a generation from a checkpoint",
+        "models/data/sources.py",
+        "if kind is None or Path(path).is_dir():",
+        "if kind is None:",
+        "tests/test_records.py::test_a_folder_of_token_ids_is_told_from_texts",
+    ),
+)
+
+TEXTS_ATTACKED = (
+    Mutant(
+        "packed-samples-without-a-label",
+        "a sample of documents of one token each is trained on, and a step of such samples ends the run",
+        "models/data/packed.py",
+        "count_starts(row, sequence_length) < sequence_length - 1",
+        "count_starts(row, sequence_length) < sequence_length",
+        f"{DOCUMENT_TESTS}::test_every_packed_sample_has_a_label",
+    ),
+    Mutant(
+        "documents-not-in-the-digest",
+        "a run is resumed with documents that end elsewhere, and so with other labels",
+        "models/data/packed.py",
+        "return self.row.digest_with_starts",
+        "return self.row.digest",
+        "tests/test_resumed_runs.py::"
+        "test_a_resumed_run_does_what_the_table_says[with `data.document_mask`, the token that ends a document of token ids]",
+    ),
+    Mutant(
+        "answers-of-no-weight-learned",
+        "an answer with the weight 0 is learned as any other",
+        "models/data/conversation_records.py",
+        "number >= self.first and message.get(WEIGHT) != 0",
+        "number >= self.first",
+        "tests/test_conversation_records.py::"
+        "test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[an answer with the `weight` 0, as in OpenAI's format]",
+    ),
+    Mutant(
+        "labels-in-a-narrow-dtype",
+        "the label −100 of a batch in uint8 is 156, and is counted",
+        "parallel/pipeline/microbatch.py",
+        "{key: x.to(torch.int64) for",
+        "{key: x if x.dtype == torch.uint8 else x.to(torch.int64) for",
+        "tests/test_batch_keys.py::test_integers_of_any_dtype_are_those_of_int64",
+    ),
+)
+
+ATTACKED_DATA = (
+    Mutant(
+        "digest-without-the-change",
+        "a file that was replaced by one of the same size and time has the tokens of the one before",
+        "models/data/contents.py",
+        "[status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]",
+        "[status.st_size, status.st_mtime_ns, status.st_ino]",
+        f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
+    ),
+    Mutant(
+        "halves-of-large-ids",
+        "ids of 4 bytes of a large vocabulary are read as twice as many of 2 bytes",
+        "models/data/token_files.py",
+        "if upper.any() and not is_small:",
+        "if upper.any():",
+        "tests/test_records.py::test_what_users_bring_as_data_is_treated_as_the_table_says[a .bin of another dtype]",
+    ),
+    Mutant(
+        "parts-of-others-removed",
+        "without locks a process removes the files of an entry that another one is writing",
+        "models/data/cache.py",
+        "        if excludes_others(lock):\n            for left",
+        "        if True:\n            for left",
+        f"{CACHE_TESTS}::test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once",
+    ),
+)
+
 SEEN_AND_GENERATED = (
     Mutant(
         "beginning-of-a-stop-told",
         "while a text grows its screen shows the beginning of a stop, which the text does not have",
-        "models/generation/texts.py",
+        "models/generation/text_generator.py",
         "return text[: len(text) - max(begun, default=0)]",
         "return text",
         f"{GENERATE_TESTS}::test_what_is_told_of_a_growing_text_stays",
@@ -1933,5 +2064,9 @@ MUTANTS = (
     *DATA,
     *CONVERSATIONS,
     *GENERATION,
+    *FUSED_ATTENTION,
+    *READ_AGAIN,
+    *TEXTS_ATTACKED,
+    *ATTACKED_DATA,
     *SEEN_AND_GENERATED,
 )

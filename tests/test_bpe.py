@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.demo_words import known_share
 from models.data.texts import built_in_text
-from models.tokenizer import BUILT_IN_BPE, SPECIALS, ByteTokenizer, load_tokenizer
+from models.tokenizer import SPECIALS, ByteTokenizer, load_tokenizer
+from models.tokenizer_files import BUILT_IN_BPE
 from models.train_bpe import VOCAB_SIZE, bpe_json, trained_merges
 from parallel.errors import DataError
 from tests.test_docs import MANUAL_OF_THE_README

@@ -23,7 +23,7 @@ from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
 from tests.harness import run
 from tests.test_loop import prepared
-from training.export import SavedModel
+from training.export import find_saved_model
 from training.run import run_job
 
 SAVES = ("train.steps=2", "output.checkpoint_every=2")
@@ -165,7 +165,7 @@ def test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_ex
 def test_one_tensor_of_a_checkpoint_is_in_memory_at_a_time(first: Path) -> None:
     """The last tensor that was yielded and the one that is being read are alive, and no other."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    for piece in SavedModel.find(str(first)).tensors():
+    for piece in find_saved_model(str(first)).tensors():
         alive.append(weakref.ref(piece.data))
         assert sum(reference() is not None for reference in alive) <= 2
     assert len(alive) > 10

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfi
 import models
 import parallel
 from models.generation.job import Request, continued
-from models.generation.texts import Continuation, Options
+from models.generation.text_generator import Continuation, Options
 from models.shapes import from_hugging_face, resolve
 from models.tokenizer import ByteTokenizer
 from models.weight_files import files_of
@@ -31,7 +31,7 @@ from training.config import read_config
 from training.preflight import Job, prepare
 from training.run import run_job
 
-PAGE, HEADING = "docs/data.md", "Model folders"
+PAGE, HEADING = "docs/models.md", "Model folders"
 SHAPE: dict[str, Any] = dict(vocab_size=260, hidden_size=8, word_embed_proj_dim=8, num_attention_heads=2, ffn_dim=8)
 SHAPE |= dict(num_hidden_layers=1, max_position_embeddings=16, dropout=0.0, init_std=1.0)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

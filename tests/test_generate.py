@@ -1,5 +1,6 @@
 """Generated texts equal Hugging Face's `generate` token for token, and are the same in every layout."""
 
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.generation.decoding import Decoder, Limits
+from models.generation.decoding import Decoder, TextLimits
 from models.generation.job import Request, continued, generate, prepare
 from models.generation.layout import config_for
 from models.generation.prompts import read_prompts
-from models.generation.sampling import Sampler, Sampling, filtered
-from models.generation.source import Source, find_source
+from models.generation.sampling import Sampler, Sampling, filtered, index_of_largest
 from models.generation.step import Prompt
-from models.generation.texts import Continuation, Options, Texts
+from models.generation.text_generator import Continuation, Options, TextGenerator
+from models.generation.trained_model import TrainedModel, find_trained_model
 from models.shapes import from_hugging_face
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from parallel.engine.context import Place, make_context
@@ -27,6 +28,7 @@ from tests.families import FAMILIES, SHAPES, VARIANTS, family_of
 from tests.harness import run
 from tests.parity import save_model
 from training.config import read_config
+from training.preflight import check_compiler
 from training.preflight import prepare as prepare_run
 from training.run import run_job
 
@@ -43,23 +45,23 @@ def model_in(folder: Path, name: str) -> Path:
     return save_model(folder / name, family_of(name), **(fields | longer))
 
 
-def source_of(path: Path) -> Source:
-    """Return the model of a folder as a source of token ids: no text is needed here."""
-    return Source(path, from_hugging_face(path), ByteTokenizer(), "bytes", frozenset(), "fp32")
+def trained_in(path: Path) -> TrainedModel:
+    """Return the model of a folder for token ids: no text is needed here."""
+    return TrainedModel(path, from_hugging_face(path), ByteTokenizer(), "bytes", frozenset(), "fp32")
 
 
 def texts_of(
     rank: int, world_size: int, path: Path, sections: dict[str, Any], dtype: str, samplings: list[Sampling]
 ) -> list[list[list[int]]]:
     """Return the new tokens of PROMPTS on a rank, for each sampling: of the prompts that its replica is given."""
-    source = source_of(path)
+    trained = trained_in(path)
     settings = [f"{key}={value!r}" for key, value in sections.items()]
-    config = config_for(source, None, settings, dtype=dtype, world_size=world_size)
+    config = config_for(trained, None, settings, dtype=dtype, world_size=world_size)
     context = make_context(config, Place(rank, world_size, rank, world_size))
     data = context.mesh.axis("data")
     prompts = [Prompt(number, ids) for number, ids in enumerate(PROMPTS)][data.rank :: data.size]
-    model = source.load(context)
-    found = [Decoder(model, Limits(NEW, 32), sampling).continue_texts(prompts) for sampling in samplings]
+    model = trained.load(context)
+    found = [Decoder(model, TextLimits(NEW, 32), sampling).continue_texts(prompts) for sampling in samplings]
     context.mesh.close()
     return found
 
@@ -139,10 +141,10 @@ def test_a_text_ends_where_hugging_face_ends_it(tmp_path: Path) -> None:
     for row in theirs[:, ids.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in ends), None)
         wanted.append(row[:end])
-    source = source_of(path)
-    context = make_context(config_for(source, None, [], dtype=None, world_size=1), Place())
+    trained = trained_in(path)
+    context = make_context(config_for(trained, None, [], dtype=None, world_size=1), Place())
     prompts = [Prompt(number, prompt) for number, prompt in enumerate(PROMPTS)]
-    assert Decoder(source.load(context), Limits(NEW, 32, ends), Sampling()).continue_texts(prompts) == wanted
+    assert Decoder(trained.load(context), TextLimits(NEW, 32, ends), Sampling()).continue_texts(prompts) == wanted
     assert {len(text) for text in wanted} > {3}
 
 
@@ -196,6 +198,30 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(temperature: float)
     logits = torch.tensor([[3.0, 5.0, 4.0]])
     sampler = Sampler(Sampling(temperature), logits.device)
     assert sampler(logits, torch.tensor([0]), torch.tensor([0])).tolist() == [1]
+
+
+@pytest.mark.parametrize("count", [1, 5, 63, 64, 65, 1000])
+def test_compiled_code_takes_the_first_of_the_largest_logits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randint(-9, 9, (50, count), generator=generator).float()
+    scores[scores < -6] = -torch.inf
+    assert index_of_largest(scores).tolist() == [row.index(max(row)) for row in scores.tolist()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 1800)
+@pytest.mark.parametrize("name", ["opt", "mistral"])
+def test_compiled_texts_equal_eager_ones(tmp_path: Path, name: str) -> None:
+    """Compiled are blocks, embedding, and the choice of a token. In fp64 no two sums are as close as rounding."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    path, samplings = model_in(tmp_path, name), [Sampling(), SAMPLED]
+    on_cpu = {"train.device": "cpu"}
+    wanted = texts_of(0, 1, path, on_cpu, "fp64", samplings)
+    assert texts_of(0, 1, path, on_cpu | {"train.compile": True}, "fp64", samplings) == wanted
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
@@ -382,14 +408,18 @@ def test_what_is_told_of_a_growing_text_stays(export: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{", "line 1 is not JSON"), ("[]", "line 1 is no object"), ('{"text": "a"}', "line 1 has the keys 'text'")],
+    [
+        ("{", "line 1 is not JSON.*Write one record on each line"),
+        ("[]", "line 1 is a list.*Write one record on each line"),
+        ('{"text": "a"}', "line 1 has the keys 'text'.*Write one object a line"),
+    ],
 )
 def test_a_file_of_other_records_is_refused_with_the_recipe(
     export: Path, tmp_path: Path, line: str, words: str
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(line)
-    with pytest.raises(DataError, match=f"{words}.*Write one object a line"):
+    with pytest.raises(DataError, match=f"^--prompts: .*{words}"):
         prepare(Request(export, [], file=file), Place(), 1)
 
 
@@ -426,8 +456,11 @@ def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) 
     of_export = texts(tmp_path / "run" / "export", ["The ", "A"], sampling=SAMPLED)
     assert texts(tmp_path / "run", ["The ", "A"], sampling=SAMPLED) == of_export
     assert texts(tmp_path / "run" / "checkpoints" / "step_000002", ["The ", "A"], sampling=SAMPLED) == of_export
-    assert find_source(tmp_path / "run").is_checkpoint
-    assert find_source(tmp_path / "run" / "checkpoints" / "latest").folder == find_source(tmp_path / "run").folder
+    assert find_trained_model(tmp_path / "run").is_checkpoint
+    assert (
+        find_trained_model(tmp_path / "run" / "checkpoints" / "latest").folder
+        == find_trained_model(tmp_path / "run").folder
+    )
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -444,14 +477,34 @@ def test_the_model_is_given_the_tokens_that_transformers_makes_of_a_prompt(tmp_p
     assert [list(ids) for ids in prepare(request, Place(), 1).tokens] == [wanted]
 
 
+def test_messages_of_a_file_are_read_as_in_training(tmp_path: Path) -> None:
+    """Tools were once left out, and a content in parts was written as Python shows a list."""
+    folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
+    save_model(folder, "llama", **(SHAPES["llama"] | dict(vocab_size=1024, max_position_embeddings=1024)))
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    parts = [{"type": "text", "text": "Who is "}, {"type": "text", "text": "there?"}]
+    file = tmp_path / "prompts.jsonl.gz"
+    record = {"messages": [{"role": "user", "content": parts}], "tools": tools}
+    file.write_bytes(gzip.compress(json.dumps(record).encode()))
+    messages = [{"role": "user", "content": "Who is there?"}]
+    wanted = theirs(folder).apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    assert [list(ids) for ids in prepare(Request(folder, [], file=file), Place(), 1).tokens] == [wanted]
+
+    file.write_bytes(gzip.compress(json.dumps({"messages": [{"role": "gpt", "content": "a"}]}).encode()))
+    with pytest.raises(DataError, match="prompt 1: message 1 of `messages` has the role 'gpt'"):
+        prepare(Request(folder, [], file=file), Place(), 1)
+
+
 def test_a_stop_that_names_a_special_token_ends_a_text_with_it(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "model", TEMPLATES["qwen2"])
-    texts = Texts(replace(source_of(model_in(tmp_path, "llama")), tokenizer=load_tokenizer(str(folder))), Options())
+    texts = TextGenerator(
+        replace(trained_in(model_in(tmp_path, "llama")), tokenizer=load_tokenizer(str(folder))), Options()
+    )
     assert not texts.ends
-    source = texts.tokenizer.vocabulary()["<|im_end|>"]
+    end = texts.tokenizer.vocabulary()["<|im_end|>"]
     stopping = Options(stops=("<|im_end|>", "b"))
-    named = Texts(replace(source_of(tmp_path / "llama"), tokenizer=load_tokenizer(str(folder))), stopping)
-    assert (set(named.ends), named.stops) == ({source}, ["b"])
+    named = TextGenerator(replace(trained_in(tmp_path / "llama"), tokenizer=load_tokenizer(str(folder))), stopping)
+    assert (set(named.ends), named.stops) == ({end}, ["b"])
 
 
 def test_chat_without_a_template_is_refused(export: Path) -> None:

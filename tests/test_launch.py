@@ -18,7 +18,7 @@ import torch
 import launch
 from models.generation.job import Request, continued
 from models.generation.sampling import Sampling
-from models.generation.texts import Options
+from models.generation.text_generator import Options
 from parallel.config import load_raw, parse
 from parallel.engine.device import choose_device
 from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from models.data import load_tokens
+from models.data import has_token_ids, load_tokens
 from models.data.records import Records
 from models.data.sources import find_source
 from models.tokenizer import load_tokenizer
-from parallel.config import DataConfig
+from parallel.config import DataConfig, parse
+from parallel.errors import DataError
 from tests.tables import Row, rows
 from tests.test_texts import byte_ids, messages_of, refusal, texts_in, tokenizer_in
+from training.inputs import tokenizer_of
 
 PAGE, HEADING = "docs/data.md", "Records and token ids"
 RECORDS = [{"text": f"é is {number}", "n": number, "more": {"a": [1, None]}} for number in range(5)]
@@ -94,7 +98,6 @@ def parquet(folder: Path) -> str:
 def saved(folder: Path) -> str:
     path = dataset_in(folder / "saved")
     assert list(Records(find_source(str(path)))) == RECORDS
-    assert Records(find_source(str(path))).keys() == ("text", "n", "more")
     assert tokens_of(path) == joined([str(record["text"]) for record in RECORDS])
     return ""
 
@@ -107,6 +110,22 @@ def saved_splits(folder: Path) -> str:
     said = refused(folder)
     assert f"data.path={folder}/train, and data.validation_path={folder}/test" in said
     assert tokens_of(folder / "train") == joined([str(record["text"]) for record in RECORDS])
+    return said
+
+
+def questions(folder: Path) -> str:
+    """The recipe once was to train on the questions alone. It has no other key than those that the record has."""
+    several = refused(lines_in(folder / "a.jsonl", [{"title": "a", "body": "b"}]))
+    assert "it has 'title', 'body'. Set data.text_key to one of them." in several
+    asked = refused(lines_in(folder / "b.jsonl", [{"question": "a", "answer": "b"}]))
+    assert 'content: (.question)}, {role: "assistant", content: .answer}]' in asked
+    file = lines_in(folder / "c.jsonl", [{"instruction": "a", "input": "b", "output": "c"}])
+    said = refused(file)
+    recipe = said[said.index("jq") :].replace("FILE > NEW.jsonl.", str(file))
+    assert 'content: (.instruction + .input)}, {role: "assistant", content: .output}]' in recipe
+    if shutil.which("jq"):
+        made = json.loads(subprocess.check_output(recipe, shell=True))
+        assert made == {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}
     return said
 
 
@@ -149,7 +168,9 @@ def no_record(folder: Path) -> str:
     assert "line 1 is not UTF-8: byte 0xe9 at position 13" in refused(path)
     path.write_bytes('{"text": "a"}\n'.encode("utf-16"))
     assert "is UTF-16-LE. Convert it" in refused(path)
-    path.write_text(json.dumps(RECORDS))
+    for array in (json.dumps(RECORDS, indent=1), json.dumps(RECORDS)[:50]):  # which need not be read to its end
+        path.write_text(array)
+        assert "line 1 is a list, and not a record {...}" in refused(path)
     return refused(path)
 
 
@@ -160,6 +181,8 @@ def packed(folder: Path) -> str:
     assert f"Rename it to {plain.name}.gz" in refused(plain)
     (folder / "c.jsonl.gz").write_text('{"text": "a"}')
     assert "c.jsonl.gz is not packed by gzip" in refused(folder / "c.jsonl.gz")
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert "it begins as gzip does. Unpack or convert it." in refused(folder / "e.jsonl.gz")
     (folder / "d.jsonl.gz").write_bytes(file.read_bytes()[:-12])
     return refused(folder / "d.jsonl.gz")
 
@@ -178,7 +201,28 @@ def odd_bin(folder: Path) -> str:
 
 def wrong_dtype(folder: Path) -> str:
     assert "or data.bin_dtype=uint16" in refused(bin_in(folder / "a.bin"), bin_dtype="uint32")
+    of_llama = np.random.default_rng(0).integers(0, 128_000, 999)  # the upper halves are 0 and 1
+    assert "below 16, as when ids of 4 bytes are read as uint16" in refused(bin_in(folder / "c.bin", of_llama, "<u4"))
+    for dtype in ("uint16", "uint32"):
+        said = refused(bin_in(folder / "d.bin", dtype="<i8"), bin_dtype=dtype)
+        assert f"as when ids of 8 bytes are read as {dtype}. Write it again, numpy.fromfile(" in said
     return refused(bin_in(folder / "b.bin", dtype="<u4"))
+
+
+def text_as_ids(folder: Path) -> str:
+    """Two letters are an id that a vocabulary of 50,000 has; this text ends within a character."""
+    (folder / "a.bin").write_bytes(("Two letters are one id, é. " * 9).encode()[:24])
+    return refused(folder / "a.bin")
+
+
+def shared_validation(folder: Path) -> str:
+    texts = texts_in(folder / "texts", a="x" * 99, b="y" * 99)
+    for path in (texts, texts / "a.txt"):
+        config = DataConfig(path=str(texts), validation_path=str(path), sequence_length=3)
+        (said,) = load_tokens(config, 260).messages
+        assert "the model is validated on what it is trained on" in said
+    assert f"{texts}/a.txt is also read for data.path" in said
+    return said
 
 
 def with_header(folder: Path) -> str:
@@ -207,8 +251,10 @@ def of_one_kind(folder: Path) -> str:
     assert tokens_of(folder / "ids") == IDS.tolist()
     (folder / "arrays").mkdir()
     np.save(folder / "arrays" / "1.npy", IDS[:50].astype(np.uint8))
-    np.save(folder / "arrays" / "2.npy", IDS[50:].astype(np.int32))
+    np.save(folder / "arrays" / "2.npy", IDS[50:75].astype(np.int64))
+    np.save(folder / "arrays" / "3.npy", IDS[75:].astype(np.uint64))
     assert tokens_of(folder / "arrays") == IDS.tolist()
+    assert all(isinstance(id, int) for id in tokens_of(folder / "arrays"))  # numpy makes float64 of the last two
     return ""
 
 
@@ -228,10 +274,26 @@ def of_splits(folder: Path) -> str:
     return said
 
 
+def not_used(folder: Path) -> str:
+    """A user who names a key of records for a text believed that it was read by this key."""
+    text, ids = str(texts_in(folder / "texts", a="x" * 99)), str(bin_in(folder / "a.bin", dtype="<u4"))
+    of_records = messages_of(folder, f"data.path={text}", "data.text_key=content")
+    assert f"data.text_key: 'content' is not used, since {text} has no records" in of_records
+    both = (f"data.path={text}", f"data.validation_path={ids}", "data.bin_dtype=uint32")
+    assert "data.bin_dtype" not in messages_of(folder, *both)
+    assert "data.text_key: 'content' is not used" in messages_of(folder, *both, "data.text_key=content")
+    return messages_of(folder, f"data.path={text}", "data.bin_dtype=uint32")
+
+
 def other_kind(folder: Path) -> str:
     for name in ("a.csv", "a.txt.gz", "a.arrow", "a.pt"):
         (folder / name).write_text("x")
         assert "is not of a kind that is read" in refused(folder / name)
+    empty = folder / "rows"
+    for number, (name, recipe) in enumerate({"b.csv": "Convert it", "k=1": "Name a folder of one of"}.items()):
+        (empty / str(number) / name).mkdir(parents=True)
+        said = refused(empty / str(number))
+        assert f"it has {name}. {recipe}" in said
     return refused(folder / "a.csv")
 
 
@@ -290,6 +352,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a folder that `datasets.save_to_disk` wrote": saved,
     "such a folder with several splits": saved_splits,
     "records without `data.text_key`": missing_key,
+    "records with a question and its answer under other keys, such as `instruction` and `output`": questions,
     "a value that is no text": no_text,
     "records with an empty text": empty_text,
     "lines that are no records, such as a JSON array": no_record,
@@ -297,14 +360,17 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "nanoGPT's FILE.bin": nanogpt,
     "a .bin of half an id": odd_bin,
     "a .bin of another dtype": wrong_dtype,
+    "a .bin that is text": text_as_ids,
     "a .bin with the header of llm.c": with_header,
     "a .bin of Megatron of another dtype": megatron,
     "a folder with files of one kind": of_one_kind,
     "a folder with files of several kinds": of_several_kinds,
     "a folder with a training split and others": of_splits,
     "a file of another kind": other_kind,
+    "`data.text_key` or `data.bin_dtype`, for data without records or without .bin": not_used,
     "data for validation": validation,
     "data for validation that are too short": short_validation,
+    "data for validation that are trained on": shared_validation,
     "special tokens that the tokenizer puts around a text": special_tokens,
 }
 ROWS = rows(PAGE, HEADING)
@@ -319,3 +385,25 @@ def test_what_users_bring_as_data_is_treated_as_the_table_says(row: Row, tmp_pat
     said = CHECKS[row.what](tmp_path)
     quoted = re.findall(r"`([^`]*)`", row.answer)
     assert all(words in said for words in quoted if " " in words), (quoted, said)
+
+
+@pytest.mark.parametrize(
+    ("path", "tokenizer", "vocab_size"),
+    [("gone.jsonl", "bytes", 260), ("gone.npy", "bytes", None), ("gone", "bpe", 4096), ("python-docs", "bytes", 260)],
+)
+def test_the_tokenizer_of_a_run_is_known_although_its_data_have_moved(
+    path: str, tokenizer: str, vocab_size: int | None
+) -> None:
+    """An export after the data had moved once lost a tokenizer that was named, since the data were looked at first."""
+    config = parse(dict(data=dict(path=path, tokenizer=tokenizer)), batches=False)
+    found = tokenizer_of(config)
+    assert (None if found is None else found.vocab_size) == vocab_size
+
+
+def test_a_folder_of_token_ids_is_told_from_texts(tmp_path: Path) -> None:
+    """Generation from a checkpoint once took the ids of a folder for bytes: it looked at the end of the path alone."""
+    bin_in(tmp_path / "ids.txt" / "a.bin")
+    assert has_token_ids(str(tmp_path / "ids.txt"))
+    assert not has_token_ids(str(texts_in(tmp_path / "texts.bin", a="x")))
+    with pytest.raises(DataError, match="does not exist"):
+        has_token_ids(str(tmp_path / "gone"))

@@ -14,6 +14,7 @@ from tokenizers import models as kinds
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, OPTConfig, OPTForCausalLM, Qwen2Tokenizer
 
 from models.data import load_tokens
+from models.data.sources import find_source
 from models.data.texts import Texts
 from models.tokenizer import ByteTokenizer, load_tokenizer
 from models.tokenizer_files import END_OF_CLASS
@@ -496,7 +497,7 @@ def test_an_export_replaces_the_files_of_the_tokenizer_that_was_there_before(tmp
 
 
 def test_texts_are_read_one_at_a_time(tmp_path: Path) -> None:
-    texts = iter(Texts(str(texts_in(tmp_path, a="first", b=b"\xff"))))
+    texts = iter(Texts(find_source(str(texts_in(tmp_path, a="first", b=b"\xff")))))
     name, chunks = next(texts)
     assert (name, list(chunks)) == ("a.txt", ["first"])
     assert "b.txt is not UTF-8" in refusal(lambda: list(next(texts)[1]))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from models.generation_config import exported_shape, write_generation_config
 from models.hf import export
+from models.saved_model import widest_dtype
 from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
@@ -12,7 +13,6 @@ from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES
 from parallel.engine.engine import Engine
 from training.best_loss import BestLoss
-from training.export import widest_dtype
 from training.plot import draw_loss
 from training.preflight import Job
 from training.resume import metadata_of

@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,16 +14,14 @@ from models.generation_config import (
     read_generation_config,
     write_generation_config,
 )
-from models.hf import entries_of, export_whole, not_exported
-from models.shape import ModelShape
-from models.shapes import shape_from
+from models.hf import export_whole, not_exported
+from models.saved_model import SavedModel, of_this_program, widest_dtype
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import replace_files, replace_folder
-from parallel.config import Config, parse
+from parallel.config import Config
 from parallel.engine.context import DTYPES
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError
-from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
 from training.inputs import tokenizer_of
 from training.resume import naming_the_one_before
@@ -32,53 +29,20 @@ from training.resume import naming_the_one_before
 T = TypeVar("T")
 
 EVERYTHING = re.compile(".*")
-MASTER = "master/"  # with which the names of master weights begin in a checkpoint
 
 
-def widest_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of the master weights, in which an export loses nothing."""
-    return torch.float64 if config.train.precision == "fp64" else torch.float32
+def find_saved_model(name: str) -> SavedModel:
+    """Return the model of a checkpoint, or of the newest one of a run's folder.
 
-
-@dataclass(frozen=True)
-class SavedModel:
-    """The model of a checkpoint that a run has saved: its folder, the step it was saved after, config and shape."""
-
-    folder: Path
-    step: int
-    config: Config
-    shape: ModelShape
-
-    @classmethod
-    def find(cls, name: str) -> "SavedModel":
-        """Return the model of a checkpoint, or of the newest one of a run's folder.
-
-        Raises CheckpointError, by the name of the file, for one that is missing, damaged, or of another program.
-        """
-        path = "./auto" if name == "auto" else os.path.expanduser(name)  # a folder; --resume has another meaning for it
-        folder = checkpoint.find_checkpoint(path, Path(), option="CHECKPOINT")
-        assert folder is not None
-        try:
-            with naming_the_one_before(folder, option=""):
-                checkpoint.check_files(folder)
-                checkpoint.check_contents(folder, ALONE)
-            metadata = checkpoint.read_metadata(folder)
-            if "model" not in metadata and "format" in metadata:
-                raise CheckpointError(
-                    f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say"
-                    " which model it has. Load it there, and call engine.save_pretrained."
-                )
-            config, shape = parse(metadata["config"], batches=False), shape_from(metadata["model"])
-            return cls(folder, int(metadata["step"]), config, shape)
-        except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
-            raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
-
-    def tensors(self) -> Iterator[Piece]:
-        """Yield the master weights, whole, one at a time, in the order of an export."""
-        entries = entries_of(self.shape, widest_dtype(self.config))
-        stored = [replace(entry, key=f"{MASTER}{entry.key}") for entry in entries]
-        for piece in checkpoint.whole_tensors(self.folder, stored):
-            yield replace(piece, name=piece.name.removeprefix(MASTER))
+    Raises CheckpointError, by the name of the file, for one that is missing, damaged, or of another program.
+    """
+    path = "./auto" if name == "auto" else os.path.expanduser(name)  # a folder; --resume has another meaning for it
+    folder = checkpoint.find_checkpoint(path, Path(), option="CHECKPOINT")
+    assert folder is not None
+    with of_this_program(folder), naming_the_one_before(folder, option=""):
+        checkpoint.check_files(folder)
+        checkpoint.check_contents(folder, ALONE)
+    return SavedModel.read(folder)
 
 
 def check_target(target: Path, saved: SavedModel) -> None:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from models.data import Cache, Corpus, find_source, load_tokens
+from models.data import Cache, Corpus, has_token_ids, load_tokens
 from models.generation_config import read_generation_config
 from models.hf import check_weights, has_weights, stored_dtypes
 from models.shape import ModelShape
@@ -49,9 +49,9 @@ def _check_validation(config: Config, corpus: Corpus) -> None:
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
     """Return the tokenizer that the export will contain, or None for token ids whose tokenizer is not named."""
-    is_default = config.data.tokenizer == "bytes"
-    has_ids = find_source(config.data.path).kind.has_ids
-    return None if is_default and has_ids else load_tokenizer(config.data.tokenizer)
+    if config.data.tokenizer == "bytes" and has_token_ids(config.data.path):
+        return None
+    return load_tokenizer(config.data.tokenizer)
 
 
 def input_messages(config: Config, corpus: Corpus) -> list[str]:

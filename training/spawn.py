@@ -18,13 +18,13 @@ from typing import TypeVar
 
 from parallel.mesh.process_groups import host_store
 from parallel.watch.board import NO_RANK, Board, prefix_of
+from parallel.watch.judge import LOST
 
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0
-REFUSED, NOT_FINITE, LOST = 2, 4, 5
-"""The exit codes of a rank that refuses what the user gave, of one whose numbers are not finite, and of one that lost
-another."""
+REFUSED, NOT_FINITE = 2, 4
+"""The exit codes of a rank that refuses what the user gave, and of one whose numbers are not finite."""
 
 SEARCH = ("PYTHONPATH", "PYTHONSAFEPATH")
 """The variables that say where Python searches modules."""

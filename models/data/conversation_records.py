@@ -9,22 +9,27 @@ from enum import Enum
 from typing import Any
 
 from models.chat import ChatTemplate, Conversation
+from models.data.records import checked_text
 from parallel.errors import DataError, closest, names_text, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 ASSISTANT = "assistant"
 OTHER_NAMES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "ai": ASSISTANT}
+WEIGHT = "weight"  # of an answer, 0 or 1, as in the format of OpenAI
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 SHARE_GPT = "conversations"  # of messages with `from` and `value`; it is refused with what makes `messages` of it
 TO_MESSAGES = (
     'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from),'
     " content: .value}]}' FILE > NEW.jsonl"
 )
+MESSAGE_RECIPE = 'A message is an object {"role": "user", "content": "..."}.'
 WITHOUT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 """Keys of a message of the assistant that needs no content beside them."""
+OF_THE_RECORD = ("messages", "tools", "add_generation_prompt")
+"""Variables of a template that `chat_template_kwargs` cannot set."""
 
 
-class Kind(Enum):
+class RecordKind(Enum):
     """The keys by which a record is a conversation."""
 
     MESSAGES = "`messages`"
@@ -34,10 +39,18 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages for the chat template; the answers that are learned are those from message `first` on."""
+    """Messages for the chat template. The answers from message `first` on are learned, but for those of weight 0."""
 
     conversation: Conversation
     first: int = 0
+
+    def answers(self) -> dict[int, bool]:
+        """Return the number of each message of the assistant, from 0, and whether it is learned."""
+        return {
+            number: number >= self.first and message.get(WEIGHT) != 0
+            for number, message in enumerate(self.conversation.messages)
+            if message["role"] == ASSISTANT
+        }
 
 
 @dataclass(frozen=True)
@@ -60,10 +73,10 @@ def needs_template(record: Mapping[str, Any]) -> bool:
     return MESSAGES in record or not isinstance(record.get(PROMPT), str)
 
 
-def kind_of(record: Mapping[str, Any]) -> Kind:
+def kind_of(record: Mapping[str, Any]) -> RecordKind:
     """Return the kind of a record. Raises DataError where it is none."""
     if MESSAGES in record:
-        return Kind.MESSAGES
+        return RecordKind.MESSAGES
     if PROMPT not in record or COMPLETION not in record:
         if SHARE_GPT in record:
             raise DataError(f"it has `conversations`, and `messages` are needed. Write them: {TO_MESSAGES}")
@@ -74,7 +87,7 @@ def kind_of(record: Mapping[str, Any]) -> Kind:
     is_text = [isinstance(record[key], str) for key in (PROMPT, COMPLETION)]
     if is_text[0] != is_text[1]:
         raise DataError("one of `prompt` and `completion` is text, and the other is not. Make both text, or messages.")
-    return Kind.TEXT if is_text[0] else Kind.PROMPTED
+    return RecordKind.TEXT if is_text[0] else RecordKind.PROMPTED
 
 
 def parse_record(record: Mapping[str, Any], template: ChatTemplate | None = None) -> Dialogue | Completion:
@@ -83,17 +96,17 @@ def parse_record(record: Mapping[str, Any], template: ChatTemplate | None = None
     Raises DataError, which names the key and the message, for one that cannot be used.
     """
     kind = kind_of(record)
-    if kind is Kind.TEXT:
-        return Completion(_checked(record[PROMPT], PROMPT), _checked(record[COMPLETION], COMPLETION))
-    prompt = _messages(record, PROMPT, template) if kind is Kind.PROMPTED else []
-    messages = _messages(record, MESSAGES if kind is Kind.MESSAGES else COMPLETION, template)
+    if kind is RecordKind.TEXT:
+        return Completion(checked_text(record[PROMPT], PROMPT), checked_text(record[COMPLETION], COMPLETION))
+    prompt = _messages(record, PROMPT, template) if kind is RecordKind.PROMPTED else []
+    messages = _messages(record, MESSAGES if kind is RecordKind.MESSAGES else COMPLETION, template)
     return Dialogue(Conversation([*prompt, *messages], _tools(record), _variables(record)), first=len(prompt))
 
 
 def _messages(record: Mapping[str, Any], key: str, template: ChatTemplate | None) -> list[dict[str, Any]]:
     given = record[key]
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise DataError(f"`{key}` is {shown(given)}, and not a list of messages. {_recipe()}")
+        raise DataError(f"`{key}` is {shown(given)}, and not a list of messages. {MESSAGE_RECIPE}")
     if not given:
         raise DataError(f"`{key}` is empty: it has no message. Leave out such records.")
     return [
@@ -103,22 +116,26 @@ def _messages(record: Mapping[str, Any], key: str, template: ChatTemplate | None
 
 def _message(given: Any, name: str, template: ChatTemplate | None) -> dict[str, Any]:
     if not isinstance(given, Mapping):
-        raise DataError(f"{name} is {shown(given)}. {_recipe()}")
+        raise DataError(f"{name} is {shown(given)}. {MESSAGE_RECIPE}")
     message = {str(key): value for key, value in given.items() if value is not None}
     role = message.get("role")
     if role is None:
         like = (
             " It has `from`, which must be `role`, and `value`, which must be `content`." if "from" in message else ""
         )
-        raise DataError(f"{name} has no `role`.{like} {_recipe()}")
+        raise DataError(f"{name} has no `role`.{like} {MESSAGE_RECIPE}")
     if role not in ROLES and not (template is not None and template.names_role(str(role))):
         match = OTHER_NAMES.get(str(role).casefold()) or closest(str(role), ROLES)
         hint = f"Did you mean {match!r}?" if match else f"Known: {', '.join(ROLES)}."
         raise DataError(f"{name} has the role {shown(role)}. {hint}")
     if "content" in message:
-        message["content"] = _checked(_text_of(message["content"], name), name)
+        message["content"] = checked_text(_text_of(message["content"], name), name)
     elif role != ASSISTANT or not any(key in message for key in WITHOUT_TEXT):
         raise DataError(f"{name} has no `content`. Leave out the record, or set it to an empty text.")
+    if message.get(WEIGHT) not in (None, 0, 1):
+        raise DataError(
+            f"{name} has the weight {shown(message[WEIGHT])}. Known: 0, an answer that is not learned, and 1."
+        )
     return message
 
 
@@ -158,20 +175,6 @@ def _variables(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     variables = record.get("chat_template_kwargs")
     if variables is not None and not isinstance(variables, Mapping):
         raise DataError(f"`chat_template_kwargs` is {shown(variables)}, and not an object.")
+    if taken := [key for key in OF_THE_RECORD if key in (variables or {})]:
+        raise DataError(f"`chat_template_kwargs` has {names_text(taken)}, which follow from the record itself.")
     return variables
-
-
-def _checked(text: str, name: str) -> str:
-    """Return a text. Raises DataError where it has half of a surrogate pair, which JSON can write."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} has the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write."
-            " Leave out the record, or replace it."
-        ) from error
-    return text
-
-
-def _recipe() -> str:
-    return 'A message is an object {"role": "user", "content": "..."}.'

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from models.chat import load_chat_template
@@ -16,15 +16,16 @@ from models.data.cache import Cache
 from models.data.conversation_records import is_conversation, needs_template
 from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
-from models.data.packed import PackedRow
+from models.data.packed import PackedRow, pack_documents
 from models.data.padded import pad_conversations
 from models.data.records import Record, Records
 from models.data.rows import Counted, encoded_row, mapped_row
 from models.data.samples import Part, Samples, TokenRow
-from models.data.sources import Source, find_source
+from models.data.separator import Separator
+from models.data.sources import Kind, Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import ConfigError, DataError
+from parallel.errors import ConfigError, DataError, names_text
 
 VALIDATION = "data.validation_path"
 
@@ -97,7 +98,8 @@ def load_tokens(
     DataError if the corpus cannot be read, is too short, or has a token id outside `vocab_size`.
     """
     reader = _Reader(data, vocab_size, tuple(ends), pad, cache)
-    training, messages = reader.samples(find_source(data.path))
+    source = find_source(data.path)
+    training, messages = reader.samples(source)
     if data.validation_path is None:
         num_validation = math.floor(data.validation_fraction * training.num_samples)
         if num_validation >= training.num_samples:
@@ -105,13 +107,32 @@ def load_tokens(
                 f"data.validation_fraction: {data.validation_fraction} takes all {training.num_samples} samples of"
                 f" {data.path} and leaves none to train on. Use a fraction below 1."
             )
-        return corpus_of(training, data.sequence_length, num_validation, messages)
-    validation, more = reader.samples(find_source(data.validation_path, VALIDATION))
-    if data.validation_fraction not in (0, DataConfig().validation_fraction):
-        more.append(
-            f"data.validation_fraction: {data.validation_fraction} is not used, since data.validation_path is set"
-        )
-    return Corpus(training, validation, data.sequence_length, (*messages, *more))
+        return corpus_of(training, data.sequence_length, num_validation, [*messages, *_not_used(data, source)])
+    other = find_source(data.validation_path, VALIDATION)
+    validation, more = reader.samples(other)
+    if shared := _shared(training, validation, source, other):
+        more.append(f"{VALIDATION}: {shared}: the model is validated on what it is trained on")
+    return Corpus(training, validation, data.sequence_length, (*messages, *more, *_not_used(data, source, other)))
+
+
+def _not_used(data: DataConfig, *sources: Source) -> Iterator[str]:
+    """Yield a message for each key that was set, and that none of the sources that are read needs."""
+    default, kinds = DataConfig(), [source.kind for source in sources]
+    if data.text_key != default.text_key and not any(kind.has_records for kind in kinds):
+        yield f"data.text_key: {data.text_key!r} is not used, since {data.path} has no records"
+    if data.bin_dtype != default.bin_dtype and Kind.BIN not in kinds:
+        yield f"data.bin_dtype: {data.bin_dtype} is not used, since {data.path} is not of files .bin"
+    if data.validation_path is not None and data.validation_fraction not in (0, default.validation_fraction):
+        yield f"data.validation_fraction: {data.validation_fraction} is not used, since data.validation_path is set"
+
+
+def _shared(training: Samples, validation: Samples, first: Source, second: Source) -> str:
+    """Return what two sources have in common; nothing where that is not known."""
+    if (training.num_tokens, training.digest) == (validation.num_tokens, validation.digest):
+        return f"{second.path} has the same tokens as data.path"
+    others = {file.resolve() for file in first.files}
+    files = [str(file) for file in second.files if file.resolve() in others]
+    return f"{names_text(files)} is also read for data.path" if files else ""
 
 
 @dataclass(frozen=True)
@@ -137,9 +158,8 @@ class _Reader:
         row, messages = counted.row, [*self._messages(source, counted), *messages]
         samples: Samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
         if self.data.document_mask:
-            samples = PackedRow(row, self.data.sequence_length)
-            if row.num_documents == 1:
-                messages.append(f"{source.key}: all of it is one document: data.document_mask only cuts it by samples")
+            samples, more = pack_documents(row, self.data.sequence_length, key=source.key)
+            messages += more
         if not samples.num_samples:
             shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
             raise DataError(
@@ -174,7 +194,14 @@ class _Reader:
         documents = text_documents(source, tokenizer, text_key)
         vocab_size = tokenizer.vocab_size if end.id is None else max(tokenizer.vocab_size, end.id + 1)
         counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=end.required)
-        return counted, end.messages() if counted.row.num_documents > 1 else []
+        row = counted.row
+        messages = end.messages() if row.num_documents > 1 else []
+        if self.data.document_mask and row.num_documents > 1 and row.tokens[row.starts[1] - 1] != end.id:
+            messages.append(
+                f"{source.key}: token {end.id}, which ends a text, is the first one of the next text, and so no label"
+                " with data.document_mask: the model does not learn to stop"
+            )
+        return counted, messages
 
     def _conversations(self, source: Source, record: Record) -> tuple[Samples, list[str]]:
         """Return conversations, one in a sample, and messages about them. `record` is the first one."""
@@ -188,7 +215,7 @@ class _Reader:
         end = Separator(tokenizer, self.end, self.vocab_size).id
         documents = ConversationDocuments(Records(source), tokenizer, template, end)
         key = {
-            "conversations": 1,
+            "conversations": 2,
             "tokenizer": tokenizer.identity,
             "template": None if template is None else template.content,
             "end": end,
@@ -198,6 +225,11 @@ class _Reader:
         ends = sorted({*self.ends, *(() if end is None else (end,))})
         length, pad = self.data.sequence_length, self.pad or 0
         samples, messages = pad_conversations(counted.row, length, pad=pad, ends=ends, key=source.key)
+        if self.data.text_key not in ("text", *record):
+            messages.append(
+                f"data.text_key: {self.data.text_key!r} is not used, since records of {source.path} lack it and are"
+                " conversations"
+            )
         return samples, [*self._messages(source, counted), *messages]
 
     def _messages(self, source: Source, counted: Counted) -> list[str]:
@@ -219,35 +251,3 @@ class _Reader:
                 f" only {self.vocab_size}. Set model.vocab_size={tokenizer.vocab_size}, or use a smaller tokenizer."
             )
         return tokenizer
-
-
-@dataclass(frozen=True)
-class Separator:
-    """The token that joins two texts: the tokenizer's own, else the model's, which a message says."""
-
-    tokenizer: Tokenizer
-    end_of_model: int | None
-    vocab_size: int
-
-    @property
-    def id(self) -> int | None:
-        if self.tokenizer.end is not None:
-            return self.tokenizer.end
-        return self.end_of_model if self.end_of_model is not None and self.end_of_model < self.vocab_size else None
-
-    def required(self) -> int:
-        """Return the token. Raises DataError where there is none."""
-        if self.id is None:
-            raise DataError(
-                "data.tokenizer: it names no token that ends a text, which must stand between two texts of data.path."
-                " Name its eos_token in tokenizer_config.json, or set model.eos_token_id."
-            )
-        return self.id
-
-    def messages(self) -> list[str]:
-        if self.tokenizer.end is not None:
-            return []
-        token = next((repr(token) for token, id in self.tokenizer.vocabulary().items() if id == self.id), "of no text")
-        return [
-            f"texts are joined by token {self.id}, {token}: model.eos_token_id, since the tokenizer names no eos_token"
-        ]

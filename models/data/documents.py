@@ -49,6 +49,11 @@ class DocumentRow:
     def num_documents(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def digest_with_starts(self) -> int:
+        """A checksum of all, by which data are known whose documents matter."""
+        return digest_of(self.starts, self.digest)
+
 
 class Store(Protocol):
     """Arrays that grow, by name: in memory, or in files."""
@@ -121,7 +126,7 @@ class RowWriter:
         if self._ids:
             ids = np.concatenate(self._ids)
             self.digest = digest_of(ids, self.digest)
-            self._counts = added(self._counts, np.bincount(ids))
+            self._counts = sum_of_counts(self._counts, np.bincount(ids))
             self._store.append("tokens", ids.astype(self._dtype))
         if self._learned:
             is_learned = np.concatenate(self._learned)
@@ -134,10 +139,10 @@ class RowWriter:
 
 def digest_of(ids: Ids, before: int = 0) -> int:
     """Return a checksum of token ids, which does not depend on their dtype, after the checksum of those before."""
-    return zlib.crc32(ids.astype("<i8").tobytes(), before)
+    return zlib.crc32(np.ascontiguousarray(ids, "<i8").data, before)
 
 
-def added(counts: Array, more: Array) -> Array:
+def sum_of_counts(counts: Array, more: Array) -> Array:
     """Return the sum of two arrays of counts, of which one may be shorter."""
     longer, shorter = (counts, more) if len(counts) >= len(more) else (more, counts)
     total = longer.astype(np.int64)

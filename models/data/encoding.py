@@ -17,7 +17,7 @@ LONG = 1 << 20
 """The characters from which on a text is encoded in parts."""
 
 
-class Documents(Protocol):
+class DocumentStream(Protocol):
     """The documents of a source.
 
     While they are iterated, `fraction` is the share of the source that has been read; afterwards `messages` returns
@@ -32,7 +32,7 @@ class Documents(Protocol):
     def messages(self) -> list[str]: ...
 
 
-def text_documents(source: Source, tokenizer: Tokenizer, text_key: str) -> Documents:
+def text_documents(source: Source, tokenizer: Tokenizer, text_key: str) -> DocumentStream:
     """Return the documents of texts, or of records with a text: each text is a document."""
     if source.kind.has_records:
         return RecordDocuments(Records(source), tokenizer, text_key)
@@ -96,14 +96,15 @@ def encoded(texts: Iterable[tuple[str, Iterator[str]]], tokenizer: Tokenizer) ->
     size = 0
     for name, chunks in texts:
         text, more = next(chunks, ""), next(chunks, None)
-        if more is None and len(text) <= LONG:
+        is_long = more is not None or len(text) > LONG
+        if not is_long:
             names.append(name)
             batch.append(text)
             size += len(text)
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS or more is not None or len(text) > LONG:
+        if is_long or size >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
             yield from _encoded_batch(names, batch, tokenizer)
             names, batch, size = [], [], 0
-        if more is not None or len(text) > LONG:
+        if is_long:
             yield from _encoded_long(name, chain([text], [] if more is None else [more], chunks), tokenizer)
     yield from _encoded_batch(names, batch, tokenizer)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from models.data.cache import Cache, Entry, made
+from models.data.cache import Cache, Entry, entry_of
 from models.data.documents import DocumentRow, RowWriter, Store
-from models.data.encoding import Documents
+from models.data.encoding import DocumentStream
 from models.data.sources import Kind, Source
 from models.data.token_files import map_token_file, position_of_stranger, starts_after, survey
 from models.tokenizer import Ids
@@ -29,7 +29,7 @@ class Counted:
 
 
 def encoded_row(
-    documents: Documents,
+    documents: DocumentStream,
     source: Source,
     cache: Cache | None,
     *,
@@ -52,7 +52,7 @@ def encoded_row(
         return {"digest": writer.digest, "messages": documents.messages()}
 
     is_kept = cache is not None and source.kind is not Kind.BUILT_IN
-    entry = made(cache if is_kept else None, source, {"documents": 1, **key}, write)
+    entry = entry_of(cache if is_kept else None, source, {"documents": 1, **key}, write)
     if "tokens" not in entry.arrays:
         raise DataError(f"{source.key}: {source.path} is empty: there is no token in it. Name a text.")
     return _counted(entry, [*source.messages, *entry.metadata["messages"]])
@@ -78,7 +78,7 @@ def mapped_row(source: Source, cache: Cache | None, *, bin_dtype: str, vocab_siz
     def write(store: Store, report: Callable[[float, int], None]) -> dict[str, Any]:
         return survey(parts, store, report, copy=len(parts) > 1)
 
-    entry = made(cache, source, {"ids": 1, "dtype": dtype}, write)
+    entry = entry_of(cache, source, {"ids": 1, "dtype": dtype}, write)
     tokens = parts[0] if len(parts) == 1 else entry.arrays.get("tokens", parts[0])
     if entry.metadata["lowest"] < 0 or entry.metadata["highest"] >= vocab_size:
         raise _outside(source, parts, vocab_size, bin_dtype)
@@ -89,7 +89,7 @@ def mapped_row(source: Source, cache: Cache | None, *, bin_dtype: str, vocab_siz
             starts_after(tokens, end, store)
             return {}
 
-        starts = made(cache, source, {"starts": 1, "dtype": dtype, "end": end}, write_starts).arrays["starts"]
+        starts = entry_of(cache, source, {"starts": 1, "dtype": dtype, "end": end}, write_starts).arrays["starts"]
     row = DocumentRow(tokens, starts, None, int(entry.metadata["digest"]), source.messages)
     return Counted(row, entry.arrays["counts"])
 

@@ -13,8 +13,8 @@ from models.tokenizer import Ids
 
 Indexes: TypeAlias = npt.NDArray[np.int64]
 Sample: TypeAlias = Mapping[str, Indexes]
-"""The keys of a batch for one sample, each int64 [S]: `input_ids`; where there are any, `labels`, −100 at tokens that
-are not learned; and where they are asked for, `document_ids` and `position_ids`. All samples of a run have the same
+"""The keys of a batch for one sample, each int64 [S]: `input_ids`; `labels`, −100 at tokens that are not learned, where
+not all of them are; and `document_ids`, where attention stays within documents. All samples of a run have the same
 keys."""
 
 

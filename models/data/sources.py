@@ -95,6 +95,17 @@ def find_source(path: str, key: str = PATH) -> Source:
     return Source(key, path, _kind_of(named, key), (named,))
 
 
+def has_token_ids(path: str) -> bool:
+    """Return whether data of this path are token ids: by the end of its name, else by what is there.
+
+    So a file may be gone by now. Raises DataError where a folder is.
+    """
+    kind = next((kind for suffix, kind in LONE_SUFFIXES.items() if path.endswith(suffix)), None)
+    if kind is None or Path(path).is_dir():
+        kind = find_source(path).kind
+    return kind.has_ids
+
+
 def names_in(folder: Path, key: str) -> list[str]:
     """Return the names of what a folder holds, sorted; none where it is no folder."""
     try:
@@ -144,9 +155,11 @@ def _folder(folder: Path, key: str) -> Source:
     suffixes = {name: suffix for name in names if (suffix := _suffix_of(folder / name)) is not None}
     kinds = {SUFFIXES[suffix]: name for name, suffix in suffixes.items()}
     if not suffixes:
+        ends = {Path(name).suffix.lower() for name in names}
+        recipe = next((RECIPES[end] for end in sorted(ends & {*RECIPES})), "Name a folder of one of these, or a file.")
         raise DataError(
-            f"{key}: the folder {folder} has no *.txt in it, and no {', '.join(list(SUFFIXES)[1:])}. Name a folder of"
-            " one of these kinds, or a file."
+            f"{key}: the folder {folder} has no *.txt in it, and no {', '.join(list(SUFFIXES)[1:])}:"
+            f" {f'it has {names_text(names)}' if names else 'it is empty'}. {recipe}"
         )
     if len(kinds) > 1:
         raise DataError(

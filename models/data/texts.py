@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.data.file_starts import byte_order_mark, packed_as, start_of
-from models.data.sources import BUILT_IN, Kind, Source, find_source
+from models.data.sources import BUILT_IN, Kind, Source
 from parallel.errors import DataError, names_text
 
 CHUNK = 1 << 20  # bytes: a file may be larger than the memory
 
 
 class Texts:
-    """The texts that `data.path` names, in order: the built-in one, FILE.txt, or the *.txt of a folder by their names.
+    """The texts of a source, in order: the built-in one, FILE.txt, or the *.txt of a folder by their names.
 
     Iterating yields the name of each text, and an iterator of its chunks, of which the first may be the only one.
     `fraction` is the share of the source that has been read. Raises DataError for a file that cannot be read as text.
     """
 
-    def __init__(self, source: Source | str) -> None:
-        self.source = find_source(source) if isinstance(source, str) else source
-        assert self.source.kind in (Kind.BUILT_IN, Kind.TEXT), self.source
+    def __init__(self, source: Source) -> None:
+        assert source.kind in (Kind.BUILT_IN, Kind.TEXT), source
+        self.source = source
         self.fraction = 0.0
         self._mentioned: dict[str, list[str]] = {}
 

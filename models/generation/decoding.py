@@ -16,7 +16,7 @@ TOKENS_BETWEEN_LOOKS = 8
 
 
 @dataclass(frozen=True)
-class Limits:
+class TextLimits:
     """When a text ends: after `num_tokens` new ones, when it has `positions` tokens in all, or with one of `ends`.
 
     `is_stopped`: told a prompt and its new tokens, returns whether the text ends for another reason.
@@ -35,7 +35,7 @@ Listener = Callable[[Sequence[Sequence[int]]], None]
 class Decoder:
     """Continues texts of a model, a batch at a time. Batches of about the same size use the same memory and graph."""
 
-    def __init__(self, model: Inference, limits: Limits, sampling: Sampling) -> None:
+    def __init__(self, model: Inference, limits: TextLimits, sampling: Sampling) -> None:
         self.model, self.limits = model, limits
         self.sampler = Sampler(sampling, model.context.device)
         self._step: Step | None = None

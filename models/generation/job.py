@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from models.chat import load_chat_template
+from models.data.records import Record
 from models.generation.layout import config_for
-from models.generation.prompts import Messages, read_prompts, tokens_of
-from models.generation.source import Source, find_source
-from models.generation.texts import Continuation, Options, Texts
+from models.generation.prompts import read_prompts, tokens_of
+from models.generation.text_generator import Continuation, Options, TextGenerator
+from models.generation.trained_model import TrainedModel, find_trained_model
 from parallel.config import Config
 from parallel.engine.context import Place, make_context
 from parallel.engine.device import choose_device
@@ -30,7 +31,7 @@ class Request:
     """
 
     folder: Path
-    prompts: Sequence[str | Messages]
+    prompts: Sequence[str | Record]
     file: Path | None = None
     chat: bool = False
     options: Options = field(default_factory=Options)
@@ -44,16 +45,16 @@ class Request:
 class GenerationJob:
     """A generation that has passed every check. `tokens` are those of each prompt."""
 
-    source: Source
+    trained: TrainedModel
     config: Config
-    prompts: Sequence[str | Messages]
+    prompts: Sequence[str | Record]
     tokens: Sequence[Sequence[int]]
-    texts: Texts
+    generator: TextGenerator
 
     def facts(self, world_size: int) -> dict[str, Any]:
         """Return what must be the same on all ranks: config, code, prompts and options."""
         models = Path(__file__).parents[1]
-        asked = repr((self.source.folder.name, self.source.shape, self.tokens, self.texts.options))
+        asked = repr((self.trained.folder.name, self.trained.shape, self.tokens, self.generator.options))
         return {
             **facts_of(self.config, world_size),
             "code of models": digest_of_code(models),
@@ -63,15 +64,15 @@ class GenerationJob:
 
 def prepare(request: Request, place: Place, world_size: int) -> GenerationJob:
     """Check all that can be checked without weights. Raises ConfigError, DataError or CheckpointError."""
-    source = find_source(request.folder, request.tokenizer)
-    config = config_for(source, request.config, request.assignments, dtype=request.dtype, world_size=world_size)
+    trained = find_trained_model(request.folder, request.tokenizer)
+    config = config_for(trained, request.config, request.assignments, dtype=request.dtype, world_size=world_size)
     refuse(config)
     choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
     prompts = [*request.prompts, *([] if request.file is None else read_prompts(request.file))]
-    tokens = _tokens(source, prompts, chat=request.chat)
-    texts = Texts(source, request.options)
-    texts.check(tokens)
-    return GenerationJob(source, config, prompts, tokens, texts)
+    tokens = _tokens(trained, prompts, chat=request.chat)
+    generator = TextGenerator(trained, request.options)
+    generator.check(tokens)
+    return GenerationJob(trained, config, prompts, tokens, generator)
 
 
 def generate(
@@ -87,8 +88,8 @@ def generate(
     """
     context = make_context(job.config, place, watch=watch)
     try:
-        model = job.source.load(context)
-        return job.texts.generate(model, job.tokens, listener)
+        model = job.trained.load(context)
+        return job.generator.generate(model, job.tokens, listener)
     except torch.OutOfMemoryError as error:
         raise RoomError(_shortage(job, context.device)) from error
     finally:
@@ -101,20 +102,20 @@ def continued(request: Request) -> list[Continuation]:
     return generate(prepare(request, place, 1), place)
 
 
-def _tokens(source: Source, prompts: Sequence[str | Messages], *, chat: bool) -> list[list[int]]:
+def _tokens(trained: TrainedModel, prompts: Sequence[str | Record], *, chat: bool) -> list[list[int]]:
     """Return the tokens of each prompt. Raises DataError, with its number, for one that has none."""
     template = None
     if chat or not all(isinstance(prompt, str) for prompt in prompts):
-        template = load_chat_template(source.tokenizer_path)
+        template = load_chat_template(trained.tokenizer_path)
         if template is None:
             raise DataError(
-                f"{source.tokenizer_path}: its tokenizer has no chat template, which --chat and prompts of messages"
+                f"{trained.tokenizer_path}: its tokenizer has no chat template, which --chat and prompts of messages"
                 " need. Give prompts that are text, without --chat."
             )
     found = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            found.append(tokens_of(prompt, source, template if chat or not isinstance(prompt, str) else None))
+            found.append(tokens_of(prompt, trained, template if chat or not isinstance(prompt, str) else None))
         except DataError as error:
             raise DataError(f"prompt {number}: {error}") from error
     return found
@@ -122,8 +123,8 @@ def _tokens(source: Source, prompts: Sequence[str | Messages], *, chat: bool) ->
 
 def _shortage(job: GenerationJob, device: torch.device) -> str:
     """Return the message for a device that has too little memory for the weights, keys and values."""
-    shape, size = job.source.shape, job.texts.options.batch_size
-    longest = max(map(len, job.tokens)) + job.texts.options.num_tokens
+    shape, size = job.trained.shape, job.generator.options.batch_size
+    longest = max(map(len, job.tokens)) + job.generator.options.num_tokens
     token = 2 * shape.num_hidden_layers * shape.num_kv_heads * shape.head_size
     return (
         f"{device} has too little memory. Keys and values are {token} numbers a token of the whole model, for up to"

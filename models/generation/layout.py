@@ -1,4 +1,4 @@
-"""The config of a generation: the layout of a training's config, around a model that a source gives."""
+"""The config of a generation: the layout of a training's config, around a trained model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.fits import layout_problems
-from models.generation.source import Source
+from models.generation.trained_model import TrainedModel
 from models.shapes import fields_of
 from parallel.config import Config, apply_overrides, load_raw, normalize, parse
 from parallel.engine.inference import context_problem
@@ -17,12 +17,12 @@ READ = {"parallel": None, "zero": None, "train": ("device", "precision", "compil
 
 
 def config_for(
-    source: Source, file: str | Path | None, assignments: Sequence[str], *, dtype: str | None, world_size: int
+    trained: TrainedModel, file: str | Path | None, assignments: Sequence[str], *, dtype: str | None, world_size: int
 ) -> Config:
-    """Return the config by which the model of a source is laid out: as a config file and KEY=VALUE assignments say.
+    """Return the config by which a trained model is laid out: as a config file and KEY=VALUE assignments say.
 
     Of a file the sections of `READ` are read, and only these may be assigned. Without a precision in either, and
-    without `dtype`, it is that of the source. Raises ConfigError.
+    without `dtype`, it is that of the weights. Raises ConfigError.
     """
     raw = _read_of({} if file is None else load_raw(file))
     raw = apply_overrides(raw, assignments)
@@ -33,16 +33,16 @@ def config_for(
         )
     if (size := _size(raw, "context")) != 1:  # before a length is asked for that it splits
         raise ConfigError(context_problem(size))
-    precision = dtype or raw.get("train", {}).get("precision") or source.precision
+    precision = dtype or raw.get("train", {}).get("precision") or trained.precision
     parts = _size(raw, "tensor")  # the number of parts into which the mode splits a batch divides it
     training = dict(precision=precision, micro_batch_size=parts if isinstance(parts, int) and parts > 0 else 1)
     raw["train"] = raw.get("train", {}) | training
     raw["data"] = dict(sequence_length=2)
-    raw["model"] = {} if source.is_checkpoint else dict(path=str(source.folder))
+    raw["model"] = {} if trained.is_checkpoint else dict(path=str(trained.folder))
 
     def resolve(config: Config) -> tuple[Config, list[str]]:
-        model = replace(config.model, fields=fields_of(source.shape))
-        return replace(config, model=model), source.shape.problems() + layout_problems(source.shape, config)
+        model = replace(config.model, fields=fields_of(trained.shape))
+        return replace(config, model=model), trained.shape.problems() + layout_problems(trained.shape, config)
 
     return parse(raw, world_size=world_size, resolve=resolve, batches=False)
 

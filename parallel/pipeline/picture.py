@@ -36,14 +36,16 @@ def draw(timeline: Timeline, width: int | None = None) -> str:
     spreads = view.scale < 0.995 / shortest
     drawn = (_labelled(row, labels, view, widest) if has_labels else _lettered(row, view, spreads) for row in rows)
     lines = [f"{name}{row}".rstrip() for name, row in zip(names, drawn, strict=True)]
-    return "\n".join([*lines, *_notes(timeline, rows, view, None if has_labels else 1 / view.scale / shortest, width)])
+    return "\n".join(
+        [*lines, *_summary(timeline, rows, view, None if has_labels else 1 / view.scale / shortest, width)]
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
     """The part of a timeline that a picture shows, and its `scale` in columns for each unit of time.
 
-    `head` are the columns from the begin of the rows, `tail` those up to their end; a tail of 0: all is in the head.
+    `head` are the columns from the beginning of the rows, `tail` those up to their end; 0: all is in the head.
     """
 
     scale: float
@@ -93,11 +95,10 @@ def _fitting(
             if round(end * scale) <= room:
                 return _View(scale, round(end * scale), 0, end)
     warm_up, cool_down = _ends(rows, end)
-    room -= len(GAP)
     if warm_up + cool_down >= end:  # there is no steady state to leave out
-        room += len(GAP)
         scale = min(scales[1], room / end)
         return _View(scale, round(end * scale), 0, end)
+    room -= len(GAP)
     scale = next((scale for scale in scales if (warm_up + cool_down) * scale <= room), room / (warm_up + cool_down))
     spare = room - round((warm_up + cool_down) * scale)
     head = min(room, round(warm_up * scale) + spare // 2)
@@ -160,7 +161,7 @@ def _lettered(row: Sequence[Span], view: _View, spreads: bool) -> str:
     return GAP.join(parts)
 
 
-def _notes(
+def _summary(
     timeline: Timeline, rows: Sequence[Sequence[Span]], view: _View, column: float | None, width: int | None
 ) -> Iterator[str]:
     """Yield how much is not drawn, how many shortest computes a `column` of letters lasts, and figures of the step."""

@@ -1,37 +1,44 @@
-"""The source of generated texts: a Hugging Face directory, such as a run's export, or a checkpoint of a run."""
+"""The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from models.build import stage_of
+from models.data import has_token_ids
 from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
+from models.layer import Embed
+from models.saved_model import MASTER, SavedModel, of_this_program
 from models.shape import ModelShape
-from models.shapes import from_hugging_face, shape_from
+from models.shapes import from_hugging_face
 from models.tokenizer import ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
+from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
-from parallel.errors import CheckpointError, ConfigError, DataError
+from parallel.errors import DataError
 from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.stage import SetValues
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-TOKEN_FILES = (".npy", ".bin")
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
 """An option with which torch's compiler makes kernels of its own for products with a single row."""
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedModel:
     """A model, its tokenizer and the tokens with which its texts end.
 
     `folder` is the directory of the weights: a Hugging Face directory or, where `is_checkpoint`, a checkpoint.
@@ -61,7 +68,7 @@ class Source:
         set_values = partial(set_initial_values, config=context.config)
         if self.is_checkpoint:
             set_values = partial(_read_checkpoint, folder=self.folder)
-            with fail_together(context.mesh.world):
+            with fail_together(context.mesh.world), of_this_program(self.folder):
                 checkpoint.check_files(self.folder)
                 checkpoint.check_contents(self.folder, context.mesh.world)
         else:
@@ -70,12 +77,25 @@ class Source:
 
 
 def inference_of(context: Context, set_values: SetValues) -> Inference:
-    """Return the weights of this rank, which `set_values` fills chunk by chunk, in the dtype of the run."""
-    return Inference(stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS), context)
+    """Return the weights of this rank, which `set_values` fills chunk by chunk, in the dtype of the run.
+
+    With train.compile, blocks are compiled; in a single process the embedding, too.
+    """
+    stage = stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS)
+    if context.config.train.compile and context.mesh.world.size == 1:
+        for layer in stage.layers:
+            if isinstance(layer, Embed):
+                layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
+    return Inference(stage, context)
 
 
-def find_source(folder: Path, tokenizer: str | None = None) -> Source:
-    """Return the source that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
+def compiled(function: F) -> F:
+    """Return the function, which torch's compiler compiles with the options of the blocks when it is called."""
+    return torch.compile(function, options=dict(COMPILE_OPTIONS))  # type: ignore[return-value]
+
+
+def find_trained_model(folder: Path, tokenizer: str | None = None) -> TrainedModel:
+    """Return the model that a path names: a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
 
     `tokenizer` is used in place of its own, and named as data.tokenizer is. Raises ConfigError, DataError or
     CheckpointError.
@@ -83,13 +103,13 @@ def find_source(folder: Path, tokenizer: str | None = None) -> Source:
     kind = _kind(folder)
     if kind == "run" and checkpoint.resolve_latest(folder / checkpoint.CHECKPOINTS) is None:
         folder, kind = folder / "export", _kind(folder / "export")
-    source = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
-    if source.tokenizer.vocab_size > source.shape.vocab_size:
+    trained = _of_directory(folder, tokenizer) if kind == "model" else _of_checkpoint(folder, tokenizer)
+    if trained.tokenizer.vocab_size > trained.shape.vocab_size:
         raise DataError(
-            f"{folder}: its tokenizer has {source.tokenizer.vocab_size} ids, but the model's vocabulary only"
-            f" {source.shape.vocab_size}. Put the one there that the model was trained with."
+            f"{folder}: its tokenizer has {trained.tokenizer.vocab_size} ids, but the model's vocabulary only"
+            f" {trained.shape.vocab_size}. Put the one there that the model was trained with."
         )
-    return source
+    return trained
 
 
 def _kind(folder: Path) -> str:
@@ -104,7 +124,7 @@ def _kind(folder: Path) -> str:
     return "run" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "model"
 
 
-def _of_directory(folder: Path, tokenizer: str | None) -> Source:
+def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
     if not (folder / "config.json").is_file():
         raise DataError(
             f"{folder}: there is no config.json. Name the export folder of a run, a Hugging Face directory, or a"
@@ -116,7 +136,7 @@ def _of_directory(folder: Path, tokenizer: str | None) -> Source:
     stored = str(raw.get("dtype") or raw.get("torch_dtype"))
     ends = end_tokens(read_generation_config(folder), shape)
     found = _tokenizer_beside(folder) if tokenizer is None else load_tokenizer(tokenizer)
-    return Source(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
+    return TrainedModel(folder, shape, found, tokenizer or str(folder), frozenset(ends), PRECISIONS.get(stored, "fp32"))
 
 
 def _tokenizer_beside(folder: Path) -> Tokenizer:
@@ -130,29 +150,30 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
     return ByteTokenizer() if is_of_bytes(file) else load_tokenizer(str(folder))
 
 
-def _of_checkpoint(folder: Path, tokenizer: str | None) -> Source:
-    found = checkpoint.find_checkpoint(str(folder), folder, option="generate")
+def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
+    found = checkpoint.find_checkpoint(str(folder), folder, option="CHECKPOINT")
     assert found is not None
-    metadata = checkpoint.read_metadata(found)
-    try:
-        shape, config = shape_from(metadata["model"]), metadata["config"]
-        data, precision = config["data"], config["train"]["precision"]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{found} is not a checkpoint of a run of this program: {error}.") from error
-    path = tokenizer or _named_tokenizer(found, data)
+    saved = SavedModel.read(found)
+    path = tokenizer or _named_tokenizer(found, saved.config.data)
     used = load_tokenizer(path)
-    ends = _ends_of_export(shape, used, config.get("model", {}).get("path"))
-    return Source(found, shape, used, path, ends, precision, is_checkpoint=True)
+    ends = _ends_of_export(saved.shape, used, saved.config.model.path)
+    return TrainedModel(found, saved.shape, used, path, ends, saved.config.train.precision, is_checkpoint=True)
 
 
-def _named_tokenizer(found: Path, data: Mapping[str, Any]) -> str:
+def _named_tokenizer(found: Path, data: DataConfig) -> str:
     """Return the tokenizer that a run's data named. Raises DataError where they are token ids and named none."""
-    if data["tokenizer"] == "bytes" and str(data["path"]).endswith(TOKEN_FILES):
+    if data.tokenizer != "bytes":
+        return data.tokenizer
+    try:
+        has_ids = has_token_ids(data.path)
+    except DataError as error:
+        raise DataError(f"{found}: {error} Or name the tokenizer of its run: --tokenizer bytes, or DIR.") from error
+    if has_ids:
         raise DataError(
-            f"{found}: its run was trained on the token ids of {data['path']}, and data.tokenizer names no tokenizer."
-            " Name it: --tokenizer DIR."
+            f"{found}: its run was trained on the token ids of {data.path}, and data.tokenizer names no tokenizer. Name"
+            " it: --tokenizer DIR."
         )
-    return str(data["tokenizer"])
+    return data.tokenizer
 
 
 def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -> frozenset[int]:
@@ -165,4 +186,4 @@ def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -
 def _read_checkpoint(infos: Sequence[ParameterInfo], folder: Path) -> None:
     """Read the weights that a run saved, in the precision of the master weights, into parameters of any dtype."""
     pieces = (piece for info in infos for piece in info.pieces())
-    checkpoint.load(folder, [replace(piece, name=f"master/{piece.name}") for piece in pieces])
+    checkpoint.load(folder, [replace(piece, name=f"{MASTER}{piece.name}") for piece in pieces])

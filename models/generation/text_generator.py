@@ -1,13 +1,13 @@
-"""Texts that are generated: prompts are shared out over replicas and batches, and come back in order."""
+"""TextGenerator that are generated: prompts are shared out over replicas and batches, and come back in order."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from models.generation.decoding import Decoder, Limits
+from models.generation.decoding import Decoder, TextLimits
 from models.generation.sampling import Sampling
-from models.generation.source import Source
 from models.generation.step import Prompt
+from models.generation.trained_model import TrainedModel
 from models.tokenizer import Tokenizer
 from parallel.engine.inference import Inference
 from parallel.errors import DataError, names_text
@@ -37,13 +37,13 @@ class Continuation:
     ended: str
 
 
-class Texts:
-    """Continues the prompts of a source."""
+class TextGenerator:
+    """Continues prompts with a trained model, in any layout."""
 
-    def __init__(self, source: Source, options: Options) -> None:
-        self.tokenizer, self.options, self.positions = source.tokenizer, options, source.shape.max_positions
-        specials = {stop: id for stop in options.stops if (id := _special(stop, source.tokenizer)) is not None}
-        self.ends = source.ends | set(specials.values())
+    def __init__(self, trained: TrainedModel, options: Options) -> None:
+        self.tokenizer, self.options, self.positions = trained.tokenizer, options, trained.shape.max_positions
+        specials = {stop: id for stop in options.stops if (id := _special(stop, trained.tokenizer)) is not None}
+        self.ends = trained.ends | set(specials.values())
         self.stops = [stop for stop in options.stops if stop not in specials]
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -65,7 +65,7 @@ class Texts:
         data = model.mesh.axis("data")
         all_prompts = [Prompt(number, ids) for number, ids in enumerate(prompts)]
         mine, size = all_prompts[data.rank :: data.size], self.options.batch_size
-        limits = Limits(self.options.num_tokens, self.positions, self.ends, self._is_stopped)
+        limits = TextLimits(self.options.num_tokens, self.positions, self.ends, self._is_stopped)
         decoder = Decoder(model, limits, self.options.sampling)
         found: dict[int, list[int]] = {}
         for start in range(0, -(-len(all_prompts) // data.size), size):

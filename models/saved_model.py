@@ -1,0 +1,63 @@
+"""The model of a checkpoint that a run has saved, without the run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from models.hf import entries_of
+from models.shape import ModelShape
+from models.shapes import shape_from
+from parallel.checkpoint import checkpoint
+from parallel.config import Config, parse
+from parallel.errors import CheckpointError, ConfigError
+from parallel.layout.layout import Piece
+
+MASTER = "master/"
+"""The beginning of the names that master weights have in a checkpoint."""
+
+
+def widest_dtype(config: Config) -> torch.dtype:
+    """Return the dtype of the master weights, in which an export loses nothing."""
+    return torch.float64 if config.train.precision == "fp64" else torch.float32
+
+
+@contextmanager
+def of_this_program(folder: Path) -> Iterator[None]:
+    """Have an error of what a checkpoint's files say be a CheckpointError that names its folder."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The model of a checkpoint: its folder, the step that it was saved after, the config of its run, and its shape."""
+
+    folder: Path
+    step: int
+    config: Config
+    shape: ModelShape
+
+    @classmethod
+    def read(cls, folder: Path) -> "SavedModel":
+        """Return the model of the checkpoint in a folder. Raises CheckpointError for one of another program."""
+        with of_this_program(folder):
+            metadata = checkpoint.read_metadata(folder)
+            if "model" not in metadata and "format" in metadata:
+                raise CheckpointError(
+                    f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say"
+                    " which model it has. Load it there, and call engine.save_pretrained."
+                )
+            config, shape = parse(metadata["config"], batches=False), shape_from(metadata["model"])
+            return cls(folder, int(metadata["step"]), config, shape)
+
+    def tensors(self) -> Iterator[Piece]:
+        """Yield the master weights, whole, one at a time, in the order of an export."""
+        entries = entries_of(self.shape, widest_dtype(self.config))
+        stored = [replace(entry, key=f"{MASTER}{entry.key}") for entry in entries]
+        for piece in checkpoint.whole_tensors(self.folder, stored):
+            yield replace(piece, name=piece.name.removeprefix(MASTER))
