@@ -359,7 +359,7 @@ def test_a_long_work_shows_lines_and_at_the_end_what_was_kept(
 def test_a_bar_is_gone_when_the_work_has_ended_however_it_did(
     tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    """After a refusal the terminal once had no cursor, and the bar stood below the message."""
+    """The terminal once had no cursor after a refusal, and the bar stood below the message."""
     monkeypatch.setattr("training.tokenizing.SECONDS_WITHOUT_WORD", 0.0)
     monkeypatch.setattr("models.data.cache.SECONDS_BETWEEN_REPORTS", 0.0)
     path = lines_in(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" if ends == "found" else None}])
