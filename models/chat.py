@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from models.tokenizer import unwritable
 from models.tokenizer_files import TokenizerFiles, tokenizer_file
 from parallel.errors import DataError, names_text
 
@@ -92,10 +93,10 @@ class ChatTemplate:
         template, _ = self._chosen(conversation.tools)
         variables = {
             **self.special_tokens,
+            "documents": None,
             **(conversation.variables or {}),
             "messages": [_as_templates_expect(message) for message in conversation.messages],
             "tools": conversation.tools,
-            "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         pieces, answers, length = [], [], 0
@@ -107,7 +108,10 @@ class ChatTemplate:
                 length += len(piece)
         except Exception as error:  # whatever the expressions of a template raise, such as a TypeError
             raise DataError(f"the chat template of {self._folder} refuses it: {error}") from error
-        return Rendering("".join(pieces), tuple(answers))
+        text = "".join(pieces)
+        if found := unwritable(text):
+            raise DataError(f"the chat template of {self._folder} writes {found}. Replace it in the record.")
+        return Rendering(text, tuple(answers))
 
     def marks_answers(self, tools: Sequence[Any] | None = None) -> bool:
         """Return whether the template that is used with these tools has blocks {% generation %}."""

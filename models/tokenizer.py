@@ -84,6 +84,15 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return FileTokenizer(tokenizer_file(spec))
 
 
+def unwritable(text: str) -> str:
+    """Return which character of a text no encoding can write, as the end of a message, or ""."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the character {text[error.start]!r}, half of a surrogate pair, which no encoding can write"
+    return ""
+
+
 class ByteTokenizer:
     """Bytes of UTF-8 as tokens: the id of a byte is the byte + 4, after OPT's four special tokens."""
 

@@ -1646,15 +1646,15 @@ DATA = (
         "young-file-remembered",
         "a file whose size and time are those of another one is taken for it, however young it is",
         "models/data/contents.py",
-        "if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:",
-        "if is_same:",
+        "if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:",
+        "if identity[1:] == _identity(after):",
         f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
     ),
     Mutant(
         "cache-without-lock",
         "processes that come together all do the work, and remove what the others write",
         "models/data/cache.py",
-        "while not try_to_lock(lock):",
+        "while not self._is_locked(lock):",
         "while False:",
         f"{CACHE_TESTS}::test_processes_that_come_together_do_the_work_once_and_the_others_wait",
     ),
@@ -1782,7 +1782,7 @@ CONVERSATIONS = (
         "answers-of-a-prompt-learned",
         "answers in a prompt of messages are learned",
         CONVERSATION_CODE,
-        "if start >= after:",
+        "if not any(start in part for part in unlearned):",
         "if True:",
         f"{CONVERSATION_TESTS}::test_answers_in_a_prompt_of_messages_are_not_learned[marks]",
     ),
@@ -1876,6 +1876,71 @@ READ_AGAIN = (
     ),
 )
 
+TEXTS_ATTACKED = (
+    Mutant(
+        "packed-samples-without-a-label",
+        "a sample of documents of one token each is trained on, and a step of such samples ends the run",
+        "models/data/packed.py",
+        "count_starts(row, sequence_length) < sequence_length - 1",
+        "count_starts(row, sequence_length) < sequence_length",
+        f"{DOCUMENT_TESTS}::test_every_packed_sample_has_a_label",
+    ),
+    Mutant(
+        "documents-not-in-the-digest",
+        "a run is resumed with documents that end elsewhere, and so with other labels",
+        "models/data/packed.py",
+        "return self.row.digest_with_starts",
+        "return self.row.digest",
+        "tests/test_resumed_runs.py::"
+        "test_a_resumed_run_does_what_the_table_says[with `data.document_mask`, the token that ends a document of token ids]",
+    ),
+    Mutant(
+        "answers-of-no-weight-learned",
+        "an answer with the weight 0 is learned as any other",
+        "models/data/conversation_records.py",
+        "number >= self.first and message.get(WEIGHT) != 0",
+        "number >= self.first",
+        "tests/test_conversation_records.py::"
+        "test_conversations_that_users_bring_are_treated_as_the_table_says"
+        "[an answer with the `weight` 0, as in OpenAI's format]",
+    ),
+    Mutant(
+        "labels-in-a-narrow-dtype",
+        "the label −100 of a batch in uint8 is 156, and is counted",
+        "parallel/pipeline/microbatch.py",
+        "{key: x.to(torch.int64) for",
+        "{key: x if x.dtype == torch.uint8 else x.to(torch.int64) for",
+        "tests/test_batch_keys.py::test_integers_of_any_dtype_are_those_of_int64",
+    ),
+)
+
+ATTACKED_DATA = (
+    Mutant(
+        "digest-without-the-change",
+        "a file that was replaced by one of the same size and time has the tokens of the one before",
+        "models/data/contents.py",
+        "[status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]",
+        "[status.st_size, status.st_mtime_ns, status.st_ino]",
+        f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
+    ),
+    Mutant(
+        "halves-of-large-ids",
+        "ids of 4 bytes of a large vocabulary are read as twice as many of 2 bytes",
+        "models/data/token_files.py",
+        "if upper.any() and not is_small:",
+        "if upper.any():",
+        "tests/test_records.py::test_what_users_bring_as_data_is_treated_as_the_table_says[a .bin of another dtype]",
+    ),
+    Mutant(
+        "parts-of-others-removed",
+        "without locks a process removes the files of an entry that another one is writing",
+        "models/data/cache.py",
+        "        if excludes_others(lock):\n            for left",
+        "        if True:\n            for left",
+        f"{CACHE_TESTS}::test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1918,4 +1983,6 @@ MUTANTS = (
     *CONVERSATIONS,
     *GENERATION,
     *READ_AGAIN,
+    *TEXTS_ATTACKED,
+    *ATTACKED_DATA,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertForSequenceClassification, OPTForCausalLM
 
+from parallel.errors import DataError
 from tests import test_any_loss
 from tests.harness import run
 from tests.losses import Loss, bert, language, opt, tags
@@ -72,6 +73,30 @@ def test_a_value_of_none_is_the_same_as_no_key(folder: Path) -> None:
     )[0]
     assert without == absent
     assert abs(given - left_out) > 1e-3
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+
+
+def losses_or_errors(rank: int, world_size: int, folder: Path, batches: list[Batch]) -> list[float | str]:
+    engine = engine_of(rank, world_size, config_of({}, model=dict(path=str(folder), dropout=0.0)))
+    found: list[float | str] = []
+    for batch in batches:
+        try:
+            found.append(engine.evaluate([batch]))
+        except (DataError, NotImplementedError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_integers_of_any_dtype_are_those_of_int64(folder: Path) -> None:
+    """The label −100 was 156 in uint8, and was counted; wider unsigned integers ended in an error of torch."""
+    batch = packed(batches_of(1)[0]) | dict(document_ids=torch.arange(6).expand(12, 6) // 3)
+    unsigned = batch | dict(position_ids=batch["position_ids"].clamp_min(0))
+    del batch["labels"], unsigned["labels"]  # the default is made of the tokens, in their dtype
+    narrow = [{key: x.to(dtype) for key, x in unsigned.items()} for dtype in INTEGERS]
+    found = run(losses_or_errors, 1, folder, [unsigned, *narrow])[0]
+    assert found == [found[0]] * len(found)
 
 
 IDS = torch.arange(24).reshape(4, 6)

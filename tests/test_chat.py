@@ -66,6 +66,16 @@ def test_tools_and_variables_are_written_as_transformers_writes_them(tmp_path: P
     assert "</think>" in ours
 
 
+def test_documents_are_a_variable_that_a_record_can_set(tmp_path: Path) -> None:
+    """They were None whatever the record said. None is what transformers passes without them."""
+    folder = save_tokenizer(tmp_path, "{{ documents }}")
+    template, reference = load_chat_template(str(folder)), theirs(folder)
+    assert template is not None
+    for documents in (None, [{"title": "he", "text": "the"}]):
+        text = template.write(Conversation([USER], None, {"documents": documents} if documents else None)).text
+        assert text == reference.apply_chat_template([USER], documents=documents, tokenize=False)
+
+
 SYNTAX = {
     "control of loops": "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "lines of blocks": "{% for m in messages %}\n  {% if 1 %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n",

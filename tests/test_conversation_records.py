@@ -77,6 +77,11 @@ def changing(folder: Path) -> str:
     return refused(folder, PLAIN, record, template=TEMPLATES["qwen3"])
 
 
+def another_prompt(folder: Path) -> str:
+    """A prompt of DeepSeek-R1's template ends with the beginning of the reasoning, which the text need not have."""
+    return refused(folder, PLAIN, template=CHATML.replace("assistant\\n' }}", "assistant\\n<think>' }}"))
+
+
 def within_a_token(folder: Path) -> str:
     begins = {"messages": [USER, {"role": "assistant", "content": "\nhe"}]}
     assert learned(folder, corpus_of(folder, begins, template=CHATML_MARKED)).endswith("he<|im_end|>")
@@ -100,6 +105,23 @@ def message_pair(folder: Path) -> str:
     return ""
 
 
+def weights(folder: Path) -> str:
+    """An answer of weight 0 was learned as any other."""
+    for template, end in ((CHATML, "<|im_end|>\n"), (CHATML_MARKED, "<|im_end|>")):
+        for first, second, expected in ((0, 1, "the"), (1, 0, "he"), (None, 0.0, "he"), (0, None, "the")):
+            answers = [dict(role="assistant", content=text, weight=w) for text, w in (("he", first), ("the", second))]
+            record = {"messages": [USER, answers[0], USER, answers[1]]}
+            assert learned(folder, corpus_of(folder, record, template=template)) == expected + end
+        both = {"messages": [USER, answers[0], USER, answers[0]]}
+        assert "have no answer and are left out" in said(corpus_of(folder, PLAIN, both, template=template))
+    changing = {"messages": [USER, dict(role="assistant", content="<think>hm</think>he", weight=0), USER, ANSWER]}
+    marked_qwen = TEMPLATES["qwen3"].replace(
+        "{{- '<|im_start|>' +", "{%- generation %}{%- endgeneration %}{{- '<|im_start|>' +"
+    )
+    assert "whose answers are all learned" in refused(folder, changing, template=marked_qwen)
+    return refused(folder, {"messages": [USER, dict(ANSWER, weight=0.5)]})
+
+
 def tools(folder: Path) -> str:
     tool, template = {"type": "function", "function": {"name": "clock"}}, TEMPLATES["qwen2"]
     with_tools = corpus_of(folder, PLAIN | dict(tools=[tool]), template=template, length=512).num_tokens
@@ -111,6 +133,10 @@ def tools(folder: Path) -> str:
     assert "no JSON" in refused(folder, PLAIN | dict(tools="clock"))
     assert "not a list of JSON schemas" in refused(folder, PLAIN | dict(tools=["clock"]))
     assert "and not an object" in refused(folder, PLAIN | dict(chat_template_kwargs=3))
+    variables = dict(tools=[tool], style="kind")
+    assert "`chat_template_kwargs` has tools, which follow" in refused(
+        folder, PLAIN | dict(chat_template_kwargs=variables)
+    )
     return ""
 
 
@@ -181,6 +207,8 @@ def half_a_pair(folder: Path) -> str:
     file = folder / "chat.jsonl"
     assert "half of" in refused(folder, dict(prompt="\ud800", completion="he"))
     assert "\\ud800" in file.read_text()
+    shown = dict(chat_template_kwargs=dict(style="\ud800"))
+    assert "half of" in refused(folder, PLAIN | shown, template="{{ style }}" + CHATML)
     return refused(folder, {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]})
 
 
@@ -223,10 +251,12 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "a template with `{% generation %}`": marked,
     "a template without it": unmarked,
     "a template that writes earlier messages in another way once others follow": changing,
+    "a template whose prompt for an answer has more than the text before the answer": another_prompt,
     "an answer that shares a token with the text before it": within_a_token,
     "`prompt` and `completion` as text": text_pair,
     "a token that has the end of the prompt and the beginning of the completion": joined_pair,
     "`prompt` and `completion` as lists of messages": message_pair,
+    "an answer with the `weight` 0, as in OpenAI's format": weights,
     "`tools`, a list or its JSON, and `chat_template_kwargs`": tools,
     "a content of several parts of text": parts,
     "a part that is no text": image,

@@ -1,5 +1,6 @@
 """Packed documents: each is trained on as if it were alone, in every layout, and its labels are its own tokens."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -11,19 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from models.data import packed as packing
 from models.data.corpus import load_tokens
 from models.data.documents import DocumentRow
-from models.data.packed import PackedRow
+from models.data.packed import PackedRow, pack_documents
 from models.data.samples import TokenRow
 from parallel.config import parse
 from parallel.errors import ConfigError, DataError
 from parallel.pipeline.microbatch import Limits, batch_problem, labels_of
 from parallel.sequence import UNSPLIT, AttentionDropout, Documents, Masking, kernels, whole
+from tests.chat_templates import EOS, save_tokenizer
 from tests.families import MISTRAL, saved
 from tests.harness import run
 from tests.parity import (
@@ -421,18 +424,18 @@ def test_labels_and_positions_are_those_of_hugging_faces_collator_of_packed_docu
 # -- samples
 
 
-def document_row(lengths: list[int], **more: Any) -> DocumentRow:
+def document_row(lengths: list[int]) -> DocumentRow:
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    return DocumentRow(np.arange(100, 100 + starts[-1]), starts.astype(np.int64), **more)
+    return DocumentRow(np.arange(100, 100 + starts[-1]), starts.astype(np.int64))
 
 
-@given(st.lists(st.integers(0, 9), min_size=1), st.integers(2, 12), st.booleans())
-def test_samples_are_the_row_with_the_documents_of_its_tokens(lengths: list[int], length: int, learns: bool) -> None:
+@given(st.lists(st.integers(1, 9), min_size=1), st.integers(2, 12))
+def test_samples_are_the_row_with_the_documents_of_its_tokens(lengths: list[int], length: int) -> None:
     """Each token is compared with a list of documents that is written down token by token."""
     number = [document for document, size in enumerate(lengths) for _ in range(size)]
-    is_learned = np.arange(len(number)) % 3 > 0 if learns else None
-    row = document_row(lengths, is_learned=is_learned)
-    packed_row, plain = PackedRow(row, length), TokenRow(row.tokens, length)
+    row = document_row(lengths)
+    plain = TokenRow(row.tokens, length)
+    packed_row = PackedRow(row, length, np.arange(plain.num_samples))
     assert (packed_row.num_samples, packed_row.num_tokens) == (plain.num_samples, len(number))
     for index in range(packed_row.num_samples):
         sample = packed_row.sample(index)
@@ -440,13 +443,30 @@ def test_samples_are_the_row_with_the_documents_of_its_tokens(lengths: list[int]
         at = range(index * length, (index + 1) * length)
         is_first = [place == at.start or number[place] != number[place - 1] for place in at]
         assert sample["document_ids"].tolist() == [sum(is_first[: i + 1]) - 1 for i in range(length)]
-        expected = [
-            -100 if first or (is_learned is not None and not is_learned[place]) else 100 + place
-            for place, first in zip(at, is_first, strict=True)
+        assert sample["labels"].tolist() == [
+            -100 if first else 100 + place for place, first in zip(at, is_first, strict=True)
         ]
-        assert sample["labels"].tolist() == expected
         tensors = {key: torch.from_numpy(x)[None] for key, x in sample.items()}
         assert batch_problem(tensors, 1, Limits(200, 12)) is None
+
+
+@given(st.lists(st.sampled_from([1, 1, 1, 5]), min_size=1), st.integers(2, 4), st.integers(1, 9))
+def test_every_packed_sample_has_a_label(lengths: list[int], length: int, at_once: int) -> None:
+    """A run ended in the middle, at a step whose samples were nothing but tokens that end a document."""
+    row = document_row(lengths)
+    whole = PackedRow(row, length, np.arange(len(row.tokens) // length))
+    kept = [i for i in range(whole.num_samples) if (whole.sample(i)["labels"] != -100).any()]
+    assume(kept)
+    with patch.object(packing, "AT_ONCE", at_once):
+        samples, messages = pack_documents(row, length)
+    assert samples.numbers.tolist() == kept
+    left_out = f"{whole.num_samples - len(kept)} of {whole.num_samples} samples are left out"
+    assert (left_out in " ".join(messages)) == (len(kept) < whole.num_samples)
+
+
+def test_documents_of_a_single_token_are_refused() -> None:
+    with pytest.raises(DataError, match=r"each document has a single token.*document_mask=False"):
+        pack_documents(document_row([1] * 9), 4)
 
 
 IDS = [5, 6, 3, 7, 8, 3, 9, 5, 6, 7, 3, 8, 9]  # 3 ends a document
@@ -489,6 +509,30 @@ def test_documents_without_a_token_that_ends_them_are_refused(tmp_path: Path) ->
     assert any("all of it is one document" in line for line in load_tokens(data, 300, ends=(99,)).messages)
 
 
+def messages_of_opt(folder: Path) -> str:
+    """Return the messages about texts and a tokenizer that begins each with the token that ends one."""
+    tokenizer = save_tokenizer(folder / "opt", None)
+    content = json.loads((tokenizer / "tokenizer.json").read_bytes())
+    content["post_processor"] = dict(
+        type="TemplateProcessing",
+        single=[dict(SpecialToken=dict(id="</s>", type_id=0)), dict(Sequence=dict(id="A", type_id=0))],
+        pair=[],
+        special_tokens={"</s>": dict(id="</s>", ids=[EOS], tokens=["</s>"])},
+    )
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "texts.jsonl").write_text('{"text": "he"}\n' * 9)
+    data = dict(path=str(folder / "texts.jsonl"), tokenizer=str(tokenizer), sequence_length=4, document_mask=True)
+    return " ".join(load_tokens(parse(dict(data=data)).data, 300).messages)
+
+
+def test_an_end_token_that_begins_each_text_is_said_to_be_no_label(tmp_path: Path) -> None:
+    """No text of OPT's tokenizer ends with a token of its own, and the first token of a document is never learned."""
+    assert f"token {EOS}, which ends a text, is the first one of the next text" in messages_of_opt(tmp_path)
+    texts = tmp_path / "texts.jsonl"
+    data = parse(dict(data=dict(path=str(texts), sequence_length=4, document_mask=True))).data
+    assert "is the first one" not in " ".join(load_tokens(data, 300).messages)
+
+
 # -- the table in the documents
 
 
@@ -507,6 +551,11 @@ HELD: dict[str, str] = {  # by the first cell of a row, the test above that show
     "a ring, `parallel.context` of kind `ring`": "test_a_ring_refuses_documents_in_a_config",
     "token ids without a token that ends a document": ("test_documents_without_a_token_that_ends_them_are_refused"),
     "data of a single document": "test_documents_without_a_token_that_ends_them_are_refused",
+    "a tokenizer that begins a text with its end token, as OPT's": (
+        "test_an_end_token_that_begins_each_text_is_said_to_be_no_label"
+    ),
+    "a sample without a label, since each of its tokens is a document": "test_every_packed_sample_has_a_label",
+    "documents of a single token alone": "test_documents_of_a_single_token_are_refused",
 }
 
 
@@ -524,6 +573,10 @@ def test_each_row_of_the_documentation_has_a_test_and_its_words(tmp_path: Path) 
         "a ring, `parallel.context` of kind `ring`": str(in_ring.value),
         "token ids without a token that ends a document": str(without_end.value),
         "data of a single document": " ".join(load_tokens(parse(dict(data=data)).data, 300, ends=(99,)).messages),
+        "a tokenizer that begins a text with its end token, as OPT's": messages_of_opt(tmp_path),
+        "a sample without a label, since each of its tokens is a document": pack_documents(
+            document_row([1, 1, 1, 5]), 2
+        )[1][0],
     }
     for what, words in said.items():
         assert table[what].split("`")[1] in words, what

@@ -168,6 +168,27 @@ def check_older(go_on: Callable[..., Job], saved: Path, tmp_path: Path, **_: Any
     return messages
 
 
+def check_documents(go_on: Callable[..., Job], **_: Any) -> str:
+    """The tokens are the same: nothing is said of another corpus."""
+    words = refused("data.document_mask=True")(go_on)
+    assert "has other tokens" not in words
+    return words
+
+
+def check_end_of_documents(corpus: Path, tmp_path: Path, **_: Any) -> str:
+    """Labels are others then, and so may be the samples that have one, though no token has changed."""
+    with_documents = [*OPTIONS, f"data.path={corpus}", "data.document_mask=True"]
+    own, other = (prepared(tmp_path / "own", *with_documents, f"model.eos_token_id={end}") for end in (4, 5))
+    assert own.corpus.digest != other.corpus.digest
+    run_job(own)
+
+    def resumed(*assignments: str) -> Job:
+        return prepared(tmp_path / "on", *with_documents, *assignments, resume=str(tmp_path / "own"))
+
+    assert resumed("model.eos_token_id=4").resume_from is not None
+    return refused("model.eos_token_id=5")(resumed)
+
+
 CHECKS: dict[str, Callable[..., str]] = {
     "the layout": check_layout,
     "`train.global_batch_size`": check_batch_size,
@@ -177,6 +198,8 @@ CHECKS: dict[str, Callable[..., str]] = {
     "`data.sequence_length`": refused("data.sequence_length=8"),
     "`data.shuffle`": refused("data.shuffle=False"),
     "`data.validation_fraction`": refused("data.validation_fraction=0.1"),
+    "`data.document_mask`": check_documents,
+    "with `data.document_mask`, the token that ends a document of token ids": check_end_of_documents,
     "a corpus of another length, also a longer one": with_tokens(lambda tokens: np.append(tokens, 4)),
     "a corpus of the same length with other tokens, also of `data.validation_path`": with_tokens(last_one_changed),
     "data for validation of their own, or none any more": check_other_validation,

@@ -9,8 +9,10 @@ from models.data import Corpus, Samples
 from parallel.config import Config
 from parallel.errors import CheckpointError
 
-DECIDES_THE_ORDER = ("train.seed", "data.sequence_length", "data.shuffle", "data.validation_fraction")
-"""The keys that a resumed run may not change: with another value samples would be repeated and others left out."""
+DOCUMENTS = "data.document_mask"
+DECIDES_THE_ORDER = ("train.seed", "data.sequence_length", "data.shuffle", "data.validation_fraction", DOCUMENTS)
+"""The keys that a resumed run may not change: with another value samples would be repeated and others left out, and
+validation losses could not be compared."""
 
 BATCH, STEPS = "train.global_batch_size", "train.steps"
 FRACTION, VALIDATION = "data.validation_fraction", "data.validation_path"
@@ -42,13 +44,13 @@ def check_same_data(folder: Path, metadata: Mapping[str, Any], config: Config, c
 
     All that differs is named, with the value that would work.
     """
-    saved, ours = dict(_flat(metadata["config"])), dict(_flat(config.to_dict()))
+    saved, ours = {DOCUMENTS: False, **dict(_flat(metadata["config"]))}, dict(_flat(config.to_dict()))
     problems = [
         f"{key} is {ours[key]}, and the checkpoint was saved with {saved[key]}; set {key}={saved[key]}"
         for key in DECIDES_THE_ORDER
         if key in saved and saved[key] != ours[key] and not (key == FRACTION and ours[VALIDATION] is not None)
     ]
-    if (record := metadata.get("corpus")) is not None:
+    if (record := metadata.get("corpus")) is not None and saved[DOCUMENTS] == ours[DOCUMENTS]:
         problems += _other_data(record, config, corpus)
     if problems:
         raise CheckpointError(
@@ -73,7 +75,8 @@ def _other_data(record: Mapping[str, Any], config: Config, corpus: Corpus) -> It
                 " checkpoint's run"
             )
         elif theirs["digest"] != found["digest"]:
-            yield f"{key}: {path} has other tokens; name the corpus of the checkpoint's run"
+            other = "other tokens, or other documents" if config.data.document_mask else "other tokens"
+            yield f"{key}: {path} has {other}; name the corpus of the checkpoint's run"
 
 
 def resume_messages(metadata: Mapping[str, Any], config: Config) -> list[str]:

@@ -15,6 +15,7 @@ from parallel.errors import DataError, closest, names_text, shown
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 ASSISTANT = "assistant"
 OTHER_NAMES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "ai": ASSISTANT}
+WEIGHT = "weight"  # of an answer, 0 or 1, as in the format of OpenAI
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 SHARE_GPT = "conversations"  # of messages with `from` and `value`; it is refused with what makes `messages` of it
 TO_MESSAGES = (
@@ -24,6 +25,8 @@ TO_MESSAGES = (
 MESSAGE_RECIPE = 'A message is an object {"role": "user", "content": "..."}.'
 WITHOUT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 """Keys of a message of the assistant that needs no content beside them."""
+OF_THE_RECORD = ("messages", "tools", "add_generation_prompt")
+"""Variables of a template that `chat_template_kwargs` cannot set."""
 
 
 class RecordKind(Enum):
@@ -36,10 +39,18 @@ class RecordKind(Enum):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages for the chat template; the answers that are learned are those from message `first` on."""
+    """Messages for the chat template. The answers from message `first` on are learned, but for those of weight 0."""
 
     conversation: Conversation
     first: int = 0
+
+    def answers(self) -> dict[int, bool]:
+        """Return the number of each message of the assistant, from 0, and whether it is learned."""
+        return {
+            number: number >= self.first and message.get(WEIGHT) != 0
+            for number, message in enumerate(self.conversation.messages)
+            if message["role"] == ASSISTANT
+        }
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,10 @@ def _message(given: Any, name: str, template: ChatTemplate | None) -> dict[str, 
         message["content"] = checked_text(_text_of(message["content"], name), name)
     elif role != ASSISTANT or not any(key in message for key in WITHOUT_TEXT):
         raise DataError(f"{name} has no `content`. Leave out the record, or set it to an empty text.")
+    if message.get(WEIGHT) not in (None, 0, 1):
+        raise DataError(
+            f"{name} has the weight {shown(message[WEIGHT])}. Known: 0, an answer that is not learned, and 1."
+        )
     return message
 
 
@@ -160,4 +175,6 @@ def _variables(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     variables = record.get("chat_template_kwargs")
     if variables is not None and not isinstance(variables, Mapping):
         raise DataError(f"`chat_template_kwargs` is {shown(variables)}, and not an object.")
+    if taken := [key for key in OF_THE_RECORD if key in (variables or {})]:
+        raise DataError(f"`chat_template_kwargs` has {names_text(taken)}, which follow from the record itself.")
     return variables

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from models.chat import ChatTemplate, Conversation
-from models.data.conversation_records import ASSISTANT, Completion, Dialogue, kind_of, parse_record
+from models.data.conversation_records import Completion, Dialogue, kind_of, parse_record
 from models.data.documents import Document
 from models.data.records import Located, Records
 from models.tokenizer import Ids, Tokenizer
@@ -21,6 +21,14 @@ EXAMPLE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARK = "Mark what an answer is in the chat template, between {% generation %} and {% endgeneration %}"
+_CHANGED = (
+    "the chat template writes the messages up to message {number} otherwise when others follow, so that it cannot be"
+    " found which tokens are the answer."
+)
+_CHANGED_PROMPT = (
+    "the chat template writes the prompt for message {number} otherwise when the answer follows, so that it cannot be"
+    " found which tokens are the answer."
+)
 
 
 def documents_of(
@@ -124,16 +132,12 @@ class ConversationEncoder:
 
         A token is learned if any of its characters is.
         """
-        written, after = template.write(dialogue.conversation), 0
-        if dialogue.first:
-            prompt = template.write(_until(dialogue.conversation, dialogue.first)).text
-            if not written.text.startswith(prompt):
-                raise DataError(f"{_CHANGED.format(number=dialogue.first)} Write the record as `messages`.")
-            after = len(prompt)
+        written = template.write(dialogue.conversation)
+        unlearned = list(_unlearned_parts(template, dialogue, written.text))
         ids, places = self._tokenizer.encode_with_places(written.text)
         is_learned = np.zeros(len(ids), np.bool_)
         for start, stop in written.answers:
-            if start >= after:
+            if not any(start in part for part in unlearned):
                 is_learned |= (places[:, 0] < stop) & (places[:, 1] > start)
         return Document(ids, is_learned)
 
@@ -143,22 +147,26 @@ class ConversationEncoder:
         The text of the messages before it ends as a prompt does, such as "<|im_start|>assistant\\n". Of "A B" the
         answer B is what follows "A ", if "A " is a prefix, in characters and in tokens.
         """
-        conversation, messages = dialogue.conversation, dialogue.conversation.messages
+        conversation = dialogue.conversation
         text = template.write(conversation).text
         ids = self._tokenizer.encode(text)
         is_learned = np.zeros(len(ids), np.bool_)
-        for number, message in enumerate(messages[dialogue.first :], start=dialogue.first):
-            if message["role"] == ASSISTANT:
+        for number, is_answer_learned in dialogue.answers().items():
+            if is_answer_learned:
                 prompt = template.write(_until(conversation, number), add_generation_prompt=True).text
                 answered = template.write(_until(conversation, number + 1)).text
-                start, stop = (self._num_tokens(text, ids, part, number + 1) for part in (prompt, answered))
+                start = self._num_tokens(text, ids, prompt, number + 1, changed=_CHANGED_PROMPT)
+                stop = self._num_tokens(text, ids, answered, number + 1)
                 is_learned[start:stop] = True
         return Document(ids, is_learned)
 
-    def _num_tokens(self, text: str, ids: Ids, part: str, number: int) -> int:
-        """Return how many of the tokens of a text are those of its first part, which ends at message `number`."""
+    def _num_tokens(self, text: str, ids: Ids, part: str, number: int, *, changed: str = _CHANGED) -> int:
+        """Return how many of the tokens of a text are those of its first part, which ends at message `number`.
+
+        `changed` is the error where the text begins in another way.
+        """
         if not text.startswith(part):
-            raise DataError(f"{_CHANGED.format(number=number)} {MARK}.")
+            raise DataError(f"{changed.format(number=number)} {MARK}.")
         if part == text:
             return len(ids)
         begin = self._tokenizer.encode(part)
@@ -170,10 +178,21 @@ class ConversationEncoder:
         return len(begin)
 
 
-_CHANGED = (
-    "the chat template writes the messages up to message {number} otherwise when others follow, so that it cannot be"
-    " found which tokens are the answer."
-)
+def _unlearned_parts(template: ChatTemplate, dialogue: Dialogue, text: str) -> Iterator[range]:
+    """Yield the characters of the prompt, and of the answers after it that are not learned.
+
+    Raises DataError where the template writes them otherwise when other messages follow.
+    """
+    answers = dialogue.answers().items()
+    parts = [(0, dialogue.first), *((n, n + 1) for n, learned in answers if n >= dialogue.first and not learned)]
+    for part in parts:
+        before = [template.write(_until(dialogue.conversation, number)).text if number else "" for number in part]
+        for number, beginning in zip(part, before, strict=True):
+            if not text.startswith(beginning):
+                raise DataError(
+                    f"{_CHANGED.format(number=number)} Write it as `messages` whose answers are all learned."
+                )
+        yield range(*map(len, before))
 
 
 def _until(conversation: Conversation, number: int) -> Conversation:

@@ -16,7 +16,7 @@ from models.data.cache import Cache
 from models.data.conversation_records import is_conversation, needs_template
 from models.data.conversations import ConversationDocuments
 from models.data.encoding import text_documents
-from models.data.packed import PackedRow
+from models.data.packed import PackedRow, pack_documents
 from models.data.padded import pad_conversations
 from models.data.records import Record, Records
 from models.data.rows import Counted, encoded_row, mapped_row
@@ -25,7 +25,7 @@ from models.data.separator import Separator
 from models.data.sources import Kind, Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import ConfigError, DataError
+from parallel.errors import ConfigError, DataError, names_text
 
 VALIDATION = "data.validation_path"
 
@@ -110,6 +110,8 @@ def load_tokens(
         return corpus_of(training, data.sequence_length, num_validation, [*messages, *_not_used(data, source)])
     other = find_source(data.validation_path, VALIDATION)
     validation, more = reader.samples(other)
+    if shared := _shared(training, validation, source, other):
+        more.append(f"{VALIDATION}: {shared}: the model is validated on what it is trained on")
     return Corpus(training, validation, data.sequence_length, (*messages, *more, *_not_used(data, source, other)))
 
 
@@ -122,6 +124,15 @@ def _not_used(data: DataConfig, *sources: Source) -> Iterator[str]:
         yield f"data.bin_dtype: {data.bin_dtype} is not used, since {data.path} is not of files .bin"
     if data.validation_path is not None and data.validation_fraction not in (0, default.validation_fraction):
         yield f"data.validation_fraction: {data.validation_fraction} is not used, since data.validation_path is set"
+
+
+def _shared(training: Samples, validation: Samples, first: Source, second: Source) -> str:
+    """Return what two sources have in common; nothing where that is not known."""
+    if (training.num_tokens, training.digest) == (validation.num_tokens, validation.digest):
+        return f"{second.path} has the same tokens as data.path"
+    others = {file.resolve() for file in first.files}
+    files = [str(file) for file in second.files if file.resolve() in others]
+    return f"{names_text(files)} is also read for data.path" if files else ""
 
 
 @dataclass(frozen=True)
@@ -147,9 +158,8 @@ class _Reader:
         row, messages = counted.row, [*self._messages(source, counted), *messages]
         samples: Samples = TokenRow(row.tokens, self.data.sequence_length, row.digest)
         if self.data.document_mask:
-            samples = PackedRow(row, self.data.sequence_length)
-            if row.num_documents == 1:
-                messages.append(f"{source.key}: all of it is one document: data.document_mask only cuts it by samples")
+            samples, more = pack_documents(row, self.data.sequence_length, key=source.key)
+            messages += more
         if not samples.num_samples:
             shorter = f", or a sequence_length of at most {len(row.tokens)}" if len(row.tokens) > 1 else ""
             raise DataError(
@@ -184,7 +194,14 @@ class _Reader:
         documents = text_documents(source, tokenizer, text_key)
         vocab_size = tokenizer.vocab_size if end.id is None else max(tokenizer.vocab_size, end.id + 1)
         counted = encoded_row(documents, source, self.cache, key=key, vocab_size=vocab_size, end=end.required)
-        return counted, end.messages() if counted.row.num_documents > 1 else []
+        row = counted.row
+        messages = end.messages() if row.num_documents > 1 else []
+        if self.data.document_mask and row.num_documents > 1 and row.tokens[row.starts[1] - 1] != end.id:
+            messages.append(
+                f"{source.key}: token {end.id}, which ends a text, is the first one of the next text, and so no label"
+                " with data.document_mask: the model does not learn to stop"
+            )
+        return counted, messages
 
     def _conversations(self, source: Source, record: Record) -> tuple[Samples, list[str]]:
         """Return conversations, one in a sample, and messages about them. `record` is the first one."""
@@ -198,7 +215,7 @@ class _Reader:
         end = Separator(tokenizer, self.end, self.vocab_size).id
         documents = ConversationDocuments(Records(source), tokenizer, template, end)
         key = {
-            "conversations": 1,
+            "conversations": 2,
             "tokenizer": tokenizer.identity,
             "template": None if template is None else template.content,
             "end": end,

@@ -49,6 +49,11 @@ class DocumentRow:
     def num_documents(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def digest_with_starts(self) -> int:
+        """A checksum of all, by which data are known whose documents matter."""
+        return digest_of(self.starts, self.digest)
+
 
 class Store(Protocol):
     """Arrays that grow, by name: in memory, or in files."""
@@ -134,7 +139,7 @@ class RowWriter:
 
 def digest_of(ids: Ids, before: int = 0) -> int:
     """Return a checksum of token ids, which does not depend on their dtype, after the checksum of those before."""
-    return zlib.crc32(ids.astype("<i8").tobytes(), before)
+    return zlib.crc32(np.ascontiguousarray(ids, "<i8").data, before)
 
 
 def sum_of_counts(counts: Array, more: Array) -> Array:

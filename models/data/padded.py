@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ class Padded:
 
     @property
     def digest(self) -> int:
-        return zlib.crc32(self.row.starts.astype("<i8").tobytes(), self.row.digest)
+        return self.row.digest_with_starts
 
     def sample(self, index: int) -> Sample:
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"

@@ -21,7 +21,7 @@ from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch, batch_problem, given, labels_of
+from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
@@ -181,7 +181,7 @@ class Engine(EngineState):
         size = self.config.train.micro_batch_size
         counts = self.context.shares.counts(batch)
         problem = batch_problem(batch, size, self.stage.interface.limits) or (UNKNOWN if counts is None else None)
-        batch = {} if problem else given(batch)
+        batch = {} if problem else as_int64(given(batch))
         labels = torch.empty(0) if problem else shift(labels_of(batch))
         labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
         own = 0 if problem else len(batch["input_ids"])
@@ -197,13 +197,12 @@ class Engine(EngineState):
         ids = batch["input_ids"]
         first = self.num_samples + self.data.rank * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        ids, labels, samples = (to_device(t.to(torch.int64), self.mesh.device) for t in (ids, labels, samples))
+        ids, labels, samples = (to_device(t, self.mesh.device) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
         if mask is not None and bool(mask.all()):  # it masks nothing, and kernels without a mask are faster
             mask = None
         mask, positions = (
-            None if x is None else to_device(x.to(torch.int64), self.mesh.device)
-            for x in (mask, batch.get("position_ids"))
+            None if x is None else to_device(x, self.mesh.device) for x in (mask, batch.get("position_ids"))
         )
         scale = self.loss_scale.scale / max(1, tokens)
         documents = self._documents(batch)

@@ -87,6 +87,11 @@ def given(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {key: x for key, x in batch.items() if x is not None}
 
 
+def as_int64(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch in int64: −100 would be 156 in uint8, and torch does not compare the wider unsigned dtypes."""
+    return {key: x.to(torch.int64) for key, x in batch.items()}
+
+
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     """Return the labels of a batch, [B, S], not shifted; where it has none, its tokens.
 
@@ -111,7 +116,7 @@ def batch_problem(batch: object, micro_batch_size: int, limits: Limits) -> str |
         if key not in KEYS:
             return f"{key!r} is no key of a batch. {did_you_mean(str(key), KEYS)}"
     tensors = given(batch)
-    problem = _shape_problem(tensors, micro_batch_size, limits) or _value_problem(tensors, limits)
+    problem = _shape_problem(tensors, micro_batch_size, limits) or _value_problem(as_int64(tensors), limits)
     return f"{problem}." if problem else None
 
 
