@@ -1826,9 +1826,9 @@ GENERATION = (
     Mutant(
         "cache-written-one-position-off",
         "keys and values of a new token are kept one position before its own",
-        "parallel/sequence/cache.py",
-        "at = new.texts, slice(None), new.positions",
-        "at = new.texts, slice(None), new.positions - 1",
+        "parallel/ops/kernels/cached_attention.py",
+        "cache[:, texts, :, positions] =",
+        "cache[:, texts, :, positions - 1] =",
         f"{GREEDY}[gpt2]",
     ),
     Mutant(
@@ -1854,6 +1854,53 @@ GENERATION = (
         "(keys > rows) | (keys <= rows - window)",
         "(keys > rows)",
         f"{GREEDY}[mistral]",
+    ),
+)
+
+FUSED = "parallel/ops/kernels/cached_attention_triton.py"
+FUSED_TEST = (
+    "tests/test_cached_attention.py::test_the_interpreted_kernel_is_as_exact_as_torch_and_leaves_the_rest_of_the_cache"
+)
+FUSED_ATTENTION = (
+    Mutant(
+        "kernel-window-one-off",
+        "the fused attention sees one key more than its window",
+        FUSED,
+        "tl.maximum(position - window + 1, 0)",
+        "tl.maximum(position - window, 0)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-adds-the-new-key-in-every-part",
+        "where programs share a query head, each of them counts the new key",
+        FUSED,
+        "tl.where(part == 0, tl.exp2(new_score - top), 0.0)",
+        "tl.exp2(new_score - top)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-without-rescaling",
+        "sums of values are not rescaled when a larger score comes",
+        FUSED,
+        "weighted * kept[:, None] + weights[:, None]",
+        "weighted + weights[:, None]",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-wrong-key-head",
+        "neighbouring query heads use different key heads",
+        FUSED,
+        "kv_head = head // GROUP",
+        "kv_head = head % (tl.num_programs(1) // GROUP)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-writes-the-value-as-key",
+        "the new value is kept in the place of the new key",
+        FUSED,
+        "dims, new_key, mask",
+        "dims, new_value, mask",
+        FUSED_TEST,
     ),
 )
 
@@ -1982,6 +2029,7 @@ MUTANTS = (
     *DATA,
     *CONVERSATIONS,
     *GENERATION,
+    *FUSED_ATTENTION,
     *READ_AGAIN,
     *TEXTS_ATTACKED,
     *ATTACKED_DATA,
