@@ -50,9 +50,9 @@ class Rotary:
     For backward it keeps the tables and nothing else: the gradient of a rotation needs no q and no k.
 
     With dynamic scaling the angles depend on the length of the whole sequence, or on that of each document, or on the
-    largest position id of the microbatch. Hugging Face's model remembers the longest sequence that it has seen and uses its angles for shorter
-    ones too, until one fits into `max_position_embeddings`; here a result depends on its own batch alone. The two are
-    equal where lengths do not fall.
+    largest position id of the microbatch. Hugging Face's model remembers the longest sequence that it has seen and uses
+    its angles for shorter ones too, until one fits into `max_position_embeddings`; here a result depends on its own
+    batch alone. The two are equal where lengths do not fall.
     """
 
     def __init__(self, settings: RotarySettings, device: torch.device) -> None:
