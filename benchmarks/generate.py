@@ -2,6 +2,7 @@
 
     python -m benchmarks.generate [--model opt-1.3b] [--batch 1 32] [--prompt 128] [--new 256] [--only ours hf ...]
     python -m benchmarks.generate --tiny                                                   # also without a GPU
+    python -m benchmarks.generate --kernels                # µs of a new token's attention, by torch and by the kernel
 
 It prints a line for each contender and batch: tokens a second of the whole batch, from the first prompt token to the
 last new one; the share of the bound that reading the weights once for each token sets, at the device's bandwidth; and
@@ -18,6 +19,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -34,11 +38,17 @@ from models.shapes import resolve, shape_of
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.layout.layout import ParameterInfo, slices
+from parallel.ops.kernels.cached_attention import attend_in_torch
+from parallel.sequence.cache import masks_at
 
 COLUMNS = "{:<14} {:>6} {:>10} {:>17} {:>9}"
 USUAL = dict(model="opt-1.3b", batch=[1, 32], prompt=128, new=256, rounds=3)
 TINY = dict(model="llama-tiny", batch=[1, 3], prompt=8, new=16, rounds=1)
 COPIED_BYTES = 2**31
+KERNEL_COLUMNS = "{:>6} {:>6} {:>9} {:>9}  {}"
+CACHES_BYTES = 2**28
+TILINGS = {384: [(256, 1, 8), (128, 1, 8), (256, 1, 16), (128, 1, 4), (64, 2, 4)], 4096: [(128, 8, 4), (256, 4, 8)]}
+"""They are tried for a cache of so many keys, and are each keys of a tile, parts and warps."""
 
 Contender = Callable[[Tensor], Tensor]
 """Continues prompts[B, S], and returns the new tokens [B, N]."""
@@ -96,6 +106,42 @@ def theirs_with(model: Any, new: int, **options: Any) -> Contender:
     return generate
 
 
+def time_kernels() -> None:
+    """Print the µs of a new token's attention and of its write into the cache, in bf16, each in a captured graph."""
+    from parallel.ops.kernels.cached_attention_triton import Tiling, attend, tiling_for
+
+    print(KERNEL_COLUMNS.format("texts", "keys", "torch", "kernel", "keys of a tile, parts, warps"), flush=True)
+    for batch, length in product((1, 32), (384, 4096)):
+        shape = (2, batch, 32, length, 64)
+        # More than a GPU keeps of its memory in a cache of its own: in a step, weights are read in between.
+        caches = [
+            torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+            for _ in range(max(2, min(24, CACHES_BYTES // (2 * prod(shape)))))
+        ]
+        q, k, v = torch.randn(3, batch, 32, 1, 64, dtype=torch.bfloat16, device="cuda").unbind(0)
+        positions = torch.full((batch,), length - 1, device="cuda")
+        mask = masks_at(positions, length, [None], torch.bfloat16)[None]
+        of_torch = microseconds([partial(attend_in_torch, q, k, v, cache, positions, mask) for cache in caches])
+        chosen = tiling_for(q, caches[0])
+        for tiling in dict.fromkeys((chosen, *(Tiling(*numbers) for numbers in TILINGS[length]))):
+            calls = [partial(attend, (q, k, v), cache, positions, window=length, tiling=tiling) for cache in caches]
+            name = f"{tiling.keys}, {tiling.parts}, {tiling.warps}{' (chosen)' if tiling == chosen else ''}"
+            times = (f"{time:.2f}" for time in (of_torch, microseconds(calls)))
+            print(KERNEL_COLUMNS.format(batch, length, *times, name), flush=True)
+
+
+def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
+    """Return the µs of a call on a GPU: the least of a few replays of a graph of all of them."""
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return min(timed(graph.replay) for _ in range(20)) / len(calls) * 1e6
+
+
 def bandwidth(device: torch.device) -> float:
     """Return bytes a second that a copy reads and writes, the larger of a few."""
     source = torch.empty(COPIED_BYTES if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
@@ -149,6 +195,7 @@ def arguments_of(given: list[str] | None, *, on_gpu: bool) -> argparse.Namespace
     parser.add_argument("--rounds", type=int, help="timed calls, after one that is not")
     names = ["ours", "ours compiled", "hf", "hf static"]
     parser.add_argument("--only", nargs="+", choices=names, default=names if on_gpu else ["ours", "hf"])
+    parser.add_argument("--kernels", action="store_true", help="only the attention of a new token; needs a GPU")
     arguments = parser.parse_args(given)
     for name, value in (USUAL if on_gpu and not arguments.tiny else TINY).items():
         if getattr(arguments, name) is None:
@@ -159,6 +206,9 @@ def arguments_of(given: list[str] | None, *, on_gpu: bool) -> argparse.Namespace
 def main(given: list[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     arguments = arguments_of(given, on_gpu=on_gpu)
+    if arguments.kernels:
+        time_kernels()
+        return
     device = torch.device("cuda" if on_gpu else "cpu")
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
     bytes_a_second = bandwidth(device)

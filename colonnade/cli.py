@@ -7,6 +7,7 @@ docs/config.md describes them all.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "colonnade") 
     if unknown:  # the command's own usage is printed with it
         commands.get(parsed.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.print_completion is not None:
-        print(completion(make_parser("colonnade")[0], parsed.print_completion))
+        _print_to_reader(completion(make_parser("colonnade")[0], parsed.print_completion))
         return 0
     try:
         return int(import_module(f"colonnade.{parsed.command}").run(parsed))
@@ -70,6 +71,14 @@ def make_parser(program: str) -> tuple[Parser, dict[str, argparse.ArgumentParser
         commands[name] = added.add_parser(name, help=COMMANDS[name], description=module.__doc__, formatter_class=plain)
         module.add_arguments(commands[name])
     return parser, commands
+
+
+def _print_to_reader(text: str) -> None:
+    """Print a text to a reader that may have gone, as `head` has. No package of ours is imported for it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again when it ends
 
 
 def _is_built(name: str) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, count
 from colonnade.process import guarded
-from colonnade.ranks import Prepared, Surroundings, run_on_ranks
+from colonnade.ranks import Launch, Prepared, run_on_ranks
 
 if TYPE_CHECKING:
     from models.data.records import Record
@@ -93,11 +93,11 @@ def main(arguments: argparse.Namespace) -> int:
     return guarded(lambda: run_on_ranks(main, arguments, partial(_prepare, arguments)))
 
 
-def _prepare(arguments: argparse.Namespace, surroundings: Surroundings) -> Prepared:
+def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     """Check all that can be checked without the weights. Raises ColonnadeError."""
     from models.generation.job import prepare
 
-    place, world_size = surroundings.place, surroundings.world_size
+    place, world_size = launch.place, launch.world_size
     job = prepare(_request(arguments), place, world_size)
     work = partial(_generate, arguments, job, place)
     return Prepared(partial(job.facts, world_size), job.config.train.timeout_seconds, work, ["models.generation.job"])

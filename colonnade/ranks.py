@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a rank has prepared and checked, before all ranks meet.
+    """The work of a rank, prepared and checked, before all ranks meet.
 
     `facts` returns what must be the same on all of them, and `work` is what each does then. `timeout` is
     `train.timeout_seconds`. `modules` are imported once for ranks that are started here.
@@ -30,7 +30,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Launch:
     """The place of this process, and the size of the world that it belongs to or is to start.
 
     `end_if_terminated` ends the process if SIGTERM has come: long preparations call it again and again.
@@ -44,7 +44,7 @@ class Surroundings:
 def run_on_ranks(
     main: Callable[[argparse.Namespace], int],
     arguments: argparse.Namespace,
-    prepare: Callable[[Surroundings], Prepared],
+    prepare: Callable[[Launch], Prepared],
 ) -> int:
     """Prepare the work and do it, in this process or in `arguments.nprocs` new ones, each of which calls `main`.
 
@@ -67,7 +67,7 @@ def run_on_ranks(
         world_size = arguments.nprocs or place.world_size
         watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
         with watch.refusing(), watch.phase("preparation"):
-            prepared = prepare(Surroundings(place, world_size, lambda: ended and sys.exit(TERMINATED)))
+            prepared = prepare(Launch(place, world_size, lambda: ended and sys.exit(TERMINATED)))
             if watch.is_on:
                 watch.meet(prepared.facts(), prepared.timeout)
         signal.signal(signal.SIGTERM, terminate)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from colonnade import check
 from colonnade.arguments import add_config, add_resume, count, step_range
 from colonnade.process import guarded
-from colonnade.ranks import Prepared, Surroundings, run_on_ranks
+from colonnade.ranks import Launch, Prepared, run_on_ranks
 
 if TYPE_CHECKING:
     from parallel.watch.watch import Watch
@@ -73,15 +73,15 @@ def main(arguments: argparse.Namespace) -> int:
     return guarded(lambda: run_on_ranks(main, arguments, partial(_prepare, arguments)))
 
 
-def _prepare(arguments: argparse.Namespace, surroundings: Surroundings) -> Prepared:
+def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     """Read the config and all that the run needs, and check it. Raises ColonnadeError."""
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
     from training.tokenizing import cache_of
 
-    place = surroundings.place
-    config = read_config(arguments.config, arguments.set, surroundings.world_size)
-    cache = cache_of(os.environ, quiet=place.rank != 0, check=surroundings.end_if_terminated)
+    place = launch.place
+    config = read_config(arguments.config, arguments.set, launch.world_size)
+    cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_terminated)
     job = prepare(
         config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set, cache=cache
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.layer import dropout_key
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
+from parallel.ops.compiling import materialized
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
@@ -66,7 +67,10 @@ class Attention(nn.Module):
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        q, k, v = parts_of(self.qkv(x), self.heads, self.kv_heads)
+        qkv = self.qkv(x)
+        if batch.cache is not None:
+            qkv = materialized(qkv)  # attention of a new token reads q, k and v as views
+        q, k, v = parts_of(qkv, self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.options.rotary is not None and torch.is_grad_enabled():

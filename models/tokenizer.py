@@ -27,7 +27,7 @@ Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 
 # OPT's special tokens, in the order of their ids.
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-PAD, SEPARATOR = SPECIALS.index("<pad>"), SPECIALS.index("</s>")
+SEPARATOR = SPECIALS.index("</s>")
 
 
 class Tokenizer(Protocol):

@@ -1646,15 +1646,15 @@ DATA = (
         "young-file-remembered",
         "a file whose size and time are those of another one is taken for it, however young it is",
         "models/data/contents.py",
-        "if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:",
-        "if is_same:",
+        "if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:",
+        "if identity[1:] == _identity(after):",
         f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
     ),
     Mutant(
         "cache-without-lock",
         "processes that come together all do the work, and remove what the others write",
         "models/data/cache.py",
-        "while not try_to_lock(lock):",
+        "while not self._is_locked(lock):",
         "while False:",
         f"{CACHE_TESTS}::test_processes_that_come_together_do_the_work_once_and_the_others_wait",
     ),
@@ -1826,9 +1826,9 @@ GENERATION = (
     Mutant(
         "cache-written-one-position-off",
         "keys and values of a new token are kept one position before its own",
-        "parallel/sequence/cache.py",
-        "at = new.texts, slice(None), new.positions",
-        "at = new.texts, slice(None), new.positions - 1",
+        "parallel/ops/kernels/cached_attention.py",
+        "cache[:, texts, :, positions] =",
+        "cache[:, texts, :, positions - 1] =",
         f"{GREEDY}[gpt2]",
     ),
     Mutant(
@@ -1854,6 +1854,53 @@ GENERATION = (
         "(keys > rows) | (keys <= rows - window)",
         "(keys > rows)",
         f"{GREEDY}[mistral]",
+    ),
+)
+
+FUSED = "parallel/ops/kernels/cached_attention_triton.py"
+FUSED_TEST = (
+    "tests/test_cached_attention.py::test_the_interpreted_kernel_is_as_exact_as_torch_and_leaves_the_rest_of_the_cache"
+)
+FUSED_ATTENTION = (
+    Mutant(
+        "kernel-window-one-off",
+        "the fused attention sees one key more than its window",
+        FUSED,
+        "tl.maximum(position - window + 1, 0)",
+        "tl.maximum(position - window, 0)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-adds-the-new-key-in-every-part",
+        "where programs share a query head, each of them counts the new key",
+        FUSED,
+        "tl.where(part == 0, tl.exp2(new_score - top), 0.0)",
+        "tl.exp2(new_score - top)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-without-rescaling",
+        "sums of values are not rescaled when a larger score comes",
+        FUSED,
+        "weighted * kept[:, None] + weights[:, None]",
+        "weighted + weights[:, None]",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-wrong-key-head",
+        "neighbouring query heads use different key heads",
+        FUSED,
+        "kv_head = head // GROUP",
+        "kv_head = head % (tl.num_programs(1) // GROUP)",
+        FUSED_TEST,
+    ),
+    Mutant(
+        "kernel-writes-the-value-as-key",
+        "the new value is kept in the place of the new key",
+        FUSED,
+        "dims, new_key, mask",
+        "dims, new_value, mask",
+        FUSED_TEST,
     ),
 )
 
@@ -1922,6 +1969,33 @@ TEXTS_ATTACKED = (
     ),
 )
 
+ATTACKED_DATA = (
+    Mutant(
+        "digest-without-the-change",
+        "a file that was replaced by one of the same size and time has the tokens of the one before",
+        "models/data/contents.py",
+        "[status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]",
+        "[status.st_size, status.st_mtime_ns, status.st_ino]",
+        f"{CACHE_TESTS}::test_a_large_file_that_has_not_changed_is_not_read_again",
+    ),
+    Mutant(
+        "halves-of-large-ids",
+        "ids of 4 bytes of a large vocabulary are read as twice as many of 2 bytes",
+        "models/data/token_files.py",
+        "if upper.any() and not is_small:",
+        "if upper.any():",
+        "tests/test_records.py::test_what_users_bring_as_data_is_treated_as_the_table_says[a .bin of another dtype]",
+    ),
+    Mutant(
+        "parts-of-others-removed",
+        "without locks a process removes the files of an entry that another one is writing",
+        "models/data/cache.py",
+        "        if excludes_others(lock):\n            for left",
+        "        if True:\n            for left",
+        f"{CACHE_TESTS}::test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -1963,6 +2037,8 @@ MUTANTS = (
     *DATA,
     *CONVERSATIONS,
     *GENERATION,
+    *FUSED_ATTENTION,
     *READ_AGAIN,
     *TEXTS_ATTACKED,
+    *ATTACKED_DATA,
 )

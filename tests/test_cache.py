@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from models.data import Cache, Corpus, load_tokens
 from models.data.cache import ENTRY, Report
@@ -22,11 +26,12 @@ from models.data.documents import Document, MemoryStore, RowWriter, Store
 from models.data.sources import find_source
 from models.tokenizer import ByteTokenizer
 from parallel.config import DataConfig
+from parallel.errors import ConfigError, DataError
 from tests.parting import TIMEOUT, play
 from tests.test_data import byte_ids
 from tests.test_records import lines_in
 from tests.test_texts import WORDS, refusal, texts_in, tokenizer_in
-from training.tokenizing import cache_of
+from training.tokenizing import TokenizingScreen, cache_of
 
 
 @pytest.fixture
@@ -160,7 +165,11 @@ def _not_json(folder: Path) -> None:
     (folder / ENTRY).write_text("{")
 
 
-@pytest.mark.parametrize("damage", [_cut_off, _changed, _without_starts, _not_json])
+def _null(folder: Path) -> None:
+    (folder / ENTRY).write_text("null")
+
+
+@pytest.mark.parametrize("damage", [_cut_off, _changed, _without_starts, _not_json, _null])
 def test_a_damaged_entry_is_made_again(
     tmp_path: Path, cache: Cache, encoded: list[str], damage: Callable[[Path], None]
 ) -> None:
@@ -188,6 +197,61 @@ def test_a_cache_that_cannot_be_written_is_refused_with_what_to_set(
     monkeypatch.setattr(os, "fsync", fail)
     assert f"kept in {full.folder}: No space left on device. Set this" in refusal(lambda: corpus_of(path, full))
     assert [one.suffix for one in (full.folder / "entries").iterdir()] == [".lock"]
+
+
+def test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process once removed the files that the others were writing, and all but the last one were refused."""
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    source, found = find_source(str(texts_in(tmp_path, a="x"))), []
+
+    def work(store: Store, report: Report, *, is_first: bool) -> dict[str, Any]:
+        store.append("tokens", np.arange(500))
+        assert len(list(cache.folder.glob("entries/*.part/tokens.bin"))) == (1 if is_first else 2)
+        if is_first:  # another process comes, and is done before this one
+            found.append(cache.entry(source, {}, partial(work, is_first=False)))
+        store.append("tokens", np.arange(500, 1000))
+        return {}
+
+    found.append(cache.entry(source, {}, partial(work, is_first=True)))
+    assert [entry.arrays["tokens"].tolist() for entry in found] == 2 * [list(range(1000))]
+    assert [one.suffix for one in sorted((cache.folder / "entries").iterdir())] == ["", ".lock"]
+
+
+def test_a_lock_that_fails_is_refused_with_what_to_set(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once was a traceback, or said of the data that they could not be read."""
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    monkeypatch.setattr("models.data.contents.REMEMBERED_FROM", 1)
+    path = texts_in(tmp_path / "texts", a="one")
+    assert f"COLONNADE_CACHE: tokens cannot be kept in {cache.folder}: Input/output error" in refusal(
+        lambda: corpus_of(path, cache)
+    )
+
+
+def test_a_folder_whose_names_cannot_be_synced_is_no_error(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems answer so."""
+    sync = os.fsync
+
+    def sync_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files)
+    assert corpus_of(texts_in(tmp_path / "texts", a="one"), cache).tokens.tolist() == byte_ids("one")
 
 
 def test_a_cache_that_can_only_be_read_is_used(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +282,7 @@ def test_ids_are_checked_once_and_against_the_vocabulary_of_each_run(
 
 
 def test_a_large_file_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was replaced by one of the same size, time and inode was once taken for the one before."""
     monkeypatch.setattr("models.data.contents.REMEMBERED_FROM", 1)
     reads: list[float] = []
     file = tmp_path / "a.txt"
@@ -228,11 +293,14 @@ def test_a_large_file_that_has_not_changed_is_not_read_again(tmp_path: Path, mon
 
     young = [digest(), digest()]
     assert len(reads) == 2  # it could still change within the same tick of the file system's clock
-    os.utime(file, (time.time() - 9, time.time() - 9))
+    monkeypatch.setattr("models.data.contents.SECONDS_OF_A_TICK", -1.0)
     assert [digest(), digest()] == young
     assert len(reads) == 3
-    file.write_text("two")
-    os.utime(file, (time.time() - 9, time.time() - 9))
+    status = file.stat()
+    while file.stat().st_ctime_ns == status.st_ctime_ns:
+        file.write_text("two")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_mtime_ns == status.st_mtime_ns
     assert digest() != young[0]
 
 
@@ -268,6 +336,8 @@ def test_the_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_of({}, quiet=True).folder == tmp_path / ".cache" / "colonnade"
     assert cache_of({"COLONNADE_CACHE": "~/here"}, quiet=True).folder == tmp_path / "here"
+    with pytest.raises(ConfigError, match=r"^COLONNADE_CACHE: [^.]*\. Set it to a folder for tokens\.$"):
+        cache_of({"COLONNADE_CACHE": "~nobody-has-this-name/here"}, quiet=True)
 
 
 def test_a_long_work_shows_lines_and_at_the_end_what_was_kept(
@@ -283,6 +353,25 @@ def test_a_long_work_shows_lines_and_at_the_end_what_was_kept(
     assert f"data.path: 3 tokens, 100% of {path}" in said
     assert "data.path: 7 tokens encoded in 0 s, kept in " in said
     assert said.count("kept in") == 1
+
+
+@pytest.mark.parametrize("ends", ["refused", "found"])
+def test_a_bar_is_gone_when_the_work_has_ended_however_it_did(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """After a refusal the terminal once had no cursor, and the bar stood below the message."""
+    monkeypatch.setattr("training.tokenizing.SECONDS_WITHOUT_WORD", 0.0)
+    monkeypatch.setattr("models.data.cache.SECONDS_BETWEEN_REPORTS", 0.0)
+    path = lines_in(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" if ends == "found" else None}])
+    if ends == "found":
+        corpus_of(path, cache)  # the next one reads the file, and has nothing to encode
+    terminal = io.StringIO()
+    screen = TokenizingScreen(Console(file=terminal, force_terminal=True, width=80))
+    with nullcontext() if ends == "found" else pytest.raises(DataError, match="is null"):
+        corpus_of(path, Cache(cache.folder, screen))
+    shown = terminal.getvalue()
+    assert "data.path: reading" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
 
 
 def train_on_slow_texts(text: Path, rank: int, folder: Path) -> None:

@@ -182,6 +182,13 @@ def test_the_completion_of_every_shell_has_the_commands_and_options(
     assert "python -m" not in script
 
 
+def test_a_reader_of_the_completion_that_goes_early_is_no_error() -> None:
+    """The script is longer than a pipe holds; `| head` once showed a traceback."""
+    command = f"'{sys.executable}' -m colonnade --print-completion bash | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_bash_completes_commands_options_values_and_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.py").touch()
     (tmp_path / "my_run").mkdir()

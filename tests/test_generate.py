@@ -13,7 +13,7 @@ from torch import Tensor
 from models.generation.decoding import Decoder, TextLimits
 from models.generation.job import Request, continued, generate, prepare
 from models.generation.layout import config_for
-from models.generation.sampling import Sampler, Sampling, filtered
+from models.generation.sampling import Sampler, Sampling, filtered, index_of_largest
 from models.generation.step import Prompt
 from models.generation.text_generator import Continuation, Options, TextGenerator
 from models.generation.trained_model import TrainedModel, find_trained_model
@@ -26,6 +26,7 @@ from tests.families import FAMILIES, SHAPES, VARIANTS, family_of
 from tests.harness import run
 from tests.parity import save_model
 from training.config import read_config
+from training.preflight import check_compiler
 from training.preflight import prepare as prepare_run
 from training.run import run_job
 
@@ -195,6 +196,30 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(temperature: float)
     logits = torch.tensor([[3.0, 5.0, 4.0]])
     sampler = Sampler(Sampling(temperature), logits.device)
     assert sampler(logits, torch.tensor([0]), torch.tensor([0])).tolist() == [1]
+
+
+@pytest.mark.parametrize("count", [1, 5, 63, 64, 65, 1000])
+def test_compiled_code_takes_the_first_of_the_largest_logits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randint(-9, 9, (50, count), generator=generator).float()
+    scores[scores < -6] = -torch.inf
+    assert index_of_largest(scores).tolist() == [row.index(max(row)) for row in scores.tolist()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 1800)
+@pytest.mark.parametrize("name", ["opt", "mistral"])
+def test_compiled_texts_equal_eager_ones(tmp_path: Path, name: str) -> None:
+    """Compiled are blocks, embedding, and the choice of a token. In fp64 no two sums are as close as rounding."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    path, samplings = model_in(tmp_path, name), [Sampling(), SAMPLED]
+    on_cpu = {"train.device": "cpu"}
+    wanted = texts_of(0, 1, path, on_cpu, "fp64", samplings)
+    assert texts_of(0, 1, path, on_cpu | {"train.compile": True}, "fp64", samplings) == wanted
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------

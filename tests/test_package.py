@@ -15,6 +15,7 @@ import pytest
 
 from tests.layering import PACKAGES
 from tests.patience import LIMIT
+from tests.test_records import lines_in, parquet_in
 
 ROOT = Path(__file__).parent.parent
 BUILT_FROM = ("pyproject.toml", "LICENSE", "launch.py")
@@ -79,6 +80,8 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(tmp_path / "training/__init__.py", tmp_path / "training/run.py")
     (tmp_path / "parallel.py").write_text(CONFIG)
     (tmp_path / "story.txt").write_text("The cat sat on the mat. " * 40)
+    lines_in(tmp_path / "story.jsonl.gz", [{"text": "The cat sat on the mat."}] * 40)
+    lines_in(tmp_path / "chat.jsonl", [{"prompt": "Where sat ", "completion": "the cat?"}] * 40)
     return tmp_path
 
 
@@ -172,6 +175,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 Step = Callable[[Environment], list[str]]
 
+
+def train_on(environment: Environment, path: str, *changes: str, resume: str | None = None) -> list[str]:
+    """Return the command that trains two ranks on these data."""
+    resuming = [] if resume is None else ["--resume", resume]
+    own = ("--config", "parallel.py", "--nprocs", "2", "--set", f"data.path={path}", *changes)
+    return [environment.colonnade, "train", *resuming, *own]
+
+
 STEPS: dict[str, tuple[Step, str]] = {
     "the version": (lambda e: [e.colonnade, "--version"], ""),
     "a check": (lambda e: [e.colonnade, "check", "--config", "parallel.py", "--world", "2"], ""),
@@ -193,6 +204,22 @@ STEPS: dict[str, tuple[Step, str]] = {
         ],
         "runs/third/export/config.json",
     ),
+    "records in lines": (
+        lambda e: train_on(e, "story.jsonl.gz", "output.dir=runs/lines"),
+        "runs/lines/export/model.safetensors",
+    ),
+    "a resume on records in lines": (
+        lambda e: train_on(e, "story.jsonl.gz", "output.dir=runs/lines", "train.steps=4", resume="auto"),
+        "runs/lines/checkpoints/step_000004/checkpoint.json",
+    ),
+    "Parquet, with conversations for validation": (
+        lambda e: train_on(e, "story.parquet", "data.validation_path=chat.jsonl", "output.dir=runs/table"),
+        "runs/table/export/model.safetensors",
+    ),
+    "conversations": (
+        lambda e: train_on(e, "chat.jsonl", "output.dir=runs/chat"),
+        "runs/chat/export/model.safetensors",
+    ),
     "an export": (lambda e: [e.colonnade, "export", "runs/third", "--to", "hf"], "hf/model.safetensors"),
     "training from the export": (
         lambda e: [
@@ -210,6 +237,7 @@ def test_a_wheel_in_a_new_environment_does_what_the_clone_does(
     wheel: Path, environment: Environment, folder: Path
 ) -> None:
     environment.install(str(wheel))
+    parquet_in(folder / "story.parquet", [{"text": "The cat sat on the mat."}] * 40)
     for name, (step, left) in STEPS.items():
         run(step(environment), folder)
         assert (folder / left).exists(), name

@@ -168,7 +168,9 @@ def no_record(folder: Path) -> str:
     assert "line 1 is not UTF-8: byte 0xe9 at position 13" in refused(path)
     path.write_bytes('{"text": "a"}\n'.encode("utf-16"))
     assert "is UTF-16-LE. Convert it" in refused(path)
-    path.write_text(json.dumps(RECORDS))
+    for array in (json.dumps(RECORDS, indent=1), json.dumps(RECORDS)[:50]):  # which need not be read to its end
+        path.write_text(array)
+        assert "line 1 is a list, and not a record {...}" in refused(path)
     return refused(path)
 
 
@@ -179,6 +181,8 @@ def packed(folder: Path) -> str:
     assert f"Rename it to {plain.name}.gz" in refused(plain)
     (folder / "c.jsonl.gz").write_text('{"text": "a"}')
     assert "c.jsonl.gz is not packed by gzip" in refused(folder / "c.jsonl.gz")
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert "it begins as gzip does. Unpack or convert it." in refused(folder / "e.jsonl.gz")
     (folder / "d.jsonl.gz").write_bytes(file.read_bytes()[:-12])
     return refused(folder / "d.jsonl.gz")
 
@@ -197,7 +201,28 @@ def odd_bin(folder: Path) -> str:
 
 def wrong_dtype(folder: Path) -> str:
     assert "or data.bin_dtype=uint16" in refused(bin_in(folder / "a.bin"), bin_dtype="uint32")
+    of_llama = np.random.default_rng(0).integers(0, 128_000, 999)  # the upper halves are 0 and 1
+    assert "below 16, as when ids of 4 bytes are read as uint16" in refused(bin_in(folder / "c.bin", of_llama, "<u4"))
+    for dtype in ("uint16", "uint32"):
+        said = refused(bin_in(folder / "d.bin", dtype="<i8"), bin_dtype=dtype)
+        assert f"as when ids of 8 bytes are read as {dtype}. Write it again, numpy.fromfile(" in said
     return refused(bin_in(folder / "b.bin", dtype="<u4"))
+
+
+def text_as_ids(folder: Path) -> str:
+    """Two letters are an id that a vocabulary of 50,000 has; this text ends within a character."""
+    (folder / "a.bin").write_bytes(("Two letters are one id, é. " * 9).encode()[:24])
+    return refused(folder / "a.bin")
+
+
+def shared_validation(folder: Path) -> str:
+    texts = texts_in(folder / "texts", a="x" * 99, b="y" * 99)
+    for path in (texts, texts / "a.txt"):
+        config = DataConfig(path=str(texts), validation_path=str(path), sequence_length=3)
+        (said,) = load_tokens(config, 260).messages
+        assert "the model is validated on what it is trained on" in said
+    assert f"{texts}/a.txt is also read for data.path" in said
+    return said
 
 
 def with_header(folder: Path) -> str:
@@ -226,8 +251,10 @@ def of_one_kind(folder: Path) -> str:
     assert tokens_of(folder / "ids") == IDS.tolist()
     (folder / "arrays").mkdir()
     np.save(folder / "arrays" / "1.npy", IDS[:50].astype(np.uint8))
-    np.save(folder / "arrays" / "2.npy", IDS[50:].astype(np.int32))
+    np.save(folder / "arrays" / "2.npy", IDS[50:75].astype(np.int64))
+    np.save(folder / "arrays" / "3.npy", IDS[75:].astype(np.uint64))
     assert tokens_of(folder / "arrays") == IDS.tolist()
+    assert all(isinstance(id, int) for id in tokens_of(folder / "arrays"))  # numpy makes float64 of the last two
     return ""
 
 
@@ -262,6 +289,11 @@ def other_kind(folder: Path) -> str:
     for name in ("a.csv", "a.txt.gz", "a.arrow", "a.pt"):
         (folder / name).write_text("x")
         assert "is not of a kind that is read" in refused(folder / name)
+    empty = folder / "rows"
+    for number, (name, recipe) in enumerate({"b.csv": "Convert it", "k=1": "Name a folder of one of"}.items()):
+        (empty / str(number) / name).mkdir(parents=True)
+        said = refused(empty / str(number))
+        assert f"it has {name}. {recipe}" in said
     return refused(folder / "a.csv")
 
 
@@ -328,6 +360,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "nanoGPT's FILE.bin": nanogpt,
     "a .bin of half an id": odd_bin,
     "a .bin of another dtype": wrong_dtype,
+    "a .bin that is text": text_as_ids,
     "a .bin with the header of llm.c": with_header,
     "a .bin of Megatron of another dtype": megatron,
     "a folder with files of one kind": of_one_kind,
@@ -337,6 +370,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "`data.text_key` or `data.bin_dtype`, for data without records or without .bin": not_used,
     "data for validation": validation,
     "data for validation that are too short": short_validation,
+    "data for validation that are trained on": shared_validation,
     "special tokens that the tokenizer puts around a text": special_tokens,
 }
 ROWS = rows(PAGE, HEADING)

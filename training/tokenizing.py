@@ -25,7 +25,7 @@ def cache_of(environment: Mapping[str, str], *, quiet: bool, check: Callable[[],
     try:
         folder = Path(environment.get(VARIABLE) or DEFAULT).expanduser().absolute()
     except RuntimeError as error:
-        raise ConfigError(f"{VARIABLE}: {error}. Set it to a folder for tokens.") from error
+        raise ConfigError(f"{VARIABLE}: {str(error).rstrip('.')}. Set it to a folder for tokens.") from error
     return Cache(folder, TokenizingScreen(make_console(quiet=quiet), check))
 
 
@@ -53,14 +53,17 @@ class TokenizingScreen(Observer):
             print_line(self._console, f"{source.key}: {doing}, {fraction:.0%} of {source.path}")
 
     def finish(self, source: Source, entry: Entry, folder: Path) -> None:
-        if self._bar is not None:
-            self._bar.stop()
         seconds = 0.0 if self._began is None else time.monotonic() - self._began
-        self._bar = self._began = None
+        self.stop()
         if (tokens := entry.arrays.get("tokens")) is not None:
             size = size_text(sum(array.nbytes for array in entry.arrays.values()))
             took = f" in {seconds:.0f} s" if seconds >= SECONDS_WITHOUT_WORD else ""
             print_line(self._console, f"{source.key}: {len(tokens):,} tokens encoded{took}, kept in {folder} ({size})")
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()  # it shows the cursor again
+        self._bar = self._began = None
 
     def _show(self, text: str, fraction: float) -> None:
         if self._bar is None:

@@ -6,6 +6,7 @@ may be deleted at any time: what is missing or damaged is made again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias
+from uuid import uuid4
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from models.data.contents import digest_of_file
 from models.data.documents import Array, MemoryStore, Store
 from models.data.sources import Source
 from parallel.errors import DataError
-from parallel.storage.file_lock import try_to_lock
+from parallel.storage.file_lock import excludes_others, try_to_lock
 
 VERSION = 1
 ENTRY = "entry.json"
@@ -54,6 +56,9 @@ class Observer:
     def finish(self, source: Source, entry: Entry, folder: Path) -> None:
         """Note that an entry was made, and where it is kept."""
 
+    def stop(self) -> None:
+        """Note that the work has ended, however it did."""
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -68,23 +73,31 @@ class Cache:
         `key` says by what the entry is decided beside the contents of the source. Raises DataError where the folder
         cannot be written.
         """
-        name = self._name(source, key)
-        folder = self.folder / "entries" / name
+        try:
+            return self._entry(source, key, work)
+        finally:
+            self.observer.stop()
+
+    def _entry(self, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+        folder = self.folder / "entries" / self._name(source, key)
         if (entry := read_entry(folder)) is not None:
             return entry
         with self._locked(folder, source) as lock:
             if (entry := read_entry(folder)) is None:
-                entry = self._make(folder, work, self._reporter(source, lock))
+                entry = self._make(folder, work, lock, self._reporter(source, lock))
         self.observer.finish(source, entry, folder)
         return entry
 
     def _name(self, source: Source, key: Mapping[str, Any]) -> str:
         """Return the name of an entry, a digest of all that decides it."""
+        files = []
+        for number, file in enumerate(source.files):
 
-        def report(fraction: float) -> None:
-            self.observer.advance(source, fraction, 0)
+            def report(fraction: float, *, before: int = number) -> None:
+                self.observer.advance(source, (before + fraction) / len(source.files), 0)
 
-        files = [(file.name, digest_of_file(file, source.key, self.folder, report)) for file in source.files]
+            report(0.0)
+            files.append((file.name, digest_of_file(file, source.key, self.folder, report)))
         parts = {"version": VERSION, "kind": source.kind, "files": files, **key}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -95,12 +108,14 @@ class Cache:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = folder.with_suffix(".lock").open("a+")
         with lock:
-            while not try_to_lock(lock):
-                lock.seek(0)
-                if said := lock.read().split():
-                    self.observer.advance(source, float(said[0]), int(said[1]))
+            while not self._is_locked(lock):
+                self.observer.advance(source, *_said(lock))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             yield lock
+
+    def _is_locked(self, lock: IO[str]) -> bool:
+        with _naming(self.folder):
+            return try_to_lock(lock)
 
     def _reporter(self, source: Source, lock: IO[str]) -> Report:
         """Return a function that tells the observer, and those who wait for the lock, how far the work is."""
@@ -118,11 +133,15 @@ class Cache:
 
         return report
 
-    def _make(self, folder: Path, work: Work, report: Report) -> Entry:
-        """Make an entry under another name, and rename it when all of it is on the disk."""
-        for left in folder.parent.glob(f"{folder.name}.*.part"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        part = folder.with_suffix(f".{os.uname().nodename}-{os.getpid()}.part")
+    def _make(self, folder: Path, work: Work, lock: IO[str], report: Report) -> Entry:
+        """Make an entry under another name, and rename it when all of it is on the disk.
+
+        Where the file system has no locks, other processes may make the same one at the same time.
+        """
+        if excludes_others(lock):
+            for left in folder.parent.glob(f"{folder.name}.*.part"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        part = folder.with_suffix(f".{uuid4().hex}.part")
         with _naming(self.folder):
             part.mkdir()
         try:
@@ -130,13 +149,9 @@ class Cache:
             metadata = work(store, report)
             with _naming(self.folder):
                 store.finish(metadata)
-                if folder.exists():  # and is damaged
-                    shutil.rmtree(folder)
-                part.rename(folder)
-                _sync(folder.parent)
-        except BaseException:
+                _move(part, folder)
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
         entry = read_entry(folder)
         assert entry is not None, f"{folder} was written and cannot be read"
         return entry
@@ -183,13 +198,34 @@ class FileStore:
 
 
 def read_entry(folder: Path) -> Entry | None:
-    """Return the entry in a folder; None where there is none, or where it is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    """Return the entry in a folder; None where there is none, or a file of it is missing or of another size."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads((folder / ENTRY).read_bytes())
         if content.pop("digest") == _digest(content):
             arrays = {name: _map(folder / f"{name}.bin", **array) for name, array in content["arrays"].items()}
             return Entry(arrays, content["metadata"])
     return None
+
+
+def _move(part: Path, folder: Path) -> None:
+    """Rename an entry that is whole, unless another process has made it meanwhile."""
+    if read_entry(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # it is damaged
+        try:
+            part.rename(folder)
+        except OSError:
+            if read_entry(folder) is None:
+                raise
+        _sync(folder.parent)
+
+
+def _said(lock: IO[str]) -> tuple[float, int]:
+    """Return what the process that holds a lock last reported."""
+    with suppress(OSError, ValueError):
+        lock.seek(0)
+        fraction, num_tokens = lock.read().split()
+        return float(fraction), int(num_tokens)
+    return 0.0, 0
 
 
 def _map(file: Path, dtype: str, length: int) -> Array:
@@ -205,10 +241,13 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Have the names in a folder on the disk, where its file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)
 

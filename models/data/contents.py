@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from parallel.errors import DataError
 from parallel.storage.file_lock import try_to_lock
@@ -20,7 +21,9 @@ SECONDS_OF_A_TICK = 2.0
 
 
 def digest_of_file(file: Path, key: str, cache: Path, report: Callable[[float], None]) -> str:
-    """Return the SHA-256 of a file, which a large one is read for once: then path, size, time and inode tell it.
+    """Return the SHA-256 of a file, which a large one is read for once: then path, size, times and inode tell it.
+
+    The time of the change, which no program can set, is among them: a copy may have the size and the time of another.
 
     One process reads the file, and others wait. Raises DataError, with the config's key, where it cannot be read.
     """
@@ -30,7 +33,7 @@ def digest_of_file(file: Path, key: str, cache: Path, report: Callable[[float], 
             return hashlib.sha256(file.read_bytes()).hexdigest()
         path = str(file.resolve())
         known = cache / "contents" / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
-        identity = [path, status.st_size, status.st_mtime_ns, status.st_ino]
+        identity = [path, *_identity(status)]
         return _remembered(known, identity) or _read_once(file, known, identity, report)
     except OSError as error:
         raise DataError(f"{key}: cannot read {file}: {error.strerror}.") from error
@@ -44,19 +47,31 @@ def _read_once(file: Path, known: Path, identity: list[object], report: Callable
     except OSError:  # it is needed by none but the next run: whoever must write an entry says what is wrong
         return _read(file, report)
     with lock:
-        while not try_to_lock(lock):
+        while not _is_locked(lock):
+            report(0.0)
             time.sleep(0.1)
         if (digest := _remembered(known, identity)) is not None:
             return digest
         began = time.time()
         digest, after = _read(file, report), file.stat()
-        is_same = identity[1:] == [after.st_size, after.st_mtime_ns, after.st_ino]
-        if is_same and began - after.st_mtime > SECONDS_OF_A_TICK:
+        if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:
             part = known.with_suffix(f".{os.getpid()}.part")
             with suppress(OSError):
                 part.write_text(json.dumps([*identity, digest]))
                 part.rename(known)
         return digest
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _is_locked(lock: IO[str]) -> bool:
+    """Lock the file unless another process has; without a lock that works, every process reads for itself."""
+    try:
+        return try_to_lock(lock)
+    except OSError:
+        return True
 
 
 def _remembered(known: Path, identity: list[object]) -> str | None:

@@ -25,7 +25,7 @@ from models.data.separator import Separator
 from models.data.sources import Kind, Source, find_source
 from models.tokenizer import Ids, Tokenizer, load_tokenizer
 from parallel.config import DataConfig
-from parallel.errors import ConfigError, DataError
+from parallel.errors import ConfigError, DataError, names_text
 
 VALIDATION = "data.validation_path"
 
@@ -110,6 +110,8 @@ def load_tokens(
         return corpus_of(training, data.sequence_length, num_validation, [*messages, *_not_used(data, source)])
     other = find_source(data.validation_path, VALIDATION)
     validation, more = reader.samples(other)
+    if shared := _shared(training, validation, source, other):
+        more.append(f"{VALIDATION}: {shared}: the model is validated on what it is trained on")
     return Corpus(training, validation, data.sequence_length, (*messages, *more, *_not_used(data, source, other)))
 
 
@@ -122,6 +124,15 @@ def _not_used(data: DataConfig, *sources: Source) -> Iterator[str]:
         yield f"data.bin_dtype: {data.bin_dtype} is not used, since {data.path} is not of files .bin"
     if data.validation_path is not None and data.validation_fraction not in (0, default.validation_fraction):
         yield f"data.validation_fraction: {data.validation_fraction} is not used, since data.validation_path is set"
+
+
+def _shared(training: Samples, validation: Samples, first: Source, second: Source) -> str:
+    """Return what two sources have in common; nothing where that is not known."""
+    if (training.num_tokens, training.digest) == (validation.num_tokens, validation.digest):
+        return f"{second.path} has the same tokens as data.path"
+    others = {file.resolve() for file in first.files}
+    files = [str(file) for file in second.files if file.resolve() in others]
+    return f"{names_text(files)} is also read for data.path" if files else ""
 
 
 @dataclass(frozen=True)

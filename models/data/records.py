@@ -6,13 +6,14 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from models.data.file_starts import GZIP, byte_order_mark, packed_as, start_of
+from models.data.file_starts import GZIP, LONGEST, byte_order_mark, packed_as
 from models.data.sources import Kind, Source
 from models.tokenizer import unwritable
 from parallel.errors import DataError, closest, names_text, shown
@@ -78,30 +79,35 @@ class Records:
         size = max(1, file.stat().st_size)
         with file.open("rb") as packed, self._unpacked(file, packed) as lines:
             number = 0
-            while line := self._read_line(lines, file, number + 1):
+            while line := self._read(lines.readline, file, number + 1):
                 number += 1
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if not line.isspace():
                     yield self._record_of(line, f"{file} line {number}"), number, packed.tell() / size
 
-    def _unpacked(self, file: Path, packed: IO[bytes]) -> IO[bytes]:
+    def _unpacked(self, file: Path, packed: BufferedReader) -> BufferedReader | gzip.GzipFile:
         """Return the lines of a file, which is unpacked where its name says so."""
-        key, start = self.source.key, start_of(file, self.source.key)
-        kind, is_gzip = packed_as(start), file.name.endswith(".gz")
-        if is_gzip and not start.startswith(GZIP) and start:
+        key, is_gzip = self.source.key, file.name.endswith(".gz")
+        if is_gzip and (first := packed.peek(LONGEST)) and not first.startswith(GZIP):
             raise DataError(f"{key}: {file} is not packed by gzip. Rename it to {file.name.removesuffix('.gz')}.")
-        if kind is not None and not (is_gzip and kind == "gzip"):
-            recipe = f"Rename it to {file.name}.gz." if kind == "gzip" else "Unpack or convert it first."
-            raise DataError(f"{key}: {file} has no lines of JSON: it begins as {kind} does. {recipe}")
+        lines = gzip.GzipFile(fileobj=packed) if is_gzip else packed
+        start = self._read(lambda: lines.peek(LONGEST), file, 1)
+        if (kind := packed_as(start)) is not None:
+            recipe = f"Rename it to {file.name}.gz." if (kind, is_gzip) == ("gzip", False) else "Unpack or convert it."
+            raise DataError(
+                f"{key}: {file} has no lines of JSON: {'within, ' * is_gzip}it begins as {kind} does. {recipe}"
+            )
         _, encoding = byte_order_mark(start)
         if encoding != "UTF-8":
             raise DataError(f"{key}: {file} is {encoding}. Convert it: iconv -f {encoding[:6]} -t UTF-8 FILE > NEW.")
-        return gzip.GzipFile(fileobj=packed) if is_gzip else packed  # type: ignore[return-value]
+        if start.lstrip().startswith(b"["):  # all of it may be one line
+            raise DataError(f"{key}: {file} line 1 is a list, and not a record {{...}}. {LINES_RECIPE}")
+        return lines
 
-    def _read_line(self, lines: IO[bytes], file: Path, number: int) -> bytes:
+    def _read(self, read: Callable[[], bytes], file: Path, number: int) -> bytes:
         try:
-            return lines.readline()
+            return read()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(
                 f"{self.source.key}: {file} is damaged near line {number}: {error}. Download or pack it again."
@@ -196,6 +202,8 @@ def load_dataset(source: Source) -> Any:
         raise DataError(
             f"{source.key}: {source.path} needs the package 'datasets': pip install 'colonnade[data]'."
         ) from error
+    if not any(file.suffix == ".arrow" for file in source.files):
+        raise DataError(f"{source.key}: {source.path} is empty: a dataset without rows. Name another one.")
     try:
         return datasets.Dataset.load_from_disk(source.path, keep_in_memory=False)
     except Exception as error:  # a damaged folder raises what its reader meets
@@ -222,7 +230,7 @@ def _naming(file: Path, key: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).rstrip(".")
         raise DataError(
             f"{key}: {file} is not Parquet, or is damaged: {reason}. Download or write it again."
         ) from error

@@ -155,9 +155,11 @@ def _folder(folder: Path, key: str) -> Source:
     suffixes = {name: suffix for name in names if (suffix := _suffix_of(folder / name)) is not None}
     kinds = {SUFFIXES[suffix]: name for name, suffix in suffixes.items()}
     if not suffixes:
+        ends = {Path(name).suffix.lower() for name in names}
+        recipe = next((RECIPES[end] for end in sorted(ends & {*RECIPES})), "Name a folder of one of these, or a file.")
         raise DataError(
-            f"{key}: the folder {folder} has no *.txt in it, and no {', '.join(list(SUFFIXES)[1:])}. Name a folder of"
-            " one of these kinds, or a file."
+            f"{key}: the folder {folder} has no *.txt in it, and no {', '.join(list(SUFFIXES)[1:])}:"
+            f" {f'it has {names_text(names)}' if names else 'it is empty'}. {recipe}"
         )
     if len(kinds) > 1:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from parallel.errors import DataError
 
 AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 COUNTED = 1 << 22  # ids from here on are not counted one by one: no vocabulary has them
+LOOKED_AT, LOOKED_AT_AS_TEXT = 1 << 20, 1 << 12  # ids, and bytes, by which a file of something else is known
+UPPER, MANY = 16, 1 << 12  # the upper halves of ids below 2**20; a lower half that only a large vocabulary has
 LLM_C = (20240520, 20240801)  # the first number of token files of llm.c, and of modded-nanogpt
 LLM_C_HEADER = 1024  # bytes
 MEGATRON_INDEX = b"MMIDIDX\x00\x00"
@@ -36,6 +39,7 @@ def survey(parts: list[Ids], store: Store, report: Callable[[float, int], None],
     total, done, digest = sum(map(len, parts)), 0, 0
     lowest, highest, counts = 0, -1, np.zeros(0, np.int64)
     dtype = np.result_type(*(part.dtype for part in parts))
+    dtype = dtype if dtype.kind in "iu" else np.dtype(np.int64)  # of uint64 and int64 numpy makes float64
     for part in parts:
         for start in range(0, len(part), AT_ONCE):
             block = part[start : start + AT_ONCE]
@@ -107,12 +111,45 @@ def _map_bin(source: Source, file: Path, bin_dtype: str) -> Ids:
         tokens: Array = np.memmap(file, dtype, mode="r") if size else np.zeros(0, dtype)
     except OSError as error:
         raise DataError(f"{source.key}: cannot read {file}: {error.strerror}.") from error
-    if bin_dtype == "uint16" and len(tokens) > 8 and not tokens[: 1 << 20][1::2].any():
-        raise DataError(
-            f"{source.key}: every second id in {file} is 0, as when ids of 4 bytes are read as uint16. Set"
-            " data.bin_dtype=uint32."
-        )
+    _refuse_other_contents(source, file, tokens)
     return tokens
+
+
+def _refuse_other_contents(source: Source, file: Path, tokens: Ids) -> None:
+    """Raise DataError for ids that are cut from longer ones, or from text: most would be within a vocabulary."""
+    begin, key = np.array(tokens[:LOOKED_AT]), source.key
+    if len(begin) > 8 and (size := _size_of_ids(begin)) != begin.itemsize:
+        what = "0" if not begin[1::2].any() else f"below {UPPER}"
+        convert = f"Write it again, numpy.fromfile({str(file)!r}, 'int64').astype('uint32').tofile('NEW.bin'), and set"
+        raise DataError(
+            f"{key}: every second id in {file} is {what}, as when ids of {size} bytes are read as {begin.dtype.name}."
+            f" {'Set' if size == 4 else convert} data.bin_dtype=uint32."
+        )
+    if is_text(begin.tobytes()[:LOOKED_AT_AS_TEXT]):
+        raise DataError(f"{key}: {file} has no token ids: it is text. Rename it to {file.with_suffix('.txt').name}.")
+
+
+def _size_of_ids(begin: Ids) -> int:
+    """Return the bytes of an id of which these are parts, the lowest first, as far as that can be seen; else their own.
+
+    The upper half of an id of 4 bytes is 0, or a small number where a vocabulary has more than 65,536 ids.
+    """
+    lower, upper = begin[::2], begin[1::2]
+    if begin.itemsize == 4:
+        return 4 if upper.any() else 8
+    is_small = len(upper) >= 64 and upper.max() < UPPER and lower.max() >= MANY
+    if upper.any() and not is_small:
+        return 2
+    return 4 if begin[2::4].any() or begin[3::4].any() else 8
+
+
+def is_text(content: bytes) -> bool:
+    """Return whether the first bytes of a file, which may end within a character, are those of a text."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(content)
+    except UnicodeDecodeError:
+        return False
+    return len(set(text)) >= 8 and all(character.isprintable() or character in "\t\n\r" for character in text)
 
 
 def _refuse_other_programs(source: Source, file: Path, bin_dtype: str) -> None:

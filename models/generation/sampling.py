@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.layout.rng import gumbel, seed_of
+
+PARTS_OF_A_ROW = 64
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,25 @@ class Sampler:
     def __call__(self, logits: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
         """Return the tokens int64 [B] of logits[B, V], for samples[B] and the positions[B] that they will have."""
         if self.sampling.temperature == 0:
-            return logits.argmax(-1)
+            return index_of_largest(logits)
         scores = filtered(logits, self.sampling)
         tokens = torch.arange(scores.shape[1], device=scores.device)
-        return (scores + gumbel(self.key, (samples << 32) + positions, tokens)).argmax(-1)
+        return index_of_largest(scores + gumbel(self.key, (samples << 32) + positions, tokens))
+
+
+def index_of_largest(scores: Tensor) -> Tensor:
+    """Return the index of the largest of each row of scores[B, V], the first one among equals, int64 [B].
+
+    Compiled code searches each of some equal parts of a row, and then among their maxima: of one long row a compiler
+    makes a loop of a single multiprocessor.
+    """
+    if not torch.compiler.is_compiling():
+        return scores.argmax(-1)
+    padded = F.pad(scores, (0, -scores.shape[1] % PARTS_OF_A_ROW), value=-torch.inf)
+    parts = padded.unflatten(1, (PARTS_OF_A_ROW, -1))
+    part = parts.amax(-1).argmax(-1, keepdim=True)
+    found: Tensor = part * parts.shape[2] + parts.argmax(-1).gather(1, part)
+    return found.squeeze(1)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:

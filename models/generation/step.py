@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.attention import Attention
 from models.generation.sampling import Sampler
+from models.generation.trained_model import compiled
 from models.layer import Head
 from models.rotary import Rotary
 from parallel.engine.inference import Inference
 from parallel.ops.captured import Captured
 from parallel.ops.compiling import not_yet_compiled
+from parallel.ops.kernels.cached_attention import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence.cache import KeyValueCache, NewTokens, masks_at
 from parallel.storage.transfer import to_device
@@ -51,12 +53,13 @@ class _State:
     count [1]                  how many
     """
 
-    def __init__(self, size: StepSize, device: torch.device) -> None:
+    def __init__(self, size: StepSize, most_positions: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.tokens, self.positions, self.samples = zeros(size.texts, 1), zeros(size.texts, 1), zeros(size.texts)
         self.new, self.count = zeros(size.texts, size.new), zeros(1)
+        self.most_positions = most_positions
 
     def start(self, prompts: Sequence[Prompt]) -> None:
         """Become the state after the last tokens of these prompts."""
@@ -67,12 +70,12 @@ class _State:
         self.samples.copy_(samples)
         self.count.zero_()
 
-    def add(self, chosen: Tensor, most_positions: int) -> None:
-        """Add a token to each text, chosen[B]. Those of a text that has ended stay before `most_positions`."""
+    def add(self, chosen: Tensor) -> None:
+        """Add a token to each text, chosen[B]. The positions of a text that has ended stay within the model's."""
         self.new.index_copy_(1, self.count, chosen.unsqueeze(1))
         self.count.add_(1)
         self.tokens.copy_(chosen.unsqueeze(1))
-        self.positions.add_(1).clamp_(max=most_positions - 1)
+        self.positions.add_(1).clamp_(max=self.most_positions - 1)
 
 
 class Step:
@@ -83,10 +86,14 @@ class Step:
 
     def __init__(self, model: Inference, sampler: Sampler, size: StepSize, most_positions: int) -> None:
         self.model, self.sampler, self.size = model, sampler, size
-        self.most_positions = min(size.positions, most_positions)
-        self.state = _State(size, model.context.device)
+        self.state = _State(size, min(size.positions, most_positions), model.context.device)
         self.attentions = [part for part in model.stage.modules() if isinstance(part, Attention)]
+        sizes = {attention.head_size for attention in self.attentions}  # all have the same
+        self.is_fused = all(is_fused(model.context.device, model.context.dtype, size) for size in sizes)
         self.caches = [KeyValueCache(-(-size.positions // CACHE_UNIT) * CACHE_UNIT) for _ in model.layers]
+        self.is_alone = model.mesh.world.size == 1
+        compiles = self.is_alone and model.context.config.train.compile and not model.gathers
+        self._choose_and_add = compiled(_choose_and_add) if compiles else _choose_and_add
         self._captured = Captured(self._forward_last_tokens, captures=model.can_be_captured)
 
     @property
@@ -105,10 +112,10 @@ class Step:
             cache.new = None
         with not_yet_compiled(self.model.context.config.train.compile):
             x = self.model.forward(Microbatch(ids, labels=ids, samples=self.state.samples), self.caches)
+            self._add_token(x, self.state.positions.squeeze(1))
         num_blocks = len(self.caches) - (self.model.pipe.rank == 0)  # the embedding attends to nothing
-        written = sum(len(cache.k) > 0 for cache in self.caches)
+        written = sum(len(cache.kept) > 0 for cache in self.caches)
         assert written == num_blocks, f"{written} of {num_blocks} blocks keep keys and values in `batch.cache`"
-        self._add_token(x, self.state.positions.squeeze(1))
 
     def __call__(self) -> None:
         """Forward the last token of each text, and add the next one."""
@@ -126,20 +133,30 @@ class Step:
             return
         first, dtype = self.attentions[0], self.model.context.dtype
         positions = first.mode.local(self.state.positions.squeeze(1), first.mode.inner_batch)
-        windows = {attention.options.window for attention in self.attentions}
-        masks = masks_at(positions, self.caches[0].length, windows, dtype)
+        masks = None
+        if not self.is_fused:
+            windows = {attention.options.window for attention in self.attentions}
+            masks = masks_at(positions, self.caches[0].length, windows, dtype)
         rotary = first.options.rotary  # all attentions share it
         angles = rotary.tables_of_new(positions, dtype) if isinstance(rotary, Rotary) else None
-        texts = torch.arange(len(positions), device=positions.device)
         for cache in self.caches:
-            cache.new = NewTokens(texts, positions, masks, angles)
+            cache.new = NewTokens(positions, masks, angles)
 
     def _add_token(self, x: Tensor | None, at: Tensor) -> None:
         """Choose the next token of each text by the logits at these places of x, and add it on every stage."""
-        state = self.state
-        chosen = torch.zeros_like(state.samples)
-        if x is not None:
-            head = self.model.head
-            assert isinstance(head, Head)
-            chosen = self.sampler(head.logits(x, at), state.samples, state.positions.squeeze(1) + 1)
-        state.add(self.model.from_last_stage(chosen), self.most_positions)
+        model, state = self.model, self.state
+        if self.is_alone:
+            assert x is not None
+            self._choose_and_add(model.head, self.sampler, state, x, at)
+            return
+        chosen = torch.zeros_like(state.samples) if x is None else _chosen(model.head, self.sampler, state, x, at)
+        state.add(model.from_last_stage(chosen))
+
+
+def _chosen(head: nn.Module, sampler: Sampler, state: _State, x: Tensor, at: Tensor) -> Tensor:
+    assert isinstance(head, Head)
+    return sampler(head.logits(x, at), state.samples, state.positions.squeeze(1) + 1)
+
+
+def _choose_and_add(head: nn.Module, sampler: Sampler, state: _State, x: Tensor, at: Tensor) -> None:
+    state.add(_chosen(head, sampler, state, x, at))

@@ -1,17 +1,21 @@
 """The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
 
 from models.build import stage_of
 from models.data import has_token_ids
 from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
+from models.layer import Embed
 from models.saved_model import MASTER, SavedModel, of_this_program
 from models.shape import ModelShape
 from models.shapes import from_hugging_face
@@ -26,6 +30,8 @@ from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.stage import SetValues
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
 """An option with which torch's compiler makes kernels of its own for products with a single row."""
@@ -71,8 +77,21 @@ class TrainedModel:
 
 
 def inference_of(context: Context, set_values: SetValues) -> Inference:
-    """Return the weights of this rank, which `set_values` fills chunk by chunk, in the dtype of the run."""
-    return Inference(stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS), context)
+    """Return the weights of this rank, which `set_values` fills chunk by chunk, in the dtype of the run.
+
+    With train.compile, blocks are compiled; in a single process the embedding, too.
+    """
+    stage = stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS)
+    if context.config.train.compile and context.mesh.world.size == 1:
+        for layer in stage.layers:
+            if isinstance(layer, Embed):
+                layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
+    return Inference(stage, context)
+
+
+def compiled(function: F) -> F:
+    """Return the function, which torch's compiler compiles with the options of the blocks when it is called."""
+    return torch.compile(function, options=dict(COMPILE_OPTIONS))  # type: ignore[return-value]
 
 
 def find_trained_model(folder: Path, tokenizer: str | None = None) -> TrainedModel:

@@ -1,1 +1,1 @@
-"""Operations without communication: matrix products, deferred calls, clocks, and a mark for torch.compile."""
+"""Operations without communication: matrix products, deferred calls, clocks, kernels, and marks for torch.compile."""

@@ -1,10 +1,11 @@
-"""A mark for functions that torch.compile must not look into: functions that communicate, and hooks."""
+"""Marks for torch.compile: of functions that it must not look into, of calls that it leaves out, and of tensors."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,3 +37,12 @@ def not_yet_compiled(compiles: bool) -> AbstractContextManager[None]:
         return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def materialized(x: Tensor) -> Tensor:
+    """Return x, which compiled code then computes into memory by the kernel that makes it.
+
+    Otherwise an addition, say, is left to what reads its sum: if views of it are read, each of them gets a copy, and
+    the copies need a kernel of their own. Of `as_strided` the compiler knows that it is a view of memory.
+    """
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x

@@ -4,6 +4,8 @@ import errno
 import fcntl
 from typing import IO, Any
 
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 def try_to_lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> bool:
     """Lock the file unless another process has locked it. Returns True too where the file system has no locks."""
@@ -12,6 +14,15 @@ def try_to_lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in WITHOUT_LOCKS:
             raise
+    return True
+
+
+def excludes_others(file: IO[Any]) -> bool:
+    """Return whether the lock of a file that `try_to_lock` has locked is one: False where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     return True

@@ -16,6 +16,7 @@ from math import prod
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.layout.layout import Layout
@@ -223,6 +224,9 @@ class Mode:
 
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Look tokens up in E[V_inner_hidden, H_k_in]: tokens[B, S], whole on every rank -> x[B_batch, S, H_hidden]."""
+        split = (*self.inner_hidden, *self.lookup_batch, self.collectives_in.gather_w, self.sequence.axis)
+        if torch.compiler.is_compiling() and all(axis.size == 1 for axis in split):
+            return F.embedding(tokens, vocabulary.weight)  # which a compiler can fuse with what follows
         table = gather(vocabulary.weight, -1, self.collectives_in.gather_w)
         rows = vocabulary.rows(self.tokens(tokens, self.lookup_batch), table)
         return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
