@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=count, metavar="K", help="draw from the K most likely tokens (default: from all)")
     add("--top-p", type=probability, default=1.0, metavar="P", help="draw from the most likely tokens whose"
         " probabilities together reach P (default: %(default)s)")  # fmt: skip
-    add("--stop", action="append", default=[], metavar="TEXT", help="end a text before this text, or at this special"
-        " token; may be repeated")  # fmt: skip
+    add("--stop", action="append", type=stop, default=[], metavar="TEXT", help="end a text before this text, or at"
+        " this special token; may be repeated")  # fmt: skip
     add("--seed", type=int, default=0, help="the seed of the draws (default: %(default)s)")
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of weights and activations (default: the weights')")
     add("--batch-size", type=count, default=32, metavar="N", help="prompts at a time, on each replica of the model"
@@ -69,6 +69,13 @@ def temperature(text: str) -> float:
         problem = "is negative" if value < 0 else "is no number"
         raise argparse.ArgumentTypeError(f"{value} {problem}. Try 0, the most likely token each time")
     return value
+
+
+def stop(text: str) -> str:
+    """Return a text that can end another one: every text contains an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text is in every text. Try --stop $'\\n', the end of a line")
+    return text
 
 
 def probability(text: str) -> float:
@@ -98,6 +105,8 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     from models.generation.job import prepare
 
     place, world_size = launch.place, launch.world_size
+    if place.rank == 0 and arguments.out is not None:
+        _check_out(arguments.out)
     job = prepare(_request(arguments), place, world_size)
     work = partial(_generate, arguments, job, place)
     return Prepared(partial(job.facts, world_size), job.config.train.timeout_seconds, work, ["models.generation.job"])
@@ -151,19 +160,31 @@ class _Stream:
     def __init__(self, prompt: str) -> None:
         self.text, self.printed = prompt, 0
 
-    def show(self, added: str) -> None:
-        """Print what is new, but for an end that may be half a character, whose other bytes are yet to come."""
-        self._print(added.rstrip("\ufffd"))
-
     def finish(self, added: str) -> None:
         """Print the rest, and end the line."""
-        self._print(added)
+        self.show(added)
         print()
 
-    def _print(self, added: str) -> None:
+    def show(self, added: str) -> None:
+        """Print what is new in the text that has been added to the prompt."""
         whole = self.text + added
         print(whole[self.printed :], end="", flush=True)
         self.printed = max(self.printed, len(whole))
+
+
+def _check_out(out: Path) -> None:
+    """Raise DataError, before texts are generated that could not be written then."""
+    from parallel.errors import DataError
+
+    problem = ""
+    if out.is_dir():
+        problem = f"it is a folder. Try {out / 'texts.jsonl'}"
+    elif not out.parent.is_dir():
+        problem = f"there is no folder {out.parent}. Make it first"
+    elif not os.access(out if out.exists() else out.parent, os.W_OK):
+        problem = "permission denied. Try another folder"
+    if problem:
+        raise DataError(f"--out: cannot write {out}: {problem}.")
 
 
 def _write(out: Path | None, prompts: Sequence["str | Record"], found: Sequence["Continuation"]) -> None:

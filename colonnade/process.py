@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED, TERMINATED, REFUSED, NOT_FINITE = 130, 143, 2, 4  # exit codes
+INTERRUPTED, TERMINATED, FAILED, REFUSED, NOT_FINITE = 130, 143, 1, 2, 4  # exit codes
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from colonnade.process import NOT_FINITE, REFUSED, TERMINATED, import_torch, terminate
+from colonnade.process import FAILED, NOT_FINITE, REFUSED, TERMINATED, import_torch, terminate
 
 if TYPE_CHECKING:
     from parallel.engine.context import Place
@@ -60,6 +60,7 @@ def run_on_ranks(
     from parallel.errors import ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from parallel.watch.watch import UNWATCHED
+    from training.callbacks import CallbackError
 
     place, watch = Place(), UNWATCHED
     try:
@@ -82,8 +83,8 @@ def run_on_ranks(
     except LostRankError as error:
         return watch.end(error)
     except ColonnadeError as error:
-        code = NOT_FINITE if isinstance(error, NonFiniteError) else REFUSED
-        watch.leave(f"it refuses: {error}", code=code)
+        code = {NonFiniteError: NOT_FINITE, CallbackError: FAILED}.get(type(error), REFUSED)
+        watch.leave(f"it {'ends' if code == FAILED else 'refuses'}: {error}", code=code)
         if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends

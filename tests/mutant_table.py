@@ -1996,6 +1996,41 @@ ATTACKED_DATA = (
     ),
 )
 
+SEEN_AND_GENERATED = (
+    Mutant(
+        "beginning-of-a-stop-told",
+        "while a text grows its screen shows the beginning of a stop, which the text does not have",
+        "models/generation/text_generator.py",
+        "return text[: len(text) - max(begun, default=0)]",
+        "return text",
+        f"{GENERATE_TESTS}::test_what_is_told_of_a_growing_text_stays",
+    ),
+    Mutant(
+        "prompts-split-within-a-line",
+        "a character that Unicode calls the end of a line makes two prompts of one",
+        "models/generation/prompts.py",
+        'encoding="utf-8-sig").split("\\n")',
+        'encoding="utf-8-sig").splitlines()',
+        f"{GENERATE_TESTS}::test_a_line_of_a_file_of_prompts_ends_at_a_line_feed_alone",
+    ),
+    Mutant(
+        "callbacks-share-a-line",
+        "what a callback takes out of the metrics of a step, the run does not find in them",
+        "training/callbacks.py",
+        "(*deepcopy(arguments))",
+        "(*arguments)",
+        "tests/test_callbacks.py::test_what_a_callback_changes_in_a_line_nothing_else_sees",
+    ),
+    Mutant(
+        "best-names-what-is-replaced",
+        "a run that is killed while it replaces its best checkpoint leaves a name of nothing",
+        "parallel/checkpoint/shards.py",
+        "    if folder.exists():\n        at_last()\n",
+        "    if folder.exists():\n",
+        "tests/test_best_checkpoint.py::test_best_names_a_whole_checkpoint_also_while_one_is_replaced",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2041,4 +2076,5 @@ MUTANTS = (
     *READ_AGAIN,
     *TEXTS_ATTACKED,
     *ATTACKED_DATA,
+    *SEEN_AND_GENERATED,
 )

@@ -1,6 +1,7 @@
 """The best checkpoint is kept, and a run ends early, by validation losses that are written down here."""
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch.distributed as dist
 
 import training.loop
 from parallel.checkpoint import checkpoint
-from parallel.engine.context import Place
+from parallel.config import parse
+from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, ConfigError
 from tests.harness import run
@@ -205,3 +207,33 @@ def test_a_loss_comes_back_from_a_checkpoint_as_it_was() -> None:
     ]
     assert best == BestLoss.restored(best.state()) == BestLoss(2.5, 4, 0)
     assert BestLoss.restored(None) == BestLoss()
+
+
+@pytest.mark.parametrize(("best", "named"), [(1, ["1", "1", "1"]), (2, ["", "", "2"])])
+def test_best_names_a_whole_checkpoint_also_while_one_is_replaced(
+    best: int, named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumed from step 1 takes step 2 again. It could be killed while there is none, or before `best` is
+    written: at each renaming of a folder, and at the end, the file names a checkpoint that is there, or is not there.
+    """
+    axis, seen = make_context(parse(dict(data=dict(sequence_length=4)), world_size=1), ALONE).mesh.world, []
+
+    def save(step: int, best: int) -> None:
+        folder, best_folder = (checkpoint.step_folder(tmp_path, number) for number in (step, best))
+        checkpoint.save(folder, [], metadata={}, axis=axis, keep=3, best=best_folder)
+
+    def look() -> None:
+        pointer = tmp_path / "checkpoints" / "best"
+        assert pointer.exists() == (checkpoint.best_checkpoint(tmp_path) is not None)
+        seen.append(pointer.read_text().strip()[-1] if pointer.exists() else "")
+
+    def rename(old: Path, new: Path) -> None:
+        os.rename(old, new)
+        look()
+
+    save(1, 1)
+    save(2, 2)
+    monkeypatch.setattr(Path, "rename", rename)
+    save(2, best)
+    look()
+    assert seen == named

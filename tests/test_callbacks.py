@@ -135,6 +135,21 @@ def train_with(rank: int, world_size: int, folder: Path, callbacks: Callable[[],
     return ""
 
 
+class Pops(Callback):
+    """Takes a number out of the line, as a logger does that shows it in another way."""
+
+    def on_step(self, line: MetricsLine) -> None:
+        line.pop("validation_loss", None)
+
+
+def test_what_a_callback_changes_in_a_line_nothing_else_sees(tmp_path: Path) -> None:
+    """Rank 0 alone took an evaluation for none then, and the others waited for it to save the best checkpoint."""
+    options = ("output.eval_every=1", "output.keep_best=True", "output.checkpoint_every=0")
+    run_job(prepared(tmp_path, *SHORT, *options), callbacks=[Pops()])
+    assert all(line["validation_loss"] > 0 for line in lines_of(tmp_path))
+    assert (tmp_path / "checkpoints" / "best").exists()
+
+
 def on_ranks() -> list[Callback]:
     return [Ranks(), First()]
 
@@ -240,7 +255,7 @@ def test_one_line_says_which_callback_ended_a_run_and_its_log_has_the_traceback(
 ) -> None:
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     sets = [*TINY, *SHORT, f"output.dir={folder}/run", "output.callbacks=('mine_of_test_callbacks:Later',)"]
-    assert launch.main(launch.read_arguments(["--set", *sets])) == launch.REFUSED
+    assert launch.main(launch.read_arguments(["--set", *sets])) == 1  # 2 is a refusal before the training
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("the callback mine_of_test_callbacks:Later failed in on_step: ZeroDivisionError: the reason")
     log = (folder / "run" / "logs" / "rank_0.log").read_text()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from models.generation.decoding import Decoder, TextLimits
 from models.generation.job import Request, continued, generate, prepare
 from models.generation.layout import config_for
+from models.generation.prompts import read_prompts
 from models.generation.sampling import Sampler, Sampling, filtered, index_of_largest
 from models.generation.step import Prompt
 from models.generation.text_generator import Continuation, Options, TextGenerator
@@ -351,6 +353,59 @@ def test_prompts_of_a_file_are_answered_in_order(
     assert capsys.readouterr().err == "cut at the model's 32 positions: text 1\n"
 
 
+def test_a_line_of_a_file_of_prompts_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    """Python's `splitlines` also ends one at U+2028 and U+0085, which JSON leaves as they are within a text."""
+    records, lines = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
+    records.write_bytes('\ufeff{"prompt": "one\u2028line\x85"}\r\n\r\n{"prompt": "two"}'.encode())
+    lines.write_bytes("\ufeffone\u2028line\x85\r\n\r\ntwo\n".encode())
+    assert read_prompts(lines) == ["one\u2028line\x85", "two"]
+    assert read_prompts(records) == read_prompts(lines)
+
+
+def test_a_prompt_that_has_no_tokens_is_refused_with_its_number(export: Path) -> None:
+    """JSON can write half of a surrogate pair, and Python makes halves of the bytes of an argument that are no text."""
+    with pytest.raises(
+        DataError, match=r"prompt 2: it has the character '\\udcff', which is half of a surrogate pair, or"
+    ):
+        prepare(Request(export, ["a", b"b\xff".decode(errors="surrogateescape")]), Place(), 1)
+
+
+@pytest.mark.parametrize("name", ["missing/texts.jsonl", ""])
+def test_an_output_that_cannot_be_written_is_refused_before_texts_are_made_for_it(
+    export: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colonnade.cli import main
+
+    monkeypatch.setattr("models.generation.job.generate", lambda *_, **__: pytest.fail("texts are made"))
+    assert main(["generate", str(export), "--prompt", "a", "--out", str(tmp_path / name)]) == 2
+    assert f"--out: cannot write {tmp_path / name}: " in capsys.readouterr().err
+
+
+def test_a_stop_of_no_text_which_every_text_contains_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from colonnade.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["generate", "a_folder", "--prompt", "a", "--stop", ""])
+    assert "argument --stop: an empty text is in every text" in capsys.readouterr().err
+
+
+def test_what_is_told_of_a_growing_text_stays(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither half a character is told, nor the beginning of a stop, which is no part of the text once it is whole."""
+    ids, told = ByteTokenizer().encode("an END of é, END.").tolist(), list[str]()
+
+    def scripted(decoder: Decoder, prompts: list[Prompt], *, listener: Callable[[list[list[int]]], None]) -> Any:
+        for count in range(len(ids) + 1):
+            listener([ids[:count]])
+        return [ids]
+
+    monkeypatch.setattr(Decoder, "continue_texts", scripted)
+    job = prepare(Request(export, ["a"], options=Options(30, stops=("END.",))), Place(), 1)
+    (found,) = generate(job, Place(), listener=told.append)
+    assert found.text == told[-1] == "an END of é, "
+    assert [found.text.startswith(text) for text in told] == [True] * len(told)
+    assert "an END of " in told
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -402,6 +457,10 @@ def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) 
     assert texts(tmp_path / "run", ["The ", "A"], sampling=SAMPLED) == of_export
     assert texts(tmp_path / "run" / "checkpoints" / "step_000002", ["The ", "A"], sampling=SAMPLED) == of_export
     assert find_trained_model(tmp_path / "run").is_checkpoint
+    assert (
+        find_trained_model(tmp_path / "run" / "checkpoints" / "latest").folder
+        == find_trained_model(tmp_path / "run").folder
+    )
 
 
 @pytest.mark.parametrize("chat", [True, False])

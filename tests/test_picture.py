@@ -1,6 +1,7 @@
 """Every pipeline has a picture that fits the screen, whatever its size."""
 
 import gc
+import io
 import random
 import time
 from dataclasses import replace
@@ -8,12 +9,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import launch
 from parallel.pipeline.picture import draw
 from parallel.pipeline.schedule import SCHEDULES, Action, Op, Plan, with_transfers
 from parallel.pipeline.timeline import MOST_SIMULATED, Timeline, num_simulated, simulate
 from tests.patience import patient
+from tests.tables import ROOT
+from training.config import read_config
+from training.layout_report import print_layout
+from training.preview import preview_of
 
 NAMES = st.sampled_from(sorted(SCHEDULES))
 
@@ -139,3 +145,16 @@ def test_a_check_draws_a_pipeline_of_any_length(capsys: pytest.CaptureFixture[st
         assert len(rows_of(shown)) == 4
         assert "microbatches are not drawn" in shown
         assert "bubble" in shown
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, 5), (74, 2), (60, 2), (40, 1)])
+def test_the_table_of_stages_cuts_no_number_off_on_a_narrow_screen(width: int, columns: int) -> None:
+    """A number of which the last digits are cut is another number: then there are fewer columns."""
+    config = read_config(str(ROOT / "configs" / "opt_6p7b_pp4_1d.py"), [], 32)
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as printed:
+        print_layout(console, preview_of(config, 32), [])
+    rows = [row for row in printed.get().splitlines() if row.startswith("│ pipe") and "iB" in row]
+    assert [row.count("│") - 3 for row in rows] == [columns] * 4
+    assert all(len(row) <= width and "…" not in row and row.endswith("GiB │") for row in rows)
+    assert [("235,687,936" in row) for row in rows] == [columns > 1, False, False, False]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -110,7 +111,7 @@ class Callbacks:
         with self._together(f"{event} of the callbacks"):
             for callback in self._callbacks:
                 with _named(type(callback), event):
-                    getattr(callback, event)(*arguments)
+                    getattr(callback, event)(*deepcopy(arguments))  # what it changes, no other one and no rank sees
 
     def _end(self, error: BaseException | None) -> list[CallbackError]:
         """Call `on_end` of every callback that was started, whatever another one raises; return what they raised."""

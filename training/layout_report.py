@@ -1,8 +1,9 @@
 """The printed report of a run before it starts: its ranks, the layers and bytes of each, the pipeline's timeline."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from parallel.config import Config
@@ -12,6 +13,11 @@ from training.console import print_line
 from training.preview import Preview
 from training.rank_grid import cell_caption, cell_of, columns_shown
 from training.text import layers_text, plural, readable_bytes
+
+SIZES = ("parameters", "weights", "gradients", "optimizer")
+"""The columns that are left out where they do not fit into the console, all but the first of them, or all."""
+
+NO_LIMIT = 10**6  # columns
 
 # where parameters and optimizer states are kept, by zero.tensor_placement_policy
 PLACEMENT = {
@@ -30,7 +36,8 @@ def print_layout(console: Console, preview: Preview, messages: Iterable[str]) ->
     if caption := cell_caption(inner):
         print_line(console, caption)
     print_line(console, _memory_title(preview.config))
-    console.print(_stages(preview))
+    tables = (_stages(preview, names) for names in (SIZES, SIZES[:1], ()))
+    console.print(next((table for table in tables if _fits(table, console)), _stages(preview, ())))
 
 
 def print_timeline(console: Console, preview: Preview) -> None:
@@ -81,15 +88,23 @@ def _ranks(preview: Preview, width: int) -> Table:
     return table
 
 
-def _stages(preview: Preview) -> Table:
-    """Return the layers of each stage, and what each of its ranks holds."""
+def _stages(preview: Preview, names: Sequence[str]) -> Table:
+    """Return the layers of each stage, and what each of its ranks holds: these of the `SIZES`, and all bytes."""
     table = Table()
-    table.add_column("")
-    table.add_column("layers")
-    for name in ("parameters", "weights", "gradients", "optimizer", "total"):
-        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("layers", min_width=len("layers,"))
+    for name in (*names, "total"):
+        table.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(preview.stages):
-        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, stage.total_bytes)
-        numbers = [f"{stage.parameters:,}", *map(readable_bytes, sizes)]
-        table.add_row(f"pipe {index}", layers_text(stage.layers), *numbers)
+        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes)
+        numbers = [f"{stage.parameters:,}", *map(readable_bytes, sizes)][: len(names)]
+        table.add_row(f"pipe {index}", layers_text(stage.layers), *numbers, readable_bytes(stage.total_bytes))
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(map(len, map(str, [column.header, *column.cells])))
     return table
+
+
+def _fits(table: Table, console: Console) -> bool:
+    """Return whether no word and no number of a table is cut off."""
+    return Measurement.get(console, console.options.update(max_width=NO_LIMIT), table).minimum <= console.width

@@ -126,7 +126,7 @@ def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
         failed = [process for process in ended if _exit_code(process)]
         if failed:
             code = _code_of_all(failed)
-            if code in (REFUSED, NOT_FINITE):
+            if code in (REFUSED, NOT_FINITE) or _have_told(code, map(ranks.index, failed), board):
                 ranks[0].join(GRACE_SECONDS)  # every rank ends for the same reason, which rank 0 prints: let it finish
             elif code == LOST and (verdict := board.verdict()) is not None and all(map(_has_exited, failed)):
                 print(verdict.text, file=sys.stderr)
@@ -138,6 +138,11 @@ def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
                 print(f"{_how_it_ended(first, ranks.index(first), board)}; ending the others", file=sys.stderr)
             return code
     return 0
+
+
+def _have_told(code: int, ranks: Iterable[int], board: Board) -> bool:
+    """Return whether one of these ranks told the others that it ends with this code, as a traceback does not."""
+    return code != LOST and any(beat.ended and beat.code == code for beat in board.beats(list(ranks)))
 
 
 def _has_exited(process: ForkServerProcess) -> bool:

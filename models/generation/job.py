@@ -103,7 +103,7 @@ def continued(request: Request) -> list[Continuation]:
 
 
 def _tokens(trained: TrainedModel, prompts: Sequence[str | Record], *, chat: bool) -> list[list[int]]:
-    """Return the tokens of each prompt. Raises DataError where one needs a chat template and there is none."""
+    """Return the tokens of each prompt. Raises DataError, with its number, for one that has none."""
     template = None
     if chat or not all(isinstance(prompt, str) for prompt in prompts):
         template = load_chat_template(trained.tokenizer_path)

@@ -32,7 +32,7 @@ def read_prompts(file: Path) -> list[str | Record]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").split("\n")  # U+2028, say, is a character of a line
     except OSError as error:
         raise DataError(f"--prompts: cannot read {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -56,8 +56,8 @@ def tokens_of(prompt: str | Record, trained: TrainedModel, template: ChatTemplat
     """Return the tokens that a model is given for a prompt.
 
     With a template, which messages need, text is the message of a user, and a record is read as in training, with its
-    tools. Without one, text has before it what the
-    tokenizer puts there, and a text of nothing begins after the token that ends one. Raises DataError.
+    tools. Without one, text has before it what the tokenizer puts there, and a text of nothing begins after the token
+    that ends one. Raises DataError.
     """
     if template is not None:
         asked = {MESSAGES: [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
@@ -77,4 +77,11 @@ def tokens_of(prompt: str | Record, trained: TrainedModel, template: ChatTemplat
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"it has the character {text[error.start]!r}, which is half of a surrogate pair, or a byte that is not"
+            " UTF-8. Replace it."
+        ) from error
     return tokenizer.encode(text).tolist() if text else []

@@ -44,7 +44,6 @@ class TextGenerator:
         self.tokenizer, self.options, self.positions = trained.tokenizer, options, trained.shape.max_positions
         specials = {stop: id for stop in options.stops if (id := _special(stop, trained.tokenizer)) is not None}
         self.ends = trained.ends | set(specials.values())
-        self.stop_tokens = frozenset(specials.values())
         self.stops = [stop for stop in options.stops if stop not in specials]
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -61,7 +60,7 @@ class TextGenerator:
     ) -> list[Continuation]:
         """Return the continuations of the prompts, in order, on every rank. Every rank calls this.
 
-        `listener` is told the text that has been added to the first prompt so far, every few tokens.
+        `listener` is told the text that has been added to the first prompt so far, every few tokens: what stays.
         """
         data = model.mesh.axis("data")
         all_prompts = [Prompt(number, ids) for number, ids in enumerate(prompts)]
@@ -74,7 +73,7 @@ class TextGenerator:
 
             def tell(texts: Sequence[Sequence[int]], first: Prompt = batch[0]) -> None:
                 if listener is not None and first.number == 0:
-                    listener(self._continuation(first, texts[0]).text)
+                    listener(self._certain(self._continuation(first, texts[0])))
 
             new = decoder.continue_texts(batch, listener=tell)
             found |= {prompt.number: tokens for prompt, tokens in zip(batch, new, strict=True)}
@@ -89,6 +88,14 @@ class TextGenerator:
             count = bisect_left(range(len(tokens)), True, key=lambda n: self._is_stopped(prompt, tokens[: n + 1]))
             return Continuation(text[:begin], tokens[: count + 1], "stop")
         return Continuation(text, tokens, self._reason(prompt, tokens))
+
+    def _certain(self, growing: Continuation) -> str:
+        """Return the text without an end that may not stay: half a character, or the beginning of a stop."""
+        text = growing.text.rstrip("\ufffd")
+        if growing.ended == "stop":
+            return text
+        begun = (count for stop in self.stops for count in range(1, len(stop)) if text.endswith(stop[:count]))
+        return text[: len(text) - max(begun, default=0)]
 
     def _reason(self, prompt: Prompt, tokens: Sequence[int]) -> str:
         if len(tokens) == self.options.num_tokens:

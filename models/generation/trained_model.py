@@ -117,7 +117,8 @@ def _kind(folder: Path) -> str:
     try:
         content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
-        is_checkpoint = (folder / checkpoint.INDEX).is_file() or any(folder.glob("step_*"))
+        names_one = folder.name in (checkpoint.BEST, checkpoint.LATEST) and folder.is_file()
+        is_checkpoint = names_one or (folder / checkpoint.INDEX).is_file() or any(folder.glob("step_*"))
         is_run = (folder / checkpoint.CHECKPOINTS).is_dir()
         return "checkpoint" if is_checkpoint else "run" if is_run else "model"
     return "run" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "model"

@@ -91,7 +91,7 @@ def save(
     mine = [SavedPiece(piece.name, piece.shape, piece.box, piece.data.dtype) for piece in owned]
     saved = gather_objects(mine, axis)
     index = _index(saved, metadata)
-    with replace_folder(folder, axis) as temporary:
+    with replace_folder(folder, axis, at_last=lambda: _leave(folder, best)) as temporary:
         file = temporary / _file_name(axis.rank)
         write_tensors(file, [piece.entry for piece in mine], (piece.data for piece in owned))
         if axis.rank == 0:
@@ -137,6 +137,16 @@ def _point(pointer: Path, folder: Path | None) -> None:
     with write_synced(temporary) as out:
         out.write(f"{folder.name}\n".encode())
     os.replace(temporary, pointer)
+
+
+def _leave(folder: Path, best: Path | None) -> None:
+    """Have the file `best` not name a checkpoint that another one of its step replaces.
+
+    Between the two there is neither for a moment, and the new one may not be the best.
+    """
+    pointer = folder.with_name(BEST)
+    if named_by(pointer) == folder:
+        _point(pointer, best if best is not None and best != folder and _is_checkpoint(best) else None)
 
 
 def _delete_old(newest: Path, keep: int, best: Path | None) -> None:

@@ -266,13 +266,14 @@ def fail_together(axis: Axis) -> Iterator[None]:
 
 
 @contextmanager
-def replace_folder(folder: Path, axis: Axis) -> Iterator[Path]:
+def replace_folder(folder: Path, axis: Axis, *, at_last: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Provide a temporary folder into which every rank may write, and which replaces `folder` after all have done so.
 
-    If a rank fails, the temporary folder is removed, `folder` stays as it was, and every rank raises a CheckpointError.
+    The first rank calls `at_last` just before it replaces an earlier one. If a rank fails, the temporary folder is
+    removed, `folder` stays as it was, and every rank raises a CheckpointError.
     """
     temporary = folder.with_name(f".{folder.name}.incomplete")
-    with _temporary_folder(temporary, axis, finish=lambda: _rename(temporary, folder)):
+    with _temporary_folder(temporary, axis, finish=lambda: _rename(temporary, folder, at_last)):
         yield temporary
 
 
@@ -319,11 +320,12 @@ def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
             (folder / old).unlink()
 
 
-def _rename(temporary: Path, folder: Path) -> None:
+def _rename(temporary: Path, folder: Path, at_last: Callable[[], None]) -> None:
     """Replace a folder. That takes two steps; the old one is renamed first, so that no folder is ever incomplete."""
     old = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        at_last()
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
