@@ -49,10 +49,10 @@ class Rotary:
 
     For backward it keeps the tables and nothing else: the gradient of a rotation needs no q and no k.
 
-    With dynamic scaling the angles depend on the length of the whole sequence, or on the largest position id of the
-    microbatch. Hugging Face's model remembers the longest sequence that it has seen and uses its angles for shorter
-    ones too, until one fits into `max_position_embeddings`; here a result depends on its own batch alone. The two are
-    equal where lengths do not fall.
+    With dynamic scaling the angles depend on the length of the whole sequence, or on that of each document, or on the
+    largest position id of the microbatch. Hugging Face's model remembers the longest sequence that it has seen and uses
+    its angles for shorter ones too, until one fits into `max_position_embeddings`; here a result depends on its own
+    batch alone. The two are equal where lengths do not fall.
     """
 
     def __init__(self, settings: RotarySettings, device: torch.device) -> None:
@@ -108,7 +108,12 @@ class Rotary:
         if ids is None:
             positions = mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)
             return self.tables(positions, batch.length, q.dtype)
-        length = ids.max() + 1 if self.settings.is_dynamic else batch.length
+        length: int | Tensor = batch.length
+        if self.settings.is_dynamic:
+            length = ids.max() + 1
+            if batch.documents is not None:
+                lengths = mode.tokens(batch.documents.largest(ids) + 1, mode.inner_batch)
+                length = lengths[:, None, :, None]
         return self.tables(mode.tokens(ids, mode.inner_batch), length, q.dtype)
 
 
@@ -134,7 +139,7 @@ def _tables_in_compiled_code(
 @_tables_in_compiled_code.register_fake
 def _(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, sequence = positions.shape
-    cos, sin = (inv_freq.new_empty(batch, 1, sequence, 2 * len(inv_freq), dtype=dtype) for _ in range(2))
+    cos, sin = (inv_freq.new_empty(batch, 1, sequence, 2 * inv_freq.shape[-1], dtype=dtype) for _ in range(2))
     return cos, sin
 
 

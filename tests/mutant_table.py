@@ -1952,6 +1952,14 @@ TEXTS_ATTACKED = (
         "[an answer with the `weight` 0, as in OpenAI's format]",
     ),
     Mutant(
+        "dynamic-angles-of-the-longest-document",
+        "with dynamic scaling a document turns by the length of the longest one of its microbatch",
+        "models/rotary.py",
+        "if batch.documents is not None:",
+        "if False:",
+        "tests/test_llama.py::test_dynamic_tables_of_a_document_are_those_of_its_own_length",
+    ),
+    Mutant(
         "labels-in-a-narrow-dtype",
         "the label −100 of a batch in uint8 is 156, and is counted",
         "parallel/pipeline/microbatch.py",

@@ -109,7 +109,10 @@ SPLIT_MODEL: dict[str, tuple[Any, str]] = {
     "a position too small": (dict(position_ids=IDS * 0 - 2), "position_ids: -2 is outside -1 … 15"),
     "a list": (dict(labels=IDS.tolist()), "labels: wanted integers [4, 6], got list"),
     "numbers of documents that fall": (dict(document_ids=IDS.flip(1)), "document_ids: 4 comes after 5 in sample 0."),
-    "numbers of documents as a mask": (dict(attention_mask=IDS % 3), "attention_mask: 2 is neither 1, a token, nor 0"),
+    "numbers of documents as a mask": (
+        dict(attention_mask=IDS % 3),
+        "nor 0, padding. The numbers of packed documents are",
+    ),
 }
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from models.data import Cache, Corpus, load_tokens
 from models.data.cache import ENTRY, Report
 from models.data.contents import digest_of_file
-from models.data.documents import Document, MemoryStore, RowWriter, Store
+from models.data.documents import ArrayStore, Document, MemoryStore, RowWriter
 from models.data.sources import find_source
 from models.tokenizer import ByteTokenizer
 from parallel.config import DataConfig
@@ -114,7 +114,7 @@ def test_processes_that_come_together_do_the_work_once_and_the_others_wait(tmp_p
     """A lock belongs to an open file: threads that open it exclude each other as processes do."""
     source, began = find_source(str(texts_in(tmp_path, a="x"))), []
 
-    def work(store: Store, report: Report) -> dict[str, Any]:
+    def work(store: ArrayStore, report: Report) -> dict[str, Any]:
         began.append(time.monotonic())
         for value in range(20):
             store.append("tokens", np.full(5, value))
@@ -132,7 +132,7 @@ def test_processes_that_come_together_do_the_work_once_and_the_others_wait(tmp_p
 def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path: Path, cache: Cache) -> None:
     source = find_source(str(texts_in(tmp_path, a="x")))
 
-    def work(store: Store, report: Report, *, is_killed: bool) -> dict[str, Any]:
+    def work(store: ArrayStore, report: Report, *, is_killed: bool) -> dict[str, Any]:
         store.append("tokens", np.arange(1000))
         if is_killed:
             os._exit(9)
@@ -210,7 +210,7 @@ def test_where_a_file_system_has_no_locks_all_may_make_the_same_entry_at_once(
     monkeypatch.setattr("fcntl.flock", fail)
     source, found = find_source(str(texts_in(tmp_path, a="x"))), []
 
-    def work(store: Store, report: Report, *, is_first: bool) -> dict[str, Any]:
+    def work(store: ArrayStore, report: Report, *, is_first: bool) -> dict[str, Any]:
         store.append("tokens", np.arange(500))
         assert len(list(cache.folder.glob("entries/*.part/tokens.bin"))) == (1 if is_first else 2)
         if is_first:  # another process comes, and is done before this one
@@ -359,7 +359,7 @@ def test_a_long_work_shows_lines_and_at_the_end_what_was_kept(
 def test_a_bar_is_gone_when_the_work_has_ended_however_it_did(
     tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    """A refusal once left the terminal without a cursor, and the bar stood below the message."""
+    """The terminal once had no cursor after a refusal, and the bar stood below the message."""
     monkeypatch.setattr("training.tokenizing.SECONDS_WITHOUT_WORD", 0.0)
     monkeypatch.setattr("models.data.cache.SECONDS_BETWEEN_REPORTS", 0.0)
     path = lines_in(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" if ends == "found" else None}])

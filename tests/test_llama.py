@@ -27,6 +27,7 @@ from parallel.config.parallel import TensorConfig
 from parallel.errors import ConfigError, ModelError
 from parallel.mesh.mesh import ALONE
 from parallel.pipeline.microbatch import Microbatch
+from parallel.sequence import Documents
 from parallel.sequence.split import SequenceSplit
 from tests.accounts import bytes_kept, mode_of, saved_for_backward
 from tests.harness import run
@@ -281,6 +282,19 @@ def test_dynamic_tables_depend_on_their_own_batch_alone(tmp_path: Path) -> None:
     assert torch.equal(cos.squeeze(1), fresh)
     by_ids, _ = rotary.tables(positions, torch.tensor(200), torch.float32)
     assert torch.equal(by_ids, cos)
+
+
+def test_dynamic_tables_of_a_document_are_those_of_its_own_length() -> None:
+    """They were those of the longest document of the microbatch, so that a split into others gave another loss."""
+    ours = replace(TINY, max_position_embeddings=4, rope_scaling=RopeScaling("dynamic", factor=3.0))
+    mode, x, ids = mode_of(0, TensorConfig(), torch.float32), torch.randn(2, 4, 10, 16), torch.zeros(2, 10).long()
+    ids[0, 7:] = 1
+    batch = Microbatch(ids, ids, torch.arange(2), documents=Documents.of(ids))
+    found, _ = rotary_of(ours)(x, x, batch, mode)
+    for sample, part in ((0, slice(0, 7)), (0, slice(7, 10)), (1, slice(0, 10))):
+        one, tokens = x[sample : sample + 1, :, part], ids[:1, part]
+        alone, _ = rotary_of(ours)(one, one, Microbatch(tokens, tokens, torch.arange(1)), mode)
+        torch.testing.assert_close(found[sample : sample + 1, :, part], alone, rtol=1e-6, atol=1e-6)
 
 
 class LaterHalf(SequenceSplit):

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.data.cache import Cache, Entry, Observer
+from models.data.cache import Cache, CacheEntry, CacheObserver
 from models.data.sources import Source
 from parallel.errors import ConfigError, size_text
 from training.console import make_console, print_line
@@ -29,7 +29,7 @@ def cache_of(environment: Mapping[str, str], *, quiet: bool, check: Callable[[],
     return Cache(folder, TokenizingScreen(make_console(quiet=quiet), check))
 
 
-class TokenizingScreen(Observer):
+class TokenizingScreen(CacheObserver):
     """Shows how far a source is encoded: as a bar on a terminal, else by a line from time to time."""
 
     def __init__(self, console: Console, check: Callable[[], object] = lambda: None) -> None:
@@ -52,7 +52,7 @@ class TokenizingScreen(Observer):
             self._last_line = now
             print_line(self._console, f"{source.key}: {doing}, {fraction:.0%} of {source.path}")
 
-    def finish(self, source: Source, entry: Entry, folder: Path) -> None:
+    def finish(self, source: Source, entry: CacheEntry, folder: Path) -> None:
         seconds = 0.0 if self._began is None else time.monotonic() - self._began
         self.stop()
         if (tokens := entry.arrays.get("tokens")) is not None:

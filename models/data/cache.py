@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 
 from models.data.contents import digest_of_file
-from models.data.documents import Array, MemoryStore, Store
+from models.data.documents import Array, ArrayStore, MemoryStore
 from models.data.sources import Source
 from parallel.errors import DataError
 from parallel.storage.file_lock import excludes_others, try_to_lock
@@ -35,25 +35,25 @@ SECONDS_BETWEEN_REPORTS = 0.2
 Report: TypeAlias = Callable[[float, int], None]
 """It is told which share of the work is done, and how many tokens there are."""
 
-Work: TypeAlias = Callable[[Store, Report], dict[str, Any]]
+Work: TypeAlias = Callable[[ArrayStore, Report], dict[str, Any]]
 """It appends arrays to a store, reports how far it is, and returns what JSON can say of them."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """Arrays by name, mapped from files where they have been kept, and what JSON can say of them."""
 
     arrays: Mapping[str, Array]
     metadata: Mapping[str, Any]
 
 
-class Observer:
+class CacheObserver:
     """It is told of work on a cache that takes time. This one is silent."""
 
     def advance(self, source: Source, fraction: float, num_tokens: int) -> None:
         """Note which share of a source is done, by this process or another one."""
 
-    def finish(self, source: Source, entry: Entry, folder: Path) -> None:
+    def finish(self, source: Source, entry: CacheEntry, folder: Path) -> None:
         """Note that an entry was made, and where it is kept."""
 
     def stop(self) -> None:
@@ -65,9 +65,9 @@ class Cache:
     """A folder of entries, which processes of several hosts may share."""
 
     folder: Path
-    observer: Observer = field(default_factory=Observer)
+    observer: CacheObserver = field(default_factory=CacheObserver)
 
-    def entry(self, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+    def entry(self, source: Source, key: Mapping[str, Any], work: Work) -> CacheEntry:
         """Return the entry of a source, which `work` makes if there is none; other processes wait meanwhile.
 
         `key` says by what the entry is decided beside the contents of the source. Raises DataError where the folder
@@ -78,7 +78,7 @@ class Cache:
         finally:
             self.observer.stop()
 
-    def _entry(self, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+    def _entry(self, source: Source, key: Mapping[str, Any], work: Work) -> CacheEntry:
         folder = self.folder / "entries" / self._name(source, key)
         if (entry := read_entry(folder)) is not None:
             return entry
@@ -133,7 +133,7 @@ class Cache:
 
         return report
 
-    def _make(self, folder: Path, work: Work, lock: IO[str], report: Report) -> Entry:
+    def _make(self, folder: Path, work: Work, lock: IO[str], report: Report) -> CacheEntry:
         """Make an entry under another name, and rename it when all of it is on the disk.
 
         Where the file system has no locks, other processes may make the same one at the same time.
@@ -157,13 +157,13 @@ class Cache:
         return entry
 
 
-def entry_of(cache: Cache | None, source: Source, key: Mapping[str, Any], work: Work) -> Entry:
+def entry_of(cache: Cache | None, source: Source, key: Mapping[str, Any], work: Work) -> CacheEntry:
     """Return the entry of a source from the cache; without a cache it is made in memory."""
     if cache is not None:
         return cache.entry(source, key, work)
     store = MemoryStore()
     metadata = work(store, lambda fraction, num_tokens: None)
-    return Entry(store.arrays(), metadata)
+    return CacheEntry(store.arrays(), metadata)
 
 
 class FileStore:
@@ -197,13 +197,13 @@ class FileStore:
         _sync(self._folder)
 
 
-def read_entry(folder: Path) -> Entry | None:
+def read_entry(folder: Path) -> CacheEntry | None:
     """Return the entry in a folder; None where there is none, or a file of it is missing or of another size."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads((folder / ENTRY).read_bytes())
         if content.pop("digest") == _digest(content):
             arrays = {name: _map(folder / f"{name}.bin", **array) for name, array in content["arrays"].items()}
-            return Entry(arrays, content["metadata"])
+            return CacheEntry(arrays, content["metadata"])
     return None
 
 

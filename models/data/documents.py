@@ -55,7 +55,7 @@ class DocumentRow:
         return digest_of(self.starts, self.digest)
 
 
-class Store(Protocol):
+class ArrayStore(Protocol):
     """Arrays that grow, by name: in memory, or in files."""
 
     def append(self, name: str, values: Array) -> None:
@@ -84,7 +84,7 @@ class RowWriter:
     with it. None: nothing stands between documents. `vocab_size` decides the dtype of the tokens.
     """
 
-    def __init__(self, store: Store, vocab_size: int, end: Callable[[], int] | None) -> None:
+    def __init__(self, store: ArrayStore, vocab_size: int, end: Callable[[], int] | None) -> None:
         self.num_tokens = self.num_documents = self.digest = 0
         self._store, self._end = store, end
         self._counts = np.zeros(0, np.int64)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from models.data.cache import Cache, Entry, entry_of
-from models.data.documents import DocumentRow, RowWriter, Store
+from models.data.cache import Cache, CacheEntry, entry_of
+from models.data.documents import ArrayStore, DocumentRow, RowWriter
 from models.data.encoding import DocumentStream
 from models.data.sources import Kind, Source
 from models.data.token_files import map_token_file, position_of_stranger, starts_after, survey
@@ -43,7 +43,7 @@ def encoded_row(
     no token.
     """
 
-    def write(store: Store, report: Callable[[float, int], None]) -> dict[str, Any]:
+    def write(store: ArrayStore, report: Callable[[float, int], None]) -> dict[str, Any]:
         writer = RowWriter(store, vocab_size, end)
         for document in documents:
             writer.add(document)
@@ -58,7 +58,7 @@ def encoded_row(
     return _counted(entry, [*source.messages, *entry.metadata["messages"]])
 
 
-def _counted(entry: Entry, messages: list[str]) -> Counted:
+def _counted(entry: CacheEntry, messages: list[str]) -> Counted:
     arrays = entry.arrays
     row = DocumentRow(
         arrays["tokens"], arrays["starts"], arrays.get("is_learned"), int(entry.metadata["digest"]), tuple(messages)
@@ -75,7 +75,7 @@ def mapped_row(source: Source, cache: Cache | None, *, bin_dtype: str, vocab_siz
     parts = [map_token_file(source, file, bin_dtype) for file in source.files]
     dtype = bin_dtype if source.kind is Kind.BIN else ""
 
-    def write(store: Store, report: Callable[[float, int], None]) -> dict[str, Any]:
+    def write(store: ArrayStore, report: Callable[[float, int], None]) -> dict[str, Any]:
         return survey(parts, store, report, copy=len(parts) > 1)
 
     entry = entry_of(cache, source, {"ids": 1, "dtype": dtype}, write)
@@ -85,7 +85,7 @@ def mapped_row(source: Source, cache: Cache | None, *, bin_dtype: str, vocab_siz
     starts = np.array([0, len(tokens)], np.int64)
     if end is not None:
 
-        def write_starts(store: Store, report: Callable[[float, int], None]) -> dict[str, Any]:
+        def write_starts(store: ArrayStore, report: Callable[[float, int], None]) -> dict[str, Any]:
             starts_after(tokens, end, store)
             return {}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from models.data.documents import Array, Store, digest_of, sum_of_counts
+from models.data.documents import Array, ArrayStore, digest_of, sum_of_counts
 from models.data.file_starts import GZIP, packed_as, start_of
 from models.data.sources import Kind, Source
 from models.tokenizer import Ids
@@ -31,7 +31,7 @@ def map_token_file(source: Source, file: Path, bin_dtype: str) -> Ids:
     return _map_bin(source, file, bin_dtype) if source.kind is Kind.BIN else _map_npy(source, file)
 
 
-def survey(parts: list[Ids], store: Store, report: Callable[[float, int], None], *, copy: bool) -> dict[str, Any]:
+def survey(parts: list[Ids], store: ArrayStore, report: Callable[[float, int], None], *, copy: bool) -> dict[str, Any]:
     """Return digest, smallest and largest of all ids; the number of each goes to the store as `counts`.
 
     `copy` appends the ids to the store, too, as `tokens`. One block of them is in memory at a time.
@@ -73,7 +73,7 @@ def position_of_stranger(parts: list[Ids], vocab_size: int) -> tuple[int, int]:
     raise AssertionError("all ids are in the vocabulary")
 
 
-def starts_after(tokens: Ids, end: int, store: Store) -> None:
+def starts_after(tokens: Ids, end: int, store: ArrayStore) -> None:
     """Append the places where documents start to the store, as `starts`: one document ends after each token `end`."""
     store.append("starts", np.zeros(1, np.int64))
     for start in range(0, len(tokens), AT_ONCE):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +89,17 @@ class Step:
         self.model, self.sampler, self.size = model, sampler, size
         self.state = _State(size, min(size.positions, most_positions), model.context.device)
         self.attentions = [part for part in model.stage.modules() if isinstance(part, Attention)]
-        sizes = {attention.head_size for attention in self.attentions}  # all have the same
-        self.is_fused = all(is_fused(model.context.device, model.context.dtype, size) for size in sizes)
+        self.is_fused = all(self._is_fused(attention) for attention in self.attentions)
         self.caches = [KeyValueCache(-(-size.positions // CACHE_UNIT) * CACHE_UNIT) for _ in model.layers]
         self.is_alone = model.mesh.world.size == 1
         compiles = self.is_alone and model.context.config.train.compile and not model.gathers
         self._choose_and_add = compiled(_choose_and_add) if compiles else _choose_and_add
         self._captured = Captured(self._forward_last_tokens, captures=model.can_be_captured)
+
+    def _is_fused(self, attention: Attention) -> bool:
+        texts = self.size.texts // prod(axis.size for axis in attention.mode.inner_batch)
+        context, rows = self.model.context, texts * attention.heads
+        return is_fused(context.device, context.dtype, attention.head_size, rows=rows)
 
     @property
     def new(self) -> Tensor:

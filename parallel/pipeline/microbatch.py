@@ -152,7 +152,8 @@ def _value_problem(batch: Mapping[str, Tensor], limits: Limits) -> str | None:
             valid = f"0 … {limits.vocab_size - 1} (model.vocab_size {limits.vocab_size})"
             return f"{name}: token {int(outside[0])} is outside {valid}"
     if len(outside := mask[(mask != 0) & (mask != 1)]):
-        return f"attention_mask: {int(outside[0])} is neither 1, a token, nor 0, padding"
+        hint = ". The numbers of packed documents are document_ids" if int(outside[0]) > 1 else ""
+        return f"attention_mask: {int(outside[0])} is neither 1, a token, nor 0, padding{hint}"
     positions = batch.get("position_ids", torch.zeros(1))
     if len(outside := positions[(positions < limits.first_position) | (positions >= limits.max_sequence)]):
         valid = f"{limits.first_position} … {limits.max_sequence - 1}"

@@ -61,6 +61,11 @@ class Documents:
         pairs = zip(self.positions.split(size), self.bounds.split(size), strict=True)
         return [Documents(positions, bounds, self.longest) for positions, bounds in pairs]
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Return for each token the largest value in its document, of x[B, S] without negative values: int64 [B, S]."""
+        numbers = (self.positions == 0).cumsum(1) - 1
+        return torch.zeros_like(x).scatter_reduce(1, numbers, x, "amax").gather(1, numbers)
+
     def hides(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return where the key is before the query's document, for queries rows[R] and keys columns[C]; [B, R, C]."""
         starts = rows - self.positions[:, rows]

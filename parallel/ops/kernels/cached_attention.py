@@ -1,7 +1,7 @@
 """Attention of one new token of each text to a cache of keys and values, in which its own are kept first.
 
 `attend_in_torch` is the reference, for every device and dtype; `attend_fused` does the same in one kernel, which needs
-no mask. `is_fused` says where the kernel can be had, so that a caller makes masks only for the other one.
+no mask. `is_fused` says where the kernel can be had and is faster, so that a caller makes masks only for the other one.
 
 Both write the cache in place, and are given
 
@@ -23,11 +23,17 @@ from torch import Tensor
 
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
+MOST_ROWS = 256  # texts times query heads: torch's attention is faster with more (benchmarks.generate --kernels)
 
 
-def is_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Return whether `attend_fused` can be called: on a GPU, where Triton and what it builds its launcher with are."""
+def is_fused(device: torch.device, dtype: torch.dtype, head_size: int, *, rows: int) -> bool:
+    """Return whether `attend_fused` can be called, and is the faster one for `rows` texts times query heads of a rank.
+
+    It can on a GPU, where Triton and what it builds its launcher with are.
+    """
     if device.type != "cuda" or dtype not in FUSED_DTYPES or head_size > LARGEST_HEAD or find_spec("triton") is None:
+        return False
+    if rows > MOST_ROWS:
         return False
     has_compiler = any(map(shutil.which, ("gcc", "clang")))
     return has_compiler and Path(sysconfig.get_paths()["include"], "Python.h").is_file()

@@ -19,9 +19,6 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634  # GPUs have an instruction for powers of 2
 
-MANY_PROGRAMS = 256
-"""The number of programs, about two for each multiprocessor of a large GPU, that hide each other's waits for memory."""
-
 MOST_PROGRAMS, MOST_PARTS = 512, 16
 """A split cache has at most so many programs in all, and so many of a query head."""
 
@@ -38,16 +35,14 @@ class Tiling:
 def tiling_for(q: Tensor, cache: Tensor) -> Tiling:
     """Return the tiling for q[B, heads, 1, D] and cache[2, B, kv_heads, L, D].
 
-    Few programs have large tiles, so that one or two reads bring in all keys; many have small ones. It depends on L,
-    not on the positions: a part takes every so many-th tile of those that a text has by then.
+    Tiles are large, so that few reads bring in all keys. The tiling depends on L, not on the positions: a part takes
+    every so many-th tile of those that a text has by then.
     """
     programs, length = q.shape[0] * q.shape[1], cache.shape[3]
-    is_many = programs >= MANY_PROGRAMS
     row = triton.next_power_of_2(q.shape[3]) * q.element_size()
-    keys = min((2**14 if is_many else 2**15) // row, triton.next_power_of_2(length))
-    tiles = triton.cdiv(length, keys)
-    parts = 1 if tiles <= 4 else max(1, min(tiles // 2, MOST_PROGRAMS // programs, MOST_PARTS))
-    return Tiling(keys, 1 << (parts.bit_length() - 1), 4 if is_many else 8)
+    keys = min(2**15 // row, triton.next_power_of_2(length))
+    parts = max(1, min(triton.cdiv(length, keys) // 4, MOST_PROGRAMS // programs, MOST_PARTS))
+    return Tiling(keys, 1 << (parts.bit_length() - 1), warps=8)
 
 
 def attend(
