@@ -29,7 +29,7 @@ $(BENCH): $(INSTALLED)
 
 demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate from the export
 	@$(RUN) launch.py --nprocs 8 --config configs/opt_tiny_pp2_2p5d.py
-	@$(RUN) -m colonnade generate runs/opt_tiny_pp2_2p5d/export --prompt "The" --tokens 110 --temperature 0.8
+	@$(RUN) -m colonnade generate runs/opt_tiny_pp2_2p5d/export --prompt "If the" --tokens 80 --temperature 0.8 --top-k 10 --seed 1
 
 # One thread a process: the tests start many, and they share the cores.
 test test-gpu slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
