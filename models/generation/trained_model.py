@@ -126,9 +126,9 @@ def _kind(folder: Path) -> str:
 
 def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
     if not (folder / "config.json").is_file():
+        problem = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise DataError(
-            f"{folder}: there is no config.json. Name the export folder of a run, a Hugging Face directory, or a"
-            " checkpoint."
+            f"{folder}: {problem}. Name the export folder of a run, a Hugging Face directory, or a checkpoint."
         )
     shape = from_hugging_face(folder)
     check_weights(folder, shape)
