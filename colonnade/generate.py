@@ -117,6 +117,8 @@ def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place
     from models.generation.job import generate
 
     streams = place.rank == 0 and arguments.out is None and len(job.prompts) == 1
+    if place.rank == 0 and job.trained.folder != arguments.folder:  # a run has several: the export may be a later one
+        print(f"reading {job.trained.folder}", file=sys.stderr)
     screen = _Stream(job.prompts[0] if isinstance(job.prompts[0], str) and not arguments.chat else "")
     found = generate(job, place, watch=watch, listener=screen.show if streams else None)
     if streams:

@@ -40,7 +40,7 @@ def read_config(path: str | Path, families: Iterable[str]) -> dict[str, Any]:
 def _advice(path: Path) -> str:
     """Return what would work instead of a path that has no config.json."""
     if path.is_file():
-        return f"It is a file: try its directory, {path.parent}."
+        return f"It is a file: try its directory, {str(path.parent)!r}."
     inner = [path / "export", *sorted(path.glob("snapshots/*"))]
     if found := next((folder for folder in inner if (folder / "config.json").is_file()), None):
         return f"Try {found}."

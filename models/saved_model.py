@@ -29,6 +29,8 @@ def of_this_program(folder: Path) -> Iterator[None]:
     """Have an error of what a checkpoint's files say be a CheckpointError that names its folder."""
     try:
         yield
+    except CheckpointError:  # it is a ValueError, and says itself what is wrong with which file
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
 

@@ -287,6 +287,12 @@ def test_a_warm_up_may_be_longer_than_the_run() -> None:
         ("optimizer", {"lr": float("nan")}, "needs a finite number, got nan. Try 0.0006."),
         ("optimizer", {"betas": (0.9, 1.0)}, "needs 0 <= value < 1, got 1.0 in (0.9, 1.0). Try (0.9, 0.95)."),
         ("optimizer", {"betas": (0.9,)}, "needs 2 values, got (0.9,). Try (0.9, 0.95)."),
+        (
+            "output",
+            {"loggers": ("wandb", "tensorbord")},
+            "needs one of 'tensorboard', 'wandb', got 'tensorbord' in ('wandb', 'tensorbord'). Try ('wandb',"
+            " 'tensorboard').",
+        ),
         ("lr_scheduler", {"min_ratio": 1.5}, "needs 0 <= value <= 1, got 1.5. Try 1."),
         ("data", {"sequence_length": 1}, "needs at least 2, got 1. Try 2."),
         ("zero", {"host_memory": "6 gigs"}, "needs a number of bytes, got '6 gigs'. Try '6GiB'."),

@@ -196,7 +196,8 @@ def test_a_sample_is_a_conversation_that_is_cut_or_padded_on_the_right() -> None
         ([17, 18, 19, 20, 21], [-100, -100, 19, 20, -100]),
     ]
     assert messages == [
-        "data.path: 3 conversations, one in a sample; 6 of their 12 tokens are learned, those of the answers",
+        "data.path: 3 conversations, one in a sample, padded to 5 tokens; 6 of their 12 tokens are learned,"
+        " those of the answers",
         "data.path: 2 of 5 conversations are longer than data.sequence_length 5 and are cut, the longest has 8 tokens:"
         " 2 of the 8 tokens of answers are lost",
         "data.path: 1 of 5 conversations have no answer and are left out",

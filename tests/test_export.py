@@ -231,6 +231,7 @@ def test_a_checkpoint_that_cannot_be_exported_is_refused_by_name(
     assert export(step, "--to", tmp_path / "hf") == 2
     shown = capsys.readouterr()
     assert (str(step) in shown.err, words in shown.err, shown.out) == (True, True, ""), shown
+    assert ("of this program" in shown.err) == ("of this program" in words), "once every damage was called that, too"
     assert not (tmp_path / "hf").exists()
 
 

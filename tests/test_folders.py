@@ -370,7 +370,7 @@ def hub_name(folder: Path) -> str:
 def a_file(folder: Path) -> str:
     path = model_in(folder / "model")
     said = refused(folder, path / WEIGHTS, error=ConfigError)
-    assert f"{path}." in said
+    assert f"try its directory, '{path}'." in said
     return said
 
 

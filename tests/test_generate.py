@@ -446,7 +446,11 @@ def test_a_layout_that_cannot_generate_is_refused_by_name(
         prepare(request, Place(), world_size)
 
 
-def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) -> None:
+def test_a_run_and_its_checkpoint_generate_what_its_export_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colonnade.cli import main
+
     text = tmp_path / "text.txt"
     text.write_text("a text of a few words. " * 20)
     settings = (
@@ -463,6 +467,11 @@ def test_a_run_and_its_checkpoint_generate_what_its_export_does(tmp_path: Path) 
         find_trained_model(tmp_path / "run" / "checkpoints" / "latest").folder
         == find_trained_model(tmp_path / "run").folder
     )
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "The ", "--tokens", "2"]) == 0
+    assert capsys.readouterr().err == f"reading {tmp_path / 'run' / 'checkpoints' / 'step_000002'}\n"
+    with pytest.raises(DataError, match="nowhere: there is no such folder"):
+        find_trained_model(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -139,7 +139,7 @@ def check_other_validation(go_on: Callable[..., Job], corpus: Path, tmp_path: Pa
     assert resumed(f"data.validation_path={others[1]}", "data.validation_fraction=0.1").resume_from is not None
     words = refused(f"data.validation_path={others[2]}")(resumed)
     assert f"data.validation_path: {others[2]} has other tokens" in words
-    assert "validated on its own data" in refused()(resumed)
+    assert "validated on data of their own; name these as data.validation_path" in refused()(resumed)
     return refused(f"data.validation_path={corpus}")(go_on)
 
 

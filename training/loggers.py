@@ -88,7 +88,7 @@ def _module_of_file(file: Path) -> ModuleType:
     """Execute a file as a module, once in a process."""
     if not file.is_file():
         raise ConfigError(f"output.callbacks: {file} does not exist. Try the path of a Python file.")
-    name = f"callbacks of {file.resolve()}"
+    name = str(file.resolve())
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, file)

@@ -63,8 +63,10 @@ def _other_data(record: Mapping[str, Any], config: Config, corpus: Corpus) -> It
     """Yield what is wrong with the corpus, where a checkpoint has the `record` of another one."""
     ours = corpus_record(corpus)
     if ("validation" in record) != ("validation" in ours):
-        had = "its own data" if "validation" in record else "a share of data.path"
-        yield f"{VALIDATION} is {config.data.validation_path}, and the checkpoint's run was validated on {had}"
+        had, cure = "a share of data.path", f"set {VALIDATION}=None"
+        if "validation" in record:
+            had, cure = "data of their own", f"name these as {VALIDATION}"
+        yield f"{VALIDATION} is {config.data.validation_path}, and the checkpoint's run was validated on {had}; {cure}"
     named = {"data.path": (config.data.path, record, ours)}
     if "validation" in record and "validation" in ours:
         named[VALIDATION] = (str(config.data.validation_path), record["validation"], ours["validation"])

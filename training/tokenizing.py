@@ -9,8 +9,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.data.cache import Cache, CacheEntry, CacheObserver
 from models.data.sources import Source
-from parallel.errors import ConfigError, size_text
+from parallel.errors import ConfigError
 from training.console import make_console, print_line
+from training.text import readable_bytes
 
 VARIABLE, DEFAULT = "COLONNADE_CACHE", "~/.cache/colonnade"
 SECONDS_WITHOUT_WORD = 1.0  # shorter work shows no progress
@@ -56,7 +57,7 @@ class TokenizingScreen(CacheObserver):
         seconds = 0.0 if self._began is None else time.monotonic() - self._began
         self.stop()
         if (tokens := entry.arrays.get("tokens")) is not None:
-            size = size_text(sum(array.nbytes for array in entry.arrays.values()))
+            size = readable_bytes(sum(array.nbytes for array in entry.arrays.values()))
             took = f" in {seconds:.0f} s" if seconds >= SECONDS_WITHOUT_WORD else ""
             print_line(self._console, f"{source.key}: {len(tokens):,} tokens encoded{took}, kept in {folder} ({size})")
 

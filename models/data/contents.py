@@ -21,11 +21,11 @@ SECONDS_OF_A_TICK = 2.0
 
 
 def digest_of_file(file: Path, key: str, cache: Path, report: Callable[[float], None]) -> str:
-    """Return the SHA-256 of a file, which a large one is read for once: then path, size, times and inode tell it.
+    """Return the SHA-256 of a file. That of a large one is remembered by its path, size, times and inode.
 
-    The time of the change, which no program can set, is among them: a copy may have the size and the time of another.
-
-    One process reads the file, and others wait. Raises DataError, with the config's key, where it cannot be read.
+    Among the times is that of the last change (ctime), which no program can set: a copy of another file may have the
+    size and the modification time of this one. One process reads the file, and others wait. Raises DataError, with the
+    config's key, where it cannot be read.
     """
     try:
         status = file.stat()

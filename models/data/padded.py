@@ -88,9 +88,11 @@ def _what_is_lost(samples: Padded, counts: LabelCounts) -> Iterator[str]:
     lengths = np.diff(row.starts)
     whole, kept = int(counts.whole.sum()), int(counts.kept.sum())
     cut = int((lengths > length).sum())
+    used = np.minimum(lengths, length)[samples.numbers]
+    padded = f", padded to {length} tokens" if used.min() < length else ""
     yield (
-        f"{samples.num_samples:,} conversations, one in a sample; {kept:,} of their"
-        f" {int(np.minimum(lengths, length)[samples.numbers].sum()):,} tokens are learned, those of the answers"
+        f"{samples.num_samples:,} conversations, one in a sample{padded}; {kept:,} of their {int(used.sum()):,} tokens"
+        " are learned, those of the answers"
     )
     if cut:
         yield (

@@ -12,7 +12,7 @@ from models.data.cache import Cache, CacheEntry, entry_of
 from models.data.documents import ArrayStore, DocumentRow, RowWriter
 from models.data.encoding import DocumentStream
 from models.data.sources import Kind, Source
-from models.data.token_files import map_token_file, position_of_stranger, starts_after, survey
+from models.data.token_files import first_outside, map_token_file, starts_after, survey
 from models.tokenizer import Ids
 from parallel.errors import DataError
 
@@ -95,7 +95,7 @@ def mapped_row(source: Source, cache: Cache | None, *, bin_dtype: str, vocab_siz
 
 
 def _outside(source: Source, parts: list[Ids], vocab_size: int, bin_dtype: str) -> DataError:
-    id, position = position_of_stranger(parts, vocab_size)
+    id, position = first_outside(parts, vocab_size)
     advice = f"Set model.vocab_size to at least {id + 1}" if id >= 0 else "No id is negative: write the file again"
     if source.kind is Kind.BIN and bin_dtype == "uint32":
         advice += ", or data.bin_dtype=uint16 if that is what the file holds"

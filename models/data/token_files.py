@@ -60,7 +60,7 @@ def counts_of(ids: Ids) -> Array:
     return np.bincount(within.astype(np.int64, copy=False))
 
 
-def position_of_stranger(parts: list[Ids], vocab_size: int) -> tuple[int, int]:
+def first_outside(parts: list[Ids], vocab_size: int) -> tuple[int, int]:
     """Return the first id that is outside the vocabulary, and its position, where there is one."""
     before = 0
     for part in parts:

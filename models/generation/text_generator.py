@@ -1,4 +1,4 @@
-"""TextGenerator that are generated: prompts are shared out over replicas and batches, and come back in order."""
+"""Generated texts: prompts are divided over replicas and batches, and their continuations returned in order."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence

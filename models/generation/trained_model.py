@@ -25,7 +25,7 @@ from parallel.checkpoint.shards import fail_together
 from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
-from parallel.errors import DataError
+from parallel.errors import ColonnadeError, DataError
 from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.stage import SetValues
 
@@ -126,9 +126,9 @@ def _kind(folder: Path) -> str:
 
 def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
     if not (folder / "config.json").is_file():
+        problem = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise DataError(
-            f"{folder}: there is no config.json. Name the export folder of a run, a Hugging Face directory, or a"
-            " checkpoint."
+            f"{folder}: {problem}. Name the export folder of a run, a Hugging Face directory, or a checkpoint."
         )
     shape = from_hugging_face(folder)
     check_weights(folder, shape)
@@ -155,8 +155,13 @@ def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
     assert found is not None
     saved = SavedModel.read(found)
     path = tokenizer or _named_tokenizer(found, saved.config.data)
-    used = load_tokenizer(path)
-    ends = _ends_of_export(saved.shape, used, saved.config.model.path)
+    try:
+        used = load_tokenizer(path)
+        ends = _ends_of_export(saved.shape, used, saved.config.model.path)
+    except ColonnadeError as error:
+        raise DataError(
+            f"{found}: {error} Relative paths of its run are looked up in the working directory. Or name an export."
+        ) from error
     return TrainedModel(found, saved.shape, used, path, ends, saved.config.train.precision, is_checkpoint=True)
 
 

@@ -268,7 +268,10 @@ def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | 
     found = resolve_latest(folder / CHECKPOINTS) or resolve_latest(folder)
     if found is None:
         problem = "holds no checkpoint" if folder.is_dir() else "is not a directory"
-        raise CheckpointError(f"{option}: {folder} {problem}. Try a run's folder, or a checkpoints/step_NNNNNN in it.")
+        raise CheckpointError(
+            f"{option}: {folder} {problem}. Try the folder of a run that has saved one (output.checkpoint_every), or"
+            " a checkpoints/step_NNNNNN in it."
+        )
     return found
 
 

@@ -242,10 +242,15 @@ def _tuple(arguments: tuple[Any, ...], raw: object) -> tuple[Any, ...]:
     hints = (arguments[0],) * len(raw) if arguments[-1] is Ellipsis else arguments
     if len(hints) != len(raw):
         raise MisreadError(f"needs {len(hints)} values, got {shown(raw)}")
-    try:
-        return tuple(convert(hint, item) for hint, item in zip(hints, raw, strict=True))
-    except MisreadError as error:
-        raise MisreadError(f"{error.wrong} in {shown(raw)}") from error
+    values: list[object] = []
+    for hint, item in zip(hints, raw, strict=True):
+        try:
+            values.append(convert(hint, item))
+        except MisreadError as error:
+            cured = (*values, error.nearest, *raw[len(values) + 1 :])
+            is_cure = error.nearest is not MISSING and all(map(can_convert, hints, cured))
+            raise MisreadError(f"{error.wrong} in {shown(raw)}", cured if is_cure else MISSING) from error
+    return tuple(values)
 
 
 def _scalar(kind: type, raw: object) -> Any:
