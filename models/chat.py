@@ -131,8 +131,7 @@ class ChatTemplate:
             from models.chat_syntax import compile_template
         except ImportError as error:
             raise DataError(
-                f"data.tokenizer: the chat template of {self._folder} needs the package 'jinja2': pip install"
-                " 'colonnade[text]'."
+                f"data.tokenizer: the chat template of {self._folder} needs the package 'jinja2': pip install jinja2."
             ) from error
         try:
             return compile_template(source)

@@ -125,9 +125,9 @@ def test_a_check_and_a_run_say_how_many_samples_tokens_and_epochs_there_are(
     sets = [f"data.path={tokens}", f"data.sequence_length={LENGTH}", "train.steps=4", "train.global_batch_size=8"]
     assert launch.main(launch.read_arguments(["--check", "--set", *sets, "output.eval_every=2"])) == 0
     shown = capsys.readouterr().out
-    assert "training: 59 samples of 16 tokens; 4 steps of 8 are 0.54 epochs, 512 tokens\n" in shown
+    assert f"data: {tokens}\ntraining: 59 samples of 16 tokens; 4 steps of 8 are 0.54 epochs, 512 tokens\n" in shown
     assert "validation: 3 samples of 16 tokens, every 2 steps and after the last step\n" in shown
     run_job(prepared(tmp_path, f"data.path={tokens}", "data.validation_fraction=0.05", "train.steps=4"))
     shown = capsys.readouterr().out
-    assert "training: 59 samples of 16 tokens; 4 steps of 8 are 0.54 epochs, 512 tokens\n" in shown
+    assert f"data: {tokens}\ntraining: 59 samples of 16 tokens; 4 steps of 8 are 0.54 epochs, 512 tokens\n" in shown
     assert re.search(r"samples +32, 0\.54 epochs", shown)

@@ -218,7 +218,7 @@ def test_a_logger_whose_package_is_missing_is_refused_with_the_extra(
         with pytest.raises(ConfigError) as caught:
             prepared(tmp_path / "run", f"output.loggers=('{name}',)")
         assert str(caught.value) == (
-            f"output.loggers: {name!r} needs the package {name}, which is not installed: pip install 'colonnade[log]'."
+            f"output.loggers: {name!r} needs the package {name}, which is not installed: pip install {name}."
             " Or leave it out."
         )
     assert not (tmp_path / "run").exists()

@@ -416,7 +416,7 @@ def test_what_users_bring_as_text_is_treated_as_the_table_says(row: Row, tmp_pat
 def test_a_run_that_fits_has_no_message_but_where_its_weights_come_from(tmp_path: Path) -> None:
     weights, *lengths = prepared(tmp_path / "run").messages
     assert weights == "weights drawn from train.seed 0"
-    assert [text.partition(":")[0] for text in lengths] == ["training", "validation"]
+    assert [text.partition(":")[0] for text in lengths] == ["data", "training", "validation"]
     assert "lr_scheduler.warmup_steps=2" in TINY
     assert "warmup" not in messages_of(tmp_path, "train.steps=2")
 

@@ -45,13 +45,15 @@ def with_steps(config: Config, corpus: Corpus, taken: Taken) -> Config:
 
 
 def length_messages(config: Config, corpus: Corpus, taken: Taken) -> Iterator[str]:
-    """Yield how many samples there are, and how many a run of this length takes."""
+    """Yield what the data are, how many samples there are, and how many a run of this length takes."""
     train, length = config.train, corpus.sequence_length
     steps = max(0, train.steps - taken.steps)
     samples = taken.samples + steps * train.global_batch_size
     total = f"{epochs_text(samples / corpus.num_training)}, {samples * length:,} tokens"
     coming = f"{plural(steps, 'step')} of {train.global_batch_size:,}"
     run = f"{coming} are {total}" if not taken.steps else f"{coming} follow the {taken.steps:,} taken: {total}"
+    other = config.data.validation_path
+    yield f"data: {config.data.path}" + ("" if other is None else f", validation: {other}")
     yield f"training: {plural(corpus.num_training, 'sample')} of {length:,} tokens; {run}"
     if corpus.num_validation:
         every = f"every {plural(config.output.eval_every, 'step')} and " if config.output.eval_every else ""

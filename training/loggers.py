@@ -25,7 +25,7 @@ def callbacks_of(config: Config) -> tuple[type[Callback], ...]:
     Raises ConfigError, with all problems, where a package is not installed, or a class cannot be found.
     """
     problems = [
-        f"output.loggers: {name!r} needs the package {name}, which is not installed: pip install 'colonnade[log]'."
+        f"output.loggers: {name!r} needs the package {name}, which is not installed: pip install {name}."
         " Or leave it out."
         for name in config.output.loggers
         if not _is_installed(name)

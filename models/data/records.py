@@ -199,9 +199,7 @@ def load_dataset(source: Source) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DataError(
-            f"{source.key}: {source.path} needs the package 'datasets': pip install 'colonnade[data]'."
-        ) from error
+        raise DataError(f"{source.key}: {source.path} needs the package 'datasets': pip install datasets.") from error
     if not any(file.suffix == ".arrow" for file in source.files):
         raise DataError(f"{source.key}: {source.path} is empty: a dataset without rows. Name another one.")
     try:
@@ -216,9 +214,7 @@ def _import_parquet(source: Source) -> Any:
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DataError(
-            f"{source.key}: {source.path} needs the package 'pyarrow': pip install 'colonnade[data]'."
-        ) from error
+        raise DataError(f"{source.key}: {source.path} needs the package 'pyarrow': pip install pyarrow.") from error
     return pyarrow.parquet
 
 
