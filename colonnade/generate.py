@@ -126,10 +126,10 @@ def _generate(arguments: argparse.Namespace, job: "GenerationJob", place: "Place
     elif place.rank == 0:
         _write(arguments.out, job.prompts, found)
     if place.rank == 0:
-        _say_what_was_cut(found, job.trained.shape.max_positions)
+        _print_what_was_cut(found, job.trained.shape.max_positions)
 
 
-def _say_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
+def _print_what_was_cut(found: Sequence["Continuation"], positions: int) -> None:
     """Print which texts ended although the model had not ended them, nor the user."""
     cut = [str(number) for number, continuation in enumerate(found, 1) if continuation.ended == "positions"]
     if cut:

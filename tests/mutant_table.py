@@ -1935,7 +1935,7 @@ TEXTS_ATTACKED = (
     Mutant(
         "documents-not-in-the-digest",
         "a run is resumed with documents that end elsewhere, and so with other labels",
-        "models/data/packed.py",
+        "models/data/chosen.py",
         "return self.row.digest_with_starts",
         "return self.row.digest",
         "tests/test_resumed_runs.py::"

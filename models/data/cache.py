@@ -109,7 +109,7 @@ class Cache:
             lock = folder.with_suffix(".lock").open("a+")
         with lock:
             while not self._is_locked(lock):
-                self.observer.advance(source, *_said(lock))
+                self.observer.advance(source, *_reported(lock))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             yield lock
 
@@ -219,7 +219,7 @@ def _move(part: Path, folder: Path) -> None:
         _sync(folder.parent)
 
 
-def _said(lock: IO[str]) -> tuple[float, int]:
+def _reported(lock: IO[str]) -> tuple[float, int]:
     """Return what the process that holds a lock last reported."""
     with suppress(OSError, ValueError):
         lock.seek(0)

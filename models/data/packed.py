@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from models.data.chosen import ChosenSamples
 from models.data.documents import DocumentRow
 from models.data.samples import Indexes, Sample
 from models.tokenizer import Ids
@@ -17,7 +18,7 @@ AT_ONCE = 1 << 20  # documents that are counted in one go
 
 
 @dataclass(frozen=True)
-class PackedRow:
+class PackedRow(ChosenSamples):
     """A row of documents, `row.tokens[T]`, cut into T // S samples as a `TokenRow` is: documents may be cut, too.
 
     Sample i is number `numbers[i]` of them. It has `document_ids`, 0, 1, ... from its own first token on. The part of a
@@ -25,25 +26,9 @@ class PackedRow:
     the first one of each document, of which nothing is known. The token that ends a document belongs to it.
     """
 
-    row: DocumentRow
-    sequence_length: int
-    numbers: Indexes
-
     @property
     def tokens(self) -> Ids:
         return self.row.tokens
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.numbers)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.row.tokens)
-
-    @property
-    def digest(self) -> int:
-        return self.row.digest_with_starts
 
     def sample(self, index: int) -> Sample:
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"

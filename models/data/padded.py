@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.data.chosen import ChosenSamples
 from models.data.documents import DocumentRow
 from models.data.samples import Indexes, Sample
 from parallel.errors import DataError, either
@@ -16,29 +17,14 @@ AT_ONCE = 4096  # conversations, whose tokens are counted in one go
 
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(ChosenSamples):
     """Samples with one document each: sample i is document `numbers[i]` of the row, cut or padded to the length.
 
     Padding is on the right, where no label sees it, so that a sample needs no mask. `labels` are −100 at tokens that
     are not learned.
     """
 
-    row: DocumentRow
-    sequence_length: int
-    numbers: Indexes
     pad: int
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.numbers)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.row.tokens)
-
-    @property
-    def digest(self) -> int:
-        return self.row.digest_with_starts
 
     def sample(self, index: int) -> Sample:
         assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
