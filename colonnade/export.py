@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     if not import_torch():
         return REFUSED
+    from parallel.engine.context import dtype_name
     from parallel.errors import ColonnadeError
     from training.export import check_target, export_checkpoint, find_saved_model
 
@@ -54,5 +55,5 @@ def _export(arguments: argparse.Namespace) -> int:
     except (ColonnadeError, OSError) as error:
         print(error, file=sys.stderr)
         return REFUSED
-    print(*messages, f"exported step {saved.step} of {saved.folder}, {dtype}: {target}", sep="\n")
+    print(*messages, f"exported step {saved.step} of {saved.folder}, {dtype_name(dtype)}: {target}", sep="\n")
     return 0

@@ -159,7 +159,7 @@ def test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_ex
     index["metadata"]["config"]["output"]["export_dtype"] = "fp16"
     (step / "checkpoint.json").write_text(json.dumps(index))
     assert export(step, "--to", tmp_path / "hf") == 0
-    assert "The export is torch.float32" in capsys.readouterr().out
+    assert "The export is fp32" in capsys.readouterr().out
 
 
 def test_one_tensor_of_a_checkpoint_is_in_memory_at_a_time(first: Path) -> None:

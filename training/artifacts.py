@@ -10,7 +10,7 @@ from models.shapes import shape_of
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
-from parallel.engine.context import DTYPES
+from parallel.engine.context import DTYPES, dtype_name
 from parallel.engine.engine import Engine
 from training.best_loss import BestLoss
 from training.plot import draw_loss
@@ -47,7 +47,7 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
     pieces = engine.weights()
     if problem := too_large([(piece, dtype) for piece in pieces], engine.mesh.world):
-        screen.print(f"output.export_dtype: {config.output.export_dtype}: {problem} The export is {widest}")
+        screen.print(f"output.export_dtype: {config.output.export_dtype}: {problem} The export is {dtype_name(widest)}")
         dtype = widest
     export(
         job.folder.export,

@@ -20,7 +20,7 @@ from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import replace_files, replace_folder
 from parallel.config import Config
-from parallel.engine.context import DTYPES
+from parallel.engine.context import DTYPES, dtype_name
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError
 from parallel.mesh.mesh import ALONE
 from training.inputs import tokenizer_of
@@ -88,7 +88,7 @@ def _dtype_for(saved: SavedModel, dtype: str | None) -> tuple[torch.dtype, list[
     if problem and dtype is not None:
         raise CheckpointError(f"--dtype: {dtype}: {problem} Choose a dtype with a larger range, such as fp32.")
     if problem:
-        return widest, [f"output.export_dtype: {name}: {problem} The export is {widest}"]
+        return widest, [f"output.export_dtype: {name}: {problem} The export is {dtype_name(widest)}"]
     return chosen, []
 
 

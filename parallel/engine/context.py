@@ -29,6 +29,11 @@ from parallel.watch.watch import UNWATCHED, Watch
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as a config has it: torch.bfloat16 -> 'bf16'."""
+    return next(name for name, of_torch in DTYPES.items() if of_torch == dtype)
+
+
 @dataclass(frozen=True)
 class Place:
     """The place of this process among those that were started together.
