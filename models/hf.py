@@ -25,7 +25,7 @@ from parallel.checkpoint.shards import (
     Entry,
     StoredPart,
     StoredTensor,
-    has_checksum,
+    is_ours,
     open_safetensors,
     write_json,
 )
@@ -210,11 +210,11 @@ def entries_of(shape: ModelShape, dtype: torch.dtype) -> list[Entry]:
 def not_exported(folder: Path) -> str:
     """Return the name of something in a folder that `export` did not write; empty where there is nothing like that.
 
-    The weights of another program are told by their headers, which lack our checksum. Without weights nothing is ours.
+    The weights of another program are told by their headers, which lack our mark. Without weights nothing is ours.
     """
     inner = folder / TEMPLATES.partition("/")[0]
     found = sorted({*folder.iterdir(), *inner.glob("*")} - ({inner} if inner.is_dir() else set()))
-    weights = [path for path in found if path.suffix == ".safetensors" and has_checksum(path)]
+    weights = [path for path in found if path.suffix == ".safetensors" and is_ours(path)]
     for path in found:
         name = str(path.relative_to(folder))
         is_known = TOKENIZER_FILES.fullmatch(name) or name in (CONFIG, GENERATION, INDEX) or path in weights

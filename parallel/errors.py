@@ -4,13 +4,31 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes of a rank, and of a launcher of ranks; docs/faults.md explains them."""
+
+    DONE = 0
+    FAILED = 1  # an error of ours, or of a user's code
+    REFUSED = 2  # config, data, checkpoint, or no room before the first step
+    NOT_FINITE = 4  # a loss, gradient or weight is not a finite number
+    LOST = 5  # a rank was lost or silent
+    NO_ROOM = 6  # a memory or a disk has no room in the middle of a run
+    INTERRUPTED = 130  # Ctrl-C
+    REQUEUED = 138  # SIGUSR1, by which a scheduler says that the time is nearly over
+    TERMINATED = 143  # SIGTERM
 
 
 class ColonnadeError(ValueError):
     """The base of all errors in what the user gave; it is printed without a traceback.
 
-    `str()` has at most 200 characters of a path or another long word.
+    `str()` has at most 200 characters of a path or another long word. `code` is the exit code of a process that ends
+    by it.
     """
+
+    code: int = ExitCode.REFUSED
 
     def __str__(self) -> str:
         return with_short_words(super().__str__())
@@ -42,21 +60,39 @@ class CheckpointError(ColonnadeError):
 class StorageError(ColonnadeError):
     """The error of a disk that fails during a run, usually on one rank only."""
 
+    code = ExitCode.FAILED
+
+
+class NoRoomError(ColonnadeError):
+    """The error of a memory or a disk that has no room in the middle of a run, perhaps on one rank only."""
+
+    code = ExitCode.NO_ROOM
+
 
 class ModelError(ColonnadeError):
     """The error of a module that cannot be trained as it is, or is used or changed in a way that training forbids."""
 
 
 class LostRankError(ColonnadeError):
-    """The error of a rank that waited for one which has ended or is silent; `code` is the exit code for it."""
+    """The error of a rank that waited for one which has ended or is silent; it takes the exit code of that one."""
 
-    def __init__(self, text: str, code: int = 5) -> None:
+    def __init__(self, text: str, code: int = ExitCode.LOST) -> None:
         super().__init__(text)
         self.code = code
 
 
 class NonFiniteError(ColonnadeError):
-    """The error of a run whose loss or gradient is not a finite number."""
+    """The error of a run whose loss, gradient or weight is not a finite number."""
+
+    code = ExitCode.NOT_FINITE
+
+
+class SignalError(ColonnadeError):
+    """The end of a run that a signal has asked for, after its state was saved."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def either(choices: Iterable[object]) -> str:

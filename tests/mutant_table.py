@@ -926,7 +926,7 @@ PARTING = (
            "parallel/watch/judge.py", "not one.beat.waits and not one.beat.phase and", "not one.beat.waits and",
            "tests/test_parting.py::test_a_rank_is_not_missed_while_nobody_waits_for_it_in_vain[a long save]"),
     Mutant("one-message-of-many", "ranks agree although one does something else",
-           "parallel/mesh/agreement.py", "largest == -smallest", "largest == largest",
+           "parallel/mesh/agreement.py", "found[0] == -found[1]", "found[0] == found[0]",
            PARTED.format("has a batch less, and then saves")),
 )
 
@@ -1509,7 +1509,7 @@ INSTALLED = (
         "download-replaced-by-an-export",
         "an export replaces weights that another program wrote",
         "models/hf.py",
-        """path.suffix == ".safetensors" and has_checksum(path)]""",
+        """path.suffix == ".safetensors" and is_ours(path)]""",
         """path.suffix == ".safetensors"]""",
         f"{EXPORTS}::test_a_target_that_is_no_earlier_export_is_refused_and_stays[of_another_program]",
     ),

@@ -21,6 +21,7 @@ from parallel.checkpoint.shards import Entry, write_tensors
 from parallel.engine.context import DTYPES, Place
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
+from tests.checkpoints import seal
 from tests.harness import run
 from tests.test_loop import prepared
 from training.export import find_saved_model
@@ -143,6 +144,7 @@ def enlarged(folder: Path) -> None:
     with safe_open(file, "pt") as content:
         tensors = {name: content.get_tensor(name) * 1e7 for name in content.offset_keys()}
     write_tensors(file, [Entry(name, tuple(x.shape), x.dtype) for name, x in tensors.items()], tensors.values())
+    seal(folder)
 
 
 def test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_exported_in_a_wider_one(
@@ -158,6 +160,7 @@ def test_a_value_too_large_is_refused_for_a_dtype_that_was_asked_for_and_else_ex
     index = json.loads((step / "checkpoint.json").read_text())
     index["metadata"]["config"]["output"]["export_dtype"] = "fp16"
     (step / "checkpoint.json").write_text(json.dumps(index))
+    seal(step)
     assert export(step, "--to", tmp_path / "hf") == 0
     assert "The export is fp32" in capsys.readouterr().out
 
@@ -183,7 +186,7 @@ def change_a_byte(step: Path) -> str:
     content = bytearray((step / "rank_00000.safetensors").read_bytes())
     content[-1] ^= 1
     (step / "rank_00000.safetensors").write_bytes(content)
-    return "rank_00000.safetensors is damaged: its bytes are not those that were written. Try "
+    return "rank_00000.safetensors is damaged, or another file: its bytes are not those that were written. Try "
 
 
 def remove_a_file(step: Path) -> str:

@@ -10,7 +10,7 @@ from traceback import extract_tb
 from typing import Any
 
 from parallel.config import Config
-from parallel.errors import ColonnadeError
+from parallel.errors import ColonnadeError, ExitCode
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Axis
 from training.metrics import MetricsLine
@@ -20,6 +20,8 @@ logger = getLogger(__name__)
 
 class CallbackError(ColonnadeError):
     """The error of a callback that raised an exception, on whatever rank: it ends the run on every rank."""
+
+    code = ExitCode.FAILED
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checkpoints: ranks write their pieces of public tensors, and read pieces again, in any other layout.
 
     runs/NAME/checkpoints/
-        step_000100/              checkpoint.json, rank_00000.safetensors, rank_00001.safetensors, ...
+        step_000100/              checkpoint.json, rank_00000.safetensors, rank_00001.safetensors, ..., SHA256SUMS
         step_000200/
         latest                    the name of the newest checkpoint
         best                      the name of the best one, where a run keeps it
@@ -32,8 +32,10 @@ from parallel.checkpoint.shards import (
     fail_together,
     file_size,
     read_json,
+    read_sums,
     replace_folder,
     write_json,
+    write_sums,
     write_synced,
     write_tensors,
 )
@@ -92,10 +94,13 @@ def save(
     saved = gather_objects(mine, axis)
     index = _index(saved, metadata)
     with replace_folder(folder, axis, at_last=lambda: _leave(folder, best)) as temporary:
-        file = temporary / _file_name(axis.rank)
-        write_tensors(file, [piece.entry for piece in mine], (piece.data for piece in owned))
+        with fail_together(axis):
+            file = temporary / _file_name(axis.rank)
+            own = write_tensors(file, [piece.entry for piece in mine], (piece.data for piece in owned))
+        sums = {_file_name(rank): digest for rank, digest in enumerate(gather_objects(own, axis))}
         if axis.rank == 0:
-            write_json(temporary / INDEX, index)
+            sums[INDEX] = write_json(temporary / INDEX, index)
+            write_sums(temporary, sums)
     with fail_together(axis):
         if axis.rank == 0:
             _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
@@ -187,8 +192,10 @@ def check_contents(folder: Path, axis: Axis) -> None:
     """Raise a CheckpointError if a file of a checkpoint has other bytes than were written. The ranks share the files,
     so that each is read once more than a load would read it. It contains no collective.
     """
+    sums = read_sums(folder, CheckpointError)
+    check_sum(folder / INDEX, sums[INDEX], CheckpointError)
     for name in sorted(_read_index(folder)["files"])[axis.rank :: axis.size]:
-        check_sum(folder / name, CheckpointError)
+        check_sum(folder / name, sums[name], CheckpointError)
 
 
 def previous_checkpoint(folder: Path) -> Path | None:

@@ -4,17 +4,17 @@ Files are read by slices and written one tensor at a time, into folders that get
 Every folder is on a file system that all ranks can see.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,9 +47,14 @@ DTYPE_NAMES = {  # as a safetensors header has them
     torch.bool: "BOOL",
 }
 
-BEFORE_CHECKSUM, NO_CHECKSUM = b'{"__metadata__": {"format": "pt", "crc32": "', b"00000000"
-"""The bytes with which a header begins, and those in the place of the checksum while that is computed. (Transformers
-refuses a file without a format.)"""
+METADATA = {"format": "pt", "writer": "colonnade"}
+"""The metadata in the header of a file. (Transformers refuses a file without a format.)"""
+
+SUMS = "SHA256SUMS"
+"""The file of a folder that has the SHA-256 of each other file, as `sha256sum` writes it and `sha256sum --check` reads
+it."""
+
+SUMS_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>[^/\s]+)")
 
 BLOCK_BYTES = 2**22  # read at a time
 
@@ -137,10 +142,32 @@ def read_json(file: Path, error: type[ColonnadeError]) -> Any:
         raise error(f"{file} is damaged, or not JSON: {cause}.") from cause
 
 
-def write_json(file: Path, content: object) -> None:
-    """Write a JSON file."""
+def write_json(file: Path, content: object) -> str:
+    """Write a JSON file, and return its SHA-256."""
     with write_synced(file) as out:
         out.write(json.dumps(content, indent=2).encode() + b"\n")
+    return out.hexdigest()
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the file of checksums of a folder: `sums` has the SHA-256 of each file, by its name."""
+    with write_synced(folder / SUMS) as out:
+        out.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+
+
+def read_sums(folder: Path, error: type[ColonnadeError]) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder, by its name. Problems with the file of checksums raise `error`."""
+    file = folder / SUMS
+    try:
+        text = file.read_text("ascii")
+    except OSError as cause:
+        raise error(f"cannot read {file}: {cause.strerror}.") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{file} is damaged: it is not text.") from cause
+    lines = [SUMS_LINE.fullmatch(line) for line in text.splitlines()]
+    if not lines or None in lines or not text.endswith("\n"):
+        raise error(f"{file} is damaged: it is not what sha256sum writes.")
+    return {line["name"]: line["digest"] for line in lines if line is not None}
 
 
 @dataclass(frozen=True)
@@ -156,49 +183,39 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> None:
+def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> str:
     """Write `tensors`, which `entries` describe in the same order, one at a time: the host never holds two of them.
 
-    A reader maps the file, so each tensor must start at a multiple of its item size: wide dtypes come before narrow
-    ones. The header has a checksum of the whole file: see `check_sum`.
+    Return the SHA-256 of the file. A reader maps it, so each tensor must start at a multiple of its item size: wide
+    dtypes come before narrow ones.
     """
     with write_synced(file) as out:
-        header = _header(entries)
-        out.write(header)
-        checksum = zlib.crc32(header)
+        out.write(_header(entries))
         for entry, tensor in zip(entries, tensors, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
-            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            out.write(content)
-            checksum = zlib.crc32(content, checksum)
-        out.seek(8 + len(BEFORE_CHECKSUM))
-        out.write(f"{checksum:08x}".encode())
+            out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return out.hexdigest()
 
 
-def check_sum(file: Path, error: type[ColonnadeError]) -> None:
-    """Raise `error` if a file that `write_tensors` wrote has other bytes now. One without a checksum is not checked."""
-    place = 8 + len(BEFORE_CHECKSUM)
-    with open_safetensors(file, error):  # which reads the header
-        pass
+def check_sum(file: Path, digest: str, error: type[ColonnadeError]) -> None:
+    """Raise `error` if the SHA-256 of a file is not this one: it has other bytes than were written."""
+    found = hashlib.sha256()
     try:
         with file.open("rb") as content:
-            start, saved = content.read(place), content.read(8)
-            if start[8:] != BEFORE_CHECKSUM:
-                return
-            found = zlib.crc32(NO_CHECKSUM, zlib.crc32(start))
             while block := content.read(BLOCK_BYTES):
-                found = zlib.crc32(block, found)
+                found.update(block)
     except OSError as cause:
         raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    if saved != f"{found:08x}".encode():
-        raise error(f"{file} is damaged: its bytes are not those that were written.")
+    if found.hexdigest() != digest:
+        raise error(f"{file} is damaged, or another file: its bytes are not those that were written.")
 
 
-def has_checksum(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
     """Return whether `write_tensors` wrote a file, by its header; False also for one that cannot be read."""
+    start = json.dumps({"__metadata__": METADATA}).encode()[:-1]
     try:
         with file.open("rb") as content:
-            return content.read(8 + len(BEFORE_CHECKSUM))[8:] == BEFORE_CHECKSUM
+            return content.read(8 + len(start))[8:] == start
     except OSError:
         return False
 
@@ -213,7 +230,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
     It is padded with spaces, so that the data start at a multiple of 8 bytes.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "crc32": NO_CHECKSUM.decode()}}
+    header: dict[str, object] = {"__metadata__": METADATA}
     start = 0
     for entry in entries:
         stop = start + entry.num_bytes
@@ -224,17 +241,32 @@ def _header(entries: Sequence[Entry]) -> bytes:
         }
         start = stop
     text = json.dumps(header).encode()
-    assert text.startswith(BEFORE_CHECKSUM)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
+class HashedFile:
+    """A new file that is written from its start to its end, and the SHA-256 of what has been written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(content)
+        self._hash.update(content)
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of all bytes so far."""
+        return self._hash.hexdigest()
+
+
 @contextmanager
-def write_synced(file: Path) -> Iterator[Any]:
+def write_synced(file: Path) -> Iterator[HashedFile]:
     """Open a new file to write, and sync it to the disk at the end of the block. Errors of a write get its name."""
     try:
         with file.open("wb") as out:
-            yield out
+            yield HashedFile(out)
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:

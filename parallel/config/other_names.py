@@ -91,8 +91,6 @@ ACCUMULATION = (
 
 NOT_YET = {
     "tensor": ("overlap",),
-    "train": ("nonfinite",),
-    "output": ("checkpoint_async",),
 }
 """The keys of a section, by its last name, that are promised and not available yet."""
 

@@ -167,6 +167,11 @@ class TrainConfig:
     compiles is waited for as long as its process runs; one that has ended is named at once.
     """
 
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not a finite number updates nothing. "stop": the run ends, and says where the
+    number came from. "skip": the step is left out and counted; ten in a row end the run. (An fp16 gradient that overflows only lowers the loss scale, until that is 1.)
+    """
+
     early_stopping: EarlyStoppingConfig | None = None
     """dict(patience=3): end the run once the validation loss no longer falls. It needs output.eval_every."""
 
@@ -231,6 +236,9 @@ class OutputConfig:
 
     keep_best: bool = False
     """True: the checkpoint of the lowest validation loss is kept beside these. It needs `eval_every`."""
+
+    checkpoint_async: bool = True
+    """True: a checkpoint is written in the background, from a copy of the state on the host. False: training waits."""
 
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """The programs that metrics are logged to, beside metrics.jsonl."""

@@ -21,6 +21,7 @@ from parallel.errors import ColonnadeError, ConfigError, ModelError
 from parallel.layout.layout import ParameterInfo, Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Mesh
+from parallel.mesh.notices import Notices
 from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
 from parallel.optim.loss_scale import LossScale
@@ -111,7 +112,8 @@ class EngineBase:
             self.chunks, optimizer, self.config.zero, self.mesh.world, initial_placement
         )
         self.inputs: InputsOnHost | None = None
-        self._agreement = Agreement(self.mesh.world)
+        self.notices = Notices()
+        self._agreement = Agreement(self.mesh.world, self.notices)
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = self.num_updates = 0
         self.writes = Writes(self.chunks, self.mesh.world)
