@@ -169,7 +169,8 @@ class TrainConfig:
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not a finite number updates nothing. "stop": the run ends, and says where the
-    number came from. "skip": the step is left out and counted; ten in a row end the run. (An fp16 gradient that overflows only lowers the loss scale, until that is 1.)
+    number came from. "skip": the step is left out and counted; ten in a row end the run. (An fp16 gradient that
+    overflows only lowers the loss scale, until that is 1.)
     """
 
     early_stopping: EarlyStoppingConfig | None = None
