@@ -168,7 +168,7 @@ def _delete_old(newest: Path, keep: int, best: Path | None) -> None:
     What an interrupted save has left is deleted too.
     """
     others = [folder for folder in _step_folders(newest.parent) if folder.name != newest.name]
-    others.sort(key=lambda folder: (_step(folder) < _step(newest), _step(folder)))
+    others.sort(key=lambda folder: (step_of(folder) < step_of(newest), step_of(folder)))
     for folder in others[: max(0, len(others) - (keep - 1))]:
         if best is None or folder.name != best.name:
             _delete(folder)
@@ -208,7 +208,7 @@ def check_contents(folder: Path, axis: Axis) -> None:
 def previous_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint beside this one that is the last before its step, or None."""
     others = filter(_is_checkpoint, _step_folders(folder.parent))
-    return max((other for other in others if _step(other) < _step(folder)), key=_step, default=None)
+    return max((other for other in others if step_of(other) < step_of(folder)), key=step_of, default=None)
 
 
 def load(folder: Path, pieces: Iterable[Piece]) -> int:
@@ -292,7 +292,7 @@ def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | 
 def resolve_latest(checkpoints: Path) -> Path | None:
     """Return the checkpoint that the file `latest` names; if there is none, that of the highest step; else None."""
     named = named_by(checkpoints / LATEST)
-    return named or max(filter(_is_checkpoint, _step_folders(checkpoints)), key=_step, default=None)
+    return named or max(filter(_is_checkpoint, _step_folders(checkpoints)), key=step_of, default=None)
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -318,5 +318,6 @@ def _step_folders(checkpoints: Path) -> list[Path]:
     return [folder for folder in checkpoints.glob("step_*") if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step after which the checkpoint in this folder was saved."""
     return int(folder.name.removeprefix("step_"))
