@@ -1,6 +1,6 @@
 """Random kills of runs: what is drawn from a seed, and the launch under which a run is killed and goes on.
 
-    COLONNADE_KILL_SEED=7 COLONNADE_KILLS=200 pytest -m slow tests/test_random_kills.py
+COLONNADE_KILL_SEED=7 COLONNADE_KILLS=200 pytest -m slow tests/test_random_kills.py
 """
 
 import json

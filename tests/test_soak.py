@@ -1,6 +1,6 @@
 """A run of ten thousand steps that saves, evaluates and logs holds no more at its end than after its warm-up.
 
-    COLONNADE_SOAK_STEPS=2000 pytest -m slow tests/test_soak.py
+COLONNADE_SOAK_STEPS=2000 pytest -m slow tests/test_soak.py
 """
 
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.killed_runs import OPT, Layout, lines_of, start
-from tests.soak_probe import APART, OFFSET, samples_of
 from tests.killer import ROOT
+from tests.soak_probe import APART, OFFSET, samples_of
 from tests.test_kills import _leaves_signals_alone, _server  # noqa: F401 (fixtures)
 
 NUM_STEPS = int(os.environ.get("COLONNADE_SOAK_STEPS", "10000"))
