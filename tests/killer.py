@@ -93,7 +93,7 @@ class Killer(Callback):
 
     def on_end(self, error: BaseException | None) -> None:
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
         if calls_folder(self._run).exists():
             for in_background, calls in self._calls.items():
                 name = f"{'background' if in_background else 'main'}_{self._rank}.json"

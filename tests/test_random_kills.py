@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from parallel.checkpoint.checkpoint import find_checkpoint, step_of
-
 from tests.kill_draws import NUM_KILLS, SEED, SIGNALS, AfterSeconds, Torchrun, calls_of, draw_kill
 from tests.killed_runs import VALIDATED, Layout, assert_same_run, lines_of, start
 from tests.killer import Kill, calls_folder, kill_file, killed_file
