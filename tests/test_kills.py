@@ -13,7 +13,7 @@ from tests.killed_runs import LARGER, LAYOUTS, assert_same_run, start, start_kil
 from tests.killer import Kill, calls_folder
 
 KILLS = {
-    "one rank, validated": Kill(0, "settle", 3, in_background=True),  # of the last checkpoint, which is the best
+    "one rank, validated": Kill(0, "_delete_old", 3, in_background=True),  # after the last save
     "ZeRO 1": Kill(1, "ChunkSum.wait", 20),
     "ZeRO 3, validated": Kill(1, "write_files", 2, in_background=True),
     "offloaded": Kill(0, "AdamW.step", 4),
