@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from parallel.checkpoint.index import OTHER_BYTES, Index
 from parallel.checkpoint.shards import DTYPE_NAMES, StoredPart, fail_together, open_safetensors
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, shown
 from parallel.layout.layout import box_shape
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
@@ -81,8 +81,8 @@ def _header_problem(index: Index, name: str, parts: Sequence[StoredPart]) -> str
         shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
         dtypes = {found.get_dtype() for found in slices.values()}
     for key, shape in wanted.items():
-        if shapes.get(key) != shape:
-            return f"{file} is damaged, or another file: it has {key} as {shapes.get(key)}, and the index as {shape}."
+        if (own := shapes.get(key)) != shape:
+            return f"{file} is damaged, or another file: it has {shown(key)} as {own}, and the index as {shape}."
     if not dtypes <= {*DTYPE_NAMES.values()}:
         return f"{file} is damaged: it has values of {', '.join(sorted(dtypes))}."
     return ""
