@@ -80,7 +80,7 @@ def parse_json(content: bytes, name: str, error: MakeError) -> Any:
     except RecursionError as cause:
         raise error(f"{name} is damaged: its values are nested too deep.") from cause
     except ValueError as cause:
-        raise error(f"{name} is not JSON, or is damaged: {shortened(str(cause))}.") from cause
+        raise error(f"{name} is damaged, or it is not JSON: {shortened(str(cause))}.") from cause
     if not _is_flat(value):
         raise error(f"{name} is damaged: its values are nested too deep, in more than {MOST_NESTED} levels.")
     return value
