@@ -25,7 +25,7 @@ class Taken:
         if found is None:
             return cls()
         metadata = found.index.metadata
-        return cls(int(metadata["step"]), samples_taken(metadata))
+        return cls(int(metadata["counters"]["step"]), samples_taken(metadata))
 
 
 def with_steps(config: Config, corpus: Corpus, taken: Taken) -> Config:
