@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -92,9 +92,14 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_ones_are_named(
 def test_a_checkpoint_that_was_verified_is_read_no_second_time_to_verify_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed = []
+    hashed: list[int] = []
     hash_of = verification._sha256_of
-    monkeypatch.setattr(verification, "_sha256_of", lambda file: (hashed.append(file.fileno()), hash_of(file))[1])
+
+    def counted(file: BinaryIO) -> str:
+        hashed.append(file.fileno())
+        return hash_of(file)
+
+    monkeypatch.setattr(verification, "_sha256_of", counted)
     flip(step(folder, 4) / SHARD)
     run_job(resumed(folder))
     assert len(hashed) == 2  # the shard of step 4, and that of step 3
@@ -203,7 +208,14 @@ def test_what_was_passed_over_is_kept_until_a_new_checkpoint_is_complete(folder:
 def test_a_checkpoint_of_another_program_is_refused_before_the_run(folder: Path) -> None:
     """Its checksums are right: somebody has written it on purpose."""
     index = json.loads((step(folder, 4) / "checkpoint.json").read_text())
-    for change in (dict(counters="x"), dict(counters={}), dict(config=[]), dict(best=3), dict(model=4)):
+    changes: list[dict[str, Any]] = [
+        dict(counters="x"),
+        dict(counters={}),
+        dict(config=[]),
+        dict(best=3),
+        dict(model=4),
+    ]
+    for change in changes:
         changed: dict[str, Any] = index | dict(metadata=index["metadata"] | change)
         (step(folder, 4) / "checkpoint.json").write_text(json.dumps(changed))
         seal(step(folder, 4))

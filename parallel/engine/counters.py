@@ -30,6 +30,17 @@ def _is_count(x: Any) -> bool:
     return type(x) is int and 0 <= x <= MOST
 
 
+def _is_placement(x: Any) -> bool:
+    """Return whether this has what `PlacementManager.state` returns of a plan."""
+    if not isinstance(x, dict) or not x.keys() >= {"key", "moving", "peak", "host_share", "work"}:
+        return False
+    work = x["work"] if isinstance(x["work"], list) else [None]
+    lists = [x["moving"], *work]
+    are_counts = all(isinstance(some, list) and all(map(_is_count, some)) for some in lists)
+    is_share = isinstance(x["host_share"], int | float) and 0 <= x["host_share"] <= 1
+    return are_counts and len(x["moving"]) == 2 and is_share and isinstance(x["peak"], int | float)
+
+
 COUNTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "step": _is_count,
@@ -37,6 +48,6 @@ COUNTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "samples": lambda x: x is None or _is_count(x),  # an older version did not count them
         "good_steps": lambda x: x is None or _is_count(x),
         "loss_scale": lambda x: x is None or (isinstance(x, int | float) and 0 < x < 2.0**128),
-        "placement": lambda x: x is None or isinstance(x, dict),
+        "placement": lambda x: not x or _is_placement(x),
     }
 )
