@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from parallel.errors import CheckpointError
 from parallel.mesh.mesh import ALONE
 from tests.checkpoints import seal
 from tests.harness import run
+from tests.tables import Row, rows
 from tests.test_checkpoint import pieces_of, whole_tensors, world
 
 INDEX, SHARDS = "checkpoint.json", [f"rank_{rank:05d}.safetensors" for rank in range(4)]
@@ -369,3 +371,84 @@ def test_an_index_with_a_strange_value_anywhere_is_refused_or_read_but_never_bre
         assert str(step) in said
         assert said.isprintable()
     assert refused > 200
+
+
+# -- the table of the document -----------------------------------------------------------------------------------------
+
+
+def changed(change: Callable[[dict[str, Any]], object], *, is_sealed: bool = True) -> Callable[[Path], object]:
+    """Return a damage that changes the index of a checkpoint."""
+
+    def damage(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        change(index)
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if is_sealed:
+            seal(folder)
+
+    return damage
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / SHARDS[2]).read_bytes())
+    content[-3] ^= 16
+    (folder / SHARDS[2]).write_bytes(content)
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / SHARDS[1]).unlink()
+        make(folder / SHARDS[1])
+
+    return damage
+
+
+DAMAGES: dict[str, list[Callable[[Path], object]]] = {
+    "a flipped bit": [flipped],
+    "a shard of another rank, step or run, of the same size": [
+        lambda x: shutil.copyfile(x.parent / "step_000006" / SHARDS[0], x / SHARDS[0])
+    ],
+    "a counter in the index that was changed": [
+        changed(lambda x: put(x["metadata"]["counters"], "samples", 8), is_sealed=False)
+    ],
+    "a file that was cut off, or is longer": [
+        lambda x: (x / SHARDS[0]).write_bytes((x / SHARDS[0]).read_bytes()[:99]),
+        lambda x: (x / SHARDS[0]).write_bytes((x / SHARDS[0]).read_bytes() + b"0"),
+    ],
+    "a file that is missing": [lambda x: (x / SHARDS[3]).unlink()],
+    "a file that the index does not name": [lambda x: (x / "other.safetensors").touch()],
+    "a line too few, or too many, in SHA256SUMS": [
+        lambda x: (x / SUMS).write_text("".join((x / SUMS).read_text().splitlines(keepends=True)[:-1])),
+        lambda x: (x / SUMS).write_text((x / SUMS).read_text() + f"{'0' * 64}  other.safetensors\n"),
+    ],
+    "a link, a pipe or a folder in place of a file": [
+        replaced(lambda file: file.symlink_to(SHARDS[0])),
+        replaced(os.mkfifo),
+        replaced(Path.mkdir),
+    ],
+    "an index that names a file outside the folder": [changed(STRUCTURES["a name with a folder"])],
+    "an index whose parts do not cover a tensor, or cover it twice": [
+        changed(STRUCTURES["a part left out"]),
+        changed(STRUCTURES["overlapping parts"]),
+    ],
+    "an index that differs from the headers of the files": [changed(HEADERS["a key that is not there"])],
+    "no SHA256SUMS: an older version has written the checkpoint": [lambda x: (x / SUMS).unlink()],
+}
+
+
+@pytest.mark.parametrize("row", rows("docs/faults.md", "Checkpoints that are damaged"), ids=str)
+def test_a_damaged_checkpoint_is_answered_as_the_table_says(row: Row, step: Path) -> None:
+    whole, said = step.parent / "whole", []
+    shutil.copytree(step, whole)
+    for damage in DAMAGES[row.what]:
+        damage(step)
+        said.append(refusal(step))
+        shutil.rmtree(step)
+        shutil.copytree(whole, step)
+    words = row.answer.split("`")[1::2]
+    assert all(any(text in one for one in said) for text in words)
+    assert all(any(text in one for text in words) for one in said)
+
+
+def test_every_damage_has_a_row() -> None:
+    assert [row.what for row in rows("docs/faults.md", "Checkpoints that are damaged")] == list(DAMAGES)

@@ -80,8 +80,8 @@ def check_start(found: Found, config: Config, corpus: Corpus) -> None:
     """
     folder, metadata = found.index.folder, found.index.metadata
     try:
-        check_counters(found.index)
         check_same_model(found.index, shape_of(config))
+        check_counters(found.index)
         check_same_data(folder, metadata, config, corpus)
         list(resume_messages(metadata, config))
         best_of(found)
