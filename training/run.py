@@ -68,6 +68,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
     tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, on_written=screen.traced)
     checkpoints = Checkpoints(engine, job, best, callbacks.on_checkpoint)
+    checkpoints.settle()
     if message := checkpoints.prepare():
         screen.print(message)
 

@@ -109,9 +109,23 @@ def write(
             write_sums(temporary, sums)
     with fail_together(axis):
         if axis.rank == 0:
-            _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
-            _point(folder.with_name(LATEST), folder)
-            _delete_old(folder, target.keep, best)
+            settle(target)
+
+
+def settle(target: Target) -> None:
+    """Have `latest` and `best` name the checkpoints of a target that is written, and delete those that are not kept.
+
+    It is the end of `write`, on the first rank. A run that was killed before this does it when it goes on.
+    """
+    folder, best = target.folder, target.best
+    _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
+    _point(folder.with_name(LATEST), folder)
+    _delete_old(folder, target.keep, best)
+
+
+def is_newest(folder: Path) -> bool:
+    """Return whether no folder beside a checkpoint has the name of a later step, whole or not."""
+    return all(step_of(other) <= step_of(folder) for other in _step_folders(folder.parent))
 
 
 def _index(saved: list[list[tuple[str, tuple[SavedPiece, ...]]]], metadata: Mapping[str, Any]) -> dict[str, Any]:
