@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from models.generation.text_generator import Continuation
     from parallel.engine.context import Place
     from parallel.watch.watch import Watch
+    from training.attempt import Attempt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +109,10 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     if place.rank == 0 and arguments.out is not None:
         _check_out(arguments.out)
     job = prepare(_request(arguments), place, world_size)
-    work = partial(_generate, arguments, job, place)
+
+    def work(watch: "Watch", attempt: "Attempt") -> None:
+        _generate(arguments, job, place, watch)
+
     return Prepared(partial(job.facts, world_size), job.config.train.timeout_seconds, work, ["models.generation.job"])
 
 

@@ -24,6 +24,7 @@ from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss, save_checkpoint
+from training.attempt import Attempt, SavedNote
 from training.callbacks import Callback, Callbacks, Run
 from training.log_file import StepLog, log_file
 from training.loop import ends_early, fit
@@ -37,23 +38,30 @@ from training.tracer import Tracer
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = ()) -> None:
+def run_job(
+    job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = (), attempt: Attempt | None = None
+) -> None:
     """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others.
 
-    `callbacks` are called beside those that the config names. Raises CallbackError, on every rank, where one fails.
+    `callbacks` are called beside those that the config names. `attempt` is what the process and its launcher give.
+    Raises CallbackError, on every rank, where a callback fails; SignalError where a signal has come, and all is saved.
     """
+    attempt = attempt or Attempt()
     context = make_context(job.config, job.place, watch=watch)
     check_room(context)
     check_same_data(job, context.mesh.world)
     screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
     with (
-        run_folder(job, context.mesh.world) as messages,
+        run_folder(job, context.mesh.world, attempt) as messages,
         log_file(job.folder.log(job.place.rank), append=job.folder.resumed),
+        attempt.record.logging(job.folder.log(job.place.rank)),
         closing(screen),
     ):
         log_environment(context)
         screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
-        train(make_engine(context, job), job, screen, callbacks)
+        engine = make_engine(context, job)
+        attempt.stop.tell(partial(engine.notices.set, "signal"))
+        train(engine, job, screen, [*callbacks, SavedNote(attempt.history)])
         barrier(context.mesh.world)
         log.info("done")
 
@@ -104,7 +112,7 @@ def check_same_data(job: Job, world: Axis) -> None:
 
 
 @contextmanager
-def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
+def run_folder(job: Job, world: Axis, attempt: Attempt) -> Iterator[list[str]]:
     """Make the run's folder and lock it, on rank 0, until the `with` statement ends. Yields messages about it.
 
     An OSError on rank 0 is raised on every rank.
@@ -116,6 +124,7 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
                 if earlier := job.folder.make(job.config):
                     messages.append(f"the earlier run was renamed to {earlier}")
                 until_the_end.enter_context(job.folder.lock.held())
+        attempt.begin(job)
         yield messages
 
 

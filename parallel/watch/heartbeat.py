@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeAlias
@@ -59,6 +59,7 @@ class Heartbeat(threading.Thread):
         self.has_met = self.main_thread_knows = False
         self.verdict: Verdict | None = None
         self.has_verdict = threading.Event()
+        self.on_end: Callable[[LostRankError], None] | None = None
         self._wake, self._is_stopped = threading.Event(), False
         board.post(pulse.beat(0.0))
 
@@ -118,6 +119,8 @@ class Heartbeat(threading.Thread):
         speaker = self.surroundings.speaker
         if speaker == "every" or (speaker == "first" and self.board.rank == first):
             os.write(2, f"{error}\n".encode(errors="backslashreplace"))
+        if self.on_end is not None:
+            self.on_end(error)
         end_now(error.code)
 
     def hurry(self) -> None:

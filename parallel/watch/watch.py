@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from parallel.errors import ColonnadeError, LostRankError, shortened
+from parallel.watch.beat import Beat
 from parallel.watch.board import Board
 from parallel.watch.heartbeat import Heartbeat, end_now
 from parallel.watch.judge import LOST, Verdict
@@ -45,6 +46,13 @@ class Watch:
     def begin(self, action: str) -> None:
         """Note that this rank begins something that all ranks do. Raises LostRankError where one is lost or silent."""
         self.progress.begin(action)
+
+    def at_end(self, hook: Callable[[LostRankError], None]) -> None:
+        """Have `hook` called with the error before a rank ends because another one was lost or silent."""
+
+    def lost(self) -> Beat | None:
+        """Return the last beat of the first rank that was lost or silent; None where none is known."""
+        return None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return a context for long work of this rank alone, which the others wait for and which is no silence."""
@@ -116,6 +124,17 @@ class StoreWatch(Watch):
         super().begin(action)
         if self._heartbeat.verdict is not None:
             raise self._lost(self._heartbeat.verdict)
+
+    def at_end(self, hook: Callable[[LostRankError], None]) -> None:
+        self._heartbeat.on_end = hook
+
+    def lost(self) -> Beat | None:
+        verdict = self._heartbeat.verdict
+        if verdict is None or not verdict.ranks:  # the store has ended
+            return None
+        with suppress(RuntimeError):
+            return next(iter(self._board.beats(verdict.ranks[:1])), None)
+        return None
 
     def explained(self, error: RuntimeError) -> Exception:
         if not any(part in str(error) for part in BROKEN):
