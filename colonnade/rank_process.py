@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from traceback import extract_tb
@@ -36,6 +37,10 @@ from training.spawn import run_ranks
 
 OF_ONE_RANK = StorageError, RoomError, NoRoomError
 """The errors that may be of one rank alone, which prints them then; rank 0 prints all others."""
+
+
+PHASES = {0: "done"} | dict.fromkeys((ExitCode.INTERRUPTED, ExitCode.REQUEUED, ExitCode.TERMINATED), "training")
+"""What is written as the phase of an end to which all ranks have come together, whatever they did last."""
 
 
 class UncaughtError(ColonnadeError):
@@ -180,7 +185,8 @@ class RankProcess:
         self.attempt.history.decide(code, text)
 
     def _record(self, code: int, text: str) -> None:
-        self.attempt.record.write(Ended.of_rank(code, text, self.place.rank, self.watch.progress))
+        ended = Ended.of_rank(code, text, self.place.rank, self.watch.progress)
+        self.attempt.record.write(replace(ended, phase=PHASES.get(code, ended.phase)))
 
     def _record_loss(self, error: LostRankError) -> None:
         """Write the end of the run, before this process ends because of a lost rank."""

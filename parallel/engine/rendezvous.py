@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError
-from parallel.mesh.process_groups import connect_to_store
+from parallel.mesh.process_groups import Store, connect_to_store
 from parallel.watch.board import Board, prefix_of
 from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
 from parallel.watch.history import PREFIX, History
@@ -55,6 +55,18 @@ def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speak
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     surroundings = Surroundings(host_ranks, launcher, speaker)
     return StoreWatch(board, Heartbeat(board, Pulse(rank, Progress()), surroundings), hosts_store=hosts)
+
+
+def store_of_groups() -> Store | None:
+    """Return the store in which the ranks of one attempt of torchrun meet; None: where torch itself looks for it.
+
+    The agent's store keeps what an earlier attempt has left. Under the same keys a rank would read the addresses of
+    processes that have ended, connect to them in vain, and fail.
+    """
+    found = Rendezvous.from_environment()
+    if found is None or not found.launcher_hosts or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return connect_to_store(found.host, found.port, hosts=False, prefix=f"groups/{found.attempt}")
 
 
 def open_history() -> History:
