@@ -29,9 +29,9 @@ def fit(
 ) -> None:
     """Train from the engine's last step to `train.steps`, or until early stopping ends the run before.
 
-    Every rank does the same, in the same order. `save` saves the checkpoint of a step, and returns its folder. `best`
-    takes in the loss of the validation samples, if there are any, which is computed every `eval_every` steps and after
-    the last step. Each step, counted from 1, runs inside the context that `around_step` returns.
+    Every rank does the same, in the same order. `save` saves the checkpoint of a step, or begins to. `best` takes in
+    the loss of the validation samples, if there are any, which is computed every `eval_every` steps and after the last
+    step. Each step, counted from 1, runs inside the context that `around_step` returns.
 
     The seconds of a step are those of its data, forwards, backwards and update, without evaluation, checkpoints and
     callbacks. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite; SignalError, on
@@ -89,7 +89,7 @@ def finish_step(
             callbacks.on_evaluate(step, line["validation_loss"])
     number = engine.stop_signal
     if is_due(step, output.checkpoint_every) or (is_best and output.keep_best) or number is not None:
-        callbacks.on_checkpoint(step, saved := save(step))
+        saved = save(step)
     if number is not None:
         raise stopped(number, saved=saved, step=step)
 

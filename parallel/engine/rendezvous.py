@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError
-from parallel.mesh.process_groups import Store, connect_to_store
+from parallel.mesh.process_groups import GroupStore, connect_to_store
 from parallel.watch.board import Board, prefix_of
 from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
 from parallel.watch.history import PREFIX, History
@@ -57,7 +57,7 @@ def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speak
     return StoreWatch(board, Heartbeat(board, Pulse(rank, Progress()), surroundings), hosts_store=hosts)
 
 
-def store_of_groups() -> Store | None:
+def store_of_groups() -> GroupStore | None:
     """Return the store in which the ranks of one attempt of torchrun meet; None: where torch itself looks for it.
 
     The agent's store keeps what an earlier attempt has left. Under the same keys a rank would read the addresses of

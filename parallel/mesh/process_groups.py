@@ -10,6 +10,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
+GroupStore: TypeAlias = Store
 
 
 LONGEST_WAIT = timedelta(minutes=30)

@@ -13,6 +13,12 @@ WAITING = ("parallel/mesh/collectives.py", "parallel/pipeline/p2p.py", "torch/di
 COMPILING = ("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py")
 """The ends of the paths of files that are on the stack while torch's compiler works."""
 
+BACKGROUND = ("parallel/checkpoint/saver.py",)
+"""The ends of the paths of files that are on the stack of a thread which works beside the main thread."""
+
+FOR_BACKGROUND = (*BACKGROUND, "parallel/chunk/guard.py")
+"""The ends of the paths of files that are on the main thread's stack while it waits for such a thread."""
+
 OWN = str(Path(__file__).parents[1])
 LIBRARIES = tuple(dict.fromkeys([*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), OWN]))
 """The folders whose files are not the user's program."""
@@ -22,7 +28,8 @@ LIBRARIES = tuple(dict.fromkeys([*(sysconfig.get_path(name) for name in ("stdlib
 class Sight:
     """The state of the threads of a process.
 
-    `waits`: one of them waits in a collective; in stage 3 that may be a thread of autograd. `compiles`: the main thread
+    `waits`: one of them waits in a collective; in stage 3 that may be a thread of autograd. A thread that saves in the
+    background counts only while the main thread waits for it. `compiles`: the main thread
     is in torch's compiler. `place`: the innermost line of the user's program there. `instruction` changes whenever the
     main thread executes any Python.
     """
@@ -39,9 +46,12 @@ def look(main: int) -> Sight:
     frames.pop(threading.get_ident(), None)
     top = frames.get(main)
     stack = _stack(top)
+    stacks = [stack, *(_stack(frame) for ident, frame in frames.items() if ident != main)]
+    if not _is_in(stack, FOR_BACKGROUND):
+        stacks = [stack, *(other for other in stacks[1:] if not _is_in(other, BACKGROUND))]
     return Sight(
-        waits=any(frame.f_code.co_filename.endswith(WAITING) for one in frames.values() for frame in _stack(one)),
-        compiles=any(frame.f_code.co_filename.endswith(COMPILING) for frame in stack),
+        waits=any(_is_in(one, WAITING) for one in stacks),
+        compiles=_is_in(stack, COMPILING),
         place=next((_line(frame) for frame in stack if _is_users(frame)), ""),
         instruction=(id(top.f_code), top.f_lasti) if top is not None else (0, 0),
     )
@@ -54,6 +64,11 @@ def _stack(frame: FrameType | None) -> list[FrameType]:
         found.append(frame)
         frame = frame.f_back
     return found
+
+
+def _is_in(stack: list[FrameType], files: tuple[str, ...]) -> bool:
+    """Return whether a function of one of these files is on a stack."""
+    return any(frame.f_code.co_filename.endswith(files) for frame in stack)
 
 
 def _is_users(frame: FrameType) -> bool:
