@@ -35,8 +35,8 @@ from training.attempt import Attempt
 from training.ended import Ended, EndRecord
 from training.spawn import run_ranks
 
-OF_ONE_RANK = StorageError, RoomError, NoRoomError
-"""The errors that may be of one rank alone, which prints them then; rank 0 prints all others."""
+OF_ONE_RANK = StorageError | RoomError | NoRoomError
+"""The errors that may be of one rank alone."""
 
 
 PHASES = {0: "done"} | dict.fromkeys((ExitCode.INTERRUPTED, ExitCode.REQUEUED, ExitCode.TERMINATED), "training")
@@ -58,6 +58,7 @@ class RankProcess:
         for number in came:
             self.stop.handle(number)
         self.attempt = Attempt(self.stop)
+        self._has_met = False
 
     def run(
         self,
@@ -69,13 +70,13 @@ class RankProcess:
         try:
             code = self._run(main, arguments, prepare)
         except LostRankError as error:
-            return self._end_after_loss(error)
+            return self.watch.end(error)
         except ColonnadeError as error:
             code = self._end(error)
         except Exception as error:
             explained = self.watch.explained(error) if isinstance(error, RuntimeError) else error
             if isinstance(explained, LostRankError):
-                return self._end_after_loss(explained)
+                return self.watch.end(explained)
             if self.attempt.record.log is None:
                 raise
             code = self._end(self._uncaught(error))
@@ -113,6 +114,7 @@ class RankProcess:
             )
             if self.watch.is_on:
                 self.watch.meet(prepared.facts(), prepared.timeout)
+            self._has_met = True
         if arguments.nprocs is not None:
             return self._launch(main, arguments, prepared.modules)
         if self.stop.number:
@@ -132,9 +134,10 @@ class RankProcess:
         return run_ranks(main, arguments, num_ranks, preload=preload, stop=self.stop, on_lost=_record_lost)
 
     def _end_if_asked(self) -> None:
-        """End a long preparation; a rank whose peers go on tells them by its exit."""
+        """End a long preparation by a signal. Raises LostRankError where another rank is silent."""
         if self.stop.number:
             end_at_once(self.stop.number)
+        self.watch.check()
 
     def _done(self) -> None:
         self._decide(0, "done")
@@ -145,23 +148,26 @@ class RankProcess:
 
     def _end(self, error: ColonnadeError) -> int:
         """Tell the other ranks why this one ends, print it where this rank is to, and return the exit code."""
-        is_failure = isinstance(error, UncaughtError)
-        speaks = self.place.rank == 0
-        if is_failure or isinstance(error, OF_ONE_RANK):
-            speaks = self.attempt.history.is_first("word", str(self.place.rank))
-        if not is_failure and not isinstance(error, StorageError):  # these may go away
+        may_go_away = isinstance(error, UncaughtError | StorageError)
+        speaks = self._speaks(error)
+        if not may_go_away:
             self._decide(error.code, str(error))
         self.watch.leave(f"it {'refuses' if error.code == ExitCode.REFUSED else 'ends'}: {error}", code=error.code)
         if speaks:
+            self.attempt.history.is_first("record", str(self.place.rank))
             self._record(error.code, str(error))
             print(error, file=sys.stderr)
         return int(error.code)
 
-    def _end_after_loss(self, error: LostRankError) -> int:
-        """End as the rank that was lost; where that one has printed why it ends itself, print nothing."""
-        if error.code != ExitCode.LOST and not self.attempt.history.is_first("word", str(self.place.rank)):
-            end_now(error.code)
-        return self.watch.end(error)
+    def _speaks(self, error: ColonnadeError) -> bool:
+        """Return whether this rank prints why it ends: the first that ends, once the ranks have met.
+
+        Before, all ranks refuse together, and rank 0 prints it. So it does where ranks share nothing, but for what may
+        be of one rank alone.
+        """
+        if self._has_met and self.attempt.history.is_shared:
+            return self.attempt.history.is_first("word", str(self.place.rank))
+        return self.place.rank == 0 or isinstance(error, OF_ONE_RANK | UncaughtError)
 
     def _end_at_once(self, code: int) -> int:
         """End by a signal without a word to the others, which end by their own. A launcher prints it for its ranks."""

@@ -25,6 +25,7 @@ from parallel.watch.beat import Beat
 from parallel.watch.board import NO_RANK, Board, prefix_of
 from parallel.watch.history import PREFIX, SIGNALLED, History, Start
 from parallel.watch.judge import Verdict
+from parallel.watch.process import die_with
 
 T = TypeVar("T")
 
@@ -133,6 +134,7 @@ def _rank(main: Callable[[T], int], argument: T, environment: Mapping[str, str |
     """Run a rank, in its own process, until it exits."""
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the fork server ignores them, and Ctrl-C until `main` does not
         signal.signal(number, signal.SIG_DFL)
+    die_with(os.getppid())  # the fork server, which ends with the parent
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _set_values(environment)
     sys.exit(main(argument))
@@ -192,8 +194,14 @@ class _Ranks:
             self._on_lost(self._history.start(), code, text, beats[0])
 
     def _verdict(self, failed: Sequence[ForkServerProcess]) -> Verdict | None:
-        """Return what the ranks have found, if those that failed have ended by it, and no signal has killed them."""
-        return self._board.verdict() if all(_exit_code(process) >= 0 for process in failed) else None
+        """Return what the ranks have found, if those that failed have ended by it.
+
+        A signal has killed none of them, then, or it was a rank that did not answer, which another one has killed.
+        """
+        verdict = self._board.verdict()
+        ranks = set(map(self._processes.index, failed))
+        has_ended_them = all(_exit_code(process) >= 0 for process in failed)
+        return verdict if verdict is not None and (has_ended_them or set(verdict.stopped) & ranks) else None
 
     def _has_told(self, code: int, failed: Iterable[ForkServerProcess]) -> bool:
         """Return whether one of these told the others that it ends with this code, as a traceback does not."""

@@ -44,6 +44,11 @@ class History:
     def __init__(self, store: Store | None = None, attempt: str = "0") -> None:
         self._store, self._attempt = store, attempt
 
+    @property
+    def is_shared(self) -> bool:
+        """True if ranks share it in a store."""
+        return self._store is not None
+
     def begin(self, start: Start) -> None:
         """Leave how the run began; rank 0 calls this when it has made the folder, and after each checkpoint."""
         self._set("start", json.dumps(asdict(start)))
