@@ -32,7 +32,7 @@ from parallel.watch.heartbeat import end_now
 from parallel.watch.history import Start
 from parallel.watch.watch import UNWATCHED
 from training.attempt import Attempt
-from training.ended import Ended, EndRecord
+from training.ended import FILE, Ended, EndRecord
 from training.spawn import run_ranks
 
 OF_ONE_RANK = StorageError | RoomError | NoRoomError
@@ -200,7 +200,8 @@ class RankProcess:
         if lost is None:
             self._record(error.code, str(error))
         elif self.attempt.history.is_first("record", str(self.place.rank)):
-            self.attempt.record.write(Ended.of_lost(error.code, str(error), lost))
+            found = Ended.of_lost(error.code, str(error), lost)  # a beat is up to a second old
+            self.attempt.record.write(replace(found, step=max(lost.step, self.watch.progress.step)))
 
     def _print(self, text: str) -> None:
         if self.place.rank == 0:
@@ -222,7 +223,7 @@ def _has_launcher() -> bool:
 
 def _record_lost(start: Start | None, code: int, text: str, beat: Beat) -> None:
     """Write the end of a run whose rank was killed, as the launcher saw it, if the run had made its folder."""
-    if start is not None:
+    if start is not None and not (Path(start.folder) / FILE).exists():  # else a rank has written it
         record = EndRecord()
         record.begin(Path(start.folder), removes=False)
         record.write(Ended.of_lost(code, text, beat))
