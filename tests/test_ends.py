@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from parallel.watch.history import Decision, History, Start
 from parallel.watch.progress import Progress
 from tests.ending import NAME, Planned, assert_same_run, ended, lines
 from tests.harness import run as run_on
+from tests.patience import LIMIT
 from training.attempt import resume_of
 from training.config import read_config
 from training.ended import Ended, EndRecord
