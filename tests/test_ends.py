@@ -20,13 +20,14 @@ from parallel.config import parse
 from parallel.engine import stop_signals
 from parallel.engine.context import Place, make_context, use
 from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, catch_signals, code_of
-from parallel.errors import ExitCode
+from parallel.errors import ExitCode, NoRoomError
 from parallel.watch.beat import Beat
 from parallel.watch.history import Decision, History, Start
 from parallel.watch.progress import Progress
 from tests.ending import NAME, Planned, assert_same_run, ended, lines
 from tests.harness import run as run_on
 from tests.patience import LIMIT
+from tests.tables import Row, rows
 from training.attempt import resume_of
 from training.config import read_config
 from training.ended import Ended, EndRecord
@@ -139,7 +140,7 @@ def test_a_signal_before_the_first_step_saves_nothing(
 
 def test_a_second_signal_ends_at_once_and_one_within_a_second_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now)
+    monkeypatch.setattr("parallel.engine.stop_signals.time.monotonic", lambda: now)
     asked: list[int] = []
     signals = StopSignals(asked.append)
     signals.handle(signal.SIGINT)
@@ -305,6 +306,57 @@ def test_a_run_that_begins_removes_the_record_of_the_run_before_only_if_it_touch
     assert train(folder, "output.checkpoint_every=3", "output.export=False") == 0
     assert train(folder, "train.seed=1", resume="auto") == ExitCode.REFUSED
     assert ended(folder)["code"] == ExitCode.DONE
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to end a run of one process: a signal or exception of a callback, or an error of the loop."""
+
+    assignments: tuple[str, ...] = ()
+    plan: Planned | None = None
+    error: Exception | None = None
+
+
+CASES = {
+    "0": Case(),
+    "1": Case(plan=Planned()),
+    "2": Case(("train.steps=0",)),
+    "4": Case(("optimizer.lr=1e30",)),
+    "5": Case(error=parallel.LostRankError("rank 1 on a host is lost")),
+    "6": Case(error=NoRoomError("metrics.jsonl: no room on the disk")),
+    "130": Case(plan=Planned(signal.SIGINT)),
+    "138": Case(plan=Planned(signal.SIGUSR1)),
+    "143": Case(plan=Planned(signal.SIGTERM)),
+}
+TABLE = rows("docs/faults.md", "How a run ends")
+
+
+def test_each_exit_code_is_in_the_table() -> None:
+    assert [row.what for row in TABLE] == list(CASES) == [str(code.value) for code in ExitCode]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_a_run_ends_as_the_table_says(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, folder = CASES[row.what], tmp_path / "run"
+    if case.plan is not None:
+        monkeypatch.setattr(os, "environ", os.environ | case.plan.environment())
+    if case.error is not None:
+
+        def fail(loader: Loader, first: int) -> object:
+            assert case.error is not None
+            raise case.error
+
+        monkeypatch.setattr(Loader, "training", fail)
+    assert train(folder, "output.export=False", *case.assignments) == int(row.what)
+    error = capsys.readouterr().err
+    words = [word for word in re.findall(r"`([^`]+)`", row.answer) if "." not in word[:-1]]
+    assert [
+        word for word in words if word not in error.replace("The log has", "The traceback is in the log, which has")
+    ] == []
+    if row.what not in ("2", "5"):  # nothing was touched; ranks that are watched write it
+        assert (ended(folder)["code"], ended(folder)["reason"]) == (int(row.what), error.strip() or "done")
 
 
 # -- whole runs of several processes -----------------------------------------------------------------------------------
