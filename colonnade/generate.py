@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, count
 from colonnade.process import guarded
-from colonnade.ranks import Launch, Prepared, run_on_ranks
+from colonnade.ranks import run_on_ranks
+from colonnade.work import Launch, Prepared
 
 if TYPE_CHECKING:
     from models.data.records import Record

@@ -12,7 +12,7 @@ from signal import Signals
 from traceback import extract_tb
 
 from colonnade.process import end_text
-from colonnade.ranks import Launch, Prepared
+from colonnade.work import Launch, Prepared
 from parallel.engine.context import Place, watch_of
 from parallel.engine.rendezvous import open_history
 from parallel.engine.stop_signals import StopSignals, code_of, do_nothing, end_at_once, ignore_stop_signals
@@ -40,7 +40,7 @@ OF_ONE_RANK = StorageError | RoomError | NoRoomError
 
 
 PHASES = {0: "done"} | dict.fromkeys((ExitCode.INTERRUPTED, ExitCode.REQUEUED, ExitCode.TERMINATED), "training")
-"""What is written as the phase of an end to which all ranks have come together, whatever they did last."""
+"""The phases of ends to which all ranks have come together, whatever they did last."""
 
 
 class UncaughtError(ColonnadeError):

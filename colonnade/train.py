@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from colonnade import check
 from colonnade.arguments import add_config, add_resume, count, step_range
 from colonnade.process import guarded
-from colonnade.ranks import Launch, Prepared, run_on_ranks
+from colonnade.ranks import run_on_ranks
+from colonnade.work import Launch, Prepared
 
 if TYPE_CHECKING:
     from parallel.watch.watch import Watch

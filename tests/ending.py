@@ -21,7 +21,7 @@ TIMES = {"step_seconds", "phases", "tokens_per_second", "tflops", "mfu", "peak_h
 
 @dataclass(frozen=True)
 class Planned:
-    """What happens on a rank after a step, in torchrun's first attempt: a signal, by its number, or an exception."""
+    """The plan of an end on a rank after a step, in torchrun's first attempt: a signal's number, or 0: an exception."""
 
     number: int = 0
     step: int = 3
