@@ -33,7 +33,6 @@ from parallel.checkpoint.shards import (
     covered_once,
     fail_together,
     file_size,
-    read_json,
     read_sums,
     replace_folder,
     sync_folder,
@@ -46,6 +45,7 @@ from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.regular_file import read_json
 
 CHECKPOINTS, LATEST, BEST, INDEX = "checkpoints", "latest", "best", "checkpoint.json"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")

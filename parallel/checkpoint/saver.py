@@ -172,7 +172,7 @@ class Saver:
     def _save(self, snapshot: Snapshot, target: Target, metadata: Mapping[str, Any], axis: Axis) -> None:
         """Copy and write a checkpoint: the thread's part of `save`."""
         try:
-            with torch.no_grad():
+            with self._mesh.watch.apart(), torch.no_grad():
                 pieces = snapshot.copy(self._memory if self.writing.copies else None)
                 checkpoint.write(
                     target,

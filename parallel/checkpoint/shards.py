@@ -26,6 +26,7 @@ from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.regular_file import check_regular
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -121,26 +122,18 @@ def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
 
 @contextmanager
 def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
-    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`."""
+    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`.
+
+    It may be a link to a regular file, as in the cache of the Hugging Face hub.
+    """
+    check_regular(file, error, links=True)
     try:
         with safe_open(file, framework="pt") as content:
             yield content
-    except FileNotFoundError as cause:
-        raise error(f"{file} does not exist.") from cause
     except OSError as cause:
         raise error(f"cannot read {file}: {cause}.") from cause
     except SafetensorError as cause:
         raise error(f"{file} is damaged, or not a safetensors file: {cause}.") from cause
-
-
-def read_json(file: Path, error: type[ColonnadeError]) -> Any:
-    """Return the content of a JSON file. Problems with it are raised as `error`."""
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    except ValueError as cause:
-        raise error(f"{file} is damaged, or not JSON: {cause}.") from cause
 
 
 def write_json(file: Path, content: object) -> str:
