@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel.checkpoint import checkpoint
-from parallel.config import Config
 from parallel.engine.engine import Engine
 from parallel.errors import ColonnadeError, LostRankError
 from parallel.mesh.collectives import gather_objects
-from parallel.placement.save_room import SaveRoom
+from parallel.placement.save_room import SaveRoom, tightest
 from training.best_loss import BestLoss
 from training.preflight import Job
+from training.preview import saves_in_background
 from training.resume import metadata_of
 
 log = logging.getLogger(__name__)
@@ -79,14 +79,8 @@ class Checkpoints:
         if engine.mesh.device.type == "cuda":
             owned = [chunk for chunk in engine.chunks if chunk.spec.is_owner and not chunk.is_frozen]
             engine.saver.reserve({chunk: engine.optimizer.state_bytes(chunk) for chunk in owned})
-        return min(rooms, key=lambda room: room.room - room.needed).describe()
+        return tightest(rooms).describe()
 
     def _tell(self, folder: Path | None) -> None:
         if folder is not None:
             self._on_saved(checkpoint.step_of(folder), folder)
-
-
-def saves_in_background(config: Config) -> bool:
-    """Return whether a run saves checkpoints beside its steps."""
-    output = config.output
-    return output.checkpoint_async and bool(output.checkpoint_every or output.keep_best)
