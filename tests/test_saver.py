@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,7 +102,9 @@ def save_during_training(rank: int, size: int, jobs: dict[str, Raw], folder: Pat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("names", [FEW, pytest.param([n for n in JOBS if n not in FEW], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names", [pytest.param(FEW, id="few"), pytest.param([*JOBS], id="all", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_written_during_training_equals_one_that_training_waited_for(
     names: list[str], tmp_path: Path
 ) -> None:
@@ -273,6 +275,23 @@ def test_a_guard_lets_nothing_pass_before_it_is_released() -> None:
     guard.wait()
     guard.wait()
     assert entered == ["waits"]
+
+
+def test_a_chunk_is_released_when_its_last_piece_is_written() -> None:
+    """Without room for a copy: until then its next update waits, and after it no more."""
+    engine = engine_of(0, 1, raw_of("single", "cuda", 0))
+    chunk = engine.chunks[0]
+    infos = {name for info in chunk.infos for name in info.names}
+    pieces = [piece for piece in engine.state_pieces(owned=True) if piece.name.partition("/")[2] in infos]
+    snapshot = Snapshot(pieces, {piece.name: chunk for piece in pieces}, waiting=nullcontext)
+    released = []
+    for piece in snapshot.copy(None):
+        with snapshot.reading(piece) as data:
+            assert torch.equal(data, piece.data.cpu())
+            released.append(chunk.guard.is_released)
+    assert len(released) > 2
+    assert not any(released)
+    assert chunk.guard.is_released
 
 
 def test_many_bytes_are_divided_over_files_that_threads_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
