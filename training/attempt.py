@@ -60,10 +60,7 @@ def resume_of(start: Start | None, config: Config, resume: str | None) -> str | 
 
 def in_own_folder(job: Job, start: Start | None) -> Job:
     """Return the job in the folder that an earlier attempt has made, if one has: it is not renamed."""
-    if start is None or not _is_of(start, job.config):
-        return job
-    message = f"started again: the run goes on in {job.folder.path}"
-    return replace(job, folder=replace(job.folder, resumed=True), messages=(message, *job.messages))
+    return replace(job, is_again=start is not None and _is_of(start, job.config))
 
 
 def _is_of(start: Start, config: Config) -> bool:
