@@ -8,6 +8,7 @@ from parallel.engine.context import Context, Place, current, launch_from_torch, 
 from parallel.engine.engine import Engine
 from parallel.engine.initialize import initialize, sharded_init
 from parallel.engine.module_engine import ModuleEngine, UpdateResult
+from parallel.engine.stop_signals import catch_signals
 from parallel.errors import (
     CheckpointError,
     ColonnadeError,
@@ -32,6 +33,7 @@ __all__ = [
     "StepResult",
     "StorageError",
     "UpdateResult",
+    "catch_signals",
     "collectives",
     "current",
     "initialize",

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,6 +94,7 @@ class Job:
     generation: GenerationConfig | None  # that of model.path
     profile: range  # the steps that the user has asked to trace, counted from 1
     callbacks: tuple[type[Callback], ...]  # the loggers and the user's own
+    is_again: bool = False  # an earlier attempt of the same launch has made the run's folder
 
     @property
     def config(self) -> Config:
@@ -112,8 +113,9 @@ class Job:
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
-        return folder_of(self.config, self.resume_from)
+        """The run's folder; that of an earlier attempt is not renamed."""
+        found = folder_of(self.config, self.resume_from)
+        return replace(found, resumed=True) if self.is_again else found
 
     @property
     def traced_steps(self) -> range:
@@ -123,7 +125,8 @@ class Job:
     @property
     def messages(self) -> tuple[str, ...]:
         """The messages that are printed when the run starts."""
-        return (*self.inputs.messages, *self._tracing()[1])
+        again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
+        return (*again, *self.inputs.messages, *self._tracing()[1])
 
     def _tracing(self) -> tuple[range, list[str]]:
         taken = Taken.before(self.inputs.found).steps

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, replace
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -23,6 +24,7 @@ from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss
+from training.attempt import Attempt, SavedNote
 from training.callbacks import Callback, Callbacks, Run
 from training.checkpoints import Checkpoints
 from training.log_file import StepLog, log_file
@@ -37,11 +39,15 @@ from training.tracer import Tracer
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = ()) -> None:
+def run_job(
+    job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = (), attempt: Attempt | None = None
+) -> None:
     """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others.
 
-    `callbacks` are called beside those that the config names. Raises CallbackError, on every rank, where one fails.
+    `callbacks` are called beside those that the config names. `attempt` is what the process and its launcher give.
+    Raises CallbackError, on every rank, where a callback fails; SignalError where a signal has come, and all is saved.
     """
+    attempt = attempt or Attempt()
     context = make_context(job.config, job.place, watch=watch)
     check_room(context)
     check_same_data(job, context.mesh.world)
@@ -49,14 +55,17 @@ def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback]
     context = replace(context, config=job.config)
     screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
     with (
-        run_folder(job, context.mesh.world) as messages,
+        run_folder(job, context.mesh.world, attempt) as messages,
         log_file(job.folder.log(job.place.rank), append=job.folder.resumed),
+        attempt.record.logging(job.folder.log(job.place.rank)),
         closing(screen),
     ):
         log_environment(context)
         log_passed_over(job)
         screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
-        train(make_engine(context, job), job, screen, callbacks)
+        engine = make_engine(context, job)
+        attempt.stop.tell(partial(engine.notices.set, "signal"))
+        train(engine, job, screen, [*callbacks, SavedNote(attempt.history)])
         barrier(context.mesh.world)
         log.info("done")
 
@@ -140,7 +149,7 @@ def log_passed_over(job: Job) -> None:
 
 
 @contextmanager
-def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
+def run_folder(job: Job, world: Axis, attempt: Attempt) -> Iterator[list[str]]:
     """Make the run's folder and lock it, on rank 0, until the `with` statement ends. Yields messages about it.
 
     An OSError on rank 0 is raised on every rank.
@@ -154,6 +163,7 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
                 until_the_end.enter_context(job.folder.lock.held())
                 if job.inputs.found is not None:
                     set_aside(job.inputs.found)
+        attempt.begin(job)
         yield messages
 
 

@@ -152,6 +152,14 @@ class EngineBase:
         self.train(False)
 
     @property
+    def stop_signal(self) -> int | None:
+        """The number of a signal that asks this run to end, or None; see `parallel.catch_signals`.
+
+        It is that of the last agreement of all ranks, so the same on every rank after each step.
+        """
+        return self.notices.of_all("signal") or None
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next update: that of an optimizer which was passed, else the config's schedule."""
         if isinstance(self.optimizer, TorchOptimizer):
