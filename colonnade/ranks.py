@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from colonnade.process import FAILED, NOT_FINITE, REFUSED, TERMINATED, import_torch, terminate
+from colonnade.process import REFUSED, TERMINATED, import_torch, terminate
 
 if TYPE_CHECKING:
     from parallel.engine.context import Place
@@ -57,10 +57,9 @@ def run_on_ranks(
     if not import_torch():
         return REFUSED
     from parallel.engine.context import Place, watch_of
-    from parallel.errors import ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
+    from parallel.errors import ColonnadeError, LostRankError, NoRoomError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from parallel.watch.watch import UNWATCHED
-    from training.callbacks import CallbackError
 
     place, watch = Place(), UNWATCHED
     try:
@@ -83,9 +82,11 @@ def run_on_ranks(
     except LostRankError as error:
         return watch.end(error)
     except ColonnadeError as error:
-        code = {NonFiniteError: NOT_FINITE, CallbackError: FAILED}.get(type(error), REFUSED)
-        watch.leave(f"it {'ends' if code == FAILED else 'refuses'}: {error}", code=code)
-        if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
+        code = error.code
+        is_of_one = isinstance(error, StorageError | RoomError | NoRoomError)  # it may be of one rank alone
+        reason = str(error).partition("\n")[0] if is_of_one else str(error)
+        watch.leave(f"it {'refuses' if code == REFUSED else 'ends'}: {reason}", code=code)
+        if place.rank == 0 or is_of_one:
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return code

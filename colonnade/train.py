@@ -75,6 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     """Read the config and all that the run needs, and check it. Raises ColonnadeError."""
+    from parallel.placement.shortage import refusing_without_room
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
     from training.tokenizing import cache_of
@@ -82,9 +83,10 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     place = launch.place
     config = read_config(arguments.config, arguments.set, launch.world_size)
     cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_terminated)
-    job = prepare(
-        config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set, cache=cache
-    )
+    with refusing_without_room(place.rank, "reading the data"):
+        job = prepare(
+            config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set, cache=cache
+        )
 
     def work(watch: "Watch") -> None:
         from training.run import run_job

@@ -15,6 +15,7 @@ from parallel.errors import (
     DataError,
     LostRankError,
     ModelError,
+    NoRoomError,
     StorageError,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "LostRankError",
     "ModelError",
     "ModuleEngine",
+    "NoRoomError",
     "Place",
     "StepResult",
     "StorageError",

@@ -24,7 +24,7 @@ from parallel.checkpoint.checkpoint import (
     step_folder,
 )
 from parallel.checkpoint.shards import covered_once
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, NoRoomError
 from parallel.layout.layout import Layout, Piece, box_shape, slices
 from parallel.mesh.mesh import ALONE, Axis, Traffic
 from tests.harness import run
@@ -167,7 +167,7 @@ def full_disk(num_bytes: int) -> Iterator[None]:
 
 def save_with_a_full_disk_on_rank_1(rank: int, size: int, checkpoints: Path) -> str:
     save_in(rank, size, "rows", checkpoints / "step_000001")
-    with pytest.raises(CheckpointError) as failure, full_disk(400 if rank == 1 else 10**6):
+    with pytest.raises(NoRoomError) as failure, full_disk(400 if rank == 1 else 10**6):
         save_in(rank, size, "rows", checkpoints / "step_000002")
     return str(failure.value)
 

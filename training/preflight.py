@@ -20,6 +20,7 @@ from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import ConfigError
 from training.callbacks import Callback
 from training.config import override_messages
+from training.disk_room import disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
@@ -102,7 +103,7 @@ def prepare(
         found,
         traced,
         callbacks,
-        (*inputs.messages, *not_traced),
+        (*inputs.messages, *not_traced, *disk_messages(config, num_steps=Taken.before(found).steps)),
     )
 
 
@@ -128,7 +129,7 @@ def check_device(config: Config, place: Place) -> None:
 
 
 def problems_here(config: Config, place: Place, resume_from: Path | None) -> list[str]:
-    """Return messages of why this machine would refuse the run: its device, its packages, or the run's folder.
+    """Return messages of why this machine would refuse the run: its device, its packages, the run's folder or disk.
 
     These are for `--check`, which goes on, since it may be for another machine.
     """
@@ -143,6 +144,10 @@ def problems_here(config: Config, place: Place, resume_from: Path | None) -> lis
             check()
         except ConfigError as error:
             found.append(f"on this machine the run would be refused: {error}")
+    try:
+        found += disk_messages(config, num_steps=Taken.before(resume_from).steps)
+    except ConfigError as error:
+        found.append(f"on this machine the run would be refused: {error}")
     return found
 
 

@@ -22,6 +22,7 @@ from parallel.engine.engine import Engine
 from parallel.errors import DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.placement.shortage import refusing_without_room
 from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss, save_checkpoint
 from training.callbacks import Callback, Callbacks, Run
@@ -42,8 +43,10 @@ def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback]
 
     `callbacks` are called beside those that the config names. Raises CallbackError, on every rank, where one fails.
     """
-    context = make_context(job.config, job.place, watch=watch)
-    check_room(context)
+    preview = preview_of(job.config, job.place.world_size)
+    with refusing_without_room(job.place.rank, "the start"):
+        context = make_context(job.config, job.place, watch=watch)
+        check_room(context)
     check_same_data(job, context.mesh.world)
     screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
     with (
@@ -52,8 +55,12 @@ def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback]
         closing(screen),
     ):
         log_environment(context)
-        screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
-        train(make_engine(context, job), job, screen, callbacks)
+        screen.start(preview, [*job.messages, *messages])
+        with refusing_without_room(job.place.rank, "making the model" if job.resume_from is None else "loading"):
+            engine = make_engine(context, job)
+        engine.memory_guard.predicted = preview.stages[engine.pipe.rank].total_bytes
+        with engine.memory_guard.explained(lambda: watch.progress.phase or watch.progress.action):
+            train(engine, job, screen, callbacks)
         barrier(context.mesh.world)
         log.info("done")
 
@@ -63,7 +70,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
     engine.placement_manager.log = screen.print
     world, best = engine.mesh.world, best_of(job.resume_from)
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
-    tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, on_written=screen.traced)
+    tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, say=screen.print)
     with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
         with closing(tracer):
             fit(
@@ -111,7 +118,7 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
     """
     messages = []
     with ExitStack() as until_the_end:
-        with fail_together(world):
+        with refusing_without_room(world.rank, "making the run's folder"), fail_together(world):
             if world.rank == 0:
                 if earlier := job.folder.make(job.config):
                     messages.append(f"the earlier run was renamed to {earlier}")

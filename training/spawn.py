@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from parallel.mesh.process_groups import host_store
 from parallel.watch.board import NO_RANK, Board, prefix_of
+from parallel.watch.control_groups import OomKills
 from parallel.watch.judge import LOST
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def run_ranks(
     context.set_forkserver_preload(list(preload))
     _start_server()
     store, port = host_store(prefix_of("0"))
-    board = Board(store, rank=NO_RANK, size=num_ranks)
+    board, oom_kills = Board(store, rank=NO_RANK, size=num_ranks), OomKills()
     ranks: list[ForkServerProcess] = []
     try:
         for rank in range(num_ranks):
@@ -52,7 +53,7 @@ def run_ranks(
             process = context.Process(target=_rank, args=(main, argument, environment), name=f"rank {rank}")
             process.start()
             ranks.append(process)
-        return _first_failure(ranks, board)
+        return _first_failure(ranks, board, oom_kills)
     finally:
         _end(ranks)
 
@@ -118,7 +119,7 @@ def _die_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
+def _first_failure(ranks: Sequence[ForkServerProcess], board: Board, oom_kills: OomKills) -> int:
     """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
     running = {process.sentinel: process for process in ranks}
     while running:
@@ -135,7 +136,9 @@ def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
             else:
                 # When a signal kills a rank, others may fail because of it in that moment: the least code is its own.
                 first = min(failed, key=_exit_code)
-                print(f"{_how_it_ended(first, ranks.index(first), board)}; ending the others", file=sys.stderr)
+                print(
+                    f"{_how_it_ended(first, ranks.index(first), board, oom_kills)}; ending the others", file=sys.stderr
+                )
             return code
     return 0
 
@@ -163,10 +166,12 @@ def _exit_code(process: ForkServerProcess) -> int:
     return process.exitcode
 
 
-def _how_it_ended(process: ForkServerProcess, rank: int, board: Board) -> str:
+def _how_it_ended(process: ForkServerProcess, rank: int, board: Board, oom_kills: OomKills) -> str:
     """Return which rank ended and how, and how far it had come when it last told."""
     code, beats = _exit_code(process), board.beats([rank])
     name, position = (beats[0].name, f", last seen {beats[0].position}") if beats else (process.name, "")
+    if code == -signal.SIGKILL and (explanation := oom_kills.explanation()):
+        return f"{name} was {explanation}{position}"
     if code < 0:
         return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
     return f"{name} ended with exit code {code}{position}"
