@@ -1,4 +1,4 @@
-"""Run something on a small disk of its own: a file system in memory, in a mount namespace that ends with the process."""
+"""Run something on a small disk: a file system in memory, in a mount namespace that ends with the process."""
 
 import ctypes
 import multiprocessing

@@ -1,7 +1,7 @@
 """Chrome traces of chosen steps, for chrome://tracing or Perfetto."""
 
 import errno
-import os
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.errors import ConfigError
 from parallel.storage.no_room import disk_problem, naming
+
+log = logging.getLogger(__name__)
 
 
 def steps_to_trace(asked: range, *, taken: int, steps: int) -> tuple[range, list[str]]:
@@ -57,6 +59,7 @@ class Tracer:
             try:
                 self._write(profiler)
             except OSError as error:
+                log.warning("no trace: %s", disk_problem(error))
                 self.say(f"no trace: {disk_problem(error)}")
             else:
                 self.say(f"traced: {self.file}")
@@ -74,7 +77,8 @@ class Tracer:
                 check_whole(temporary)
                 temporary.replace(self.file)
         finally:
-            temporary.unlink(missing_ok=True)
+            for left in self.file.parent.glob(f"{temporary.name}*"):  # torch writes into one more file beside it
+                left.unlink()
 
     def close(self) -> None:
         """Stop the profiler if a run ends during its traced steps: a process that exits while it runs may crash."""
@@ -88,8 +92,11 @@ class Tracer:
 
 
 def check_whole(file: Path) -> None:
-    """Raise OSError if a JSON file was cut: the profiler does not tell that its disk was full."""
-    with file.open("rb") as content:
-        content.seek(max(0, file.stat().st_size - 64))
-        if not content.read().rstrip().endswith(b"}"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """Raise OSError if a JSON file is missing or was cut: the profiler does not tell that its disk was full."""
+    content = b""
+    if file.exists():
+        with file.open("rb") as written:
+            written.seek(max(0, file.stat().st_size - 64))
+            content = written.read()
+    if not content.rstrip().endswith(b"}"):
+        raise OSError(errno.ENOSPC, "not all of it could be written, perhaps since the disk is full")
