@@ -57,7 +57,7 @@ def run_on_ranks(
     if not import_torch():
         return REFUSED
     from parallel.engine.context import Place, watch_of
-    from parallel.errors import ColonnadeError, LostRankError, NoRoomError, RoomError, StorageError
+    from parallel.errors import ColonnadeError, DiskFullError, LostRankError, NoRoomError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from parallel.watch.watch import UNWATCHED
 
@@ -84,6 +84,7 @@ def run_on_ranks(
     except ColonnadeError as error:
         code = error.code
         is_of_one = isinstance(error, StorageError | RoomError | NoRoomError)  # it may be of one rank alone
+        is_of_one = is_of_one and not isinstance(error, DiskFullError)
         reason = str(error).partition("\n")[0] if is_of_one else str(error)
         watch.leave(f"it {'refuses' if code == REFUSED else 'ends'}: {reason}", code=code)
         if place.rank == 0 or is_of_one:

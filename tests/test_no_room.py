@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
-from parallel.errors import CheckpointError, ColonnadeError, ConfigError, NoRoomError, RoomError, StorageError
+from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DiskFullError, RoomError, StorageError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
 from parallel.placement.shortage import refusing_without_room
@@ -45,9 +45,9 @@ MIB = 2**20
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
-        (errno.ENOSPC, NoRoomError),
-        (errno.EDQUOT, NoRoomError),
-        (errno.EFBIG, NoRoomError),
+        (errno.ENOSPC, DiskFullError),
+        (errno.EDQUOT, DiskFullError),
+        (errno.EFBIG, DiskFullError),
         (errno.EIO, StorageError),
         (errno.EROFS, StorageError),
         (errno.EACCES, CheckpointError),
@@ -60,7 +60,7 @@ def test_an_error_of_a_file_says_whether_its_disk_is_full_or_broken(
     with pytest.raises(kind) as caught, fail_together(ALONE):
         raise error
     assert str(caught.value).startswith(f"{tmp_path / 'file'}: {os.strerror(number)}")
-    assert ("are free there" in str(caught.value)) == no_room(error) == (kind is NoRoomError)
+    assert ("are free there" in str(caught.value)) == no_room(error) == (kind is DiskFullError)
 
 
 def test_a_full_disk_before_the_first_step_is_a_refusal() -> None:
@@ -89,7 +89,7 @@ def saves_until_full(disk: Path) -> list[str]:
             checkpoint.save(
                 checkpoint.step_folder(disk, steps), [piece], metadata=dict(step=steps), axis=ALONE, keep=10
             )
-        except NoRoomError as error:
+        except DiskFullError as error:
             message = str(error)
     folder = checkpoint.step_folder(disk, steps - 1)
     assert checkpoint.resolve_latest(disk / "checkpoints") == folder
@@ -136,7 +136,7 @@ def test_every_write_of_a_save_that_fails_leaves_the_last_checkpoint(tmp_path: P
         after, is_done = 0, False
         while not is_done:
             with failing(name, errno.ENOSPC, after=after) as calls:
-                with suppress(NoRoomError):
+                with suppress(DiskFullError):
                     save(2)
                 is_done = len(calls) <= after
             latest = checkpoint.resolve_latest(tmp_path / "checkpoints")

@@ -434,9 +434,11 @@ class Exhaust(Callback):
 """
 
 
-def ends_of_run(folder: Path, place: str, after: int, *assignments: str) -> subprocess.CompletedProcess[str]:
+def ends_of_run(
+    folder: Path, place: str, after: int, *assignments: str, source: str = EXHAUST
+) -> subprocess.CompletedProcess[str]:
     """Train on two ranks, of which rank 1 alone has no memory at this place after so many steps."""
-    (folder / "exhaust.py").write_text(EXHAUST)
+    (folder / "exhaust.py").write_text(source)
     values = (
         *("model.hidden_size=32", "model.ffn_dim=64", "model.num_hidden_layers=2", "data.sequence_length=32"),
         *("train.steps=4", "train.timeout_seconds=5", f"output.dir={folder / 'run'}"),

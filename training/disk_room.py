@@ -1,6 +1,7 @@
 """The room that a run's checkpoints need on the disk, compared with what is free, before the run."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from models.costs import parameter_count
@@ -9,7 +10,7 @@ from parallel.checkpoint import checkpoint
 from parallel.chunk.precision import master_dtype, state_size
 from parallel.config import Config
 from parallel.engine.context import DTYPES
-from parallel.errors import ConfigError, size_text
+from parallel.errors import ConfigError, DiskFullError, size_text
 from parallel.storage.no_room import free_bytes
 
 IMPOSSIBLE = 0.5
@@ -58,6 +59,20 @@ def num_checkpoints(config: Config, num_steps: int = 0) -> int:
     if output.keep_best and output.eval_every:
         due += config.train.steps // output.eval_every - num_steps // output.eval_every
     return min(max(0, due), output.keep_checkpoints + 1 + int(output.keep_best))
+
+
+@contextmanager
+def telling_of_checkpoints(config: Config) -> Iterator[None]:
+    """Add to the error of a checkpoint that a full disk had no room for what it needs, and what helps."""
+    try:
+        yield
+    except DiskFullError as error:
+        if f"{checkpoint.CHECKPOINTS}/" not in str(error):
+            raise
+        raise DiskFullError(
+            f"{error} A checkpoint needs {size_text(checkpoint_bytes(config))}; the ones before are whole. Free some,"
+            f" or try less than output.keep_checkpoints={config.output.keep_checkpoints}, and go on with --resume auto."
+        ) from error
 
 
 def file_bytes(run: Path) -> Iterator[int]:

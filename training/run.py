@@ -26,6 +26,7 @@ from parallel.placement.shortage import refusing_without_room
 from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss, save_checkpoint
 from training.callbacks import Callback, Callbacks, Run
+from training.disk_room import telling_of_checkpoints
 from training.log_file import StepLog, log_file
 from training.loop import ends_early, fit
 from training.metrics_file import MetricsFile
@@ -72,7 +73,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
     tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, say=screen.print)
     with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
-        with closing(tracer):
+        with closing(tracer), telling_of_checkpoints(engine.config):
             fit(
                 engine,
                 make_loader(engine, job),

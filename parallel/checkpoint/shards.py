@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.errors import CheckpointError, ColonnadeError, NoRoomError, StorageError
+from parallel.errors import CheckpointError, ColonnadeError, DiskFullError, NoRoomError, StorageError
 from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
@@ -279,7 +279,7 @@ def write_synced(file: Path) -> Iterator[HashedFile]:
 def fail_together(axis: Axis) -> Iterator[None]:
     """Make the block fail on every rank of the axis if it fails on one.
 
-    An OSError on any rank becomes a CheckpointError on each; a NoRoomError where a disk is full, a StorageError where
+    An OSError on any rank becomes a CheckpointError on each; a DiskFullError where a disk is full, a StorageError where
     it is broken. Any other error is raised as it is on the rank where it happened, and becomes a CheckpointError on the
     others, or a NoRoomError where a memory had no room. The block must contain no collective, which a rank that fails
     would miss.
@@ -300,7 +300,7 @@ def fail_together(axis: Axis) -> Iterator[None]:
         raise own
     if problems:
         kinds = {kind for _, kind in problems}
-        worst = next(kind for kind in (NoRoomError, StorageError, CheckpointError) if kind in kinds)
+        worst = next(kind for kind in (NoRoomError, DiskFullError, StorageError, CheckpointError) if kind in kinds)
         raise worst("\n".join(dict.fromkeys(problem for problem, _ in problems)))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from parallel.chunk.chunk import Chunk
 from parallel.config import Config
-from parallel.errors import NoRoomError, RoomError
+from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError
 from parallel.mesh.mesh import Mesh
 from parallel.placement.held import held_tensors
 from parallel.placement.memory_report import Shortage, report, use_of
@@ -49,6 +49,10 @@ class MemoryGuard:
         """
         try:
             yield
+        except DiskFullError as error:
+            if self.has_stepped:
+                raise
+            raise ConfigError(str(error)) from error
         except (NoRoomError, RoomError) as error:
             if isinstance(error, self.error):
                 raise

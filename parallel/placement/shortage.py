@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from parallel.config import Config, ZeroConfig
-from parallel.errors import ConfigError, NoRoomError, RoomError, either, size_text
+from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError, either, size_text
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.placement.policy import ChunkBytes, HostRoom, host_bytes
@@ -95,10 +95,13 @@ def explain_host_shortage(sizes: Sequence[ChunkBytes], room: HostRoom) -> Iterat
 def refusing_without_room(rank: int, action: str) -> Iterator[None]:
     """Raise RoomError where a memory or a disk has no room in the block, before the first step.
 
-    It may be of this rank alone. `action` names what the block does, such as "reading the checkpoint".
+    It may be of this rank alone; a DiskFullError, which every rank has, becomes a ConfigError. `action` names what the
+    block does, such as "reading the checkpoint".
     """
     try:
         yield
+    except DiskFullError as error:
+        raise ConfigError(str(error)) from error
     except NoRoomError as error:
         raise RoomError(str(error)) from error
     except (RuntimeError, MemoryError, OSError) as error:

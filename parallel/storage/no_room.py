@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.errors import ColonnadeError, NoRoomError, StorageError, size_text
+from parallel.errors import ColonnadeError, DiskFullError, StorageError, size_text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, or the largest size that a file may have
 BROKEN = (errno.EIO, errno.EROFS)  # a disk that fails; the system then often mounts it to be read only
@@ -65,7 +65,7 @@ def asked_for(error: BaseException) -> int:
 def disk_error(error: OSError, default: type[ColonnadeError]) -> type[ColonnadeError]:
     """Return the class of the error of a file that a run cannot go on without; `default`: where the disk is well."""
     if no_room(error):
-        return NoRoomError
+        return DiskFullError
     return StorageError if error.errno in BROKEN else default
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel.errors import ConfigError, RoomError, StorageError
-from parallel.storage.no_room import disk_error
+from parallel.errors import ConfigError, NoRoomError, RoomError, StorageError
+from parallel.storage.no_room import no_room
 
 PAGE = 4096  # bytes: direct reads and writes of a disk begin and end at multiples of it
 
@@ -78,7 +78,7 @@ class StateFile(mmap.mmap):
         try:
             yield
         except OSError as error:
-            raise disk_error(error, StorageError)(
+            raise (NoRoomError if no_room(error) else StorageError)(
                 f"zero.nvme_dir: cannot {verb} {self.path}: {error.strerror}. The run cannot go on, but its checkpoints"
                 " are as they were: resume it, with another zero.nvme_dir if that disk is broken or full."
             ) from error
