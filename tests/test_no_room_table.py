@@ -91,8 +91,8 @@ def the_export(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def states(folder: Path) -> subprocess.CompletedProcess[str]:
-    zero = ("zero.tensor_placement_policy=cpu", "zero.nvme_dir=disk/states", "zero.host_memory=50MiB")
-    done = train(folder / "disk", MIB, "output.dir=run", *zero, "model.hidden_size=256", "model.ffn_dim=2048")
+    zero = ("zero.tensor_placement_policy=cpu", "zero.nvme_dir=disk/states", "zero.host_memory=19MiB")
+    done = train(folder / "disk", MIB, "output.dir=run", *zero, "model.hidden_size=64", "model.ffn_dim=256", "model.num_hidden_layers=24")
     assert "zero.nvme_dir: " in done.stderr
     return done
 
