@@ -92,7 +92,8 @@ def the_export(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def states(folder: Path) -> subprocess.CompletedProcess[str]:
     zero = ("zero.tensor_placement_policy=cpu", "zero.nvme_dir=disk/states", "zero.host_memory=19MiB")
-    done = train(folder / "disk", MIB, "output.dir=run", *zero, "model.hidden_size=64", "model.ffn_dim=256", "model.num_hidden_layers=24")
+    shape = ("model.hidden_size=64", "model.ffn_dim=256", "model.num_hidden_layers=24")
+    done = train(folder / "disk", MIB, "output.dir=run", *zero, *shape)
     assert "zero.nvme_dir: " in done.stderr
     return done
 

@@ -87,6 +87,7 @@ class Engine(EngineState):
         RoomError or, after the first step, NoRoomError where a memory has no room, perhaps on this rank alone.
         """
         self.agree_on(f"a train step with {self.hyperparameters}")
+        self.saver.check()
         with self.memory_guard.explained(lambda: self.stopwatch.phase):
             result = self._train_step(batch)
         self.memory_guard.after_step(self.num_steps)
