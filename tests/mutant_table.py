@@ -640,7 +640,7 @@ PLACEMENT = (
            f"{MANAGER_TESTS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
-           "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
+           "        with self.memory_guard.explained(lambda: \"update\"):\n            skipped = self._update("
            "norm, divisor, HostCopy(num_written))\n",
            "        skipped = self._update(norm, divisor, HostCopy(num_written))\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
@@ -1450,7 +1450,7 @@ LENGTHS_AND_BESTS = (
         "steps-logged-twice",
         "TensorBoard shows the values of a run and of its resumed run, one over the other",
         "training/tensorboard_logger.py",
-        "purge = run.num_steps + 1 if run.num_steps else None",
+        "purge = num_steps + 1 if num_steps else None",
         "purge = None",
         "tests/test_loggers.py::test_tensorboard_has_every_number_of_metrics_jsonl_and_a_resumed_run_replaces_its_steps",
     ),

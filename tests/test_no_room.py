@@ -57,8 +57,9 @@ def test_an_error_of_a_file_says_whether_its_disk_is_full_or_broken(
     number: int, kind: type[ColonnadeError], tmp_path: Path
 ) -> None:
     error = OSError(number, os.strerror(number), str(tmp_path / "file"))
-    with pytest.raises(kind) as caught, fail_together(ALONE):
+    with pytest.raises(ColonnadeError) as caught, fail_together(ALONE):
         raise error
+    assert type(caught.value) is kind
     assert str(caught.value).startswith(f"{tmp_path / 'file'}: {os.strerror(number)}")
     assert ("are free there" in str(caught.value)) == no_room(error) == (kind is DiskFullError)
 
@@ -199,6 +200,7 @@ def test_a_line_that_a_limit_cuts_is_taken_back(tmp_path: Path) -> None:
         write_whole(descriptor, b"x" * 59 + b"\n")
         with pytest.raises(OSError, match="File too large"):
             write_whole(descriptor, b"y" * 59 + b"\n")
+        assert file.read_bytes() == b"x" * 59 + b"\n"
         write_whole(descriptor, b"z" * 39 + b"\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -220,7 +222,7 @@ def test_metrics_that_cannot_be_opened_are_tried_again_at_each_step(tmp_path: Pa
 
 
 def test_a_resumed_run_cuts_the_lines_that_it_takes_again(tmp_path: Path) -> None:
-    """Also one that a crash cut; what stays is not written again, for which a full disk would have no room."""
+    """A line that a crash cut goes too. What stays is not written again: a full disk would have no room for it."""
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps(line_of(step)) + "\n" for step in range(1, 6)]
     path.write_text("".join(lines) + '{"step": 6, "lo')
@@ -361,7 +363,9 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_of_before_the_run(
         return disk_messages(job.config)
 
     assert with_free(3 * size) == []
-    (message,) = with_free(3 * size - 1)
+    messages = with_free(3 * size - 1)
+    assert len(messages) == 1
+    message = messages[0]
     assert message.startswith("output.dir: checkpoints need 3 × ")
     assert f"are free in {tmp_path}" in message
     assert len(with_free(size // 2 + 1)) == 1
@@ -372,7 +376,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_of_before_the_run(
 
 
 def test_the_bytes_of_a_checkpoint_are_foreseen(tmp_path: Path) -> None:
-    """By the file that is written: its header and the rounding of nothing else are not counted, below 5%."""
+    """The file that is written has a header too, which is not counted: it is below 5%."""
     from training.run import run_job
 
     job = prepared(
