@@ -18,7 +18,9 @@ import torch
 from torch.profiler import profile
 
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.index import Index
 from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.verify import verify
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DiskFullError, RoomError, StorageError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
@@ -27,7 +29,7 @@ from parallel.storage.no_room import free_bytes, naming, no_room, write_whole
 from tests.small_disk import fill, needs_mounts, on_small_disk
 from tests.test_loop import prepared, run_of
 from training import metrics
-from training.disk_room import checkpoint_bytes, disk_messages, num_checkpoints
+from training.disk_room import check_disk, checkpoint_bytes, disk_messages, num_checkpoints
 from training.gaps import Gaps
 from training.log_file import log_file
 from training.metrics_file import MetricsFile
@@ -94,7 +96,7 @@ def saves_until_full(disk: Path) -> list[str]:
             message = str(error)
     folder = checkpoint.step_folder(disk, steps - 1)
     assert checkpoint.resolve_latest(disk / "checkpoints") == folder
-    checkpoint.check_contents(folder, ALONE)
+    verify(Index.read(folder), ALONE)
     return [message, *sorted(path.name for path in (disk / "checkpoints").iterdir())]
 
 
@@ -142,7 +144,7 @@ def test_every_write_of_a_save_that_fails_leaves_the_last_checkpoint(tmp_path: P
                 is_done = len(calls) <= after
             latest = checkpoint.resolve_latest(tmp_path / "checkpoints")
             assert latest is not None
-            checkpoint.check_contents(latest, ALONE)
+            verify(Index.read(latest), ALONE)
             assert not list((tmp_path / "checkpoints").glob(".step*"))
             after += 1
         assert after > 1
@@ -369,8 +371,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_of_before_the_run(
     assert message.startswith("output.dir: checkpoints need 3 × ")
     assert f"are free in {tmp_path}" in message
     assert len(with_free(size // 2 + 1)) == 1
+    check_disk(job.config)
+    with_free(size // 3)
     with pytest.raises(ConfigError, match=r"output\.dir: a checkpoint needs .* are free in"):
-        with_free(size // 3)
+        check_disk(job.config)
     with pytest.raises(ConfigError, match=r"output\.dir: a checkpoint needs"):
         prepare(job.config, job.place)
 

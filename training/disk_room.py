@@ -26,29 +26,37 @@ def checkpoint_bytes(config: Config) -> int:
     return parameter_count(shape_of(config)) * state
 
 
-def disk_messages(config: Config, *, num_steps: int = 0) -> list[str]:
-    """Return a message if the checkpoints of a run, after `num_steps` steps, need more room than its disk has.
-
-    While one is saved there are `keep_checkpoints` before it, and the best one. Those that an earlier run has left in
-    the folder count, since they are deleted. Raises ConfigError where the disk cannot hold a single one.
-    """
-    folder, most = Path(config.output.dir), num_checkpoints(config, num_steps)
-    free, size = free_bytes(folder), checkpoint_bytes(config)
-    if not most or free is None:
-        return []
-    left = sum(file_bytes(folder)) if num_steps else 0
-    if left + free < IMPOSSIBLE * size:
+def check_disk(config: Config, *, num_steps: int = 0) -> None:
+    """Raise ConfigError where the disk cannot hold a single checkpoint of a run, after `num_steps` steps."""
+    folder, size = Path(config.output.dir), checkpoint_bytes(config)
+    free, left = free_bytes(folder), _left(folder, num_steps)
+    if free is not None and num_checkpoints(config, num_steps) and left + free < IMPOSSIBLE * size:
         raise ConfigError(
             f"output.dir: a checkpoint needs {size_text(size)}, and {size_text(free)} are free in {folder}. Free some,"
             " try a folder on a larger disk, or output.checkpoint_every=0, which saves none."
         )
-    if left + free >= most * size:
+
+
+def disk_messages(config: Config, *, num_steps: int = 0) -> list[str]:
+    """Return a message if the checkpoints of a run, after `num_steps` steps, need more room than its disk has.
+
+    While one is saved there are `keep_checkpoints` before it, and the best one. Those that an earlier run has left in
+    the folder count, since they are deleted.
+    """
+    folder, most = Path(config.output.dir), num_checkpoints(config, num_steps)
+    free, size, left = free_bytes(folder), checkpoint_bytes(config), _left(folder, num_steps)
+    if free is None or left + free >= most * size:
         return []
     reused = f" beside {size_text(left)} of earlier checkpoints" if left else ""
     return [
         f"output.dir: checkpoints need {most} × {size_text(size)}, and {size_text(free)} are free in {folder}{reused}:"
         " a save will end the run where there is no room for it. Try a smaller output.keep_checkpoints"
     ]
+
+
+def _left(folder: Path, num_steps: int) -> int:
+    """Return the bytes of the checkpoints that are in a run's folder, where it goes on after `num_steps` steps."""
+    return sum(file_bytes(folder)) if num_steps else 0
 
 
 def num_checkpoints(config: Config, num_steps: int = 0) -> int:
