@@ -78,6 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     """Read the config and all that the run needs, and check it. Raises ColonnadeError."""
     from parallel.engine.stop_signals import do_nothing
+    from parallel.placement.shortage import refusing_without_room
     from training.attempt import in_own_folder, resume_of
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
@@ -89,7 +90,8 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_asked)
     start = launch.history.start()
     resume = resume_of(start, config, arguments.resume)
-    job = prepare(config, place, resume=resume, profile=arguments.profile, overridden=arguments.set, cache=cache)
+    with refusing_without_room(place.rank, "reading the data"):
+        job = prepare(config, place, resume=resume, profile=arguments.profile, overridden=arguments.set, cache=cache)
     job = in_own_folder(job, start)
 
     def work(watch: "Watch", attempt: "Attempt") -> None:

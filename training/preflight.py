@@ -21,6 +21,7 @@ from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
 from training.callbacks import Callback
 from training.config import override_messages
+from training.disk_room import check_disk, disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
@@ -126,7 +127,8 @@ class Job:
     def messages(self) -> tuple[str, ...]:
         """The messages that are printed when the run starts."""
         again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
-        return (*again, *self.inputs.messages, *self._tracing()[1])
+        taken = Taken.before(self.inputs.found).steps
+        return (*again, *self.inputs.messages, *self._tracing()[1], *disk_messages(self.config, num_steps=taken))
 
     def _tracing(self) -> tuple[range, list[str]]:
         taken = Taken.before(self.inputs.found).steps
@@ -151,6 +153,7 @@ def prepare(
     check_device(config, place)
     generation = None if config.model.path is None else read_generation_config(config.model.path)
     job = Job(inputs, place, tokenizer_of(config), generation, profile, callbacks)
+    check_disk(job.config, num_steps=Taken.before(inputs.found).steps)
     check_folder(job.config, job.resume_from)
     steps_to_trace(profile, taken=Taken.before(inputs.found).steps, steps=job.config.train.steps)
     return job
@@ -178,7 +181,7 @@ def check_device(config: Config, place: Place) -> None:
 
 
 def problems_here(config: Config, place: Place, found: Found | None) -> list[str]:
-    """Return messages of why this machine would refuse the run: its device, its packages, or the run's folder.
+    """Return messages of why this machine would refuse the run: its device, its packages, the run's folder or disk.
 
     These are for `--check`, which goes on, since it may be for another machine.
     """
@@ -186,6 +189,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
     checks: tuple[Callable[[], object], ...] = (
         partial(check_device, config, place),
         partial(callbacks_of, config),
+        partial(check_disk, config, num_steps=Taken.before(found).steps),
         partial(check_folder, config, None if found is None else found.index.folder),
     )
     for check in checks:
@@ -193,7 +197,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
             check()
         except ConfigError as error:
             problems.append(f"on this machine the run would be refused: {error}")
-    return problems
+    return [*problems, *disk_messages(config, num_steps=Taken.before(found).steps)]
 
 
 def folder_of(config: Config, resume_from: Path | None) -> RunFolder:

@@ -23,6 +23,7 @@ from parallel.errors import ExitCode
 from parallel.mesh.process_groups import connect_to_store, host_store
 from parallel.watch.beat import Beat
 from parallel.watch.board import NO_RANK, Board, prefix_of
+from parallel.watch.control_groups import OomKills
 from parallel.watch.history import PREFIX, SIGNALLED, History, Start
 from parallel.watch.judge import Verdict
 from parallel.watch.process import die_with
@@ -160,7 +161,7 @@ class _Ranks:
         on_lost: OnLost | None,
     ) -> None:
         self._processes, self._board, self._history = processes, board, history
-        self._stop, self._on_lost = stop, on_lost
+        self._stop, self._on_lost, self._oom_kills = stop, on_lost, OomKills()
 
     def wait(self) -> int:
         """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
@@ -224,6 +225,8 @@ class _Ranks:
         name, position = f"rank {rank}", ""
         if beats:
             name, position = beats[0].name, f", last seen {beats[0].position}"
+        if code == -signal.SIGKILL and (explanation := self._oom_kills.explanation()):
+            return f"{name} was {explanation}{position}"
         if code < 0:
             return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
         return f"{name} ended with exit code {code}{position}"
