@@ -187,6 +187,7 @@ def test_metadata_of_no_engine_are_refused_and_change_nothing(tmp_path: Path) ->
     for text, change in zip(found, (change for change in METADATA for _ in range(2)), strict=True):
         assert "checkpoint" in text, (change, text)
         assert str(tmp_path) in text or "is damaged" in text, (change, text)
+    assert sum("has no tensor value/0/0" in text for text in found) == 2  # before 4 PiB of memory are asked for
 
 
 def group_with_names(rank: int, world_size: int, folder: Path) -> list[str]:

@@ -56,6 +56,15 @@ def content_of(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def said_to(act: Callable[[], object]) -> str:
+    """Return what a refusal says; an empty text where there is none."""
+    try:
+        act()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit": (lambda x: flip(x / SHARD), f"{SHARD} is damaged, or another file"),
     "a truncated shard": (lambda x: (x / SHARD).write_bytes((x / SHARD).read_bytes()[:-9]), f"{SHARD} is damaged: it"),
@@ -127,12 +136,18 @@ def test_where_none_is_whole_auto_refuses_by_name_and_touches_nothing(folder: Pa
         flip(step(folder, number) / SHARD)
     (step(folder, 2) / SHARD).unlink()
     before = content_of(folder.parent)
-    with pytest.raises(CheckpointError) as refused:
-        run_job(resumed(folder))
-    said = str(refused.value)
+    said = said_to(lambda: run_job(resumed(folder)))
     assert said.startswith(f"--resume auto: none of the checkpoints in {folder}/checkpoints is whole: step_000004: ")
     assert all(f"step_{number:06d}: {SHARD} is " in said for number in (1, 2, 3, 4))
     assert content_of(folder.parent) == before
+
+
+def test_where_all_files_are_gone_auto_refuses_too(folder: Path) -> None:
+    for number in (1, 2, 3, 4):
+        (step(folder, number) / SHARD).unlink()
+    assert f"step_000001: {SHARD} is missing" in said_to(lambda: resumed(folder))
+    (folder / "checkpoints" / "latest").unlink()
+    assert f"step_000001: {SHARD} is missing" in said_to(lambda: resumed(folder))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
