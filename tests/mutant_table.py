@@ -2124,6 +2124,66 @@ INTEGRITY = (
     ),
 )
 
+SAVED_BEHIND = (
+    Mutant(
+        "update-before-the-copy",
+        "an update on the device changes what a checkpoint in the background is yet to copy",
+        "parallel/optim/adamw.py",
+        "                chunk.guard.wait()\n                for part",
+        "                for part",
+        "tests/test_saver.py::test_a_checkpoint_written_during_training_equals_one_that_training_waited_for[few]",
+    ),
+    Mutant(
+        "offloaded-update-before-the-copy",
+        "an update of offloaded states changes what a checkpoint in the background is yet to copy",
+        "parallel/optim/adamw.py",
+        "            chunk.guard.wait()\n        # Chunks",
+        "            pass\n        # Chunks",
+        "tests/test_saver.py::test_a_checkpoint_written_during_training_equals_one_that_training_waited_for[few]",
+    ),
+    Mutant(
+        "settled-before-the-copy",
+        "an optimizer of torch's changes what a checkpoint in the background is yet to copy",
+        "parallel/chunk/chunk.py",
+        "        self.guard.wait()\n",
+        "",
+        "tests/test_saver.py::test_what_a_program_changes_after_a_save_is_not_in_the_checkpoint[2-True]",
+    ),
+    Mutant(
+        "released-before-it-is-written",
+        "states that are written without a copy may change when the first piece of a chunk is written",
+        "parallel/checkpoint/snapshot.py",
+        "            if not held.num_left:\n",
+        "            if held.num_left:\n",
+        "tests/test_saver.py::test_a_chunk_is_released_when_its_last_piece_is_written",
+    ),
+    Mutant(
+        "users-writes-in-a-checkpoint",
+        "a program that writes into its parameters after a save writes into the checkpoint",
+        "parallel/checkpoint/saver.py",
+        "        if not guarded:\n",
+        "        if False:\n",
+        "tests/test_saver.py::test_what_a_program_changes_after_a_save_is_not_in_the_checkpoint[0-False]",
+    ),
+    Mutant(
+        "failed-save-untold",
+        "a checkpoint that could not be written in the background is not an error",
+        "parallel/checkpoint/saver.py",
+        'self.notices.set("save_failed", 1)',
+        "pass",
+        "tests/test_saver.py::test_a_save_that_fails_on_one_rank_is_an_error_of_the_next_step_on_every_rank",
+    ),
+    Mutant(
+        "replaced-checkpoint-deleted-early",
+        "a save that is killed between two renames has deleted the only checkpoint",
+        "parallel/checkpoint/shards.py",
+        "        folder.rename(old)\n    temporary.rename(folder)\n",
+        "        folder.rename(old)\n        shutil.rmtree(old)\n    temporary.rename(folder)\n",
+        "tests/test_crash_points.py::"
+        "test_after_each_file_operation_of_a_save_the_old_checkpoint_or_the_new_one_is_whole[2-False]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2171,4 +2231,5 @@ MUTANTS = (
     *ATTACKED_DATA,
     *SEEN_AND_GENERATED,
     *INTEGRITY,
+    *SAVED_BEHIND,
 )

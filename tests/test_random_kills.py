@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.checkpoint.checkpoint import CHECKPOINTS, step_of
-from parallel.checkpoint.newest import find_newest
+from parallel.checkpoint.checkpoint import find_checkpoint, step_of
 from tests.kill_draws import NUM_KILLS, SEED, SIGNALS, AfterSeconds, Torchrun, calls_of, draw_kill
 from tests.killed_runs import VALIDATED, Layout, assert_same_run, lines_of, start
 from tests.killer import Kill, calls_folder, kill_file, killed_file
@@ -166,9 +165,7 @@ def test_a_crash_while_a_checkpoint_is_written_in_the_background_leaves_a_whole_
         if code == 0:
             chain.compare()
         elif (last := len(lines_of(chain.run))) >= 2 * EVERY:
-            found = find_newest(chain.run / CHECKPOINTS)
-            assert found is not None
-            assert step_of(found.index.folder) >= (last // EVERY - 1) * EVERY
+            assert step_of(find_checkpoint(str(chain.run))) >= (last // EVERY - 1) * EVERY
     kill_file(chain.run).unlink(missing_ok=True)
     assert start(chain.layout, chain.run, "--resume", "auto") == 0
     chain.compare()

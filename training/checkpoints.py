@@ -7,13 +7,13 @@ from pathlib import Path
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
-from parallel.config import Config
 from parallel.engine.engine import Engine
 from parallel.errors import ColonnadeError, LostRankError
 from parallel.mesh.collectives import gather_objects
-from parallel.placement.save_room import SaveRoom
+from parallel.placement.save_room import SaveRoom, tightest
 from training.best_loss import BestLoss
 from training.preflight import Job
+from training.preview import saves_in_background
 from training.resume import metadata_of
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Checkpoints:
         if engine.mesh.device.type == "cuda":
             owned = [chunk for chunk in engine.chunks if chunk.spec.is_owner and not chunk.is_frozen]
             engine.saver.reserve({chunk: engine.optimizer.state_bytes(chunk) for chunk in owned})
-        return min(rooms, key=lambda room: room.room - room.needed).describe()
+        return tightest(rooms).describe()
 
     def _best_folder(self) -> Path | None:
         """Return the folder of the checkpoint that is kept as the best one, or None."""
@@ -100,9 +100,3 @@ class Checkpoints:
     def _tell(self, folder: Path | None) -> None:
         if folder is not None:
             self._on_saved(checkpoint.step_of(folder), folder)
-
-
-def saves_in_background(config: Config) -> bool:
-    """Return whether a run saves checkpoints beside its steps."""
-    output = config.output
-    return output.checkpoint_async and bool(output.checkpoint_every or output.keep_best)
