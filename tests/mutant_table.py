@@ -2095,7 +2095,7 @@ INTEGRITY = (
         "parallel/checkpoint/newest.py",
         "    if damaged:\n",
         "    if False:\n",
-        f"{AUTO}::test_where_none_is_whole_auto_refuses_by_name_and_touches_nothing",
+        f"{AUTO}::test_where_all_files_are_gone_auto_refuses_too",
     ),
     Mutant(
         "damaged-kept-for-whole",

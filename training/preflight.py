@@ -33,7 +33,7 @@ from training.tracer import steps_to_trace
 
 @dataclass(frozen=True)
 class Given:
-    """What a user has given to start a run: the config, with its epochs or steps, and the options of the command."""
+    """The config that a user has given to start a run, with its epochs or steps, and the options of the command."""
 
     config: Config
     resume: str | None = None
@@ -120,7 +120,7 @@ class Job:
 
     @property
     def traced_steps(self) -> range:
-        """Those of the steps asked for that the run will take."""
+        """The steps to trace: those asked for that the run will take."""
         return self._tracing()[0]
 
     @property
