@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the config and its inputs, print the layout and the memory of each rank, and start nothing",
     )
+    add(
+        "--debug-comm",
+        action="store_true",
+        help="compare every collective between its ranks before it begins, and name those that differ; slow",
+    )
     add("--world", metavar="N", type=count, help="with --check: the number of processes (default: the fewest that fit)")
     add(
         "--profile",
@@ -86,11 +91,12 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     job = prepare(
         config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set, cache=cache
     )
+    facts = partial(facts_of_job, job, debug_comm=arguments.debug_comm)
 
     def work(watch: "Watch") -> None:
         from training.run import run_job
 
-        run_job(job, watch)
+        run_job(job, watch, debug_comm=arguments.debug_comm)
 
     modules = ("training.run", *modules_of_steps(config))
-    return Prepared(partial(facts_of_job, job), config.train.timeout_seconds, work, modules)
+    return Prepared(facts, config.train.timeout_seconds, work, modules)

@@ -152,7 +152,9 @@ FAULTS = {
 class Run:
     """A run of two ranks, in the folder, in which one rank commits a fault in a phase."""
 
-    def __init__(self, folder: Path, fault: str, phase: str, *, launcher: str, rank: int = 1, delay: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, fault: str, phase: str, *, launcher: str, rank: int = 1, delay: float = 0.0
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.txt").write_text("A run that is watched is not lost. " * 200)
@@ -170,8 +172,19 @@ class Run:
             command = ["-m", "colonnade", "train", "--nprocs", "2", *arguments]
         else:
             command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-            command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "colonnade", "train", *arguments]
-        environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLONNADE_CACHE=str(self.folder / "cache"))
+            command += [
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                "localhost:0",
+                "-m",
+                "colonnade",
+                "train",
+                *arguments,
+            ]
+        environment = os.environ | dict(
+            PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLONNADE_CACHE=str(self.folder / "cache")
+        )
         environment.pop("RANK", None)
         with self.errors.open("w") as errors:
             return subprocess.Popen(

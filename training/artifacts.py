@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 def save_checkpoint(engine: Engine, job: Job, best: BestLoss, step: int) -> Path:
     """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns."""
     output, run = engine.config.output, job.folder.path
+    engine.mesh.watch.begin(f"a checkpoint after step {step}")
     target = checkpoint.step_folder(run, step)
     checkpoint.save(
         target,
@@ -43,6 +44,7 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     export that fails after the training would lose it. A generation_config.json that `model.path` had is carried on.
     """
     config = engine.config
+    engine.mesh.watch.begin("an export")
     shape, widest = exported_shape(shape_of(config), job.tokenizer), widest_dtype(config)
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
     pieces = engine.weights()

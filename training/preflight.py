@@ -106,7 +106,7 @@ def prepare(
     )
 
 
-def facts_of_job(job: Job) -> dict[str, Any]:
+def facts_of_job(job: Job, *, debug_comm: bool = False) -> dict[str, Any]:
     """Return what must be the same of a run on all ranks: config, code, versions, and what was found in the files."""
     training = Path(__file__).parent
     return {
@@ -117,6 +117,7 @@ def facts_of_job(job: Job) -> dict[str, Any]:
         "data.path, digest": f"{job.corpus.digest:08x}",
         "--resume": None if job.resume_from is None else job.resume_from.name,
         "--profile": str(job.traced_steps),
+        "--debug-comm": debug_comm,
     }
 
 

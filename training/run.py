@@ -37,12 +37,15 @@ from training.tracer import Tracer
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = ()) -> None:
+def run_job(
+    job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = (), debug_comm: bool = False
+) -> None:
     """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others.
 
-    `callbacks` are called beside those that the config names. Raises CallbackError, on every rank, where one fails.
+    `callbacks` are called beside those that the config names. `debug_comm`: the ranks compare what they communicate.
+    Raises CallbackError, on every rank, where one fails.
     """
-    context = make_context(job.config, job.place, watch=watch)
+    context = make_context(job.config, job.place, watch=watch, debug_comm=debug_comm)
     check_room(context)
     check_same_data(job, context.mesh.world)
     screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
@@ -126,6 +129,7 @@ def make_engine(context: Context, job: Job) -> Engine:
     engine = Engine(build(context) if job.resume_from is None else stage_of(context), context)
     engine.writes.stop()  # no code of a user runs between these steps
     if job.resume_from is not None:
+        context.mesh.watch.begin("loading a checkpoint")
         pieces = engine.state_pieces()
         with fail_together(context.mesh.world), naming_the_one_before(job.resume_from):
             checkpoint.check_contents(job.resume_from, context.mesh.world)
