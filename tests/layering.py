@@ -13,6 +13,7 @@ PACKAGES = ("parallel", "models", "training", "colonnade")
 # `NAME.*` is a package and everything in it; a plain name is only that module (for a package: its __init__.py).
 LAYERS = (
     "parallel.errors",
+    "parallel.regular_file",
     "parallel.config.*",
     "parallel.ops.*",
     "parallel.watch.*",
@@ -48,6 +49,7 @@ MAY_USE_TORCH_DISTRIBUTED = (
 # Modules of plain data and arithmetic, which import neither torch nor a module of ours that does.
 PURE = (
     "parallel.errors",
+    "parallel.regular_file",
     "parallel.config.*",
     "parallel.watch.*",
     "parallel.mesh.topology",

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple
-from functools import partial
 from importlib import import_module
 
 import torch
@@ -23,8 +22,9 @@ from parallel.errors import DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.watch.watch import UNWATCHED, Watch
-from training.artifacts import export_model, plot_loss, save_checkpoint
+from training.artifacts import export_model, plot_loss
 from training.callbacks import Callback, Callbacks, Run
+from training.checkpoints import Checkpoints
 from training.log_file import StepLog, log_file
 from training.loop import ends_early, fit
 from training.metrics_file import MetricsFile
@@ -67,15 +67,25 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
     world, best = engine.mesh.world, best_of(job.resume_from)
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
     tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, on_written=screen.traced)
+    checkpoints = Checkpoints(engine, job, best, callbacks.on_checkpoint)
+    if message := checkpoints.prepare():
+        screen.print(message)
+
+    @contextmanager
+    def around_step(step: int) -> Iterator[None]:
+        with tracer.around_step(step):
+            yield
+        checkpoints.look()
+
     with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
-        with closing(tracer):
+        with closing(tracer), checkpoints.finished():
             fit(
                 engine,
                 make_loader(engine, job),
                 callbacks=callbacks,
-                save=partial(save_checkpoint, engine, job, best),
+                save=checkpoints.save,
                 best=best,
-                around_step=tracer.around_step,
+                around_step=around_step,
             )
         if ends_early(job.config, best) and engine.num_steps < job.config.train.steps:
             screen.ended_early(best)

@@ -2,6 +2,7 @@
 
     runs/NAME/checkpoints/
         step_000100/              checkpoint.json, rank_00000.safetensors, rank_00001.safetensors, ..., SHA256SUMS
+                                  (a rank with much to write has several: rank_00000-001.safetensors, ...)
         step_000200/
         latest                    the name of the newest checkpoint
         best                      the name of the best one, where a run keeps it
@@ -14,13 +15,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from parallel.checkpoint.rank_files import Reading, SavedPiece, files_of_rank, where_it_is, write_files
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
     Archive,
@@ -31,20 +33,19 @@ from parallel.checkpoint.shards import (
     covered_once,
     fail_together,
     file_size,
-    read_json,
     read_sums,
     replace_folder,
+    sync_folder,
     write_json,
     write_sums,
     write_synced,
-    write_tensors,
 )
 from parallel.errors import CheckpointError
-from parallel.layout.layout import Piece, box_shape
-from parallel.layout.sources import Box
+from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.regular_file import read_json
 
 CHECKPOINTS, LATEST, BEST, INDEX = "checkpoints", "latest", "best", "checkpoint.json"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -53,19 +54,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SavedPiece:
-    """A piece without its data, which every rank sends to all others."""
+class Target:
+    """The folder of a checkpoint that is to be written, how many are kept there, and which of them is the best."""
 
-    name: str
-    shape: tuple[int, ...]
-    box: Box
-    dtype: torch.dtype
-
-    @property
-    def entry(self) -> Entry:
-        """The piece as a tensor of a file. Its key contains the box: a rank may own several boxes of one tensor."""
-        box = ",".join(f"{start}:{stop}" for start, stop in self.box)
-        return Entry(f"{self.name}[{box}]", box_shape(self.box), self.dtype)
+    folder: Path
+    keep: int
+    best: Path | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -89,15 +83,29 @@ def save(
     None. If a rank cannot write, every rank raises a CheckpointError, and the earlier checkpoints stay as they were.
     """
     Agreement(axis).agree_on(f"a checkpoint named {folder.name}")
-    owned = sorted(pieces, key=lambda piece: -piece.data.element_size())  # `write_tensors` needs this order
-    mine = [SavedPiece(piece.name, piece.shape, piece.box, piece.data.dtype) for piece in owned]
-    saved = gather_objects(mine, axis)
+    write(Target(folder, keep, best), list(pieces), metadata=metadata, axis=axis)
+
+
+def write(
+    target: Target,
+    pieces: Sequence[Piece],
+    *,
+    metadata: Mapping[str, Any],
+    axis: Axis,
+    num_threads: int = 1,
+    reading: Reading = where_it_is,
+) -> None:
+    """Do what `save` does, with several files and threads on each rank, after the ranks have agreed on it. `reading`
+    brings a piece to the host when its turn has come; earlier pieces come first.
+    """
+    folder, best = target.folder, target.best
+    files = files_of_rank(pieces, axis.rank, num_threads)
+    saved = gather_objects([(file.name, file.saved) for file in files], axis)
     index = _index(saved, metadata)
     with replace_folder(folder, axis, at_last=lambda: _leave(folder, best)) as temporary:
         with fail_together(axis):
-            file = temporary / _file_name(axis.rank)
-            own = write_tensors(file, [piece.entry for piece in mine], (piece.data for piece in owned))
-        sums = {_file_name(rank): digest for rank, digest in enumerate(gather_objects(own, axis))}
+            own = write_files(temporary, files, reading)
+        sums = {name: digest for part in gather_objects(own, axis) for name, digest in part.items()}
         if axis.rank == 0:
             sums[INDEX] = write_json(temporary / INDEX, index)
             write_sums(temporary, sums)
@@ -105,43 +113,42 @@ def save(
         if axis.rank == 0:
             _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
             _point(folder.with_name(LATEST), folder)
-            _delete_old(folder, keep, best)
+            _delete_old(folder, target.keep, best)
 
 
-def _file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def _index(saved: list[list[SavedPiece]], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _index(saved: list[list[tuple[str, tuple[SavedPiece, ...]]]], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of checkpoint.json: the size of each file and the boxes of each tensor.
 
-    `saved` has a list of pieces for each rank. Raises CheckpointError for a dtype that cannot be saved.
+    `saved` has, for each rank, its files with their pieces. Raises CheckpointError for a dtype that cannot be saved.
     """
     tensors: dict[str, dict[str, Any]] = {}
-    for rank, pieces in enumerate(saved):
-        for piece in pieces:
+    for rank, files in enumerate(saved):
+        for file, piece in ((file, piece) for file, pieces in files for piece in pieces):
             if piece.dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"{piece.name}: it is {piece.dtype}, which safetensors cannot hold.")
             tensor = tensors.setdefault(piece.name, {"shape": piece.shape, "parts": []})
             problem = f"rank {rank} has {piece.name} of shape {piece.shape}, and not {tensor['shape']}"
             assert tensor["shape"] == piece.shape, problem
-            tensor["parts"].append({"file": _file_name(rank), "key": piece.entry.key, "box": piece.box})
+            tensor["parts"].append({"file": file, "key": piece.entry.key, "box": piece.box})
     for name, tensor in tensors.items():
         boxes = [part["box"] for part in tensor["parts"]]
         assert covered_once(tensor["shape"], boxes), f"{name} {tensor['shape']} is not owned exactly once: {boxes}"
-    files = {_file_name(rank): file_size([piece.entry for piece in pieces]) for rank, pieces in enumerate(saved)}
-    return {"metadata": metadata, "files": files, "tensors": tensors}
+    sizes = {file: file_size([piece.entry for piece in pieces]) for files in saved for file, pieces in files}
+    return {"metadata": metadata, "files": sizes, "tensors": tensors}
 
 
 def _point(pointer: Path, folder: Path | None) -> None:
     """Have the file `pointer` name a checkpoint beside it; None: remove it, where there is one."""
     if folder is None:
-        pointer.unlink(missing_ok=True)
+        if pointer.exists():
+            pointer.unlink()
+            sync_folder(pointer.parent)
         return
     temporary = pointer.with_name(f".{pointer.name}.incomplete")
     with write_synced(temporary) as out:
         out.write(f"{folder.name}\n".encode())
     os.replace(temporary, pointer)
+    sync_folder(pointer.parent)
 
 
 def _leave(folder: Path, best: Path | None) -> None:
@@ -161,7 +168,7 @@ def _delete_old(newest: Path, keep: int, best: Path | None) -> None:
     What an interrupted save has left is deleted too.
     """
     others = [folder for folder in _step_folders(newest.parent) if folder.name != newest.name]
-    others.sort(key=lambda folder: (_step(folder) < _step(newest), _step(folder)))
+    others.sort(key=lambda folder: (step_of(folder) < step_of(newest), step_of(folder)))
     for folder in others[: max(0, len(others) - (keep - 1))]:
         if best is None or folder.name != best.name:
             _delete(folder)
@@ -201,7 +208,7 @@ def check_contents(folder: Path, axis: Axis) -> None:
 def previous_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint beside this one that is the last before its step, or None."""
     others = filter(_is_checkpoint, _step_folders(folder.parent))
-    return max((other for other in others if _step(other) < _step(folder)), key=_step, default=None)
+    return max((other for other in others if step_of(other) < step_of(folder)), key=step_of, default=None)
 
 
 def load(folder: Path, pieces: Iterable[Piece]) -> int:
@@ -285,7 +292,7 @@ def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | 
 def resolve_latest(checkpoints: Path) -> Path | None:
     """Return the checkpoint that the file `latest` names; if there is none, that of the highest step; else None."""
     named = named_by(checkpoints / LATEST)
-    return named or max(filter(_is_checkpoint, _step_folders(checkpoints)), key=_step, default=None)
+    return named or max(filter(_is_checkpoint, _step_folders(checkpoints)), key=step_of, default=None)
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -311,5 +318,6 @@ def _step_folders(checkpoints: Path) -> list[Path]:
     return [folder for folder in checkpoints.glob("step_*") if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step after which the checkpoint in this folder was saved."""
     return int(folder.name.removeprefix("step_"))

@@ -4,6 +4,7 @@ Files are read by slices and written one tensor at a time, into folders that get
 Every folder is on a file system that all ranks can see.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.errors import CheckpointError, ColonnadeError
+from parallel.errors import CheckpointError, ColonnadeError, NoRoomError
 from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.regular_file import check_regular
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -120,26 +122,18 @@ def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
 
 @contextmanager
 def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
-    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`."""
+    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`.
+
+    It may be a link to a regular file, as in the cache of the Hugging Face hub.
+    """
+    check_regular(file, error, links=True)
     try:
         with safe_open(file, framework="pt") as content:
             yield content
-    except FileNotFoundError as cause:
-        raise error(f"{file} does not exist.") from cause
     except OSError as cause:
         raise error(f"cannot read {file}: {cause}.") from cause
     except SafetensorError as cause:
         raise error(f"{file} is damaged, or not a safetensors file: {cause}.") from cause
-
-
-def read_json(file: Path, error: type[ColonnadeError]) -> Any:
-    """Return the content of a JSON file. Problems with it are raised as `error`."""
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    except ValueError as cause:
-        raise error(f"{file} is damaged, or not JSON: {cause}.") from cause
 
 
 def write_json(file: Path, content: object) -> str:
@@ -252,9 +246,12 @@ class HashedFile:
         self._file, self._hash = file, hashlib.sha256()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append bytes."""
-        self._file.write(content)
-        self._hash.update(content)
+        """Append bytes: in blocks, so that those which are hashed are still in the processor's caches."""
+        view = memoryview(content)
+        for start in range(0, len(view), BLOCK_BYTES):
+            block = view[start : start + BLOCK_BYTES]
+            self._file.write(block)
+            self._hash.update(block)
 
     def hexdigest(self) -> str:
         """Return the SHA-256 of all bytes so far."""
@@ -278,23 +275,28 @@ def write_synced(file: Path) -> Iterator[HashedFile]:
 def fail_together(axis: Axis) -> Iterator[None]:
     """Make the block fail on every rank of the axis if it fails on one.
 
-    An OSError on any rank becomes a CheckpointError on each. Any other error is raised as it is on the rank where it
-    happened, and becomes a CheckpointError on the others. The block must contain no collective, which a rank that fails
-    would miss.
+    An OSError on any rank becomes a CheckpointError on each, and a NoRoomError where a disk is full. Any other error is
+    raised as it is on the rank where it happened, and becomes a CheckpointError on the others; a NoRoomError is one on
+    all. The block must contain no collective, which a rank that fails would miss.
     """
-    problem, own = None, None
+    problem: tuple[type[ColonnadeError], str] | None = None
+    own: Exception | None = None
     try:
         with axis.watch.phase("work on files"):
             yield
     except OSError as error:
-        problem = f"{error.filename or 'a file'}: {error.strerror}."
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = NoRoomError if is_full else CheckpointError, f"{error.filename or 'a file'}: {error.strerror}."
+    except ColonnadeError as error:
+        problem, own = (NoRoomError if isinstance(error, NoRoomError) else CheckpointError, str(error)), error
     except Exception as error:
-        problem, own = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}", error
+        problem, own = (CheckpointError, f"{type(error).__name__}: {error}"), error
     problems = [problem for problem in gather_objects(problem, axis) if problem]
     if own is not None:
         raise own
     if problems:
-        raise CheckpointError("\n".join(dict.fromkeys(problems)))
+        kinds, texts = {kind for kind, _ in problems}, dict.fromkeys(text for _, text in problems)
+        raise (NoRoomError if NoRoomError in kinds else CheckpointError)("\n".join(texts))
 
 
 @contextmanager
@@ -329,7 +331,7 @@ def _temporary_folder(temporary: Path, axis: Axis, *, finish: Callable[[], None]
         with fail_together(axis):
             if axis.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                _make_folder(temporary)
         with fail_together(axis):
             yield
         with fail_together(axis):
@@ -346,6 +348,8 @@ def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
     for name in new:
         (folder / name).parent.mkdir(exist_ok=True)
         (temporary / name).replace(folder / name)
+    for changed in {(folder / name).parent for name in new}:
+        sync_folder(changed)
     there = (path for path in (*folder.glob("*"), *folder.glob("*/*")) if not path.is_dir())
     for old in {path.relative_to(folder) for path in there} - {*new}:
         if pattern.fullmatch(str(old)):
@@ -353,14 +357,47 @@ def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
 
 
 def _rename(temporary: Path, folder: Path, at_last: Callable[[], None]) -> None:
-    """Replace a folder. That takes two steps; the old one is renamed first, so that no folder is ever incomplete."""
+    """Replace a folder. That takes two steps; the old one is renamed first, so that no folder is ever incomplete.
+
+    Between the two steps the old one is whole under another name. What has that name is deleted only while `folder`
+    itself is whole: a process that was killed between the two steps has left nothing else.
+    """
     old = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(temporary)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         at_last()
         folder.rename(old)
     temporary.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk: files that were made, renamed or deleted there. Some file systems cannot
+    do that, and some folders cannot be read: then nothing is done.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
+            error.filename = str(folder)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that does not exist, and its parents where they do not, and sync the names of all of them."""
+    if not folder.parent.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent.parent)
+    folder.mkdir()
+    sync_folder(folder.parent)
 
 
 def covered_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
