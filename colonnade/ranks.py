@@ -59,7 +59,7 @@ def run_on_ranks(
     if not import_torch():
         return REFUSED
     from parallel.engine.context import Place, watch_of
-    from parallel.errors import ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
+    from parallel.errors import CollectiveError, ColonnadeError, LostRankError, NonFiniteError, RoomError, StorageError
     from parallel.mesh.process_groups import leave
     from parallel.watch.watch import UNWATCHED
     from training.callbacks import CallbackError
@@ -85,9 +85,10 @@ def run_on_ranks(
     except LostRankError as error:
         return watch.end(error)
     except ColonnadeError as error:
-        code = {NonFiniteError: NOT_FINITE, CallbackError: FAILED}.get(type(error), REFUSED)
+        codes = {NonFiniteError: NOT_FINITE, CallbackError: FAILED, CollectiveError: FAILED}
+        code = codes.get(type(error), REFUSED)
         watch.leave(f"it {'ends' if code == FAILED else 'refuses'}: {error}", code=code)
-        if place.rank == 0 or isinstance(error, StorageError | RoomError):  # these may be of one rank alone
+        if place.rank == 0 or isinstance(error, StorageError | RoomError | CollectiveError):  # of some ranks
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return code

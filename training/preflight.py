@@ -1,5 +1,6 @@
 """The checks before a run: everything that can be refused is refused before anything is started or touched."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from parallel.config import Config
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 from parallel.engine.facts import digest_of_code, facts_of
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
 from training.callbacks import Callback
 from training.config import override_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
@@ -116,9 +117,18 @@ def facts_of_job(job: Job, *, debug_comm: bool = False) -> dict[str, Any]:
         "data.path, tokens": job.corpus.num_tokens,
         "data.path, digest": f"{job.corpus.digest:08x}",
         "--resume": None if job.resume_from is None else job.resume_from.name,
+        "--resume, digest": None if job.resume_from is None else digest_of_checkpoint(job.resume_from),
         "--profile": str(job.traced_steps),
         "--debug-comm": debug_comm,
     }
+
+
+def digest_of_checkpoint(folder: Path) -> str:
+    """Return a digest of what a checkpoint holds, from its list of digests: two folders may have the same name."""
+    try:
+        return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise CheckpointError(f"--resume: {folder}: cannot read SHA256SUMS: {error.strerror}.") from error
 
 
 def check_device(config: Config, place: Place) -> None:

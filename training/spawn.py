@@ -27,6 +27,9 @@ GRACE_SECONDS = 5.0
 REFUSED, NOT_FINITE = 2, 4
 """The exit codes of a rank that refuses what the user gave, and of one whose numbers are not finite."""
 
+SERVER_ENDED = 255
+"""The exit code that multiprocessing gives a rank when the fork server, which alone could tell it, has ended."""
+
 SEARCH = ("PYTHONPATH", "PYTHONSAFEPATH")
 """The variables that say where Python searches modules."""
 
@@ -159,7 +162,7 @@ def _has_exited(process: ForkServerProcess) -> bool:
 def _code_of_all(failed: Sequence[ForkServerProcess]) -> int:
     """Return the exit code for all ranks, of which these have failed: a rank that lost another one is not the first."""
     least = min(map(_exit_code, failed))
-    return LOST if least < 0 else least
+    return LOST if least < 0 or least == SERVER_ENDED else least
 
 
 def _exit_code(process: ForkServerProcess) -> int:
@@ -173,6 +176,8 @@ def _how_it_ended(process: ForkServerProcess, rank: int, board: Board) -> str:
     """Return which rank ended and how, and how far it had come when it last told."""
     code, beats = _exit_code(process), board.beats([rank])
     name, position = (beats[0].name, f", last seen {beats[0].position}") if beats else (process.name, "")
+    if code == SERVER_ENDED:
+        return "the process that starts the ranks was killed"
     if code < 0:
         return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
     return f"{name} ended with exit code {code}{position}"

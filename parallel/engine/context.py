@@ -15,7 +15,7 @@ import torch
 from parallel.config import Config, Resolver, load_raw, parse
 from parallel.engine.device import choose_device, set_up_device
 from parallel.engine.facts import facts_of
-from parallel.engine.rendezvous import start_watch
+from parallel.engine.rendezvous import leave_nccl_to_the_watch, start_watch
 from parallel.errors import ConfigError
 from parallel.mesh import process_groups
 from parallel.mesh.mesh import Mesh
@@ -146,6 +146,8 @@ def make_context(
     set_up_device(device, memory_limit=config.zero.device_memory, local_world_size=place.local_world_size)
     if place.world_size > 1:
         timeout = group_timeout(config.train.timeout_seconds)
+        if watch.is_on:
+            leave_nccl_to_the_watch(timeout)
         join_world(backend, place.rank, place.world_size, device=device, timeout=timeout)
         watch.progress.uses_gpu = device.type == "cuda"
         watch.follow_errors()

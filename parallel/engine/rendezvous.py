@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 from parallel.errors import ConfigError
 from parallel.mesh.process_groups import connect_to_store
@@ -32,6 +33,16 @@ class Rendezvous:
             raise ConfigError(f"environment: MASTER_PORT: {port!r} is no port. Start with torchrun.")
         launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(host, int(port), launcher_hosts, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def leave_nccl_to_the_watch(timeout: timedelta) -> None:
+    """Have NCCL's own watchdog end no process, so that the watch over the ranks names the lost one; before NCCL starts.
+
+    It would abort the process with a traceback when the connection to a rank breaks, a second or two before the watch
+    knows why; and after eight minutes in which it is not answered itself. What the user has set stays.
+    """
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{timeout.total_seconds():.0f}")
 
 
 def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speaker = "every") -> Watch:

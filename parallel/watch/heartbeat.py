@@ -111,7 +111,8 @@ class Heartbeat(threading.Thread):
             self.verdict = verdict
             self.has_verdict.set()
             self._mates.kill_stopped(verdict.stopped)
-            self._tell(verdict.text)
+            if verdict.code == LOST:  # else the rank that has ended by an error prints it
+                self._tell(verdict.text)
 
     def _end_where_blocked(self, beat: Beat, age: float) -> None:
         """End the process if the main thread cannot learn of the verdict, which is known for `age` seconds."""
