@@ -43,7 +43,7 @@ def drawn_delay(phase: str) -> float:
 
 # -- a rank that is stopped --------------------------------------------------------------------------------------------
 
-QUICK = [("nprocs", "save", 0), ("torchrun", "backward", 1)]
+QUICK = [("torchrun", "backward", 1)]
 SLOW = [
     (launcher, phase, rank)
     for launcher in LAUNCHERS

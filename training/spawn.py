@@ -45,7 +45,7 @@ def run_ranks(
     so that a rank that is stopped does not stop it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload([*preload, "training.ends_with_launcher"])
     _start_server()
     store, port = host_store(prefix_of("0"))
     board = Board(store, rank=NO_RANK, size=num_ranks)
