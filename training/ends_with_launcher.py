@@ -1,8 +1,8 @@
 """The end of the fork server where its launcher is killed: the server imports this module, which has the kernel do it.
 
 Python's fork server ends by itself only when no rank is left, since each rank keeps the server's lifeline open. A rank
-that is stopped would keep the server, and with it itself. Modules that are imported first are the only code of ours that
-the server executes; nothing else imports this one.
+that is stopped would keep the server, and with it itself. The modules that the server imports are the only code of ours
+that it executes; nothing else imports this one.
 """
 
 import os
