@@ -52,13 +52,14 @@ def _function_of(phase: str) -> tuple[Any, str]:
     """Return the object and the name of the function that begins a phase."""
     from models.data.cache import Cache
     from parallel.checkpoint import checkpoint
+    from parallel.checkpoint.shards import Archive
     from parallel.engine.engine import Engine
     from parallel.engine.phases import Stopwatch
     from training import artifacts
 
     places = {
         "data": (Cache, "_make"),
-        "load": (checkpoint, "load"),
+        "load": (Archive, "read_into"),
         "save": (checkpoint, "write"),
         "evaluate": (Engine, "evaluate"),
         "export": (artifacts, "export"),

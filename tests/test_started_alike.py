@@ -67,7 +67,7 @@ NAMED = {
     "world size": "world size: the ranks were started with different values: 2 on rank 0, 3 on rank 1.",
     "package": f"torch: the ranks were started with different values: '{torch.__version__}' on rank 0, '2.0.0' on",
     "environment": "float32 matmul precision: the ranks were started with different values: 'highest' on rank 0,",
-    "checkpoint": "--resume, digest: the ranks were started with different values: ",
+    "checkpoint": "--resume: the ranks were started with different values: ",
 }
 
 
