@@ -93,7 +93,7 @@ def _commit(fault: "Fault", folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What a rank does, in its main thread or in another one that interrupts it."""
+    """The act of a rank that goes wrong, in its main thread or in another one that interrupts it."""
 
     act: Callable[[], object]
     in_main_thread: bool

@@ -43,7 +43,7 @@ def started_differently(what: str, folder: Path, rank: int, marks: Path) -> None
     if rank == 1 and what == "world size":
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = "3"
     if rank == 1 and what == "package":
-        torch.__version__ = "2.0.0"
+        torch.__version__ = type(torch.__version__)("2.0.0")
     if rank == 1 and what == "environment":
         torch.set_float32_matmul_precision("high")
     sys.exit(call(folder, *(argument.replace("FOLDER", str(folder)) for argument in arguments)))

@@ -137,7 +137,7 @@ def test_a_rank_waits_where_any_of_its_threads_does_unless_that_one_works_apart(
 
 
 def test_the_wait_of_a_thread_apart_counts_while_the_main_thread_executes_nothing() -> None:
-    """That is so where the main thread waits for this thread, which waits for a rank that is lost."""
+    """A main thread that waits for this thread, which waits for a lost rank, waits for that rank."""
     watch = Watch()
     pulse = Pulse(0, watch.progress)
     with waiting_thread(watch):
