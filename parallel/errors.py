@@ -85,6 +85,12 @@ class LostRankError(ColonnadeError):
         self.code = code
 
 
+class CollectiveError(ColonnadeError):
+    """The error of ranks that call different collectives at the same time, which `debug_comm` compares."""
+
+    code = ExitCode.FAILED
+
+
 class NonFiniteError(ColonnadeError):
     """The error of a run whose loss, gradient or weight is not a finite number."""
 

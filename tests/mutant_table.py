@@ -2217,6 +2217,74 @@ NO_ROOM = (
            f"{NO_ROOM_TESTS}::test_a_disk_without_room_for_the_checkpoints_is_told_of_before_the_run"),
 )  # fmt: skip
 
+WATCH_PARTS, COMPARED = "tests/test_watch_parts.py", "tests/test_debug_comm.py"
+WATCHED = (
+    Mutant(
+        "stopped-in-a-phase-overlooked",
+        "a rank that is stopped while it saves is never named",
+        "parallel/watch/judge.py",
+        "stopped = [one.beat for one in living if one.quiet >= timeout]",
+        "stopped = [one.beat for one in living if one.quiet >= timeout and not one.beat.phase]",
+        "tests/test_parting.py::test_a_rank_that_is_lost_or_silent_is_named[a process that is stopped in a phase]",
+    ),
+    Mutant(
+        "any-process-of-a-number-killed",
+        "the process that took over the number of a rank is killed in its place",
+        "parallel/watch/process.py",
+        'if _state(identity) in ("", *ENDED):',
+        "if False:",
+        f"{WATCH_PARTS}::test_a_process_that_took_over_a_number_is_not_killed",
+    ),
+    Mutant(
+        "background-thread-is-the-rank",
+        "a rank seems to wait while a thread of it saves",
+        "parallel/watch/stack.py",
+        "waits=not waiting <= set(apart),",
+        "waits=bool(waiting),",
+        f"{WATCH_PARTS}::test_a_rank_waits_where_any_of_its_threads_does_unless_that_one_works_apart",
+    ),
+    Mutant(
+        "judge-begins-from-nothing",
+        "a stopped rank 0 is named twice as late as another one",
+        "parallel/watch/judging.py",
+        "self._takes_over_after - SECONDS_TO_PREPARE",
+        "self._takes_over_after",
+        f"{WATCH_PARTS}::test_the_rank_that_takes_over_names_a_stopped_rank_0_within_the_time_limit_and_three_seconds",
+    ),
+    Mutant(
+        "end-without-hook",
+        "the end of a run that lost a rank is not written down",
+        "parallel/watch/heartbeat.py",
+        "hook, self.on_end = self.on_end, None",
+        "hook = None",
+        f"{WATCH_PARTS}::test_what_was_registered_for_the_end_is_called_and_does_not_hold_up_the_end",
+    ),
+    Mutant(
+        "group-fails-before-the-watch",
+        "gloo's traceback comes before the line that names a rank",
+        "parallel/mesh/process_groups.py",
+        "max(LONGEST_WAIT, timedelta(seconds=2 * timeout_seconds + 60))",
+        "LONGEST_WAIT",
+        "tests/test_group_timeouts.py::test_the_timeout_of_every_process_group_exceeds_that_of_the_watch",
+    ),
+    Mutant(
+        "reduction-not-compared",
+        "ranks that reduce in different ways are not told",
+        "parallel/mesh/collectives.py",
+        '_begin("all_reduce", x, axis, f" ({_name_of(op)})")',
+        '_begin("all_reduce", x, axis)',
+        f"{COMPARED}::test_ranks_that_call_different_collectives_are_named_on_every_rank",
+    ),
+    Mutant(
+        "debugging-unknown-to-others",
+        "a rank that compares its calls waits for one that does not",
+        "parallel/engine/context.py",
+        '"debug_comm": debug_comm}',
+        '"debug_comm": False}',
+        f"{COMPARED}::test_a_launched_program_ends_with_what_differs",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2266,4 +2334,5 @@ MUTANTS = (
     *INTEGRITY,
     *SAVED_BEHIND,
     *NO_ROOM,
+    *WATCHED,
 )

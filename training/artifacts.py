@@ -25,6 +25,7 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     export that fails after the training would lose it. A generation_config.json that `model.path` had is carried on.
     """
     config = engine.config
+    engine.mesh.watch.begin("an export")
     shape, widest = exported_shape(shape_of(config), job.tokenizer), widest_dtype(config)
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
     pieces = engine.weights()

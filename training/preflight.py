@@ -159,7 +159,7 @@ def prepare(
     return job
 
 
-def facts_of_job(job: Job) -> dict[str, Any]:
+def facts_of_job(job: Job, *, debug_comm: bool = False) -> dict[str, Any]:
     """Return what must be the same of a run on all ranks: config, code, versions, and what was found in the files."""
     training, found = Path(__file__).parent, job.inputs.found
     return {
@@ -170,6 +170,7 @@ def facts_of_job(job: Job) -> dict[str, Any]:
         "data.path, digest": f"{job.corpus.digest:08x}",
         "--resume": None if found is None else f"{found.index.folder.name}, {found.index.digest[:16]}",
         "--profile": str(job.traced_steps),
+        "--debug-comm": debug_comm,
     }
 
 

@@ -42,16 +42,22 @@ log = logging.getLogger(__name__)
 
 
 def run_job(
-    job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = (), attempt: Attempt | None = None
+    job: Job,
+    watch: Watch = UNWATCHED,
+    *,
+    callbacks: Sequence[Callback] = (),
+    attempt: Attempt | None = None,
+    debug_comm: bool = False,
 ) -> None:
     """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others.
 
     `callbacks` are called beside those that the config names. `attempt` is what the process and its launcher give.
-    Raises CallbackError, on every rank, where a callback fails; SignalError where a signal has come, and all is saved.
+    `debug_comm`: the ranks compare what they communicate. Raises CallbackError, on every rank, where a callback fails;
+    SignalError where a signal has come, and all is saved.
     """
     attempt = attempt or Attempt()
     with refusing_without_room(job.place.rank, "the start"):
-        context = make_context(job.config, job.place, watch=watch)
+        context = make_context(job.config, job.place, watch=watch, debug_comm=debug_comm)
         check_room(context)
     check_same_data(job, context.mesh.world)
     job = with_whole_checkpoint(job, context.mesh.world)
@@ -182,6 +188,7 @@ def make_engine(context: Context, job: Job) -> Engine:
     engine = Engine(build(context) if found is None else stage_of(context), context)
     engine.writes.stop()  # no code of a user runs between these steps
     if found is not None:
+        context.mesh.watch.begin("loading a checkpoint")
         pieces = engine.state_pieces()
         with fail_together(context.mesh.world):
             found.index.archive.read_into(pieces)

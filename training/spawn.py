@@ -38,6 +38,9 @@ SECONDS_TO_END = 30.0
 OF_ALL = ExitCode.REFUSED, ExitCode.NOT_FINITE
 """The exit codes of ends that all ranks come to by themselves."""
 
+SERVER_ENDED = 255
+"""The exit code that multiprocessing gives a rank when the fork server, which alone could tell it, has ended."""
+
 SEARCH = ("PYTHONPATH", "PYTHONSAFEPATH")
 """The variables that say where Python searches modules."""
 
@@ -66,7 +69,7 @@ def run_ranks(
     beat.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload([*preload, "training.ends_with_launcher"])
     _start_server()
     store, port = host_store(prefix_of("0"))
     board = Board(store, rank=NO_RANK, size=num_ranks)
@@ -217,7 +220,7 @@ class _Ranks:
         least = min(map(_exit_code, failed))
         if least == -self._stop.number:
             return code_of(self._stop.number)
-        return int(ExitCode.LOST) if least < 0 else least
+        return int(ExitCode.LOST) if least < 0 or least == SERVER_ENDED else least
 
     def _how_it_ended(self, rank: int) -> str:
         """Return which rank ended and how, and how far it had come when it last told."""
@@ -227,6 +230,8 @@ class _Ranks:
             name, position = beats[0].name, f", last seen {beats[0].position}"
         if code == -signal.SIGKILL and (explanation := self._oom_kills.explanation()):
             return f"{name} was {explanation}{position}"
+        if code == SERVER_ENDED:
+            return "the process that starts the ranks was killed"
         if code < 0:
             return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
         return f"{name} ended with exit code {code}{position}"

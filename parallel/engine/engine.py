@@ -67,7 +67,7 @@ class Engine(EngineState):
         for module in stage.modules():
             if isinstance(module, Linear) and module.can_accumulate:
                 module.accumulate = self.gradients.receiver(module.weight)
-        self.stopwatch = Stopwatch(self.mesh.device)
+        self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
