@@ -1,6 +1,7 @@
 """The checks before a run: everything that can be refused is refused before anything is started or touched."""
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from training.config import override_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
+from training.metrics import read as read_metrics
 from training.resume import find_checkpoint, start_messages
 from training.run_folder import RunFolder
 from training.schedule_messages import schedule_messages
@@ -151,6 +153,8 @@ def checked_folder(config: Config, resume_from: Path | None) -> RunFolder:
     run = Path(config.output.dir)
     folder = RunFolder(run, resumed=resume_from is not None and resume_from.resolve().is_relative_to(run.resolve()))
     folder.check_writable()
+    if folder.resumed:
+        deque(read_metrics(folder.metrics), maxlen=0)  # its lines are read again when the run starts
     check_not_renamed(config, folder)
     return folder
 

@@ -25,10 +25,12 @@ from models.data.contents import digest_of_file
 from models.data.documents import Array, ArrayStore, MemoryStore
 from models.data.sources import Source
 from parallel.errors import DataError
-from parallel.storage.file_lock import excludes_others, try_to_lock
+from parallel.regular_file import check_regular, read_json
+from parallel.storage.file_lock import excludes_others, open_lock, try_to_lock
 
 VERSION = 1
 ENTRY = "entry.json"
+MOST_BYTES = 1 << 24
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -106,7 +108,7 @@ class Cache:
         """Hold the lock of an entry until the `with` statement ends; wait for it where another process has it."""
         with _naming(self.folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = folder.with_suffix(".lock").open("a+")
+            lock = open_lock(folder.with_suffix(".lock"))
         with lock:
             while not self._is_locked(lock):
                 self.observer.advance(source, *_reported(lock))
@@ -200,7 +202,7 @@ class FileStore:
 def read_entry(folder: Path) -> CacheEntry | None:
     """Return the entry in a folder; None where there is none, or a file of it is missing or of another size."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads((folder / ENTRY).read_bytes())
+        content = read_json(folder / ENTRY, DataError, at_most=MOST_BYTES)
         if content.pop("digest") == _digest(content):
             arrays = {name: _map(folder / f"{name}.bin", **array) for name, array in content["arrays"].items()}
             return CacheEntry(arrays, content["metadata"])
@@ -223,13 +225,16 @@ def _reported(lock: IO[str]) -> tuple[float, int]:
     """Return what the process that holds a lock last reported."""
     with suppress(OSError, ValueError):
         lock.seek(0)
-        fraction, num_tokens = lock.read().split()
+        fraction, num_tokens = lock.read(100).split()
         return float(fraction), int(num_tokens)
     return 0.0, 0
 
 
 def _map(file: Path, dtype: str, length: int) -> Array:
-    """Return the array of a file. Raises ValueError where the file has another size."""
+    """Return the array of a file. Raises ValueError where the file has another size, or the array has no numbers."""
+    check_regular(file, DataError)
+    if np.dtype(dtype).kind not in "iub" or type(length) is not int or length < 0:
+        raise ValueError(f"{file} is said to have {length!r} of {dtype}")
     size = length * np.dtype(dtype).itemsize
     if file.stat().st_size != size:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, and not {size}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from models.data.file_starts import GZIP, LONGEST, byte_order_mark, packed_as
+from models.data.saved_dataset import load_dataset
 from models.data.sources import Kind, Source
 from models.tokenizer import unwritable
 from parallel.errors import DataError, closest, names_text, shown
@@ -192,22 +193,6 @@ def _key_hint(record: Record, text_key: str) -> str:
     if match is not None:
         return f" Set data.text_key={match}."
     return " Set data.text_key to one of them." if texts else ""
-
-
-def load_dataset(source: Source) -> Any:
-    """Return the dataset that `datasets.save_to_disk` wrote, mapped from its files."""
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise DataError(f"{source.key}: {source.path} needs the package 'datasets': pip install datasets.") from error
-    if not any(file.suffix == ".arrow" for file in source.files):
-        raise DataError(f"{source.key}: {source.path} is empty: a dataset without rows. Name another one.")
-    try:
-        return datasets.Dataset.load_from_disk(source.path, keep_in_memory=False)
-    except Exception as error:  # a damaged folder raises what its reader meets
-        raise DataError(
-            f"{source.key}: {source.path} is not a folder that datasets.save_to_disk wrote, or is damaged: {error}"
-        ) from error
 
 
 def _import_parquet(source: Source) -> Any:

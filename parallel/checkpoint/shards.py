@@ -25,7 +25,7 @@ from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.regular_file import check_regular
+from parallel.regular_file import check_regular, printable
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -132,7 +132,7 @@ def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
     except OSError as cause:
         raise error(f"cannot read {file}: {cause}.") from cause
     except SafetensorError as cause:
-        raise error(f"{file} is damaged, or not a safetensors file: {cause}.") from cause
+        raise error(f"{file} is damaged, or not a safetensors file: {printable(str(cause))}.") from cause
 
 
 def write_json(file: Path, content: object) -> str:
