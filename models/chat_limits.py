@@ -46,7 +46,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         tree: nodes.Template = _Limits().visit(super()._parse(source, name, filename))
         return tree
 
-    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of the template, or a method of a value."""
         self._count(ROUNDS_OF_A_CALL)
         _check_arguments(function, args, kwargs)
@@ -87,26 +87,26 @@ class _Limits(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - jinja2 calls it so
         self.generic_visit(node)
-        node.iter = _filter(node.iter, "_counted")
+        node.iter = _filter(node.iter, "_counted", node)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:  # noqa: N802
         self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), "_joined")
+        return _filter(nodes.List(node.nodes, lineno=node.lineno), "_joined", node)
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.filter = _filter(node.filter, "_checked")
+        node.filter = _filter(node.filter, "_checked", node)
         return node
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.node = _filter(node.node, "_checked")
+        node.node = _filter(node.node, "_checked", node)
         return node
 
 
-def _filter(node: Any, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _filter(value: Any, name: str, at: nodes.Node) -> nodes.Filter:
+    return nodes.Filter(value, name, [], [], None, None, lineno=at.lineno)
 
 
 def _limited(function: Any) -> Any:

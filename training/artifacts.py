@@ -1,39 +1,20 @@
-"""The files that a run leaves beside its metrics: checkpoints while it trains, and then an export and a plot."""
+"""The files that a run leaves when it has trained: an export and a plot."""
 
 import logging
-from pathlib import Path
 
 from models.generation_config import exported_shape, write_generation_config
 from models.hf import export
 from models.saved_model import widest_dtype
 from models.shapes import shape_of
-from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES, dtype_name
 from parallel.engine.engine import Engine
-from training.best_loss import BestLoss
 from training.plot import draw_loss
 from training.preflight import Job
-from training.resume import metadata_of
 from training.screen import Screen
 
 log = logging.getLogger(__name__)
-
-
-def save_checkpoint(engine: Engine, job: Job, best: BestLoss, step: int) -> Path:
-    """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns."""
-    output, run = engine.config.output, job.folder.path
-    target = checkpoint.step_folder(run, step)
-    checkpoint.save(
-        target,
-        engine.state_pieces(owned=True),
-        metadata=metadata_of(engine.config, engine.counters(), job.corpus, best),
-        axis=engine.mesh.world,
-        keep=output.keep_checkpoints,
-        best=checkpoint.step_folder(run, best.step) if output.keep_best and best.step else None,
-    )
-    return target
 
 
 def export_model(engine: Engine, job: Job, screen: Screen) -> None:

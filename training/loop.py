@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
-from pathlib import Path
 
 from models.data import Loader
 from parallel.config import Config
@@ -21,15 +20,15 @@ def fit(
     loader: Loader,
     *,
     callbacks: Callbacks,
-    save: Callable[[int], Path],
+    save: Callable[[int], object],
     best: BestLoss,
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Train from the engine's last step to `train.steps`, or until early stopping ends the run before.
 
-    Every rank does the same, in the same order. `save` saves the checkpoint of a step, and returns its folder. `best`
-    takes in the loss of the validation samples, if there are any, which is computed every `eval_every` steps and after
-    the last step. Each step, counted from 1, runs inside the context that `around_step` returns.
+    Every rank does the same, in the same order. `save` saves the checkpoint of a step, or begins to. `best` takes in
+    the loss of the validation samples, if there are any, which is computed every `eval_every` steps and after the last
+    step. Each step, counted from 1, runs inside the context that `around_step` returns.
 
     The seconds of a step are those of its data, forwards, backwards and update, without evaluation, checkpoints and
     callbacks. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite.
@@ -54,7 +53,7 @@ def fit(
             is_best = best.take(step, line["validation_loss"])
             callbacks.on_evaluate(step, line["validation_loss"])
         if is_due(step, config.output.checkpoint_every) or (is_best and config.output.keep_best):
-            callbacks.on_checkpoint(step, save(step))
+            save(step)
 
 
 def ends_early(config: Config, best: BestLoss) -> bool:

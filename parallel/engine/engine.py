@@ -86,6 +86,7 @@ class Engine(EngineState):
         the device has too little memory.
         """
         self.agree_on(f"a train step with {self.hyperparameters}")
+        self.saver.check()
         with self.placement_manager.explain_shortage():
             return self._train_step(batch)
 

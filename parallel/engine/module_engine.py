@@ -167,6 +167,7 @@ class ModuleEngine(ParameterAccess):
     def _step(self, divisor: float) -> UpdateResult:
         """Do a step with the gradients divided by this number."""
         self._agreement.agree_on(f"a step with {self.hyperparameters}", self._original.in_use)
+        self.saver.check()
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor
