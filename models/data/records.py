@@ -23,7 +23,7 @@ from parallel.regular_file import open_regular, with_key
 
 Record: TypeAlias = Mapping[str, Any]
 
-PART, LONGEST_LINE = 1 << 20, 1 << 28  # bytes of a line that are read at a time, and in all
+PART, LONGEST_LINE = 1 << 18, 1 << 28  # bytes of a line that are read at a time, and in all
 MOST_PACKED = 64  # times that a line of more than one part is longer than what it is unpacked from: no text is
 MOST_BLANK = 10**5
 AT_ONCE = 256  # rows of Parquet or of a dataset that are in memory at a time

@@ -26,7 +26,7 @@ from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.regular_file import check_regular, printable
+from parallel.regular_file import check_regular, open_regular, printable
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -186,9 +186,9 @@ def is_ours(file: Path) -> bool:
     """Return whether `write_tensors` wrote a file, by its header; False also for one that cannot be read."""
     start = json.dumps({"__metadata__": METADATA}).encode()[:-1]
     try:
-        with file.open("rb") as content:
+        with open_regular(file, CheckpointError, links=True) as content:
             return content.read(8 + len(start))[8:] == start
-    except OSError:
+    except CheckpointError:
         return False
 
 
