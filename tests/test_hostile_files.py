@@ -23,8 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colonnade import cli
+from models.chat import load_chat_template
 from models.tokenizer import load_tokenizer
 from tests.patience import patient
+from tests.tables import rows
 from tests.test_loop import TINY, prepared
 from training.run import run_job
 
@@ -70,6 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids.tofile(data / "a.bin")
     np.save(data / "a.npy", ids)
     datasets.Dataset.from_dict({"text": [TEXT] * 4}).save_to_disk(data / "saved")
+    assert load_chat_template(str(model)) is not None  # what is imported on a first use is no file's
     (data / "texts").mkdir()
     (data / "texts/a.txt").write_text(TEXT)
     return root
@@ -164,11 +167,12 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
     "a link to nothing": lambda file: file.symlink_to("nowhere"),
 }
-FIRST = ("a pipe", "a link to a device")
+FIRST = ("a pipe",)
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the line with which a command refuses its files, in time and without more memory than it may take."""
+    before = resident("VmRSS", reset=True)
     tracemalloc.start()
     began = time.process_time()  # a wait has the test's own limit
     try:
@@ -182,7 +186,19 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert len(text.splitlines()) == 1, text
     assert seconds < patient(SECONDS), seconds
     assert peak < 2 * MEBIBYTE, peak
+    assert resident("VmHWM") < before + 8 * MEBIBYTE  # also what tracemalloc does not see
     return text
+
+
+def resident(field: str, *, reset: bool = False) -> int:
+    """Return the memory that this process has resident, or the most since it was reset, in bytes."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # a machine that cannot tell
+            return 1 << 60
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def cases() -> Iterator[Any]:
@@ -435,6 +451,45 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Callable[[Path], list[str]], 
     "metrics that are deep": (replace("run/metrics.jsonl", DEEP + "\n"), resume, "nested too deep"),
 }
 """What is planted in the folder, a command that reads it, and words of the refusal."""
+
+
+PAGE, HEADING = "docs/faults.md", "Hostile files"
+ROWS = {
+    "a pipe, a socket, a device, or a folder in place of a file": (*SPECIAL, "a config without end"),
+    "a link to nothing, or in a circle": tuple(SPECIAL),
+    "a file that is larger than one of its kind may be": tuple(name for name in HOSTILE if "of a TiB" in name),
+    "JSON that is nested deep, has a key twice, or a number that JSON lacks": (
+        *(name for name in HOSTILE if name.endswith("is deep") or name.endswith("are deep")),
+        *("a config with a key twice", "a config with NaN", "a number of 100,000 digits"),
+    ),
+    "a pickle in place of weights or data, or in an array or a dataset": (
+        *(name for name in HOSTILE if "pickle" in name),
+        "an array of objects",
+    ),
+    "safetensors whose header, shape or offsets cannot be": (
+        *("a header of 2^60 bytes", "a shape that overflows", "a shape of 2^60 rows of nothing"),
+        *("a negative offset", "an offset of 2^63", "a dtype of objects"),
+    ),
+    "weights of another shape or dtype than config.json describes": (
+        *("a shape that is not the config's", "a dtype that no weight has"),
+    ),
+    "a name that leads out of a folder, in an index of weights or a saved dataset": (
+        *("a shard outside of the folder", "a shard by its whole path"),
+        *("a saved dataset that names a file outside", "a saved dataset of another type"),
+    ),
+    "an array of token ids whose header cannot be": tuple(name for name in HOSTILE if name.startswith("an array")),
+    "a .gz that unpacks to a single line, or to empty lines": tuple(name for name in HOSTILE if "packed" in name),
+    "a chat template that has no end, writes a large text, or reads files": (
+        *(name for name in HOSTILE if name.startswith("a chat template")),
+    ),
+    "a metrics.jsonl that no run has written, where a run resumes": ("metrics that no run has written",),
+}
+"""The rows of the table in the documents, and what is planted for each."""
+
+
+def test_the_table_of_hostile_files_has_a_row_for_each_that_is_planted() -> None:
+    assert [row.what for row in rows(PAGE, HEADING)] == list(ROWS)
+    assert {name for names in ROWS.values() for name in names} == {*HOSTILE, *SPECIAL}
 
 
 @pytest.mark.timeout(20)

@@ -88,7 +88,8 @@ def starts_after(tokens: Ids, end: int, store: ArrayStore) -> None:
 def _map_npy(source: Source, file: Path) -> Ids:
     _check_npy_header(source, file)
     try:
-        tokens: Array = np.lib.format.open_memmap(file, mode="r")
+        with np.errstate(over="ignore"):  # of a shape that cannot be: it is refused
+            tokens: Array = np.lib.format.open_memmap(file, mode="r")
     except OSError as error:
         raise DataError(f"{source.key}: cannot read {file}: {error.strerror}.") from error
     except Exception as error:  # a header that means nothing makes Python's parser raise a MemoryError, say
