@@ -210,7 +210,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.timeout(10)
-@pytest.mark.parametrize(("file", "special", "command"), cases())
+@pytest.mark.parametrize(("file", "special", "command"), list(cases()))
 def test_what_is_no_regular_file_is_refused_by_its_name(
     file: str, special: str, command: Any, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -459,14 +459,15 @@ ROWS = {
     "a link to nothing, or in a circle": tuple(SPECIAL),
     "a file that is larger than one of its kind may be": tuple(name for name in HOSTILE if "of a TiB" in name),
     "JSON that is nested deep, has a key twice, or a number that JSON lacks": (
-        *(name for name in HOSTILE if name.endswith("is deep") or name.endswith("are deep")),
+        *(name for name in HOSTILE if name.endswith(("is deep", "are deep"))),
         *("a config with a key twice", "a config with NaN", "a number of 100,000 digits"),
     ),
     "a pickle in place of weights or data, or in an array or a dataset": (
         *(name for name in HOSTILE if "pickle" in name),
         "an array of objects",
     ),
-    "safetensors whose header, shape or offsets cannot be": (
+    "safetensors or Parquet whose header, shape or offsets cannot be": (
+        "Parquet with a footer of 2 GiB",
         *("a header of 2^60 bytes", "a shape that overflows", "a shape of 2^60 rows of nothing"),
         *("a negative offset", "an offset of 2^63", "a dtype of objects"),
     ),
