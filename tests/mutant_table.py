@@ -2285,6 +2285,51 @@ WATCHED = (
     ),
 )
 
+HOSTILE_FILES = (
+    Mutant(
+        "pipe-opened",
+        "a pipe in place of a file is waited for",
+        "parallel/regular_file.py",
+        "    if kind != stat.S_IFREG:\n",
+        "    if kind not in (stat.S_IFREG, stat.S_IFIFO):\n",
+        "tests/test_regular_file.py::test_what_is_no_regular_file_is_refused_before_it_is_opened[a pipe]",
+    ),
+    Mutant(
+        "replaced-file-not-looked-at",
+        "a pipe that takes the name of a file between the look and the opening is read",
+        "parallel/regular_file.py",
+        "            _check(file, os.fstat(descriptor), error)  # another one may have its name by now\n",
+        "",
+        "tests/test_regular_file.py::test_a_file_that_takes_the_name_of_another_one_is_not_opened_for_it",
+    ),
+    Mutant(
+        "shard-outside-of-the-folder",
+        "an index of weights names a file outside of its folder, and it is read",
+        "models/weight_files.py",
+        "    if outside := [name for name in names if name != Path(name).name]:\n",
+        "    if outside := [name for name in names if not name]:\n",
+        "tests/test_hostile_files.py::"
+        "test_hostile_contents_are_refused_and_never_executed[a shard outside of the folder]",
+    ),
+    Mutant(
+        "cached-bytes-not-compared",
+        "a byte that has changed in an entry of the cache is trained on",
+        "models/data/block_sums.py",
+        "        if zlib.crc32(stream.read(BLOCK)) != expected:\n",
+        "        if not zlib.crc32(stream.read(BLOCK)):\n",
+        "tests/test_cache.py::test_a_damaged_entry_is_made_again[_flipped]",
+    ),
+    Mutant(
+        "endless-template",
+        "the rounds of a chat template's loops are not counted",
+        "models/chat_limits.py",
+        "        self._rounds += rounds\n",
+        "        self._rounds = rounds\n",
+        "tests/test_hostile_files.py::"
+        "test_hostile_contents_are_refused_and_never_executed[a chat template without end]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2335,4 +2380,5 @@ MUTANTS = (
     *SAVED_BEHIND,
     *NO_ROOM,
     *WATCHED,
+    *HOSTILE_FILES,
 )
