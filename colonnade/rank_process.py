@@ -152,7 +152,9 @@ class RankProcess:
         speaks = self._speaks(error)
         if not may_go_away:
             self._decide(error.code, str(error))
-        self.watch.leave(f"it {'refuses' if error.code == ExitCode.REFUSED else 'ends'}: {error}", code=error.code)
+        first_line = str(error).partition("\n")[0]  # of a shortage: tables follow
+        reason = first_line if isinstance(error, OF_ONE_RANK) else str(error)
+        self.watch.leave(f"it {'refuses' if error.code == ExitCode.REFUSED else 'ends'}: {reason}", code=error.code)
         if speaks:
             self.attempt.history.is_first("record", str(self.place.rank))
             self._record(error.code, str(error))

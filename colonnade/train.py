@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the config and its inputs, print the layout and the memory of each rank, and start nothing",
     )
+    add(
+        "--debug-comm",
+        action="store_true",
+        help="compare every collective between its ranks before it begins, and name those that differ; slow",
+    )
     add("--world", metavar="N", type=count, help="with --check: the number of processes (default: the fewest that fit)")
     add(
         "--profile",
@@ -78,6 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     """Read the config and all that the run needs, and check it. Raises ColonnadeError."""
     from parallel.engine.stop_signals import do_nothing
+    from parallel.placement.shortage import refusing_without_room
     from training.attempt import in_own_folder, resume_of
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
@@ -89,14 +95,16 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_asked)
     start = launch.history.start()
     resume = resume_of(start, config, arguments.resume)
-    job = prepare(config, place, resume=resume, profile=arguments.profile, overridden=arguments.set, cache=cache)
+    with refusing_without_room(place.rank, "reading the data"):
+        job = prepare(config, place, resume=resume, profile=arguments.profile, overridden=arguments.set, cache=cache)
     job = in_own_folder(job, start)
+    facts = partial(facts_of_job, job, debug_comm=arguments.debug_comm)
 
     def work(watch: "Watch", attempt: "Attempt") -> None:
         from training.run import run_job
 
         attempt.stop.tell(do_nothing)  # until the engine is made, which tells the other ranks
-        run_job(job, watch, attempt=attempt)
+        run_job(job, watch, attempt=attempt, debug_comm=arguments.debug_comm)
 
     modules = ("training.run", *modules_of_steps(config))
-    return Prepared(partial(facts_of_job, job), config.train.timeout_seconds, work, modules)
+    return Prepared(facts, config.train.timeout_seconds, work, modules)

@@ -16,6 +16,7 @@ from parallel.errors import (
     DataError,
     LostRankError,
     ModelError,
+    NoRoomError,
     StorageError,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "LostRankError",
     "ModelError",
     "ModuleEngine",
+    "NoRoomError",
     "Place",
     "StepResult",
     "StorageError",

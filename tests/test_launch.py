@@ -22,7 +22,7 @@ from models.generation.text_generator import Options
 from parallel.config import load_raw, parse
 from parallel.engine.device import choose_device
 from parallel.engine.stop_signals import STOP_SIGNALS
-from parallel.errors import ColonnadeError, ConfigError, RoomError, StorageError
+from parallel.errors import ColonnadeError, ConfigError, DiskFullError, NoRoomError, RoomError, StorageError
 from parallel.mesh.topology import Topology
 from tests.patience import LIMIT, wait_until
 from training import spawn
@@ -429,11 +429,11 @@ def test_two_processes_train_and_the_export_generates(tmp_path: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("kind", [RoomError, StorageError, ConfigError])
+@pytest.mark.parametrize("kind", [RoomError, NoRoomError, StorageError, ConfigError, DiskFullError])
 def test_a_rank_that_alone_lacks_room_prints_so_itself(
     kind: type[ColonnadeError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 0 cannot print it: it waits for the other rank until it is ended. What every rank refuses, rank 0 prints."""
+    """Rank 0 cannot print it: it waits for the other rank until it is ended. What every rank raises, rank 0 prints."""
 
     def fail(job: object, watch: object, *, attempt: object) -> None:
         raise kind("zero.nvme_dir: no room")
@@ -441,5 +441,5 @@ def test_a_rank_that_alone_lacks_room_prints_so_itself(
     monkeypatch.setattr("training.run.run_job", fail)
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
-    assert call("--set", *SMALL, f"output.dir={tmp_path}") == 2
-    assert ("no room" in capsys.readouterr().err) == (kind is not ConfigError)
+    assert call("--set", *SMALL, f"output.dir={tmp_path}") == kind.code
+    assert ("no room" in capsys.readouterr().err) == (kind not in (ConfigError, DiskFullError))

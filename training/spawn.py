@@ -23,6 +23,7 @@ from parallel.errors import ExitCode
 from parallel.mesh.process_groups import connect_to_store, host_store
 from parallel.watch.beat import Beat
 from parallel.watch.board import NO_RANK, Board, prefix_of
+from parallel.watch.control_groups import OomKills
 from parallel.watch.history import PREFIX, SIGNALLED, History, Start
 from parallel.watch.judge import Verdict
 from parallel.watch.process import die_with
@@ -36,6 +37,9 @@ SECONDS_TO_END = 30.0
 
 OF_ALL = ExitCode.REFUSED, ExitCode.NOT_FINITE
 """The exit codes of ends that all ranks come to by themselves."""
+
+SERVER_ENDED = 255
+"""The exit code that multiprocessing gives a rank when the fork server, which alone could tell it, has ended."""
 
 SEARCH = ("PYTHONPATH", "PYTHONSAFEPATH")
 """The variables that say where Python searches modules."""
@@ -65,7 +69,7 @@ def run_ranks(
     beat.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload([*preload, "training.ends_with_launcher"])
     _start_server()
     store, port = host_store(prefix_of("0"))
     board = Board(store, rank=NO_RANK, size=num_ranks)
@@ -160,7 +164,7 @@ class _Ranks:
         on_lost: OnLost | None,
     ) -> None:
         self._processes, self._board, self._history = processes, board, history
-        self._stop, self._on_lost = stop, on_lost
+        self._stop, self._on_lost, self._oom_kills = stop, on_lost, OomKills()
 
     def wait(self) -> int:
         """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
@@ -216,7 +220,7 @@ class _Ranks:
         least = min(map(_exit_code, failed))
         if least == -self._stop.number:
             return code_of(self._stop.number)
-        return int(ExitCode.LOST) if least < 0 else least
+        return int(ExitCode.LOST) if least < 0 or least == SERVER_ENDED else least
 
     def _how_it_ended(self, rank: int) -> str:
         """Return which rank ended and how, and how far it had come when it last told."""
@@ -224,6 +228,10 @@ class _Ranks:
         name, position = f"rank {rank}", ""
         if beats:
             name, position = beats[0].name, f", last seen {beats[0].position}"
+        if code == -signal.SIGKILL and (explanation := self._oom_kills.explanation()):
+            return f"{name} was {explanation}{position}"
+        if code == SERVER_ENDED:
+            return "the process that starts the ranks was killed"
         if code < 0:
             return f"{name} was killed by signal {-code}, {signal.Signals(-code).name}{position}"
         return f"{name} ended with exit code {code}{position}"

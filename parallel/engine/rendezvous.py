@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 from parallel.errors import ConfigError
 from parallel.mesh.process_groups import GroupStore, connect_to_store
@@ -40,6 +41,16 @@ class Rendezvous:
         restarts, size = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
         attempt = f"{restarts}.{size}" if "TORCHELASTIC_RUN_ID" in os.environ else restarts
         return cls(host, int(port), launcher_hosts, restarts, attempt)
+
+
+def leave_nccl_to_the_watch(timeout: timedelta) -> None:
+    """Have NCCL's own watchdog end no process, so that the watch over the ranks names the lost one; before NCCL starts.
+
+    It would abort the process with a traceback when the connection to a rank breaks, a second or two before the watch
+    knows why; and after eight minutes in which it is not answered itself. What the user has set stays.
+    """
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{timeout.total_seconds():.0f}")
 
 
 def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speaker = "every") -> Watch:
