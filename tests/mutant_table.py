@@ -2009,8 +2009,8 @@ SEEN_AND_GENERATED = (
         "prompts-split-within-a-line",
         "a character that Unicode calls the end of a line makes two prompts of one",
         "models/generation/prompts.py",
-        'encoding="utf-8-sig").split("\\n")',
-        'encoding="utf-8-sig").splitlines()',
+        'return text.split("\\n")',
+        "return text.splitlines()",
         f"{GENERATE_TESTS}::test_a_line_of_a_file_of_prompts_ends_at_a_line_feed_alone",
     ),
     Mutant(
