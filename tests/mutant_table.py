@@ -2330,6 +2330,34 @@ HOSTILE_FILES = (
     ),
 )
 
+KILLED = "tests/test_kills.py::test_a_killed_run_goes_on_bit_for_bit[{}]"
+KILLS = (
+    Mutant(
+        "last-save-left-unsettled",
+        "a run that is killed after its last save keeps more checkpoints than it should",
+        "training/run.py",
+        "    checkpoints.settle()\n",
+        "",
+        KILLED.format("one rank, validated"),
+    ),
+    Mutant(
+        "replaced-checkpoint-settled",
+        "a run that goes on from a checkpoint which was being replaced deletes it",
+        "parallel/checkpoint/checkpoint.py",
+        "    return STEP_FOLDER.fullmatch(folder.name) is not None\n",
+        "    return True\n",
+        "tests/test_kills.py::test_a_run_without_steps_left_leaves_the_only_whole_checkpoint_where_it_is",
+    ),
+    Mutant(
+        "loss-scale-not-resumed",
+        "a run in fp16 that goes on skips steps again until its loss scale has come down",
+        "parallel/engine/base.py",
+        "self.loss_scale.scale, self.loss_scale.good_steps = counters",
+        "_ = counters",
+        KILLED.format("fp16 with overflows"),
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2381,4 +2409,5 @@ MUTANTS = (
     *NO_ROOM,
     *WATCHED,
     *HOSTILE_FILES,
+    *KILLS,
 )

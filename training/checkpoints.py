@@ -51,15 +51,19 @@ class Checkpoints:
     def settle(self) -> None:
         """Do what a kill may have kept the last save from, where the run goes on from the newest of its checkpoints.
 
-        If no step is left, no other save would do it: `best` would name an older one, and too many would be kept.
+        If no step is left, no other save would do it: `best` would name an older one, and too many would be kept. Where
+        newer ones were passed over, all stays as it is until the next save.
         """
-        found, output = self.job.resume_from, self.engine.config.output
-        if found is None or not self.job.folder.resumed or not (output.checkpoint_every or output.keep_best):
+        inputs, output = self.job.inputs, self.engine.config.output
+        found = inputs.found
+        if found is None or found.passed_over or inputs.given.resume != "auto":
             return
-        with fail_together(self.engine.mesh.world):
-            if self.engine.mesh.world.rank == 0 and checkpoint.is_newest(found):
-                best = self._best_folder() or checkpoint.best_checkpoint(self.job.folder.path)
-                checkpoint.settle(checkpoint.Target(found, output.keep_checkpoints, best))
+        folder, is_rank_0 = found.index.folder, self.engine.mesh.world.rank == 0
+        if checkpoint.has_its_name(folder) and (output.checkpoint_every or output.keep_best):
+            best = self._best_folder() or checkpoint.best_checkpoint(self.job.folder.path)
+            with fail_together(self.engine.mesh.world):
+                if is_rank_0:
+                    checkpoint.settle(checkpoint.Target(folder, output.keep_checkpoints, best))
 
     def look(self) -> None:
         """Tell of the checkpoint that was written in the background, where every rank has written it."""
