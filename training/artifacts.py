@@ -12,7 +12,7 @@ from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES, dtype_name
 from parallel.engine.engine import Engine
-from training.best_loss import BestLoss
+from training.history import History
 from training.plot import draw_loss
 from training.preflight import Job
 from training.resume import metadata_of
@@ -21,17 +21,21 @@ from training.screen import Screen
 log = logging.getLogger(__name__)
 
 
-def save_checkpoint(engine: Engine, job: Job, best: BestLoss, step: int) -> Path:
-    """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns."""
+def save_checkpoint(engine: Engine, job: Job, history: History, step: int) -> Path:
+    """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns.
+
+    Raises NonFiniteError, before anything is written, where a weight or a state of the optimizer is not finite.
+    """
+    engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)
     output, run = engine.config.output, job.folder.path
     target = checkpoint.step_folder(run, step)
     checkpoint.save(
         target,
         engine.state_pieces(owned=True),
-        metadata=metadata_of(engine.config, engine.counters(), job.corpus, best),
+        metadata=metadata_of(engine.config, engine.counters(), job.corpus, history),
         axis=engine.mesh.world,
         keep=output.keep_checkpoints,
-        best=checkpoint.step_folder(run, best.step) if output.keep_best and best.step else None,
+        best=checkpoint.step_folder(run, history.best.step) if output.keep_best and history.best.step else None,
     )
     return target
 

@@ -14,6 +14,7 @@ from parallel.checkpoint import checkpoint
 from parallel.config import Config
 from parallel.errors import CheckpointError, ConfigError
 from training.best_loss import BestLoss
+from training.history import History
 from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
 
 
@@ -73,7 +74,7 @@ def check_same_model(folder: Path, shape: ModelShape) -> None:
         raise CheckpointError(f"--resume: {folder} is of another model: it has {differing}.")
 
 
-def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, best: BestLoss) -> dict[str, Any]:
+def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, history: History) -> dict[str, Any]:
     """Return what a checkpoint says about its run."""
     return {
         "step": counters["step"],
@@ -81,7 +82,8 @@ def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, bes
         "model": fields_of(shape_of(config)),
         "config": config.to_dict(),
         "corpus": corpus_record(corpus),
-        "best": best.state(),
+        "best": history.best.state(),
+        "recent": history.outliers.state(),
     }
 
 
@@ -91,6 +93,11 @@ def counters_of(folder: Path) -> dict[str, Any]:
     return {**metadata["counters"], "samples": samples_taken(metadata)}
 
 
-def best_of(folder: Path | None) -> BestLoss:
-    """Return the lowest validation loss that a run had had when it saved this checkpoint."""
-    return BestLoss() if folder is None else BestLoss.restored(checkpoint.read_metadata(folder).get("best"))
+def history_of(folder: Path | None) -> History:
+    """Return the losses that a run had had when it saved this checkpoint."""
+    found = History()
+    if folder is not None:
+        metadata = checkpoint.read_metadata(folder)
+        found = History(BestLoss.restored(metadata.get("best")))
+        found.outliers.restore(metadata.get("recent"))
+    return found

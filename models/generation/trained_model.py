@@ -25,8 +25,10 @@ from parallel.checkpoint.shards import fail_together
 from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
-from parallel.errors import ColonnadeError, DataError
+from parallel.errors import ColonnadeError, DataError, NonFiniteError
+from parallel.layout.finite import problem_of
 from parallel.layout.layout import ParameterInfo
+from parallel.mesh.agreement import Agreement
 from parallel.pipeline.stage import SetValues
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -63,7 +65,8 @@ class TrainedModel:
     def load(self, context: Context) -> Inference:
         """Return the weights of this rank in the layout of a context. Every rank calls this.
 
-        Raises ConfigError, DataError or CheckpointError on every rank.
+        Raises ConfigError, DataError or CheckpointError on every rank; NonFiniteError where a weight is not finite,
+        also because it is too large for the precision.
         """
         set_values = partial(set_initial_values, config=context.config)
         if self.is_checkpoint:
@@ -73,7 +76,12 @@ class TrainedModel:
                 checkpoint.check_contents(self.folder, context.mesh.world)
         else:
             check_origin(context)
-        return inference_of(context, set_values)
+        found = inference_of(context, set_values)
+        pieces = (piece for chunk in found.chunks for piece in chunk.spec.pieces(chunk.parameters.own))
+        problem = problem_of(pieces)
+        problem = problem and f"{self.folder}: {problem}."
+        Agreement(context.mesh.world).agree_on("a check of the weights", problem, NonFiniteError)
+        return found
 
 
 def inference_of(context: Context, set_values: SetValues) -> Inference:
