@@ -71,7 +71,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
     cache = cache_of(os.environ, quiet=place.rank != 0)
     inputs = read_inputs(config, resume=arguments.resume, overridden=arguments.set, cache=cache)
     config = inputs.config
-    messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.resume_from)]
+    messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.found)]
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
     print_layout(console, preview, messages)
     print_timeline(console, preview)

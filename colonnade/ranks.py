@@ -33,12 +33,14 @@ class Prepared:
 class Launch:
     """The place of this process, and the size of the world that it belongs to or is to start.
 
-    `end_if_terminated` ends the process if SIGTERM has come: long preparations call it again and again.
+    `end_if_terminated` ends the process if SIGTERM has come, or if `watch` has found another rank lost: long
+    preparations call it again and again.
     """
 
     place: "Place"
     world_size: int
     end_if_terminated: Callable[[], object]
+    watch: "Watch"
 
 
 def run_on_ranks(
@@ -68,7 +70,7 @@ def run_on_ranks(
         world_size = arguments.nprocs or place.world_size
         watch = watch_of(place, speaker="launcher" if multiprocessing.parent_process() is not None else "first")
         with watch.refusing(), watch.phase("preparation"):
-            prepared = prepare(Launch(place, world_size, lambda: ended and sys.exit(TERMINATED)))
+            prepared = prepare(Launch(place, world_size, lambda: _end_if(ended, watch), watch))
             if watch.is_on:
                 watch.meet(prepared.facts(), prepared.timeout)
         signal.signal(signal.SIGTERM, terminate)
@@ -89,6 +91,13 @@ def run_on_ranks(
             print(error, file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes a handler of ours before the process ends
         return code
+
+
+def _end_if(terminated: Sequence[int], watch: "Watch") -> None:
+    """End the process where it was asked to. Raises LostRankError where another rank is silent."""
+    if terminated:
+        sys.exit(TERMINATED)
+    watch.check()
 
 
 def _start(main: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, modules: Sequence[str]) -> int:

@@ -81,6 +81,7 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
 
     place = launch.place
     config = read_config(arguments.config, arguments.set, launch.world_size)
+    launch.watch.set_timeout(config.train.timeout_seconds)
     cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_terminated)
     job = prepare(
         config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set, cache=cache

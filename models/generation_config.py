@@ -7,10 +7,12 @@ from typing import Any, TypeAlias
 
 from models.shape import ModelShape
 from models.tokenizer import Tokenizer
-from parallel.checkpoint.shards import read_json, write_json
+from parallel.checkpoint.shards import write_json
 from parallel.errors import DataError
+from parallel.regular_file import read_json
 
 FILE = "generation_config.json"
+MOST_BYTES = 1 << 20
 GenerationConfig: TypeAlias = Mapping[str, Any]
 
 
@@ -19,7 +21,7 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     file = Path(folder) / FILE
     if not os.path.lexists(file):
         return None
-    content = read_json(file, DataError)
+    content = read_json(file, lambda text: DataError(f"model.path: {text}"), at_most=MOST_BYTES, links=True)
     if not isinstance(content, dict):
         raise DataError(f"model.path: {file} is not a JSON object.")
     ends = content.get("eos_token_id")

@@ -3,13 +3,16 @@
 This module needs no torch.
 """
 
-import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError, shortened, shown
+from parallel.regular_file import read_json
+
+MOST_BYTES = 1 << 20
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{,95}/[A-Za-z0-9][\w.-]{,95}")
 
@@ -18,14 +21,9 @@ def read_config(path: str | Path, families: Iterable[str]) -> dict[str, Any]:
     """Return the content of DIR/config.json, whose `model_type` is one of these families. Raises ConfigError."""
     file = Path(path) / "config.json"
     name = shortened(str(file))
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"model.path: cannot read {name}: {error.strerror}. {_advice(Path(path))}") from error
-    except RecursionError as error:
-        raise ConfigError(f"model.path: {name} is nested too deep for a config.json.") from error
-    except ValueError as error:
-        raise ConfigError(f"model.path: {name} is not JSON: {shortened(str(error))}.") from error
+    if not os.path.lexists(file):
+        raise ConfigError(f"model.path: cannot read {name}: it does not exist. {_advice(Path(path))}")
+    raw = read_json(file, lambda text: ConfigError(f"model.path: {text}"), at_most=MOST_BYTES, links=True)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     known = tuple(families)
     if kind not in known:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from parallel.checkpoint.hf_folder import INDEX, SINGLE
-from parallel.checkpoint.shards import read_json
 from parallel.errors import DataError, names_text
+from parallel.regular_file import read_json
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PARTS_OF_A_DOWNLOAD = ("incomplete", "part", "partial", "crdownload", "download", "aria2", "tmp")
@@ -21,6 +21,7 @@ FORMATS = (
 )
 WEIGHT_LIKE = re.compile(rf"\.({'|'.join((*FORMATS, *PARTS_OF_A_DOWNLOAD))})(\W|$)", re.IGNORECASE)
 NOT_WEIGHTS = re.compile(r"training_args\.bin|tokenizer\.(bin|pkl)|.*\.(lock|metadata)", re.IGNORECASE)
+MOST_INDEX = 1 << 26  # bytes: the largest index of a published model has 20 MiB
 DEPTH = 3  # levels of folders: the hub's client keeps parts of a download in .cache/huggingface/download
 ADAPTER = "adapter_config.json"
 
@@ -61,6 +62,10 @@ def _usable(file: Path) -> Path:
     return file
 
 
+def _refusal(text: str) -> DataError:
+    return DataError(f"model.path: {text}")
+
+
 def _problem(file: Path) -> str:
     """Return what is wrong with a file from the outside, and what would work; an empty text where nothing is."""
     try:
@@ -81,7 +86,7 @@ def _problem(file: Path) -> str:
 
 def _shards(index: Path) -> list[Path]:
     """Return the shards that an index names. Raises DataError unless all are there."""
-    content = read_json(index, DataError)
+    content = read_json(index, _refusal, at_most=MOST_INDEX, links=True)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise DataError(f"model.path: {index} is damaged: it has no 'weight_map' of files.")

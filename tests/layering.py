@@ -13,6 +13,7 @@ PACKAGES = ("parallel", "models", "training", "colonnade")
 # `NAME.*` is a package and everything in it; a plain name is only that module (for a package: its __init__.py).
 LAYERS = (
     "parallel.errors",
+    "parallel.regular_file",
     "parallel.config.*",
     "parallel.ops.*",
     "parallel.watch.*",
@@ -43,6 +44,7 @@ MAY_USE_TORCH_DISTRIBUTED = ("parallel.mesh.process_groups", "parallel.mesh.coll
 # Modules of plain data and arithmetic, which import neither torch nor a module of ours that does.
 PURE = (
     "parallel.errors",
+    "parallel.regular_file",
     "parallel.config.*",
     "parallel.watch.*",
     "parallel.mesh.topology",

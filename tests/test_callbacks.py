@@ -59,7 +59,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_callback_is_told_of_all_that_happens_in_order(tmp_path: Path) -> None:
     recorder = Recorder()
-    run_job(prepared(tmp_path, *SHORT, "output.eval_every=2", "output.checkpoint_every=2"), callbacks=[recorder])
+    run_job(
+        prepared(tmp_path, *SHORT, "output.eval_every=2", "output.checkpoint_every=2", "output.checkpoint_async=False"),
+        callbacks=[recorder],
+    )
     lines = lines_of(tmp_path)
     assert recorder.told == [
         ("start", 0),

@@ -25,6 +25,7 @@ from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, ConfigError
+from tests.checkpoints import seal
 from tests.harness import run
 from training import metrics, plot
 from training.callbacks import Callback, Callbacks, Run
@@ -282,6 +283,7 @@ def test_a_checkpoint_of_another_family_is_refused_by_the_familys_name_alone(tmp
     """Fields that only one of the two families has were named as well: `ffn_dim None, not 64`."""
     index = dict(metadata=dict(model=fields_of(named_sizes()["llama-tiny"])), files={}, tensors={})
     (tmp_path / "checkpoint.json").write_text(json.dumps(index))
+    seal(tmp_path)
     with pytest.raises(CheckpointError, match=r"is of another model: it has model_type llama, not opt\.$"):
         prepared(tmp_path / "other", resume=str(tmp_path))
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import launch
 from colonnade.cli import main as colonnade
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.newest import Found, find_newest
 from parallel.engine.engine import Engine
 from parallel.errors import ExitCode, NonFiniteError
 from tests.test_loop import TINY, prepared
@@ -27,6 +29,7 @@ from training.run import run_job
 
 ROOT = Path(__file__).parents[1]
 NAN = float("nan")
+IN_STEP = "output.checkpoint_async=False"  # a NaN that is planted beside an update would reach a save that is running
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, at: Callable[[int], bool], how: Callable[[Engine], object]) -> None:
@@ -53,22 +56,23 @@ def spoil_next_gradient(engine: Engine) -> None:
 
     def step(*arguments: Any) -> None:
         handle.remove()
-        engine.optimizer.step = update  # type: ignore[method-assign]
+        patched.step = update
         update(*arguments)
 
-    engine.optimizer.step = step  # type: ignore[method-assign]
+    patched: Any = engine.optimizer
+    patched.step = step
 
 
 def trained(folder: Path, *assignments: str) -> int:
-    run_of = ["--set", *TINY, f"output.dir={folder}", "output.checkpoint_every=1", *assignments]
+    run_of = ["--set", *TINY, f"output.dir={folder}", "output.checkpoint_every=1", IN_STEP, *assignments]
     return launch.main(launch.read_arguments(run_of))
 
 
 def assert_kept_is_finite(folder: Path, newest: int) -> None:
     assert not (folder / "export").exists()
-    found = checkpoint.find_checkpoint("auto", folder)
+    found = find_newest(folder / checkpoint.CHECKPOINTS)
     assert found is not None
-    assert found.name == f"step_{newest:06d}"
+    assert found.index.folder.name == f"step_{newest:06d}"
     for file in folder.glob("checkpoints/step_*/*.safetensors"):
         assert all(bool(x.isfinite().all()) for x in load_file(file).values())
 
@@ -112,7 +116,7 @@ def test_steps_that_are_left_out_are_counted_saved_and_shown(
     assert "2 steps with a number that was not finite" in output
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert "step 5: the gradient's norm is nan: the step is left out (1 in a row, 2 in all)" in log
-    counters = checkpoint.read_metadata(tmp_path / "checkpoints" / "step_000006")["counters"]
+    counters = Index.read(tmp_path / "checkpoints" / "step_000006").metadata["counters"]
     assert (counters["nonfinite_steps"], counters["updates"], counters["step"]) == (2, 4, 6)
 
 
@@ -222,8 +226,8 @@ def test_a_run_marks_a_loss_in_its_metrics_and_in_its_picture_and_resumes_its_hi
     assert "loss" in last["outliers"]
     assert "deviations above its last 5" in capsys.readouterr().out
     lines = list(metrics.read(tmp_path / "metrics.jsonl"))
-    found = history_of(checkpoint.step_folder(tmp_path, 6)).outliers.state()
-    assert found == {key: [line[key] for line in lines] for key in ("loss", "grad_norm")}
+    saved = Found(Index.read(checkpoint.step_folder(tmp_path, 6)))
+    assert history_of(saved).outliers.state() == {key: [line[key] for line in lines] for key in ("loss", "grad_norm")}
     assert history_of(None).outliers.state() == History().outliers.state()
     assert draw_loss(tmp_path / "metrics.jsonl", tmp_path / "marked.png")
 
@@ -257,7 +261,7 @@ Engine.train_step = spoiled
 @pytest.mark.parametrize("layout", ["parallel.pipeline=2", "zero.stage=3", "parallel.tensor=1d"])
 def test_two_ranks_end_with_code_4_and_keep_the_checkpoint_before(tmp_path: Path, layout: str) -> None:
     (tmp_path / "spoiler.py").write_text(PLANTED)
-    run_of = [*TINY, f"output.dir={tmp_path / 'run'}", "output.checkpoint_every=1", layout]
+    run_of = [*TINY, f"output.dir={tmp_path / 'run'}", "output.checkpoint_every=1", IN_STEP, layout]
     run_of += [f"output.callbacks=['{tmp_path}/spoiler.py:Spoiler']", "train.timeout_seconds=60"]
     command = [sys.executable, "-m", "colonnade", "train", "--nprocs", "2", "--set", *run_of]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,43 +1,20 @@
-"""The files that a run leaves beside its metrics: checkpoints while it trains, and then an export and a plot."""
+"""The files that a run leaves when it has trained: an export and a plot."""
 
 import logging
-from pathlib import Path
 
 from models.generation_config import exported_shape, write_generation_config
 from models.hf import export
 from models.saved_model import widest_dtype
 from models.shapes import shape_of
-from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES, dtype_name
 from parallel.engine.engine import Engine
-from training.history import History
 from training.plot import draw_loss
 from training.preflight import Job
-from training.resume import metadata_of
 from training.screen import Screen
 
 log = logging.getLogger(__name__)
-
-
-def save_checkpoint(engine: Engine, job: Job, history: History, step: int) -> Path:
-    """Save what the engine needs to go on after this step, and return the folder. Each rank writes what it owns.
-
-    Raises NonFiniteError, before anything is written, where a weight or a state of the optimizer is not finite.
-    """
-    engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)
-    output, run = engine.config.output, job.folder.path
-    target = checkpoint.step_folder(run, step)
-    checkpoint.save(
-        target,
-        engine.state_pieces(owned=True),
-        metadata=metadata_of(engine.config, engine.counters(), job.corpus, history),
-        axis=engine.mesh.world,
-        keep=output.keep_checkpoints,
-        best=checkpoint.step_folder(run, history.best.step) if output.keep_best and history.best.step else None,
-    )
-    return target
 
 
 def export_model(engine: Engine, job: Job, screen: Screen) -> None:

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from models.data import Loader
 from parallel.config import Config
@@ -22,16 +21,16 @@ def fit(
     loader: Loader,
     *,
     callbacks: Callbacks,
-    save: Callable[[int], Path],
+    save: Callable[[int], object],
     history: History,
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Train from the engine's last step to `train.steps`, or until early stopping ends the run before.
 
-    Every rank does the same, in the same order. `save` saves the checkpoint of a step, and returns its folder. The
-    `history` takes in the numbers of each step, and the loss of the validation samples, if there are any, which is
-    computed every `eval_every` steps and after the last step. Each step, counted from 1, runs inside the context that
-    `around_step` returns.
+    Every rank does the same, in the same order. `save` saves the checkpoint of a step, or begins to. The `history`
+    takes in the numbers of each step, and the loss of the validation samples, if there are any, which is computed every
+    `eval_every` steps and after the last step. Each step, counted from 1, runs inside the context that `around_step`
+    returns.
 
     The seconds of a step are those of its data, forwards, backwards and update, without evaluation, checkpoints and
     callbacks. Raises NonFiniteError, on every rank, after a step or an evaluation whose numbers are not finite; the
@@ -61,7 +60,7 @@ def fit(
             is_best = best.take(step, line["validation_loss"])
             callbacks.on_evaluate(step, line["validation_loss"])
         if is_due(step, config.output.checkpoint_every) or (is_best and config.output.keep_best):
-            callbacks.on_checkpoint(step, save(step))
+            save(step)
 
 
 def ends_early(config: Config, best: BestLoss) -> bool:

@@ -55,8 +55,8 @@ class Outliers:
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on from what `state` returned; None: an older checkpoint has no history."""
-        for key, values in (state or {}).items():
-            self._history[key] = deque(map(float, values), maxlen=KEPT)
+        if state is not None:
+            self._history = {key: deque(map(float, state[key]), maxlen=KEPT) for key in KEYS}
 
 
 def _deviations(value: float, history: deque[float]) -> float:

@@ -6,31 +6,31 @@ import platform
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import astuple
-from functools import partial
+from dataclasses import astuple, replace
 from importlib import import_module
 
 import torch
 
 from models.build import build, stage_of
 from models.data import Loader, SampleOrder
-from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.verify import verify
 from parallel.engine.base import initial_placement_of
 from parallel.engine.context import Context, make_context
 from parallel.engine.engine import Engine
-from parallel.errors import DataError
+from parallel.errors import CheckpointError, DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.watch.watch import UNWATCHED, Watch
-from training.artifacts import export_model, plot_loss, save_checkpoint
+from training.artifacts import export_model, plot_loss
 from training.callbacks import Callback, Callbacks, Run
+from training.checkpoints import Checkpoints
 from training.log_file import StepLog, log_file
 from training.loop import ends_early, fit
 from training.metrics_file import MetricsFile
 from training.preflight import Job, modules_of_steps
 from training.preview import preview_of
-from training.resume import counters_of, history_of, naming_the_one_before
+from training.resume import counters_of, history_of, set_aside
 from training.screen import Screen
 from training.tracer import Tracer
 
@@ -45,6 +45,8 @@ def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback]
     context = make_context(job.config, job.place, watch=watch)
     check_room(context)
     check_same_data(job, context.mesh.world)
+    job = with_whole_checkpoint(job, context.mesh.world)
+    context = replace(context, config=job.config)
     screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
     with (
         run_folder(job, context.mesh.world) as messages,
@@ -52,6 +54,7 @@ def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback]
         closing(screen),
     ):
         log_environment(context)
+        log_passed_over(job)
         screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
         train(make_engine(context, job), job, screen, callbacks)
         barrier(context.mesh.world)
@@ -61,19 +64,30 @@ def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback]
 def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = ()) -> None:
     """Train to the last step, and leave the metrics, checkpoints, traces, export and plot that the job asks for."""
     engine.placement_manager.log = screen.print
-    world, history = engine.mesh.world, history_of(job.resume_from)
+    world, history = engine.mesh.world, history_of(job.inputs.found)
     history.outliers.log = screen.print
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
     tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, on_written=screen.traced)
+    checkpoints = Checkpoints(engine, job, history, callbacks.on_checkpoint)
+    checkpoints.settle()
+    if message := checkpoints.prepare():
+        screen.print(message)
+
+    @contextmanager
+    def around_step(step: int) -> Iterator[None]:
+        with tracer.around_step(step):
+            yield
+        checkpoints.look()
+
     with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
-        with closing(tracer):
+        with closing(tracer), checkpoints.finished():
             fit(
                 engine,
                 make_loader(engine, job),
                 callbacks=callbacks,
-                save=partial(save_checkpoint, engine, job, history),
+                save=checkpoints.save,
                 history=history,
-                around_step=tracer.around_step,
+                around_step=around_step,
             )
         if ends_early(job.config, history.best) and engine.num_steps < job.config.train.steps:
             screen.ended_early(history.best)
@@ -105,6 +119,28 @@ def check_same_data(job: Job, world: Axis) -> None:
         )
 
 
+def with_whole_checkpoint(job: Job, world: Axis) -> Job:
+    """Return the job with a checkpoint whose contents are those that were written; nothing has been touched yet.
+
+    The ranks share its files. Where they are damaged and `--resume auto` was given, the job goes on from the newest one
+    that is whole, and all that follows from it is another one. Raises CheckpointError, on every rank.
+    """
+    while (found := job.inputs.found) is not None:
+        try:
+            verify(found.index, world)
+            break
+        except CheckpointError as damage:
+            with fail_together(world):
+                job = replace(job, inputs=job.inputs.without_damaged(damage))
+    return job
+
+
+def log_passed_over(job: Job) -> None:
+    """Write to the log which checkpoints were passed over, and why."""
+    for message in () if job.inputs.found is None else job.inputs.found.messages:
+        log.warning("%s", message)
+
+
 @contextmanager
 def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
     """Make the run's folder and lock it, on rank 0, until the `with` statement ends. Yields messages about it.
@@ -118,6 +154,8 @@ def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
                 if earlier := job.folder.make(job.config):
                     messages.append(f"the earlier run was renamed to {earlier}")
                 until_the_end.enter_context(job.folder.lock.held())
+                if job.inputs.found is not None:
+                    set_aside(job.inputs.found)
         yield messages
 
 
@@ -128,15 +166,14 @@ def make_engine(context: Context, job: Job) -> Engine:
     """
     for name in modules_of_steps(job.config):
         import_module(name)
-    engine = Engine(build(context) if job.resume_from is None else stage_of(context), context)
+    found = job.inputs.found
+    engine = Engine(build(context) if found is None else stage_of(context), context)
     engine.writes.stop()  # no code of a user runs between these steps
-    if job.resume_from is not None:
+    if found is not None:
         pieces = engine.state_pieces()
-        with fail_together(context.mesh.world), naming_the_one_before(job.resume_from):
-            checkpoint.check_contents(job.resume_from, context.mesh.world)
         with fail_together(context.mesh.world):
-            checkpoint.load(job.resume_from, pieces)
-        engine.restore(counters_of(job.resume_from))
+            found.index.archive.read_into(pieces)
+        engine.restore(counters_of(found.index))
         engine.check_finite(f"It was loaded from {job.resume_from}.", states=True)
         log.info("resumed after step %d, sample %d, from %s", engine.num_steps, engine.num_samples, job.resume_from)
     elif job.config.model.path is not None:

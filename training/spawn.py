@@ -19,6 +19,7 @@ from typing import TypeVar
 from parallel.mesh.process_groups import host_store
 from parallel.watch.board import NO_RANK, Board, prefix_of
 from parallel.watch.judge import LOST
+from parallel.watch.process import die_with
 
 T = TypeVar("T")
 
@@ -105,6 +106,7 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str | None]:
 def _rank(main: Callable[[T], int], argument: T, environment: Mapping[str, str | None]) -> None:
     """Run a rank, in its own process, until it exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends the ranks
+    die_with(os.getppid())  # the fork server, which ends with the parent
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _set_values(environment)
     sys.exit(main(argument))
@@ -128,7 +130,11 @@ def _first_failure(ranks: Sequence[ForkServerProcess], board: Board) -> int:
             code = _code_of_all(failed)
             if code in (REFUSED, NOT_FINITE) or _have_told(code, map(ranks.index, failed), board):
                 ranks[0].join(GRACE_SECONDS)  # every rank ends for the same reason, which rank 0 prints: let it finish
-            elif code == LOST and (verdict := board.verdict()) is not None and all(map(_has_exited, failed)):
+            elif (
+                code == LOST
+                and (verdict := board.verdict()) is not None
+                and (all(map(_has_exited, failed)) or set(verdict.stopped) & set(map(ranks.index, failed)))
+            ):
                 print(verdict.text, file=sys.stderr)
                 for rank in verdict.ranks:
                     ranks[rank].kill()  # it may be stopped, and would not end otherwise

@@ -4,6 +4,7 @@ Files are read by slices and written one tensor at a time, into folders that get
 Every folder is on a file system that all ranks can see.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.errors import CheckpointError, ColonnadeError
+from parallel.errors import CheckpointError, ColonnadeError, NoRoomError
 from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.regular_file import check_regular
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -47,16 +49,14 @@ DTYPE_NAMES = {  # as a safetensors header has them
     torch.bool: "BOOL",
 }
 
+BLOCK_BYTES = 2**22  # written at a time
+
 METADATA = {"format": "pt", "writer": "colonnade"}
 """The metadata in the header of a file. (Transformers refuses a file without a format.)"""
 
 SUMS = "SHA256SUMS"
 """The file of a folder that has the SHA-256 of each other file, as `sha256sum` writes it and `sha256sum --check` reads
 it."""
-
-SUMS_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>[^/\s]+)")
-
-BLOCK_BYTES = 2**22  # read at a time
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,18 @@ class Archive:
                     num_bytes += _copy(content, part, piece)
         return num_bytes
 
+    def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Return a tensor. Raises the archive's error if there is none of this name, or it has another shape."""
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise self.error(f"{self.folder} has no tensor {name}.")
+        if stored.shape != shape:
+            raise self.error(f"{self.folder}: {name} is {stored.shape}, the model needs {shape}.")
+        return stored
+
     def _parts_of(self, piece: Piece) -> list[StoredPart]:
         """Return the parts that overlap a piece. Raises the archive's error if they do not cover it."""
-        stored = self.tensors.get(piece.name)
-        if stored is None:
-            raise self.error(f"{self.folder} has no tensor {piece.name}.")
-        if stored.shape != piece.shape:
-            raise self.error(f"{self.folder}: {piece.name} is {stored.shape}, the model needs {piece.shape}.")
+        stored = self.check(piece.name, piece.shape)
         volumes = {part: prod(box_shape(overlap(part.box, piece.box))) for part in stored.parts}
         if sum(volumes.values()) != prod(box_shape(piece.box)):
             raise self.error(f"{self.folder} holds only a part of box {piece.box} of {piece.name}.")
@@ -113,33 +118,28 @@ class Archive:
 def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
     """Copy the overlap of a part and a piece; return its bytes. Only its own pages are read from the file."""
     common = overlap(part.box, piece.box)
-    found = content.get_slice(part.key)[slices(common, [start for start, _ in part.box])]
+    stored = content.get_slice(part.key)
+    if tuple(stored.get_shape()) != box_shape(part.box):
+        raise SafetensorError(f"{part.key} is {tuple(stored.get_shape())} in it, and not {box_shape(part.box)}")
+    found = stored[slices(common, [start for start, _ in part.box])]
     piece.data[slices(common, [start for start, _ in piece.box])].copy_(found)
     return int(found.numel() * found.element_size())
 
 
 @contextmanager
 def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
-    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`."""
+    """Open a safetensors file to read from. Problems with it, also later in the block, are raised as `error`.
+
+    It may be a link to a regular file, as in the cache of the Hugging Face hub.
+    """
+    check_regular(file, error, links=True)
     try:
         with safe_open(file, framework="pt") as content:
             yield content
-    except FileNotFoundError as cause:
-        raise error(f"{file} does not exist.") from cause
     except OSError as cause:
         raise error(f"cannot read {file}: {cause}.") from cause
     except SafetensorError as cause:
         raise error(f"{file} is damaged, or not a safetensors file: {cause}.") from cause
-
-
-def read_json(file: Path, error: type[ColonnadeError]) -> Any:
-    """Return the content of a JSON file. Problems with it are raised as `error`."""
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    except ValueError as cause:
-        raise error(f"{file} is damaged, or not JSON: {cause}.") from cause
 
 
 def write_json(file: Path, content: object) -> str:
@@ -153,21 +153,6 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Write the file of checksums of a folder: `sums` has the SHA-256 of each file, by its name."""
     with write_synced(folder / SUMS) as out:
         out.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
-
-
-def read_sums(folder: Path, error: type[ColonnadeError]) -> dict[str, str]:
-    """Return the SHA-256 of each file of a folder, by its name. Problems with the file of checksums raise `error`."""
-    file = folder / SUMS
-    try:
-        text = file.read_text("ascii")
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    except UnicodeDecodeError as cause:
-        raise error(f"{file} is damaged: it is not text.") from cause
-    lines = [SUMS_LINE.fullmatch(line) for line in text.splitlines()]
-    if not lines or None in lines or not text.endswith("\n"):
-        raise error(f"{file} is damaged: it is not what sha256sum writes.")
-    return {line["name"]: line["digest"] for line in lines if line is not None}
 
 
 @dataclass(frozen=True)
@@ -195,19 +180,6 @@ def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
             out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return out.hexdigest()
-
-
-def check_sum(file: Path, digest: str, error: type[ColonnadeError]) -> None:
-    """Raise `error` if the SHA-256 of a file is not this one: it has other bytes than were written."""
-    found = hashlib.sha256()
-    try:
-        with file.open("rb") as content:
-            while block := content.read(BLOCK_BYTES):
-                found.update(block)
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    if found.hexdigest() != digest:
-        raise error(f"{file} is damaged, or another file: its bytes are not those that were written.")
 
 
 def is_ours(file: Path) -> bool:
@@ -252,9 +224,12 @@ class HashedFile:
         self._file, self._hash = file, hashlib.sha256()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append bytes."""
-        self._file.write(content)
-        self._hash.update(content)
+        """Append bytes: in blocks, so that those which are hashed are still in the processor's caches."""
+        view = memoryview(content)
+        for start in range(0, len(view), BLOCK_BYTES):
+            block = view[start : start + BLOCK_BYTES]
+            self._file.write(block)
+            self._hash.update(block)
 
     def hexdigest(self) -> str:
         """Return the SHA-256 of all bytes so far."""
@@ -278,23 +253,28 @@ def write_synced(file: Path) -> Iterator[HashedFile]:
 def fail_together(axis: Axis) -> Iterator[None]:
     """Make the block fail on every rank of the axis if it fails on one.
 
-    An OSError on any rank becomes a CheckpointError on each. Any other error is raised as it is on the rank where it
-    happened, and becomes a CheckpointError on the others. The block must contain no collective, which a rank that fails
-    would miss.
+    An OSError on any rank becomes a CheckpointError on each, and a NoRoomError where a disk is full. Any other error is
+    raised as it is on the rank where it happened, and becomes a CheckpointError on the others; a NoRoomError is one on
+    all. The block must contain no collective, which a rank that fails would miss.
     """
-    problem, own = None, None
+    problem: tuple[type[ColonnadeError], str] | None = None
+    own: Exception | None = None
     try:
         with axis.watch.phase("work on files"):
             yield
     except OSError as error:
-        problem = f"{error.filename or 'a file'}: {error.strerror}."
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = NoRoomError if is_full else CheckpointError, f"{error.filename or 'a file'}: {error.strerror}."
+    except ColonnadeError as error:
+        problem, own = (NoRoomError if isinstance(error, NoRoomError) else CheckpointError, str(error)), error
     except Exception as error:
-        problem, own = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}", error
+        problem, own = (CheckpointError, f"{type(error).__name__}: {error}"), error
     problems = [problem for problem in gather_objects(problem, axis) if problem]
     if own is not None:
         raise own
     if problems:
-        raise CheckpointError("\n".join(dict.fromkeys(problems)))
+        kinds, texts = {kind for kind, _ in problems}, dict.fromkeys(text for _, text in problems)
+        raise (NoRoomError if NoRoomError in kinds else CheckpointError)("\n".join(texts))
 
 
 @contextmanager
@@ -329,7 +309,7 @@ def _temporary_folder(temporary: Path, axis: Axis, *, finish: Callable[[], None]
         with fail_together(axis):
             if axis.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                _make_folder(temporary)
         with fail_together(axis):
             yield
         with fail_together(axis):
@@ -346,6 +326,8 @@ def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
     for name in new:
         (folder / name).parent.mkdir(exist_ok=True)
         (temporary / name).replace(folder / name)
+    for changed in {(folder / name).parent for name in new}:
+        sync_folder(changed)
     there = (path for path in (*folder.glob("*"), *folder.glob("*/*")) if not path.is_dir())
     for old in {path.relative_to(folder) for path in there} - {*new}:
         if pattern.fullmatch(str(old)):
@@ -353,22 +335,76 @@ def _move_into(folder: Path, temporary: Path, pattern: re.Pattern[str]) -> None:
 
 
 def _rename(temporary: Path, folder: Path, at_last: Callable[[], None]) -> None:
-    """Replace a folder. That takes two steps; the old one is renamed first, so that no folder is ever incomplete."""
+    """Replace a folder. That takes two steps; the old one is renamed first, so that no folder is ever incomplete.
+
+    Between the two steps the old one is whole under another name. What has that name is deleted only while `folder`
+    itself is whole: a process that was killed between the two steps has left nothing else.
+    """
     old = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(temporary)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         at_last()
         folder.rename(old)
     temporary.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def covered_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Return whether each element of a tensor is in exactly one of the boxes.
-
-    That is so if the boxes have as many elements as the tensor, and no two of them overlap.
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk: files that were made, renamed or deleted there. Some file systems cannot
+    do that, and some folders cannot be read: then nothing is done.
     """
-    starts, stops = torch.tensor(boxes, dtype=torch.int64).reshape(len(boxes), len(shape), 2).unbind(-1)
-    overlaps = torch.maximum(starts[:, None], starts) < torch.minimum(stops[:, None], stops)  # [n, n, dims]
-    num_elements = int((stops - starts).prod(-1).sum())
-    return num_elements == prod(shape) and int(overlaps.all(-1).sum()) == len(boxes)  # each box with itself
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
+            error.filename = str(folder)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that does not exist, and its parents where they do not, and sync the names of all of them."""
+    if not folder.parent.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent.parent)
+    folder.mkdir()
+    sync_folder(folder.parent)
+
+
+def covered_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
+    """Return whether each element of a tensor is in exactly one of the boxes, none of which is empty.
+
+    That is so if the boxes lie in the tensor, have as many elements as it, and no two of them overlap.
+    """
+    for box in boxes:
+        if not all(0 <= start < stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+            return False
+    return sum(prod(box_shape(box)) for box in boxes) == prod(shape) and _are_disjoint(boxes)
+
+
+def _are_disjoint(boxes: Sequence[Box]) -> bool:
+    """Return whether no two boxes have an element in common.
+
+    A line is swept along the first dim. Where boxes start, those that the line meets must be disjoint in the other
+    dims. A few meet it at a time, where a layout has cut a tensor.
+    """
+    if len(boxes) < 2:
+        return True
+    if not boxes[0]:
+        return False  # no dim is left in which they could differ
+    starting: dict[int, list[Box]] = {}
+    for box in boxes:
+        starting.setdefault(box[0][0], []).append(box)
+    met: list[Box] = []
+    for line, new in sorted(starting.items()):
+        met = [box for box in met if box[0][1] > line] + new
+        if not _are_disjoint([box[1:] for box in met]):
+            return False
+    return True

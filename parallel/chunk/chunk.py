@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.gradient import Gradient
+from parallel.chunk.guard import released
 from parallel.chunk.memory import ChunkMemory
 from parallel.chunk.parameters import ParameterBuffer
 from parallel.chunk.sharing import Sharing
@@ -31,6 +32,7 @@ class Chunk:
     gradient    exists from the first arrival in a step to the update
     sharing     which of these buffers are one memory
     memory      allocates them on the device, the host and the disk
+    guard       holds back changes of the states while a checkpoint reads them
 
     From ZeRO stage 1 on each rank of `spec.shard_axis` updates one slice. In stage 3, and where parameters are
     offloaded to the host, the whole buffer has memory only between `gather` and `release`. Padding between parameters
@@ -62,6 +64,7 @@ class Chunk:
         self.parameters = ParameterBuffer(spec, self.memory, whole=whole, own=own)
         self.states = States(master, self.memory)
         self.gradient = Gradient(spec, self.memory)
+        self.guard = released()
         if spec.is_partitioned:
             self.parameters.release()
         self.move_to(storage.placement)
@@ -122,7 +125,10 @@ class Chunk:
             self.parameters.release()
 
     def settle(self) -> None:
-        """Wait for all copies and for the disk, after which states on the host and on a disk may be used."""
+        """Wait for all copies, for the disk, and for a checkpoint that reads the states: then all may be used, and
+        changed.
+        """
+        self.guard.wait()
         self.memory.settle()
 
     def gather(self) -> Pending:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
+from parallel.checkpoint.saver import Saver, Writing
 from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import specs_of
 from parallel.chunk.writes import Writes
@@ -122,6 +123,8 @@ class EngineBase:
         )
         self.inputs: InputsOnHost | None = None
         self.notices = Notices()
+        copies = initial_placement.save_room.is_enough
+        self.saver = Saver(self.mesh, self.chunks, self.notices, Writing(context.place.num_threads, copies))
         self._agreement = Agreement(self.mesh.world, self.notices)
         self.left_out = LeftOutSteps.of(self.config.train)
         self.num_steps = self.num_updates = 0
@@ -230,7 +233,8 @@ class EngineBase:
         Every rank calls this. Raises ModelError where ranks have written different values into their parameters.
         """
         self.agree_on("its weights")
-        self.writes.take_if_any()
+        if self.writes.is_on:
+            self.writes.take_if_any()
         for chunk in self.chunks:
             chunk.settle()
         return [piece for chunk in self.chunks if chunk.spec.is_owner for piece in chunk.spec.pieces(chunk.master)]
@@ -239,13 +243,14 @@ class EngineBase:
         """Return the bytes of this rank's model data on each tier, between two steps.
 
         These are parameters, the memory for gradients on the host, master weights and moments, and the host's buffers
-        for states that are on a disk.
+        for states that are on a disk, and the copies that a save in the background makes.
         """
         found = dict.fromkeys(Tier, 0)
         for tier, x in [*self.optimizer.held(), *(pair for chunk in self.chunks for pair in chunk.held())]:
             found[tier] += min(x.nbytes, x.untyped_storage().nbytes())
         for disk in {chunk.memory.disk for chunk in self.chunks if chunk.memory.disk is not None}:
             found[Tier.HOST] += disk.buffer_bytes
+        found[Tier.HOST] += self.saver.host_bytes
         return found
 
     def _clip_coefficient(self, norm: Tensor) -> Tensor:

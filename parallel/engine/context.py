@@ -48,6 +48,11 @@ class Place:
     local_world_size: int = 1
 
     @property
+    def num_threads(self) -> int:
+        """This rank's share of the processors of its host: the threads that it may use for files."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+    @property
     def host_ranks(self) -> range:
         """The ranks of this host."""
         first = self.rank - self.local_rank
@@ -213,7 +218,8 @@ def watch_of(place: Place, *, speaker: Speaker = "every") -> Watch:
 
 
 def leave() -> None:
-    """Leave the other ranks, which go on without this one, and destroy all process groups of this process."""
+    """Finish what is being saved, leave the other ranks, and destroy all process groups of this process."""
     if (context := _current.get(None)) is not None:
+        context.mesh.wait_for_background()
         context.mesh.watch.leave()
     process_groups.leave()

@@ -94,6 +94,7 @@ class Engine(EngineState):
         layer and the microbatch where that began.
         """
         self.agree_on(f"a train step with {self.hyperparameters}")
+        self.saver.check()
         with self.placement_manager.explain_shortage():
             return self._train_step(batch)
 

@@ -183,6 +183,7 @@ class ModuleEngine(ParameterAccess):
         `loss` is that of the whole step, where it is known. Where it or the norm is not finite, `origin` says why.
         """
         self._agreement.agree_on(f"a step with {self.hyperparameters}", self._original.in_use)
+        self.saver.check()
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor

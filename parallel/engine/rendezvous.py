@@ -7,6 +7,7 @@ from parallel.errors import ConfigError
 from parallel.mesh.process_groups import connect_to_store
 from parallel.watch.board import Board, prefix_of
 from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
+from parallel.watch.process import die_with
 from parallel.watch.progress import Progress
 from parallel.watch.pulse import Pulse
 from parallel.watch.watch import UNWATCHED, StoreWatch, Watch
@@ -42,8 +43,10 @@ def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speak
     if world_size == 1 or found is None:
         return UNWATCHED
     hosts = rank == 0 and not found.launcher_hosts
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if launcher is not None:
+        die_with(launcher)
     store = connect_to_store(found.host, found.port, hosts=hosts, prefix=prefix_of(found.attempt))
     board = Board(store, rank, world_size)
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     surroundings = Surroundings(host_ranks, launcher, speaker)
     return StoreWatch(board, Heartbeat(board, Pulse(rank, Progress()), surroundings), hosts_store=hosts)

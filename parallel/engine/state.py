@@ -32,14 +32,20 @@ class EngineState(EngineBase):
     of its param groups; counters, the loss scale, and the placement. Each method is called by every rank together.
     """
 
-    def save_checkpoint(self, folder: str | Path, extra: Mapping[str, Any] | None = None, *, keep: int = 2) -> Path:
+    def save_checkpoint(
+        self, folder: str | Path, extra: Mapping[str, Any] | None = None, *, keep: int = 2, wait: bool = True
+    ) -> Path:
         """Write the whole state to folder/checkpoints/step_N, and return that path.
 
         `extra` is saved too: what schedulers' and loaders' state_dicts hold, with tensors, on the host, and keys of any
         type; where ranks have different ones, that of each. Training can be resumed on any number of ranks and in any
-        stage. The last `keep` checkpoints are kept. Raises CheckpointError, with its path, for a value that cannot be
-        stored (a function, an object of a class of yours), and where a rank cannot write; NonFiniteError, before
-        anything is written, where a weight or a state is not finite.
+        stage. The last `keep` checkpoints are kept. `wait=False`: it is written in the background, from the state as it
+        is now, unless `output.checkpoint_async` is False; `finish_saving` waits for it.
+
+        Raises CheckpointError, with its path, for a value that cannot be stored (a function, an object of a class of
+        yours), and where a rank cannot write; NoRoomError where a disk is full; NonFiniteError, before anything is
+        written, where a weight or a state is not finite. Those of a save in the background are raised at the next step,
+        on every rank.
         """
         self.agree_on(f"a checkpoint after step {self.num_steps}")
         world, target = self.mesh.world, checkpoint.step_folder(Path(folder), self.num_steps)
@@ -62,8 +68,25 @@ class EngineState(EngineBase):
             values=entries,
         )
         pieces += self.state_pieces(owned=True)
-        checkpoint.save(target, pieces, metadata=metadata, axis=world, keep=keep)
+        self.save(pieces, checkpoint.Target(target, keep), metadata, wait=wait)
         return target
+
+    def save(
+        self, pieces: Sequence[Piece], target: checkpoint.Target, metadata: Mapping[str, Any], *, wait: bool = False
+    ) -> None:
+        """Write these pieces, which this rank owns, and `metadata` as a checkpoint: in the background, unless this is
+        to `wait` or `output.checkpoint_async` is False.
+        """
+        waits = wait or not self.config.output.checkpoint_async
+        self.saver.save(pieces, target, metadata=metadata, waits=waits, guarded=not self.writes.is_on)
+
+    def finish_saving(self) -> None:
+        """Return when the checkpoint that is written in the background is complete on every rank.
+
+        Raises its error, on every rank: CheckpointError, NoRoomError for a full disk, LostRankError.
+        """
+        self.agree_on("the end of a save")
+        self.saver.finish()
 
     def load_checkpoint(self, folder: str | Path, *, strict: bool = True) -> dict[str, Any]:
         """Go on from a checkpoint, or from the latest in a folder that was saved to, and return its `extra`.
@@ -75,7 +98,7 @@ class EngineState(EngineBase):
         fields that choose kernels (foreach, fused, capturable, differentiable) stay as they are now.
         """
         self.agree_on("loading a checkpoint")
-        saved = self._read(folder, "load_checkpoint")
+        saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
         problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
         self._refuse_or_log(problems + more, strict=strict)
@@ -103,7 +126,7 @@ class EngineState(EngineBase):
         the counters stay as they are. Raises CheckpointError and NonFiniteError as `load_checkpoint` does.
         """
         self.agree_on("loading weights")
-        saved = self._read(folder, "load_weights")
+        saved = SavedState.read(folder, self.mesh.world, option="load_weights")
         self._refuse_or_log(self._weight_problems(saved), strict=strict)
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
         set_extra_states(self.module, saved.values.get("extra_state", {}))
@@ -155,18 +178,10 @@ class EngineState(EngineBase):
 
     # -- details
 
-    def _read(self, folder: str | Path, option: str) -> SavedState:
-        """Read a checkpoint. Raises CheckpointError, on every rank."""
-        with fail_together(self.mesh.world):
-            saved = SavedState.read(folder, self.mesh.world, option=option)
-            checkpoint.check_files(saved.folder)
-            checkpoint.check_contents(saved.folder, self.mesh.world)
-        return saved
-
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
         """Load those of the pieces that the checkpoint has. Raises CheckpointError, on every rank."""
         with fail_together(self.mesh.world):
-            checkpoint.load(saved.folder, [piece for piece in pieces if piece.name in saved.shapes])
+            saved.index.archive.read_into(piece for piece in pieces if piece.name in saved.shapes)
 
     def _shapes(self) -> Shapes:
         """Return the shape of each tensor of `state`, by KIND/NAME, of all ranks."""

@@ -6,7 +6,7 @@ the same order.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -71,6 +71,19 @@ ALONE = Axis("alone", 0, 1, (0,), None, Traffic())
 """An axis of size 1 that belongs to no mesh: tables have it where a mode does not communicate."""
 
 
+@dataclass(eq=False)
+class Background:
+    """The work of a thread beside the main thread.
+
+    `axis` is the world with a gloo process group of its own, since the main thread's collectives and this thread's
+    would come in another order on each rank. The watch over the other ranks sees the main thread alone: not this axis.
+    `wait` returns when the work in flight has ended, after which process groups may be destroyed.
+    """
+
+    axis: Axis
+    wait: Callable[[], None] = lambda: None
+
+
 class Mesh:
     """All axes of the mesh, as seen from one rank.
 
@@ -107,6 +120,7 @@ class Mesh:
                 self._axes[key] = self._make_axis("+".join(key) or "trivial", topology.groups(key), groups)
         self.world = self._axes[self._key(everything)] = self._with_host(self._axes[self._key(everything)])
         self.ends = self._make_axis("ends", topology.ends("pipe") if topology.shape["pipe"] > 1 else [], groups)
+        self._background: Background | None = None
         self.links = tuple(self._make_axis(f"pipe link {k}", topology.groups(("pipe",)), {}) for k in range(4))
 
     def axis(self, *names: str) -> Axis:
@@ -115,8 +129,26 @@ class Mesh:
 
     def close(self) -> None:
         """Destroy the process groups that were made for this mesh. Every rank calls this, with nothing in flight."""
+        self.wait_for_background()
         while self._own_groups:
             destroy_group(self._own_groups.pop(0))
+
+    def background(self) -> Background:
+        """Return what a thread beside the main thread needs. Every rank calls this, in its main thread; the first call
+        makes a process group.
+        """
+        if self._background is None:
+            axis = self.world
+            if axis.group is not None:
+                axis = self._on_gloo(axis, "in the background", Watch())
+            self._background = Background(axis)
+        return self._background
+
+    def wait_for_background(self) -> None:
+        """Return when no work is in flight beside the main thread."""
+        if self._background is not None:
+            with self.watch.phase("saving"):
+                self._background.wait()
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -151,7 +183,10 @@ class Mesh:
         if world.group is None:
             return world
         assert world.size == world_size(), f"{world.name} is not the whole world"
+        return replace(world, on_host=self._on_gloo(world, "on the host", self.watch))
+
+    def _on_gloo(self, world: Axis, name: str, watch: Watch) -> Axis:
+        """Return the axis of the whole world with a gloo process group of its own. Every rank calls this."""
         group = new_group(world.ranks, backend="gloo", timeout=group_timeout(self.watch.timeout))
         self._own_groups.append(group)
-        on_host = Axis(f"{world.name} on the host", world.rank, world.size, world.ranks, group, Traffic(), self.watch)
-        return replace(world, on_host=on_host)
+        return Axis(f"{world.name} {name}", world.rank, world.size, world.ranks, group, Traffic(), watch)

@@ -98,6 +98,7 @@ class AdamW:
         on_device = partial(self._update, now=now, scale=self._scaled, tier=Tier.DEVICE)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DEVICE:
+                chunk.guard.wait()
                 for part in parts.pop(chunk):
                     on_device(part)
                 chunk.gradient.drop()
@@ -120,6 +121,8 @@ class AdamW:
         def on_host(part: Part) -> None:
             self._update(part, now=now.wait(), scale=scaled, tier=Tier.HOST)
 
+        for chunk in parts:
+            chunk.guard.wait()
         # Chunks on the disk come first: while those on the host are updated, the disk writes what has changed, and
         # reads the first parts of the next update.
         found: list[Part] = []

@@ -4,12 +4,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeAlias
 
-from parallel.errors import LostRankError
+from parallel.errors import LostRankError, with_short_words
 from parallel.watch.beat import INTERVAL, Beat
 from parallel.watch.board import Board
 from parallel.watch.host_mates import HostMates
@@ -20,6 +20,11 @@ from parallel.watch.pulse import Pulse
 SECONDS_TO_LEARN = 5.0
 """The seconds after a verdict in which a main thread that executes nothing may still come to know it."""
 
+LOOKS_IN_A_BEAT = 4
+"""The looks at the launcher from one beat to the next."""
+
+SECONDS_FOR_A_HOOK = 2.0
+"""The seconds that what was registered with `at_end` may take, before the process ends all the same."""
 
 Speaker: TypeAlias = Literal["every", "first", "launcher"]
 
@@ -45,6 +50,11 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _called_quietly(hook: Callable[[LostRankError], None], error: LostRankError) -> None:
+    with suppress(BaseException):
+        hook(error)
+
+
 class Heartbeat(threading.Thread):
     """Sends a beat every second, and learns whether a rank is lost or silent.
 
@@ -59,34 +69,39 @@ class Heartbeat(threading.Thread):
         self.has_met = self.main_thread_knows = False
         self.verdict: Verdict | None = None
         self.has_verdict = threading.Event()
-        self._wake, self._is_stopped = threading.Event(), False
+        self.on_end: Callable[[LostRankError], None] | None = None
+        self._mates = HostMates(board, surroundings.host_ranks)
+        self._wake, self._is_stopped, self._has_told = threading.Event(), False, False
         board.post(pulse.beat(0.0))
 
     def run(self) -> None:
-        judging, mates = Judging(self.board), HostMates(self.board, self.surroundings.host_ranks)
+        judging = Judging(self.board)
         last, age = time.monotonic(), 0.0
-        while True:
-            self._wake.wait(INTERVAL)
-            self._wake.clear()
-            if self._is_stopped:
-                return
+        while not self._is_stopped_after_a_pause():
             now = time.monotonic()
             elapsed, last = now - last, now
             beat = self.pulse.beat(elapsed)
             if self.verdict is None:
-                self._exchange(beat, judging, mates, elapsed)
+                self._exchange(beat, judging, elapsed)
             else:
                 age += elapsed
                 self._end_where_blocked(beat, age)
-            self._end_with_launcher()
 
-    def _exchange(self, beat: Beat, judging: Judging, mates: HostMates, elapsed: float) -> None:
+    def _is_stopped_after_a_pause(self) -> bool:
+        """Wait until the next beat is due, with an eye on the launcher; return whether this thread is to end."""
+        for _ in range(LOOKS_IN_A_BEAT):
+            self._end_with_launcher()
+            if self._wake.wait(INTERVAL / LOOKS_IN_A_BEAT):
+                break
+        self._wake.clear()
+        return self._is_stopped
+
+    def _exchange(self, beat: Beat, judging: Judging, elapsed: float) -> None:
         """Send a beat, do what this rank does for the others, and look for a verdict."""
         try:
             self.board.post(beat)
-            mates.tick()
-            if self.has_met:
-                judging.tick(elapsed, self.timeout)
+            self._mates.tick()
+            judging.tick(elapsed, self.timeout, have_met=self.has_met)
             verdict = self.board.verdict()
         except RuntimeError:
             if not beat.waits and not beat.is_cut_off:  # the store may end sooner than a rank that needs no other
@@ -95,14 +110,16 @@ class Heartbeat(threading.Thread):
         if verdict is not None:
             self.verdict = verdict
             self.has_verdict.set()
+            self._mates.kill_stopped(verdict.stopped)
+            self._tell(verdict.text)
 
     def _end_where_blocked(self, beat: Beat, age: float) -> None:
         """End the process if the main thread cannot learn of the verdict, which is known for `age` seconds."""
         assert self.verdict is not None
-        if self.main_thread_knows:
-            is_blocked = age > self.timeout
-        else:
-            is_blocked = (beat.waits and age >= SHORTEST_WAIT) or min(age, self.pulse.idle) >= SECONDS_TO_LEARN
+        is_blocked = age > self.timeout
+        if not self.main_thread_knows:
+            waits = beat.waits or self.board.rank in self.verdict.ranks  # one that is named may be in an endless loop
+            is_blocked |= (waits and age >= SHORTEST_WAIT) or min(age, self.pulse.idle) >= SECONDS_TO_LEARN
         if is_blocked:
             self.end_process(LostRankError(self.verdict.text, self.verdict.code))
 
@@ -113,12 +130,29 @@ class Heartbeat(threading.Thread):
 
     def end_process(self, error: LostRankError) -> NoReturn:
         """Print the error in one line, and end this process at once: whatever else it would do could block."""
+        self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
+        self._tell(str(error))
+        self._call_hook(error)
+        end_now(error.code)
+
+    def _tell(self, text: str) -> None:
+        """Print a line, where that falls to this rank, and unless it has printed why it ends."""
         lost = self.verdict.ranks if self.verdict is not None else ()
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
-        if speaker == "every" or (speaker == "first" and self.board.rank == first):
-            os.write(2, f"{error}\n".encode(errors="backslashreplace"))
-        end_now(error.code)
+        if not self._has_told and (speaker == "every" or (speaker == "first" and self.board.rank == first)):
+            os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
+        self._has_told = True
+
+    def _call_hook(self, error: LostRankError) -> None:
+        """Call what was registered for the end, in a thread of its own: it may fail or block, and the process ends."""
+        hook, self.on_end = self.on_end, None
+        if hook is None:
+            return
+        thread = threading.Thread(target=_called_quietly, args=(hook, error), daemon=True)
+        with suppress(RuntimeError):  # the interpreter ends, and starts no thread
+            thread.start()
+            thread.join(SECONDS_FOR_A_HOOK)
 
     def hurry(self) -> None:
         """Send the next beat at once."""

@@ -1,11 +1,11 @@
-"""The ranks of one host, of which each sees at once that the process of another has ended."""
+"""The ranks of one host, of which each sees at once that the process of another has ended, and ends a stopped one."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from parallel.watch.beat import KILLED, Beat
 from parallel.watch.board import Board
-from parallel.watch.process import has_ended
+from parallel.watch.process import has_ended, is_stopped, kill
 
 
 class HostMates:
@@ -24,6 +24,15 @@ class HostMates:
         for beat in self._board.beats(ended) if ended else ():
             if beat.ended is None:
                 self._board.post(self._last(beat))
+
+    def kill_stopped(self, silent: Collection[int]) -> None:
+        """Kill the ranks of this host that are among the `silent` ones or stopped; called when the run has to end.
+
+        A process that is stopped takes no other signal, and its launcher would wait for it.
+        """
+        for rank, process in self._processes.items():
+            if rank in silent or is_stopped(process):
+                kill(process)
 
     @staticmethod
     def _last(beat: Beat) -> Beat:

@@ -25,11 +25,15 @@ NAMED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """The ranks that are lost or silent, what is said of them, and the exit code of the others."""
+    """The ranks that are lost or silent, what is said of them, and the exit code of the others.
+
+    `stopped` are those of them whose process does not answer, and which a rank of the same host has to end.
+    """
 
     ranks: tuple[int, ...]
     text: str
     code: int = LOST
+    stopped: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -37,20 +41,30 @@ class Verdict:
     @classmethod
     def from_json(cls, text: bytes) -> "Verdict":
         fields = json.loads(text)
-        return cls(tuple(fields["ranks"]), fields["text"], fields["code"])
+        return cls(tuple(fields["ranks"]), fields["text"], fields["code"], tuple(fields["stopped"]))
 
 
-def judge(seen: Sequence[Observation], timeout: float) -> Verdict | None:
+def judge(seen: Sequence[Observation], timeout: float, *, have_met: bool = True) -> Verdict | None:
     """Return who is lost or silent, or None where all is well as far as can be seen.
 
     In this order: a rank that ended by an error or was killed, a rank that ended its program too early, a rank whose
-    connection broke and that sends no beat, and after `timeout` seconds the ranks that are silent.
+    connection broke and that sends no beat, and after `timeout` seconds the ranks whose process does not answer,
+    whatever they are at, and those whose program does not go on. Until the ranks have met, each needs all others, so
+    that only processes that do not answer are lost; `meet` names a rank that has ended.
     """
     living = [one for one in seen if one.beat.ended is None]
+    if not have_met:
+        return _stopped(living, timeout, "all ranks wait for it to start")
     waiting = [one for one in living if _waits(one)]
     if not waiting:
         return None
-    return _failed(seen, waiting) or _left(seen, living, waiting) or _cut_off(living) or _silent(living, timeout)
+    return (
+        _failed(seen, waiting)
+        or _left(seen, living, waiting)
+        or _cut_off(living)
+        or _stopped(living, timeout, _waits_for(waiting))
+        or _silent(living, timeout)
+    )
 
 
 def _waits(one: Observation) -> bool:
@@ -86,21 +100,27 @@ def _cut_off(living: Sequence[Observation]) -> Verdict | None:
     if not gone or not any(one.beat.is_cut_off for one in living):
         return None
     text = _list([f"{beat.name} ended {beat.position}: its connection broke and it does not answer" for beat in gone])
-    return Verdict(_ranks(gone), text)
+    return Verdict(_ranks(gone), text, stopped=_ranks(gone))
+
+
+def _stopped(living: Sequence[Observation], timeout: float, who_waits: str) -> Verdict | None:
+    """Return the verdict on ranks whose process has not answered for `timeout` seconds, whatever they were at."""
+    stopped = [one.beat for one in living if one.quiet >= timeout]
+    if not stopped:
+        return None
+    what = f"is silent: its process has not answered {_limit(timeout)}, and was last seen"
+    text = _list([f"{beat.name} {what} {beat.position}" for beat in stopped])
+    return Verdict(_ranks(stopped), f"{text}; {who_waits}", stopped=_ranks(stopped))
 
 
 def _silent(living: Sequence[Observation], timeout: float) -> Verdict | None:
-    """Return the verdict on ranks that others have waited for during `timeout` seconds."""
-    waiting = [one for one in living if one.beat.waits and one.still >= timeout and one.quiet < timeout]
+    """Return the verdict on ranks that others have waited for during `timeout` seconds, and whose process answers."""
+    waiting = [one for one in living if one.beat.waits and one.still >= timeout]
     if not waiting:
         return None
-    stopped = [one.beat for one in living if one.quiet >= timeout]
     stuck = [one.beat for one in living if not one.beat.waits and not one.beat.phase and one.still >= timeout]
-    limit = f"for {timeout:g} s (train.timeout_seconds)"
-    if stopped:
-        what = f"is silent: its process has not answered {limit}, and was last seen"
-        text = _list([f"{beat.name} {what} {beat.position}" for beat in stopped])
-    elif stuck:
+    limit = _limit(timeout)
+    if stuck:
         text = _list([f"{beat.name} is silent: it has not gone on {limit} {beat.position}" for beat in stuck])
     elif len(waiting) == len(living):
         positions = _list([f"{one.beat.name} {one.beat.position}" for one in living])
@@ -109,7 +129,11 @@ def _silent(living: Sequence[Observation], timeout: float) -> Verdict | None:
         )
     else:
         return None
-    return Verdict(_ranks(stopped or stuck), f"{text}; {_waits_for(waiting)}")
+    return Verdict(_ranks(stuck), f"{text}; {_waits_for(waiting)}")
+
+
+def _limit(timeout: float) -> str:
+    return f"for {timeout:g} s (train.timeout_seconds)"
 
 
 def _waits_for(waiting: Sequence[Observation]) -> str:

@@ -1,7 +1,7 @@
 """The meeting of the ranks before they share anything: each tells by what it was started, and all compare."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from parallel.errors import ConfigError, LostRankError
@@ -13,8 +13,8 @@ SHOWN = 8
 """The differences that a message shows; it counts the others."""
 
 
-def meet(board: Board, facts: Mapping[str, Any], timeout: float) -> None:
-    """Return when every rank has brought equal facts; rank 0 compares them.
+def meet(board: Board, facts: Mapping[str, Any], timeout: float, check: Callable[[], object] = lambda: None) -> None:
+    """Return when every rank has brought equal facts; rank 0 compares them. `check` is called again and again.
 
     Raises ConfigError on every rank where facts differ, or where one rank refuses to start; LostRankError where one has
     ended, or does not come within `timeout` seconds although it runs no more.
@@ -22,6 +22,7 @@ def meet(board: Board, facts: Mapping[str, Any], timeout: float) -> None:
     board.bring(facts)
     absent, last = _Absent(board), time.monotonic()
     while (problem := board.answered()) is None:
+        check()
         if (refusal := board.refusal()) is not None:
             raise ConfigError(f"rank {refusal[0]} refuses to start: {refusal[1]}")
         if board.rank == 0 and (brought := board.facts()) is not None:

@@ -9,13 +9,14 @@ class Progress:
 
     `calls` counts what it did with other ranks, `step` the steps that were taken. `action` is what it began last, and
     `is_cut_off` says that a collective failed because a connection broke. `uses_gpu`: the thread may wait for kernels,
-    which wait for other ranks.
+    which wait for other ranks. `apart` are the threads in whose waits the main thread has no part.
     """
 
     def __init__(self) -> None:
         self.calls = self.step = 0
         self.action = ""
         self.is_cut_off = self.uses_gpu = False
+        self.apart: set[int] = set()
         self._phases: list[str] = []
 
     @property

@@ -9,7 +9,10 @@ from parallel.watch.progress import Progress
 from parallel.watch.stack import look
 
 SECONDS_OF_A_KERNEL = 5.0
-"""The seconds after which a main thread that executes nothing is taken to wait for a GPU, which waits for a rank."""
+"""The seconds after which a main thread that executes nothing is taken to wait for a GPU, which waits for a rank.
+
+Or for a thread that works apart from it, and that waits for a rank.
+"""
 
 
 class Pulse:
@@ -25,10 +28,13 @@ class Pulse:
 
     def beat(self, elapsed: float) -> Beat:
         """Return the next beat, `elapsed` seconds after the last one."""
-        sight, progress = look(self._main), self.progress
+        progress = self.progress
+        sight = look(self._main, progress.apart)
         now = (*sight.instruction, progress.calls)
         self.idle = self.idle + elapsed if now == self._before else 0.0
         self._before = now
+        # A main thread that executes nothing may wait for a kernel, or for a thread that works apart from it.
+        waits_behind = self.idle >= SECONDS_OF_A_KERNEL and (progress.uses_gpu or sight.waits_apart)
         self._last = replace(
             self._last,
             tick=self._last.tick + 1,
@@ -37,7 +43,7 @@ class Pulse:
             action=progress.action,
             phase=progress.phase or ("compiling" if sight.compiles else ""),
             place=sight.place,
-            waits=sight.waits or (progress.uses_gpu and self.idle >= SECONDS_OF_A_KERNEL),
+            waits=sight.waits or waits_behind,
             is_cut_off=progress.is_cut_off,
         )
         return self._last

@@ -3,6 +3,7 @@
 import sys
 import sysconfig
 import threading
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,26 +23,32 @@ LIBRARIES = tuple(dict.fromkeys([*(sysconfig.get_path(name) for name in ("stdlib
 class Sight:
     """The state of the threads of a process.
 
-    `waits`: one of them waits in a collective; in stage 3 that may be a thread of autograd. `compiles`: the main thread
-    is in torch's compiler. `place`: the innermost line of the user's program there. `instruction` changes whenever the
-    main thread executes any Python.
+    `waits`: one of them waits in a collective; in stage 3 that may be a thread of autograd. `waits_apart`: one of those
+    that work apart from the main thread does. `compiles`: the main thread is in torch's compiler. `place`: the
+    innermost line of the user's program there. `instruction` changes whenever the main thread executes any Python.
     """
 
     waits: bool
+    waits_apart: bool
     compiles: bool
     place: str
     instruction: tuple[int, int]
 
 
-def look(main: int) -> Sight:
-    """Return what the threads of this process do, but for the calling one; `main` is the ident of the main thread."""
+def look(main: int, apart: Collection[int] = ()) -> Sight:
+    """Return what the threads of this process do, but for the calling one.
+
+    `main` is the ident of the main thread, and `apart` are those of the threads that work apart from it.
+    """
     frames = sys._current_frames()
     frames.pop(threading.get_ident(), None)
     top = frames.get(main)
     stack = _stack(top)
+    waiting = {ident for ident, frame in frames.items() if _is_in(_stack(frame), WAITING)}
     return Sight(
-        waits=any(frame.f_code.co_filename.endswith(WAITING) for one in frames.values() for frame in _stack(one)),
-        compiles=any(frame.f_code.co_filename.endswith(COMPILING) for frame in stack),
+        waits=not waiting <= set(apart),
+        waits_apart=not waiting.isdisjoint(apart),
+        compiles=_is_in(stack, COMPILING),
         place=next((_line(frame) for frame in stack if _is_users(frame)), ""),
         instruction=(id(top.f_code), top.f_lasti) if top is not None else (0, 0),
     )
@@ -54,6 +61,11 @@ def _stack(frame: FrameType | None) -> list[FrameType]:
         found.append(frame)
         frame = frame.f_back
     return found
+
+
+def _is_in(stack: Iterable[FrameType], files: tuple[str, ...]) -> bool:
+    """Return whether one of the frames is of a function in these files."""
+    return any(frame.f_code.co_filename.endswith(files) for frame in stack)
 
 
 def _is_users(frame: FrameType) -> bool:

@@ -2,6 +2,7 @@
 
 import atexit
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -45,6 +46,31 @@ class Watch:
     def begin(self, action: str) -> None:
         """Note that this rank begins something that all ranks do. Raises LostRankError where one is lost or silent."""
         self.progress.begin(action)
+
+    def check(self) -> None:
+        """Raise LostRankError where a rank is lost or silent; long waits of another kind call this again and again."""
+
+    def set_timeout(self, seconds: float) -> None:
+        """Set `train.timeout_seconds` before the ranks meet, which may take long: they prepare their data."""
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Note that this thread works apart from the main thread in the block, which does not wait when this one does.
+
+        Its waits for other ranks count only while the main thread executes nothing, since that may wait for it.
+        """
+        me = threading.get_ident()
+        self.progress.apart.add(me)
+        try:
+            yield
+        finally:
+            self.progress.apart.discard(me)
+
+    def at_end(self, hook: Callable[[LostRankError], None]) -> None:
+        """Have `hook` called with the error before a rank ends because another one was lost or silent.
+
+        It is called in a thread of its own, and the process ends two seconds later whatever it does.
+        """
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return a context for long work of this rank alone, which the others wait for and which is no silence."""
@@ -114,8 +140,17 @@ class StoreWatch(Watch):
 
     def begin(self, action: str) -> None:
         super().begin(action)
+        self.check()
+
+    def check(self) -> None:
         if self._heartbeat.verdict is not None:
             raise self._lost(self._heartbeat.verdict)
+
+    def set_timeout(self, seconds: float) -> None:
+        self._heartbeat.timeout = seconds
+
+    def at_end(self, hook: Callable[[LostRankError], None]) -> None:
+        self._heartbeat.on_end = hook
 
     def explained(self, error: RuntimeError) -> Exception:
         if not any(part in str(error) for part in BROKEN):
@@ -131,12 +166,13 @@ class StoreWatch(Watch):
             self._previous_hook, sys.excepthook = sys.excepthook, self._on_error
 
     def _lost(self, verdict: Verdict) -> LostRankError:
-        self._heartbeat.main_thread_knows = True
+        if threading.get_ident() not in self.progress.apart:
+            self._heartbeat.main_thread_knows = True
         return LostRankError(verdict.text, verdict.code)
 
     def meet(self, facts: Mapping[str, Any], timeout: float) -> None:
         self._heartbeat.timeout = timeout
-        meet(self._board, facts, timeout)
+        meet(self._board, facts, timeout, self.check)
         self._heartbeat.has_met = True
 
     def refuse(self, problem: str) -> None:

@@ -1,0 +1,224 @@
+"""Checkpoints that are written in the background, while training goes on."""
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.checkpoint import checkpoint
+from parallel.checkpoint.checkpoint import Target
+from parallel.checkpoint.snapshot import HostMemory, Snapshot
+from parallel.chunk.chunk import Chunk
+from parallel.errors import ColonnadeError, ExitCode
+from parallel.layout.layout import Piece
+from parallel.mesh.agreement import Agreement
+from parallel.mesh.collectives import Watching
+from parallel.mesh.mesh import Axis, Mesh
+from parallel.mesh.notices import Notices
+
+
+class SaverState(Enum):
+    """What a saver does. A save that has failed is an error of the next step, on every rank."""
+
+    IDLE = auto()
+    SAVING = auto()
+    SAVED = auto()
+    FAILED = auto()
+
+
+TRANSITIONS = {
+    SaverState.IDLE: {SaverState.SAVING},
+    SaverState.SAVING: {SaverState.SAVED, SaverState.FAILED},
+    SaverState.SAVED: {SaverState.IDLE},
+    SaverState.FAILED: {SaverState.IDLE},
+}
+
+
+LOOSE = ("buffer", "value")
+"""The kinds of tensors that belong to no chunk."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a rank writes: by how many threads, and whether the host has room for a copy of what it saves."""
+
+    num_threads: int = 1
+    copies: bool = True
+
+
+class Saver:
+    """Saves the state of an engine, one checkpoint at a time.
+
+    `save` takes the pieces as they are, and returns; a thread copies them to the host, writes them, and does all else
+    that makes a checkpoint, together with the threads of the other ranks (see `Background`). Until a chunk is copied
+    or, where the host has no room for a copy, written, its guard holds back the next update of it.
+
+    `save`, `finish` and `finished` are called by every rank together, in its main thread. `notices` tell every rank, at
+    the next agreement, whether one of them is still saving, and whether one has failed.
+    """
+
+    def __init__(self, mesh: Mesh, chunks: Sequence[Chunk], notices: Notices, writing: Writing) -> None:
+        self.writing, self.notices, self.state = writing, notices, SaverState.IDLE
+        self._mesh, self._chunks = mesh, list(chunks)
+        self._memory = HostMemory(mesh.device)
+        self._threads: list[threading.Thread] = []  # those that have not been waited for
+        self._target: Target | None = None  # of the save in flight, and until it is told
+        self._error: Exception | None = None
+        self._chunk_of = {name: chunk for chunk in chunks for info in chunk.infos for name in info.names}
+        weakref.finalize(self, _join, self._threads)  # also where a program ends without waiting
+
+    @property
+    def host_bytes(self) -> int:
+        """The bytes on the host that copies take."""
+        return self._memory.num_bytes
+
+    def reserve(self, sizes: Mapping[Chunk, int]) -> None:
+        """Start to allocate the memory for the first save, in the background: for each chunk so many bytes."""
+
+        def allocate() -> None:
+            try:
+                for chunk, size in sizes.items():
+                    self._memory.of(chunk, size)
+            except (MemoryError, RuntimeError):
+                return  # the save itself finds that there is no room, and writes without a copy
+
+        if self.writing.copies:
+            self._start(allocate)
+
+    def save(
+        self,
+        pieces: Sequence[Piece],
+        target: Target,
+        *,
+        metadata: Mapping[str, Any],
+        waits: bool,
+        guarded: bool = True,
+    ) -> None:
+        """Save the pieces that this rank owns. `waits`: return when the checkpoint is complete on every rank.
+
+        `guarded`: all that changes states looks at the chunks' guards. Else, where a user may write into parameters
+        that are master weights, this returns when the states of those chunks are copied. Raises the error of the save
+        before, which is finished first, and of this one, if it waits for it.
+        """
+        self.finish()
+        world = self._mesh.world
+        if waits:
+            Agreement(world).agree_on(f"a checkpoint named {target.folder.name}")
+            try:
+                checkpoint.write(target, pieces, metadata=metadata, axis=world, num_threads=self.writing.num_threads)
+            except ColonnadeError as error:
+                _set_code(error)
+                raise
+            return
+        background = self._mesh.background()
+        background.wait()  # for another engine of this mesh
+        background.wait = partial(_join, self._threads)
+        self.notices.set("is_saving", 1)
+        Agreement(world, self.notices).agree_on(f"a checkpoint named {target.folder.name}")
+        waiting = partial(world.watch.phase, "saving")
+        snapshot = Snapshot(pieces, {p.name: c for p in pieces if (c := self._owner(p))}, waiting=waiting)
+        self._move_to(SaverState.SAVING)
+        self._target, self._error = target, None
+        self._start(partial(self._save, snapshot, target, deepcopy(dict(metadata)), background.axis))
+        if not guarded:
+            snapshot.wait_for([chunk for chunk in self._chunks if chunk.sharing.masters_are_slice])
+
+    def finish(self) -> Path | None:
+        """Wait until the save in flight is complete on every rank, and return its folder; None where there is none, or
+        where this was told before.
+
+        Raises its error: NoRoomError, CheckpointError or what it was; LostRankError where a rank has ended.
+        """
+        if self.state is SaverState.IDLE:
+            return None
+        with self._mesh.watch.phase("saving"), Watching(self._mesh.watch):
+            self.wait()
+            target, error = self._target, self._error
+            assert target is not None
+            self._move_to(SaverState.IDLE)
+            self._target = self._error = None
+            self.notices.set("save_failed", 0)
+            if error is not None:
+                raise error
+        return target.folder
+
+    def finished(self) -> Path | None:
+        """Do what `finish` does, but without waiting: after an agreement at which every rank had written its part.
+
+        So it is on every rank after the same step. Until then it returns None.
+        """
+        if self.notices.of_all("save_failed") or not self.notices.of_all("is_saving"):
+            return self.finish()
+        return None
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed, on every rank; called by all after the same agreement."""
+        if self.notices.of_all("save_failed"):
+            self.finish()
+
+    def wait(self) -> None:
+        """Return when nothing is in flight on this rank, whatever became of it."""
+        _join(self._threads)
+
+    def _save(self, snapshot: Snapshot, target: Target, metadata: Mapping[str, Any], axis: Axis) -> None:
+        """Copy and write a checkpoint: the thread's part of `save`."""
+        try:
+            with self._mesh.watch.apart(), torch.no_grad():
+                pieces = snapshot.copy(self._memory if self.writing.copies else None)
+                checkpoint.write(
+                    target,
+                    pieces,
+                    metadata=metadata,
+                    axis=axis,
+                    num_threads=self.writing.num_threads,
+                    reading=snapshot.reading,
+                )
+            self._move_to(SaverState.SAVED)
+        except Exception as error:
+            _set_code(error)
+            self._error = error
+            self._move_to(SaverState.FAILED)
+            self.notices.set("save_failed", 1)
+        finally:
+            snapshot.release()
+            self.notices.set("is_saving", 0)  # last: who reads that all have ended reads who has failed
+
+    def _owner(self, piece: Piece) -> Chunk | None:
+        """Return the chunk in which a piece lies: pieces are named KIND/NAME, and buffers and values have none."""
+        kind, _, name = piece.name.partition("/")
+        return None if kind in LOOSE else self._chunk_of[name]
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Run this in a new thread, after the one before. A daemon: a process that loses a rank ends at once."""
+        before = list(self._threads)
+
+        def run() -> None:
+            for thread in before:
+                thread.join()
+            work()
+
+        self._threads.append(threading.Thread(target=run, name="save", daemon=True))
+        self._threads[-1].start()
+
+    def _move_to(self, state: SaverState) -> None:
+        assert state in TRANSITIONS[self.state], (self.state, state)
+        self.state = state
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    while threads:
+        threads[0].join()
+        threads.pop(0)
+
+
+def _set_code(error: Exception) -> None:
+    """Let an error that was one of refusing a checkpoint end a run with the code of one that has failed."""
+    if isinstance(error, ColonnadeError) and error.code == ExitCode.REFUSED:
+        error.code = ExitCode.FAILED

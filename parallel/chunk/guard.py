@@ -1,0 +1,41 @@
+"""What the next change of a chunk's states waits for: the copies, or the writes, of a checkpoint that reads them."""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from parallel.storage.transfer import CopyEvent
+
+Waiting = Callable[[], AbstractContextManager[None]]
+
+
+class SaveGuard:
+    """Holds back whatever changes the states of a chunk until a checkpoint has them.
+
+    It is released once: where states are copied, when the copies have been launched, and a device waits for these; else
+    when the states have been written to files. `waiting` returns a context for the time that the host waits.
+    """
+
+    def __init__(self, waiting: Waiting = nullcontext) -> None:
+        self._waiting, self._copied = waiting, CopyEvent()
+        self._is_released = threading.Event()
+
+    def release(self, copied: CopyEvent | None = None) -> None:
+        """Let changes begin after `copied`, or at once. Another call changes nothing."""
+        if not self._is_released.is_set():
+            self._copied = copied or CopyEvent()
+            self._is_released.set()
+
+    def wait(self) -> None:
+        """Return when the states may be changed: on a device, by work that its current stream is given from now on."""
+        if not self._is_released.is_set():
+            with self._waiting():
+                self._is_released.wait()
+        self._copied.wait()
+
+
+def released() -> SaveGuard:
+    """Return the guard of states that no checkpoint reads."""
+    guard = SaveGuard()
+    guard.release()
+    return guard
