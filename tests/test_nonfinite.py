@@ -1,6 +1,7 @@
 """Numbers that are not finite: a step that has one changes nothing, and where it began is named on every rank."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_a_step_that_is_left_out_changes_no_bit(
 def test_a_gradient_in_the_memory_of_parameters_and_states_on_a_disk_are_left_out_too(
     tmp_path: Path, precision: str, states: str, micro: int
 ) -> None:
-    """With one microbatch the gradient is stored in the parameters' memory on the host, which must be restored."""
+    """The gradient of a single microbatch is stored in the parameters' memory on the host, which must be restored."""
     zero = dict(
         tensor_placement_policy="cpu", host_memory="100KiB" if micro == 12 else "140KiB", nvme_dir=str(tmp_path)
     )
@@ -241,30 +242,24 @@ def stopped(rank: int, world_size: int, raw: Raw, plant: str, victim: int) -> tu
     return text, before == bits(engine), engine.num_steps, engine.num_updates
 
 
-CASES = [
+FAST = [
     ("single", 0, "fp32", "weight", 0),
     ("dp2", 3, "bf16", "gradient", 1),
     ("dp2", 3, "fp32", "weight", 1),
     ("pp2", 0, "fp32", "data", 0),
     ("1d2", 0, "fp16", "weight", 1),
-    *(
-        pytest.param(*case, marks=SLOW)
-        for case in (
-            *(
-                ("dp2", stage, precision, plant, 1)
-                for stage in range(4)
-                for precision in ("fp32", "bf16", "fp16")
-                for plant in ("data", "gradient", "weight")
-            ),
-            *(("pp2", 0, "bf16", plant, 1) for plant in ("gradient", "weight")),
-            *(("1d2", 0, "fp32", plant, 1) for plant in ("gradient", "weight")),
-            *(("pp2-1d2", 0, "fp16", plant, 3) for plant in ("gradient", "weight")),
-            *(("2d4", 0, "fp32", plant, 2) for plant in ("gradient", "weight", "data")),
-            *(("3d8", 0, "fp32", plant, 5) for plant in ("gradient", "weight")),
-            *(("ring2", 0, "fp32", plant, 1) for plant in ("gradient", "data")),
-        )
-    ),
 ]
+PLANTS = ("data", "gradient", "weight")
+REST = [
+    *product(["dp2"], range(4), ["fp32", "bf16", "fp16"], PLANTS, [1]),
+    *product(["pp2"], [0], ["bf16"], PLANTS[1:], [1]),
+    *product(["1d2"], [0], ["fp32"], PLANTS[1:], [1]),
+    *product(["pp2-1d2"], [0], ["fp16"], PLANTS[1:], [3]),
+    *product(["2d4"], [0], ["fp32"], PLANTS, [2]),
+    *product(["3d8"], [0], ["fp32"], PLANTS[1:], [5]),
+    *product(["ring2"], [0], ["fp32"], ["gradient", "data"], [1]),
+]
+CASES = [*FAST, *(pytest.param(*case, marks=SLOW) for case in REST if case not in FAST)]
 
 
 @pytest.mark.parametrize(("layout", "stage", "precision", "plant", "victim"), CASES)
@@ -393,6 +388,25 @@ def test_a_loop_of_the_users_own_is_told_which_gradients_and_which_weights_are_n
     for text, same in run(module_stopped, 2, stage, "data", True):
         assert same
         assert "All weights are finite" in text
+
+
+def lost(rank: int, world_size: int) -> tuple[str, bool]:
+    """Return the error of a step whose loss is NaN on the last rank, while all gradients are finite."""
+    raw = module_config(0, precision="fp16", micro_batch_size=2)
+    engine, _ = module_engine(rank, world_size, raw, Regression())
+    x, before, text = torch.randn(4, 4), bits(engine), ""
+    try:
+        engine.backward(engine(x).float().mean() + (NAN if rank == world_size - 1 else 0.0))
+        engine.step()
+    except NonFiniteError as error:
+        text = str(error)
+    return text, before == bits(engine)
+
+
+def test_a_loss_that_is_not_finite_stops_a_step_whose_gradient_is() -> None:
+    for text, same in run(lost, 2):
+        assert same
+        assert text.startswith("step 1: the loss is nan: every gradient is finite. All weights are finite.")
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
