@@ -392,7 +392,7 @@ def test_a_loop_of_the_users_own_is_told_which_gradients_and_which_weights_are_n
 
 def lost(rank: int, world_size: int) -> tuple[str, bool]:
     """Return the error of a step whose loss is NaN on the last rank, while all gradients are finite."""
-    raw = module_config(0, precision="fp16", micro_batch_size=2)
+    raw = module_config(0, precision="fp32", micro_batch_size=2)
     engine, _ = module_engine(rank, world_size, raw, Regression())
     x, before, text = torch.randn(4, 4), bits(engine), ""
     try:

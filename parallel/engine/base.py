@@ -19,9 +19,9 @@ from parallel.chunk.spec import specs_of
 from parallel.chunk.writes import Writes
 from parallel.config import Config
 from parallel.engine.context import Context
-from parallel.engine.saved_state import text_of
+from parallel.engine.saved_state import WEIGHTS, kind_of, text_of
 from parallel.errors import ColonnadeError, ConfigError, ModelError, NonFiniteError
-from parallel.layout.finite import problem_of
+from parallel.layout.finite import are_finite, problem_of
 from parallel.layout.layout import ParameterInfo, Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Mesh
@@ -264,17 +264,21 @@ class EngineBase:
         NonFiniteError on every rank, with the rank and the tensor, where one is not finite; the message ends with the
         `consequence`.
         """
-        problem = problem_of(self._to_check(states=states))
+        for chunk in self.chunks:
+            chunk.settle()
+        flat = [chunk.master for chunk in self.chunks] + [x for _, x in self.optimizer.held() if states]
+        more = self._buffers_to_check()
+        problem = ""
+        if not all(are_finite([*flat, *(piece.data for piece in more)])):  # few large buffers; names only where needed
+            masters = [piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)]
+            named = [replace(x, name=text_of(x.name)) for x in self.state_pieces() if kind_of(x.name) not in WEIGHTS]
+            problem = problem_of([*masters, *more, *(named if states else [])])
         problem = problem and f"after step {self.num_steps} {problem}. {consequence}"
         self._agreement.agree_on(f"a check of the weights after step {self.num_steps}", problem, NonFiniteError)
 
-    def _to_check(self, *, states: bool) -> list[Piece]:
-        """Return all that must be finite on this rank, by name: master weights and, with `states`, the optimizer's."""
-        for chunk in self.chunks:
-            chunk.settle()
-        if not states:  # the optimizer's may not exist yet
-            return [piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)]
-        return [replace(piece, name=text_of(piece.name)) for piece in self.state_pieces()]
+    def _buffers_to_check(self) -> list[Piece]:
+        """Return all that must be finite on this rank beside weights and states."""
+        return []
 
     def _update(self, norm: Tensor, divisor: float, written: HostCopy, loss: Tensor) -> None:
         """Launch the update of all weights by gradient / `divisor`, clipped; `norm` is the global norm of this.

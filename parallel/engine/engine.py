@@ -199,7 +199,6 @@ class Engine(EngineState):
             first.microbatch = int(number) if str(number).isdigit() else first.microbatch
 
         with (
-            self.phase("a second run of the step"),
             not_yet_compiled(self.config.train.compile),
             first.watching(),
             self.gradients.watching(first.arrived),

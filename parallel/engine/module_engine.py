@@ -321,7 +321,6 @@ class ModuleEngine(ParameterAccess):
         set_random_states(before, self.mesh.device)
         try:
             with (
-                self.phase("a second run of the step"),
                 not_yet_compiled(self.config.train.compile),
                 first.watching(),
                 self._gradients.watching(first.arrived),
@@ -340,7 +339,7 @@ class ModuleEngine(ParameterAccess):
     def _parts_not_finite(self) -> str:
         """Return which gradients and which weights are not finite, after a step whose forwards were the user's."""
         suspects = chunks_not_finite(self._trained, self.mesh.world)
-        own = problem_of(self._to_check(states=False))
+        own = problem_of([piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)])
         weights = [f"rank {rank}: {x}" for rank, x in enumerate(gather_objects(own, self.mesh.world)) if x]
         return parts_text(suspects) + (f" Weights: {'; '.join(weights)}." if weights else " All weights are finite.")
 

@@ -54,12 +54,10 @@ class ModuleState(EngineState):
         """
         return super().weights() + (buffer_pieces(self.module) if self.mesh.rank == 0 else [])
 
-    def _to_check(self, *, states: bool) -> list[Piece]:
-        """Return all that must be finite on this rank, by name. Of a buffer NaN alone counts: masks have infinities."""
-        buffers = {piece.name for piece in buffer_pieces(self.module)}
-        found = [piece for piece in super()._to_check(states=states) if piece.name not in buffers]
+    def _buffers_to_check(self) -> list[Piece]:
+        """Return the buffers, in which NaN alone counts: masks have infinities."""
         floating = [piece for piece in buffer_pieces(self.module) if piece.data.is_floating_point()]
-        return found + [replace(x, data=x.data.nan_to_num(torch.nan, posinf=0.0, neginf=0.0)) for x in floating]
+        return [replace(x, data=x.data.nan_to_num(torch.nan, posinf=0.0, neginf=0.0)) for x in floating]
 
     def state(self) -> dict[str, list[Piece]]:
         """Return all tensors that a step changes, as pieces by kind, the buffers among them."""

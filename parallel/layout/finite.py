@@ -19,14 +19,20 @@ def is_finite(x: Tensor) -> Tensor:
     return smallest.isfinite() & largest.isfinite()
 
 
-def not_finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the pieces that have a number which is not finite, in order; the host waits for the devices."""
-    found = list(pieces)
-    flags = [is_finite(piece.data) for piece in found]
+def are_finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Return for each tensor whether all its numbers are finite; the host waits for each device once."""
+    flags = [is_finite(x) for x in tensors]
     for device in {flag.device for flag in flags if flag.device.type != "cpu"}:
         own = [i for i, flag in enumerate(flags) if flag.device == device]
         for i, flag in zip(own, torch.stack([flags[i] for i in own]).cpu().unbind(), strict=True):
             flags[i] = flag
+    return [bool(flag) for flag in flags]
+
+
+def not_finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the pieces that have a number which is not finite, in order; the host waits for the devices."""
+    found = list(pieces)
+    flags = are_finite(piece.data for piece in found)
     yield from (piece for piece, flag in zip(found, flags, strict=True) if not flag)
 
 
