@@ -32,7 +32,7 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
     "pp2-1d2": (4, dict(pipeline=2, tensor=dict(mode="1d", size=2))),
     "2d4": (4, dict(tensor=dict(mode="2d", size=4))),
     "3d8": (8, dict(tensor=dict(mode="3d", size=8))),
-    "ring2": (2, dict(context=2)),
+    "context2": (2, dict(context=dict(kind="all_to_all", size=2))),
 }
 SLOW = pytest.mark.slow
 
@@ -145,7 +145,7 @@ def with_and_without(rank: int, world_size: int, raw: Raw, optimizer: str = "") 
                 ("1d2", 0, "fp32", "device", "fp32"),
                 ("pp2-1d2", 0, "bf16", "device", "bf16"),
                 ("2d4", 0, "fp32", "host", "bf16"),
-                ("ring2", 0, "fp32", "device", "fp32"),
+                ("context2", 0, "fp32", "device", "fp32"),
                 ("single", 0, "fp64", "host", "fp32"),
             )
         ),
@@ -252,12 +252,14 @@ FAST = [
 PLANTS = ("data", "gradient", "weight")
 REST = [
     *product(["dp2"], range(4), ["fp32", "bf16", "fp16"], PLANTS, [1]),
-    *product(["pp2"], [0], ["bf16"], PLANTS[1:], [1]),
+    *product(["pp2"], [0], ["bf16"], ["gradient"], [1]),
+    *product(["pp2"], [0], ["bf16"], ["weight"], [0]),
     *product(["1d2"], [0], ["fp32"], PLANTS[1:], [1]),
-    *product(["pp2-1d2"], [0], ["fp16"], PLANTS[1:], [3]),
+    *product(["pp2-1d2"], [0], ["fp16"], ["gradient"], [3]),
+    *product(["pp2-1d2"], [0], ["fp16"], ["weight"], [1]),
     *product(["2d4"], [0], ["fp32"], PLANTS, [2]),
     *product(["3d8"], [0], ["fp32"], PLANTS[1:], [5]),
-    *product(["ring2"], [0], ["fp32"], ["gradient", "data"], [1]),
+    *product(["context2"], [0], ["fp32"], ["gradient", "data"], [1]),
 ]
 CASES = [*FAST, *(pytest.param(*case, marks=SLOW) for case in REST if case not in FAST)]
 
