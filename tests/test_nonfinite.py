@@ -229,6 +229,7 @@ def test_a_loss_that_is_not_finite_is_never_the_scales_business() -> None:
 def stopped(rank: int, world_size: int, raw: Raw, plant: str, victim: int) -> tuple[str, bool, int, int]:
     """Return the error of a step with a NaN on rank `victim`, whether nothing has changed, and the numbers of steps."""
     engine = engine_of(rank, world_size, raw)
+    engine.writes.stop()  # as in a run; otherwise replicas that have different weights are refused before
     spoiler = Spoiler(engine, mine=rank == victim)
     engine.train_step(share_of(batches_of(1)[0], engine))
     engine.loss_scale.scale = 1.0  # where it cannot fall, an fp16 gradient is no overflow
