@@ -9,6 +9,7 @@ It prints the layout, the bytes on each rank, and the timeline of a pipeline.
 import argparse
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, add_resume, count
@@ -61,7 +62,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
     from training.console import make_console
     from training.layout_report import print_layout, print_timeline
     from training.preflight import problems_here, read_inputs
-    from training.preview import device_messages, preview_of
+    from training.preview import device_messages, preview_of, save_messages
     from training.tokenizing import cache_of
 
     world_size = arguments.world or arguments.nprocs or place.world_size
@@ -72,6 +73,8 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
     inputs = read_inputs(config, resume=arguments.resume, overridden=arguments.set, cache=cache)
     config = inputs.config
     messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.found)]
+    on_host = place.local_world_size if place.world_size == world_size else world_size
+    messages += save_messages(config, replace(place, world_size=world_size, local_world_size=on_host))
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
     print_layout(console, preview, messages)
     print_timeline(console, preview)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
-from parallel.config import Config
 from parallel.engine.engine import Engine
-from parallel.errors import ColonnadeError, LostRankError
+from parallel.errors import ColonnadeError, LostRankError, SignalError
 from parallel.mesh.collectives import gather_objects
-from parallel.placement.save_room import SaveRoom
+from parallel.placement.save_room import SaveRoom, tightest
 from training.history import History
 from training.preflight import Job
+from training.preview import saves_in_background
 from training.resume import metadata_of
 
 log = logging.getLogger(__name__)
@@ -32,18 +32,21 @@ class Checkpoints:
     def save(self, step: int) -> Path:
         """Save the state after this step, and return the folder that the checkpoint will have.
 
-        Raises NonFiniteError, before anything is written, where a weight or a state of the optimizer is not finite.
+        It is complete then where a signal asks for the end of the run. Raises NonFiniteError, before anything is
+        written, where a weight or a state of the optimizer is not finite.
         """
         engine = self.engine
         output, target = engine.config.output, checkpoint.step_folder(self.job.folder.path, step)
+        waits = not output.checkpoint_async or engine.stop_signal is not None
         self.finish()
         engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)
         engine.save(
             engine.state_pieces(owned=True),
             checkpoint.Target(target, output.keep_checkpoints, self._best_folder()),
             metadata_of(engine.config, engine.counters(), self.job.corpus, self.history),
+            wait=waits,
         )
-        if not output.checkpoint_async:
+        if waits:
             self._on_saved(step, target)
         return target
 
@@ -70,9 +73,15 @@ class Checkpoints:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Finish what is being saved at the end of the block: also where an error ends it, unless a rank is lost."""
+        """Finish what is being saved at the end of the block: also where an error ends it, unless a rank is lost.
+
+        A signal ends it only if the save succeeds.
+        """
         try:
             yield
+        except SignalError:
+            self.finish()
+            raise
         except LostRankError:
             raise
         except BaseException:
@@ -93,7 +102,7 @@ class Checkpoints:
         if engine.mesh.device.type == "cuda":
             owned = [chunk for chunk in engine.chunks if chunk.spec.is_owner and not chunk.is_frozen]
             engine.saver.reserve({chunk: engine.optimizer.state_bytes(chunk) for chunk in owned})
-        return min(rooms, key=lambda room: room.room - room.needed).describe()
+        return tightest(rooms).describe()
 
     def _best_folder(self) -> Path | None:
         """Return the folder of the checkpoint that is kept as the best one, or None."""
@@ -104,9 +113,3 @@ class Checkpoints:
     def _tell(self, folder: Path | None) -> None:
         if folder is not None:
             self._on_saved(checkpoint.step_of(folder), folder)
-
-
-def saves_in_background(config: Config) -> bool:
-    """Return whether a run saves checkpoints beside its steps."""
-    output = config.output
-    return output.checkpoint_async and bool(output.checkpoint_every or output.keep_best)

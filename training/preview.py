@@ -9,6 +9,7 @@ from models.costs import parameter_count
 from models.shape import ModelShape
 from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
+from parallel.chunk.spec import specs_of
 from parallel.config import Config
 from parallel.engine.context import Place, make_context
 from parallel.engine.device import device_type
@@ -16,6 +17,8 @@ from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import Timeline, num_simulated, simulate
+from parallel.placement.chunk_bytes import foreseen_bytes
+from parallel.placement.save_room import foreseen_save_room, tightest
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,31 @@ def device_messages(config: Config) -> list[str]:
     if device_type("auto") == "cuda":
         return []
     return ["the pipeline is split for CPUs: train.device=cuda shows how it is split for GPUs"]
+
+
+def save_messages(config: Config, place: Place) -> list[str]:
+    """Return how checkpoints would be saved if this were the ranks' host, or nothing where none is saved in the
+    background. `place` is the world that is looked at: its ranks share the host if they are not known to be of several.
+    """
+    if not saves_in_background(config):
+        return []
+    device, rooms = torch.device(device_type(config.train.device)), []
+    topology = Topology(config.parallel.mesh_shape(place.world_size))
+    for index in range(topology.shape["pipe"]):
+        rank = topology.rank_of({axis: index if axis == "pipe" else 0 for axis in topology.shape})
+        context = make_context(config, Place(rank, place.world_size), connect=False, device=torch.device("meta"))
+        specs = specs_of(stage_of(context).infos, context.dtype, zero=config.zero.stage)
+        microbatches = config.num_microbatches(place.world_size)
+        sizes = [foreseen_bytes(spec, microbatches, config.optimizer) for spec in specs]
+        num_ranks = place.local_world_size
+        rooms.append(foreseen_save_room(specs, sizes, config.zero, num_ranks=num_ranks, device=device))
+    return [tightest(rooms).describe()]
+
+
+def saves_in_background(config: Config) -> bool:
+    """Return whether a run saves checkpoints beside its steps."""
+    output = config.output
+    return output.checkpoint_async and bool(output.checkpoint_every or output.keep_best)
 
 
 def _stage_of_rank(config: Config, place: Place, *, cost: float) -> StagePreview:

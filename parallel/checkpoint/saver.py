@@ -70,7 +70,7 @@ class Saver:
         self._memory = HostMemory(mesh.device)
         self._threads: list[threading.Thread] = []  # those that have not been waited for
         self._target: Target | None = None  # of the save in flight, and until it is told
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._chunk_of = {name: chunk for chunk in chunks for info in chunk.infos for name in info.names}
         weakref.finalize(self, _join, self._threads)  # also where a program ends without waiting
 
@@ -109,6 +109,9 @@ class Saver:
         """
         self.finish()
         world = self._mesh.world
+        places = {chunk: i for i, chunk in enumerate(self._chunks)}
+        chunk_of = {piece.name: chunk for piece in pieces if (chunk := self._owner(piece)) is not None}
+        pieces = sorted(pieces, key=lambda piece: places.get(chunk_of.get(piece.name), -1))  # type: ignore[arg-type]
         if waits:
             Agreement(world).agree_on(f"a checkpoint named {target.folder.name}")
             try:
@@ -122,8 +125,7 @@ class Saver:
         background.wait = partial(_join, self._threads)
         self.notices.set("is_saving", 1)
         Agreement(world, self.notices).agree_on(f"a checkpoint named {target.folder.name}")
-        waiting = partial(world.watch.phase, "saving")
-        snapshot = Snapshot(pieces, {p.name: c for p in pieces if (c := self._owner(p))}, waiting=waiting)
+        snapshot = Snapshot(pieces, chunk_of, waiting=partial(world.watch.phase, "saving"))
         self._move_to(SaverState.SAVING)
         self._target, self._error = target, None
         self._start(partial(self._save, snapshot, target, deepcopy(dict(metadata)), background.axis))
@@ -181,7 +183,7 @@ class Saver:
                     reading=snapshot.reading,
                 )
             self._move_to(SaverState.SAVED)
-        except Exception as error:
+        except BaseException as error:  # raised again in the main thread
             _set_code(error)
             self._error = error
             self._move_to(SaverState.FAILED)
@@ -218,7 +220,7 @@ def _join(threads: list[threading.Thread]) -> None:
         threads.pop(0)
 
 
-def _set_code(error: Exception) -> None:
+def _set_code(error: BaseException) -> None:
     """Let an error that was one of refusing a checkpoint end a run with the code of one that has failed."""
     if isinstance(error, ColonnadeError) and error.code == ExitCode.REFUSED:
         error.code = ExitCode.FAILED

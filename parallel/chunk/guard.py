@@ -18,19 +18,24 @@ class SaveGuard:
 
     def __init__(self, waiting: Waiting = nullcontext) -> None:
         self._waiting, self._copied = waiting, CopyEvent()
-        self._is_released = threading.Event()
+        self._released = threading.Event()
+
+    @property
+    def is_released(self) -> bool:
+        """True if nothing waits any more, but for a device that waits for its copies."""
+        return self._released.is_set()
 
     def release(self, copied: CopyEvent | None = None) -> None:
         """Let changes begin after `copied`, or at once. Another call changes nothing."""
-        if not self._is_released.is_set():
+        if not self.is_released:
             self._copied = copied or CopyEvent()
-            self._is_released.set()
+            self._released.set()
 
     def wait(self) -> None:
         """Return when the states may be changed: on a device, by work that its current stream is given from now on."""
-        if not self._is_released.is_set():
+        if not self.is_released:
             with self._waiting():
-                self._is_released.wait()
+                self._released.wait()
         self._copied.wait()
 
 

@@ -8,10 +8,9 @@ import torch
 from parallel.chunk.spec import ChunkSpec
 from parallel.config import ZeroConfig
 from parallel.errors import size_text
-from parallel.placement.policy import ChunkBytes
+from parallel.placement.policy import ChunkBytes, host_bytes, max_states_on_host
+from parallel.placement.room import host_room
 from parallel.storage.host import available
-
-NO_ROOM = "an update of a chunk waits until the chunk is written"
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,25 @@ class SaveRoom:
         if self.is_enough:
             return f"checkpoints: copied to {size_text(self.needed)} of host memory, written in the background"
         return (
-            f"checkpoints: written behind: the host has no room for a copy of {size_text(self.needed)}"
-            f" ({size_text(max(0, self.room))} is left), and {NO_ROOM}"
+            f"checkpoints: written behind, since the host has no room for a copy of {size_text(self.needed)}:"
+            " updates wait for writes"
         )
+
+
+def tightest(rooms: Sequence[SaveRoom]) -> SaveRoom:
+    """Return the room, of several ranks', that is the nearest to be too little."""
+    return min(rooms, key=lambda room: room.room - room.needed)
+
+
+def foreseen_save_room(
+    specs: Sequence[ChunkSpec], sizes: Sequence[ChunkBytes], zero: ZeroConfig, *, num_ranks: int, device: torch.device
+) -> SaveRoom:
+    """Return what `save_room` will return in a run, with nothing started."""
+    on_host = 0
+    if zero.tensor_placement_policy != "cuda":
+        num_host_states = max_states_on_host(sizes, host_room(zero, specs, num_ranks)) or 0
+        on_host = host_bytes(sizes, 0, 0, num_host_states)
+    return save_room(specs, sizes, zero, num_ranks=num_ranks, on_host=on_host, device=device)
 
 
 def save_room(
