@@ -258,7 +258,8 @@ NORM_AND_CLIP = (
     Mutant("norm-counts-the-tied-embedding-twice", "the first and the last stage both count it",
            SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.infos[0].layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of its own parameters only",
-           NORM, "all_reduce(torch.stack([total, number]), world)", "torch.stack([total, number])", trains("1d2")),
+           NORM, "found = all_reduce(torch.cat([total.view(1), numbers.view(-1)]), world)",
+           "found = torch.cat([total.view(1), numbers.view(-1)])", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank whose copy is not counted is not noticed",
            NORM,
            "total += chunk.gradient.squares() * chunk.spec.is_counted",
@@ -640,9 +641,8 @@ PLACEMENT = (
            f"{MANAGER_TESTS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
-           "        with self.memory_guard.explained(lambda: \"update\"):\n            skipped = self._update("
-           "norm, divisor, HostCopy(num_written))\n",
-           "        skipped = self._update(norm, divisor, HostCopy(num_written))\n",
+           "        with self.memory_guard.explained(lambda: \"update\"):\n            self._update(norm, divisor,",
+           "        if True:\n            self._update(norm, divisor,",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-mode-not-ended", "a module stays in evaluation mode after an evaluation",
            "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
@@ -2124,6 +2124,101 @@ INTEGRITY = (
     ),
 )
 
+NONFINITE, NONFINITE_RUNS = "tests/test_nonfinite.py", "tests/test_nonfinite_runs.py"
+NO_BIT = f"{NONFINITE}::test_a_step_that_is_left_out_changes_no_bit"
+NAMED_WHERE = f"{NONFINITE}::test_what_is_not_finite_is_named_on_every_rank_and_nothing_has_changed"
+
+NUMBERS = (
+    Mutant(
+        "left-out-step-updates",
+        "the device updates weights with a gradient that is not finite",
+        "parallel/optim/adamw.py",
+        "            found_inf=now.found_inf,\n",
+        "            found_inf=0.0 * now.found_inf,\n",
+        f"{NO_BIT}[single-0-fp32-device-fp32]",
+    ),
+    Mutant(
+        "left-out-step-updates-on-the-host",
+        "the flag does not travel to the host with the clip factor",
+        "parallel/optim/adamw.py",
+        "return Step(factor, found_inf.float(), self.lr)",
+        "return Step(factor, 0.0 * found_inf.float(), self.lr)",
+        f"{NO_BIT}[single-0-bf16-host-bf16]",
+    ),
+    Mutant(
+        "left-out-step-is-counted",
+        "the bias correction counts a step that was left out",
+        "parallel/optim/update_counts.py",
+        "        self.total, self._missed = self._before\n",
+        "        pass\n",
+        f"{NO_BIT}[single-0-fp32-device-fp32]",
+    ),
+    Mutant(
+        "loss-not-looked-at",
+        "only the norm decides whether a step updates",
+        "parallel/engine/base.py",
+        "self.lr, found_inf(norm, loss))",
+        "self.lr, found_inf(norm))",
+        f"{NONFINITE}::test_a_loss_that_is_not_finite_stops_a_step_whose_gradient_is",
+    ),
+    Mutant(
+        "scale-without-a-floor",
+        "the loss scale falls for ever, and no step is ever told to be not finite",
+        "parallel/optim/loss_scale.py",
+        "return self.is_dynamic and self.scale > LOWEST",
+        "return self.is_dynamic",
+        f"{NONFINITE}::test_an_overflow_of_fp16_is_the_scales_business_until_the_scale_is_one",
+    ),
+    Mutant(
+        "receiver-of-a-weight-named",
+        "the rank is named that has gathered a weight, and not the one that it came from",
+        "parallel/modules/first_not_finite.py",
+        "found.time, not found.is_own, found.rank",
+        "found.time, found.is_own, found.rank",
+        f"{NAMED_WHERE}[dp2-3-fp32-weight-1]",
+    ),
+    Mutant(
+        "later-stage-first",
+        "a stage that has received what is not finite is named",
+        "parallel/modules/first_not_finite.py",
+        "-found.stage if is_backward else found.stage",
+        "found.stage if is_backward else -found.stage",
+        f"{NAMED_WHERE}[pp2-0-fp32-data-0]",
+    ),
+    Mutant(
+        "saved-without-a-look",
+        "weights that are not finite are saved over those that are",
+        "training/checkpoints.py",
+        '        engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)\n',
+        "",
+        f"{NONFINITE_RUNS}::test_a_row_that_no_token_uses_is_seen_when_it_is_to_be_saved",
+    ),
+    Mutant(
+        "done-without-a-look",
+        "a run whose weights are not finite is exported and called done",
+        "training/run.py",
+        '        engine.check_finite("The run has not come to a model: nothing is exported.")\n',
+        "",
+        f"{NONFINITE_RUNS}::test_a_row_that_no_token_uses_is_seen_when_it_is_to_be_saved",
+    ),
+    Mutant(
+        "row-of-leavings-forgotten",
+        "a checkpoint forgets how many steps were left out",
+        "parallel/optim/left_out.py",
+        '("steps", "in_a_row"))',
+        '("steps", "steps"))',
+        f"{NONFINITE}::test_ten_steps_in_a_row_end_the_run_and_an_update_begins_the_count_anew",
+    ),
+    Mutant(
+        "marked-for-ever",
+        "what is marked does not enter the history",
+        "training/outliers.py",
+        "            history.append(value)\n",
+        "            history.extend([value] * (key not in marked))\n",
+        f"{NONFINITE_RUNS}::test_a_level_that_has_changed_for_good_is_marked_a_few_times_and_not_for_ever",
+    ),
+)
+
 SAVED_BEHIND = (
     Mutant(
         "update-before-the-copy",
@@ -2405,6 +2500,7 @@ MUTANTS = (
     *ATTACKED_DATA,
     *SEEN_AND_GENERATED,
     *INTEGRITY,
+    *NUMBERS,
     *SAVED_BEHIND,
     *NO_ROOM,
     *WATCHED,
