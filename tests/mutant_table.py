@@ -2453,6 +2453,50 @@ KILLS = (
     ),
 )
 
+ENDS_TEST = "tests/test_ends.py"
+ENDS = (
+    Mutant(
+        "signal-before-a-save-ends",
+        "a run that a signal ends is not saved where no checkpoint is due",
+        "training/loop.py",
+        " or number is not None:",
+        ":",
+        f"{ENDS_TEST}::test_a_run_that_a_signal_ends_goes_on_as_if_nothing_had_been",
+    ),
+    Mutant(
+        "evaluation-cut-is-not-made-again",
+        "the validation loss of the step at which a signal came is missing for ever",
+        "training/loop.py",
+        "        best.unevaluated = line\n",
+        "        pass\n",
+        f"{ENDS_TEST}::test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_first",
+    ),
+    Mutant(
+        "same-signal-twice-ends-at-once",
+        "a Ctrl-C that a launcher repeats ends a run without a checkpoint",
+        "parallel/engine/stop_signals.py",
+        "now - self._first_came > SECONDS_OF_ONE and",
+        "",
+        f"{ENDS_TEST}::test_a_second_signal_ends_at_once_and_one_within_a_second_is_the_same",
+    ),
+    Mutant(
+        "own-folder-by-its-name-alone",
+        "a run that is started again goes on from what an older run has left in its folder",
+        "training/attempt.py",
+        """return "auto" if start.has_saved else start.resumed_from or None""",
+        """return "auto\"""",
+        f"{ENDS_TEST}::test_a_later_attempt_begins_at_its_own_checkpoint_and_else_as_the_first_one_did",
+    ),
+    Mutant(
+        "hosts-that-change-end-a-run",
+        "a run is not started again after a host has come or gone, since torchrun sent it SIGTERM",
+        "parallel/watch/history.py",
+        "code > SIGNALLED and attempt == self._attempt",
+        "False",
+        f"{ENDS_TEST}::test_a_later_attempt_learns_of_a_decision_but_not_of_a_signal_by_which_hosts_have_changed",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2506,4 +2550,5 @@ MUTANTS = (
     *WATCHED,
     *HOSTILE_FILES,
     *KILLS,
+    *ENDS,
 )
