@@ -25,7 +25,7 @@ from parallel.mesh.notices import Notices
 
 
 class SaverState(Enum):
-    """What a saver does. A save that has failed is an error of the next step, on every rank."""
+    """The state of a saver: a save that has failed is an error of the next step, on every rank."""
 
     IDLE = auto()
     SAVING = auto()
@@ -47,7 +47,7 @@ LOOSE = ("buffer", "value")
 
 @dataclass(frozen=True)
 class Writing:
-    """How a rank writes: by how many threads, and whether the host has room for a copy of what it saves."""
+    """The threads by which a rank writes, and whether the host has room for a copy of what it saves."""
 
     num_threads: int = 1
     copies: bool = True
