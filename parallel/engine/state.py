@@ -78,6 +78,14 @@ class EngineState(EngineBase):
         waits = wait or not self.config.output.checkpoint_async
         self.saver.save(pieces, target, metadata=metadata, waits=waits, guarded=not self.writes.is_on)
 
+    def reserve_for_saving(self) -> None:
+        """Start to allocate the memory on the host for copies, where it has to be pinned for a GPU, which takes long:
+        else the first save in the background does it.
+        """
+        if self.mesh.device.type == "cuda":
+            owned = [chunk for chunk in self.chunks if chunk.spec.is_owner and not chunk.is_frozen]
+            self.saver.reserve({chunk: self.optimizer.state_bytes(chunk) for chunk in owned})
+
     def finish_saving(self) -> None:
         """Return when the checkpoint that is written in the background is complete on every rank.
 
