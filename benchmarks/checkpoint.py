@@ -163,6 +163,7 @@ def measure(name: str, size: Size, folder: Path, saves: int) -> None:
     for k in range(saves):
         if name.startswith("dcp"):  # ours deletes its old ones itself, in the background
             shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / name).mkdir(parents=True)
         begun = time.perf_counter()
         is_complete = contender.save(folder / name)
         call = time.perf_counter() - begun

@@ -14,7 +14,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.checkpoint import Target
-from parallel.checkpoint.snapshot import HostMemory, Snapshot
+from parallel.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot
 from parallel.chunk.chunk import Chunk
 from parallel.errors import ColonnadeError, ExitCode
 from parallel.layout.layout import Piece
@@ -85,7 +85,7 @@ class Saver:
         def allocate() -> None:
             try:
                 for chunk, size in sizes.items():
-                    self._memory.of(chunk, size)
+                    self._memory.of(chunk, size + 16 * ALIGNMENT)
             except (MemoryError, RuntimeError):
                 return  # the save itself finds that there is no room, and writes without a copy
 
