@@ -72,7 +72,7 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
     cache = cache_of(os.environ, quiet=place.rank != 0)
     inputs = read_inputs(config, resume=arguments.resume, overridden=arguments.set, cache=cache)
     config = inputs.config
-    messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.resume_from)]
+    messages = [*inputs.messages, *device_messages(config), *problems_here(config, place, inputs.found)]
     on_host = place.local_world_size if place.world_size == world_size else world_size
     messages += save_messages(config, replace(place, world_size=world_size, local_world_size=on_host))
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)

@@ -11,8 +11,9 @@ from models.hf import entries_of
 from models.shape import ModelShape
 from models.shapes import shape_from
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.index import Index
 from parallel.config import Config, parse
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError
 from parallel.layout.layout import Piece
 
 MASTER = "master/"
@@ -31,35 +32,40 @@ def of_this_program(folder: Path) -> Iterator[None]:
         yield
     except CheckpointError:  # it is a ValueError, and says itself what is wrong with which file
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The model of a checkpoint: its folder, the step that it was saved after, the config of its run, and its shape."""
+    """The model of a checkpoint: its index, the step that it was saved after, the config of its run, and its shape."""
 
-    folder: Path
+    index: Index
     step: int
     config: Config
     shape: ModelShape
 
     @classmethod
-    def read(cls, folder: Path) -> "SavedModel":
-        """Return the model of the checkpoint in a folder. Raises CheckpointError for one of another program."""
+    def of(cls, index: Index) -> "SavedModel":
+        """Return the model of a checkpoint. Raises CheckpointError for one of another program."""
+        folder, metadata = index.folder, index.metadata
         with of_this_program(folder):
-            metadata = checkpoint.read_metadata(folder)
             if "model" not in metadata and "format" in metadata:
                 raise CheckpointError(
                     f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say"
                     " which model it has. Load it there, and call engine.save_pretrained."
                 )
             config, shape = parse(metadata["config"], batches=False), shape_from(metadata["model"])
-            return cls(folder, int(metadata["step"]), config, shape)
+            return cls(index, int(metadata["step"]), config, shape)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoint."""
+        return self.index.folder
 
     def tensors(self) -> Iterator[Piece]:
         """Yield the master weights, whole, one at a time, in the order of an export."""
         entries = entries_of(self.shape, widest_dtype(self.config))
         stored = [replace(entry, key=f"{MASTER}{entry.key}") for entry in entries]
-        for piece in checkpoint.whole_tensors(self.folder, stored):
+        for piece in checkpoint.whole_tensors(self.index, stored):
             yield replace(piece, name=piece.name.removeprefix(MASTER))

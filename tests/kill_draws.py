@@ -40,9 +40,11 @@ class AfterSeconds:
         return f"{signal.Signals(self.signal).name} to rank {self.rank} after {self.seconds:.2f} s"
 
 
-def calls_of(run: Path) -> list[dict[str, int]]:
-    """Return how often each rank called each function in a run that had a folder for it."""
-    files = sorted(calls_folder(run).iterdir())
+def calls_of(run: Path, threads: str = "main") -> list[dict[str, int]]:
+    """Return how often each rank called each function in a run that had a folder for it, on its "main" thread or in the
+    "background".
+    """
+    files = sorted(calls_folder(run).glob(f"{threads}_*"))
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -101,16 +103,18 @@ class Torchrun:
                 found[rank] = process
         return found
 
-    def send(self, kill: AfterSeconds) -> bool:
-        """Send the signal of a kill when its time has come; return whether the rank was there."""
+    def send(self, kill: Kill | AfterSeconds) -> bool:
+        """Have a kill come; return whether it did, before the run ended."""
+        return self._send_after(kill) if isinstance(kill, AfterSeconds) else self._send_at(kill)
+
+    def _send_after(self, kill: AfterSeconds) -> bool:
         time.sleep(kill.seconds)
         if (process := self.ranks().get(kill.rank)) is None:
             return False
         os.kill(process, kill.signal)
         return True
 
-    def send_at(self, kill: Kill) -> bool:
-        """Have the rank kill itself; return whether it came to that before the run ended."""
+    def _send_at(self, kill: Kill) -> bool:
         kill.write(self.folder)
         wait_until(lambda: killed_file(self.folder).exists() or self.has_ended())
         kill_file(self.folder).unlink(missing_ok=True)

@@ -24,8 +24,9 @@ PACKAGES = tuple(f"{ROOT / name}{os.sep}" for name in ("parallel", "models", "tr
 class Kill:
     """A signal to `rank`, when it calls `function` for the `call`-th time since the run or its resumption began.
 
-    `function` is a qualified name, such as "Runner._backward", of a function of this project; "" is any of them. With
-    `all_ranks` the rank sends SIGKILL to the others first.
+    `function` is a qualified name, such as "Runner._backward", of a function of this project; "" is any of them. Calls
+    on the main thread count, or with `in_background` those on all other threads. With `all_ranks` the rank sends
+    SIGKILL to the others first.
     """
 
     rank: int
@@ -33,10 +34,13 @@ class Kill:
     call: int = 1
     signal: int = signal.SIGKILL
     all_ranks: bool = False
+    in_background: bool = False
 
     def __str__(self) -> str:
         who = "all ranks" if self.all_ranks else f"rank {self.rank}"
-        return f"{signal.Signals(self.signal).name} to {who} at call {self.call} of {self.function or 'any function'}"
+        where = " in the background" if self.in_background else ""
+        function = self.function or "any function"
+        return f"{signal.Signals(self.signal).name} to {who} at call {self.call} of {function}{where}"
 
     def write(self, run: Path) -> None:
         """Have the next start of the run in this folder be killed so."""
@@ -71,7 +75,7 @@ class Killer(Callback):
 
     def __init__(self) -> None:
         self._kill: Kill | None = None
-        self._calls: Counter[str] = Counter()
+        self._calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}  # on the main thread; on others
         self._ours: dict[CodeType, bool] = {}
 
     def on_start(self, run: Run) -> None:
@@ -89,9 +93,11 @@ class Killer(Callback):
 
     def on_end(self, error: BaseException | None) -> None:
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
         if calls_folder(self._run).exists():
-            (calls_folder(self._run) / f"rank_{self._rank}.json").write_text(json.dumps(self._calls))
+            for in_background, calls in self._calls.items():
+                name = f"{'background' if in_background else 'main'}_{self._rank}.json"
+                (calls_folder(self._run) / name).write_text(json.dumps(calls))
 
     def _on_call(self, frame: FrameType, event: str, argument: object) -> None:
         """Count a call; None as the result asks for no further event of this frame."""
@@ -100,14 +106,13 @@ class Killer(Callback):
             self._ours[code] = code.co_filename.startswith(PACKAGES)
         if not self._ours[code]:
             return
-        self._calls[code.co_qualname] += 1
-        if self._kill is None:
+        in_background = threading.current_thread() is not threading.main_thread()
+        calls, kill = self._calls[in_background], self._kill
+        calls[code.co_qualname] += 1
+        if kill is None or kill.in_background is not in_background or kill.function not in ("", code.co_qualname):
             return
-        function = self._kill.function
-        if function in ("", code.co_qualname):
-            count = self._calls[function] if function else self._calls.total()
-            if count == self._kill.call:
-                self._act(self._kill)
+        if kill.call == (calls[kill.function] if kill.function else calls.total()):
+            self._act(kill)
 
     def _act(self, kill: Kill) -> None:
         self._kill = None

@@ -1,6 +1,8 @@
 """Access to parameters by hand meets what an engine saves and loads, and a parameter has one engine."""
 
 import copy
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoints import seal
 from tests.harness import run
+from tests.test_damage import STRANGE, leaves
 from tests.test_module_engine import config_of, engine_of
 from tests.test_parameter_access import engine_with, message_of
 from tests.test_user_writes import linears, step_of, weights_of
@@ -131,6 +135,86 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused_on_every_rank_and_changes_noth
             "rank_00000.safetensors is damaged, or another file: its bytes are not those that were" in text
             for text in found
         )
+
+
+METADATA: list[dict[str, Any]] = [
+    dict(counters=None),
+    dict(counters=dict(step="x", updates=0)),
+    dict(counters=dict(step=1, updates=2)),
+    dict(counters=dict(step=1, updates=1, loss_scale=-1.0)),
+    dict(counters=dict(step=1, updates=1, placement=dict(key="x"))),
+    dict(format="2"),
+    dict(steps=[1]),
+    dict(frozen="first.weight"),
+    dict(group_names=[1]),
+    dict(optimizer=3),
+    dict(values=[]),
+    dict(values=[3]),
+    dict(values=[dict(json={}, tensors=[["float32", [2**50]]])]),  # 4 PiB
+    dict(values=[dict(json={}, tensors=[["float32", [0, -1]]])]),
+    dict(values=[dict(json={}, tensors=[["no_dtype", [0]]])]),
+    dict(values=[dict(json={}, tensors=3)]),
+    dict(values=[dict(json={"extra": {"$bytearray": 2**50}}, tensors=[])]),
+    dict(values=[dict(json={"extra": {"$code": "x"}}, tensors=[])]),
+    dict(values=[dict(json={"extra": {"$device": "x"}}, tensors=[])]),
+    dict(values=[dict(json={"extra": {"$tensor": 5}}, tensors=[])]),
+    dict(values=[dict(json=[], tensors=[])]),
+]
+"""Changes of a checkpoint's metadata, with which its checksums are right."""
+
+
+def load_strange_metadata(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Return what is said to checkpoints whose metadata somebody has changed, by an engine that stays as it was."""
+    engine, *_ = engine_with(rank, world_size, 1)
+    step_of(engine, 0, rank, world_size)
+    path = engine.save_checkpoint(folder)
+    module = linears()
+    update = torch.optim.SGD(module.parameters(), lr=0.5)
+    other, _ = engine_of(rank, world_size, config_of(1, precision="fp32"), module, optimizer=update)
+    before, index, found = weights_of(other), json.loads((path / "checkpoint.json").read_text()), []
+    for change in METADATA:
+        (path / "checkpoint.json").write_text(json.dumps(index | dict(metadata=index["metadata"] | change)))
+        seal(path)
+        found += [message_of(lambda: other.load_checkpoint(folder)), message_of(lambda: other.load_weights(folder))]
+    after = weights_of(other)
+    assert (update.param_groups[0]["lr"], other.num_steps) == (0.5, 0)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    return found
+
+
+def test_metadata_of_no_engine_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    """Weights and groups had been loaded by then, and memory of a size in them was allocated."""
+    (found,) = run(load_strange_metadata, 1, tmp_path)
+    assert len(found) == 2 * len(METADATA)
+    for text, change in zip(found, (change for change in METADATA for _ in range(2)), strict=True):
+        assert "checkpoint" in text, (change, text)
+        assert str(tmp_path) in text or "is damaged" in text, (change, text)
+    assert sum("has no tensor value/0/0" in text for text in found) == 2  # before 4 PiB of memory are asked for
+
+
+def load_drawn_metadata(rank: int, world_size: int, folder: Path) -> int:
+    """Return how many checkpoints were refused, of which a value of the metadata was replaced by a strange one.
+
+    Any other error than a refusal would fail.
+    """
+    engine, *_ = engine_with(rank, world_size, 1)
+    step_of(engine, 0, rank, world_size)
+    extra = dict(a=[torch.ones(2), (1, {2: b"3"})], b=torch.float32)
+    path = engine.save_checkpoint(folder, extra)
+    whole, draw, refused = json.loads((path / "checkpoint.json").read_text()), random.Random(5), 0
+    for _ in range(150):
+        index = copy.deepcopy(whole)
+        container, key = draw.choice(list(leaves(index["metadata"])))
+        container[key] = draw.choice(STRANGE)
+        (path / "checkpoint.json").write_text(json.dumps(index))
+        seal(path)
+        refused += message_of(lambda: engine.load_checkpoint(folder, strict=False)) != "nothing"
+    return refused
+
+
+def test_a_strange_value_anywhere_in_the_metadata_is_refused_or_loaded_but_never_breaks_down(tmp_path: Path) -> None:
+    (refused,) = run(load_drawn_metadata, 1, tmp_path)
+    assert refused > 50
 
 
 def group_with_names(rank: int, world_size: int, folder: Path) -> list[str]:

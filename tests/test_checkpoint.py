@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.checkpoint.checkpoint import (
-    check_contents,
     find_checkpoint,
     load,
     read_metadata,
@@ -23,10 +22,14 @@ from parallel.checkpoint.checkpoint import (
     save,
     step_folder,
 )
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.newest import find_newest
 from parallel.checkpoint.shards import covered_once
-from parallel.errors import CheckpointError
-from parallel.layout.layout import Layout, Piece, box_shape, slices
+from parallel.checkpoint.verify import verify
+from parallel.errors import CheckpointError, NoRoomError
+from parallel.layout.layout import Layout, Piece, slices
 from parallel.mesh.mesh import ALONE, Axis, Traffic
+from tests.checkpoints import seal
 from tests.harness import run
 from tests.parity import owns
 
@@ -87,6 +90,12 @@ def save_in(rank: int, size: int, kind: str, folder: Path) -> None:
 def save_alone(folder: Path, keep: int = 2) -> None:
     owned = pieces_of("replicated", 0, 1, whole_tensors(), only_owned=True)
     save(folder, owned, metadata={"step": 7}, axis=axis(0, 1), keep=keep)
+
+
+def newest(run: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run."""
+    found = find_newest(run / "checkpoints")
+    return None if found is None else found.index.folder
 
 
 def empty_pieces() -> list[Piece]:
@@ -167,7 +176,7 @@ def full_disk(num_bytes: int) -> Iterator[None]:
 
 def save_with_a_full_disk_on_rank_1(rank: int, size: int, checkpoints: Path) -> str:
     save_in(rank, size, "rows", checkpoints / "step_000001")
-    with pytest.raises(CheckpointError) as failure, full_disk(400 if rank == 1 else 10**6):
+    with pytest.raises(NoRoomError) as failure, full_disk(400 if rank == 1 else 10**6):
         save_in(rank, size, "rows", checkpoints / "step_000002")
     return str(failure.value)
 
@@ -233,26 +242,26 @@ def test_a_run_goes_on_if_an_old_checkpoint_cannot_be_deleted(
     save_alone(step_folder(tmp_path, 1))
     monkeypatch.setattr(shutil, "rmtree", refuse)
     save_alone(step_folder(tmp_path, 2), keep=1)
-    assert find_checkpoint("auto", tmp_path) == step_folder(tmp_path, 2)
+    assert newest(tmp_path) == step_folder(tmp_path, 2)
     assert "cannot delete" in caplog.text
 
 
 def test_resume_accepts_a_run_its_checkpoints_and_one_checkpoint(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", tmp_path) is None
+    assert newest(tmp_path) is None
     for step in (1, 2):
         save_alone(step_folder(tmp_path, step))
     first, second = step_folder(tmp_path, 1), step_folder(tmp_path, 2)
-    assert find_checkpoint("auto", tmp_path) == second
-    assert find_checkpoint(str(tmp_path), Path("elsewhere")) == second
-    assert find_checkpoint(str(tmp_path / "checkpoints"), Path("elsewhere")) == second
-    assert find_checkpoint(str(first), Path("elsewhere")) == first
+    assert newest(tmp_path) == second
+    assert find_checkpoint(str(tmp_path)) == second
+    assert find_checkpoint(str(tmp_path / "checkpoints")) == second
+    assert find_checkpoint(str(first)) == first
     shutil.rmtree(second)  # `latest` still names it
-    assert find_checkpoint("auto", tmp_path) == first
+    assert newest(tmp_path) == first
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
-        find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+        find_checkpoint(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty holds no checkpoint"):
-        find_checkpoint(str(tmp_path / "empty"), tmp_path)
+        find_checkpoint(str(tmp_path / "empty"))
 
 
 @pytest.fixture
@@ -273,17 +282,19 @@ def test_a_file_overwritten_with_noise_is_named(saved: Path) -> None:
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged"):
         load(saved, empty_pieces())
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged"):
+        verify(Index.read(saved), ALONE)
 
 
 @pytest.mark.parametrize("place", [4, 20, 60, 90, -100, -1])
 def test_a_flipped_bit_anywhere_in_a_file_is_named(saved: Path, place: int) -> None:
     file = saved / "rank_00000.safetensors"
-    check_contents(saved, ALONE)
+    verify(Index.read(saved), ALONE)
     content = bytearray(file.read_bytes())
     content[place] ^= 4
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged"):
-        check_contents(saved, ALONE)
+        verify(Index.read(saved), ALONE)
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:
@@ -292,10 +303,13 @@ def test_a_missing_file_is_named(saved: Path) -> None:
         load(saved, empty_pieces())
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"files": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": {}}', "[" * 10**5])
 def test_a_damaged_index_is_named(saved: Path, content: str) -> None:
     (saved / "checkpoint.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged"):
+        read_metadata(saved)
+    seal(saved)  # even if the checksum were right
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is .*damaged"):
         read_metadata(saved)
 
 
@@ -313,6 +327,6 @@ def test_a_box_that_no_file_holds_is_named(saved: Path) -> None:
     index = json.loads((saved / "checkpoint.json").read_text())
     index["tensors"]["fc1.bias"]["parts"][0]["box"] = [[0, 9]]
     (saved / "checkpoint.json").write_text(json.dumps(index))
-    box = ((5, 10),)
-    with pytest.raises(CheckpointError, match=r"only a part of box \(\(5, 10\),\) of fc1\.bias"):
-        load(saved, [Piece("fc1.bias", (10,), box, torch.zeros(box_shape(box)))])
+    seal(saved)
+    with pytest.raises(CheckpointError, match=r"the parts of 'fc1\.bias' \(10,\) do not cover it exactly once"):
+        Index.read(saved)

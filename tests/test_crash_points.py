@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,10 +15,12 @@ import torch
 
 from parallel.checkpoint import checkpoint, rank_files
 from parallel.checkpoint.checkpoint import Target, step_folder
+from parallel.checkpoint.index import INDEX, Index
 from parallel.checkpoint.saver import Saver, Writing
-from parallel.checkpoint.shards import SUMS, SUMS_LINE
+from parallel.checkpoint.verify import verify
+from parallel.errors import CheckpointError
 from parallel.layout.layout import Piece
-from parallel.mesh.mesh import Mesh
+from parallel.mesh.mesh import ALONE, Mesh
 from parallel.mesh.notices import Notices
 from parallel.mesh.topology import Topology
 
@@ -107,11 +108,11 @@ def save(folder: Path, step: int, value: float, *, keep: int, waits: bool) -> No
 
 def is_whole(folder: Path) -> bool:
     """Return whether each file of a checkpoint is there, with the bytes of its checksum."""
-    sums = folder / SUMS
-    lines = [SUMS_LINE.fullmatch(line) for line in sums.read_text().splitlines()] if sums.is_file() else []
-    if not lines or {path.name for path in folder.iterdir()} != {line["name"] for line in lines if line} | {SUMS}:
+    try:
+        verify(Index.read(folder), ALONE)
+    except CheckpointError:
         return False
-    return all(line and sha256((folder / line["name"]).read_bytes()).hexdigest() == line["digest"] for line in lines)
+    return True
 
 
 def value_of(folder: Path) -> float:
@@ -130,7 +131,7 @@ def what_is_left(folder: Path) -> float:
     """
     checkpoints = folder / "checkpoints"
     for found in checkpoints.glob("step_*"):
-        assert is_whole(found) or not (found / checkpoint.INDEX).exists(), found
+        assert is_whole(found) or not (found / INDEX).exists(), found
     for pointer in (checkpoints / "latest", checkpoints / "best"):
         name = pointer.read_text().strip()
         where = checkpoints / name

@@ -196,7 +196,8 @@ def remove_a_file(step: Path) -> str:
 
 def lose_the_list_of_files(step: Path) -> str:
     (step / "checkpoint.json").write_text('{"metadata": {}, "files": [], "tensors": {}}')
-    return "is not a checkpoint of this program"
+    seal(step)
+    return "checkpoint.json is damaged: 'files' is []"
 
 
 def break_the_index(step: Path) -> str:

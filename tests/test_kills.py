@@ -1,5 +1,6 @@
 """A run that is killed and goes on with `--resume auto` leaves the same files as one that nothing interrupts."""
 
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,23 +8,24 @@ from pathlib import Path
 import pytest
 
 from tests.harness import run
-from tests.killed_runs import LAYOUTS, assert_same_run, start, start_killed
-from tests.killer import Kill
+from tests.kill_draws import calls_of
+from tests.killed_runs import LARGER, LAYOUTS, assert_same_run, start, start_killed
+from tests.killer import Kill, calls_folder
 
 KILLS = {
-    "one rank, validated": Kill(0, "Engine.evaluate", 2),
+    "one rank, validated": Kill(0, "settle", 3, in_background=True),  # of the last checkpoint, which is the best
     "ZeRO 1": Kill(1, "ChunkSum.wait", 20),
-    "ZeRO 3, validated": Kill(1, "write_tensors", 2),
+    "ZeRO 3, validated": Kill(1, "write_files", 2, in_background=True),
     "offloaded": Kill(0, "AdamW.step", 4),
     "placed by a plan": Kill(0, "Runner._backward", 13),
     "on disk": Kill(0, "Runner._forward", 13),
     "fp16 with overflows": Kill(0, "LossScale.update", 4),
     "bf16 with bf16 moments": Kill(1, "Runner._backward", 10),
-    "a ring": Kill(0, "write_sums", 2),
+    "a ring": Kill(0, "write_sums", 2, in_background=True),
     "a pipeline, validated": Kill(1, "Engine.evaluate", 2),
-    "1d": Kill(0, "write_json", 2),
-    "2d": Kill(0, "_rename", 2),
-    "Llama in 1d": Kill(0, "_point", 5),
+    "1d": Kill(0, "write_json", 2, in_background=True),
+    "2d": Kill(0, "_rename", 2, in_background=True),
+    "Llama in 1d": Kill(0, "_point", 5, in_background=True),
 }
 
 
@@ -50,4 +52,46 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert start(layout, tmp_path / "whole") == 0
     assert start_killed(layout, tmp_path / "killed", kill) == 5
     assert start(layout, tmp_path / "killed", "--resume", "auto") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+PHASES = {
+    "forward": "Runner._forward",
+    "backward": "Runner._backward",
+    "reduction": "ChunkSum.wait",
+    "update": "AdamW.step",
+    "writing of metrics": "MetricsFile.on_step",
+    "log": "StepLog.on_step",
+    "evaluation": "Engine.evaluate",
+    "writing of tensors": "write_files",
+    "writing of the index": "write_json",
+    "writing of the checksums": "write_sums",
+    "renaming": "_rename",
+    "pointing": "_point",
+    "deletion of old ones": "_delete_old",
+    "export": "export_model",
+    "plot": "plot_loss",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
+def test_a_run_that_is_killed_in_every_phase_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """One run is killed in one phase after another, on a rank that is drawn, at a call that is drawn.
+
+    A phase that the layout lacks, or that this rank has not, is left out.
+    """
+    draw, layout, longer = random.Random(name), (LAYOUTS | LARGER)[name], ("train.steps=40",)
+    calls_folder(tmp_path / "whole").mkdir()
+    assert start(layout, tmp_path / "whole", more=longer) == 0
+    calls = {is_main: calls_of(tmp_path / "whole", kind) for is_main, kind in ((True, "main"), (False, "background"))}
+    for function in PHASES.values():
+        places = [(is_main, r) for is_main, ranks in calls.items() for r, one in enumerate(ranks) if function in one]
+        if places:
+            is_main, rank = draw.choice(places)
+            most = max(1, calls[is_main][rank][function] // 2 // len(PHASES))
+            kill = Kill(rank, function, draw.randint(1, most), in_background=not is_main)
+            print(f"{name}: {kill}", flush=True)
+            assert start_killed(layout, tmp_path / "killed", kill, more=longer) == 5
+    assert start(layout, tmp_path / "killed", "--resume", "auto", more=longer) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

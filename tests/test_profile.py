@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 import launch
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.newest import Found
 from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
@@ -104,7 +106,7 @@ def test_each_stage_of_a_pipeline_leaves_a_trace_of_the_steps_asked_for(tmp_path
 
 def test_a_profiler_exists_only_during_the_steps_asked_for(tmp_path: Path) -> None:
     file, done, alive = tmp_path / "profile" / "rank_0.json", list[list[str]](), list[bool]()
-    tracer = Tracer(range(2, 4), file, CPU, on_written=lambda written: done.append(ranges(written)))
+    tracer = Tracer(range(2, 4), file, CPU, say=lambda text: done.append(ranges(file)))
     for step in range(1, 6):
         with tracer.around_step(step):
             alive.append(torch.autograd.profiler._is_profiler_enabled)
@@ -125,7 +127,7 @@ def test_a_run_that_ends_during_its_traced_steps_stops_the_profiler(
     monkeypatch.setattr(Engine, "train_step", break_down)
     job = prepared(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        run_job(dataclasses.replace(job, traced_steps=range(1, 3)))
+        run_job(dataclasses.replace(job, profile=range(1, 3)))
     assert [*alive, torch.autograd.profiler._is_profiler_enabled] == [True, False]
     assert not (tmp_path / "run" / "profile").exists()
 
@@ -144,9 +146,9 @@ def test_launch_traces_the_steps_that_exist_and_prints_the_file(
 
 def test_a_resumed_run_traces_only_steps_that_it_takes(tmp_path: Path) -> None:
     run_job(prepared(tmp_path, "output.checkpoint_every=3", "output.keep_checkpoints=2", "output.export=False"))
-    checkpoint = tmp_path / "checkpoints" / "step_000003"
+    found = Found(Index.read(tmp_path / "checkpoints" / "step_000003"))
     for asked, taken in ((range(2, 4), range(0)), (range(2, 6), range(4, 6)), (range(5, 9), range(5, 7))):
-        coming, messages = steps_to_trace(asked, taken=Taken.before(checkpoint).steps, steps=6)
+        coming, messages = steps_to_trace(asked, taken=Taken.before(found).steps, steps=6)
         assert list(coming) == list(taken)
         expected = [f"--profile {asked.start}:{asked.stop}: nothing to trace, 3 of 6 steps were taken before"]
         assert messages == ([] if taken else expected)

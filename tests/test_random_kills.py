@@ -2,19 +2,26 @@
 
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from tests.kill_draws import NUM_KILLS, SEED, SIGNALS, calls_of, draw_kill
-from tests.killed_runs import VALIDATED, Layout, assert_same_run, start
-from tests.killer import calls_folder, kill_file, killed_file
+from parallel.checkpoint.checkpoint import find_checkpoint, step_of
+from tests.kill_draws import NUM_KILLS, SEED, SIGNALS, AfterSeconds, Torchrun, calls_of, draw_kill
+from tests.killed_runs import VALIDATED, Layout, assert_same_run, lines_of, start
+from tests.killer import Kill, calls_folder, kill_file, killed_file
 from tests.test_kills import _leaves_signals_alone, _server  # noqa: F401 (fixtures)
 
 STEPS = "train.steps=30"
 OFTEN = ("output.checkpoint_every=3", "output.log_every=30")
 KILLS_EACH = 5
+SECONDS_OF_A_START = 12.0
+"""The seconds in which a start of torchrun's, and some steps, fit."""
+
+KILLED = [number for number in SIGNALS if number in (signal.SIGKILL, signal.SIGSEGV)]
+"""The signals after which torchrun starts a run again."""
+
 
 RUNS: dict[str, Layout] = {
     "ZeRO 3": Layout(2, ("zero.stage=3", *VALIDATED, *OFTEN, STEPS)),
@@ -102,3 +109,63 @@ def codes_of(number: int) -> set[int]:
     0: the moment was never reached, or it came when nothing was left to do.
     """
     return {0, {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}.get(signal.Signals(number), 5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", seeds(0.4))
+def test_random_kills_under_torchrun_change_nothing(seed: int, references: dict[str, Path], tmp_path: Path) -> None:
+    """torchrun restarts all ranks when one is killed; a run that a signal has asked to end is started again here.
+
+    Half of the kills come at a moment by the clock, which may be before the first step.
+    """
+    draw = random.Random(1000 + seed)
+    chain, num_killed = Chain(draw, references, tmp_path), 0
+    chain.begin()
+    while num_killed < KILLS_EACH:
+        with Torchrun(chain.layout, chain.run, restarts=KILLS_EACH) as torchrun:
+            while num_killed < KILLS_EACH and not torchrun.has_ended():
+                kill: Kill | AfterSeconds = draw_kill(draw, calls_of(references[chain.name]), 1 / KILLS_EACH, KILLED)
+                if draw.random() < 0.5:
+                    kill = AfterSeconds(kill.rank, draw.uniform(0, SECONDS_OF_A_START), kill.signal)
+                print(f"seed {seed}, {chain.name}: {kill}", flush=True)
+                num_killed += torchrun.send(kill)
+            code = torchrun.wait()
+        print(torchrun.screen.read_text()[-3000:], "torchrun ended with", code, sep="\n")
+        if code == 0:
+            chain.compare()
+    assert num_killed == KILLS_EACH
+
+
+NUM_CRASHES = max(1, round(NUM_KILLS * 0.6))
+EVERY = 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEED, SEED + max(1, NUM_CRASHES // KILLS_EACH)))
+def test_a_crash_while_a_checkpoint_is_written_in_the_background_leaves_a_whole_one(
+    seed: int, references: dict[str, Path], tmp_path: Path
+) -> None:
+    """One rank or all of them are killed at a call of the threads that write. The save before that one was complete."""
+    draw = random.Random(2000 + seed)
+    chain = Chain(draw, references, tmp_path)
+    chain.begin()
+    num_killed = 0
+    while num_killed < KILLS_EACH:
+        calls = calls_of(references[chain.name], "background")
+        kill = replace(
+            draw_kill(draw, calls, 1 / KILLS_EACH, [signal.SIGKILL]),
+            in_background=True,
+            all_ranks=draw.random() < 0.5,
+        )
+        print(f"seed {seed}, {chain.name}: {kill}", flush=True)
+        kill.write(chain.run)
+        code = start(chain.layout, chain.run, "--resume", "auto")
+        num_killed += killed_file(chain.run).exists()
+        assert code in (0, 5)
+        if code == 0:
+            chain.compare()
+        elif (last := len(lines_of(chain.run))) >= 2 * EVERY:
+            assert step_of(find_checkpoint(str(chain.run))) >= (last // EVERY - 1) * EVERY
+    kill_file(chain.run).unlink(missing_ok=True)
+    assert start(chain.layout, chain.run, "--resume", "auto") == 0
+    chain.compare()

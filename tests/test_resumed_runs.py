@@ -10,6 +10,7 @@ import pytest
 
 from models.data import Batch, Loader, SampleOrder
 from parallel.errors import CheckpointError
+from tests.checkpoints import seal
 from tests.tables import rows
 from tests.test_loop import lines_of, prepared
 from training.preflight import Job
@@ -158,12 +159,14 @@ def check_older(go_on: Callable[..., Job], saved: Path, tmp_path: Path, **_: Any
     content = json.loads(text)
     del content["metadata"]["corpus"], content["metadata"]["counters"]["samples"]
     index.write_text(json.dumps(content))
+    seal(index.parent)
     try:
         messages = "\n".join(go_on("train.global_batch_size=4").messages)
         with pytest.raises(CheckpointError, match=r"set train\.seed=0"):
             go_on("train.seed=1")
     finally:
         index.write_text(text)
+        seal(index.parent)
     assert "goes on at sample 24" in messages
     return messages
 

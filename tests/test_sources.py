@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.shapes import resolve
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import write_folder
+from parallel.checkpoint.index import Index
 from parallel.checkpoint.shards import Entry
 from parallel.chunk.chunk import make_chunks
 from parallel.chunk.spec import Segment
@@ -297,7 +298,7 @@ def test_a_state_of_every_kind_of_parameter_is_loaded_in_another_layout(tmp_path
     for stage in (0, 1):
         folder = checkpoint.step_folder(tmp_path / str(stage), 0)
         assert checkpoint.read_metadata(folder)["frozen"] == sorted(x for k in FROZEN for x in KINDS[k].public)
-        names = {name.partition("/")[2] for name in checkpoint.read_shapes(folder)}
+        names = {name.partition("/")[2] for name in Index.read(folder).shapes}
         assert names == STATE.keys()
     run(load_states, 1, tmp_path)
     run(load_states, 3, tmp_path)

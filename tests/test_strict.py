@@ -14,6 +14,7 @@ from parallel.checkpoint.checkpoint import resolve_latest
 from parallel.engine.module_engine import ModuleEngine
 from parallel.errors import CheckpointError
 from tests import test_resume
+from tests.checkpoints import seal
 from tests.harness import run
 from tests.parity import Raw, batches_of, share_of
 from tests.parity import config_of as config_of_opt
@@ -318,6 +319,7 @@ def older(folder: Path) -> Path:
     steps = {name: count for name, count in metadata["steps"].items() if count}
     content["metadata"] = dict(counters=metadata["counters"], steps=steps, rates=[0.25], extra=dict(note=1))
     (index / "checkpoint.json").write_text(json.dumps(content))
+    seal(index)
     return folder
 
 

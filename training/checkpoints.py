@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.shards import fail_together
 from parallel.engine.engine import Engine
-from parallel.errors import ColonnadeError, LostRankError
+from parallel.errors import ColonnadeError, LostRankError, SignalError
 from parallel.mesh.collectives import gather_objects
 from parallel.placement.save_room import SaveRoom, tightest
 from training.best_loss import BestLoss
@@ -29,22 +30,36 @@ class Checkpoints:
         self.engine, self.job, self.best, self._on_saved = engine, job, best, on_saved
 
     def save(self, step: int) -> Path:
-        """Save the state after this step, and return the folder that the checkpoint will have."""
-        engine, best, run = self.engine, self.best, self.job.folder.path
+        """Save the state after this step, and return the folder that the checkpoint will have.
+
+        It is complete then where a signal asks for the end of the run.
+        """
+        engine, best = self.engine, self.best
         output, target = engine.config.output, checkpoint.step_folder(self.job.folder.path, step)
+        waits = not output.checkpoint_async or engine.stop_signal is not None
         self.finish()
         engine.save(
             engine.state_pieces(owned=True),
-            checkpoint.Target(
-                target,
-                output.keep_checkpoints,
-                checkpoint.step_folder(run, best.step) if output.keep_best and best.step else None,
-            ),
+            checkpoint.Target(target, output.keep_checkpoints, self._best_folder()),
             metadata_of(engine.config, engine.counters(), self.job.corpus, best),
+            wait=waits,
         )
-        if not output.checkpoint_async:
+        if waits:
             self._on_saved(step, target)
         return target
+
+    def settle(self) -> None:
+        """Do what a kill may have kept the last save from, where the run goes on from the newest of its checkpoints.
+
+        If no step is left, no other save would do it: `best` would name an older one, and too many would be kept.
+        """
+        found, output = self.job.resume_from, self.engine.config.output
+        if found is None or not self.job.folder.resumed or not (output.checkpoint_every or output.keep_best):
+            return
+        with fail_together(self.engine.mesh.world):
+            if self.engine.mesh.world.rank == 0 and checkpoint.is_newest(found):
+                best = self._best_folder() or checkpoint.best_checkpoint(self.job.folder.path)
+                checkpoint.settle(checkpoint.Target(found, output.keep_checkpoints, best))
 
     def look(self) -> None:
         """Tell of the checkpoint that was written in the background, where every rank has written it."""
@@ -56,9 +71,15 @@ class Checkpoints:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Finish what is being saved at the end of the block: also where an error ends it, unless a rank is lost."""
+        """Finish what is being saved at the end of the block: also where an error ends it, unless a rank is lost.
+
+        A signal ends it only if the save succeeds.
+        """
         try:
             yield
+        except SignalError:
+            self.finish()
+            raise
         except LostRankError:
             raise
         except BaseException:
@@ -78,6 +99,12 @@ class Checkpoints:
         engine.mesh.background()
         engine.reserve_for_saving()
         return tightest(rooms).describe()
+
+    def _best_folder(self) -> Path | None:
+        """Return the folder of the checkpoint that is kept as the best one, or None."""
+        if not self.engine.config.output.keep_best or not self.best.step:
+            return None
+        return checkpoint.step_folder(self.job.folder.path, self.best.step)
 
     def _tell(self, folder: Path | None) -> None:
         if folder is not None:

@@ -15,16 +15,18 @@ from models.generation_config import (
     write_generation_config,
 )
 from models.hf import export_whole, not_exported
-from models.saved_model import SavedModel, of_this_program, widest_dtype
+from models.saved_model import SavedModel, widest_dtype
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.newest import naming_the_one_before
 from parallel.checkpoint.shards import replace_files, replace_folder
+from parallel.checkpoint.verify import verify
 from parallel.config import Config
 from parallel.engine.context import DTYPES, dtype_name
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError
 from parallel.mesh.mesh import ALONE
 from training.inputs import tokenizer_of
-from training.resume import naming_the_one_before
 
 T = TypeVar("T")
 
@@ -36,13 +38,11 @@ def find_saved_model(name: str) -> SavedModel:
 
     Raises CheckpointError, by the name of the file, for one that is missing, damaged, or of another program.
     """
-    path = "./auto" if name == "auto" else os.path.expanduser(name)  # a folder; --resume has another meaning for it
-    folder = checkpoint.find_checkpoint(path, Path(), option="CHECKPOINT")
-    assert folder is not None
-    with of_this_program(folder), naming_the_one_before(folder, option=""):
-        checkpoint.check_files(folder)
-        checkpoint.check_contents(folder, ALONE)
-    return SavedModel.read(folder)
+    folder = checkpoint.find_checkpoint(os.path.expanduser(name), "CHECKPOINT")
+    with naming_the_one_before(folder):
+        index = Index.read(folder)
+        verify(index, ALONE)
+    return SavedModel.of(index)
 
 
 def check_target(target: Path, saved: SavedModel) -> None:

@@ -4,11 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
 from models.data import Corpus
-from parallel.checkpoint import checkpoint
+from parallel.checkpoint.newest import Found
 from parallel.config import Config
 from training.same_data import samples_taken
 from training.text import epochs_text, plural
@@ -22,12 +20,12 @@ class Taken:
     samples: int = 0
 
     @classmethod
-    def before(cls, resume_from: Path | None) -> "Taken":
+    def before(cls, found: Found | None) -> "Taken":
         """Return those of the checkpoint that a run goes on from; none without one."""
-        if resume_from is None:
+        if found is None:
             return cls()
-        metadata: dict[str, Any] = checkpoint.read_metadata(resume_from)
-        return cls(int(metadata["step"]), samples_taken(metadata))
+        metadata = found.index.metadata
+        return cls(int(metadata["counters"]["step"]), samples_taken(metadata))
 
 
 def with_steps(config: Config, corpus: Corpus, taken: Taken) -> Config:

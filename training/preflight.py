@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,65 +13,126 @@ import torch
 from models.data import Cache, Corpus
 from models.generation_config import GenerationConfig, read_generation_config
 from models.tokenizer import Tokenizer
+from parallel.checkpoint.newest import Found
 from parallel.config import Config
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 from parallel.engine.facts import digest_of_code, facts_of
-from parallel.errors import ConfigError
+from parallel.errors import CheckpointError, ConfigError
 from training.callbacks import Callback
 from training.config import override_messages
+from training.disk_room import check_disk, disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
-from training.resume import find_checkpoint, start_messages
+from training.resume import check_start, find_another, find_start, start_messages
 from training.run_folder import RunFolder
 from training.schedule_messages import schedule_messages
 from training.tracer import steps_to_trace
 
 
 @dataclass(frozen=True)
+class Given:
+    """The config that a user has given to start a run, with its epochs or steps, and the options of the command."""
+
+    config: Config
+    resume: str | None = None
+    overridden: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The inputs of a run, as far as they are known before a device or a folder is looked at.
 
-    `config` is the one that was given, with its number of steps.
+    `config` is the one that was given, with its number of steps. The contents of `found` are verified once the ranks
+    are connected, since these share the files: `without_damaged` returns the inputs with another one.
     """
 
+    given: Given
     config: Config
     corpus: Corpus
-    resume_from: Path | None  # the checkpoint that the run continues
+    found: Found | None  # the checkpoint that the run continues
     messages: tuple[str, ...]
+
+    @classmethod
+    def of(cls, given: Given, corpus: Corpus, found: Found | None) -> "Inputs":
+        """Return the inputs of a run that goes on from `found`: all that follows from it. Raises CheckpointError."""
+        if found is not None:
+            check_start(found, given.config, corpus)
+        taken = Taken.before(found)
+        config = with_steps(given.config, corpus, taken)
+        messages = (
+            *override_messages(given.overridden),
+            *start_messages(config, given.resume, found),
+            *input_messages(config, corpus),
+            *schedule_messages(config, corpus),
+            *length_messages(config, corpus, taken),
+        )
+        return cls(given, config, corpus, found, messages)
+
+    def without_damaged(self, damage: CheckpointError) -> "Inputs":
+        """Return the inputs of a run that goes on from another checkpoint, since the contents of `found` are damaged.
+
+        Raises CheckpointError where `--resume` named this one, or no other one is whole.
+        """
+        assert self.found is not None
+        return Inputs.of(self.given, self.corpus, find_another(self.found, self.given.resume, damage))
 
 
 def read_inputs(config: Config, *, resume: str | None, overridden: Sequence[str], cache: Cache | None = None) -> Inputs:
     """Return the inputs of a run, checked. Raises ConfigError, DataError or CheckpointError."""
     corpus = read_corpus(config, cache)
-    found = find_checkpoint(config, resume, corpus)
-    taken = Taken.before(found)
-    config = with_steps(config, corpus, taken)
-    messages = (
-        *override_messages(overridden),
-        *start_messages(config, resume, found),
-        *input_messages(config, corpus),
-        *schedule_messages(config, corpus),
-        *length_messages(config, corpus, taken),
-    )
-    return Inputs(config, corpus, found, messages)
+    return Inputs.of(Given(config, resume, tuple(overridden)), corpus, find_start(config, resume))
 
 
 @dataclass(frozen=True)
 class Job:
     """A run that has passed every check."""
 
-    config: Config
+    inputs: Inputs
     place: Place
-    corpus: Corpus
     tokenizer: Tokenizer | None  # None: the data are token ids, and no tokenizer is named
     generation: GenerationConfig | None  # that of model.path
-    folder: RunFolder
-    resume_from: Path | None  # the checkpoint that the run continues
-    traced_steps: range  # counted from 1: those of the steps asked for that the run will take
+    profile: range  # the steps that the user has asked to trace, counted from 1
     callbacks: tuple[type[Callback], ...]  # the loggers and the user's own
-    messages: tuple[str, ...]  # printed when the run starts
+    is_again: bool = False  # an earlier attempt of the same launch has made the run's folder
+
+    @property
+    def config(self) -> Config:
+        """The config, with its number of steps."""
+        return self.inputs.config
+
+    @property
+    def corpus(self) -> Corpus:
+        """The samples."""
+        return self.inputs.corpus
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The folder of the checkpoint that the run continues."""
+        return None if self.inputs.found is None else self.inputs.found.index.folder
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder; that of an earlier attempt is not renamed."""
+        found = folder_of(self.config, self.resume_from)
+        return replace(found, resumed=True) if self.is_again else found
+
+    @property
+    def traced_steps(self) -> range:
+        """The steps to trace: those asked for that the run will take."""
+        return self._tracing()[0]
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """The messages that are printed when the run starts."""
+        again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
+        taken = Taken.before(self.inputs.found).steps
+        return (*again, *self.inputs.messages, *self._tracing()[1], *disk_messages(self.config, num_steps=taken))
+
+    def _tracing(self) -> tuple[range, list[str]]:
+        taken = Taken.before(self.inputs.found).steps
+        return steps_to_trace(self.profile, taken=taken, steps=self.config.train.steps)
 
 
 def prepare(
@@ -89,34 +150,27 @@ def prepare(
     """
     callbacks = callbacks_of(config)
     inputs = read_inputs(config, resume=resume, overridden=overridden, cache=cache)
-    config, found = inputs.config, inputs.resume_from
     check_device(config, place)
-    traced, not_traced = steps_to_trace(profile, taken=Taken.before(found).steps, steps=config.train.steps)
-    return Job(
-        config,
-        place,
-        inputs.corpus,
-        tokenizer_of(config),
-        None if config.model.path is None else read_generation_config(config.model.path),
-        checked_folder(config, found),
-        found,
-        traced,
-        callbacks,
-        (*inputs.messages, *not_traced),
-    )
+    generation = None if config.model.path is None else read_generation_config(config.model.path)
+    job = Job(inputs, place, tokenizer_of(config), generation, profile, callbacks)
+    check_disk(job.config, num_steps=Taken.before(inputs.found).steps)
+    check_folder(job.config, job.resume_from)
+    steps_to_trace(profile, taken=Taken.before(inputs.found).steps, steps=job.config.train.steps)
+    return job
 
 
-def facts_of_job(job: Job) -> dict[str, Any]:
+def facts_of_job(job: Job, *, debug_comm: bool = False) -> dict[str, Any]:
     """Return what must be the same of a run on all ranks: config, code, versions, and what was found in the files."""
-    training = Path(__file__).parent
+    training, found = Path(__file__).parent, job.inputs.found
     return {
         **facts_of(job.config, job.place.world_size),
         "code of models": digest_of_code(training.parent / "models"),
         "code of training": digest_of_code(training),
         "data.path, tokens": job.corpus.num_tokens,
         "data.path, digest": f"{job.corpus.digest:08x}",
-        "--resume": None if job.resume_from is None else job.resume_from.name,
+        "--resume": None if found is None else f"{found.index.folder.name}, {found.index.digest[:16]}",
         "--profile": str(job.traced_steps),
+        "--debug-comm": debug_comm,
     }
 
 
@@ -127,32 +181,37 @@ def check_device(config: Config, place: Place) -> None:
         check_compiler(device)
 
 
-def problems_here(config: Config, place: Place, resume_from: Path | None) -> list[str]:
-    """Return messages of why this machine would refuse the run: its device, its packages, or the run's folder.
+def problems_here(config: Config, place: Place, found: Found | None) -> list[str]:
+    """Return messages of why this machine would refuse the run: its device, its packages, the run's folder or disk.
 
     These are for `--check`, which goes on, since it may be for another machine.
     """
-    found = []
+    problems = []
     checks: tuple[Callable[[], object], ...] = (
         partial(check_device, config, place),
         partial(callbacks_of, config),
-        partial(checked_folder, config, resume_from),
+        partial(check_disk, config, num_steps=Taken.before(found).steps),
+        partial(check_folder, config, None if found is None else found.index.folder),
     )
     for check in checks:
         try:
             check()
         except ConfigError as error:
-            found.append(f"on this machine the run would be refused: {error}")
-    return found
+            problems.append(f"on this machine the run would be refused: {error}")
+    return [*problems, *disk_messages(config, num_steps=Taken.before(found).steps)]
 
 
-def checked_folder(config: Config, resume_from: Path | None) -> RunFolder:
-    """Return the run's folder. Raises ConfigError if the run cannot write there, or reads what it would rename."""
+def folder_of(config: Config, resume_from: Path | None) -> RunFolder:
+    """Return the run's folder."""
     run = Path(config.output.dir)
-    folder = RunFolder(run, resumed=resume_from is not None and resume_from.resolve().is_relative_to(run.resolve()))
+    return RunFolder(run, resumed=resume_from is not None and resume_from.resolve().is_relative_to(run.resolve()))
+
+
+def check_folder(config: Config, resume_from: Path | None) -> None:
+    """Raise ConfigError if the run cannot write in its folder, or reads what it would rename."""
+    folder = folder_of(config, resume_from)
     folder.check_writable()
     check_not_renamed(config, folder)
-    return folder
 
 
 def modules_of_steps(config: Config) -> list[str]:

@@ -1,6 +1,7 @@
 """The start of a run: a checkpoint that it resumes from, weights that it reads, or weights drawn from the seed."""
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,43 +12,90 @@ from models.hf import has_weights
 from models.shape import ModelShape
 from models.shapes import MODEL_TYPE, fields_of, shape_from, shape_of
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.newest import Found, PassedOver, find_newest, naming_the_one_before
 from parallel.config import Config
-from parallel.errors import CheckpointError, ConfigError
+from parallel.engine.counters import check_counters
+from parallel.errors import CheckpointError, ColonnadeError, ConfigError
 from training.best_loss import BestLoss
 from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
 
+AUTO = "auto"
 
-def find_checkpoint(config: Config, resume: str | None, corpus: Corpus) -> Path | None:
-    """Return the checkpoint that `--resume` names; "auto" is the newest of the run, or None if it has none yet.
 
-    Raises CheckpointError if the checkpoint is damaged, of another model, at a place in other data, or not there.
+def find_start(config: Config, resume: str | None) -> Found | None:
+    """Return the checkpoint that `--resume` names; "auto" is the newest whole one of the run, or None without any.
+
+    Of the files only their sizes have been looked at. Raises CheckpointError if it is damaged or not there.
     """
-    named = None if resume is None else os.path.expanduser(resume)
-    found = None if named is None else checkpoint.find_checkpoint(named, Path(config.output.dir))
-    if found is None:
+    if resume is None:
         return None
-    with naming_the_one_before(found):
-        checkpoint.check_files(found)
-    check_same_model(found, shape_of(config))
-    check_same_data(found, checkpoint.read_metadata(found), config, corpus)
-    return found
+    if resume == AUTO:
+        with naming("--resume auto: "):
+            return find_newest(Path(config.output.dir) / checkpoint.CHECKPOINTS)
+    folder = checkpoint.find_checkpoint(os.path.expanduser(resume))
+    with naming_the_one_before(folder, "--resume "):
+        return Found(Index.read(folder))
+
+
+def find_another(found: Found, resume: str | None, damage: CheckpointError) -> Found:
+    """Return the newest whole checkpoint without `found`, whose contents are damaged. Only "auto" takes another one.
+
+    Raises CheckpointError where there is none.
+    """
+    folder = found.index.folder
+    if resume != AUTO:
+        with naming_the_one_before(folder, "--resume "):
+            raise damage
+    with naming("--resume auto: "):
+        other = find_newest(folder.parent, [*found.passed_over, PassedOver(folder, str(damage))])
+    assert other is not None
+    return other
 
 
 @contextmanager
-def naming_the_one_before(found: Path, option: str = "--resume ") -> Iterator[None]:
-    """Have a CheckpointError about a damaged checkpoint name the one before it, after `option`, if there is one."""
+def naming(option: str) -> Iterator[None]:
+    """Have a CheckpointError begin with the option that asked for the checkpoint."""
     try:
         yield
     except CheckpointError as error:
-        if earlier := checkpoint.previous_checkpoint(found):
-            raise CheckpointError(f"{error} Try {option}{earlier}.") from error
-        raise
+        raise CheckpointError(f"{option}{error}") from error
 
 
-def start_messages(config: Config, resume: str | None, found: Path | None) -> list[str]:
+def set_aside(found: Found) -> None:
+    """Rename the checkpoints that were passed over: the next save deletes them, and not a whole one before them.
+
+    Rank 0 alone calls this. Raises OSError.
+    """
+    for folder in (one.folder for one in found.passed_over):
+        aside = folder.with_name(f".{folder.name.lstrip('.')}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def check_start(found: Found, config: Config, corpus: Corpus) -> None:
+    """Raise CheckpointError if a run with this config and corpus cannot go on from a checkpoint.
+
+    It is of another program or model, or at a place in other data.
+    """
+    folder, metadata = found.index.folder, found.index.metadata
+    try:
+        check_same_model(found.index, shape_of(config))
+        check_counters(found.index)
+        check_same_data(folder, metadata, config, corpus)
+        list(resume_messages(metadata, config))
+        best_of(found)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, ColonnadeError):
+            raise
+        raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error
+
+
+def start_messages(config: Config, resume: str | None, found: Found | None) -> list[str]:
     """Return the messages about what a run starts from: `found`, the checkpoint for `--resume`, or else its weights."""
     if found is not None:
-        return [f"resuming from {found}", *resume_messages(checkpoint.read_metadata(found), config)]
+        resumed = f"resuming from {found.index.folder}"
+        return [*found.messages, resumed, *resume_messages(found.index.metadata, config)]
     path = config.model.path
     drawn = path is None or not has_weights(path)
     origin = f"weights drawn from train.seed {config.train.seed}" if drawn else f"weights from {path}"
@@ -58,19 +106,19 @@ def start_messages(config: Config, resume: str | None, found: Path | None) -> li
     return [f"nothing to resume in {config.output.dir}: starting from the beginning", origin]
 
 
-def check_same_model(folder: Path, shape: ModelShape) -> None:
+def check_same_model(index: Index, shape: ModelShape) -> None:
     """Raise CheckpointError if the checkpoint is of another function than this model."""
     try:
-        saved = shape_from(checkpoint.read_metadata(folder)["model"])
+        saved = shape_from(index.metadata["model"])
     except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error
+        raise CheckpointError(f"--resume: {index.folder} is not a checkpoint of this program: {error}.") from error
     ours, theirs = fields_of(shape), fields_of(saved)
     if saved.model_type != shape.model_type:  # they have other fields, too, and not because a size differs
         ours = {MODEL_TYPE: shape.model_type}
     keys = [key for key in ours if key not in shape.may_change and ours[key] != theirs.get(key)]
     if keys:
         differing = "; ".join(f"{key} {theirs.get(key)}, not {ours[key]}" for key in keys)
-        raise CheckpointError(f"--resume: {folder} is of another model: it has {differing}.")
+        raise CheckpointError(f"--resume: {index.folder} is of another model: it has {differing}.")
 
 
 def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, best: BestLoss) -> dict[str, Any]:
@@ -85,12 +133,11 @@ def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, bes
     }
 
 
-def counters_of(folder: Path) -> dict[str, Any]:
+def counters_of(index: Index) -> dict[str, Any]:
     """Return the counters with which an engine goes on from this checkpoint."""
-    metadata = checkpoint.read_metadata(folder)
-    return {**metadata["counters"], "samples": samples_taken(metadata)}
+    return {**index.metadata["counters"], "samples": samples_taken(index.metadata)}
 
 
-def best_of(folder: Path | None) -> BestLoss:
+def best_of(found: Found | None) -> BestLoss:
     """Return the lowest validation loss that a run had had when it saved this checkpoint."""
-    return BestLoss() if folder is None else BestLoss.restored(checkpoint.read_metadata(folder).get("best"))
+    return BestLoss() if found is None else BestLoss.restored(found.index.metadata.get("best"))

@@ -16,12 +16,14 @@ from models.generation_config import carried_ends, end_tokens, exported_shape, r
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
 from models.layer import Embed
-from models.saved_model import MASTER, SavedModel, of_this_program
+from models.saved_model import MASTER, SavedModel
 from models.shape import ModelShape
 from models.shapes import from_hugging_face
 from models.tokenizer import ByteTokenizer, Tokenizer, is_of_bytes, load_tokenizer
 from parallel.checkpoint import checkpoint
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.index import INDEX, Index
+from parallel.checkpoint.newest import naming_the_one_before
+from parallel.checkpoint.verify import verify
 from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
@@ -41,7 +43,7 @@ COMPILE_OPTIONS = MappingProxyType({"coordinate_descent_tuning": True})
 class TrainedModel:
     """A model, its tokenizer and the tokens with which its texts end.
 
-    `folder` is the directory of the weights: a Hugging Face directory or, where `is_checkpoint`, a checkpoint.
+    `folder` is the directory of the weights: a Hugging Face directory or, where there is an `index`, a checkpoint.
     `tokenizer_path` is what the tokenizer was read from, as data.tokenizer names it. `precision` is the dtype of the
     weights, or that of the training.
     """
@@ -52,7 +54,12 @@ class TrainedModel:
     tokenizer_path: str
     ends: frozenset[int]
     precision: str
-    is_checkpoint: bool = False
+    index: Index | None = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """True if the weights are those of a checkpoint."""
+        return self.index is not None
 
     @property
     def begin(self) -> int | None:
@@ -66,11 +73,10 @@ class TrainedModel:
         Raises ConfigError, DataError or CheckpointError on every rank.
         """
         set_values = partial(set_initial_values, config=context.config)
-        if self.is_checkpoint:
-            set_values = partial(_read_checkpoint, folder=self.folder)
-            with fail_together(context.mesh.world), of_this_program(self.folder):
-                checkpoint.check_files(self.folder)
-                checkpoint.check_contents(self.folder, context.mesh.world)
+        if self.index is not None:
+            set_values = partial(_read_checkpoint, index=self.index)
+            with naming_the_one_before(self.folder):
+                verify(self.index, context.mesh.world)
         else:
             check_origin(context)
         return inference_of(context, set_values)
@@ -118,7 +124,7 @@ def _kind(folder: Path) -> str:
         content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         names_one = folder.name in (checkpoint.BEST, checkpoint.LATEST) and folder.is_file()
-        is_checkpoint = names_one or (folder / checkpoint.INDEX).is_file() or any(folder.glob("step_*"))
+        is_checkpoint = names_one or (folder / INDEX).is_file() or any(folder.glob("step_*"))
         is_run = (folder / checkpoint.CHECKPOINTS).is_dir()
         return "checkpoint" if is_checkpoint else "run" if is_run else "model"
     return "run" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "model"
@@ -151,9 +157,9 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
 
 
 def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
-    found = checkpoint.find_checkpoint(str(folder), folder, option="CHECKPOINT")
-    assert found is not None
-    saved = SavedModel.read(found)
+    found = checkpoint.find_checkpoint(str(folder), "CHECKPOINT")
+    with naming_the_one_before(found):
+        saved = SavedModel.of(Index.read(found))
     path = tokenizer or _named_tokenizer(found, saved.config.data)
     try:
         used = load_tokenizer(path)
@@ -162,7 +168,7 @@ def _of_checkpoint(folder: Path, tokenizer: str | None) -> TrainedModel:
         raise DataError(
             f"{found}: {error} Relative paths of its run are looked up in the working directory. Or name an export."
         ) from error
-    return TrainedModel(found, saved.shape, used, path, ends, saved.config.train.precision, is_checkpoint=True)
+    return TrainedModel(found, saved.shape, used, path, ends, saved.config.train.precision, saved.index)
 
 
 def _named_tokenizer(found: Path, data: DataConfig) -> str:
@@ -188,7 +194,7 @@ def _ends_of_export(shape: ModelShape, tokenizer: Tokenizer, path: str | None) -
     return frozenset(ends if generation is None else carried_ends(generation, ends=ends, before=shape.end_tokens))
 
 
-def _read_checkpoint(infos: Sequence[ParameterInfo], folder: Path) -> None:
+def _read_checkpoint(infos: Sequence[ParameterInfo], index: Index) -> None:
     """Read the weights that a run saved, in the precision of the master weights, into parameters of any dtype."""
     pieces = (piece for info in infos for piece in info.pieces())
-    checkpoint.load(folder, [replace(piece, name=f"{MASTER}{piece.name}") for piece in pieces])
+    index.archive.read_into(replace(piece, name=f"{MASTER}{piece.name}") for piece in pieces)

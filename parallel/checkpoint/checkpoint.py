@@ -22,18 +22,14 @@ from typing import Any
 
 import torch
 
+from parallel.checkpoint.index import INDEX, Index
 from parallel.checkpoint.rank_files import Reading, SavedPiece, files_of_rank, where_it_is, write_files
 from parallel.checkpoint.shards import (
     DTYPE_NAMES,
-    Archive,
     Entry,
-    StoredPart,
-    StoredTensor,
-    check_sum,
     covered_once,
     fail_together,
     file_size,
-    read_sums,
     replace_folder,
     sync_folder,
     write_json,
@@ -45,10 +41,12 @@ from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.regular_file import read_json
+from parallel.regular_file import read_bytes
 
-CHECKPOINTS, LATEST, BEST, INDEX = "checkpoints", "latest", "best", "checkpoint.json"
-STEP_FOLDER = re.compile(r"step_(\d{6,})")
+CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
+STEP_FOLDER = re.compile(r"step_(\d{6,18})")
+FOLDER = re.compile(r"step_(?P<step>\d{6,18})|\.step_(?P<replaced>\d{6,18})\.replaced")
+MOST_OF_A_NAME = 100  # bytes of `latest` or `best`
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +109,23 @@ def write(
             write_sums(temporary, sums)
     with fail_together(axis):
         if axis.rank == 0:
-            _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
-            _point(folder.with_name(LATEST), folder)
-            _delete_old(folder, target.keep, best)
+            settle(target)
+
+
+def settle(target: Target) -> None:
+    """Have `latest` and `best` name the checkpoints of a target that is written, and delete those that are not kept.
+
+    It is the end of `write`, on the first rank. A run that was killed before this does it when it goes on.
+    """
+    folder, best = target.folder, target.best
+    _point(folder.with_name(BEST), best if best is not None and _is_checkpoint(best) else None)
+    _point(folder.with_name(LATEST), folder)
+    _delete_old(folder, target.keep, best)
+
+
+def is_newest(folder: Path) -> bool:
+    """Return whether no folder beside a checkpoint has the name of a later step, whole or not."""
+    return all(step_of(other) <= step_of(folder) for other in _step_folders(folder.parent))
 
 
 def _index(saved: list[list[tuple[str, tuple[SavedPiece, ...]]]], metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,93 +197,39 @@ def _delete(folder: Path) -> None:
         log.warning("cannot delete %s: %s", error.filename or folder, error.strerror)
 
 
-def check_files(folder: Path) -> None:
-    """Raise a CheckpointError if a file of a checkpoint is missing, or has another size than it was written with."""
-    for name, size in _read_index(folder)["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing.")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file} is damaged: it has {file.stat().st_size} bytes, was written with {size}.")
-
-
-def check_contents(folder: Path, axis: Axis) -> None:
-    """Raise a CheckpointError if a file of a checkpoint has other bytes than were written. The ranks share the files,
-    so that each is read once more than a load would read it. It contains no collective.
-    """
-    sums = read_sums(folder, CheckpointError)
-    check_sum(folder / INDEX, sums[INDEX], CheckpointError)
-    for name in sorted(_read_index(folder)["files"])[axis.rank :: axis.size]:
-        check_sum(folder / name, sums[name], CheckpointError)
-
-
-def previous_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint beside this one that is the last before its step, or None."""
-    others = filter(_is_checkpoint, _step_folders(folder.parent))
-    return max((other for other in others if step_of(other) < step_of(folder)), key=step_of, default=None)
-
-
 def load(folder: Path, pieces: Iterable[Piece]) -> int:
     """Read each piece's data from the boxes that overlap it, and nothing else; return the number of bytes read.
 
-    Raises a CheckpointError that names the file or the tensor if it is missing, damaged, of another shape, or not
-    complete.
+    Raises a CheckpointError that names the file or the tensor if it is missing, of another size or shape, or not
+    complete. What is in the files, `verify` has checked before.
     """
-    check_files(folder)
-    return Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError).read_into(pieces)
+    return Index.read(folder).archive.read_into(pieces)
 
 
-def whole_tensors(folder: Path, entries: Iterable[Entry]) -> Iterator[Piece]:
+def whole_tensors(index: Index, entries: Iterable[Entry]) -> Iterator[Piece]:
     """Yield the tensors that `entries` name, whole, cast to the entries' dtypes. One of them is in memory at a time.
 
-    Raises CheckpointError as `load` does.
+    Raises CheckpointError as `load` does, before memory is allocated for a tensor that the checkpoint does not have.
     """
-    check_files(folder)
-    archive = Archive(folder, _stored(folder, _read_index(folder)["tensors"]), CheckpointError)
     for entry in entries:
         box = tuple((0, size) for size in entry.shape)
+        index.archive.check(entry.key, entry.shape)
         piece = Piece(entry.key, entry.shape, box, torch.empty(entry.shape, dtype=entry.dtype))
-        archive.read_into([piece])
+        index.archive.read_into([piece])
         yield piece
-
-
-def _stored(folder: Path, tensors: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Return the tensors of an index in the form that `Archive` needs."""
-    found = {}
-    for name, tensor in tensors.items():
-        parts = (
-            StoredPart(folder / part["file"], part["key"], tuple(map(tuple, part["box"]))) for part in tensor["parts"]
-        )
-        found[name] = StoredTensor(tuple(tensor["shape"]), tuple(parts))
-    return found
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata that was saved with the pieces."""
-    metadata: dict[str, Any] = _read_index(folder)["metadata"]
-    return metadata
+    return dict(Index.read(folder).metadata)
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a checkpoint, by its name."""
-    return {name: tuple(tensor["shape"]) for name, tensor in _read_index(folder)["tensors"].items()}
+def find_checkpoint(resume: str, option: str = "--resume") -> Path:
+    """Return the checkpoint that this option names, as far as names go: `Index.read` looks at its files.
 
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    index = read_json(folder / INDEX, CheckpointError)
-    if not isinstance(index, dict) or not index.keys() >= {"metadata", "files", "tensors"}:
-        raise CheckpointError(f"{folder / INDEX} is damaged: it lacks 'metadata', 'files' or 'tensors'.")
-    return dict(index)
-
-
-def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | None:
-    """Return the checkpoint that this option names: with 'auto' the latest of this run, or None if it has none yet.
-
-    Otherwise `resume` is a run's folder, its checkpoints folder, a checkpoint, or one of the files that name one:
-    checkpoints/best and checkpoints/latest. Raises CheckpointError.
+    `resume` is a run's folder, its checkpoints folder, a checkpoint, or one of the files that name one:
+    checkpoints/best and checkpoints/latest. Of a run it is the newest one. Raises CheckpointError.
     """
-    if resume == "auto":
-        return resolve_latest(run / CHECKPOINTS)
     folder = Path(resume)
     if _is_checkpoint(folder):
         return folder
@@ -291,8 +249,22 @@ def find_checkpoint(resume: str, run: Path, option: str = "--resume") -> Path | 
 
 def resolve_latest(checkpoints: Path) -> Path | None:
     """Return the checkpoint that the file `latest` names; if there is none, that of the highest step; else None."""
-    named = named_by(checkpoints / LATEST)
-    return named or max(filter(_is_checkpoint, _step_folders(checkpoints)), key=step_of, default=None)
+    return next(filter(_is_checkpoint, candidates(checkpoints)), None)
+
+
+def candidates(checkpoints: Path) -> list[Path]:
+    """Return the folders that were checkpoints when they were complete, whatever they are now, the newest first.
+
+    The newest is the one that `latest` names. Those of later steps are of a run that has since been resumed from an
+    earlier one: they come last. Where `latest` names none, the highest step is the newest. A checkpoint that another
+    one of its step was about to replace may have a name that begins with a dot, and be the only one of its step.
+    """
+    found = [folder for folder in checkpoints.glob("*step_*") if FOLDER.fullmatch(folder.name) and folder.is_dir()]
+    found.sort(key=lambda folder: (step_of(folder), not folder.name.startswith(".")), reverse=True)
+    latest = _name_in(checkpoints / LATEST)
+    named = [folder for folder in found if latest is not None and folder.name in (latest, replaced_name(latest))]
+    newest = max(map(step_of, named), default=None)
+    return sorted(found, key=lambda folder: newest is not None and step_of(folder) > newest)
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -302,12 +274,29 @@ def best_checkpoint(run: Path) -> Path | None:
 
 def named_by(pointer: Path) -> Path | None:
     """Return the checkpoint that a file, `latest` or `best`, names; None where there is no file or no checkpoint."""
-    try:
-        name = pointer.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    named = pointer.with_name(name) if STEP_FOLDER.fullmatch(name) else None
+    name = _name_in(pointer)
+    named = None if name is None else pointer.with_name(name)
     return named if named is not None and _is_checkpoint(named) else None
+
+
+def _name_in(pointer: Path) -> str | None:
+    """Return the name of a checkpoint that is in a file, `latest` or `best`; None where it has none."""
+    try:
+        name = read_bytes(pointer, CheckpointError, at_most=MOST_OF_A_NAME).decode("ascii").strip()
+    except (CheckpointError, UnicodeDecodeError):
+        return None
+    return name if STEP_FOLDER.fullmatch(name) else None
+
+
+def replaced_name(name: str) -> str:
+    """Return the name that a checkpoint has while another one of its step replaces it."""
+    return f".{name}.replaced"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint, by its name; -1 for another name."""
+    found = FOLDER.fullmatch(folder.name)
+    return int(found["step"] or found["replaced"]) if found else -1
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -316,8 +305,3 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _step_folders(checkpoints: Path) -> list[Path]:
     return [folder for folder in checkpoints.glob("step_*") if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
-
-
-def step_of(folder: Path) -> int:
-    """Return the step after which the checkpoint in this folder was saved."""
-    return int(folder.name.removeprefix("step_"))

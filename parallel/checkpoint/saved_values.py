@@ -5,14 +5,16 @@ The index has their JSON and the dtype and shape of each tensor; the tensors lie
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from parallel.checkpoint import checkpoint
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.shards import DTYPE_NAMES, fail_together
 from parallel.checkpoint.values import decode, dtype_of, encode, name_of
+from parallel.errors import CheckpointError
 from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
@@ -41,24 +43,45 @@ def encode_on_ranks(values: Mapping[str, Any], axis: Axis) -> tuple[list[Any], l
     return [entry for _, entry in found[: 1 if is_same else len(found)]], pieces
 
 
-def read_values(folder: Path, entries: Sequence[Any], axis: Axis) -> dict[str, Any]:
+def read_values(index: Index, entries: Sequence[Any], axis: Axis) -> dict[str, Any]:
     """Return this rank's values of a checkpoint: its own if as many ranks saved it, else those of rank 0.
 
-    The second is logged as a warning where the ranks had different values. Raises CheckpointError. It contains no
-    collective.
+    The second is logged as a warning where the ranks had different values. Raises CheckpointError, before memory is
+    allocated for a tensor that the checkpoint does not have. It contains no collective.
     """
+    if not entries:
+        raise CheckpointError(f"{index.folder} is no checkpoint of this program: it has the values of no rank.")
     rank = axis.rank if len(entries) == axis.size else 0
     if len(entries) not in (1, axis.size) and axis.rank == 0:
         log.warning(
-            "%s: extra differed between the %d ranks that saved it; rank 0's is used", folder.name, len(entries)
+            "%s: extra differed between the %d ranks that saved it; rank 0's is used", index.folder.name, len(entries)
         )
-    entry = entries[rank]
-    tensors = [torch.empty(shape, dtype=dtype_of(dtype)) for dtype, shape in entry["tensors"]]
+    tensors, json = _tensors_of(index, rank, entries[rank]), entries[rank].get("json")
     pieces = [
         Piece(f"{KIND}/{rank}/{i}", tuple(x.shape), tuple((0, size) for size in x.shape), x)
         for i, x in enumerate(tensors)
         if x.numel()
     ]
-    checkpoint.load(folder, pieces)
-    values: dict[str, Any] = decode(entry["json"], tensors)
-    return values
+    index.archive.read_into(pieces)
+    values = decode(json, tensors)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{index.folder} is no checkpoint of this program: its values have no names.")
+    return {"extra": {}} | values
+
+
+def _tensors_of(index: Index, rank: int, entry: Mapping[str, Any]) -> list[Tensor]:
+    """Return tensors of the dtypes and shapes that the values of a rank have, without their elements."""
+    found = []
+    try:
+        for i, (dtype, shape) in enumerate(entry["tensors"]):
+            sizes = tuple(int(size) for size in shape)
+            if prod(sizes):
+                index.archive.check(f"{KIND}/{rank}/{i}", sizes)
+            if dtype_of(dtype) not in DTYPE_NAMES:
+                raise ValueError(f"it has values of {dtype}")
+            found.append(torch.empty(sizes, dtype=dtype_of(dtype)))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{index.folder} is no checkpoint of this program: {error}.") from error
+    return found

@@ -21,12 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.errors import CheckpointError, ColonnadeError, NoRoomError
+from parallel.errors import CheckpointError, ColonnadeError, DiskFullError, NoRoomError, StorageError
 from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.regular_file import check_regular
+from parallel.storage.no_room import disk_error, disk_problem, memory_without_room
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -49,16 +50,14 @@ DTYPE_NAMES = {  # as a safetensors header has them
     torch.bool: "BOOL",
 }
 
+BLOCK_BYTES = 2**22  # written at a time
+
 METADATA = {"format": "pt", "writer": "colonnade"}
 """The metadata in the header of a file. (Transformers refuses a file without a format.)"""
 
 SUMS = "SHA256SUMS"
 """The file of a folder that has the SHA-256 of each other file, as `sha256sum` writes it and `sha256sum --check` reads
 it."""
-
-SUMS_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>[^/\s]+)")
-
-BLOCK_BYTES = 2**22  # read at a time
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,18 @@ class Archive:
                     num_bytes += _copy(content, part, piece)
         return num_bytes
 
+    def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Return a tensor. Raises the archive's error if there is none of this name, or it has another shape."""
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise self.error(f"{self.folder} has no tensor {name}.")
+        if stored.shape != shape:
+            raise self.error(f"{self.folder}: {name} is {stored.shape}, the model needs {shape}.")
+        return stored
+
     def _parts_of(self, piece: Piece) -> list[StoredPart]:
         """Return the parts that overlap a piece. Raises the archive's error if they do not cover it."""
-        stored = self.tensors.get(piece.name)
-        if stored is None:
-            raise self.error(f"{self.folder} has no tensor {piece.name}.")
-        if stored.shape != piece.shape:
-            raise self.error(f"{self.folder}: {piece.name} is {stored.shape}, the model needs {piece.shape}.")
+        stored = self.check(piece.name, piece.shape)
         volumes = {part: prod(box_shape(overlap(part.box, piece.box))) for part in stored.parts}
         if sum(volumes.values()) != prod(box_shape(piece.box)):
             raise self.error(f"{self.folder} holds only a part of box {piece.box} of {piece.name}.")
@@ -115,7 +119,10 @@ class Archive:
 def _copy(content: Any, part: StoredPart, piece: Piece) -> int:
     """Copy the overlap of a part and a piece; return its bytes. Only its own pages are read from the file."""
     common = overlap(part.box, piece.box)
-    found = content.get_slice(part.key)[slices(common, [start for start, _ in part.box])]
+    stored = content.get_slice(part.key)
+    if tuple(stored.get_shape()) != box_shape(part.box):
+        raise SafetensorError(f"{part.key} is {tuple(stored.get_shape())} in it, and not {box_shape(part.box)}")
+    found = stored[slices(common, [start for start, _ in part.box])]
     piece.data[slices(common, [start for start, _ in piece.box])].copy_(found)
     return int(found.numel() * found.element_size())
 
@@ -149,21 +156,6 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
         out.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
 
 
-def read_sums(folder: Path, error: type[ColonnadeError]) -> dict[str, str]:
-    """Return the SHA-256 of each file of a folder, by its name. Problems with the file of checksums raise `error`."""
-    file = folder / SUMS
-    try:
-        text = file.read_text("ascii")
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    except UnicodeDecodeError as cause:
-        raise error(f"{file} is damaged: it is not text.") from cause
-    lines = [SUMS_LINE.fullmatch(line) for line in text.splitlines()]
-    if not lines or None in lines or not text.endswith("\n"):
-        raise error(f"{file} is damaged: it is not what sha256sum writes.")
-    return {line["name"]: line["digest"] for line in lines if line is not None}
-
-
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a safetensors file, as its header describes it."""
@@ -189,19 +181,6 @@ def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
             out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return out.hexdigest()
-
-
-def check_sum(file: Path, digest: str, error: type[ColonnadeError]) -> None:
-    """Raise `error` if the SHA-256 of a file is not this one: it has other bytes than were written."""
-    found = hashlib.sha256()
-    try:
-        with file.open("rb") as content:
-            while block := content.read(BLOCK_BYTES):
-                found.update(block)
-    except OSError as cause:
-        raise error(f"cannot read {file}: {cause.strerror}.") from cause
-    if found.hexdigest() != digest:
-        raise error(f"{file} is damaged, or another file: its bytes are not those that were written.")
 
 
 def is_ours(file: Path) -> bool:
@@ -275,28 +254,29 @@ def write_synced(file: Path) -> Iterator[HashedFile]:
 def fail_together(axis: Axis) -> Iterator[None]:
     """Make the block fail on every rank of the axis if it fails on one.
 
-    An OSError on any rank becomes a CheckpointError on each, and a NoRoomError where a disk is full. Any other error is
-    raised as it is on the rank where it happened, and becomes a CheckpointError on the others; a NoRoomError is one on
-    all. The block must contain no collective, which a rank that fails would miss.
+    An OSError on any rank becomes a CheckpointError on each; a DiskFullError where a disk is full, a StorageError where
+    it is broken. Any other error is raised as it is on the rank where it happened, and becomes a CheckpointError on the
+    others, or a NoRoomError where a memory had no room. The block must contain no collective, which a rank that fails
+    would miss.
     """
-    problem: tuple[type[ColonnadeError], str] | None = None
-    own: Exception | None = None
+    problem, own = "", None
+    kind: type[ColonnadeError] = CheckpointError
     try:
         with axis.watch.phase("work on files"):
             yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = NoRoomError if is_full else CheckpointError, f"{error.filename or 'a file'}: {error.strerror}."
-    except ColonnadeError as error:
-        problem, own = (NoRoomError if isinstance(error, NoRoomError) else CheckpointError, str(error)), error
+        problem, kind = disk_problem(error), disk_error(error, CheckpointError)
     except Exception as error:
-        problem, own = (CheckpointError, f"{type(error).__name__}: {error}"), error
-    problems = [problem for problem in gather_objects(problem, axis) if problem]
+        problem, own = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}", error
+        if isinstance(error, NoRoomError | StorageError) or memory_without_room(error) is not None:
+            problem, kind = f"rank {axis.rank}: {problem.splitlines()[0]}", NoRoomError
+    problems = [(problem, kind) for problem, kind in gather_objects((problem, kind), axis) if problem]
     if own is not None:
         raise own
     if problems:
-        kinds, texts = {kind for kind, _ in problems}, dict.fromkeys(text for _, text in problems)
-        raise (NoRoomError if NoRoomError in kinds else CheckpointError)("\n".join(texts))
+        kinds = {kind for _, kind in problems}
+        worst = next(kind for kind in (NoRoomError, DiskFullError, StorageError, CheckpointError) if kind in kinds)
+        raise worst("\n".join(dict.fromkeys(problem for problem, _ in problems)))
 
 
 @contextmanager
@@ -401,11 +381,32 @@ def _make_folder(folder: Path) -> None:
 
 
 def covered_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """Return whether each element of a tensor is in exactly one of the boxes.
+    """Return whether each element of a tensor is in exactly one of the boxes, none of which is empty.
 
-    That is so if the boxes have as many elements as the tensor, and no two of them overlap.
+    That is so if the boxes lie in the tensor, have as many elements as it, and no two of them overlap.
     """
-    starts, stops = torch.tensor(boxes, dtype=torch.int64).reshape(len(boxes), len(shape), 2).unbind(-1)
-    overlaps = torch.maximum(starts[:, None], starts) < torch.minimum(stops[:, None], stops)  # [n, n, dims]
-    num_elements = int((stops - starts).prod(-1).sum())
-    return num_elements == prod(shape) and int(overlaps.all(-1).sum()) == len(boxes)  # each box with itself
+    for box in boxes:
+        if not all(0 <= start < stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+            return False
+    return sum(prod(box_shape(box)) for box in boxes) == prod(shape) and _are_disjoint(boxes)
+
+
+def _are_disjoint(boxes: Sequence[Box]) -> bool:
+    """Return whether no two boxes have an element in common.
+
+    A line is swept along the first dim. Where boxes start, those that the line meets must be disjoint in the other
+    dims. A few meet it at a time, where a layout has cut a tensor.
+    """
+    if len(boxes) < 2:
+        return True
+    if not boxes[0]:
+        return False  # no dim is left in which they could differ
+    starting: dict[int, list[Box]] = {}
+    for box in boxes:
+        starting.setdefault(box[0][0], []).append(box)
+    met: list[Box] = []
+    for line, new in sorted(starting.items()):
+        met = [box for box in met if box[0][1] > line] + new
+        if not _are_disjoint([box[1:] for box in met]):
+            return False
+    return True

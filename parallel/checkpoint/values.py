@@ -168,7 +168,15 @@ def decode(found: Any, tensors: Sequence[Tensor]) -> Any:
     """Return the value of this JSON. Raises CheckpointError where it is not what `encode` makes."""
     try:
         return _decode(found, tensors)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # also nested too deep
         raise CheckpointError(f"the checkpoint is damaged: its values cannot be read ({error}).") from error
 
 
@@ -181,6 +189,8 @@ def _decode(found: Any, tensors: Sequence[Tensor]) -> Any:
     if not name.startswith(MARK):
         return {key: _decode(value, tensors) for key, value in found.items()}
     kind = name.removeprefix(MARK)
+    if kind in (SEQUENCES | MAPPINGS) and not isinstance(content, list):  # bytearray(n) would allocate n bytes
+        raise TypeError(f"{name} without a list")
     if kind in SEQUENCES:
         return SEQUENCES[kind](_decode(content, tensors))
     if kind in MAPPINGS:

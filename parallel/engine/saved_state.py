@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint import checkpoint, saved_values
-from parallel.errors import CheckpointError, names_text
+from parallel.checkpoint.index import Index
+from parallel.checkpoint.newest import naming_the_one_before
+from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.verify import verify
+from parallel.engine.counters import check_counters
+from parallel.errors import CheckpointError, names_text, shown
 from parallel.mesh.mesh import Axis
 from parallel.optim.param_groups import SavedGroup
 
@@ -21,25 +26,41 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint without the tensors of the model: `shapes` has the shape of each of these, named KIND/NAME."""
+    """A checkpoint that was verified, and its values without the tensors of the model.
 
-    folder: Path
-    metadata: Mapping[str, Any]
+    `shapes` has the shape of each of these tensors, named KIND/NAME.
+    """
+
+    index: Index
     values: Mapping[str, Any]
     shapes: Shapes
 
     @classmethod
     def read(cls, folder: str | Path, axis: Axis, *, option: str) -> "SavedState":
-        """Read a checkpoint, or the latest of a folder that was saved to. Raises CheckpointError."""
-        found = checkpoint.find_checkpoint(str(folder), Path(folder), option=option)
-        assert found is not None
-        metadata = checkpoint.read_metadata(found)
-        shapes = {n: shape for n, shape in checkpoint.read_shapes(found).items() if kind_of(n) != saved_values.KIND}
-        entries = metadata.get("values")
-        values = {"extra": metadata.get("extra", {})}
-        if entries is not None:
-            values = saved_values.read_values(found, entries, axis)
-        return cls(found, metadata, values, shapes)
+        """Read and verify a checkpoint, or the latest of a folder that was saved to.
+
+        Every rank of the axis calls this. Raises CheckpointError, on every rank.
+        """
+        with fail_together(axis):
+            found = checkpoint.find_checkpoint(str(folder), option)
+            with naming_the_one_before(found):
+                index = Index.read(found)
+                _check_metadata(index)
+        with naming_the_one_before(found):
+            verify(index, axis)
+        with fail_together(axis):
+            values = _values_of(index, axis)
+        return cls(index, values, {n: shape for n, shape in index.shapes.items() if kind_of(n) != saved_values.KIND})
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoint."""
+        return self.index.folder
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata of the checkpoint."""
+        return self.index.metadata
 
     @property
     def is_older(self) -> bool:
@@ -101,6 +122,45 @@ class SavedState:
         if left_over:
             found.append(f"{self.folder} has {_text(left_over)}, which {what} lacks")
         return found
+
+
+def _values_of(index: Index, axis: Axis) -> Mapping[str, Any]:
+    """Return this rank's values, also of a checkpoint whose values were plain JSON."""
+    entries = index.metadata.get("values")
+    if entries is None:
+        return {"extra": index.metadata.get("extra", {})}
+    return saved_values.read_values(index, entries, axis)
+
+
+def _check_metadata(index: Index) -> None:
+    """Raise CheckpointError where the metadata are not of the kinds that a saved engine has."""
+    metadata = index.metadata
+    check_counters(index)
+    is_right = {
+        "format": type(metadata.get("format", 1)) is int,
+        "optimizer": isinstance(metadata.get("optimizer"), str | None),
+        "steps": _is_dict_of(metadata.get("steps", {}), int | float),
+        "frozen": _is_list_of(metadata.get("frozen", []), str),
+        "rates": _is_list_of(metadata.get("rates", []), int | float),
+        "group_names": all(_is_list_of(names, str) for names in _list(metadata.get("group_names", []))),
+        "values": _is_list_of(metadata.get("values") or [], dict),
+    }
+    if wrong := [key for key, right in is_right.items() if not right]:
+        raise CheckpointError(
+            f"{index.folder} is no checkpoint of this program: its {wrong[0]!r} is {shown(metadata[wrong[0]])}."
+        )
+
+
+def _list(x: Any) -> list[Any]:
+    return x if isinstance(x, list) else [x]
+
+
+def _is_list_of(x: Any, kind: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(item, kind) for item in x)
+
+
+def _is_dict_of(x: Any, kind: Any) -> bool:
+    return isinstance(x, dict) and _is_list_of([*x.values()], kind)
 
 
 def kind_of(name: str) -> str:

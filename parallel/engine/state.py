@@ -104,7 +104,7 @@ class EngineState(EngineBase):
         stay as they are now.
         """
         self.agree_on("loading a checkpoint")
-        saved = self._read(folder, "load_checkpoint")
+        saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
         problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
         self._refuse_or_log(problems + more, strict=strict)
@@ -131,7 +131,7 @@ class EngineState(EngineBase):
         the counters stay as they are. Raises CheckpointError as `load_checkpoint` does.
         """
         self.agree_on("loading weights")
-        saved = self._read(folder, "load_weights")
+        saved = SavedState.read(folder, self.mesh.world, option="load_weights")
         self._refuse_or_log(self._weight_problems(saved), strict=strict)
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
         set_extra_states(self.module, saved.values.get("extra_state", {}))
@@ -182,18 +182,10 @@ class EngineState(EngineBase):
 
     # -- details
 
-    def _read(self, folder: str | Path, option: str) -> SavedState:
-        """Read a checkpoint. Raises CheckpointError, on every rank."""
-        with fail_together(self.mesh.world):
-            saved = SavedState.read(folder, self.mesh.world, option=option)
-            checkpoint.check_files(saved.folder)
-            checkpoint.check_contents(saved.folder, self.mesh.world)
-        return saved
-
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
         """Load those of the pieces that the checkpoint has. Raises CheckpointError, on every rank."""
         with fail_together(self.mesh.world):
-            checkpoint.load(saved.folder, [piece for piece in pieces if piece.name in saved.shapes])
+            saved.index.archive.read_into(piece for piece in pieces if piece.name in saved.shapes)
 
     def _shapes(self) -> Shapes:
         """Return the shape of each tensor of `state`, by KIND/NAME, of all ranks."""
