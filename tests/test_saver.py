@@ -191,12 +191,13 @@ def fail_at_the_next_step(rank: int, size: int, folder: Path, code: int) -> dict
     except ColonnadeError as error:
         failure = error
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    if failure is None:
+        return dict(kind=None, code=None, text="", left=left, steps=engine.num_steps)
     engine.train_step(batches[1])  # a program may go on
     engine.save_checkpoint(folder, wait=False)
     engine.finish_saving()
     steps = engine.num_steps
-    exit_code = None if failure is None else failure.code
-    return dict(kind=type(failure), code=exit_code, text=str(failure), left=left, steps=steps)
+    return dict(kind=type(failure), code=failure.code, text=str(failure), left=left, steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +285,21 @@ def test_a_guard_lets_nothing_pass_before_it_is_released() -> None:
     guard.wait()
     guard.wait()
     assert entered == ["waits"]
+
+
+def test_whatever_settles_a_chunk_waits_for_its_guard() -> None:
+    """Moves between tiers, optimizers of torch's, loads and values that a user has written settle a chunk."""
+    chunk, waited = engine_of(0, 1, raw_of("single", "cuda", 0)).chunks[0], []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        waited.append(chunk)
+        guard.release()
+        yield
+
+    guard = chunk.guard = SaveGuard(waiting)
+    chunk.settle()
+    assert waited == [chunk]
 
 
 def test_a_chunk_is_released_when_its_last_piece_is_written() -> None:
