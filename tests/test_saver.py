@@ -21,7 +21,7 @@ from parallel.checkpoint.verify import verify
 from parallel.chunk.guard import SaveGuard
 from parallel.engine.base import EngineBase
 from parallel.engine.engine import Engine
-from parallel.errors import CheckpointError, ColonnadeError, ExitCode, NoRoomError
+from parallel.errors import ColonnadeError, DiskFullError, ExitCode, StorageError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
 from parallel.placement.save_room import SaveRoom
@@ -202,7 +202,7 @@ def fail_at_the_next_step(rank: int, size: int, folder: Path, code: int) -> dict
 
 @pytest.mark.parametrize(
     ("code", "kind", "exit_code"),
-    [(errno.ENOSPC, NoRoomError, ExitCode.NO_ROOM), (errno.EIO, CheckpointError, ExitCode.FAILED)],
+    [(errno.ENOSPC, DiskFullError, ExitCode.NO_ROOM), (errno.EIO, StorageError, ExitCode.FAILED)],
 )
 def test_a_save_that_fails_on_one_rank_is_an_error_of_the_next_step_on_every_rank(
     code: int, kind: type[ColonnadeError], exit_code: int, tmp_path: Path

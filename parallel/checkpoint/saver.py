@@ -136,7 +136,7 @@ class Saver:
         """Wait until the save in flight is complete on every rank, and return its folder; None where there is none, or
         where this was told before.
 
-        Raises its error: NoRoomError, CheckpointError or what it was; LostRankError where a rank has ended.
+        Raises its error: DiskFullError, StorageError or what it was; LostRankError where a rank has ended.
         """
         if self.state is SaverState.IDLE:
             return None

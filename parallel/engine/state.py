@@ -43,7 +43,7 @@ class EngineState(EngineBase):
         is now, unless `output.checkpoint_async` is False; `finish_saving` waits for it.
 
         Raises CheckpointError, with its path, for a value that cannot be stored (a function, an object of a class of
-        yours), and where a rank cannot write; NoRoomError where a disk is full. Those of a save in the background are
+        yours), and where a rank cannot write; DiskFullError where a disk is full. Those of a save in the background are
         raised at the next step, on every rank.
         """
         self.agree_on(f"a checkpoint after step {self.num_steps}")
@@ -89,7 +89,7 @@ class EngineState(EngineBase):
     def finish_saving(self) -> None:
         """Return when the checkpoint that is written in the background is complete on every rank.
 
-        Raises its error, on every rank: CheckpointError, NoRoomError for a full disk, LostRankError.
+        Raises its error, on every rank: CheckpointError, DiskFullError for a full disk, LostRankError.
         """
         self.agree_on("the end of a save")
         self.saver.finish()
