@@ -562,7 +562,7 @@ MODULES = (
            GATHERER, "        self._release_unused(i, following[i])\n", "",
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
     Mutant("microbatches-weigh-the-same", "the loss is a mean of the microbatches' means, whatever their numbers of labels",
-           MODULE, "(found.factor * (self.data.size / max(1, expected)))", "(1 / len(microbatches))",
+           MODULE, "(found.factor * factor)", "(1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "Adam resumes with the same number of steps for every parameter",
            TORCH_OPTIM, "steps.get(name, updates if", "{}.get(name, updates if",
@@ -742,7 +742,7 @@ COMPILING = (
 
 COUNTED = (
     Mutant("counts-of-the-batch", "the gradient is divided by the labels of the batch, whichever of them the loss counts",
-           MODULE, "self._step(totals.divisor / max(1, expected))", "self._step(1.0)", counts(LABELS)),
+           MODULE, "totals.divisor / max(1, expected), totals.loss", "1.0, totals.loss", counts(LABELS)),
     Mutant("ignored-labels-counted", "the labels that a loss function ignores are counted",
            LOSS_TERMS, "counted = target != ignored_label(node)", "counted = target == target", counts(LABELS)),
     Mutant("weights-of-classes-not-counted", "a microbatch counts its labels, and not their weights",
@@ -914,7 +914,7 @@ USER_WRITES = (
 
 PARTING = (
     Mutant("numbers-not-watched", "a run whose loss is NaN goes on, and keeps checkpoints of it",
-           "training/loop.py", "if problem := not_finite(result):", "if problem := '':",
+           "parallel/engine/base.py", "if outcome not in (Outcome.LEFT_OUT, Outcome.STOPS):", "if True:",
            "tests/test_loop.py::test_a_run_whose_numbers_are_not_finite_ends_with_code_4_and_keeps_what_was_finite"),
     Mutant("other-config-accepted", "ranks train on with different learning rates",
            "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
@@ -1410,8 +1410,8 @@ LENGTHS_AND_BESTS = (
         "best-loss-forgotten",
         "a resumed run takes its first evaluation for the best one",
         "training/resume.py",
-        'return BestLoss() if found is None else BestLoss.restored(found.index.metadata.get("best"))',
-        "return BestLoss()",
+        'History(BestLoss.restored(found.index.metadata.get("best")))',
+        "History(BestLoss())",
         f"{BEST_TESTS}::test_a_run_resumes_from_its_best_checkpoint_and_remembers_its_loss",
     ),
     Mutant(
@@ -2242,7 +2242,7 @@ SAVED_BEHIND = (
         "parallel/chunk/chunk.py",
         "        self.guard.wait()\n",
         "",
-        "tests/test_saver.py::test_what_a_program_changes_after_a_save_is_not_in_the_checkpoint[2-True]",
+        "tests/test_saver.py::test_whatever_settles_a_chunk_waits_for_its_guard",
     ),
     Mutant(
         "released-before-it-is-written",
@@ -2258,7 +2258,7 @@ SAVED_BEHIND = (
         "parallel/checkpoint/saver.py",
         "        if not guarded:\n",
         "        if False:\n",
-        "tests/test_saver.py::test_what_a_program_changes_after_a_save_is_not_in_the_checkpoint[0-False]",
+        "tests/test_saver.py::test_what_a_program_changes_after_a_save_is_not_in_the_checkpoint[0-False-fp64]",
     ),
     Mutant(
         "failed-save-untold",
@@ -2446,9 +2446,9 @@ KILLS = (
     Mutant(
         "loss-scale-not-resumed",
         "a run in fp16 that goes on skips steps again until its loss scale has come down",
-        "parallel/engine/base.py",
-        "self.loss_scale.scale, self.loss_scale.good_steps = counters",
-        "_ = counters",
+        "parallel/optim/left_out.py",
+        'self.loss_scale.scale, self.loss_scale.good_steps = state["loss_scale"], int(state["good_steps"])',
+        "pass",
         KILLED.format("fp16 with overflows"),
     ),
 )

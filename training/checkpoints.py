@@ -103,9 +103,7 @@ class Checkpoints:
         engine, own = self.engine, self.engine.placement_manager.initial.save_room
         rooms: list[SaveRoom] = gather_objects(own, engine.mesh.world)
         engine.mesh.background()
-        if engine.mesh.device.type == "cuda":
-            owned = [chunk for chunk in engine.chunks if chunk.spec.is_owner and not chunk.is_frozen]
-            engine.saver.reserve({chunk: engine.optimizer.state_bytes(chunk) for chunk in owned})
+        engine.reserve_for_saving()
         return tightest(rooms).describe()
 
     def _best_folder(self) -> Path | None:

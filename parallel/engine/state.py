@@ -43,7 +43,7 @@ class EngineState(EngineBase):
         is now, unless `output.checkpoint_async` is False; `finish_saving` waits for it.
 
         Raises CheckpointError, with its path, for a value that cannot be stored (a function, an object of a class of
-        yours), and where a rank cannot write; NoRoomError where a disk is full; NonFiniteError, before anything is
+        yours), and where a rank cannot write; DiskFullError where a disk is full; NonFiniteError, before anything is
         written, where a weight or a state is not finite. Those of a save in the background are raised at the next step,
         on every rank.
         """
@@ -80,10 +80,18 @@ class EngineState(EngineBase):
         waits = wait or not self.config.output.checkpoint_async
         self.saver.save(pieces, target, metadata=metadata, waits=waits, guarded=not self.writes.is_on)
 
+    def reserve_for_saving(self) -> None:
+        """Start to allocate the memory on the host for copies, where it has to be pinned for a GPU, which takes long:
+        else the first save in the background does it.
+        """
+        if self.mesh.device.type == "cuda":
+            owned = [chunk for chunk in self.chunks if chunk.spec.is_owner and not chunk.is_frozen]
+            self.saver.reserve({chunk: self.optimizer.state_bytes(chunk) for chunk in owned})
+
     def finish_saving(self) -> None:
         """Return when the checkpoint that is written in the background is complete on every rank.
 
-        Raises its error, on every rank: CheckpointError, NoRoomError for a full disk, LostRankError.
+        Raises its error, on every rank: CheckpointError, DiskFullError for a full disk, LostRankError.
         """
         self.agree_on("the end of a save")
         self.saver.finish()
