@@ -113,6 +113,8 @@ class Heartbeat(threading.Thread):
             self._mates.kill_stopped(verdict.stopped)
             if verdict.code == LOST:  # else the rank that has ended by an error prints it
                 self._tell(verdict.text)
+            if verdict.stopped and beat.waits:  # it would not return; and torchrun's SIGTERM would end it more slowly
+                self.end_process(LostRankError(verdict.text, verdict.code))
 
     def _end_where_blocked(self, beat: Beat, age: float) -> None:
         """End the process if the main thread cannot learn of the verdict, which is known for `age` seconds."""
