@@ -68,6 +68,7 @@ class Heartbeat(threading.Thread):
         self.timeout = 600.0
         self.has_met = self.main_thread_knows = False
         self.verdict: Verdict | None = None
+        self.lost_before_meeting: tuple[int, ...] = ()
         self.has_verdict = threading.Event()
         self.on_end: Callable[[LostRankError], None] | None = None
         self._mates = HostMates(board, surroundings.host_ranks)
@@ -140,7 +141,7 @@ class Heartbeat(threading.Thread):
 
     def _tell(self, text: str) -> None:
         """Print a line, where that falls to this rank, and unless it has printed why it ends."""
-        lost = self.verdict.ranks if self.verdict is not None else ()
+        lost = self.lost_before_meeting if self.verdict is None else self.verdict.ranks
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
         if not self._has_told and (speaker == "every" or (speaker == "first" and self.board.rank == first)):
