@@ -13,7 +13,7 @@ from models.shapes import shape_from
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.index import Index
 from parallel.config import Config, parse
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError
 from parallel.layout.layout import Piece
 
 MASTER = "master/"
@@ -32,7 +32,7 @@ def of_this_program(folder: Path) -> Iterator[None]:
         yield
     except CheckpointError:  # it is a ValueError, and says itself what is wrong with which file
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"CHECKPOINT: {folder} is not a checkpoint of this program: {error}.") from error
 
 

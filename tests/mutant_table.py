@@ -640,7 +640,7 @@ PLACEMENT = (
            f"{MANAGER_TESTS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
-           "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
+           "        with self.memory_guard.explained(lambda: \"update\"):\n            skipped = self._update("
            "norm, divisor, HostCopy(num_written))\n",
            "        skipped = self._update(norm, divisor, HostCopy(num_written))\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
@@ -1450,7 +1450,7 @@ LENGTHS_AND_BESTS = (
         "steps-logged-twice",
         "TensorBoard shows the values of a run and of its resumed run, one over the other",
         "training/tensorboard_logger.py",
-        "purge = run.num_steps + 1 if run.num_steps else None",
+        "purge = num_steps + 1 if num_steps else None",
         "purge = None",
         "tests/test_loggers.py::test_tensorboard_has_every_number_of_metrics_jsonl_and_a_resumed_run_replaces_its_steps",
     ),
@@ -2095,7 +2095,7 @@ INTEGRITY = (
         "parallel/checkpoint/newest.py",
         "    if damaged:\n",
         "    if False:\n",
-        f"{AUTO}::test_where_none_is_whole_auto_refuses_by_name_and_touches_nothing",
+        f"{AUTO}::test_where_all_files_are_gone_auto_refuses_too",
     ),
     Mutant(
         "damaged-kept-for-whole",
@@ -2184,6 +2184,39 @@ SAVED_BEHIND = (
     ),
 )
 
+NO_ROOM_TESTS, MEMORY_TESTS = "tests/test_no_room.py", "tests/test_out_of_memory.py"
+NO_ROOM = (
+    Mutant("cut-line-stays", "leaves the part of a line that a full disk took",
+           "parallel/storage/no_room.py", "            os.ftruncate(descriptor, before)", "            pass",
+           f"{NO_ROOM_TESTS}::test_a_line_that_a_limit_cuts_is_taken_back"),
+    Mutant("quota-is-no-full-disk", "takes a quota that is reached for an error of the checkpoint",
+           "parallel/storage/no_room.py", "FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)",
+           "FULL = (errno.ENOSPC, errno.EFBIG)",
+           f"{NO_ROOM_TESTS}::test_an_error_of_a_file_says_whether_its_disk_is_full_or_broken"),
+    Mutant("resumed-metrics-keep-a-step", "keeps the line of the first step that a resumed run takes again",
+           "training/metrics_file.py", '["step"] or 0) > last:', '["step"] or 0) > last + 1:',
+           f"{NO_ROOM_TESTS}::test_a_resumed_run_cuts_the_lines_that_it_takes_again"),
+    Mutant("cut-trace-is-whole", "keeps a trace that a full disk has cut",
+           "training/tracer.py", "                check_whole(temporary)", "                pass",
+           f"{NO_ROOM_TESTS}::test_a_trace_that_was_cut_is_not_taken_for_a_whole_one"),
+    Mutant("always-before-the-first-step", "refuses a config for a memory that runs out in the middle of a run",
+           "parallel/placement/memory_guard.py", "self.has_stepped = num_steps, True",
+           "self.has_stepped = num_steps, False",
+           f"{MEMORY_TESTS}::test_a_memory_that_runs_out_in_a_step_is_told_with_the_phase_and_the_largest_tensors"),
+    Mutant("master-weights-counted-twice", "counts master weights as moments, too",
+           "parallel/placement/held.py", "max(0, state_bytes - chunk.master.nbytes)", "state_bytes",
+           f"{MEMORY_TESTS}::test_all_that_the_chunks_and_the_optimizer_hold_is_in_the_list"),
+    Mutant("pieces-of-memory-unseen", "does not see that memory which is reserved would be enough",
+           "parallel/placement/memory_report.py", "use.unused >= shortage.asked", "use.unused >= 2 * shortage.asked",
+           f"{MEMORY_TESTS}::test_what_helps_comes_in_the_order_of_what_takes_the_memory"),
+    Mutant("every-kill-for-memory", "says of every killed rank that the system had no memory left",
+           "parallel/watch/control_groups.py", "now > (self._before or 0)", "now >= (self._before or 0)",
+           f"{MEMORY_TESTS}::test_a_rank_that_the_system_killed_for_memory_is_said_to_be"),
+    Mutant("half-a-checkpoint-is-enough", "warns too late of a disk without room for the checkpoints",
+           "training/disk_room.py", "left + free >= most * size:", "left + free >= (most - 1) * size:",
+           f"{NO_ROOM_TESTS}::test_a_disk_without_room_for_the_checkpoints_is_told_of_before_the_run"),
+)  # fmt: skip
+
 WATCH_PARTS, COMPARED = "tests/test_watch_parts.py", "tests/test_debug_comm.py"
 WATCHED = (
     Mutant(
@@ -2252,6 +2285,51 @@ WATCHED = (
     ),
 )
 
+HOSTILE_FILES = (
+    Mutant(
+        "pipe-opened",
+        "a pipe in place of a file is waited for",
+        "parallel/regular_file.py",
+        "    if kind != stat.S_IFREG:\n",
+        "    if kind not in (stat.S_IFREG, stat.S_IFIFO):\n",
+        "tests/test_regular_file.py::test_what_is_no_regular_file_is_refused_before_it_is_opened[a pipe]",
+    ),
+    Mutant(
+        "replaced-file-not-looked-at",
+        "a pipe that takes the name of a file between the look and the opening is read",
+        "parallel/regular_file.py",
+        "            _check(file, os.fstat(descriptor), error)  # another one may have its name by now\n",
+        "",
+        "tests/test_regular_file.py::test_a_file_that_takes_the_name_of_another_one_is_not_opened_for_it",
+    ),
+    Mutant(
+        "shard-outside-of-the-folder",
+        "an index of weights names a file outside of its folder, and it is read",
+        "models/weight_files.py",
+        "    if outside := [name for name in names if name != Path(name).name]:\n",
+        "    if outside := [name for name in names if not name]:\n",
+        "tests/test_hostile_files.py::"
+        "test_hostile_contents_are_refused_and_never_executed[a shard outside of the folder]",
+    ),
+    Mutant(
+        "cached-bytes-not-compared",
+        "a byte that has changed in an entry of the cache is trained on",
+        "models/data/block_sums.py",
+        "        if zlib.crc32(stream.read(BLOCK)) != expected:\n",
+        "        if not zlib.crc32(stream.read(BLOCK)):\n",
+        "tests/test_cache.py::test_a_damaged_entry_is_made_again[_flipped]",
+    ),
+    Mutant(
+        "endless-template",
+        "the rounds of a chat template's loops are not counted",
+        "models/chat_limits.py",
+        "        self._rounds += rounds\n",
+        "        self._rounds = rounds\n",
+        "tests/test_hostile_files.py::"
+        "test_hostile_contents_are_refused_and_never_executed[a chat template without end]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2300,5 +2378,7 @@ MUTANTS = (
     *SEEN_AND_GENERATED,
     *INTEGRITY,
     *SAVED_BEHIND,
+    *NO_ROOM,
     *WATCHED,
+    *HOSTILE_FILES,
 )

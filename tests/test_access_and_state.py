@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.checkpoints import seal
 from tests.harness import run
+from tests.test_damage import STRANGE, leaves
 from tests.test_module_engine import config_of, engine_of
 from tests.test_parameter_access import engine_with, message_of
 from tests.test_user_writes import linears, step_of, weights_of
@@ -158,7 +160,7 @@ METADATA: list[dict[str, Any]] = [
     dict(values=[dict(json={"extra": {"$tensor": 5}}, tensors=[])]),
     dict(values=[dict(json=[], tensors=[])]),
 ]
-"""What the metadata of a checkpoint could say instead, though its checksums are right."""
+"""Changes of a checkpoint's metadata, with which its checksums are right."""
 
 
 def load_strange_metadata(rank: int, world_size: int, folder: Path) -> list[str]:
@@ -187,6 +189,32 @@ def test_metadata_of_no_engine_are_refused_and_change_nothing(tmp_path: Path) ->
     for text, change in zip(found, (change for change in METADATA for _ in range(2)), strict=True):
         assert "checkpoint" in text, (change, text)
         assert str(tmp_path) in text or "is damaged" in text, (change, text)
+    assert sum("has no tensor value/0/0" in text for text in found) == 2  # before 4 PiB of memory are asked for
+
+
+def load_drawn_metadata(rank: int, world_size: int, folder: Path) -> int:
+    """Return how many checkpoints were refused, of which a value of the metadata was replaced by a strange one.
+
+    Any other error than a refusal would fail.
+    """
+    engine, *_ = engine_with(rank, world_size, 1)
+    step_of(engine, 0, rank, world_size)
+    extra = dict(a=[torch.ones(2), (1, {2: b"3"})], b=torch.float32)
+    path = engine.save_checkpoint(folder, extra)
+    whole, draw, refused = json.loads((path / "checkpoint.json").read_text()), random.Random(5), 0
+    for _ in range(150):
+        index = copy.deepcopy(whole)
+        container, key = draw.choice(list(leaves(index["metadata"])))
+        container[key] = draw.choice(STRANGE)
+        (path / "checkpoint.json").write_text(json.dumps(index))
+        seal(path)
+        refused += message_of(lambda: engine.load_checkpoint(folder, strict=False)) != "nothing"
+    return refused
+
+
+def test_a_strange_value_anywhere_in_the_metadata_is_refused_or_loaded_but_never_breaks_down(tmp_path: Path) -> None:
+    (refused,) = run(load_drawn_metadata, 1, tmp_path)
+    assert refused > 50
 
 
 def group_with_names(rank: int, world_size: int, folder: Path) -> list[str]:

@@ -1,6 +1,8 @@
 """`--resume auto` goes on from the newest whole checkpoint, says which it passed over, and never begins anew."""
 
+import copy
 import json
+import random
 import shutil
 from collections.abc import Callable
 from hashlib import sha256
@@ -9,12 +11,16 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from models.saved_model import SavedModel
 from parallel.checkpoint import verify as verification
-from parallel.errors import CheckpointError
+from parallel.checkpoint.index import Index
+from parallel.errors import CheckpointError, ConfigError
 from tests.checkpoints import seal
 from tests.harness import run
+from tests.test_damage import STRANGE, leaves
 from tests.test_loop import ALONE, lines_of, prepared
-from training.preflight import Job
+from training.preflight import Inputs, Job
+from training.resume import find_start
 from training.run import run_job
 
 OPTIONS = ("train.steps=4", "output.checkpoint_every=1", "output.keep_checkpoints=9", "output.export=False")
@@ -54,6 +60,15 @@ def content_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file below a folder."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def said_to(act: Callable[[], object]) -> str:
+    """Return what a refusal says; an empty text where there is none."""
+    try:
+        act()
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -122,17 +137,23 @@ def test_the_steps_of_epochs_follow_from_the_checkpoint_that_is_taken(folder: Pa
 
 
 def test_where_none_is_whole_auto_refuses_by_name_and_touches_nothing(folder: Path) -> None:
-    """From the beginning would have been a run that deletes or renames what could still be repaired."""
+    """A run from the beginning would delete or rename what could still be repaired."""
     for number in (1, 2, 3, 4):
         flip(step(folder, number) / SHARD)
     (step(folder, 2) / SHARD).unlink()
     before = content_of(folder.parent)
-    with pytest.raises(CheckpointError) as refused:
-        run_job(resumed(folder))
-    said = str(refused.value)
+    said = said_to(lambda: run_job(resumed(folder)))
     assert said.startswith(f"--resume auto: none of the checkpoints in {folder}/checkpoints is whole: step_000004: ")
     assert all(f"step_{number:06d}: {SHARD} is " in said for number in (1, 2, 3, 4))
     assert content_of(folder.parent) == before
+
+
+def test_where_all_files_are_gone_auto_refuses_too(folder: Path) -> None:
+    for number in (1, 2, 3, 4):
+        (step(folder, number) / SHARD).unlink()
+    assert f"step_000001: {SHARD} is missing" in said_to(lambda: resumed(folder))
+    (folder / "checkpoints" / "latest").unlink()
+    assert f"step_000001: {SHARD} is missing" in said_to(lambda: resumed(folder))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -221,6 +242,24 @@ def test_a_checkpoint_of_another_program_is_refused_before_the_run(folder: Path)
         seal(step(folder, 4))
         with pytest.raises(CheckpointError, match=r"is no(t a)? checkpoint of this program"):
             resumed(folder)
+
+
+def test_a_strange_value_anywhere_in_the_metadata_is_refused_or_read_but_never_breaks_down(folder: Path) -> None:
+    inputs, newest = resumed(folder).inputs, step(folder, 4)
+    whole, draw, refused = json.loads((newest / "checkpoint.json").read_text()), random.Random(4), 0
+    for _ in range(300):
+        index = copy.deepcopy(whole)
+        container, key = draw.choice(list(leaves(index["metadata"])))
+        container[key] = draw.choice(STRANGE)
+        (newest / "checkpoint.json").write_text(json.dumps(index))
+        seal(newest)
+        try:
+            Inputs.of(inputs.given, inputs.corpus, find_start(inputs.config, str(newest)))
+            SavedModel.of(Index.read(newest))
+        except (CheckpointError, ConfigError) as error:
+            refused += 1
+            assert str(error).isprintable() or isinstance(error, ConfigError)  # noqa: PT017
+    assert refused > 100
 
 
 def resume_on_two(rank: int, world_size: int, folder: Path) -> str:

@@ -1,6 +1,6 @@
 """The metrics of a step: what it did and what it cost. metrics.jsonl has a line of JSON for each."""
 
-import json
+import os
 import re
 import resource
 import sys
@@ -15,6 +15,8 @@ from models.costs import flops_per_token
 from models.shapes import shape_of
 from parallel.config import Config
 from parallel.engine.base import StepResult
+from parallel.errors import ConfigError
+from parallel.regular_file import open_regular, parse_json, with_key
 
 MetricsLine: TypeAlias = dict[str, Any]
 
@@ -101,8 +103,17 @@ def peak_host_bytes() -> int:
 
 
 def read(path: Path) -> Iterator[MetricsLine]:
-    """Yield the lines of a metrics.jsonl, if there is one. A last line that a crash cut short is left out."""
-    text = path.read_text() if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    """Yield the lines of a metrics.jsonl, if there is one. A last line that a crash cut short is left out.
+
+    Raises ConfigError for a line that no run has written.
+    """
+    if not os.path.lexists(path):
+        return
+    error = with_key(ConfigError, "output.dir")
+    with open_regular(path, error) as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                found = parse_json(line, f"{path} line {number}", error)
+                if not isinstance(found, dict) or type(found.get("step")) is not int:
+                    raise error(f"{path} line {number} is not of a step. Move the file away to go on without it.")
+                yield found

@@ -1,8 +1,9 @@
 """The checks before a run: everything that can be refused is refused before anything is started or touched."""
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +22,11 @@ from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
 from training.callbacks import Callback
 from training.config import override_messages
+from training.disk_room import check_disk, disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
+from training.metrics import read as read_metrics
 from training.resume import check_start, find_another, find_start, start_messages
 from training.run_folder import RunFolder
 from training.schedule_messages import schedule_messages
@@ -32,7 +35,7 @@ from training.tracer import steps_to_trace
 
 @dataclass(frozen=True)
 class Given:
-    """What a user has given to start a run: the config, with its epochs or steps, and the options of the command."""
+    """The config that a user has given to start a run, with its epochs or steps, and the options of the command."""
 
     config: Config
     resume: str | None = None
@@ -94,6 +97,7 @@ class Job:
     generation: GenerationConfig | None  # that of model.path
     profile: range  # the steps that the user has asked to trace, counted from 1
     callbacks: tuple[type[Callback], ...]  # the loggers and the user's own
+    is_again: bool = False  # an earlier attempt of the same launch has made the run's folder
 
     @property
     def config(self) -> Config:
@@ -112,18 +116,21 @@ class Job:
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
-        return folder_of(self.config, self.resume_from)
+        """The run's folder; that of an earlier attempt is not renamed."""
+        found = folder_of(self.config, self.resume_from)
+        return replace(found, resumed=True) if self.is_again else found
 
     @property
     def traced_steps(self) -> range:
-        """Those of the steps asked for that the run will take."""
+        """The steps to trace: those asked for that the run will take."""
         return self._tracing()[0]
 
     @property
     def messages(self) -> tuple[str, ...]:
         """The messages that are printed when the run starts."""
-        return (*self.inputs.messages, *self._tracing()[1])
+        again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
+        taken = Taken.before(self.inputs.found).steps
+        return (*again, *self.inputs.messages, *self._tracing()[1], *disk_messages(self.config, num_steps=taken))
 
     def _tracing(self) -> tuple[range, list[str]]:
         taken = Taken.before(self.inputs.found).steps
@@ -148,6 +155,7 @@ def prepare(
     check_device(config, place)
     generation = None if config.model.path is None else read_generation_config(config.model.path)
     job = Job(inputs, place, tokenizer_of(config), generation, profile, callbacks)
+    check_disk(job.config, num_steps=Taken.before(inputs.found).steps)
     check_folder(job.config, job.resume_from)
     steps_to_trace(profile, taken=Taken.before(inputs.found).steps, steps=job.config.train.steps)
     return job
@@ -176,7 +184,7 @@ def check_device(config: Config, place: Place) -> None:
 
 
 def problems_here(config: Config, place: Place, found: Found | None) -> list[str]:
-    """Return messages of why this machine would refuse the run: its device, its packages, or the run's folder.
+    """Return messages of why this machine would refuse the run: its device, its packages, the run's folder or disk.
 
     These are for `--check`, which goes on, since it may be for another machine.
     """
@@ -184,6 +192,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
     checks: tuple[Callable[[], object], ...] = (
         partial(check_device, config, place),
         partial(callbacks_of, config),
+        partial(check_disk, config, num_steps=Taken.before(found).steps),
         partial(check_folder, config, None if found is None else found.index.folder),
     )
     for check in checks:
@@ -191,7 +200,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
             check()
         except ConfigError as error:
             problems.append(f"on this machine the run would be refused: {error}")
-    return problems
+    return [*problems, *disk_messages(config, num_steps=Taken.before(found).steps)]
 
 
 def folder_of(config: Config, resume_from: Path | None) -> RunFolder:
@@ -204,6 +213,8 @@ def check_folder(config: Config, resume_from: Path | None) -> None:
     """Raise ConfigError if the run cannot write in its folder, or reads what it would rename."""
     folder = folder_of(config, resume_from)
     folder.check_writable()
+    if folder.resumed:
+        deque(read_metrics(folder.metrics), maxlen=0)  # its lines are read again when the run starts
     check_not_renamed(config, folder)
 
 

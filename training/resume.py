@@ -85,7 +85,7 @@ def check_start(found: Found, config: Config, corpus: Corpus) -> None:
         check_same_data(folder, metadata, config, corpus)
         list(resume_messages(metadata, config))
         best_of(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ColonnadeError):
             raise
         raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error

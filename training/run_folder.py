@@ -1,13 +1,17 @@
 """The folder of a run: the path of everything that it leaves, and how the folder is checked and made."""
 
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from parallel.config import Config
 from parallel.errors import ConfigError
+from parallel.regular_file import check_regular, with_key
+from parallel.storage.no_room import naming
 from training.run_lock import RunLock
 
 
@@ -60,6 +64,9 @@ class RunFolder:
         for blocked in (self.path, *self.path.absolute().parents):
             if blocked.exists() and not blocked.is_dir():
                 raise ConfigError(f"output.dir: {self.path}: {blocked} is not a folder. Try another output.dir.")
+        for file in self._written() if self.resumed else ():
+            if os.path.lexists(file):
+                check_regular(file, with_key(ConfigError, "output.dir"))
         if self.lock.is_held():
             raise ConfigError(
                 f"output.dir: a run that has not ended writes in {self.path}. Stop it, or set another output.dir."
@@ -74,6 +81,12 @@ class RunFolder:
                     f"output.dir: cannot write in {folder}: {error.strerror}. Try another output.dir."
                 ) from error
 
+    def _written(self) -> Iterator[Path]:
+        """Yield the files of the folder that a resumed run writes to, or replaces."""
+        yield from (self.path / "config.json", self.path / "ended.json", self.plot)
+        yield from (self.metrics, self.metrics.with_name(f".{self.metrics.name}.incomplete"))
+        yield from (self.path / "logs").glob("*")
+
     def make(self, config: Config) -> Path | None:
         """Make the folder with its config.json, and return the new name of an earlier run if there was one.
 
@@ -83,8 +96,18 @@ class RunFolder:
             raise self.lock.held_by_another()
         earlier = None if self.resumed or not self.path.exists() else self._rename_earlier()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        self._write_config(config)
         return earlier
+
+    def _write_config(self, config: Config) -> None:
+        """Write config.json, or leave the one of an earlier run as it was."""
+        temporary = self.path / ".config.json.incomplete"
+        try:
+            with naming(self.path / "config.json"):
+                temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+                temporary.replace(self.path / "config.json")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _rename_earlier(self) -> Path:
         """Rename the folder to the first of NAME.1, NAME.2, ... that is free, and return that name."""

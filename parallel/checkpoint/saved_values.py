@@ -80,7 +80,7 @@ def _tensors_of(index: Index, rank: int, entry: Mapping[str, Any]) -> list[Tenso
             if dtype_of(dtype) not in DTYPE_NAMES:
                 raise ValueError(f"it has values of {dtype}")
             found.append(torch.empty(sizes, dtype=dtype_of(dtype)))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{index.folder} is no checkpoint of this program: {error}.") from error

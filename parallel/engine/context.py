@@ -15,7 +15,7 @@ import torch
 from parallel.config import Config, Resolver, load_raw, parse
 from parallel.engine.device import choose_device, set_up_device
 from parallel.engine.facts import facts_of
-from parallel.engine.rendezvous import leave_nccl_to_the_watch, start_watch
+from parallel.engine.rendezvous import leave_nccl_to_the_watch, start_watch, store_of_groups
 from parallel.errors import ConfigError
 from parallel.mesh import process_groups
 from parallel.mesh.mesh import Mesh
@@ -148,7 +148,8 @@ def make_context(
         timeout = group_timeout(config.train.timeout_seconds)
         if watch.is_on:
             leave_nccl_to_the_watch(timeout)
-        join_world(backend, place.rank, place.world_size, device=device, timeout=timeout)
+        store = store_of_groups()
+        join_world(backend, place.rank, place.world_size, device=device, timeout=timeout, store=store)
         watch.progress.uses_gpu = device.type == "cuda"
         watch.follow_errors()
     mesh = Mesh(topology, place.rank, device=device, merged=merged, watch=watch)

@@ -44,6 +44,11 @@ class Stopwatch:
             self._range = record_function(f"{phase} {detail}".rstrip())
             self._range.__enter__()
 
+    @property
+    def phase(self) -> str:
+        """The phase that the host is in, or nothing."""
+        return self._marks[-1][0] or "" if self._marks else ""
+
     def read(self) -> dict[str, float]:
         """Return the seconds of every phase since the last reading, as far as the device has come."""
         self._end_range()
