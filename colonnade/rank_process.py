@@ -17,6 +17,7 @@ from parallel.engine.context import Place, watch_of
 from parallel.engine.rendezvous import open_history
 from parallel.engine.stop_signals import StopSignals, code_of, do_nothing, end_at_once, ignore_stop_signals
 from parallel.errors import (
+    CollectiveError,
     ColonnadeError,
     DiskFullError,
     ExitCode,
@@ -36,7 +37,7 @@ from training.attempt import Attempt
 from training.ended import FILE, Ended, EndRecord
 from training.spawn import run_ranks
 
-OF_ONE_RANK = StorageError | RoomError | NoRoomError
+OF_ONE_RANK = StorageError | RoomError | NoRoomError | CollectiveError
 """The errors that may be of one rank alone."""
 
 
