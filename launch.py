@@ -14,10 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from colonnade.arguments import Parser
-from colonnade.process import INTERRUPTED, NOT_FINITE, REFUSED, TERMINATED
 from colonnade.train import add_arguments, check_arguments, main
 
-__all__ = ["INTERRUPTED", "NOT_FINITE", "REFUSED", "TERMINATED", "main", "read_arguments"]
+__all__ = ["main", "read_arguments"]
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

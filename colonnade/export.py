@@ -44,6 +44,7 @@ def _export(arguments: argparse.Namespace) -> int:
         return REFUSED
     from parallel.engine.context import dtype_name
     from parallel.errors import ColonnadeError
+    from parallel.placement.shortage import refusing_without_room
     from training.export import check_target, export_checkpoint, find_saved_model
 
     signal.signal(signal.SIGTERM, terminate)
@@ -51,7 +52,8 @@ def _export(arguments: argparse.Namespace) -> int:
     try:
         saved = find_saved_model(arguments.checkpoint)
         check_target(target, saved)
-        dtype, messages = export_checkpoint(saved, target, arguments.dtype)
+        with refusing_without_room(0, "the export"):
+            dtype, messages = export_checkpoint(saved, target, arguments.dtype)
     except (ColonnadeError, OSError) as error:
         print(error, file=sys.stderr)
         return REFUSED

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from colonnade.arguments import add_config, count
 from colonnade.process import guarded
-from colonnade.ranks import Launch, Prepared, run_on_ranks
+from colonnade.ranks import run_on_ranks
+from colonnade.work import Launch, Prepared
 
 if TYPE_CHECKING:
     from models.data.records import Record
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from models.generation.text_generator import Continuation
     from parallel.engine.context import Place
     from parallel.watch.watch import Watch
+    from training.attempt import Attempt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +110,10 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     if place.rank == 0 and arguments.out is not None:
         _check_out(arguments.out)
     job = prepare(_request(arguments), place, world_size)
-    work = partial(_generate, arguments, job, place)
+
+    def work(watch: "Watch", attempt: "Attempt") -> None:
+        _generate(arguments, job, place, watch)
+
     return Prepared(partial(job.facts, world_size), job.config.train.timeout_seconds, work, ["models.generation.job"])
 
 

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 from colonnade import check
 from colonnade.arguments import add_config, add_resume, count, step_range
 from colonnade.process import guarded
-from colonnade.ranks import Launch, Prepared, run_on_ranks
+from colonnade.ranks import run_on_ranks
+from colonnade.work import Launch, Prepared
 
 if TYPE_CHECKING:
     from parallel.watch.watch import Watch
+    from training.attempt import Attempt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         help="check the config and its inputs, print the layout and the memory of each rank, and start nothing",
+    )
+    add(
+        "--debug-comm",
+        action="store_true",
+        help="compare every collective between its ranks before it begins, and name those that differ; slow",
     )
     add("--world", metavar="N", type=count, help="with --check: the number of processes (default: the fewest that fit)")
     add(
@@ -75,6 +82,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     """Read the config and all that the run needs, and check it. Raises ColonnadeError."""
+    from parallel.engine.stop_signals import do_nothing
+    from parallel.placement.shortage import refusing_without_room
+    from training.attempt import in_own_folder, resume_of
     from training.config import read_config
     from training.preflight import facts_of_job, modules_of_steps, prepare
     from training.tokenizing import cache_of
@@ -82,15 +92,19 @@ def _prepare(arguments: argparse.Namespace, launch: Launch) -> Prepared:
     place = launch.place
     config = read_config(arguments.config, arguments.set, launch.world_size)
     launch.watch.set_timeout(config.train.timeout_seconds)
-    cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_terminated)
-    job = prepare(
-        config, place, resume=arguments.resume, profile=arguments.profile, overridden=arguments.set, cache=cache
-    )
+    cache = cache_of(os.environ, quiet=place.rank != 0, check=launch.end_if_asked)
+    start = launch.history.start()
+    resume = resume_of(start, config, arguments.resume)
+    with refusing_without_room(place.rank, "reading the data"):
+        job = prepare(config, place, resume=resume, profile=arguments.profile, overridden=arguments.set, cache=cache)
+    job = in_own_folder(job, start)
+    facts = partial(facts_of_job, job, debug_comm=arguments.debug_comm)
 
-    def work(watch: "Watch") -> None:
+    def work(watch: "Watch", attempt: "Attempt") -> None:
         from training.run import run_job
 
-        run_job(job, watch)
+        attempt.stop.tell(do_nothing)  # until the engine is made, which tells the other ranks
+        run_job(job, watch, attempt=attempt, debug_comm=arguments.debug_comm)
 
     modules = ("training.run", *modules_of_steps(config))
-    return Prepared(partial(facts_of_job, job), config.train.timeout_seconds, work, modules)
+    return Prepared(facts, config.train.timeout_seconds, work, modules)

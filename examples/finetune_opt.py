@@ -67,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     if is_first:
         print(f"perplexity {math.exp(before):.4f} on {len(held_out)} samples, {len(training)} to train on", flush=True)
     torch.manual_seed(context.place.rank)  # dropout differs between ranks
-    train(engine, train_loader, scheduler, args, steps=steps)
+    with parallel.catch_signals(engine):  # Ctrl-C, SIGTERM or SIGUSR1: after the next step all ranks save, and end
+        train(engine, train_loader, scheduler, args, steps=steps)
     after = engine.evaluate(eval_loader)
 
     export = args.output / "export"
@@ -95,7 +96,7 @@ def train(engine: Any, loader: Any, scheduler: Any, args: argparse.Namespace, *,
             speed = (step - first) * args.batch * args.sequence / (time.monotonic() - began)
             if engine.data.rank == 0:
                 print(f"step {step}/{steps}  loss {mean:.6f}  {speed:,.0f} tokens/s", flush=True)
-        if step % args.save_every == 0 or step == steps:
+        if step % args.save_every == 0 or step == steps or engine.stop_signal:
             engine.save_checkpoint(args.output, {"scheduler": scheduler.state_dict()})
 
 

@@ -8,6 +8,7 @@ from parallel.engine.context import Context, Place, current, launch_from_torch, 
 from parallel.engine.engine import Engine
 from parallel.engine.initialize import initialize, sharded_init
 from parallel.engine.module_engine import ModuleEngine, UpdateResult
+from parallel.engine.stop_signals import catch_signals
 from parallel.errors import (
     CheckpointError,
     ColonnadeError,
@@ -15,6 +16,7 @@ from parallel.errors import (
     DataError,
     LostRankError,
     ModelError,
+    NoRoomError,
     StorageError,
 )
 
@@ -28,10 +30,12 @@ __all__ = [
     "LostRankError",
     "ModelError",
     "ModuleEngine",
+    "NoRoomError",
     "Place",
     "StepResult",
     "StorageError",
     "UpdateResult",
+    "catch_signals",
     "collectives",
     "current",
     "initialize",

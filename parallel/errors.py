@@ -69,6 +69,10 @@ class NoRoomError(ColonnadeError):
     code = ExitCode.NO_ROOM
 
 
+class DiskFullError(NoRoomError):
+    """The error of a file of the run that a full disk has no room for; every rank raises it."""
+
+
 class ModelError(ColonnadeError):
     """The error of a module that cannot be trained as it is, or is used or changed in a way that training forbids."""
 
@@ -79,6 +83,12 @@ class LostRankError(ColonnadeError):
     def __init__(self, text: str, code: int = ExitCode.LOST) -> None:
         super().__init__(text)
         self.code = code
+
+
+class CollectiveError(ColonnadeError):
+    """The error of ranks that call different collectives at the same time, which `debug_comm` compares."""
+
+    code = ExitCode.FAILED
 
 
 class NonFiniteError(ColonnadeError):

@@ -38,12 +38,12 @@ output = dict(dir={run!r}, checkpoint_every=2, eval_every=2)
 def arm(fault: str, phase: str, *, rank: int, delay: float, folder: str) -> None:
     """Have this process, if it is that rank of a run, commit the fault so many seconds after the phase has begun.
 
-    Every rank leaves its process id in the folder.
+    Every rank leaves its process id in the folder. A negative rank: the one that comes to the phase, which one does.
     """
     if "RANK" not in os.environ:
         return
     Path(folder, f"rank_{os.environ['RANK']}").write_text(str(os.getpid()))
-    if int(os.environ["RANK"]) == rank:
+    if int(os.environ["RANK"]) == rank or rank < 0:
         owner, name = _function_of(phase)
         setattr(owner, name, _with_fault(getattr(owner, name), phase, FAULTS[fault], delay, Path(folder)))
 
@@ -60,7 +60,7 @@ def _function_of(phase: str) -> tuple[Any, str]:
     places = {
         "data": (Cache, "_make"),
         "load": (Archive, "read_into"),
-        "save": (checkpoint, "save"),
+        "save": (checkpoint, "write"),
         "evaluate": (Engine, "evaluate"),
         "export": (artifacts, "export"),
     }
@@ -93,7 +93,7 @@ def _commit(fault: "Fault", folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What a rank does, in its main thread or in another one that interrupts it."""
+    """The act of a rank that goes wrong, in its main thread or in another one that interrupts it."""
 
     act: Callable[[], object]
     in_main_thread: bool
@@ -197,6 +197,11 @@ class Run:
         """The time at which the fault was committed."""
         mark = self.folder / "faulty"
         return mark.stat().st_mtime if mark.exists() else None
+
+    def forget(self) -> None:
+        """Remove the marks of a run that has ended, before another one starts in its folder."""
+        for file in (self.folder / "faulty", *self.folder.glob("rank_*")):
+            file.unlink(missing_ok=True)
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks."""

@@ -39,7 +39,12 @@ LAYERS = (
     "launch",
 )
 
-MAY_USE_TORCH_DISTRIBUTED = ("parallel.mesh.process_groups", "parallel.mesh.collectives", "parallel.pipeline.p2p")
+MAY_USE_TORCH_DISTRIBUTED = (
+    "parallel.mesh.process_groups",
+    "parallel.mesh.collectives",
+    "parallel.mesh.comparison",
+    "parallel.pipeline.p2p",
+)
 
 # Modules of plain data and arithmetic, which import neither torch nor a module of ours that does.
 PURE = (

@@ -640,7 +640,7 @@ PLACEMENT = (
            f"{MANAGER_TESTS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
-           "        with self.placement_manager.explain_shortage():\n            skipped = self._update("
+           "        with self.memory_guard.explained(lambda: \"update\"):\n            skipped = self._update("
            "norm, divisor, HostCopy(num_written))\n",
            "        skipped = self._update(norm, divisor, HostCopy(num_written))\n",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
@@ -1450,7 +1450,7 @@ LENGTHS_AND_BESTS = (
         "steps-logged-twice",
         "TensorBoard shows the values of a run and of its resumed run, one over the other",
         "training/tensorboard_logger.py",
-        "purge = run.num_steps + 1 if run.num_steps else None",
+        "purge = num_steps + 1 if num_steps else None",
         "purge = None",
         "tests/test_loggers.py::test_tensorboard_has_every_number_of_metrics_jsonl_and_a_resumed_run_replaces_its_steps",
     ),
@@ -2184,6 +2184,107 @@ SAVED_BEHIND = (
     ),
 )
 
+NO_ROOM_TESTS, MEMORY_TESTS = "tests/test_no_room.py", "tests/test_out_of_memory.py"
+NO_ROOM = (
+    Mutant("cut-line-stays", "leaves the part of a line that a full disk took",
+           "parallel/storage/no_room.py", "            os.ftruncate(descriptor, before)", "            pass",
+           f"{NO_ROOM_TESTS}::test_a_line_that_a_limit_cuts_is_taken_back"),
+    Mutant("quota-is-no-full-disk", "takes a quota that is reached for an error of the checkpoint",
+           "parallel/storage/no_room.py", "FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)",
+           "FULL = (errno.ENOSPC, errno.EFBIG)",
+           f"{NO_ROOM_TESTS}::test_an_error_of_a_file_says_whether_its_disk_is_full_or_broken"),
+    Mutant("resumed-metrics-keep-a-step", "keeps the line of the first step that a resumed run takes again",
+           "training/metrics_file.py", '["step"] or 0) > last:', '["step"] or 0) > last + 1:',
+           f"{NO_ROOM_TESTS}::test_a_resumed_run_cuts_the_lines_that_it_takes_again"),
+    Mutant("cut-trace-is-whole", "keeps a trace that a full disk has cut",
+           "training/tracer.py", "                check_whole(temporary)", "                pass",
+           f"{NO_ROOM_TESTS}::test_a_trace_that_was_cut_is_not_taken_for_a_whole_one"),
+    Mutant("always-before-the-first-step", "refuses a config for a memory that runs out in the middle of a run",
+           "parallel/placement/memory_guard.py", "self.has_stepped = num_steps, True",
+           "self.has_stepped = num_steps, False",
+           f"{MEMORY_TESTS}::test_a_memory_that_runs_out_in_a_step_is_told_with_the_phase_and_the_largest_tensors"),
+    Mutant("master-weights-counted-twice", "counts master weights as moments, too",
+           "parallel/placement/held.py", "max(0, state_bytes - chunk.master.nbytes)", "state_bytes",
+           f"{MEMORY_TESTS}::test_all_that_the_chunks_and_the_optimizer_hold_is_in_the_list"),
+    Mutant("pieces-of-memory-unseen", "does not see that memory which is reserved would be enough",
+           "parallel/placement/memory_report.py", "use.unused >= shortage.asked", "use.unused >= 2 * shortage.asked",
+           f"{MEMORY_TESTS}::test_what_helps_comes_in_the_order_of_what_takes_the_memory"),
+    Mutant("every-kill-for-memory", "says of every killed rank that the system had no memory left",
+           "parallel/watch/control_groups.py", "now > (self._before or 0)", "now >= (self._before or 0)",
+           f"{MEMORY_TESTS}::test_a_rank_that_the_system_killed_for_memory_is_said_to_be"),
+    Mutant("half-a-checkpoint-is-enough", "warns too late of a disk without room for the checkpoints",
+           "training/disk_room.py", "left + free >= most * size:", "left + free >= (most - 1) * size:",
+           f"{NO_ROOM_TESTS}::test_a_disk_without_room_for_the_checkpoints_is_told_of_before_the_run"),
+)  # fmt: skip
+
+WATCH_PARTS, COMPARED = "tests/test_watch_parts.py", "tests/test_debug_comm.py"
+WATCHED = (
+    Mutant(
+        "stopped-in-a-phase-overlooked",
+        "a rank that is stopped while it saves is never named",
+        "parallel/watch/judge.py",
+        "stopped = [one.beat for one in living if one.quiet >= timeout]",
+        "stopped = [one.beat for one in living if one.quiet >= timeout and not one.beat.phase]",
+        "tests/test_parting.py::test_a_rank_that_is_lost_or_silent_is_named[a process that is stopped in a phase]",
+    ),
+    Mutant(
+        "any-process-of-a-number-killed",
+        "the process that took over the number of a rank is killed in its place",
+        "parallel/watch/process.py",
+        'if _state(identity) in ("", *ENDED):',
+        "if False:",
+        f"{WATCH_PARTS}::test_a_process_that_took_over_a_number_is_not_killed",
+    ),
+    Mutant(
+        "background-thread-is-the-rank",
+        "a rank seems to wait while a thread of it saves",
+        "parallel/watch/stack.py",
+        "waits=not waiting <= set(apart),",
+        "waits=bool(waiting),",
+        f"{WATCH_PARTS}::test_a_rank_waits_where_any_of_its_threads_does_unless_that_one_works_apart",
+    ),
+    Mutant(
+        "judge-begins-from-nothing",
+        "a stopped rank 0 is named twice as late as another one",
+        "parallel/watch/judging.py",
+        "self._takes_over_after - SECONDS_TO_PREPARE",
+        "self._takes_over_after",
+        f"{WATCH_PARTS}::test_the_rank_that_takes_over_names_a_stopped_rank_0_within_the_time_limit_and_three_seconds",
+    ),
+    Mutant(
+        "end-without-hook",
+        "the end of a run that lost a rank is not written down",
+        "parallel/watch/heartbeat.py",
+        "hook, self.on_end = self.on_end, None",
+        "hook = None",
+        f"{WATCH_PARTS}::test_what_was_registered_for_the_end_is_called_and_does_not_hold_up_the_end",
+    ),
+    Mutant(
+        "group-fails-before-the-watch",
+        "gloo's traceback comes before the line that names a rank",
+        "parallel/mesh/process_groups.py",
+        "max(LONGEST_WAIT, timedelta(seconds=2 * timeout_seconds + 60))",
+        "LONGEST_WAIT",
+        "tests/test_group_timeouts.py::test_the_timeout_of_every_process_group_exceeds_that_of_the_watch",
+    ),
+    Mutant(
+        "reduction-not-compared",
+        "ranks that reduce in different ways are not told",
+        "parallel/mesh/collectives.py",
+        '_begin("all_reduce", x, axis, f" ({_name_of(op)})")',
+        '_begin("all_reduce", x, axis)',
+        f"{COMPARED}::test_ranks_that_call_different_collectives_are_named_on_every_rank",
+    ),
+    Mutant(
+        "debugging-unknown-to-others",
+        "a rank that compares its calls waits for one that does not",
+        "parallel/engine/context.py",
+        '"debug_comm": debug_comm}',
+        '"debug_comm": False}',
+        f"{COMPARED}::test_a_launched_program_ends_with_what_differs",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2232,4 +2333,6 @@ MUTANTS = (
     *SEEN_AND_GENERATED,
     *INTEGRITY,
     *SAVED_BEHIND,
+    *NO_ROOM,
+    *WATCHED,
 )

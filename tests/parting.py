@@ -40,10 +40,7 @@ Program = Callable[[int, Path], None]
 
 
 def play(program: Program, num_ranks: int) -> list[End]:
-    """Return the end of each rank of a program; `seconds` count from when the first one went its own way.
-
-    A rank that is still there when all others have ended, since it is stopped, is killed.
-    """
+    """Return the end of each rank of a program; `seconds` count from when the first one went its own way."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", *_imported_by_now()])
     store, port = host_store(prefix_of("0"))
@@ -53,7 +50,7 @@ def play(program: Program, num_ranks: int) -> list[End]:
         for process in ranks:
             process.start()
         ended: dict[int, float] = {}
-        wait_until(lambda: _note_ends(ranks, ended) >= num_ranks - _num_stopped(folder))
+        wait_until(lambda: _note_ends(ranks, ended) == num_ranks)
         began = (folder / "parted").stat().st_mtime if (folder / "parted").exists() else time.time()
         for process in ranks:
             process.kill()
@@ -73,10 +70,6 @@ def _note_ends(ranks: list[Any], ended: dict[int, float]) -> int:
         if rank not in ended and process.exitcode is not None:
             ended[rank] = time.time()
     return len(ended)
-
-
-def _num_stopped(folder: Path) -> int:
-    return int((folder / "stopped").exists())
 
 
 def _rank(program: Program, rank: int, num_ranks: int, port: int, folder: Path) -> None:
@@ -156,7 +149,6 @@ def die(engine: Any, folder: Path) -> None:
 
 
 def stop(engine: Any, folder: Path) -> None:
-    (folder / "stopped").touch()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 

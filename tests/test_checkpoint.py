@@ -26,7 +26,7 @@ from parallel.checkpoint.index import Index
 from parallel.checkpoint.newest import find_newest
 from parallel.checkpoint.shards import covered_once
 from parallel.checkpoint.verify import verify
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, NoRoomError
 from parallel.layout.layout import Layout, Piece, slices
 from parallel.mesh.mesh import ALONE, Axis, Traffic
 from tests.checkpoints import seal
@@ -176,7 +176,7 @@ def full_disk(num_bytes: int) -> Iterator[None]:
 
 def save_with_a_full_disk_on_rank_1(rank: int, size: int, checkpoints: Path) -> str:
     save_in(rank, size, "rows", checkpoints / "step_000001")
-    with pytest.raises(CheckpointError) as failure, full_disk(400 if rank == 1 else 10**6):
+    with pytest.raises(NoRoomError) as failure, full_disk(400 if rank == 1 else 10**6):
         save_in(rank, size, "rows", checkpoints / "step_000002")
     return str(failure.value)
 

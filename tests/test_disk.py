@@ -416,7 +416,7 @@ def breaks_down(rank: int, world_size: int, raw: Raw, folder: Path) -> tuple[str
     train(2, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fails(NO_SPACE))
-        with pytest.raises(parallel.CheckpointError) as first:
+        with pytest.raises(parallel.NoRoomError) as first:
             save(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "pwritev", fails(BROKEN))

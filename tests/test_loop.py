@@ -24,7 +24,7 @@ from models.shapes import fields_of
 from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError, ConfigError, ExitCode
 from tests.checkpoints import seal
 from tests.harness import run
 from training import metrics, plot
@@ -386,7 +386,7 @@ def test_metrics_are_valid_json_whatever_the_loss(tmp_path: Path) -> None:
 def test_a_run_whose_numbers_are_not_finite_ends_with_code_4_and_keeps_what_was_finite(tmp_path: Path) -> None:
     """A rate of 1e30 makes the weights of the second step too large: steps before it are kept, none after it."""
     run_of = ["--set", *TINY, f"output.dir={tmp_path}", "optimizer.lr=1e30", "output.checkpoint_every=1"]
-    assert launch.main(launch.read_arguments(run_of)) == launch.NOT_FINITE
+    assert launch.main(launch.read_arguments(run_of)) == ExitCode.NOT_FINITE
     assert not (tmp_path / "export").exists()
     last = strict_json((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     saved = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))

@@ -106,7 +106,7 @@ def test_each_stage_of_a_pipeline_leaves_a_trace_of_the_steps_asked_for(tmp_path
 
 def test_a_profiler_exists_only_during_the_steps_asked_for(tmp_path: Path) -> None:
     file, done, alive = tmp_path / "profile" / "rank_0.json", list[list[str]](), list[bool]()
-    tracer = Tracer(range(2, 4), file, CPU, on_written=lambda written: done.append(ranges(written)))
+    tracer = Tracer(range(2, 4), file, CPU, say=lambda text: done.append(ranges(file)))
     for step in range(1, 6):
         with tracer.around_step(step):
             alive.append(torch.autograd.profiler._is_profiler_enabled)

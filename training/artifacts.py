@@ -10,6 +10,7 @@ from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.context import DTYPES, dtype_name
 from parallel.engine.engine import Engine
+from parallel.storage.no_room import disk_problem, naming
 from training.plot import draw_loss
 from training.preflight import Job
 from training.screen import Screen
@@ -24,6 +25,7 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     export that fails after the training would lose it. A generation_config.json that `model.path` had is carried on.
     """
     config = engine.config
+    engine.mesh.watch.begin("an export")
     shape, widest = exported_shape(shape_of(config), job.tokenizer), widest_dtype(config)
     dtype = DTYPES[config.output.export_dtype] if config.output.export_dtype else widest
     pieces = engine.weights()
@@ -41,11 +43,15 @@ def export_model(engine: Engine, job: Job, screen: Screen) -> None:
     with fail_together(engine.mesh.world):
         if engine.mesh.world.rank == 0 and job.generation is not None:
             before = shape_of(config).end_tokens
-            write_generation_config(job.folder.export, job.generation, ends=shape.end_tokens, before=before)
+            with naming(job.folder.export):
+                write_generation_config(job.folder.export, job.generation, ends=shape.end_tokens, before=before)
     log.info("exported %s", job.folder.export)
 
 
 def plot_loss(job: Job, screen: Screen) -> None:
     """Draw loss.png from metrics.jsonl, or print what is missing."""
-    if not draw_loss(job.folder.metrics, job.folder.plot):
-        screen.print("no loss.png: it needs matplotlib (pip install matplotlib)")
+    try:
+        if not draw_loss(job.folder.metrics, job.folder.plot):
+            screen.print("no loss.png: it needs matplotlib (pip install matplotlib)")
+    except OSError as error:
+        screen.print(f"no loss.png: {disk_problem(error)}")

@@ -5,18 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from training.metrics import MetricsLine
+
 
 @dataclass
 class BestLoss:
     """The lowest validation loss so far, and how many evaluations in a row have not been lower.
 
     `step` is the step after which it was computed, 0 before the first evaluation. Every rank takes in the same losses,
-    and so decides the same. A checkpoint saves it.
+    and so decides the same. A checkpoint saves it. `unevaluated` is the line of metrics of the checkpoint's own step,
+    where a signal came before its evaluation was done: whoever goes on evaluates first.
     """
 
     loss: float = math.inf
     step: int = 0
     evaluations_since: int = 0
+    unevaluated: MetricsLine | None = None
 
     def take(self, step: int, loss: float) -> bool:
         """Take in the loss of an evaluation; return whether it is a new lowest one, which NaN never is."""
@@ -32,7 +36,8 @@ class BestLoss:
     def state(self) -> dict[str, Any]:
         """Return the values that a checkpoint saves, for JSON, which has no infinity."""
         loss = self.loss if math.isfinite(self.loss) else None
-        return {"loss": loss, "step": self.step, "evaluations_since": self.evaluations_since}
+        found = {"loss": loss, "step": self.step, "evaluations_since": self.evaluations_since}
+        return found if self.unevaluated is None else {**found, "unevaluated": self.unevaluated}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any] | None) -> "BestLoss":
@@ -40,4 +45,4 @@ class BestLoss:
         if state is None:
             return cls()
         loss = math.inf if state["loss"] is None else float(state["loss"])
-        return cls(loss, int(state["step"]), int(state["evaluations_since"]))
+        return cls(loss, int(state["step"]), int(state["evaluations_since"]), state.get("unevaluated"))

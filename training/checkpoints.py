@@ -8,7 +8,7 @@ from pathlib import Path
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.shards import fail_together
 from parallel.engine.engine import Engine
-from parallel.errors import ColonnadeError, LostRankError
+from parallel.errors import ColonnadeError, LostRankError, SignalError
 from parallel.mesh.collectives import gather_objects
 from parallel.placement.save_room import SaveRoom, tightest
 from training.best_loss import BestLoss
@@ -30,16 +30,21 @@ class Checkpoints:
         self.engine, self.job, self.best, self._on_saved = engine, job, best, on_saved
 
     def save(self, step: int) -> Path:
-        """Save the state after this step, and return the folder that the checkpoint will have."""
+        """Save the state after this step, and return the folder that the checkpoint will have.
+
+        It is complete then where a signal asks for the end of the run.
+        """
         engine, best = self.engine, self.best
         output, target = engine.config.output, checkpoint.step_folder(self.job.folder.path, step)
+        waits = not output.checkpoint_async or engine.stop_signal is not None
         self.finish()
         engine.save(
             engine.state_pieces(owned=True),
             checkpoint.Target(target, output.keep_checkpoints, self._best_folder()),
             metadata_of(engine.config, engine.counters(), self.job.corpus, best),
+            wait=waits,
         )
-        if not output.checkpoint_async:
+        if waits:
             self._on_saved(step, target)
         return target
 
@@ -66,9 +71,15 @@ class Checkpoints:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Finish what is being saved at the end of the block: also where an error ends it, unless a rank is lost."""
+        """Finish what is being saved at the end of the block: also where an error ends it, unless a rank is lost.
+
+        A signal ends it only if the save succeeds.
+        """
         try:
             yield
+        except SignalError:
+            self.finish()
+            raise
         except LostRankError:
             raise
         except BaseException:

@@ -1,18 +1,21 @@
 """The training loop: steps, evaluation, and checkpoints when they are due. Callbacks are told of each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
+from pathlib import Path
+from signal import Signals
 
-from models.data import Loader
+from models.data import Batch, Loader
 from parallel.config import Config
 from parallel.engine.base import StepResult
 from parallel.engine.engine import Engine
-from parallel.errors import NonFiniteError
+from parallel.engine.stop_signals import code_of
+from parallel.errors import NonFiniteError, SignalError
 from training.best_loss import BestLoss
 from training.callbacks import Callbacks
-from training.metrics import Meter
+from training.metrics import Meter, MetricsLine
 
 
 def fit(
@@ -20,7 +23,7 @@ def fit(
     loader: Loader,
     *,
     callbacks: Callbacks,
-    save: Callable[[int], object],
+    save: Callable[[int], Path],
     best: BestLoss,
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> None:
@@ -31,29 +34,107 @@ def fit(
     step. Each step, counted from 1, runs inside the context that `around_step` returns.
 
     The seconds of a step are those of its data, forwards, backwards and update, without evaluation, checkpoints and
-    callbacks. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite.
+    callbacks. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite; SignalError, on
+    every rank, after a step in which a signal has asked for the end.
     """
-    config, corpus = engine.config, loader.corpus
-    meter = Meter(config, engine.mesh.world.size, engine.mesh.device, corpus.num_training)
+    config = engine.config
+    meter = Meter(config, engine.mesh.world.size, engine.mesh.device, loader.corpus.num_training)
+    end_if_asked(engine)
+    if best.unevaluated is not None:
+        finish_step(engine, loader, line=dict(best.unevaluated), callbacks=callbacks, save=save, best=best)
     while engine.num_steps < config.train.steps and not ends_early(config, best):
         with around_step(engine.num_steps + 1):
             started = time.perf_counter()
             engine.stopwatch.mark("data")
             result = engine.train_step(loader.training(engine.num_samples))
             seconds = time.perf_counter() - started
-        step, is_best = engine.num_steps, False
-        line = meter.line(step, result, seconds, samples=engine.num_samples)
+        line = meter.line(engine.num_steps, result, seconds, samples=engine.num_samples)
         if problem := not_finite(result):
             callbacks.on_step(line)
-            raise NonFiniteError(f"step {step}: {problem}. No checkpoint of it is kept. Try a smaller optimizer.lr.")
-        if corpus.num_validation and (step == config.train.steps or is_due(step, config.output.eval_every)):
-            line["validation_loss"] = engine.evaluate(loader.validation())
+            raise NonFiniteError(
+                f"step {engine.num_steps}: {problem}. No checkpoint of it is kept. Try a smaller optimizer.lr."
+            )
+        finish_step(engine, loader, line=line, callbacks=callbacks, save=save, best=best)
+
+
+def end_if_asked(engine: Engine) -> None:
+    """Raise SignalError, on every rank, if a signal has come before the first step of this run."""
+    engine.agree_on("the first step of a run")
+    if (number := engine.stop_signal) is not None:
+        raise stopped(number)
+
+
+def finish_step(
+    engine: Engine,
+    loader: Loader,
+    *,
+    line: MetricsLine,
+    callbacks: Callbacks,
+    save: Callable[[int], Path],
+    best: BestLoss,
+) -> None:
+    """Evaluate after a step, report it and save it, each if it is due.
+
+    Raises SignalError, on every rank, if a signal asks for the end; the step is saved then. A signal also ends an
+    evaluation: the run that goes on from this checkpoint evaluates first, and reports the step then.
+    """
+    output, step, saved, is_best = engine.config.output, engine.num_steps, None, False
+    if is_evaluated(engine, loader, best) and not evaluate(engine, loader, line):
+        best.unevaluated = line
+    else:
+        best.unevaluated = None
         callbacks.on_step(line)
         if "validation_loss" in line:
             is_best = best.take(step, line["validation_loss"])
             callbacks.on_evaluate(step, line["validation_loss"])
-        if is_due(step, config.output.checkpoint_every) or (is_best and config.output.keep_best):
-            save(step)
+    number = engine.stop_signal
+    if is_due(step, output.checkpoint_every) or (is_best and output.keep_best) or number is not None:
+        saved = save(step)
+    if number is not None:
+        raise stopped(number, saved=saved, step=step)
+
+
+def is_evaluated(engine: Engine, loader: Loader, best: BestLoss) -> bool:
+    """Return whether the validation samples are evaluated after this step, or were to be when a signal came."""
+    step, config = engine.num_steps, engine.config
+    is_now = step == config.train.steps or is_due(step, config.output.eval_every) or best.unevaluated is not None
+    return bool(loader.corpus.num_validation) and is_now
+
+
+def evaluate(engine: Engine, loader: Loader, line: MetricsLine) -> bool:
+    """Add `validation_loss` to the line of a step; return False, without it, if a signal has asked for the end."""
+    batches = BatchesUntilSignal(engine, loader.validation())
+    loss = engine.evaluate(batches)
+    if batches.are_cut:
+        return False
+    line["validation_loss"] = loss
+    return True
+
+
+class BatchesUntilSignal:
+    """Batches of an evaluation, until ranks have agreed that a signal asks for the end: then `are_cut` is True.
+
+    Every rank stops at the same batch, since each batch begins with an agreement of all ranks.
+    """
+
+    def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
+        self._engine, self._batches = engine, batches
+        self.are_cut = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            if self._engine.stop_signal is not None:
+                self.are_cut = True
+                return
+            yield batch
+
+
+def stopped(number: int, *, saved: Path | None = None, step: int = 0) -> SignalError:
+    """Return the end of a run by this signal: after a step whose checkpoint is `saved`, or before its first step."""
+    name = Signals(number).name
+    if saved is None:
+        return SignalError(f"{name}: ended before the first step of this run; nothing is lost", code_of(number))
+    return SignalError(f"{name}: saved {saved} after step {step}; --resume auto goes on", code_of(number))
 
 
 def ends_early(config: Config, best: BestLoss) -> bool:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from parallel.storage.no_room import naming
 from training.metrics import MetricsLine, read
 
 BLUE, ORANGE = "#2a6fbb", "#e07b00"
@@ -9,7 +10,10 @@ SMOOTH_FROM = 30  # steps: the curve of a shorter run is readable as it is
 
 
 def draw_loss(metrics: Path, target: Path) -> bool:
-    """Draw training and validation loss over the steps. Returns False if matplotlib is not installed."""
+    """Draw training and validation loss over the steps. Returns False if matplotlib is not installed.
+
+    Raises OSError where the file cannot be written; an earlier one is then as it was.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -39,7 +43,13 @@ def draw_loss(metrics: Path, target: Path) -> bool:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(target)
+    temporary = target.with_name(f".{target.name}.incomplete")
+    try:
+        with naming(target):
+            figure.savefig(temporary, format="png")
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 

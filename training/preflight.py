@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
 from training.callbacks import Callback
 from training.config import override_messages
+from training.disk_room import check_disk, disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
@@ -94,6 +95,7 @@ class Job:
     generation: GenerationConfig | None  # that of model.path
     profile: range  # the steps that the user has asked to trace, counted from 1
     callbacks: tuple[type[Callback], ...]  # the loggers and the user's own
+    is_again: bool = False  # an earlier attempt of the same launch has made the run's folder
 
     @property
     def config(self) -> Config:
@@ -112,8 +114,9 @@ class Job:
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
-        return folder_of(self.config, self.resume_from)
+        """The run's folder; that of an earlier attempt is not renamed."""
+        found = folder_of(self.config, self.resume_from)
+        return replace(found, resumed=True) if self.is_again else found
 
     @property
     def traced_steps(self) -> range:
@@ -123,7 +126,9 @@ class Job:
     @property
     def messages(self) -> tuple[str, ...]:
         """The messages that are printed when the run starts."""
-        return (*self.inputs.messages, *self._tracing()[1])
+        again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
+        taken = Taken.before(self.inputs.found).steps
+        return (*again, *self.inputs.messages, *self._tracing()[1], *disk_messages(self.config, num_steps=taken))
 
     def _tracing(self) -> tuple[range, list[str]]:
         taken = Taken.before(self.inputs.found).steps
@@ -148,12 +153,13 @@ def prepare(
     check_device(config, place)
     generation = None if config.model.path is None else read_generation_config(config.model.path)
     job = Job(inputs, place, tokenizer_of(config), generation, profile, callbacks)
+    check_disk(job.config, num_steps=Taken.before(inputs.found).steps)
     check_folder(job.config, job.resume_from)
     steps_to_trace(profile, taken=Taken.before(inputs.found).steps, steps=job.config.train.steps)
     return job
 
 
-def facts_of_job(job: Job) -> dict[str, Any]:
+def facts_of_job(job: Job, *, debug_comm: bool = False) -> dict[str, Any]:
     """Return what must be the same of a run on all ranks: config, code, versions, and what was found in the files."""
     training, found = Path(__file__).parent, job.inputs.found
     return {
@@ -164,6 +170,7 @@ def facts_of_job(job: Job) -> dict[str, Any]:
         "data.path, digest": f"{job.corpus.digest:08x}",
         "--resume": None if found is None else f"{found.index.folder.name}, {found.index.digest[:16]}",
         "--profile": str(job.traced_steps),
+        "--debug-comm": debug_comm,
     }
 
 
@@ -175,7 +182,7 @@ def check_device(config: Config, place: Place) -> None:
 
 
 def problems_here(config: Config, place: Place, found: Found | None) -> list[str]:
-    """Return messages of why this machine would refuse the run: its device, its packages, or the run's folder.
+    """Return messages of why this machine would refuse the run: its device, its packages, the run's folder or disk.
 
     These are for `--check`, which goes on, since it may be for another machine.
     """
@@ -183,6 +190,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
     checks: tuple[Callable[[], object], ...] = (
         partial(check_device, config, place),
         partial(callbacks_of, config),
+        partial(check_disk, config, num_steps=Taken.before(found).steps),
         partial(check_folder, config, None if found is None else found.index.folder),
     )
     for check in checks:
@@ -190,7 +198,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
             check()
         except ConfigError as error:
             problems.append(f"on this machine the run would be refused: {error}")
-    return problems
+    return [*problems, *disk_messages(config, num_steps=Taken.before(found).steps)]
 
 
 def folder_of(config: Config, resume_from: Path | None) -> RunFolder:

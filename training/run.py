@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, replace
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -21,10 +22,13 @@ from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.placement.shortage import refusing_without_room
 from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss
+from training.attempt import Attempt, SavedNote
 from training.callbacks import Callback, Callbacks, Run
 from training.checkpoints import Checkpoints
+from training.disk_room import telling_of_checkpoints
 from training.log_file import StepLog, log_file
 from training.loop import ends_early, fit
 from training.metrics_file import MetricsFile
@@ -37,26 +41,44 @@ from training.tracer import Tracer
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, watch: Watch = UNWATCHED, *, callbacks: Sequence[Callback] = ()) -> None:
+def run_job(
+    job: Job,
+    watch: Watch = UNWATCHED,
+    *,
+    callbacks: Sequence[Callback] = (),
+    attempt: Attempt | None = None,
+    debug_comm: bool = False,
+) -> None:
     """Train as the job says. Every rank of the world calls this; `watch` is its watch over the others.
 
-    `callbacks` are called beside those that the config names. Raises CallbackError, on every rank, where one fails.
+    `callbacks` are called beside those that the config names. `attempt` is what the process and its launcher give.
+    `debug_comm`: the ranks compare what they communicate. Raises CallbackError, on every rank, where a callback fails;
+    SignalError where a signal has come, and all is saved.
     """
-    context = make_context(job.config, job.place, watch=watch)
-    check_room(context)
+    attempt = attempt or Attempt()
+    with refusing_without_room(job.place.rank, "the start"):
+        context = make_context(job.config, job.place, watch=watch, debug_comm=debug_comm)
+        check_room(context)
     check_same_data(job, context.mesh.world)
     job = with_whole_checkpoint(job, context.mesh.world)
     context = replace(context, config=job.config)
     screen = Screen(job.config, job.corpus.num_training, quiet=job.place.rank != 0)
     with (
-        run_folder(job, context.mesh.world) as messages,
+        run_folder(job, context.mesh.world, attempt) as messages,
         log_file(job.folder.log(job.place.rank), append=job.folder.resumed),
+        attempt.record.logging(job.folder.log(job.place.rank)),
         closing(screen),
     ):
         log_environment(context)
         log_passed_over(job)
-        screen.start(preview_of(job.config, job.place.world_size), [*job.messages, *messages])
-        train(make_engine(context, job), job, screen, callbacks)
+        preview = preview_of(job.config, job.place.world_size)
+        screen.start(preview, [*job.messages, *messages])
+        with refusing_without_room(job.place.rank, "making the model" if job.resume_from is None else "loading"):
+            engine = make_engine(context, job)
+        attempt.stop.tell(partial(engine.notices.set, "signal"))
+        engine.memory_guard.predicted = preview.stages[engine.pipe.rank].total_bytes
+        with engine.memory_guard.explained(lambda: watch.progress.phase or watch.progress.action):
+            train(engine, job, screen, [*callbacks, SavedNote(attempt.history)])
         barrier(context.mesh.world)
         log.info("done")
 
@@ -66,7 +88,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
     engine.placement_manager.log = screen.print
     world, best = engine.mesh.world, best_of(job.inputs.found)
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
-    tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, on_written=screen.traced)
+    tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, say=screen.print)
     checkpoints = Checkpoints(engine, job, best, callbacks.on_checkpoint)
     checkpoints.settle()
     if message := checkpoints.prepare():
@@ -79,7 +101,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
         checkpoints.look()
 
     with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
-        with closing(tracer), checkpoints.finished():
+        with closing(tracer), telling_of_checkpoints(engine.config), checkpoints.finished():
             fit(
                 engine,
                 make_loader(engine, job),
@@ -140,20 +162,21 @@ def log_passed_over(job: Job) -> None:
 
 
 @contextmanager
-def run_folder(job: Job, world: Axis) -> Iterator[list[str]]:
+def run_folder(job: Job, world: Axis, attempt: Attempt) -> Iterator[list[str]]:
     """Make the run's folder and lock it, on rank 0, until the `with` statement ends. Yields messages about it.
 
     An OSError on rank 0 is raised on every rank.
     """
     messages = []
     with ExitStack() as until_the_end:
-        with fail_together(world):
+        with refusing_without_room(world.rank, "making the run's folder"), fail_together(world):
             if world.rank == 0:
                 if earlier := job.folder.make(job.config):
                     messages.append(f"the earlier run was renamed to {earlier}")
                 until_the_end.enter_context(job.folder.lock.held())
                 if job.inputs.found is not None:
                     set_aside(job.inputs.found)
+        attempt.begin(job)
         yield messages
 
 
@@ -165,6 +188,7 @@ def make_engine(context: Context, job: Job) -> Engine:
     engine = Engine(build(context) if found is None else stage_of(context), context)
     engine.writes.stop()  # no code of a user runs between these steps
     if found is not None:
+        context.mesh.watch.begin("loading a checkpoint")
         pieces = engine.state_pieces()
         with fail_together(context.mesh.world):
             found.index.archive.read_into(pieces)

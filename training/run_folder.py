@@ -8,6 +8,7 @@ from pathlib import Path
 
 from parallel.config import Config
 from parallel.errors import ConfigError
+from parallel.storage.no_room import naming
 from training.run_lock import RunLock
 
 
@@ -83,8 +84,18 @@ class RunFolder:
             raise self.lock.held_by_another()
         earlier = None if self.resumed or not self.path.exists() else self._rename_earlier()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        self._write_config(config)
         return earlier
+
+    def _write_config(self, config: Config) -> None:
+        """Write config.json, or leave the one of an earlier run as it was."""
+        temporary = self.path / ".config.json.incomplete"
+        try:
+            with naming(self.path / "config.json"):
+                temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+                temporary.replace(self.path / "config.json")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _rename_earlier(self) -> Path:
         """Rename the folder to the first of NAME.1, NAME.2, ... that is free, and return that name."""

@@ -79,10 +79,6 @@ class Screen(Callback):
     def on_checkpoint(self, step: int, folder: Path) -> None:
         self.print(f"saved {folder}")
 
-    def traced(self, file: Path) -> None:
-        """Print that the trace of this rank is written."""
-        self.print(f"traced: {file}")
-
     def ended_early(self, best: BestLoss) -> None:
         """Print why the run ends before its last step."""
         self.print(

@@ -1,5 +1,7 @@
 """Chrome traces of chosen steps, for chrome://tracing or Perfetto."""
 
+import errno
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.errors import ConfigError
+from parallel.storage.no_room import disk_problem, naming
+
+log = logging.getLogger(__name__)
 
 
 def steps_to_trace(asked: range, *, taken: int, steps: int) -> tuple[range, list[str]]:
@@ -30,11 +35,11 @@ class Tracer:
     """Writes to `file` a trace of `steps`, counted from 1: what this rank and its GPU did, by name.
 
     The profiler exists from before the first of these steps until after the last, and around other steps there is none.
-    `on_written` is called with the file once it is written.
+    `say` prints that the file is written, or why it is not: the run goes on without it.
     """
 
-    def __init__(self, steps: range, file: Path, device: torch.device, *, on_written: Callable[[Path], None]) -> None:
-        self.steps, self.file, self.device, self.on_written = steps, file, device, on_written
+    def __init__(self, steps: range, file: Path, device: torch.device, *, say: Callable[[str], None]) -> None:
+        self.steps, self.file, self.device, self.say = steps, file, device, say
         self._profiler: profile | None = None
 
     @contextmanager
@@ -51,9 +56,29 @@ class Tracer:
         if step == self.steps[-1]:
             profiler = self._profiler
             self.close()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self.file))
-            self.on_written(self.file)
+            try:
+                self._write(profiler)
+            except OSError as error:
+                log.warning("no trace: %s", disk_problem(error))
+                self.say(f"no trace: {disk_problem(error)}")
+            else:
+                self.say(f"traced: {self.file}")
+
+    def _write(self, profiler: profile) -> None:
+        """Write the trace, whole or not at all. Raises OSError."""
+        temporary = self.file.with_name(f".{self.file.name}.incomplete")
+        try:
+            with naming(self.file):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    profiler.export_chrome_trace(str(temporary))
+                except RuntimeError as error:
+                    raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+                check_whole(temporary)
+                temporary.replace(self.file)
+        finally:
+            for left in self.file.parent.glob(f"{temporary.name}*"):  # torch writes into one more file beside it
+                left.unlink()
 
     def close(self) -> None:
         """Stop the profiler if a run ends during its traced steps: a process that exits while it runs may crash."""
@@ -64,3 +89,14 @@ class Tracer:
     def _activities(self) -> list[ProfilerActivity]:
         gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         return [ProfilerActivity.CPU, *gpu]
+
+
+def check_whole(file: Path) -> None:
+    """Raise OSError if a JSON file is missing or was cut: the profiler does not tell that its disk was full."""
+    content = b""
+    if file.exists():
+        with file.open("rb") as written:
+            written.seek(max(0, file.stat().st_size - 64))
+            content = written.read()
+    if not content.rstrip().endswith(b"}"):
+        raise OSError(errno.ENOSPC, "not all of it could be written, perhaps since the disk is full")

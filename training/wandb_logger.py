@@ -34,12 +34,15 @@ class WandbLogger(Callback):
 
         self._log = run.log
         try:
-            self._run = _begin(run, None)
+            self._start(run, None)
         except wandb.Error as error:
             run.log(f"wandb: {_first_line(error)} The run is logged offline, for `wandb sync` to upload.")
             wandb.teardown()  # what has failed still holds the id of the run
-            self._run = _begin(run, "offline")
-        run.log(f"wandb: {Path(self._run.dir).parent if self._run.offline else self._run.url}")
+            self._guarded(lambda: self._start(run, "offline"))
+        except OSError as error:
+            run.log(f"wandb: {_first_line(error)} Nothing is logged there.")
+        if self._run is not None:
+            run.log(f"wandb: {Path(self._run.dir).parent if self._run.offline else self._run.url}")
 
     def on_step(self, line: MetricsLine) -> None:
         if self._run is not None:
@@ -48,6 +51,9 @@ class WandbLogger(Callback):
     def on_end(self, error: BaseException | None) -> None:
         if self._run is not None:
             self._guarded(self._run.finish, exit_code=0 if error is None else 1)
+
+    def _start(self, run: Run, mode: Literal["offline"] | None) -> None:
+        self._run = _begin(run, mode)
 
     def _guarded(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Call a function of wandb's; where it fails, say so, and log no more."""

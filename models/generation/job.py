@@ -20,6 +20,7 @@ from parallel.engine.device import choose_device
 from parallel.engine.facts import digest_of_code, facts_of
 from parallel.engine.inference import refuse
 from parallel.errors import DataError, RoomError
+from parallel.storage.no_room import memory_without_room
 from parallel.watch.watch import UNWATCHED, Watch
 
 
@@ -90,7 +91,9 @@ def generate(
     try:
         model = job.trained.load(context)
         return job.generator.generate(model, job.tokens, listener)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if memory_without_room(error) is None:
+            raise
         raise RoomError(_shortage(job, context.device)) from error
     finally:
         context.mesh.close()

@@ -16,6 +16,7 @@ from parallel.layout.sources import Box
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects, receive, send
 from parallel.mesh.mesh import Axis
+from parallel.storage.no_room import naming
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5}\.safetensors|\.safetensors(\.index\.json)?)")
@@ -91,7 +92,8 @@ def write_tensors_of(
         try:
             if axis.rank == 0:
                 _write_weights(temporary, entries, tensors, names)
-                describe(temporary)
+                with naming(folder):
+                    describe(temporary)
         finally:  # even after an error: the other ranks send, and wait until that is received
             for _ in tensors if axis.size > 1 else ():
                 pass

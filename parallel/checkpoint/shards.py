@@ -21,12 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.errors import CheckpointError, ColonnadeError, NoRoomError
+from parallel.errors import CheckpointError, ColonnadeError, DiskFullError, NoRoomError, StorageError
 from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.regular_file import check_regular
+from parallel.storage.no_room import disk_error, disk_problem, memory_without_room
 
 DTYPE_NAMES = {  # as a safetensors header has them
     torch.float64: "F64",
@@ -253,28 +254,29 @@ def write_synced(file: Path) -> Iterator[HashedFile]:
 def fail_together(axis: Axis) -> Iterator[None]:
     """Make the block fail on every rank of the axis if it fails on one.
 
-    An OSError on any rank becomes a CheckpointError on each, and a NoRoomError where a disk is full. Any other error is
-    raised as it is on the rank where it happened, and becomes a CheckpointError on the others; a NoRoomError is one on
-    all. The block must contain no collective, which a rank that fails would miss.
+    An OSError on any rank becomes a CheckpointError on each; a DiskFullError where a disk is full, a StorageError where
+    it is broken. Any other error is raised as it is on the rank where it happened, and becomes a CheckpointError on the
+    others, or a NoRoomError where a memory had no room. The block must contain no collective, which a rank that fails
+    would miss.
     """
-    problem: tuple[type[ColonnadeError], str] | None = None
-    own: Exception | None = None
+    problem, own = "", None
+    kind: type[ColonnadeError] = CheckpointError
     try:
         with axis.watch.phase("work on files"):
             yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = NoRoomError if is_full else CheckpointError, f"{error.filename or 'a file'}: {error.strerror}."
-    except ColonnadeError as error:
-        problem, own = (NoRoomError if isinstance(error, NoRoomError) else CheckpointError, str(error)), error
+        problem, kind = disk_problem(error), disk_error(error, CheckpointError)
     except Exception as error:
-        problem, own = (CheckpointError, f"{type(error).__name__}: {error}"), error
-    problems = [problem for problem in gather_objects(problem, axis) if problem]
+        problem, own = str(error) if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {error}", error
+        if isinstance(error, NoRoomError | StorageError) or memory_without_room(error) is not None:
+            problem, kind = f"rank {axis.rank}: {problem.splitlines()[0]}", NoRoomError
+    problems = [(problem, kind) for problem, kind in gather_objects((problem, kind), axis) if problem]
     if own is not None:
         raise own
     if problems:
-        kinds, texts = {kind for kind, _ in problems}, dict.fromkeys(text for _, text in problems)
-        raise (NoRoomError if NoRoomError in kinds else CheckpointError)("\n".join(texts))
+        kinds = {kind for _, kind in problems}
+        worst = next(kind for kind in (NoRoomError, DiskFullError, StorageError, CheckpointError) if kind in kinds)
+        raise worst("\n".join(dict.fromkeys(problem for problem, _ in problems)))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from parallel.optim.torch_optimizer import TorchOptimizer
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.initial import InitialPlacement, initial_placement
 from parallel.placement.manager import PlacementManager
+from parallel.placement.memory_guard import MemoryGuard
 from parallel.storage.transfer import HostCopy, Tier
 
 Optimizer: TypeAlias = AdamW | TorchOptimizer
@@ -96,6 +97,7 @@ class EngineBase:
     `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included.
     `num_updates` counts those that were not skipped: it is the position in the schedule of
     the learning rate. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
+    `memory_guard` explains the errors of a memory without room.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class EngineBase:
         self.loss_scale = LossScale.for_precision(self.config.train.precision)
         self.num_steps = self.num_updates = 0
         self.writes = Writes(self.chunks, self.mesh.world)
+        self.memory_guard = MemoryGuard(self.chunks, optimizer.state_bytes, self.config, mesh=self.mesh, module=module)
 
     @property
     def config(self) -> Config:
@@ -150,6 +153,14 @@ class EngineBase:
     def eval(self) -> None:
         """Put the module into evaluation mode."""
         self.train(False)
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The number of a signal that asks this run to end, or None; see `parallel.catch_signals`.
+
+        It is that of the last agreement of all ranks, so the same on every rank after each step.
+        """
+        return self.notices.of_all("signal") or None
 
     @property
     def lr(self) -> float:
@@ -203,7 +214,7 @@ class EngineBase:
         `steps` has the number of updates of each parameter that has had another number than the others.
         """
         self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
-        self.mesh.watch.progress.step = self.num_steps
+        self.mesh.watch.progress.step = self.memory_guard.num_steps = self.num_steps
         self.optimizer.restore(self.num_updates, steps=steps)
         self.write_back()
         self.placement_manager.restore(counters.get("placement", {}))

@@ -15,7 +15,7 @@ import torch
 from parallel.config import Config, Resolver, load_raw, parse
 from parallel.engine.device import choose_device, set_up_device
 from parallel.engine.facts import facts_of
-from parallel.engine.rendezvous import start_watch
+from parallel.engine.rendezvous import leave_nccl_to_the_watch, start_watch, store_of_groups
 from parallel.errors import ConfigError
 from parallel.mesh import process_groups
 from parallel.mesh.mesh import Mesh
@@ -129,11 +129,12 @@ def make_context(
     connect: bool = True,
     device: torch.device | None = None,
     watch: Watch = UNWATCHED,
+    debug_comm: bool = False,
 ) -> Context:
     """Return the context of a config at a place: choose and set up the device, join the other ranks, make the mesh.
 
     `connect=False` does nothing but make a mesh without process groups, for planning on any `device`. `watch` is this
-    rank's over the others.
+    rank's over the others. With `debug_comm` the ranks compare what they communicate, before they do.
     """
     topology = Topology(config.parallel.mesh_shape(place.world_size))
     merged = MODES[config.parallel.tensor.mode].merged_axes()
@@ -145,10 +146,16 @@ def make_context(
     set_up_device(device, memory_limit=config.zero.device_memory, local_world_size=place.local_world_size)
     if place.world_size > 1:
         timeout = group_timeout(config.train.timeout_seconds)
-        join_world(backend, place.rank, place.world_size, device=device, timeout=timeout)
+        if watch.is_on:
+            leave_nccl_to_the_watch(timeout)
+        store = store_of_groups()
+        join_world(backend, place.rank, place.world_size, device=device, timeout=timeout, store=store)
         watch.progress.uses_gpu = device.type == "cuda"
         watch.follow_errors()
-    return Context(config, Mesh(topology, place.rank, device=device, merged=merged, watch=watch), place)
+    mesh = Mesh(topology, place.rank, device=device, merged=merged, watch=watch)
+    if debug_comm:
+        mesh.compare_calls()
+    return Context(config, mesh, place)
 
 
 _current: ContextVar[Context] = ContextVar("context")
@@ -168,13 +175,16 @@ def use(context: Context) -> Context:
     return context
 
 
-def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolve: Resolver | None = None) -> Context:
+def launch_from_torch(
+    config: str | Path | Mapping[str, Any] | Config, *, resolve: Resolver | None = None, debug_comm: bool = False
+) -> Context:
     """Read a config, join the ranks that torchrun started, make the mesh, and return the context, now the current one.
 
     `config` is a file, a dict, or a config that was parsed already. Without RANK in the environment it is a world of
-    one process. `resolve` fills in the sizes of a named model, as `parse` does. Raises ConfigError, with all the
-    problems of the config, before any process group exists: on every rank where one has problems, or another config,
-    code or world than the others.
+    one process. `resolve` fills in the sizes of a named model, as `parse` does. With `debug_comm` the ranks compare
+    each collective before it begins, and those that differ raise a CollectiveError; it takes time. Raises ConfigError,
+    with all the problems of the config, before any process group exists: on every rank where one has problems, or
+    another config, code or world than the others.
     """
     place = Place.from_environment()
     watch = watch_of(place)
@@ -185,8 +195,9 @@ def launch_from_torch(config: str | Path | Mapping[str, Any] | Config, *, resolv
         _refuse_keys_of_a_run(config)
         choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
         if watch.is_on:
-            watch.meet(facts_of(config, place.world_size), config.train.timeout_seconds)
-    return use(make_context(config, place, watch=watch))
+            facts = {**facts_of(config, place.world_size), "debug_comm": debug_comm}
+            watch.meet(facts, config.train.timeout_seconds)
+    return use(make_context(config, place, watch=watch, debug_comm=debug_comm))
 
 
 def _refuse_keys_of_a_run(config: Config) -> None:

@@ -27,6 +27,7 @@ from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
+from parallel.placement.shortage import refusing_without_room
 from parallel.sequence import Documents
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.tensor.layers import Linear
@@ -54,7 +55,7 @@ class Engine(EngineState):
     def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
         placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
-        with placement.explain_host_shortage():
+        with refusing_without_room(context.place.rank, "making the model"), placement.explain_host_shortage():
             chunks = make_chunks(placement.specs, placement.storages, fill=stage.set_initial_values)
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.inputs = stage.inputs
@@ -66,7 +67,7 @@ class Engine(EngineState):
         for module in stage.modules():
             if isinstance(module, Linear) and module.can_accumulate:
                 module.accumulate = self.gradients.receiver(module.weight)
-        self.stopwatch = Stopwatch(self.mesh.device)
+        self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")
         self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
@@ -82,13 +83,15 @@ class Engine(EngineState):
         """Do forward and backward of all microbatches, and one update; no rank updates after an overflow in fp16.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
-        on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError where
-        the device has too little memory.
+        on every rank and before anything is changed, for a batch that cannot be used or has no label. Raises
+        RoomError or, after the first step, NoRoomError where a memory has no room, perhaps on this rank alone.
         """
         self.agree_on(f"a train step with {self.hyperparameters}")
         self.saver.check()
-        with self.placement_manager.explain_shortage():
-            return self._train_step(batch)
+        with self.memory_guard.explained(lambda: self.stopwatch.phase):
+            result = self._train_step(batch)
+        self.memory_guard.after_step(self.num_steps)
+        return result
 
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")
@@ -148,7 +151,7 @@ class Engine(EngineState):
         self.agree_on("an evaluation")
         self.stage.eval()
         total, tokens = 0.0, 0
-        with self.placement_manager.explain_shortage():
+        with self.memory_guard.explained(lambda: "an evaluation"):
             self.gatherer.begin()
             for batch in batches:
                 self.agree_on("a batch of an evaluation")

@@ -1,6 +1,7 @@
 """The facts by which a rank was started, and which must be the same on all: config, code, versions and world."""
 
 import hashlib
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,18 @@ from typing import Any
 import torch
 
 from parallel.config import Config
+from parallel.engine.device import device_type
 
 
 def facts_of(config: Config, world_size: int) -> dict[str, Any]:
-    """Return the facts of this rank by key: each key of the config, the code of the library, torch, and the world."""
+    """Return the facts of this rank by key: each key of the config, the world, the device, versions, and the code."""
     return {
         **dict(_flat(config.to_dict())),
         "world size": world_size,
+        "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__,
+        "device": device_type(config.train.device),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
         "code of parallel": digest_of_code(Path(__file__).parents[1]),
     }
 

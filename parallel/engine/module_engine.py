@@ -43,6 +43,7 @@ from parallel.modules.units import infos_of, layers_of
 from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import ModuleGradients
 from parallel.placement.initial import InitialPlacement
+from parallel.placement.shortage import refusing_without_room
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.zero.gatherer import Gatherer
 
@@ -136,10 +137,10 @@ class ModuleEngine(ParameterAccess):
 
         Tensors are moved to this rank's device, and floating-point ones cast to the config's precision. Raises
         ModelError, on every rank, where the module was changed since the engine took it over, or where ranks do not run
-        the same layers; ConfigError where the device has too little memory.
+        the same layers; RoomError or NoRoomError where a memory has no room, perhaps on this rank alone.
         """
         args, kwargs = map_tensors(self._input, (args, kwargs))
-        with self.placement_manager.explain_shortage(), self._passes.explain_transforms():
+        with self.memory_guard.explained(lambda: "forward"), self._passes.explain_transforms():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
@@ -147,12 +148,12 @@ class ModuleEngine(ParameterAccess):
 
         The loss is a mean over samples: where the loader that `initialize` returned gave this replica more or fewer
         samples than others, it is weighted by the share. Raises ModelError, on every rank, for a loss that is not a
-        scalar with a gradient or whose share is not known, and where ranks do different things; ConfigError where the
-        device has too little memory.
+        scalar with a gradient or whose share is not known, and where ranks do different things; RoomError or
+        NoRoomError where a memory has no room, perhaps on this rank alone.
         """
         weight, problem = self.loss_weights.backward()
         self._passes.begin_backward(loss_problem(loss) or problem or self._problem_of_a_backward())
-        with self._gradients.backward(synchronizes=self._synchronizes), self.placement_manager.explain_shortage():
+        with self._gradients.backward(synchronizes=self._synchronizes), self.memory_guard.explained(lambda: "backward"):
             (loss * (self.loss_scale.scale * weight)).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
 
@@ -176,12 +177,13 @@ class ModuleEngine(ParameterAccess):
         on_host = HostCopy(norm)
         lr = self.lr
         self.optimizer.unused = self._unused()
-        with self.placement_manager.explain_shortage():
+        with self.memory_guard.explained(lambda: "update"):
             skipped = self._update(norm, divisor, HostCopy(num_written))
         self.zero_grad()
         self.placement_manager.after_step(skipped=skipped)
         self.writes.note()
         self._passes.end_step()
+        self.memory_guard.after_step(self.num_steps)
         return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
 
     def write_back(self) -> None:
@@ -287,7 +289,7 @@ def _make_chunks(
     # A step has as many microbatches as the user likes: 2 stands for any number above 1.
     placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
     expose_placeholders(info.parameter for info in infos)
-    with placement.explain_host_shortage():
+    with refusing_without_room(context.place.rank, "making the model"), placement.explain_host_shortage():
         chunks = make_chunks(
             placement.specs,
             placement.storages,

@@ -1,5 +1,6 @@
 """The phases of a step, and a stopwatch that measures their seconds without waiting for a device."""
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -25,25 +26,33 @@ class Stopwatch:
     an event in the current stream, and a phase is the stream's time between two events, with its waits for the host and
     for other ranks. The stopwatch never waits: what the GPU has not reached yet is counted in the next reading.
 
-    While a profiler runs, its trace shows each phase as a range of that name, followed by the detail that `mark` had.
+    `on_phase` is called with each phase that begins, and with "" when one ends and none begins. While a profiler runs,
+    its trace shows each phase as a range of that name, followed by the detail that `mark` had.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._clock = clock_of(device)
+    def __init__(self, device: torch.device, on_phase: Callable[[str], object] = lambda phase: None) -> None:
+        self._clock, self._on_phase = clock_of(device), on_phase
         self._marks: list[tuple[Phase | None, Any]] = []  # None: no phase, from here no time is counted
         self._range: record_function | None = None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
         """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
         self._end_range()
+        self._on_phase(phase)
         self._marks.append((phase, self._clock.now()))
         if torch.autograd.profiler._is_profiler_enabled:  # a range takes the host 9 µs, even if it is not recorded
             self._range = record_function(f"{phase} {detail}".rstrip())
             self._range.__enter__()
 
+    @property
+    def phase(self) -> str:
+        """The phase that the host is in, or nothing."""
+        return self._marks[-1][0] or "" if self._marks else ""
+
     def read(self) -> dict[str, float]:
         """Return the seconds of every phase since the last reading, as far as the device has come."""
         self._end_range()
+        self._on_phase("")
         self._marks.append((None, self._clock.now()))
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         while len(self._marks) > 1 and self._clock.is_past(self._marks[1][1]):

@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 from parallel.errors import ConfigError
-from parallel.mesh.process_groups import connect_to_store
+from parallel.mesh.process_groups import GroupStore, connect_to_store
 from parallel.watch.board import Board, prefix_of
 from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
+from parallel.watch.history import PREFIX, History
 from parallel.watch.process import die_with
 from parallel.watch.progress import Progress
 from parallel.watch.pulse import Pulse
@@ -15,11 +17,16 @@ from parallel.watch.watch import UNWATCHED, StoreWatch, Watch
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The address of the store, hosted by the launcher or else by rank 0. `attempt` counts torchrun's restarts."""
+    """The address of the store, hosted by the launcher or else by rank 0.
+
+    `restarts` counts those of torchrun. `attempt` also differs where torchrun has started the ranks again since hosts
+    have come or gone.
+    """
 
     host: str
     port: int
     launcher_hosts: bool
+    restarts: str
     attempt: str
 
     @classmethod
@@ -31,7 +38,19 @@ class Rendezvous:
         if not port.isdecimal():
             raise ConfigError(f"environment: MASTER_PORT: {port!r} is no port. Start with torchrun.")
         launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(host, int(port), launcher_hosts, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        restarts, size = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+        attempt = f"{restarts}.{size}" if "TORCHELASTIC_RUN_ID" in os.environ else restarts
+        return cls(host, int(port), launcher_hosts, restarts, attempt)
+
+
+def leave_nccl_to_the_watch(timeout: timedelta) -> None:
+    """Have NCCL's own watchdog end no process, so that the watch over the ranks names the lost one; before NCCL starts.
+
+    It would abort the process with a traceback when the connection to a rank breaks, a second or two before the watch
+    knows why; and after eight minutes in which it is not answered itself. What the user has set stays.
+    """
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{timeout.total_seconds():.0f}")
 
 
 def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speaker = "every") -> Watch:
@@ -50,3 +69,23 @@ def start_watch(rank: int, world_size: int, host_ranks: range, *, speaker: Speak
     board = Board(store, rank, world_size)
     surroundings = Surroundings(host_ranks, launcher, speaker)
     return StoreWatch(board, Heartbeat(board, Pulse(rank, Progress()), surroundings), hosts_store=hosts)
+
+
+def store_of_groups() -> GroupStore | None:
+    """Return the store in which the ranks of one attempt of torchrun meet; None: where torch itself looks for it.
+
+    The agent's store keeps what an earlier attempt has left. Under the same keys a rank would read the addresses of
+    processes that have ended, connect to them in vain, and fail.
+    """
+    found = Rendezvous.from_environment()
+    if found is None or not found.launcher_hosts or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return connect_to_store(found.host, found.port, hosts=False, prefix=f"groups/{found.attempt}")
+
+
+def open_history() -> History:
+    """Return the history of the launch that started this process; one that knows nothing where no launcher has."""
+    found = Rendezvous.from_environment()
+    if found is None or not found.launcher_hosts:
+        return History()
+    return History(connect_to_store(found.host, found.port, hosts=False, prefix=PREFIX), found.restarts)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.mesh.comparison import Announcement, described
 from parallel.mesh.mesh import Axis
 from parallel.watch.watch import UNWATCHED, Watch
 
@@ -66,12 +67,40 @@ class Watching:
                 raise explained from error
 
 
+def _begin(kind: str, x: Tensor, axis: Axis, detail: object = "") -> None:
+    """Count a collective that is given x; raise CollectiveError where the ranks are compared and do not do the same."""
+    axis.traffic.count(kind, x)
+    if axis.comparison is not None:
+        _compare(f"{kind}{detail} of {described(x)}", axis)
+
+
+def _compare(call: str, axis: Axis) -> None:
+    if axis.comparison is not None:
+        with Watching(axis.watch):
+            axis.comparison.compare(call)
+
+
+def announce(call: str, axis: Axis, to: int) -> Announcement | None:
+    """Tell the rank at coordinate `to` what it is sent next, where the ranks are compared."""
+    if axis.comparison is None:
+        return None
+    with Watching(axis.watch):
+        return axis.comparison.announce(call, to)
+
+
+def expect(call: str, axis: Axis, source: int) -> None:
+    """Raise CollectiveError where the ranks are compared, and the one at `source` does not send this next."""
+    if axis.comparison is not None:
+        with Watching(axis.watch):
+            axis.comparison.expect(call, source, axis.rank)
+
+
 def start_all_reduce(x: Tensor, axis: Axis, op: Any = SUM, *, in_place: bool = False) -> Pending:
     """Start what `all_reduce` does."""
     if axis.size == 1:
         return Pending(x)
     x = x if in_place else x.clone(memory_format=torch.contiguous_format)
-    axis.traffic.count("all_reduce", x)
+    _begin("all_reduce", x, axis, f" ({_name_of(op)})")
     return Pending(x, dist.all_reduce(x, op, group=axis.group, async_op=True), watch=axis.watch)
 
 
@@ -90,10 +119,10 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = No
     if out is not None:
         assert dim == 0
         assert out.ndim == x.ndim == 1
-        axis.traffic.count("all_gather", x)
+        _begin("all_gather", x, axis, " (into a flat tensor)")
         return Pending(out, _gather_into(out, x, axis), watch=axis.watch)
     x, dim = x.contiguous(), dim % x.ndim
-    axis.traffic.count("all_gather", x)
+    _begin("all_gather", x, axis, f" (dim {dim})")
     gathered = x.new_empty(axis.size * x.numel())
     work = _all_gather_single(gathered, x.flatten(), group=axis.group, async_op=True)
     return Pending(
@@ -115,18 +144,24 @@ def _gather_into(out: Tensor, x: Tensor, axis: Axis) -> Any:
     if not is_in_place:
         parts[axis.rank].copy_(x)
     sources = zip(parts, axis.ranks, strict=True)
-    return _Works([dist.broadcast(part, source, group=axis.group, async_op=True) for part, source in sources])
+    return Works([dist.broadcast(part, source, group=axis.group, async_op=True) for part, source in sources])
 
 
 @dataclass(frozen=True)
-class _Works:
+class Works:
     """The works of several collectives, waited for together."""
 
     works: list[Any]
 
     def wait(self) -> None:
+        """Wait for each of them."""
         for work in self.works:
             work.wait()
+
+
+def _name_of(op: Any) -> str:
+    """Return the name of a reduction: ReduceOp.SUM -> 'SUM'."""
+    return str(op).rpartition(".")[2]
 
 
 def _share_storage(x: Tensor, y: Tensor) -> bool:
@@ -143,7 +178,7 @@ def start_reduce_scatter(x: Tensor, dim: int, axis: Axis, *, in_place: bool = Fa
     if axis.size == 1:
         return Pending(x)
     slices: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim % x.ndim, 0).contiguous()
-    axis.traffic.count("reduce_scatter", slices)
+    _begin("reduce_scatter", slices, axis, f" (dim {dim}{', in place' if in_place else ''})")
     if in_place and not x.is_cuda:  # gloo's own is an all-reduce of a copy, then a slice of it
         work = dist.all_reduce(slices, group=axis.group, async_op=True)
         return Pending(slices, work, lambda slices: slices[axis.rank].clone(), axis.watch)
@@ -166,7 +201,7 @@ def all_to_all(x: Tensor, split_dim: int, cat_dim: int, axis: Axis) -> Tensor:
         return x
     split_dim, cat_dim = split_dim % x.ndim, cat_dim % x.ndim
     parts: Tensor = x.unflatten(split_dim, (axis.size, -1)).movedim(split_dim, 0).contiguous()
-    axis.traffic.count("all_to_all", parts)
+    _begin("all_to_all", parts, axis)
     found = torch.empty_like(parts)
     with Watching(axis.watch):
         dist.all_to_all_single(found, parts, group=axis.group)
@@ -178,7 +213,7 @@ def start_rotate(x: Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
-    axis.traffic.count("rotate", x)
+    _begin("rotate", x, axis)
     found, to, source = torch.empty_like(x), [0] * axis.size, [0] * axis.size
     to[(axis.rank + 1) % axis.size] = source[(axis.rank - 1) % axis.size] = x.numel()
     work = dist.all_to_all_single(found.view(-1), x.view(-1), source, to, group=axis.group, async_op=True)
@@ -196,7 +231,7 @@ def local_slice(x: Tensor, dim: int, axis: Axis) -> Tensor:
 def broadcast(x: Tensor, axis: Axis) -> Tensor:
     """Overwrite x, which must be contiguous, with that of the axis' first rank, and return it."""
     if axis.size > 1:
-        axis.traffic.count("broadcast", x)
+        _begin("broadcast", x, axis)
         with Watching(axis.watch):
             dist.broadcast(x, axis.ranks[0], group=axis.group)
     return x
@@ -214,6 +249,7 @@ def broadcast_bytes(data: bytes, axis: Axis) -> bytes:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has called this."""
     if axis.size > 1:
+        _compare("barrier", axis)
         with Watching(axis.watch):
             dist.barrier(group=axis.group)
 
@@ -222,6 +258,7 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
     """Return every rank's value, in order of rank. Values are pickled, and should be small: names, boxes, messages."""
     if axis.size == 1:
         return [value]
+    _compare("gather_objects", axis)
     values: list[Any] = [None] * axis.size
     with Watching(axis.watch):
         dist.all_gather_object(values, value, group=axis.group)
@@ -231,13 +268,17 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
 def send(x: Tensor, axis: Axis, to: int) -> None:
     """Send x to the rank at coordinate `to`. A tensor on the host is sent by gloo, whatever the backend is."""
     axis.traffic.count("send", x)
+    announcement = announce(described(x), axis, to)
     with Watching(axis.watch):
         dist.send(x.contiguous(), axis.ranks[to], group=axis.group)
+        if announcement is not None:
+            announcement.wait()
 
 
 def receive(like: Tensor, axis: Axis, source: int) -> Tensor:
     """Receive a tensor of the shape and dtype of `like` from the rank at coordinate `source`."""
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
+    expect(described(received), axis, source)
     with Watching(axis.watch):
         dist.recv(received, axis.ranks[source], group=axis.group)
     return received
@@ -248,7 +289,8 @@ def scatter(parts: Sequence[Tensor], axis: Axis) -> Tensor:
     mine = torch.empty_like(parts[axis.rank], memory_format=torch.contiguous_format)
     if axis.size == 1:
         return mine.copy_(parts[0])
-    axis.traffic.count("scatter", mine)
+    _begin("scatter", mine, axis)
     sent = [part.contiguous() for part in parts] if axis.rank == 0 else None
-    dist.scatter(mine, sent, axis.ranks[0], group=axis.group)
+    with Watching(axis.watch):
+        dist.scatter(mine, sent, axis.ranks[0], group=axis.group)
     return mine

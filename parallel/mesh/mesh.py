@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 
+from parallel.mesh.comparison import Comparison
 from parallel.mesh.process_groups import (
     ProcessGroup,
     destroy_group,
@@ -51,7 +52,8 @@ class Axis:
     with: on an axis of size 1, or in a mesh that was made without process groups. `traffic` counts what this rank
     sends, over all axes of its mesh. `watch` knows when a rank that is waited for has ended. `on_host`, which the axis
     of the whole world has, is the same axis with a gloo process group of its own, so that its collectives never wait
-    for a device; they are not counted in the mesh's traffic.
+    for a device; they are not counted in the mesh's traffic. `comparison` compares, where it is asked for, what the
+    ranks are about to communicate.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Axis:
     traffic: Traffic
     watch: Watch = UNWATCHED
     on_host: "Axis | None" = None
+    comparison: Comparison | None = None
 
 
 Groups: TypeAlias = dict[tuple[int, ...], ProcessGroup]
@@ -126,6 +129,30 @@ class Mesh:
     def axis(self, *names: str) -> Axis:
         """Return the axis that merges `names`. Raises KeyError for a combination that `merged` did not have."""
         return self._axes[self._key(names)]
+
+    def compare_calls(self) -> None:
+        """Compare from now on, before each collective, what the ranks call; made for debugging, it takes time.
+
+        Every rank calls this, before an axis of the mesh is used. Ranks that differ raise a CollectiveError.
+        """
+        topology, everything = self.topology, self._key(self.topology.shape)
+        self._axes = {key: self._compared(axis, topology.groups(key)) for key, axis in self._axes.items()}
+        self.world = self._axes[everything]
+        if self.world.on_host is not None:
+            self.world = replace(self.world, on_host=self._compared(self.world.on_host, topology.groups(everything)))
+            self._axes[everything] = self.world
+        self.ends = self._compared(self.ends, topology.ends("pipe") if topology.shape["pipe"] > 1 else [])
+        self.links = tuple(self._compared(link, topology.groups(("pipe",))) for link in self.links)
+
+    def _compared(self, axis: Axis, rank_groups: Iterable[tuple[int, ...]]) -> Axis:
+        """Return an axis whose calls are compared, by process groups of its own. Every rank gives the same groups."""
+        for ranks in rank_groups:
+            if self._connect and len(ranks) > 1:
+                group = new_group(ranks, backend="gloo", timeout=group_timeout(self.watch.timeout))
+                if self.rank in ranks:
+                    self._own_groups.append(group)
+                    axis = replace(axis, comparison=Comparison(axis.name, ranks, group))
+        return axis
 
     def close(self) -> None:
         """Destroy the process groups that were made for this mesh. Every rank calls this, with nothing in flight."""

@@ -10,6 +10,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 ProcessGroup: TypeAlias = dist.ProcessGroup
+GroupStore: TypeAlias = Store
 
 
 LONGEST_WAIT = timedelta(minutes=30)
@@ -25,12 +26,18 @@ def group_timeout(timeout_seconds: float) -> timedelta:
 
 
 def join_world(
-    backend: str, rank: int, world_size: int, *, device: torch.device, timeout: timedelta = LONGEST_WAIT
+    backend: str,
+    rank: int,
+    world_size: int,
+    *,
+    device: torch.device,
+    timeout: timedelta = LONGEST_WAIT,
+    store: Store | None = None,
 ) -> None:
     """Make the default process group, unless there is one already; every rank calls this.
 
-    The ranks meet at the address that torchrun left in the environment. Under nccl, tensors on the host (checkpoints,
-    exports) are still sent by gloo.
+    The ranks meet in this store, or at the address that torchrun left in the environment. Under nccl, tensors on the
+    host (checkpoints, exports) are still sent by gloo.
     """
     if dist.is_initialized():
         return
@@ -39,6 +46,7 @@ def join_world(
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+        store=store,
         device_id=device if backend == "nccl" else None,
     )
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh.collectives import Pending, Watching
+from parallel.mesh.collectives import Pending, Watching, Works, announce, expect
+from parallel.mesh.comparison import described
 from parallel.mesh.mesh import Axis
 
 
@@ -62,9 +63,10 @@ def start_send(x: Tensor, axis: Axis, to: int) -> Pending:
     """Start to send x to the rank at coordinate `to`. x must not be changed before the result has been waited for."""
     x = x.contiguous().cpu() if _sends_by_host(axis) else x.contiguous()
     axis.traffic.count("send", x)
+    announcement = announce(described(x), axis, to)
     with Watching(axis.watch):
         work = dist.isend(x, axis.ranks[to], axis.group)
-    return Pending(x, work, watch=axis.watch)
+    return Pending(x, work if announcement is None else Works([announcement, work]), watch=axis.watch)
 
 
 def start_receive(shape: tuple[int, ...], like: Tensor, axis: Axis, source: int) -> Pending:
@@ -74,6 +76,7 @@ def start_receive(shape: tuple[int, ...], like: Tensor, axis: Axis, source: int)
     """
     device = torch.device("cpu") if _sends_by_host(axis) else like.device
     buffer = torch.empty(shape, dtype=like.dtype, device=device)
+    expect(described(buffer), axis, source)
     with Watching(axis.watch):
         work = dist.irecv(buffer, axis.ranks[source], axis.group)
     return Pending(buffer, work, lambda x: x.to(like.device), axis.watch)

@@ -16,7 +16,6 @@ from parallel.placement.policy import ChunkBytes, PlacementPlan, max_states_on_h
 from parallel.placement.profile import StepProfile
 from parallel.placement.report import StepTimer, describe_measurement, describe_plan, predicted_seconds, synchronize
 from parallel.placement.room import device_budget
-from parallel.placement.shortage import explain_device_shortage
 from parallel.placement.workloads import StepSize, WorkloadHistory
 
 
@@ -114,12 +113,6 @@ class PlacementManager:
             self._measure()
         if self.plan is not None and self._history.is_outgrown():  # on all ranks: they use the same layers
             self._offload_everything()
-
-    @contextmanager
-    def explain_shortage(self) -> Iterator[None]:
-        """Turn it into a RoomError if the host or the device runs out of memory in the block: it says what helps."""
-        with explain_device_shortage(self.chunks, self.budget), self.initial.explain_host_shortage():
-            yield
 
     # -- saved with a run
 

@@ -6,16 +6,14 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
-from parallel.chunk.chunk import Chunk
 from parallel.config import Config, ZeroConfig
-from parallel.errors import ConfigError, RoomError, either, size_text
+from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError, either, size_text
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.placement.policy import ChunkBytes, HostRoom, host_bytes
+from parallel.storage.no_room import asked_for, disk_problem, memory_without_room, no_room
 from parallel.storage.state_file import PAGE, check_folder
-from parallel.storage.transfer import Tier
+from parallel.watch.process import host_name
 
 NUM_STATES = 3  # of a chunk: master weights and two moments, a file each
 
@@ -94,15 +92,27 @@ def explain_host_shortage(sizes: Sequence[ChunkBytes], room: HostRoom) -> Iterat
 
 
 @contextmanager
-def explain_device_shortage(chunks: Sequence[Chunk], budget: int) -> Iterator[None]:
-    """Turn an OutOfMemoryError of the device in the block into a RoomError that says what would help."""
+def refusing_without_room(rank: int, action: str) -> Iterator[None]:
+    """Raise RoomError where a memory or a disk has no room in the block, before the first step.
+
+    It may be of this rank alone; a DiskFullError, which every rank has, becomes a ConfigError. `action` names what the
+    block does, such as "reading the checkpoint".
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        is_offloaded = not any(Tier.DEVICE in (c.placement.parameters, c.placement.states) for c in chunks)
-        more = "" if is_offloaded else " Or try zero.tensor_placement_policy='auto', which offloads what it can."
-        raise RoomError(
-            f"train.micro_batch_size: a step does not fit in zero.device_memory={size_text(budget)}:"
-            f" {str(error).splitlines()[0]} Try a smaller micro_batch_size, or"
-            f" activation_checkpointing='full' or 'offload'.{more}"
-        ) from error
+    except DiskFullError as error:
+        raise ConfigError(str(error)) from error
+    except NoRoomError as error:
+        raise RoomError(str(error)) from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        who, memory = f"rank {rank} on {host_name()}", memory_without_room(error)
+        if memory is not None:
+            words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            asked = f"{size_text(count)} more were asked for" if (count := asked_for(error)) else words
+            raise RoomError(
+                f"{who}: no room in the memory of the {memory.value} at {action}: {asked}. Try zero.stage=3,"
+                " parallel.tensor or parallel.pipeline on more ranks, or fewer programs beside this one."
+            ) from error
+        if isinstance(error, OSError) and no_room(error):
+            raise RoomError(f"{who}: {action}: {disk_problem(error)}") from error
+        raise

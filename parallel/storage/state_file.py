@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel.errors import ConfigError, RoomError, StorageError
+from parallel.errors import ConfigError, NoRoomError, RoomError, StorageError
+from parallel.storage.no_room import no_room
 
 PAGE = 4096  # bytes: direct reads and writes of a disk begin and end at multiples of it
 
 
 class StateFile(mmap.mmap):
     """One state of a chunk: a mapped file, zero at first. `fd` is opened with O_DIRECT where the file system has that.
+    Where a method says StorageError, a disk that is full raises NoRoomError.
 
     The file's name is removed as soon as the file is open: its content means nothing once the process has ended, and
     so nothing is left behind, however the process ends. Its blocks are reserved: a disk that is too full is noticed
@@ -76,9 +78,9 @@ class StateFile(mmap.mmap):
         try:
             yield
         except OSError as error:
-            raise StorageError(
+            raise (NoRoomError if no_room(error) else StorageError)(
                 f"zero.nvme_dir: cannot {verb} {self.path}: {error.strerror}. The run cannot go on, but its checkpoints"
-                " are as they were: resume it, with another zero.nvme_dir if that disk is broken."
+                " are as they were: resume it, with another zero.nvme_dir if that disk is broken or full."
             ) from error
 
 

@@ -28,6 +28,7 @@ class Beat:
     calls: int = 0
     step: int = 0  # the steps that were taken
     action: str = ""  # what the main thread began last: "a forward"
+    part: str = ""  # that of a step, which it is in: "backward"
     phase: str = ""  # that of a long work which is no silence: "saving"
     place: str = ""  # the line of the user's program that the main thread is in
     waits: bool = False  # whether the main thread waits for other ranks
@@ -43,7 +44,7 @@ class Beat:
     @property
     def position(self) -> str:
         """Return how far the main thread has come: 'after step 3 (last call: a forward; at train.py:31 in main)'."""
-        labels = {"phase: ": self.phase, "last call: ": self.action, "at ": self.place}
+        labels = {"phase: ": self.phase or self.part, "last call: ": self.action, "at ": self.place}
         known = [f"{label}{value}" for label, value in labels.items() if value]
         text = f"after step {self.step}" if self.step else "before its first step"
         return f"{text} ({'; '.join(known)})" if known else text

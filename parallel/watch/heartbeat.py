@@ -111,7 +111,7 @@ class Heartbeat(threading.Thread):
             self.verdict = verdict
             self.has_verdict.set()
             self._mates.kill_stopped(verdict.stopped)
-            self._tell(verdict.text)
+            self._tell(verdict.text, verdict.code)
 
     def _end_where_blocked(self, beat: Beat, age: float) -> None:
         """End the process if the main thread cannot learn of the verdict, which is known for `age` seconds."""
@@ -131,16 +131,20 @@ class Heartbeat(threading.Thread):
     def end_process(self, error: LostRankError) -> NoReturn:
         """Print the error in one line, and end this process at once: whatever else it would do could block."""
         self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
-        self._tell(str(error))
+        self._tell(str(error), error.code)
         self._call_hook(error)
         end_now(error.code)
 
-    def _tell(self, text: str) -> None:
-        """Print a line, where that falls to this rank, and unless it has printed why it ends."""
+    def _tell(self, text: str, code: int) -> None:
+        """Print a line, where that falls to this rank, and unless it has printed why it ends.
+
+        A rank that ended with another code than LOST has printed why itself, where one rank speaks for all.
+        """
         lost = self.verdict.ranks if self.verdict is not None else ()
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
-        if not self._has_told and (speaker == "every" or (speaker == "first" and self.board.rank == first)):
+        speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)
+        if speaks and not self._has_told:
             os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
         self._has_told = True
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from parallel.watch.beat import KILLED, Beat
 from parallel.watch.board import Board
+from parallel.watch.control_groups import OomKills
 from parallel.watch.process import has_ended, is_stopped, kill
 
 
@@ -15,6 +16,7 @@ class HostMates:
         self._board = board
         self._ranks = [rank for rank in ranks if rank != board.rank]
         self._processes: dict[int, str] = {}
+        self._oom_kills = OomKills()
 
     def tick(self) -> None:
         """Leave the last beat of every rank whose process has ended and that did not leave one itself."""
@@ -34,6 +36,5 @@ class HostMates:
             if rank in silent or is_stopped(process):
                 kill(process)
 
-    @staticmethod
-    def _last(beat: Beat) -> Beat:
-        return replace(beat, tick=beat.tick + 1, ended=KILLED)
+    def _last(self, beat: Beat) -> Beat:
+        return replace(beat, tick=beat.tick + 1, ended=self._oom_kills.explanation() or KILLED)

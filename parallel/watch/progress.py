@@ -7,14 +7,15 @@ from contextlib import contextmanager
 class Progress:
     """The calls, the steps and the phase of the main thread.
 
-    `calls` counts what it did with other ranks, `step` the steps that were taken. `action` is what it began last, and
-    `is_cut_off` says that a collective failed because a connection broke. `uses_gpu`: the thread may wait for kernels,
-    which wait for other ranks. `apart` are the threads in whose waits the main thread has no part.
+    `calls` counts what it did with other ranks, `step` the steps that were taken. `action` is what it began last,
+    `part` the part of a step that it is in, such as "backward", and `is_cut_off` says that a collective failed because
+    a connection broke. `uses_gpu`: the thread may wait for kernels, which wait for other ranks. `apart` are the threads
+    in whose waits the main thread has no part.
     """
 
     def __init__(self) -> None:
         self.calls = self.step = 0
-        self.action = ""
+        self.action = self.part = ""
         self.is_cut_off = self.uses_gpu = False
         self.apart: set[int] = set()
         self._phases: list[str] = []
@@ -28,6 +29,10 @@ class Progress:
         """Note that the main thread begins something that all ranks do."""
         self.action = action
         self.calls += 1
+
+    def enter(self, part: str) -> None:
+        """Note that a part of a step begins; an empty name: it has ended, and none begins."""
+        self.part = part
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -41,6 +41,7 @@ class Pulse:
             calls=progress.calls,
             step=progress.step,
             action=progress.action,
+            part=progress.part,
             phase=progress.phase or ("compiling" if sight.compiles else ""),
             place=sight.place,
             waits=sight.waits or waits_behind,

@@ -68,6 +68,13 @@ def _is_in(stack: Iterable[FrameType], files: tuple[str, ...]) -> bool:
     return any(frame.f_code.co_filename.endswith(files) for frame in stack)
 
 
+def place_of(frame: FrameType) -> str:
+    """Return the line of a frame, and the innermost line of the user's program below it: ' at sum.py:3 in f, ...'."""
+    users = next((one for one in _stack(frame) if _is_users(one)), None)
+    called_from = f", called at {_line(users)}" if users is not None and users is not frame else ""
+    return f" at {_line(frame)}{called_from}"
+
+
 def _is_users(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
     return not file.startswith(LIBRARIES) and not file.startswith("<")

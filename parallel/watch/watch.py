@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from parallel.errors import ColonnadeError, LostRankError, shortened
+from parallel.watch.beat import Beat
 from parallel.watch.board import Board
 from parallel.watch.heartbeat import Heartbeat, end_now
 from parallel.watch.judge import LOST, Verdict
@@ -71,6 +72,10 @@ class Watch:
 
         It is called in a thread of its own, and the process ends two seconds later whatever it does.
         """
+
+    def lost(self) -> Beat | None:
+        """Return the last beat of the first rank that was lost or silent; None where none is known."""
+        return None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return a context for long work of this rank alone, which the others wait for and which is no silence."""
@@ -151,6 +156,14 @@ class StoreWatch(Watch):
 
     def at_end(self, hook: Callable[[LostRankError], None]) -> None:
         self._heartbeat.on_end = hook
+
+    def lost(self) -> Beat | None:
+        verdict = self._heartbeat.verdict
+        if verdict is None or not verdict.ranks:  # the store has ended
+            return None
+        with suppress(RuntimeError):
+            return next(iter(self._board.beats(verdict.ranks[:1])), None)
+        return None
 
     def explained(self, error: RuntimeError) -> Exception:
         if not any(part in str(error) for part in BROKEN):
