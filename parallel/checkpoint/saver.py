@@ -25,7 +25,7 @@ from parallel.mesh.notices import Notices
 
 
 class SaverState(Enum):
-    """What a saver does. A save that has failed is an error of the next step, on every rank."""
+    """The state of a saver. A save that has failed is an error of the next step, on every rank."""
 
     IDLE = auto()
     SAVING = auto()
@@ -47,7 +47,7 @@ LOOSE = ("buffer", "value")
 
 @dataclass(frozen=True)
 class Writing:
-    """How a rank writes: by how many threads, and whether the host has room for a copy of what it saves."""
+    """The way in which a rank writes: by `num_threads`, and from a copy of what it saves if the host has room for it."""
 
     num_threads: int = 1
     copies: bool = True

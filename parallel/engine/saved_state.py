@@ -178,6 +178,11 @@ def name_of(name: str) -> str:
     return name.partition("/")[2]
 
 
+def text_of(name: str) -> str:
+    """Return KIND/NAME as text: the name of a weight alone, and of a state with its kind."""
+    return name_of(name) if kind_of(name) in WEIGHTS else f"{kind_of(name)} of {name_of(name)}"
+
+
 def _text(names: set[str]) -> str:
-    """Return the names as text: those of weights alone, those of states with their kind."""
-    return names_text(sorted(name_of(n) if kind_of(n) in WEIGHTS else f"{kind_of(n)} of {name_of(n)}" for n in names))
+    """Return the names as text."""
+    return names_text(sorted(map(text_of, names)))
