@@ -129,7 +129,12 @@ def _values_of(index: Index, axis: Axis) -> Mapping[str, Any]:
     entries = index.metadata.get("values")
     if entries is None:
         return {"extra": index.metadata.get("extra", {})}
-    return saved_values.read_values(index, entries, axis)
+    values = saved_values.read_values(index, entries, axis)
+    groups, names = values.get("param_groups", []), index.metadata.get("group_names", [])
+    is_right = _is_list_of(groups, dict) and len(groups) == len(names)
+    if not is_right or not isinstance(values.get("extra_state", {}), dict):
+        raise CheckpointError(f"{index.folder} is no checkpoint of this program: its param groups are {shown(groups)}.")
+    return values
 
 
 def _check_metadata(index: Index) -> None:
