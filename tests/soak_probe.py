@@ -18,7 +18,7 @@ OFFSET = 25  # steps after a checkpoint, whose writing in the background has end
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process held after `step`: bytes resident, open files, threads, bytes of Python's containers."""
+    """The resources that a process held after `step`: memory, open files, threads, Python's containers."""
 
     step: int
     resident: int

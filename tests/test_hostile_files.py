@@ -226,7 +226,7 @@ def test_what_is_no_regular_file_is_refused_by_its_name(
 
 
 class Marker:
-    """What a pickle makes when it is read: a file, by which it is noticed."""
+    """The mark that a pickle makes when it is read: a file, by which it is noticed."""
 
     def __init__(self, root: Path) -> None:
         self.file = root / "MARKER"
@@ -450,7 +450,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Callable[[Path], list[str]], 
     ),
     "metrics that are deep": (replace("run/metrics.jsonl", DEEP + "\n"), resume, "nested too deep"),
 }
-"""What is planted in the folder, a command that reads it, and words of the refusal."""
+"""A case: what is planted in the folder, a command that reads it, and words of the refusal."""
 
 
 PAGE, HEADING = "docs/faults.md", "Hostile files"

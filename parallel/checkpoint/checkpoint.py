@@ -105,7 +105,7 @@ def write(
             own = write_files(temporary, files, reading)
         sums = {name: digest for part in gather_objects(own, axis) for name, digest in part.items()}
         if axis.rank == 0:
-            sums[INDEX] = write_json(temporary / INDEX, index)
+            sums[INDEX] = write_json(temporary / INDEX, index, indent=None)
             write_sums(temporary, sums)
     with fail_together(axis):
         if axis.rank == 0:
