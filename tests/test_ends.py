@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,33 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_first(
         assert train(folder) == ExitCode.TERMINATED
     assert ended(folder)["step"] == 3
     assert [line["step"] for line in lines(folder)] == [1, 2]  # the third has its validation loss later
+    assert train(folder, f"output.checkpoint_every={STEPS}", resume="auto") == 0
+    assert_same_run(folder, whole, last_step=STEPS)
+
+
+def test_a_step_that_was_evaluated_after_a_resume_is_reported_once_whatever_kills_that_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed run was killed before it had saved again; the next one kept the line that it had written, and wrote
+    it a second time.
+    """
+    folder, validation = tmp_path / "run", Loader.validation
+
+    def interrupted(loader: Loader) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validation(loader)
+
+    def killed(engine: parallel.Engine, batch: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "validation", interrupted)
+        assert train(folder) == ExitCode.TERMINATED
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel.Engine, "train_step", killed)
+        with suppress(KeyboardInterrupt):
+            train(folder, resume="auto")
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3]
     assert train(folder, f"output.checkpoint_every={STEPS}", resume="auto") == 0
     assert_same_run(folder, whole, last_step=STEPS)
 

@@ -1,5 +1,6 @@
 """Runs that are killed again and again, at moments drawn from a seed, end with the model of an uninterrupted run."""
 
+import json
 import random
 import signal
 from dataclasses import dataclass, replace
@@ -91,11 +92,18 @@ def test_random_kills_under_nprocs_change_nothing(seed: int, references: dict[st
         code = start(chain.layout, chain.run, "--resume", "auto", more=patience(kill.signal))
         num_killed += killed_file(chain.run).exists()
         assert code in codes_of(kill.signal), code
+        assert ended_with(chain.run) in (None, code)
         if code == 0:
             chain.compare()
     kill_file(chain.run).unlink(missing_ok=True)
     assert start(chain.layout, chain.run, "--resume", "auto") == 0
     chain.compare()
+
+
+def ended_with(run: Path) -> int | None:
+    """Return the exit code that ended.json has; None before the run's folder is made."""
+    file = run / "ended.json"
+    return json.loads(file.read_text())["code"] if file.exists() else None
 
 
 def patience(number: int) -> tuple[str, ...]:

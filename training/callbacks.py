@@ -29,7 +29,8 @@ class Run:
     """The run that a callback is told of when it starts.
 
     `folder` is the run's folder, which exists; `num_steps` the number of steps that were taken before, by the run that
-    this one resumes; `log` prints a line on the screen, above the progress bar.
+    this one resumes, without the last one where a signal came before its evaluation: this run evaluates and reports it;
+    `log` prints a line on the screen, above the progress bar.
     """
 
     config: Config

@@ -101,7 +101,8 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
             yield
         checkpoints.look()
 
-    with callbacks.running(Run(job.config, job.folder.path, world.rank, engine.num_steps, screen.print)):
+    num_told = engine.num_steps - (history.best.unevaluated is not None)  # the line of the last step is still to come
+    with callbacks.running(Run(job.config, job.folder.path, world.rank, num_told, screen.print)):
         with closing(tracer), telling_of_checkpoints(engine.config), checkpoints.finished():
             fit(
                 engine,
