@@ -83,7 +83,9 @@ def ours(size: Size, *, waits: bool = False, behind: bool = False) -> Contender:
 
     context = parallel.launch_from_torch(config_of(size))
     engine = parallel.Engine(models.build(context), context)
-    engine.writes.stop()
+    engine.writes.stop()  # as in `colonnade train`, and so is this:
+    if not waits and not behind:
+        engine.reserve_for_saving()
     threads = Place().num_threads
     if behind:
         engine.saver.writing = Writing(threads, copies=False)
@@ -161,6 +163,7 @@ def measure(name: str, size: Size, folder: Path, saves: int) -> None:
     for k in range(saves):
         if name.startswith("dcp"):  # ours deletes its old ones itself, in the background
             shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / name).mkdir(parents=True)
         begun = time.perf_counter()
         is_complete = contender.save(folder / name)
         call = time.perf_counter() - begun

@@ -28,8 +28,10 @@ from parallel.checkpoint.verify import verify
 from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
-from parallel.errors import ColonnadeError, DataError
+from parallel.errors import ColonnadeError, DataError, NonFiniteError
+from parallel.layout.finite import problem_of
 from parallel.layout.layout import ParameterInfo
+from parallel.mesh.agreement import Agreement
 from parallel.pipeline.stage import SetValues
 from parallel.regular_file import read_json
 
@@ -72,7 +74,8 @@ class TrainedModel:
     def load(self, context: Context) -> Inference:
         """Return the weights of this rank in the layout of a context. Every rank calls this.
 
-        Raises ConfigError, DataError or CheckpointError on every rank.
+        Raises ConfigError, DataError or CheckpointError on every rank; NonFiniteError where a weight is not finite,
+        also because it is too large for the precision.
         """
         set_values = partial(set_initial_values, config=context.config)
         if self.index is not None:
@@ -81,7 +84,12 @@ class TrainedModel:
                 verify(self.index, context.mesh.world)
         else:
             check_origin(context)
-        return inference_of(context, set_values)
+        found = inference_of(context, set_values)
+        pieces = (piece for chunk in found.chunks for piece in chunk.spec.pieces(chunk.parameters.own))
+        problem = problem_of(pieces)
+        problem = problem and f"{self.folder}: {problem}."
+        Agreement(context.mesh.world).agree_on("a check of the weights", problem, NonFiniteError)
+        return found
 
 
 def inference_of(context: Context, set_values: SetValues) -> Inference:

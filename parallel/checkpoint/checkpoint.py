@@ -105,7 +105,7 @@ def write(
             own = write_files(temporary, files, reading)
         sums = {name: digest for part in gather_objects(own, axis) for name, digest in part.items()}
         if axis.rank == 0:
-            sums[INDEX] = write_json(temporary / INDEX, index)
+            sums[INDEX] = write_json(temporary / INDEX, index, indent=None)
             write_sums(temporary, sums)
     with fail_together(axis):
         if axis.rank == 0:
@@ -123,9 +123,9 @@ def settle(target: Target) -> None:
     _delete_old(folder, target.keep, best)
 
 
-def is_newest(folder: Path) -> bool:
-    """Return whether no folder beside a checkpoint has the name of a later step, whole or not."""
-    return all(step_of(other) <= step_of(folder) for other in _step_folders(folder.parent))
+def has_its_name(folder: Path) -> bool:
+    """Return whether a checkpoint has the name of its step, and not the one that it has while it is replaced."""
+    return STEP_FOLDER.fullmatch(folder.name) is not None
 
 
 def _index(saved: list[list[tuple[str, tuple[SavedPiece, ...]]]], metadata: Mapping[str, Any]) -> dict[str, Any]:

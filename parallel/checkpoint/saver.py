@@ -14,7 +14,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.checkpoint import Target
-from parallel.checkpoint.snapshot import HostMemory, Snapshot
+from parallel.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot
 from parallel.chunk.chunk import Chunk
 from parallel.errors import ColonnadeError, ExitCode
 from parallel.layout.layout import Piece
@@ -25,7 +25,7 @@ from parallel.mesh.notices import Notices
 
 
 class SaverState(Enum):
-    """What a saver does. A save that has failed is an error of the next step, on every rank."""
+    """The state of a saver: a save that has failed is an error of the next step, on every rank."""
 
     IDLE = auto()
     SAVING = auto()
@@ -47,7 +47,7 @@ LOOSE = ("buffer", "value")
 
 @dataclass(frozen=True)
 class Writing:
-    """How a rank writes: by how many threads, and whether the host has room for a copy of what it saves."""
+    """The threads by which a rank writes, and whether the host has room for a copy of what it saves."""
 
     num_threads: int = 1
     copies: bool = True
@@ -85,7 +85,7 @@ class Saver:
         def allocate() -> None:
             try:
                 for chunk, size in sizes.items():
-                    self._memory.of(chunk, size)
+                    self._memory.of(chunk, size + 16 * ALIGNMENT)
             except (MemoryError, RuntimeError):
                 return  # the save itself finds that there is no room, and writes without a copy
 
@@ -136,7 +136,7 @@ class Saver:
         """Wait until the save in flight is complete on every rank, and return its folder; None where there is none, or
         where this was told before.
 
-        Raises its error: NoRoomError, CheckpointError or what it was; LostRankError where a rank has ended.
+        Raises its error: DiskFullError, StorageError or what it was; LostRankError where a rank has ended.
         """
         if self.state is SaverState.IDLE:
             return None

@@ -143,10 +143,10 @@ def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
         raise error(f"{file} is damaged, or not a safetensors file: {printable(str(cause))}.") from cause
 
 
-def write_json(file: Path, content: object) -> str:
-    """Write a JSON file, and return its SHA-256."""
+def write_json(file: Path, content: object, *, indent: int | None = 2) -> str:
+    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time."""
     with write_synced(file) as out:
-        out.write(json.dumps(content, indent=2).encode() + b"\n")
+        out.write(json.dumps(content, indent=indent).encode() + b"\n")
     return out.hexdigest()
 
 

@@ -119,25 +119,26 @@ class Snapshot:
 
     def _copy(self, held: _Held, memory: HostMemory) -> bool:
         """Copy the pieces of a chunk, and release its guard; return False where the host has no room for them."""
+        regions = _regions(held.pieces)
         starts, stop = [], 0
-        for piece in held.pieces:
+        for region in regions:
             starts.append(stop)
-            stop += -(-piece.data.nbytes // ALIGNMENT) * ALIGNMENT
+            stop += -(-region.source.nbytes // ALIGNMENT) * ALIGNMENT
         try:
             buffer = memory.of(held.chunk, stop)
         except (MemoryError, RuntimeError):  # the second is what torch raises where malloc fails
             return False
-        copies = []
+        copies: dict[int, Piece] = {}  # by the identity of the piece
         with self._beside():
-            for piece, start in zip(held.pieces, starts, strict=True):
-                data = piece.data
-                out = buffer[start : start + data.nbytes].view(data.dtype).view(data.shape)
-                out.copy_(data, non_blocking=True)
-                if data.is_cuda and self._stream is not None:
-                    data.record_stream(self._stream)
-                copies.append(_with_data(piece, out))
+            for region, start in zip(regions, starts, strict=True):
+                source = region.source
+                out = buffer[start : start + source.nbytes].view(source.dtype)
+                out.copy_(source, non_blocking=True)
+                if source.is_cuda and self._stream is not None:
+                    source.record_stream(self._stream)
+                copies.update(zip(map(id, region.pieces), region.pieces_in(out), strict=True))
             held.copied = CopyEvent() if self._stream is None else CopyEvent(self._stream.record_event())
-        held.pieces = copies
+        held.pieces = [copies[id(piece)] for piece in held.pieces]
         held.guard.release(held.copied)
         return True
 
@@ -150,6 +151,53 @@ class Snapshot:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._begun)
             yield
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The elements of one buffer, `source`[n], in which pieces lie: hundreds of pieces are a few copies."""
+
+    source: Tensor
+    pieces: Sequence[Piece]
+
+    def pieces_in(self, copy: Tensor) -> list[Piece]:
+        """Return the pieces, in a copy of the region."""
+        shift = copy.storage_offset() - self.source.storage_offset()
+        return [
+            _with_data(p, copy.as_strided(p.data.shape, p.data.stride(), p.data.storage_offset() + shift))
+            for p in self.pieces
+        ]
+
+
+def _regions(pieces: Sequence[Piece]) -> list[_Region]:
+    """Return the regions of these pieces: one for each buffer, from its first piece to its last.
+
+    Between them is padding at most, since a rank owns either all or none of its part of a chunk; if there is more, each
+    piece is a region.
+    """
+    buffers: dict[tuple[int, torch.dtype], list[Piece]] = {}
+    for piece in pieces:
+        buffers.setdefault((piece.data.untyped_storage().data_ptr(), piece.data.dtype), []).append(piece)
+    found = []
+    for group in buffers.values():
+        first = min(int(piece.data.storage_offset()) for piece in group)
+        stop = max(_stop(piece.data) for piece in group)
+        used = sum(piece.data.numel() for piece in group)
+        if stop - first <= used + used // 8:
+            found.append(_Region(group[0].data.as_strided((stop - first,), (1,), first), group))
+        else:
+            found += [_Region(_flat(piece.data), [piece]) for piece in group]
+    return found
+
+
+def _stop(x: Tensor) -> int:
+    """Return the place in its memory behind the last element of a tensor that is not empty."""
+    return int(x.storage_offset()) + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return the memory of a tensor, from its first element to its last, [n]."""
+    return x.as_strided((_stop(x) - x.storage_offset(),), (1,), x.storage_offset())
 
 
 def _stream_beside(pieces: Sequence[Piece]) -> tuple[torch.cuda.Stream | None, torch.cuda.Event | None]:

@@ -1,4 +1,4 @@
-"""What the next change of a chunk's states waits for: the copies, or the writes, of a checkpoint that reads them."""
+"""The wait of the next change of a chunk's states for a checkpoint that reads them."""
 
 import threading
 from collections.abc import Callable
