@@ -7,7 +7,7 @@ BENCH := $(VENV)/.bench
 PIP_INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint slow mutants bench-cpu bench-gpu bench-gpus bench-micro
+.PHONY: help venv demo test test-gpu lint slow kills soak mutants bench-cpu bench-gpu bench-gpus bench-micro
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -32,7 +32,7 @@ demo: venv  ## train on 8 CPU processes (pipeline 2 × 2.5d of 4), then generate
 	@$(RUN) -m colonnade generate runs/opt_tiny_pp2_2p5d/export --prompt "If the" --tokens 80 --temperature 0.8 --top-k 10 --seed 1
 
 # One thread a process: the tests start many, and they share the cores.
-test test-gpu slow mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
+test test-gpu slow kills soak mutants bench-cpu bench-micro: export OMP_NUM_THREADS = 1
 
 # Half of the tests use one core: the tests are shared out between as many processes.
 WORKERS ?= 2
@@ -53,6 +53,12 @@ slow: venv  ## the tests marked slow, and one suite under torch's own check that
 	@$(RUN) -m pytest --gpu -m slow
 	@$(RUN) -m pytest -m slow
 	@TORCH_DISTRIBUTED_DEBUG=DETAIL $(RUN) -m pytest tests/test_gradient_rules.py
+
+kills: venv  ## kill runs at random moments, and see that each goes on bit for bit (15 minutes)
+	@$(RUN) -m pytest -m slow tests/test_kills.py tests/test_random_kills.py
+
+soak: venv  ## train ten thousand steps, and see that nothing grows (10 minutes)
+	@$(RUN) -m pytest -m slow tests/test_soak.py
 
 mutants: venv  ## break the code on purpose and see that the tests notice
 	@$(RUN) -m tests.mutants

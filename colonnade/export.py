@@ -56,6 +56,6 @@ def _export(arguments: argparse.Namespace) -> int:
             dtype, messages = export_checkpoint(saved, target, arguments.dtype)
     except (ColonnadeError, OSError) as error:
         print(error, file=sys.stderr)
-        return REFUSED
+        return error.code if isinstance(error, ColonnadeError) else REFUSED
     print(*messages, f"exported step {saved.step} of {saved.folder}, {dtype_name(dtype)}: {target}", sep="\n")
     return 0

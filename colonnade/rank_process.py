@@ -17,7 +17,9 @@ from parallel.engine.context import Place, watch_of
 from parallel.engine.rendezvous import open_history
 from parallel.engine.stop_signals import StopSignals, code_of, do_nothing, end_at_once, ignore_stop_signals
 from parallel.errors import (
+    CollectiveError,
     ColonnadeError,
+    DiskFullError,
     ExitCode,
     LostRankError,
     NoRoomError,
@@ -35,7 +37,7 @@ from training.attempt import Attempt
 from training.ended import FILE, Ended, EndRecord
 from training.spawn import run_ranks
 
-OF_ONE_RANK = StorageError | RoomError | NoRoomError
+OF_ONE_RANK = StorageError | RoomError | NoRoomError | CollectiveError
 """The errors that may be of one rank alone."""
 
 
@@ -169,7 +171,8 @@ class RankProcess:
         """
         if self._has_met and self.attempt.history.is_shared:
             return self.attempt.history.is_first("word", str(self.place.rank))
-        return self.place.rank == 0 or isinstance(error, OF_ONE_RANK | UncaughtError)
+        is_of_one = isinstance(error, OF_ONE_RANK | UncaughtError) and not isinstance(error, DiskFullError)
+        return self.place.rank == 0 or is_of_one
 
     def _end_at_once(self, code: int) -> int:
         """End by a signal without a word to the others, which end by their own. A launcher prints it for its ranks."""

@@ -88,6 +88,7 @@ class ChatTemplate:
 
     def write(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendering:
         """Return the text of a conversation, and where the answers are in it. Raises DataError as `render` does."""
+        from models.chat_limits import MOST_CHARACTERS, LimitedEnvironment
         from models.chat_syntax import Answer
 
         template, _ = self._chosen(conversation.tools)
@@ -99,10 +100,14 @@ class ChatTemplate:
             "tools": conversation.tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        pieces, answers, length = [], [], 0
+        pieces, answers, length, environment = [], [], 0, template.environment
+        assert isinstance(environment, LimitedEnvironment), "it was compiled so"
         try:
+            environment.begin()
             for piece in template.generate(variables):
                 pieces.append(piece)
+                if length > MOST_CHARACTERS:
+                    raise ValueError(f"it writes more than {MOST_CHARACTERS} characters")
                 if isinstance(piece, Answer):
                     answers.append((length, length + len(piece)))
                 length += len(piece)

@@ -12,8 +12,9 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from models.chat_limits import LimitedEnvironment
 
 
 class Answer(str):
@@ -66,9 +67,7 @@ def compile_template(source: str) -> tuple[Template, bool]:
     Raises TemplateError where it is no Jinja, or where what a block {% generation %} says cannot be found in the
     output, since it is inside a macro or another block that is written later.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,

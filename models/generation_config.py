@@ -9,7 +9,7 @@ from models.shape import ModelShape
 from models.tokenizer import Tokenizer
 from parallel.checkpoint.shards import write_json
 from parallel.errors import DataError
-from parallel.regular_file import read_json
+from parallel.regular_file import read_json, with_key
 
 FILE = "generation_config.json"
 MOST_BYTES = 1 << 20
@@ -21,7 +21,7 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     file = Path(folder) / FILE
     if not os.path.lexists(file):
         return None
-    content = read_json(file, lambda text: DataError(f"model.path: {text}"), at_most=MOST_BYTES, links=True)
+    content = read_json(file, with_key(DataError, "model.path"), at_most=MOST_BYTES, links=True)
     if not isinstance(content, dict):
         raise DataError(f"model.path: {file} is not a JSON object.")
     ends = content.get("eos_token_id")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError, shortened, shown
-from parallel.regular_file import read_json
+from parallel.regular_file import read_json, with_key
 
 MOST_BYTES = 1 << 20
 
@@ -23,7 +23,7 @@ def read_config(path: str | Path, families: Iterable[str]) -> dict[str, Any]:
     name = shortened(str(file))
     if not os.path.lexists(file):
         raise ConfigError(f"model.path: cannot read {name}: it does not exist. {_advice(Path(path))}")
-    raw = read_json(file, lambda text: ConfigError(f"model.path: {text}"), at_most=MOST_BYTES, links=True)
+    raw = read_json(file, with_key(ConfigError, "model.path"), at_most=MOST_BYTES, links=True)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     known = tuple(families)
     if kind not in known:

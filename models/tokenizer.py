@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -134,14 +135,15 @@ class ByteTokenizer:
 
 def is_of_bytes(file: Path) -> bool:
     """Return whether a tokenizer.json is the one that `ByteTokenizer.save` writes."""
-    return file.read_bytes() == _json_text(byte_level_json()).encode()
+    ours = _json_text(byte_level_json()).encode()
+    return file.is_file() and file.stat().st_size == len(ours) and file.read_bytes() == ours
 
 
 class FileTokenizer:
     """A tokenizer.json, run by the `tokenizers` library, with the files beside it."""
 
     def __init__(self, file: Path) -> None:
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise DataError(
                 f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "
                 "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bpe', or 'bytes'."

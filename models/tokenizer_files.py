@@ -9,6 +9,7 @@ from typing import Any
 
 from models.weight_files import LFS_POINTER
 from parallel.errors import DataError
+from parallel.regular_file import parse_json, read_bytes, with_key
 
 TOKENIZER, CONFIG, SPECIALS_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -34,6 +35,7 @@ BEGIN_OF_CLASS = {  # likewise the token that begins one
     "LlamaTokenizer": "<s>",
     "GemmaTokenizer": "<bos>",
 }
+MOST_BYTES = 1 << 28  # the largest published tokenizer.json has 33 MiB
 BUILT_IN_BPE = Path(__file__).parent / "bpe"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -54,12 +56,12 @@ class TokenizerFiles:
     def __init__(self, file: Path) -> None:
         self.folder = file.parent
         try:
-            self.tokenizer = file.read_bytes()
             beside = (self.folder / name for name in OTHERS)
             found = [*(other for other in beside if os.path.lexists(other)), *sorted(self.folder.glob(TEMPLATES))]
-            self.others = {str(other.relative_to(self.folder)): other.read_bytes() for other in found}
         except OSError as error:
             raise DataError(f"data.tokenizer: cannot read {error.filename}: {error.strerror}.") from error
+        self.tokenizer = _bytes_of(file)
+        self.others = {str(other.relative_to(self.folder)): _bytes_of(other) for other in found}
         for name, content in {file.name: self.tokenizer, **self.others}.items():
             if content.startswith(LFS_POINTER):
                 raise DataError(
@@ -157,13 +159,16 @@ class TokenizerFiles:
 
     def _read(self, name: str) -> dict[str, Any]:
         """Return the content of one of the other files, empty where there is none."""
-        try:
-            content = json.loads(self.others.get(name, b"{}"))
-        except ValueError as error:
-            raise DataError(f"data.tokenizer: {self.folder / name} is not JSON: {error}.") from error
+        content = parse_json(
+            self.others.get(name, b"{}"), str(self.folder / name), with_key(DataError, "data.tokenizer")
+        )
         if not isinstance(content, dict):
             raise DataError(f"data.tokenizer: {self.folder / name} is not a JSON object.")
         return content
+
+
+def _bytes_of(file: Path) -> bytes:
+    return read_bytes(file, with_key(DataError, "data.tokenizer"), at_most=MOST_BYTES, links=True)
 
 
 def _content(token: object) -> str | None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from parallel.checkpoint.hf_folder import INDEX, SINGLE
-from parallel.errors import DataError, names_text
-from parallel.regular_file import read_json
+from parallel.errors import DataError, names_text, shown
+from parallel.regular_file import read_json, with_key
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PARTS_OF_A_DOWNLOAD = ("incomplete", "part", "partial", "crdownload", "download", "aria2", "tmp")
@@ -62,10 +62,6 @@ def _usable(file: Path) -> Path:
     return file
 
 
-def _refusal(text: str) -> DataError:
-    return DataError(f"model.path: {text}")
-
-
 def _problem(file: Path) -> str:
     """Return what is wrong with a file from the outside, and what would work; an empty text where nothing is."""
     try:
@@ -86,11 +82,16 @@ def _problem(file: Path) -> str:
 
 def _shards(index: Path) -> list[Path]:
     """Return the shards that an index names. Raises DataError unless all are there."""
-    content = read_json(index, _refusal, at_most=MOST_INDEX, links=True)
+    content = read_json(index, with_key(DataError, "model.path"), at_most=MOST_INDEX, links=True)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise DataError(f"model.path: {index} is damaged: it has no 'weight_map' of files.")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if name != Path(name).name]:
+        raise DataError(
+            f"model.path: {index} names {shown(outside[0])}, which is no name of a file beside it. Download it again."
+        )
+    files = [index.parent / name for name in names]
     if missing := [file.name for file in files if not os.path.lexists(file)]:
         raise DataError(
             f"model.path: {index} names shards that are missing: {names_text(missing)}. Download them into"

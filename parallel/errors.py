@@ -92,9 +92,16 @@ class CollectiveError(ColonnadeError):
 
 
 class NonFiniteError(ColonnadeError):
-    """The error of a run whose loss, gradient or weight is not a finite number."""
+    """The error of a run whose loss, gradient or weight is not a finite number; every rank raises it.
+
+    Where a step has ended by it, `loss` and `grad_norm` are the numbers of that step.
+    """
 
     code = ExitCode.NOT_FINITE
+
+    def __init__(self, text: str, *, loss: float | None = None, grad_norm: float | None = None) -> None:
+        super().__init__(text)
+        self.loss, self.grad_norm = loss, grad_norm
 
 
 class SignalError(ColonnadeError):

@@ -6,12 +6,14 @@ before it is opened, and once more afterwards, and no more is allocated for its 
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from parallel.errors import ColonnadeError, shortened, shown, size_text
 
@@ -22,6 +24,9 @@ MOST_JSON = 1 << 30  # bytes: an index of a checkpoint that a thousand ranks hav
 MOST_NESTED = 200  # lists and objects of JSON in one another
 CONTAINERS = (dict, list)
 FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+OPENED = re.compile(r"/dev/(stdin|fd/\d+)|/proc/self/fd/\d+")
+"""Names of what a shell has opened for a process, such as a pipe from another one."""
 
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -43,7 +48,7 @@ def check_regular(file: Path, error: MakeError, *, links: bool = False) -> None:
 
 
 @contextmanager
-def open_regular(file: Path, error: MakeError, *, links: bool = False) -> Iterator[BinaryIO]:
+def open_regular(file: Path, error: MakeError, *, links: bool = False) -> Iterator[BufferedReader]:
     """Open a regular file to read from. Problems with it, also with reading it in the block, are raised as `error`."""
     check_regular(file, error, links=links)
     with _naming(file, error):
@@ -63,6 +68,25 @@ def read_bytes(file: Path, error: MakeError, *, at_most: int, links: bool = Fals
         if len(content) != size:
             raise error(f"{_name(file)} has changed while it was read, or is no file with a size: {size} bytes.")
         return content
+
+
+def read_input(file: Path, error: MakeError, *, at_most: int) -> bytes:
+    """Return the content of a file of at most so many bytes, which may be what a shell has opened: /dev/stdin, a pipe.
+
+    Problems with it are raised as `error`.
+    """
+    if not OPENED.fullmatch(str(file)):
+        return read_bytes(file, error, at_most=at_most, links=True)
+    with _naming(file, error), file.open("rb") as stream:
+        content = stream.read(at_most + 1)
+    if len(content) > at_most:
+        raise error(f"{file} has more than the {size_text(at_most)} that it may have.")
+    return content
+
+
+def with_key(error: type[ColonnadeError], key: str) -> MakeError:
+    """Return what makes an error of a message about the value of a key of the config, or of an option."""
+    return lambda text: error(f"{key}: {text}")
 
 
 def read_json(file: Path, error: MakeError, *, at_most: int = MOST_JSON, links: bool = False) -> Any:
@@ -131,6 +155,10 @@ def _naming(file: Path, error: MakeError) -> Iterator[None]:
         raise error(f"cannot read {_name(file)}: {cause.strerror}.") from cause
 
 
+def printable(text: str) -> str:
+    """Return a text on one line: what cannot be printed in it, such as a line end, is written as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _name(file: Path) -> str:
-    """Return a path for a message, on one line: what cannot be printed, such as a line end, is written as an escape."""
-    return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(file)))
+    return shortened(printable(str(file)))

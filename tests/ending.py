@@ -73,7 +73,8 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
 
 def assert_same_run(run: Path, other: Path, *, last_step: int) -> None:
     """Assert that two runs have the same metrics and the same state, to the last bit."""
-    assert lines(run) == lines(other)
+    assert lines(run) == lines(other), "the metrics differ"
     ours, theirs = tensors(run, last_step), tensors(other, last_step)
-    assert ours.keys() == theirs.keys() != set()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    assert ours.keys() == theirs.keys() != set(), "the checkpoints have other tensors"
+    differing = [name for name in ours if not ours[name].equal(theirs[name])]
+    assert differing == [], differing

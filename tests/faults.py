@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -87,8 +88,10 @@ def _with_fault(
 
 
 def _commit(fault: "Fault", folder: Path) -> None:
-    (folder / "faulty").touch()
-    fault.act()
+    """Commit the fault, unless a rank has; one that goes on in the place of that rank is to go on."""
+    with suppress(FileExistsError):
+        (folder / "faulty").touch(exist_ok=False)
+        fault.act()
 
 
 @dataclass(frozen=True)

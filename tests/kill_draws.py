@@ -68,9 +68,8 @@ class Torchrun:
     def __init__(self, layout: Layout, folder: Path, *, restarts: int, more: Sequence[str] = ()) -> None:
         self.folder = folder
         self.screen = folder.with_name(f"{folder.name}.screen")
-        options = ["--nproc-per-node", str(layout.num_ranks), "--max-restarts", str(restarts)]
-        options += ["--monitor-interval", "0.1", "--master-port", "0", "--rdzv-backend", "c10d"]
-        options += ["--rdzv-endpoint", "127.0.0.1:0"]
+        options = ["--standalone", "--nproc-per-node", str(layout.num_ranks), "--max-restarts", str(restarts)]
+        options += ["--monitor-interval", "0.1"]
         command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "colonnade", "train"]
         command += ["--resume", "auto", "--set", *layout.assignments(folder), *more]
         with self.screen.open("a") as out:

@@ -258,7 +258,8 @@ NORM_AND_CLIP = (
     Mutant("norm-counts-the-tied-embedding-twice", "the first and the last stage both count it",
            SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.infos[0].layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of its own parameters only",
-           NORM, "all_reduce(torch.stack([total, number]), world)", "torch.stack([total, number])", trains("1d2")),
+           NORM, "found = all_reduce(torch.cat([total.view(1), numbers.view(-1)]), world)",
+           "found = torch.cat([total.view(1), numbers.view(-1)])", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank whose copy is not counted is not noticed",
            NORM,
            "total += chunk.gradient.squares() * chunk.spec.is_counted",
@@ -561,7 +562,7 @@ MODULES = (
            GATHERER, "        self._release_unused(i, following[i])\n", "",
            "tests/test_module_cost.py::test_no_more_than_two_layers_are_whole_at_once_and_none_is_left"),
     Mutant("microbatches-weigh-the-same", "the loss is a mean of the microbatches' means, whatever their numbers of labels",
-           MODULE, "(found.factor * (self.data.size / max(1, expected)))", "(1 / len(microbatches))",
+           MODULE, "(found.factor * factor)", "(1 / len(microbatches))",
            f"{MODULE_STATE}::test_train_step_takes_the_mean_over_all_labels_however_replicas_share_them"),
     Mutant("checkpoint-without-steps", "Adam resumes with the same number of steps for every parameter",
            TORCH_OPTIM, "steps.get(name, updates if", "{}.get(name, updates if",
@@ -640,9 +641,8 @@ PLACEMENT = (
            f"{MANAGER_TESTS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
            "parallel/engine/module_engine.py",
-           "        with self.memory_guard.explained(lambda: \"update\"):\n            skipped = self._update("
-           "norm, divisor, HostCopy(num_written))\n",
-           "        skipped = self._update(norm, divisor, HostCopy(num_written))\n",
+           "        with self.memory_guard.explained(lambda: \"update\"):\n            self._update(norm, divisor,",
+           "        if True:\n            self._update(norm, divisor,",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
     Mutant("evaluation-mode-not-ended", "a module stays in evaluation mode after an evaluation",
            "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
@@ -742,7 +742,7 @@ COMPILING = (
 
 COUNTED = (
     Mutant("counts-of-the-batch", "the gradient is divided by the labels of the batch, whichever of them the loss counts",
-           MODULE, "self._step(totals.divisor / max(1, expected))", "self._step(1.0)", counts(LABELS)),
+           MODULE, "totals.divisor / max(1, expected), totals.loss", "1.0, totals.loss", counts(LABELS)),
     Mutant("ignored-labels-counted", "the labels that a loss function ignores are counted",
            LOSS_TERMS, "counted = target != ignored_label(node)", "counted = target == target", counts(LABELS)),
     Mutant("weights-of-classes-not-counted", "a microbatch counts its labels, and not their weights",
@@ -914,7 +914,7 @@ USER_WRITES = (
 
 PARTING = (
     Mutant("numbers-not-watched", "a run whose loss is NaN goes on, and keeps checkpoints of it",
-           "training/loop.py", "if problem := not_finite(result):", "if problem := '':",
+           "parallel/engine/base.py", "if outcome not in (Outcome.LEFT_OUT, Outcome.STOPS):", "if True:",
            "tests/test_loop.py::test_a_run_whose_numbers_are_not_finite_ends_with_code_4_and_keeps_what_was_finite"),
     Mutant("other-config-accepted", "ranks train on with different learning rates",
            "parallel/watch/meeting.py", 'board.answer("\\n".join(differences(brought)))', 'board.answer("")',
@@ -1410,8 +1410,8 @@ LENGTHS_AND_BESTS = (
         "best-loss-forgotten",
         "a resumed run takes its first evaluation for the best one",
         "training/resume.py",
-        'return BestLoss() if found is None else BestLoss.restored(found.index.metadata.get("best"))',
-        "return BestLoss()",
+        'History(BestLoss.restored(found.index.metadata.get("best")))',
+        "History(BestLoss())",
         f"{BEST_TESTS}::test_a_run_resumes_from_its_best_checkpoint_and_remembers_its_loss",
     ),
     Mutant(
@@ -2009,8 +2009,8 @@ SEEN_AND_GENERATED = (
         "prompts-split-within-a-line",
         "a character that Unicode calls the end of a line makes two prompts of one",
         "models/generation/prompts.py",
-        'encoding="utf-8-sig").split("\\n")',
-        'encoding="utf-8-sig").splitlines()',
+        'return text.split("\\n")',
+        "return text.splitlines()",
         f"{GENERATE_TESTS}::test_a_line_of_a_file_of_prompts_ends_at_a_line_feed_alone",
     ),
     Mutant(
@@ -2121,6 +2121,101 @@ INTEGRITY = (
         "        other = find_another(self.found, self.given.resume, damage)\n"
         "        return Inputs(self.given, self.config, self.corpus, other, self.messages)",
         f"{AUTO}::test_the_steps_of_epochs_follow_from_the_checkpoint_that_is_taken",
+    ),
+)
+
+NONFINITE, NONFINITE_RUNS = "tests/test_nonfinite.py", "tests/test_nonfinite_runs.py"
+NO_BIT = f"{NONFINITE}::test_a_step_that_is_left_out_changes_no_bit"
+NAMED_WHERE = f"{NONFINITE}::test_what_is_not_finite_is_named_on_every_rank_and_nothing_has_changed"
+
+NUMBERS = (
+    Mutant(
+        "left-out-step-updates",
+        "the device updates weights with a gradient that is not finite",
+        "parallel/optim/adamw.py",
+        "            found_inf=now.found_inf,\n",
+        "            found_inf=0.0 * now.found_inf,\n",
+        f"{NO_BIT}[single-0-fp32-device-fp32]",
+    ),
+    Mutant(
+        "left-out-step-updates-on-the-host",
+        "the flag does not travel to the host with the clip factor",
+        "parallel/optim/adamw.py",
+        "return Step(factor, found_inf.float(), self.lr)",
+        "return Step(factor, 0.0 * found_inf.float(), self.lr)",
+        f"{NO_BIT}[single-0-bf16-host-bf16]",
+    ),
+    Mutant(
+        "left-out-step-is-counted",
+        "the bias correction counts a step that was left out",
+        "parallel/optim/update_counts.py",
+        "        self.total, self._missed = self._before\n",
+        "        pass\n",
+        f"{NO_BIT}[single-0-fp32-device-fp32]",
+    ),
+    Mutant(
+        "loss-not-looked-at",
+        "only the norm decides whether a step updates",
+        "parallel/engine/base.py",
+        "self.lr, found_inf(norm, loss))",
+        "self.lr, found_inf(norm))",
+        f"{NONFINITE}::test_a_loss_that_is_not_finite_stops_a_step_whose_gradient_is",
+    ),
+    Mutant(
+        "scale-without-a-floor",
+        "the loss scale falls for ever, and no step is ever told to be not finite",
+        "parallel/optim/loss_scale.py",
+        "return self.is_dynamic and self.scale > LOWEST",
+        "return self.is_dynamic",
+        f"{NONFINITE}::test_an_overflow_of_fp16_is_the_scales_business_until_the_scale_is_one",
+    ),
+    Mutant(
+        "receiver-of-a-weight-named",
+        "the rank is named that has gathered a weight, and not the one that it came from",
+        "parallel/modules/first_not_finite.py",
+        "found.time, not found.is_own, found.rank",
+        "found.time, found.is_own, found.rank",
+        f"{NAMED_WHERE}[dp2-3-fp32-weight-1]",
+    ),
+    Mutant(
+        "later-stage-first",
+        "a stage that has received what is not finite is named",
+        "parallel/modules/first_not_finite.py",
+        "-found.stage if is_backward else found.stage",
+        "found.stage if is_backward else -found.stage",
+        f"{NAMED_WHERE}[pp2-0-fp32-data-0]",
+    ),
+    Mutant(
+        "saved-without-a-look",
+        "weights that are not finite are saved over those that are",
+        "training/checkpoints.py",
+        '        engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)\n',
+        "",
+        f"{NONFINITE_RUNS}::test_a_row_that_no_token_uses_is_seen_when_it_is_to_be_saved",
+    ),
+    Mutant(
+        "done-without-a-look",
+        "a run whose weights are not finite is exported and called done",
+        "training/run.py",
+        '        engine.check_finite("The run has not come to a model: nothing is exported.")\n',
+        "",
+        f"{NONFINITE_RUNS}::test_a_row_that_no_token_uses_is_seen_when_it_is_to_be_saved",
+    ),
+    Mutant(
+        "row-of-leavings-forgotten",
+        "a checkpoint forgets how many steps were left out",
+        "parallel/optim/left_out.py",
+        '("steps", "in_a_row"))',
+        '("steps", "steps"))',
+        f"{NONFINITE}::test_ten_steps_in_a_row_end_the_run_and_an_update_begins_the_count_anew",
+    ),
+    Mutant(
+        "marked-for-ever",
+        "what is marked does not enter the history",
+        "training/outliers.py",
+        "            history.append(value)\n",
+        "            history.extend([value] * (key not in marked))\n",
+        f"{NONFINITE_RUNS}::test_a_level_that_has_changed_for_good_is_marked_a_few_times_and_not_for_ever",
     ),
 )
 
@@ -2285,6 +2380,123 @@ WATCHED = (
     ),
 )
 
+HOSTILE_FILES = (
+    Mutant(
+        "pipe-opened",
+        "a pipe in place of a file is waited for",
+        "parallel/regular_file.py",
+        "    if kind != stat.S_IFREG:\n",
+        "    if kind not in (stat.S_IFREG, stat.S_IFIFO):\n",
+        "tests/test_regular_file.py::test_what_is_no_regular_file_is_refused_before_it_is_opened[a pipe]",
+    ),
+    Mutant(
+        "replaced-file-not-looked-at",
+        "a pipe that takes the name of a file between the look and the opening is read",
+        "parallel/regular_file.py",
+        "            _check(file, os.fstat(descriptor), error)  # another one may have its name by now\n",
+        "",
+        "tests/test_regular_file.py::test_a_file_that_takes_the_name_of_another_one_is_not_opened_for_it",
+    ),
+    Mutant(
+        "shard-outside-of-the-folder",
+        "an index of weights names a file outside of its folder, and it is read",
+        "models/weight_files.py",
+        "    if outside := [name for name in names if name != Path(name).name]:\n",
+        "    if outside := [name for name in names if not name]:\n",
+        "tests/test_hostile_files.py::"
+        "test_hostile_contents_are_refused_and_never_executed[a shard outside of the folder]",
+    ),
+    Mutant(
+        "cached-bytes-not-compared",
+        "a byte that has changed in an entry of the cache is trained on",
+        "models/data/block_sums.py",
+        "        if zlib.crc32(stream.read(BLOCK)) != expected:\n",
+        "        if not zlib.crc32(stream.read(BLOCK)):\n",
+        "tests/test_cache.py::test_a_damaged_entry_is_made_again[_flipped]",
+    ),
+    Mutant(
+        "endless-template",
+        "the rounds of a chat template's loops are not counted",
+        "models/chat_limits.py",
+        "        self._rounds += rounds\n",
+        "        self._rounds = rounds\n",
+        "tests/test_hostile_files.py::"
+        "test_hostile_contents_are_refused_and_never_executed[a chat template without end]",
+    ),
+)
+
+KILLED = "tests/test_kills.py::test_a_killed_run_goes_on_bit_for_bit[{}]"
+KILLS = (
+    Mutant(
+        "last-save-left-unsettled",
+        "a run that is killed after its last save keeps more checkpoints than it should",
+        "training/run.py",
+        "    checkpoints.settle()\n",
+        "",
+        KILLED.format("one rank, validated"),
+    ),
+    Mutant(
+        "replaced-checkpoint-settled",
+        "a run that goes on from a checkpoint which was being replaced deletes it",
+        "parallel/checkpoint/checkpoint.py",
+        "    return STEP_FOLDER.fullmatch(folder.name) is not None\n",
+        "    return True\n",
+        "tests/test_kills.py::test_a_run_without_steps_left_leaves_the_only_whole_checkpoint_where_it_is",
+    ),
+    Mutant(
+        "loss-scale-not-resumed",
+        "a run in fp16 that goes on skips steps again until its loss scale has come down",
+        "parallel/optim/left_out.py",
+        'self.loss_scale.scale, self.loss_scale.good_steps = state["loss_scale"], int(state["good_steps"])',
+        "pass",
+        KILLED.format("fp16 with overflows"),
+    ),
+)
+
+ENDS_TEST = "tests/test_ends.py"
+ENDS = (
+    Mutant(
+        "signal-before-a-save-ends",
+        "a run that a signal ends is not saved where no checkpoint is due",
+        "training/loop.py",
+        " or number is not None:",
+        ":",
+        f"{ENDS_TEST}::test_a_run_that_a_signal_ends_goes_on_as_if_nothing_had_been",
+    ),
+    Mutant(
+        "evaluation-cut-is-not-made-again",
+        "the validation loss of the step at which a signal came is missing for ever",
+        "training/loop.py",
+        "        best.unevaluated = line\n",
+        "        pass\n",
+        f"{ENDS_TEST}::test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_first",
+    ),
+    Mutant(
+        "same-signal-twice-ends-at-once",
+        "a Ctrl-C that a launcher repeats ends a run without a checkpoint",
+        "parallel/engine/stop_signals.py",
+        "now - self._first_came > SECONDS_OF_ONE and",
+        "",
+        f"{ENDS_TEST}::test_a_second_signal_ends_at_once_and_one_within_a_second_is_the_same",
+    ),
+    Mutant(
+        "own-folder-by-its-name-alone",
+        "a run that is started again goes on from what an older run has left in its folder",
+        "training/attempt.py",
+        """return "auto" if start.has_saved else start.resumed_from or None""",
+        """return "auto\"""",
+        f"{ENDS_TEST}::test_a_later_attempt_begins_at_its_own_checkpoint_and_else_as_the_first_one_did",
+    ),
+    Mutant(
+        "hosts-that-change-end-a-run",
+        "a run is not started again after a host has come or gone, since torchrun sent it SIGTERM",
+        "parallel/watch/history.py",
+        "code > SIGNALLED and attempt == self._attempt",
+        "False",
+        f"{ENDS_TEST}::test_a_later_attempt_learns_of_a_decision_but_not_of_a_signal_by_which_hosts_have_changed",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2332,7 +2544,11 @@ MUTANTS = (
     *ATTACKED_DATA,
     *SEEN_AND_GENERATED,
     *INTEGRITY,
+    *NUMBERS,
     *SAVED_BEHIND,
     *NO_ROOM,
     *WATCHED,
+    *HOSTILE_FILES,
+    *KILLS,
+    *ENDS,
 )

@@ -36,8 +36,8 @@ JOBS = min(8, os.cpu_count() or 1)
 OWN = ("tests", "parallel", "models", "training", "colonnade", "launch")
 IMPORTED_ONCE = ("pytest", "torch._dynamo", "transformers.models.opt.modeling_opt")
 
-# A failed comparison with a message, or a refusal of a plan or a config, in a traceback.
-NAMED = re.compile(r"(\w+\.)*(AssertionError|PlanError|ConfigError|ModelError): .+")
+# A failed comparison with a message, or a refusal of a plan, a config or numbers, in a traceback.
+NAMED = re.compile(r"(\w+\.)*(AssertionError|PlanError|ConfigError|ModelError|NonFiniteError): .+")
 
 
 @dataclass(frozen=True)

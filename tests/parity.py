@@ -227,10 +227,10 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
     engine = engine_of(rank, world_size, raw)
     trace, update = Trace(), engine.optimizer.step
 
-    def observed(factor: Tensor, lr: float) -> None:
+    def observed(factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
         if engine.num_steps == 0:
             trace.gradients = whole(engine, [clipped(chunk, factor) for chunk in engine.chunks])
-        update(factor, lr)
+        update(factor, lr, found_inf)
 
     engine.optimizer.step = observed  # type: ignore[method-assign]
     for batch in batches:

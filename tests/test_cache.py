@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import json
+import math
 import os
 import stat
 import sys
@@ -19,8 +21,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from models.data import Cache, Corpus, load_tokens
-from models.data.cache import ENTRY, Report
+from models.data import Cache, Corpus, block_sums, load_tokens
+from models.data.block_sums import BlockSums, _check_block, check_files, remember
+from models.data.cache import ENTRY, Report, _digest
 from models.data.contents import digest_of_file
 from models.data.documents import ArrayStore, Document, MemoryStore, RowWriter
 from models.data.sources import find_source
@@ -169,7 +172,32 @@ def _null(folder: Path) -> None:
     (folder / ENTRY).write_text("null")
 
 
-@pytest.mark.parametrize("damage", [_cut_off, _changed, _without_starts, _not_json, _null])
+def _flipped(folder: Path) -> None:
+    """Change a bit; size and time of modification stay as they were."""
+    file = folder / "tokens.bin"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _pipe(folder: Path) -> None:
+    (folder / "tokens.bin").unlink()
+    os.mkfifo(folder / "tokens.bin")
+
+
+def _objects(folder: Path) -> None:
+    """Say that an array has Python's objects, whose addresses would be read from the file."""
+    content = json.loads((folder / ENTRY).read_text())
+    content.pop("digest")
+    content["arrays"]["starts"]["dtype"] = "|O"
+    (folder / ENTRY).write_text(json.dumps({**content, "digest": _digest(content)}))
+
+
+DAMAGES = [_cut_off, _changed, _without_starts, _not_json, _null, _flipped, _pipe, _objects]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_again(
     tmp_path: Path, cache: Cache, encoded: list[str], damage: Callable[[Path], None]
 ) -> None:
@@ -179,6 +207,55 @@ def test_a_damaged_entry_is_made_again(
     for _ in range(2):
         assert corpus_of(path, cache).tokens.tolist() == byte_ids("one")
     assert encoded == ["one", "one"]
+
+
+def test_a_byte_that_has_changed_in_a_large_entry_is_noticed_after_the_file_was_written_and_by_chance_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry of 4 blocks is large here, and one of them is looked at where the file is as it was checked."""
+    monkeypatch.setattr(block_sums, "BLOCK", 16)
+    monkeypatch.setattr(block_sums, "WHOLE_TO", 32)
+    monkeypatch.setattr(block_sums, "SAMPLED", 1)
+    (file := tmp_path / "tokens.bin").write_bytes(content := bytes(range(60)))
+    (sums := BlockSums()).update(memoryview(content)[:20])
+    sums.update(memoryview(content)[20:])
+    read: list[int] = []
+
+    def noted(file: Path, number: int, expected: int) -> None:
+        read.append(number)
+        _check_block(file, number, expected)
+
+    monkeypatch.setattr(block_sums, "_check_block", noted)
+
+    def check() -> list[int]:
+        read.clear()
+        check_files(tmp_path, {file: sums.sums()}, lambda fraction: None)
+        return list(read)
+
+    assert len(sums.sums()) == 4
+    assert check() == check() == [0, 1, 2, 3]  # the file has just been written: a change might have the same time
+    remember(tmp_path, [file], before=math.inf)
+    assert {i for _ in range(64) for i in check()} == {0, 1, 2, 3}  # none is left out, but with 4 · (3/4)⁶⁴ < 1e-7
+    assert len(check()) == 1
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        file.write_bytes(content[:-1] + b"x")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"tokens\.bin has other bytes than were written, in its MiB 4"):
+        check()
+
+
+def test_an_entry_that_is_damaged_and_made_again_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = texts_in(tmp_path / "texts", a="one")
+    cache = cache_of({"COLONNADE_CACHE": str(tmp_path / "cache")}, quiet=False)
+    corpus_of(path, cache)
+    _flipped(entries(cache)[0])
+    capsys.readouterr()
+    corpus_of(path, cache)
+    corpus_of(path, cache)
+    said = "".join(capsys.readouterr()).replace("\n", "")
+    assert said.count("is damaged, and is made again") == 1
+    assert str(entries(cache)[0]) in said
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_what_to_set(

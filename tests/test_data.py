@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -315,14 +316,16 @@ def test_validation_is_the_last_samples_once_and_padding_has_no_label(num_valida
 
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
 def test_a_file_that_cannot_be_read_is_named(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, mode: str = "") -> bytes:
-        raise OSError(errno.EACCES, "Permission denied", str(path))
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path) in (text, tokenizer):
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, mode)
 
     text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
     for file in (text, tokenizer):
         file.write_text("{}")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    monkeypatch.setattr(Path, "open", refuse)
+    real = os.open
+    monkeypatch.setattr(os, "open", refuse)
     named = tokenizer if key == "data.tokenizer" else text
     with pytest.raises(DataError, match=rf"{key}: cannot read {named}: Permission denied\."):
         load_tokens(data_config(text, tokenizer=str(tokenizer) if named == tokenizer else "bytes"), VOCAB)

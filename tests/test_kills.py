@@ -9,11 +9,13 @@ import pytest
 
 from tests.harness import run
 from tests.kill_draws import calls_of
-from tests.killed_runs import LARGER, LAYOUTS, assert_same_run, start, start_killed
+from tests.killed_runs import LARGER, LAYOUTS, differences, start, start_killed
 from tests.killer import Kill, calls_folder
+from tests.test_loop import prepared
+from training.run import run_job
 
 KILLS = {
-    "one rank, validated": Kill(0, "settle", 3, in_background=True),  # of the last checkpoint, which is the best
+    "one rank, validated": Kill(0, "_delete_old", 3, in_background=True),  # after the last save
     "ZeRO 1": Kill(1, "ChunkSum.wait", 20),
     "ZeRO 3, validated": Kill(1, "write_files", 2, in_background=True),
     "offloaded": Kill(0, "AdamW.step", 4),
@@ -52,7 +54,23 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert start(layout, tmp_path / "whole") == 0
     assert start_killed(layout, tmp_path / "killed", kill) == 5
     assert start(layout, tmp_path / "killed", "--resume", "auto") == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert differences(tmp_path / "killed", tmp_path / "whole") == []
+
+
+def test_a_run_without_steps_left_leaves_the_only_whole_checkpoint_where_it_is(tmp_path: Path) -> None:
+    """Its save was killed while it replaced a checkpoint of the same step; the newer one was damaged. Neither is
+    deleted before another save has ended.
+    """
+    every, folder = "output.checkpoint_every=3", tmp_path / "run" / "checkpoints"
+    run_job(prepared(tmp_path / "run", every))
+    (folder / "step_000006").rename(folder / ".step_000006.replaced")
+    run_job(prepared(tmp_path / "run", every, resume="auto"))
+    assert (folder / ".step_000006.replaced" / "checkpoint.json").exists()
+    (folder / ".step_000006.replaced").rename(folder / "step_000006")
+    (folder / "step_000006" / "rank_00000.safetensors").write_bytes(b"")
+    run_job(prepared(tmp_path / "run", every, "train.steps=3", resume="auto"))
+    assert (folder / ".step_000006.damaged").exists()
+    assert (folder / "step_000003" / "checkpoint.json").exists()
 
 
 PHASES = {
@@ -94,4 +112,4 @@ def test_a_run_that_is_killed_in_every_phase_goes_on_bit_for_bit(name: str, tmp_
             print(f"{name}: {kill}", flush=True)
             assert start_killed(layout, tmp_path / "killed", kill, more=longer) == 5
     assert start(layout, tmp_path / "killed", "--resume", "auto", more=longer) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert differences(tmp_path / "killed", tmp_path / "whole") == []

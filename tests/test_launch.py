@@ -435,7 +435,7 @@ def test_a_rank_that_alone_lacks_room_prints_so_itself(
 ) -> None:
     """Rank 0 cannot print it: it waits for the other rank until it is ended. What every rank raises, rank 0 prints."""
 
-    def fail(job: object, watch: object, *, attempt: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise kind("zero.nvme_dir: no room")
 
     monkeypatch.setattr("training.run.run_job", fail)

@@ -33,10 +33,10 @@ def held(rank: int, world_size: int, raw: Raw, model: str) -> tuple[int, int, di
     found: dict[str, int] = {}
     update = engine.optimizer.step
 
-    def counted(factor: Tensor, lr: float) -> None:
+    def counted(factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
         totals = [x for c in engine.chunks for x in (c.gradient.total, c.gradient.accumulator.buffer)]
         found["gradients"] = sum(x.untyped_storage().nbytes() for x in totals if x is not None)
-        update(factor, lr)
+        update(factor, lr, found_inf)
 
     engine.optimizer.step = counted  # type: ignore[method-assign]
     step(engine)

@@ -180,13 +180,13 @@ def train_by_engine(rank: int, world_size: int, raw: Raw, model: str, optimizer:
     engine.train()
     trace, inner = Trace(), engine.optimizer.step
 
-    def observed(factor: Tensor, lr: float) -> None:
+    def observed(factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
         if engine.num_steps == 0:
             infos = [info for chunk in engine._trained for info in chunk.infos]
             arrived = dict(zip(infos, engine._gradients.arrived().tolist(), strict=True))
             found = whole(engine, [_gradient(chunk, factor) for chunk in engine.chunks])
             trace.gradients = {info.name: found[info.name] for info, flag in arrived.items() if flag}
-        inner(factor, lr)
+        inner(factor, lr, found_inf)
 
     engine.optimizer.step = observed  # type: ignore[method-assign]
     for step, parts in enumerate(batches()):

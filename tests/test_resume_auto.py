@@ -256,9 +256,8 @@ def test_a_strange_value_anywhere_in_the_metadata_is_refused_or_read_but_never_b
         try:
             Inputs.of(inputs.given, inputs.corpus, find_start(inputs.config, str(newest)))
             SavedModel.of(Index.read(newest))
-        except (CheckpointError, ConfigError) as error:
+        except (CheckpointError, ConfigError):  # the second is of the steps that a changed config would take
             refused += 1
-            assert str(error).isprintable() or isinstance(error, ConfigError)  # noqa: PT017
     assert refused > 100
 
 

@@ -125,10 +125,10 @@ def bytes_of_a_rank(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dic
     assert isinstance(optimizer, AdamW)
     update = optimizer.step
 
-    def counted(factor: Tensor, lr: float) -> None:
+    def counted(factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
         totals = [x for c in engine.chunks for x in (c.gradient.total, c.gradient.accumulator.buffer)]
         held["gradients"] = sum(x.untyped_storage().nbytes() for x in totals if x is not None)
-        update(factor, lr)
+        update(factor, lr, found_inf)
 
     engine.optimizer.step = counted  # type: ignore[method-assign]
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))

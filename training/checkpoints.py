@@ -11,7 +11,7 @@ from parallel.engine.engine import Engine
 from parallel.errors import ColonnadeError, LostRankError, SignalError
 from parallel.mesh.collectives import gather_objects
 from parallel.placement.save_room import SaveRoom, tightest
-from training.best_loss import BestLoss
+from training.history import History
 from training.preflight import Job
 from training.preview import saves_in_background
 from training.resume import metadata_of
@@ -26,22 +26,24 @@ class Checkpoints:
     Every rank calls each method, after the same step.
     """
 
-    def __init__(self, engine: Engine, job: Job, best: BestLoss, on_saved: Callable[[int, Path], None]) -> None:
-        self.engine, self.job, self.best, self._on_saved = engine, job, best, on_saved
+    def __init__(self, engine: Engine, job: Job, history: History, on_saved: Callable[[int, Path], None]) -> None:
+        self.engine, self.job, self.history, self._on_saved = engine, job, history, on_saved
 
     def save(self, step: int) -> Path:
         """Save the state after this step, and return the folder that the checkpoint will have.
 
-        It is complete then where a signal asks for the end of the run.
+        It is complete then where a signal asks for the end of the run. Raises NonFiniteError, before anything is
+        written, where a weight or a state of the optimizer is not finite.
         """
-        engine, best = self.engine, self.best
+        engine = self.engine
         output, target = engine.config.output, checkpoint.step_folder(self.job.folder.path, step)
         waits = not output.checkpoint_async or engine.stop_signal is not None
         self.finish()
+        engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)
         engine.save(
             engine.state_pieces(owned=True),
             checkpoint.Target(target, output.keep_checkpoints, self._best_folder()),
-            metadata_of(engine.config, engine.counters(), self.job.corpus, best),
+            metadata_of(engine.config, engine.counters(), self.job.corpus, self.history),
             wait=waits,
         )
         if waits:
@@ -51,15 +53,19 @@ class Checkpoints:
     def settle(self) -> None:
         """Do what a kill may have kept the last save from, where the run goes on from the newest of its checkpoints.
 
-        If no step is left, no other save would do it: `best` would name an older one, and too many would be kept.
+        If no step is left, no other save would do it: `best` would name an older one, and too many would be kept. Where
+        newer ones were passed over, all stays as it is until the next save.
         """
-        found, output = self.job.resume_from, self.engine.config.output
-        if found is None or not self.job.folder.resumed or not (output.checkpoint_every or output.keep_best):
+        inputs, output = self.job.inputs, self.engine.config.output
+        found = inputs.found
+        if found is None or found.passed_over or inputs.given.resume != "auto":
             return
-        with fail_together(self.engine.mesh.world):
-            if self.engine.mesh.world.rank == 0 and checkpoint.is_newest(found):
-                best = self._best_folder() or checkpoint.best_checkpoint(self.job.folder.path)
-                checkpoint.settle(checkpoint.Target(found, output.keep_checkpoints, best))
+        folder, is_rank_0 = found.index.folder, self.engine.mesh.world.rank == 0
+        if checkpoint.has_its_name(folder) and (output.checkpoint_every or output.keep_best):
+            best = self._best_folder() or checkpoint.best_checkpoint(self.job.folder.path)
+            with fail_together(self.engine.mesh.world):
+                if is_rank_0:
+                    checkpoint.settle(checkpoint.Target(folder, output.keep_checkpoints, best))
 
     def look(self) -> None:
         """Tell of the checkpoint that was written in the background, where every rank has written it."""
@@ -102,9 +108,9 @@ class Checkpoints:
 
     def _best_folder(self) -> Path | None:
         """Return the folder of the checkpoint that is kept as the best one, or None."""
-        if not self.engine.config.output.keep_best or not self.best.step:
+        if not self.engine.config.output.keep_best or not self.history.best.step:
             return None
-        return checkpoint.step_folder(self.job.folder.path, self.best.step)
+        return checkpoint.step_folder(self.job.folder.path, self.history.best.step)
 
     def _tell(self, folder: Path | None) -> None:
         if folder is not None:

@@ -49,8 +49,8 @@ def disk_messages(config: Config, *, num_steps: int = 0) -> list[str]:
         return []
     reused = f" beside {size_text(left)} of earlier checkpoints" if left else ""
     return [
-        f"output.dir: checkpoints need {most} × {size_text(size)}, and {size_text(free)} are free in {folder}{reused}:"
-        " a save will end the run where there is no room for it. Try a smaller output.keep_checkpoints"
+        f"output.dir: {most} checkpoints of {size_text(size)} will not fit in the {size_text(free)} free there{reused}:"
+        " try a smaller output.keep_checkpoints"
     ]
 
 

@@ -24,7 +24,9 @@ from parallel.checkpoint.shards import replace_files, replace_folder
 from parallel.checkpoint.verify import verify
 from parallel.config import Config
 from parallel.engine.context import DTYPES, dtype_name
-from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError
+from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataError, NonFiniteError
+from parallel.layout.finite import problem_of
+from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
 from training.inputs import tokenizer_of
 
@@ -63,7 +65,8 @@ def export_checkpoint(saved: SavedModel, target: Path, dtype: str | None = None)
 
     `dtype` is one of DTYPES, by default that of the run's export. This process does it alone, and has one tensor in
     memory at a time. The folder gets its name when it is complete; an earlier export there is replaced. Raises
-    CheckpointError, also where a value is too large for a dtype that was asked for.
+    CheckpointError, also where a value is too large for a dtype that was asked for; NonFiniteError, and leaves an
+    earlier export as it is, where a weight is not finite.
     """
     chosen, messages = _dtype_for(saved, dtype)
     tokenizer = _or_message(lambda: tokenizer_of(saved.config), "no tokenizer", messages)
@@ -71,11 +74,18 @@ def export_checkpoint(saved: SavedModel, target: Path, dtype: str | None = None)
     generation = _or_message(lambda: _generation_of(saved.config), "no generation_config.json", messages)
     is_empty = target.exists() and not any(target.iterdir())  # it may be a mount, or where a shell is: it stays
     with replace_files(target, EVERYTHING, ALONE) if is_empty else replace_folder(target, ALONE) as temporary:
-        tensors = (piece.data.to(chosen) for piece in saved.tensors())
+        tensors = (_checked(piece, saved.folder).data.to(chosen) for piece in saved.tensors())
         export_whole(temporary, tensors, shape=shape, dtype=chosen, tokenizer=tokenizer)
         if generation is not None:
             write_generation_config(temporary, generation, ends=shape.end_tokens, before=saved.shape.end_tokens)
     return chosen, messages
+
+
+def _checked(piece: Piece, folder: Path) -> Piece:
+    """Return the same piece. Raises NonFiniteError where it has a number that is not finite."""
+    if problem := problem_of([piece]):
+        raise NonFiniteError(f"{folder}: {problem}. It is not exported. Name an earlier checkpoint.")
+    return piece
 
 
 def _dtype_for(saved: SavedModel, dtype: str | None) -> tuple[torch.dtype, list[str]]:

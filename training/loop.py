@@ -1,9 +1,9 @@
 """The training loop: steps, evaluation, and checkpoints when they are due. Callbacks are told of each."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from math import isfinite
 from pathlib import Path
 from signal import Signals
 
@@ -15,6 +15,7 @@ from parallel.engine.stop_signals import code_of
 from parallel.errors import NonFiniteError, SignalError
 from training.best_loss import BestLoss
 from training.callbacks import Callbacks
+from training.history import History
 from training.metrics import Meter, MetricsLine
 
 
@@ -24,37 +25,48 @@ def fit(
     *,
     callbacks: Callbacks,
     save: Callable[[int], Path],
-    best: BestLoss,
+    history: History,
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Train from the engine's last step to `train.steps`, or until early stopping ends the run before.
 
-    Every rank does the same, in the same order. `save` saves the checkpoint of a step, or begins to. `best` takes in
-    the loss of the validation samples, if there are any, which is computed every `eval_every` steps and after the last
-    step. Each step, counted from 1, runs inside the context that `around_step` returns.
+    Every rank does the same, in the same order. `save` saves the checkpoint of a step, or begins to. The `history`
+    takes in the numbers of each step, and the loss of the validation samples, if there are any, which is computed every
+    `eval_every` steps and after the last step. Each step, counted from 1, runs inside the context that `around_step`
+    returns.
 
     The seconds of a step are those of its data, forwards, backwards and update, without evaluation, checkpoints and
-    callbacks. Raises NonFiniteError, on every rank, after a step whose loss or norm is not finite; SignalError, on
-    every rank, after a step in which a signal has asked for the end.
+    callbacks. Raises NonFiniteError, on every rank, after a step or an evaluation whose numbers are not finite, of
+    which the callbacks have been told; SignalError, on every rank, after a step in which a signal has asked for the
+    end.
     """
     config = engine.config
     meter = Meter(config, engine.mesh.world.size, engine.mesh.device, loader.corpus.num_training)
     end_if_asked(engine)
-    if best.unevaluated is not None:
-        finish_step(engine, loader, line=dict(best.unevaluated), callbacks=callbacks, save=save, best=best)
-    while engine.num_steps < config.train.steps and not ends_early(config, best):
+    if history.best.unevaluated is not None:
+        line = dict(history.best.unevaluated)
+        finish_step(engine, loader, line=line, callbacks=callbacks, save=save, best=history.best)
+    while engine.num_steps < config.train.steps and not ends_early(config, history.best):
         with around_step(engine.num_steps + 1):
             started = time.perf_counter()
             engine.stopwatch.mark("data")
-            result = engine.train_step(loader.training(engine.num_samples))
+            try:
+                result = engine.train_step(loader.training(engine.num_samples))
+            except NonFiniteError as error:
+                seconds, failed = time.perf_counter() - started, of_failed(error, engine)
+                callbacks.on_step(meter.line(engine.num_steps, failed, seconds, samples=engine.num_samples))
+                raise
             seconds = time.perf_counter() - started
         line = meter.line(engine.num_steps, result, seconds, samples=engine.num_samples)
-        if problem := not_finite(result):
-            callbacks.on_step(line)
-            raise NonFiniteError(
-                f"step {engine.num_steps}: {problem}. No checkpoint of it is kept. Try a smaller optimizer.lr."
-            )
-        finish_step(engine, loader, line=line, callbacks=callbacks, save=save, best=best)
+        history.outliers.take(line)
+        finish_step(engine, loader, line=line, callbacks=callbacks, save=save, best=history.best)
+
+
+def of_failed(error: NonFiniteError, engine: Engine) -> StepResult:
+    """Return the result of a step that has ended by this error."""
+    loss = math.nan if error.loss is None else error.loss
+    count = engine.left_out.total
+    return StepResult(loss, error.grad_norm, engine.lr, tokens=0, skipped=True, nonfinite_steps=count)
 
 
 def end_if_asked(engine: Engine) -> None:
@@ -79,7 +91,7 @@ def finish_step(
     evaluation: the run that goes on from this checkpoint evaluates first, and reports the step then.
     """
     output, step, saved, is_best = engine.config.output, engine.num_steps, None, False
-    if is_evaluated(engine, loader, best) and not evaluate(engine, loader, line):
+    if is_evaluated(engine, loader, best) and not evaluate(engine, loader, line, callbacks):
         best.unevaluated = line
     else:
         best.unevaluated = None
@@ -101,10 +113,17 @@ def is_evaluated(engine: Engine, loader: Loader, best: BestLoss) -> bool:
     return bool(loader.corpus.num_validation) and is_now
 
 
-def evaluate(engine: Engine, loader: Loader, line: MetricsLine) -> bool:
-    """Add `validation_loss` to the line of a step; return False, without it, if a signal has asked for the end."""
+def evaluate(engine: Engine, loader: Loader, line: MetricsLine, callbacks: Callbacks) -> bool:
+    """Add `validation_loss` to the line of a step; return False, without it, if a signal has asked for the end.
+
+    Raises NonFiniteError, and has told the callbacks of the step then, where the loss is not finite.
+    """
     batches = BatchesUntilSignal(engine, loader.validation())
-    loss = engine.evaluate(batches)
+    try:
+        loss = engine.evaluate(batches)
+    except NonFiniteError:
+        callbacks.on_step(line)
+        raise
     if batches.are_cut:
         return False
     line["validation_loss"] = loss
@@ -141,12 +160,6 @@ def ends_early(config: Config, best: BestLoss) -> bool:
     """Return whether `train.early_stopping` ends the run: too many evaluations in a row were not the lowest."""
     stopping = config.train.early_stopping
     return stopping is not None and best.evaluations_since >= stopping.patience
-
-
-def not_finite(result: StepResult) -> str:
-    """Return which number of a step is not finite, or an empty string. A skipped step of fp16 has no norm."""
-    numbers = {"the loss": result.loss, "the gradient's norm": result.grad_norm}
-    return " and ".join(f"{name} is {x}" for name, x in numbers.items() if x is not None and not isfinite(x))
 
 
 def is_due(step: int, every: int) -> bool:

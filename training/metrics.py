@@ -1,6 +1,6 @@
 """The metrics of a step: what it did and what it cost. metrics.jsonl has a line of JSON for each."""
 
-import json
+import os
 import re
 import resource
 import sys
@@ -15,6 +15,8 @@ from models.costs import flops_per_token
 from models.shapes import shape_of
 from parallel.config import Config
 from parallel.engine.base import StepResult
+from parallel.errors import ConfigError
+from parallel.regular_file import open_regular, parse_json, with_key
 
 MetricsLine: TypeAlias = dict[str, Any]
 
@@ -38,17 +40,19 @@ class Meter:
     """Computes the metrics of a step from its result and its seconds.
 
     `step` counts from 1. `loss` is the loss before the update, the mean over the labels of the step; `grad_norm` is
-    the norm of the gradient before clipping, and `lr` the learning rate of the update. `skipped` is true where an fp16
-    gradient overflowed and nothing was updated; then `grad_norm` is null. `tokens` are all tokens of the run so far,
-    padding included, and `tokens_per_second` those of this step, on all devices, divided by `step_seconds`. `epoch` is
-    the number of passes over the `num_training` samples, with a fraction; null where these are not known.
+    the norm of the gradient before clipping, and `lr` the learning rate of the update. `skipped` is true where nothing
+    was updated, since an fp16 gradient overflowed or a number was not finite; then `grad_norm` is null.
+    `nonfinite_steps` counts the steps so far with a number that was not finite, without fp16's overflows. `tokens` are
+    all tokens of the run so far, padding included, and `tokens_per_second` those of this step, on all devices, divided
+    by `step_seconds`. `epoch` is the number of passes over the `num_training` samples, with a fraction; null where
+    these are not known.
 
     `tflops` is what each device achieved: the model's TFLOP/s (`flops_per_token`, without recomputation) divided by the
     number of devices. `mfu` is `tflops` divided by the device's bf16 peak, whatever the precision, and null where the
     peak is not known. `phases` are the parts of `step_seconds` as this process spent them. `peak_device_bytes` and
     `peak_host_bytes` are of this process too, since it started; with tensor_placement_policy="auto" those of the device
-    are since the last placement plan was made. After a validation the line also has `validation_loss`, which the run
-    adds.
+    are since the last placement plan was made. After a validation the line also has `validation_loss`, and where loss
+    or norm is far from those before it `outliers`, their names, both of which the run adds.
     """
 
     config: Config
@@ -78,6 +82,7 @@ class Meter:
             "peak_device_bytes": peak_device_bytes(self.device),
             "peak_host_bytes": peak_host_bytes(),
             "skipped": result.skipped,
+            "nonfinite_steps": result.nonfinite_steps,
         }
 
 
@@ -101,8 +106,17 @@ def peak_host_bytes() -> int:
 
 
 def read(path: Path) -> Iterator[MetricsLine]:
-    """Yield the lines of a metrics.jsonl, if there is one. A last line that a crash cut short is left out."""
-    text = path.read_text() if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    """Yield the lines of a metrics.jsonl, if there is one. A last line that a crash cut short is left out.
+
+    Raises ConfigError for a line that no run has written.
+    """
+    if not os.path.lexists(path):
+        return
+    error = with_key(ConfigError, "output.dir")
+    with open_regular(path, error) as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                found = parse_json(line, f"{path} line {number}", error)
+                if not isinstance(found, dict) or type(found.get("step")) is not int:
+                    raise error(f"{path} line {number} is not of a step. Move the file away to go on without it.")
+                yield found

@@ -5,7 +5,7 @@ from pathlib import Path
 from parallel.storage.no_room import naming
 from training.metrics import MetricsLine, read
 
-BLUE, ORANGE = "#2a6fbb", "#e07b00"
+BLUE, ORANGE, RED = "#2a6fbb", "#e07b00", "#c62828"
 SMOOTH_FROM = 30  # steps: the curve of a shorter run is readable as it is
 
 
@@ -30,6 +30,16 @@ def draw_loss(metrics: Path, target: Path) -> bool:
     else:
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="training")
         axes.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, label="training, smoothed")
+    marked = [line for line in lines if "loss" in line.get("outliers", ())]
+    if marked:
+        axes.plot(
+            *_column(marked, "loss"),
+            color=RED,
+            linestyle="none",
+            marker="x",
+            markersize=7,
+            label="far from those before",
+        )
     validated, validation = _column(lines, "validation_loss")
     if validation:
         axes.plot(validated, validation, color=ORANGE, marker="o", markersize=5, linewidth=1, label="validation")

@@ -1,6 +1,7 @@
 """The checks before a run: everything that can be refused is refused before anything is started or touched."""
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from training.disk_room import check_disk, disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
 from training.length import Taken, length_messages, with_steps
 from training.loggers import callbacks_of
+from training.metrics import read as read_metrics
 from training.resume import check_start, find_another, find_start, start_messages
 from training.run_folder import RunFolder
 from training.schedule_messages import schedule_messages
@@ -211,6 +213,8 @@ def check_folder(config: Config, resume_from: Path | None) -> None:
     """Raise ConfigError if the run cannot write in its folder, or reads what it would rename."""
     folder = folder_of(config, resume_from)
     folder.check_writable()
+    if folder.resumed:
+        deque(read_metrics(folder.metrics), maxlen=0)  # its lines are read again when the run starts
     check_not_renamed(config, folder)
 
 

@@ -18,6 +18,7 @@ from parallel.config import Config
 from parallel.engine.counters import check_counters
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError
 from training.best_loss import BestLoss
+from training.history import History
 from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
 
 AUTO = "auto"
@@ -84,7 +85,7 @@ def check_start(found: Found, config: Config, corpus: Corpus) -> None:
         check_counters(found.index)
         check_same_data(folder, metadata, config, corpus)
         list(resume_messages(metadata, config))
-        best_of(found)
+        history_of(found)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ColonnadeError):
             raise
@@ -121,7 +122,7 @@ def check_same_model(index: Index, shape: ModelShape) -> None:
         raise CheckpointError(f"--resume: {index.folder} is of another model: it has {differing}.")
 
 
-def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, best: BestLoss) -> dict[str, Any]:
+def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, history: History) -> dict[str, Any]:
     """Return what a checkpoint says about its run."""
     return {
         "step": counters["step"],
@@ -129,7 +130,8 @@ def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, bes
         "model": fields_of(shape_of(config)),
         "config": config.to_dict(),
         "corpus": corpus_record(corpus),
-        "best": best.state(),
+        "best": history.best.state(),
+        "recent": history.outliers.state(),
     }
 
 
@@ -138,6 +140,10 @@ def counters_of(index: Index) -> dict[str, Any]:
     return {**index.metadata["counters"], "samples": samples_taken(index.metadata)}
 
 
-def best_of(found: Found | None) -> BestLoss:
-    """Return the lowest validation loss that a run had had when it saved this checkpoint."""
-    return BestLoss() if found is None else BestLoss.restored(found.index.metadata.get("best"))
+def history_of(found: Found | None) -> History:
+    """Return the losses that a run had had when it saved this checkpoint."""
+    if found is None:
+        return History()
+    history = History(BestLoss.restored(found.index.metadata.get("best")))
+    history.outliers.restore(found.index.metadata.get("recent"))
+    return history

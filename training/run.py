@@ -34,7 +34,7 @@ from training.loop import ends_early, fit
 from training.metrics_file import MetricsFile
 from training.preflight import Job, modules_of_steps
 from training.preview import preview_of
-from training.resume import best_of, counters_of, set_aside
+from training.resume import counters_of, history_of, set_aside
 from training.screen import Screen
 from training.tracer import Tracer
 
@@ -86,10 +86,11 @@ def run_job(
 def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = ()) -> None:
     """Train to the last step, and leave the metrics, checkpoints, traces, export and plot that the job asks for."""
     engine.placement_manager.log = screen.print
-    world, best = engine.mesh.world, best_of(job.inputs.found)
+    world, history = engine.mesh.world, history_of(job.inputs.found)
+    history.outliers.log = screen.print
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
     tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, say=screen.print)
-    checkpoints = Checkpoints(engine, job, best, callbacks.on_checkpoint)
+    checkpoints = Checkpoints(engine, job, history, callbacks.on_checkpoint)
     checkpoints.settle()
     if message := checkpoints.prepare():
         screen.print(message)
@@ -107,16 +108,17 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
                 make_loader(engine, job),
                 callbacks=callbacks,
                 save=checkpoints.save,
-                best=best,
+                history=history,
                 around_step=around_step,
             )
-        if ends_early(job.config, best) and engine.num_steps < job.config.train.steps:
-            screen.ended_early(best)
+        if ends_early(job.config, history.best) and engine.num_steps < job.config.train.steps:
+            screen.ended_early(history.best)
+        engine.check_finite("The run has not come to a model: nothing is exported.")
         if engine.config.output.export:
             export_model(engine, job, screen)
         if world.rank == 0:
             plot_loss(job, screen)
-    screen.finish(job.folder, engine.num_steps, best)
+    screen.finish(job.folder, engine.num_steps, history.best)
 
 
 def check_room(context: Context) -> None:
@@ -181,7 +183,10 @@ def run_folder(job: Job, world: Axis, attempt: Attempt) -> Iterator[list[str]]:
 
 
 def make_engine(context: Context, job: Job) -> Engine:
-    """Return an engine before the first step, or in the state that the job's checkpoint has."""
+    """Return an engine before the first step, or in the state that the job's checkpoint has.
+
+    Raises NonFiniteError, on every rank, where a weight or a state that was read is not finite.
+    """
     for name in modules_of_steps(job.config):
         import_module(name)
     found = job.inputs.found
@@ -193,7 +198,10 @@ def make_engine(context: Context, job: Job) -> Engine:
         with fail_together(context.mesh.world):
             found.index.archive.read_into(pieces)
         engine.restore(counters_of(found.index))
+        engine.check_finite(f"It was loaded from {job.resume_from}.", states=True)
         log.info("resumed after step %d, sample %d, from %s", engine.num_steps, engine.num_samples, job.resume_from)
+    elif job.config.model.path is not None:
+        engine.check_finite(f"It was read from model.path {job.config.model.path}, or drawn.")
     return engine
 
 

@@ -1,13 +1,16 @@
 """The folder of a run: the path of everything that it leaves, and how the folder is checked and made."""
 
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from parallel.config import Config
 from parallel.errors import ConfigError
+from parallel.regular_file import check_regular, with_key
 from parallel.storage.no_room import naming
 from training.run_lock import RunLock
 
@@ -61,6 +64,9 @@ class RunFolder:
         for blocked in (self.path, *self.path.absolute().parents):
             if blocked.exists() and not blocked.is_dir():
                 raise ConfigError(f"output.dir: {self.path}: {blocked} is not a folder. Try another output.dir.")
+        for file in self._written() if self.resumed else ():
+            if os.path.lexists(file):
+                check_regular(file, with_key(ConfigError, "output.dir"))
         if self.lock.is_held():
             raise ConfigError(
                 f"output.dir: a run that has not ended writes in {self.path}. Stop it, or set another output.dir."
@@ -74,6 +80,12 @@ class RunFolder:
                 raise ConfigError(
                     f"output.dir: cannot write in {folder}: {error.strerror}. Try another output.dir."
                 ) from error
+
+    def _written(self) -> Iterator[Path]:
+        """Yield the files of the folder that a resumed run writes to, or replaces."""
+        yield from (self.path / "config.json", self.path / "ended.json", self.plot)
+        yield from (self.metrics, self.metrics.with_name(f".{self.metrics.name}.incomplete"))
+        yield from (self.path / "logs").glob("*")
 
     def make(self, config: Config) -> Path | None:
         """Make the folder with its config.json, and return the new name of an earlier run if there was one.

@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.storage.file_lock import try_to_lock
+from parallel.errors import ConfigError
+from parallel.regular_file import open_regular, with_key
+from parallel.storage.file_lock import open_lock, try_to_lock
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,20 @@ class RunLock:
 
     def is_held(self) -> bool:
         """Return whether a run that has not ended writes in the folder."""
-        try:
-            with self.file.open() as file:  # all ranks may look at once: they share it
-                return not try_to_lock(file, fcntl.LOCK_SH)
-        except FileNotFoundError:
+        if not os.path.lexists(self.file):
             return False
+        try:
+            with open_regular(self.file, with_key(ConfigError, "output.dir")) as file:
+                return not try_to_lock(file, fcntl.LOCK_SH)  # all ranks may look at once: they share it
+        except ConfigError:
+            if os.path.lexists(self.file):
+                raise
+            return False  # that run has ended meanwhile
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock until the `with` statement ends. Raises BlockingIOError if another run holds it."""
-        with self.file.open("w") as file:
+        with open_lock(self.file) as file:
             if not try_to_lock(file):
                 raise self.held_by_another()
             try:

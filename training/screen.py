@@ -107,6 +107,8 @@ class Screen(Callback):
         if self.config.output.eval_every:
             yield "its lowest", str(best)
         yield "samples", f"{samples:,}, {epochs_text(samples / self.num_training)}"
+        if self._last["nonfinite_steps"]:
+            yield "left out", f"{plural(self._last['nonfinite_steps'], 'step')} with a number that was not finite"
         yield "speed", f"{self._tokens / self._seconds:,.0f} tokens/s"
         yield "time", duration(time.monotonic() - self._began)
 

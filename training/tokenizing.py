@@ -61,6 +61,10 @@ class TokenizingScreen(CacheObserver):
             took = f" in {seconds:.0f} s" if seconds >= SECONDS_WITHOUT_WORD else ""
             print_line(self._console, f"{source.key}: {len(tokens):,} tokens encoded{took}, kept in {folder} ({size})")
 
+    def damaged(self, source: Source, folder: Path) -> None:
+        self.stop()
+        print_line(self._console, f"{source.key}: {folder} is damaged, and is made again")
+
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()  # it shows the cursor again

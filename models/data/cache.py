@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -21,14 +22,17 @@ from uuid import uuid4
 
 import numpy as np
 
+from models.data.block_sums import BlockSums, check_files, remember
 from models.data.contents import digest_of_file
 from models.data.documents import Array, ArrayStore, MemoryStore
 from models.data.sources import Source
 from parallel.errors import DataError
-from parallel.storage.file_lock import excludes_others, try_to_lock
+from parallel.regular_file import check_regular, read_json
+from parallel.storage.file_lock import excludes_others, open_lock, try_to_lock
 
-VERSION = 1
+VERSION = 2
 ENTRY = "entry.json"
+MOST_BYTES = 1 << 24
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -56,6 +60,9 @@ class CacheObserver:
     def finish(self, source: Source, entry: CacheEntry, folder: Path) -> None:
         """Note that an entry was made, and where it is kept."""
 
+    def damaged(self, source: Source, folder: Path) -> None:
+        """Note that the entry in a folder is damaged, and is made again."""
+
     def stop(self) -> None:
         """Note that the work has ended, however it did."""
 
@@ -80,10 +87,16 @@ class Cache:
 
     def _entry(self, source: Source, key: Mapping[str, Any], work: Work) -> CacheEntry:
         folder = self.folder / "entries" / self._name(source, key)
-        if (entry := read_entry(folder)) is not None:
+
+        def report_check(fraction: float) -> None:
+            self.observer.advance(source, fraction, 0)
+
+        if (entry := read_entry(folder, report_check)) is not None:
             return entry
         with self._locked(folder, source) as lock:
-            if (entry := read_entry(folder)) is None:
+            if (entry := read_entry(folder, report_check)) is None:
+                if folder.exists():
+                    self.observer.damaged(source, folder)
                 entry = self._make(folder, work, lock, self._reporter(source, lock))
         self.observer.finish(source, entry, folder)
         return entry
@@ -106,7 +119,7 @@ class Cache:
         """Hold the lock of an entry until the `with` statement ends; wait for it where another process has it."""
         with _naming(self.folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = folder.with_suffix(".lock").open("a+")
+            lock = open_lock(folder.with_suffix(".lock"))
         with lock:
             while not self._is_locked(lock):
                 self.observer.advance(source, *_reported(lock))
@@ -152,7 +165,7 @@ class Cache:
                 _move(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        entry = read_entry(folder)
+        entry = read_entry(folder, None)
         assert entry is not None, f"{folder} was written and cannot be read"
         return entry
 
@@ -173,14 +186,17 @@ class FileStore:
         self._folder, self._cache = folder, cache
         self._files: dict[str, IO[bytes]] = {}
         self._arrays: dict[str, dict[str, Any]] = {}
+        self._sums: dict[str, BlockSums] = {}
 
     def append(self, name: str, values: Array) -> None:
         with _naming(self._cache):
             if name not in self._files:
                 self._files[name] = (self._folder / f"{name}.bin").open("wb")
                 self._arrays[name] = {"dtype": values.dtype.newbyteorder("<").str, "length": 0}
-            dtype = np.dtype(self._arrays[name]["dtype"])
-            self._files[name].write(np.ascontiguousarray(values, dtype).data)
+                self._sums[name] = BlockSums()
+            content = np.ascontiguousarray(values, np.dtype(self._arrays[name]["dtype"])).view(np.uint8).data
+            self._files[name].write(content)
+            self._sums[name].update(content)
         self._arrays[name]["length"] += len(values)
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
@@ -189,32 +205,44 @@ class FileStore:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        content = {"arrays": self._arrays, "metadata": dict(metadata)}
+        arrays = {name: {**array, "sums": self._sums[name].sums()} for name, array in self._arrays.items()}
+        content = {"arrays": arrays, "metadata": dict(metadata)}
         with (self._folder / ENTRY).open("w", encoding="utf-8") as entry:
             json.dump({**content, "digest": _digest(content)}, entry)
             entry.flush()
             os.fsync(entry.fileno())
+        remember(self._folder, [Path(file.name) for file in self._files.values()], before=math.inf)
         _sync(self._folder)
 
 
-def read_entry(folder: Path) -> CacheEntry | None:
-    """Return the entry in a folder; None where there is none, or a file of it is missing or of another size."""
+def read_entry(folder: Path, report: Callable[[float], None] | None) -> CacheEntry | None:
+    """Return the entry in a folder; None where there is none, or a file is missing, of another size, or damaged.
+
+    The contents of files are checked where there is a `report`, which is told which share of that is done.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads((folder / ENTRY).read_bytes())
+        content = read_json(folder / ENTRY, DataError, at_most=MOST_BYTES)
         if content.pop("digest") == _digest(content):
+            sums = {folder / f"{name}.bin": array.pop("sums") for name, array in content["arrays"].items()}
             arrays = {name: _map(folder / f"{name}.bin", **array) for name, array in content["arrays"].items()}
+            if report is not None:
+                check_files(folder, sums, report)
             return CacheEntry(arrays, content["metadata"])
     return None
 
 
+def _silent(fraction: float) -> None:
+    """Report nothing."""
+
+
 def _move(part: Path, folder: Path) -> None:
     """Rename an entry that is whole, unless another process has made it meanwhile."""
-    if read_entry(folder) is None:
+    if read_entry(folder, _silent) is None:
         shutil.rmtree(folder, ignore_errors=True)  # it is damaged
         try:
             part.rename(folder)
         except OSError:
-            if read_entry(folder) is None:
+            if read_entry(folder, _silent) is None:
                 raise
         _sync(folder.parent)
 
@@ -223,13 +251,16 @@ def _reported(lock: IO[str]) -> tuple[float, int]:
     """Return what the process that holds a lock last reported."""
     with suppress(OSError, ValueError):
         lock.seek(0)
-        fraction, num_tokens = lock.read().split()
+        fraction, num_tokens = lock.read(100).split()
         return float(fraction), int(num_tokens)
     return 0.0, 0
 
 
 def _map(file: Path, dtype: str, length: int) -> Array:
-    """Return the array of a file. Raises ValueError where the file has another size."""
+    """Return the array of a file. Raises ValueError where the file has another size, or the array has no numbers."""
+    check_regular(file, DataError)
+    if np.dtype(dtype).kind not in "iub" or type(length) is not int or length < 0:
+        raise ValueError(f"{file} is said to have {length!r} of {dtype}")
     size = length * np.dtype(dtype).itemsize
     if file.stat().st_size != size:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, and not {size}")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO
 
 from parallel.errors import DataError
-from parallel.storage.file_lock import try_to_lock
+from parallel.regular_file import check_regular, read_json, with_key
+from parallel.storage.file_lock import open_lock, try_to_lock
 
-AT_ONCE = 1 << 22  # bytes
+AT_ONCE, MOST_BYTES = 1 << 20, 1 << 16  # bytes, of a file and of what is remembered of one
 REMEMBERED_FROM = 1 << 24  # bytes: a smaller file is read again as fast as it is looked up
 SECONDS_OF_A_TICK = 2.0
 """The seconds in which a file system may give two changes of a file the same time."""
@@ -27,10 +28,11 @@ def digest_of_file(file: Path, key: str, cache: Path, report: Callable[[float], 
     size and the modification time of this one. One process reads the file, and others wait. Raises DataError, with the
     config's key, where it cannot be read.
     """
+    check_regular(file, with_key(DataError, key), links=True)
     try:
         status = file.stat()
         if status.st_size < REMEMBERED_FROM:
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+            return _read(file, report)
         path = str(file.resolve())
         known = cache / "contents" / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
         identity = [path, *_identity(status)]
@@ -43,7 +45,7 @@ def _read_once(file: Path, known: Path, identity: list[object], report: Callable
     """Return the digest of a file, and remember it where the cache can be written."""
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
-        lock = known.with_suffix(".lock").open("w")
+        lock = open_lock(known.with_suffix(".lock"))
     except OSError:  # it is needed by none but the next run: whoever must write an entry says what is wrong
         return _read(file, report)
     with lock:
@@ -75,8 +77,8 @@ def _is_locked(lock: IO[str]) -> bool:
 
 
 def _remembered(known: Path, identity: list[object]) -> str | None:
-    with suppress(OSError, ValueError):
-        *stored, digest = json.loads(known.read_bytes())
+    with suppress(DataError, TypeError, ValueError):
+        *stored, digest = read_json(known, DataError, at_most=MOST_BYTES)
         if stored == identity and isinstance(digest, str):
             return digest
     return None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from models.weight_files import LFS_POINTER
 from parallel.errors import DataError
+from parallel.regular_file import open_regular, with_key
 
 BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "UTF-8"),
@@ -32,11 +33,8 @@ LONGEST = max(map(len, STARTS))
 
 def start_of(file: Path, key: str) -> bytes:
     """Return the first bytes of a file. Raises DataError, with the config's key, where it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return stream.read(LONGEST)
-    except OSError as error:
-        raise DataError(f"{key}: cannot read {file}: {error.strerror}.") from error
+    with open_regular(file, with_key(DataError, key), links=True) as stream:
+        return stream.read(LONGEST)
 
 
 def packed_as(start: bytes) -> str | None:

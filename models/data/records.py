@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from models.data.file_starts import GZIP, LONGEST, byte_order_mark, packed_as
+from models.data.saved_dataset import load_dataset
 from models.data.sources import Kind, Source
 from models.tokenizer import unwritable
-from parallel.errors import DataError, closest, names_text, shown
+from parallel.errors import DataError, closest, names_text, shown, size_text
+from parallel.regular_file import open_regular, with_key
 
 Record: TypeAlias = Mapping[str, Any]
 
+PART, LONGEST_LINE = 1 << 18, 1 << 28  # bytes of a line that are read at a time, and in all
+MOST_PACKED = 64  # times that a line of more than one part is longer than what it is unpacked from: no text is
+MOST_BLANK = 10**5
 AT_ONCE = 256  # rows of Parquet or of a dataset that are in memory at a time
 LINES_RECIPE = "Write one record on each line: jq -c . FILE > NEW.jsonl (for an array: jq -c '.[]')."
 
@@ -76,13 +82,16 @@ class Records:
 
     def _lines(self, file: Path) -> Iterator[tuple[Record, int, float]]:
         """Yield the records of a file of lines, the number of each line, and the share of the file up to it."""
-        size = max(1, file.stat().st_size)
-        with file.open("rb") as packed, self._unpacked(file, packed) as lines:
-            number = 0
-            while line := self._read(lines.readline, file, number + 1):
+        size, error = max(1, file.stat().st_size), with_key(DataError, self.source.key)
+        with open_regular(file, error, links=True) as packed, self._unpacked(file, packed) as lines:
+            number = blank = 0
+            while line := self._line(lines, packed, f"{file} line {number + 1}"):
                 number += 1
+                blank = blank + 1 if line.isspace() else 0
+                if blank > MOST_BLANK:
+                    raise DataError(f"{self.source.key}: {file} has {blank} empty lines in a row. Take them out.")
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    line = line.removeprefix(BOM_UTF8)
                 if not line.isspace():
                     yield self._record_of(line, f"{file} line {number}"), number, packed.tell() / size
 
@@ -92,7 +101,7 @@ class Records:
         if is_gzip and (first := packed.peek(LONGEST)) and not first.startswith(GZIP):
             raise DataError(f"{key}: {file} is not packed by gzip. Rename it to {file.name.removesuffix('.gz')}.")
         lines = gzip.GzipFile(fileobj=packed) if is_gzip else packed
-        start = self._read(lambda: lines.peek(LONGEST), file, 1)
+        start = self._read(lambda: lines.peek(LONGEST), f"{file} line 1")
         if (kind := packed_as(start)) is not None:
             recipe = f"Rename it to {file.name}.gz." if (kind, is_gzip) == ("gzip", False) else "Unpack or convert it."
             raise DataError(
@@ -105,12 +114,31 @@ class Records:
             raise DataError(f"{key}: {file} line 1 is a list, and not a record {{...}}. {LINES_RECIPE}")
         return lines
 
-    def _read(self, read: Callable[[], bytes], file: Path, number: int) -> bytes:
+    def _line(self, lines: BufferedReader | gzip.GzipFile, packed: BufferedReader, place: str) -> bytes:
+        """Return the next line, part by part: a small file may unpack to one that no memory holds.
+
+        A line that begins as no record does is returned as far as it has been read.
+        """
+        parts, size = [], 0
+        while part := self._read(lambda: lines.readline(PART), place):
+            parts.append(part)
+            size += len(part)
+            if part.endswith(b"\n") or not parts[0].removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
+                break
+            if size > LONGEST_LINE or size > max(PART, MOST_PACKED * packed.tell()):
+                raise DataError(
+                    f"{self.source.key}: {place} is too long for a record: {size_text(size)} of it were read, from"
+                    f" {size_text(packed.tell())} of the file. {LINES_RECIPE}"
+                )
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read(self, read: Callable[[], bytes], place: str) -> bytes:
         try:
             return read()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(
-                f"{self.source.key}: {file} is damaged near line {number}: {error}. Download or pack it again."
+                f"{self.source.key}: {place.replace(' line ', ' is damaged near line ')}: {error}. Download or pack it"
+                " again."
             ) from error
 
     def _record_of(self, line: bytes, place: str) -> Record:
@@ -192,22 +220,6 @@ def _key_hint(record: Record, text_key: str) -> str:
     if match is not None:
         return f" Set data.text_key={match}."
     return " Set data.text_key to one of them." if texts else ""
-
-
-def load_dataset(source: Source) -> Any:
-    """Return the dataset that `datasets.save_to_disk` wrote, mapped from its files."""
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise DataError(f"{source.key}: {source.path} needs the package 'datasets': pip install datasets.") from error
-    if not any(file.suffix == ".arrow" for file in source.files):
-        raise DataError(f"{source.key}: {source.path} is empty: a dataset without rows. Name another one.")
-    try:
-        return datasets.Dataset.load_from_disk(source.path, keep_in_memory=False)
-    except Exception as error:  # a damaged folder raises what its reader meets
-        raise DataError(
-            f"{source.key}: {source.path} is not a folder that datasets.save_to_disk wrote, or is damaged: {error}"
-        ) from error
 
 
 def _import_parquet(source: Source) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from parallel.errors import DataError, closest, names_text
+from parallel.regular_file import check_regular, read_json, with_key
 
 BUILT_IN = "python-docs"
 PATH = "data.path"
+MOST_BYTES = 1 << 24  # of a file that describes others
 
 
 class Kind(StrEnum):
@@ -84,9 +86,7 @@ def find_source(path: str, key: str = PATH) -> Source:
     if path == BUILT_IN:
         other = (f"the built-in {path} is read, not what has its name here: ./{path} names the other",)
         return Source(key, path, Kind.BUILT_IN, messages=other if named.exists() else ())
-    if named.is_symlink() and not named.exists():
-        raise DataError(f"{key}: {path} is a link to {named.readlink()}, which does not exist.")
-    if not named.exists():
+    if not os.path.lexists(named):
         match = closest(named.name.strip(), names_in(named.parent, key))
         hint = f" Did you mean {str(named.with_name(match))!r}?" if match else ""
         raise DataError(f"{key}: {path} does not exist.{hint} Name a {KINDS_TEXT}, or {BUILT_IN!r}.")
@@ -119,8 +119,7 @@ def _kind_of(file: Path, key: str) -> Kind:
     if kind is None:
         recipe = RECIPES.get(file.suffix.lower(), "Rename it, or convert it to one of them.")
         raise DataError(f"{key}: {file} is not of a kind that is read: {', '.join(SUFFIXES)}. {recipe}")
-    if not file.is_file():
-        raise DataError(f"{key}: {file} is not a regular file. Name one.")
+    check_regular(file, with_key(DataError, key), links=True)
     return kind
 
 
@@ -138,14 +137,17 @@ def _saved_dataset(folder: Path, key: str) -> Source | None:
     if "state.json" not in names or "dataset_info.json" not in names:
         return None
     own = (name for name in names if not name.startswith("cache-"))  # `datasets` keeps results of its own beside them
-    files = tuple(folder / name for name in own if (folder / name).is_file())
+    files = tuple(folder / name for name in own if not (folder / name).is_dir())
+    for file in files:
+        check_regular(file, with_key(DataError, key), links=True)
     return Source(key, str(folder), Kind.DATASET, files)
 
 
 def _splits_of(folder: Path) -> list[str]:
     try:
-        return [str(split) for split in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(folder / "dataset_dict.json", DataError, at_most=MOST_BYTES, links=True)
+        return [str(split) for split in content["splits"]]
+    except (DataError, KeyError, TypeError):
         return [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
 
 
@@ -167,8 +169,7 @@ def _folder(folder: Path, key: str) -> Source:
             " folder of one kind."
         )
     for name in suffixes:
-        if (file := folder / name).is_symlink() and not file.exists():
-            raise DataError(f"{key}: {file} is a link to {file.readlink()}, which does not exist.")
+        check_regular(folder / name, with_key(DataError, key), links=True)
     _refuse_splits(folder, list(suffixes), key)
     (kind,), read = kinds, " or ".join(f"*{suffix}" for suffix in SUFFIXES if suffix in suffixes.values())
     others = [name for name in names if name not in suffixes]
@@ -179,8 +180,7 @@ def _folder(folder: Path, key: str) -> Source:
 
 def _suffix_of(file: Path) -> str | None:
     """Return the end of the name of a file that is read, None for another one."""
-    is_file = (file.is_file() or file.is_symlink()) and not file.is_dir()
-    return next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), None) if is_file else None
+    return None if file.is_dir() else next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), None)
 
 
 def _refuse_splits(folder: Path, names: Sequence[str], key: str) -> None:

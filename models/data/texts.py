@@ -10,6 +10,7 @@ from pathlib import Path
 from models.data.file_starts import byte_order_mark, packed_as, start_of
 from models.data.sources import BUILT_IN, Kind, Source
 from parallel.errors import DataError, names_text
+from parallel.regular_file import open_regular, with_key
 
 CHUNK = 1 << 20  # bytes: a file may be larger than the memory
 
@@ -69,32 +70,29 @@ class Texts:
     def _decoded(self, file: Path, skipped: int, encoding: str) -> Iterator[tuple[str, int]]:
         """Yield the text of a file in chunks, and the number of bytes that have been read with each."""
         decoder, num_read = codecs.getincrementaldecoder(encoding)(), skipped
-        try:
-            with file.open("rb") as stream:
-                stream.seek(skipped)
-                while True:
-                    content = stream.read(CHUNK)
-                    waiting = len(decoder.getstate()[0])
-                    try:
-                        text = decoder.decode(content, final=not content)
-                    except UnicodeDecodeError as error:
-                        at = num_read - waiting + error.start
-                        raise DataError(
-                            f"{self.source.key}: {file} is not {encoding}: byte 0x{error.object[error.start]:02x} at"
-                            f" position {at}. Convert it, as in: iconv -f LATIN1 -t UTF-8."
-                        ) from error
-                    if "\0" in text:
-                        raise DataError(
-                            f"{self.source.key}: {file} is no text: it has a zero byte, near position"
-                            f" {num_read + text.index(chr(0))}. If it is UTF-16 without a byte-order mark, convert it,"
-                            " as in: iconv -f UTF-16LE -t UTF-8."
-                        )
-                    num_read += len(content)
-                    yield text, num_read
-                    if not content:
-                        return
-        except OSError as error:
-            raise DataError(f"{self.source.key}: cannot read {file}: {error.strerror}.") from error
+        with open_regular(file, with_key(DataError, self.source.key), links=True) as stream:
+            stream.seek(skipped)
+            while True:
+                content = stream.read(CHUNK)
+                waiting = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(content, final=not content)
+                except UnicodeDecodeError as error:
+                    at = num_read - waiting + error.start
+                    raise DataError(
+                        f"{self.source.key}: {file} is not {encoding}: byte 0x{error.object[error.start]:02x} at"
+                        f" position {at}. Convert it, as in: iconv -f LATIN1 -t UTF-8."
+                    ) from error
+                if "\0" in text:
+                    raise DataError(
+                        f"{self.source.key}: {file} is no text: it has a zero byte, near position"
+                        f" {num_read + text.index(chr(0))}. If it is UTF-16 without a byte-order mark, convert it,"
+                        " as in: iconv -f UTF-16LE -t UTF-8."
+                    )
+                num_read += len(content)
+                yield text, num_read
+                if not content:
+                    return
 
 
 def built_in_text() -> str:

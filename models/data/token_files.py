@@ -15,6 +15,7 @@ from models.data.file_starts import GZIP, packed_as, start_of
 from models.data.sources import Kind, Source
 from models.tokenizer import Ids
 from parallel.errors import DataError
+from parallel.regular_file import open_regular, printable, with_key
 
 AT_ONCE = 1 << 22  # tokens: a file may be larger than the memory
 COUNTED = 1 << 22  # ids from here on are not counted one by one: no vocabulary has them
@@ -22,6 +23,7 @@ LOOKED_AT, LOOKED_AT_AS_TEXT = 1 << 20, 1 << 12  # ids, and bytes, by which a fi
 UPPER, MANY = 16, 1 << 12  # the upper halves of ids below 2**20; a lower half that only a large vocabulary has
 LLM_C = (20240520, 20240801)  # the first number of token files of llm.c, and of modded-nanogpt
 LLM_C_HEADER = 1024  # bytes
+MOST_NPY_HEADER = 10_000  # bytes, as for numpy
 MEGATRON_INDEX = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
@@ -84,17 +86,32 @@ def starts_after(tokens: Ids, end: int, store: ArrayStore) -> None:
 
 
 def _map_npy(source: Source, file: Path) -> Ids:
+    _check_npy_header(source, file)
     try:
-        tokens: Array = np.lib.format.open_memmap(file, mode="r")
+        with np.errstate(over="ignore"):  # of a shape that cannot be: it is refused
+            tokens: Array = np.lib.format.open_memmap(file, mode="r")
     except OSError as error:
         raise DataError(f"{source.key}: cannot read {file}: {error.strerror}.") from error
-    except ValueError as error:
-        raise DataError(f"{source.key}: {file} is not an array that numpy can memory-map: {error}") from error
+    except Exception as error:  # a header that means nothing makes Python's parser raise a MemoryError, say
+        reason = printable(str(error) or "its header cannot be read")
+        raise DataError(f"{source.key}: {file} is not an array that numpy can memory-map: {reason}") from error
     if tokens.ndim != 1:
         raise DataError(f"{source.key}: {file} has {tokens.ndim} dimensions, {tokens.shape}, not 1. Save it flattened.")
     if not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(f"{source.key}: {file} holds {tokens.dtype}, not token ids. Save it as an integer type.")
     return tokens
+
+
+def _check_npy_header(source: Source, file: Path) -> None:
+    """Raise DataError for a header that says it is long: numpy reads all of it before it looks at the length."""
+    with open_regular(file, with_key(DataError, source.key), links=True) as stream:
+        start = stream.read(len(np.lib.format.MAGIC_PREFIX) + 6)
+    version, length = start[6:7], start[8:10] if start[6:7] == b"\1" else start[8:12]
+    if version and int.from_bytes(length, "little") > MOST_NPY_HEADER:
+        raise DataError(
+            f"{source.key}: {file} is not an array that numpy can memory-map: its header has more than"
+            f" {MOST_NPY_HEADER} bytes."
+        )
 
 
 def _map_bin(source: Source, file: Path, bin_dtype: str) -> Ids:

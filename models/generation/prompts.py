@@ -1,5 +1,6 @@
 """Prompts as a user gives them, by text or in a file, and their tokens."""
 
+import io
 from pathlib import Path
 
 from models.chat import ChatTemplate
@@ -9,7 +10,9 @@ from models.data.sources import LONE_SUFFIXES, find_source
 from models.generation.trained_model import TrainedModel
 from models.tokenizer import Tokenizer
 from parallel.errors import DataError
+from parallel.regular_file import read_input, with_key
 
+MOST_BYTES = 1 << 26
 RECIPE = 'Write one object a line: {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}.'
 
 
@@ -31,10 +34,10 @@ def read_prompts(file: Path) -> list[str | Record]:
 
 
 def _lines(file: Path) -> list[str]:
+    content = read_input(file, with_key(DataError, "--prompts"), at_most=MOST_BYTES)
     try:
-        return file.read_text(encoding="utf-8-sig").split("\n")  # U+2028, say, is a character of a line
-    except OSError as error:
-        raise DataError(f"--prompts: cannot read {file}: {error.strerror}.") from error
+        text = io.IncrementalNewlineDecoder(None, translate=True).decode(content.decode("utf-8-sig"), final=True)
+        return text.split("\n")  # U+2028, say, is a character of a line
     except UnicodeDecodeError as error:
         raise DataError(f"--prompts: {file} is not UTF-8.") from error
 

@@ -1,6 +1,6 @@
 """The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from models.generation_config import carried_ends, end_tokens, exported_shape, r
 from models.hf import check_weights
 from models.initial_values import check_origin, set_initial_values
 from models.layer import Embed
+from models.model_folder import MOST_BYTES
 from models.saved_model import MASTER, SavedModel
 from models.shape import ModelShape
 from models.shapes import from_hugging_face
@@ -27,9 +28,12 @@ from parallel.checkpoint.verify import verify
 from parallel.config import DataConfig
 from parallel.engine.context import Context
 from parallel.engine.inference import Inference
-from parallel.errors import ColonnadeError, DataError
+from parallel.errors import ColonnadeError, DataError, NonFiniteError
+from parallel.layout.finite import problem_of
 from parallel.layout.layout import ParameterInfo
+from parallel.mesh.agreement import Agreement
 from parallel.pipeline.stage import SetValues
+from parallel.regular_file import read_json
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -70,7 +74,8 @@ class TrainedModel:
     def load(self, context: Context) -> Inference:
         """Return the weights of this rank in the layout of a context. Every rank calls this.
 
-        Raises ConfigError, DataError or CheckpointError on every rank.
+        Raises ConfigError, DataError or CheckpointError on every rank; NonFiniteError where a weight is not finite,
+        also because it is too large for the precision.
         """
         set_values = partial(set_initial_values, config=context.config)
         if self.index is not None:
@@ -79,7 +84,12 @@ class TrainedModel:
                 verify(self.index, context.mesh.world)
         else:
             check_origin(context)
-        return inference_of(context, set_values)
+        found = inference_of(context, set_values)
+        pieces = (piece for chunk in found.chunks for piece in chunk.spec.pieces(chunk.parameters.own))
+        problem = problem_of(pieces)
+        problem = problem and f"{self.folder}: {problem}."
+        Agreement(context.mesh.world).agree_on("a check of the weights", problem, NonFiniteError)
+        return found
 
 
 def inference_of(context: Context, set_values: SetValues) -> Inference:
@@ -121,8 +131,8 @@ def find_trained_model(folder: Path, tokenizer: str | None = None) -> TrainedMod
 def _kind(folder: Path) -> str:
     """Return "model" for a Hugging Face directory, "run" for the folder of a run, else "checkpoint"."""
     try:
-        content = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        content = read_json(folder / "config.json", DataError, at_most=MOST_BYTES, links=True)
+    except DataError:
         names_one = folder.name in (checkpoint.BEST, checkpoint.LATEST) and folder.is_file()
         is_checkpoint = names_one or (folder / INDEX).is_file() or any(folder.glob("step_*"))
         is_run = (folder / checkpoint.CHECKPOINTS).is_dir()
@@ -131,14 +141,14 @@ def _kind(folder: Path) -> str:
 
 
 def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         problem = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise DataError(
             f"{folder}: {problem}. Name the export folder of a run, a Hugging Face directory, or a checkpoint."
         )
     shape = from_hugging_face(folder)
     check_weights(folder, shape)
-    raw = json.loads((folder / "config.json").read_bytes())
+    raw = read_json(folder / "config.json", DataError, at_most=MOST_BYTES, links=True)
     stored = str(raw.get("dtype") or raw.get("torch_dtype"))
     ends = end_tokens(read_generation_config(folder), shape)
     found = _tokenizer_beside(folder) if tokenizer is None else load_tokenizer(tokenizer)
@@ -148,7 +158,7 @@ def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
 def _tokenizer_beside(folder: Path) -> Tokenizer:
     """Return the tokenizer of a directory. The byte tokenizer needs no library to be read again."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise DataError(
             f"{folder}: there is no tokenizer.json. Put the one there that the model was trained with, or name it:"
             " --tokenizer DIR."

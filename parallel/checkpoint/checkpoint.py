@@ -123,9 +123,9 @@ def settle(target: Target) -> None:
     _delete_old(folder, target.keep, best)
 
 
-def is_newest(folder: Path) -> bool:
-    """Return whether no folder beside a checkpoint has the name of a later step, whole or not."""
-    return all(step_of(other) <= step_of(folder) for other in _step_folders(folder.parent))
+def has_its_name(folder: Path) -> bool:
+    """Return whether a checkpoint has the name of its step, and not the one that it has while it is replaced."""
+    return STEP_FOLDER.fullmatch(folder.name) is not None
 
 
 def _index(saved: list[list[tuple[str, tuple[SavedPiece, ...]]]], metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,8 @@ class Index:
         found = parse_json(content, str(folder / INDEX), CheckpointError)
         try:
             metadata, sizes, tensors = _parts_of(found)
-            stored = {name: _stored(folder, name, tensor, sizes) for name, tensor in tensors.items()}
+            files = {name: folder / name for name in sizes}
+            stored = {name: _stored(name, tensor, files) for name, tensor in tensors.items()}
             _check_parts(stored, sizes)
         except ValueError as error:
             raise CheckpointError(f"{folder / INDEX} is damaged: {error}.") from error
@@ -133,7 +134,7 @@ def _parts_of(index: Any) -> tuple[Mapping[str, Any], Mapping[str, int], Mapping
     return index["metadata"], index["files"], index["tensors"]
 
 
-def _stored(folder: Path, name: str, tensor: Any, sizes: Mapping[str, int]) -> StoredTensor:
+def _stored(name: str, tensor: Any, files: Mapping[str, Path]) -> StoredTensor:
     """Return a tensor of an index. Raises ValueError unless its parts cover it once and are in files of the index."""
     try:
         shape = tuple(tensor["shape"])
@@ -143,14 +144,14 @@ def _stored(folder: Path, name: str, tensor: Any, sizes: Mapping[str, int]) -> S
     if len(shape) > MOST_DIMS or not all(map(_is_size, shape)) or prod(shape) > MOST_ELEMENTS:
         raise ValueError(f"the shape of {shown(name)} is {shown(shape)}")
     for file, key, box in parts:
-        if not isinstance(file, str) or file not in sizes or not isinstance(key, str):
+        if not isinstance(file, str) or file not in files or not isinstance(key, str):
             raise ValueError(f"{shown(name)} has a part {shown(key)} in {shown(file)}, which is not among its files")
         if len(box) != len(shape) or not all(len(bounds) == 2 and all(map(_is_size, bounds)) for bounds in box):
             raise ValueError(f"{shown(name)} {shape} has a part with the box {shown(box)}")
     boxes: list[Box] = [box for _, _, box in parts]
     if not covered_once(shape, boxes):
         raise ValueError(f"the parts of {shown(name)} {shape} do not cover it exactly once: {shown(boxes)}")
-    return StoredTensor(shape, tuple(StoredPart(folder / file, key, box) for file, key, box in parts))
+    return StoredTensor(shape, tuple(StoredPart(files[file], key, box) for file, key, box in parts))
 
 
 def _check_parts(tensors: Mapping[str, StoredTensor], sizes: Mapping[str, int]) -> None:

@@ -26,7 +26,7 @@ from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.regular_file import check_regular
+from parallel.regular_file import check_regular, open_regular, printable
 from parallel.storage.no_room import disk_error, disk_problem, memory_without_room
 
 DTYPE_NAMES = {  # as a safetensors header has them
@@ -140,7 +140,7 @@ def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
     except OSError as cause:
         raise error(f"cannot read {file}: {cause}.") from cause
     except SafetensorError as cause:
-        raise error(f"{file} is damaged, or not a safetensors file: {cause}.") from cause
+        raise error(f"{file} is damaged, or not a safetensors file: {printable(str(cause))}.") from cause
 
 
 def write_json(file: Path, content: object, *, indent: int | None = 2) -> str:
@@ -187,9 +187,9 @@ def is_ours(file: Path) -> bool:
     """Return whether `write_tensors` wrote a file, by its header; False also for one that cannot be read."""
     start = json.dumps({"__metadata__": METADATA}).encode()[:-1]
     try:
-        with file.open("rb") as content:
+        with open_regular(file, CheckpointError, links=True) as content:
             return content.read(8 + len(start))[8:] == start
-    except OSError:
+    except CheckpointError:
         return False
 
 

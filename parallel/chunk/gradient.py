@@ -31,6 +31,7 @@ class Gradient:
         self.host_buffer: Tensor | None = None  # kept from step to step
         self._is_single = False  # whether the step has one microbatch: then gradients are added only over ranks
         self._squares: Tensor | None = None  # the sum of squares of a total that has left the device
+        self.counted: Tensor | None = None  # what `squares` has returned last
 
     def begin(self, num_microbatches: int) -> None:
         """Begin a step of this number of microbatches, which decides the dtype of the buffer."""
@@ -74,10 +75,12 @@ class Gradient:
 
     def squares(self) -> Tensor:
         """Return the sum of squares, an fp64 scalar, of this rank's part of the norm."""
-        if self._squares is not None:
-            return self._squares
-        assert self.total is not None
-        return self._sum_of_squares(self.total)
+        if self._squares is None:
+            assert self.total is not None
+            self.counted = self._sum_of_squares(self.total)
+            return self.counted
+        self.counted = self._squares
+        return self._squares
 
     def drop(self) -> None:
         """Drop the total after an update has used it. The update overwrites parameters in whose memory it was."""

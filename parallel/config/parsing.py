@@ -1,6 +1,5 @@
 """The entry point for configs: a file or a dict, with overrides, becomes one frozen `Config` or one `ConfigError`."""
 
-import json
 import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,9 @@ from parallel.config.parallel import ParallelConfig
 from parallel.config.reader import MAX_DEPTH, Reader, hints_of
 from parallel.config.sections import Config
 from parallel.errors import ConfigError, closest, either, shortened, shown
+from parallel.regular_file import parse_json, read_input, with_key
 
+MOST_BYTES = 1 << 20  # of a config file
 MOST_ADVISED = 64  # the largest size that is tried for a tensor mode without one
 SUFFIXES = (".py", ".json", "")  # of config files; none: a pipe, such as /dev/stdin
 
@@ -38,13 +39,11 @@ def load_raw(path: str | Path) -> dict[str, Any]:
             f"{name}: a config is a Python file of dicts, or the config.json of a run. In a file that ends in .py write"
             " train = dict(steps=20), parallel = dict(pipeline=2), and so on."
         )
-    try:
-        content = file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with the character NUL
+    if not os.path.lexists(file):
         match = closest(file.name, _files_beside(file))
         hint = f" Did you mean {str(file.with_name(match))!r}?" if match else ""
-        reason = error.strerror if isinstance(error, OSError) else "it is no name of a file"
-        raise ConfigError(f"{name}: cannot read the config: {reason}.{hint}") from error
+        raise ConfigError(f"{name}: cannot read the config: it does not exist.{hint}")
+    content = read_input(file, with_key(ConfigError, "cannot read the config"), at_most=MOST_BYTES)
     return _from_json(file, content) if file.suffix == ".json" else _from_python(file, content)
 
 
@@ -57,12 +56,7 @@ def _files_beside(file: Path) -> list[str]:
 
 
 def _from_json(file: Path, content: bytes) -> dict[str, Any]:
-    try:
-        raw = json.loads(content)
-    except RecursionError as error:
-        raise ConfigError(f"{file}: its values are nested too deep for a config.") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON: {shortened(str(error))}.") from error
+    raw = parse_json(content, str(file), ConfigError)
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: not a config: it holds no sections.")
     return raw

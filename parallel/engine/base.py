@@ -3,9 +3,10 @@
 How gradients are computed is the subclasses' part.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -18,13 +19,16 @@ from parallel.chunk.spec import specs_of
 from parallel.chunk.writes import Writes
 from parallel.config import Config
 from parallel.engine.context import Context
-from parallel.errors import ColonnadeError, ConfigError, ModelError
+from parallel.engine.saved_state import WEIGHTS, kind_of, text_of
+from parallel.errors import ColonnadeError, ConfigError, ModelError, NonFiniteError
+from parallel.layout.finite import are_finite, problem_of
 from parallel.layout.layout import ParameterInfo, Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.notices import Notices
 from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
+from parallel.optim.left_out import LeftOutSteps, Outcome, found_inf, numbers_text
 from parallel.optim.loss_scale import LossScale
 from parallel.optim.lr_schedule import learning_rate
 from parallel.optim.torch_optimizer import TorchOptimizer
@@ -36,14 +40,18 @@ from parallel.storage.transfer import HostCopy, Tier
 
 Optimizer: TypeAlias = AdamW | TorchOptimizer
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StepResult:
     """The result of a step, the same on every rank except for `phases`.
 
     `loss` is the loss before the update, the mean over `tokens` labels. `grad_norm` is the norm before clipping; None
-    where an fp16 gradient overflowed and the update was `skipped`. `lr` is the learning rate of the update. `phases`
-    are the seconds that each phase of the step took on this rank.
+    where the update was `skipped`: an fp16 gradient overflowed, or a number was not finite and `train.nonfinite` is
+    "skip". `lr` is the learning rate of the update. `phases` are the seconds that each phase of the step took on this
+    rank. `nonfinite_steps` counts the steps of the run that were left out so far because of a number that is not
+    finite; fp16's overflows are not among them.
     """
 
     loss: float
@@ -52,6 +60,7 @@ class StepResult:
     tokens: int
     skipped: bool = False
     phases: Mapping[str, float] = field(default_factory=dict, compare=False)
+    nonfinite_steps: int = 0
 
 
 def initial_placement_of(
@@ -119,10 +128,15 @@ class EngineBase:
         copies = initial_placement.save_room.is_enough
         self.saver = Saver(self.mesh, self.chunks, self.notices, Writing(context.place.num_threads, copies))
         self._agreement = Agreement(self.mesh.world, self.notices)
-        self.loss_scale = LossScale.for_precision(self.config.train.precision)
+        self.left_out = LeftOutSteps.of(self.config.train)
         self.num_steps = self.num_updates = 0
         self.writes = Writes(self.chunks, self.mesh.world)
         self.memory_guard = MemoryGuard(self.chunks, optimizer.state_bytes, self.config, mesh=self.mesh, module=module)
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """The factor of the loss, which is 1 unless the precision is fp16."""
+        return self.left_out.loss_scale
 
     @property
     def config(self) -> Config:
@@ -203,10 +217,8 @@ class EngineBase:
 
     def counters(self) -> dict[str, Any]:
         """Return all else that a step changes, as values for JSON: a checkpoint saves them beside `state`."""
-        scale = self.loss_scale
         counts: dict[str, Any] = {"step": self.num_steps, "updates": self.num_updates}
-        counts |= {"loss_scale": scale.scale if scale.is_dynamic else None, "good_steps": scale.good_steps}
-        return counts | {"placement": self.placement_manager.state()}
+        return counts | self.left_out.state() | {"placement": self.placement_manager.state()}
 
     def restore(self, counters: Mapping[str, Any], *, steps: Mapping[str, float] | None = None) -> None:
         """Go on from where `counters` were saved; the pieces of `state` must hold what they held then.
@@ -218,8 +230,7 @@ class EngineBase:
         self.optimizer.restore(self.num_updates, steps=steps)
         self.write_back()
         self.placement_manager.restore(counters.get("placement", {}))
-        if self.loss_scale.is_dynamic and counters["loss_scale"] is not None:  # None: saved in another precision
-            self.loss_scale.scale, self.loss_scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+        self.left_out.restore(counters)
         self.writes.note()
 
     def write_back(self) -> None:
@@ -257,20 +268,72 @@ class EngineBase:
         """Return the number that gradients of this norm are multiplied by, a scalar."""
         return clip_coefficient(norm, self.config.train.clip_grad_norm)
 
-    def _update(self, norm: Tensor, divisor: float, written: HostCopy) -> bool:
-        """Update every weight by gradient / `divisor`, clipped; `norm` is the global norm of that quotient.
+    def check_finite(self, consequence: str, *, states: bool = False) -> None:
+        """Return when every rank has found all its weights finite; with `states`, the optimizer's states too.
 
-        `written` is the sum over ranks of `Writes.changed`: values that somebody has written into parameters are taken
-        over first. Returns whether the gradient overflowed in fp16: then no rank updates anything.
+        Each number is read once, where it is; those on a disk are read from there. Every rank calls this. Raises
+        NonFiniteError on every rank, with the rank and the tensor, where one is not finite; the message ends with the
+        `consequence`.
+        """
+        for chunk in self.chunks:
+            chunk.settle()
+        flat = [chunk.master for chunk in self.chunks] + [x for _, x in self.optimizer.held() if states]
+        more = self._buffers_to_check()
+        problem = ""
+        if not all(are_finite([*flat, *(piece.data for piece in more)])):  # few large buffers; names only where needed
+            masters = [piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)]
+            named = [replace(x, name=text_of(x.name)) for x in self.state_pieces() if kind_of(x.name) not in WEIGHTS]
+            problem = problem_of([*masters, *more, *(named if states else [])])
+        problem = problem and f"after step {self.num_steps} {problem}. {consequence}"
+        self._agreement.agree_on(f"a check of the weights after step {self.num_steps}", problem, NonFiniteError)
+
+    def _buffers_to_check(self) -> list[Piece]:
+        """Return all that must be finite on this rank beside weights and states."""
+        return []
+
+    def _update(self, norm: Tensor, divisor: float, written: HostCopy, loss: Tensor) -> None:
+        """Launch the update of all weights by gradient / `divisor`, clipped; `norm` is the global norm of this.
+
+        Where the norm or `loss`, any sum of the losses of the step, is not finite, the update changes nothing on any
+        rank; the host does not wait for it, and `_end_step` tells it. `written` is the sum over ranks of
+        `Writes.changed`: values that somebody has written into parameters are taken over first.
         """
         self.placement_manager.before_update()
         if written.wait().item():
             self.writes.take()
-        overflow = self.loss_scale.is_dynamic and not norm.isfinite().item()  # ranks agree: the norm is the same
-        if not overflow:
-            self.optimizer.step(self._clip_coefficient(norm) / divisor, self.lr)
+        self.optimizer.step(self._clip_coefficient(norm) / divisor, self.lr, found_inf(norm, loss))
+
+    def _end_step(self, loss: float, norm: float) -> Outcome:
+        """Count a step by the numbers that its update was launched with, and return what it has come to."""
+        outcome = self.left_out.take(loss, norm)
+        is_updated = outcome is Outcome.UPDATED
+        if is_updated:
             self.num_updates += 1
-        self.loss_scale.update(overflow=overflow)
+        else:
+            self.optimizer.take_back()
         self.num_steps += 1
         self.mesh.watch.progress.step = self.num_steps
-        return overflow
+        self.placement_manager.after_step(skipped=not is_updated)
+        self.writes.note()
+        return outcome
+
+    def _report(self, outcome: Outcome, loss: float | None, norm: float, origin: Callable[[], str]) -> None:
+        """Log a step that was left out, or raise NonFiniteError where the run ends by it, on every rank.
+
+        `origin` is called then on all ranks together, and returns where the number came from.
+        """
+        if outcome not in (Outcome.LEFT_OUT, Outcome.STOPS):
+            return
+        what = f"step {self.num_steps}: {numbers_text(loss, norm)}"
+        if outcome is Outcome.LEFT_OUT:
+            count = f"{self.left_out.in_a_row} in a row, {self.left_out.total} in all"
+            if self.mesh.world.rank == 0:
+                log.warning("%s: the step is left out (%s)", what, count)
+            return
+        in_a_row = f" {self.left_out.in_a_row} steps in a row were left out." if self.left_out.policy == "skip" else ""
+        raise NonFiniteError(
+            f"{what}: {origin()}{in_a_row} Nothing was updated, and no checkpoint is written. Try a smaller"
+            " optimizer.lr, or other data.",
+            loss=loss,
+            grad_norm=norm,
+        )

@@ -47,6 +47,8 @@ COUNTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "updates": _is_count,
         "samples": lambda x: x is None or _is_count(x),  # an older version did not count them
         "good_steps": lambda x: x is None or _is_count(x),
+        "nonfinite_steps": lambda x: x is None or _is_count(x),  # an older version did not count them either
+        "nonfinite_in_a_row": lambda x: x is None or _is_count(x),
         "loss_scale": lambda x: x is None or (isinstance(x, int | float) and 0 < x < 2.0**128),
         "placement": lambda x: not x or _is_placement(x),
     }

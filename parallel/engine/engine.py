@@ -3,7 +3,9 @@
 It knows no model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,19 +14,23 @@ from torch import Tensor
 from parallel.chunk.chunk import make_chunks
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
+from parallel.engine.origin import chunks_not_finite, origin_text
 from parallel.engine.phases import Stopwatch
 from parallel.engine.state import EngineState
-from parallel.errors import ColonnadeError, DataError, ModelError
+from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
+from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
+from parallel.ops.compiling import not_yet_compiled
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
+from parallel.optim.left_out import Outcome
 from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
-from parallel.pipeline.schedule import SCHEDULES, Plan, forward_only, with_transfers
+from parallel.pipeline.schedule import SCHEDULES, Action, Plan, forward_only, with_transfers
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.validate import validate
 from parallel.placement.shortage import refusing_without_room
@@ -80,11 +86,13 @@ class Engine(EngineState):
         super().agree_on(action, problem, error)
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """Do forward and backward of all microbatches, and one update; no rank updates after an overflow in fp16.
+        """Do forward and backward of all microbatches, and one update, unless loss or norm is not finite.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
         on every rank and before anything is changed, for a batch that cannot be used or has no label. Raises
-        RoomError or, after the first step, NoRoomError where a memory has no room, perhaps on this rank alone.
+        RoomError or, after the first step, NoRoomError where a memory has no room, perhaps on this rank alone. Raises
+        NonFiniteError on every rank for a loss or a norm that is not finite, as `train.nonfinite` says: then the step
+        has been run a second time, without an update, to name the rank, the layer and the microbatch where that began.
         """
         self.agree_on(f"a train step with {self.hyperparameters}")
         self.saver.check()
@@ -103,17 +111,7 @@ class Engine(EngineState):
         first = microbatches[0]
         masks = (int(x is not None) for x in (first.attention_mask, first.documents))
         self.placement_manager.before_step((len(microbatches), *first.input_ids.shape, *masks))
-        self.gradients.begin(len(microbatches))
-        self.gatherer.begin()
-        # With recomputation, products that wait would keep more recomputed activations at a time.
-        is_recomputed = self.config.train.activation_checkpointing != "none"
-        deferred = None if is_recomputed else self.gradients.deferred
-        runner = Runner(self.stage, self.pipe, microbatches, weight_gradients=deferred, mark=self.stopwatch.mark)
-        total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
-        self.stopwatch.mark("reduce")
-        total = self._sum(total)
-        self.gatherer.end()
-        self.gradients.finish()
+        total = self._forwards_and_backwards(microbatches, self.stopwatch.mark)
         scale = self.loss_scale.scale
         if written is None:
             norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
@@ -124,13 +122,16 @@ class Engine(EngineState):
         result = HostCopy(torch.stack([total / tokens, norm]))
         self.stopwatch.mark("update")
         lr = self.lr
-        overflow = self._update(norm, scale, written)
+        self._update(norm, scale, written, total)
         self.num_samples += self.data.size * len(batch["input_ids"])
-        self.placement_manager.after_step(skipped=overflow)
-        self.writes.note()
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
-        phases = self.stopwatch.read()
-        return StepResult(loss, None if overflow else grad_norm, lr, tokens, skipped=overflow, phases=phases)
+        outcome = self._end_step(loss, grad_norm)
+        self._report(outcome, loss, grad_norm, partial(self._origin, microbatches))
+        phases, skipped = self.stopwatch.read(), outcome is not Outcome.UPDATED
+        count = self.left_out.total
+        return StepResult(
+            loss, None if skipped else grad_norm, lr, tokens, skipped=skipped, phases=phases, nonfinite_steps=count
+        )
 
     def counters(self) -> dict[str, Any]:
         """Return what `EngineBase.counters` does, and the number of samples."""
@@ -146,7 +147,8 @@ class Engine(EngineState):
         """Return the mean loss over all counted labels of all batches, the same on every rank; NaN without a label.
 
         Every replica must give as many batches as the others. Raises DataError as `train_step` does, and ModelError
-        where ranks have written different values into their parameters.
+        where ranks have written different values into their parameters; NonFiniteError, with train.nonfinite='stop',
+        for a loss that is not finite though there are labels.
         """
         self.agree_on("an evaluation")
         self.stage.eval()
@@ -163,9 +165,49 @@ class Engine(EngineState):
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
             self.writes.take_if_any()
+        if tokens and not isfinite(total) and self.config.train.nonfinite == "stop":
+            raise NonFiniteError(
+                f"the loss of the validation samples is {total} after step {self.num_steps}.", loss=total
+            )
         return total / tokens if tokens else float("nan")
 
     # -- parts of a step
+
+    def _forwards_and_backwards(self, microbatches: Sequence[Microbatch], mark: Callable[..., None]) -> Tensor:
+        """Return the loss summed over ranks, and leave the gradients of all microbatches, summed over ranks, in chunks.
+
+        `mark` is called with each phase that begins.
+        """
+        self.gradients.begin(len(microbatches))
+        self.gatherer.begin()
+        # With recomputation, products that wait would keep more recomputed activations at a time.
+        is_recomputed = self.config.train.activation_checkpointing != "none"
+        deferred = None if is_recomputed else self.gradients.deferred
+        runner = Runner(self.stage, self.pipe, microbatches, weight_gradients=deferred, mark=mark)
+        total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
+        mark("reduce")
+        total = self._sum(total)
+        self.gatherer.end()
+        self.gradients.finish()
+        return total
+
+    def _origin(self, microbatches: Sequence[Microbatch]) -> str:
+        """Run a step again that has updated nothing, and return where its first number was that is not finite."""
+        first = FirstNotFinite(self.stage, self.chunks, self.stage.layer_names())
+        suspects = chunks_not_finite(self.chunks, self.mesh.world)
+
+        def mark(phase: str, detail: object = "") -> None:
+            """Note the microbatch of the runner's action: an Action, or the text of a deferred weight gradient."""
+            number = detail.microbatch if isinstance(detail, Action) else str(detail).rpartition(".")[2]
+            first.microbatch = int(number) if str(number).isdigit() else first.microbatch
+
+        with (
+            not_yet_compiled(self.config.train.compile),
+            first.watching(),
+            self.gradients.watching(first.arrived),
+        ):
+            self._forwards_and_backwards(microbatches, mark)
+        return origin_text(self.chunks, self.mesh, first, suspects)
 
     def _start_check(self) -> HostCopy:
         """Return the number of writes into parameters on all ranks, in flight.

@@ -1,6 +1,6 @@
 """Data parallelism and ZeRO for any torch module, with the user's own loop around it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +14,18 @@ from parallel.chunk.chunk import Chunk, make_chunks
 from parallel.chunk.managed import problem_of_another_engine
 from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
 from parallel.engine.context import Context
+from parallel.engine.origin import chunks_not_finite, origin_text, parts_text
 from parallel.engine.parameter_access import ParameterAccess
 from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
+from parallel.layout.finite import problem_of
 from parallel.layout.labels import IGNORED
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
-from parallel.mesh.collectives import all_reduce
+from parallel.mesh.collectives import all_reduce, gather_objects
 from parallel.modules.batches import num_given_labels
 from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
+from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.independent_copy import IndependentCopies
 from parallel.modules.inputs import map_tensors
@@ -36,12 +39,15 @@ from parallel.modules.parameters import (
     refuse_state_dict,
 )
 from parallel.modules.passes import ModulePasses
+from parallel.modules.random_states import RandomStates, random_states, set_random_states
 from parallel.modules.recompute import recompute_layers
 from parallel.modules.sharded import expose_placeholders
 from parallel.modules.shares import LossWeights, weighted_by_labels
 from parallel.modules.units import infos_of, layers_of
+from parallel.ops.compiling import not_yet_compiled
 from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import ModuleGradients
+from parallel.optim.left_out import Outcome
 from parallel.placement.initial import InitialPlacement
 from parallel.placement.shortage import refusing_without_room
 from parallel.storage.transfer import HostCopy, to_device
@@ -52,13 +58,15 @@ from parallel.zero.gatherer import Gatherer
 class UpdateResult:
     """The result of `ModuleEngine.step`, the same on every rank.
 
-    `grad_norm` is the norm before clipping; None where an fp16 gradient overflowed and the update was `skipped`. `lr`
-    is the learning rate of the update.
+    `grad_norm` is the norm before clipping; None where the update was `skipped`: an fp16 gradient overflowed, or a
+    number was not finite and `train.nonfinite` is "skip". `lr` is the learning rate of the update. `nonfinite_steps`
+    counts the steps that were left out so far because of a number that is not finite, without fp16's overflows.
     """
 
     grad_norm: float | None
     lr: float
     skipped: bool = False
+    nonfinite_steps: int = 0
 
 
 class ModuleEngine(ParameterAccess):
@@ -111,6 +119,7 @@ class ModuleEngine(ParameterAccess):
         )
         self._trained = [chunk for chunk in chunks if not chunk.is_frozen]
         self._gradients = ModuleGradients(self._trained, scatters_each=config.zero.stage >= 2)
+        self.zero_grad()
         self._take_over()
         is_gathered_on_demand = any(chunk.is_gathered_on_demand for chunk in chunks)
         gatherer = Gatherer(
@@ -153,6 +162,8 @@ class ModuleEngine(ParameterAccess):
         """
         weight, problem = self.loss_weights.backward()
         self._passes.begin_backward(loss_problem(loss) or problem or self._problem_of_a_backward())
+        if weight:
+            self._lost = self._lost + 0.0 * loss.detach().double().reshape(())
         with self._gradients.backward(synchronizes=self._synchronizes), self.memory_guard.explained(lambda: "backward"):
             (loss * (self.loss_scale.scale * weight)).backward(retain_graph=retain_graph)
         self._passes.end_backward(retains_graph=retain_graph)
@@ -161,30 +172,39 @@ class ModuleEngine(ParameterAccess):
         """Clip the gradients, update the weights, then drop the gradients.
 
         A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
-        something else.
+        something else; NonFiniteError, on every rank, for a loss or a norm that is not finite, as `train.nonfinite`
+        says: then nothing has been updated, and the message names the layers and the ranks whose gradients, or the
+        weights that, are not finite. (The forwards are the user's, and are not run again.)
         """
-        return self._step(divisor=1.0)
+        return self._step(self._parts_not_finite)
 
-    def _step(self, divisor: float) -> UpdateResult:
-        """Do a step with the gradients divided by this number."""
+    def _step(self, origin: Callable[[], str], divisor: float = 1.0, loss: float | None = None) -> UpdateResult:
+        """Do a step with the gradients divided by this number.
+
+        `loss` is that of the whole step, where it is known. Where it or the norm is not finite, `origin` says why.
+        """
         self._agreement.agree_on(f"a step with {self.hyperparameters}", self._original.in_use)
         self.saver.check()
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor
-        norm, num_written = norm_and_sum(self._trained, self.mesh.world, self.writes.changed())
+        sums = torch.stack([self.writes.changed(), self._lost])
+        norm, (num_written, lost) = norm_and_sum(self._trained, self.mesh.world, sums)
         norm = norm / divisor
-        on_host = HostCopy(norm)
+        lost = lost if loss is None else torch.full_like(lost, 0.0 * loss)
+        on_host = HostCopy(torch.stack([norm, lost]))
         lr = self.lr
         self.optimizer.unused = self._unused()
         with self.memory_guard.explained(lambda: "update"):
-            skipped = self._update(norm, divisor, HostCopy(num_written))
+            self._update(norm, divisor, HostCopy(num_written), lost)
         self.zero_grad()
-        self.placement_manager.after_step(skipped=skipped)
-        self.writes.note()
+        found, lost_on_host = on_host.wait().tolist()
+        outcome = self._end_step(lost_on_host, found)
         self._passes.end_step()
+        self._report(outcome, lost_on_host if loss is None else loss, found, origin)
         self.memory_guard.after_step(self.num_steps)
-        return UpdateResult(None if skipped else on_host.wait().item(), lr, skipped)
+        skipped = outcome is not Outcome.UPDATED
+        return UpdateResult(None if skipped else found, lr, skipped, self.left_out.total)
 
     def write_back(self) -> None:
         """Do as `EngineBase.write_back`, and drop gradients and what was gathered of the weights before."""
@@ -220,24 +240,16 @@ class ModuleEngine(ParameterAccess):
         counted (`modules.loss_terms`), of the model's own `.loss` or, with a criterion, of criterion(output, labels).
         Labels are `batch["labels"]`, or the `input_ids` of a language model. Raises DataError, on every rank, for a
         batch that cannot be used or has no counted label on any replica; ModelError for a loss of which it is not known
-        what it counts, unless there is one microbatch in all.
+        what it counts, unless there is one microbatch in all; NonFiniteError as `step` does, once the step has been run
+        a second time, with the same random numbers, to name the rank, the layer and the microbatch where it began.
         """
         self.train()
-        microbatches = self._microbatches(batch)
+        microbatches, before = self._microbatches(batch), random_states(self.mesh.device)
         # What is counted is known after the last forward. Until then gradients are scaled by what the batch has.
         given = torch.tensor([num_given_labels(batch, IGNORED), len(microbatches)])
         expected, num_microbatches = all_reduce(given, self._agreement.axis).tolist()
-        self.zero_grad()
-        sums = LossSums(self._agreement.axis, self.mesh.device)
-        for i, microbatch in enumerate(microbatches):
-            found = self._loss.of(self, microbatch)
-            sums.add(found)
-            if found.problem and (num_microbatches > 1 or not found.is_loss):
-                self._agreement.agree_on("a backward", found.problem)
-            if is_last := i == len(microbatches) - 1:
-                sums.copy_to_host()
-            with nullcontext() if is_last else self.no_sync():
-                self.backward(found.loss * (found.factor * (self.data.size / max(1, expected))))
+        run = partial(self._forwards_and_backwards, microbatches, num_microbatches, self.data.size / max(1, expected))
+        sums = run()
         try:
             totals = sums.totals()
             if not totals.divisor:
@@ -245,8 +257,15 @@ class ModuleEngine(ParameterAccess):
         except ColonnadeError:  # on every rank
             self.zero_grad()
             raise
-        done = self._step(totals.divisor / max(1, expected))
-        return StepResult(totals.loss, done.grad_norm, done.lr, totals.num_labels, skipped=done.skipped)
+        done = self._step(partial(self._origin, run, before), totals.divisor / max(1, expected), totals.loss)
+        return StepResult(
+            totals.loss,
+            done.grad_norm,
+            done.lr,
+            totals.num_labels,
+            skipped=done.skipped,
+            nonfinite_steps=done.nonfinite_steps,
+        )
 
     @weighted_by_labels
     @torch.no_grad()
@@ -266,6 +285,65 @@ class ModuleEngine(ParameterAccess):
         return sums.totals().loss
 
     # -- details
+
+    def _forwards_and_backwards(
+        self,
+        microbatches: Sequence[LabelledMicrobatch],
+        num_microbatches: int,
+        factor: float,
+        *,
+        begin: Callable[[int], None] = lambda i: None,
+    ) -> LossSums:
+        """Drop the gradients, compute those of these microbatches, and return the sums of the losses.
+
+        `num_microbatches` is the number on all replicas, and `factor` is what the losses are multiplied by. `begin` is
+        called with the number of each microbatch.
+        """
+        self.zero_grad()
+        sums = LossSums(self._agreement.axis, self.mesh.device)
+        for i, microbatch in enumerate(microbatches):
+            begin(i)
+            found = self._loss.of(self, microbatch)
+            sums.add(found)
+            if found.problem and (num_microbatches > 1 or not found.is_loss):
+                self._agreement.agree_on("a backward", found.problem)
+            if is_last := i == len(microbatches) - 1:
+                sums.copy_to_host()
+            with nullcontext() if is_last else self.no_sync():
+                self.backward(found.loss * (found.factor * factor))
+        return sums
+
+    def _origin(self, run: Callable[..., LossSums], before: RandomStates) -> str:
+        """Run a step again that has updated nothing, and return where its first number was that is not finite.
+
+        The random numbers are the same: the generators begin in the states that they had `before`.
+        """
+        suspects, first = chunks_not_finite(self._trained, self.mesh.world), FirstNotFinite(self.module, self.chunks)
+        after = random_states(self.mesh.device)
+        set_random_states(before, self.mesh.device)
+        try:
+            with (
+                not_yet_compiled(self.config.train.compile),
+                first.watching(),
+                self._gradients.watching(first.arrived),
+            ):
+                run(begin=partial(setattr, first, "microbatch"))
+        finally:
+            set_random_states(after, self.mesh.device)
+        self._passes.release()
+        self._gradients.finish()
+        text = origin_text(self._trained, self.mesh, first, suspects)
+        self.zero_grad()
+        self.placement_manager.after_step(skipped=True)
+        self._passes.end_step()
+        return text
+
+    def _parts_not_finite(self) -> str:
+        """Return which gradients and which weights are not finite, after a step whose forwards were the user's."""
+        suspects = chunks_not_finite(self._trained, self.mesh.world)
+        own = problem_of([piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)])
+        weights = [f"rank {rank}: {x}" for rank, x in enumerate(gather_objects(own, self.mesh.world)) if x]
+        return parts_text(suspects) + (f" Weights: {'; '.join(weights)}." if weights else " All weights are finite.")
 
     def _microbatches(self, batch: Mapping[str, Any]) -> list[LabelledMicrobatch]:
         """Return the microbatches of a batch, as many as those of any replica."""

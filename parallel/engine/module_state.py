@@ -1,5 +1,6 @@
 """The state of an engine of any module, and the directories that `from_pretrained` reads."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,12 @@ class ModuleState(EngineState):
         `dtype`, by default fp32, or fp64 where that is the engine's precision. Of a peft model the adapters are
         written, in peft's format; with `merge` the model of which they have become a part. Other files of the folder
         are kept. Raises CheckpointError on every rank where rank 0 cannot write, or where a tensor's dtype cannot be
-        saved; ModelError for a `merge` without adapters.
+        saved; ModelError for a `merge` without adapters; NonFiniteError, before anything is written, where a weight is
+        not finite.
         """
         self.agree_on("an export")  # before the collectives of `weights`
+        self.writes.take_if_any()
+        self.check_finite("It is not exported.")
         wide = dtype or (torch.float64 if self.context.dtype == torch.float64 else torch.float32)
         if merge or has_adapters(self.module):
             save = save_merged if merge else save_adapters
@@ -49,6 +53,11 @@ class ModuleState(EngineState):
         The first rank's include the buffers.
         """
         return super().weights() + (buffer_pieces(self.module) if self.mesh.rank == 0 else [])
+
+    def _buffers_to_check(self) -> list[Piece]:
+        """Return the buffers, in which NaN alone counts: masks have infinities."""
+        floating = [piece for piece in buffer_pieces(self.module) if piece.data.is_floating_point()]
+        return [replace(x, data=x.data.nan_to_num(torch.nan, posinf=0.0, neginf=0.0)) for x in floating]
 
     def state(self) -> dict[str, list[Piece]]:
         """Return all tensors that a step changes, as pieces by kind, the buffers among them."""

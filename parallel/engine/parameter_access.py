@@ -40,6 +40,7 @@ class ParameterAccess(ModuleState):
     _trained: Sequence[Chunk]
     _manager: ParameterManager
     _clipped: Tensor | None = None  # what `clip_grad_norm_` has found, until the step
+    _lost: Tensor  # fp64, 0 or, once a backward has begun at a loss that is not finite, NaN
 
     @contextmanager
     def full_parameters(self, module: nn.Module | None = None, writable: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -146,6 +147,7 @@ class ParameterAccess(ModuleState):
         """Drop all gradients since the last step, whatever `set_to_none` is."""
         self._gradients.begin()
         self._clipped = None
+        self._lost = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
 
     @property
     def _divisor(self) -> float:

@@ -129,7 +129,12 @@ def _values_of(index: Index, axis: Axis) -> Mapping[str, Any]:
     entries = index.metadata.get("values")
     if entries is None:
         return {"extra": index.metadata.get("extra", {})}
-    return saved_values.read_values(index, entries, axis)
+    values = saved_values.read_values(index, entries, axis)
+    groups, names = values.get("param_groups", []), index.metadata.get("group_names", [])
+    is_right = _is_list_of(groups, dict) and len(groups) == len(names)
+    if not is_right or not isinstance(values.get("extra_state", {}), dict):
+        raise CheckpointError(f"{index.folder} is no checkpoint of this program: its param groups are {shown(groups)}.")
+    return values
 
 
 def _check_metadata(index: Index) -> None:
@@ -173,6 +178,11 @@ def name_of(name: str) -> str:
     return name.partition("/")[2]
 
 
+def text_of(name: str) -> str:
+    """Return KIND/NAME as text: the name of a weight alone, and of a state with its kind."""
+    return name_of(name) if kind_of(name) in WEIGHTS else f"{kind_of(name)} of {name_of(name)}"
+
+
 def _text(names: set[str]) -> str:
-    """Return the names as text: those of weights alone, those of states with their kind."""
-    return names_text(sorted(name_of(n) if kind_of(n) in WEIGHTS else f"{kind_of(n)} of {name_of(n)}" for n in names))
+    """Return the names as text."""
+    return names_text(sorted(map(text_of, names)))

@@ -43,13 +43,15 @@ class EngineState(EngineBase):
         is now, unless `output.checkpoint_async` is False; `finish_saving` waits for it.
 
         Raises CheckpointError, with its path, for a value that cannot be stored (a function, an object of a class of
-        yours), and where a rank cannot write; DiskFullError where a disk is full. Those of a save in the background are
-        raised at the next step, on every rank.
+        yours), and where a rank cannot write; DiskFullError where a disk is full; NonFiniteError, before anything is
+        written, where a weight or a state is not finite. Those of a save in the background are raised at the next step,
+        on every rank.
         """
         self.agree_on(f"a checkpoint after step {self.num_steps}")
         world, target = self.mesh.world, checkpoint.step_folder(Path(folder), self.num_steps)
         if self.has_gradients:
             self._log(["save_checkpoint: the gradients since the last step are not saved"])
+        self.check_finite("It is not saved, and earlier checkpoints stay.", states=True)
         own = self.optimizer.counters()["steps"]
         steps = {k: v for part in gather_objects(own, world) for k, v in part.items()}
         names, fields = self._groups()
@@ -100,8 +102,8 @@ class EngineState(EngineBase):
         A parameter that was frozen, and is not now, starts with new optimizer states; the states of one that is frozen
         now are left out. With `strict`, all else that only one side has is an error; otherwise it is left as it is,
         and logged. Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another
-        model or optimizer. Of param groups the fields that choose kernels (foreach, fused, capturable, differentiable)
-        stay as they are now.
+        model or optimizer; NonFiniteError for one with a weight or a state that is not finite. Of param groups the
+        fields that choose kernels (foreach, fused, capturable, differentiable) stay as they are now.
         """
         self.agree_on("loading a checkpoint")
         saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
@@ -120,6 +122,7 @@ class EngineState(EngineBase):
         steps = {info.name: 0 for info in infos if not new.isdisjoint(info.names)}
         self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})
         set_extra_states(self.module, saved.values.get("extra_state", {}))
+        self.check_finite(f"It was loaded from {saved.folder}.", states=True)
         self._log_what_starts_anew(saved, new)
         extra: dict[str, Any] = saved.values["extra"]
         return extra
@@ -128,7 +131,7 @@ class EngineState(EngineBase):
         """Load the weights of a checkpoint, or of the latest in a folder that was saved to, and nothing else.
 
         They are parameters, frozen ones too, buffers, and extra states of the module. The optimizer, its states, and
-        the counters stay as they are. Raises CheckpointError as `load_checkpoint` does.
+        the counters stay as they are. Raises CheckpointError and NonFiniteError as `load_checkpoint` does.
         """
         self.agree_on("loading weights")
         saved = SavedState.read(folder, self.mesh.world, option="load_weights")
@@ -136,6 +139,7 @@ class EngineState(EngineBase):
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
         set_extra_states(self.module, saved.values.get("extra_state", {}))
         self.write_back()
+        self.check_finite(f"It was loaded from {saved.folder}.")
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's whole state as a dict of plain values, and of tensors on the host.

@@ -1,6 +1,7 @@
 """AdamW on master weights, wherever they are."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -20,6 +21,37 @@ from parallel.optim.streaming import PART, Update
 from parallel.optim.update_counts import UpdateCounts
 from parallel.storage.transfer import HostCopy, Placement, Tier
 
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one update, on the device or on the host: scalars, and the learning rate.
+
+    factor     what gradients are multiplied by
+    found_inf  fp32: 1 where the update must change nothing, else 0
+    """
+
+    factor: Tensor
+    found_inf: Tensor
+    lr: float
+
+    def on_host(self) -> "StepOnHost":
+        """Return the same on the host, in flight."""
+        return StepOnHost(HostCopy(torch.stack([self.factor.double(), self.found_inf.double()])), self.lr)
+
+
+@dataclass(frozen=True)
+class StepOnHost:
+    """The numbers of one update while they are copied to the host."""
+
+    numbers: HostCopy
+    lr: float
+
+    def wait(self) -> Step:
+        """Return the numbers once they have arrived."""
+        factor, found_inf = self.numbers.wait().unbind()
+        return Step(factor, found_inf.float(), self.lr)
+
+
 Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: HOST_PART}  # elements, for each tier on which an update runs
@@ -34,7 +66,9 @@ class AdamW:
     those on the host, `host_share`, is updated on the host meanwhile, as in DeepSpeed's ZeRO-Offload (Ren et al. 2021,
     arXiv 2101.06840). Moments that are narrower than the master weights are rounded stochastically (`Rounding`).
 
-    A parameter without a gradient in a step stays as it is, and so do its moments, as in torch.
+    A parameter without a gradient in a step stays as it is, and so do its moments, as in torch. Where the device finds
+    that a step is not finite, its kernels leave everything as it is, to the bit, and the host need not wait: it calls
+    `take_back` later. (A moment in bf16 that has not changed is rounded to itself, since it has no bits to round.)
     """
 
     kind = "the config's AdamW"  # as a checkpoint names it
@@ -52,12 +86,16 @@ class AdamW:
             if chunk.placement.states is Tier.DISK:
                 self.moments.of(chunk)  # a disk without room for them is refused before the first step
 
-    def step(self, factor: Tensor, lr: float) -> None:
-        """Update every weight, except those of `unused` parameters, by its gradient times `factor`, a scalar."""
+    def step(self, factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
+        """Update every weight, except those of `unused` parameters, by its gradient times `factor`, a scalar.
+
+        `found_inf`: an fp32 scalar on the same device; where it is 1, nothing changes but the count of updates.
+        """
+        now = Step(factor, torch.zeros((), device=factor.device) if found_inf is None else found_inf, lr)
         self._counts.begin(self.chunks, self.unused)
         gathering = []
         parts = {chunk: self._parts_of(chunk) for chunk in self.chunks}
-        on_device = partial(self._update, factor=factor, lr=lr, scale=self._scaled, tier=Tier.DEVICE)
+        on_device = partial(self._update, now=now, scale=self._scaled, tier=Tier.DEVICE)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DEVICE:
                 chunk.guard.wait()
@@ -66,20 +104,22 @@ class AdamW:
                 chunk.gradient.drop()
                 gathering.append(chunk.write_back())
         if parts:
-            self._update_offloaded(parts, on_device, HostCopy(factor), lr)
+            self._update_offloaded(parts, on_device, now.on_host())
         for chunk in parts:
             chunk.gradient.drop()
             gathering.append(chunk.all_gather_updated())
         for pending in gathering:
             pending.wait()
 
-    def _update_offloaded(
-        self, parts: Mapping[Chunk, list[Part]], on_device: Update, factor: HostCopy, lr: float
-    ) -> None:
+    def take_back(self) -> None:
+        """Count the last update no longer: it was left out."""
+        self._counts.take_back()
+
+    def _update_offloaded(self, parts: Mapping[Chunk, list[Part]], on_device: Update, now: StepOnHost) -> None:
         """Update chunks whose optimizer states are offloaded to the host or a disk."""
 
         def on_host(part: Part) -> None:
-            self._update(part, factor=factor.wait(), lr=lr, scale=scaled, tier=Tier.HOST)
+            self._update(part, now=now.wait(), scale=scaled, tier=Tier.HOST)
 
         for chunk in parts:
             chunk.guard.wait()
@@ -167,16 +207,16 @@ class AdamW:
                 found.append(whole.cut(begin, end))
         return found
 
-    def _update(self, part: Part, *, factor: Tensor, lr: float, scale: Scale, tier: Tier) -> None:
+    def _update(self, part: Part, *, now: Step, scale: Scale, tier: Tier) -> None:
         """Update a part on the tier where its tensors are."""
         master, *moments = part.states
         if moments[0].dtype == master.dtype:
-            self._adamw(part, moments, scale(part.gradient, factor, master.dtype), lr)
+            self._adamw(part, moments, scale(part.gradient, now.factor, master.dtype), now)
             return
         rounding = self._rounding_on(tier, master)
         for smaller in part.split(rounding.size):
             with rounding.widened(smaller, self._counts.total) as wide:
-                self._adamw(smaller, wide, scale(smaller.gradient, factor, master.dtype), lr)
+                self._adamw(smaller, wide, scale(smaller.gradient, now.factor, master.dtype), now)
 
     def _rounding_on(self, tier: Tier, like: Tensor) -> Rounding:
         if tier not in self._rounding:
@@ -184,7 +224,7 @@ class AdamW:
             self._rounding[tier] = Rounding(size, like.dtype, like.device)
         return self._rounding[tier]
 
-    def _adamw(self, part: Part, moments: list[Tensor], gradient: Tensor, lr: float) -> None:
+    def _adamw(self, part: Part, moments: list[Tensor], gradient: Tensor, now: Step) -> None:
         master, _, _ = part.states
         first, second = moments
         adamw(
@@ -195,10 +235,11 @@ class AdamW:
             [],
             [torch.full((), part.updates - 1.0, device=master.device)],
             fused=True,
+            found_inf=now.found_inf,
             amsgrad=False,
             beta1=self.config.betas[0],
             beta2=self.config.betas[1],
-            lr=lr,
+            lr=now.lr,
             weight_decay=self.config.weight_decay if part.chunk.spec.is_matrix else 0.0,
             eps=self.config.eps,
             maximize=False,

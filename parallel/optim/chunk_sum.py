@@ -8,6 +8,7 @@ from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
+from parallel.layout.layout import ParameterInfo
 from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
 
 
@@ -16,7 +17,8 @@ class ChunkSum:
 
     A round is what one collective sums: all microbatches of a step, or a single one.
     `completed` is called when everything that a round waits for has arrived, and `on_launch` when its collective has
-    been launched.
+    been launched. `on_arrival`, if it is set, is called with each parameter whose gradient has arrived, and with the
+    sum of the round so far.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class ChunkSum:
         self.seen = [0] * len(chunk.infos)  # for each parameter, 1 if a gradient has arrived since `begin`
         self.pending: Pending | None = None  # the collective of the last round, in flight
         self.was_launched = False  # in this step
+        self.on_arrival: Callable[[ParameterInfo, Tensor], None] | None = None
         self.expect(0)
         for i, info in enumerate(chunk.infos):
             info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
@@ -77,6 +80,8 @@ class ChunkSum:
 
     def _count(self, i: int) -> None:
         self.seen[i] = 1
+        if self.on_arrival is not None:
+            self.on_arrival(self.chunk.infos[i], self.chunk.gradient.accumulator.views()[i])
         if self.missing is None:
             return
         self.missing -= 1

@@ -20,13 +20,13 @@ def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
     return norm_and_sum(chunks, world, torch.zeros((), dtype=torch.float64, device=chunks[0].memory.device))[0]
 
 
-def norm_and_sum(chunks: Sequence[Chunk], world: Axis, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the global norm, and the sum of an fp64 scalar over all ranks, by one collective."""
+def norm_and_sum(chunks: Sequence[Chunk], world: Axis, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the global norm, and the sum over all ranks of fp64 numbers, a scalar or [n], by one collective."""
     total = torch.zeros((), dtype=torch.float64, device=chunks[0].memory.device)
     for chunk in chunks:
         total += chunk.gradient.squares() * chunk.spec.is_counted
-    squares, found = all_reduce(torch.stack([total, number]), world)
-    return squares.sqrt(), found
+    found = all_reduce(torch.cat([total.view(1), numbers.view(-1)]), world)
+    return found[0].sqrt(), found[1:].view(numbers.shape)
 
 
 def clip_coefficient(norm: Tensor, clip: float | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
+from parallel.layout.layout import ParameterInfo
 from parallel.ops.deferred import DeferredCalls
 from parallel.optim.chunk_sum import ChunkSum
 
@@ -43,6 +44,17 @@ class Gradients:
         for total in self._sums:
             is_scattered = self._scatters_each and total.chunk.spec.shard_axis.size > 1
             total.begin(num_microbatches, arrivals=1 if is_scattered else num_microbatches)
+
+    @contextmanager
+    def watching(self, on_arrival: Callable[[ParameterInfo, Tensor], None]) -> Iterator[None]:
+        """Call `on_arrival` in the block with each gradient that arrives, before it is summed over ranks."""
+        for total in self._sums:
+            total.on_arrival = on_arrival
+        try:
+            yield
+        finally:
+            for total in self._sums:
+                total.on_arrival = None
 
     def receiver(self, matrix: nn.Parameter) -> Callable[[Tensor, Tensor], None]:
         """Return a function of two factors, [N, T] and [T, K], whose product is a gradient of matrix[N, K].

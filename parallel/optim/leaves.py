@@ -128,6 +128,10 @@ class Leaves:
                     value.fill_(initial_value(kind, group_of[leaf]))
         self._as_new |= set(new)
 
+    def all_have_states(self) -> bool:
+        """Return whether a step has made the states of all leaves."""
+        return all(leaf not in self._as_new and self.inner.state.get(leaf) for _, leaf in self._found)
+
     def names_as_new(self) -> set[str]:
         """Return the names of the parameters with the states that torch begins with, which no step has changed."""
         return {segment.info.name for segment, leaf in self._found if leaf in self._as_new}

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
+LOWEST = 1.0
+"""The scale that no overflow lowers: a gradient that is too large without a scale is not the scale's business."""
+
 
 @dataclass
 class LossScale:
     """The factor of the loss with which fp16 gradients neither vanish nor overflow.
 
-    It is halved by every overflow, and doubled after `growth_steps` steps without one. It starts high, and the first
-    overflows bring it down to its level. In other precisions it is always 1.
+    It is halved by every overflow down to 1, and doubled after `growth_steps` steps without one. It starts high, and
+    the first overflows bring it down to its level. In other precisions it is always 1.
     """
 
     scale: float = 1.0
@@ -25,12 +28,17 @@ class LossScale:
         """True if overflows change the scale."""
         return self.growth_steps is not None
 
+    @property
+    def can_fall(self) -> bool:
+        """True if a gradient that is not finite may fit with a lower scale."""
+        return self.is_dynamic and self.scale > LOWEST
+
     def update(self, *, overflow: bool) -> None:
         """Adapt a dynamic scale after a step; `overflow`: its gradient was not finite."""
         if not self.is_dynamic:
             return
         self.good_steps = 0 if overflow else self.good_steps + 1
         if overflow:
-            self.scale /= 2
+            self.scale = max(LOWEST, self.scale / 2)
         elif self.good_steps == self.growth_steps:
             self.scale, self.good_steps = self.scale * 2, 0

@@ -1,6 +1,7 @@
 """A user's own torch optimizer, on master weights that are divided over ranks and may be on any tier."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ class TorchOptimizer:
     for. It must be elementwise: the update of an element depends on no other element.
 
     It keeps its param groups, so its hyperparameters and a user's scheduler work as before. A parameter without a
-    gradient in a step stays as it is, and so do its states, as in torch. Raises ModelError for an optimizer that cannot
-    be divided.
+    gradient in a step stays as it is, and so do its states, as in torch. A step that is not finite changes nothing: a
+    fused optimizer (`fused=True`, states on the device) is given the flag on the device, as torch's GradScaler does it;
+    for any other, and for a first step, the host waits for the flag, and does not call `step` at all. Raises ModelError
+    for an optimizer that cannot be divided.
     """
 
     host_share = 1.0  # it updates master weights where they are
@@ -50,16 +53,50 @@ class TorchOptimizer:
         """The learning rate of the first group."""
         return float(self.inner.param_groups[0]["lr"])
 
-    def step(self, factor: Tensor, lr: float) -> None:
+    def step(self, factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
         """Update every weight, except those of `unused` parameters, by its gradient times `factor`, a scalar. The
         learning rates are those of the groups, whatever `lr` is.
+
+        `found_inf`: an fp32 scalar on the same device; where it is 1, nothing changes.
         """
-        with self._leaves.stepping():
+        on_device = found_inf is not None and self._takes_found_inf()
+        if found_inf is not None and not on_device and found_inf.item():
+            for chunk in self.chunks:
+                chunk.drop_gradient()
+            return
+        with self._leaves.stepping(), self._given(found_inf if on_device else None):
             self._give_gradients(factor)
             self._leaves.drop_states_as_new()
             self.inner.step()
         for pending in [chunk.write_back() for chunk in self.chunks]:
             pending.wait()
+
+    def take_back(self) -> None:
+        """Count the last update no longer: torch's own counts are states, which have stayed as they were."""
+
+    def _takes_found_inf(self) -> bool:
+        """Return whether torch's step leaves everything as it is where a flag on the device says so.
+
+        SGD makes its momentum in the first step, without values where that is left out. And a flag that torch copied to
+        the host would not be waited for.
+        """
+        is_fused = getattr(self.inner, "_step_supports_amp_scaling", False)
+        is_fused = is_fused and all(group.get("fused") for group in self.inner.param_groups)
+        on_device = all(chunk.placement.states is Tier.DEVICE for chunk in self.chunks)
+        return bool(is_fused and on_device and self._leaves.all_have_states())
+
+    @contextmanager
+    def _given(self, found_inf: Tensor | None) -> Iterator[None]:
+        """Have the optimizer's step honour a flag in the block, as torch's GradScaler does."""
+        if found_inf is None:
+            yield
+            return
+        given: Any = self.inner
+        given.grad_scale, given.found_inf = None, found_inf
+        try:
+            yield
+        finally:
+            del given.grad_scale, given.found_inf
 
     def _give_gradients(self, factor: Tensor) -> None:
         """Give each leaf its gradient times `factor`, or None."""

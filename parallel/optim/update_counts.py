@@ -28,13 +28,19 @@ class UpdateCounts:
         self.total = 0
         self._unused: Container[nn.Parameter] = ()  # parameters that have no gradient in this update
         self._missed: dict[ParameterInfo, int] = {}  # the number of updates missed, if it is not 0
+        self._before: tuple[int, dict[ParameterInfo, int]] = 0, {}  # `total` and `_missed` before the last `begin`
 
     def begin(self, chunks: Sequence[Chunk], unused: Container[nn.Parameter]) -> None:
         """Count an update, which the parameters in `unused` miss."""
+        self._before = self.total, self._missed
         self.total += 1
         self._unused = unused
         infos = (info for chunk in chunks for info in chunk.infos if info.parameter in unused)
-        self._missed |= {info: self._missed.get(info, 0) + 1 for info in infos}
+        self._missed = self._missed | {info: self._missed.get(info, 0) + 1 for info in infos}
+
+    def take_back(self) -> None:
+        """Count the last update no longer: it was left out."""
+        self.total, self._missed = self._before
 
     def ranges(self, spec: ChunkSpec) -> list[UpdateRange]:
         """Return the elements of a chunk that this update changes: parameters side by side are one range, if they have

@@ -64,6 +64,12 @@ class Stage(nn.Module):
         self.interface, self.units = interface, units
         self.set_initial_values, self.inputs = set_initial_values, inputs
 
+    def layer_names(self) -> dict[nn.Module, str]:
+        """Return the name of each layer: that of its unit, or the one that its first parameter has."""
+        unit_of = {info.parameter: info.unit for info in self.infos}
+        found = {layer: next((unit_of[x] for x in layer.parameters() if x in unit_of), "") for layer in self.layers}
+        return {layer: name for layer, name in found.items() if name}
+
     def forward(self, x: Tensor | None, microbatch: Microbatch) -> Tensor:
         for layer in self.layers:
             x = layer(x, microbatch)

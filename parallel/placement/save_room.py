@@ -12,8 +12,6 @@ from parallel.placement.policy import ChunkBytes, host_bytes, max_states_on_host
 from parallel.placement.room import host_room
 from parallel.storage.host import available
 
-NO_ROOM = "an update of a chunk waits until the chunk is written"
-
 
 @dataclass(frozen=True)
 class SaveRoom:
@@ -34,8 +32,8 @@ class SaveRoom:
         if self.is_enough:
             return f"checkpoints: copied to {size_text(self.needed)} of host memory, written in the background"
         return (
-            f"checkpoints: written behind: the host has no room for a copy of {size_text(self.needed)}"
-            f" ({size_text(max(0, self.room))} is left), and {NO_ROOM}"
+            f"checkpoints: written behind, since the host has no room for a copy of {size_text(self.needed)}:"
+            " updates wait for writes"
         )
 
 

@@ -68,6 +68,7 @@ class Heartbeat(threading.Thread):
         self.timeout = 600.0
         self.has_met = self.main_thread_knows = False
         self.verdict: Verdict | None = None
+        self.lost_before_meeting: tuple[int, ...] = ()
         self.has_verdict = threading.Event()
         self.on_end: Callable[[LostRankError], None] | None = None
         self._mates = HostMates(board, surroundings.host_ranks)
@@ -112,6 +113,8 @@ class Heartbeat(threading.Thread):
             self.has_verdict.set()
             self._mates.kill_stopped(verdict.stopped)
             self._tell(verdict.text, verdict.code)
+            if verdict.stopped and beat.waits:  # it would not return; and torchrun's SIGTERM would end it more slowly
+                self.end_process(LostRankError(verdict.text, verdict.code))
 
     def _end_where_blocked(self, beat: Beat, age: float) -> None:
         """End the process if the main thread cannot learn of the verdict, which is known for `age` seconds."""
@@ -140,7 +143,7 @@ class Heartbeat(threading.Thread):
 
         A rank that ended with another code than LOST has printed why itself, where one rank speaks for all.
         """
-        lost = self.verdict.ranks if self.verdict is not None else ()
+        lost = self.lost_before_meeting if self.verdict is None else self.verdict.ranks
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
         speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)

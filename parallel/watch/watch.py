@@ -185,7 +185,12 @@ class StoreWatch(Watch):
 
     def meet(self, facts: Mapping[str, Any], timeout: float) -> None:
         self._heartbeat.timeout = timeout
-        meet(self._board, facts, timeout, self.check)
+        try:
+            meet(self._board, facts, timeout, self.check)
+        except LostRankError:
+            if self._board.rank:
+                self._heartbeat.lost_before_meeting = (0,)  # for which this rank waited, so another one prints it
+            raise
         self._heartbeat.has_met = True
 
     def refuse(self, problem: str) -> None:
