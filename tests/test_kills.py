@@ -16,19 +16,20 @@ from training.run import run_job
 
 KILLS = {
     "one rank, validated": Kill(0, "_delete_old", 3, in_background=True),  # after the last save
-    "ZeRO 1": Kill(1, "ChunkSum.wait", 20),
+    "ZeRO 1": Kill(1, "ChunkSum.wait", 32),
     "ZeRO 3, validated": Kill(1, "write_files", 2, in_background=True),
-    "offloaded": Kill(0, "AdamW.step", 4),
+    "offloaded": Kill(0, "AdamW.step", 6),
     "placed by a plan": Kill(0, "Runner._backward", 13),
-    "on disk": Kill(0, "Runner._forward", 13),
-    "fp16 with overflows": Kill(0, "LossScale.update", 4),
+    "on disk": Kill(0, "Runner._forward", 22),
+    "fp16 with overflows": Kill(0, "LossScale.update", 6),
     "bf16 with bf16 moments": Kill(1, "Runner._backward", 10),
     "a ring": Kill(0, "write_sums", 2, in_background=True),
-    "a pipeline, validated": Kill(1, "Engine.evaluate", 2),
+    "a pipeline, validated": Kill(1, "Engine.evaluate", 3),
     "1d": Kill(0, "write_json", 2, in_background=True),
     "2d": Kill(0, "_rename", 2, in_background=True),
     "Llama in 1d": Kill(0, "_point", 5, in_background=True),
 }
+"""A kill of each layout. It comes after the second save has begun, so that the first one is complete for certain."""
 
 
 def nothing(rank: int, world_size: int) -> None:
