@@ -117,6 +117,7 @@ def dcp(size: Size, *, is_staged: bool = False) -> Contender:
         is_gpu = device.type == "cuda"
         stager = DefaultStager(StagingOptions(is_gpu, False, is_gpu, is_gpu))
     staging: list[Any] = []
+    uploads: list[Any] = []
 
     def step(ids: Tensor) -> float:
         ids = ids.to(device)
@@ -136,10 +137,10 @@ def dcp(size: Size, *, is_staged: bool = False) -> Contender:
         found = async_save(state, storage_writer=writer, async_stager=stager)
         if isinstance(found, AsyncSaveResponse):
             staging.append(found.staging_completion)
-            return lambda: bool(found.upload_completion.done())
-        return lambda: bool(found.done())
+        uploads[:] = [found.upload_completion if isinstance(found, AsyncSaveResponse) else found]
+        return lambda: bool(uploads[0].done())
 
-    return Contender(step, save, module.config.vocab_size)
+    return Contender(step, save, module.config.vocab_size, lambda: uploads[0].result())
 
 
 CONTENDERS: dict[str, Callable[[Size], Contender]] = {

@@ -99,7 +99,8 @@ class Index:
             if (found := file.stat().st_size) != size:
                 raise CheckpointError(f"{file} is damaged: it has {found} bytes, was written with {size}.")
         for file in sorted(self.folder.iterdir()):
-            if file.name not in (*self.sizes, INDEX, SUMS):
+            is_hidden = file.name.startswith(".")  # file systems and desktops leave such files: .nfs0001, .DS_Store
+            if not is_hidden and file.name not in (*self.sizes, INDEX, SUMS):
                 raise CheckpointError(f"{file} is no file of this checkpoint: {INDEX} does not name it. Remove it.")
 
 

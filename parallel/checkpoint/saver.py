@@ -1,6 +1,7 @@
 """Checkpoints that are written in the background, while training goes on."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -14,6 +15,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.checkpoint import Target
+from parallel.checkpoint.shards import fail_together
 from parallel.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot
 from parallel.chunk.chunk import Chunk
 from parallel.errors import ColonnadeError, ExitCode
@@ -22,6 +24,7 @@ from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import Watching
 from parallel.mesh.mesh import Axis, Mesh
 from parallel.mesh.notices import Notices
+from parallel.watch.watch import Watch
 
 
 class SaverState(Enum):
@@ -72,7 +75,7 @@ class Saver:
         self._target: Target | None = None  # of the save in flight, and until it is told
         self._error: BaseException | None = None
         self._chunk_of = {name: chunk for chunk in chunks for info in chunk.infos for name in info.names}
-        weakref.finalize(self, _join, self._threads)  # also where a program ends without waiting
+        weakref.finalize(self, _join_within, self._threads, mesh.watch)  # where a program ends without waiting
 
     @property
     def host_bytes(self) -> int:
@@ -173,7 +176,8 @@ class Saver:
         """Copy and write a checkpoint: the thread's part of `save`."""
         try:
             with self._mesh.watch.apart(), torch.no_grad():
-                pieces = snapshot.copy(self._memory if self.writing.copies else None)
+                with fail_together(axis):
+                    pieces = snapshot.copy(self._memory if self.writing.copies else None)
                 checkpoint.write(
                     target,
                     pieces,
@@ -218,6 +222,13 @@ def _join(threads: list[threading.Thread]) -> None:
     while threads:
         threads[0].join()
         threads.pop(0)
+
+
+def _join_within(threads: list[threading.Thread], watch: Watch) -> None:
+    """Wait for threads that wait for other ranks, but not longer than a rank is waited for."""
+    deadline = time.monotonic() + watch.timeout
+    for thread in list(threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _set_code(error: BaseException) -> None:
