@@ -90,7 +90,7 @@ def bits(engine: EngineBase) -> dict[str, bytes]:
         if not chunk.is_gathered_on_demand:
             found[f"whole parameters of {chunk.infos[0].name}"] = chunk.parameters.whole.clone()
     found["updates"] = torch.tensor([engine.num_updates, *engine.optimizer.counters()["steps"].values()])
-    return {name: x.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, x in found.items()}
+    return {name: x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, x in found.items()}
 
 
 # -- a step that is left out changes nothing

@@ -499,7 +499,6 @@ def test_in_every_phase_one_rank_without_memory_ends_all_by_name(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_that_runs_out_says_what_torch_has_reserved(tmp_path: Path) -> None:
     engine, loader = engine_in(tmp_path, "train.device=cuda")
     engine.train_step(loader.training(0))
