@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from models.shape import ModelShape
 from models.tokenizer import Tokenizer
-from parallel.checkpoint.shards import write_json
+from parallel.checkpoint.synced_file import write_json
 from parallel.errors import DataError
 from parallel.regular_file import read_json, with_key
 

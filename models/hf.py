@@ -18,17 +18,10 @@ from models.shape import ModelShape
 from models.tokenizer import Tokenizer
 from models.tokenizer_files import TEMPLATES, TOKENIZER_FILES
 from models.weight_files import files_of
+from parallel.checkpoint.archive import Archive, StoredPart, StoredTensor, open_safetensors
 from parallel.checkpoint.hf_folder import INDEX, MODEL, SINGLE, FileNames, write_folder, write_tensors_of
-from parallel.checkpoint.shards import (
-    DTYPE_NAMES,
-    Archive,
-    Entry,
-    StoredPart,
-    StoredTensor,
-    is_ours,
-    open_safetensors,
-    write_json,
-)
+from parallel.checkpoint.synced_file import write_json
+from parallel.checkpoint.tensor_file import DTYPE_NAMES, Entry, is_ours
 from parallel.errors import DataError, names_text
 from parallel.layout.layout import Piece, box_shape
 from parallel.mesh.mesh import ALONE, Axis

@@ -3,7 +3,7 @@
 from hashlib import sha256
 from pathlib import Path
 
-from parallel.checkpoint.shards import SUMS, write_sums
+from parallel.checkpoint.synced_file import SUMS, write_sums
 
 
 def seal(step: Path) -> None:

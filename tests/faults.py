@@ -53,7 +53,7 @@ def _function_of(phase: str) -> tuple[Any, str]:
     """Return the object and the name of the function that begins a phase."""
     from models.data.cache import Cache
     from parallel.checkpoint import checkpoint
-    from parallel.checkpoint.shards import Archive
+    from parallel.checkpoint.archive import Archive
     from parallel.engine.engine import Engine
     from parallel.engine.phases import Stopwatch
     from training import artifacts

@@ -2024,7 +2024,7 @@ SEEN_AND_GENERATED = (
     Mutant(
         "best-names-what-is-replaced",
         "a run that is killed while it replaces its best checkpoint leaves a name of nothing",
-        "parallel/checkpoint/shards.py",
+        "parallel/checkpoint/replaced_folder.py",
         "        at_last()\n        folder.rename(old)\n",
         "        folder.rename(old)\n",
         "tests/test_best_checkpoint.py::test_best_names_a_whole_checkpoint_also_while_one_is_replaced",
@@ -2068,7 +2068,7 @@ INTEGRITY = (
     Mutant(
         "overlap-unnoticed",
         "two parts of a tensor that overlap hide that elements are missing",
-        "parallel/checkpoint/shards.py",
+        "parallel/layout/cover.py",
         "        if not _are_disjoint([box[1:] for box in met]):",
         "        if False:",
         "tests/test_checkpoint.py::test_covered_once_notices_a_gap_and_an_overlap_of_equal_size",
@@ -2271,7 +2271,7 @@ SAVED_BEHIND = (
     Mutant(
         "replaced-checkpoint-deleted-early",
         "a save that is killed between two renames has deleted the only checkpoint",
-        "parallel/checkpoint/shards.py",
+        "parallel/checkpoint/replaced_folder.py",
         "        folder.rename(old)\n    temporary.rename(folder)\n",
         "        folder.rename(old)\n        shutil.rmtree(old)\n    temporary.rename(folder)\n",
         "tests/test_crash_points.py::"

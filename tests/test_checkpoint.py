@@ -24,9 +24,9 @@ from parallel.checkpoint.checkpoint import (
 )
 from parallel.checkpoint.index import Index
 from parallel.checkpoint.newest import find_newest
-from parallel.checkpoint.shards import covered_once
 from parallel.checkpoint.verify import verify
 from parallel.errors import CheckpointError, NoRoomError
+from parallel.layout.cover import covered_once
 from parallel.layout.layout import Layout, Piece, slices
 from parallel.mesh.mesh import ALONE, Axis, Traffic
 from tests.checkpoints import seal

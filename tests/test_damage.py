@@ -18,7 +18,7 @@ import torch
 
 from parallel.checkpoint.checkpoint import save
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.shards import SUMS, write_sums
+from parallel.checkpoint.synced_file import SUMS, write_sums
 from parallel.checkpoint.verify import verify
 from parallel.errors import CheckpointError
 from parallel.mesh.mesh import ALONE

@@ -17,7 +17,7 @@ from colonnade import cli
 from colonnade.export import DTYPES as CHOICES
 from models import hf
 from parallel.checkpoint import checkpoint, hf_folder
-from parallel.checkpoint.shards import Entry, write_tensors
+from parallel.checkpoint.tensor_file import Entry, write_tensors
 from parallel.engine.context import DTYPES, Place
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE

@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.verify import verify
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DiskFullError, RoomError, StorageError
 from parallel.layout.layout import Piece

@@ -15,7 +15,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.shards import Entry
+from parallel.checkpoint.tensor_file import Entry
 from parallel.checkpoint.verify import verify
 from parallel.engine.engine import Engine
 from parallel.mesh.mesh import ALONE

@@ -11,12 +11,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from parallel.checkpoint import checkpoint, rank_files, shards
+from parallel.checkpoint import checkpoint, rank_files, tensor_file
 from parallel.checkpoint.checkpoint import Target, step_folder
 from parallel.checkpoint.index import Index
 from parallel.checkpoint.saver import SaverState, Writing
-from parallel.checkpoint.shards import SUMS
 from parallel.checkpoint.snapshot import Snapshot
+from parallel.checkpoint.synced_file import SUMS
 from parallel.checkpoint.verify import verify
 from parallel.chunk.guard import SaveGuard
 from parallel.engine.base import EngineBase
@@ -172,7 +172,7 @@ def test_what_a_program_changes_after_a_save_is_not_in_the_checkpoint(
 
 def fail_at_the_next_step(rank: int, size: int, folder: Path, code: int) -> dict[str, Any]:
     """Have rank 1 fail to write in the background. Return what each rank raised, after which step, and what is left."""
-    engine, write = engine_of(rank, size, raw_of("pp2", "cuda", 0)), shards.write_tensors
+    engine, write = engine_of(rank, size, raw_of("pp2", "cuda", 0)), tensor_file.write_tensors
     batches = [share_of(batch, engine) for batch in batches_of(4, batch=24)]
     engine.save_checkpoint(folder)
     engine.train_step(batches[0])
@@ -216,7 +216,7 @@ def test_a_save_that_fails_on_one_rank_is_an_error_of_the_next_step_on_every_ran
 
 def after(event: Callable[[], object], seconds: float = LIMIT) -> Any:
     """Have each write of a checkpoint's file begin after an event, or after so many seconds."""
-    write = shards.write_tensors
+    write = tensor_file.write_tensors
 
     def wait(*arguments: Any) -> str:
         wait_until(event, seconds)

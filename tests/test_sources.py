@@ -19,7 +19,7 @@ from models.shapes import resolve
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import write_folder
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.shards import Entry
+from parallel.checkpoint.tensor_file import Entry
 from parallel.chunk.chunk import make_chunks
 from parallel.chunk.spec import Segment
 from parallel.config import parse

@@ -7,7 +7,7 @@ from models.hf import export
 from models.saved_model import widest_dtype
 from models.shapes import shape_of
 from parallel.checkpoint.hf_folder import too_large
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.engine.context import DTYPES, dtype_name
 from parallel.engine.engine import Engine
 from parallel.storage.no_room import disk_problem, naming

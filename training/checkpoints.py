@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel.checkpoint import checkpoint
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.engine.engine import Engine
 from parallel.errors import ColonnadeError, LostRankError, SignalError
 from parallel.mesh.collectives import gather_objects

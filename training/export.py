@@ -20,7 +20,7 @@ from parallel.checkpoint import checkpoint
 from parallel.checkpoint.hf_folder import too_large
 from parallel.checkpoint.index import Index
 from parallel.checkpoint.newest import naming_the_one_before
-from parallel.checkpoint.shards import replace_files, replace_folder
+from parallel.checkpoint.replaced_folder import replace_files, replace_folder
 from parallel.checkpoint.verify import verify
 from parallel.config import Config
 from parallel.engine.context import DTYPES, dtype_name

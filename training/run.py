@@ -14,7 +14,7 @@ import torch
 
 from models.build import build, stage_of
 from models.data import Loader, SampleOrder
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.verify import verify
 from parallel.engine.base import initial_placement_of
 from parallel.engine.context import Context, make_context

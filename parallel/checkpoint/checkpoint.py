@@ -24,19 +24,12 @@ import torch
 
 from parallel.checkpoint.index import INDEX, Index
 from parallel.checkpoint.rank_files import Reading, SavedPiece, files_of_rank, where_it_is, write_files
-from parallel.checkpoint.shards import (
-    DTYPE_NAMES,
-    Entry,
-    covered_once,
-    fail_together,
-    file_size,
-    replace_folder,
-    sync_folder,
-    write_json,
-    write_sums,
-    write_synced,
-)
+from parallel.checkpoint.replaced_folder import replace_folder
+from parallel.checkpoint.shared_failure import fail_together
+from parallel.checkpoint.synced_file import sync_folder, write_json, write_sums, write_synced
+from parallel.checkpoint.tensor_file import DTYPE_NAMES, Entry, file_size
 from parallel.errors import CheckpointError
+from parallel.layout.cover import covered_once
 from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects

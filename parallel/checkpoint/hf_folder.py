@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.shards import DTYPE_NAMES, Entry, covered_once, replace_files, write_json, write_tensors
+from parallel.checkpoint.replaced_folder import replace_files
+from parallel.checkpoint.synced_file import write_json
+from parallel.checkpoint.tensor_file import DTYPE_NAMES, Entry, write_tensors
 from parallel.errors import CheckpointError, names_text
+from parallel.layout.cover import covered_once
 from parallel.layout.layout import Piece, slices
 from parallel.layout.sources import Box
 from parallel.mesh.agreement import Agreement

@@ -11,8 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.shards import SUMS, Archive, StoredPart, StoredTensor, covered_once
+from parallel.checkpoint.archive import Archive, StoredPart, StoredTensor
+from parallel.checkpoint.synced_file import SUMS
 from parallel.errors import CheckpointError, shown
+from parallel.layout.cover import covered_once
 from parallel.layout.layout import box_shape
 from parallel.layout.sources import Box
 from parallel.regular_file import check_regular, parse_json, read_bytes

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.shards import Entry, sync_folder, write_tensors
+from parallel.checkpoint.synced_file import sync_folder
+from parallel.checkpoint.tensor_file import Entry, write_tensors
 from parallel.layout.layout import Piece, box_shape
 from parallel.layout.sources import Box
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.shards import DTYPE_NAMES, fail_together
+from parallel.checkpoint.shared_failure import fail_together
+from parallel.checkpoint.tensor_file import DTYPE_NAMES
 from parallel.checkpoint.values import decode, dtype_of, encode, name_of
 from parallel.errors import CheckpointError
 from parallel.layout.layout import Piece

@@ -15,7 +15,7 @@ import torch
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.checkpoint import Target
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot
 from parallel.chunk.chunk import Chunk
 from parallel.errors import ColonnadeError, ExitCode

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.shards import DTYPE_NAMES
+from parallel.checkpoint.tensor_file import DTYPE_NAMES
 from parallel.errors import CheckpointError
 
 MARK = "$"

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
+from parallel.checkpoint.archive import StoredPart, open_safetensors
 from parallel.checkpoint.index import OTHER_BYTES, Index
-from parallel.checkpoint.shards import DTYPE_NAMES, StoredPart, fail_together, open_safetensors
+from parallel.checkpoint.shared_failure import fail_together
+from parallel.checkpoint.tensor_file import DTYPE_NAMES
 from parallel.errors import CheckpointError, shown
 from parallel.layout.layout import box_shape
 from parallel.mesh.collectives import gather_objects

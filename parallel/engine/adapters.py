@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.checkpoint.hf_folder import ADAPTER, MERGED, write_tensors_of
-from parallel.checkpoint.shards import Entry
+from parallel.checkpoint.tensor_file import Entry
 from parallel.errors import ModelError
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import Axis

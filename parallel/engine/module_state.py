@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from parallel.checkpoint.hf_folder import write_folder
-from parallel.checkpoint.shards import Entry
+from parallel.checkpoint.tensor_file import Entry
 from parallel.engine.adapters import save_adapters, save_merged
 from parallel.engine.state import EngineState
 from parallel.layout.layout import Piece

@@ -8,7 +8,7 @@ from typing import Any
 from parallel.checkpoint import checkpoint, saved_values
 from parallel.checkpoint.index import Index
 from parallel.checkpoint.newest import naming_the_one_before
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.verify import verify
 from parallel.engine.counters import check_counters
 from parallel.errors import CheckpointError, names_text, shown

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.saved_values import encode_on_ranks
-from parallel.checkpoint.shards import fail_together
+from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.values import decode, encode
 from parallel.engine.base import EngineBase
 from parallel.engine.saved_state import FORMAT, WEIGHTS, SavedState, Shapes, kind_of, name_of
