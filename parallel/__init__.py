@@ -3,11 +3,11 @@ that compose them.
 """
 
 from parallel import collectives
-from parallel.engine.base import StepResult
 from parallel.engine.context import Context, Place, current, launch_from_torch, leave
 from parallel.engine.engine import Engine
 from parallel.engine.initialize import initialize, sharded_init
-from parallel.engine.module_engine import ModuleEngine, UpdateResult
+from parallel.engine.module_engine import ModuleEngine
+from parallel.engine.results import StepResult, UpdateResult
 from parallel.engine.stop_signals import catch_signals
 from parallel.errors import (
     CheckpointError,

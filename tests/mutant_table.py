@@ -640,7 +640,7 @@ PLACEMENT = (
            MANAGER, "        if skipped:\n            if state", "        if False:\n            if state",
            f"{MANAGER_TESTS}::test_a_step_whose_update_was_skipped_is_neither_planned_by_nor_measured"),
     Mutant("update-out-of-memory", "an update that runs out of memory gives no advice",
-           "parallel/engine/module_engine.py",
+           "parallel/engine/user_loop.py",
            "        with self.memory_guard.explained(lambda: \"update\"):\n            self._update(norm, divisor,",
            "        if True:\n            self._update(norm, divisor,",
            "tests/test_placement.py::test_a_step_that_does_not_fit_says_what_would_help"),
@@ -971,7 +971,7 @@ ACCESS_AND_STATE = (
     Mutant(
         "ranks-agree-on-lr-alone",
         "hyperparameters that differ by rank give each rank weights of its own",
-        "parallel/engine/module_engine.py",
+        "parallel/engine/user_loop.py",
         "a step with {self.hyperparameters}",
         "a step with learning rate {self.lr}",
         "tests/test_access_and_state.py::test_every_hyperparameter_of_every_group_is_the_same_on_all_ranks",
@@ -2204,7 +2204,7 @@ NUMBERS = (
     Mutant(
         "row-of-leavings-forgotten",
         "a checkpoint forgets how many steps were left out",
-        "parallel/optim/left_out.py",
+        "parallel/optim/step_counts.py",
         '("steps", "in_a_row"))',
         '("steps", "steps"))',
         f"{NONFINITE}::test_ten_steps_in_a_row_end_the_run_and_an_update_begins_the_count_anew",
@@ -2446,7 +2446,7 @@ KILLS = (
     Mutant(
         "loss-scale-not-resumed",
         "a run in fp16 that goes on skips steps again until its loss scale has come down",
-        "parallel/optim/left_out.py",
+        "parallel/optim/step_counts.py",
         'self.loss_scale.scale, self.loss_scale.good_steps = state["loss_scale"], int(state["good_steps"])',
         "pass",
         KILLED.format("fp16 with overflows"),

@@ -21,9 +21,9 @@ import launch
 from models.data import Batch, Loader
 from models.family import named_sizes
 from models.shapes import fields_of
-from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
+from parallel.engine.results import StepResult
 from parallel.errors import CheckpointError, ConfigError, ExitCode
 from tests.checkpoints import seal
 from tests.harness import run

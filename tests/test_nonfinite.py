@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from parallel.engine.base import EngineBase
 from parallel.engine.engine import Engine
 from parallel.errors import NonFiniteError
-from parallel.optim.left_out import MOST_IN_A_ROW, LeftOutSteps, Outcome
 from parallel.optim.loss_scale import LossScale
+from parallel.optim.step_counts import MOST_IN_A_ROW, Outcome, StepCounts
 from parallel.storage.transfer import Tier
 from tests.harness import run
 from tests.parity import SHAPE, Batch, Raw, batches_of, config_of, engine_of, share_of
@@ -204,22 +204,22 @@ def test_an_overflow_of_fp16_is_the_scales_business_until_the_scale_is_one() -> 
 
 
 def test_ten_steps_in_a_row_end_the_run_and_an_update_begins_the_count_anew() -> None:
-    steps = LeftOutSteps("skip")
-    assert [steps.take(NAN, 1.0) for _ in range(9)] == [Outcome.LEFT_OUT] * 9
-    assert steps.take(1.0, 1.0) is Outcome.UPDATED
-    assert [steps.take(1.0, torch.inf) for _ in range(9)] == [Outcome.LEFT_OUT] * 9
-    assert steps.take(1.0, NAN) is Outcome.STOPS
-    assert (steps.total, steps.in_a_row) == (19, MOST_IN_A_ROW)
-    fresh = LeftOutSteps("skip")
+    steps = StepCounts("skip")
+    assert [steps.count(NAN, 1.0) for _ in range(9)] == [Outcome.LEFT_OUT] * 9
+    assert steps.count(1.0, 1.0) is Outcome.UPDATED
+    assert [steps.count(1.0, torch.inf) for _ in range(9)] == [Outcome.LEFT_OUT] * 9
+    assert steps.count(1.0, NAN) is Outcome.STOPS
+    assert (steps.num_left_out, steps.in_a_row) == (19, MOST_IN_A_ROW)
+    fresh = StepCounts("skip")
     fresh.restore(steps.state())
     assert fresh == steps
 
 
 def test_a_loss_that_is_not_finite_is_never_the_scales_business() -> None:
-    steps = LeftOutSteps("stop", LossScale.for_precision("fp16"))
-    assert steps.take(NAN, NAN) is Outcome.STOPS
+    steps = StepCounts("stop", LossScale.for_precision("fp16"))
+    assert steps.count(NAN, NAN) is Outcome.STOPS
     assert steps.loss_scale.scale == 2.0**16
-    assert steps.take(1.0, NAN) is Outcome.OVERFLOW
+    assert steps.count(1.0, NAN) is Outcome.OVERFLOW
     assert steps.loss_scale.scale == 2.0**15
 
 
@@ -472,7 +472,7 @@ def refused(rank: int, world_size: int, folder: Path, kind: str) -> list[str]:
     if f"{kind}/{SPOILED[kind]}" in named and rank == (0 if kind == "buffer" else 1):
         named[f"{kind}/{SPOILED[kind]}"].view(-1)[0] = NAN
     texts = []
-    engine.num_steps += 1
+    engine.steps.num_steps += 1
     for action in (
         lambda: engine.save_checkpoint(folder),
         lambda: engine.save_pretrained(folder / "export"),

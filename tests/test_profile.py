@@ -13,10 +13,10 @@ import torch.distributed as dist
 import launch
 from parallel.checkpoint.index import Index
 from parallel.checkpoint.newest import Found
-from parallel.engine.base import StepResult
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
 from parallel.engine.phases import PHASES, Stopwatch
+from parallel.engine.results import StepResult
 from parallel.errors import ConfigError
 from parallel.pipeline.schedule import Op, one_f_one_b
 from tests.harness import run

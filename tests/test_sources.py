@@ -23,7 +23,7 @@ from parallel.checkpoint.tensor_file import Entry
 from parallel.chunk.chunk import make_chunks
 from parallel.chunk.spec import Segment
 from parallel.config import parse
-from parallel.engine.base import initial_placement_of
+from parallel.engine.composition import initial_placement_of
 from parallel.engine.context import Place, make_context
 from parallel.engine.state import EngineState
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices

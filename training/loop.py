@@ -9,8 +9,8 @@ from signal import Signals
 
 from models.data import Batch, Loader
 from parallel.config import Config
-from parallel.engine.base import StepResult
 from parallel.engine.engine import Engine
+from parallel.engine.results import StepResult
 from parallel.engine.stop_signals import code_of
 from parallel.errors import NonFiniteError, SignalError
 from training.best_loss import BestLoss
@@ -65,7 +65,7 @@ def fit(
 def of_failed(error: NonFiniteError, engine: Engine) -> StepResult:
     """Return the result of a step that has ended by this error."""
     loss = math.nan if error.loss is None else error.loss
-    count = engine.left_out.total
+    count = engine.steps.num_left_out
     return StepResult(loss, error.grad_norm, engine.lr, tokens=0, skipped=True, nonfinite_steps=count)
 
 

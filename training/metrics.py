@@ -14,7 +14,7 @@ import torch
 from models.costs import flops_per_token
 from models.shapes import shape_of
 from parallel.config import Config
-from parallel.engine.base import StepResult
+from parallel.engine.results import StepResult
 from parallel.errors import ConfigError
 from parallel.regular_file import open_regular, parse_json, with_key
 

@@ -16,7 +16,7 @@ from models.build import build, stage_of
 from models.data import Loader, SampleOrder
 from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.verify import verify
-from parallel.engine.base import initial_placement_of
+from parallel.engine.composition import initial_placement_of
 from parallel.engine.context import Context, make_context
 from parallel.engine.engine import Engine
 from parallel.errors import CheckpointError, DataError

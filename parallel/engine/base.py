@@ -6,106 +6,42 @@ How gradients are computed is the subclasses' part.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from parallel.activations.offload import InputsOnHost
 from parallel.checkpoint.saver import Saver, Writing
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.spec import specs_of
 from parallel.chunk.writes import Writes
 from parallel.config import Config
+from parallel.engine.composition import Optimizer
 from parallel.engine.context import Context
 from parallel.engine.saved_state import WEIGHTS, kind_of, text_of
-from parallel.errors import ColonnadeError, ConfigError, ModelError, NonFiniteError
+from parallel.errors import ColonnadeError, ModelError, NonFiniteError
 from parallel.layout.finite import are_finite, problem_of
-from parallel.layout.layout import ParameterInfo, Piece
+from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
-from parallel.mesh.mesh import Mesh
+from parallel.mesh.mesh import Axis, Mesh
 from parallel.mesh.notices import Notices
-from parallel.optim.adamw import AdamW
 from parallel.optim.grad_norm import clip_coefficient
-from parallel.optim.left_out import LeftOutSteps, Outcome, found_inf, numbers_text
 from parallel.optim.loss_scale import LossScale
 from parallel.optim.lr_schedule import learning_rate
+from parallel.optim.step_counts import Outcome, StepCounts, found_inf, numbers_text
 from parallel.optim.torch_optimizer import TorchOptimizer
-from parallel.placement.chunk_bytes import foreseen_bytes
-from parallel.placement.initial import InitialPlacement, initial_placement
+from parallel.placement.initial import InitialPlacement
 from parallel.placement.manager import PlacementManager
 from parallel.placement.memory_guard import MemoryGuard
 from parallel.storage.transfer import HostCopy, Tier
 
-Optimizer: TypeAlias = AdamW | TorchOptimizer
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of a step, the same on every rank except for `phases`.
-
-    `loss` is the loss before the update, the mean over `tokens` labels. `grad_norm` is the norm before clipping; None
-    where the update was `skipped`: an fp16 gradient overflowed, or a number was not finite and `train.nonfinite` is
-    "skip". `lr` is the learning rate of the update. `phases` are the seconds that each phase of the step took on this
-    rank. `nonfinite_steps` counts the steps of the run that were left out so far because of a number that is not
-    finite; fp16's overflows are not among them.
-    """
-
-    loss: float
-    grad_norm: float | None
-    lr: float
-    tokens: int
-    skipped: bool = False
-    phases: Mapping[str, float] = field(default_factory=dict, compare=False)
-    nonfinite_steps: int = 0
-
-
-def initial_placement_of(
-    infos: Sequence[ParameterInfo], context: Context, *, num_microbatches: int = 0, is_torchs: bool = False
-) -> InitialPlacement:
-    """Return the placement of the chunks of these parameters before the first step, before the chunks are made.
-
-    `num_microbatches` is that of a step; 0: the config's. `is_torchs`: with an optimizer of torch's. Every rank calls
-    this. Raises ConfigError, on every rank, where one has too little room.
-    """
-    config, place = context.config, context.place
-    num_microbatches = num_microbatches or config.num_microbatches(place.world_size) or 2
-    specs = specs_of(infos, context.dtype, zero=config.zero.stage)
-    sizes = [foreseen_bytes(spec, num_microbatches, config.optimizer, is_torchs=is_torchs) for spec in specs]
-    return initial_placement(
-        specs,
-        sizes,
-        config,
-        world=context.mesh.world,
-        num_ranks_on_host=place.local_world_size,
-        device=context.mesh.device,
-    )
-
-
-def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Optimizer | None) -> Optimizer:
-    """Return the optimizer of the chunks: the one that was passed, sharded as they are, or else the config's AdamW.
-
-    Raises ConfigError or ModelError for one that cannot be sharded.
-    """
-    if passed is None:
-        return AdamW(chunks, config.optimizer, compiles=config.train.compile)
-    if config.optimizer.state_dtype != "fp32":
-        raise ConfigError(
-            f"optimizer.state_dtype: {config.optimizer.state_dtype!r} is for the config's own AdamW; an optimizer that"
-            " is passed has states of its own dtype. Try 'fp32', or pass no optimizer."
-        )
-    return TorchOptimizer(chunks, passed)
 
 
 class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both.
 
-    `data` is the axis of the replicas. `num_steps` counts the steps that were taken, skipped updates included.
-    `num_updates` counts those that were not skipped: it is the position in the schedule of
-    the learning rate. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
+    `steps` counts the steps. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
     `memory_guard` explains the errors of a memory without room.
     """
 
@@ -118,25 +54,32 @@ class EngineBase:
         initial_placement: InitialPlacement,
     ) -> None:
         self.module, self.context = module, context
-        self.data = self.mesh.axis("data")
         self.chunks, self.optimizer = list(chunks), optimizer
         self.placement_manager = PlacementManager(
             self.chunks, optimizer, self.config.zero, self.mesh.world, initial_placement
         )
         self.inputs: InputsOnHost | None = None
-        self.notices = Notices()
+        self._agreement = Agreement(self.mesh.world)
         copies = initial_placement.save_room.is_enough
         self.saver = Saver(self.mesh, self.chunks, self.notices, Writing(context.place.num_threads, copies))
-        self._agreement = Agreement(self.mesh.world, self.notices)
-        self.left_out = LeftOutSteps.of(self.config.train)
-        self.num_steps = self.num_updates = 0
+        self.steps = StepCounts.of(self.config.train)
         self.writes = Writes(self.chunks, self.mesh.world)
         self.memory_guard = MemoryGuard(self.chunks, optimizer.state_bytes, self.config, mesh=self.mesh, module=module)
 
     @property
     def loss_scale(self) -> LossScale:
         """The factor of the loss, which is 1 unless the precision is fp16."""
-        return self.left_out.loss_scale
+        return self.steps.loss_scale
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that were taken, those that updated nothing included."""
+        return self.steps.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """The number of steps that updated the weights: the position in the schedule of the learning rate."""
+        return self.steps.num_updates
 
     @property
     def config(self) -> Config:
@@ -147,6 +90,16 @@ class EngineBase:
     def mesh(self) -> Mesh:
         """The mesh of the context."""
         return self.context.mesh
+
+    @property
+    def data(self) -> Axis:
+        """The axis of the replicas."""
+        return self.mesh.axis("data")
+
+    @property
+    def notices(self) -> Notices:
+        """The numbers that each agreement of this engine tells all ranks."""
+        return self._agreement.notices
 
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Return when every rank has called this for the same action, such as "a checkpoint", without a problem.
@@ -217,20 +170,18 @@ class EngineBase:
 
     def counters(self) -> dict[str, Any]:
         """Return all else that a step changes, as values for JSON: a checkpoint saves them beside `state`."""
-        counts: dict[str, Any] = {"step": self.num_steps, "updates": self.num_updates}
-        return counts | self.left_out.state() | {"placement": self.placement_manager.state()}
+        return self.steps.state() | {"placement": self.placement_manager.state()}
 
     def restore(self, counters: Mapping[str, Any], *, steps: Mapping[str, float] | None = None) -> None:
         """Go on from where `counters` were saved; the pieces of `state` must hold what they held then.
 
         `steps` has the number of updates of each parameter that has had another number than the others.
         """
-        self.num_steps, self.num_updates = int(counters["step"]), int(counters["updates"])
+        self.steps.restore(counters)
         self.mesh.watch.progress.step = self.memory_guard.num_steps = self.num_steps
         self.optimizer.restore(self.num_updates, steps=steps)
         self.write_back()
         self.placement_manager.restore(counters.get("placement", {}))
-        self.left_out.restore(counters)
         self.writes.note()
 
     def write_back(self) -> None:
@@ -305,13 +256,10 @@ class EngineBase:
 
     def _end_step(self, loss: float, norm: float) -> Outcome:
         """Count a step by the numbers that its update was launched with, and return what it has come to."""
-        outcome = self.left_out.take(loss, norm)
+        outcome = self.steps.count(loss, norm)
         is_updated = outcome is Outcome.UPDATED
-        if is_updated:
-            self.num_updates += 1
-        else:
+        if not is_updated:
             self.optimizer.take_back()
-        self.num_steps += 1
         self.mesh.watch.progress.step = self.num_steps
         self.placement_manager.after_step(skipped=not is_updated)
         self.writes.note()
@@ -326,11 +274,11 @@ class EngineBase:
             return
         what = f"step {self.num_steps}: {numbers_text(loss, norm)}"
         if outcome is Outcome.LEFT_OUT:
-            count = f"{self.left_out.in_a_row} in a row, {self.left_out.total} in all"
+            count = f"{self.steps.in_a_row} in a row, {self.steps.num_left_out} in all"
             if self.mesh.world.rank == 0:
                 log.warning("%s: the step is left out (%s)", what, count)
             return
-        in_a_row = f" {self.left_out.in_a_row} steps in a row were left out." if self.left_out.policy == "skip" else ""
+        in_a_row = f" {self.steps.in_a_row} steps in a row were left out." if self.steps.policy == "skip" else ""
         raise NonFiniteError(
             f"{what}: {origin()}{in_a_row} Nothing was updated, and no checkpoint is written. Try a smaller"
             " optimizer.lr, or other data.",

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import make_chunks
-from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
+from parallel.engine.composition import initial_placement_of, optimizer_of
 from parallel.engine.context import Context
-from parallel.engine.origin import chunks_not_finite, origin_text
+from parallel.engine.origin import origin_of
 from parallel.engine.phases import Stopwatch
+from parallel.engine.results import StepResult
 from parallel.engine.state import EngineState
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
 from parallel.layout.labels import IGNORED, shift
@@ -23,10 +24,9 @@ from parallel.mesh.collectives import all_reduce
 from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
-from parallel.ops.compiling import not_yet_compiled
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
-from parallel.optim.left_out import Outcome
+from parallel.optim.step_counts import Outcome
 from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.runner import Runner
@@ -128,7 +128,7 @@ class Engine(EngineState):
         outcome = self._end_step(loss, grad_norm)
         self._report(outcome, loss, grad_norm, partial(self._origin, microbatches))
         phases, skipped = self.stopwatch.read(), outcome is not Outcome.UPDATED
-        count = self.left_out.total
+        count = self.steps.num_left_out
         return StepResult(
             loss, None if skipped else grad_norm, lr, tokens, skipped=skipped, phases=phases, nonfinite_steps=count
         )
@@ -194,20 +194,16 @@ class Engine(EngineState):
     def _origin(self, microbatches: Sequence[Microbatch]) -> str:
         """Run a step again that has updated nothing, and return where its first number was that is not finite."""
         first = FirstNotFinite(self.stage, self.chunks, self.stage.layer_names())
-        suspects = chunks_not_finite(self.chunks, self.mesh.world)
 
         def mark(phase: str, detail: object = "") -> None:
             """Note the microbatch of the runner's action: an Action, or the text of a deferred weight gradient."""
             number = detail.microbatch if isinstance(detail, Action) else str(detail).rpartition(".")[2]
             first.microbatch = int(number) if str(number).isdigit() else first.microbatch
 
-        with (
-            not_yet_compiled(self.config.train.compile),
-            first.watching(),
-            self.gradients.watching(first.arrived),
-        ):
-            self._forwards_and_backwards(microbatches, mark)
-        return origin_text(self.chunks, self.mesh, first, suspects)
+        run = partial(self._forwards_and_backwards, microbatches, mark)
+        return origin_of(
+            run, first, chunks=self.chunks, gradients=self.gradients, mesh=self.mesh, compiles=self.config.train.compile
+        )
 
     def _start_check(self) -> HostCopy:
         """Return the number of writes into parameters on all ranks, in flight.

@@ -1,75 +1,45 @@
 """Data parallelism and ZeRO for any torch module, with the user's own loop around it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from parallel.activations.offload import InputsOnHost
-from parallel.chunk.chunk import Chunk, make_chunks
 from parallel.chunk.managed import problem_of_another_engine
-from parallel.engine.base import StepResult, initial_placement_of, optimizer_of
+from parallel.engine.composition import optimizer_of
 from parallel.engine.context import Context
-from parallel.engine.origin import chunks_not_finite, origin_text, parts_text
-from parallel.engine.parameter_access import ParameterAccess
+from parallel.engine.module_parts import chunks_of_module, prepare
+from parallel.engine.origin import origin_of
+from parallel.engine.results import StepResult
+from parallel.engine.user_loop import UserLoop
 from parallel.errors import ColonnadeError, ConfigError, DataError, ModelError
-from parallel.layout.finite import problem_of
 from parallel.layout.labels import IGNORED
-from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
-from parallel.mesh.collectives import all_reduce, gather_objects
+from parallel.mesh.collectives import all_reduce
 from parallel.modules.batches import num_given_labels
-from parallel.modules.buffers import broadcast_buffers
 from parallel.modules.evaluation import evaluating
 from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.independent_copy import IndependentCopies
-from parallel.modules.inputs import map_tensors
-from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss, loss_problem
+from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss
 from parallel.modules.loss_sums import LossSums
 from parallel.modules.microbatches import as_many_on_every_replica
 from parallel.modules.parameters import (
     OriginalParameters,
-    broadcast_parameters,
-    make_gradients_dense,
     refuse_state_dict,
 )
 from parallel.modules.passes import ModulePasses
 from parallel.modules.random_states import RandomStates, random_states, set_random_states
-from parallel.modules.recompute import recompute_layers
-from parallel.modules.sharded import expose_placeholders
 from parallel.modules.shares import LossWeights, weighted_by_labels
 from parallel.modules.units import infos_of, layers_of
-from parallel.ops.compiling import not_yet_compiled
-from parallel.optim.grad_norm import norm_and_sum
 from parallel.optim.gradients import ModuleGradients
-from parallel.optim.left_out import Outcome
-from parallel.placement.initial import InitialPlacement
-from parallel.placement.shortage import refusing_without_room
-from parallel.storage.transfer import HostCopy, to_device
 from parallel.zero.gatherer import Gatherer
 
 
-@dataclass(frozen=True)
-class UpdateResult:
-    """The result of `ModuleEngine.step`, the same on every rank.
-
-    `grad_norm` is the norm before clipping; None where the update was `skipped`: an fp16 gradient overflowed, or a
-    number was not finite and `train.nonfinite` is "skip". `lr` is the learning rate of the update. `nonfinite_steps`
-    counts the steps that were left out so far because of a number that is not finite, without fp16's overflows.
-    """
-
-    grad_norm: float | None
-    lr: float
-    skipped: bool = False
-    nonfinite_steps: int = 0
-
-
-class ModuleEngine(ParameterAccess):
+class ModuleEngine(UserLoop):
     """Trains a module on this replica's samples; its forward may be anything (the counterparts are DDP and FSDP).
 
         loss = engine(**batch).loss; engine.backward(loss); engine.step(); engine.zero_grad()
@@ -107,7 +77,7 @@ class ModuleEngine(ParameterAccess):
                 "model: none of its parameters requires a gradient. A model that is not trained needs no engine; to"
                 " shard it, make it a part of the module that is trained."
             )
-        chunks, placement = _make_chunks(infos, context, is_torchs=optimizer is not None)
+        chunks, placement = chunks_of_module(infos, context, is_torchs=optimizer is not None)
         super().__init__(module, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self._agreement.agree_on("an engine", problem_of_configs(module))
         self._loss = ModuleLoss(
@@ -131,106 +101,13 @@ class ModuleEngine(ParameterAccess):
         self._original = OriginalParameters(module, chunks)
         self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, self._original, self.writes)
         self._synchronizes = True
-        self.inputs = _prepare(module, layers, context)
+        self.inputs = prepare(module, layers, context)
         self.loss_weights = LossWeights(context.shares)
         self.loss_weights.follow(module)
         self._passes.follow(module)
         if is_gathered_on_demand:
             refuse_state_dict(module, lambda: bool(self._original.in_use))
         copies.begin()
-
-    # -- the user's loop
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's output for these inputs.
-
-        Tensors are moved to this rank's device, and floating-point ones cast to the config's precision. Raises
-        ModelError, on every rank, where the module was changed since the engine took it over, or where ranks do not run
-        the same layers; RoomError or NoRoomError where a memory has no room, perhaps on this rank alone.
-        """
-        args, kwargs = map_tensors(self._input, (args, kwargs))
-        with self.memory_guard.explained(lambda: "forward"), self._passes.explain_transforms():
-            return self.module(*args, **kwargs)
-
-    def backward(self, loss: Any, *, retain_graph: bool = False) -> None:
-        """Add the gradients of this loss, averaged over replicas, to those since the last step.
-
-        The loss is a mean over samples: where the loader that `initialize` returned gave this replica more or fewer
-        samples than others, it is weighted by the share. Raises ModelError, on every rank, for a loss that is not a
-        scalar with a gradient or whose share is not known, and where ranks do different things; RoomError or
-        NoRoomError where a memory has no room, perhaps on this rank alone.
-        """
-        weight, problem = self.loss_weights.backward()
-        self._passes.begin_backward(loss_problem(loss) or problem or self._problem_of_a_backward())
-        if weight:
-            self._lost = self._lost + 0.0 * loss.detach().double().reshape(())
-        with self._gradients.backward(synchronizes=self._synchronizes), self.memory_guard.explained(lambda: "backward"):
-            (loss * (self.loss_scale.scale * weight)).backward(retain_graph=retain_graph)
-        self._passes.end_backward(retains_graph=retain_graph)
-
-    def step(self) -> UpdateResult:
-        """Clip the gradients, update the weights, then drop the gradients.
-
-        A parameter that had no gradient on any rank stays as it is. Raises ModelError on every rank where one does
-        something else; NonFiniteError, on every rank, for a loss or a norm that is not finite, as `train.nonfinite`
-        says: then nothing has been updated, and the message names the layers and the ranks whose gradients, or the
-        weights that, are not finite. (The forwards are the user's, and are not run again.)
-        """
-        return self._step(self._parts_not_finite)
-
-    def _step(self, origin: Callable[[], str], divisor: float = 1.0, loss: float | None = None) -> UpdateResult:
-        """Do a step with the gradients divided by this number.
-
-        `loss` is that of the whole step, where it is known. Where it or the norm is not finite, `origin` says why.
-        """
-        self._agreement.agree_on(f"a step with {self.hyperparameters}", self._original.in_use)
-        self.saver.check()
-        self._passes.release()
-        self._gradients.finish()
-        divisor *= self._divisor
-        sums = torch.stack([self.writes.changed(), self._lost])
-        norm, (num_written, lost) = norm_and_sum(self._trained, self.mesh.world, sums)
-        norm = norm / divisor
-        lost = lost if loss is None else torch.full_like(lost, 0.0 * loss)
-        on_host = HostCopy(torch.stack([norm, lost]))
-        lr = self.lr
-        self.optimizer.unused = self._unused()
-        with self.memory_guard.explained(lambda: "update"):
-            self._update(norm, divisor, HostCopy(num_written), lost)
-        self.zero_grad()
-        found, lost_on_host = on_host.wait().tolist()
-        outcome = self._end_step(lost_on_host, found)
-        self._passes.end_step()
-        self._report(outcome, lost_on_host if loss is None else loss, found, origin)
-        self.memory_guard.after_step(self.num_steps)
-        skipped = outcome is not Outcome.UPDATED
-        return UpdateResult(None if skipped else found, lr, skipped, self.left_out.total)
-
-    def write_back(self) -> None:
-        """Do as `EngineBase.write_back`, and drop gradients and what was gathered of the weights before."""
-        self._passes.release()
-        self.zero_grad()
-        super().write_back()
-
-    @property
-    def has_gradients(self) -> bool:
-        """True if gradients have arrived since the last step on this rank."""
-        return bool(self._gradients.arrived().any())
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Have gradients add up on this rank alone in the block, as DDP's no_sync does.
-
-        The next backward after it, or a step, sums them over replicas. In ZeRO stages 2 and 3, where no rank keeps a
-        whole gradient, each is summed at once: the result is the same.
-        """
-        before, self._synchronizes = self._synchronizes, False
-        try:
-            yield
-        finally:
-            self._synchronizes = before
-
-    # -- a whole step, and an evaluation
 
     @weighted_by_labels
     def train_step(self, batch: Mapping[str, Any]) -> StepResult:
@@ -318,77 +195,31 @@ class ModuleEngine(ParameterAccess):
 
         The random numbers are the same: the generators begin in the states that they had `before`.
         """
-        suspects, first = chunks_not_finite(self._trained, self.mesh.world), FirstNotFinite(self.module, self.chunks)
-        after = random_states(self.mesh.device)
+        first, after = FirstNotFinite(self.module, self.chunks), random_states(self.mesh.device)
+
+        def run_again() -> None:
+            run(begin=partial(setattr, first, "microbatch"))
+            self._passes.release()
+            self._gradients.finish()
+
         set_random_states(before, self.mesh.device)
         try:
-            with (
-                not_yet_compiled(self.config.train.compile),
-                first.watching(),
-                self._gradients.watching(first.arrived),
-            ):
-                run(begin=partial(setattr, first, "microbatch"))
+            text = origin_of(
+                run_again,
+                first,
+                chunks=self._trained,
+                gradients=self._gradients,
+                mesh=self.mesh,
+                compiles=self.config.train.compile,
+            )
         finally:
             set_random_states(after, self.mesh.device)
-        self._passes.release()
-        self._gradients.finish()
-        text = origin_text(self._trained, self.mesh, first, suspects)
         self.zero_grad()
         self.placement_manager.after_step(skipped=True)
         self._passes.end_step()
         return text
 
-    def _parts_not_finite(self) -> str:
-        """Return which gradients and which weights are not finite, after a step whose forwards were the user's."""
-        suspects = chunks_not_finite(self._trained, self.mesh.world)
-        own = problem_of([piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)])
-        weights = [f"rank {rank}: {x}" for rank, x in enumerate(gather_objects(own, self.mesh.world)) if x]
-        return parts_text(suspects) + (f" Weights: {'; '.join(weights)}." if weights else " All weights are finite.")
-
     def _microbatches(self, batch: Mapping[str, Any]) -> list[LabelledMicrobatch]:
         """Return the microbatches of a batch, as many as those of any replica."""
         counts = self.context.shares.counts(batch)
         return as_many_on_every_replica(self._loss.microbatches(batch), counts, self._agreement)
-
-    def _input(self, x: Tensor) -> Tensor:
-        moved = to_device(x, self.mesh.device)
-        moved = moved.to(self.context.dtype) if x.is_floating_point() else moved
-        self.context.shares.copied(x, moved)
-        return moved
-
-
-def _make_chunks(
-    infos: Sequence[ParameterInfo], context: Context, *, is_torchs: bool
-) -> tuple[list[Chunk], InitialPlacement]:
-    """Return the chunks of these parameters, with rank 0's values, and their placement before the first step.
-
-    `is_torchs`: with an optimizer of torch's.
-    """
-    # A step has as many microbatches as the user likes: 2 stands for any number above 1.
-    placement = initial_placement_of(infos, context, num_microbatches=2, is_torchs=is_torchs)
-    expose_placeholders(info.parameter for info in infos)
-    with refusing_without_room(context.place.rank, "making the model"), placement.explain_host_shortage():
-        chunks = make_chunks(
-            placement.specs,
-            placement.storages,
-            fill=partial(broadcast_parameters, axis=context.mesh.axis("data")),
-            device=context.device,
-        )
-    return chunks, placement
-
-
-def _prepare(module: nn.Module, layers: Mapping[str, nn.Module], context: Context) -> InputsOnHost | None:
-    """Change the module as the config says: its buffers, and how its layers compute.
-
-    Returns the inputs of its recomputed layers, where those are kept on the host.
-    """
-    train = context.config.train
-    make_gradients_dense(module)
-    broadcast_buffers(module, context.device, context.dtype, context.mesh.axis("data"))
-    if train.compile:
-        for layer in layers.values():
-            layer.forward = torch.compile(layer.forward)
-    inputs = InputsOnHost(context.device) if train.activation_checkpointing == "offload" else None
-    if train.activation_checkpointing != "none":
-        recompute_layers(module, layers, inputs, compiles=train.compile)
-    return inputs

@@ -1,6 +1,6 @@
 """The words about where a number that is not finite has come from, by two runs of one step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,7 +10,9 @@ from parallel.layout.finite import is_finite
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis, Mesh
 from parallel.modules.first_not_finite import FirstNotFinite
+from parallel.ops.compiling import not_yet_compiled
 from parallel.optim.grad_norm import global_norm
+from parallel.optim.gradients import Gradients
 
 
 def chunks_not_finite(chunks: Sequence[Chunk], world: Axis) -> list[str]:
@@ -27,11 +29,30 @@ def chunks_not_finite(chunks: Sequence[Chunk], world: Axis) -> list[str]:
     return [f"{layer} on rank {rank}" for rank, layers in enumerate(everywhere) for layer in layers]
 
 
-def origin_text(chunks: Sequence[Chunk], mesh: Mesh, first: FirstNotFinite, suspects: Sequence[str]) -> str:
-    """Return where a step began not to be finite, the same on every rank.
+def origin_of(
+    run: Callable[[], object],
+    first: FirstNotFinite,
+    *,
+    chunks: Sequence[Chunk],
+    gradients: Gradients,
+    mesh: Mesh,
+    compiles: bool,
+) -> str:
+    """Run a step again that has updated nothing, and return where it began not to be finite, the same on every rank.
 
-    `first` has watched its second run, whose gradients the chunks have, and which are dropped; `suspects` are the
-    layers that were not finite in its first run.
+    `run` computes the `gradients` of the step in the `chunks`, which are dropped; `first` watches it. `compiles`: some
+    layers are compiled, and are run as they are written here. Every rank calls this.
+    """
+    suspects = chunks_not_finite(chunks, mesh.world)
+    with not_yet_compiled(compiles), first.watching(), gradients.watching(first.arrived):
+        run()
+    return _origin_text(chunks, mesh, first, suspects)
+
+
+def _origin_text(chunks: Sequence[Chunk], mesh: Mesh, first: FirstNotFinite, suspects: Sequence[str]) -> str:
+    """Return where a step began not to be finite, which `first` has watched in its second run.
+
+    The chunks have the gradients of this run; `suspects` are the layers that were not finite in the first one.
     """
     trained = [chunk for chunk in chunks if not chunk.is_frozen]
     found = first.first_of_all_ranks(mesh.world, mesh.axis("pipe").rank)

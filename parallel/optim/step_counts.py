@@ -1,4 +1,4 @@
-"""Steps that update nothing because their numbers are not finite: who decides it on the device, and what follows."""
+"""Steps, counted by their outcomes. One whose numbers are not finite updates nothing, which the device decides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,47 +34,56 @@ def found_inf(*numbers: Tensor) -> Tensor:
 
 
 @dataclass
-class LeftOutSteps:
-    """Decides what follows from the loss and the gradient's norm of a step, once the host has them.
+class StepCounts:
+    """Counts the steps of a run by their outcomes, which follow from loss and gradient norm once the host has them.
 
-    Every rank has the same two numbers, and so decides the same. A gradient that is not finite, though the loss is, is
-    an overflow of fp16 as long as the loss scale can fall. All else is left out, and counted: `total` in the run,
-    `in_a_row` since the last update.
+    Every rank has the same two numbers, and so counts the same. A gradient that is not finite, though the loss is, is
+    an overflow of fp16 as long as the loss scale can fall; any other step with a number that is not finite is left out.
     """
 
     policy: str  # train.nonfinite
     loss_scale: LossScale = field(default_factory=LossScale)
-    total: int = 0
-    in_a_row: int = 0
+    num_steps: int = 0
+    num_updates: int = 0  # the position in the schedule of the learning rate
+    num_left_out: int = 0  # without fp16's overflows
+    in_a_row: int = 0  # left out since the last update
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "LeftOutSteps":
+    def of(cls, config: TrainConfig) -> "StepCounts":
         """Return the counts before the first step."""
         return cls(config.nonfinite, LossScale.for_precision(config.precision))
 
-    def take(self, loss: float, norm: float) -> Outcome:
-        """Take in the numbers of a step, adapt the loss scale, and return what the step has come to."""
+    def count(self, loss: float, norm: float) -> Outcome:
+        """Count a step with these numbers, adapt the loss scale, and return the step's outcome."""
+        self.num_steps += 1
         is_overflow = isfinite(loss) and not isfinite(norm) and self.loss_scale.can_fall
         if is_overflow:
             self.loss_scale.update(overflow=True)
             return Outcome.OVERFLOW
         if isfinite(loss) and isfinite(norm):
             self.loss_scale.update(overflow=False)
-            self.in_a_row = 0
+            self.num_updates, self.in_a_row = self.num_updates + 1, 0
             return Outcome.UPDATED
-        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        self.num_left_out, self.in_a_row = self.num_left_out + 1, self.in_a_row + 1
         stops = self.policy == "stop" or self.in_a_row >= MOST_IN_A_ROW
         return Outcome.STOPS if stops else Outcome.LEFT_OUT
 
     def state(self) -> dict[str, Any]:
         """Return the values that a checkpoint saves, for JSON."""
         scale = self.loss_scale
-        counts = {"nonfinite_steps": self.total, "nonfinite_in_a_row": self.in_a_row}
-        return counts | {"loss_scale": scale.scale if scale.is_dynamic else None, "good_steps": scale.good_steps}
+        return {
+            "step": self.num_steps,
+            "updates": self.num_updates,
+            "nonfinite_steps": self.num_left_out,
+            "nonfinite_in_a_row": self.in_a_row,
+            "loss_scale": scale.scale if scale.is_dynamic else None,
+            "good_steps": scale.good_steps,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned, perhaps in another precision; an older checkpoint has no counts."""
-        self.total, self.in_a_row = (int(state.get(f"nonfinite_{key}", 0)) for key in ("steps", "in_a_row"))
+        """Go on from what `state` returned, perhaps in another precision. An older one lacks what was left out."""
+        self.num_steps, self.num_updates = int(state["step"]), int(state["updates"])
+        self.num_left_out, self.in_a_row = (int(state.get(f"nonfinite_{key}", 0)) for key in ("steps", "in_a_row"))
         if self.loss_scale.is_dynamic and state["loss_scale"] is not None:  # None: saved in another precision
             self.loss_scale.scale, self.loss_scale.good_steps = state["loss_scale"], int(state["good_steps"])
 
