@@ -31,7 +31,7 @@ from parallel.errors import (
 from parallel.mesh.process_groups import leave
 from parallel.watch.beat import Beat
 from parallel.watch.heartbeat import end_now
-from parallel.watch.history import Start
+from parallel.watch.launch_history import RunStart
 from parallel.watch.watch import UNWATCHED
 from training.attempt import Attempt
 from training.ended import FILE, Ended, EndRecord
@@ -226,7 +226,7 @@ def _has_launcher() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def _record_lost(start: Start | None, code: int, text: str, beat: Beat) -> None:
+def _record_lost(start: RunStart | None, code: int, text: str, beat: Beat) -> None:
     """Write the end of a run whose rank was killed, as the launcher saw it, if the run had made its folder."""
     if start is not None and not (Path(start.folder) / FILE).exists():  # else a rank has written it
         record = EndRecord()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.engine.context import Place
-    from parallel.watch.history import History
+    from parallel.watch.launch_history import LaunchHistory
     from parallel.watch.watch import Watch
     from training.attempt import Attempt
 
@@ -37,4 +37,4 @@ class Launch:
     world_size: int
     end_if_asked: Callable[[], object]
     watch: "Watch"
-    history: "History"
+    history: "LaunchHistory"

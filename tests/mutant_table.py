@@ -1410,8 +1410,8 @@ LENGTHS_AND_BESTS = (
         "best-loss-forgotten",
         "a resumed run takes its first evaluation for the best one",
         "training/resume.py",
-        'History(BestLoss.restored(found.index.metadata.get("best")))',
-        "History(BestLoss())",
+        'LossHistory(BestLoss.restored(found.index.metadata.get("best")))',
+        "LossHistory(BestLoss())",
         f"{BEST_TESTS}::test_a_run_resumes_from_its_best_checkpoint_and_remembers_its_loss",
     ),
     Mutant(
@@ -2117,9 +2117,9 @@ INTEGRITY = (
         "position-of-the-damaged-one",
         "a run goes on at the place of the checkpoint that it has passed over",
         "training/preflight.py",
-        "        return Inputs.of(self.given, self.corpus, find_another(self.found, self.given.resume, damage))",
-        "        other = find_another(self.found, self.given.resume, damage)\n"
-        "        return Inputs(self.given, self.config, self.corpus, other, self.messages)",
+        "        return Inputs.of(self.request, self.corpus, find_another(self.found, self.request.resume, damage))",
+        "        other = find_another(self.found, self.request.resume, damage)\n"
+        "        return Inputs(self.request, self.config, self.corpus, other, self.messages)",
         f"{AUTO}::test_the_steps_of_epochs_follow_from_the_checkpoint_that_is_taken",
     ),
 )
@@ -2490,7 +2490,7 @@ ENDS = (
     Mutant(
         "hosts-that-change-end-a-run",
         "a run is not started again after a host has come or gone, since torchrun sent it SIGTERM",
-        "parallel/watch/history.py",
+        "parallel/watch/launch_history.py",
         "code > SIGNALLED and attempt == self._attempt",
         "False",
         f"{ENDS_TEST}::test_a_later_attempt_learns_of_a_decision_but_not_of_a_signal_by_which_hosts_have_changed",

@@ -23,7 +23,7 @@ from parallel.engine.context import Place, make_context, use
 from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, catch_signals, code_of
 from parallel.errors import ExitCode, NoRoomError
 from parallel.watch.beat import Beat
-from parallel.watch.history import Decision, History, Start
+from parallel.watch.launch_history import Decision, LaunchHistory, RunStart
 from parallel.watch.progress import Progress
 from tests.ending import NAME, Planned, assert_same_run, ended, lines
 from tests.harness import run as run_on
@@ -273,32 +273,32 @@ class FakeStore:
 
 def test_a_later_attempt_learns_of_a_decision_but_not_of_a_signal_by_which_hosts_have_changed() -> None:
     store = FakeStore()
-    History(store, "0").decide(ExitCode.TERMINATED, "SIGTERM: saved")
-    assert History(store, "0").decision() is None  # torchrun's count is the same: it has started again by itself
-    assert History(store, "1").decision() == Decision(143, "SIGTERM: saved")
+    LaunchHistory(store, "0").decide(ExitCode.TERMINATED, "SIGTERM: saved")
+    assert LaunchHistory(store, "0").decision() is None  # torchrun's count is the same: it has started again by itself
+    assert LaunchHistory(store, "1").decision() == Decision(143, "SIGTERM: saved")
     other = FakeStore()
-    History(other, "0").decide(ExitCode.NOT_FINITE, "step 3")
-    History(other, "0").decide(ExitCode.REFUSED, "later")
-    assert History(other, "0").decision() == Decision(4, "step 3")
-    assert History().decision() is None
-    assert History().start() is None
+    LaunchHistory(other, "0").decide(ExitCode.NOT_FINITE, "step 3")
+    LaunchHistory(other, "0").decide(ExitCode.REFUSED, "later")
+    assert LaunchHistory(other, "0").decision() == Decision(4, "step 3")
+    assert LaunchHistory().decision() is None
+    assert LaunchHistory().start() is None
 
 
 def test_one_rank_alone_is_the_first_in_each_attempt() -> None:
     store = FakeStore()
-    assert [History(store, "0").is_first("word", who) for who in ("1", "0", "1")] == [True, False, True]
-    assert History(store, "1").is_first("word", "0")
+    assert [LaunchHistory(store, "0").is_first("word", who) for who in ("1", "0", "1")] == [True, False, True]
+    assert LaunchHistory(store, "1").is_first("word", "0")
 
 
 def test_a_later_attempt_begins_at_its_own_checkpoint_and_else_as_the_first_one_did(tmp_path: Path) -> None:
     config = read_config(None, [*SMALL, f"output.dir={tmp_path / 'run'}"], 1)
-    start = Start(str((tmp_path / "run").resolve()), resumed_from="/elsewhere/step_000002")
-    saved = Start(start.folder, start.resumed_from, has_saved=True)
+    start = RunStart(str((tmp_path / "run").resolve()), resumed_from="/elsewhere/step_000002")
+    saved = RunStart(start.folder, start.resumed_from, has_saved=True)
     assert resume_of(None, config, "auto") == "auto"
     assert resume_of(start, config, "auto") == "/elsewhere/step_000002"
-    assert resume_of(Start(start.folder), config, "auto") is None  # what lay there before is not its own
+    assert resume_of(RunStart(start.folder), config, "auto") is None  # what lay there before is not its own
     assert resume_of(saved, config, "/elsewhere/step_000002") == "auto"
-    assert resume_of(Start("/another/run", has_saved=True), config, None) is None
+    assert resume_of(RunStart("/another/run", has_saved=True), config, None) is None
 
 
 def test_the_record_of_an_end_is_whole_or_absent_and_a_full_disk_hides_nothing(tmp_path: Path) -> None:

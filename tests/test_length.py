@@ -18,7 +18,7 @@ from parallel.config import Config, apply_overrides, load_raw, parse
 from parallel.errors import ConfigError
 from tests.test_loop import lines_of, prepared
 from tests.test_resumed_runs import watched
-from training.length import Taken, with_steps
+from training.length import RunPosition, with_steps
 from training.run import run_job
 
 NUM_TRAINING, LENGTH = 62, 16
@@ -47,7 +47,7 @@ def config(**train: object) -> Config:
 @pytest.mark.parametrize("epochs", [0.5, 1, 1.5, 3])
 @pytest.mark.parametrize("batch", [1, 8, 62, 200])
 def test_the_fewest_steps_that_take_each_sample_as_often_as_the_epochs_say(epochs: float, batch: int) -> None:
-    steps = with_steps(config(epochs=epochs, global_batch_size=batch), corpus(NUM_TRAINING), Taken()).train.steps
+    steps = with_steps(config(epochs=epochs, global_batch_size=batch), corpus(NUM_TRAINING), RunPosition()).train.steps
     order = SampleOrder(NUM_TRAINING, shuffle=True, seed=3)
     times_taken = Counter(order.take(0, steps * batch).tolist())
     for number in range(NUM_TRAINING):
@@ -58,8 +58,8 @@ def test_the_fewest_steps_that_take_each_sample_as_often_as_the_epochs_say(epoch
 
 def test_epochs_are_the_decimal_number_that_was_written() -> None:
     """0.1 × 30 is a little more than 3 in binary, and once was a step more."""
-    assert with_steps(config(epochs=0.1, global_batch_size=1), corpus(30), Taken()).train.steps == 3
-    assert with_steps(config(epochs=1e-6, global_batch_size=16), corpus(30), Taken()).train.steps == 1
+    assert with_steps(config(epochs=0.1, global_batch_size=1), corpus(30), RunPosition()).train.steps == 3
+    assert with_steps(config(epochs=1e-6, global_batch_size=16), corpus(30), RunPosition()).train.steps == 1
 
 
 def test_a_run_of_epochs_that_goes_on_with_another_batch_size_takes_the_samples_that_are_left(

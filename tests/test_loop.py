@@ -30,8 +30,8 @@ from tests.harness import run
 from training import metrics, plot
 from training.callbacks import Callback, Callbacks, Run
 from training.config import read_config
-from training.history import History
 from training.loop import fit
+from training.loss_history import LossHistory
 from training.metrics import Meter, MetricsLine
 from training.metrics_file import MetricsFile
 from training.preflight import Job, prepare
@@ -99,7 +99,7 @@ def fitted(engine: Engine, loader: Loader) -> list[MetricsLine]:
     """Train with the loop alone, without a run around it, and return the lines of its steps."""
     recorder = Recorder()
     callbacks = Callbacks([recorder], [], engine.mesh.world)
-    fit(engine, loader, callbacks=callbacks, save=lambda step: Path(), history=History())
+    fit(engine, loader, callbacks=callbacks, save=lambda step: Path(), history=LossHistory())
     return recorder.lines
 
 

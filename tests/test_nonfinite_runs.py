@@ -16,12 +16,12 @@ import launch
 from colonnade.cli import main as colonnade
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.newest import Found, find_newest
+from parallel.checkpoint.newest import FoundCheckpoint, find_newest
 from parallel.engine.engine import Engine
 from parallel.errors import ExitCode, NonFiniteError
 from tests.test_loop import TINY, prepared
 from training import metrics
-from training.history import History
+from training.loss_history import LossHistory
 from training.outliers import KEPT, Outliers
 from training.plot import draw_loss
 from training.resume import history_of
@@ -226,9 +226,9 @@ def test_a_run_marks_a_loss_in_its_metrics_and_in_its_picture_and_resumes_its_hi
     assert "loss" in last["outliers"]
     assert "deviations above its last 5" in capsys.readouterr().out
     lines = list(metrics.read(tmp_path / "metrics.jsonl"))
-    saved = Found(Index.read(checkpoint.step_folder(tmp_path, 6)))
+    saved = FoundCheckpoint(Index.read(checkpoint.step_folder(tmp_path, 6)))
     assert history_of(saved).outliers.state() == {key: [line[key] for line in lines] for key in ("loss", "grad_norm")}
-    assert history_of(None).outliers.state() == History().outliers.state()
+    assert history_of(None).outliers.state() == LossHistory().outliers.state()
     assert draw_loss(tmp_path / "metrics.jsonl", tmp_path / "marked.png")
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import launch
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.newest import Found
+from parallel.checkpoint.newest import FoundCheckpoint
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
 from parallel.engine.phases import PHASES, Stopwatch
@@ -23,7 +23,7 @@ from tests.harness import run
 from tests.test_loop import ALONE, TINY, fitted, lines_of, prepared
 from training import metrics
 from training.config import read_config
-from training.length import Taken
+from training.length import RunPosition
 from training.preflight import prepare
 from training.run import make_engine, make_loader, run_job
 from training.tracer import Tracer, steps_to_trace
@@ -146,9 +146,9 @@ def test_launch_traces_the_steps_that_exist_and_prints_the_file(
 
 def test_a_resumed_run_traces_only_steps_that_it_takes(tmp_path: Path) -> None:
     run_job(prepared(tmp_path, "output.checkpoint_every=3", "output.keep_checkpoints=2", "output.export=False"))
-    found = Found(Index.read(tmp_path / "checkpoints" / "step_000003"))
+    found = FoundCheckpoint(Index.read(tmp_path / "checkpoints" / "step_000003"))
     for asked, taken in ((range(2, 4), range(0)), (range(2, 6), range(4, 6)), (range(5, 9), range(5, 7))):
-        coming, messages = steps_to_trace(asked, taken=Taken.before(found).steps, steps=6)
+        coming, messages = steps_to_trace(asked, taken=RunPosition.before(found).steps, steps=6)
         assert list(coming) == list(taken)
         expected = [f"--profile {asked.start}:{asked.stop}: nothing to trace, 3 of 6 steps were taken before"]
         assert messages == ([] if taken else expected)

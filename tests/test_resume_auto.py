@@ -254,7 +254,7 @@ def test_a_strange_value_anywhere_in_the_metadata_is_refused_or_read_but_never_b
         (newest / "checkpoint.json").write_text(json.dumps(index))
         seal(newest)
         try:
-            Inputs.of(inputs.given, inputs.corpus, find_start(inputs.config, str(newest)))
+            Inputs.of(inputs.request, inputs.corpus, find_start(inputs.config, str(newest)))
             SavedModel.of(Index.read(newest))
         except (CheckpointError, ConfigError):  # the second is of the steps that a changed config would take
             refused += 1

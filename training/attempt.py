@@ -5,7 +5,7 @@ from pathlib import Path
 
 from parallel.config import Config
 from parallel.engine.stop_signals import StopSignals
-from parallel.watch.history import History, Start
+from parallel.watch.launch_history import LaunchHistory, RunStart
 from training.callbacks import Callback
 from training.ended import EndRecord
 from training.preflight import Job
@@ -19,7 +19,7 @@ class Attempt:
     """
 
     stop: StopSignals = field(default_factory=StopSignals)
-    history: History = field(default_factory=History)
+    history: LaunchHistory = field(default_factory=LaunchHistory)
     record: EndRecord = field(default_factory=EndRecord)
 
     def begin(self, job: Job) -> None:
@@ -30,15 +30,15 @@ class Attempt:
             self.history.begin(_start_of(job))
 
 
-def _start_of(job: Job) -> Start:
+def _start_of(job: Job) -> RunStart:
     origin = "" if job.resume_from is None else str(job.resume_from.resolve())
-    return Start(str(job.folder.path.resolve()), origin)
+    return RunStart(str(job.folder.path.resolve()), origin)
 
 
 class SavedNote(Callback):
     """Notes in the history that the run has a checkpoint of its own, from which a later attempt goes on."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: LaunchHistory) -> None:
         self._history, self._has_saved = history, False
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
@@ -48,7 +48,7 @@ class SavedNote(Callback):
         self._has_saved = True
 
 
-def resume_of(start: Start | None, config: Config, resume: str | None) -> str | None:
+def resume_of(start: RunStart | None, config: Config, resume: str | None) -> str | None:
     """Return from what a run begins, as `--resume` says it, where an earlier attempt may have made its folder.
 
     The run's own checkpoints come first. Where it has none yet, this attempt begins as the first one did.
@@ -58,10 +58,10 @@ def resume_of(start: Start | None, config: Config, resume: str | None) -> str | 
     return "auto" if start.has_saved else start.resumed_from or None
 
 
-def in_own_folder(job: Job, start: Start | None) -> Job:
+def in_own_folder(job: Job, start: RunStart | None) -> Job:
     """Return the job in the folder that an earlier attempt has made, if one has: it is not renamed."""
     return replace(job, is_again=start is not None and _is_of(start, job.config))
 
 
-def _is_of(start: Start, config: Config) -> bool:
+def _is_of(start: RunStart, config: Config) -> bool:
     return start.folder == str(Path(config.output.dir).resolve())

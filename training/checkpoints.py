@@ -11,7 +11,7 @@ from parallel.engine.engine import Engine
 from parallel.errors import ColonnadeError, LostRankError, SignalError
 from parallel.mesh.collectives import gather_objects
 from parallel.placement.save_room import SaveRoom, tightest
-from training.history import History
+from training.loss_history import LossHistory
 from training.preflight import Job
 from training.preview import saves_in_background
 from training.resume import metadata_of
@@ -26,7 +26,7 @@ class Checkpoints:
     Every rank calls each method, after the same step.
     """
 
-    def __init__(self, engine: Engine, job: Job, history: History, on_saved: Callable[[int, Path], None]) -> None:
+    def __init__(self, engine: Engine, job: Job, history: LossHistory, on_saved: Callable[[int, Path], None]) -> None:
         self.engine, self.job, self.history, self._on_saved = engine, job, history, on_saved
 
     def save(self, step: int) -> Path:
@@ -58,7 +58,7 @@ class Checkpoints:
         """
         inputs, output = self.job.inputs, self.engine.config.output
         found = inputs.found
-        if found is None or found.passed_over or inputs.given.resume != "auto":
+        if found is None or found.passed_over or inputs.request.resume != "auto":
             return
         folder, is_rank_0 = found.index.folder, self.engine.mesh.world.rank == 0
         if checkpoint.has_its_name(folder) and (output.checkpoint_every or output.keep_best):

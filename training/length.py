@@ -6,21 +6,21 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from models.data import Corpus
-from parallel.checkpoint.newest import Found
+from parallel.checkpoint.newest import FoundCheckpoint
 from parallel.config import Config
 from training.same_data import samples_taken
 from training.text import epochs_text, plural
 
 
 @dataclass(frozen=True)
-class Taken:
+class RunPosition:
     """The steps and the samples that a run has taken before it starts, or goes on."""
 
     steps: int = 0
     samples: int = 0
 
     @classmethod
-    def before(cls, found: Found | None) -> "Taken":
+    def before(cls, found: FoundCheckpoint | None) -> "RunPosition":
         """Return those of the checkpoint that a run goes on from; none without one."""
         if found is None:
             return cls()
@@ -28,7 +28,7 @@ class Taken:
         return cls(int(metadata["counters"]["step"]), samples_taken(metadata))
 
 
-def with_steps(config: Config, corpus: Corpus, taken: Taken) -> Config:
+def with_steps(config: Config, corpus: Corpus, taken: RunPosition) -> Config:
     """Return the config with the number of steps that its epochs are, or as it is where steps are given.
 
     A run takes ⌈epochs × training samples⌉ samples. A resumed one takes those that are left, whatever its batches were
@@ -42,7 +42,7 @@ def with_steps(config: Config, corpus: Corpus, taken: Taken) -> Config:
     return replace(config, train=replace(train, steps=max(1, taken.steps + max(0, left))))
 
 
-def length_messages(config: Config, corpus: Corpus, taken: Taken) -> Iterator[str]:
+def length_messages(config: Config, corpus: Corpus, taken: RunPosition) -> Iterator[str]:
     """Yield what the data are, how many samples there are, and how many a run of this length takes."""
     train, length = config.train, corpus.sequence_length
     steps = max(0, train.steps - taken.steps)

@@ -15,7 +15,7 @@ from parallel.engine.stop_signals import code_of
 from parallel.errors import NonFiniteError, SignalError
 from training.best_loss import BestLoss
 from training.callbacks import Callbacks
-from training.history import History
+from training.loss_history import LossHistory
 from training.metrics import Meter, MetricsLine
 
 
@@ -25,7 +25,7 @@ def fit(
     *,
     callbacks: Callbacks,
     save: Callable[[int], Path],
-    history: History,
+    history: LossHistory,
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Train from the engine's last step to `train.steps`, or until early stopping ends the run before.

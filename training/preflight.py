@@ -14,7 +14,7 @@ import torch
 from models.data import Cache, Corpus
 from models.generation_config import GenerationConfig, read_generation_config
 from models.tokenizer import Tokenizer
-from parallel.checkpoint.newest import Found
+from parallel.checkpoint.newest import FoundCheckpoint
 from parallel.config import Config
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
@@ -24,7 +24,7 @@ from training.callbacks import Callback
 from training.config import override_messages
 from training.disk_room import check_disk, disk_messages
 from training.inputs import input_messages, read_corpus, tokenizer_of
-from training.length import Taken, length_messages, with_steps
+from training.length import RunPosition, length_messages, with_steps
 from training.loggers import callbacks_of
 from training.metrics import read as read_metrics
 from training.resume import check_start, find_another, find_start, start_messages
@@ -34,7 +34,7 @@ from training.tracer import steps_to_trace
 
 
 @dataclass(frozen=True)
-class Given:
+class RunRequest:
     """The config that a user has given to start a run, with its epochs or steps, and the options of the command."""
 
     config: Config
@@ -50,27 +50,27 @@ class Inputs:
     are connected, since these share the files: `without_damaged` returns the inputs with another one.
     """
 
-    given: Given
+    request: RunRequest
     config: Config
     corpus: Corpus
-    found: Found | None  # the checkpoint that the run continues
+    found: FoundCheckpoint | None  # the checkpoint that the run continues
     messages: tuple[str, ...]
 
     @classmethod
-    def of(cls, given: Given, corpus: Corpus, found: Found | None) -> "Inputs":
+    def of(cls, request: RunRequest, corpus: Corpus, found: FoundCheckpoint | None) -> "Inputs":
         """Return the inputs of a run that goes on from `found`: all that follows from it. Raises CheckpointError."""
         if found is not None:
-            check_start(found, given.config, corpus)
-        taken = Taken.before(found)
-        config = with_steps(given.config, corpus, taken)
+            check_start(found, request.config, corpus)
+        taken = RunPosition.before(found)
+        config = with_steps(request.config, corpus, taken)
         messages = (
-            *override_messages(given.overridden),
-            *start_messages(config, given.resume, found),
+            *override_messages(request.overridden),
+            *start_messages(config, request.resume, found),
             *input_messages(config, corpus),
             *schedule_messages(config, corpus),
             *length_messages(config, corpus, taken),
         )
-        return cls(given, config, corpus, found, messages)
+        return cls(request, config, corpus, found, messages)
 
     def without_damaged(self, damage: CheckpointError) -> "Inputs":
         """Return the inputs of a run that goes on from another checkpoint, since the contents of `found` are damaged.
@@ -78,13 +78,13 @@ class Inputs:
         Raises CheckpointError where `--resume` named this one, or no other one is whole.
         """
         assert self.found is not None
-        return Inputs.of(self.given, self.corpus, find_another(self.found, self.given.resume, damage))
+        return Inputs.of(self.request, self.corpus, find_another(self.found, self.request.resume, damage))
 
 
 def read_inputs(config: Config, *, resume: str | None, overridden: Sequence[str], cache: Cache | None = None) -> Inputs:
     """Return the inputs of a run, checked. Raises ConfigError, DataError or CheckpointError."""
     corpus = read_corpus(config, cache)
-    return Inputs.of(Given(config, resume, tuple(overridden)), corpus, find_start(config, resume))
+    return Inputs.of(RunRequest(config, resume, tuple(overridden)), corpus, find_start(config, resume))
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ class Job:
     def messages(self) -> tuple[str, ...]:
         """The messages that are printed when the run starts."""
         again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
-        taken = Taken.before(self.inputs.found).steps
+        taken = RunPosition.before(self.inputs.found).steps
         return (*again, *self.inputs.messages, *self._tracing()[1], *disk_messages(self.config, num_steps=taken))
 
     def _tracing(self) -> tuple[range, list[str]]:
-        taken = Taken.before(self.inputs.found).steps
+        taken = RunPosition.before(self.inputs.found).steps
         return steps_to_trace(self.profile, taken=taken, steps=self.config.train.steps)
 
 
@@ -155,9 +155,9 @@ def prepare(
     check_device(config, place)
     generation = None if config.model.path is None else read_generation_config(config.model.path)
     job = Job(inputs, place, tokenizer_of(config), generation, profile, callbacks)
-    check_disk(job.config, num_steps=Taken.before(inputs.found).steps)
+    check_disk(job.config, num_steps=RunPosition.before(inputs.found).steps)
     check_folder(job.config, job.resume_from)
-    steps_to_trace(profile, taken=Taken.before(inputs.found).steps, steps=job.config.train.steps)
+    steps_to_trace(profile, taken=RunPosition.before(inputs.found).steps, steps=job.config.train.steps)
     return job
 
 
@@ -183,7 +183,7 @@ def check_device(config: Config, place: Place) -> None:
         check_compiler(device)
 
 
-def problems_here(config: Config, place: Place, found: Found | None) -> list[str]:
+def problems_here(config: Config, place: Place, found: FoundCheckpoint | None) -> list[str]:
     """Return messages of why this machine would refuse the run: its device, its packages, the run's folder or disk.
 
     These are for `--check`, which goes on, since it may be for another machine.
@@ -192,7 +192,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
     checks: tuple[Callable[[], object], ...] = (
         partial(check_device, config, place),
         partial(callbacks_of, config),
-        partial(check_disk, config, num_steps=Taken.before(found).steps),
+        partial(check_disk, config, num_steps=RunPosition.before(found).steps),
         partial(check_folder, config, None if found is None else found.index.folder),
     )
     for check in checks:
@@ -200,7 +200,7 @@ def problems_here(config: Config, place: Place, found: Found | None) -> list[str
             check()
         except ConfigError as error:
             problems.append(f"on this machine the run would be refused: {error}")
-    return [*problems, *disk_messages(config, num_steps=Taken.before(found).steps)]
+    return [*problems, *disk_messages(config, num_steps=RunPosition.before(found).steps)]
 
 
 def folder_of(config: Config, resume_from: Path | None) -> RunFolder:

@@ -13,18 +13,18 @@ from models.shape import ModelShape
 from models.shapes import MODEL_TYPE, fields_of, shape_from, shape_of
 from parallel.checkpoint import checkpoint
 from parallel.checkpoint.index import Index
-from parallel.checkpoint.newest import Found, PassedOver, find_newest, naming_the_one_before
+from parallel.checkpoint.newest import FoundCheckpoint, PassedOver, find_newest, naming_the_one_before
 from parallel.config import Config
 from parallel.engine.counters import check_counters
 from parallel.errors import CheckpointError, ColonnadeError, ConfigError
 from training.best_loss import BestLoss
-from training.history import History
+from training.loss_history import LossHistory
 from training.same_data import check_same_data, corpus_record, resume_messages, samples_taken
 
 AUTO = "auto"
 
 
-def find_start(config: Config, resume: str | None) -> Found | None:
+def find_start(config: Config, resume: str | None) -> FoundCheckpoint | None:
     """Return the checkpoint that `--resume` names; "auto" is the newest whole one of the run, or None without any.
 
     Of the files only their sizes have been looked at. Raises CheckpointError if it is damaged or not there.
@@ -36,10 +36,10 @@ def find_start(config: Config, resume: str | None) -> Found | None:
             return find_newest(Path(config.output.dir) / checkpoint.CHECKPOINTS)
     folder = checkpoint.find_checkpoint(os.path.expanduser(resume))
     with naming_the_one_before(folder, "--resume "):
-        return Found(Index.read(folder))
+        return FoundCheckpoint(Index.read(folder))
 
 
-def find_another(found: Found, resume: str | None, damage: CheckpointError) -> Found:
+def find_another(found: FoundCheckpoint, resume: str | None, damage: CheckpointError) -> FoundCheckpoint:
     """Return the newest whole checkpoint without `found`, whose contents are damaged. Only "auto" takes another one.
 
     Raises CheckpointError where there is none.
@@ -63,7 +63,7 @@ def naming(option: str) -> Iterator[None]:
         raise CheckpointError(f"{option}{error}") from error
 
 
-def set_aside(found: Found) -> None:
+def set_aside(found: FoundCheckpoint) -> None:
     """Rename the checkpoints that were passed over: the next save deletes them, and not a whole one before them.
 
     Rank 0 alone calls this. Raises OSError.
@@ -74,7 +74,7 @@ def set_aside(found: Found) -> None:
         folder.rename(aside)
 
 
-def check_start(found: Found, config: Config, corpus: Corpus) -> None:
+def check_start(found: FoundCheckpoint, config: Config, corpus: Corpus) -> None:
     """Raise CheckpointError if a run with this config and corpus cannot go on from a checkpoint.
 
     It is of another program or model, or at a place in other data.
@@ -92,7 +92,7 @@ def check_start(found: Found, config: Config, corpus: Corpus) -> None:
         raise CheckpointError(f"--resume: {folder} is not a checkpoint of this program: {error}.") from error
 
 
-def start_messages(config: Config, resume: str | None, found: Found | None) -> list[str]:
+def start_messages(config: Config, resume: str | None, found: FoundCheckpoint | None) -> list[str]:
     """Return the messages about what a run starts from: `found`, the checkpoint for `--resume`, or else its weights."""
     if found is not None:
         resumed = f"resuming from {found.index.folder}"
@@ -122,7 +122,7 @@ def check_same_model(index: Index, shape: ModelShape) -> None:
         raise CheckpointError(f"--resume: {index.folder} is of another model: it has {differing}.")
 
 
-def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, history: History) -> dict[str, Any]:
+def metadata_of(config: Config, counters: Mapping[str, Any], corpus: Corpus, history: LossHistory) -> dict[str, Any]:
     """Return what a checkpoint says about its run."""
     return {
         "step": counters["step"],
@@ -140,10 +140,10 @@ def counters_of(index: Index) -> dict[str, Any]:
     return {**index.metadata["counters"], "samples": samples_taken(index.metadata)}
 
 
-def history_of(found: Found | None) -> History:
+def history_of(found: FoundCheckpoint | None) -> LossHistory:
     """Return the losses that a run had had when it saved this checkpoint."""
     if found is None:
-        return History()
-    history = History(BestLoss.restored(found.index.metadata.get("best")))
+        return LossHistory()
+    history = LossHistory(BestLoss.restored(found.index.metadata.get("best")))
     history.outliers.restore(found.index.metadata.get("recent"))
     return history

@@ -24,8 +24,8 @@ from parallel.mesh.process_groups import connect_to_store, host_store
 from parallel.watch.beat import Beat
 from parallel.watch.board import NO_RANK, Board, prefix_of
 from parallel.watch.control_groups import OomKills
-from parallel.watch.history import PREFIX, SIGNALLED, History, Start
 from parallel.watch.judge import Verdict
+from parallel.watch.launch_history import PREFIX, SIGNALLED, LaunchHistory, RunStart
 from parallel.watch.process import die_with
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ SEARCH = ("PYTHONPATH", "PYTHONSAFEPATH")
 """The variables that say where Python searches modules."""
 
 
-OnLost: TypeAlias = Callable[[Start | None, int, str, Beat], None]
+OnLost: TypeAlias = Callable[[RunStart | None, int, str, Beat], None]
 
 
 def run_ranks(
@@ -73,7 +73,7 @@ def run_ranks(
     _start_server()
     store, port = host_store(prefix_of("0"))
     board = Board(store, rank=NO_RANK, size=num_ranks)
-    history = History(connect_to_store("127.0.0.1", port, hosts=False, prefix=PREFIX))
+    history = LaunchHistory(connect_to_store("127.0.0.1", port, hosts=False, prefix=PREFIX))
     ranks: list[ForkServerProcess] = []
     try:
         for rank in range(num_ranks):
@@ -159,7 +159,7 @@ class _Ranks:
         self,
         processes: Sequence[ForkServerProcess],
         board: Board,
-        history: History,
+        history: LaunchHistory,
         stop: StopSignals,
         on_lost: OnLost | None,
     ) -> None:

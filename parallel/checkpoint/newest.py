@@ -22,7 +22,7 @@ class PassedOver:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint to go on from, and the newer ones that were passed over for it."""
 
     index: Index
@@ -34,7 +34,7 @@ class Found:
         return [f"passed over {one}" for one in self.passed_over]
 
 
-def find_newest(checkpoints: Path, passed_over: Sequence[PassedOver] = ()) -> Found | None:
+def find_newest(checkpoints: Path, passed_over: Sequence[PassedOver] = ()) -> FoundCheckpoint | None:
     """Return the newest checkpoint of which the index and the sizes of the files are in order; None without any.
 
     `passed_over` are known to be damaged. Raises CheckpointError where there are others and none is whole: to start
@@ -45,7 +45,7 @@ def find_newest(checkpoints: Path, passed_over: Sequence[PassedOver] = ()) -> Fo
         if folder in (one.folder for one in damaged):
             continue
         try:
-            return Found(Index.read(folder), tuple(damaged))
+            return FoundCheckpoint(Index.read(folder), tuple(damaged))
         except CheckpointError as error:
             damaged.append(PassedOver(folder, str(error)))
     if damaged:

@@ -8,7 +8,7 @@ from parallel.errors import ConfigError
 from parallel.mesh.process_groups import GroupStore, connect_to_store
 from parallel.watch.board import Board, prefix_of
 from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
-from parallel.watch.history import PREFIX, History
+from parallel.watch.launch_history import PREFIX, LaunchHistory
 from parallel.watch.process import die_with
 from parallel.watch.progress import Progress
 from parallel.watch.pulse import Pulse
@@ -83,9 +83,9 @@ def store_of_groups() -> GroupStore | None:
     return connect_to_store(found.host, found.port, hosts=False, prefix=f"groups/{found.attempt}")
 
 
-def open_history() -> History:
+def open_history() -> LaunchHistory:
     """Return the history of the launch that started this process; one that knows nothing where no launcher has."""
     found = Rendezvous.from_environment()
     if found is None or not found.launcher_hosts:
-        return History()
-    return History(connect_to_store(found.host, found.port, hosts=False, prefix=PREFIX), found.restarts)
+        return LaunchHistory()
+    return LaunchHistory(connect_to_store(found.host, found.port, hosts=False, prefix=PREFIX), found.restarts)

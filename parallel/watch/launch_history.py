@@ -14,7 +14,7 @@ SIGNALLED = 128
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """The start of a run by the first attempt that made its folder.
 
     `folder` is the run's folder, `resumed_from` the checkpoint from which it went on, or empty. `has_saved`: it has
@@ -34,7 +34,7 @@ class Decision:
     text: str
 
 
-class History:
+class LaunchHistory:
     """The keys of the store that all attempts of a launch share; without a store, nothing is known or left.
 
     torchrun starts ranks again after a failure, and then `attempt` is a larger number; after a change of the number of
@@ -49,14 +49,14 @@ class History:
         """True if ranks share it in a store."""
         return self._store is not None
 
-    def begin(self, start: Start) -> None:
+    def begin(self, start: RunStart) -> None:
         """Leave how the run began; rank 0 calls this when it has made the folder, and after each checkpoint."""
         self._set("start", json.dumps(asdict(start)))
 
-    def start(self) -> Start | None:
+    def start(self) -> RunStart | None:
         """Return how this run began in an earlier attempt, if one has made its folder."""
         text = self._get("start")
-        return None if text is None else Start(**json.loads(text))
+        return None if text is None else RunStart(**json.loads(text))
 
     def decide(self, code: int, text: str) -> None:
         """Leave that the run has ended by its own decision, unless it has been left before."""

@@ -7,7 +7,7 @@ from training.outliers import Outliers
 
 
 @dataclass(frozen=True)
-class History:
+class LossHistory:
     """The lowest validation loss, and the losses and norms of the last steps."""
 
     best: BestLoss = field(default_factory=BestLoss)
