@@ -17,6 +17,7 @@ from parallel.engine.context import Place, watch_of
 from parallel.engine.rendezvous import open_history
 from parallel.engine.stop_signals import StopSignals, code_of, do_nothing, end_at_once, ignore_stop_signals
 from parallel.errors import (
+    SIGNALLED,
     CollectiveError,
     ColonnadeError,
     DiskFullError,
@@ -176,7 +177,7 @@ class RankProcess:
 
     def _end_at_once(self, code: int) -> int:
         """End by a signal without a word to the others, which end by their own. A launcher prints it for its ranks."""
-        text = end_text(Signals(code - 128))
+        text = end_text(Signals(code - SIGNALLED))
         self.watch.leave(text)
         if self.place.rank == 0:
             self._record(code, text)

@@ -21,6 +21,10 @@ class ExitCode(IntEnum):
     TERMINATED = 143  # SIGTERM
 
 
+SIGNALLED = 128
+"""A process that a signal has ended has this and the signal's number as its exit code."""
+
+
 class ColonnadeError(ValueError):
     """The base of all errors in what the user gave; it is printed without a traceback.
 
@@ -150,6 +154,12 @@ def shortened(text: str) -> str:
 def with_short_words(text: str) -> str:
     """Return a text in which words, such as paths, have at most the characters of a value that a message may repeat."""
     return re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: shortened(word[0]), text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text without its full stop; where it has no text, the name of its class."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

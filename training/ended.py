@@ -1,12 +1,12 @@
 """The file ended.json of a run: how it ended, for whoever comes later."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parallel.storage.replaced_file import replacing
 from parallel.watch.beat import Beat
 from parallel.watch.process import host_name
 from parallel.watch.progress import Progress
@@ -67,10 +67,5 @@ class EndRecord:
         """Write the file, in one piece or not at all. A disk that fails must not hide the end of the run."""
         if self.folder is None:
             return
-        temporary = self.folder / f".{FILE}.{ended.rank}.incomplete"
-        try:
+        with suppress(OSError), replacing(self.folder / FILE, ended.rank) as temporary:
             temporary.write_text(json.dumps(asdict(ended), indent=2) + "\n")
-            os.replace(temporary, self.folder / FILE)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)

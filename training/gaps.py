@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from parallel.errors import names_text
+from parallel.errors import first_line, names_text
 
 
 class Gaps:
@@ -47,5 +47,4 @@ def reason_of(error: BaseException) -> str:
     """Return what the system says of an error, or else its first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return first_line(error)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from parallel.storage.no_room import naming
+from parallel.storage.replaced_file import replacing
 from training.metrics import MetricsLine, read
 
 BLUE, ORANGE, RED = "#2a6fbb", "#e07b00", "#c62828"
@@ -53,13 +54,8 @@ def draw_loss(metrics: Path, target: Path) -> bool:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    temporary = target.with_name(f".{target.name}.incomplete")
-    try:
-        with naming(target):
-            figure.savefig(temporary, format="png")
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(target), replacing(target) as temporary:
+        figure.savefig(temporary, format="png")
     return True
 
 

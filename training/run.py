@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple, replace
@@ -23,6 +22,7 @@ from parallel.errors import CheckpointError, DataError
 from parallel.mesh.collectives import barrier, gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.placement.shortage import refusing_without_room
+from parallel.watch.process import host_name
 from parallel.watch.watch import UNWATCHED, Watch
 from training.artifacts import export_model, plot_loss
 from training.attempt import Attempt, SavedNote
@@ -218,7 +218,7 @@ def log_environment(context: Context) -> None:
     """Write to the log what a reader of it must know: versions, host, process, rank, device, and the whole config."""
     place = context.place
     log.info("python %s, torch %s, %s", platform.python_version(), torch.__version__, platform.platform())
-    log.info("host %s, process %d", socket.gethostname(), os.getpid())
+    log.info("host %s, process %d", host_name(), os.getpid())
     log.info("rank %d of %d, on this host %d of %d", *astuple(place))
     log.info("device %s, coordinates %s", context.device, context.mesh.coordinates)
     log.info("config %s", context.config.to_dict())

@@ -12,6 +12,7 @@ from parallel.config import Config
 from parallel.errors import ConfigError
 from parallel.regular_file import check_regular, with_key
 from parallel.storage.no_room import naming
+from parallel.storage.replaced_file import replacing
 from training.run_lock import RunLock
 
 
@@ -83,8 +84,7 @@ class RunFolder:
 
     def _written(self) -> Iterator[Path]:
         """Yield the files of the folder that a resumed run writes to, or replaces."""
-        yield from (self.path / "config.json", self.path / "ended.json", self.plot)
-        yield from (self.metrics, self.metrics.with_name(f".{self.metrics.name}.incomplete"))
+        yield from (self.path / "config.json", self.path / "ended.json", self.plot, self.metrics)
         yield from (self.path / "logs").glob("*")
 
     def make(self, config: Config) -> Path | None:
@@ -101,13 +101,9 @@ class RunFolder:
 
     def _write_config(self, config: Config) -> None:
         """Write config.json, or leave the one of an earlier run as it was."""
-        temporary = self.path / ".config.json.incomplete"
-        try:
-            with naming(self.path / "config.json"):
-                temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-                temporary.replace(self.path / "config.json")
-        finally:
-            temporary.unlink(missing_ok=True)
+        file = self.path / "config.json"
+        with naming(file), replacing(file) as temporary:
+            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
     def _rename_earlier(self) -> Path:
         """Rename the folder to the first of NAME.1, NAME.2, ... that is free, and return that name."""

@@ -19,13 +19,13 @@ from multiprocessing.context import ForkServerProcess
 from typing import TypeAlias, TypeVar
 
 from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, code_of
-from parallel.errors import ExitCode
+from parallel.errors import SIGNALLED, ExitCode
 from parallel.mesh.process_groups import connect_to_store, host_store
 from parallel.watch.beat import Beat
 from parallel.watch.board import NO_RANK, Board, prefix_of
 from parallel.watch.control_groups import OomKills
 from parallel.watch.judge import Verdict
-from parallel.watch.launch_history import PREFIX, SIGNALLED, LaunchHistory, RunStart
+from parallel.watch.launch_history import PREFIX, LaunchHistory, RunStart
 from parallel.watch.process import die_with
 
 T = TypeVar("T")

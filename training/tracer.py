@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.errors import ConfigError
 from parallel.storage.no_room import disk_problem, naming
+from parallel.storage.replaced_file import replacing
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +67,17 @@ class Tracer:
 
     def _write(self, profiler: profile) -> None:
         """Write the trace, whole or not at all. Raises OSError."""
-        temporary = self.file.with_name(f".{self.file.name}.incomplete")
-        try:
-            with naming(self.file):
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    profiler.export_chrome_trace(str(temporary))
-                except RuntimeError as error:
-                    raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+        with naming(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self.file), replacing(self.file) as temporary:
+            try:
+                profiler.export_chrome_trace(str(temporary))
                 check_whole(temporary)
-                temporary.replace(self.file)
-        finally:
-            for left in self.file.parent.glob(f"{temporary.name}*"):  # torch writes into one more file beside it
-                left.unlink()
+            except RuntimeError as error:
+                raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+            finally:
+                for left in temporary.parent.glob(f"{temporary.name}?*"):  # torch writes into one more file beside it
+                    left.unlink()
 
     def close(self) -> None:
         """Stop the profiler if a run ends during its traced steps: a process that exits while it runs may crash."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from parallel.errors import first_line
 from training.callbacks import Callback, Run
 from training.metrics import MetricsLine
 from training.scalars import scalars_of
@@ -36,11 +37,11 @@ class WandbLogger(Callback):
         try:
             self._start(run, None)
         except wandb.Error as error:
-            run.log(f"wandb: {_first_line(error)} The run is logged offline, for `wandb sync` to upload.")
+            run.log(f"wandb: {first_line(error)}. The run is logged offline, for `wandb sync` to upload.")
             wandb.teardown()  # what has failed still holds the id of the run
             self._guarded(lambda: self._start(run, "offline"))
         except OSError as error:
-            run.log(f"wandb: {_first_line(error)} Nothing is logged there.")
+            run.log(f"wandb: {first_line(error)}. Nothing is logged there.")
         if self._run is not None:
             run.log(f"wandb: {Path(self._run.dir).parent if self._run.offline else self._run.url}")
 
@@ -61,7 +62,7 @@ class WandbLogger(Callback):
             call(*arguments, **options)
         except Exception as error:
             self._run = None
-            self._log(f"wandb: {_first_line(error)} Nothing more is logged there.")
+            self._log(f"wandb: {first_line(error)}. Nothing more is logged there.")
 
 
 def _begin(run: Run, mode: Literal["offline"] | None) -> "wandb.Run":
@@ -93,9 +94,3 @@ def _run_id(file: Path) -> str:
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"{uuid.uuid4().hex[:8]}\n")
     return file.read_text().strip()
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error as a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0].rstrip('.')}."

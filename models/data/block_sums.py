@@ -19,6 +19,7 @@ from pathlib import Path
 
 from parallel.errors import DataError
 from parallel.regular_file import open_regular, read_json
+from parallel.storage.replaced_file import replacing
 
 BLOCK = 1 << 20  # bytes
 WHOLE_TO = 1 << 28  # bytes of an entry, up to which all blocks are checked at each start
@@ -73,10 +74,8 @@ def remember(folder: Path, files: Iterable[Path], *, before: float) -> None:
     statuses = {file.name: file.stat() for file in files}
     if any(max(status.st_mtime, status.st_ctime) > before for status in statuses.values()):
         return
-    part = folder / f".{CHECKED}.{os.getpid()}.part"
-    with suppress(OSError):
-        part.write_text(json.dumps({file.name: _identity(file) for file in files}))
-        part.replace(folder / CHECKED)
+    with suppress(OSError), replacing(folder / CHECKED, os.getpid()) as temporary:
+        temporary.write_text(json.dumps({file.name: _identity(file) for file in files}))
 
 
 def _remembered(folder: Path) -> object:

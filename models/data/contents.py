@@ -14,6 +14,7 @@ from typing import IO
 from parallel.errors import DataError
 from parallel.regular_file import check_regular, read_json, with_key
 from parallel.storage.file_lock import open_lock, try_to_lock
+from parallel.storage.replaced_file import replacing
 
 AT_ONCE, MOST_BYTES = 1 << 20, 1 << 16  # bytes, of a file and of what is remembered of one
 REMEMBERED_FROM = 1 << 24  # bytes: a smaller file is read again as fast as it is looked up
@@ -57,10 +58,8 @@ def _read_once(file: Path, known: Path, identity: list[object], report: Callable
         began = time.time()
         digest, after = _read(file, report), file.stat()
         if identity[1:] == _identity(after) and began - max(after.st_mtime, after.st_ctime) > SECONDS_OF_A_TICK:
-            part = known.with_suffix(f".{os.getpid()}.part")
-            with suppress(OSError):
-                part.write_text(json.dumps([*identity, digest]))
-                part.rename(known)
+            with suppress(OSError), replacing(known, os.getpid()) as temporary:
+                temporary.write_text(json.dumps([*identity, digest]))
         return digest
 
 

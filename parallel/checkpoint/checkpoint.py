@@ -12,7 +12,6 @@ checkpoint gets its name only after every rank has written its part. This module
 """
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.regular_file import read_bytes
+from parallel.storage.replaced_file import replacing
 
 CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
 STEP_FOLDER = re.compile(r"step_(\d{6,18})")
@@ -149,10 +149,8 @@ def _point(pointer: Path, folder: Path | None) -> None:
             pointer.unlink()
             sync_folder(pointer.parent)
         return
-    temporary = pointer.with_name(f".{pointer.name}.incomplete")
-    with write_synced(temporary) as out:
+    with replacing(pointer) as temporary, write_synced(temporary) as out:
         out.write(f"{folder.name}\n".encode())
-    os.replace(temporary, pointer)
     sync_folder(pointer.parent)
 
 

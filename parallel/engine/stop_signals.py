@@ -9,6 +9,7 @@ from types import FrameType
 from typing import NoReturn
 
 from parallel.engine.base import EngineBase
+from parallel.errors import SIGNALLED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -18,7 +19,7 @@ SECONDS_OF_ONE = 1.0
 
 def code_of(number: int) -> int:
     """Return the exit code of a process that ends by a signal of this number: 130, 138 or 143."""
-    return 128 + number
+    return SIGNALLED + number
 
 
 def end_at_once(number: int) -> NoReturn:

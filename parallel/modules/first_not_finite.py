@@ -1,6 +1,5 @@
 """The first number that is not finite in the forwards and backwards of a step, and the layer where it began."""
 
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from parallel.layout.layout import ParameterInfo
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
+from parallel.watch.process import host_name
 
 Direction: TypeAlias = Literal["forward", "backward"]
 
@@ -93,7 +93,7 @@ class FirstNotFinite:
 
         Every rank calls this, with the number of its pipeline stage.
         """
-        own = [replace(x, rank=world.rank, host=socket.gethostname(), stage=stage) for x in self._found.values()]
+        own = [replace(x, rank=world.rank, host=host_name(), stage=stage) for x in self._found.values()]
         everywhere: list[Finding] = [x for found in gather_objects(own, world) for x in found]
         return min(everywhere, key=_in_time, default=None)
 

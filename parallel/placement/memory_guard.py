@@ -8,12 +8,12 @@ from torch import nn
 
 from parallel.chunk.chunk import Chunk
 from parallel.config import Config
-from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError
+from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError, first_line
 from parallel.mesh.mesh import Mesh
 from parallel.placement.held import held_tensors
 from parallel.placement.memory_report import Shortage, report, use_of
 from parallel.storage.no_room import Memory, asked_for, disk_problem, memory_without_room, no_room
-from parallel.watch.process import host_name
+from parallel.watch.process import rank_here
 
 PHASES_OF_A_STEP = ("data", "forward", "backward", "transfer", "reduce", "update")
 
@@ -22,8 +22,8 @@ class MemoryGuard:
     """Explains the errors of a memory or a disk without room, for an engine of this module and these chunks.
 
     Before this process has completed a step they are RoomErrors, since the config does not fit, and later NoRoomErrors.
-    They may be of one rank alone, whatever the other ranks wait for. `state_bytes`
-    returns the bytes of a chunk's states, and `predicted` are the bytes that `--check` gives.
+    They may be of one rank alone, whatever the other ranks wait for. `state_bytes` returns the bytes of a chunk's
+    states, and `predicted` are the bytes that `--check` gives.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MemoryGuard:
 
     @property
     def _who(self) -> str:
-        return f"rank {self.mesh.world.rank} on {host_name()}"
+        return rank_here(self.mesh.world.rank)
 
     def _when(self, phase: str) -> str:
         if phase in PHASES_OF_A_STEP:
@@ -83,7 +83,7 @@ class MemoryGuard:
         layer = layer_of(error.__traceback__, self.module, self.chunks)
         when = self._when(phase) + (f" of {layer}" if layer and phase in PHASES_OF_A_STEP else "")
         device = self.mesh.device
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        words = first_line(error)
         shortage = Shortage(memory, device, self._who, when, asked_for(error), words, use_of(memory, device))
         held = held_tensors(self.chunks, self.state_bytes)
         replicas = self.mesh.axis("data").size

@@ -2,18 +2,17 @@
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from parallel.config import Config, ZeroConfig
-from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError, either, size_text
+from parallel.errors import ConfigError, DiskFullError, NoRoomError, RoomError, either, first_line, size_text
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.placement.policy import ChunkBytes, HostRoom, host_bytes
 from parallel.storage.no_room import asked_for, disk_problem, memory_without_room, no_room
 from parallel.storage.state_file import PAGE, check_folder
-from parallel.watch.process import host_name
+from parallel.watch.process import host_name, rank_here
 
 NUM_STATES = 3  # of a chunk: master weights and two moments, a file each
 
@@ -65,7 +64,7 @@ def disk_shortage(sizes: Sequence[ChunkBytes], zero: ZeroConfig, world: Axis) ->
     if zero.nvme_dir is None:
         return ""
     own = sum(size.states + NUM_STATES * PAGE for size in sizes if size.states)
-    disk = socket.gethostname(), os.stat(zero.nvme_dir).st_dev
+    disk = host_name(), os.stat(zero.nvme_dir).st_dev
     needs = [needed for other, needed in gather_objects((disk, own), world) if other == disk]
     free = shutil.disk_usage(zero.nvme_dir).free
     if sum(needs) <= free:
@@ -105,9 +104,9 @@ def refusing_without_room(rank: int, action: str) -> Iterator[None]:
     except NoRoomError as error:
         raise RoomError(str(error)) from error
     except (RuntimeError, MemoryError, OSError) as error:
-        who, memory = f"rank {rank} on {host_name()}", memory_without_room(error)
+        who, memory = rank_here(rank), memory_without_room(error)
         if memory is not None:
-            words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            words = first_line(error)
             asked = f"{size_text(count)} more were asked for" if (count := asked_for(error)) else words
             raise RoomError(
                 f"{who}: no room in the memory of the {memory.value} at {action}: {asked}. Try zero.stage=3,"

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeAlias
 
-from parallel.errors import LostRankError, with_short_words
+from parallel.errors import ExitCode, LostRankError, with_short_words
 from parallel.watch.beat import INTERVAL, Beat
 from parallel.watch.board import Board
 from parallel.watch.host_mates import HostMates
-from parallel.watch.judge import LOST, SHORTEST_WAIT, Verdict
+from parallel.watch.judge import SHORTEST_WAIT, Verdict
 from parallel.watch.judging import Judging
 from parallel.watch.pulse import Pulse
 
@@ -129,7 +129,9 @@ class Heartbeat(threading.Thread):
     def _end_with_launcher(self) -> None:
         launcher = self.surroundings.launcher
         if launcher is not None and os.getppid() != launcher:
-            self.end_process(LostRankError(f"rank {self.board.rank} ends: the process that started it has ended", LOST))
+            self.end_process(
+                LostRankError(f"rank {self.board.rank} ends: the process that started it has ended", ExitCode.LOST)
+            )
 
     def end_process(self, error: LostRankError) -> NoReturn:
         """Print the error in one line, and end this process at once: whatever else it would do could block."""
@@ -146,7 +148,7 @@ class Heartbeat(threading.Thread):
         lost = self.lost_before_meeting if self.verdict is None else self.verdict.ranks
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
-        speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)
+        speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == ExitCode.LOST)
         if speaks and not self._has_told:
             os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
         self._has_told = True

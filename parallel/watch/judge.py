@@ -8,10 +8,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from parallel.errors import ExitCode
 from parallel.watch.beat import Beat, Observation
-
-LOST = 5
-"""The exit code of a rank that ends because another one was lost or silent."""
 
 SHORTEST_WAIT = 2.0
 """The seconds after which a rank that is in a collective is taken to wait for a rank that has ended."""
@@ -32,7 +30,7 @@ class Verdict:
 
     ranks: tuple[int, ...]
     text: str
-    code: int = LOST
+    code: int = ExitCode.LOST
     stopped: tuple[int, ...] = ()
 
     def to_json(self) -> str:

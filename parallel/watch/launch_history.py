@@ -4,13 +4,11 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from parallel.errors import SIGNALLED
 from parallel.watch.store import Store
 
 PREFIX = "history"
 """The beginning of the keys, which is that of every attempt."""
-
-SIGNALLED = 128
-"""Exit codes above this are those of a signal."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ def host_name() -> str:
     return socket.gethostname()
 
 
+def rank_here(rank: int) -> str:
+    """Return the words for a rank of this host."""
+    return f"rank {rank} on {host_name()}"
+
+
 def own_identity() -> str:
     """Return the identity of this process: the namespace of its number, its number, and when it was started.
 

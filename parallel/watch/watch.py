@@ -10,11 +10,11 @@ from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any
 
-from parallel.errors import ColonnadeError, LostRankError, shortened
+from parallel.errors import ColonnadeError, ExitCode, LostRankError, shortened
 from parallel.watch.beat import Beat
 from parallel.watch.board import Board
 from parallel.watch.heartbeat import Heartbeat, end_now
-from parallel.watch.judge import LOST, Verdict
+from parallel.watch.judge import Verdict
 from parallel.watch.meeting import meet
 from parallel.watch.progress import Progress
 
@@ -115,7 +115,7 @@ class Watch:
         """Print the error, where this rank prints it, and end the process; return its exit code where it goes on."""
         return error.code
 
-    def leave(self, problem: str = "", code: int = LOST) -> None:
+    def leave(self, problem: str = "", code: int = ExitCode.LOST) -> None:
         """End the watch: this rank needs no other any more. `problem`: why it ends, if not because all is done."""
 
 
@@ -201,7 +201,7 @@ class StoreWatch(Watch):
     def end(self, error: LostRankError) -> int:
         self._heartbeat.end_process(error)
 
-    def leave(self, problem: str = "", code: int = LOST) -> None:
+    def leave(self, problem: str = "", code: int = ExitCode.LOST) -> None:
         if not self._heartbeat.stop(problem, code):
             return
         self._at_exit.cancel()
