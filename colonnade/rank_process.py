@@ -31,7 +31,7 @@ from parallel.errors import (
 )
 from parallel.mesh.process_groups import leave
 from parallel.watch.beat import Beat
-from parallel.watch.heartbeat import end_now
+from parallel.watch.last_line import end_now
 from parallel.watch.launch_history import RunStart
 from parallel.watch.watch import UNWATCHED
 from training.attempt import Attempt

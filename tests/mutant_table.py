@@ -2349,7 +2349,7 @@ WATCHED = (
     Mutant(
         "end-without-hook",
         "the end of a run that lost a rank is not written down",
-        "parallel/watch/heartbeat.py",
+        "parallel/watch/last_line.py",
         "hook, self.on_end = self.on_end, None",
         "hook = None",
         f"{WATCH_PARTS}::test_what_was_registered_for_the_end_is_called_and_does_not_hold_up_the_end",

@@ -23,7 +23,7 @@ from parallel.mesh.process_groups import group_timeout, join_world
 from parallel.mesh.topology import Topology
 from parallel.modules.shares import Shares
 from parallel.tensor import MODES
-from parallel.watch.heartbeat import Speaker
+from parallel.watch.last_line import Speaker
 from parallel.watch.watch import UNWATCHED, Watch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,7 +7,8 @@ from datetime import timedelta
 from parallel.errors import ConfigError
 from parallel.mesh.process_groups import GroupStore, connect_to_store
 from parallel.watch.board import Board, prefix_of
-from parallel.watch.heartbeat import Heartbeat, Speaker, Surroundings
+from parallel.watch.heartbeat import Heartbeat, Surroundings
+from parallel.watch.last_line import Speaker
 from parallel.watch.launch_history import PREFIX, LaunchHistory
 from parallel.watch.process import die_with
 from parallel.watch.progress import Progress

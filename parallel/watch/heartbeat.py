@@ -1,20 +1,20 @@
 """The thread of a rank that sends its beats, learns of a verdict, and ends the process where the main thread cannot."""
 
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NoReturn, TypeAlias
+from typing import NoReturn
 
-from parallel.errors import ExitCode, LostRankError, with_short_words
+from parallel.errors import ExitCode, LostRankError
 from parallel.watch.beat import INTERVAL, Beat
 from parallel.watch.board import Board
 from parallel.watch.host_mates import HostMates
 from parallel.watch.judge import SHORTEST_WAIT, Verdict
 from parallel.watch.judging import Judging
+from parallel.watch.last_line import LastLine, Speaker, end_now
 from parallel.watch.pulse import Pulse
 
 SECONDS_TO_LEARN = 5.0
@@ -22,11 +22,6 @@ SECONDS_TO_LEARN = 5.0
 
 LOOKS_IN_A_BEAT = 4
 """The looks at the launcher from one beat to the next."""
-
-SECONDS_FOR_A_HOOK = 2.0
-"""The seconds that what was registered with `at_end` may take, before the process ends all the same."""
-
-Speaker: TypeAlias = Literal["every", "first", "launcher"]
 
 
 @dataclass(frozen=True)
@@ -42,19 +37,6 @@ class Surroundings:
     speaker: Speaker = "every"
 
 
-def end_now(code: int) -> NoReturn:
-    """End this process with this exit code, without waiting for anything but the streams that it has written to."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, RuntimeError):
-            stream.flush()
-    os._exit(code)
-
-
-def _called_quietly(hook: Callable[[LostRankError], None], error: LostRankError) -> None:
-    with suppress(BaseException):
-        hook(error)
-
-
 class Heartbeat(threading.Thread):
     """Sends a beat every second, and learns whether a rank is lost or silent.
 
@@ -68,11 +50,10 @@ class Heartbeat(threading.Thread):
         self.timeout = 600.0
         self.has_met = self.main_thread_knows = False
         self.verdict: Verdict | None = None
-        self.lost_before_meeting: tuple[int, ...] = ()
         self.has_verdict = threading.Event()
-        self.on_end: Callable[[LostRankError], None] | None = None
+        self.last_line = LastLine(board.rank, board.size, surroundings.speaker)
         self._mates = HostMates(board, surroundings.host_ranks)
-        self._wake, self._is_stopped, self._has_told = threading.Event(), False, False
+        self._wake, self._is_stopped = threading.Event(), False
         board.post(pulse.beat(0.0))
 
     def run(self) -> None:
@@ -109,10 +90,10 @@ class Heartbeat(threading.Thread):
                 return
             verdict = Verdict((), "the store in which the ranks meet has ended: its host, torchrun or rank 0, ended")
         if verdict is not None:
-            self.verdict = verdict
+            self.verdict, self.last_line.lost = verdict, verdict.ranks
             self.has_verdict.set()
             self._mates.kill_stopped(verdict.stopped)
-            self._tell(verdict.text, verdict.code)
+            self.last_line.tell(verdict.text, verdict.code)
             if verdict.stopped and beat.waits:  # it would not return; and torchrun's SIGTERM would end it more slowly
                 self.end_process(LostRankError(verdict.text, verdict.code))
 
@@ -136,32 +117,9 @@ class Heartbeat(threading.Thread):
     def end_process(self, error: LostRankError) -> NoReturn:
         """Print the error in one line, and end this process at once: whatever else it would do could block."""
         self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
-        self._tell(str(error), error.code)
-        self._call_hook(error)
+        self.last_line.tell(str(error), error.code)
+        self.last_line.call_hook(error)
         end_now(error.code)
-
-    def _tell(self, text: str, code: int) -> None:
-        """Print a line, where that falls to this rank, and unless it has printed why it ends.
-
-        A rank that ended with another code than LOST has printed why itself, where one rank speaks for all.
-        """
-        lost = self.lost_before_meeting if self.verdict is None else self.verdict.ranks
-        first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
-        speaker = self.surroundings.speaker
-        speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == ExitCode.LOST)
-        if speaks and not self._has_told:
-            os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
-        self._has_told = True
-
-    def _call_hook(self, error: LostRankError) -> None:
-        """Call what was registered for the end, in a thread of its own: it may fail or block, and the process ends."""
-        hook, self.on_end = self.on_end, None
-        if hook is None:
-            return
-        thread = threading.Thread(target=_called_quietly, args=(hook, error), daemon=True)
-        with suppress(RuntimeError):  # the interpreter ends, and starts no thread
-            thread.start()
-            thread.join(SECONDS_FOR_A_HOOK)
 
     def hurry(self) -> None:
         """Send the next beat at once."""

@@ -13,8 +13,9 @@ from typing import Any
 from parallel.errors import ColonnadeError, ExitCode, LostRankError, shortened
 from parallel.watch.beat import Beat
 from parallel.watch.board import Board
-from parallel.watch.heartbeat import Heartbeat, end_now
+from parallel.watch.heartbeat import Heartbeat
 from parallel.watch.judge import Verdict
+from parallel.watch.last_line import end_now
 from parallel.watch.meeting import meet
 from parallel.watch.progress import Progress
 
@@ -155,7 +156,7 @@ class StoreWatch(Watch):
         self._heartbeat.timeout = seconds
 
     def at_end(self, hook: Callable[[LostRankError], None]) -> None:
-        self._heartbeat.on_end = hook
+        self._heartbeat.last_line.on_end = hook
 
     def lost(self) -> Beat | None:
         verdict = self._heartbeat.verdict
@@ -188,8 +189,8 @@ class StoreWatch(Watch):
         try:
             meet(self._board, facts, timeout, self.check)
         except LostRankError:
-            if self._board.rank:
-                self._heartbeat.lost_before_meeting = (0,)  # for which this rank waited, so another one prints it
+            if self._board.rank and self._heartbeat.verdict is None:
+                self._heartbeat.last_line.lost = (0,)  # for which this rank waited, so another one prints it
             raise
         self._heartbeat.has_met = True
 
