@@ -128,7 +128,7 @@ def test_ranks_end_with_their_launcher_within_2_s(launcher: str, fault: str, sta
     """One rank is stopped, holds the interpreter or sleeps, and the other is blocked in a collective."""
     run = start(fault, "backward", launcher=launcher, rank=1)
     run.seconds_until(lambda: True)
-    time.sleep(0.5)
+    time.sleep(0.5)  # the other rank reaches its collective, which no file shows
     ranks = run.ranks()
     assert len(ranks) == 2
     run.process.send_signal(signal.SIGKILL)
