@@ -25,10 +25,11 @@ class ColonnadeError(ValueError):
     """The base of all errors in what the user gave; it is printed without a traceback.
 
     `str()` has at most 200 characters of a path or another long word. `code` is the exit code of a process that ends
-    by it.
+    by it. `phase` is what the ranks did when it began, where they do something else when they end by it.
     """
 
     code: int = ExitCode.REFUSED
+    phase: str = ""
 
     def __str__(self) -> str:
         return with_short_words(super().__str__())

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 import launch
 import parallel
 from colonnade import process
+from colonnade.rank_process import record_lost
 from models.data import Loader
 from parallel.checkpoint import checkpoint
 from parallel.config import parse
@@ -392,6 +393,20 @@ def test_a_run_ends_as_the_table_says(
     assert [word for word in words if word not in error] == []
     if row.what not in ("2", "5"):  # nothing was touched; ranks that are watched write it
         assert (ended(folder)["code"], ended(folder)["reason"]) == (int(row.what), error.strip() or "done")
+    if row.what == "4":  # it was that of the callbacks, which are told of the step before the run ends
+        assert ended(folder)["phase"] == "a train step"
+
+
+def test_the_launcher_records_what_it_prints_in_place_of_what_a_rank_has_written(tmp_path: Path) -> None:
+    """It printed that a signal had killed a rank; ended.json had another text, of the rank that had missed that one."""
+    record = EndRecord()
+    record.begin(tmp_path, removes=True)
+    lost = Beat(1, "b", step=3, action="a train step")
+    record.write(Ended.of_lost(5, "rank 1 ended without a word", replace(lost, step=4)))  # a beat may be a second old
+    record_lost(Start(str(tmp_path)), 5, "rank 1 was killed by signal 9, SIGKILL", lost)
+    assert (ended(tmp_path)["reason"], ended(tmp_path)["step"]) == ("rank 1 was killed by signal 9, SIGKILL", 4)
+    record_lost(None, 5, "before the folder", lost)
+    assert ended(tmp_path)["step"] == 4
 
 
 # -- whole runs of several processes -----------------------------------------------------------------------------------

@@ -393,6 +393,7 @@ def test_a_rank_that_is_killed_ends_the_run_by_name(tmp_path: Path) -> None:
         assert error.startswith("rank 1 on ")
         assert "killed by signal 9, SIGKILL" in error
         assert error.count("\n") == 1
+        assert json.loads((log.parents[1] / "ended.json").read_text())["reason"] == error.strip()
         assert wait_until(lambda: not session(process.pid))
     finally:
         for left in session(process.pid):

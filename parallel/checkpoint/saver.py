@@ -120,7 +120,7 @@ class Saver:
             try:
                 checkpoint.write(target, pieces, metadata=metadata, axis=world, num_threads=self.writing.num_threads)
             except ColonnadeError as error:
-                _set_code(error)
+                _mark(error)
                 raise
             return
         background = self._mesh.background()
@@ -188,7 +188,7 @@ class Saver:
                 )
             self._move_to(SaverState.SAVED)
         except BaseException as error:  # raised again in the main thread
-            _set_code(error)
+            _mark(error)
             self._error = error
             self._move_to(SaverState.FAILED)
             self.notices.set("save_failed", 1)
@@ -231,7 +231,9 @@ def _join_within(threads: list[threading.Thread], watch: Watch) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _set_code(error: BaseException) -> None:
-    """Let an error that was one of refusing a checkpoint end a run with the code of one that has failed."""
-    if isinstance(error, ColonnadeError) and error.code == ExitCode.REFUSED:
-        error.code = ExitCode.FAILED
+def _mark(error: BaseException) -> None:
+    """Note in an error that a save has failed, which ends a run with the code of a failure and not of a refusal."""
+    if isinstance(error, ColonnadeError):
+        error.phase = "saving"
+        if error.code == ExitCode.REFUSED:
+            error.code = ExitCode.FAILED

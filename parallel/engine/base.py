@@ -326,14 +326,17 @@ class EngineBase:
             return
         what = f"step {self.num_steps}: {numbers_text(loss, norm)}"
         if outcome is Outcome.LEFT_OUT:
-            count = f"{self.left_out.in_a_row} in a row, {self.left_out.total} in all"
+            text = f"{what}: the step is left out ({self.left_out.in_a_row} in a row, {self.left_out.total} in all)"
             if self.mesh.world.rank == 0:
-                log.warning("%s: the step is left out (%s)", what, count)
+                log.warning("%s", text)
+                self.left_out.say(text)
             return
         in_a_row = f" {self.left_out.in_a_row} steps in a row were left out." if self.left_out.policy == "skip" else ""
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"{what}: {origin()}{in_a_row} Nothing was updated, and no checkpoint is written. Try a smaller"
             " optimizer.lr, or other data.",
             loss=loss,
             grad_norm=norm,
         )
+        error.phase = "a train step"
+        raise error

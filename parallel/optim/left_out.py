@@ -1,6 +1,6 @@
 """Steps that update nothing because their numbers are not finite: who decides it on the device, and what follows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import isfinite
@@ -39,13 +39,14 @@ class LeftOutSteps:
 
     Every rank has the same two numbers, and so decides the same. A gradient that is not finite, though the loss is, is
     an overflow of fp16 as long as the loss scale can fall. All else is left out, and counted: `total` in the run,
-    `in_a_row` since the last update.
+    `in_a_row` since the last update. `say` is given a line for each of them on the first rank.
     """
 
     policy: str  # train.nonfinite
     loss_scale: LossScale = field(default_factory=LossScale)
     total: int = 0
     in_a_row: int = 0
+    say: Callable[[str], None] = lambda text: None
 
     @classmethod
     def of(cls, config: TrainConfig) -> "LeftOutSteps":
