@@ -229,8 +229,10 @@ def _has_launcher() -> bool:
 def record_lost(start: Start | None, code: int, text: str, beat: Beat) -> None:
     """Write the end of a run whose rank was killed, as the launcher has printed it, if the run had made its folder.
 
-    A rank that lost it may have written the end before; the launcher knows more, such as the signal.
+    A rank that lost it may have written the end before; the launcher knows more, such as the signal. Without a text a
+    second signal ends the run.
     """
+    text = text or end_text(Signals(code - 128))
     if start is not None:
         record = EndRecord()
         record.begin(Path(start.folder), removes=False)

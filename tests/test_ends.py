@@ -407,6 +407,8 @@ def test_the_launcher_records_what_it_prints_in_place_of_what_a_rank_has_written
     assert (ended(tmp_path)["reason"], ended(tmp_path)["step"]) == ("rank 1 was killed by signal 9, SIGKILL", 4)
     record_lost(None, 5, "before the folder", lost)
     assert ended(tmp_path)["step"] == 4
+    record_lost(Start(str(tmp_path)), 130, "", lost)
+    assert ended(tmp_path)["reason"] == "SIGINT: ended at once; nothing was saved"
 
 
 # -- whole runs of several processes -----------------------------------------------------------------------------------

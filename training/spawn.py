@@ -66,7 +66,7 @@ def run_ranks(
 
     `stop` are the signals of this process: the first is forwarded to the ranks, and a second one ends them.
     `on_lost` is called where a rank was lost, with how the run began, the exit code, what was printed and its last
-    beat.
+    beat; after a second signal with those of rank 0, and nothing printed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload, "training.ends_with_launcher"])
@@ -84,6 +84,10 @@ def run_ranks(
         if stop is not None:
             stop.tell(partial(_forward, ranks))
         return _Ranks(ranks, board, history, stop or StopSignals(), on_lost).wait()
+    except SystemExit as end:  # a rank that is in a long call is killed before it could write that
+        if on_lost is not None and (beats := board.beats([0])):
+            on_lost(history.start(), int(end.code or 0), "", beats[0])
+        raise
     finally:
         _end(ranks)
 
@@ -195,6 +199,7 @@ class _Ranks:
         print(text, file=sys.stderr)
         beats = self._board.beats(ranks[:1])
         if self._on_lost is not None and beats:
+            self._history.is_first("record", "launcher")  # so that no rank writes it later in other words
             self._on_lost(self._history.start(), code, text, beats[0])
 
     def _verdict(self, failed: Sequence[ForkServerProcess]) -> Verdict | None:
