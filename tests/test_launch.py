@@ -24,6 +24,7 @@ from parallel.engine.device import choose_device
 from parallel.engine.stop_signals import STOP_SIGNALS
 from parallel.errors import ColonnadeError, ConfigError, DiskFullError, NoRoomError, RoomError, StorageError
 from parallel.mesh.topology import Topology
+from parallel.watch.terminal import print_line
 from tests.patience import LIMIT, wait_until
 from training import spawn
 from training.rank_grid import cell_caption, cell_of, columns_shown
@@ -303,6 +304,35 @@ def test_the_first_failing_rank_ends_the_others_and_its_exit_code_is_passed_on(
 ) -> None:
     monkeypatch.setattr(spawn, "GRACE_SECONDS", 0.5)
     assert spawn.run_ranks(obey, orders, 3) == code
+
+
+def test_on_a_terminal_the_last_line_stands_below_the_progress_bar_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar was drawn once more below the line; where its rank was killed, the cursor stayed hidden."""
+    done: list[str] = []
+    end = spawn._end
+    monkeypatch.setattr(spawn, "_end", lambda ranks: (end(ranks), done.append("ranks end")))
+    monkeypatch.setattr(spawn, "show_cursor", lambda: done.append("cursor"))
+    monkeypatch.setattr(spawn, "print_line", lambda text: done.append(text.partition(",")[0]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert spawn.run_ranks(obey, {0: "die"}, 1) == 5
+    assert done == ["ranks end", "cursor", "rank 0 was killed by signal 9"]
+
+
+def test_a_line_replaces_a_progress_bar_and_a_reader_that_has_gone_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that ends a rank whose main thread is blocked ended by the error of its line, and the rank hung."""
+    written: list[bytes] = []
+
+    def write(descriptor: int, data: bytes) -> int:
+        written.append(data)
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "isatty", lambda descriptor: True)
+        patch.setattr(os, "write", write)
+        print_line("rank 1 is lost")
+    assert written == [b"\x1b[?25h\r\x1b[2Krank 1 is lost\n"]
 
 
 def test_the_first_rank_is_given_time_to_print_what_all_ranks_refuse(

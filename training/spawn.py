@@ -27,6 +27,7 @@ from parallel.watch.control_groups import OomKills
 from parallel.watch.history import PREFIX, SIGNALLED, History, Start
 from parallel.watch.judge import Verdict
 from parallel.watch.process import die_with
+from parallel.watch.terminal import print_line, show_cursor
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ def run_ranks(
     board = Board(store, rank=NO_RANK, size=num_ranks)
     history = History(connect_to_store("127.0.0.1", port, hosts=False, prefix=PREFIX))
     ranks: list[ForkServerProcess] = []
+    watched = _Ranks(ranks, board, history, stop or StopSignals(), on_lost)
     try:
         for rank in range(num_ranks):
             environment = _environment(rank, num_ranks, port)
@@ -83,13 +85,15 @@ def run_ranks(
             ranks.append(process)
         if stop is not None:
             stop.tell(partial(_forward, ranks))
-        return _Ranks(ranks, board, history, stop or StopSignals(), on_lost).wait()
+        return watched.wait()
     except SystemExit as end:  # a rank that is in a long call is killed before it could write that
         if on_lost is not None and (beats := board.beats([0])):
             on_lost(history.start(), int(end.code or 0), "", beats[0])
         raise
     finally:
         _end(ranks)
+        show_cursor()  # which a rank that was killed has hidden
+        watched.print_reason()
 
 
 def _start_server() -> None:
@@ -169,6 +173,7 @@ class _Ranks:
     ) -> None:
         self._processes, self._board, self._history = processes, board, history
         self._stop, self._on_lost, self._oom_kills = stop, on_lost, OomKills()
+        self._reason = ""  # what is still to be printed
 
     def wait(self) -> int:
         """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
@@ -195,12 +200,21 @@ class _Ranks:
         return code
 
     def _tell(self, code: int, text: str, ranks: Sequence[int]) -> None:
-        """Print why the run ends, and have it written."""
-        print(text, file=sys.stderr)
+        """Print why the run ends, and have it written. On a terminal, ranks end first: one has a progress bar there."""
+        self._reason = text
+        if not sys.stderr.isatty():
+            self.print_reason()
         beats = self._board.beats(ranks[:1])
         if self._on_lost is not None and beats:
             self._history.is_first("record", "launcher")  # so that no rank writes it later in other words
             self._on_lost(self._history.start(), code, text, beats[0])
+
+    def print_reason(self) -> None:
+        """Print why the run ends, if it was not printed."""
+        if self._reason:
+            sys.stderr.flush()
+            print_line(self._reason)
+            self._reason = ""
 
     def _verdict(self, failed: Sequence[ForkServerProcess]) -> Verdict | None:
         """Return what the ranks have found, if those that failed have ended by it.

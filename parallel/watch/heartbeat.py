@@ -16,6 +16,7 @@ from parallel.watch.host_mates import HostMates
 from parallel.watch.judge import LOST, SHORTEST_WAIT, Verdict
 from parallel.watch.judging import Judging
 from parallel.watch.pulse import Pulse
+from parallel.watch.terminal import print_line, show_cursor
 
 SECONDS_TO_LEARN = 5.0
 """The seconds after a verdict in which a main thread that executes nothing may still come to know it."""
@@ -47,6 +48,8 @@ def end_now(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, RuntimeError):
             stream.flush()
+    if code == LOST:  # the program has not come to end its progress bar
+        show_cursor()
     os._exit(code)
 
 
@@ -148,7 +151,7 @@ class Heartbeat(threading.Thread):
         speaker = self.surroundings.speaker
         speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)
         if speaks and not self._has_told:
-            os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
+            print_line(with_short_words(text))
         self._has_told = True
 
     def _call_hook(self, error: LostRankError) -> None:
