@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -310,7 +311,12 @@ def test_on_a_terminal_the_last_line_stands_below_the_progress_bar_of_a_rank(mon
     """The bar was drawn once more below the line; where its rank was killed, the cursor stayed hidden."""
     done: list[str] = []
     end = spawn._end
-    monkeypatch.setattr(spawn, "_end", lambda ranks: (end(ranks), done.append("ranks end")))
+
+    def noted_end(ranks: Sequence[ForkServerProcess]) -> None:
+        end(ranks)
+        done.append("ranks end")
+
+    monkeypatch.setattr(spawn, "_end", noted_end)
     monkeypatch.setattr(spawn, "show_cursor", lambda: done.append("cursor"))
     monkeypatch.setattr(spawn, "print_line", lambda text: done.append(text.partition(",")[0]))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
