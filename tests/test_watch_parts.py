@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from parallel.errors import LostRankError
-from parallel.watch import process
+from parallel.watch import heartbeat, process
 from parallel.watch.beat import INTERVAL, Beat, Observation
+from parallel.watch.heartbeat import Heartbeat, Surroundings
 from parallel.watch.judge import judge
 from parallel.watch.judging import Judging
 from parallel.watch.process import has_ended, is_stopped, kill, own_identity
@@ -219,3 +221,22 @@ def test_what_was_registered_for_the_end_is_called_and_does_not_hold_up_the_end(
     assert (ends[0].code, ends[1].code) == (5, -signal.SIGKILL)
     assert ends[0].errors.splitlines()[-1] == "hook: 5"
     assert ends[0].errors.count("\n") == 2
+
+
+def test_two_threads_that_learn_of_a_lost_rank_print_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread ended the process while the heartbeat had begun to print: the line came twice."""
+    lines: list[str] = []
+
+    def print_slowly(text: str) -> None:
+        time.sleep(0.05)
+        lines.append(text)
+
+    monkeypatch.setattr(heartbeat, "print_line", print_slowly)
+    board: Any = SimpleNamespace(rank=0, size=2, post=lambda beat: None)
+    one = Heartbeat(board, Pulse(0, Progress()), Surroundings([]))
+    threads = [threading.Thread(target=one._tell, args=("rank 1 is lost", 5)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lines == ["rank 1 is lost"]

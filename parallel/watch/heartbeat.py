@@ -75,7 +75,8 @@ class Heartbeat(threading.Thread):
         self.has_verdict = threading.Event()
         self.on_end: Callable[[LostRankError], None] | None = None
         self._mates = HostMates(board, surroundings.host_ranks)
-        self._wake, self._is_stopped, self._has_told = threading.Event(), False, False
+        self._wake, self._is_stopped = threading.Event(), False
+        self._telling, self._has_told = threading.Lock(), False
         board.post(pulse.beat(0.0))
 
     def run(self) -> None:
@@ -150,9 +151,10 @@ class Heartbeat(threading.Thread):
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
         speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)
-        if speaks and not self._has_told:
-            print_line(with_short_words(text))
-        self._has_told = True
+        with self._telling:  # the main thread may end the process now: neither twice, nor before it is written
+            if speaks and not self._has_told:
+                print_line(with_short_words(text))
+            self._has_told = True
 
     def _call_hook(self, error: LostRankError) -> None:
         """Call what was registered for the end, in a thread of its own: it may fail or block, and the process ends."""
