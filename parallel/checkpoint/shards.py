@@ -144,9 +144,12 @@ def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
 
 
 def write_json(file: Path, content: object, *, indent: int | None = 2) -> str:
-    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time."""
+    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time.
+
+    Raises ValueError for NaN and infinities, which no reader of JSON accepts.
+    """
     with write_synced(file) as out:
-        out.write(json.dumps(content, indent=indent).encode() + b"\n")
+        out.write(json.dumps(content, indent=indent, allow_nan=False).encode() + b"\n")
     return out.hexdigest()
 
 
