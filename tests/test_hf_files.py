@@ -22,7 +22,7 @@ from parallel.checkpoint import hf_folder
 from parallel.checkpoint.shards import Entry, write_tensors
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
-from parallel.errors import CheckpointError, DataError, DiskFullError
+from parallel.errors import DataError, DiskFullError
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
 from parallel.mesh.mesh import Axis, Traffic
 from tests.harness import run

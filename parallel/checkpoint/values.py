@@ -106,6 +106,10 @@ class _Encoder:
             return {"$device": str(x)}
         if kind is bytes:
             return {"$bytes": base64.b64encode(x).decode()}
+        return self._within(x, path)
+
+    def _within(self, x: Any, path: str) -> Any:
+        """Return the JSON of a container, unless it contains itself or is nested too deep."""
         if any(x is other for other in self._open):
             raise CheckpointError(f"{path}: it contains itself, and cannot be stored.")
         self._open.append(x)
