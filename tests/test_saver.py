@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import parallel
 from parallel.checkpoint import checkpoint, rank_files, shards
 from parallel.checkpoint.checkpoint import Target, step_folder
 from parallel.checkpoint.index import Index
@@ -33,6 +34,7 @@ from tests.test_best_checkpoint import EACH, prepared
 from tests.test_disk import budget_of, engine_in_parts, on_disk
 from tests.test_loop import Recorder
 from tests.test_module_engine import config_of as module_config
+from tests.test_module_engine import engine_of as module_engine_of
 from tests.test_module_state import normed, normed_engine
 from tests.test_module_state import train as train_module
 from tests.test_placement import LAYOUTS, raw_of
@@ -267,6 +269,19 @@ def test_leaving_waits_for_the_save_in_flight(tmp_path: Path) -> None:
         assert not step_folder(tmp_path, 0).exists()
         engine.mesh.close()
     assert step_folder(tmp_path, 0).exists()
+
+
+def test_a_load_waits_for_the_save_in_flight_of_any_engine(tmp_path: Path) -> None:
+    """It found the checkpoint before, on some ranks perhaps, or none."""
+    engine, _ = module_engine_of(0, 1, module_config(0), torch.nn.Linear(3, 3))
+    module = torch.nn.Linear(3, 3)
+    with after(lambda: False, 0.3):
+        engine.save_checkpoint(tmp_path, dict(a=1), wait=False)
+        assert engine.load_checkpoint(tmp_path) == dict(a=1)
+        engine.save_checkpoint(tmp_path / "other", wait=False)
+        other, *_ = parallel.initialize(module)
+        other.load_weights(tmp_path / "other")
+    assert torch.equal(module.weight, engine.module.weight)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

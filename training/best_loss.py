@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.checkpoint.values import decode, encode
-from parallel.errors import CheckpointError, shown
+from parallel.errors import shown
 from training.metrics import MetricsLine
 
 
@@ -47,7 +47,7 @@ class BestLoss:
     def restored(cls, state: Mapping[str, Any] | None) -> "BestLoss":
         """Return what `state` was called on; None, which an older checkpoint has: before the first evaluation.
 
-        Raises CheckpointError for a line that is of no step.
+        Raises ValueError for a line that is of no step, CheckpointError for one that cannot be decoded.
         """
         if state is None:
             return cls()
@@ -59,5 +59,5 @@ class BestLoss:
 def _line_of(saved: Any) -> MetricsLine:
     line = decode(saved, []).get("line") if isinstance(saved, dict) else None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not isinstance(line.get("loss"), float):
-        raise CheckpointError(f"the line of its last step, 'unevaluated', is {shown(saved)}.")
+        raise ValueError(f"the line of its last step, 'unevaluated', is {shown(saved)}.")
     return line

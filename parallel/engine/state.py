@@ -103,10 +103,11 @@ class EngineState(EngineBase):
         A parameter that was frozen, and is not now, starts with new optimizer states; the states of one that is frozen
         now are left out. With `strict`, all else that only one side has is an error; otherwise it is left as it is,
         and logged. Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another
-        model or optimizer; NonFiniteError for one with a weight or a state that is not finite. Of param groups the
-        fields that choose kernels (foreach, fused, capturable, differentiable) stay as they are now.
+        model or optimizer; NonFiniteError for one with a weight or a state that is not finite; the error of a save in
+        the background, which is finished first. Of param groups the fields that choose kernels (foreach, fused,
+        capturable, differentiable) stay as they are now.
         """
-        self.agree_on("loading a checkpoint")
+        self._finish_saves("loading a checkpoint")
         saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
         problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
@@ -134,7 +135,7 @@ class EngineState(EngineBase):
         They are parameters, frozen ones too, buffers, and extra states of the module. The optimizer, its states, and
         the counters stay as they are. Raises CheckpointError and NonFiniteError as `load_checkpoint` does.
         """
-        self.agree_on("loading weights")
+        self._finish_saves("loading weights")
         saved = SavedState.read(folder, self.mesh.world, option="load_weights")
         self._refuse_or_log(self._weight_problems(saved), strict=strict)
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
@@ -187,6 +188,14 @@ class EngineState(EngineBase):
         set_extra_states(self.module, values["extra_state"])
 
     # -- details
+
+    def _finish_saves(self, action: str) -> None:
+        """Begin an action that reads checkpoints: those that are written in the background are complete then, also that
+        of another engine of this mesh, and all ranks see the same ones.
+        """
+        self.agree_on(action)
+        self.saver.finish()
+        self.mesh.wait_for_background()
 
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
         """Load those of the pieces that the checkpoint has. Raises CheckpointError, on every rank."""
