@@ -227,6 +227,37 @@ def after(event: Callable[[], object], seconds: float = LIMIT) -> Any:
     return patch.object(rank_files, "write_tensors", wait)
 
 
+def copy_without_room(rank: int, size: int, folder: Path) -> list[str]:
+    """Have rank 1 find no memory, first for its buffers, then for its chunks. Return what the program is told."""
+    engine, _ = module_engine_of(rank, size, module_config(0), normed())
+    told = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("planted")
+
+    for name in ("__init__", "copy"):
+        with patch.object(Snapshot, name, fail) if rank == 1 else nullcontext():
+            try:
+                engine.save_checkpoint(folder, wait=False)
+                engine.finish_saving()
+            except (ColonnadeError, MemoryError) as error:
+                told.append(f"{type(error).__name__}: {error}")
+        assert engine.saver.state is SaverState.IDLE
+    engine.save_checkpoint(folder, wait=False)
+    engine.finish_saving()
+    engine.mesh.close()
+    return told
+
+
+def test_a_rank_without_memory_for_a_copy_fails_the_save_on_every_rank(tmp_path: Path) -> None:
+    """For its buffers it raised the error alone, and the others waited for it in the background for ever."""
+    for told in run(copy_without_room, 2, tmp_path):
+        assert told[0].startswith("NoRoomError: rank 1: no room for a copy of buffers and values")
+        assert "planted" in told[1]
+        assert told[1].startswith(("MemoryError", "NoRoomError: rank 1"))
+    assert step_folder(tmp_path, 0).exists()
+
+
 @pytest.mark.parametrize("is_async", [True, False])
 def test_a_checkpoint_is_told_when_it_is_complete_and_before_the_end(is_async: bool, tmp_path: Path) -> None:
     """The first is written during the steps that follow, in the background; the last one ends with the run."""
