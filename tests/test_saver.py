@@ -304,15 +304,15 @@ def test_leaving_waits_for_the_save_in_flight(tmp_path: Path) -> None:
 
 def test_a_load_waits_for_the_save_in_flight_of_any_engine(tmp_path: Path) -> None:
     """It found the checkpoint before, on some ranks perhaps, or none."""
-    engine, _ = module_engine_of(0, 1, module_config(0), torch.nn.Linear(3, 3))
-    module = torch.nn.Linear(3, 3)
+    trained, module = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    engine, _ = module_engine_of(0, 1, module_config(0), trained)
     with after(lambda: False, 0.3):
         engine.save_checkpoint(tmp_path, dict(a=1), wait=False)
         assert engine.load_checkpoint(tmp_path) == dict(a=1)
         engine.save_checkpoint(tmp_path / "other", wait=False)
         other, *_ = parallel.initialize(module)
         other.load_weights(tmp_path / "other")
-    assert torch.equal(module.weight, engine.module.weight)
+    assert torch.equal(module.weight, trained.weight)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

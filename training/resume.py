@@ -64,7 +64,7 @@ def naming(option: str) -> Iterator[None]:
 
 
 def set_aside(found: Found) -> None:
-    """Rename the checkpoints that were passed over: the next save deletes damaged ones, and not a whole one before them.
+    """Rename the checkpoints that were passed over: the next save deletes damaged ones, and no whole one before them.
 
     One that could not be read this time may be whole, and no save deletes it: its name does not begin with a dot. Rank
     0 alone calls this. Raises OSError.
