@@ -250,7 +250,7 @@ def copy_without_room(rank: int, size: int, folder: Path) -> list[str]:
 
 
 def test_a_rank_without_memory_for_a_copy_fails_the_save_on_every_rank(tmp_path: Path) -> None:
-    """For its buffers it raised the error alone, and the others waited for it in the background for ever."""
+    """It raised the error alone where its buffers had no room, and the others waited for it for ever."""
     for told in run(copy_without_room, 2, tmp_path):
         assert told[0].startswith("NoRoomError: rank 1: no room for a copy of buffers and values")
         assert "planted" in told[1]
