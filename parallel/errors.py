@@ -64,6 +64,10 @@ class StorageError(ColonnadeError):
     code = ExitCode.FAILED
 
 
+class UnreadableError(CheckpointError):
+    """The error of a checkpoint that could not be read this time, or not by every rank: it may be whole."""
+
+
 class NoRoomError(ColonnadeError):
     """The error of a memory or a disk that has no room in the middle of a run, perhaps on one rank only."""
 

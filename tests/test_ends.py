@@ -1,5 +1,6 @@
 """The ends of runs: by signals, with all that was done saved, and what they leave for whoever starts them again."""
 
+import math
 import os
 import re
 import signal
@@ -123,6 +124,29 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_first(
     assert [line["step"] for line in lines(folder)] == [1, 2]  # the third has its validation loss later
     assert train(folder, f"output.checkpoint_every={STEPS}", resume="auto") == 0
     assert_same_run(folder, whole, last_step=STEPS)
+
+
+def test_a_signal_in_the_evaluation_after_a_step_that_was_left_out_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is NaN. The checkpoint had it in its index, which nobody could read any more."""
+    folder, step, validation = tmp_path / "run", parallel.Engine.train_step, Loader.validation
+
+    def left_out(engine: parallel.Engine, batch: object) -> object:
+        result = step(engine, batch)  # type: ignore[arg-type]
+        return replace(result, loss=math.nan, grad_norm=None, skipped=True) if engine.num_steps == 3 else result
+
+    def interrupted(loader: Loader) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validation(loader)
+
+    monkeypatch.setattr(parallel.Engine, "train_step", left_out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "validation", interrupted)
+        assert train(folder) == ExitCode.TERMINATED
+    assert train(folder, resume="auto") == 0
+    assert [(line["step"], line["loss"] is None) for line in lines(folder)] == [(i, i == 3) for i in range(1, 7)]
+    assert "validation_loss" in lines(folder)[2]
 
 
 def test_a_step_that_was_evaluated_after_a_resume_is_reported_once_whatever_kills_that_run(

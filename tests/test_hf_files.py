@@ -22,7 +22,7 @@ from parallel.checkpoint import hf_folder
 from parallel.checkpoint.shards import Entry, write_tensors
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
-from parallel.errors import CheckpointError, DataError
+from parallel.errors import DataError, DiskFullError
 from parallel.layout.layout import Layout, ParameterInfo, Piece, slices
 from parallel.mesh.mesh import Axis, Traffic
 from tests.harness import run
@@ -220,7 +220,7 @@ def export_with_a_full_disk_on_rank_0(rank: int, size: int, target: Path) -> str
     owned = [piece for info in infos_of(shape, rank, size) if owns(info.layout) for piece in info.pieces()]
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # bytes: some tensors fit
-    with pytest.raises(CheckpointError) as failure:
+    with pytest.raises(DiskFullError) as failure:
         hf.export(target, owned, shape=shape, axis=world(rank, size), dtype=torch.float32)
     return str(failure.value)
 

@@ -18,12 +18,13 @@ from parallel.checkpoint.checkpoint import Target
 from parallel.checkpoint.shards import fail_together
 from parallel.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot
 from parallel.chunk.chunk import Chunk
-from parallel.errors import ColonnadeError, ExitCode
+from parallel.errors import ColonnadeError, ExitCode, NoRoomError
 from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import Watching
 from parallel.mesh.mesh import Axis, Mesh
 from parallel.mesh.notices import Notices
+from parallel.storage.no_room import memory_without_room
 from parallel.watch.watch import Watch
 
 
@@ -126,9 +127,7 @@ class Saver:
         background = self._mesh.background()
         background.wait()  # for another engine of this mesh
         background.wait = partial(_join, self._threads)
-        self.notices.set("is_saving", 1)
-        Agreement(world, self.notices).agree_on(f"a checkpoint named {target.folder.name}")
-        snapshot = Snapshot(pieces, chunk_of, waiting=partial(world.watch.phase, "saving"))
+        snapshot = self._agreed_snapshot(pieces, chunk_of, target)
         self._move_to(SaverState.SAVING)
         self._target, self._error = target, None
         self._start(partial(self._save, snapshot, target, deepcopy(dict(metadata)), background.axis))
@@ -171,6 +170,28 @@ class Saver:
     def wait(self) -> None:
         """Return when nothing is in flight on this rank, whatever became of it."""
         _join(self._threads)
+
+    def _agreed_snapshot(self, pieces: Sequence[Piece], chunk_of: Mapping[str, Chunk], target: Target) -> Snapshot:
+        """Return a snapshot of the pieces, once every rank has one. Raises NoRoomError, on every rank, where one has no
+        room for a copy of its buffers and values; then nothing is in flight.
+        """
+        world, snapshot, problem = self._mesh.world, None, ""
+        try:
+            snapshot = Snapshot(pieces, chunk_of, waiting=partial(world.watch.phase, "saving"))
+        except (MemoryError, RuntimeError) as error:
+            if memory_without_room(error) is None:
+                raise
+            problem = f"no room for a copy of buffers and values, which {target.folder.name} needs: {error}"
+        self.notices.set("is_saving", 1)
+        try:
+            Agreement(world, self.notices).agree_on(f"a checkpoint named {target.folder.name}", problem, NoRoomError)
+        except ColonnadeError:
+            if snapshot is not None:
+                snapshot.release()
+            self.notices.set("is_saving", 0)
+            raise
+        assert snapshot is not None
+        return snapshot
 
     def _save(self, snapshot: Snapshot, target: Target, metadata: Mapping[str, Any], axis: Axis) -> None:
         """Copy and write a checkpoint: the thread's part of `save`."""

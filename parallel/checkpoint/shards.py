@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.errors import CheckpointError, ColonnadeError, DiskFullError, NoRoomError, StorageError
+from parallel.errors import CheckpointError, ColonnadeError, DiskFullError, NoRoomError, StorageError, size_text
 from parallel.layout.layout import Piece, box_shape, slices
 from parallel.layout.sources import Box, overlap
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.regular_file import check_regular, open_regular, printable
+from parallel.regular_file import MOST_JSON, check_regular, open_regular, printable
 from parallel.storage.no_room import disk_error, disk_problem, memory_without_room
 
 DTYPE_NAMES = {  # as a safetensors header has them
@@ -45,8 +45,6 @@ DTYPE_NAMES = {  # as a safetensors header has them
     torch.uint16: "U16",
     torch.uint32: "U32",
     torch.uint64: "U64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
 
@@ -143,10 +141,20 @@ def open_safetensors(file: Path, error: type[ColonnadeError]) -> Iterator[Any]:
         raise error(f"{file} is damaged, or not a safetensors file: {printable(str(cause))}.") from cause
 
 
-def write_json(file: Path, content: object, *, indent: int | None = 2) -> str:
-    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time."""
+def write_json(file: Path, content: object, *, indent: int | None = 2, at_most: int = MOST_JSON) -> str:
+    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time.
+
+    Raises what its reader would refuse: ValueError for NaN and infinities, which no reader of JSON accepts, and
+    CheckpointError for one of more bytes than `at_most`.
+    """
+    text = json.dumps(content, indent=indent, allow_nan=False).encode() + b"\n"
+    if len(text) > at_most:
+        raise CheckpointError(
+            f"{file.name} would have {size_text(len(text))}, more than the {size_text(at_most)} that it may have. Store"
+            " long lists, such as those in `extra`, as tensors or arrays."
+        )
     with write_synced(file) as out:
-        out.write(json.dumps(content, indent=indent).encode() + b"\n")
+        out.write(text)
     return out.hexdigest()
 
 

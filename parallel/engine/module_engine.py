@@ -29,6 +29,7 @@ from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.independent_copy import IndependentCopies
 from parallel.modules.inputs import map_tensors
+from parallel.modules.kept_buffers import KeptBuffers
 from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss, loss_problem
 from parallel.modules.loss_sums import LossSums
 from parallel.modules.microbatches import as_many_on_every_replica
@@ -132,6 +133,7 @@ class ModuleEngine(ParameterAccess):
         self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, self._original, self.writes)
         self._synchronizes = True
         self.inputs = _prepare(module, layers, context)
+        self._kept = KeptBuffers(module, is_on=config.train.nonfinite == "skip")
         self.loss_weights = LossWeights(context.shares)
         self.loss_weights.follow(module)
         self._passes.follow(module)
@@ -149,6 +151,7 @@ class ModuleEngine(ParameterAccess):
         the same layers; RoomError or NoRoomError where a memory has no room, perhaps on this rank alone.
         """
         args, kwargs = map_tensors(self._input, (args, kwargs))
+        self._kept.begin()
         with self.memory_guard.explained(lambda: "forward"), self._passes.explain_transforms():
             return self.module(*args, **kwargs)
 
@@ -201,6 +204,7 @@ class ModuleEngine(ParameterAccess):
         found, lost_on_host = on_host.wait().tolist()
         outcome = self._end_step(lost_on_host, found)
         self._passes.end_step()
+        self._kept.end(is_left_out=outcome is Outcome.LEFT_OUT)
         self._report(outcome, lost_on_host if loss is None else loss, found, origin)
         self.memory_guard.after_step(self.num_steps)
         skipped = outcome is not Outcome.UPDATED
@@ -210,6 +214,7 @@ class ModuleEngine(ParameterAccess):
         """Do as `EngineBase.write_back`, and drop gradients and what was gathered of the weights before."""
         self._passes.release()
         self.zero_grad()
+        self._kept.end(is_left_out=False)
         super().write_back()
 
     @property
