@@ -73,6 +73,7 @@ class Heartbeat(threading.Thread):
         self.on_end: Callable[[LostRankError], None] | None = None
         self._mates = HostMates(board, surroundings.host_ranks)
         self._wake, self._is_stopped, self._has_told = threading.Event(), False, False
+        self._one_at_a_time = threading.RLock()  # the main thread may end by a verdict that this one prints just then
         board.post(pulse.beat(0.0))
 
     def run(self) -> None:
@@ -132,11 +133,15 @@ class Heartbeat(threading.Thread):
             self.end_process(LostRankError(f"rank {self.board.rank} ends: the process that started it has ended", LOST))
 
     def end_process(self, error: LostRankError) -> NoReturn:
-        """Print the error in one line, and end this process at once: whatever else it would do could block."""
-        self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
-        self._tell(str(error), error.code)
-        self._call_hook(error)
-        end_now(error.code)
+        """Print the error in one line, and end this process at once: whatever else it would do could block.
+
+        A second thread that calls this waits for the end, so that what was registered for it is complete.
+        """
+        with self._one_at_a_time:
+            self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
+            self._tell(str(error), error.code)
+            self._call_hook(error)
+            end_now(error.code)
 
     def _tell(self, text: str, code: int) -> None:
         """Print a line, where that falls to this rank, and unless it has printed why it ends.
@@ -147,9 +152,10 @@ class Heartbeat(threading.Thread):
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
         speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)
-        if speaks and not self._has_told:
-            os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
-        self._has_told = True
+        with self._one_at_a_time:
+            if speaks and not self._has_told:
+                os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
+            self._has_told = True
 
     def _call_hook(self, error: LostRankError) -> None:
         """Call what was registered for the end, in a thread of its own: it may fail or block, and the process ends."""
