@@ -227,8 +227,11 @@ def _has_launcher() -> bool:
 
 
 def _record_lost(start: Start | None, code: int, text: str, beat: Beat) -> None:
-    """Write the end of a run whose rank was killed, as the launcher saw it, if the run had made its folder."""
+    """Write the end of a run whose rank was killed, as the launcher saw it, if the run had made its folder.
+
+    Without a text, it was by a second signal.
+    """
     if start is not None and not (Path(start.folder) / FILE).exists():  # else a rank has written it
         record = EndRecord()
         record.begin(Path(start.folder), removes=False)
-        record.write(Ended.of_lost(code, text, beat))
+        record.write(Ended.of_lost(code, text or end_text(Signals(code - 128)), beat))

@@ -245,7 +245,7 @@ def test_two_threads_that_end_at_once_print_one_line_and_end_after_the_hook(monk
         heard.append(f"end {code}")
         ends.wait(LIMIT)
 
-    monkeypatch.setattr(heartbeat.os, "write", lambda file, text: slowly(text.decode()))
+    monkeypatch.setattr(os, "write", lambda file, text: slowly(text.decode()))
     monkeypatch.setattr(heartbeat, "end_now", end)
     beats: Any = heartbeat.Heartbeat(Silent(), Pulse(0, Progress()), heartbeat.Surroundings([0]))  # type: ignore[arg-type]
     beats.on_end = lambda error: slowly("hook")
