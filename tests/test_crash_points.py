@@ -150,7 +150,7 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("waits", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_each_file_operation_of_a_save_the_old_checkpoint_or_the_new_one_is_whole(
     step: int, waits: bool, before: Path, tmp_path: Path
 ) -> None:

@@ -155,7 +155,7 @@ def differ_in_debugging(rank: int, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "codes", "text"),
     [
-        (leave_one_out, (5, 5), "is silent: it has not gone on for 2 s"),
+        pytest.param(leave_one_out, (5, 5), "is silent: it has not gone on for 2 s", marks=pytest.mark.slow),
         (call_another, (1, 1), "rank 1: all_reduce (SUM) of bfloat16 [4, 2] at test_debug_comm.py:"),
         (differ_in_debugging, (1, 1), "debug_comm: the ranks were started with different values: False on rank 0,"),
     ],

@@ -452,6 +452,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Callable[[Path], list[str]], 
 }
 """A case: what is planted in the folder, a command that reads it, and words of the refusal."""
 
+LONG = ("a chat template without end", "empty lines that are packed")
+"""The cases that take seconds."""
+
 
 PAGE, HEADING = "docs/faults.md", "Hostile files"
 ROWS = {
@@ -494,7 +497,7 @@ def test_the_table_of_hostile_files_has_a_row_for_each_that_is_planted() -> None
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in LONG else x for x in HOSTILE])
 def test_hostile_contents_are_refused_and_never_executed(
     name: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,13 +95,14 @@ def test_a_step_sends_what_the_table_of_stages_says(stage: int, recomputation: s
     """There are m backwards, each of which sums over ranks, so mΨ elements are reduced in every stage.
 
     The parameters are gathered once, after the update; in stage 3 a block is gathered for each forward and each
-    backward, and the root once for both. A recomputation gathers nothing by itself. Two more elements are the norm and
-    whether somebody has written into parameters; the ranks' agreements go through another group.
+    backward, and the root once for both. A recomputation gathers nothing by itself. Three more elements are the norm,
+    whether somebody has written into parameters, and whether a loss was finite; the ranks' agreements go through
+    another group.
     """
     n, m = 2, 3
     raw = config_of(stage, activation_checkpointing="full" if recomputation == "full" else "none")
     for psi, blocks, handed in run(sent, n, raw, recomputation, m):
-        reduced = handed["all_reduce"] - 2 if stage == 0 else handed["reduce_scatter"]
+        reduced = handed["all_reduce"] - 3 if stage == 0 else handed["reduce_scatter"]
         assert reduced == m * psi
         gathered = {0: 0, 1: psi, 2: psi, 3: m * (psi + blocks)}[stage]
         assert handed.get("all_gather", 0) == gathered / n

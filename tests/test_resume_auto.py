@@ -244,6 +244,7 @@ def test_a_checkpoint_of_another_program_is_refused_before_the_run(folder: Path)
             resumed(folder)
 
 
+@pytest.mark.slow
 def test_a_strange_value_anywhere_in_the_metadata_is_refused_or_read_but_never_breaks_down(folder: Path) -> None:
     inputs, newest = resumed(folder).inputs, step(folder, 4)
     whole, draw, refused = json.loads((newest / "checkpoint.json").read_text()), random.Random(4), 0
@@ -284,6 +285,7 @@ def resume_on_two(rank: int, world_size: int, folder: Path) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_all_ranks_take_the_same_checkpoint_and_refuse_for_the_same_reason(tmp_path: Path) -> None:
     first, second = run(resume_on_two, 2, tmp_path / "run")
     assert first == second

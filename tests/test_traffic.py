@@ -14,6 +14,7 @@ from models.opt.shape import OPTShape
 from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
+from parallel.mesh.notices import Notices
 from parallel.tensor import loss
 from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run
@@ -107,7 +108,8 @@ def calls_of_a_step(
         mark_parts(engine, handed)
         engine.train_step(share_of(batch, engine))
     assert engine.mesh.traffic.bytes == handed.bytes
-    assert [call.bytes for call in handed.agreed] == [16]  # a step begins with an agreement, of two numbers on the host
+    # A step begins with an agreement on the host: of the largest and the smallest digest, and of the notices.
+    assert [call.bytes for call in handed.agreed] == [8 * (2 + len(Notices.NAMES))]
     calls = [named(call, engine) for call in handed.calls]
     depth = engine.mesh.axis("depth").group if tensor.depth > 1 else None
     engine.mesh.close()
