@@ -22,7 +22,7 @@ from models.generation.sampling import Sampling
 from models.generation.text_generator import Options
 from parallel.config import load_raw, parse
 from parallel.engine.device import choose_device
-from parallel.engine.stop_signals import STOP_SIGNALS
+from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals
 from parallel.errors import ColonnadeError, ConfigError, DiskFullError, NoRoomError, RoomError, StorageError
 from parallel.mesh.topology import Topology
 from tests.patience import LIMIT, patient, wait_until
@@ -327,7 +327,7 @@ def test_a_signal_reaches_ranks_that_have_just_been_forked() -> None:
     """They ignored it until they had handlers, in an earlier version: 4 of 10 runs that were asked to end as they
     began trained on.
     """
-    stop = spawn.StopSignals()
+    stop = StopSignals()
     stop.handle(signal.SIGTERM)  # it is forwarded as soon as all ranks have been started
     assert spawn.run_ranks(wait_for_a_signal, patient(10.0), 3, stop=stop) == 0
 
