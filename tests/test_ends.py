@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from parallel.watch.history import Decision, History, Start
 from parallel.watch.progress import Progress
 from tests.ending import NAME, Planned, assert_same_run, ended, lines
 from tests.harness import run as run_on
-from tests.patience import LIMIT
+from tests.patience import LIMIT, wait_until
 from tests.tables import Row, rows
 from training.attempt import resume_of
 from training.config import read_config
@@ -545,3 +546,23 @@ def test_a_killed_rank_ends_the_run_with_one_line_and_a_record_that_names_it(how
     assert done.errors[0].startswith("rank 1 on ")
     assert (ended(done.folder)["code"], ended(done.folder)["rank"]) == (ExitCode.LOST, 1)
     assert not (done.folder / "checkpoints").exists()  # torchrun sends SIGTERM to the other rank: it saves nothing
+
+
+@pytest.mark.slow
+def test_a_second_signal_that_ends_blocked_ranks_is_in_the_record(tmp_path: Path) -> None:
+    """Rank 1 is stopped, and rank 0 waits for it: no handler of theirs runs, and so the launcher writes it."""
+    run, plan = tmp_path / "run", Planned(signal.SIGSTOP, rank=1)
+    settings = [*SMALL, "train.timeout_seconds=60", f"output.dir={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **plan.environment()}
+    command = [*STARTS["nprocs"], "--set", *settings]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert wait_until(lambda: (run / "metrics.jsonl").exists() and len(lines(run)) == 3)
+        for _ in range(2):
+            time.sleep(1.5 * stop_signals.SECONDS_OF_ONE)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == ExitCode.TERMINATED
+        text = "SIGTERM: ended at once; nothing was saved"
+        assert process.stderr is not None
+        assert process.stderr.read() == f"{text}\n"
+    end = ended(run)
+    assert (end["code"], end["reason"], end["rank"], end["step"]) == (ExitCode.TERMINATED, text, 0, 3)

@@ -223,20 +223,42 @@ def test_what_was_registered_for_the_end_is_called_and_does_not_hold_up_the_end(
     assert ends[0].errors.count("\n") == 2
 
 
-def test_two_threads_that_learn_of_a_lost_rank_print_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread ended the process while the heartbeat had begun to print: the line came twice."""
-    lines: list[str] = []
+class Silent:
+    """A board that nobody else reads."""
 
-    def print_slowly(text: str) -> None:
+    rank, size = 0, 2
+
+    def post(self, beat: Beat) -> None:
+        """Leave nothing."""
+
+
+def test_two_threads_that_end_at_once_print_one_line_and_end_after_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread learns of a verdict by a broken connection while the heartbeat prints it. Of three such ends one
+    printed its line twice in an earlier version, and the second thread ended the process within the first one's hook.
+    """
+    heard: list[str] = []
+    ends = threading.Event()
+
+    def slowly(name: str) -> None:
         time.sleep(0.05)
-        lines.append(text)
+        heard.append(name)
 
-    monkeypatch.setattr(heartbeat, "print_line", print_slowly)
-    board: Any = SimpleNamespace(rank=0, size=2, post=lambda beat: None)
-    one = Heartbeat(board, Pulse(0, Progress()), Surroundings([]))
-    threads = [threading.Thread(target=one._tell, args=("rank 1 is lost", 5)) for _ in range(2)]
+    def end(code: int) -> None:
+        heard.append(f"end {code}")
+        ends.wait(LIMIT)
+
+    monkeypatch.setattr(heartbeat, "print_line", slowly)
+    monkeypatch.setattr(heartbeat, "end_now", end)
+    beats: Any = heartbeat.Heartbeat(Silent(), Pulse(0, Progress()), heartbeat.Surroundings([0]))  # type: ignore[arg-type]
+    beats.on_end = lambda error: slowly("hook")
+    error = LostRankError("rank 1 is lost")
+    threads = [threading.Thread(target=beats.end_process, args=(error,)) for _ in range(2)]
     for thread in threads:
         thread.start()
+    assert wait_until(lambda: "end 5" in heard)
+    time.sleep(0.1)
+    seen = list(heard)
+    ends.set()
     for thread in threads:
         thread.join()
-    assert lines == ["rank 1 is lost"]
+    assert seen == ["rank 1 is lost", "hook", "end 5"]

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeAlias, TypeVar
 
-from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, code_of
+from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, code_of, do_nothing
 from parallel.errors import ExitCode
 from parallel.mesh.process_groups import connect_to_store, host_store
 from parallel.watch.beat import Beat
@@ -65,7 +65,8 @@ def run_ranks(
     killed. No rank is left running, however this function ends. This process hosts the store in which the ranks meet,
     so that a rank that is stopped does not stop it.
 
-    `stop` are the signals of this process: the first is forwarded to the ranks, and a second one ends them.
+    `stop` are the signals of this process: the first is forwarded to the ranks, and a second one ends them. A rank
+    begins with them blocked: `main` unblocks them when it has installed its handlers.
     `on_lost` is called where a rank was lost, with how the run began, the exit code, what was printed and its last
     beat; after a second signal with those of rank 0, and nothing printed.
     """
@@ -76,15 +77,16 @@ def run_ranks(
     board = Board(store, rank=NO_RANK, size=num_ranks)
     history = History(connect_to_store("127.0.0.1", port, hosts=False, prefix=PREFIX))
     ranks: list[ForkServerProcess] = []
-    watched = _Ranks(ranks, board, history, stop or StopSignals(), on_lost)
+    stop = stop or StopSignals()
+    stop.tell(do_nothing)  # until all ranks have been started, which are told then
+    watched = _Ranks(ranks, board, history, stop, on_lost)
     try:
         for rank in range(num_ranks):
             environment = _environment(rank, num_ranks, port)
             process = context.Process(target=_rank, args=(main, argument, environment), name=f"rank {rank}")
             process.start()
             ranks.append(process)
-        if stop is not None:
-            stop.tell(partial(_forward, ranks))
+        stop.tell(partial(_forward, ranks))
         return watched.wait()
     except SystemExit as end:  # a rank that is in a long call is killed before it could write that
         if on_lost is not None and (beats := board.beats([0])):
@@ -144,7 +146,7 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str | None]:
 
 def _rank(main: Callable[[T], int], argument: T, environment: Mapping[str, str | None]) -> None:
     """Run a rank, in its own process, until it exits."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the fork server ignores them, and Ctrl-C until `main` does not
+    for number in STOP_SIGNALS:  # the fork server ignores them, and they are blocked until `main` handles them
         signal.signal(number, signal.SIG_DFL)
     die_with(os.getppid())  # the fork server, which ends with the parent
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -75,8 +75,8 @@ class Heartbeat(threading.Thread):
         self.has_verdict = threading.Event()
         self.on_end: Callable[[LostRankError], None] | None = None
         self._mates = HostMates(board, surroundings.host_ranks)
-        self._wake, self._is_stopped = threading.Event(), False
-        self._telling, self._has_told = threading.Lock(), False
+        self._wake, self._is_stopped, self._has_told = threading.Event(), False, False
+        self._one_at_a_time = threading.RLock()  # the main thread may end by a verdict that this one prints just then
         board.post(pulse.beat(0.0))
 
     def run(self) -> None:
@@ -136,11 +136,15 @@ class Heartbeat(threading.Thread):
             self.end_process(LostRankError(f"rank {self.board.rank} ends: the process that started it has ended", LOST))
 
     def end_process(self, error: LostRankError) -> NoReturn:
-        """Print the error in one line, and end this process at once: whatever else it would do could block."""
-        self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
-        self._tell(str(error), error.code)
-        self._call_hook(error)
-        end_now(error.code)
+        """Print the error in one line, and end this process at once: whatever else it would do could block.
+
+        A second thread that calls this waits for the end, so that what was registered for it is complete.
+        """
+        with self._one_at_a_time:
+            self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
+            self._tell(str(error), error.code)
+            self._call_hook(error)
+            end_now(error.code)
 
     def _tell(self, text: str, code: int) -> None:
         """Print a line, where that falls to this rank, and unless it has printed why it ends.
@@ -151,7 +155,7 @@ class Heartbeat(threading.Thread):
         first = next((rank for rank in range(self.board.size) if rank not in lost), 0)
         speaker = self.surroundings.speaker
         speaks = speaker == "every" or (speaker == "first" and self.board.rank == first and code == LOST)
-        with self._telling:  # the main thread may end the process now: neither twice, nor before it is written
+        with self._one_at_a_time:
             if speaks and not self._has_told:
                 print_line(with_short_words(text))
             self._has_told = True
