@@ -67,6 +67,7 @@ def note_stop_signals(*, ends: bool) -> list[int]:
 
     for number in STOP_SIGNALS:
         signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a rank of --nprocs begins with them blocked
     return came
 
 

@@ -35,7 +35,7 @@ from parallel.watch.last_line import end_now
 from parallel.watch.launch_history import RunStart
 from parallel.watch.watch import UNWATCHED
 from training.attempt import Attempt
-from training.ended import FILE, Ended, EndRecord
+from training.ended import Ended, EndRecord
 from training.spawn import run_ranks
 
 OF_ONE_RANK = StorageError | RoomError | NoRoomError | CollectiveError
@@ -134,7 +134,7 @@ class RankProcess:
         """Start the ranks, each of which calls `main`, and return their exit code."""
         num_ranks, arguments.nprocs = arguments.nprocs, None
         preload = ["colonnade", "torch", *modules]  # the first finds our own
-        return run_ranks(main, arguments, num_ranks, preload=preload, stop=self.stop, on_lost=_record_lost)
+        return run_ranks(main, arguments, num_ranks, preload=preload, stop=self.stop, on_lost=record_lost)
 
     def _end_if_asked(self) -> None:
         """End a long preparation by a signal. Raises LostRankError where another rank is silent."""
@@ -160,7 +160,7 @@ class RankProcess:
         self.watch.leave(f"it {'refuses' if error.code == ExitCode.REFUSED else 'ends'}: {reason}", code=error.code)
         if speaks:
             self.attempt.history.is_first("record", str(self.place.rank))
-            self._record(error.code, str(error))
+            self._record(error.code, str(error), error.phase)
             print(error, file=sys.stderr)
         return int(error.code)
 
@@ -196,9 +196,9 @@ class RankProcess:
     def _decide(self, code: int, text: str) -> None:
         self.attempt.history.decide(code, text)
 
-    def _record(self, code: int, text: str) -> None:
-        ended = Ended.of_rank(code, text, self.place.rank, self.watch.progress)
-        self.attempt.record.write(replace(ended, phase=PHASES.get(code, ended.phase)))
+    def _record(self, code: int, text: str, phase: str = "") -> None:
+        phase = PHASES.get(code, phase)
+        self.attempt.record.write(Ended.of_rank(code, text, self.place.rank, self.watch.progress, phase))
 
     def _record_loss(self, error: LostRankError) -> None:
         """Write the end of the run, before this process ends because of a lost rank."""
@@ -227,9 +227,14 @@ def _has_launcher() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def _record_lost(start: RunStart | None, code: int, text: str, beat: Beat) -> None:
-    """Write the end of a run whose rank was killed, as the launcher saw it, if the run had made its folder."""
-    if start is not None and not (Path(start.folder) / FILE).exists():  # else a rank has written it
+def record_lost(start: RunStart | None, code: int, text: str, beat: Beat) -> None:
+    """Write the end of a run whose rank was killed, as the launcher has printed it, if the run had made its folder.
+
+    A rank that lost it may have written the end before; the launcher knows more, such as the signal. Without a text a
+    second signal ends the run.
+    """
+    text = text or end_text(Signals(code - 128))
+    if start is not None:
         record = EndRecord()
         record.begin(Path(start.folder), removes=False)
-        record.write(Ended.of_lost(code, text, beat))
+        record.write(Ended.of_lost(code, text, replace(beat, step=max(beat.step, record.step()))))

@@ -29,10 +29,11 @@ class ColonnadeError(ValueError):
     """The base of all errors in what the user gave; it is printed without a traceback.
 
     `str()` has at most 200 characters of a path or another long word. `code` is the exit code of a process that ends
-    by it.
+    by it. `phase` is what the ranks did when it began, where they do something else when they end by it.
     """
 
     code: int = ExitCode.REFUSED
+    phase: str = ""
 
     def __str__(self) -> str:
         return with_short_words(super().__str__())
@@ -65,6 +66,10 @@ class StorageError(ColonnadeError):
     """The error of a disk that fails during a run, usually on one rank only."""
 
     code = ExitCode.FAILED
+
+
+class UnreadableError(CheckpointError):
+    """The error of a checkpoint that could not be read this time, or not by every rank: it may be whole."""
 
 
 class NoRoomError(ColonnadeError):

@@ -192,6 +192,48 @@ def test_metadata_of_no_engine_are_refused_and_change_nothing(tmp_path: Path) ->
     assert sum("has no tensor value/0/0" in text for text in found) == 2  # before 4 PiB of memory are asked for
 
 
+def load_with_fewer_states(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Return what is said to a checkpoint that lacks a state, and to such a state_dict, by an engine that stays as it
+    was: in its groups are other fields, with which it has another state.
+    """
+    module, other = linears(), linears()
+    updates = [
+        torch.optim.SGD(module.parameters(), lr=0.25, momentum=0.5),
+        torch.optim.SGD(other.parameters(), lr=0.5),
+    ]
+    engine, loaded = (
+        engine_of(rank, world_size, config_of(1, precision="fp32"), *pair[:1], optimizer=pair[1])[0]
+        for pair in zip((module, other), updates, strict=True)
+    )
+    step_of(engine, 0, rank, world_size)
+    step_of(loaded, 1, rank, world_size)
+    path, state, before = engine.save_checkpoint(folder), engine.state_dict(), loaded.state_dict()
+    if rank == 0:
+        index = json.loads((path / "checkpoint.json").read_text())
+        del index["tensors"]["momentum_buffer/first.weight"]
+        (path / "checkpoint.json").write_text(json.dumps(index))
+        seal(path)
+    engine.agree_on("a checkpoint without a state")
+    for key in [key for key in state["tensors"] if key.startswith("momentum_buffer/")][:1]:  # rank 1 has padding alone
+        del state["tensors"][key]
+    found = [message_of(lambda: loaded.load_checkpoint(path)), message_of(lambda: loaded.load_state_dict(state))]
+    after = loaded.state_dict()
+    assert (updates[1].param_groups[0]["lr"], updates[1].param_groups[0]["momentum"]) == (0.5, 0)
+    assert before["tensors"].keys() == after["tensors"].keys()
+    assert all(torch.equal(x, after["tensors"][key]) for key, x in before["tensors"].items())
+    assert before["counters"] == after["counters"]
+    assert message_of(lambda: loaded.load_checkpoint(path, strict=False)) == "nothing"
+    assert updates[1].param_groups[0]["momentum"] == 0.5
+    return found
+
+
+def test_a_refusal_of_states_leaves_the_groups_as_they_were(tmp_path: Path) -> None:
+    """The learning rate of the checkpoint was taken over before its states were looked at."""
+    for of_checkpoint, of_state in run(load_with_fewer_states, 2, tmp_path):
+        assert "lacks momentum_buffer of first.weight, which the optimizer has" in of_checkpoint
+        assert "load_state_dict: the state lacks momentum_buffer/" in of_state
+
+
 def load_drawn_metadata(rank: int, world_size: int, folder: Path) -> int:
     """Return how many checkpoints were refused, of which a value of the metadata was replaced by a strange one.
 

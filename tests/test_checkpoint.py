@@ -330,3 +330,14 @@ def test_a_box_that_no_file_holds_is_named(saved: Path) -> None:
     seal(saved)
     with pytest.raises(CheckpointError, match=r"the parts of 'fc1\.bias' \(10,\) do not cover it exactly once"):
         Index.read(saved)
+
+
+def test_an_index_that_would_be_too_large_to_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of many numbers was saved, and the checkpoint refused by whoever wanted to go on from it."""
+    monkeypatch.setattr("parallel.checkpoint.checkpoint.MOST_BYTES", 2**16)
+    folder = tmp_path / "step_000001"
+    with pytest.raises(CheckpointError, match=r"checkpoint.json would have .* as tensors or arrays"):
+        save(folder, [], metadata=dict(extra=[*range(2**14)]), axis=ALONE, keep=1)
+    assert not folder.exists()

@@ -1,12 +1,14 @@
 """The ends of runs: by signals, with all that was done saved, and what they leave for whoever starts them again."""
 
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import launch
 import parallel
 from colonnade import process
+from colonnade.rank_process import record_lost
 from models.data import Loader
 from parallel.checkpoint import checkpoint
 from parallel.config import parse
@@ -27,7 +30,7 @@ from parallel.watch.launch_history import Decision, LaunchHistory, RunStart
 from parallel.watch.progress import Progress
 from tests.ending import NAME, Planned, assert_same_run, ended, lines
 from tests.harness import run as run_on
-from tests.patience import LIMIT
+from tests.patience import LIMIT, wait_until
 from tests.tables import Row, rows
 from training.attempt import resume_of
 from training.config import read_config
@@ -122,6 +125,29 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_first(
     assert [line["step"] for line in lines(folder)] == [1, 2]  # the third has its validation loss later
     assert train(folder, f"output.checkpoint_every={STEPS}", resume="auto") == 0
     assert_same_run(folder, whole, last_step=STEPS)
+
+
+def test_a_signal_in_the_evaluation_after_a_step_that_was_left_out_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is NaN. The checkpoint had it in its index, which nobody could read any more."""
+    folder, step, validation = tmp_path / "run", parallel.Engine.train_step, Loader.validation
+
+    def left_out(engine: parallel.Engine, batch: object) -> object:
+        result = step(engine, batch)  # type: ignore[arg-type]
+        return replace(result, loss=math.nan, grad_norm=None, skipped=True) if engine.num_steps == 3 else result
+
+    def interrupted(loader: Loader) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validation(loader)
+
+    monkeypatch.setattr(parallel.Engine, "train_step", left_out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "validation", interrupted)
+        assert train(folder) == ExitCode.TERMINATED
+    assert train(folder, resume="auto") == 0
+    assert [(line["step"], line["loss"] is None) for line in lines(folder)] == [(i, i == 3) for i in range(1, 7)]
+    assert "validation_loss" in lines(folder)[2]
 
 
 def test_a_step_that_was_evaluated_after_a_resume_is_reported_once_whatever_kills_that_run(
@@ -392,6 +418,22 @@ def test_a_run_ends_as_the_table_says(
     assert [word for word in words if word not in error] == []
     if row.what not in ("2", "5"):  # nothing was touched; ranks that are watched write it
         assert (ended(folder)["code"], ended(folder)["reason"]) == (int(row.what), error.strip() or "done")
+    if row.what == "4":  # it was that of the callbacks, which are told of the step before the run ends
+        assert ended(folder)["phase"] == "a train step"
+
+
+def test_the_launcher_records_what_it_prints_in_place_of_what_a_rank_has_written(tmp_path: Path) -> None:
+    """It printed that a signal had killed a rank; ended.json had another text, of the rank that had missed that one."""
+    record = EndRecord()
+    record.begin(tmp_path, removes=True)
+    lost = Beat(1, "b", step=3, action="a train step")
+    record.write(Ended.of_lost(5, "rank 1 ended without a word", replace(lost, step=4)))  # a beat may be a second old
+    record_lost(RunStart(str(tmp_path)), 5, "rank 1 was killed by signal 9, SIGKILL", lost)
+    assert (ended(tmp_path)["reason"], ended(tmp_path)["step"]) == ("rank 1 was killed by signal 9, SIGKILL", 4)
+    record_lost(None, 5, "before the folder", lost)
+    assert ended(tmp_path)["step"] == 4
+    record_lost(RunStart(str(tmp_path)), 130, "", lost)
+    assert ended(tmp_path)["reason"] == "SIGINT: ended at once; nothing was saved"
 
 
 # -- whole runs of several processes -----------------------------------------------------------------------------------
@@ -504,3 +546,23 @@ def test_a_killed_rank_ends_the_run_with_one_line_and_a_record_that_names_it(how
     assert done.errors[0].startswith("rank 1 on ")
     assert (ended(done.folder)["code"], ended(done.folder)["rank"]) == (ExitCode.LOST, 1)
     assert not (done.folder / "checkpoints").exists()  # torchrun sends SIGTERM to the other rank: it saves nothing
+
+
+@pytest.mark.slow
+def test_a_second_signal_that_ends_blocked_ranks_is_in_the_record(tmp_path: Path) -> None:
+    """Rank 1 is stopped, and rank 0 waits for it: no handler of theirs runs, and so the launcher writes it."""
+    run, plan = tmp_path / "run", Planned(signal.SIGSTOP, rank=1)
+    settings = [*SMALL, "train.timeout_seconds=60", f"output.dir={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **plan.environment()}
+    command = [*STARTS["nprocs"], "--set", *settings]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert wait_until(lambda: (run / "metrics.jsonl").exists() and len(lines(run)) == 3)
+        for _ in range(2):
+            time.sleep(1.5 * stop_signals.SECONDS_OF_ONE)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == ExitCode.TERMINATED
+        text = "SIGTERM: ended at once; nothing was saved"
+        assert process.stderr is not None
+        assert process.stderr.read() == f"{text}\n"
+    end = ended(run)
+    assert (end["code"], end["reason"], end["rank"], end["step"]) == (ExitCode.TERMINATED, text, 0, 3)

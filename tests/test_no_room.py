@@ -29,7 +29,7 @@ from parallel.storage.no_room import free_bytes, naming, no_room, write_whole
 from tests.small_disk import fill, needs_mounts, on_small_disk
 from tests.test_loop import prepared, run_of
 from training import metrics
-from training.disk_room import check_disk, checkpoint_bytes, disk_messages, num_checkpoints
+from training.disk_room import check_disk, checkpoint_bytes, disk_messages, num_checkpoints, telling_of_checkpoints
 from training.gaps import Gaps
 from training.log_file import log_file
 from training.metrics_file import MetricsFile
@@ -349,6 +349,18 @@ def test_a_trace_that_was_cut_is_not_taken_for_a_whole_one(tmp_path: Path, monke
         pass
     assert "no trace: " in said[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kept", "advice"), [(2, ", or try less than output.keep_checkpoints=2,"), (1, "")])
+def test_a_full_disk_is_told_of_as_a_save_with_what_helps(tmp_path: Path, kept: int, advice: str) -> None:
+    """ended.json had the phase of the step in which the error was raised; of one kept checkpoint, fewer was advised."""
+    config = prepared(tmp_path, f"output.keep_checkpoints={kept}").config
+    error = DiskFullError("checkpoints/.step_000003.incomplete/checkpoint.json: No space left on device.")
+    error.phase = "saving"
+    with pytest.raises(DiskFullError) as told, telling_of_checkpoints(config):
+        raise error
+    assert told.value.phase == "saving"
+    assert str(told.value).endswith(f"Free some{advice} and go on with --resume auto.")
 
 
 # -- before the run ----------------------------------------------------------------------------------------------------

@@ -499,3 +499,32 @@ def test_what_is_not_finite_is_neither_saved_nor_exported_and_an_infinite_mask_i
         assert bool(exported) == (kind != "exp_avg")
         assert checked.endswith("So it is.")
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step*"))] == ["step_000001"]
+
+
+def statistics_of_left_out_steps(rank: int, world_size: int, folder: Path) -> None:
+    """Check that running statistics are after a step that is left out as before it, also those that a user has set."""
+    norm = nn.BatchNorm1d(3)
+    engine, _ = module_engine(rank, world_size, module_config(2, precision="fp32", nonfinite="skip"), norm)
+    bad = torch.full((4, 3), torch.nan)
+
+    def step(x: Tensor) -> bool:
+        for part in x.chunk(2):
+            engine.backward(engine(part).square().mean())
+        return engine.step().skipped
+
+    assert not step(torch.randn(4, 3))
+    with torch.no_grad():
+        norm.running_var.mul_(2.0)  # type: ignore[union-attr]
+    before = [x.clone() for x in norm.buffers() if x.is_floating_point()]
+    assert step(bad)
+    assert all(torch.equal(x, y) for x, y in zip(before, norm.buffers(), strict=False))
+    engine.save_checkpoint(folder)
+    assert not step(torch.randn(4, 3))
+    engine.load_checkpoint(folder)
+    assert step(bad)
+    assert all(torch.equal(x, y) for x, y in zip(before, norm.buffers(), strict=False))
+
+
+def test_a_step_that_is_left_out_leaves_no_nan_in_running_statistics(tmp_path: Path) -> None:
+    """The weights stayed as they were, but no checkpoint could be saved from then on, and every evaluation was NaN."""
+    run(statistics_of_left_out_steps, 2, tmp_path)

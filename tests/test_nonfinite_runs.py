@@ -114,6 +114,7 @@ def test_steps_that_are_left_out_are_counted_saved_and_shown(
     assert [line["nonfinite_steps"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 2, 2]
     output = capsys.readouterr().out
     assert "2 steps with a number that was not finite" in output
+    assert "step 5: the gradient's norm is nan: the step is left out (1 in a row, 2 in all)\n" in output
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert "step 5: the gradient's norm is nan: the step is left out (1 in a row, 2 in all)" in log
     counters = Index.read(tmp_path / "checkpoints" / "step_000006").metadata["counters"]

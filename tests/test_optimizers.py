@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parallel.optim.elementwise import state_kinds
 from tests.harness import run
 from tests.parity import Raw
 from tests.test_module_engine import config_of, engine_of
@@ -42,6 +43,17 @@ OPTIMIZERS: dict[str, Made] = {
     "a subclass": Inheriting,
 }
 STEPS, SAVED_AFTER = 7, 3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_states_of_a_group_are_known_before_there_are_any(name: str) -> None:
+    """A load is refused for states that only one side has, before the groups of the checkpoint are restored."""
+    weight = nn.Parameter(torch.ones(3, 2))
+    update = OPTIMIZERS[name]([weight])
+    known = state_kinds(update, update.param_groups[0])
+    weight.grad = torch.ones(3, 2)
+    update.step()
+    assert known == [kind for kind, x in update.state[weight].items() if isinstance(x, Tensor) and x.shape == (3, 2)]
 
 
 def model() -> Any:

@@ -142,6 +142,18 @@ def test_the_rank_that_failed_first_is_named_and_not_those_that_failed_because_o
     assert (verdict.ranks, verdict.code) == ((1,), 2)
 
 
+def test_a_stopped_rank_is_not_said_to_wait_for_another_one() -> None:
+    """It is the first of those that wait, as its last beat has it, and its line ended: `rank 0 waits for ...`."""
+    stopped = seen(WAITING, quiet=LONG, still=LONG)
+    verdict = judge([stopped, seen(replace(OTHER, waits=True), still=LONG)], TIMEOUT)
+    assert verdict is not None
+    assert verdict.ranks == (0,)
+    assert verdict.text.endswith("; rank 1 waits for a step")
+    alone = judge([stopped, seen(OTHER)], TIMEOUT)
+    assert alone is not None
+    assert "waits for" not in alone.text
+
+
 def test_of_many_ranks_eight_are_named_and_the_others_counted() -> None:
     verdict = judge([WAITS, *(seen(Beat(rank, "b", ended=KILLED)) for rank in range(1, 21))], TIMEOUT)
     assert verdict is not None

@@ -1,7 +1,9 @@
 """`--resume auto` goes on from the newest whole checkpoint, says which it passed over, and never begins anew."""
 
 import copy
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -224,6 +226,39 @@ def test_what_was_passed_over_is_kept_until_a_new_checkpoint_is_complete(folder:
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == [".step_000004.damaged", "latest", "step_000001", "step_000002", "step_000003"]
     assert resumed(folder).resume_from == step(folder, 3)
+
+
+@pytest.mark.parametrize("name", ["read", "open"])
+def test_a_checkpoint_that_could_not_be_read_this_time_is_never_deleted(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole, as when a network disk is gone for a moment. The next save deleted it."""
+    sha256_of, open_file, failed = verification._sha256_of, os.open, []
+    target = step(folder, 4) / (SHARD if name == "read" else "checkpoint.json")
+    before = {file.name: file.read_bytes() for file in step(folder, 4).iterdir()}
+
+    def reading(file: BinaryIO) -> str:
+        if name == "read" and os.fstat(file.fileno()).st_ino == target.stat().st_ino:
+            failed.append(target)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256_of(file)
+
+    def opening(path: Any, *arguments: Any, **options: Any) -> int:
+        if name == "open" and str(path) == str(target):
+            failed.append(target)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return open_file(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "_sha256_of", reading)
+        patch.setattr(os, "open", opening)
+        job = resumed(folder, "train.steps=5")
+        run_job(job)
+    assert failed
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert [name for name in names if "4" in name] == ["step_000004", "step_000004.unreadable"]
+    kept = folder / "checkpoints" / "step_000004.unreadable"
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
 
 
 def test_a_checkpoint_of_another_program_is_refused_before_the_run(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from parallel.checkpoint.values import decode, encode
 from parallel.errors import CheckpointError
+from parallel.regular_file import parse_json
 
 VALUES: dict[str, Any] = {
     "keys": {0: "a", "1": "b", None: "c", 2.5: "d", (1, 2): "e", True: "f"},
@@ -92,6 +94,38 @@ def test_a_value_that_contains_itself_is_refused() -> None:
     items.append(items)
     with pytest.raises(CheckpointError, match=r"extra\[0\]: it contains itself"):
         encode(dict(extra=items))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: [x],
+        lambda x: (x,),
+        lambda x: {"a": x},
+        lambda x: {"$": x},
+        lambda x: {5: x},
+        lambda x: deque([x]),
+        lambda x: defaultdict(list, {1: x}),
+        lambda x: frozenset([x]),
+    ],
+)
+def test_a_value_is_saved_only_if_it_is_not_nested_too_deep_to_be_read(wrap: Callable[[Any], Any]) -> None:
+    """One of 200 levels was saved, and then refused by whoever wanted to go on from it."""
+    value: Any = 1j
+    for _ in range(1000):
+        value = wrap(value)
+        try:
+            found = encode(dict(extra=value))
+        except CheckpointError as error:
+            said = str(error)
+            break
+        index = dict(metadata=dict(values=[dict(json=found.json)]))
+        last = decode(parse_json(json.dumps(index).encode(), "", CheckpointError)["metadata"]["values"][0]["json"], [])
+    else:
+        raise AssertionError
+    assert said.startswith("extra")
+    assert "nested too deep" in said
+    assert wrap(last["extra"]) == value
 
 
 @pytest.mark.parametrize("content", [{"$code": "x"}, {"$dtype": "load"}, {"$array": ["|O", [1], 0]}, {"$tensor": 9}])

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import parallel
 from parallel.checkpoint import checkpoint, rank_files, tensor_file
 from parallel.checkpoint.checkpoint import Target, step_folder
 from parallel.checkpoint.index import Index
@@ -33,6 +34,7 @@ from tests.test_best_checkpoint import EACH, prepared
 from tests.test_disk import budget_of, engine_in_parts, on_disk
 from tests.test_loop import Recorder
 from tests.test_module_engine import config_of as module_config
+from tests.test_module_engine import engine_of as module_engine_of
 from tests.test_module_state import normed, normed_engine
 from tests.test_module_state import train as train_module
 from tests.test_placement import LAYOUTS, raw_of
@@ -225,6 +227,37 @@ def after(event: Callable[[], object], seconds: float = LIMIT) -> Any:
     return patch.object(rank_files, "write_tensors", wait)
 
 
+def copy_without_room(rank: int, size: int, folder: Path) -> list[str]:
+    """Have rank 1 find no memory, first for its buffers, then for its chunks. Return what the program is told."""
+    engine, _ = module_engine_of(rank, size, module_config(0), normed())
+    told = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("planted")
+
+    for name in ("__init__", "copy"):
+        with patch.object(Snapshot, name, fail) if rank == 1 else nullcontext():
+            try:
+                engine.save_checkpoint(folder, wait=False)
+                engine.finish_saving()
+            except (ColonnadeError, MemoryError) as error:
+                told.append(f"{type(error).__name__}: {error}")
+        assert engine.saver.state is SaverState.IDLE
+    engine.save_checkpoint(folder, wait=False)
+    engine.finish_saving()
+    engine.mesh.close()
+    return told
+
+
+def test_a_rank_without_memory_for_a_copy_fails_the_save_on_every_rank(tmp_path: Path) -> None:
+    """It raised the error alone where its buffers had no room, and the others waited for it for ever."""
+    for told in run(copy_without_room, 2, tmp_path):
+        assert told[0].startswith("NoRoomError: rank 1: no room for a copy of buffers and values")
+        assert "planted" in told[1]
+        assert told[1].startswith(("MemoryError", "NoRoomError: rank 1"))
+    assert step_folder(tmp_path, 0).exists()
+
+
 @pytest.mark.parametrize("is_async", [True, False])
 def test_a_checkpoint_is_told_when_it_is_complete_and_before_the_end(is_async: bool, tmp_path: Path) -> None:
     """The first is written during the steps that follow, in the background; the last one ends with the run."""
@@ -267,6 +300,19 @@ def test_leaving_waits_for_the_save_in_flight(tmp_path: Path) -> None:
         assert not step_folder(tmp_path, 0).exists()
         engine.mesh.close()
     assert step_folder(tmp_path, 0).exists()
+
+
+def test_a_load_waits_for_the_save_in_flight_of_any_engine(tmp_path: Path) -> None:
+    """It found the checkpoint before, on some ranks perhaps, or none."""
+    trained, module = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    engine, _ = module_engine_of(0, 1, module_config(0), trained)
+    with after(lambda: False, 0.3):
+        engine.save_checkpoint(tmp_path, dict(a=1), wait=False)
+        assert engine.load_checkpoint(tmp_path) == dict(a=1)
+        engine.save_checkpoint(tmp_path / "other", wait=False)
+        other, *_ = parallel.initialize(module)
+        other.load_weights(tmp_path / "other")
+    assert torch.equal(module.weight, trained.weight)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

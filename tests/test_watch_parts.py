@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from parallel.errors import LostRankError
-from parallel.watch import process
+from parallel.watch import heartbeat, process
 from parallel.watch.beat import INTERVAL, Beat, Observation
 from parallel.watch.judge import judge
 from parallel.watch.judging import Judging
@@ -219,3 +219,44 @@ def test_what_was_registered_for_the_end_is_called_and_does_not_hold_up_the_end(
     assert (ends[0].code, ends[1].code) == (5, -signal.SIGKILL)
     assert ends[0].errors.splitlines()[-1] == "hook: 5"
     assert ends[0].errors.count("\n") == 2
+
+
+class Silent:
+    """A board that nobody else reads."""
+
+    rank, size = 0, 2
+
+    def post(self, beat: Beat) -> None:
+        """Leave nothing."""
+
+
+def test_two_threads_that_end_at_once_print_one_line_and_end_after_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread learns of a verdict by a broken connection while the heartbeat prints it. Of three such ends one
+    printed its line twice in an earlier version, and the second thread ended the process within the first one's hook.
+    """
+    heard: list[str] = []
+    ends = threading.Event()
+
+    def slowly(name: str) -> None:
+        time.sleep(0.05)
+        heard.append(name)
+
+    def end(code: int) -> None:
+        heard.append(f"end {code}")
+        ends.wait(LIMIT)
+
+    monkeypatch.setattr(heartbeat, "print_line", slowly)
+    monkeypatch.setattr(heartbeat, "end_now", end)
+    beats: Any = heartbeat.Heartbeat(Silent(), Pulse(0, Progress()), heartbeat.Surroundings([0]))  # type: ignore[arg-type]
+    beats.on_end = lambda error: slowly("hook")
+    error = LostRankError("rank 1 is lost")
+    threads = [threading.Thread(target=beats.end_process, args=(error,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert wait_until(lambda: "end 5" in heard)
+    time.sleep(0.1)
+    seen = list(heard)
+    ends.set()
+    for thread in threads:
+        thread.join()
+    assert seen == ["rank 1 is lost", "hook", "end 5"]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from parallel.checkpoint.values import decode, encode
+from parallel.errors import shown
 from training.metrics import MetricsLine
 
 
@@ -37,12 +39,25 @@ class BestLoss:
         """Return the values that a checkpoint saves, for JSON, which has no infinity."""
         loss = self.loss if math.isfinite(self.loss) else None
         found = {"loss": loss, "step": self.step, "evaluations_since": self.evaluations_since}
-        return found if self.unevaluated is None else {**found, "unevaluated": self.unevaluated}
+        if self.unevaluated is not None:  # of a step that was left out, its loss is NaN
+            found["unevaluated"] = encode({"line": self.unevaluated}).json
+        return found
 
     @classmethod
     def restored(cls, state: Mapping[str, Any] | None) -> "BestLoss":
-        """Return what `state` was called on; None, which an older checkpoint has: before the first evaluation."""
+        """Return what `state` was called on; None, which an older checkpoint has: before the first evaluation.
+
+        Raises ValueError for a line that is of no step, CheckpointError for one that cannot be decoded.
+        """
         if state is None:
             return cls()
         loss = math.inf if state["loss"] is None else float(state["loss"])
-        return cls(loss, int(state["step"]), int(state["evaluations_since"]), state.get("unevaluated"))
+        unevaluated = None if "unevaluated" not in state else _line_of(state["unevaluated"])
+        return cls(loss, int(state["step"]), int(state["evaluations_since"]), unevaluated)
+
+
+def _line_of(saved: Any) -> MetricsLine:
+    line = decode(saved, []).get("line") if isinstance(saved, dict) else None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not isinstance(line.get("loss"), float):
+        raise ValueError(f"the line of its last step, 'unevaluated', is {shown(saved)}.")
+    return line

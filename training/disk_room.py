@@ -77,10 +77,14 @@ def telling_of_checkpoints(config: Config) -> Iterator[None]:
     except DiskFullError as error:
         if f"{checkpoint.CHECKPOINTS}/" not in str(error):
             raise
-        raise DiskFullError(
-            f"{error} A checkpoint needs {size_text(checkpoint_bytes(config))}; the ones before are whole. Free some,"
-            f" or try less than output.keep_checkpoints={config.output.keep_checkpoints}, and go on with --resume auto."
-        ) from error
+        kept = config.output.keep_checkpoints
+        fewer = f", or try less than output.keep_checkpoints={kept}," if kept > 1 else ""
+        told = DiskFullError(
+            f"{error} A checkpoint needs {size_text(checkpoint_bytes(config))}; the ones before are whole. Free"
+            f" some{fewer} and go on with --resume auto."
+        )
+        told.phase = error.phase
+        raise told from error
 
 
 def file_bytes(run: Path) -> Iterator[int]:

@@ -29,9 +29,9 @@ class Ended:
     phase: str
 
     @classmethod
-    def of_rank(cls, code: int, reason: str, rank: int, progress: Progress) -> "Ended":
-        """Return the end of a run that this rank caused, or that all ranks caused together."""
-        return cls(int(code), reason, progress.step, rank, host_name(), progress.phase or progress.action)
+    def of_rank(cls, code: int, reason: str, rank: int, progress: Progress, phase: str = "") -> "Ended":
+        """Return the end of a run that this rank caused, or all together, in this `phase` or in its own."""
+        return cls(int(code), reason, progress.step, rank, host_name(), phase or progress.phase or progress.action)
 
     @classmethod
     def of_lost(cls, code: int, reason: str, beat: Beat) -> "Ended":
@@ -62,6 +62,12 @@ class EndRecord:
         self.log = log
         yield
         self.log = None
+
+    def step(self) -> int:
+        """Return the step that the file has, where a rank of this run has written it; 0 without one."""
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            return int(json.loads((self.folder or Path()).joinpath(FILE).read_bytes())["step"])
+        return 0
 
     def write(self, ended: Ended) -> None:
         """Write the file, in one piece or not at all. A disk that fails must not hide the end of the run."""

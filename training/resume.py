@@ -49,7 +49,7 @@ def find_another(found: FoundCheckpoint, resume: str | None, damage: CheckpointE
         with naming_the_one_before(folder, "--resume "):
             raise damage
     with naming("--resume auto: "):
-        other = find_newest(folder.parent, [*found.passed_over, PassedOver(folder, str(damage))])
+        other = find_newest(folder.parent, [*found.passed_over, PassedOver.by(folder, damage)])
     assert other is not None
     return other
 
@@ -64,12 +64,14 @@ def naming(option: str) -> Iterator[None]:
 
 
 def set_aside(found: FoundCheckpoint) -> None:
-    """Rename the checkpoints that were passed over: the next save deletes them, and not a whole one before them.
+    """Rename the checkpoints that were passed over: the next save deletes damaged ones, and no whole one before them.
 
-    Rank 0 alone calls this. Raises OSError.
+    One that could not be read this time may be whole, and no save deletes it: its name does not begin with a dot. Rank
+    0 alone calls this. Raises OSError.
     """
-    for folder in (one.folder for one in found.passed_over):
-        aside = folder.with_name(f".{folder.name.lstrip('.')}.damaged")
+    for one in found.passed_over:
+        folder, name = one.folder, one.folder.name.lstrip(".")
+        aside = folder.with_name(f".{name}.damaged" if one.is_damaged else f"{name}.unreadable")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 

@@ -85,7 +85,7 @@ def run_job(
 
 def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = ()) -> None:
     """Train to the last step, and leave the metrics, checkpoints, traces, export and plot that the job asks for."""
-    engine.placement_manager.log = screen.print
+    engine.placement_manager.log = engine.steps.say = screen.print
     world, history = engine.mesh.world, history_of(job.inputs.found)
     history.outliers.log = screen.print
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)

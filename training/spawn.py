@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeAlias, TypeVar
 
-from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, code_of
+from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals, code_of, do_nothing
 from parallel.errors import SIGNALLED, ExitCode
 from parallel.mesh.process_groups import connect_to_store, host_store
 from parallel.watch.beat import Beat
@@ -27,6 +27,7 @@ from parallel.watch.control_groups import OomKills
 from parallel.watch.judge import Verdict
 from parallel.watch.launch_history import PREFIX, LaunchHistory, RunStart
 from parallel.watch.process import die_with
+from parallel.watch.terminal import print_line, show_cursor
 
 T = TypeVar("T")
 
@@ -64,9 +65,10 @@ def run_ranks(
     killed. No rank is left running, however this function ends. This process hosts the store in which the ranks meet,
     so that a rank that is stopped does not stop it.
 
-    `stop` are the signals of this process: the first is forwarded to the ranks, and a second one ends them.
+    `stop` are the signals of this process: the first is forwarded to the ranks, and a second one ends them. A rank
+    begins with them blocked: `main` unblocks them when it has installed its handlers.
     `on_lost` is called where a rank was lost, with how the run began, the exit code, what was printed and its last
-    beat.
+    beat; after a second signal with those of rank 0, and nothing printed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload, "training.ends_with_launcher"])
@@ -75,17 +77,25 @@ def run_ranks(
     board = Board(store, rank=NO_RANK, size=num_ranks)
     history = LaunchHistory(connect_to_store("127.0.0.1", port, hosts=False, prefix=PREFIX))
     ranks: list[ForkServerProcess] = []
+    stop = stop or StopSignals()
+    stop.tell(do_nothing)  # until all ranks have been started, which are told then
+    watched = _Ranks(ranks, board, history, stop, on_lost)
     try:
         for rank in range(num_ranks):
             environment = _environment(rank, num_ranks, port)
             process = context.Process(target=_rank, args=(main, argument, environment), name=f"rank {rank}")
             process.start()
             ranks.append(process)
-        if stop is not None:
-            stop.tell(partial(_forward, ranks))
-        return _Ranks(ranks, board, history, stop or StopSignals(), on_lost).wait()
+        stop.tell(partial(_forward, ranks))
+        return watched.wait()
+    except SystemExit as end:  # a rank that is in a long call is killed before it could write that
+        if on_lost is not None and (beats := board.beats([0])):
+            on_lost(history.start(), int(end.code or 0), "", beats[0])
+        raise
     finally:
         _end(ranks)
+        show_cursor()  # which a rank that was killed has hidden
+        watched.print_reason()
 
 
 def _start_server() -> None:
@@ -136,7 +146,7 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str | None]:
 
 def _rank(main: Callable[[T], int], argument: T, environment: Mapping[str, str | None]) -> None:
     """Run a rank, in its own process, until it exits."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the fork server ignores them, and Ctrl-C until `main` does not
+    for number in STOP_SIGNALS:  # the fork server ignores them, and they are blocked until `main` handles them
         signal.signal(number, signal.SIG_DFL)
     die_with(os.getppid())  # the fork server, which ends with the parent
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -165,6 +175,7 @@ class _Ranks:
     ) -> None:
         self._processes, self._board, self._history = processes, board, history
         self._stop, self._on_lost, self._oom_kills = stop, on_lost, OomKills()
+        self._reason = ""  # what is still to be printed
 
     def wait(self) -> int:
         """Wait until all ranks have ended or one has failed, and return its exit code, or 0."""
@@ -191,11 +202,21 @@ class _Ranks:
         return code
 
     def _tell(self, code: int, text: str, ranks: Sequence[int]) -> None:
-        """Print why the run ends, and have it written."""
-        print(text, file=sys.stderr)
+        """Print why the run ends, and have it written. On a terminal, ranks end first: one has a progress bar there."""
+        self._reason = text
+        if not sys.stderr.isatty():
+            self.print_reason()
         beats = self._board.beats(ranks[:1])
         if self._on_lost is not None and beats:
+            self._history.is_first("record", "launcher")  # so that no rank writes it later in other words
             self._on_lost(self._history.start(), code, text, beats[0])
+
+    def print_reason(self) -> None:
+        """Print why the run ends, if it was not printed."""
+        if self._reason:
+            sys.stderr.flush()
+            print_line(self._reason)
+            self._reason = ""
 
     def _verdict(self, failed: Sequence[ForkServerProcess]) -> Verdict | None:
         """Return what the ranks have found, if those that failed have ended by it.

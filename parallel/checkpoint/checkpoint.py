@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from parallel.checkpoint.index import INDEX, Index
+from parallel.checkpoint.index import INDEX, MOST_BYTES, Index
 from parallel.checkpoint.rank_files import Reading, SavedPiece, files_of_rank, where_it_is, write_files
 from parallel.checkpoint.replaced_folder import replace_folder
 from parallel.checkpoint.shared_failure import fail_together
@@ -98,7 +98,7 @@ def write(
             own = write_files(temporary, files, reading)
         sums = {name: digest for part in gather_objects(own, axis) for name, digest in part.items()}
         if axis.rank == 0:
-            sums[INDEX] = write_json(temporary / INDEX, index, indent=None)
+            sums[INDEX] = write_json(temporary / INDEX, index, indent=None, at_most=MOST_BYTES)
             write_sums(temporary, sums)
     with fail_together(axis):
         if axis.rank == 0:

@@ -7,15 +7,26 @@ from pathlib import Path
 
 from parallel.checkpoint.checkpoint import candidates, step_of
 from parallel.checkpoint.index import Index
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, UnreadableError
 
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A checkpoint that is not whole, and the reason."""
+    """A checkpoint that is not whole, and the reason. `is_damaged`: no other attempt would read it."""
 
     folder: Path
     reason: str
+    is_damaged: bool = True
+
+    @classmethod
+    def by(cls, folder: Path, error: CheckpointError) -> "PassedOver":
+        """Return the checkpoint in a folder with the error that a read of it has raised.
+
+        An error of the system, such as an I/O error or a network folder that is gone for a moment, is no damage.
+        """
+        cause = error.__cause__
+        failed = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        return cls(folder, str(error), is_damaged=not failed and not isinstance(error, UnreadableError))
 
     def __str__(self) -> str:
         return f"{self.folder.name}: {self.reason.replace(f'{self.folder}/', '')}"
@@ -37,20 +48,20 @@ class FoundCheckpoint:
 def find_newest(checkpoints: Path, passed_over: Sequence[PassedOver] = ()) -> FoundCheckpoint | None:
     """Return the newest checkpoint of which the index and the sizes of the files are in order; None without any.
 
-    `passed_over` are known to be damaged. Raises CheckpointError where there are others and none is whole: to start
+    `passed_over` are known not to be whole. Raises CheckpointError where there are others and none is whole: to start
     from the beginning then would be to lose the run.
     """
-    damaged = list(passed_over)
+    others = list(passed_over)
     for folder in candidates(checkpoints):
-        if folder in (one.folder for one in damaged):
+        if folder in (one.folder for one in others):
             continue
         try:
-            return FoundCheckpoint(Index.read(folder), tuple(damaged))
+            return FoundCheckpoint(Index.read(folder), tuple(others))
         except CheckpointError as error:
-            damaged.append(PassedOver(folder, str(error)))
-    if damaged:
+            others.append(PassedOver.by(folder, error))
+    if others:
         raise CheckpointError(
-            f"none of the checkpoints in {checkpoints} is whole: {' '.join(map(str, damaged))} Repair one of them, or"
+            f"none of the checkpoints in {checkpoints} is whole: {' '.join(map(str, others))} Repair one of them, or"
             " begin a new run in another folder."
         )
     return None

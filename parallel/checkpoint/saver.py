@@ -18,12 +18,13 @@ from parallel.checkpoint.checkpoint import Target
 from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot
 from parallel.chunk.chunk import Chunk
-from parallel.errors import ColonnadeError, ExitCode
+from parallel.errors import ColonnadeError, ExitCode, NoRoomError
 from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import Watching
 from parallel.mesh.mesh import Axis, Mesh
 from parallel.mesh.notices import Notices
+from parallel.storage.no_room import memory_without_room
 from parallel.watch.watch import Watch
 
 
@@ -120,15 +121,13 @@ class Saver:
             try:
                 checkpoint.write(target, pieces, metadata=metadata, axis=world, num_threads=self.writing.num_threads)
             except ColonnadeError as error:
-                _set_code(error)
+                _mark(error)
                 raise
             return
         background = self._mesh.background()
         background.wait()  # for another engine of this mesh
         background.wait = partial(_join, self._threads)
-        self.notices.set("is_saving", 1)
-        Agreement(world, self.notices).agree_on(f"a checkpoint named {target.folder.name}")
-        snapshot = Snapshot(pieces, chunk_of, waiting=partial(world.watch.phase, "saving"))
+        snapshot = self._agreed_snapshot(pieces, chunk_of, target)
         self._move_to(SaverState.SAVING)
         self._target, self._error = target, None
         self._start(partial(self._save, snapshot, target, deepcopy(dict(metadata)), background.axis))
@@ -172,6 +171,28 @@ class Saver:
         """Return when nothing is in flight on this rank, whatever became of it."""
         _join(self._threads)
 
+    def _agreed_snapshot(self, pieces: Sequence[Piece], chunk_of: Mapping[str, Chunk], target: Target) -> Snapshot:
+        """Return a snapshot of the pieces, once every rank has one. Raises NoRoomError, on every rank, where one has no
+        room for a copy of its buffers and values; then nothing is in flight.
+        """
+        world, snapshot, problem = self._mesh.world, None, ""
+        try:
+            snapshot = Snapshot(pieces, chunk_of, waiting=partial(world.watch.phase, "saving"))
+        except (MemoryError, RuntimeError) as error:
+            if memory_without_room(error) is None:
+                raise
+            problem = f"no room for a copy of buffers and values, which {target.folder.name} needs: {error}"
+        self.notices.set("is_saving", 1)
+        try:
+            Agreement(world, self.notices).agree_on(f"a checkpoint named {target.folder.name}", problem, NoRoomError)
+        except ColonnadeError:
+            if snapshot is not None:
+                snapshot.release()
+            self.notices.set("is_saving", 0)
+            raise
+        assert snapshot is not None
+        return snapshot
+
     def _save(self, snapshot: Snapshot, target: Target, metadata: Mapping[str, Any], axis: Axis) -> None:
         """Copy and write a checkpoint: the thread's part of `save`."""
         try:
@@ -188,7 +209,7 @@ class Saver:
                 )
             self._move_to(SaverState.SAVED)
         except BaseException as error:  # raised again in the main thread
-            _set_code(error)
+            _mark(error)
             self._error = error
             self._move_to(SaverState.FAILED)
             self.notices.set("save_failed", 1)
@@ -231,7 +252,9 @@ def _join_within(threads: list[threading.Thread], watch: Watch) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _set_code(error: BaseException) -> None:
-    """Let an error that was one of refusing a checkpoint end a run with the code of one that has failed."""
-    if isinstance(error, ColonnadeError) and error.code == ExitCode.REFUSED:
-        error.code = ExitCode.FAILED
+def _mark(error: BaseException) -> None:
+    """Note in an error that a save has failed, which ends a run with the code of a failure and not of a refusal."""
+    if isinstance(error, ColonnadeError):
+        error.phase = "saving"
+        if error.code == ExitCode.REFUSED:
+            error.code = ExitCode.FAILED

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from parallel.errors import CheckpointError, size_text
+from parallel.regular_file import MOST_JSON
+
 BLOCK_BYTES = 2**22  # written at a time
 
 SUMS = "SHA256SUMS"
@@ -48,10 +51,20 @@ def write_synced(file: Path) -> Iterator[HashedFile]:
         raise
 
 
-def write_json(file: Path, content: object, *, indent: int | None = 2) -> str:
-    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time."""
+def write_json(file: Path, content: object, *, indent: int | None = 2, at_most: int = MOST_JSON) -> str:
+    """Write a JSON file, and return its SHA-256. Without `indent` it takes a third of the time.
+
+    Raises what its reader would refuse: ValueError for NaN and infinities, which no reader of JSON accepts, and
+    CheckpointError for one of more bytes than `at_most`.
+    """
+    text = json.dumps(content, indent=indent, allow_nan=False).encode() + b"\n"
+    if len(text) > at_most:
+        raise CheckpointError(
+            f"{file.name} would have {size_text(len(text))}, more than the {size_text(at_most)} that it may have. Store"
+            " long lists, such as those in `extra`, as tensors or arrays."
+        )
     with write_synced(file) as out:
-        out.write(json.dumps(content, indent=indent).encode() + b"\n")
+        out.write(text)
     return out.hexdigest()
 
 

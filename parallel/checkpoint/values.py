@@ -20,10 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parallel import regular_file
 from parallel.checkpoint.tensor_file import DTYPE_NAMES
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, shortened
 
 MARK = "$"
+MOST_NESTED = regular_file.MOST_NESTED - 20
+"""The most levels of JSON that a value may have: those of the index around it are fewer than 20."""
 
 SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
     "tuple": tuple,
@@ -75,11 +78,14 @@ def encode(values: Mapping[str, Any]) -> Encoded:
 
 
 class _Encoder:
-    """Encodes one value: the tensors found so far, and the containers that are open, of which none may be met again."""
+    """Encodes one value: the tensors found so far, the containers that are open, of which none may be met again, and
+    the levels of their JSON.
+    """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._open: list[Any] = []
+        self._num_levels = 0
 
     def encode(self, x: Any, path: str) -> Any:
         """Return the JSON of a value at this path."""
@@ -100,10 +106,18 @@ class _Encoder:
             return {"$device": str(x)}
         if kind is bytes:
             return {"$bytes": base64.b64encode(x).decode()}
+        return self._within(x, path)
+
+    def _within(self, x: Any, path: str) -> Any:
+        """Return the JSON of a container, unless it contains itself or is nested too deep."""
         if any(x is other for other in self._open):
             raise CheckpointError(f"{path}: it contains itself, and cannot be stored.")
         self._open.append(x)
+        self._num_levels += (num_levels := _levels_of(x))
+        if self._num_levels > MOST_NESTED:
+            raise CheckpointError(f"{shortened(path)}: it is nested too deep in other values to be stored.")
         found = self._container(x, path)
+        self._num_levels -= num_levels
         self._open.pop()
         return found
 
@@ -112,7 +126,7 @@ class _Encoder:
         name = NAMES.get(kind, "")
         if kind is list:
             return self._items(x, path)
-        if kind is dict and all(type(key) is str and not key.startswith(MARK) for key in x):
+        if _is_plain(x):
             return {key: self.encode(value, f"{path}[{json.dumps(key)}]") for key, value in x.items()}
         if name in MAPPINGS:
             return {f"${name}": self._pairs(x, path)}
@@ -149,6 +163,18 @@ class _Encoder:
             return {"$number": [x.dtype.str, base64.b64encode(x.tobytes()).decode()]}
         content = torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8) if x.size else torch.empty(0).byte()
         return {"$array": [x.dtype.str, list(x.shape), self._tensor(content, path)]}
+
+
+def _is_plain(x: Any) -> bool:
+    """Return whether a value is a dict that JSON has."""
+    return type(x) is dict and all(type(key) is str and not key.startswith(MARK) for key in x)
+
+
+def _levels_of(x: Any) -> int:
+    """Return the most levels of JSON by which what is in a container is deeper than the container."""
+    if isinstance(x, Mapping):
+        return 1 if _is_plain(x) else 4
+    return 1 if type(x) is list else 3
 
 
 def _refusal(x: Any, path: str) -> str:

@@ -11,9 +11,10 @@ from typing import BinaryIO
 
 from parallel.checkpoint.archive import StoredPart, open_safetensors
 from parallel.checkpoint.index import OTHER_BYTES, Index
+from parallel.checkpoint.newest import PassedOver
 from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.tensor_file import DTYPE_NAMES
-from parallel.errors import CheckpointError, shown
+from parallel.errors import CheckpointError, UnreadableError, shown
 from parallel.layout.layout import box_shape
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
@@ -29,20 +30,21 @@ def verify(index: Index, axis: Axis) -> None:
     """Raise CheckpointError unless the contents of a checkpoint are those that were written.
 
     Every rank of the axis calls this, with the index that it has read, and raises the same error: it names the files,
-    or the ranks that see another checkpoint than the first.
+    or the ranks that see another checkpoint than the first. It is an UnreadableError where none is known to be damaged.
     """
-    found: list[str] = []
+    found: list[PassedOver] = []
     _check_same(index, axis)
     with fail_together(axis):
         files = index.parts_by_file()
         own = sorted(files)[axis.rank :: axis.size]
         if own:
             with ThreadPoolExecutor(min(THREADS, len(own))) as threads:
-                found = [text for text in threads.map(lambda name: _problem(index, name, files[name]), own) if text]
-    problems = [text for texts in gather_objects(found, axis) for text in texts]
-    if problems:
-        more = [f"{len(problems) - SHOWN} more files are damaged."] if len(problems) > SHOWN else []
-        raise CheckpointError(" ".join([*problems[:SHOWN], *more]))
+                problems = threads.map(lambda name: _problem(index, name, files[name]), own)
+                found = [problem for problem in problems if problem is not None]
+    if all_found := [problem for of_rank in gather_objects(found, axis) for problem in of_rank]:
+        more = [f"{len(all_found) - SHOWN} more files are damaged."] if len(all_found) > SHOWN else []
+        error = CheckpointError if any(problem.is_damaged for problem in all_found) else UnreadableError
+        raise error(" ".join([*(problem.reason for problem in all_found[:SHOWN]), *more]))
 
 
 def _check_same(index: Index, axis: Axis) -> None:
@@ -52,20 +54,22 @@ def _check_same(index: Index, axis: Axis) -> None:
         seen = "; ".join(
             f"rank {rank} sees {of_ranks[rank][0]} ({of_ranks[rank][1][:8]})" for rank in (0, *others[:SHOWN])
         )
-        raise CheckpointError(
+        raise UnreadableError(
             f"{index.folder} is not the same on every rank: {seen}. Put checkpoints where all hosts see the same files."
         )
 
 
-def _problem(index: Index, name: str, parts: Sequence[StoredPart]) -> str:
-    """Return what is wrong with a file, or an empty text."""
+def _problem(index: Index, name: str, parts: Sequence[StoredPart]) -> PassedOver | None:
+    """Return what is wrong with a file, or None."""
+    file = index.folder / name
     try:
-        with open_regular(index.folder / name, CheckpointError) as file:
-            if _sha256_of(file) != index.sums[name]:
-                return f"{index.folder / name} {OTHER_BYTES}"
-        return _header_problem(index, name, parts)
+        with open_regular(file, CheckpointError) as content:
+            if _sha256_of(content) != index.sums[name]:
+                return PassedOver(file, f"{file} {OTHER_BYTES}")
+        text = _header_problem(index, name, parts)
     except CheckpointError as error:
-        return str(error)
+        return PassedOver.by(file, error)
+    return PassedOver(file, text) if text else None
 
 
 def _sha256_of(file: BinaryIO) -> str:

@@ -274,14 +274,17 @@ class EngineBase:
             return
         what = f"step {self.num_steps}: {numbers_text(loss, norm)}"
         if outcome is Outcome.LEFT_OUT:
-            count = f"{self.steps.in_a_row} in a row, {self.steps.num_left_out} in all"
+            text = f"{what}: the step is left out ({self.steps.in_a_row} in a row, {self.steps.num_left_out} in all)"
             if self.mesh.world.rank == 0:
-                log.warning("%s: the step is left out (%s)", what, count)
+                log.warning("%s", text)
+                self.steps.say(text)
             return
         in_a_row = f" {self.steps.in_a_row} steps in a row were left out." if self.steps.policy == "skip" else ""
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"{what}: {origin()}{in_a_row} Nothing was updated, and no checkpoint is written. Try a smaller"
             " optimizer.lr, or other data.",
             loss=loss,
             grad_norm=norm,
         )
+        error.phase = "a train step"
+        raise error

@@ -166,9 +166,10 @@ class Engine(EngineState):
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
             self.writes.take_if_any()
         if tokens and not isfinite(total) and self.config.train.nonfinite == "stop":
-            raise NonFiniteError(
-                f"the loss of the validation samples is {total} after step {self.num_steps}.", loss=total
-            )
+            text = f"the loss of the validation samples is {total} after step {self.num_steps}."
+            error = NonFiniteError(text, loss=total)
+            error.phase = "an evaluation"
+            raise error
         return total / tokens if tokens else float("nan")
 
     # -- parts of a step

@@ -24,6 +24,7 @@ from parallel.modules.evaluation import evaluating
 from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.hf_configs import problem_of_configs
 from parallel.modules.independent_copy import IndependentCopies
+from parallel.modules.kept_buffers import KeptBuffers
 from parallel.modules.loss import Criterion, LabelledMicrobatch, ModuleLoss
 from parallel.modules.loss_sums import LossSums
 from parallel.modules.microbatches import as_many_on_every_replica
@@ -102,6 +103,7 @@ class ModuleEngine(UserLoop):
         self._passes = ModulePasses(gatherer, self.placement_manager, self._agreement, self._original, self.writes)
         self._synchronizes = True
         self.inputs = prepare(module, layers, context)
+        self._kept = KeptBuffers(module, is_on=config.train.nonfinite == "skip")
         self.loss_weights = LossWeights(context.shares)
         self.loss_weights.follow(module)
         self._passes.follow(module)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from parallel.layout.layout import Piece
 from parallel.mesh.collectives import gather_objects
 from parallel.modules.extra_state import extra_states, set_extra_states
 from parallel.optim.adamw import AdamW
-from parallel.optim.param_groups import SavedGroup, group_problems
+from parallel.optim.param_groups import SavedGroup, check_fields, group_problems
 
 log = logging.getLogger(__name__)
 
@@ -102,17 +103,18 @@ class EngineState(EngineBase):
         A parameter that was frozen, and is not now, starts with new optimizer states; the states of one that is frozen
         now are left out. With `strict`, all else that only one side has is an error; otherwise it is left as it is,
         and logged. Raises CheckpointError, on every rank, for a checkpoint that is missing, damaged, or of another
-        model or optimizer; NonFiniteError for one with a weight or a state that is not finite. Of param groups the
-        fields that choose kernels (foreach, fused, capturable, differentiable) stay as they are now.
+        model or optimizer; NonFiniteError for one with a weight or a state that is not finite; the error of a save in
+        the background, which is finished first. Of param groups the fields that choose kernels (foreach, fused,
+        capturable, differentiable) stay as they are now.
         """
-        self.agree_on("loading a checkpoint")
+        self._finish_saves("loading a checkpoint")
         saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
         problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
         self._refuse_or_log(problems + more, strict=strict)
-        self._restore_groups(groups)
-        wanted = self._shapes()
+        wanted = self._shapes(self._pieces_with(groups))
         self._refuse_or_log(saved.state_problems(wanted, frozen=self._frozen()), strict=strict)
+        self._restore_groups(groups)  # from here on nothing is refused
         self._load(saved, self.state_pieces())
         new = saved.without_states(wanted)
         for piece in self.state_pieces():
@@ -133,7 +135,7 @@ class EngineState(EngineBase):
         They are parameters, frozen ones too, buffers, and extra states of the module. The optimizer, its states, and
         the counters stay as they are. Raises CheckpointError and NonFiniteError as `load_checkpoint` does.
         """
-        self.agree_on("loading weights")
+        self._finish_saves("loading weights")
         saved = SavedState.read(folder, self.mesh.world, option="load_weights")
         self._refuse_or_log(self._weight_problems(saved), strict=strict)
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
@@ -155,7 +157,7 @@ class EngineState(EngineBase):
         steps = self.optimizer.counters()["steps"]
         return {
             "layout": self._layout(),
-            "tensors": {key: x.detach().to("cpu", copy=True) for key, x in self._tensors().items()},
+            "tensors": {key: x.detach().to("cpu", copy=True) for key, x in _by_key(self.state_pieces()).items()},
             "counters": self.counters() | dict(steps=steps),
             "group_names": names,
             "values": values.json,
@@ -173,27 +175,48 @@ class EngineState(EngineBase):
             values = decode(state["values"], state["value_tensors"])
             saved = [SavedGroup(*pair) for pair in zip(state["group_names"], values["param_groups"], strict=True)]
             now = [SavedGroup(*pair) for pair in zip(*self._groups(gathers=False), strict=True)]
+            self._check_fields(saved, now)
             problems, groups = group_problems(saved, now, frozen=frozenset())
             refuse_other(problems)
-        self._restore_groups(groups)
-        tensors = self._tensors()
+        expected = self._pieces_with(groups)
         with fail_together(self.mesh.world):
-            refuse_other(tensor_problems(state["tensors"], tensors))
-        for key, x in tensors.items():
+            refuse_other(tensor_problems(state["tensors"], _by_key(expected)))
+        self._restore_groups(groups)
+        for key, x in _by_key(self.state_pieces()).items():
             x.copy_(state["tensors"][key])
         self.restore(state["counters"], steps=state["counters"]["steps"])
         set_extra_states(self.module, values["extra_state"])
 
     # -- details
 
+    def _finish_saves(self, action: str) -> None:
+        """Begin an action that reads checkpoints: those that are written in the background are complete then, also that
+        of another engine of this mesh, and all ranks see the same ones.
+        """
+        self.agree_on(action)
+        self.saver.finish()
+        self.mesh.wait_for_background()
+
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
         """Load those of the pieces that the checkpoint has. Raises CheckpointError, on every rank."""
         with fail_together(self.mesh.world):
             saved.index.archive.read_into(piece for piece in pieces if piece.name in saved.shapes)
 
-    def _shapes(self) -> Shapes:
-        """Return the shape of each tensor of `state`, by KIND/NAME, of all ranks."""
-        own = {piece.name: piece.shape for piece in self.state_pieces()}
+    def _pieces_with(self, groups: Mapping[int, SavedGroup]) -> list[Piece]:
+        """Return the pieces that `state_pieces` returns once these param groups are restored; states with other data.
+
+        Nothing changes: which states there are depends on fields such as `amsgrad`.
+        """
+        found = self.state_pieces()
+        if isinstance(self.optimizer, AdamW):
+            return found
+        states = self.optimizer.states_with(groups).items()
+        weights = [piece for piece in found if kind_of(piece.name) in WEIGHTS]
+        return weights + [replace(piece, name=f"{kind}/{piece.name}") for kind, pieces in states for piece in pieces]
+
+    def _shapes(self, pieces: Sequence[Piece]) -> Shapes:
+        """Return the shape of each tensor of which ranks have these pieces, by KIND/NAME."""
+        own = {piece.name: piece.shape for piece in pieces}
         return {name: shape for part in gather_objects(own, self.mesh.world) for name, shape in part.items()}
 
     def _frozen(self) -> frozenset[str]:
@@ -216,7 +239,7 @@ class EngineState(EngineBase):
 
     def _weight_problems(self, saved: SavedState) -> list[str]:
         """Return messages about weights that one side lacks. Raises CheckpointError where shapes differ."""
-        wanted = self._shapes()
+        wanted = self._shapes(self.state_pieces())
         saved.check_shapes(wanted)
         return saved.weight_problems(wanted, frozen=self._frozen())
 
@@ -230,7 +253,13 @@ class EngineState(EngineBase):
             return problem if rates and len(rates) != len(now) else [], of_rates
         if saved.optimizer != self.optimizer.kind:
             return [f"the checkpoint's optimizer is {saved.optimizer}, and this one {self.optimizer.kind}"], {}
+        with fail_together(self.mesh.world):
+            self._check_fields(saved.groups, now)
         return group_problems(saved.groups, now, frozen=self._frozen() | saved.frozen)
+
+    def _check_fields(self, saved: Sequence[SavedGroup], now: Sequence[SavedGroup]) -> None:
+        if not isinstance(self.optimizer, AdamW):
+            check_fields(saved, now, own=self.optimizer.inner.defaults.keys())
 
     def _restore_groups(self, saved: Mapping[int, SavedGroup]) -> None:
         if not isinstance(self.optimizer, AdamW):
@@ -263,8 +292,7 @@ class EngineState(EngineBase):
         place = dict(rank=self.mesh.world.rank, world_size=self.mesh.world.size, stage=self.config.zero.stage)
         return place | dict(mesh=dict(self.mesh.topology.shape), optimizer=self.optimizer.kind)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of this rank's state, by KIND/NAME[BOX]."""
-        return {
-            f"{x.name}[{','.join(f'{start}:{stop}' for start, stop in x.box)}]": x.data for x in self.state_pieces()
-        }
+
+def _by_key(pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """Return the tensors of pieces by KIND/NAME[BOX]."""
+    return {f"{x.name}[{','.join(f'{start}:{stop}' for start, stop in x.box)}]": x.data for x in pieces}

@@ -35,13 +35,13 @@ class StopSignals:
     """Handlers of the signals that ask a run to end.
 
     `number` is that of the first signal, 0 before one has come; `on_first` is called with it. A second one, which comes
-    more than a second later, ends the process at once, and any further one is ignored.
+    more than a second later and whose number is `second` then, ends the process at once; any further one is ignored.
     """
 
     def __init__(self, on_first: Callable[[int], object] = do_nothing) -> None:
         self.number = 0
         self._on_first = on_first
-        self._first_came, self._has_second = 0.0, False
+        self.second, self._first_came = 0, 0.0
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Take in a signal, as its handler does."""
@@ -49,8 +49,8 @@ class StopSignals:
         if not self.number:
             self.number, self._first_came = number, now
             self._on_first(number)
-        elif now - self._first_came > SECONDS_OF_ONE and not self._has_second:
-            self._has_second = True
+        elif now - self._first_came > SECONDS_OF_ONE and not self.second:
+            self.second = number
             end_at_once(number)
 
     def tell(self, on_first: Callable[[int], object]) -> None:

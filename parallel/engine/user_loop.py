@@ -13,6 +13,7 @@ from parallel.engine.results import UpdateResult
 from parallel.layout.finite import problem_of
 from parallel.mesh.collectives import gather_objects
 from parallel.modules.inputs import map_tensors
+from parallel.modules.kept_buffers import KeptBuffers
 from parallel.modules.loss import loss_problem
 from parallel.modules.shares import LossWeights
 from parallel.optim.grad_norm import norm_and_sum
@@ -25,6 +26,7 @@ class UserLoop(ParameterAccess):
 
     loss_weights: LossWeights
     _synchronizes: bool
+    _kept: KeptBuffers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output for these inputs.
@@ -34,6 +36,7 @@ class UserLoop(ParameterAccess):
         the same layers; RoomError or NoRoomError where a memory has no room, perhaps on this rank alone.
         """
         args, kwargs = map_tensors(self._input, (args, kwargs))
+        self._kept.begin()
         with self.memory_guard.explained(lambda: "forward"), self._passes.explain_transforms():
             return self.module(*args, **kwargs)
 
@@ -67,6 +70,7 @@ class UserLoop(ParameterAccess):
         """Do as `EngineBase.write_back`, and drop gradients and what was gathered of the weights before."""
         self._passes.release()
         self.zero_grad()
+        self._kept.end(is_left_out=False)
         super().write_back()
 
     @property
@@ -112,6 +116,7 @@ class UserLoop(ParameterAccess):
         found, lost_on_host = on_host.wait().tolist()
         outcome = self._end_step(lost_on_host, found)
         self._passes.end_step()
+        self._kept.end(is_left_out=outcome is Outcome.LEFT_OUT)
         self._report(outcome, lost_on_host if loss is None else loss, found, origin)
         self.memory_guard.after_step(self.num_steps)
         skipped = outcome is not Outcome.UPDATED

@@ -28,7 +28,7 @@ class Agreement:
         A `problem` that any rank has is raised on every rank, as this `error`. Raises ModelError on every rank where
         the actions differ; LostRankError where a rank that is waited for has ended.
         """
-        self.axis.watch.begin(action)
+        self.axis.watch.begin(action.partition(" with ")[0])  # "a train step", without its learning rate
         if self.axis.size == 1:
             self.notices.take(self.notices.own())
             if problem:

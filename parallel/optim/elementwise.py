@@ -1,9 +1,11 @@
 """The optimizers of torch's that update every element by itself, and the states with which they begin."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from parallel.errors import ModelError, either
 
@@ -40,6 +42,24 @@ def refuse_unless_elementwise(inner: torch.optim.Optimizer) -> None:
         )
     if any(group.get("differentiable") for group in inner.param_groups):
         raise ModelError("optimizer: differentiable=True is for a step within a graph. Use differentiable=False.")
+
+
+DECIDING = ("amsgrad", "momentum", "centered")
+"""The fields of a param group that decide which states its parameters have."""
+
+
+def state_kinds(inner: torch.optim.Optimizer, fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of the states with a value for each element that parameters have in a group of these fields.
+
+    They are those after a step of a small optimizer of the same class.
+    """
+    tried = nn.Parameter(torch.zeros(2))
+    tried.grad = torch.zeros(2)
+    base: Any = next(base for base in ELEMENTWISE if isinstance(inner, base))
+    small = base([tried])
+    small.param_groups[0] |= {key: fields[key] for key in DECIDING if key in fields}
+    small.step()
+    return [kind for kind, x in small.state[tried].items() if isinstance(x, Tensor) and x.shape == tried.shape]
 
 
 def initial_value(kind: str, group: dict[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """The param groups of a torch optimizer, in a checkpoint: every field of each, and the names of its parameters."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.errors import names_text
+from parallel.errors import CheckpointError, names_text, shown
 from parallel.layout.layout import ParameterInfo
 
 WAYS_TO_COMPUTE = frozenset({"foreach", "fused", "capturable", "differentiable"})
@@ -95,6 +96,32 @@ def _restored(now: Any, saved: Any) -> Any:
     if isinstance(now, list | tuple) and isinstance(saved, list | tuple) and len(now) == len(saved):
         return type(saved)(_restored(a, b) for a, b in zip(now, saved, strict=True))
     return saved
+
+
+def check_fields(saved: Sequence[SavedGroup], now: Sequence[SavedGroup], *, own: Set[str]) -> None:
+    """Raise CheckpointError for a saved field with which the optimizer could not compute: today's is a number, or some
+    numbers, and the saved one is not, or is not finite. `own` are the names of the optimizer's own fields.
+    """
+    for i, (then, today) in enumerate(zip(saved, now, strict=False)):
+        for key in sorted(own & then.fields.keys() & today.fields.keys()):
+            if not _can_replace(value := then.fields[key], today.fields[key]):
+                raise CheckpointError(
+                    f"the checkpoint is damaged, or of another program: its param_groups[{i}] has {shown(value)} as"
+                    f" {key!r}, and the optimizer {shown(today.fields[key])}."
+                )
+
+
+def _can_replace(saved: Any, now: Any) -> bool:
+    if isinstance(now, list | tuple):
+        is_long = isinstance(saved, list | tuple) and len(saved) == len(now)
+        return is_long and all(map(_can_replace, saved, now))
+    return _is_number(saved) or not _is_number(now)
+
+
+def _is_number(x: Any) -> bool:
+    """Return whether this is a number that is finite as a float, or a tensor with such a number."""
+    x = _plain(x)
+    return isinstance(x, int | float) and abs(x) <= sys.float_info.max
 
 
 def group_problems(

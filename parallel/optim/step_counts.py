@@ -1,6 +1,6 @@
 """Steps, counted by their outcomes. One whose numbers are not finite updates nothing, which the device decides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import isfinite
@@ -39,6 +39,7 @@ class StepCounts:
 
     Every rank has the same two numbers, and so counts the same. A gradient that is not finite, though the loss is, is
     an overflow of fp16 as long as the loss scale can fall; any other step with a number that is not finite is left out.
+    `say` is given a line for each of them on the first rank.
     """
 
     policy: str  # train.nonfinite
@@ -47,6 +48,7 @@ class StepCounts:
     num_updates: int = 0  # the position in the schedule of the learning rate
     num_left_out: int = 0  # without fp16's overflows
     in_a_row: int = 0  # left out since the last update
+    say: Callable[[str], None] = lambda text: None
 
     @classmethod
     def of(cls, config: TrainConfig) -> "StepCounts":

@@ -12,7 +12,7 @@ from parallel.chunk.managed import Manager
 from parallel.errors import ModelError
 from parallel.layout.layout import Piece
 from parallel.optim.adamw import scaled
-from parallel.optim.elementwise import initial_value, refuse_unless_elementwise
+from parallel.optim.elementwise import DECIDING, initial_value, refuse_unless_elementwise, state_kinds
 from parallel.optim.leaves import Leaves
 from parallel.optim.param_groups import ParamGroups, SavedGroup
 from parallel.optim.takeover import take_over
@@ -126,6 +126,18 @@ class TorchOptimizer:
                 found.setdefault(kind, []).extend(segment.pieces(value))
         return found
 
+    def states_with(self, saved: Mapping[int, SavedGroup]) -> dict[str, list[Piece]]:
+        """Return the states that `pieces` returns once these groups are restored, with values of master weights."""
+        kinds: dict[Tensor, list[str]] = {}
+        for i, group in enumerate(self.inner.param_groups):
+            fields = {**group, **(saved[i].fields if i in saved else {})}
+            kinds |= dict.fromkeys(group["params"], state_kinds(self.inner, fields))
+        found: dict[str, list[Piece]] = {}
+        for segment, leaf in self._leaves:
+            for kind in kinds.get(leaf, ()):
+                found.setdefault(kind, []).extend(segment.pieces(segment.data))
+        return found
+
     @property
     def kind(self) -> str:
         """The class of the optimizer, as a checkpoint names it."""
@@ -213,7 +225,7 @@ class TorchOptimizer:
 
 def _states_of_group(group: Mapping[str, Any]) -> tuple[bool, ...]:
     """Return what decides which states the parameters of a group have, in the accepted optimizers."""
-    return bool(group.get("amsgrad")), bool(group.get("momentum")), bool(group.get("centered"))
+    return tuple(bool(group.get(key)) for key in DECIDING)
 
 
 def _check(chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:

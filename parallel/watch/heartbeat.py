@@ -115,11 +115,15 @@ class Heartbeat(threading.Thread):
             )
 
     def end_process(self, error: LostRankError) -> NoReturn:
-        """Print the error in one line, and end this process at once: whatever else it would do could block."""
-        self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
-        self.last_line.tell(str(error), error.code)
-        self.last_line.call_hook(error)
-        end_now(error.code)
+        """Print the error in one line, and end this process at once: whatever else it would do could block.
+
+        A second thread that calls this waits for the end, so that what was registered for it is complete.
+        """
+        with self.last_line.one_at_a_time:
+            self._mates.kill_stopped(() if self.verdict is None else self.verdict.stopped)
+            self.last_line.tell(str(error), error.code)
+            self.last_line.call_hook(error)
+            end_now(error.code)
 
     def hurry(self) -> None:
         """Send the next beat at once."""

@@ -52,7 +52,7 @@ def judge(seen: Sequence[Observation], timeout: float, *, have_met: bool = True)
     """
     living = [one for one in seen if one.beat.ended is None]
     if not have_met:
-        return _stopped(living, timeout, "all ranks wait for it to start")
+        return _stopped(living, timeout)
     waiting = [one for one in living if _waits(one)]
     if not waiting:
         return None
@@ -60,7 +60,7 @@ def judge(seen: Sequence[Observation], timeout: float, *, have_met: bool = True)
         _failed(seen, waiting)
         or _left(seen, living, waiting)
         or _cut_off(living)
-        or _stopped(living, timeout, _waits_for(waiting))
+        or _stopped(living, timeout, waiting)
         or _silent(living, timeout)
     )
 
@@ -101,14 +101,22 @@ def _cut_off(living: Sequence[Observation]) -> Verdict | None:
     return Verdict(_ranks(gone), text, stopped=_ranks(gone))
 
 
-def _stopped(living: Sequence[Observation], timeout: float, who_waits: str) -> Verdict | None:
-    """Return the verdict on ranks whose process has not answered for `timeout` seconds, whatever they were at."""
+def _stopped(
+    living: Sequence[Observation], timeout: float, waiting: Sequence[Observation] | None = None
+) -> Verdict | None:
+    """Return the verdict on ranks whose process has not answered for `timeout` seconds, whatever they were at.
+
+    A stopped rank may be one of `waiting`, as its last beat has it; another one tells what is waited for. `waiting` is
+    None until the ranks have met.
+    """
     stopped = [one.beat for one in living if one.quiet >= timeout]
     if not stopped:
         return None
+    others = [one for one in waiting or () if one.beat not in stopped]
+    who_waits = "all ranks wait for it to start" if waiting is None else _waits_for(others) if others else ""
     what = f"is silent: its process has not answered {_limit(timeout)}, and was last seen"
     text = _list([f"{beat.name} {what} {beat.position}" for beat in stopped])
-    return Verdict(_ranks(stopped), f"{text}; {who_waits}", stopped=_ranks(stopped))
+    return Verdict(_ranks(stopped), "; ".join(filter(None, [text, who_waits])), stopped=_ranks(stopped))
 
 
 def _silent(living: Sequence[Observation], timeout: float) -> Verdict | None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Literal, NoReturn, TypeAlias
 
 from parallel.errors import ExitCode, LostRankError, with_short_words
+from parallel.watch.terminal import print_line, show_cursor
 
 SECONDS_FOR_A_HOOK = 2.0
 """The seconds that what was registered with `at_end` may take, before the process ends all the same."""
@@ -20,6 +21,8 @@ def end_now(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, RuntimeError):
             stream.flush()
+    if code == ExitCode.LOST:  # the program has not come to end its progress bar
+        show_cursor()
     os._exit(code)
 
 
@@ -34,6 +37,7 @@ class LastLine:
         self.rank, self.size, self.speaker = rank, size, speaker
         self.lost: tuple[int, ...] = ()
         self.on_end: Callable[[LostRankError], None] | None = None
+        self.one_at_a_time = threading.RLock()  # two threads may learn of a loss at once, and each end the process
         self._has_told = False
 
     def tell(self, text: str, code: int) -> None:
@@ -43,9 +47,10 @@ class LastLine:
         """
         first = next((rank for rank in range(self.size) if rank not in self.lost), 0)
         speaks = self.speaker == "every" or (self.speaker == "first" and self.rank == first and code == ExitCode.LOST)
-        if speaks and not self._has_told:
-            os.write(2, f"{with_short_words(text)}\n".encode(errors="backslashreplace"))
-        self._has_told = True
+        with self.one_at_a_time:
+            if speaks and not self._has_told:
+                print_line(with_short_words(text))
+            self._has_told = True
 
     def call_hook(self, error: LostRankError) -> None:
         """Call what was registered for the end, in a thread of its own: it may fail or block, and the process ends."""
