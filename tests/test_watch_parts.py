@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ import pytest
 from parallel.errors import LostRankError
 from parallel.watch import heartbeat, process
 from parallel.watch.beat import INTERVAL, Beat, Observation
-from parallel.watch.heartbeat import Heartbeat, Surroundings
 from parallel.watch.judge import judge
 from parallel.watch.judging import Judging
 from parallel.watch.process import has_ended, is_stopped, kill, own_identity
