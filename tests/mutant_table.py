@@ -2483,7 +2483,7 @@ ENDS = (
         "own-folder-by-its-name-alone",
         "a run that is started again goes on from what an older run has left in its folder",
         "training/attempt.py",
-        """return "auto" if start.has_saved else start.resumed_from or None""",
+        """return "auto" if start.has_saved or _has_own_checkpoint(start) else start.resumed_from or None""",
         """return "auto\"""",
         f"{ENDS_TEST}::test_a_later_attempt_begins_at_its_own_checkpoint_and_else_as_the_first_one_did",
     ),

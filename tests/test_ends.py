@@ -324,6 +324,10 @@ def test_a_later_attempt_begins_at_its_own_checkpoint_and_else_as_the_first_one_
     assert resume_of(start, config, "auto") == "/elsewhere/step_000002"
     assert resume_of(RunStart(start.folder), config, "auto") is None  # what lay there before is not its own
     assert resume_of(saved, config, "/elsewhere/step_000002") == "auto"
+    (tmp_path / "run/checkpoints/step_000004").mkdir(parents=True)
+    assert resume_of(start, config, "auto") == "auto"  # saved, and killed before a note of that
+    within = replace(start, resumed_from=f"{start.folder}/checkpoints/step_000002")
+    assert resume_of(within, config, "auto") == within.resumed_from  # what lies there may be another run's
     assert resume_of(RunStart("/another/run", has_saved=True), config, None) is None
 
 

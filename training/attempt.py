@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from parallel.checkpoint.checkpoint import CHECKPOINTS, candidates
 from parallel.config import Config
 from parallel.engine.stop_signals import StopSignals
 from parallel.watch.launch_history import LaunchHistory, RunStart
@@ -55,7 +56,17 @@ def resume_of(start: RunStart | None, config: Config, resume: str | None) -> str
     """
     if start is None or not _is_of(start, config):
         return resume
-    return "auto" if start.has_saved else start.resumed_from or None
+    return "auto" if start.has_saved or _has_own_checkpoint(start) else start.resumed_from or None
+
+
+def _has_own_checkpoint(start: RunStart) -> bool:
+    """Return whether the run's folder has a checkpoint that must be its own, since the run has made the folder anew.
+
+    A rank that is killed between its first checkpoint and the note of it leaves no note.
+    """
+    folder = Path(start.folder)
+    goes_on_in_it = bool(start.resumed_from) and Path(start.resumed_from).is_relative_to(folder)
+    return not goes_on_in_it and bool(candidates(folder / CHECKPOINTS))
 
 
 def in_own_folder(job: Job, start: RunStart | None) -> Job:
