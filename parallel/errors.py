@@ -69,7 +69,7 @@ class StorageError(ColonnadeError):
 
 
 class UnreadableError(CheckpointError):
-    """The error of a checkpoint that could not be read this time, or not by every rank: it may be whole."""
+    """The error of a checkpoint that may be whole: a disk failed, ranks saw different files, or it has no checksums."""
 
 
 class NoRoomError(ColonnadeError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from parallel.checkpoint.archive import Archive, StoredPart, StoredTensor
 from parallel.checkpoint.synced_file import SUMS
-from parallel.errors import CheckpointError, shown
+from parallel.errors import CheckpointError, UnreadableError, shown
 from parallel.layout.cover import covered_once
 from parallel.layout.layout import box_shape
 from parallel.layout.sources import Box
@@ -110,7 +110,7 @@ def _read_sums(folder: Path) -> tuple[dict[str, str], str]:
     """Return the SHA-256 of each file of a checkpoint, by its name, and that of the file which has them."""
     file = folder / SUMS
     if not file.exists() and not file.is_symlink() and (folder / INDEX).exists():
-        raise CheckpointError(
+        raise UnreadableError(
             f"{file} is missing: an older version has written this checkpoint without it, or it was lost. If you trust"
             f" the files, write it: (cd {folder} && sha256sum {INDEX} *.safetensors > {SUMS})."
         )
