@@ -2491,9 +2491,9 @@ ENDS = (
         "hosts-that-change-end-a-run",
         "a run is not started again after a host has come or gone, since torchrun sent it SIGTERM",
         "parallel/watch/launch_history.py",
-        "code > SIGNALLED and attempt == self._attempt",
-        "False",
-        f"{ENDS_TEST}::test_a_later_attempt_learns_of_a_decision_but_not_of_a_signal_by_which_hosts_have_changed",
+        "None if attempt == self._attempt else Decision(code, text)",
+        "Decision(code, text)",
+        f"{ENDS_TEST}::test_a_later_attempt_learns_of_a_decision_and_the_same_one_does_not",
     ),
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from parallel.errors import LostRankError
-from parallel.watch import heartbeat, process
+from parallel.watch import heartbeat, last_line, process
 from parallel.watch.beat import INTERVAL, Beat, Observation
 from parallel.watch.judge import judge
 from parallel.watch.judging import Judging
@@ -245,10 +245,10 @@ def test_two_threads_that_end_at_once_print_one_line_and_end_after_the_hook(monk
         heard.append(f"end {code}")
         ends.wait(LIMIT)
 
-    monkeypatch.setattr(heartbeat, "print_line", slowly)
+    monkeypatch.setattr(last_line, "print_line", slowly)
     monkeypatch.setattr(heartbeat, "end_now", end)
     beats: Any = heartbeat.Heartbeat(Silent(), Pulse(0, Progress()), heartbeat.Surroundings([0]))  # type: ignore[arg-type]
-    beats.on_end = lambda error: slowly("hook")
+    beats.last_line.on_end = lambda error: slowly("hook")
     error = LostRankError("rank 1 is lost")
     threads = [threading.Thread(target=beats.end_process, args=(error,)) for _ in range(2)]
     for thread in threads:

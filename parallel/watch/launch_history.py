@@ -4,7 +4,6 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from parallel.errors import SIGNALLED
 from parallel.watch.store import Store
 
 PREFIX = "history"
@@ -63,12 +62,13 @@ class LaunchHistory:
     def decision(self) -> Decision | None:
         """Return the decision by which an earlier attempt ended, if it did.
 
-        A signal that comes with a change of the number of hosts is none: torchrun sends it, and starts the ranks again.
+        One of this attempt is none for a rank that starts late: it comes to its own. Nor is a signal that torchrun
+        sends when the number of hosts changes: it starts the ranks again, with the same number of the attempt.
         """
         if (found := self._get("decision")) is None:
             return None
         code, text, attempt = json.loads(found)
-        return None if code > SIGNALLED and attempt == self._attempt else Decision(code, text)
+        return None if attempt == self._attempt else Decision(code, text)
 
     def is_first(self, what: str, who: str) -> bool:
         """Return whether `who` is the first in this attempt that does what only one rank does; True without a store."""
