@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.killed_runs import Layout
 from tests.killer import ROOT, Kill, calls_folder, kill_file, killed_file
-from tests.patience import LIMIT, patient, wait_until
+from tests.patience import LIMIT, patient, session, wait_until
 
 SEED = int(os.environ.get("COLONNADE_KILL_SEED", "0"))
 NUM_KILLS = int(os.environ.get("COLONNADE_KILLS", "100"))
@@ -118,19 +118,6 @@ class Torchrun:
         wait_until(lambda: killed_file(self.folder).exists() or self.has_ended())
         kill_file(self.folder).unlink(missing_ok=True)
         return killed_file(self.folder).exists()
-
-
-def session(leader: int) -> list[int]:
-    """Return the processes of a session that are alive."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(of) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def _rank_of(process: int) -> int | None:

@@ -7,6 +7,7 @@ a wait, of `harness.run` and of a whole test: 10 on a machine that is slower sti
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def patient(seconds: float) -> float:
@@ -26,3 +27,16 @@ def wait_until(is_true: Callable[[], object], seconds: float = LIMIT) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def session(leader: int) -> list[int]:
+    """Return the processes of a session that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(of) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found

@@ -27,7 +27,7 @@ from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals
 from parallel.errors import ColonnadeError, ConfigError, DiskFullError, NoRoomError, RoomError, StorageError
 from parallel.mesh.topology import Topology
 from parallel.watch.terminal import print_line
-from tests.patience import LIMIT, patient, wait_until
+from tests.patience import LIMIT, patient, session, wait_until
 from training import spawn
 from training.rank_grid import cell_caption, cell_of, columns_shown
 
@@ -380,19 +380,6 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "launch.py"), "--set", *SMALL, "train.steps=1000000", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
-def session(leader: int) -> list[int]:
-    """Return the processes of a session that are alive."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(of) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 @pytest.mark.parametrize(

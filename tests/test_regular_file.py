@@ -1,7 +1,6 @@
 """Files that a user names are opened only if they are regular files, and read only as far as they may be large."""
 
 import os
-import socket
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from parallel.errors import DataError
 from parallel.regular_file import check_regular, open_regular, parse_json, read_bytes, read_json
+from tests.test_hostile_files import make_socket
 
 MEBIBYTE = 2**20
 
@@ -27,15 +27,6 @@ def refusal(action: Callable[[], object], size: int = 0) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
-
-
-def make_socket(file: Path) -> None:
-    before = Path.cwd()
-    os.chdir(file.parent)  # the path of a socket has at most 107 bytes
-    try:
-        socket.socket(socket.AF_UNIX).bind(file.name)
-    finally:
-        os.chdir(before)
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
