@@ -152,19 +152,19 @@ class RankProcess:
     def _end(self, error: ColonnadeError) -> int:
         """Tell the other ranks why this one ends, print it where this rank is to, and return the exit code."""
         may_go_away = isinstance(error, UncaughtError | StorageError)
-        speaks = self._speaks(error)
+        prints = self._prints(error)
         if not may_go_away:
             self._decide(error.code, str(error))
         first_line = str(error).partition("\n")[0]  # of a shortage: tables follow
         reason = first_line if isinstance(error, OF_ONE_RANK) else str(error)
         self.watch.leave(f"it {'refuses' if error.code == ExitCode.REFUSED else 'ends'}: {reason}", code=error.code)
-        if speaks:
+        if prints:
             self.attempt.history.is_first("record", str(self.place.rank))
             self._record(error.code, str(error), error.phase)
             print(error, file=sys.stderr)
         return int(error.code)
 
-    def _speaks(self, error: ColonnadeError) -> bool:
+    def _prints(self, error: ColonnadeError) -> bool:
         """Return whether this rank prints why it ends: the first that ends, once the ranks have met.
 
         Before, all ranks refuse together, and rank 0 prints it. So it does where ranks share nothing, but for what may

@@ -43,12 +43,12 @@ class LastLine:
     def tell(self, text: str, code: int) -> None:
         """Print a line, where that falls to this rank, and unless it has printed why it ends.
 
-        A rank that ended with another code than LOST has printed why itself, where one rank speaks for all.
+        A rank that ended with another code than LOST has printed why itself, where one rank prints it for all.
         """
         first = next((rank for rank in range(self.size) if rank not in self.lost), 0)
-        speaks = self.speaker == "every" or (self.speaker == "first" and self.rank == first and code == ExitCode.LOST)
+        prints = self.speaker == "every" or (self.speaker == "first" and self.rank == first and code == ExitCode.LOST)
         with self.one_at_a_time:
-            if speaks and not self._has_told:
+            if prints and not self._has_told:
                 print_line(with_short_words(text))
             self._has_told = True
 
