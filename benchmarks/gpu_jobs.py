@@ -21,7 +21,7 @@ from benchmarks import overlap
 from benchmarks.gpu_layouts import Fit, Layout, fit, state_bytes
 from benchmarks.gpu_peers import LR, PEERS, Work
 from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step, without_dropout
-from models.build import stage_of
+from models.build import part_of
 from models.costs import flops_per_token, parameter_count
 from models.family import named_sizes
 from models.shape import ModelShape
@@ -281,7 +281,7 @@ def _ours(layout: Layout, work: Work, setup: RankSetup, world: int) -> Engine:
     config = parse(raw | layout.sections, world_size=world, resolve=resolve)
     rank = 0 if world == 1 else setup.rank
     context = make_context(config, Place(rank, world, setup.rank, setup.world))
-    return Engine(stage_of(context, partial(_fill, shape=work.shape)), context)
+    return Engine(part_of(context, partial(_fill, shape=work.shape)), context)
 
 
 def _loss(engine: Engine, ids: Tensor) -> float:

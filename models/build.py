@@ -1,7 +1,7 @@
-"""Build the stage that this rank holds of the model that a config names.
+"""Build the part that this rank holds of the model that a config names.
 
-`stage_of` does it step by step: it chooses the tensor mode and this rank's layers, builds these, ties the embeddings,
-lets the blocks be compiled and recomputed, and puts all into a `Stage`. Each step is a function of its own.
+`part_of` does it step by step: it chooses the tensor mode and this rank's layers, builds these, ties the embeddings,
+lets the blocks be compiled and recomputed, and puts all into a `ModelPart`. Each step is a function of its own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,29 +25,29 @@ from parallel.engine.context import Context
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.pipeline.microbatch import Limits
+from parallel.pipeline.part import ModelPart, SetValues, StageInterface, keep_values
 from parallel.pipeline.partition import from_layers, partition
-from parallel.pipeline.stage import SetValues, Stage, StageInterface, keep_values
 from parallel.sequence import sequence_of
 from parallel.tensor import MODES, Mode
 
 
-def build(context: Context) -> Stage:
-    """Return this rank's stage, with weights from `model.path` where it has any, else drawn from the seed.
+def build(context: Context) -> ModelPart:
+    """Return this rank's part, with weights from `model.path` where it has any, else drawn from the seed.
 
     Raises ConfigError or DataError, the latter on every rank.
     """
     check_origin(context)
-    return stage_of(context, partial(set_initial_values, config=context.config))
+    return part_of(context, partial(set_initial_values, config=context.config))
 
 
-def stage_of(
+def part_of(
     context: Context,
     set_values: SetValues = keep_values,
     *,
     in_parts: bool | None = None,
     compile_options: Mapping[str, bool] | None = None,
-) -> Stage:
-    """Return this rank's stage, with parameters in the dtype of the master weights.
+) -> ModelPart:
+    """Return this rank's part, with parameters in the dtype of the master weights.
 
     `set_values` gives them their values: at once or, `in_parts`, chunk by chunk when an engine is made of it; by
     default as `is_built_in_parts` says. Without it they are zero, to be read from a checkpoint. On the device "meta"
@@ -55,7 +55,8 @@ def stage_of(
     """
     config, mode = context.config, mode_of(context)
     in_parts = is_built_in_parts(config) if in_parts is None else in_parts
-    specs = specs_of_stage(context, mode)
+    specs_of_stages = specs_of_part(context, mode)
+    specs = [spec for specs in specs_of_stages.values() for spec in specs]
     blocks = [spec.name for spec in specs if spec.is_block]
     layers = {spec.name: build_layer(spec, keep_storage=not in_parts) for spec in specs}
     tie_embeddings(layers)
@@ -70,8 +71,8 @@ def stage_of(
     inputs = InputsOnHost(context.device) if config.train.activation_checkpointing == "offload" else None
     if config.train.activation_checkpointing != "none":
         layers = recomputed(layers, blocks, inputs)
-    return Stage(
-        list(layers.values()),
+    return ModelPart(
+        {stage: [layers[spec.name] for spec in specs] for stage, specs in specs_of_stages.items()},
         infos,
         interface=interface_of(context, mode),
         units={name: layers[name] for name in blocks},
@@ -81,7 +82,7 @@ def stage_of(
 
 
 def is_built_in_parts(config: Config) -> bool:
-    """Return whether a rank must never hold all of its stage on the device, not even at the start."""
+    """Return whether a rank must never hold all of its part on the device, not even at the start."""
     return config.zero.stage == 3 or config.zero.tensor_placement_policy != "cuda"
 
 
@@ -99,20 +100,21 @@ def mode_of(context: Context) -> Mode:
 # -- which layers ------------------------------------------------------------------------------------------------------
 
 
-def specs_of_stage(context: Context, mode: Mode) -> list[LayerSpec]:
-    """Return the layers of the pipeline stage that this rank belongs to, in order."""
+def specs_of_part(context: Context, mode: Mode) -> dict[int, list[LayerSpec]]:
+    """Return the layers of each pipeline stage that this rank holds, in order, by the number of the stage."""
     config = context.config
     shape = shape_of(config)
     specs: list[LayerSpec] = import_module(FAMILIES[shape.model_type].layers).layers_of(shape, mode, config.train.seed)
     stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
-    return [specs[i] for i in stages[context.mesh.axis("pipe").rank]]
+    own = config.parallel.pipeline.stages_of(context.mesh.axis("pipe").rank)
+    return {stage: [specs[i] for i in stages[stage]] for stage in own}
 
 
 def layers_of_stages(costs: Sequence[float], pipeline: PipelineConfig) -> list[range]:
     """Return the layers of each stage: as `pipeline.layers` says, else so that the stages' costs are even."""
     if pipeline.layers is not None:
         return from_layers(len(costs) - 2, pipeline.layers)
-    return partition(costs, pipeline.size)
+    return partition(costs, pipeline.num_stages)
 
 
 def costs_of(config: Config) -> list[float]:
@@ -136,7 +138,7 @@ def build_layer(spec: LayerSpec, *, keep_storage: bool) -> nn.Module:
 
 
 def tie_embeddings(layers: dict[str, nn.Module]) -> None:
-    """Make the head use the embedding's parameter, on a stage that has both, unless it has a table of its own.
+    """Make the head use the embedding's parameter, on a rank that has both, unless it has a table of its own.
 
     Otherwise the first and the last stage have a copy each, and the layout of the copies sums their gradients.
     """

@@ -64,6 +64,7 @@ PURE = (
     "models.shapes",
     "models.model_folder",
     "models.costs",
+    "parallel.pipeline.plan",
     "parallel.pipeline.schedule",
     "parallel.pipeline.validate",
     "parallel.pipeline.timeline",

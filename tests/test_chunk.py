@@ -189,9 +189,9 @@ def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
     """
     engine, events = engine_of(rank, world_size, raw), []
     units = {chunk.master.numel(): chunk.infos[0].unit for chunk in engine.chunks if chunk.spec.is_matrix}
-    embedding = next(info for info in engine.stage.infos if info.name.endswith("table.weight"))
+    embedding = next(info for info in engine.part.infos if info.name.endswith("table.weight"))
     embedding.parameter.register_hook(lambda gradient: events.append("embedding arrives"))
-    engine.stage.register_forward_pre_hook(lambda module, inputs: events.append("forward"))
+    engine.part.register_forward_pre_hook(lambda module, inputs: events.append("forward"))
 
     def started(x: Tensor, axis: Axis, **options: Any) -> Pending:
         if x.numel() in units:
@@ -229,7 +229,7 @@ def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:
         events.append("p")
         write_product(*arguments)
 
-    engine.stage.register_forward_pre_hook(lambda module, inputs: events.append("f"))
+    engine.part.register_forward_pre_hook(lambda module, inputs: events.append("f"))
     with (
         patch.object(runner, "start_send", sent),
         patch.object(runner, "start_receive", received),

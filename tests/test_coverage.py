@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.build import stage_of
+from models.build import part_of
 from models.family import FAMILIES, Family
 from models.gpt2 import layers
 from models.gpt2.shape import GPT2Shape
@@ -30,7 +30,7 @@ def refusal(attributes: Attributes, *, layout: str = "single", **fields: Any) ->
     with patch.dict(FAMILIES, gpt2=Family(shape, {"gpt2": shape()}, "models.gpt2.layers")):
         context = context_of(config_of(parallel, model=dict(name="gpt2") | GPT2 | fields), 0, world_size)
         try:
-            stage_of(context)
+            part_of(context)
         except ModelError as error:
             return str(error)
     return ""

@@ -73,7 +73,7 @@ def trained(rank: int, world_size: int, raw: Raw, folder: Path, steps: int) -> d
         nonlocal most
         most = max(most, engine.held()[Tier.HOST])
 
-    for layer in engine.stage.units.values():
+    for layer in engine.part.units.values():
         layer.register_forward_pre_hook(count)
         for parameter in layer.parameters():
             parameter.register_hook(count)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.build import stage_of
+from models.build import part_of
 from models.hf import load_weights
 from models.shapes import resolve, shape_of
 from parallel.checkpoint import checkpoint
@@ -187,7 +187,7 @@ def test_a_rank_reads_only_its_slices_of_a_familys_files(folder: Path, name: str
     counts = {public: torch.zeros(x.shape) for public, x in tensors.items()}
     for rank in range(world_size):
         context = context_of(config_of(parallel, model=dict(path=str(path))), rank, world_size)
-        pieces = [piece for info in stage_of(context).infos for piece in info.pieces()]
+        pieces = [piece for info in part_of(context).infos for piece in info.pieces()]
         read = load_weights(path, shape_of(context.config), pieces)
         assert read == 8 * sum(piece.data.numel() for piece in pieces)
         assert read < 0.75 * 8 * sum(x.numel() for x in tensors.values())

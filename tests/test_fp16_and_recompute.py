@@ -90,7 +90,7 @@ def test_a_loss_scale_is_resumed_where_there_was_one(precisions: tuple[str, str]
 def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
     """Return the bytes that a forward of one microbatch saves for its backward, without parameters."""
     engine = engine_of(rank, world_size, raw)
-    parameters = {p.untyped_storage().data_ptr() for p in engine.stage.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in engine.part.parameters()}
     kept: dict[int, int] = {}
 
     def note(x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
 
     (microbatch, *_), _ = engine._microbatches(share_of(batches_of(1)[0], engine))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loss = engine.stage(None, microbatch)
+        loss = engine.part(None, microbatch, 0)
     del loss
     return sum(kept.values())
 
@@ -146,7 +146,7 @@ def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[l
     second step left the weights unchanged, and the final loss scale.
     """
     engine = engine_of(rank, world_size, raw)
-    infected = engine.stage.infos[-1].parameter
+    infected = engine.part.infos[-1].parameter
 
     def infect(gradient: torch.Tensor) -> torch.Tensor:
         if engine.num_steps == 1 and rank == victim:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from models import hf
-from models.build import stage_of
+from models.build import part_of
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
 from models.shapes import fields_of, from_hugging_face, resolve
@@ -69,7 +69,7 @@ def parameters_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return our parameters and their shapes, with q, k and v fused."""
     config = parse({"model": fields_of(shape), "data": {"sequence_length": 2}}, resolve=resolve)
     context = make_context(config, Place(), connect=False, device=torch.device("meta"))
-    return {info.name: info.layout.shape for info in stage_of(context).infos}
+    return {info.name: info.layout.shape for info in part_of(context).infos}
 
 
 def infos_of(shape: ModelShape, rank: int, size: int) -> list[ParameterInfo]:

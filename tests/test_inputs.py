@@ -75,7 +75,7 @@ def held_between(rank: int, world_size: int, raw: Raw) -> int:
     (microbatch, *_), _ = engine._microbatches(batch)
     held = Allocations()
     with held:
-        loss = engine.stage(None, microbatch)
+        loss = engine.part(None, microbatch, 0)
     kept = held.now
     loss.backward()
     return kept
@@ -147,7 +147,7 @@ def order(rank: int, world_size: int, raw: Raw) -> list[str]:
         return download(*args, **kwargs)
 
     Copies.upload, Copies.download = noted_upload, noted_download  # type: ignore[method-assign]
-    for i, recomputed in enumerate(engine.stage.units.values()):
+    for i, recomputed in enumerate(engine.part.units.values()):
         layer = recomputed.get_submodule("layer")
         layer.register_forward_pre_hook(lambda module, inputs, i=i: events.append(f"block {i}"))
     engine.train_step(batches_of(1)[0])

@@ -211,10 +211,10 @@ def kept_by_a_model(rank: int, world_size: int, tensor: TensorConfig) -> int:
     """Return the bytes kept by embedding, blocks, head and loss, with the gradients that the loss computes at once."""
     model = dict(vocab_size=260, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, ffn_dim=256, dropout=0.0)
     raw = config_of(dict(tensor=asdict(tensor)), precision="fp32", model=model)
-    stage = engine_of(rank, world_size, raw).stage
+    stage = engine_of(rank, world_size, raw).part
     tokens = torch.arange(8 * 32).view(8, 32)
     with saved_for_backward() as saved:
-        stage(None, Microbatch(tokens, tokens, torch.arange(8)))
+        stage(None, Microbatch(tokens, tokens, torch.arange(8)), 0)
     return bytes_kept(saved, stage)
 
 

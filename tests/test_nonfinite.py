@@ -52,12 +52,12 @@ class Spoiler:
 
     def gradient(self) -> None:
         """Spoil one number of the gradient of the last parameter that autograd computes by itself."""
-        parameter = next(x for x in reversed(self.engine.stage.infos) if not x.is_matrix).parameter
+        parameter = next(x for x in reversed(self.engine.part.infos) if not x.is_matrix).parameter
         parameter.register_hook(self._spoiled)
 
     def data(self) -> None:
         """Spoil the output of the first layer in the second microbatch."""
-        first = self.engine.stage.layers[0]
+        first = self.engine.part.layers[0]
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             self.calls += torch._C._current_graph_task_id() < 0
@@ -318,7 +318,7 @@ def test_a_step_that_is_finite_in_its_second_run_points_to_the_machine() -> None
 
 def with_a_huge_gradient(rank: int, world_size: int, raw: Raw) -> str:
     engine = engine_of(rank, world_size, raw)
-    parameter = next(x for x in reversed(engine.stage.infos) if not x.is_matrix).parameter
+    parameter = next(x for x in reversed(engine.part.infos) if not x.is_matrix).parameter
     parameter.register_hook(lambda x: torch.full_like(x, 1e30))
     with pytest.raises(NonFiniteError) as raised:
         engine.train_step(share_of(batches_of(1)[0], engine))

@@ -49,9 +49,9 @@ def spoil_weight(engine: Engine) -> None:
 
 
 def spoil_next_gradient(engine: Engine) -> None:
-    parameter = next(info for info in engine.stage.infos if not info.is_matrix).parameter
+    parameter = next(info for info in engine.part.infos if not info.is_matrix).parameter
     handle = parameter.register_hook(lambda x: x * NAN)
-    engine.stage.register_forward_pre_hook(lambda *_: None)
+    engine.part.register_forward_pre_hook(lambda *_: None)
     update = engine.optimizer.step
 
     def step(*arguments: Any) -> None:

@@ -97,11 +97,11 @@ def test_torchs_own_error_of_the_host_is_known() -> None:
 
 
 def in_forward(engine: Engine, error: BaseException) -> Any:
-    return engine.stage.units["layers.1"].register_forward_pre_hook(fails(error))
+    return engine.part.units["layers.1"].register_forward_pre_hook(fails(error))
 
 
 def in_backward(engine: Engine, error: BaseException) -> Any:
-    return engine.stage.units["layers.1"].register_full_backward_pre_hook(fails(error))
+    return engine.part.units["layers.1"].register_full_backward_pre_hook(fails(error))
 
 
 def in_update(engine: Engine, error: BaseException) -> Any:
@@ -405,14 +405,14 @@ from training.callbacks import Callback
 from parallel.engine.base import EngineBase
 from parallel.engine.engine import Engine
 from parallel.optim.adamw import AdamW
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.part import ModelPart
 
 PLACES = {
-    "forward": (Stage, "forward"),
+    "forward": (ModelPart, "forward"),
     "backward": (torch.Tensor, "backward"),
     "update": (AdamW, "step"),
     "data": (Engine, "_microbatches"),
-    "evaluation": (Stage, "eval"),
+    "evaluation": (ModelPart, "eval"),
     "save": (EngineBase, "state"),
     "export": (EngineBase, "weights"),
 }
@@ -506,7 +506,7 @@ def test_a_gpu_that_runs_out_says_what_torch_has_reserved(tmp_path: Path) -> Non
     engine.train_step(loader.training(0))
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
-    hook = engine.stage.units["layers.1"].register_forward_pre_hook(
+    hook = engine.part.units["layers.1"].register_forward_pre_hook(
         lambda *_: torch.empty(2**30, device="cuda", dtype=torch.uint8)
     )
     try:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 import launch
 from parallel.pipeline.picture import draw
-from parallel.pipeline.schedule import SCHEDULES, Action, Op, Plan, with_transfers
+from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.pipeline.timeline import MOST_SIMULATED, Timeline, num_simulated, simulate
 from tests.patience import patient
 from tests.tables import ROOT
@@ -27,7 +28,7 @@ NAMES = st.sampled_from(sorted(SCHEDULES))
 def timeline_of(name: str, p: int, m: int, costs: list[float] | None = None, simulated: int | None = None) -> Timeline:
     """Return the timeline of a step, of which as many microbatches are simulated as in a run's report."""
     simulated, costs = simulated or num_simulated(p, m), costs or [1.0] * p
-    plan = with_transfers(SCHEDULES[name](p, simulated))
+    plan = with_transfers(SCHEDULES[name](p, simulated, 1))
     return replace(simulate(plan, costs, [2 * cost for cost in costs]), num_omitted=m - simulated)
 
 

@@ -294,7 +294,7 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
                     held += gradient.nbytes
         most = max(most, held)
 
-    for layer in engine.stage.units.values():
+    for layer in engine.part.units.values():
         layer.register_forward_pre_hook(count)
         for parameter in layer.parameters():
             parameter.register_hook(count)
@@ -305,7 +305,7 @@ def on_the_device(rank: int, world_size: int, raw: Raw) -> tuple[int, int, list[
 
     for step, batch in enumerate(batches_of(7, batch=24), 1):
         if step == 6:  # one of those that are measured
-            hook = engine.stage.register_forward_pre_hook(hold_up)
+            hook = engine.part.register_forward_pre_hook(hold_up)
         begun = time.perf_counter()
         engine.train_step(share_of(batch, engine))
         took.append(time.perf_counter() - begun)
@@ -396,7 +396,7 @@ def out_of_memory(rank: int, world_size: int, raw: Raw) -> list[str]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
 
     ours = engine_of(rank, world_size, raw)
-    ours.stage.register_forward_pre_hook(exhausted)
+    ours.part.register_forward_pre_hook(exhausted)
     theirs, _ = module_engine(rank, world_size, module_config(0), MODELS["opt"]())
     loss = loss_of(theirs, batches()[0][0], step=0)
     loss.register_hook(exhausted)

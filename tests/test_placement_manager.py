@@ -48,7 +48,7 @@ def lengths(rank: int, world_size: int, raw: Raw) -> tuple[list[str], list[int],
     lines, offloaded, losses = logged(engine), [], []
     for step, (sequence, samples, _) in enumerate(STEPS):
         batch = batches_of(1, batch=samples, sequence=sequence, seed=step)[0]
-        handle = engine.stage.register_forward_pre_hook(
+        handle = engine.part.register_forward_pre_hook(
             lambda *_, step=step: offloaded.append(step) if set(placements(engine)) == {ON_HOST} else None
         )
         losses.append(engine.train_step(share_of(batch, engine)).loss)

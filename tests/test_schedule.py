@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from parallel.mesh.mesh import Axis, Traffic
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.picture import draw
-from parallel.pipeline.schedule import (
-    SCHEDULES,
-    Action,
-    Op,
-    Plan,
-    PlanError,
-    forward_only,
-    gpipe,
-    group_transfers,
-    one_f_one_b,
-    with_transfers,
-)
+from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
+from parallel.pipeline.schedule import SCHEDULES, forward_only, gpipe, one_f_one_b, with_transfers
 from parallel.pipeline.timeline import simulate
 from parallel.pipeline.validate import validate
 
@@ -56,7 +46,7 @@ def test_every_schedule_is_valid_and_in_order(generator: Generator, num_stages: 
 @given(NAMES, STAGES, MICROBATCHES, COST, COST)
 def test_bubble_and_makespan_match_the_closed_form(name: str, p: int, m: int, forward: int, backward: int) -> None:
     """Rendezvous costs no more than buffering: there are (p - 1) idle slots, for any ratio of backward to forward."""
-    timeline = simulate(with_transfers(SCHEDULES[name](p, m)), forward, backward)
+    timeline = simulate(with_transfers(SCHEDULES[name](p, m, 1)), forward, backward)
     assert timeline.makespan == (m + p - 1) * (forward + backward)
     assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
 
@@ -285,7 +275,7 @@ def test_a_receive_posted_too_early_is_refused(plan: Plan) -> None:
 
 @given(st.integers(2, 5), st.integers(1, 6), NAMES, st.data())
 def test_dropping_any_action_is_refused(p: int, m: int, name: str, data: st.DataObject) -> None:
-    plan = with_transfers(SCHEDULES[name](p, m))
+    plan = with_transfers(SCHEDULES[name](p, m, 1))
     rank = data.draw(st.integers(0, p - 1))
     dropped = data.draw(st.sampled_from(names(plan.ranks[rank])))
     with pytest.raises(PlanError):

@@ -123,7 +123,7 @@ def named(call: Call, engine: Engine) -> Call:
     all-reduces anything over such a group. The sum over a further axis, that of heads for the norms of q and k, follows
     after the last backward, outside the layers, which all-reduce over the same group.
     """
-    syncs = [info.layout.sync for info in engine.stage.infos]
+    syncs = [info.layout.sync for info in engine.part.infos]
     first = {sync[0].group.group_name for sync in syncs if sync[0].group is not None}
     further = {axis.group.group_name for sync in syncs for axis in sync[1:] if axis.group is not None}
     is_sum = call.group in first or (call.group in further and call.part == OUTSIDE)
@@ -137,11 +137,11 @@ def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
     The part is a layer's forward from its call, and its backward from the gradient of its output. The tied embedding's
     gradient is the last of a backward: calls after it, and before the next forward, are in no layer.
     """
-    for layer in engine.stage.layers:
+    for layer in engine.part.layers:
         forward, backward = (partial(handed.enter, f"{type(layer).__name__} {way}") for way in WAYS)
         layer.register_forward_pre_hook(forward)
         layer.register_forward_hook(lambda module, x, y, backward=backward: y.register_hook(backward) and None)
-    embed = engine.stage.layers[0]
+    embed = engine.part.layers[0]
     assert isinstance(embed, Embed)
     embed.table.weight.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE))
 

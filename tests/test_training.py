@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.build import build, stage_of
+from models.build import build, part_of
 from models.hf import load_weights
 from models.shapes import resolve, shape_of
 from parallel.config import parse
@@ -171,7 +171,7 @@ def test_a_rank_reads_only_its_slices_of_a_hugging_face_directory(opt: Path, lay
     contexts = [context_of(raw, rank, world_size) for rank in range(world_size)]
     file_bytes = sum(p.numel() for p in build(context_of(config_of({}, model=dict(path=str(opt))), 0, 1)).parameters())
     for context in contexts:
-        stage = stage_of(context)
+        stage = part_of(context)
         pieces = [piece for info in stage.infos for piece in info.pieces()]
         read = load_weights(opt, shape_of(context.config), pieces)
         assert read == 8 * sum(piece.data.numel() for piece in pieces)

@@ -410,7 +410,7 @@ def change_a_stage(rank: int, world_size: int) -> list[str]:
     found = []
     for change in (cast, replace, reshape, share):
         engine = parallel.Engine(models.build(context), context)
-        layer = engine.stage.layers[1]
+        layer = engine.part.layers[1]
         change(layer)
         try:
             engine.train_step(dict(input_ids=torch.ones(2, 8, dtype=torch.int64)))

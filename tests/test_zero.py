@@ -166,7 +166,7 @@ def elements_sent(rank: int, world_size: int, raw: Raw) -> tuple[int, int, dict[
     engine = engine_of(rank, world_size, raw)
     engine.mesh.traffic.reset()
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
-    blocks = sum(chunk.size for chunk in engine.chunks if chunk.infos[0].unit in engine.stage.units)
+    blocks = sum(chunk.size for chunk in engine.chunks if chunk.infos[0].unit in engine.part.units)
     handed = {kind: count / 8 for kind, count in engine.mesh.traffic.bytes.items()}
     return sum(chunk.size for chunk in engine.chunks), blocks, handed
 
@@ -299,7 +299,7 @@ def most_whole(rank: int, world_size: int, raw: Raw) -> int:
         nonlocal most
         most = max(most, sum(unit.state is not State.RELEASED for unit in engine.gatherer.units))
 
-    for layer in engine.stage.units.values():
+    for layer in engine.part.units.values():
         layer.register_forward_pre_hook(count)
         for parameter in layer.parameters():
             parameter.register_hook(count)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.build import costs_of, layers_of_stages, mode_of, specs_of_stage, stage_of
+from models.build import costs_of, layers_of_stages, mode_of, part_of, specs_of_part
 from models.costs import parameter_count
 from models.shape import ModelShape
 from models.shapes import shape_of
@@ -15,7 +15,7 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
-from parallel.pipeline.schedule import SCHEDULES, with_transfers
+from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.save_room import foreseen_save_room, tightest
@@ -69,7 +69,8 @@ class Preview:
         """
         pipeline = self.config.parallel.pipeline
         simulated = num_simulated(pipeline.size, self.num_microbatches)
-        plan = with_transfers(SCHEDULES[pipeline.schedule](pipeline.size, simulated))
+        recomputes = self.config.train.activation_checkpointing != "none"
+        plan = plan_of(pipeline, simulated, recomputes=recomputes)
         costs = [stage.cost for stage in self.stages]
         timeline = simulate(plan, costs, [2 * cost for cost in costs])
         return replace(timeline, num_omitted=self.num_microbatches - simulated)
@@ -105,7 +106,7 @@ def save_messages(config: Config, place: Place) -> list[str]:
     for index in range(topology.shape["pipe"]):
         rank = topology.rank_of({axis: index if axis == "pipe" else 0 for axis in topology.shape})
         context = make_context(config, Place(rank, place.world_size), connect=False, device=torch.device("meta"))
-        specs = specs_of(stage_of(context).infos, context.dtype, zero=config.zero.stage)
+        specs = specs_of(part_of(context).infos, context.dtype, zero=config.zero.stage)
         microbatches = config.num_microbatches(place.world_size)
         sizes = [foreseen_bytes(spec, microbatches, config.optimizer) for spec in specs]
         num_ranks = place.local_world_size
@@ -122,12 +123,12 @@ def saves_in_background(config: Config) -> bool:
 def _stage_of_rank(config: Config, place: Place, *, cost: float) -> StagePreview:
     """Return the stage that a rank belongs to, built on the device "meta", where parameters have sizes and no data."""
     context = make_context(config, place, connect=False, device=torch.device("meta"))
-    infos, zero = stage_of(context).infos, config.zero.stage
+    infos, zero = part_of(context).infos, config.zero.stage
     microbatches, dtype, master = config.num_microbatches(place.world_size), context.dtype, master_dtype(context.dtype)
     # A weight that is wide enough is its own master weight.
     state = state_size(master, config.optimizer) - (master.itemsize if master == dtype else 0)
     return StagePreview(
-        tuple(spec.name for spec in specs_of_stage(context, mode_of(context))),
+        tuple(spec.name for specs in specs_of_part(context, mode_of(context)).values() for spec in specs),
         sum(info.parameter.numel() for info in infos),
         weight_bytes=sum(dtype.itemsize * _elements_on_rank(info, divided=zero >= 3) for info in infos),
         gradient_bytes=sum(

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import torch
 
-from models.build import build, stage_of
+from models.build import build, part_of
 from models.data import Loader, SampleOrder
 from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.verify import verify
@@ -128,7 +128,7 @@ def check_room(context: Context) -> None:
     Nothing has been allocated or written then.
     """
     if context.config.zero.tensor_placement_policy != "cuda":
-        initial_placement_of(stage_of(context).infos, context)
+        initial_placement_of(part_of(context).infos, context)
 
 
 def check_same_data(job: Job, world: Axis) -> None:
@@ -191,7 +191,7 @@ def make_engine(context: Context, job: Job) -> Engine:
     for name in modules_of_steps(job.config):
         import_module(name)
     found = job.inputs.found
-    engine = Engine(build(context) if found is None else stage_of(context), context)
+    engine = Engine(build(context) if found is None else part_of(context), context)
     engine.writes.stop()  # no code of a user runs between these steps
     if found is not None:
         context.mesh.watch.begin("loading a checkpoint")

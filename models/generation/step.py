@@ -88,7 +88,7 @@ class Step:
     def __init__(self, model: Inference, sampler: Sampler, size: StepSize, most_positions: int) -> None:
         self.model, self.sampler, self.size = model, sampler, size
         self.state = _State(size, min(size.positions, most_positions), model.context.device)
-        self.attentions = [part for part in model.stage.modules() if isinstance(part, Attention)]
+        self.attentions = [part for part in model.part.modules() if isinstance(part, Attention)]
         self.is_fused = all(self._is_fused(attention) for attention in self.attentions)
         self.caches = [KeyValueCache(-(-size.positions // CACHE_UNIT) * CACHE_UNIT) for _ in model.layers]
         self.is_alone = model.mesh.world.size == 1

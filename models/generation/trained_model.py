@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from models.build import stage_of
+from models.build import part_of
 from models.data import has_token_ids
 from models.generation_config import carried_ends, end_tokens, exported_shape, read_generation_config
 from models.hf import check_weights
@@ -32,7 +32,7 @@ from parallel.errors import ColonnadeError, DataError, NonFiniteError
 from parallel.layout.finite import problem_of
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
-from parallel.pipeline.stage import SetValues
+from parallel.pipeline.part import SetValues
 from parallel.regular_file import read_json
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -97,7 +97,7 @@ def inference_of(context: Context, set_values: SetValues) -> Inference:
 
     With train.compile, blocks are compiled; in a single process the embedding, too.
     """
-    stage = stage_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS)
+    stage = part_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS)
     if context.config.train.compile and context.mesh.world.size == 1:
         for layer in stage.layers:
             if isinstance(layer, Embed):

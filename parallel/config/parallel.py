@@ -40,6 +40,30 @@ class PipelineConfig:
     chunks: Annotated[Count | None, Supported(None)] = None
     """The number of groups of layers on each stage, for the interleaved schedule, which is not available yet."""
 
+    @property
+    def num_chunks(self) -> int:
+        """The number of stages on each rank: `chunks`, or what the schedule has by default."""
+        return self.chunks or {"interleaved": 2, "zero_bubble_v": 2}.get(self.schedule, 1)
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages of the whole model."""
+        return self.size * self.num_chunks
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """Return the stages on a rank of the pipe: r, r + p, ...; in a V they turn at the last rank, r and 2p − 1 − r.
+
+        A V is Qi et al. 2023, arXiv 2401.10241, section 6; the other placement is that of Narayanan et al. 2021,
+        arXiv 2104.04473, section 2.2.2.
+        """
+        if self.schedule == "zero_bubble_v":
+            return rank, 2 * self.size - 1 - rank
+        return tuple(range(rank, self.num_stages, self.size))
+
+    def rank_of(self, stage: int) -> int:
+        """Return the rank of the pipe that holds a stage."""
+        return next(rank for rank in range(self.size) if stage in self.stages_of(rank))
+
     def problems(self) -> list[str]:
         """Return what is wrong with `layers`, except for their sum, which only the model can check."""
         if self.layers is None:

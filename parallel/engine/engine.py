@@ -29,9 +29,10 @@ from parallel.optim.gradients import Gradients
 from parallel.optim.step_counts import Outcome
 from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
+from parallel.pipeline.part import ModelPart
+from parallel.pipeline.plan import Action, Plan
 from parallel.pipeline.runner import Runner
-from parallel.pipeline.schedule import SCHEDULES, Action, Plan, forward_only, with_transfers
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.schedule import forward_only, plan_of, with_transfers
 from parallel.pipeline.validate import validate
 from parallel.placement.shortage import refusing_without_room
 from parallel.sequence import Documents
@@ -58,14 +59,14 @@ class Engine(EngineState):
     Raises ConfigError or ModelError for a config or an optimizer that it cannot train with.
     """
 
-    def __init__(self, stage: Stage, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(self, stage: ModelPart, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
         placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
         with refusing_without_room(context.place.rank, "making the model"), placement.explain_host_shortage():
             chunks = make_chunks(placement.specs, placement.storages, fill=stage.set_initial_values)
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.inputs = stage.inputs
-        self.stage, self.pipe = stage, Pipe(self.mesh.links)
+        self.part, self.pipe = stage, Pipe(self.mesh.links)
         self.pipe.connect(self.mesh.device)
         self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
@@ -76,7 +77,7 @@ class Engine(EngineState):
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")
-        self._plans: dict[tuple[Callable[[int, int], Plan], int], Plan] = {}
+        self._plans: dict[tuple[bool, int], Plan] = {}
 
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
@@ -104,7 +105,7 @@ class Engine(EngineState):
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")
         written = self._start_check() if self.writes.shows_at_once else None
-        self.stage.train()
+        self.part.train()
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
@@ -151,7 +152,7 @@ class Engine(EngineState):
         for a loss that is not finite though there are labels.
         """
         self.agree_on("an evaluation")
-        self.stage.eval()
+        self.part.eval()
         total, tokens = 0.0, 0
         with self.memory_guard.explained(lambda: "an evaluation"):
             self.gatherer.begin()
@@ -159,8 +160,8 @@ class Engine(EngineState):
                 self.agree_on("a batch of an evaluation")
                 microbatches, count = self._microbatches(batch)
                 tokens += count
-                runner = Runner(self.stage, self.pipe, microbatches)
-                total += self._sum(runner.run(self._plan(forward_only, len(microbatches)))).item()
+                runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
+                total += self._sum(runner.run(self._plan(len(microbatches), trains=False))).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
@@ -181,11 +182,8 @@ class Engine(EngineState):
         """
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
-        # With recomputation, products that wait would keep more recomputed activations at a time.
-        is_recomputed = self.config.train.activation_checkpointing != "none"
-        deferred = None if is_recomputed else self.gradients.deferred
-        runner = Runner(self.stage, self.pipe, microbatches, weight_gradients=deferred, mark=mark)
-        total = runner.run(self._plan(SCHEDULES[self.config.parallel.pipeline.schedule], len(microbatches)))
+        runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred, mark=mark)
+        total = runner.run(self._plan(len(microbatches), trains=True))
         mark("reduce")
         total = self._sum(total)
         self.gatherer.end()
@@ -194,12 +192,12 @@ class Engine(EngineState):
 
     def _origin(self, microbatches: Sequence[Microbatch]) -> str:
         """Run a step again that has updated nothing, and return where its first number was that is not finite."""
-        first = FirstNotFinite(self.stage, self.chunks, self.stage.layer_names())
+        first = FirstNotFinite(self.part, self.chunks, self.part.layer_names())
 
         def mark(phase: str, detail: object = "") -> None:
-            """Note the microbatch of the runner's action: an Action, or the text of a deferred weight gradient."""
-            number = detail.microbatch if isinstance(detail, Action) else str(detail).rpartition(".")[2]
-            first.microbatch = int(number) if str(number).isdigit() else first.microbatch
+            """Note the microbatch of the runner's action."""
+            if isinstance(detail, Action):
+                first.microbatch = detail.microbatch
 
         run = partial(self._forwards_and_backwards, microbatches, mark)
         return origin_of(
@@ -223,7 +221,7 @@ class Engine(EngineState):
         """
         size = self.config.train.micro_batch_size
         counts = self.context.shares.counts(batch)
-        problem = batch_problem(batch, size, self.stage.interface.limits) or (UNKNOWN if counts is None else None)
+        problem = batch_problem(batch, size, self.part.interface.limits) or (UNKNOWN if counts is None else None)
         batch = {} if problem else as_int64(given(batch))
         labels = torch.empty(0) if problem else shift(labels_of(batch))
         labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
@@ -260,12 +258,18 @@ class Engine(EngineState):
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""
-        return all_reduce(total if self.stage.interface.is_counted else torch.zeros_like(total), self.mesh.world)
+        return all_reduce(total if self.part.interface.is_counted else torch.zeros_like(total), self.mesh.world)
 
-    def _plan(self, generate: Callable[[int, int], Plan], num_microbatches: int) -> Plan:
-        """Return a plan with transfers, which is made and validated once."""
-        key = generate, num_microbatches
+    def _plan(self, num_microbatches: int, *, trains: bool) -> Plan:
+        """Return the plan of a training step, or of an evaluation. Each is made and validated once."""
+        key = trains, num_microbatches
         if key not in self._plans:
-            self._plans[key] = with_transfers(generate(self.pipe.size, num_microbatches))
-            validate(self._plans[key])
+            pipeline = self.config.parallel.pipeline
+            recomputes = self.config.train.activation_checkpointing != "none"
+            if trains:
+                plan = plan_of(pipeline, num_microbatches, recomputes=recomputes)
+            else:
+                plan = with_transfers(forward_only(pipeline.size, num_microbatches, pipeline.num_chunks))
+            validate(plan)
+            self._plans[key] = plan
         return self._plans[key]

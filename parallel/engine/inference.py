@@ -16,7 +16,7 @@ from parallel.mesh.collectives import MAX, all_reduce
 from parallel.mesh.mesh import Mesh
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.part import ModelPart
 from parallel.sequence.cache import KeyValueCache
 from parallel.zero.gatherer import Gatherer
 
@@ -29,9 +29,9 @@ class Inference:
     only what does not exist here. Raises ConfigError for a layout that it cannot run, see `refuse`.
     """
 
-    def __init__(self, stage: Stage, context: Context) -> None:
+    def __init__(self, stage: ModelPart, context: Context) -> None:
         refuse(context.config)
-        self.stage, self.context = stage.eval(), context
+        self.part, self.context = stage.eval(), context
         for info in stage.infos:
             info.parameter.requires_grad_(False)
         zero = 3 if context.config.zero.stage == 3 else 0
@@ -55,13 +55,13 @@ class Inference:
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The layers of this stage, in order, without the head."""
-        layers = list(self.stage.layers)
+        layers = list(self.part.layers)
         return layers[:-1] if self.is_last else layers
 
     @property
     def head(self) -> nn.Module:
         """The last layer of the last stage, which makes logits of what `forward` returns there."""
-        return self.stage.layers[-1]
+        return self.part.layers[-1]
 
     @property
     def can_be_captured(self) -> bool:
@@ -109,7 +109,7 @@ class Inference:
         before = self.pipe.rank - 1
         if before < 0:
             return None
-        interface = self.stage.interface
+        interface = self.part.interface
         like = torch.empty(0, dtype=interface.dtype, device=self.context.device)
         shape = interface.activation_shape(*batch.input_ids.shape)
         return start_receive(shape, like, self.pipe.link(before, self.pipe.rank), before).wait()

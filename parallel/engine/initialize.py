@@ -19,7 +19,7 @@ from parallel.mesh.agreement import Agreement
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.loss import Criterion
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.part import ModelPart
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def initialize(
     context = current()
     Agreement(context.mesh.world).agree_on(f"initialize with {_description(model)}")
     engine: Engine | ModuleEngine
-    if isinstance(model, Stage):
+    if isinstance(model, ModelPart):
         if criterion is not None:
             raise ModelError("criterion: a stage of models.build makes its own loss. Leave the criterion out.")
         engine = Engine(model, context, optimizer)
@@ -100,7 +100,7 @@ def _description(model: nn.Module) -> str:
 
     The ranks of a pipeline have different stages, of which only the class is the same.
     """
-    if isinstance(model, Stage):
+    if isinstance(model, ModelPart):
         return "a stage"
     named = dict(model.named_parameters())
     parameters = [(name, _shape_of(x), x.dtype, x.requires_grad) for name, x in named.items()]

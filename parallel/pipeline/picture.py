@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from parallel.pipeline.schedule import Action, Op
+from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.timeline import Span, Timeline
 
 GAP = " … "  # stands for the middle of a row

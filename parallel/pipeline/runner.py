@@ -1,7 +1,6 @@
-"""The execution of a plan that has one stage per rank: one rank's actions, one after another."""
+"""The execution of a plan: one rank's actions, one after another."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,8 +10,8 @@ from parallel.mesh.collectives import Pending
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
-from parallel.pipeline.schedule import Action, Op, Plan
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.part import ModelPart
+from parallel.pipeline.plan import Action, Op, Plan
 
 PipelinePhase: TypeAlias = Literal["forward", "backward", "transfer"]
 """The phases of a step that the time of a plan's actions is counted in."""
@@ -29,24 +28,21 @@ class Runner:
     later. A receive is posted no earlier than it is needed: while NCCL's receive waits for the other end, it takes
     multiprocessors from what computes.
 
-    `weight_gradients` defers the gradients of weights, which only the update waits for: those of a microbatch are
-    computed after the gradient that the previous stage waits for has been sent (Qi et al. 2023, "Zero Bubble Pipeline
-    Parallelism", section 2.1). With None they are computed during backward, in autograd's order. `mark` is called with
-    each phase that begins, and with its action.
+    `weight_gradients` keeps the gradients of weights between an I, which leaves them there, and its W. `mark` is called
+    with each phase that begins, and with its action.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        part: ModelPart,
         pipe: Pipe,
         microbatches: Sequence[Microbatch],
         *,
-        weight_gradients: DeferredCalls | None = None,
+        weight_gradients: DeferredCalls,
         mark: Callable[[PipelinePhase, object], None] = lambda phase, action: None,
     ) -> None:
-        self.stage, self.pipe, self.microbatches, self.mark = stage, pipe, microbatches, mark
-        # No rank waits for a gradient from the first stage, so there is nothing to defer for.
-        self.weight_gradients = weight_gradients if pipe.rank > 0 else None
+        self.part, self.pipe, self.microbatches, self.mark = part, pipe, microbatches, mark
+        self.weight_gradients = weight_gradients
         self.is_last = pipe.rank == pipe.size - 1
         self.device = microbatches[0].input_ids.device
         self.inputs: dict[int, Tensor] = {}  # activations of the previous stage, from F to the end of B and SEND_B
@@ -60,7 +56,7 @@ class Runner:
         A plan with backwards leaves the gradients with the parameters' hooks; one without computes no gradients.
         """
         actions = plan.ranks[self.pipe.rank]
-        trains = any(action.op is Op.B for action in actions)
+        trains = any(action.op.makes_input_gradient for action in actions)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.set_grad_enabled(trains):
             for action in actions:
@@ -69,6 +65,12 @@ class Runner:
                         total += self._forward(action)
                     case Op.B:
                         self._backward(action)
+                    case Op.I:
+                        with self.weight_gradients.deferring((action.stage, action.microbatch)):
+                            self._backward(action)
+                    case Op.W:
+                        self.mark("backward", action)
+                        self.weight_gradients.run_deferred((action.stage, action.microbatch))
                     case Op.SEND_F | Op.SEND_B:
                         self._send(action)
                     case Op.RECV_F | Op.RECV_B:
@@ -81,15 +83,14 @@ class Runner:
         self.mark("forward", action)
         if x is not None and torch.is_grad_enabled():
             self.inputs[m] = x.requires_grad_()
-        self.outputs[m] = self.stage(x, self.microbatches[m])
+        self.outputs[m] = self.part(x, self.microbatches[m], action.stage)
         return self.outputs[m].detach() if self.is_last else 0.0
 
     def _backward(self, action: Action) -> None:
         gradient = self._wait_for_input(Op.RECV_B, action)
         self.mark("backward", action)
         output = self.outputs.pop(action.microbatch)
-        with nullcontext() if self.weight_gradients is None else self.weight_gradients.deferring():
-            output.backward(gradient)
+        output.backward(gradient)
 
     def _wait_for_input(self, op: Op, action: Action) -> Tensor | None:
         """Wait for the tensor that the action needs, and return it; None at an end of the pipe, where it needs none."""
@@ -102,8 +103,8 @@ class Runner:
     def _receive(self, action: Action) -> None:
         assert action.peer is not None
         axis = self.pipe.link(action.peer, self.pipe.rank)
-        shape = self.stage.interface.activation_shape(*self.microbatches[action.microbatch].input_ids.shape)
-        like = torch.empty(0, dtype=self.stage.interface.dtype, device=self.device)
+        shape = self.part.interface.activation_shape(*self.microbatches[action.microbatch].input_ids.shape)
+        like = torch.empty(0, dtype=self.part.interface.dtype, device=self.device)
         self.receiving[action.op, action.microbatch] = start_receive(shape, like, axis, action.peer)
 
     def _send(self, action: Action) -> None:
@@ -111,9 +112,6 @@ class Runner:
         axis = self.pipe.link(self.pipe.rank, action.peer)
         self.mark("transfer", action)
         self.sending.append(start_send(self._tensor_to_send(action), axis, action.peer))
-        if action.op is Op.SEND_B and self.weight_gradients is not None:
-            self.mark("backward", f"W{action.stage}.{action.microbatch}")
-            self.weight_gradients.run_deferred()
         self._wait_for_sends(all_but=SENDS_IN_FLIGHT)
 
     def _tensor_to_send(self, action: Action) -> Tensor:

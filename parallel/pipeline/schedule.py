@@ -1,12 +1,8 @@
-"""Pipeline schedules as data: for every rank of the pipe, the list of actions that it executes, in order.
+"""Pipeline schedules: generators of plans, and the passes that make of a plan what the runner executes.
 
-A generator (`gpipe`, `one_f_one_b`, `forward_only`) orders the computes; `with_transfers` adds the sends and receives
-between them; `validate.validate` proves the result; `timeline.simulate` times it; the runner executes it, one action
-after the other:
-
-    plan = with_transfers(SCHEDULES["1f1b"](num_stages, num_microbatches))
-    for action in plan.ranks[rank]:
-        ...
+A generator (`gpipe`, `one_f_one_b`, `forward_only`) orders the computes. `plan_of` chooses it by name, decides where
+the gradients of weights are computed, and adds the sends and receives between the computes (`with_transfers`).
+`validate.validate` proves the result; `timeline.simulate` times it; the runner executes it, one action after the other.
 
 The proof and the simulation go in steps: a compute, or all the transfers between two computes (`group_transfers`).
 (torch.distributed.pipelining has the same two stages: a compute schedule, which is lowered to one with communication.)
@@ -15,91 +11,18 @@ In the pictures a row is a rank, time runs to the right, `F2` is the forward of 
 bubble), and forward and backward are drawn equally long.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
-from itertools import groupby
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TypeAlias
+
+from parallel.config import PipelineConfig
+from parallel.pipeline.plan import Action, Op, Plan
+
+Generator: TypeAlias = Callable[[int, int, int], Plan]
+"""Makes the plan of the computes on this many ranks, for this many microbatches, with this many chunks on each rank."""
 
 
-class PlanError(ValueError):
-    """The error of a plan that computes something wrong, or in which a rank waits forever."""
-
-
-class Op(Enum):
-    """The kinds of actions: forward and backward of a stage, and the transfers between stages.
-
-    Activations are sent forward (_F, to the next stage), gradients are sent back (_B, to the previous one).
-    """
-
-    F = "F"
-    B = "B"
-    SEND_F = "SEND_F"
-    RECV_F = "RECV_F"
-    SEND_B = "SEND_B"
-    RECV_B = "RECV_B"
-
-    @property
-    def is_transfer(self) -> bool:
-        """True for an action that sends or receives."""
-        return self not in (Op.F, Op.B)
-
-    @property
-    def is_send(self) -> bool:
-        """True for an action that sends."""
-        return self in (Op.SEND_F, Op.SEND_B)
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One action of a rank for one microbatch.
-
-    `stage` is the stage that computes, or whose own input or output is transferred: `SEND_F0.3>1` (stage 0's output for
-    microbatch 3 goes to rank 1) matches `RECV_F1.3<0` (stage 1's input comes from rank 0). `peer` is the rank at the
-    other end of a transfer.
-    """
-
-    op: Op
-    stage: int
-    microbatch: int
-    peer: int | None = None
-
-    @property
-    def payload(self) -> "Action":
-        """The compute whose result is transferred; it identifies the message, and is the same at both ends."""
-        match self.op:
-            case Op.SEND_F:
-                return Action(Op.F, self.stage, self.microbatch)
-            case Op.RECV_F:
-                return Action(Op.F, self.stage - 1, self.microbatch)
-            case Op.SEND_B:
-                return Action(Op.B, self.stage, self.microbatch)
-            case Op.RECV_B:
-                return Action(Op.B, self.stage + 1, self.microbatch)
-        raise AssertionError(f"{self} carries nothing")
-
-    def __str__(self) -> str:
-        name = f"{self.op.value}{self.stage}.{self.microbatch}"
-        if self.peer is None:
-            return name
-        return f"{name}{'>' if self.op.is_send else '<'}{self.peer}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The actions of each rank of the pipe in one step (`ranks[r]`), for all stages and microbatches."""
-
-    ranks: tuple[tuple[Action, ...], ...]
-    num_stages: int
-    num_microbatches: int
-
-    def rank_of_stage(self) -> dict[int, int]:
-        """Return the rank that computes each stage."""
-        return {
-            action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions if action.op is Op.F
-        }
-
-
-def gpipe(num_stages: int, num_microbatches: int) -> Plan:
+def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """Return the plan of all forwards, then all backwards: a stage holds the activations of all microbatches at once.
 
         rank 0  F0 F1 F2 F3 .. .. .. .. B0 B1 B2 B3
@@ -110,10 +33,10 @@ def gpipe(num_stages: int, num_microbatches: int) -> Plan:
     bubble, and sums gradients in the order of 1F1B and of plain accumulation.
     """
     forwards, backwards = [Op.F] * num_microbatches, [Op.B] * num_microbatches
-    return _one_stage_per_rank([forwards + backwards] * num_stages, num_microbatches)
+    return _one_stage_per_rank([forwards + backwards] * num_ranks, num_microbatches)
 
 
-def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
+def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """Return the plan of a warm-up, then one forward and one backward in turn.
 
     Stage s holds the activations of at most num_stages - s microbatches.
@@ -126,24 +49,21 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
     section 2.2.1 (PipeDream-Flush). On one stage this is gradient accumulation: F0 B0 F1 B1 ...
     """
     orders = []
-    for stage in range(num_stages):
-        num_warmup = min(num_stages - stage - 1, num_microbatches)
+    for stage in range(num_ranks):
+        num_warmup = min(num_ranks - stage - 1, num_microbatches)
         steady = [Op.F, Op.B] * (num_microbatches - num_warmup)
         orders.append([Op.F] * num_warmup + steady + [Op.B] * num_warmup)
     return _one_stage_per_rank(orders, num_microbatches)
 
 
-def forward_only(num_stages: int, num_microbatches: int) -> Plan:
+def forward_only(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """Return the plan of an evaluation: forwards alone, of which nothing is kept for a backward.
 
     rank 0  F0 F1 F2 F3 .. ..
     rank 1  .. F0 F1 F2 F3 ..
     rank 2  .. .. F0 F1 F2 F3
     """
-    return _one_stage_per_rank([[Op.F] * num_microbatches] * num_stages, num_microbatches)
-
-
-SCHEDULES: dict[str, Callable[[int, int], Plan]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+    return _one_stage_per_rank([[Op.F] * num_microbatches] * num_ranks, num_microbatches)
 
 
 def _one_stage_per_rank(orders: list[list[Op]], num_microbatches: int) -> Plan:
@@ -171,6 +91,9 @@ def with_transfers(plan: Plan) -> Plan:
     for rank, computes in enumerate(plan.ranks):
         actions: list[Action] = []
         for compute in computes:
+            if compute.op is Op.W:
+                actions.append(compute)
+                continue
             send, receive, step = (Op.SEND_F, Op.RECV_F, 1) if compute.op is Op.F else (Op.SEND_B, Op.RECV_B, -1)
             source = rank_of_stage.get(compute.stage - step, rank)
             target = rank_of_stage.get(compute.stage + step, rank)
@@ -183,10 +106,41 @@ def with_transfers(plan: Plan) -> Plan:
     return Plan(tuple(ranks), plan.num_stages, plan.num_microbatches)
 
 
-def group_transfers(actions: Iterable[Action]) -> Iterator[Action | tuple[Action, ...]]:
-    """Yield the steps of one rank: each compute by itself, adjacent transfers as one tuple, which is posted at once."""
-    for is_transfer, group in groupby(actions, key=lambda action: action.op.is_transfer):
-        if is_transfer:
-            yield tuple(group)
-        else:
-            yield from group
+SCHEDULES: Mapping[str, Generator] = MappingProxyType({"gpipe": gpipe, "1f1b": one_f_one_b})
+
+
+def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool) -> Plan:
+    """Return the plan of a training step, with transfers, which the runner executes.
+
+    With `recomputes` the gradients of weights are computed in the backward itself: kept for later they would keep what
+    was recomputed for it.
+    """
+    plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
+    return with_transfers(joined(plan) if recomputes else weights_after_sends(plan))
+
+
+def joined(plan: Plan) -> Plan:
+    """Return the plan with whole backwards: each I becomes a B, and W is left out."""
+    ranks = [
+        tuple(Action(Op.B, a.stage, a.microbatch) if a.op is Op.I else a for a in actions if a.op is not Op.W)
+        for actions in plan.ranks
+    ]
+    return Plan(tuple(ranks), plan.num_stages, plan.num_microbatches)
+
+
+def weights_after_sends(plan: Plan) -> Plan:
+    """Return the plan in which each B whose gradient another rank waits for is an I, and a W after it.
+
+    So the gradient is sent before those of the weights are computed (Qi et al. 2023, section 2.1).
+    """
+    rank_of_stage = plan.rank_of_stage()
+    ranks = []
+    for rank, actions in enumerate(plan.ranks):
+        halves: list[Action] = []
+        for action in actions:
+            if action.op is Op.B and rank_of_stage.get(action.stage - 1, rank) != rank:
+                halves += [Action(op, action.stage, action.microbatch) for op in (Op.I, Op.W)]
+            else:
+                halves.append(action)
+        ranks.append(tuple(halves))
+    return Plan(tuple(ranks), plan.num_stages, plan.num_microbatches)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from parallel.pipeline.schedule import Action, Op, Plan, PlanError, group_transfers
+from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
 
 OTHER_END = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
 FROM_STAGE = {Op.SEND_F: 0, Op.RECV_F: -1, Op.SEND_B: 0, Op.RECV_B: 1}
@@ -92,13 +92,13 @@ def num_simulated(num_stages: int, num_microbatches: int) -> int:
 
 
 def _peak_in_flight(actions: Sequence[Action]) -> int:
-    awaited = {(action.stage, action.microbatch) for action in actions if action.op is Op.B}
+    awaited = {(action.stage, action.microbatch) for action in actions if action.op.makes_input_gradient}
     kept = peak = 0
     for action in actions:
         if action.op is Op.F:
             peak = max(peak, kept + 1)
             kept += (action.stage, action.microbatch) in awaited
-        elif action.op is Op.B:
+        elif action.op.makes_input_gradient:
             kept -= 1
     return peak
 
@@ -150,7 +150,9 @@ def simulate(
     concurrently, and the group ends with the last of them. A compute's cost is one number for all stages, or one for
     each. Raises PlanError, which names what each rank waits for, where ranks wait forever.
     """
-    costs = {Op.F: _per_stage(forward_cost, plan), Op.B: _per_stage(backward_cost, plan)}
+    backward = _per_stage(backward_cost, plan)
+    half = [cost / 2 for cost in backward]
+    costs = {Op.F: _per_stage(forward_cost, plan), Op.B: backward, Op.I: half, Op.W: half}
     ranks = [_Rank([_Step.of(step) for step in group_transfers(actions)]) for actions in plan.ranks]
     posted: dict[_End, float] = {}
 

@@ -6,7 +6,7 @@ posted (no buffering), and messages between two ranks arrive in the order in whi
 
 from collections import Counter, defaultdict
 
-from parallel.pipeline.schedule import Action, Op, Plan, PlanError
+from parallel.pipeline.plan import Action, Op, Plan, PlanError
 from parallel.pipeline.timeline import simulate
 
 __all__ = ["PlanError", "validate"]
@@ -26,8 +26,13 @@ def validate(plan: Plan) -> None:
 
 def _check_computes(plan: Plan) -> None:
     """Check that each (stage, microbatch) is computed exactly once, forward and, in a training plan, backward."""
-    counts = Counter(action for actions in plan.ranks for action in actions if not action.op.is_transfer)
-    ops = [op for op in (Op.F, Op.B) if op is Op.F or any(action.op is Op.B for action in counts)]
+    computes = [action for actions in plan.ranks for action in actions if not action.op.is_transfer]
+    counts = Counter(_as_backward(action) for action in computes)
+    ops = [op for op in (Op.F, Op.B, Op.W) if op is Op.F or any(action.op is op for action in counts)]
+    ops = [op for op in ops if op is not Op.W]
+    for action in computes:
+        if action.op is Op.W:
+            counts.pop(action, 0)
     for op in ops:
         for stage in range(plan.num_stages):
             for microbatch in range(plan.num_microbatches):
@@ -93,7 +98,7 @@ def _check_order(plan: Plan) -> None:
                 if need not in available:
                     raise PlanError(f"rank {rank} reaches {action} before it has the result of {need}")
             if not action.op.is_transfer:
-                available.add(action)
+                available.add(_as_backward(action))
             elif not action.op.is_send:
                 available.add(action.payload)
 
@@ -104,10 +109,17 @@ def _needs(action: Action, num_stages: int) -> list[Action]:
     match action.op:
         case Op.F:
             return [Action(Op.F, stage - 1, microbatch)] if stage > 0 else []
-        case Op.B:
+        case Op.B | Op.I:
             gradient = [Action(Op.B, stage + 1, microbatch)] if stage < num_stages - 1 else []
             return [Action(Op.F, stage, microbatch), *gradient]
         case Op.SEND_F | Op.SEND_B:
             return [action.payload]
+        case Op.W:
+            return [Action(Op.B, stage, microbatch)]
         case Op.RECV_F | Op.RECV_B:
             return []
+
+
+def _as_backward(action: Action) -> Action:
+    """Return the action, and B for an I, whose result is the same gradient."""
+    return Action(Op.B, action.stage, action.microbatch) if action.op is Op.I else action

@@ -1,4 +1,4 @@
-"""One rank's part of a model: some of its layers, in order, and what the pipeline and the engine must know of them."""
+"""One rank's part of a model: its pipeline stages, and what the pipeline and the engine must know of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +36,13 @@ def keep_values(infos: Sequence[ParameterInfo]) -> None:
     """Leave the parameters as they are."""
 
 
-class Stage(nn.Module):
-    """One pipeline stage of a model, as this rank holds it.
+class ModelPart(nn.Module):
+    """The pipeline stages of a model that one rank holds: one or, with several chunks, some that are far apart.
 
-    forward(x, microbatch): x is None on the first stage and the previous stage's output on the others. The last stage
-    returns the loss summed over this rank's tokens, the others return activations.
+    forward(x, microbatch, stage): x is None on the first stage of the model and the previous stage's output on the
+    others. The last stage returns the loss summed over this rank's tokens, the others return activations.
 
+    `stages`: the layers of each of this rank's stages, in order, by the stage's number in the model.
     `infos`: the parameters of this rank, each once.
     `units`: the layers whose parameters can be gathered on demand, one layer at a time, by the name of their unit
     (`ParameterInfo.unit`).
@@ -51,7 +52,7 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
+        stages: Mapping[int, Sequence[nn.Module]],
         infos: Sequence[ParameterInfo],
         *,
         interface: StageInterface,
@@ -60,7 +61,8 @@ class Stage(nn.Module):
         inputs: InputsOnHost | None = None,
     ) -> None:
         super().__init__()
-        self.layers, self.infos = nn.ModuleList(layers), list(infos)
+        self.stages = {number: tuple(layers) for number, layers in stages.items()}
+        self.layers, self.infos = nn.ModuleList(layer for layers in stages.values() for layer in layers), list(infos)
         self.interface, self.units = interface, units
         self.set_initial_values, self.inputs = set_initial_values, inputs
 
@@ -70,8 +72,8 @@ class Stage(nn.Module):
         found = {layer: next((unit_of[x] for x in layer.parameters() if x in unit_of), "") for layer in self.layers}
         return {layer: name for layer, name in found.items() if name}
 
-    def forward(self, x: Tensor | None, microbatch: Microbatch) -> Tensor:
-        for layer in self.layers:
+    def forward(self, x: Tensor | None, microbatch: Microbatch, stage: int) -> Tensor:
+        for layer in self.stages[stage]:
             x = layer(x, microbatch)
         assert x is not None
         return x
