@@ -132,7 +132,7 @@ OTHER_SCHEDULES: Mapping[str, str] = MappingProxyType(
         "zerobubblev": "zero_bubble_v",
     }
 )
-"""What torch, Megatron-LM, DeepSpeed, Colossal-AI and papers call a schedule, and the nearest one here."""
+"""The schedules of torch, Megatron-LM, DeepSpeed, Colossal-AI and papers, and the nearest one here."""
 
 ACCUMULATION = (
     "gradient_accumulation_steps",

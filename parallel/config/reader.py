@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from types import NoneType, UnionType
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from parallel.config.literals import literal
 from parallel.config.other_names import advice, key_text
 from parallel.config.paths import PathError, expanded
-from parallel.errors import SHOWN, closest, either, shown
+from parallel.errors import SHOWN, ConfigError, closest, either, shown
 
 Section = TypeVar("Section")
 
@@ -78,12 +78,14 @@ class Expanded:
 class NamesOrFile:
     """The mark of a text that is one of these names, or the path of a file that ends in `suffix`.
 
-    `other_names`: what other programs call them, in lower case without punctuation.
+    `other_names`: what other programs call them, in lower case without punctuation. `read_file` returns what becomes of
+    a path; it may raise ConfigError.
     """
 
     names: tuple[str, ...]
     suffix: str
     other_names: Mapping[str, str]
+    read_file: Callable[[str], str] = str
 
     def read(self, raw: object) -> str:
         """Return a name as it is, and a path expanded. Raises MisreadError."""
@@ -92,7 +94,7 @@ class NamesOrFile:
         if isinstance(raw, str) and raw in self.names:
             return raw
         if isinstance(raw, str) and raw.endswith(self.suffix):
-            return _expanded(_scalar(str, raw))
+            return self.read_file(_expanded(_scalar(str, raw)))
         wrong = f"needs one of {', '.join(map(repr, self.names))}, or a {self.suffix} file, got {shown(raw)}"
         plain = re.sub(r"\W|_", "", raw[:SHOWN]).casefold().removeprefix("schedule") if isinstance(raw, str) else ""
         nearest = self.other_names.get(plain) or closest(plain, self.names)
@@ -152,6 +154,10 @@ class Reader:
     def _value(self, hint: Any, raw: object, path: tuple[str, ...], default: object) -> Any:
         try:
             value = convert(hint, raw)
+        except ConfigError as error:
+            self.problems += error.problems
+            self.misread.update(path[:1])
+            return default
         except MisreadError as error:
             nearest = error.nearest if can_convert(hint, error.nearest) else default
             self._report(path, f"{error.wrong}. Try {nearest!r}.")
