@@ -1,6 +1,6 @@
 """The gradient of a weight can be computed later than that of the input, whatever collectives surround the matmul."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -16,6 +16,7 @@ from torch import Tensor
 from parallel.config import PipelineConfig
 from parallel.config.parallel import TensorConfig
 from parallel.engine import engine
+from parallel.errors import ConfigError
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.plan import Action, Op, Plan
@@ -32,12 +33,16 @@ from tests.parity import (
     batches_of,
     compare,
     config_of,
+    engine_of,
     padded,
     reference,
     relative,
     save_model,
+    share_of,
     train,
 )
+from tests.patience import LIMIT
+from training import preflight
 
 BOUND = 1e-13  # relative, in fp64: sums of at most 24 terms
 RANKS = 4  # two rows of two columns
@@ -333,3 +338,41 @@ def test_steps_whose_weight_gradients_all_come_last_equal_hugging_face(tmp_path:
     found = run(train_in_two_parts, world_size, raw, batches)[0]
     assert found is not None
     compare(found, reference(path, raw, batches), 1e-9, is_fp64=True)
+
+
+def gradients_in_w(rank: int, world_size: int, raw: Raw) -> list[int]:
+    """Return how many gradients of weights each W of a step computes."""
+    trained = engine_of(rank, world_size, raw)
+    deferred, found = trained.gradients.deferred, list[int]()
+
+    def run_deferred(key: Hashable) -> None:
+        before = sum(total.missing or 0 for total in trained.gradients._sums)
+        DeferredCalls.run_deferred(deferred, key)
+        found.append(before - sum(total.missing or 0 for total in trained.gradients._sums))
+
+    with patch.object(deferred, "run_deferred", run_deferred):
+        trained.train_step(share_of(batches_of(1)[0], trained))
+    trained.mesh.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 1800)
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tensor", [{}, dict(mode="2d", size=2, rows=2)], ids=["none", "2d2x1"])
+def test_a_compiled_block_leaves_the_gradients_of_its_weights_to_w(tensor: Raw, compiles: bool) -> None:
+    """The second stage has one block of four linears, and its backwards are I and W. Compiled code that computed the
+    four gradients in I would leave nothing to W. (The last W completes the chunk, which counts anew.)
+    """
+    skip_without_compiler()
+    parallel = dict(pipeline=dict(size=2, layers=[1, 1]), tensor=tensor)
+    raw = config_of(parallel, steps=1, model=MODEL, train=dict(compile=compiles))
+    *_, last = run(gradients_in_w, 2 * tensor.get("size", 1), raw, timeout=3 * LIMIT)
+    assert last[:2] == [4, 4]
+
+
+def skip_without_compiler() -> None:
+    try:
+        preflight.check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
