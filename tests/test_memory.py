@@ -19,11 +19,15 @@ from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Sh
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
+from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
+from parallel.tensor.layers import Linear
+from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
 from tests.harness import run
 from tests.parity import config_of, engine_of
+from tests.tables import rows
 
 NOTATION = Path(__file__).parent.parent / "docs/notation.md"
 
@@ -64,6 +68,7 @@ class Account:
     """The measurements of one rank: each variant's block, a whole model, and the loss."""
 
     blocks: dict[str, Kept]
+    from_i_to_w: dict[str, int]  # bytes that a block holds
     model: int
     loss: Peaks
 
@@ -78,7 +83,8 @@ def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
     mode = mode_of(rank, tensor, torch.float32)
     blocks = {name: kept_by_a_block(shape, mode) for name, shape in {**VARIANTS, **FAMILY_SHAPES}.items()}
     blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
-    return Account(blocks, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
+    waiting = {name: kept_from_i_to_w(shape, mode, tensor) for name, shape in FAMILY_SHAPES.items()}
+    return Account(blocks, waiting, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
 
 
 # -- a block -----------------------------------------------------------------------------------------------------------
@@ -143,6 +149,38 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
 
 
+def kept_from_i_to_w(shape: ModelShape, mode: Mode, tensor: TensorConfig) -> int:
+    """Return the bytes that a block holds after a backward that leaves the gradients of weights for later."""
+    block, deferred = block_of(shape, mode), DeferredCalls()
+    for module in block.modules():
+        if isinstance(module, Linear):
+            module.receiver = GradientReceiver(deferred, lambda a, b: None, lambda gradient: None)
+    tokens = torch.zeros(B, S, dtype=torch.int64)
+    held = Allocations()
+    with held:
+        x = torch.ones(mode.activation_shape(B, S, shape.hidden_size)).requires_grad_()
+        y = block(x, Microbatch(tokens, tokens, torch.arange(B)))
+        dy = torch.ones_like(y)
+        with deferred.deferring("a microbatch"):
+            y.backward(dy)
+        gradients = [p.grad for p in (x, *block.parameters()) if p.grad is not None]
+        del x, y, dy
+    known = sum({storage_of(x): x.untyped_storage().nbytes() for x in gradients}.values())
+    tables = (
+        2 * S * shape.head_size * FLOAT if shape.positions is None else 0
+    )  # cosines and sines, which all blocks use
+    found = held.wait_for(from_i_to_w(shape, tensor) + known + tables) - known - tables
+    deferred.run_deferred("a microbatch")
+    return found
+
+
+def from_i_to_w(shape: ModelShape, tensor: TensorConfig) -> int:
+    """Return the bytes that the document says a block holds from I to W."""
+    mode = tensor.mode or "none"
+    (formula,) = (r.answer for r in rows("docs/notation.md", "From I to W") if mode in r.what.split(", "))
+    return round(value(formula, letters(tensor, shape, B, S)) * FLOAT)
+
+
 def formula_of(tensor: TensorConfig) -> str:
     """Return the formula in the docstring of the mode's class."""
     found = re.search(r"^ *kept by a block +(.*)$", MODES[tensor.mode].__doc__ or "", re.MULTILINE)
@@ -187,6 +225,14 @@ def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: s
         assert max(kept.sizes) == max(between, T * A * D // p, T * Z // p)
         assert T * G * D // p in kept.sizes  # k and v have their own number of heads
         assert not kept.hidden
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_a_block_keeps_from_i_to_w_what_the_documents_say(family: str, layout: str) -> None:
+    """That is the rank's own part of each factor: nothing that was gathered, and nothing that only I needs."""
+    for found in accounts(layout):
+        assert found.from_i_to_w[family] == from_i_to_w(FAMILY_SHAPES[family], LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
