@@ -230,7 +230,7 @@ def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: s
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_a_block_keeps_from_i_to_w_what_the_documents_say(family: str, layout: str) -> None:
-    """That is the rank's own part of each factor: nothing that was gathered, and nothing that only I needs."""
+    """The formula counts the rank's own part of each factor: nothing that was gathered, nothing that only I needs."""
     for found in accounts(layout):
         assert found.from_i_to_w[family] == from_i_to_w(FAMILY_SHAPES[family], LAYOUTS[layout])
 
