@@ -43,7 +43,7 @@ def test_an_empty_config_is_the_documented_default() -> None:
         },
         "parallel": {
             "pipeline": {"size": 1, "schedule": "1f1b", "layers": None, "chunks": None},
-            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False},
+            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False, "overlap": False},
             "context": {"size": 1, "kind": "ring"},
         },
         "zero": {

@@ -105,7 +105,7 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
         {"output": {"keep_best": True}, "train": {"early_stopping": {}}}
     ),
     "a callback or a logger that is not there": lambda path, _: refusal_of_callbacks("mine:Steps"),
-    "a key that is promised, but not built yet": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
+    "`overlap` without a tensor mode": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
     "the name of a model on the hub": lambda path, _: refusal({"model": {"path": "facebook/opt-125m"}}),
     "another `model.name` over a run's config.json, which has all fields of its model": lambda path, _: (
         refusal_over_a_run(path / "config.json", "model.name=llama-tiny")

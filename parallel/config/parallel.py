@@ -129,6 +129,12 @@ class TensorConfig:
     sequence_parallel: Annotated[bool, Supported(False)] = False
     """True: 1d also splits activations between blocks, along the sequence. It is not available yet."""
 
+    overlap: bool = False
+    """True: the collectives around each linear are in slices, of which one is in flight while another is multiplied.
+    As many bytes are sent, in more calls. A slice has at least 256 tokens, rows or columns: smaller models have few or
+    none. False until it has been measured on several GPUs.
+    """
+
     @property
     def _form(self) -> tuple[int, int]:
         """The pair (unit, power): the sizes that this mode can have are unit × k ** power, for whole numbers k."""
@@ -181,6 +187,8 @@ class TensorConfig:
             found.append(
                 f"parallel.tensor.rows: {self.rows} needs mode '2d' or '2.5d', got {self.mode!r}. Try rows=None."
             )
+        if self.overlap and self.mode is None:
+            found.append("parallel.tensor.overlap: True needs a tensor mode, got None. Try False, or mode='1d'.")
         if not found and not self.fits():
             found.append(f"parallel.tensor: {self._misfit()}")
         return found
