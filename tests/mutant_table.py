@@ -441,7 +441,7 @@ SEQUENCES = (
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_all_to_all_and_rotate_move_the_right_parts"),
     Mutant("positions-of-the-first-part", "every rank numbers its tokens from the beginning of the sequence",
-           LAYER, "self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)",
+           LAYER, "self.blocks_mode.tokens_between(self.learned.rows_of(batch))",
            "self.blocks_mode.local(self.learned.rows_of(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share dropout masks with the next sample's first ones",
@@ -474,7 +474,7 @@ SEQUENCES = (
            MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a dropout mask",
-           LAYER, "mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           LAYER, "mode.positions_between(sequence, y.device)", "torch.arange(sequence, device=y.device)",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
