@@ -2497,6 +2497,62 @@ ENDS = (
     ),
 )
 
+SPLIT_IN_1D = "tests/test_parity.py::test_training_equals_hugging_face[1d2-sp-fp64]"
+SPLIT_TESTS = "tests/test_sequence_parallel.py"
+SPLIT_TRAINS = f"{SPLIT_TESTS}::test_it_trains_as_a_single_process_with_dropout[{{}}]"
+OF_REPLICAS = '(self.mesh.axis("data", "context"),)'
+
+SEQUENCE_PARALLEL = (
+    Mutant(
+        "sequence-norms-not-summed",
+        "the weights of norms get the gradient of a rank's own positions",
+        MODE,
+        "layout = self.layout((hidden,), self.hidden) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-biases-not-summed",
+        "the biases of linears out of a block get the gradient of its own positions",
+        MODE,
+        "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-positions-not-summed",
+        "the position table gets the gradient of a rank's own positions",
+        MODE,
+        "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-labels-follow-one-another",
+        "the labels of a token slice are those of its first rank's positions",
+        "parallel/tensor/loss.py",
+        "labels[..., tokens].flatten(1)",
+        "labels.flatten(1)[:, labels.shape[1] * start :][:, : logits.shape[1]]",
+        f"{SPLIT_TESTS}::test_labels_of_a_token_slice_are_those_of_each_ranks_positions",
+    ),
+    Mutant(
+        "sequence-dropout-by-own-positions",
+        "the parts of a sequence share a dropout mask",
+        MODE,
+        "return self.local(self.sequence.positions(inside, device), self.length)",
+        "return self.sequence.positions(local, device)",
+        SPLIT_TRAINS.format("dp2-1d2-zero3-gpt2"),
+    ),
+    Mutant(
+        "sequence-head-norms-summed-twice",
+        "the gradient of a norm over each head is summed over t as tokens and heads",
+        MODE,
+        "*self.token_axes) if name not in done)), *heads]",
+        "*self.token_axes) if name not in own)), *heads]",
+        SPLIT_TRAINS.format("1d2-qwen3"),
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2551,4 +2607,5 @@ MUTANTS = (
     *HOSTILE_FILES,
     *KILLS,
     *ENDS,
+    *SEQUENCE_PARALLEL,
 )

@@ -65,7 +65,14 @@ LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
     "dp2-2.5d2x1x2": ("2d, 2.5d", TensorConfig("2.5d", 4, depth=2, rows=1), 2),
     "3d2x2x2": ("3d", TensorConfig("3d", 8), 1),
 }
-WITH_ALL_MODELS = ("dp2", "1d4", "1d2-sp", "2d2x4", "2.5d2x2x2", "3d2x2x2")  # whose ranks are started once for all models
+WITH_ALL_MODELS = (
+    "dp2",
+    "1d4",
+    "1d2-sp",
+    "2d2x4",
+    "2.5d2x2x2",
+    "3d2x2x2",
+)  # ranks start once for all models
 CASES = [
     pytest.param(
         layout,
@@ -123,13 +130,14 @@ def named(call: Call, engine: Engine) -> Call:
     """Return the call, with the part `gradient sums` if it is one.
 
     A chunk's sum over its first axis may be launched during any part of the last backward. It is recognized by its
-    group: no layer's backward all-reduces anything over such a group. The sum over a further axis, that of heads for the norms of q and k, follows
-    after the last backward, outside the layers, which all-reduce over the same group.
+    group: no layer's backward all-reduces anything over such a group. The sum over a further axis, that of heads for
+    the norms of q and k, follows after the last backward, outside the layers, which all-reduce over the same group.
     """
     syncs = [info.layout.sync for info in engine.part.infos]
     first = {sync[0].group.group_name for sync in syncs if sync[0].group is not None}
     further = {axis.group.group_name for sync in syncs for axis in sync[1:] if axis.group is not None}
-    is_sum = (call.group in first and not call.part.endswith("forward")) or (call.group in further and call.part == OUTSIDE)
+    is_forward = call.part.endswith(" forward")
+    is_sum = (call.group in first and not is_forward) or (call.group in further and call.part == OUTSIDE)
     is_sum = is_sum and call.kind == "all_reduce" and call.elements > FEW
     return replace(call, part=SUMS) if is_sum else call
 
