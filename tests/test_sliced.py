@@ -135,13 +135,16 @@ def elements(calls: Calls) -> Counter[str]:
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "1d2-sequence": (2, dict(tensor=dict(mode="1d", size=2, sequence_parallel=True))),
     "2d4": (4, dict(tensor=dict(mode="2d", size=4))),
 }
 MORE: dict[str, tuple[int, Raw]] = {
     "2d2x3": (6, dict(tensor=dict(mode="2d", size=6, rows=2))),
     "2.5d4-depth2": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),
     "3d8": (8, dict(tensor=dict(mode="3d", size=8))),
+    "1d3-sequence": (3, dict(tensor=dict(mode="1d", size=3, sequence_parallel=True))),
     "pp2-1d2": (4, dict(pipeline=2, tensor=dict(mode="1d", size=2))),
+    "pp2-1d2-sequence": (4, dict(pipeline=2, tensor=dict(mode="1d", size=2, sequence_parallel=True))),
     "pp2-2d4": (8, dict(pipeline=2, tensor=dict(mode="2d", size=4))),
 }
 
