@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from parallel.errors import ConfigError, shown
+from parallel.errors import ConfigError
 from parallel.mesh.topology import Topology
 from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.timeline import Span, Timeline
@@ -96,19 +96,20 @@ def _spans(rows: Sequence[Sequence[Any]]) -> list[Span]:
     return spans
 
 
-def check_plan(measured: Measured, plan: Sequence[Sequence[Action]], run: Path) -> None:
+def check_plan(measured: Measured, planned: Timeline, run: Path) -> None:
     """Raise ConfigError where the run has computed something else than this plan, rank by rank."""
     advice = f"Give the run's own config: --config {run / 'config.json'}."
-    rows = [[span.action for span in row] for row in measured.timeline.rows]
-    if len(rows) != len(plan):
-        raise ConfigError(f"{KEY}: {run} has {len(rows)} ranks in its pipe, and the config {len(plan)}. {advice}")
-    for rank, (ran, planned) in enumerate(zip(rows, plan, strict=True)):
-        computes = [action for action in planned if not action.op.is_transfer]
-        if ran != computes:
-            at = next((i for i, pair in enumerate(zip(ran, computes, strict=False)) if pair[0] != pair[1]), None)
-            where = (
-                f"{len(ran)} actions on rank {rank}, and the config's has {len(computes)}"
-                if at is None
-                else f"{shown(str(ran[at]))} on rank {rank}, where the config's has {computes[at]}"
-            )
-            raise ConfigError(f"{KEY}: {run} ran another plan: it has {where}. {advice}")
+    rows = [
+        [[s.action for s in row if not s.action.op.is_transfer] for row in t.rows] for t in (measured.timeline, planned)
+    ]
+    if len(rows[0]) != len(rows[1]):
+        raise ConfigError(f"{KEY}: {run} has {len(rows[0])} ranks in its pipe, and the config {len(rows[1])}. {advice}")
+    for rank, (ran, plan) in enumerate(zip(*rows, strict=True)):
+        at = next((i for i, pair in enumerate(zip(ran, plan, strict=False)) if pair[0] != pair[1]), None)
+        if at is not None:
+            where = f"{ran[at]} on rank {rank}, where the config has {plan[at]}"
+        elif len(ran) != len(plan):
+            where = f"{len(ran)} actions on rank {rank}, where the config has {len(plan)}"
+        else:
+            continue
+        raise ConfigError(f"{KEY}: {run} ran another plan: {where}. {advice}")

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from parallel.errors import ConfigError
 from parallel.pipeline.drawing import MOST_DRAWN, Panel, draw_svg
-from parallel.pipeline.plan import Plan
 from parallel.pipeline.plan_csv import csv_of
-from parallel.pipeline.schedule import plan_of
-from parallel.pipeline.timeline import Span, Timeline, simulate
+from parallel.pipeline.timeline import Span, Timeline
 from parallel.regular_file import check_regular, with_key
 from parallel.storage.no_room import disk_problem, naming
 from parallel.storage.replaced_file import replacing
@@ -20,15 +18,9 @@ from training.preview import Preview
 from training.text import plural
 
 
-def plan_of_preview(preview: Preview) -> Plan:
-    """Return the plan of a step of this config, with all of its microbatches, as the ranks execute it."""
-    recomputes = preview.config.train.activation_checkpointing != "none"
-    return plan_of(preview.config.parallel.pipeline, preview.num_microbatches, recomputes=recomputes)
-
-
 def schedule_csv(preview: Preview) -> str:
     """Return the plan as the CSV that torch's pipelining and `parallel.pipeline.schedule` read."""
-    return csv_of(plan_of_preview(preview))
+    return csv_of(preview.plan(preview.num_microbatches))
 
 
 def picture(preview: Preview, measured: Measured | None = None, run: Path = Path()) -> str:
@@ -45,15 +37,13 @@ def picture(preview: Preview, measured: Measured | None = None, run: Path = Path
             f"train.global_batch_size: a step of {num_microbatches:,} microbatches and"
             f" {plural(pipeline.num_stages, 'stage')} is too large to draw. Try --set train.global_batch_size={size}."
         )
-    plan = plan_of_preview(preview)
-    costs = [stage.cost for stage in preview.stages]
-    planned = simulate(plan, costs, [2 * cost for cost in costs])
+    planned = preview.timeline(whole=True)
     title = f"{pipeline.schedule}: {plural(pipeline.size, 'rank')}"
     title += f" × {pipeline.num_chunks} stages" if pipeline.num_chunks > 1 else ""
     title += f", {plural(num_microbatches, 'microbatch', 'microbatches')}"
     if measured is None:
         return draw_svg(title, [Panel("Planned, by estimated costs", planned, (bubble_text(planned),))])
-    check_plan(measured, plan.ranks, run)
+    check_plan(measured, planned, run)
     planned = scaled(planned, busy(measured.timeline) / busy(planned))
     wrong = f"; clocks of the ranks agree within {1e6 * measured.clock_error:.0f} µs" if measured.clock_error else ""
     ranks = f", ranks {', '.join(map(str, measured.ranks))}" if measured.world_size > len(measured.ranks) else ""

@@ -193,14 +193,18 @@ class _Picture:
 
 
 def in_flight(spans: Sequence[Span]) -> list[tuple[float, int]]:
-    """Return at which times the number of forwards that wait for their backward changes on a rank, and to what."""
-    awaited = {(s.action.stage, s.action.microbatch) for s in spans if s.action.op.makes_input_gradient}
+    """Return at which times the number of forwards that a rank keeps for their backward changes, and to what.
+
+    They are kept from F to B or, where the backward has two halves, to W, as `Timeline.peak_in_flight` counts them.
+    """
+    last = {(s.action.stage, s.action.microbatch): s.action.op for s in spans if s.action.op is not Op.F}
     count, levels = 0, [(0.0, 0)]
     for span in spans:
-        if span.action.op is Op.F and (span.action.stage, span.action.microbatch) in awaited:
+        op, kept_until = span.action.op, last.get((span.action.stage, span.action.microbatch))
+        if op is Op.F and kept_until is not None:
             count += 1
             levels.append((span.start, count))
-        elif span.action.op.makes_input_gradient:
+        elif op is kept_until:
             count -= 1
             levels.append((span.end, count))
     return levels
