@@ -22,7 +22,7 @@ from parallel.regular_file import read_bytes, with_key
 
 KEY = "parallel.pipeline.schedule"
 MOST_BYTES = 1 << 24  # of a file: a step of 64 ranks and 16,000 microbatches
-CELL = re.compile(r"(\d{1,7})(F|B|I|W)(\d{1,7})")
+CELL = re.compile(r"([0-9]{1,7})([FBIW])([0-9]{1,7})")
 
 TRANSFERS = "transfers follow from the computes: leave it out, as torch's format compute_only does"
 SHARDING = "zero.stage decides when parameters are gathered and gradients are summed: leave it out"
