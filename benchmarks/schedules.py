@@ -26,10 +26,10 @@ from types import MappingProxyType
 
 from benchmarks import cpu_peers, pipeline_peers, sleeping
 from benchmarks.workload import GLOBAL_BATCH, PP_MICROBATCHES, SEQUENCE, SHAPE, Step, save_model
-from parallel.config.parallel import PipelineConfig, Schedule
+from parallel.config.parallel import PipelineConfig
 from tests.harness import run
 
-PEERS: Mapping[Schedule, Callable[[Path, int, int], Step]] = MappingProxyType(
+PEERS: Mapping[str, Callable[[Path, int, int], Step]] = MappingProxyType(
     {
         "gpipe": pipeline_peers.gpipe,
         "1f1b": pipeline_peers.one_f_one_b,
