@@ -26,7 +26,7 @@ from types import MappingProxyType
 
 from benchmarks import cpu_peers, pipeline_peers, sleeping
 from benchmarks.workload import GLOBAL_BATCH, PP_MICROBATCHES, SEQUENCE, SHAPE, Step, save_model
-from parallel.config.parallel import PipelineConfig
+from parallel.config import PipelineConfig
 from tests.harness import run
 
 PEERS: Mapping[str, Callable[[Path, int, int], Step]] = MappingProxyType(

@@ -76,7 +76,7 @@ def run_job(
         with refusing_without_room(job.place.rank, "making the model" if job.resume_from is None else "loading"):
             engine = make_engine(context, job)
         attempt.stop.tell(partial(engine.notices.set, "signal"))
-        engine.memory_guard.predicted = preview.stages[engine.pipe.rank].total_bytes
+        engine.memory_guard.predicted = preview.parts[engine.pipe.rank].total_bytes
         with engine.memory_guard.explained(lambda: watch.progress.phase or watch.progress.action):
             train(engine, job, screen, [*callbacks, SavedNote(attempt.history)])
         barrier(context.mesh.world)

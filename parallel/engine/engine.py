@@ -72,8 +72,8 @@ class Engine(EngineState):
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
         for module in stage.modules():
-            if isinstance(module, Linear) and module.can_accumulate:
-                module.accumulate = self.gradients.receiver(module.weight)
+            if isinstance(module, Linear):
+                module.receiver = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")
