@@ -1,4 +1,4 @@
-"""A schedule in a file: what torch's pipelining writes is read, what is written torch reads, and what is wrong is named."""
+"""A schedule in a file: torch's pipelining writes and reads the same files, and what is wrong in one is named."""
 
 import copy
 import os
@@ -52,7 +52,7 @@ def computes(plan: Plan) -> list[list[Action]]:
 # -- torch's format ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("p, m", [(2, 4), (4, 8), (3, 6)])
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (3, 6)])
 @pytest.mark.parametrize(
     "name", ["ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleLoopedBFS"]
 )
