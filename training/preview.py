@@ -16,7 +16,7 @@ from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
 from parallel.pipeline.schedule import plan_of
-from parallel.pipeline.timeline import Timeline, num_simulated, simulate
+from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.save_room import foreseen_save_room, tightest
 
@@ -72,7 +72,7 @@ class Preview:
         recomputes = self.config.train.activation_checkpointing != "none"
         plan = plan_of(pipeline, simulated, recomputes=recomputes)
         costs = [stage.cost for stage in self.stages]
-        timeline = simulate(plan, costs, [2 * cost for cost in costs])
+        timeline = simulate(plan, Costs.halves(costs, [2 * cost for cost in costs]))
         return replace(timeline, num_omitted=self.num_microbatches - simulated)
 
 
