@@ -114,7 +114,7 @@ def layers_of_stages(costs: Sequence[float], pipeline: PipelineConfig) -> list[r
     """Return the layers of each stage: as `pipeline.layers` says, else so that the stages' costs are even."""
     if pipeline.layers is not None:
         return from_layers(len(costs) - 2, pipeline.layers)
-    return partition(costs, pipeline.num_stages)
+    return partition(costs, pipeline.num_stages, pipeline.num_chunks)
 
 
 def costs_of(config: Config) -> list[float]:

@@ -22,20 +22,52 @@ def layout_problems(shape: ModelShape, config: Config) -> list[str]:
 
 def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
     """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer."""
-    if pipeline.size > num_layers + 2:
-        return [
-            f"parallel.pipeline.size: {pipeline.size} stages are more than embedding, {num_layers} layers and head can"
-            f" fill. Try {num_layers + 2}."
-        ]
-    if pipeline.layers is not None and sum(pipeline.layers) != num_layers:
-        some, more = divmod(num_layers, pipeline.size)
-        # One more layer goes to stages 1, 2, … and to stage 0 last: it has the embedding already.
-        even = tuple(some + ((stage - 1) % pipeline.size < more) for stage in range(pipeline.size))
-        return [
-            f"parallel.pipeline.layers: {shown(pipeline.layers)} adds up to {sum(pipeline.layers)}, but the model has"
-            f" {num_layers} layers. Try {shown(even)}."
-        ]
-    return []
+    if pipeline.num_stages > num_layers + 2:
+        return [_too_many_stages(num_layers, pipeline)]
+    if pipeline.layers is None or (wrong := _layers_problem(num_layers, pipeline.layers, pipeline)) == "":
+        return []
+    return [
+        f"parallel.pipeline.layers: {shown(pipeline.layers)} {wrong}."
+        f" Try {shown(_even(num_layers, pipeline.num_stages))}."
+    ]
+
+
+def _too_many_stages(num_layers: int, pipeline: PipelineConfig) -> str:
+    """Return the problem of more stages than layers, with the most chunks and the largest size that would work."""
+    num_items, chunks = num_layers + 2, pipeline.num_chunks
+    fewer, smaller = num_items // pipeline.size, num_items // chunks
+    tries = []
+    if fewer and not replace(pipeline, chunks=fewer).problems():
+        tries.append(f"chunks={fewer}")
+    if smaller:
+        tries.append(f"size={smaller}" if chunks > 1 else str(smaller))
+    key, stages = ("size", pipeline.size) if chunks == 1 else ("chunks", _stages_text(pipeline))
+    return (
+        f"parallel.pipeline.{key}: {stages} stages are more than embedding, {num_layers} layers and head can fill."
+        f" Try {', or '.join(tries)}."
+    )
+
+
+def _layers_problem(num_layers: int, layers: tuple[int, ...], pipeline: PipelineConfig) -> str:
+    """Return what is wrong with the numbers of layers of the stages, or an empty text."""
+    if len(layers) != pipeline.num_stages:
+        return f"is for {len(layers)} stages, got {_stages_text(pipeline)}"
+    if 0 in layers[1:-1]:
+        return (
+            f"leaves stage {layers.index(0, 1)} empty; only the first, which has the embedding, and the last, which has"
+            " the head, may have no layers"
+        )
+    return "" if sum(layers) == num_layers else f"adds up to {sum(layers)}, but the model has {num_layers} layers"
+
+
+def _stages_text(pipeline: PipelineConfig) -> str:
+    return times(**{"size": pipeline.size} | ({} if pipeline.num_chunks == 1 else {"chunks": pipeline.num_chunks}))
+
+
+def _even(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Return an even split of the layers: one more goes to stages 1, 2, … and to stage 0, with the embedding, last."""
+    some, more = divmod(num_layers, num_stages)
+    return tuple(some + ((stage - 1) % num_stages < more) for stage in range(num_stages))
 
 
 @dataclass(frozen=True)

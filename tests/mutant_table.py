@@ -38,7 +38,7 @@ HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_the_position_of_a_rank_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
-LINKS = "tests/test_schedule.py::test_1f1b_posts_both_directions_of_a_link_together"
+LINKS = "tests/test_schedule.py::test_a_receive_is_posted_when_its_message_is_sent"
 REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch[apart]"
 NEAR = LOSS.replace("apart", "near")
@@ -146,8 +146,8 @@ DROPPED_REDUCTIONS = (
            trains("3d2x2x2")),
     Mutant("input-gradient-not-summed", "each rank keeps its slice of its own dx, without what the other ranks add to it",
            MATMUL,
-           "in_flight = start_reduce_scatter(dx, *self.gather_x)",
-           "in_flight = Pending(dx.chunk(self.gather_x[1].size, self.gather_x[0])[self.gather_x[1].rank])",
+           "return start_reduce_scatter(dx, *self.gather_x)",
+           "return Pending(dx.chunk(self.gather_x[1].size, self.gather_x[0])[self.gather_x[1].rank])",
            trains("2d1x2")),
     Mutant("weight-gradient-not-summed", "each rank keeps its slice of its own dW, without what the other ranks add to it",
            MATMUL,
@@ -213,7 +213,7 @@ GRADIENT_RULE = (
            ACCUMULATOR, "view.add_(gradient)", "view.copy_(gradient)", trains("single")),
     Mutant("sum-before-the-last-microbatch", "a gradient is summed over ranks before the last microbatch was added to it",
            CHUNK_SUM,
-           "self.waits_for = arrivals * len(", "self.waits_for = len(",
+           "self.waits_for = num_microbatches * self", "self.waits_for = self",
            OVERLAP),
     Mutant("sum-after-the-backward", "no sum over ranks is launched until the last gradient has arrived",
            CHUNK_SUM, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
@@ -289,9 +289,10 @@ MEANS = (
            trains("dp2")),
     Mutant("mean-of-microbatch-means", "each microbatch has the same weight, however many labels it has",
            RUNNER,
-           "output = self.outputs.pop(action.microbatch)",
-           "m, counts = action.microbatch, [(each.labels != -100).sum() for each in self.microbatches]\n"
-           "        output = self.outputs.pop(m) * sum(counts) / counts[m] / len(counts)",
+           "[self.ends.pop(key)], [gradient]",
+           "[self.ends.pop(key)], [gradient if gradient is not None else "
+           "sum((each.labels != -100).sum() for each in self.microbatches).double() / len(self.microbatches)"
+           " / (self.microbatches[key[1]].labels != -100).sum()]",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
            ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
@@ -484,32 +485,30 @@ ORDER = (
            "learning_rate(schedule, rate, self.num_updates,",
            "learning_rate(schedule, rate, self.num_updates + 1,",
            trains("single")),
-    Mutant("gpipe-backwards-first", "a backward is planned before its forward",
-           "parallel/pipeline/schedule.py",
-           "[forwards + backwards] * num_stages",
-           "[backwards + forwards] * num_stages",
+    Mutant("gpipe-forward-left-out", "the first forward after the warm-up is left out",
+           "parallel/pipeline/orders.py",
+           "zip_longest(islice(self.forwards, self.num_warmup, None), self.backwards)",
+           "zip_longest(islice(self.forwards, self.num_warmup + 1, None), self.backwards)",
            SCHEDULE),
     Mutant("received-after-use", "a stage computes before its input has been received",
-           "parallel/pipeline/schedule.py",
-           "actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
-           "            actions.append(compute)",
-           "actions += [compute, Action(receive, compute.stage, compute.microbatch, source)]\n"
-           "            else:\n                actions.append(compute)",
+           "parallel/pipeline/transfers.py",
+           "(span.end, 0, rank, message)",
+           "(span.end, 2, rank, message)",
            LINKS),
     Mutant("weight-gradients-before-the-message", "the previous stage waits until this one has computed the gradients of its weights",
-           RUNNER, "weight_gradients if pipe.rank > 0 else None", "None",
+           RUNNER, "with self.weight_gradients.deferring(key):", "if True:",
            "tests/test_chunk.py::test_gradients_of_weights_are_computed_after_the_gradient_for_the_stage_before_is_sent"),
-    Mutant("weight-gradients-never-computed", "the first stage, which sends no gradient, never computes the gradients of its weights",
-           RUNNER, "weight_gradients if pipe.rank > 0 else None", "weight_gradients", trains("pp2-gpipe")),
+    Mutant("weight-gradients-never-computed", "W computes nothing: a stage that sends a gradient never computes those of its weights",
+           RUNNER, "self.weight_gradients.run_deferred(key)", "pass", trains("pp2-gpipe")),
     Mutant("oldest-activation-sent-again", "the next stage gets another microbatch's activations",
            RUNNER,
-           "return self.outputs[action.microbatch].detach()",
-           "return self.outputs[min(self.outputs)].detach()",
+           "start_send(kept.pop((action.stage, action.microbatch)), axis",
+           "start_send(kept.setdefault((-1, -1), kept.pop((action.stage, action.microbatch))), axis",
            trains("pp2-gpipe")),
     Mutant("gradient-to-another-microbatch", "the backward of one microbatch starts from the gradient of another",
            RUNNER,
-           "self.inputs.pop(action.microbatch).grad",
-           "next(iter(self.inputs.values())).grad",
+           "(x := self.inputs.pop(key, None))",
+           "(x := next(iter(self.inputs.values()), None))",
            trains("pp2-gpipe")),
 )
 

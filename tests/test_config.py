@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import parallel.config
 from models.shapes import resolve
-from parallel.config import Config, ParallelConfig, TensorConfig, apply_overrides, load_raw, parse
+from parallel.config import Config, ParallelConfig, PipelineConfig, TensorConfig, apply_overrides, load_raw, parse
 from parallel.errors import ConfigError
 
 
@@ -295,7 +295,7 @@ def test_a_warm_up_may_be_longer_than_the_run() -> None:
         ("train", {"steps": 20.0}, "needs an int, got 20.0. Try 20."),
         ("train", {"steps": 0}, "needs at least 1, got 0. Try 1."),
         ("train", {"compile": 1}, "needs a bool, got 1. Try False."),
-        ("train", {"precision": "fp31"}, "needs one of 'fp64', 'fp32', 'bf16', 'fp16', got 'fp31'. Try 'fp32'."),
+        ("train", {"precision": "fp31"}, "needs one of 'fp64', 'fp32', 'bf16', 'fp16', 'fp8', got 'fp31'. Try 'fp32'."),
         ("train", {"clip_grad_norm": -1}, "needs at least 0, got -1. Try 0."),
         ("optimizer", {"lr": float("nan")}, "needs a finite number, got nan. Try 0.0006."),
         ("optimizer", {"betas": (0.9, 1.0)}, "needs 0 <= value < 1, got 1.0 in (0.9, 1.0). Try (0.9, 0.95)."),
@@ -322,8 +322,8 @@ def test_a_bad_value_is_refused_with_its_key_and_one_that_works(
     ("raw", "problem"),
     [
         (
-            {"parallel": {"pipeline": {"schedule": "zero_bubble"}}},
-            "parallel.pipeline.schedule: 'zero_bubble' is not available yet. Try 'gpipe' or '1f1b'.",
+            {"train": {"precision": "fp8"}},
+            "train.precision: 'fp8' is not available yet. Try 'fp64', 'fp32', 'bf16' or 'fp16'.",
         ),
     ],
 )
@@ -412,20 +412,119 @@ def test_limits_of_host_and_disk_are_refused_if_everything_is_on_the_device(key:
         assert parse({"zero": {key: value, "tensor_placement_policy": policy}}).zero.tensor_placement_policy == policy
 
 
+# Pipelines
+
+
+def pipeline(**keys: Any) -> dict[str, Any]:
+    """Return a raw config whose section `parallel.pipeline` has these keys."""
+    return {"parallel": {"pipeline": keys}}
+
+
 @pytest.mark.parametrize(
-    ("layers", "problem"),
+    ("keys", "stages"),
     [
-        ([2, 2], "(2, 2) is for 2 stages, got size 3. Try size=2."),
+        (dict(size=3), [(0,), (1,), (2,)]),
+        (dict(size=3, schedule="zero_bubble"), [(0,), (1,), (2,)]),
+        (dict(size=2, schedule="interleaved"), [(0, 2), (1, 3)]),
+        (dict(size=2, schedule="interleaved", chunks=3), [(0, 2, 4), (1, 3, 5)]),
+        (dict(size=3, schedule="zero_bubble_v"), [(0, 5), (1, 4), (2, 3)]),
+        (dict(size=1, schedule="interleaved", chunks=4), [(0, 1, 2, 3)]),
+        (dict(size=1, schedule="zero_bubble_v", chunks=2), [(0, 1)]),
+        (dict(size=2, schedule="mine.csv", chunks=2), [(0, 2), (1, 3)]),
+    ],
+)
+def test_a_rank_holds_these_stages(keys: dict[str, Any], stages: list[tuple[int, ...]]) -> None:
+    found = parse(pipeline(**keys)).parallel.pipeline
+    assert [found.stages_of(rank) for rank in range(found.size)] == stages
+    assert all(found.rank_of(stage) == rank for rank, held in enumerate(stages) for stage in held)
+
+
+def test_a_schedule_may_be_set_over_the_short_form() -> None:
+    raw = apply_overrides({"parallel": {"pipeline": 4}}, ["parallel.pipeline.schedule=zero_bubble"])
+    assert parse(raw).parallel.pipeline == PipelineConfig(size=4, schedule="zero_bubble")
+    raw = apply_overrides(raw, ["parallel.pipeline.schedule=interleaved", "parallel.pipeline.chunks=3"])
+    assert parse(raw).parallel.pipeline == PipelineConfig(size=4, schedule="interleaved", chunks=3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
         (
-            [2, 0, 2],
-            "(2, 0, 2) leaves stage 1 empty; only the first, which has the embedding, and the last, which has the head,"
-            " may have no layers. Try at least 1.",
+            dict(schedule="interleaved", chunks=1),
+            "schedule 'interleaved' has at least 2 stages on each rank, got 1. Try chunks=2, or schedule='1f1b'.",
+        ),
+        (
+            dict(schedule="1f1b", chunks=2),
+            "schedule '1f1b' has 1 stage on each rank, got 2. Try chunks=1, or schedule='interleaved'.",
+        ),
+        (
+            dict(schedule="gpipe", chunks=2),
+            "schedule 'gpipe' has 1 stage on each rank, got 2. Try chunks=1, or schedule='interleaved'.",
+        ),
+        (
+            dict(schedule="zero_bubble", chunks=2),
+            "schedule 'zero_bubble' has 1 stage on each rank, got 2. Try chunks=1, or schedule='zero_bubble_v'.",
+        ),
+        (
+            dict(schedule="zero_bubble_v", chunks=3),
+            "schedule 'zero_bubble_v' has 2 stages on each rank, got 3. Try chunks=2, or schedule='interleaved'.",
+        ),
+        (
+            dict(schedule="zero_bubble_v", chunks=1),
+            "schedule 'zero_bubble_v' has 2 stages on each rank, got 1. Try chunks=2, or schedule='zero_bubble'.",
         ),
     ],
 )
-def test_pipeline_layers_must_fit_the_stages(layers: list[int], problem: str) -> None:
-    raw = {"parallel": {"pipeline": {"size": 3, "layers": layers}}}
-    assert problems(raw) == (f"parallel.pipeline.layers: {problem}",)
+def test_chunks_that_a_schedule_does_not_have_are_refused_with_those_it_has(keys: dict[str, Any], problem: str) -> None:
+    assert problems(pipeline(size=2, **keys)) == (f"parallel.pipeline.chunks: {problem}",)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("1F1B", "1f1b"),
+        ("GPipe", "gpipe"),
+        ("ScheduleGPipe", "gpipe"),
+        ("Schedule1F1B", "1f1b"),
+        ("Interleaved1F1B", "interleaved"),
+        ("ScheduleInterleaved1F1B", "interleaved"),
+        ("LoopedBFS", "interleaved"),
+        ("InterleavedZeroBubble", "zero_bubble"),
+        ("ZBVZeroBubble", "zero_bubble_v"),
+        ("ScheduleZBVZeroBubble", "zero_bubble_v"),
+        ("zb", "zero_bubble"),
+        ("zb-h1", "zero_bubble"),
+        ("ZB-H2", "zero_bubble"),
+        ("ZBV", "zero_bubble_v"),
+        ("ZB-V", "zero_bubble_v"),
+        ("zero-bubble", "zero_bubble"),
+        ("zero_bubble_V", "zero_bubble_v"),
+        ("interleave", "interleaved"),
+        ("DualPipeV", "zero_bubble_v"),
+        (3, "1f1b"),
+        (None, "1f1b"),
+        ("wrong", "1f1b"),
+    ],
+)
+def test_a_schedule_as_another_program_calls_it_is_answered_with_the_name_here(given: object, meant: str) -> None:
+    assert problems(pipeline(size=2, schedule=given)) == (
+        "parallel.pipeline.schedule: needs one of 'gpipe', '1f1b', 'interleaved', 'zero_bubble', 'zero_bubble_v', or a"
+        f" .csv file, got {given!r}. Try {meant!r}.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("virtual_pipeline_model_parallel_size", "parallel.pipeline.chunks"),
+        ("num_layers_per_virtual_pipeline_stage", "parallel.pipeline.chunks"),
+        ("pipeline_parallel_schedule", "parallel.pipeline.schedule"),
+        ("num_model_chunks", "parallel.pipeline.chunks"),
+    ],
+)
+def test_a_key_of_another_programs_pipeline_is_answered_with_the_key_here(key: str, meant: str) -> None:
+    (problem,) = problems(pipeline(size=2, **{key: 2}))
+    assert problem.startswith(f"parallel.pipeline.{key}: unknown key. Here it is {meant}")
 
 
 def test_all_problems_are_raised_at_once_one_a_line() -> None:
