@@ -84,6 +84,7 @@ def accounts(layout: str) -> list[Account]:
 def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
     mode = mode_of(rank, tensor, torch.float32)
     blocks = {name: kept_by_a_block(shape, mode) for name, shape in {**VARIANTS, **FAMILY_SHAPES}.items()}
+    blocks["paper"] = kept_by_a_block(PAPER, mode_of(rank, tensor, torch.bfloat16))
     blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
     waiting = {name: kept_from_i_to_w(shape, mode, tensor) for name, shape in FAMILY_SHAPES.items()}
     return Account(blocks, waiting, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
@@ -109,6 +110,7 @@ VARIANTS = {
     "dropout": replace(SHAPE, dropout=0.5),
     "attention dropout": replace(SHAPE, attention_dropout=0.5),
 }
+PAPER = GPT2Shape(vocab_size=37, n_embd=16, n_layer=1, n_head=4, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 LLAMA_SIZES: dict[str, Any] = dict(
     vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40
 )
@@ -138,7 +140,7 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
     block = block_of(shape, mode)
     attention = block.attention
     assert isinstance(attention, Attention)
-    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
+    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), dtype=mode.dtype, requires_grad=True)
     tokens = torch.zeros(B, S, dtype=torch.int64)
     held = Allocations()
     with held, saved_for_backward() as saved:
@@ -251,6 +253,22 @@ def test_the_documents_have_what_a_familys_shape_says(family: str) -> None:
 @pytest.mark.parametrize("layout", ["serial", "1d2", "1d2-sp", "2d2x2", "3d2x2x2"])
 def test_the_documents_have_the_formula_of_the_docstrings(layout: str) -> None:
     assert f" {formula_of(LAYOUTS[layout])} |" in NOTATION.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", ["serial", "1d2-sp", "1d4-sp"])
+def test_a_block_of_gpt2_keeps_what_the_paper_of_sequence_parallelism_counts_but_attention(layout: str) -> None:
+    """The paper counts 34 bytes for each element of x, and the map of attention, which is not kept here.
+
+    These ranks compute on a CPU, whose LayerNorm has its two statistics in 16 bits and not in 32.
+    """
+    a = letters(LAYOUTS[layout], PAPER, B, S)
+    narrow = 2 * 2 * 2 * a["T"] // a["p"]  # two bytes fewer for each of two numbers of two norms
+    rows = dict(re.findall(r"^\| (the paper|ours) \| (.*) \|$", NOTATION.read_text(encoding="utf-8"), re.MULTILINE))
+    attention = a["T"] * (5 * a["A"] * S - 4 * a["A"] - 16) / a["p"]
+    assert value(rows["the paper"], a) - value(rows["ours"], a) == attention
+    for kept in (found.blocks["paper"] for found in accounts(layout)):
+        assert kept.bytes == value(rows["ours"], a) - narrow
+        assert not kept.hidden
 
 
 # -- a whole model -----------------------------------------------------------------------------------------------------
