@@ -71,9 +71,11 @@ class Engine(EngineState):
         self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager, last=stage.last_units())
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=stage.num_backwards())
+        has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         for module in stage.modules():
-            if isinstance(module, Linear) and module.can_accumulate:
-                module.accumulate = self.gradients.receiver(module.weight)
+            # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
+            if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
+                module.receiver = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")

@@ -72,10 +72,16 @@ class ChunkSum:
         self.chunk.gradient.accumulator.add_factors(i, a, b)
         self._count(i)
 
+    def take_summand(self, i: int, gradient: Tensor) -> None:
+        """Take the gradient [N, K] of parameter i, a matrix [N, K] or several of them."""
+        accumulator = self.chunk.gradient.accumulator
+        accumulator.add(i, gradient.view_as(accumulator.views()[i]))
+        self._count(i)
+
     def take(self, i: int, parameter: Tensor) -> None:
         """Take the gradient of parameter i out of `.grad`, where a backward has put it."""
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:  # its product has arrived instead
+        if gradient is None:  # a receiver takes it instead
             return
         if self.missing == 0:
             raise ModelError(

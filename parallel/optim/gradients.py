@@ -11,6 +11,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import ParameterInfo
 from parallel.ops.deferred import DeferredCalls
 from parallel.optim.chunk_sum import NO_PARAMETERS, ChunkSum
+from parallel.tensor.receiver import GradientReceiver
 
 ROUNDS_IN_FLIGHT = 2  # the oldest is waited for when there are more
 
@@ -44,7 +45,7 @@ class Gradients:
             for chunk in chunks
         ]
         self._scatters_each = scatters_each
-        self.deferred = DeferredCalls()  # products of weight gradients
+        self.deferred = DeferredCalls()  # the computation of weight gradients
         self._sum_of = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
@@ -66,13 +67,10 @@ class Gradients:
             for total in self._sums:
                 total.on_arrival = None
 
-    def receiver(self, matrix: nn.Parameter) -> Callable[[Tensor, Tensor], None]:
-        """Return a function of two factors, [N, T] and [T, K], whose product is a gradient of matrix[N, K].
-
-        The matmul itself adds the product to the sum; autograd would return a matrix, which then had to be added.
-        """
+    def receiver(self, matrix: nn.Parameter) -> GradientReceiver:
+        """Return the receiver of the gradients of matrix[N, K], which adds each of them to the sum."""
         total, i = self._sum_of[matrix]
-        return partial(self.deferred.call, total.take_product, i)
+        return GradientReceiver(self.deferred, partial(total.take_product, i), partial(total.take_summand, i))
 
     def finish(self) -> None:
         """Wait until the gradient of every chunk is the sum over all ranks: whole, or this rank's slice."""
