@@ -1,4 +1,4 @@
-"""A rank keeps the activations of the forwards whose backward is to come, and after an I the factors of its products."""
+"""A rank keeps the activations of forwards whose backward is to come, and after an I the factors of its products."""
 
 from collections import Counter
 
@@ -15,6 +15,7 @@ from parallel.pipeline.part import ModelPart, StageInterface
 from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.runner import Runner
 from parallel.tensor.mode import Mode
+from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations
 from tests.drawn_plans import drawn_plan
 
@@ -24,12 +25,12 @@ FEW = 128 * MICROBATCHES  # bytes of losses, and of tokens as numbers: less than
 
 
 class Layer(nn.Module):
-    """x + sin(W · x), which keeps x and W · x; the first layer makes x itself, the last one returns a sum of squares."""
+    """x + sin(W · x), which keeps x and W · x. The first layer makes x, and the last one returns a sum of squares."""
 
     def __init__(self, mode: Mode, stage: int, deferred: DeferredCalls) -> None:
         super().__init__()
         self.stage, self.linear = stage, mode.linear_in(HIDDEN, HIDDEN, bias=False)
-        self.linear.accumulate = lambda a, b: deferred.call(torch.mm, a, b)
+        self.linear.receiver = GradientReceiver(deferred, lambda a, b: None, lambda gradient: None)
 
     def forward(self, x: Tensor | None, microbatch: Microbatch) -> Tensor:
         if x is None:

@@ -118,8 +118,8 @@ class Gatherer:
 
     `layers` are those whose parameters are gathered on demand, by the name of their unit. Their order is taken for the
     order of a forward until one has been seen; a layer that is named in `last` ends one, as the last of a pipeline
-    stage does: what comes next then is not known. All other chunks are the root, which is whole from `begin` to `end`: a
-    tied embedding, for example, is used in two places. `agree` is called with the name of each layer that is about to
+    stage does: what comes next then is not known. All other chunks are the root, which is whole from `begin` to `end`:
+    a tied embedding, for example, is used in two places. `agree` is called with the name of each layer that is about to
     be used, and `watcher` observes the wait for it.
     """
 
