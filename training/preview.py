@@ -17,7 +17,7 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Action, Op
+from parallel.pipeline.plan import Action, Op, Plan
 from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
@@ -75,16 +75,25 @@ class Preview:
         """Whether blocks are computed again in backward."""
         return self.config.train.activation_checkpointing != "none"
 
-    def timeline(self, *, joins: bool | None = None) -> Timeline:
-        """Simulate one step of the pipeline by the layers' costs; a transfer costs nothing.
+    def plan(self, num_microbatches: int, *, joins: bool | None = None) -> Plan:
+        """Return the plan of a step with this many microbatches, as the ranks execute it.
 
-        `joins`: whether weight gradients are computed in the backward itself; None: as the run does it. Of a step with
-        very many microbatches the first and the last are simulated: see `Timeline`.
+        `joins`: whether weight gradients are computed in the backward itself; None: as the run does it.
         """
-        pipeline = self.config.parallel.pipeline
-        simulated = num_simulated(pipeline.num_stages, self.num_microbatches)
-        plan = plan_of(pipeline, simulated, recomputes=self.recomputes if joins is None else joins)
-        return replace(simulate(plan, self.costs), num_omitted=self.num_microbatches - simulated)
+        recomputes = self.recomputes if joins is None else joins
+        return plan_of(self.config.parallel.pipeline, num_microbatches, recomputes=recomputes)
+
+    def timeline(self, *, whole: bool = False, joins: bool | None = None) -> Timeline:
+        """Simulate one step of the pipeline by the layers' costs; a transfer costs nothing. `joins` is that of `plan`.
+
+        Of a step with very many microbatches the first and the last are simulated, unless it is asked for as a
+        `whole`: see `Timeline`.
+        """
+        pipeline, total = self.config.parallel.pipeline, self.num_microbatches
+        is_whole = whole or pipeline.table is not None
+        simulated = total if is_whole else num_simulated(pipeline.num_stages, total)
+        timeline = simulate(self.plan(simulated, joins=joins), self.costs)
+        return replace(timeline, num_omitted=total - simulated)
 
     def peak_bytes(self, timeline: Timeline) -> tuple[int, ...]:
         """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed.
