@@ -10,7 +10,7 @@ from training.console import print_line
 from training.preview import Preview
 from training.text import readable_bytes
 
-SHOWN_RANKS = 3  # whose bytes are printed beside the last one's, where not all fit into a line
+SHOWN_RANKS = 2  # whose bytes are printed beside the last one's, where not all fit into a line
 
 
 def print_pipeline(console: Console, preview: Preview) -> None:
@@ -20,7 +20,7 @@ def print_pipeline(console: Console, preview: Preview) -> None:
     timeline = preview.timeline()
     picture = draw(timeline, console.width)
     is_halved = any("W" in line for line in picture.splitlines() if line.startswith("rank "))
-    backward = "I and W the backward of the input and of the weights" if is_halved else "B backward"
+    backward = "I and W a backward's halves" if is_halved else "B backward"
     schedule = preview.config.parallel.pipeline.schedule
     print_line(console, f"one step of the {schedule} schedule, by estimated cost")
     print_line(console, f"(F forward, {backward}, dots idle; microbatches count from 0):")
@@ -41,7 +41,7 @@ def _figures(preview: Preview, timeline: Timeline, width: int) -> Iterator[str]:
 
 
 def _short(texts: Sequence[str], room: int) -> str:
-    """Return the texts of all ranks, or of the first few and the last, or what all have, as there is room."""
+    """Return the texts of all ranks, or what all have, or the first few and the last, as there is room."""
     if len(set(texts)) == 1:
         return f"{texts[0]} on each rank"
     whole = ", ".join(texts)
