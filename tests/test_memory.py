@@ -249,7 +249,7 @@ def foreseen(shape: ModelShape, tensor: TensorConfig, batch: int, sequence: int,
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: str, layout: str) -> None:
-    """In bf16 statistics keep their four bytes."""
+    """Statistics keep their four bytes in bf16."""
     tensor, shape, batch = LAYOUTS[layout], FAMILY_SHAPES[family], 8
     a = letters(tensor, shape, batch, S)
     wanted = value(formula_of(tensor), a)
@@ -263,7 +263,7 @@ def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: st
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_bytes_foreseen_of_a_model_are_those_that_it_keeps(layout: str) -> None:
-    """Within 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
+    """The tolerance is 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
     shape = replace(SHAPE, vocab_size=260, hidden_size=64, num_hidden_layers=4, ffn_dim=256, word_embed_proj_dim=64)
     expected = sum(foreseen(shape, LAYOUTS[layout], 8, 32))
     for found in accounts(layout):

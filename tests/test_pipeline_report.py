@@ -1,4 +1,4 @@
-"""What `--check` says of a pipeline: its stages, the bubble, and the memory of the microbatches in flight."""
+"""`--check` says of a pipeline which layers a rank has, its bubble, and the memory of the microbatches in flight."""
 
 import io
 import re
@@ -70,7 +70,7 @@ def test_a_row_has_the_layers_of_all_stages_of_a_rank(
 
 
 def test_layers_are_given_to_stages_in_the_order_of_the_model() -> None:
-    """In a V the second rank has the stages in the middle; in a loop the second and the last."""
+    """The second rank has the stages in the middle of a V; in a loop it has the second and the last."""
     for schedule, held in (
         ("zero_bubble_v", [{0: 1, 3: 4}, {1: 2, 2: 1}]),
         ("interleaved", [{0: 1, 2: 1}, {1: 2, 3: 4}]),

@@ -72,7 +72,7 @@ class Preview:
 
     @property
     def recomputes(self) -> bool:
-        """Whether blocks are computed again in backward."""
+        """True where blocks are computed again in backward."""
         return self.config.train.activation_checkpointing != "none"
 
     def plan(self, num_microbatches: int, *, joins: bool | None = None) -> Plan:
