@@ -14,10 +14,12 @@ from torch import Tensor
 from models.attention import Attention
 from models.family import FAMILIES
 from models.gpt2.shape import GPT2Shape
+from models.kept import kept_bytes
 from models.layer import Block
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
+from parallel.config import parse
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
@@ -293,6 +295,43 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
     (serial,), ranks = accounts("serial"), accounts(layout)
     for found in ranks:
         assert found.model == pytest.approx(serial.model / len(ranks), rel=0.05)
+
+
+# -- as it is foreseen -------------------------------------------------------------------------------------------------
+
+
+def foreseen(shape: ModelShape, tensor: TensorConfig, batch: int, sequence: int, **train: Any) -> list[int]:
+    """Return the bytes of each layer that `--check` counts for a microbatch of this size."""
+    raw = dict(
+        parallel=dict(tensor=asdict(tensor)),
+        train=dict(micro_batch_size=batch, global_batch_size=batch, **train),
+        data=dict(sequence_length=sequence),
+    )
+    return kept_bytes(shape, parse(raw))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: str, layout: str) -> None:
+    """Statistics keep their four bytes in bf16."""
+    tensor, shape, batch = LAYOUTS[layout], FAMILY_SHAPES[family], 8
+    a = letters(tensor, shape, batch, S)
+    wanted = value(formula_of(tensor), a)
+    statistics = wanted - value(formula_of(tensor), a | {"N": 0})
+    assert foreseen(shape, tensor, batch, S)[1] == wanted * FLOAT
+    assert foreseen(shape, tensor, batch, S, precision="bf16")[1] == 2 * wanted + 2 * statistics
+    between = a["T"] * a["H"] // (1 if tensor.mode == "1d" else tensor.size)
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="full")[1] == FLOAT * between
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bytes_foreseen_of_a_model_are_those_that_it_keeps(layout: str) -> None:
+    """The tolerance is 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
+    shape = replace(SHAPE, vocab_size=260, hidden_size=64, num_hidden_layers=4, ffn_dim=256, word_embed_proj_dim=64)
+    expected = sum(foreseen(shape, LAYOUTS[layout], 8, 32))
+    for found in accounts(layout):
+        assert found.model == pytest.approx(expected, rel=0.03)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
