@@ -22,9 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from benchmarks import deepspeed_peer, peers
+from benchmarks import deepspeed_peer, peers, pipeline_peers
 from benchmarks.megatron_peer import IS_INSTALLED, megatron
 from benchmarks.workload import GLOBAL_BATCH, SEQUENCE, SHAPE, Step, ours, save_model, tokens_of
 from tests.harness import run
@@ -70,7 +71,12 @@ def contests() -> list[Contest]:
             Contest("dp", size, {"data": {}}, (peers.ddp, peers.fsdp2, peers.fsdp2_kept)),
             *zero_contests(size),
             Contest("tp", size, {"1d": tensor("1d", size)}, tensor_peers),
-            Contest("pp", size, {"1f1b": dict(parallel=dict(pipeline=stages))}, (peers.pipeline, peers.interleaved)),
+            Contest(
+                "pp",
+                size,
+                {"1f1b": dict(parallel=dict(pipeline=stages))},
+                (pipeline_peers.one_f_one_b, pipeline_peers.interleaved),
+            ),
         ]
     planes = {"2d": tensor("2d", 4), "2.5d (1×2×2)": tensor("2.5d", 4)}
     cubes = {"3d": tensor("3d", 8), "2.5d (2×2×2)": tensor("2.5d", 8, depth=2)}
@@ -100,13 +106,16 @@ def tensor(mode: str, size: int, **more: int) -> Layout:
     return dict(parallel=dict(tensor=dict(mode=mode, size=size, **more)))
 
 
-def measure(rank: int, world_size: int, contest: Contest, folder: Path, steps: int) -> list[Result]:
-    """Train all contenders in turns; called on every rank.
+def measure(
+    rank: int, world_size: int, contest: Contest, folder: Path, steps: int, *, threads: int = 1
+) -> list[Result]:
+    """Train all contenders in turns; called on every rank, which has so many threads.
 
     The first turn is a warm-up: its losses are compared, its seconds are not.
     """
     contenders = {name: ours(folder, rank, world_size, layout) for name, layout in contest.layouts.items()}
     contenders |= {build.__name__: build(folder, rank, world_size) for build in contest.peers}
+    torch.set_num_threads(threads)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     losses: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(steps + 1):
@@ -135,20 +144,30 @@ def run_contest(contest: Contest, folder: Path, steps: int) -> bool:
     results = run(measure, size, contest, folder, steps, timeout=300.0)[0]
     agree = True
     for i, result in enumerate(results):
-        differences = [abs(a - b) / abs(b) for a, b in zip(results[0].losses, result.losses, strict=True)]
-        agrees = all(difference <= AGREEMENT for difference in differences)  # which NaN is not
-        agree &= agrees
+        difference = disagreement(result, results[0])
+        agree &= not difference
         speed = GLOBAL_BATCH * SEQUENCE / median(result.seconds)
-        ratios = [theirs / mine for theirs, mine in zip(result.seconds, results[0].seconds, strict=True)]
-        ratio = f"{median(ratios):.2f}x" if i else ""
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}" if i else ""
+        ratio, spread = times_as_fast(results[0], result) if i else ("", "")
         peaks = [] if contest.peers else run(peak_of, size, contest.layouts[result.name], folder, timeout=300.0)
         peak = f"{max(peaks) / 2**20:.0f}" if peaks else ""
         values = " ".join(f"{loss:.5f}" for loss in result.losses)
-        values += "" if agrees else f"  DISAGREE by {max(differences):.1e}"
+        values += f"  DISAGREE by {difference:.1e}" if difference else ""
         owner = "ours" if result.name in contest.layouts else "peer"
         print(COLUMNS.format(size, owner, result.name, f"{speed:.0f}", ratio, spread, peak, values), flush=True)
     return agree
+
+
+def disagreement(got: Result, want: Result) -> float:
+    """Return the largest relative difference of two contenders' losses, or 0 where they agree."""
+    differences = [abs(a - b) / abs(b) for a, b in zip(got.losses, want.losses, strict=True)]
+    agrees = all(difference <= AGREEMENT for difference in differences)  # which NaN is not
+    return 0.0 if agrees else max(differences)
+
+
+def times_as_fast(first: Result, other: Result) -> tuple[str, str]:
+    """Return how many times as fast the first is: the median over turns, and the smallest and the largest ratio."""
+    ratios = [theirs / mine for theirs, mine in zip(other.seconds, first.seconds, strict=True)]
+    return f"{median(ratios):.2f}x", f"{min(ratios):.2f}-{max(ratios):.2f}"
 
 
 def main() -> None:

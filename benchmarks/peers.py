@@ -4,7 +4,7 @@ Every function returns a training step: the global batch ids[G, S] -> its mean l
 update. All of them use the fused AdamW, apply weight decay to matrices only, and clip the norm of the whole gradient.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-from benchmarks.workload import BETAS, CLIP, EPS, LR, PP_MICROBATCHES, WEIGHT_DECAY, Step
+from benchmarks.workload import BETAS, CLIP, EPS, LR, WEIGHT_DECAY, Step
 
 
 def one_process(folder: Path, rank: int, world_size: int) -> Step:
@@ -160,50 +159,6 @@ class Part(nn.Module):
         if self.norm is not None and self.lm_head is not None:
             x = self.lm_head(self.norm(x))
         return x
-
-
-def pipeline(folder: Path, rank: int, world_size: int) -> Step:
-    """Train with a pipeline and its 1F1B schedule."""
-    model = load(folder)
-    stage = PipelineStage(Part(model, rank, world_size), rank, world_size, torch.device("cpu"))
-    return _pipeline(Schedule1F1B(stage, PP_MICROBATCHES, loss_fn=loss_of), model, [stage], rank, world_size)
-
-
-def interleaved(folder: Path, rank: int, world_size: int) -> Step:
-    """Train with a pipeline and its interleaved 1F1B schedule, with two groups of layers on every rank."""
-    model, count = load(folder), 2 * world_size
-    indices = (rank, rank + world_size)
-    stages = [PipelineStage(Part(model, index, count), index, count, torch.device("cpu")) for index in indices]
-    schedule = ScheduleInterleaved1F1B(list(stages), PP_MICROBATCHES, loss_fn=loss_of)
-    return _pipeline(schedule, model, stages, rank, world_size)
-
-
-def _pipeline(schedule: Any, model: Any, stages: Sequence[PipelineStage], rank: int, world_size: int) -> Step:
-    """Return the training step of a pipeline.
-
-    torch leaves it to its user to sum the gradients of tied weights, and the norm over all stages.
-    """
-    last = world_size - 1
-    parameters = [p for stage in stages for p in stage.submod.parameters()]
-    optimizer = adamw(parameters)
-    ends = dist.new_group([0, last])
-    tied = model.lm_head.weight if rank in (0, last) else None
-
-    def step(ids: Tensor) -> float:
-        losses: list[Tensor] = []
-        schedule.step(*([ids] if rank == 0 else []), target=ids if rank == last else None, losses=losses)
-        if tied is not None:
-            dist.all_reduce(tied.grad, group=ends)
-        counted = [p.grad for p in parameters if p.grad is not None and not (rank == last and p is tied)]
-        sums = torch.stack(
-            [get_total_norm(counted).square(), torch.stack(losses).mean() if losses else torch.zeros(())]
-        )
-        dist.all_reduce(sums)
-        clip_grads_with_norm_(parameters, CLIP, sums[0].sqrt())
-        update(optimizer)
-        return sums[1].item()
-
-    return step
 
 
 def load(folder: Path) -> Any:

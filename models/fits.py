@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from models.shape import ModelShape
-from parallel.config import Config, ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.config import Config, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.errors import divisors, either, nearest, nearest_multiples, shown, times
 
 
 def layout_problems(shape: ModelShape, config: Config) -> list[str]:
     """Return a line for each thing in which the model does not fit the layout of a config."""
     sequence_length, parallel = config.data.sequence_length, config.parallel
-    found = _sequence_problems(shape, sequence_length, parallel.context)
+    found = _sequence_problems(shape, sequence_length, parallel)
     found += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline)
     tensor = _tensor_problems(shape, parallel.tensor)
     return found + (tensor or _head_problems(shape, sequence_length, parallel))
@@ -22,20 +22,52 @@ def layout_problems(shape: ModelShape, config: Config) -> list[str]:
 
 def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
     """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer."""
-    if pipeline.size > num_layers + 2:
-        return [
-            f"parallel.pipeline.size: {pipeline.size} stages are more than embedding, {num_layers} layers and head can"
-            f" fill. Try {num_layers + 2}."
-        ]
-    if pipeline.layers is not None and sum(pipeline.layers) != num_layers:
-        some, more = divmod(num_layers, pipeline.size)
-        # One more layer goes to stages 1, 2, … and to stage 0 last: it has the embedding already.
-        even = tuple(some + ((stage - 1) % pipeline.size < more) for stage in range(pipeline.size))
-        return [
-            f"parallel.pipeline.layers: {shown(pipeline.layers)} adds up to {sum(pipeline.layers)}, but the model has"
-            f" {num_layers} layers. Try {shown(even)}."
-        ]
-    return []
+    if pipeline.num_stages > num_layers + 2:
+        return [_too_many_stages(num_layers, pipeline)]
+    if pipeline.layers is None or (wrong := _layers_problem(num_layers, pipeline.layers, pipeline)) == "":
+        return []
+    return [
+        f"parallel.pipeline.layers: {shown(pipeline.layers)} {wrong}."
+        f" Try {shown(_even(num_layers, pipeline.num_stages))}."
+    ]
+
+
+def _too_many_stages(num_layers: int, pipeline: PipelineConfig) -> str:
+    """Return the problem of more stages than layers, with the most chunks and the largest size that would work."""
+    num_items, chunks = num_layers + 2, pipeline.num_chunks
+    fewer, smaller = num_items // pipeline.size, num_items // chunks
+    tries = []
+    if fewer and not replace(pipeline, chunks=fewer).problems():
+        tries.append(f"chunks={fewer}")
+    if smaller:
+        tries.append(f"size={smaller}" if chunks > 1 else str(smaller))
+    key, stages = ("size", pipeline.size) if chunks == 1 else ("chunks", _stages_text(pipeline))
+    return (
+        f"parallel.pipeline.{key}: {stages} stages are more than embedding, {num_layers} layers and head can fill."
+        f" Try {', or '.join(tries)}."
+    )
+
+
+def _layers_problem(num_layers: int, layers: tuple[int, ...], pipeline: PipelineConfig) -> str:
+    """Return what is wrong with the numbers of layers of the stages, or an empty text."""
+    if len(layers) != pipeline.num_stages:
+        return f"is for {len(layers)} stages, got {_stages_text(pipeline)}"
+    if 0 in layers[1:-1]:
+        return (
+            f"leaves stage {layers.index(0, 1)} empty; only the first, which has the embedding, and the last, which has"
+            " the head, may have no layers"
+        )
+    return "" if sum(layers) == num_layers else f"adds up to {sum(layers)}, but the model has {num_layers} layers"
+
+
+def _stages_text(pipeline: PipelineConfig) -> str:
+    return times(**{"size": pipeline.size} | ({} if pipeline.num_chunks == 1 else {"chunks": pipeline.num_chunks}))
+
+
+def _even(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Return an even split of the layers: one more goes to stages 1, 2, … and to stage 0, with the embedding, last."""
+    some, more = divmod(num_layers, num_stages)
+    return tuple(some + ((stage - 1) % num_stages < more) for stage in range(num_stages))
 
 
 @dataclass(frozen=True)
@@ -88,20 +120,33 @@ def _tensor_problems(shape: ModelShape, tensor: TensorConfig) -> list[str]:
     return [problem for cut in cuts for problem in cut.problems()]
 
 
-def _sequence_problems(shape: ModelShape, sequence_length: int, context: ContextConfig) -> list[str]:
+def _sequence_problems(shape: ModelShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
     """Return the problems of the sequence length: too few positions for it, or ranks that do not split it evenly."""
+    parts, context = parallel.sequence_parts, parallel.context
     most, key = shape.max_positions, shape.field("max_position_embeddings")
     if sequence_length > most:
         return [f"data.sequence_length: {sequence_length} is more than model.{key} {most}. Try {most}."]
-    if context.splits(sequence_length):
+    if sequence_length % parts == 0:
         return []
-    lengths = [n for n in nearest_multiples(sequence_length, context.parts) if n <= most]
+    lengths = [n for n in nearest_multiples(sequence_length, parts) if n <= most]
     tries = [either(lengths)] if lengths else []
-    tries.append(f"parallel.context.size={either(nearest(context.size, context.sizes(sequence_length)))}")
+    if context.splits(sequence_length):  # further parts, those of 1d, are too many
+        tries.append("parallel.tensor.sequence_parallel=False")
+    else:
+        sizes = parallel.context_sizes(sequence_length)
+        tries += [f"parallel.context.size={either(nearest(context.size, sizes))}"] if sizes else []
     return [
-        f"data.sequence_length: {sequence_length} is not a multiple of {context.parts}, the parts that parallel.context"
-        f" of size {context.size}, kind {context.kind!r}, splits it into. Try {', or '.join(tries)}."
+        f"data.sequence_length: {sequence_length} is not a multiple of {parts}, the parts that"
+        f" {_splits_of_sequences(parallel)} it into. Try {', or '.join(tries)}."
     ]
+
+
+def _splits_of_sequences(parallel: ParallelConfig) -> str:
+    """Return what splits sequences, with the verb, as a message says it."""
+    context, tensor = parallel.context, parallel.tensor
+    found = [f"parallel.context of size {context.size}, kind {context.kind!r},"] if context.size > 1 else []
+    found += [f"parallel.tensor.sequence_parallel of size {tensor.size}"] if tensor.length_parts > 1 else []
+    return f"{' and '.join(found)} {'splits' if len(found) == 1 else 'split'}"
 
 
 def _head_problems(shape: ModelShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
@@ -114,9 +159,10 @@ def _head_problems(shape: ModelShape, sequence_length: int, parallel: ParallelCo
     for key, heads in shape.heads().items():
         if heads % (tensor * context.size):
             factors = {"the tensor mode's": tensor, "parallel.context.size": context.size}
-            sizes = [n for n in divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
+            sizes = [n for n in parallel.context_sizes(sequence_length) if heads // tensor % n == 0]
             tries = [f"parallel.context.size={either(nearest(context.size, sizes))}"]
-            tries += ["kind='ring'"] if replace(context, kind="ring").splits(sequence_length) else []
+            ring = replace(parallel, context=replace(context, kind="ring"))
+            tries += ["kind='ring'"] if sequence_length % ring.sequence_parts == 0 else []
             product = times(**{name: size for name, size in factors.items() if size > 1})
             return [
                 f"model.{key}: {heads} is not divisible by {product}, over which kind 'all_to_all' splits heads too."

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import parallel.config
 from models.shapes import resolve
-from parallel.config import Config, ParallelConfig, TensorConfig, apply_overrides, load_raw, parse
+from parallel.config import Config, ParallelConfig, PipelineConfig, TensorConfig, apply_overrides, load_raw, parse
 from parallel.errors import ConfigError
 
 
@@ -25,6 +25,9 @@ def problems(raw: dict[str, Any], world_size: int | None = None) -> tuple[str, .
 def tensor(**keys: Any) -> dict[str, Any]:
     """Return a raw config whose section `parallel.tensor` has these keys."""
     return {"parallel": {"tensor": keys}}
+
+
+SPLIT = dict(mode="1d", size=4, sequence_parallel=True)
 
 
 def test_an_empty_config_is_the_documented_default() -> None:
@@ -180,6 +183,14 @@ def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> No
             {"mode": "3d", "size": 6},
             "parallel.tensor: mode '3d' needs a cubic size, got 6. Try 1 (1×1×1) or 8 (2×2×2).",
         ),
+        (
+            {"mode": "2d", "size": 4, "sequence_parallel": True},
+            "parallel.tensor.sequence_parallel: True needs mode '1d', got '2d'. Try False, or mode='1d'.",
+        ),
+        (
+            {"sequence_parallel": True},
+            "parallel.tensor.sequence_parallel: True needs mode '1d', got None. Try False, or mode='1d'.",
+        ),
         ({"mode": "4d", "size": 4}, "parallel.tensor.mode: needs one of '1d', '2d', '2.5d', '3d', got '4d'. Try '1d'."),
         ({"size": 4}, "parallel.tensor: size 4 needs a mode. Try mode='1d', '2d' or '2.5d'."),
         ({"size": 8}, "parallel.tensor: size 8 needs a mode. Try mode='1d' or '3d'."),
@@ -311,12 +322,8 @@ def test_a_bad_value_is_refused_with_its_key_and_one_that_works(
     ("raw", "problem"),
     [
         (
-            {"parallel": {"pipeline": {"schedule": "zero_bubble"}}},
-            "parallel.pipeline.schedule: 'zero_bubble' is not available yet. Try 'gpipe' or '1f1b'.",
-        ),
-        (
-            tensor(mode="1d", size=2, sequence_parallel=True),
-            "parallel.tensor.sequence_parallel: True is not available yet. Try False.",
+            {"train": {"precision": "fp8"}},
+            "train.precision: 'fp8' is not available yet. Try 'fp64', 'fp32', 'bf16' or 'fp16'.",
         ),
     ],
 )
@@ -341,6 +348,28 @@ def test_a_value_that_is_not_supported_yet_is_refused_by_name(raw: dict[str, Any
             dict(parallel=dict(context=dict(size=4, kind="all_to_all")), data=dict(sequence_length=10)),
             "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.context of size 4, kind"
             " 'all_to_all', splits it into. Try 8 or 12, or parallel.context.size=2, 5 or 10.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT), data=dict(sequence_length=10)),
+            "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.tensor.sequence_parallel of size"
+            " 4 splits it into. Try 8 or 12, or parallel.tensor.sequence_parallel=False.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT, context=2), data=dict(sequence_length=12)),
+            "data.sequence_length: 12 is not a multiple of 8, the parts that parallel.context of size 2, kind 'ring',"
+            " and parallel.tensor.sequence_parallel of size 4 split it into. Try 8 or 16, or"
+            " parallel.tensor.sequence_parallel=False.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT, context=4), data=dict(sequence_length=24)),
+            "data.sequence_length: 24 is not a multiple of 16, the parts that parallel.context of size 4, kind 'ring',"
+            " and parallel.tensor.sequence_parallel of size 4 split it into. Try 16 or 32, or"
+            " parallel.tensor.sequence_parallel=False.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT, context=4), data=dict(sequence_length=12)),
+            "data.sequence_length: 12 is not a multiple of 16, the parts that parallel.context of size 4, kind 'ring',"
+            " and parallel.tensor.sequence_parallel of size 4 split it into. Try 16, or parallel.context.size=3.",
         ),
         (
             dict(parallel=dict(context=dict(size=2, kind="rings"))),
@@ -383,20 +412,119 @@ def test_limits_of_host_and_disk_are_refused_if_everything_is_on_the_device(key:
         assert parse({"zero": {key: value, "tensor_placement_policy": policy}}).zero.tensor_placement_policy == policy
 
 
+# Pipelines
+
+
+def pipeline(**keys: Any) -> dict[str, Any]:
+    """Return a raw config whose section `parallel.pipeline` has these keys."""
+    return {"parallel": {"pipeline": keys}}
+
+
 @pytest.mark.parametrize(
-    ("layers", "problem"),
+    ("keys", "stages"),
     [
-        ([2, 2], "(2, 2) is for 2 stages, got size 3. Try size=2."),
+        (dict(size=3), [(0,), (1,), (2,)]),
+        (dict(size=3, schedule="zero_bubble"), [(0,), (1,), (2,)]),
+        (dict(size=2, schedule="interleaved"), [(0, 2), (1, 3)]),
+        (dict(size=2, schedule="interleaved", chunks=3), [(0, 2, 4), (1, 3, 5)]),
+        (dict(size=3, schedule="zero_bubble_v"), [(0, 5), (1, 4), (2, 3)]),
+        (dict(size=1, schedule="interleaved", chunks=4), [(0, 1, 2, 3)]),
+        (dict(size=1, schedule="zero_bubble_v", chunks=2), [(0, 1)]),
+        (dict(size=2, schedule="mine.csv", chunks=2), [(0, 2), (1, 3)]),
+    ],
+)
+def test_a_rank_holds_these_stages(keys: dict[str, Any], stages: list[tuple[int, ...]]) -> None:
+    found = parse(pipeline(**keys)).parallel.pipeline
+    assert [found.stages_of(rank) for rank in range(found.size)] == stages
+    assert all(found.rank_of(stage) == rank for rank, held in enumerate(stages) for stage in held)
+
+
+def test_a_schedule_may_be_set_over_the_short_form() -> None:
+    raw = apply_overrides({"parallel": {"pipeline": 4}}, ["parallel.pipeline.schedule=zero_bubble"])
+    assert parse(raw).parallel.pipeline == PipelineConfig(size=4, schedule="zero_bubble")
+    raw = apply_overrides(raw, ["parallel.pipeline.schedule=interleaved", "parallel.pipeline.chunks=3"])
+    assert parse(raw).parallel.pipeline == PipelineConfig(size=4, schedule="interleaved", chunks=3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
         (
-            [2, 0, 2],
-            "(2, 0, 2) leaves stage 1 empty; only the first, which has the embedding, and the last, which has the head,"
-            " may have no layers. Try at least 1.",
+            dict(schedule="interleaved", chunks=1),
+            "schedule 'interleaved' has at least 2 stages on each rank, got 1. Try chunks=2, or schedule='1f1b'.",
+        ),
+        (
+            dict(schedule="1f1b", chunks=2),
+            "schedule '1f1b' has 1 stage on each rank, got 2. Try chunks=1, or schedule='interleaved'.",
+        ),
+        (
+            dict(schedule="gpipe", chunks=2),
+            "schedule 'gpipe' has 1 stage on each rank, got 2. Try chunks=1, or schedule='interleaved'.",
+        ),
+        (
+            dict(schedule="zero_bubble", chunks=2),
+            "schedule 'zero_bubble' has 1 stage on each rank, got 2. Try chunks=1, or schedule='zero_bubble_v'.",
+        ),
+        (
+            dict(schedule="zero_bubble_v", chunks=3),
+            "schedule 'zero_bubble_v' has 2 stages on each rank, got 3. Try chunks=2, or schedule='interleaved'.",
+        ),
+        (
+            dict(schedule="zero_bubble_v", chunks=1),
+            "schedule 'zero_bubble_v' has 2 stages on each rank, got 1. Try chunks=2, or schedule='zero_bubble'.",
         ),
     ],
 )
-def test_pipeline_layers_must_fit_the_stages(layers: list[int], problem: str) -> None:
-    raw = {"parallel": {"pipeline": {"size": 3, "layers": layers}}}
-    assert problems(raw) == (f"parallel.pipeline.layers: {problem}",)
+def test_chunks_that_a_schedule_does_not_have_are_refused_with_those_it_has(keys: dict[str, Any], problem: str) -> None:
+    assert problems(pipeline(size=2, **keys)) == (f"parallel.pipeline.chunks: {problem}",)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("1F1B", "1f1b"),
+        ("GPipe", "gpipe"),
+        ("ScheduleGPipe", "gpipe"),
+        ("Schedule1F1B", "1f1b"),
+        ("Interleaved1F1B", "interleaved"),
+        ("ScheduleInterleaved1F1B", "interleaved"),
+        ("LoopedBFS", "interleaved"),
+        ("InterleavedZeroBubble", "zero_bubble"),
+        ("ZBVZeroBubble", "zero_bubble_v"),
+        ("ScheduleZBVZeroBubble", "zero_bubble_v"),
+        ("zb", "zero_bubble"),
+        ("zb-h1", "zero_bubble"),
+        ("ZB-H2", "zero_bubble"),
+        ("ZBV", "zero_bubble_v"),
+        ("ZB-V", "zero_bubble_v"),
+        ("zero-bubble", "zero_bubble"),
+        ("zero_bubble_V", "zero_bubble_v"),
+        ("interleave", "interleaved"),
+        ("DualPipeV", "zero_bubble_v"),
+        (3, "1f1b"),
+        (None, "1f1b"),
+        ("wrong", "1f1b"),
+    ],
+)
+def test_a_schedule_as_another_program_calls_it_is_answered_with_the_name_here(given: object, meant: str) -> None:
+    assert problems(pipeline(size=2, schedule=given)) == (
+        "parallel.pipeline.schedule: needs one of 'gpipe', '1f1b', 'interleaved', 'zero_bubble', 'zero_bubble_v', or a"
+        f" .csv file, got {given!r}. Try {meant!r}.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("virtual_pipeline_model_parallel_size", "parallel.pipeline.chunks"),
+        ("num_layers_per_virtual_pipeline_stage", "parallel.pipeline.chunks"),
+        ("pipeline_parallel_schedule", "parallel.pipeline.schedule"),
+        ("num_model_chunks", "parallel.pipeline.chunks"),
+    ],
+)
+def test_a_key_of_another_programs_pipeline_is_answered_with_the_key_here(key: str, meant: str) -> None:
+    (problem,) = problems(pipeline(size=2, **{key: 2}))
+    assert problem.startswith(f"parallel.pipeline.{key}: unknown key. Here it is {meant}")
 
 
 def test_all_problems_are_raised_at_once_one_a_line() -> None:

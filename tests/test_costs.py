@@ -102,9 +102,9 @@ def test_a_preview_of_one_rank_holds_the_parameters_of_the_model(name: str) -> N
         train=dict(precision="bf16", micro_batch_size=8, global_batch_size=8),
     )
     preview = preview_of(parse(raw, world_size=1, resolve=resolve), 1)
-    (stage,), count = preview.stages, parameter_count(shape)
-    assert preview.parameters == stage.parameters == count
-    assert (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes) == (2 * count, 2 * count, 12 * count)
+    (part,), count = preview.parts, parameter_count(shape)
+    assert preview.parameters == part.parameters == count
+    assert (part.weight_bytes, part.gradient_bytes, part.optimizer_bytes) == (2 * count, 2 * count, 12 * count)
 
 
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "qwen3, grouped"])
@@ -113,7 +113,7 @@ def test_a_preview_of_two_stages_holds_a_tied_table_on_both(name: str) -> None:
     raw = dict(model=dict(name=f"{shape.model_type}-tiny", **shape.__dict__), parallel=dict(pipeline=2))
     preview = preview_of(parse(raw, world_size=2, resolve=resolve), 2)
     copies = prod(shape.public_tensors()[shape.embedding]) * shape.tie_word_embeddings
-    assert sum(stage.parameters for stage in preview.stages) == parameter_count(shape) + copies
+    assert sum(part.parameters for part in preview.parts) == parameter_count(shape) + copies
 
 
 def test_the_head_of_a_large_vocabulary_is_worth_several_blocks() -> None:

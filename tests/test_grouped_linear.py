@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.config.parallel import TensorConfig
+from parallel.ops.deferred import DeferredCalls
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
+from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import RecordedCalls, mode_of, part, summed
 from tests.harness import run
 from tests.parity import relative
@@ -38,8 +40,8 @@ class Account:
     calls: dict[str, list[tuple[str, int]]]
     """The calls for q, k and v, forward and backward: the kind and the number of elements of each."""
 
-    products: int
-    """The number of calls of `accumulate` in a backward that leaves the weight's gradient to it."""
+    received: int
+    """How often a receiver of the weight's gradient is called in a backward."""
 
 
 @cache
@@ -57,7 +59,7 @@ def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
         "q, and k with v": [mode.linear_in(head, K), mode.linear_in(KV_HEADS * D, K, fused=2)],
     }
     calls = {name: calls_of(linears, mode) for name, linears in kinds.items()}
-    return Account(errors_of(mode), calls, products_of(mode))
+    return Account(errors_of(mode), calls, received_of(mode))
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -102,16 +104,14 @@ def calls_of(linears: list[Linear], mode: Mode) -> list[tuple[str, int]]:
     return [(call.kind, call.elements) for call in calls.calls]
 
 
-def products_of(mode: Mode) -> int:
-    """Check the factors that the linear gives away in place of its weight's gradient, and return how many there are."""
+def received_of(mode: Mode) -> int:
+    """Check what a receiver gets in place of autograd, and return how often it gets something."""
     linear = mode.linear_in_groups(KV_HEADS, ROWS, K)
-    if not linear.can_accumulate:
-        return 1
     found: list[Tensor] = []
-    linear.accumulate = lambda a, b: found.append(a @ b)
+    linear.receiver = GradientReceiver(DeferredCalls(), lambda a, b: found.append(a @ b), found.append)
     linear(torch.ones(mode.activation_shape(B, S, K), dtype=torch.float64)).sum().backward()
     assert linear.weight.grad is None
-    assert [product.shape for product in found] == [linear.weight.flatten(0, -2).shape]
+    assert [gradient.shape for gradient in found] == [linear.weight.flatten(0, -2).shape]
     return len(found)
 
 
@@ -119,7 +119,7 @@ def products_of(mode: Mode) -> int:
 def test_a_grouped_linear_and_its_gradients_equal_one_that_is_not_split(layout: str) -> None:
     for found in accounts(layout):
         assert {name: error for name, error in found.errors.items() if error > BOUND} == {}
-        assert found.products == 1
+        assert found.received == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

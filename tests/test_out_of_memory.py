@@ -286,7 +286,7 @@ def test_the_first_line_alone_is_told_where_the_error_says_nothing_of_sizes(
 ) -> None:
     engine, loader = running
     monkeypatch.setattr(memory_guard, "use_of", lambda memory, device: MemoryUse(free=GIB))
-    monkeypatch.setattr(engine.memory_guard, "predicted", preview_of(engine.config, 1).stages[0].total_bytes)
+    monkeypatch.setattr(engine.memory_guard, "predicted", preview_of(engine.config, 1).parts[0].total_bytes)
     patch = in_update(engine, MemoryError())
     try:
         with pytest.raises(NoRoomError) as caught:

@@ -345,7 +345,7 @@ def bytes_held(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
 def test_the_preview_counts_four_bytes_of_moments(precision: str, own: int) -> None:
     """A weight in the dtype of master weights is its own master weight, and is counted as a weight."""
     raw = narrow(config_of({}, precision=precision, model=SHAPE))
-    stage = preview_of(parse(raw, world_size=1, resolve=resolve), 1).stages[0]
+    stage = preview_of(parse(raw, world_size=1, resolve=resolve), 1).parts[0]
     assert stage.optimizer_bytes == own * stage.parameters
     held, count = run(bytes_held, 1, raw)[0]
     assert held == (12 if precision == "fp64" else 8) * count

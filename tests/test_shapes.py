@@ -133,6 +133,11 @@ def test_resolve_fills_in_every_field_and_overrides_win() -> None:
     assert parse(config.to_dict(), resolve=resolve) == config
 
 
+def pipeline(**keys: Any) -> dict[str, Any]:
+    """Return a raw config whose section `parallel.pipeline` has these keys."""
+    return {"parallel": {"pipeline": keys}}
+
+
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [
@@ -163,6 +168,43 @@ def test_resolve_fills_in_every_field_and_overrides_win() -> None:
         (
             {"parallel": {"pipeline": 7}},
             "parallel.pipeline.size: 7 stages are more than embedding, 4 layers and head can fill. Try 6.",
+        ),
+        (
+            pipeline(size=2, schedule="interleaved", chunks=4),
+            "parallel.pipeline.chunks: size 2 × chunks 4 = 8 stages are more than embedding, 4 layers and head can"
+            " fill. Try chunks=3, or size=1.",
+        ),
+        (
+            pipeline(size=4, schedule="interleaved"),
+            "parallel.pipeline.chunks: size 4 × chunks 2 = 8 stages are more than embedding, 4 layers and head can"
+            " fill. Try size=3.",
+        ),
+        (
+            pipeline(size=1, schedule="interleaved", chunks=2**40),
+            "parallel.pipeline.chunks: size 1 × chunks 1099511627776 = 1099511627776 stages are more than embedding, 4"
+            " layers and head can fill. Try chunks=6.",
+        ),
+        (
+            pipeline(size=4, schedule="zero_bubble_v"),
+            "parallel.pipeline.chunks: size 4 × chunks 2 = 8 stages are more than embedding, 4 layers and head can"
+            " fill. Try size=3.",
+        ),
+        (
+            pipeline(size=3, layers=(2, 2)),
+            "parallel.pipeline.layers: (2, 2) is for 2 stages, got size 3. Try (1, 2, 1).",
+        ),
+        (
+            pipeline(size=2, schedule="interleaved", layers=(2, 2)),
+            "parallel.pipeline.layers: (2, 2) is for 2 stages, got size 2 × chunks 2 = 4. Try (1, 1, 1, 1).",
+        ),
+        (
+            pipeline(size=2, schedule="zero_bubble_v", layers=(1, 1, 1, 2)),
+            "parallel.pipeline.layers: (1, 1, 1, 2) adds up to 5, but the model has 4 layers. Try (1, 1, 1, 1).",
+        ),
+        (
+            pipeline(size=3, layers=(2, 0, 2)),
+            "parallel.pipeline.layers: (2, 0, 2) leaves stage 1 empty; only the first, which has the embedding, and the"
+            " last, which has the head, may have no layers. Try (1, 2, 1).",
         ),
     ],
 )

@@ -89,16 +89,17 @@ def _ranks(preview: Preview, width: int) -> Table:
 
 
 def _stages(preview: Preview, names: Sequence[str]) -> Table:
-    """Return the layers of each stage, and what each of its ranks holds: these of the `SIZES`, and all bytes."""
+    """Return the layers at each place of the pipe, and what a rank there holds: these of the `SIZES`, and all bytes."""
     table = Table()
     table.add_column("", no_wrap=True)
     table.add_column("layers", min_width=len("layers,"))
     for name in (*names, "total"):
         table.add_column(name, justify="right", no_wrap=True)
-    for index, stage in enumerate(preview.stages):
-        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes)
-        numbers = [f"{stage.parameters:,}", *map(readable_bytes, sizes)][: len(names)]
-        table.add_row(f"pipe {index}", layers_text(stage.layers), *numbers, readable_bytes(stage.total_bytes))
+    for index, part in enumerate(preview.parts):
+        sizes = (part.weight_bytes, part.gradient_bytes, part.optimizer_bytes)
+        numbers = [f"{part.parameters:,}", *map(readable_bytes, sizes)][: len(names)]
+        layers = [name for stage in sorted(part.stages) for name in part.stages[stage]]
+        table.add_row(f"pipe {index}", layers_text(layers), *numbers, readable_bytes(part.total_bytes))
     for column in table.columns:
         if column.no_wrap:
             column.min_width = max(map(len, map(str, [column.header, *column.cells])))

@@ -1,5 +1,6 @@
 """A run laid out over a number of ranks: the layers, bytes and cost of each pipeline stage, with nothing started."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
+from parallel.pipeline.plan import Plan
 from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
@@ -22,19 +24,18 @@ from parallel.placement.save_room import foreseen_save_room, tightest
 
 
 @dataclass(frozen=True)
-class StagePreview:
-    """A pipeline stage as each of its ranks holds it: they all hold equally much, padding included.
+class PartPreview:
+    """The part of the model that each rank at one place of the pipe holds: equally much, padding included.
 
-    The bytes are those that last between steps: weights, gradients at the end of a step, and the optimizer's master
-    weights and moments. `cost` is the sum of the stage's `layer_costs`, for all of its ranks together.
+    `stages`: the names of its layers by the number of their stage. The bytes are those that last between steps:
+    weights, gradients at the end of a step, and the optimizer's master weights and moments.
     """
 
-    layers: tuple[str, ...]
+    stages: Mapping[int, tuple[str, ...]]
     parameters: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    cost: float
 
     @property
     def total_bytes(self) -> int:
@@ -43,11 +44,15 @@ class StagePreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """A config laid out over a world."""
+    """A config laid out over a world: `parts` by the place in the pipe, and the sum of the layers' costs of each stage.
+
+    A cost is that of `layer_costs`, for all ranks of a stage together.
+    """
 
     config: Config
     topology: Topology
-    stages: tuple[StagePreview, ...]
+    parts: tuple[PartPreview, ...]
+    costs: tuple[float, ...]
 
     @property
     def shape(self) -> ModelShape:
@@ -62,27 +67,36 @@ class Preview:
     def num_microbatches(self) -> int:
         return self.config.num_microbatches(self.topology.world_size)
 
-    def timeline(self) -> Timeline:
+    def plan(self, num_microbatches: int) -> Plan:
+        """Return the plan of a step with this many microbatches, as the ranks execute it."""
+        recomputes = self.config.train.activation_checkpointing != "none"
+        return plan_of(self.config.parallel.pipeline, num_microbatches, recomputes=recomputes)
+
+    def timeline(self, *, whole: bool = False) -> Timeline:
         """Simulate one step of the pipeline by the layers' costs: a backward costs two forwards, a transfer nothing.
 
-        Of a step with very many microbatches the first and the last are simulated: see `Timeline`.
+        Of a step with very many microbatches the first and the last are simulated, unless it is asked for as a
+        `whole`: see `Timeline`.
         """
-        pipeline = self.config.parallel.pipeline
-        simulated = num_simulated(pipeline.size, self.num_microbatches)
-        recomputes = self.config.train.activation_checkpointing != "none"
-        plan = plan_of(pipeline, simulated, recomputes=recomputes)
-        costs = [stage.cost for stage in self.stages]
-        timeline = simulate(plan, Costs.halves(costs, [2 * cost for cost in costs]))
-        return replace(timeline, num_omitted=self.num_microbatches - simulated)
+        pipeline, total = self.config.parallel.pipeline, self.num_microbatches
+        is_whole = whole or pipeline.table is not None
+        simulated = total if is_whole else num_simulated(pipeline.size, total)
+        timeline = simulate(self.plan(simulated), Costs.halves(self.costs, [2 * cost for cost in self.costs]))
+        return replace(timeline, num_omitted=total - simulated)
 
 
 def preview_of(config: Config, world_size: int) -> Preview:
     """Return a config, with every field set, laid out over `world_size` ranks."""
-    topology, costs, stages = Topology(config.parallel.mesh_shape(world_size)), costs_of(config), []
-    for index, layers in enumerate(layers_of_stages(costs, config.parallel.pipeline)):
-        rank = topology.rank_of({axis: index if axis == "pipe" else 0 for axis in topology.shape})
-        stages.append(_stage_of_rank(config, Place(rank, world_size), cost=sum(costs[i] for i in layers)))
-    return Preview(config, topology, tuple(stages))
+    topology, costs = Topology(config.parallel.mesh_shape(world_size)), costs_of(config)
+    parts = [_part_of_rank(config, Place(rank, world_size)) for rank in first_ranks(topology)]
+    stages = layers_of_stages(costs, config.parallel.pipeline)
+    return Preview(config, topology, tuple(parts), tuple(sum(costs[i] for i in layers) for layers in stages))
+
+
+def first_ranks(topology: Topology) -> list[int]:
+    """Return the first rank at each place of the pipe."""
+    places = range(topology.shape["pipe"])
+    return [topology.rank_of({axis: at if axis == "pipe" else 0 for axis in topology.shape}) for at in places]
 
 
 def device_messages(config: Config) -> list[str]:
@@ -103,8 +117,7 @@ def save_messages(config: Config, place: Place) -> list[str]:
         return []
     device, rooms = torch.device(device_type(config.train.device)), []
     topology = Topology(config.parallel.mesh_shape(place.world_size))
-    for index in range(topology.shape["pipe"]):
-        rank = topology.rank_of({axis: index if axis == "pipe" else 0 for axis in topology.shape})
+    for rank in first_ranks(topology):
         context = make_context(config, Place(rank, place.world_size), connect=False, device=torch.device("meta"))
         specs = specs_of(part_of(context).infos, context.dtype, zero=config.zero.stage)
         microbatches = config.num_microbatches(place.world_size)
@@ -120,15 +133,18 @@ def saves_in_background(config: Config) -> bool:
     return output.checkpoint_async and bool(output.checkpoint_every or output.keep_best)
 
 
-def _stage_of_rank(config: Config, place: Place, *, cost: float) -> StagePreview:
-    """Return the stage that a rank belongs to, built on the device "meta", where parameters have sizes and no data."""
+def _part_of_rank(config: Config, place: Place) -> PartPreview:
+    """Return the part of a rank, built on the device "meta", where parameters have sizes and no data."""
     context = make_context(config, place, connect=False, device=torch.device("meta"))
     infos, zero = part_of(context).infos, config.zero.stage
     microbatches, dtype, master = config.num_microbatches(place.world_size), context.dtype, master_dtype(context.dtype)
     # A weight that is wide enough is its own master weight.
     state = state_size(master, config.optimizer) - (master.itemsize if master == dtype else 0)
-    return StagePreview(
-        tuple(spec.name for specs in specs_of_part(context, mode_of(context)).values() for spec in specs),
+    return PartPreview(
+        {
+            stage: tuple(spec.name for spec in specs)
+            for stage, specs in specs_of_part(context, mode_of(context)).items()
+        },
         sum(info.parameter.numel() for info in infos),
         weight_bytes=sum(dtype.itemsize * _elements_on_rank(info, divided=zero >= 3) for info in infos),
         gradient_bytes=sum(
@@ -136,7 +152,6 @@ def _stage_of_rank(config: Config, place: Place, *, cost: float) -> StagePreview
             for info in infos
         ),
         optimizer_bytes=sum(state * _elements_on_rank(info, divided=zero >= 1) for info in infos),
-        cost=cost,
     )
 
 

@@ -4,9 +4,19 @@ from collections.abc import Sequence
 
 
 def layers_text(names: Sequence[str]) -> str:
-    """Return the names of layers in a short form: ('embed', 'layers.0', 'layers.1') -> 'embed, layers 0–1'."""
-    numbers = [name.removeprefix("layers.") for name in names if name.startswith("layers.")]
-    blocks = [f"layers {numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"] if numbers else []
+    """Return the names of layers, in order, in a short form.
+
+    ('embed', 'layers.0', 'layers.1', 'layers.6') -> 'embed, layers 0–1, 6'.
+    """
+    numbers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
+    blocks = [f"{'layer' if len(numbers) == 1 else 'layers'} {', '.join(texts)}"] if runs else []
     return ", ".join([*(n for n in names if n == "embed"), *blocks, *(n for n in names if n == "head")])
 
 

@@ -1,14 +1,26 @@
 """The `parallel` section of a config: how a model is split over ranks, and which splits are possible."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Literal
 
-from parallel.config.reader import Count, Natural, NumRanks, Supported
-from parallel.errors import divisors, either, nearest_multiples, shown, times
+from parallel.config.other_names import OTHER_SCHEDULES
+from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks
+from parallel.config.schedule_file import ScheduleFile
+from parallel.config.schedule_table import ScheduleTable
+from parallel.errors import divisors, either, nearest_multiples, times
 
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"]
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
+
+ONE, TWO, ANY = range(1, 2), range(2, 3), range(1, 2**40 + 1)
+STAGES_OF_RANK: Mapping[str, range] = MappingProxyType(
+    {"gpipe": ONE, "1f1b": ONE, "interleaved": ANY[1:], "zero_bubble": ONE, "zero_bubble_v": TWO}
+)
+"""The numbers of stages that a rank can have, by schedule; the lowest is the default. A schedule's file has any."""
+
+SCHEDULE_FILE = ".csv"
 
 MOST_RANKS_SEARCHED = 2**40  # the largest world for which sizes that divide it are searched
 
@@ -21,29 +33,45 @@ class PipelineConfig:
     """
 
     size: NumRanks = 1
-    """The number of stages. Each rank holds the layers of one stage."""
+    """The number of ranks along the pipe. Each holds `chunks` stages, which is one with most schedules."""
 
-    schedule: Annotated[
-        Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"], Supported("gpipe", "1f1b")
-    ] = "1f1b"
-    """The order of forwards and backwards. "gpipe": all forwards, then all backwards. "1f1b": one forward, one backward
-    in turn; the same idle time, and a stage keeps activations of at most `size` microbatches, which is why it is the
-    default. "interleaved", "zero_bubble" and "zero_bubble_v" are not available yet.
+    schedule: Annotated[str, NamesOrFile(tuple(STAGES_OF_RANK), SCHEDULE_FILE, OTHER_SCHEDULES, ScheduleFile.read)] = (
+        "1f1b"
+    )
+    """The order of forwards, backwards and weight gradients. "gpipe": all forwards, then all backwards. "1f1b": one
+    forward, one backward in turn; the same idle time, and a stage keeps activations of at most `size` microbatches,
+    which is why it is the default. "interleaved": 1f1b over several stages on each rank; less idle time, more messages.
+    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; a third of the idle time of 1f1b.
+    "zero_bubble_v" (ZB-V): the same with two stages on each rank, the first of which goes down the ranks and the second
+    up; nearly no idle time. Or the path of a .csv file with a schedule of one's own.
     """
 
     layers: tuple[Natural, ...] | None = None
-    """The number of blocks on each stage, such as (1, 3). Their sum is the model's number of blocks; only the first
-    stage, which has the embedding, and the last, which has the head, may have none. None: blocks are divided so that
-    the slowest stage is as fast as possible, by the cost of each layer.
+    """The number of blocks on each stage in the order of the model, such as (1, 3): size × chunks numbers. Their sum is
+    the model's number of blocks; only the first stage, which has the embedding, and the last, which has the head, may
+    have none. None: blocks are divided so that the slowest stage is as fast as possible, by the cost of each layer.
     """
 
-    chunks: Annotated[Count | None, Supported(None)] = None
-    """The number of groups of layers on each stage, for the interleaved schedule, which is not available yet."""
+    chunks: Count | None = None
+    """The number of stages on each rank. None: 2 for "interleaved" and "zero_bubble_v", else 1. "interleaved" can have
+    any number from 2 on; the more, the less idle time and the more messages.
+    """
+
+    @property
+    def _allowed_chunks(self) -> range:
+        return STAGES_OF_RANK.get(self.schedule, ANY)
 
     @property
     def num_chunks(self) -> int:
-        """The number of stages on each rank: `chunks`, or what the schedule has by default."""
-        return self.chunks or {"interleaved": 2, "zero_bubble_v": 2}.get(self.schedule, 1)
+        """The number of stages on each rank: `chunks`, or what the schedule has by default, or its file."""
+        if self.table is not None:
+            return self.table.num_chunks
+        return self.chunks or self._allowed_chunks[0]
+
+    @property
+    def table(self) -> ScheduleTable | None:
+        """The content of the schedule's file, where it is one: it also says which stages are on which rank."""
+        return self.schedule.table if isinstance(self.schedule, ScheduleFile) else None
 
     @property
     def num_stages(self) -> int:
@@ -53,9 +81,13 @@ class PipelineConfig:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages on a rank of the pipe: r, r + p, ...; in a V they turn at the last rank, r and 2p − 1 − r.
 
+        A schedule's file has a placement of its own.
+
         A V is Qi et al. 2023, arXiv 2401.10241, section 6; the other placement is that of Narayanan et al. 2021,
         arXiv 2104.04473, section 2.2.2.
         """
+        if self.table is not None:
+            return self.table.stages[rank]
         if self.schedule == "zero_bubble_v":
             return rank, 2 * self.size - 1 - rank
         return tuple(range(rank, self.num_stages, self.size))
@@ -65,22 +97,35 @@ class PipelineConfig:
         return next(rank for rank in range(self.size) if stage in self.stages_of(rank))
 
     def problems(self) -> list[str]:
-        """Return what is wrong with `layers`, except for their sum, which only the model can check."""
-        if self.layers is None:
+        """Return what is wrong with `chunks` for this schedule; the stages' layers are checked with the model's."""
+        if self.table is not None:
+            return self._file_problems(self.table)
+        allowed = self._allowed_chunks
+        if self.num_chunks in allowed:
             return []
-        if len(self.layers) != self.size:
-            stages = len(self.layers)
-            return [
-                f"parallel.pipeline.layers: {shown(self.layers)} is for {stages} stages, got size {self.size}."
-                f" Try size={stages}."
-            ]
-        if 0 in self.layers[1:-1]:
-            stage = self.layers.index(0, 1)
-            return [
-                f"parallel.pipeline.layers: {shown(self.layers)} leaves stage {stage} empty; only the first, which has"
-                " the embedding, and the last, which has the head, may have no layers. Try at least 1."
-            ]
-        return []
+        stages = f"{'at least ' * (len(allowed) > 1)}{allowed[0]} stage{'s' * (allowed[0] > 1)}"
+        is_zero_bubble = self.schedule.startswith("zero_bubble")
+        similar = ("zero_bubble", "zero_bubble_v", "interleaved") if is_zero_bubble else ("1f1b", "interleaved")
+        other = next(name for name in similar if self.num_chunks in STAGES_OF_RANK[name])
+        return [
+            f"parallel.pipeline.chunks: schedule {self.schedule!r} has {stages} on each rank, got"
+            f" {self.num_chunks}. Try chunks={allowed[0]}, or schedule={other!r}."
+        ]
+
+    def _file_problems(self, table: ScheduleTable) -> list[str]:
+        """Return where the other keys say something else than the schedule's file."""
+        found, ranks, chunks = [], len(table.rows), table.num_chunks
+        if self.size != ranks:
+            found.append(
+                f"parallel.pipeline.size: {self.schedule} has {ranks} row{'s' * (ranks > 1)}, one for each rank, got"
+                f" {self.size}. Try {ranks}."
+            )
+        if self.chunks not in (None, chunks):
+            found.append(
+                f"parallel.pipeline.chunks: {self.schedule} has {chunks} on each rank, got {self.chunks}. Try"
+                f" chunks={chunks}, or None."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -108,8 +153,22 @@ class TensorConfig:
     rows as columns.
     """
 
-    sequence_parallel: Annotated[bool, Supported(False)] = False
-    """True: 1d also splits activations between blocks, along the sequence. It is not available yet."""
+    sequence_parallel: bool = False
+    """True: 1d also splits activations between blocks, along the sequence (Korthikanti et al. 2022, arXiv 2205.05198).
+    A rank keeps a `size`-th of them for backward, and sends as much as without it, but for each linear's input, which
+    backward gathers a second time. `size` must divide `data.sequence_length`; in context parallelism, the share of it
+    that a rank of the context axis has.
+    """
+
+    @property
+    def kind(self) -> str | None:
+        """The mode's name in the table of modes, which has 1d with sequence parallelism as a mode of its own."""
+        return f"{self.mode}, sequence parallel" if self.sequence_parallel else self.mode
+
+    @property
+    def length_parts(self) -> int:
+        """The number of parts into which the mode splits a sequence between blocks."""
+        return self.size if self.sequence_parallel else 1
 
     @property
     def _form(self) -> tuple[int, int]:
@@ -162,6 +221,10 @@ class TensorConfig:
         if self.rows is not None and self.mode not in ("2d", "2.5d"):
             found.append(
                 f"parallel.tensor.rows: {self.rows} needs mode '2d' or '2.5d', got {self.mode!r}. Try rows=None."
+            )
+        if self.sequence_parallel and self.mode != "1d":
+            found.append(
+                f"parallel.tensor.sequence_parallel: True needs mode '1d', got {self.mode!r}. Try False, or mode='1d'."
             )
         if not found and not self.fits():
             found.append(f"parallel.tensor: {self._misfit()}")
@@ -223,10 +286,6 @@ class ContextConfig:
         """Return whether a sequence of this length can be split into parts of equal length."""
         return sequence_length % self.parts == 0
 
-    def sizes(self, sequence_length: int) -> list[int]:
-        """Return the values of `size` that would split a sequence of this length evenly, with this `kind`."""
-        return [n for n in divisors(sequence_length) if replace(self, size=n).splits(sequence_length)]
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -245,6 +304,16 @@ class ParallelConfig:
     def model_size(self) -> int:
         """The number of ranks that together hold one replica of the model."""
         return self.pipeline.size * self.context.size * self.tensor.size
+
+    @property
+    def sequence_parts(self) -> int:
+        """The number of which the length of a sequence must be a multiple: context splits it, and then 1d's `size`."""
+        return math.lcm(self.context.parts, self.context.size * self.tensor.length_parts)
+
+    def context_sizes(self, sequence_length: int) -> list[int]:
+        """Return the values of `context.size` with which a sequence of this length is split evenly."""
+        layouts = {n: replace(self, context=replace(self.context, size=n)) for n in divisors(sequence_length)}
+        return [n for n, layout in layouts.items() if sequence_length % layout.sequence_parts == 0]
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Return the size of each axis of the mesh, outermost first; `data` is the world size ÷ the other sizes."""

@@ -1,14 +1,14 @@
 """Reads raw values into frozen dataclasses by their type hints: what a hint can express needs no code in a section.
 
 A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or a union of such; Annotated adds Range,
-Supported, Expanded and Rest.
+Supported, Expanded, NamesOrFile and Rest.
 """
 
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from types import NoneType, UnionType
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from parallel.config.literals import literal
 from parallel.config.other_names import advice, key_text
 from parallel.config.paths import PathError, expanded
-from parallel.errors import closest, either, shown
+from parallel.errors import SHOWN, ConfigError, closest, either, shown
 
 Section = TypeVar("Section")
 
@@ -74,6 +74,33 @@ class Expanded:
     """The mark of a path, in which `~` and variables are replaced."""
 
 
+@dataclass(frozen=True)
+class NamesOrFile:
+    """The mark of a text that is one of these names, or the path of a file that ends in `suffix`.
+
+    `other_names`: what other programs call them, in lower case without punctuation. `read_file` returns what becomes of
+    a path; it may raise ConfigError.
+    """
+
+    names: tuple[str, ...]
+    suffix: str
+    other_names: Mapping[str, str]
+    read_file: Callable[[str], str] = str
+
+    def read(self, raw: object) -> str:
+        """Return a name as it is, and a path expanded. Raises MisreadError."""
+        if isinstance(raw, os.PathLike):
+            raw = os.fspath(raw)
+        if isinstance(raw, str) and raw in self.names:
+            return raw
+        if isinstance(raw, str) and raw.endswith(self.suffix):
+            return self.read_file(_expanded(_scalar(str, raw)))
+        wrong = f"needs one of {', '.join(map(repr, self.names))}, or a {self.suffix} file, got {shown(raw)}"
+        plain = re.sub(r"\W|_", "", raw[:SHOWN]).casefold().removeprefix("schedule") if isinstance(raw, str) else ""
+        nearest = self.other_names.get(plain) or closest(plain, self.names)
+        raise MisreadError(wrong, nearest or MISSING)
+
+
 class Rest:
     """The mark of a field that holds all keys of a section for which it has no field."""
 
@@ -127,6 +154,10 @@ class Reader:
     def _value(self, hint: Any, raw: object, path: tuple[str, ...], default: object) -> Any:
         try:
             value = convert(hint, raw)
+        except ConfigError as error:
+            self.problems += error.problems
+            self.misread.update(path[:1])
+            return default
         except MisreadError as error:
             nearest = error.nearest if can_convert(hint, error.nearest) else default
             self._report(path, f"{error.wrong}. Try {nearest!r}.")
@@ -173,6 +204,8 @@ def convert(hint: Any, raw: object) -> Any:
     """Return `raw` as its hint requires: lists become tuples, ints floats, '6GiB' bytes. Raises MisreadError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        for names in annotations_of(hint, NamesOrFile):
+            return names.read(raw)
         value = convert(arguments[0], raw)
         for bounds in annotations_of(hint, Range):
             if value is not None and value not in bounds:

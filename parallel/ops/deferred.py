@@ -13,6 +13,11 @@ class DeferredCalls:
         self._waiting: dict[Hashable, deque[Callable[[], None]]] = defaultdict(deque)
         self._key: Hashable | None = None
 
+    @property
+    def is_deferring(self) -> bool:
+        """True inside `deferring`, where calls are kept for later."""
+        return self._key is not None
+
     def call(self, function: Callable[..., None], *arguments: object) -> None:
         """Call the function with these arguments, now or later."""
         if self._key is None:

@@ -68,7 +68,7 @@ def numbered(stages: Iterable[int]) -> list[Compute]:
 
 def stages_of_ranks(schedule: str, num_ranks: int, chunks: int) -> list[tuple[int, ...]]:
     """Return the stages on each rank of the pipe, in order, as the config places them for this schedule."""
-    pipeline = PipelineConfig(size=num_ranks, schedule=schedule, chunks=chunks)  # type: ignore[arg-type]
+    pipeline = PipelineConfig(size=num_ranks, schedule=schedule, chunks=chunks)
     return [pipeline.stages_of(rank) for rank in range(num_ranks)]
 
 

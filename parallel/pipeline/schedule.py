@@ -20,6 +20,7 @@ from parallel.pipeline.evaluation import forward_only
 from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_stage import gpipe, one_f_one_b
 from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.plan_csv import plan_of_table
 from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.zero_bubble import zero_bubble, zero_bubble_v
 
@@ -56,15 +57,18 @@ def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool
     """Return the plan of a training step, with transfers, which the runner executes.
 
     With `recomputes` the gradients of weights are computed in the backward itself: kept for later they would keep what
-    was recomputed for it.
+    was recomputed for it. Raises ConfigError where the schedule is a file for another number of microbatches.
     """
-    plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
+    if pipeline.table is not None:
+        plan = plan_of_table(pipeline.table, num_microbatches)
+    else:
+        plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
     return with_transfers(joined(plan) if recomputes else weights_after_sends(plan))
 
 
 def evaluation_plan_of(pipeline: PipelineConfig, num_microbatches: int) -> Plan:
     """Return the plan of an evaluation, with transfers: forwards alone, with the schedule's stages on each rank."""
-    return with_transfers(forward_only(pipeline.size, num_microbatches, pipeline.num_chunks, pipeline.schedule))
+    return with_transfers(forward_only([pipeline.stages_of(rank) for rank in range(pipeline.size)], num_microbatches))
 
 
 def joined(plan: Plan) -> Plan:

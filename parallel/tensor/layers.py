@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
-from parallel.tensor.matmul import Accumulate, LinearCollectives, matmul
+from parallel.tensor.matmul import LinearCollectives, matmul
+from parallel.tensor.receiver import GradientReceiver
 
 
 class Sharded(nn.Module):
@@ -32,16 +33,11 @@ class Linear(Sharded):
     def __init__(self, collectives: LinearCollectives, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
         self.collectives = collectives
-        self.accumulate: Accumulate | None = None  # the sum of the weight's gradient, if it is not left to autograd
+        self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.flatten()
-        return matmul(x, self.weight.flatten(0, -2), self.collectives, bias, self.accumulate)
-
-    @property
-    def can_accumulate(self) -> bool:
-        """True if the weight's gradient is a product on this rank, which no reduce-scatter follows."""
-        return self.collectives.gather_w.size == 1
+        return matmul(x, self.weight.flatten(0, -2), self.collectives, bias, self.receiver)
 
 
 class Embedding(Sharded):

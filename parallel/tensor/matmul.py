@@ -9,7 +9,7 @@ and dx is in flight while dW is computed.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,9 @@ from parallel.mesh.collectives import (
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.products import wide_product
+from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
-
-Accumulate: TypeAlias = Callable[[Tensor, Tensor], None]
-"""Adds dyᵀ[N', T] · x[T, K], a weight's gradient, to a sum that is kept elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +102,32 @@ class LinearCollectives:
         dy[..., N'] has y's split; x[..., K] and w[N', K] are gathered. The product is this rank's part of dW, and a
         partial sum where W was gathered: see `scatter_dw`.
         """
-        dy = start_all_gather(dy, *self.scatter_y).wait()
-        dx = dy @ w.wait()
-        if self.copy_x is not ALONE:
-            in_flight = start_all_reduce(dx, self.copy_x)
-        else:
-            in_flight = start_reduce_scatter(dx, *self.gather_x)
-        return in_flight, multiply(dy.flatten(0, -2).T, x.wait().flatten(0, -2))
+        whole_dy = self.start_gather_dy(dy).wait()
+        return self._start_dx(whole_dy, w), multiply(*_factors(whole_dy, x))
+
+    def start_gather_dy(self, dy: Tensor) -> Pending:
+        """Launch the all-gather of y's gradient, dy[..., N'] -> the same, whole along the dim of scatter_y."""
+        return start_all_gather(dy, *self.scatter_y)
+
+    def input_gradient(self, dy: Tensor, w: Pending) -> Pending:
+        """Return dx, in flight, and compute nothing of dW: dy[..., N'] has y's split, w[N', K] is gathered."""
+        return self._start_dx(self.start_gather_dy(dy).wait(), w)
 
     def scatter_dw(self, dw: Tensor) -> Tensor:
         """Return this rank's part of the weight's gradient, partial sums dw[N', K] -> [N', K_gather_w]."""
         return reduce_scatter(dw, -1, self.gather_w)
+
+    def _start_dx(self, dy: Tensor, w: Pending) -> Pending:
+        """Launch the sum of dx over ranks: a gathered dy[..., N'] and w[N', K] -> dx[..., K']."""
+        dx = dy @ w.wait()
+        if self.copy_x is not ALONE:
+            return start_all_reduce(dx, self.copy_x)
+        return start_reduce_scatter(dx, *self.gather_x)
+
+
+def _factors(dy: Tensor, x: Pending) -> tuple[Tensor, Tensor]:
+    """Return the factors of dW of a gathered dy[..., N'] and x[..., K]: [N', T] and [T, K]."""
+    return dy.flatten(0, -2).T, x.wait().flatten(0, -2)
 
 
 class _Matmul(torch.autograd.Function):
@@ -125,19 +138,57 @@ class _Matmul(torch.autograd.Function):
         w: Tensor,
         bias: Tensor | None,
         collectives: LinearCollectives,
-        accumulate: Accumulate | None,
+        receiver: GradientReceiver | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.collectives, ctx.has_bias, ctx.accumulate = collectives, bias is not None, accumulate
+        ctx.collectives, ctx.has_bias, ctx.receiver = collectives, bias is not None, receiver
         return collectives.product(collectives.start_gather_x(x), collectives.start_gather_w(w), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        x, w = ctx.saved_tensors
-        collectives, multiply = ctx.collectives, ctx.accumulate or torch.mm
-        dx, dw = collectives.gradients(dy, collectives.start_gather_x(x), collectives.start_gather_w(w), multiply)
+        (x, w), collectives, receiver = ctx.saved_tensors, ctx.collectives, ctx.receiver
+        if receiver is not None and receiver.deferred.is_deferring:
+            receiver.deferred.call(_add_weight_gradient, dy.detach(), x.detach(), collectives, receiver)
+            in_flight, dw = collectives.input_gradient(dy, collectives.start_gather_w(w)), None
+        else:
+            multiply = _multiply(collectives, receiver)
+            in_flight, dw = collectives.gradients(
+                dy, collectives.start_gather_x(x), collectives.start_gather_w(w), multiply
+            )
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return dx.wait(), None if dw is None else collectives.scatter_dw(dw), db, None, None
+        return in_flight.wait(), _scattered(dw, collectives, receiver), db, None, None
+
+
+def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, receiver: GradientReceiver) -> None:
+    """Compute this rank's part of dW from its own parts of dy[..., N'] and x[..., K'], and give it to the receiver.
+
+    Both are gathered again: from a backward of inputs to this call nothing is kept that was gathered. (A gathered dy
+    would take as many times its memory as the axis has ranks, for as many microbatches as wait for their W.)
+    """
+    pending_dy, pending_x = collectives.start_gather_dy(dy), collectives.start_gather_x(x)
+    dw = _multiply(collectives, receiver)(*_factors(pending_dy.wait(), pending_x))
+    _scattered(dw, collectives, receiver)
+
+
+def _multiply(
+    collectives: LinearCollectives, receiver: GradientReceiver | None
+) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """Return the function that multiplies dyᵀ by x: the receiver's own, unless a reduce-scatter follows."""
+    return torch.mm if receiver is None or collectives.gather_w.size > 1 else receiver.add_product
+
+
+def _scattered(dw: Tensor | None, collectives: LinearCollectives, receiver: GradientReceiver | None) -> Tensor | None:
+    """Give the receiver this rank's part of partial sums dw[N', K], if `_multiply` has returned any.
+
+    Return what is left to autograd: the part itself if there is no receiver.
+    """
+    if dw is None:
+        return None
+    own = collectives.scatter_dw(dw)
+    if receiver is None:
+        return own
+    receiver.add(own)
+    return None
 
 
 def matmul(
@@ -145,18 +196,19 @@ def matmul(
     w: Tensor,
     collectives: LinearCollectives,
     bias: Tensor | None = None,
-    accumulate: Accumulate | None = None,
+    receiver: GradientReceiver | None = None,
 ) -> Tensor:
     """Return x[..., K'] · w[N', K'']ᵀ + bias[N'] -> y[..., N'], with these collectives; a mode defines the splits.
 
-    `accumulate` is called with the two factors of w's gradient, if no reduce-scatter follows their product. Autograd
-    then gets no gradient for w.
+    `receiver` is given w's gradient, and autograd then gets none. Where `receiver.deferred` keeps calls, a backward
+    computes the gradient of x alone; that of w, with its collectives, is computed in `run_deferred`.
     """
-    if torch.compiler.is_compiling() and collectives.is_local:
+    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd:
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
         is_row = x.numel() == x.shape[-1]
         return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
-    y: Tensor = _matmul(x, w, bias, collectives, accumulate)
+    y: Tensor = _matmul(x, w, bias, collectives, receiver)
     return y
 
 
@@ -185,10 +237,10 @@ class _Product(torch.autograd.Function):
 
 @not_compiled
 def _matmul(
-    x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives, accumulate: Accumulate | None
+    x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives, receiver: GradientReceiver | None
 ) -> Tensor:
     if is_recomputation():
         kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]
         return _Product.apply(kept, x, w, bias, collectives)  # type: ignore[no-untyped-call, no-any-return]
-    y: Tensor = _Matmul.apply(x, w, bias, collectives, accumulate)  # type: ignore[no-untyped-call]
+    y: Tensor = _Matmul.apply(x, w, bias, collectives, receiver)  # type: ignore[no-untyped-call]
     return y

@@ -1,0 +1,26 @@
+"""The receiver of a weight's gradient: where a matmul's backward adds it, in that backward or later."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from parallel.ops.deferred import DeferredCalls
+
+
+@dataclass(frozen=True)
+class GradientReceiver:
+    """Takes the gradient of one weight W[N', K''], so that autograd gets none.
+
+    A matmul whose weight has a receiver calls one of the two functions once for each backward: at once or, where
+    `deferred` keeps calls, in `run_deferred`.
+    """
+
+    deferred: DeferredCalls
+    """Keeps the computation of the gradient for later, in the part of a backward that is to compute none."""
+
+    add_product: Callable[[Tensor, Tensor], None]
+    """Adds the product of two factors, [N', T] and [T, K'']: the matmul itself adds it to the sum."""
+
+    add: Callable[[Tensor], None]
+    """Adds a gradient, [N', K'']."""
