@@ -72,6 +72,7 @@ PURE = (
     "parallel.pipeline.evaluation",
     "parallel.pipeline.transfers",
     "parallel.pipeline.schedule",
+    "parallel.pipeline.grid",
     "parallel.pipeline.rendezvous",
     "parallel.pipeline.validate",
     "parallel.pipeline.timeline",

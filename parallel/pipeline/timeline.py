@@ -164,6 +164,11 @@ def simulate(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0) -> Timelin
     return Timeline(tuple(map(tuple, _Buffered(plan, costs, transfer_cost).spans())))
 
 
+def starts_of(plan: Plan, costs: Costs) -> list[list[float]]:
+    """Return when each rank's actions start; of a plan that does not end, of those that start."""
+    return _Buffered(plan, costs, 0.0).starts()
+
+
 class _Buffered:
     """A simulation in which every message is buffered. A result is known by `(is_forward, stage, microbatch)`."""
 
@@ -172,27 +177,32 @@ class _Buffered:
         self.rank_of_stage = plan.rank_of_stage()
         self.ends: dict[tuple[bool, int, int], float] = {}
 
-    def spans(self) -> list[list[Span]]:
-        """Return the spans of each rank."""
-        positions, clocks = [0] * len(self.plan.ranks), [0.0] * len(self.plan.ranks)
+    def starts(self) -> list[list[float]]:
+        """Return when the actions of each rank start, as far as the ranks come."""
+        clocks = [0.0] * len(self.plan.ranks)
         starts: list[list[float]] = [[] for _ in self.plan.ranks]
         progressed = True
         while progressed:
             progressed = False
             for rank, actions in enumerate(self.plan.ranks):
-                clock, begin = clocks[rank], positions[rank]
+                clock, begin = clocks[rank], len(starts[rank])
                 for action in islice(actions, begin, None):
                     ready = clock if action.op.is_transfer else self._ready(action, rank, clock)
                     if ready is None:
                         break
                     starts[rank].append(ready)
                     clock = self._finish(action, ready)
-                clocks[rank], positions[rank] = clock, len(starts[rank])
-                progressed = progressed or positions[rank] > begin
+                clocks[rank] = clock
+                progressed = progressed or len(starts[rank]) > begin
+        return starts
+
+    def spans(self) -> list[list[Span]]:
+        """Return the spans of each rank."""
+        starts = self.starts()
         stuck = [
-            f"rank {rank} waits for the inputs of {actions[positions[rank]]}"
-            for rank, actions in enumerate(self.plan.ranks)
-            if positions[rank] < len(actions)
+            f"rank {rank} waits for the inputs of {actions[len(row)]}"
+            for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True))
+            if len(row) < len(actions)
         ]
         if stuck:
             raise PlanError("the plan waits forever: " + ", ".join(stuck))
