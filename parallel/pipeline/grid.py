@@ -1,6 +1,7 @@
 """The grid of a plan that is refused, with the place marked that is wrong."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 from parallel.pipeline.plan import Plan, PlanError
@@ -27,7 +28,8 @@ class _Grid:
     """The computes of a plan by rank and column."""
 
     def __init__(self, plan: Plan, marked: dict[int, int], ended: Collection[int] | None) -> None:
-        started = starts_of(plan, Costs(1, 0.5, 0.5))
+        num_stages = 1 + max(action.stage for actions in plan.ranks for action in actions)  # more, if some are strays
+        started = starts_of(replace(plan, num_stages=num_stages), Costs(1, 0.5, 0.5))
         self.rows: list[dict[int, str]] = []
         self.marks: dict[int, int] = {}
         for rank, (actions, starts) in enumerate(zip(plan.ranks, started, strict=True)):
@@ -61,7 +63,7 @@ class _Grid:
             name = f"rank {each:>{len(str(shown[-1]))}} {'…' if first else ' '} "
             cells = [self.rows[each].get(column, "." * width).ljust(width) for column in columns]
             yield (name + " ".join(cells)).rstrip(" .")
-            if (mark := self.marks.get(each)) in columns:
+            if (mark := self.marks.get(each)) is not None and mark in columns:
                 yield " " * (len(name) + (mark - first) * (width + 1)) + "^" * width
         if shown[-1] + 1 < len(self.rows):
             yield "…"
