@@ -68,6 +68,7 @@ PURE = (
     "parallel.pipeline.orders",
     "parallel.pipeline.one_stage",
     "parallel.pipeline.interleaved",
+    "parallel.pipeline.filling",
     "parallel.pipeline.zero_bubble",
     "parallel.pipeline.evaluation",
     "parallel.pipeline.transfers",

@@ -105,12 +105,13 @@ class Timeline:
 def num_simulated(num_stages: int, num_microbatches: int) -> int:
     """Return how many of a step's microbatches are simulated: all, or as many as show how it begins and ends.
 
-    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so.
+    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so. Of others one microbatch more
+    than whole rounds is simulated, which makes the longest group of an interleaved schedule as long as in the step.
     """
     if num_stages * num_microbatches <= MOST_SIMULATED:
         return num_microbatches
     rounds = max(2, -(-FEWEST_SIMULATED // num_stages))
-    return min(num_microbatches, rounds * num_stages)
+    return min(num_microbatches, rounds * num_stages + (num_microbatches % num_stages > 0))
 
 
 def _peak_in_flight(actions: Sequence[Action]) -> int:
