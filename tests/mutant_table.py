@@ -38,7 +38,7 @@ HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_the_position_of_a_rank_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
-LINKS = "tests/test_schedule.py::test_1f1b_posts_both_directions_of_a_link_together"
+LINKS = "tests/test_schedule.py::test_a_receive_is_posted_when_its_message_is_sent"
 REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch[apart]"
 NEAR = LOSS.replace("apart", "near")
@@ -442,7 +442,7 @@ SEQUENCES = (
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_all_to_all_and_rotate_move_the_right_parts"),
     Mutant("positions-of-the-first-part", "every rank numbers its tokens from the beginning of the sequence",
-           LAYER, "self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)",
+           LAYER, "self.blocks_mode.tokens_between(self.learned.rows_of(batch))",
            "self.blocks_mode.local(self.learned.rows_of(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share dropout masks with the next sample's first ones",
@@ -475,7 +475,7 @@ SEQUENCES = (
            MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a dropout mask",
-           LAYER, "mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           LAYER, "mode.positions_between(sequence, y.device)", "torch.arange(sequence, device=y.device)",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
@@ -485,17 +485,15 @@ ORDER = (
            "learning_rate(schedule, rate, self.num_updates,",
            "learning_rate(schedule, rate, self.num_updates + 1,",
            trains("single")),
-    Mutant("gpipe-backwards-first", "a backward is planned before its forward",
-           "parallel/pipeline/schedule.py",
-           "[forwards + backwards] * num_stages",
-           "[backwards + forwards] * num_stages",
+    Mutant("gpipe-forward-left-out", "the first forward after the warm-up is left out",
+           "parallel/pipeline/orders.py",
+           "zip_longest(islice(self.forwards, self.num_warmup, None), self.backwards)",
+           "zip_longest(islice(self.forwards, self.num_warmup + 1, None), self.backwards)",
            SCHEDULE),
     Mutant("received-after-use", "a stage computes before its input has been received",
-           "parallel/pipeline/schedule.py",
-           "actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
-           "            actions.append(compute)",
-           "actions += [compute, Action(receive, compute.stage, compute.microbatch, source)]\n"
-           "            else:\n                actions.append(compute)",
+           "parallel/pipeline/transfers.py",
+           "(span.end, 0, rank, message)",
+           "(span.end, 2, rank, message)",
            LINKS),
     Mutant("weight-gradients-before-the-message", "the previous stage waits until this one has computed the gradients of its weights",
            RUNNER, "with self.weight_gradients.deferring(key):", "if True:",
@@ -2498,6 +2496,62 @@ ENDS = (
     ),
 )
 
+SPLIT_IN_1D = "tests/test_parity.py::test_training_equals_hugging_face[1d2-sp-fp64]"
+SPLIT_TESTS = "tests/test_sequence_parallel.py"
+SPLIT_TRAINS = f"{SPLIT_TESTS}::test_it_trains_as_a_single_process_with_dropout[{{}}]"
+OF_REPLICAS = '(self.mesh.axis("data", "context"),)'
+
+SEQUENCE_PARALLEL = (
+    Mutant(
+        "sequence-norms-not-summed",
+        "the weights of norms get the gradient of a rank's own positions",
+        MODE,
+        "layout = self.layout((hidden,), self.hidden) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-biases-not-summed",
+        "the biases of linears out of a block get the gradient of its own positions",
+        MODE,
+        "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-positions-not-summed",
+        "the position table gets the gradient of a rank's own positions",
+        MODE,
+        "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-labels-follow-one-another",
+        "the labels of a token slice are those of its first rank's positions",
+        "parallel/tensor/loss.py",
+        "labels[..., tokens].flatten(1)",
+        "labels.flatten(1)[:, labels.shape[1] * start :][:, : logits.shape[1]]",
+        f"{SPLIT_TESTS}::test_labels_of_a_token_slice_are_those_of_each_ranks_positions",
+    ),
+    Mutant(
+        "sequence-dropout-by-own-positions",
+        "the parts of a sequence share a dropout mask",
+        MODE,
+        "return self.local(self.sequence.positions(inside, device), self.length)",
+        "return self.sequence.positions(local, device)",
+        SPLIT_TRAINS.format("dp2-1d2-zero3-gpt2"),
+    ),
+    Mutant(
+        "sequence-head-norms-summed-twice",
+        "the gradient of a norm over each head is summed over t as tokens and heads",
+        MODE,
+        "*self.token_axes) if name not in done)), *heads]",
+        "*self.token_axes) if name not in own)), *heads]",
+        SPLIT_TRAINS.format("1d2-qwen3"),
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2552,4 +2606,5 @@ MUTANTS = (
     *HOSTILE_FILES,
     *KILLS,
     *ENDS,
+    *SEQUENCE_PARALLEL,
 )

@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parallel.config.parallel import ContextConfig
+from parallel.config.parallel import ContextConfig, PipelineConfig
+from parallel.pipeline.schedule import SCHEDULES
 from tests.families import COMMON, FAMILIES, GPT2, LLAMA, LLAMA3, MISTRAL, QWEN3, YARN
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
@@ -147,6 +148,22 @@ def model_of(draw: st.DrawFn, by: Divisors, *, blocks: int) -> Raw:
     return model | {"vocab_size": draw(st.integers(5, 40)), layers: blocks} | NO_SPECIAL_TOKENS[family]
 
 
+def pipeline_of(draw: st.DrawFn, size: int) -> PipelineConfig:
+    """Return a pipeline of this many ranks, with any schedule, and one, two or three stages on a rank."""
+    schedule = draw(st.sampled_from(list(SCHEDULES)))
+    return PipelineConfig(size, schedule, chunks=draw(st.integers(2, 3)) if schedule == "interleaved" else None)
+
+
+def layers_of(draw: st.DrawFn, num_stages: int, blocks: int) -> tuple[int, ...] | None:
+    """Return the blocks of each stage, one in each but the ends and the rest anywhere; None: by their cost."""
+    if draw(st.booleans()):
+        return None
+    layers = [0] + [1] * (num_stages - 2) + [0] * (num_stages > 1)
+    for _ in range(blocks - sum(layers)):
+        layers[draw(st.integers(0, num_stages - 1))] += 1
+    return tuple(layers)
+
+
 @st.composite
 def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     size = draw(st.integers(1, max_ranks // min_context))
@@ -157,13 +174,14 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
     split_heads = context.size if context.kind == "all_to_all" else 1
     by = Divisors(heads_by * split_heads, widths_by * split_heads)
-    blocks = draw(st.integers(max(1, pipeline - 2), max(3, pipeline - 2)))
+    pipe = pipeline_of(draw, pipeline)
+    blocks = draw(st.integers(max(1, pipe.num_stages - 2), max(3, pipe.num_stages - 2)))
+    pipe = replace(pipe, layers=layers_of(draw, pipe.num_stages, blocks))
     model = model_of(draw, by, blocks=blocks)
     micro, k = batch_by * draw(st.integers(1, 2)), draw(st.integers(1, 4))
-    schedule = dict(size=pipeline, schedule=draw(st.sampled_from(["1f1b", "gpipe"])))
     return Case(
         world_size=size * pipeline * context.size * data,
-        parallel=dict(pipeline=schedule, tensor=section, context=asdict(context)),
+        parallel=dict(pipeline=asdict(pipe), tensor=section, context=asdict(context)),
         model=model,
         train=dict(
             global_batch_size=micro * data * k,

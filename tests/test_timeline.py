@@ -48,7 +48,7 @@ class Box:
 
 
 def boxes_of(svg: str) -> dict[float, list[Box]]:
-    """Return the boxes of actions in a picture by their top, each row from left to right."""
+    """Return the boxes of actions in a picture by the height of their rank's name, each row from left to right."""
     rows: dict[float, list[Box]] = defaultdict(list)
     for path in ET.fromstring(svg).iter(f"{SVG}path"):
         look = path.get("class", "")
@@ -56,8 +56,9 @@ def boxes_of(svg: str) -> dict[float, list[Box]]:
             height = float(path.get("stroke-width", ""))
             for left, top, width in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)", path.get("d", "")):
                 rows[float(top)].append(Box(look, float(left), float(top), float(width), height))
-    legend = min(rows)
-    return {top: sorted(row, key=lambda box: box.left) for top, row in sorted(rows.items()) if top != legend}
+    names = [y for look, text, _, y in texts_of(svg) if text.startswith("rank ")]
+    found = {y: [box for top, row in rows.items() for box in row if y - 16 < top < y + 3] for y in names}
+    return {y: sorted(row, key=lambda box: box.left) for y, row in found.items()}
 
 
 def texts_of(svg: str) -> list[tuple[str, str, float, float]]:

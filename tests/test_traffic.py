@@ -60,16 +60,26 @@ OF_LLAMA = ("llama", "qwen3")
 B, S = 8, 6  # of a microbatch
 POSITIONS_PER_SLICE = 2  # so the loss has three slices
 
+SPLIT = "1d, sequence parallel"
 LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
     "dp2": ("1d", TensorConfig(), 2),
     "1d4": ("1d", TensorConfig("1d", 4), 1),
     "dp2-1d2": ("1d", TensorConfig("1d", 2), 2),
+    "1d2-sp": (SPLIT, TensorConfig("1d", 2, sequence_parallel=True), 1),
+    "dp2-1d2-sp": (SPLIT, TensorConfig("1d", 2, sequence_parallel=True), 2),
     "2d2x4": ("2d, 2.5d", TensorConfig("2d", 8, rows=2), 1),
     "2.5d2x2x2": ("2d, 2.5d", TensorConfig("2.5d", 8, depth=2), 1),
     "dp2-2.5d2x1x2": ("2d, 2.5d", TensorConfig("2.5d", 4, depth=2, rows=1), 2),
     "3d2x2x2": ("3d", TensorConfig("3d", 8), 1),
 }
-WITH_ALL_MODELS = ("dp2", "1d4", "2d2x4", "2.5d2x2x2", "3d2x2x2")  # whose ranks are started once for all models
+WITH_ALL_MODELS = (
+    "dp2",
+    "1d4",
+    "1d2-sp",
+    "2d2x4",
+    "2.5d2x2x2",
+    "3d2x2x2",
+)  # ranks start once for all models
 CASES = [
     pytest.param(
         layout,
@@ -146,14 +156,15 @@ def calls_of_a_step(engine: Engine, batch: Batch, plan: Plan | None) -> list[Cal
 def named(call: Call, engine: Engine) -> Call:
     """Return the call, with the part `gradient sums` if it is one.
 
-    A chunk's sum over its first axis may be launched during any part of a step. It is recognized by its group: no layer
-    all-reduces anything over such a group. The sum over a further axis, that of heads for the norms of q and k, follows
-    after the last backward, outside the layers, which all-reduce over the same group.
+    A chunk's sum over its first axis may be launched during any part of the last backward. It is recognized by its
+    group: no layer's backward all-reduces anything over such a group. The sum over a further axis, that of heads for
+    the norms of q and k, follows after the last backward, outside the layers, which all-reduce over the same group.
     """
     syncs = [info.layout.sync for info in engine.part.infos]
     first = {sync[0].group.group_name for sync in syncs if sync[0].group is not None}
     further = {axis.group.group_name for sync in syncs for axis in sync[1:] if axis.group is not None}
-    is_sum = call.group in first or (call.group in further and call.part == OUTSIDE)
+    is_forward = call.part.endswith(" forward")
+    is_sum = (call.group in first and not is_forward) or (call.group in further and call.part == OUTSIDE)
     is_sum = is_sum and call.kind == "all_reduce" and call.elements > FEW
     return replace(call, part=SUMS) if is_sum else call
 
@@ -261,6 +272,23 @@ def test_in_1d_a_block_all_reduces_twice_each_way_with_grouped_heads_too() -> No
             for way in WAYS:
                 elements = [call.elements for call in calls if call.part == f"Block {way}"]
                 assert elements == [B * S * MODELS[model][0].hidden_size] * 2 * MODELS[model][0].num_hidden_layers
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sequence_parallelism_sends_what_plain_1d_sends_and_gathers_x_once_more(model: str) -> None:
+    """This is arithmetic between two rows of the tables, in a step without gradient sums."""
+    shape, norm = MODELS[model]
+    names = letters(TensorConfig("1d", 4), shape, B, S) | dict(n=1)
+
+    def in_a_step(row: str) -> float:
+        parts = [LOOKUP, LOSS, norm, *[norm, norm, LINEARS] * shape.num_hidden_layers]
+        return sum(value(formula, names) for part in parts for formula in formulas(row, part))
+
+    linears = 2 * shape.num_hidden_layers  # those into a block, whose input is gathered for dW
+    gather = (names["p"] - 1) * names["T"] * names["H"] / names["p"]
+    assert in_a_step(SPLIT) == in_a_step("1d") + linears * gather
+    for way, row in zip(zip(formulas(SPLIT, LINEARS), formulas("1d", LINEARS), strict=True), (0, 2), strict=True):
+        assert value(way[0], names) == value(way[1], names) + row * gather
 
 
 @pytest.mark.parametrize("model", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in OF_LLAMA)])

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from parallel.config.other_names import OTHER_SCHEDULES
-from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks, Supported
+from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks
 from parallel.config.schedule_file import ScheduleFile
 from parallel.config.schedule_table import ScheduleTable
 from parallel.errors import divisors, either, nearest_multiples, times
@@ -153,8 +153,22 @@ class TensorConfig:
     rows as columns.
     """
 
-    sequence_parallel: Annotated[bool, Supported(False)] = False
-    """True: 1d also splits activations between blocks, along the sequence. It is not available yet."""
+    sequence_parallel: bool = False
+    """True: 1d also splits activations between blocks, along the sequence (Korthikanti et al. 2022, arXiv 2205.05198).
+    A rank keeps a `size`-th of them for backward, and sends as much as without it, but for each linear's input, which
+    backward gathers a second time. `size` must divide `data.sequence_length`; in context parallelism, the share of it
+    that a rank of the context axis has.
+    """
+
+    @property
+    def kind(self) -> str | None:
+        """The mode's name in the table of modes, which has 1d with sequence parallelism as a mode of its own."""
+        return f"{self.mode}, sequence parallel" if self.sequence_parallel else self.mode
+
+    @property
+    def length_parts(self) -> int:
+        """The number of parts into which the mode splits a sequence between blocks."""
+        return self.size if self.sequence_parallel else 1
 
     @property
     def _form(self) -> tuple[int, int]:
@@ -207,6 +221,10 @@ class TensorConfig:
         if self.rows is not None and self.mode not in ("2d", "2.5d"):
             found.append(
                 f"parallel.tensor.rows: {self.rows} needs mode '2d' or '2.5d', got {self.mode!r}. Try rows=None."
+            )
+        if self.sequence_parallel and self.mode != "1d":
+            found.append(
+                f"parallel.tensor.sequence_parallel: True needs mode '1d', got {self.mode!r}. Try False, or mode='1d'."
             )
         if not found and not self.fits():
             found.append(f"parallel.tensor: {self._misfit()}")
@@ -268,10 +286,6 @@ class ContextConfig:
         """Return whether a sequence of this length can be split into parts of equal length."""
         return sequence_length % self.parts == 0
 
-    def sizes(self, sequence_length: int) -> list[int]:
-        """Return the values of `size` that would split a sequence of this length evenly, with this `kind`."""
-        return [n for n in divisors(sequence_length) if replace(self, size=n).splits(sequence_length)]
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -290,6 +304,16 @@ class ParallelConfig:
     def model_size(self) -> int:
         """The number of ranks that together hold one replica of the model."""
         return self.pipeline.size * self.context.size * self.tensor.size
+
+    @property
+    def sequence_parts(self) -> int:
+        """The number of which the length of a sequence must be a multiple: context splits it, and then 1d's `size`."""
+        return math.lcm(self.context.parts, self.context.size * self.tensor.length_parts)
+
+    def context_sizes(self, sequence_length: int) -> list[int]:
+        """Return the values of `context.size` with which a sequence of this length is split evenly."""
+        layouts = {n: replace(self, context=replace(self.context, size=n)) for n in divisors(sequence_length)}
+        return [n for n, layout in layouts.items() if sequence_length % layout.sequence_parts == 0]
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Return the size of each axis of the mesh, outermost first; `data` is the world size ÷ the other sizes."""

@@ -144,7 +144,7 @@ def make_context(
     rank's over the others. With `debug_comm` the ranks compare what they communicate, before they do.
     """
     topology = topology_of(config, place.world_size)
-    merged = MODES[config.parallel.tensor.mode].merged_axes()
+    merged = MODES[config.parallel.tensor.kind].merged_axes()
     if not connect:
         return Context(config, Mesh(topology, place.rank, device=device, merged=merged, connect=False), place)
     device, backend = choose_device(

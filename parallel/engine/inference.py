@@ -142,6 +142,11 @@ def refuse(config: Config) -> None:
     problems = []
     if (size := config.parallel.context.size) > 1:
         problems.append(context_problem(size))
+    if config.parallel.tensor.length_parts > 1:
+        problems.append(
+            "parallel.tensor.sequence_parallel: True splits a sequence, and a new token is a single position. Try"
+            " False."
+        )
     if (policy := config.zero.tensor_placement_policy) != "cuda":
         problems.append(
             f"zero.tensor_placement_policy: {policy!r} is for training, whose states it offloads. Try 'cuda', and"

@@ -20,6 +20,9 @@ LABEL = 17.0  # the width of a box that has room for two digits
 DIGIT, LABEL_MARGIN = 6.2, 3.0
 TICKS = 10  # at most, on the axis of time
 
+TOPS: Mapping[Op, float] = {Op.F: 0.0, Op.B: 0.15, Op.I: 0.15, Op.W: 0.3}
+"""Where the box of an op begins, as a share of its row: a forward stands out from what is below it without colours."""
+
 COLORS: Mapping[Op, tuple[str, str]] = {
     Op.F: ("#0b4f8a", "forward"),
     Op.B: ("#d55e00", "backward"),
@@ -130,9 +133,11 @@ class _Picture:
             for look in looks:
                 if look == "flight":
                     drawing.steps([(x, y - 4), (x + 4, y - 9), (x + 9, y - 4), (x + 14, y - 4)], y + 1, look)
+                elif look == "idle":
+                    drawing.bars([(x, x + 14)], y - 6, 4, look)
                 else:
-                    tall = 4 if look == "idle" else 12
-                    drawing.bars([(x, x + 14)], y - 4 - tall / 2, tall, look)
+                    top, bottom = extent(Op(look[0]))
+                    drawing.bars([(x, x + 14)], y - 11 + 13 * top, 13 * (bottom - top), look)
                 x += 14
             drawing.text((x + 5, y), name)
             x += 5 + text_width(name) + 14
@@ -161,7 +166,9 @@ class _Picture:
         drawing.bars([(LEFT, LEFT + self.width)], y + shape.boxes / 2 - 2, 4, "idle")
         named = sorted(spans, key=self._look)
         for look, group in groupby(named, key=self._look):
-            drawing.bars(((self.x(s.start), self.x(s.end)) for s in group), y, shape.boxes, look)
+            top, bottom = extent(Op(look[0]))
+            sides = ((self.x(s.start), self.x(s.end)) for s in group)
+            drawing.bars(sides, y + top * shape.boxes, (bottom - top) * shape.boxes, look)
         for span in spans:
             label = str(span.action.microbatch)
             left, right = self.x(span.start), self.x(span.end)
@@ -195,6 +202,11 @@ class _Picture:
     def x(self, time: float) -> float:
         """Return where a time is drawn."""
         return LEFT + self.scale * time
+
+
+def extent(op: Op) -> tuple[float, float]:
+    """Return between which shares of its row the box of an op is drawn."""
+    return TOPS[op], 0.85 if op is Op.F else 1.0
 
 
 def in_flight(spans: Sequence[Span]) -> list[tuple[float, int]]:
