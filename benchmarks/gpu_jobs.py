@@ -329,7 +329,7 @@ class BandwidthJob:
                 if size == 1 or (groups, name == "pipe") in seen:
                     continue
                 seen.add((groups, name == "pipe"))
-                pipe = Pipe(mesh.links) if name == "pipe" else None
+                pipe = Pipe(mesh.axis("pipe"), mesh.links) if name == "pipe" else None
                 if pipe is not None:
                     pipe.connect(setup.device)
                 found = _speeds(mesh.axis(name), small, setup, is_pipe=pipe is not None)

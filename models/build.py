@@ -89,7 +89,7 @@ def is_built_in_parts(config: Config) -> bool:
 def mode_of(context: Context) -> Mode:
     """Return the tensor mode that the config names. It makes parameters in the dtype of the master weights."""
     parallel, compiles = context.config.parallel, context.config.train.compile
-    return MODES[parallel.tensor.mode](
+    return MODES[parallel.tensor.kind](
         context.mesh,
         master_dtype(context.dtype),
         sequence=sequence_of(context.mesh, parallel.context, compiles=compiles),
@@ -114,7 +114,7 @@ def layers_of_stages(costs: Sequence[float], pipeline: PipelineConfig) -> list[r
     """Return the layers of each stage: as `pipeline.layers` says, else so that the stages' costs are even."""
     if pipeline.layers is not None:
         return from_layers(len(costs) - 2, pipeline.layers)
-    return partition(costs, pipeline.num_stages)
+    return partition(costs, pipeline.num_stages, pipeline.num_chunks)
 
 
 def costs_of(config: Config) -> list[float]:
@@ -179,7 +179,7 @@ def parameter_infos(layers: dict[str, nn.Module], shape: ModelShape) -> list[Par
 
 def interface_of(context: Context, mode: Mode) -> StageInterface:
     """Return the shape and dtype of the activations between stages, and the batches that the model can be given."""
-    shape, parts = shape_of(context.config), context.config.parallel.context.parts
+    shape = shape_of(context.config)
     blocks_mode = blocks_mode_of(shape, mode)
     return StageInterface(
         activation_shape=lambda batch, sequence: blocks_mode.activation_shape(batch, sequence, shape.hidden_size),
@@ -188,7 +188,7 @@ def interface_of(context: Context, mode: Mode) -> StageInterface:
         limits=Limits(
             shape.vocab_size,
             shape.max_positions,
-            parts,
+            context.config.parallel.sequence_parts,
             first_position=shape.first_position,
             has_documents=mode.sequence.has_documents,
         ),

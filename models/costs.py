@@ -1,6 +1,7 @@
 """The parameters, FLOPs and layer costs of a model, from its public tensors and sizes. This module needs no torch."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
@@ -37,6 +38,38 @@ def layer_costs(shape: ModelShape, sequence_length: int, device: str) -> list[fl
     ]
     head = projection + (2.0 * width + flops_per_byte * HEAD_BYTES) * shape.vocab_size
     return [projection, *blocks, head]
+
+
+@dataclass(frozen=True)
+class ComputeCosts:
+    """The costs of a layer's computes, in the unit of `layer_costs`: F, and the two halves I and W of a backward."""
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+
+def compute_costs(
+    shape: ModelShape, sequence_length: int, device: str, *, recomputes: bool = False
+) -> list[ComputeCosts]:
+    """Return the costs of each layer's forward, of its input's gradient, and of its weights' gradients.
+
+    A backward costs two forwards. W has a matmul for each matrix, as the forward has; what else there is in a backward
+    (of attention, norms and activations) is in I (Qi et al. 2023, arXiv 2401.10241, table 1). A block that
+    `recomputes` runs its forward again in I. The head's gradients, those of its table too, are computed in its forward;
+    its backward only scales them, and the embedding's only adds rows: they cost nothing here.
+    """
+    forwards = layer_costs(shape, sequence_length, device)
+    blocks = []
+    for layer, forward in enumerate(forwards[1:-1]):
+        weights = 2.0 * _matrix_elements(shape.block_tensors(layer).values())
+        blocks.append(ComputeCosts(forward, 2 * forward - weights + recomputes * forward, weights))
+    projection, head = forwards[0], forwards[-1]
+    return [
+        ComputeCosts(projection, projection, projection),
+        *blocks,
+        ComputeCosts(3 * (head - projection) + projection, projection, projection),
+    ]
 
 
 def flops_per_token(shape: ModelShape, sequence_length: int) -> float:

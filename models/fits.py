@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from models.shape import ModelShape
-from parallel.config import Config, ContextConfig, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.config import Config, ParallelConfig, PipelineConfig, TensorConfig
 from parallel.errors import divisors, either, nearest, nearest_multiples, shown, times
 
 
 def layout_problems(shape: ModelShape, config: Config) -> list[str]:
     """Return a line for each thing in which the model does not fit the layout of a config."""
     sequence_length, parallel = config.data.sequence_length, config.parallel
-    found = _sequence_problems(shape, sequence_length, parallel.context)
+    found = _sequence_problems(shape, sequence_length, parallel)
     found += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline)
     tensor = _tensor_problems(shape, parallel.tensor)
     return found + (tensor or _head_problems(shape, sequence_length, parallel))
@@ -120,20 +120,33 @@ def _tensor_problems(shape: ModelShape, tensor: TensorConfig) -> list[str]:
     return [problem for cut in cuts for problem in cut.problems()]
 
 
-def _sequence_problems(shape: ModelShape, sequence_length: int, context: ContextConfig) -> list[str]:
+def _sequence_problems(shape: ModelShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
     """Return the problems of the sequence length: too few positions for it, or ranks that do not split it evenly."""
+    parts, context = parallel.sequence_parts, parallel.context
     most, key = shape.max_positions, shape.field("max_position_embeddings")
     if sequence_length > most:
         return [f"data.sequence_length: {sequence_length} is more than model.{key} {most}. Try {most}."]
-    if context.splits(sequence_length):
+    if sequence_length % parts == 0:
         return []
-    lengths = [n for n in nearest_multiples(sequence_length, context.parts) if n <= most]
+    lengths = [n for n in nearest_multiples(sequence_length, parts) if n <= most]
     tries = [either(lengths)] if lengths else []
-    tries.append(f"parallel.context.size={either(nearest(context.size, context.sizes(sequence_length)))}")
+    if context.splits(sequence_length):  # further parts, those of 1d, are too many
+        tries.append("parallel.tensor.sequence_parallel=False")
+    else:
+        sizes = parallel.context_sizes(sequence_length)
+        tries += [f"parallel.context.size={either(nearest(context.size, sizes))}"] if sizes else []
     return [
-        f"data.sequence_length: {sequence_length} is not a multiple of {context.parts}, the parts that parallel.context"
-        f" of size {context.size}, kind {context.kind!r}, splits it into. Try {', or '.join(tries)}."
+        f"data.sequence_length: {sequence_length} is not a multiple of {parts}, the parts that"
+        f" {_splits_of_sequences(parallel)} it into. Try {', or '.join(tries)}."
     ]
+
+
+def _splits_of_sequences(parallel: ParallelConfig) -> str:
+    """Return what splits sequences, with the verb, as a message says it."""
+    context, tensor = parallel.context, parallel.tensor
+    found = [f"parallel.context of size {context.size}, kind {context.kind!r},"] if context.size > 1 else []
+    found += [f"parallel.tensor.sequence_parallel of size {tensor.size}"] if tensor.length_parts > 1 else []
+    return f"{' and '.join(found)} {'splits' if len(found) == 1 else 'split'}"
 
 
 def _head_problems(shape: ModelShape, sequence_length: int, parallel: ParallelConfig) -> list[str]:
@@ -146,9 +159,10 @@ def _head_problems(shape: ModelShape, sequence_length: int, parallel: ParallelCo
     for key, heads in shape.heads().items():
         if heads % (tensor * context.size):
             factors = {"the tensor mode's": tensor, "parallel.context.size": context.size}
-            sizes = [n for n in divisors(heads // tensor) if replace(context, size=n).splits(sequence_length)]
+            sizes = [n for n in parallel.context_sizes(sequence_length) if heads // tensor % n == 0]
             tries = [f"parallel.context.size={either(nearest(context.size, sizes))}"]
-            tries += ["kind='ring'"] if replace(context, kind="ring").splits(sequence_length) else []
+            ring = replace(parallel, context=replace(context, kind="ring"))
+            tries += ["kind='ring'"] if sequence_length % ring.sequence_parts == 0 else []
             product = times(**{name: size for name, size in factors.items() if size > 1})
             return [
                 f"model.{key}: {heads} is not divisible by {product}, over which kind 'all_to_all' splits heads too."

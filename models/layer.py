@@ -87,7 +87,7 @@ class Embed(nn.Module):
         if self.project_in is not None:
             found = self.project_in(found)
         if self.positions is not None and self.learned is not None:
-            rows = self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)
+            rows = self.blocks_mode.tokens_between(self.learned.rows_of(batch))
             found = found + self.positions(rows)
         if self.training and self.dropout > 0:
             found = dropout(found, self.dropout, self.dropout_key, *coordinates(found, batch, self.blocks_mode))
@@ -222,5 +222,5 @@ def coordinates(y: Tensor, batch: Microbatch, mode: Mode) -> tuple[Tensor, Tenso
     """Return the global rows [B_batch, S] and columns [H_hidden] of the elements of y[B_batch, S, H_hidden]."""
     sequence, hidden = y.shape[1:]
     samples = mode.local(batch.samples, mode.batch)
-    rows = samples.unsqueeze(1) * batch.length + mode.sequence.positions(sequence, y.device)
+    rows = samples.unsqueeze(1) * batch.length + mode.positions_between(sequence, y.device)
     return rows, global_range(mode.hidden, hidden, y.device)

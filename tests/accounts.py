@@ -34,13 +34,13 @@ UNSPLIT = ContextConfig()
 def mode_of(rank: int, tensor: TensorConfig, dtype: torch.dtype, context: ContextConfig = UNSPLIT) -> Mode:
     """Return a tensor mode on a mesh of these two sections, with process groups if there are any."""
     mesh = mesh_of(rank, tensor, context, connect=dist.is_initialized())
-    return MODES[tensor.mode](mesh, dtype, sequence=sequence_of(mesh, context))
+    return MODES[tensor.kind](mesh, dtype, sequence=sequence_of(mesh, context))
 
 
 def mesh_of(rank: int, tensor: TensorConfig, context: ContextConfig, *, connect: bool = False) -> Mesh:
     """Return a mesh with the axes of these two sections alone."""
     topology = Topology({"pipe": 1, "data": 1, "context": context.size, **tensor.axes()})
-    return Mesh(topology, rank, merged=MODES[tensor.mode].merged_axes(), connect=connect)
+    return Mesh(topology, rank, merged=MODES[tensor.kind].merged_axes(), connect=connect)
 
 
 def letters(tensor: TensorConfig, shape: ModelShape, batch: int, sequence: int) -> dict[str, int]:

@@ -69,6 +69,9 @@ PURE = (
     "parallel.pipeline.validate",
     "parallel.pipeline.timeline",
     "parallel.pipeline.picture",
+    "parallel.pipeline.drawing",
+    "parallel.pipeline.plan_csv",
+    "parallel.pipeline.svg",
     "parallel.pipeline.partition",
 )
 

@@ -213,7 +213,7 @@ GRADIENT_RULE = (
            ACCUMULATOR, "view.add_(gradient)", "view.copy_(gradient)", trains("single")),
     Mutant("sum-before-the-last-microbatch", "a gradient is summed over ranks before the last microbatch was added to it",
            CHUNK_SUM,
-           "self.waits_for = arrivals * len(", "self.waits_for = len(",
+           "self.waits_for = num_microbatches * self", "self.waits_for = self",
            OVERLAP),
     Mutant("sum-after-the-backward", "no sum over ranks is launched until the last gradient has arrived",
            CHUNK_SUM, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
@@ -289,9 +289,10 @@ MEANS = (
            trains("dp2")),
     Mutant("mean-of-microbatch-means", "each microbatch has the same weight, however many labels it has",
            RUNNER,
-           "output = self.outputs.pop(action.microbatch)",
-           "m, counts = action.microbatch, [(each.labels != -100).sum() for each in self.microbatches]\n"
-           "        output = self.outputs.pop(m) * sum(counts) / counts[m] / len(counts)",
+           "[self.ends.pop(key)], [gradient]",
+           "[self.ends.pop(key)], [gradient if gradient is not None else "
+           "sum((each.labels != -100).sum() for each in self.microbatches).double() / len(self.microbatches)"
+           " / (self.microbatches[key[1]].labels != -100).sum()]",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
            ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
@@ -441,7 +442,7 @@ SEQUENCES = (
            "to[(axis.rank - 1) % axis.size] = source[(axis.rank + 1) % axis.size]",
            "tests/test_sequence.py::test_all_to_all_and_rotate_move_the_right_parts"),
     Mutant("positions-of-the-first-part", "every rank numbers its tokens from the beginning of the sequence",
-           LAYER, "self.blocks_mode.tokens(self.learned.rows_of(batch), self.blocks_mode.batch)",
+           LAYER, "self.blocks_mode.tokens_between(self.learned.rows_of(batch))",
            "self.blocks_mode.local(self.learned.rows_of(batch), self.blocks_mode.batch)[:, : found.shape[1]]",
            "tests/test_training.py::test_padded_samples_train_as_in_hugging_face[ring3]"),
     Mutant("dropout-numbers-a-part", "a sample's last positions share dropout masks with the next sample's first ones",
@@ -474,7 +475,7 @@ SEQUENCES = (
            MODE, 'for name in ("data", "context", *self.token_axes)', 'for name in ("data", *self.token_axes)',
            "tests/test_parity.py::test_training_equals_hugging_face[a2a2-fp32]"),
     Mutant("dropout-by-a-ranks-own-positions", "two parts of a sequence share a dropout mask",
-           LAYER, "mode.sequence.positions(sequence, y.device)", "torch.arange(sequence, device=y.device)",
+           LAYER, "mode.positions_between(sequence, y.device)", "torch.arange(sequence, device=y.device)",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[pp2-ring2-2d-1x2]"),
 )
 
@@ -497,19 +498,19 @@ ORDER = (
            "            else:\n                actions.append(compute)",
            LINKS),
     Mutant("weight-gradients-before-the-message", "the previous stage waits until this one has computed the gradients of its weights",
-           RUNNER, "weight_gradients if pipe.rank > 0 else None", "None",
+           RUNNER, "with self.weight_gradients.deferring(key):", "if True:",
            "tests/test_chunk.py::test_gradients_of_weights_are_computed_after_the_gradient_for_the_stage_before_is_sent"),
-    Mutant("weight-gradients-never-computed", "the first stage, which sends no gradient, never computes the gradients of its weights",
-           RUNNER, "weight_gradients if pipe.rank > 0 else None", "weight_gradients", trains("pp2-gpipe")),
+    Mutant("weight-gradients-never-computed", "W computes nothing: a stage that sends a gradient never computes those of its weights",
+           RUNNER, "self.weight_gradients.run_deferred(key)", "pass", trains("pp2-gpipe")),
     Mutant("oldest-activation-sent-again", "the next stage gets another microbatch's activations",
            RUNNER,
-           "return self.outputs[action.microbatch].detach()",
-           "return self.outputs[min(self.outputs)].detach()",
+           "start_send(kept.pop((action.stage, action.microbatch)), axis",
+           "start_send(kept.setdefault((-1, -1), kept.pop((action.stage, action.microbatch))), axis",
            trains("pp2-gpipe")),
     Mutant("gradient-to-another-microbatch", "the backward of one microbatch starts from the gradient of another",
            RUNNER,
-           "self.inputs.pop(action.microbatch).grad",
-           "next(iter(self.inputs.values())).grad",
+           "(x := self.inputs.pop(key, None))",
+           "(x := next(iter(self.inputs.values()), None))",
            trains("pp2-gpipe")),
 )
 
@@ -2497,6 +2498,62 @@ ENDS = (
     ),
 )
 
+SPLIT_IN_1D = "tests/test_parity.py::test_training_equals_hugging_face[1d2-sp-fp64]"
+SPLIT_TESTS = "tests/test_sequence_parallel.py"
+SPLIT_TRAINS = f"{SPLIT_TESTS}::test_it_trains_as_a_single_process_with_dropout[{{}}]"
+OF_REPLICAS = '(self.mesh.axis("data", "context"),)'
+
+SEQUENCE_PARALLEL = (
+    Mutant(
+        "sequence-norms-not-summed",
+        "the weights of norms get the gradient of a rank's own positions",
+        MODE,
+        "layout = self.layout((hidden,), self.hidden) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-biases-not-summed",
+        "the biases of linears out of a block get the gradient of its own positions",
+        MODE,
+        "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-positions-not-summed",
+        "the position table gets the gradient of a rank's own positions",
+        MODE,
+        "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        SPLIT_IN_1D,
+    ),
+    Mutant(
+        "sequence-labels-follow-one-another",
+        "the labels of a token slice are those of its first rank's positions",
+        "parallel/tensor/loss.py",
+        "labels[..., tokens].flatten(1)",
+        "labels.flatten(1)[:, labels.shape[1] * start :][:, : logits.shape[1]]",
+        f"{SPLIT_TESTS}::test_labels_of_a_token_slice_are_those_of_each_ranks_positions",
+    ),
+    Mutant(
+        "sequence-dropout-by-own-positions",
+        "the parts of a sequence share a dropout mask",
+        MODE,
+        "return self.local(self.sequence.positions(inside, device), self.length)",
+        "return self.sequence.positions(local, device)",
+        SPLIT_TRAINS.format("dp2-1d2-zero3-gpt2"),
+    ),
+    Mutant(
+        "sequence-head-norms-summed-twice",
+        "the gradient of a norm over each head is summed over t as tokens and heads",
+        MODE,
+        "*self.token_axes) if name not in done)), *heads]",
+        "*self.token_axes) if name not in own)), *heads]",
+        SPLIT_TRAINS.format("1d2-qwen3"),
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2551,4 +2608,5 @@ MUTANTS = (
     *HOSTILE_FILES,
     *KILLS,
     *ENDS,
+    *SEQUENCE_PARALLEL,
 )

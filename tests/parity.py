@@ -224,7 +224,11 @@ def _learning_rate(raw: Raw, k: int) -> float:
 
 def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace | None:
     """Train with our engine on this rank; rank 0 returns the trace, with whole tensors."""
-    engine = engine_of(rank, world_size, raw)
+    return traced(engine_of(rank, world_size, raw), batches)
+
+
+def traced(engine: Engine, batches: list[Batch]) -> Trace | None:
+    """Train with this engine, which is closed then; rank 0 returns the trace, with whole tensors."""
     trace, update = Trace(), engine.optimizer.step
 
     def observed(factor: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
@@ -241,7 +245,7 @@ def train(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace |
     whole(engine, [chunk.master for chunk in engine.chunks])
     trace.weights = exported(engine)
     engine.mesh.close()
-    return trace if rank == 0 else None
+    return trace if engine.mesh.rank == 0 else None
 
 
 def clipped(chunk: Chunk, factor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from training import preflight
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "dp2-pp2": (4, dict(pipeline=2)),
     "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "1d2-sp": (2, dict(tensor=dict(mode="1d", size=2, sequence_parallel=True))),
     "2d4": (4, dict(tensor=dict(mode="2d", size=4))),
     "2.5d4": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),
     "3d8": (8, dict(tensor=dict(mode="3d", size=8))),

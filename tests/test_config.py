@@ -27,6 +27,9 @@ def tensor(**keys: Any) -> dict[str, Any]:
     return {"parallel": {"tensor": keys}}
 
 
+SPLIT = dict(mode="1d", size=4, sequence_parallel=True)
+
+
 def test_an_empty_config_is_the_documented_default() -> None:
     assert parse({}).to_dict() | {"model": None} == {
         "model": None,
@@ -180,6 +183,14 @@ def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> No
             {"mode": "3d", "size": 6},
             "parallel.tensor: mode '3d' needs a cubic size, got 6. Try 1 (1×1×1) or 8 (2×2×2).",
         ),
+        (
+            {"mode": "2d", "size": 4, "sequence_parallel": True},
+            "parallel.tensor.sequence_parallel: True needs mode '1d', got '2d'. Try False, or mode='1d'.",
+        ),
+        (
+            {"sequence_parallel": True},
+            "parallel.tensor.sequence_parallel: True needs mode '1d', got None. Try False, or mode='1d'.",
+        ),
         ({"mode": "4d", "size": 4}, "parallel.tensor.mode: needs one of '1d', '2d', '2.5d', '3d', got '4d'. Try '1d'."),
         ({"size": 4}, "parallel.tensor: size 4 needs a mode. Try mode='1d', '2d' or '2.5d'."),
         ({"size": 8}, "parallel.tensor: size 8 needs a mode. Try mode='1d' or '3d'."),
@@ -311,8 +322,8 @@ def test_a_bad_value_is_refused_with_its_key_and_one_that_works(
     ("raw", "problem"),
     [
         (
-            tensor(mode="1d", size=2, sequence_parallel=True),
-            "parallel.tensor.sequence_parallel: True is not available yet. Try False.",
+            {"train": {"precision": "fp8"}},
+            "train.precision: 'fp8' is not available yet. Try 'fp64', 'fp32', 'bf16' or 'fp16'.",
         ),
     ],
 )
@@ -337,6 +348,28 @@ def test_a_value_that_is_not_supported_yet_is_refused_by_name(raw: dict[str, Any
             dict(parallel=dict(context=dict(size=4, kind="all_to_all")), data=dict(sequence_length=10)),
             "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.context of size 4, kind"
             " 'all_to_all', splits it into. Try 8 or 12, or parallel.context.size=2, 5 or 10.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT), data=dict(sequence_length=10)),
+            "data.sequence_length: 10 is not a multiple of 4, the parts that parallel.tensor.sequence_parallel of size"
+            " 4 splits it into. Try 8 or 12, or parallel.tensor.sequence_parallel=False.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT, context=2), data=dict(sequence_length=12)),
+            "data.sequence_length: 12 is not a multiple of 8, the parts that parallel.context of size 2, kind 'ring',"
+            " and parallel.tensor.sequence_parallel of size 4 split it into. Try 8 or 16, or"
+            " parallel.tensor.sequence_parallel=False.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT, context=4), data=dict(sequence_length=24)),
+            "data.sequence_length: 24 is not a multiple of 16, the parts that parallel.context of size 4, kind 'ring',"
+            " and parallel.tensor.sequence_parallel of size 4 split it into. Try 16 or 32, or"
+            " parallel.tensor.sequence_parallel=False.",
+        ),
+        (
+            dict(parallel=dict(tensor=SPLIT, context=4), data=dict(sequence_length=12)),
+            "data.sequence_length: 12 is not a multiple of 16, the parts that parallel.context of size 4, kind 'ring',"
+            " and parallel.tensor.sequence_parallel of size 4 split it into. Try 16, or parallel.context.size=3.",
         ),
         (
             dict(parallel=dict(context=dict(size=2, kind="rings"))),

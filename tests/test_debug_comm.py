@@ -84,7 +84,7 @@ def messages_of_receives(rank: int, world_size: int) -> list[str]:
     """Send what the other stage does not receive; return the messages of the errors that it raises."""
     sections = {"train": {"device": "cpu"}, "parallel": {"pipeline": {"size": 2}}}
     context = make_context(parse(sections, world_size=2), Place(rank, 2, rank, 2), debug_comm=True)
-    axis, found = Pipe(context.mesh.links).link(0, 1), []
+    axis, found = Pipe(context.mesh.axis("pipe"), context.mesh.links).link(0, 1), []
     for sent in SENT:
         if rank == 0:
             start_send(sent, axis, 1).wait()

@@ -149,6 +149,8 @@ def two_steps(rank: int, world_size: int, raw: Raw, batches: list[Batch], folder
         pytest.param("qwen3", "3d8", "ring3", marks=pytest.mark.slow),
         pytest.param("qwen2", "pp4-uneven", "1d3", marks=pytest.mark.slow),
         pytest.param("mistral", "dp2", "2d2x3", marks=pytest.mark.slow),
+        pytest.param("qwen3", "1d2-sp", "1d3", marks=pytest.mark.slow),
+        pytest.param("gpt2", "pp2-1d2", "1d3-sp", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_a_family_goes_on_in_another_layout(
@@ -200,7 +202,9 @@ def test_a_rank_reads_only_its_slices_of_a_familys_files(folder: Path, name: str
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["2d4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1d2", "3d8", "ring3"))])
+@pytest.mark.parametrize(
+    "layout", ["2d4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1d2", "1d2-sp", "3d8", "ring3"))]
+)
 def test_bf16_gradients_of_llama_err_at_most_twice_as_much_as_unsplit_bf16(folder: Path, layout: str) -> None:
     path, batches = saved(folder, "llama"), batches_of(1)
 

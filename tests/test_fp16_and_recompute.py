@@ -28,6 +28,7 @@ from tests.parity import (
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "single": (1, {}),
     "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "1d2-sp": (2, dict(tensor=dict(mode="1d", size=2, sequence_parallel=True))),
     "2d4": (4, dict(tensor=dict(mode="2d", size=4))),
     "2.5d8": (8, dict(tensor=dict(mode="2.5d", size=8, depth=2))),
     "3d8": (8, dict(tensor=dict(mode="3d", size=8))),
@@ -48,8 +49,9 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("layout", "dropout"),
     [
-        *((name, 0.3) for name in ("single", "1d2", "2d4", "dp2-pp2")),
+        *((name, 0.3) for name in ("single", "1d2", "1d2-sp", "2d4", "dp2-pp2")),
         *((name, 0.0) for name in ("1d2", "3d8")),
+        pytest.param("1d2-sp", 0.0, marks=pytest.mark.slow),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("2.5d8", 0.0), ("2.5d8", 0.3), ("3d8", 0.3))),
         pytest.param("2d4", 0.0, marks=pytest.mark.slow),
     ],

@@ -230,6 +230,7 @@ def test_compiled_texts_equal_eager_ones(tmp_path: Path, name: str) -> None:
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1d2": (2, {"parallel.tensor": dict(mode="1d", size=2)}),
+    "1d2-sp": (2, {"parallel.tensor": dict(mode="1d", size=2, sequence_parallel=True)}),
     "pp2": (2, {"parallel.pipeline": 2}),
     "zero3": (2, {"zero.stage": 3}),
     "2d4": (4, {"parallel.tensor": dict(mode="2d", size=4)}),
@@ -239,7 +240,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2.5d8": (8, {"parallel.tensor": dict(mode="2.5d", size=8, depth=2)}),
     "3d8": (8, {"parallel.tensor": dict(mode="3d", size=8)}),
 }
-FEW = ("1d2", "pp2", "zero3", "2d4")
+FEW = ("1d2-sp", "pp2", "zero3", "2d4")
 
 
 def assert_texts_are_those_of_one_process(folder: Path, name: str, layout: str) -> None:

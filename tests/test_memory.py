@@ -31,6 +31,8 @@ LAYOUTS = {
     "serial": TensorConfig(),
     "1d2": TensorConfig("1d", 2),
     "1d4": TensorConfig("1d", 4),
+    "1d2-sp": TensorConfig("1d", 2, sequence_parallel=True),
+    "1d4-sp": TensorConfig("1d", 4, sequence_parallel=True),
     "2d1x2": TensorConfig("2d", 2, rows=1),
     "2d2x1": TensorConfig("2d", 2, rows=2),
     "2d2x2": TensorConfig("2d", 4),
@@ -83,7 +85,7 @@ def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
 
 # -- a block -----------------------------------------------------------------------------------------------------------
 
-B, S = 8, 3
+B, S = 8, 4
 SHAPE = OPTShape(
     vocab_size=37,
     hidden_size=16,
@@ -145,7 +147,7 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
 
 def formula_of(tensor: TensorConfig) -> str:
     """Return the formula in the docstring of the mode's class."""
-    found = re.search(r"^ *kept by a block +(.*)$", MODES[tensor.mode].__doc__ or "", re.MULTILINE)
+    found = re.search(r"^ *kept by a block +(.*)$", MODES[tensor.kind].__doc__ or "", re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -155,9 +157,10 @@ def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> N
     tensor = LAYOUTS[layout]
     a = letters(tensor, SHAPE, B, S)
     T, H, F, A, p = (a[letter] for letter in "THFAp")
-    between = T * H // (1 if tensor.mode == "1d" else p)
-    tokens = T // (1 if tensor.mode == "1d" else tensor.batch_parts)
-    own = {between, T * H // p, T * F // p, A * T // p, tokens}  # elements of a rank's part of each kind of tensor
+    between = T * H // (1 if tensor.kind == "1d" else p)
+    tokens = T // tensor.batch_parts  # inside the block
+    rows = tokens // tensor.length_parts  # of the norms
+    own = {between, T * H // p, T * F // p, A * T // p, rows}  # elements of a rank's part of each kind of tensor
     wanted = value(formula_of(tensor), a) * FLOAT
     for kept in (found.blocks for found in accounts(layout)):
         for name in ("pre-norm", "post-norm"):
@@ -181,7 +184,7 @@ def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: s
     T, A, G, D, Z, p = (a[letter] for letter in "TAGDZp")
     is_rotary = shape.positions is None
     tables = (2 * S * D if is_rotary else 0) + (S * S if family == "mistral" else 0)
-    between = T * a["H"] // (1 if tensor.mode == "1d" else p)
+    between = T * a["H"] // (1 if tensor.kind == "1d" else p)
     for kept in (found.blocks[family] for found in accounts(layout)):
         assert kept.bytes == (value(formula_of(tensor), a) + tables) * FLOAT
         assert max(kept.sizes) == max(between, T * A * D // p, T * Z // p)
@@ -199,7 +202,7 @@ def test_the_documents_have_what_a_familys_shape_says(family: str) -> None:
     assert [value(formula, a) for formula in cells] == [a["O"], a["I"], a["N"]]
 
 
-@pytest.mark.parametrize("layout", ["serial", "1d2", "2d2x2", "3d2x2x2"])
+@pytest.mark.parametrize("layout", ["serial", "1d2", "1d2-sp", "2d2x2", "3d2x2x2"])
 def test_the_documents_have_the_formula_of_the_docstrings(layout: str) -> None:
     assert f" {formula_of(LAYOUTS[layout])} |" in NOTATION.read_text(encoding="utf-8")
 
@@ -210,7 +213,7 @@ def test_the_documents_have_the_formula_of_the_docstrings(layout: str) -> None:
 def kept_by_a_model(rank: int, world_size: int, tensor: TensorConfig) -> int:
     """Return the bytes kept by embedding, blocks, head and loss, with the gradients that the loss computes at once."""
     model = dict(vocab_size=260, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, ffn_dim=256, dropout=0.0)
-    raw = config_of(dict(tensor=asdict(tensor)), precision="fp32", model=model)
+    raw = config_of(dict(tensor=asdict(tensor)), precision="fp32", model=model, data=dict(sequence_length=32))
     stage = engine_of(rank, world_size, raw).part
     tokens = torch.arange(8 * 32).view(8, 32)
     with saved_for_backward() as saved:
@@ -218,7 +221,7 @@ def kept_by_a_model(rank: int, world_size: int, tensor: TensorConfig) -> int:
     return bytes_kept(saved, stage)
 
 
-@pytest.mark.parametrize("layout", ["2d2x2", "2.5d2x2x2", "3d2x2x2"])
+@pytest.mark.parametrize("layout", ["1d4-sp", "2d2x2", "2.5d2x2x2", "3d2x2x2"])
 def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
     """The tolerance is 5%, because LayerNorm's two numbers for each token, and the tokens, are not split along the
     hidden dim.
@@ -251,7 +254,7 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
         return held.peak
 
     shorter, longer = (peak(slices * POSITIONS_PER_SLICE) for slices in (8, 16))
-    x = B * 8 * POSITIONS_PER_SLICE * H // (1 if tensor.mode == "1d" else tensor.size)
+    x = B * 8 * POSITIONS_PER_SLICE * H // (1 if tensor.kind == "1d" else tensor.size)
     logits = loss.TOKENS_PER_SLICE * len(table.weight)
     return Peaks(shorter, longer, x * FLOAT, logits * FLOAT)
 

@@ -226,7 +226,7 @@ def compare_head_norms(mode: Mode, stage: int, found: Account) -> None:
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("name", ["1d", "2d", "2.5d", "3d"])
+@pytest.mark.parametrize("name", ["1d", "1d, sequence parallel", "2d", "2.5d", "3d"])
 def test_a_head_norms_gradient_is_summed_over_all_ranks_of_a_stage_in_groups_that_the_mesh_has(
     name: str, *, swapped: bool
 ) -> None:

@@ -41,6 +41,11 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "1d2": (2, dict(tensor=tensor("1d", 2))),
     "1d3": (3, dict(tensor=tensor("1d", 3))),
     "1d4": (4, dict(tensor=tensor("1d", 4))),
+    "1d2-sp": (2, dict(tensor=tensor("1d", 2, sequence_parallel=True))),
+    "1d3-sp": (3, dict(tensor=tensor("1d", 3, sequence_parallel=True))),
+    "pp2-1d2-sp": (4, dict(pipeline=2, tensor=tensor("1d", 2, sequence_parallel=True))),
+    "ring3-1d2-sp": (6, dict(context=3, tensor=tensor("1d", 2, sequence_parallel=True))),
+    "a2a3-1d2-sp": (6, dict(context=dict(size=3, kind="all_to_all"), tensor=tensor("1d", 2, sequence_parallel=True))),
     "2d4": (4, dict(tensor=tensor("2d", 4))),
     "2d2x3": (6, dict(tensor=tensor("2d", 6, rows=2))),
     "2d4x1": (4, dict(tensor=tensor("2d", 4, rows=4))),
@@ -69,7 +74,7 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "a2a2-2.5d4-depth2": (8, dict(context=A2A2, tensor=tensor("2.5d", 4, depth=2, rows=1))),
     "dp2-pp2-a2a2": (8, dict(pipeline=2, context=A2A2)),
 }
-PROJECTED_LAYOUTS = ["single", "1d4", "2d4", "3d8", "pp2-2d4", "ring3"]
+PROJECTED_LAYOUTS = ["single", "1d4", "1d3-sp", "2d4", "3d8", "pp2-2d4", "ring3"]
 IN_FP32 = ("single", "1d2", "pp2", "dp2", "ring3", "a2a2")
 """The layouts of which the others are combinations. The others are slow in fp32; grid and cube in fp32 meet another
 family, with both kinds of norms.
@@ -77,10 +82,12 @@ family, with both kinds of norms.
 COMBINED = (
     *("2.5d4", "pp2-2.5d4", "a2a2-2.5d4-depth2", "dp2-2d4", "dp2-pp2-a2a2"),
     *("1d3", "2d2x3", "2d4x1", "ring3-1d2", "pp2-ring3", "a2a2-2d4"),
+    *("1d3-sp", "pp2-1d2-sp", "ring3-1d2-sp", "a2a3-1d2-sp"),
     *("pp2-interleaved", "pp2-zb", "pp2-zbv-1d2", "dp2-pp2-zbv"),
 )
 """Layouts that are slow in fp64 too. Depth 1 is the grid of 2d4; the parts of the other combinations meet in no layer.
-The next six are those of another family in `DIAGONAL`, and schedules are those of `test_schedule_parity`.
+The next six are those of another family in `DIAGONAL`; tests/test_sequence_parallel.py has some like the four after
+them, and the last ones are those of tests/test_schedule_parity.py.
 """
 
 
@@ -133,7 +140,7 @@ def test_training_equals_hugging_face(models_of: dict[str, Path], layout: str, p
     check(models_of["tied"], layout, precision)
 
 
-@pytest.mark.parametrize(("layout", "precision"), cases(PROJECTED_LAYOUTS, ["single"], ["2d4"]))
+@pytest.mark.parametrize(("layout", "precision"), cases(PROJECTED_LAYOUTS, ["single"], ["2d4", "1d3-sp"]))
 def test_projected_embeddings_and_post_layer_norm_equal_hugging_face(
     models_of: dict[str, Path], layout: str, precision: str
 ) -> None:

@@ -1,5 +1,6 @@
 """The split of a model's items over pipeline stages, compared with every possible split."""
 
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations, pairwise
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.pipeline.partition import from_layers, partition
+from tests.patience import patient
 
 
 def every_split(num_items: int, num_stages: int) -> Iterator[list[range]]:
@@ -23,14 +25,38 @@ def stage_costs(costs: list[float], split: list[range]) -> list[Fraction]:
 COSTS = st.lists(st.one_of(st.integers(0, 4), st.sampled_from([0.1, 0.2, 0.7])), min_size=1, max_size=9)
 
 
+def pace(costs: list[Fraction], chunks: int) -> Fraction:
+    """Return the sum of the chunks' largest stages."""
+    num_ranks = len(costs) // chunks
+    return sum((max(costs[c * num_ranks : (c + 1) * num_ranks]) for c in range(chunks)), Fraction())
+
+
 @given(COSTS, st.data())
 def test_partition_matches_brute_force_with_its_tie_breaks(costs: list[float], data: st.DataObject) -> None:
-    num_stages = data.draw(st.integers(1, len(costs)))
-    expected = min(
-        every_split(len(costs), num_stages),
-        key=lambda split: (sorted(stage_costs(costs, split), reverse=True), [stage.stop for stage in split]),
-    )
-    assert partition(costs, num_stages) == expected
+    chunks = data.draw(st.integers(1, len(costs)))
+    num_stages = chunks * data.draw(st.integers(1, len(costs) // chunks))
+
+    def key(split: list[range]) -> tuple[Fraction, list[Fraction], list[int]]:
+        found = stage_costs(costs, split)
+        return pace(found, chunks), sorted(found, reverse=True), [stage.stop for stage in split]
+
+    assert partition(costs, num_stages, chunks) == min(every_split(len(costs), num_stages), key=key)
+
+
+def test_a_chunk_has_the_pace_of_its_largest_stage() -> None:
+    """With two chunks the pace of stages 1, 2, 2, 3 on two ranks is 2 + 3, and that of 1, 1, 3, 3 is 1 + 3."""
+    costs = [0.0, 1, 1, 1, 1, 1, 3]
+    found = {chunks: list(map(float, stage_costs(costs, partition(costs, 4, chunks)))) for chunks in (1, 2)}
+    assert found == {1: [1, 2, 2, 3], 2: [1, 1, 3, 3]}
+
+
+@pytest.mark.parametrize(("num_stages", "chunks"), [(64, 1), (64, 2), (64, 4), (128, 8), (64, 64), (2, 2)])
+def test_the_largest_models_are_split_in_well_under_a_second(num_stages: int, chunks: int) -> None:
+    """Llama-3.1-405b has 126 blocks; the blocks of some families are alternately cheap and expensive."""
+    for costs in ([0.0] + [1.0] * 126 + [0.7], [0.0] + [1.0, 1.3] * 63 + [0.7]):
+        began = time.monotonic()
+        assert len(partition(costs, num_stages, chunks)) == num_stages
+        assert time.monotonic() - began < patient(0.5)
 
 
 @pytest.mark.parametrize(

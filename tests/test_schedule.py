@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.mesh.mesh import Axis, Traffic
-from parallel.pipeline.p2p import Pipe
+from parallel.mesh.topology import Topology
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
 from parallel.pipeline.schedule import SCHEDULES, forward_only, gpipe, one_f_one_b, with_transfers
@@ -85,7 +84,7 @@ def queue_of(action: Action) -> str:
     if action.peer is None:
         return "compute"
     ends = (action.stage, action.peer) if action.op.is_send else (action.peer, action.stage)
-    return Pipe(tuple(Axis(f"link {k}", 0, 9, (), None, Traffic()) for k in range(4))).link(*ends).name
+    return str(Topology({"pipe": 9}).links()[ends])
 
 
 @given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))

@@ -52,11 +52,40 @@ def test_groups_are_the_rows_once_their_axes_are_moved_innermost(case: tuple[dic
 
 
 @given(shapes)
-def test_ends_are_the_first_and_last_plane_of_an_axis(shape: dict[str, int]) -> None:
-    for dim, axis in enumerate(shape):
-        planes = np.moveaxis(box(shape), dim, 0)
-        expected = list(zip(planes[0].ravel().tolist(), planes[-1].ravel().tolist(), strict=True))
-        assert Topology(shape).ends(axis) == expected
+def test_ends_are_the_first_and_last_plane_of_the_pipe(shape: dict[str, int]) -> None:
+    shape = {f"pipe{name}" if dim else "pipe": size for dim, (name, size) in enumerate(shape.items())}
+    planes = box(shape)
+    expected = list(zip(planes[0].ravel().tolist(), planes[-1].ravel().tolist(), strict=True))
+    assert Topology(shape).ends() == (expected if shape["pipe"] > 1 else [])
+
+
+def test_in_a_v_one_rank_has_both_ends() -> None:
+    assert Topology({"pipe": 2, "data": 2}, (0, 1, 1, 0)).ends() == []
+    assert Topology({"pipe": 2, "data": 2}, (0, 1, 0, 1)).ends() == [(0, 2), (1, 3)]
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_no_rank_receives_and_sends_in_one_group_of_a_direction(size: int, chunks: int, is_v: bool) -> None:
+    """Rank r takes part in the group of a link as its sender or as its receiver, and never as both."""
+    turns = [*range(size), *reversed(range(size))]
+    stages = (turns if is_v else [*range(size)] * 2) * chunks if chunks > 1 else [*range(size)]
+    links = Topology({"pipe": size}, tuple(stages)).links()
+    assert links.keys() == {(a, b) for x, y in itertools.pairwise(stages) for a, b in ((x, y), (y, x)) if a != b}
+    for group in links.values():
+        senders, receivers = zip(*(link for link, key in links.items() if key == group), strict=True)
+        assert not {*senders} & {*receivers}
+        assert len({*senders}) == len(senders)
+        assert len({*receivers}) == len(receivers)
+
+
+def test_few_groups_are_made_for_links() -> None:
+    def count(*stages: int) -> int:
+        return len({*Topology({"pipe": max(stages) + 1}, stages).links().values()})
+
+    assert [count(*range(size)) for size in (1, 2, 3, 4, 5, 8)] == [0, 2, 4, 4, 4, 4]
+    assert count(0, 1, 2, 2, 1, 0) == 4  # a V
+    assert count(*range(4), *range(4)) == 4  # an even ring
+    assert count(*range(5), *range(5)) == 6  # an odd one
 
 
 @pytest.mark.parametrize(
@@ -78,4 +107,4 @@ def test_ranks_along_the_innermost_axis_are_neighbours() -> None:
     topology = Topology({"pipe": 2, "data": 1, "context": 1, "depth": 1, "row": 2, "col": 2})
     assert topology.groups(("col",)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert topology.groups(("col", "row")) == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert topology.ends("pipe") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert topology.ends() == [(0, 4), (1, 5), (2, 6), (3, 7)]

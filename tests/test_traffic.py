@@ -1,9 +1,12 @@
 """A training step sends exactly what the tables in docs/notation.md say, in each of its parts."""
 
 import re
+from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from torch import nn
@@ -15,15 +18,19 @@ from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
 from parallel.mesh.notices import Notices
+from parallel.ops.deferred import DeferredCalls
+from parallel.pipeline.plan import Action, Op, Plan
 from parallel.tensor import loss
 from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run
-from tests.parity import Raw, batches_of, config_of, engine_of, share_of
+from tests.parity import Batch, Raw, batches_of, config_of, engine_of, share_of
 
 TABLES = Path(__file__).parent.parent / "docs/notation.md"
 LOOKUP, LINEARS, LOSS = "lookup", "a block's linears", "head, loss"  # as the tables name them
 WAYS = ("forward", "backward")
 SUMS, OUTSIDE = "gradient sums", "outside the layers"
+IN_PARTS = " in I and W"  # behind the name of a model
+PARTS, IN_W = "I and W of a block's linears", "Block W"
 FEW = 4  # elements: counts of labels and samples, the loss and the norm may be summed over the same axes as gradients
 
 MODEL = OPTShape(
@@ -53,16 +60,26 @@ OF_LLAMA = ("llama", "qwen3")
 B, S = 8, 6  # of a microbatch
 POSITIONS_PER_SLICE = 2  # so the loss has three slices
 
+SPLIT = "1d, sequence parallel"
 LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
     "dp2": ("1d", TensorConfig(), 2),
     "1d4": ("1d", TensorConfig("1d", 4), 1),
     "dp2-1d2": ("1d", TensorConfig("1d", 2), 2),
+    "1d2-sp": (SPLIT, TensorConfig("1d", 2, sequence_parallel=True), 1),
+    "dp2-1d2-sp": (SPLIT, TensorConfig("1d", 2, sequence_parallel=True), 2),
     "2d2x4": ("2d, 2.5d", TensorConfig("2d", 8, rows=2), 1),
     "2.5d2x2x2": ("2d, 2.5d", TensorConfig("2.5d", 8, depth=2), 1),
     "dp2-2.5d2x1x2": ("2d, 2.5d", TensorConfig("2.5d", 4, depth=2, rows=1), 2),
     "3d2x2x2": ("3d", TensorConfig("3d", 8), 1),
 }
-WITH_ALL_MODELS = ("dp2", "1d4", "2d2x4", "2.5d2x2x2", "3d2x2x2")  # whose ranks are started once for all models
+WITH_ALL_MODELS = (
+    "dp2",
+    "1d4",
+    "1d2-sp",
+    "2d2x4",
+    "2.5d2x2x2",
+    "3d2x2x2",
+)  # ranks start once for all models
 CASES = [
     pytest.param(
         layout,
@@ -78,20 +95,26 @@ CASES = [
 def calls_of_steps(
     rank: int, world_size: int, tensor: TensorConfig, microbatches: int, names: tuple[str, ...]
 ) -> dict[str, tuple[list[Call], str]]:
-    """Return for each model every collective call of a step, and the name of the process group over depth."""
-    models = {name: dict(name=f"{name}-tiny", **asdict(MODELS[name][0])) for name in names}
-    return {
-        name: calls_of_a_step(rank, world_size, tensor, microbatches, model=model) for name, model in models.items()
-    }
+    """Return for each model every collective call of a step, and the name of the process group over depth.
 
-
-def calls_of_a_step(
-    rank: int, world_size: int, tensor: TensorConfig, microbatches: int, *, model: Raw
-) -> tuple[list[Call], str]:
-    """Return every collective call of a step, and the name of the process group over depth.
-
-    The calls are caught where torch dispatches them. Our own counters must have counted the same, to the byte.
+    Under the model's name with `IN_PARTS` are those of a step whose backwards are I and W.
     """
+    found = {}
+    for name in names:
+        model = dict(name=f"{name}-tiny", **asdict(MODELS[name][0]))
+        engine, batch = engine_and_batch(rank, world_size, tensor, microbatches, model)
+        depth = engine.mesh.axis("depth").group if tensor.depth > 1 else None
+        for suffix, plan in (("", None), (IN_PARTS, weights_last(microbatches))):
+            calls = calls_of_a_step(engine, batch, plan)
+            found[name + suffix] = calls, depth.group_name if depth else ""
+        engine.mesh.close()
+    return found
+
+
+def engine_and_batch(
+    rank: int, world_size: int, tensor: TensorConfig, microbatches: int, model: Raw
+) -> tuple[Engine, Batch]:
+    """Return an engine whose loss has several slices, and this rank's batch."""
     replicas = world_size // tensor.size
     samples = B * microbatches * replicas
     batch = batches_of(1, batch=samples, sequence=S, vocabulary=MODEL.vocab_size)[0]
@@ -99,57 +122,85 @@ def calls_of_a_step(
     raw = config_of(dict(tensor=asdict(tensor)), model=model, data=dict(sequence_length=S), train=train)
     engine = engine_of(rank, world_size, raw)
     loss.TOKENS_PER_SLICE = POSITIONS_PER_SLICE * B // tensor.batch_parts
+    return engine, share_of(batch, engine)
+
+
+def weights_last(microbatches: int) -> Plan:
+    """Return the plan of one stage in which each backward is an I, and each W comes at the end."""
+    orders = [(Op.F, Op.I), (Op.W,)]
+    actions = (Action(op, 0, m) for ops in orders for m in range(microbatches) for op in ops)
+    return Plan((tuple(actions),), 1, microbatches)
+
+
+def calls_of_a_step(engine: Engine, batch: Batch, plan: Plan | None) -> list[Call]:
+    """Return every collective call of a step, with this plan or the engine's own.
+
+    The calls are caught where torch dispatches them. Our own counters must have counted the same, to the byte.
+    """
     engine.mesh.traffic.reset()
     on_host = engine.mesh.world.on_host
     assert on_host is not None
     assert on_host.group is not None
     handed = RecordedCalls(OUTSIDE, agreement=on_host.group.group_name)
-    with handed:
-        mark_parts(engine, handed)
-        engine.train_step(share_of(batch, engine))
+    with handed, ExitStack() as stack:
+        mark_parts(engine, handed, stack)
+        if plan is not None:
+            stack.enter_context(patch.object(engine, "_plan", lambda *_, **__: plan))
+        engine.train_step(batch)
     assert engine.mesh.traffic.bytes == handed.bytes
     # A step begins with an agreement on the host: of the largest and the smallest digest, and of the notices.
     assert [call.bytes for call in handed.agreed] == [8 * (2 + len(Notices.NAMES))]
-    calls = [named(call, engine) for call in handed.calls]
-    depth = engine.mesh.axis("depth").group if tensor.depth > 1 else None
-    engine.mesh.close()
-    return calls, depth.group_name if depth else ""
+    return [named(call, engine) for call in handed.calls]
 
 
 def named(call: Call, engine: Engine) -> Call:
     """Return the call, with the part `gradient sums` if it is one.
 
-    A chunk's sum over its first axis may be launched during any part of a step. It is recognized by its group: no layer
-    all-reduces anything over such a group. The sum over a further axis, that of heads for the norms of q and k, follows
-    after the last backward, outside the layers, which all-reduce over the same group.
+    A chunk's sum over its first axis may be launched during any part of the last backward. It is recognized by its
+    group: no layer's backward all-reduces anything over such a group. The sum over a further axis, that of heads for
+    the norms of q and k, follows after the last backward, outside the layers, which all-reduce over the same group.
     """
     syncs = [info.layout.sync for info in engine.part.infos]
     first = {sync[0].group.group_name for sync in syncs if sync[0].group is not None}
     further = {axis.group.group_name for sync in syncs for axis in sync[1:] if axis.group is not None}
-    is_sum = call.group in first or (call.group in further and call.part == OUTSIDE)
+    is_forward = call.part.endswith(" forward")
+    is_sum = (call.group in first and not is_forward) or (call.group in further and call.part == OUTSIDE)
     is_sum = is_sum and call.kind == "all_reduce" and call.elements > FEW
     return replace(call, part=SUMS) if is_sum else call
 
 
-def mark_parts(engine: Engine, handed: RecordedCalls) -> None:
-    """Register hooks that set `handed.part` in the course of a step.
+def mark_parts(engine: Engine, handed: RecordedCalls, stack: ExitStack) -> None:
+    """Register hooks that set `handed.part` in the course of a step, until the stack is closed.
 
     The part is a layer's forward from its call, and its backward from the gradient of its output. The tied embedding's
-    gradient is the last of a backward: calls after it, and before the next forward, are in no layer.
+    gradient is the last of a backward: calls after it, and before the next forward, are in no layer. Only linears have
+    anything in W.
     """
     for layer in engine.part.layers:
         forward, backward = (partial(handed.enter, f"{type(layer).__name__} {way}") for way in WAYS)
-        layer.register_forward_pre_hook(forward)
-        layer.register_forward_hook(lambda module, x, y, backward=backward: y.register_hook(backward) and None)
+        stack.enter_context(layer.register_forward_pre_hook(forward))
+        stack.enter_context(
+            layer.register_forward_hook(lambda module, x, y, backward=backward: y.register_hook(backward) and None)
+        )
     embed = engine.part.layers[0]
     assert isinstance(embed, Embed)
-    embed.table.weight.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE))
+    table = embed.table.weight
+    stack.enter_context(table.register_post_accumulate_grad_hook(partial(handed.enter, OUTSIDE)))
+    deferred = engine.gradients.deferred
+
+    def run_deferred(key: Hashable) -> None:
+        handed.enter(IN_W)
+        DeferredCalls.run_deferred(deferred, key)
+        handed.enter(OUTSIDE)
+
+    stack.enter_context(patch.object(deferred, "run_deferred", run_deferred))
 
 
 def steps(layout: str, model: str, microbatches: int = 1) -> list[tuple[list[Call], str]]:
-    """Return what `calls_of_a_step` returns on every rank."""
+    """Return every rank's calls of a step, and the name of its process group over depth."""
     with_others = layout in WITH_ALL_MODELS and microbatches == 1
-    names = tuple(MODELS) if with_others else OF_LLAMA if model in OF_LLAMA else (model,)
+    plain = model.removesuffix(IN_PARTS)
+    names = tuple(MODELS) if with_others else OF_LLAMA if plain in OF_LLAMA else (plain,)
     return [found[model] for found in _steps(layout, microbatches, names)]
 
 
@@ -193,6 +244,20 @@ def test_each_part_of_a_step_sends_what_the_tables_say(layout: str, model: str) 
 
 
 @pytest.mark.parametrize(("layout", "model"), CASES)
+def test_i_and_w_send_what_the_table_says(layout: str, model: str) -> None:
+    """What else a block's backward sends, the sums of its norms, is in I."""
+    (row, tensor, _), (shape, norm) = LAYOUTS[layout], MODELS[model]
+    names, times = letters(tensor, shape, B, S), shape.num_hidden_layers
+    in_i, in_w = (value(formula, names) for formula in formulas(row, PARTS))
+    in_norms = value(formulas(row, norm)[1], names)
+    for (whole, _), (halves, _) in zip(steps(layout, model), steps(layout, model + IN_PARTS), strict=True):
+        assert sent(halves, "Block backward") == times * (in_i + 2 * in_norms)
+        assert sent(halves, IN_W) == times * in_w
+        for part in {call.part for call in whole} - {"Block backward", OUTSIDE}:
+            assert sent(halves, part) == sent(whole, part)
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_outside_its_layers_a_step_sends_only_gradients_and_a_few_numbers(layout: str, model: str) -> None:
     for calls, _ in steps(layout, model):
         others = [call.elements for call in calls if call.part == OUTSIDE]
@@ -207,6 +272,23 @@ def test_in_1d_a_block_all_reduces_twice_each_way_with_grouped_heads_too() -> No
             for way in WAYS:
                 elements = [call.elements for call in calls if call.part == f"Block {way}"]
                 assert elements == [B * S * MODELS[model][0].hidden_size] * 2 * MODELS[model][0].num_hidden_layers
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sequence_parallelism_sends_what_plain_1d_sends_and_gathers_x_once_more(model: str) -> None:
+    """This is arithmetic between two rows of the tables, in a step without gradient sums."""
+    shape, norm = MODELS[model]
+    names = letters(TensorConfig("1d", 4), shape, B, S) | dict(n=1)
+
+    def in_a_step(row: str) -> float:
+        parts = [LOOKUP, LOSS, norm, *[norm, norm, LINEARS] * shape.num_hidden_layers]
+        return sum(value(formula, names) for part in parts for formula in formulas(row, part))
+
+    linears = 2 * shape.num_hidden_layers  # those into a block, whose input is gathered for dW
+    gather = (names["p"] - 1) * names["T"] * names["H"] / names["p"]
+    assert in_a_step(SPLIT) == in_a_step("1d") + linears * gather
+    for way, row in zip(zip(formulas(SPLIT, LINEARS), formulas("1d", LINEARS), strict=True), (0, 2), strict=True):
+        assert value(way[0], names) == value(way[1], names) + row * gather
 
 
 @pytest.mark.parametrize("model", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in OF_LLAMA)])

@@ -1,26 +1,50 @@
 """The gradient of a weight can be computed later than that of the input, whatever collectives surround the matmul."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import TypeAlias
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.config import PipelineConfig
 from parallel.config.parallel import TensorConfig
+from parallel.engine import engine
+from parallel.errors import ConfigError
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.ops.deferred import DeferredCalls
+from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.schedule import SCHEDULES, with_transfers
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import UNSPLIT, Allocations, RecordedCalls, mesh_of
 from tests.harness import run
-from tests.parity import relative
+from tests.parity import (
+    SHAPE,
+    Batch,
+    Raw,
+    Trace,
+    batches_of,
+    compare,
+    config_of,
+    engine_of,
+    padded,
+    reference,
+    relative,
+    save_model,
+    share_of,
+    train,
+)
+from tests.patience import LIMIT
+from training import preflight
 
-BOUND = 1e-13  # relative, in fp64: sums of at most 16 terms
+BOUND = 1e-13  # relative, in fp64: sums of at most 24 terms
 RANKS = 4  # two rows of two columns
 B, S, K, N = 4, 6, 8, 3  # of a rank's whole x and y
 
@@ -60,11 +84,9 @@ WAYS_IN: list[dict[str, Along | str]] = [
 ]
 WAYS_OUT: list[dict[str, Along | str]] = [
     {},
-    dict(scatter_y=(0, "row")),
-    dict(scatter_y=(1, "col")),
-    dict(scatter_y=(1, "row")),
-    dict(reduce_y="row"),
-    dict(reduce_y="col"),
+    dict(scatter_y=(0, "row")),  # a cube's
+    dict(scatter_y=(1, "col")),  # a line's, with the sequence split
+    dict(reduce_y="col"),  # a line's
 ]
 WEIGHTS: list[dict[str, str]] = [{}, dict(gather_w="row"), dict(gather_w="col")]
 CASES = [Case(**a, **b, **c) for a, b, c in product(WAYS_IN, WEIGHTS, WAYS_OUT)]  # type: ignore[arg-type]
@@ -101,7 +123,7 @@ def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, w, drawn(*out, seed=20 + first_peer(rank, case.reduce_y))
 
 
-def reference(case: Case) -> list[tuple[Tensor, Tensor]]:
+def exact(case: Case) -> list[tuple[Tensor, Tensor]]:
     """Return dx and dW of every rank: autograd's, of the sum over all ranks of y · dy, where a y that several ranks
     have counts once.
     """
@@ -206,7 +228,7 @@ def all_halves() -> list[list[Halves]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inputs_in_i_and_weights_in_w_have_the_gradients_of_one_process(case: Case) -> None:
-    for rank, (found, wanted) in enumerate(zip(all_halves(), reference(case), strict=True)):
+    for rank, (found, wanted) in enumerate(zip(all_halves(), exact(case), strict=True)):
         mine = found[CASES.index(case)]
         assert mine.before_w == 0
         for got, want in ((mine.dx, wanted[0]), (mine.dw, wanted[1]), (mine.left_to_autograd, wanted[1])):
@@ -271,3 +293,86 @@ def test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered() -> No
     for ranks in run(bytes_kept, RANKS):
         for now, known in ranks:
             assert now == known
+
+
+# -- a whole training step
+
+MODEL: Raw = SHAPE | dict(num_hidden_layers=2)
+LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
+    "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "2d2x2": (4, dict(tensor=dict(mode="2d", size=4))),
+    "2d1x2-zero2": (4, dict(tensor=dict(mode="2d", size=2, rows=1))),
+    "2.5d-depth2": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),
+    "3d2x2x2": (8, dict(tensor=dict(mode="3d", size=8))),
+    "pp2-2d2x2": (8, dict(pipeline=2, tensor=dict(mode="2d", size=4))),
+}
+FAST = ("2d2x2",)
+
+
+def all_weights_last(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool) -> Plan:
+    """Return a plan in which each W comes after everything else of its rank, the last microbatch first."""
+    plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
+    ranks = []
+    for actions in plan.ranks:
+        backwards = [action for action in actions if action.op is Op.B]
+        inputs = [Action(Op.I, a.stage, a.microbatch) if a.op is Op.B else a for a in actions]
+        ranks.append((*inputs, *(Action(Op.W, a.stage, a.microbatch) for a in reversed(backwards))))
+    return with_transfers(Plan(tuple(ranks), plan.num_stages, plan.num_microbatches))
+
+
+def train_in_two_parts(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace | None:
+    with patch.object(engine, "plan_of", all_weights_last):
+        return train(rank, world_size, raw, batches)
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_steps_whose_weight_gradients_all_come_last_equal_hugging_face(tmp_path: Path, layout: str) -> None:
+    """The bound is that of tests/test_gradient_rules.py: 1e-9 in fp64."""
+    world_size, parallel = LAYOUTS[layout]
+    path, batches = save_model(tmp_path / "model", **MODEL), padded(batches_of(2))
+    sections: Raw = dict(zero=dict(stage=2)) if "zero2" in layout else {}
+    micro = 2 if "zero2" in layout else 4
+    raw = config_of(parallel, steps=2, model=dict(path=str(path)), train=dict(micro_batch_size=micro), **sections)
+    found = run(train_in_two_parts, world_size, raw, batches)[0]
+    assert found is not None
+    compare(found, reference(path, raw, batches), 1e-9, is_fp64=True)
+
+
+def gradients_in_w(rank: int, world_size: int, raw: Raw) -> list[int]:
+    """Return how many gradients of weights each W of a step computes."""
+    trained = engine_of(rank, world_size, raw)
+    deferred, found = trained.gradients.deferred, list[int]()
+
+    def run_deferred(key: Hashable) -> None:
+        before = sum(total.missing or 0 for total in trained.gradients._sums)
+        DeferredCalls.run_deferred(deferred, key)
+        found.append(before - sum(total.missing or 0 for total in trained.gradients._sums))
+
+    with patch.object(deferred, "run_deferred", run_deferred):
+        trained.train_step(share_of(batches_of(1)[0], trained))
+    trained.mesh.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 1800)
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tensor", [{}, dict(mode="2d", size=2, rows=2)], ids=["none", "2d2x1"])
+def test_a_compiled_block_leaves_the_gradients_of_its_weights_to_w(tensor: Raw, compiles: bool) -> None:
+    """The second stage has one block of four linears, and its backwards are I and W. Compiled code that computed the
+    four gradients in I would leave nothing to W. (The last W completes the chunk, which counts anew.)
+    """
+    skip_without_compiler()
+    parallel = dict(pipeline=dict(size=2, layers=[1, 1]), tensor=tensor)
+    raw = config_of(parallel, steps=1, model=MODEL, train=dict(compile=compiles))
+    *_, last = run(gradients_in_w, 2 * tensor.get("size", 1), raw, timeout=3 * LIMIT)
+    assert last[:2] == [4, 4]
+
+
+def skip_without_compiler() -> None:
+    try:
+        preflight.check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))

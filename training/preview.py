@@ -16,6 +16,7 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
+from parallel.pipeline.plan import Plan
 from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
@@ -66,17 +67,22 @@ class Preview:
     def num_microbatches(self) -> int:
         return self.config.num_microbatches(self.topology.world_size)
 
-    def timeline(self) -> Timeline:
+    def plan(self, num_microbatches: int) -> Plan:
+        """Return the plan of a step with this many microbatches, as the ranks execute it."""
+        recomputes = self.config.train.activation_checkpointing != "none"
+        return plan_of(self.config.parallel.pipeline, num_microbatches, recomputes=recomputes)
+
+    def timeline(self, *, whole: bool = False) -> Timeline:
         """Simulate one step of the pipeline by the layers' costs: a backward costs two forwards, a transfer nothing.
 
-        Of a step with very many microbatches the first and the last are simulated: see `Timeline`.
+        Of a step with very many microbatches the first and the last are simulated, unless it is asked for as a
+        `whole`: see `Timeline`.
         """
-        pipeline = self.config.parallel.pipeline
-        simulated = num_simulated(pipeline.size, self.num_microbatches)
-        recomputes = self.config.train.activation_checkpointing != "none"
-        plan = plan_of(pipeline, simulated, recomputes=recomputes)
-        timeline = simulate(plan, self.costs, [2 * cost for cost in self.costs])
-        return replace(timeline, num_omitted=self.num_microbatches - simulated)
+        pipeline, total = self.config.parallel.pipeline, self.num_microbatches
+        is_whole = whole or pipeline.table is not None
+        simulated = total if is_whole else num_simulated(pipeline.size, total)
+        timeline = simulate(self.plan(simulated), self.costs, [2 * cost for cost in self.costs])
+        return replace(timeline, num_omitted=total - simulated)
 
 
 def preview_of(config: Config, world_size: int) -> Preview:

@@ -8,7 +8,7 @@ from typing import Any
 from models.fits import layout_problems
 from models.generation.trained_model import TrainedModel
 from models.shapes import fields_of
-from parallel.config import Config, apply_overrides, load_raw, normalize, parse
+from parallel.config import Config, ParallelConfig, apply_overrides, load_raw, normalize, parse
 from parallel.engine.inference import context_problem
 from parallel.errors import ConfigError, names_text
 
@@ -42,9 +42,18 @@ def config_for(
 
     def resolve(config: Config) -> tuple[Config, list[str]]:
         model = replace(config.model, fields=fields_of(trained.shape))
-        return replace(config, model=model), trained.shape.problems() + layout_problems(trained.shape, config)
+        config = replace(config, model=model, parallel=_with_whole_sequences(config.parallel))
+        return config, trained.shape.problems() + layout_problems(trained.shape, config)
 
     return parse(raw, world_size=world_size, resolve=resolve, batches=False)
+
+
+def _with_whole_sequences(parallel: ParallelConfig) -> ParallelConfig:
+    """Return the layout in plain 1d where it has sequence parallelism: a new token is a single position.
+
+    The layouts of all parameters are the same.
+    """
+    return replace(parallel, tensor=replace(parallel.tensor, sequence_parallel=False))
 
 
 def _read_of(raw: Mapping[str, Any]) -> dict[str, Any]:

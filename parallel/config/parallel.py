@@ -7,7 +7,9 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from parallel.config.other_names import OTHER_SCHEDULES
-from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks, Supported
+from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks
+from parallel.config.schedule_file import ScheduleFile
+from parallel.config.schedule_table import ScheduleTable
 from parallel.errors import divisors, either, nearest_multiples, times
 
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
@@ -33,7 +35,9 @@ class PipelineConfig:
     size: NumRanks = 1
     """The number of ranks along the pipe. Each holds `chunks` stages, which is one with most schedules."""
 
-    schedule: Annotated[str, NamesOrFile(tuple(STAGES_OF_RANK), SCHEDULE_FILE, OTHER_SCHEDULES)] = "1f1b"
+    schedule: Annotated[str, NamesOrFile(tuple(STAGES_OF_RANK), SCHEDULE_FILE, OTHER_SCHEDULES, ScheduleFile.read)] = (
+        "1f1b"
+    )
     """The order of forwards, backwards and weight gradients. "gpipe": all forwards, then all backwards. "1f1b": one
     forward, one backward in turn; the same idle time, and a stage keeps activations of at most `size` microbatches,
     which is why it is the default. "interleaved": 1f1b over several stages on each rank; less idle time, more messages.
@@ -59,13 +63,15 @@ class PipelineConfig:
 
     @property
     def num_chunks(self) -> int:
-        """The number of stages on each rank: `chunks`, or what the schedule has by default."""
+        """The number of stages on each rank: `chunks`, or what the schedule has by default, or its file."""
+        if self.table is not None:
+            return self.table.num_chunks
         return self.chunks or self._allowed_chunks[0]
 
     @property
-    def file(self) -> str | None:
-        """The path of the schedule, where it is a file; its stages are placed as `stages_of` says."""
-        return self.schedule if self.schedule.endswith(SCHEDULE_FILE) else None
+    def table(self) -> ScheduleTable | None:
+        """The content of the schedule's file, where it is one: it also says which stages are on which rank."""
+        return self.schedule.table if isinstance(self.schedule, ScheduleFile) else None
 
     @property
     def num_stages(self) -> int:
@@ -75,9 +81,13 @@ class PipelineConfig:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages on a rank of the pipe: r, r + p, ...; in a V they turn at the last rank, r and 2p − 1 − r.
 
+        A schedule's file has a placement of its own.
+
         A V is Qi et al. 2023, arXiv 2401.10241, section 6; the other placement is that of Narayanan et al. 2021,
         arXiv 2104.04473, section 2.2.2.
         """
+        if self.table is not None:
+            return self.table.stages[rank]
         if self.schedule == "zero_bubble_v":
             return rank, 2 * self.size - 1 - rank
         return tuple(range(rank, self.num_stages, self.size))
@@ -88,6 +98,8 @@ class PipelineConfig:
 
     def problems(self) -> list[str]:
         """Return what is wrong with `chunks` for this schedule; the stages' layers are checked with the model's."""
+        if self.table is not None:
+            return self._file_problems(self.table)
         allowed = self._allowed_chunks
         if self.num_chunks in allowed:
             return []
@@ -99,6 +111,21 @@ class PipelineConfig:
             f"parallel.pipeline.chunks: schedule {self.schedule!r} has {stages} on each rank, got"
             f" {self.num_chunks}. Try chunks={allowed[0]}, or schedule={other!r}."
         ]
+
+    def _file_problems(self, table: ScheduleTable) -> list[str]:
+        """Return where the other keys say something else than the schedule's file."""
+        found, ranks, chunks = [], len(table.rows), table.num_chunks
+        if self.size != ranks:
+            found.append(
+                f"parallel.pipeline.size: {self.schedule} has {ranks} row{'s' * (ranks > 1)}, one for each rank, got"
+                f" {self.size}. Try {ranks}."
+            )
+        if self.chunks not in (None, chunks):
+            found.append(
+                f"parallel.pipeline.chunks: {self.schedule} has {chunks} on each rank, got {self.chunks}. Try"
+                f" chunks={chunks}, or None."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,8 +153,22 @@ class TensorConfig:
     rows as columns.
     """
 
-    sequence_parallel: Annotated[bool, Supported(False)] = False
-    """True: 1d also splits activations between blocks, along the sequence. It is not available yet."""
+    sequence_parallel: bool = False
+    """True: 1d also splits activations between blocks, along the sequence (Korthikanti et al. 2022, arXiv 2205.05198).
+    A rank keeps a `size`-th of them for backward, and sends as much as without it, but for each linear's input, which
+    backward gathers a second time. `size` must divide `data.sequence_length`; in context parallelism, the share of it
+    that a rank of the context axis has.
+    """
+
+    @property
+    def kind(self) -> str | None:
+        """The mode's name in the table of modes, which has 1d with sequence parallelism as a mode of its own."""
+        return f"{self.mode}, sequence parallel" if self.sequence_parallel else self.mode
+
+    @property
+    def length_parts(self) -> int:
+        """The number of parts into which the mode splits a sequence between blocks."""
+        return self.size if self.sequence_parallel else 1
 
     @property
     def _form(self) -> tuple[int, int]:
@@ -180,6 +221,10 @@ class TensorConfig:
         if self.rows is not None and self.mode not in ("2d", "2.5d"):
             found.append(
                 f"parallel.tensor.rows: {self.rows} needs mode '2d' or '2.5d', got {self.mode!r}. Try rows=None."
+            )
+        if self.sequence_parallel and self.mode != "1d":
+            found.append(
+                f"parallel.tensor.sequence_parallel: True needs mode '1d', got {self.mode!r}. Try False, or mode='1d'."
             )
         if not found and not self.fits():
             found.append(f"parallel.tensor: {self._misfit()}")
@@ -241,10 +286,6 @@ class ContextConfig:
         """Return whether a sequence of this length can be split into parts of equal length."""
         return sequence_length % self.parts == 0
 
-    def sizes(self, sequence_length: int) -> list[int]:
-        """Return the values of `size` that would split a sequence of this length evenly, with this `kind`."""
-        return [n for n in divisors(sequence_length) if replace(self, size=n).splits(sequence_length)]
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -263,6 +304,16 @@ class ParallelConfig:
     def model_size(self) -> int:
         """The number of ranks that together hold one replica of the model."""
         return self.pipeline.size * self.context.size * self.tensor.size
+
+    @property
+    def sequence_parts(self) -> int:
+        """The number of which the length of a sequence must be a multiple: context splits it, and then 1d's `size`."""
+        return math.lcm(self.context.parts, self.context.size * self.tensor.length_parts)
+
+    def context_sizes(self, sequence_length: int) -> list[int]:
+        """Return the values of `context.size` with which a sequence of this length is split evenly."""
+        layouts = {n: replace(self, context=replace(self.context, size=n)) for n in divisors(sequence_length)}
+        return [n for n, layout in layouts.items() if sequence_length % layout.sequence_parts == 0]
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Return the size of each axis of the mesh, outermost first; `data` is the world size ÷ the other sizes."""

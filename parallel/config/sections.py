@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from parallel.config.model import ModelConfig
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import Bytes, Count, Natural, PathText, Probability, Range
+from parallel.config.reader import Bytes, Count, Natural, PathText, Probability, Range, Supported
 from parallel.errors import either, nearest_multiples, times
 
 Fraction = Annotated[float, Range(0, 1)]
@@ -134,9 +134,10 @@ class TrainConfig:
     which the tensor mode splits a microbatch: depth × rows, or the square of the cube's edge.
     """
 
-    precision: Dtype = "fp32"
+    precision: Annotated[Literal["fp64", "fp32", "bf16", "fp16", "fp8"], Supported(*get_args(Dtype))] = "fp32"
     """The dtype of parameters and activations. With bf16 and fp16, master weights and optimizer states are fp32, and
-    gradients are added up in fp32; fp16 also has a dynamic loss scale. fp64 is for comparisons.
+    gradients are added up in fp32; fp16 also has a dynamic loss scale. fp64 is for comparisons. "fp8" is not available
+    yet.
     """
 
     clip_grad_norm: Annotated[float | None, Range(0)] = 1.0
@@ -339,4 +340,12 @@ class Config:
                 f"train.global_batch_size: {total} is {total // (micro * data)} microbatches of {micro} on each of"
                 f" {data} replicas; a step can have {MOST_MICROBATCHES}. Try {MOST_MICROBATCHES * micro * data}."
             )
+        elif world_size is not None and (table := self.parallel.pipeline.table) is not None:
+            count, needed = total // (micro * data), table.num_microbatches
+            if count != needed:
+                found.append(
+                    f"train.global_batch_size: {total} is {count} microbatches of {micro} on each of {data} replicas,"
+                    f" and parallel.pipeline.schedule {self.parallel.pipeline.schedule} has {needed}."
+                    f" Try {needed * micro * data}."
+                )
         return found

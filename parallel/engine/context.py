@@ -122,6 +122,13 @@ class Context:
         return self.mesh.watch.phase(name)
 
 
+def topology_of(config: Config, world_size: int) -> Topology:
+    """Return the mesh of a config over this many ranks, and which of them holds which pipeline stage."""
+    pipeline = config.parallel.pipeline
+    ranks = tuple(pipeline.rank_of(stage) for stage in range(pipeline.num_stages))
+    return Topology(config.parallel.mesh_shape(world_size), ranks)
+
+
 def make_context(
     config: Config,
     place: Place,
@@ -136,8 +143,8 @@ def make_context(
     `connect=False` does nothing but make a mesh without process groups, for planning on any `device`. `watch` is this
     rank's over the others. With `debug_comm` the ranks compare what they communicate, before they do.
     """
-    topology = Topology(config.parallel.mesh_shape(place.world_size))
-    merged = MODES[config.parallel.tensor.mode].merged_axes()
+    topology = topology_of(config, place.world_size)
+    merged = MODES[config.parallel.tensor.kind].merged_axes()
     if not connect:
         return Context(config, Mesh(topology, place.rank, device=device, merged=merged, connect=False), place)
     device, backend = choose_device(

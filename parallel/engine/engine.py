@@ -66,13 +66,15 @@ class Engine(EngineState):
             chunks = make_chunks(placement.specs, placement.storages, fill=stage.set_initial_values)
         super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
         self.inputs = stage.inputs
-        self.part, self.pipe = stage, Pipe(self.mesh.links)
+        self.part, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(self.mesh.device)
         self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager)
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
-        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2)
+        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=stage.num_backwards())
+        has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         for module in stage.modules():
-            if isinstance(module, Linear):
+            # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
+            if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
                 module.receiver = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
@@ -195,9 +197,9 @@ class Engine(EngineState):
         first = FirstNotFinite(self.part, self.chunks, self.part.layer_names())
 
         def mark(phase: str, detail: object = "") -> None:
-            """Note the microbatch of the runner's action."""
+            """Note the stage and the microbatch of the runner's action."""
             if isinstance(detail, Action):
-                first.microbatch = detail.microbatch
+                first.stage, first.microbatch = detail.stage, detail.microbatch
 
         run = partial(self._forwards_and_backwards, microbatches, mark)
         return origin_of(

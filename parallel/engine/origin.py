@@ -55,7 +55,7 @@ def _origin_text(chunks: Sequence[Chunk], mesh: Mesh, first: FirstNotFinite, sus
     The chunks have the gradients of this run; `suspects` are the layers that were not finite in the first one.
     """
     trained = [chunk for chunk in chunks if not chunk.is_frozen]
-    found = first.first_of_all_ranks(mesh.world, mesh.axis("pipe").rank)
+    found = first.first_of_all_ranks(mesh.world)
     norm = global_norm(trained, mesh.world).item()
     flags = gather_objects(all(bool(is_finite(chunk.gradient.on_device())) for chunk in trained), mesh.world)
     for chunk in trained:

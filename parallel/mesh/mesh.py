@@ -6,7 +6,7 @@ the same order.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -21,7 +21,7 @@ from parallel.mesh.process_groups import (
     world_group,
     world_size,
 )
-from parallel.mesh.topology import Topology
+from parallel.mesh.topology import Link, Topology
 from parallel.watch.watch import UNWATCHED, Watch
 
 
@@ -93,9 +93,10 @@ class Mesh:
     `merged` names the combinations of axes that will be asked for as one axis. `connect=False` makes no process groups:
     such a mesh is good for planning (layouts, shapes, memory), and cannot communicate.
 
-    Besides the axes that `axis` returns, a mesh has `world`, all of its axes merged; `ends`, the first and the last
-    pipeline stage, over which the gradient of a tied embedding is summed (on a rank between them an axis of size 1);
-    and `links`, the pipe axis four times, each in a process group of its own (see `p2p.Pipe`).
+    Besides the axes that `axis` returns, a mesh has `world`, all of its axes merged; `ends`, the ranks of the first and
+    of the last pipeline stage, over which the gradient of a tied embedding is summed (on any other rank, and where one
+    rank has both stages, an axis of size 1); and `links`, the pipe axis for each link between neighbours, in process
+    groups of their own (see `p2p.Pipe`).
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Mesh:
             if key not in self._axes:
                 self._axes[key] = self._make_axis("+".join(key) or "trivial", topology.groups(key), groups)
         self.world = self._axes[self._key(everything)] = self._with_host(self._axes[self._key(everything)])
-        self.ends = self._make_axis("ends", topology.ends("pipe") if topology.shape["pipe"] > 1 else [], groups)
+        self.ends = self._make_axis("ends", topology.ends(), groups)
         self._background: Background | None = None
-        self.links = tuple(self._make_axis(f"pipe link {k}", topology.groups(("pipe",)), {}) for k in range(4))
+        self.links = self._make_links()
 
     def axis(self, *names: str) -> Axis:
         """Return the axis that merges `names`. Raises KeyError for a combination that `merged` did not have."""
@@ -141,8 +142,11 @@ class Mesh:
         if self.world.on_host is not None:
             self.world = replace(self.world, on_host=self._compared(self.world.on_host, topology.groups(everything)))
             self._axes[everything] = self.world
-        self.ends = self._compared(self.ends, topology.ends("pipe") if topology.shape["pipe"] > 1 else [])
-        self.links = tuple(self._compared(link, topology.groups(("pipe",))) for link in self.links)
+        self.ends = self._compared(self.ends, topology.ends())
+        compared = {
+            axis: self._compared(axis, topology.groups(("pipe",))) for axis in dict.fromkeys(self.links.values())
+        }
+        self.links = {link: compared[axis] for link, axis in self.links.items()}
 
     def _compared(self, axis: Axis, rank_groups: Iterable[tuple[int, ...]]) -> Axis:
         """Return an axis whose calls are compared, by process groups of its own. Every rank gives the same groups."""
@@ -204,6 +208,14 @@ class Mesh:
                     name, ranks.index(self.rank), len(ranks), ranks, groups.get(ranks), self.traffic, self.watch
                 )
         return mine or Axis(name, 0, 1, (self.rank,), None, self.traffic)
+
+    def _make_links(self) -> Mapping[Link, Axis]:
+        """Return the pipe axis of each link: one for all links of a group. Every rank calls this."""
+        keys, rank_groups = self.topology.links(), self.topology.groups(("pipe",))
+        axes = {
+            key: self._make_axis(f"pipe link {key[0]}.{key[1]}", rank_groups, {}) for key in sorted({*keys.values()})
+        }
+        return {link: axes[key] for link, key in keys.items()}
 
     def _with_host(self, world: Axis) -> Axis:
         """Return the axis of the whole world, with `on_host` where it has other ranks. Every rank calls this."""

@@ -10,13 +10,22 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+Link: TypeAlias = tuple[int, int]
+"""Two neighbours along the pipe: the coordinates of the one that sends, and of the one that receives."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The ranks and their coordinates in a mesh of this shape: the size of each axis, from the outside in."""
+    """The ranks and their coordinates in a mesh of this shape: the size of each axis, from the outside in.
+
+    `rank_of_stage`: the coordinate along the pipe of the rank that holds each pipeline stage; () is one stage a rank.
+    """
 
     shape: Mapping[str, int]
+    rank_of_stage: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -56,6 +65,31 @@ class Topology:
         across = self._offsets(self.shape.keys() - set(axes))
         return [tuple(base + offset for offset in along) for base in across]
 
-    def ends(self, axis: str) -> list[tuple[int, int]]:
-        """Return the (first, last) rank of every group along an axis: along the pipe they share a tied embedding."""
-        return [(group[0], group[-1]) for group in self.groups((axis,))]
+    def ends(self) -> list[tuple[int, int]]:
+        """Return the ranks of the first and the last stage, which share a tied embedding, in each group of the pipe.
+
+        The list is empty where one rank has both stages.
+        """
+        first, last = self._stages[0], self._stages[-1]
+        return [(group[first], group[last]) for group in self.groups(("pipe",)) if first != last]
+
+    def links(self) -> dict[Link, tuple[int, int]]:
+        """Return the links over which stages send activations to the next one, and gradients back.
+
+        Each has the key of its process group: the direction, and the colour of the sender. No rank has its incoming and
+        its outgoing link in one group. So two colours take turns along the pipe, and three around an odd ring.
+        """
+        links = {link for pair in pairwise(self._stages) if pair[0] != pair[1] for link in (pair, pair[::-1])}
+        size = self.shape["pipe"]
+        is_ring = size > 2 and {(size - 1, 0), (0, size - 1)} <= links
+        found = {}
+        for source, to in sorted(links):
+            direction = 0 if (to - source) % size == 1 else 1
+            assert (to - source) % size in (1, size - 1), f"ranks {source} and {to} of the pipe are no neighbours"
+            is_odd_one = is_ring and size % 2 == 1 and source == size - 1
+            found[source, to] = direction, 2 if is_odd_one else source % 2
+        return found
+
+    @property
+    def _stages(self) -> tuple[int, ...]:
+        return self.rank_of_stage or tuple(range(self.shape["pipe"]))

@@ -24,14 +24,15 @@ Direction: TypeAlias = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The first number of a rank, in its forwards or in its backwards, that is not finite.
+    """The first number of a rank that is not finite, in the forwards or in the backwards of one pipeline stage.
 
     `time` counts what the rank has checked before. `module` is the innermost one that has computed the number. `rank`
-    and `host` are those of the process, and `stage` that of the pipeline. `is_own`: it is a weight of which this rank
+    and `host` are those of the process. `is_own`: it is a weight of which this rank
     has the number itself, and has not got it from another rank.
     """
 
     direction: Direction
+    stage: int
     microbatch: int
     module: str
     what: str
@@ -39,7 +40,6 @@ class Finding:
     is_own: bool = False
     rank: int = 0
     host: str = ""
-    stage: int = 0
 
     def __str__(self) -> str:
         place = f"rank {self.rank} on {self.host}, microbatch {self.microbatch}"
@@ -51,18 +51,21 @@ class FirstNotFinite:
     gradient of each parameter on this rank, before the sum over ranks.
 
     The first in time counts, since everything that follows from it is not finite either: forwards before backwards, and
-    earlier stages of a pipeline before later ones, in backwards the other way around. Where several ranks have it at
+    earlier stages of a pipeline before later ones, in backwards the other way around. A rank with several stages has a
+    first number of each, since it may come to a later one of them before the number that all began with. Where several
+    ranks have it at
     the same time, by a collective within a module, the one counts that has the weight which it came from.
 
-    The host waits for the device at every check, so this is for a step that has failed. `microbatch` is set by whoever
-    runs the step. `names`: those of modules that are to be called otherwise than by their place in `root`.
+    The host waits for the device at every check, so this is for a step that has failed. `stage` and `microbatch` are
+    set by whoever runs the step. `names`: those of modules that are to be called otherwise than by their place in
+    `root`.
     """
 
     def __init__(self, root: nn.Module, chunks: Sequence[Chunk], names: Mapping[nn.Module, str] | None = None) -> None:
-        self.microbatch = 0
+        self.stage = self.microbatch = 0
         self._root, self._names = root, names or {}
         self._chunk_of = {info.parameter: (chunk, info) for chunk in chunks for info in chunk.infos}
-        self._found: dict[Direction, Finding] = {}
+        self._found: dict[tuple[Direction, int], Finding] = {}
         self._time = 0
         self._consumer = "the loss"  # the module whose backward is running: the last one with a finite gradient
 
@@ -84,16 +87,16 @@ class FirstNotFinite:
     def arrived(self, info: ParameterInfo, gradient: Tensor) -> None:
         """Check the gradient of a parameter that has been computed on this rank, or the sum of it so far."""
         self._time += 1
-        if "backward" not in self._found and not is_finite(gradient):
+        if not self._has_found("backward") and not is_finite(gradient):
             name = " and ".join(info.names)
             self._note("backward", info.unit or self._consumer, f"the gradient of {name} is not finite", gradient)
 
-    def first_of_all_ranks(self, world: Axis, stage: int) -> Finding | None:
+    def first_of_all_ranks(self, world: Axis) -> Finding | None:
         """Return the first finding of all ranks, the same on each; None where all numbers were finite.
 
-        Every rank calls this, with the number of its pipeline stage.
+        Every rank calls this.
         """
-        own = [replace(x, rank=world.rank, host=host_name(), stage=stage) for x in self._found.values()]
+        own = [replace(x, rank=world.rank, host=host_name()) for x in self._found.values()]
         everywhere: list[Finding] = [x for found in gather_objects(own, world) for x in found]
         return min(everywhere, key=_in_time, default=None)
 
@@ -116,7 +119,7 @@ class FirstNotFinite:
 
     def _after_gradient(self, name: str, gradient: Tensor) -> None:
         self._time += 1
-        if "backward" in self._found:
+        if self._has_found("backward"):
             return
         if is_finite(gradient):
             self._consumer = name
@@ -125,12 +128,13 @@ class FirstNotFinite:
 
     def _note_forward(self, name: str, module: nn.Module) -> None:
         """Note that a module's output is not finite: because of a weight of its own, or without one."""
-        if "forward" in self._found:
+        if self._has_found("forward"):
             return
         weights = list(self._weights(module))
         for text, is_own in sorted(weights, key=lambda found: not found[1])[:1]:
             self._note("forward", name, f"its weight {text}")
-            self._found["forward"] = replace(self._found["forward"], is_own=is_own)
+            key: tuple[Direction, int] = "forward", self.stage
+            self._found[key] = replace(self._found[key], is_own=is_own)
         self._note("forward", name, "its output is not finite, though its inputs and weights are")
 
     def _weights(self, module: nn.Module) -> Iterator[tuple[str, bool]]:
@@ -152,10 +156,14 @@ class FirstNotFinite:
         return all(bool(is_finite(x)) for x in tensors)
 
     def _note(self, direction: Direction, module: str, what: str, of: Tensor | None = None) -> None:
-        """Note a finding, if it is the first in this direction."""
-        if direction not in self._found:
+        """Note a finding, if it is the first of this stage in this direction."""
+        if not self._has_found(direction):
             what += "" if of is None else f" ({share_text(of)})"
-            self._found[direction] = Finding(direction, self.microbatch, module, what, self._time)
+            found = Finding(direction, self.stage, self.microbatch, module, what, self._time)
+            self._found[direction, self.stage] = found
+
+    def _has_found(self, direction: Direction) -> bool:
+        return (direction, self.stage) in self._found
 
 
 def _in_time(found: Finding) -> tuple[bool, int, int, bool, int]:

@@ -1,30 +1,42 @@
 """The sum of one chunk's gradient over microbatches and ranks."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
 
+NO_PARAMETERS: Mapping[nn.Parameter, int] = MappingProxyType({})
+
 
 class ChunkSum:
     """Counts the gradients of one chunk as they arrive, and sums them over ranks in rounds.
 
-    A round is what one collective sums: all microbatches of a step, or a single one.
-    `completed` is called when everything that a round waits for has arrived, and `on_launch` when its collective has
-    been launched. `on_arrival`, if it is set, is called with each parameter whose gradient has arrived, and with the
-    sum of the round so far.
+    A round is what one collective sums: as many gradients as all microbatches of a step bring, or a single one of them.
+    (Where the backwards of two microbatches overlap, a round may have gradients of both. The sum of all is the same.)
+
+    `backwards`: in how many backwards of one microbatch each parameter gets a gradient, by default in one. `completed`
+    is called when everything that a round waits for has arrived, and `on_launch` when its collective has been launched.
+    `on_arrival`, if it is set, is called with each parameter whose gradient has arrived, and with the sum of the round
+    so far.
     """
 
     def __init__(
-        self, chunk: Chunk, *, completed: Callable[["ChunkSum"], None], on_launch: Callable[["ChunkSum"], None]
+        self,
+        chunk: Chunk,
+        *,
+        completed: Callable[["ChunkSum"], None],
+        on_launch: Callable[["ChunkSum"], None],
+        backwards: Mapping[nn.Parameter, int] = NO_PARAMETERS,
     ) -> None:
         self.chunk, self.completed, self.on_launch = chunk, completed, on_launch
+        self.num_gradients = sum(backwards.get(info.parameter, 1) for info in chunk.infos)  # of one microbatch
         self.seen = [0] * len(chunk.infos)  # for each parameter, 1 if a gradient has arrived since `begin`
         self.pending: Pending | None = None  # the collective of the last round, in flight
         self.was_launched = False  # in this step
@@ -33,25 +45,22 @@ class ChunkSum:
         for i, info in enumerate(chunk.infos):
             info.parameter.register_post_accumulate_grad_hook(partial(_arrive, weakref.ref(self), i))
 
-    def begin(self, num_microbatches: int, arrivals: int) -> None:
-        """Drop everything that has arrived, and begin a step.
-
-        `arrivals`: how often each parameter arrives in one round.
-        """
-        self.expect(arrivals)
+    def begin(self, num_microbatches: int, in_round: int) -> None:
+        """Drop everything that has arrived, and begin a step, in whose rounds are this number of microbatches."""
+        self.expect(in_round)
         self.pending, self.was_launched = None, False
         self.seen = [0] * len(self.chunk.infos)
         self.chunk.drop_gradient()
         self.chunk.gradient.begin(num_microbatches)
 
-    def expect(self, arrivals: int) -> None:
-        """Set how often each parameter arrives in a round until the round is complete; with 0 nothing may arrive."""
-        self.waits_for = arrivals * len(self.chunk.infos)
+    def expect(self, num_microbatches: int) -> None:
+        """Set the number of microbatches of a round; with 0 nothing may arrive."""
+        self.waits_for = num_microbatches * self.num_gradients
         self.missing: int | None = self.waits_for  # gradients of this round; None: any number may arrive
 
-    def expect_in_this_round(self, arrivals: int | None) -> None:
+    def expect_in_this_round(self, num_microbatches: int | None) -> None:
         """Set the same for the current round alone; None: any number may arrive, and it is never complete."""
-        self.missing = None if arrivals is None else arrivals * len(self.chunk.infos)
+        self.missing = None if num_microbatches is None else num_microbatches * self.num_gradients
 
     @property
     def is_complete(self) -> bool:

@@ -1,6 +1,6 @@
 """Gradients, from the backward that computes them to the sum over ranks that an update reads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import ParameterInfo
 from parallel.ops.deferred import DeferredCalls
-from parallel.optim.chunk_sum import ChunkSum
+from parallel.optim.chunk_sum import NO_PARAMETERS, ChunkSum
 from parallel.tensor.receiver import GradientReceiver
 
 ROUNDS_IN_FLIGHT = 2  # the oldest is waited for when there are more
@@ -19,32 +19,42 @@ ROUNDS_IN_FLIGHT = 2  # the oldest is waited for when there are more
 class Gradients:
     """Sums each gradient over microbatches as it arrives, and each chunk over ranks as soon as it is complete.
 
-    A chunk is complete when each of its parameters has arrived once for every microbatch: during the last backward. Its
+    A chunk is complete when each of its parameters has arrived for every microbatch: during the last backward. Its
     sum over the chunk's first axis is in flight while that backward continues with earlier layers, as with the buckets
     of DistributedDataParallel (Li et al. 2020, "PyTorch Distributed", section 3.2). Where the update is divided over
     that axis, the sum is a reduce-scatter: each rank receives only its slice (ZeRO stage 1; Rajbhandari et al. 2020,
     arXiv 1910.02054, section 5.1). `scatters_each`: each microbatch is summed over ranks by itself, so that no rank
-    keeps a whole gradient between two of them (stage 2, section 5.2).
+    keeps a whole gradient between two of them (stage 2, section 5.2). `backwards`: in how many backwards of one
+    microbatch a parameter gets a gradient, if not in one: as many as there are pipeline stages with it on this rank.
 
     Buffers are allocated when gradients arrive: during a forward, in which activations accumulate, there are none. A
     buffer that is being scattered stays whole until it is waited for, and the host may be a whole backward ahead of its
     GPU: therefore only `ROUNDS_IN_FLIGHT` are in flight.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], *, scatters_each: bool = False) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        *,
+        scatters_each: bool = False,
+        backwards: Mapping[nn.Parameter, int] = NO_PARAMETERS,
+    ) -> None:
         self._in_flight: list[ChunkSum] = []  # reduce-scatters, the oldest first
-        self._sums = [ChunkSum(chunk, completed=self._completed, on_launch=self._on_launch) for chunk in chunks]
+        self._sums = [
+            ChunkSum(chunk, completed=self._completed, on_launch=self._on_launch, backwards=backwards)
+            for chunk in chunks
+        ]
         self._scatters_each = scatters_each
         self.deferred = DeferredCalls()  # the computation of weight gradients
         self._sum_of = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
     def begin(self, num_microbatches: int) -> None:
-        """Begin a step: each gradient will arrive this number of times, or never."""
+        """Begin a step: each gradient will arrive for this number of microbatches, or never."""
         self._in_flight.clear()
         self.deferred.clear()
         for total in self._sums:
             is_scattered = self._scatters_each and total.chunk.spec.shard_axis.size > 1
-            total.begin(num_microbatches, arrivals=1 if is_scattered else num_microbatches)
+            total.begin(num_microbatches, in_round=1 if is_scattered else num_microbatches)
 
     @contextmanager
     def watching(self, on_arrival: Callable[[ParameterInfo, Tensor], None]) -> Iterator[None]:

@@ -132,8 +132,8 @@ def _shape_problem(batch: Mapping[str, Any], micro_batch_size: int, limits: Limi
         return f"input_ids: a sequence of {sequence} is not in 2 … model.max_position_embeddings {limits.max_sequence}"
     if sequence % limits.sequence_parts:
         return (
-            f"input_ids: a sequence of {sequence} is not a multiple of {limits.sequence_parts}, the parts that"
-            f" parallel.context splits it into: try {either(nearest_multiples(sequence, limits.sequence_parts))}"
+            f"input_ids: a sequence of {sequence} is not a multiple of {limits.sequence_parts}, the parts that the"
+            f" layout splits it into: try {either(nearest_multiples(sequence, limits.sequence_parts))}"
         )
     for name, x in batch.items():
         shape = ids.shape[:1] if name == "sample_ids" else ids.shape

@@ -1,10 +1,12 @@
-"""Point-to-point messages between pipeline stages.
+"""Point-to-point messages between the ranks of a pipe.
 
-A stage receives and sends, forward and backward, in four process groups, so that none of these waits behind another.
-Within a group, messages between two ranks match in the order in which each end posts them. gloo sends no CUDA tensors
-from rank to rank: these are copied to the host and back.
+Activations are sent from rank to rank in one direction and gradients in the other, or, after the turn of a V, the other
+way around. A rank receives and sends, in each direction, in process groups of their own, so that none of these waits
+behind another. Within a group, messages between two ranks match in the order in which each end posts them. gloo sends
+no CUDA tensors from rank to rank: these are copied to the host and back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,49 +16,48 @@ from torch import Tensor
 from parallel.mesh.collectives import Pending, Watching, Works, announce, expect
 from parallel.mesh.comparison import described
 from parallel.mesh.mesh import Axis
+from parallel.mesh.topology import Link
 
 
 @dataclass(frozen=True)
 class Pipe:
-    """The pipe axis four times, each in a process group of its own.
+    """The pipe `axis`, and its `links`: the same axis for each pair of neighbours, in the process group of their link.
 
-    There is one for activations and one for gradients, from stages of even and of odd number. NCCL executes the calls
-    of a group in order: in a shared group a receive would delay what has to be sent.
+    NCCL executes the calls of a group in order: in a shared group a receive would delay what has to be sent.
     """
 
-    links: tuple[Axis, ...]
+    axis: Axis
+    links: Mapping[Link, Axis]
 
     @property
     def rank(self) -> int:
-        """The number of this rank's stage."""
-        return self.links[0].rank
+        """This rank's coordinate along the pipe."""
+        return self.axis.rank
 
     @property
     def size(self) -> int:
-        """The number of stages."""
-        return self.links[0].size
+        """The number of ranks along the pipe."""
+        return self.axis.size
 
     def link(self, source: int, to: int) -> Axis:
-        """Return the axis for messages from stage `source` to its neighbour `to`."""
-        return self.links[2 * (to < source) + source % 2]
+        """Return the axis for messages from rank `source` of the pipe to its neighbour `to`."""
+        return self.links[source, to]
 
     def connect(self, device: torch.device) -> None:
-        """Send a number forward through the pipe and another back. Every rank calls this before a plan runs.
+        """Send a number over each link. Every rank calls this before a plan runs.
 
         NCCL connects two ranks at their first message, and blocks the host until both have called: in a plan that might
-        be for a message that this rank has yet to post.
+        be for a message that this rank has yet to post. All ranks take the links in one order, so none waits forever.
         """
-        number = torch.zeros(1, device="cpu" if _sends_by_host(self.links[0]) else device)
-        for step in (1, -1):
-            before, after = self.rank - step, self.rank + step
-            if 0 <= before < self.size:
-                axis = self.link(before, self.rank)
-                with Watching(axis.watch):
-                    dist.recv(number, axis.ranks[before], axis.group)
-            if 0 <= after < self.size:
-                axis = self.link(self.rank, after)
-                with Watching(axis.watch):
-                    dist.send(number, axis.ranks[after], axis.group)
+        for (source, to), axis in sorted(self.links.items(), key=lambda item: item[0]):
+            if self.rank not in (source, to):
+                continue
+            number = torch.zeros(1, device="cpu" if _sends_by_host(axis) else device)
+            with Watching(axis.watch):
+                if self.rank == source:
+                    dist.send(number, axis.ranks[to], axis.group)
+                else:
+                    dist.recv(number, axis.ranks[source], axis.group)
 
 
 def start_send(x: Tensor, axis: Axis, to: int) -> Pending:

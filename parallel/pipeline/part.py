@@ -1,5 +1,6 @@
 """One rank's part of a model: its pipeline stages, and what the pipeline and the engine must know of them."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -71,6 +72,10 @@ class ModelPart(nn.Module):
         unit_of = {info.parameter: info.unit for info in self.infos}
         found = {layer: next((unit_of[x] for x in layer.parameters() if x in unit_of), "") for layer in self.layers}
         return {layer: name for layer, name in found.items() if name}
+
+    def num_backwards(self) -> Mapping[nn.Parameter, int]:
+        """Return in how many of this rank's stages each parameter is: a tied table may be in the first and the last."""
+        return Counter(x for layers in self.stages.values() for x in nn.ModuleList(layers).parameters())
 
     def forward(self, x: Tensor | None, microbatch: Microbatch, stage: int) -> Tensor:
         for layer in self.stages[stage]:

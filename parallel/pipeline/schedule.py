@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from parallel.config import PipelineConfig
 from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.plan_csv import plan_of_table
 
 Generator: TypeAlias = Callable[[int, int, int], Plan]
 """Makes the plan of the computes on this many ranks, for this many microbatches, with this many chunks on each rank."""
@@ -113,9 +114,12 @@ def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool
     """Return the plan of a training step, with transfers, which the runner executes.
 
     With `recomputes` the gradients of weights are computed in the backward itself: kept for later they would keep what
-    was recomputed for it.
+    was recomputed for it. Raises ConfigError where the schedule is a file for another number of microbatches.
     """
-    plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
+    if pipeline.table is not None:
+        plan = plan_of_table(pipeline.table, num_microbatches)
+    else:
+        plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
     return with_transfers(joined(plan) if recomputes else weights_after_sends(plan))
 
 

@@ -59,6 +59,17 @@ class Timeline:
         return 1 - busy / (len(self.rows) * self.makespan)
 
     @property
+    def bubble_of_ranks(self) -> float:
+        """The fraction of the time between a rank's first forward and its last compute in which it does not compute.
+
+        Of the ranks it is the longest such time that counts (Qi et al. 2023, arXiv 2401.10241, section 5.3).
+        """
+        computes = [[span for span in row if not span.action.op.is_transfer] for row in self.rows]
+        longest = max(row[-1].end - row[0].start for row in computes) + self.makespan - self.end_of_rows
+        busy = sum(self._busy) / self._num_simulated * self.num_microbatches
+        return 1 - busy / (len(self.rows) * longest)
+
+    @property
     def peak_in_flight(self) -> tuple[int, ...]:
         """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept."""
         peaks = [_peak_in_flight([span.action for span in row]) for row in self.rows]

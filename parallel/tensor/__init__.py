@@ -2,14 +2,15 @@
 
 from parallel.tensor.cube import Cube
 from parallel.tensor.grid import Grid
-from parallel.tensor.line import Line
+from parallel.tensor.line import Line, SequenceLine
 from parallel.tensor.mode import Mode
 
 __all__ = ["MODES", "Mode"]
 
-MODES: dict[str | None, type[Mode]] = {  # by the value of parallel.tensor.mode
+MODES: dict[str | None, type[Mode]] = {  # by TensorConfig.kind
     None: Mode,
     "1d": Line,
+    "1d, sequence parallel": SequenceLine,
     "2d": Grid,
     "2.5d": Grid,
     "3d": Cube,

@@ -43,16 +43,17 @@ class _LMLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float | None) -> Tensor:
         table = Pending(head.collectives.start_gather_w(e).wait())
-        size = max(1, TOKENS_PER_SLICE // len(labels))
+        labels = labels.unflatten(1, (-1, x.shape[1]))  # [B, parts, S_length]: those of the rank that has each part
+        size = max(1, TOKENS_PER_SLICE // labels[..., 0].numel())
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
-        is_one_product = size >= labels.shape[1] and head.collectives.gather_w.size == 1  # one product, rounded once
+        is_one_product = size >= x.shape[1] and head.collectives.gather_w.size == 1  # one product, rounded once
         dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_one_product else wide)
-        for start in range(0, labels.shape[1], size):
+        for start in range(0, x.shape[1], size):
             tokens = slice(start, start + size)
             whole_x = Pending(head.collectives.start_gather_x(x[:, tokens]).wait())
             logits = head.collectives.wide_product(whole_x, table, wide)
-            loss, dlogits = cross_entropy(logits, labels[:, tokens], head, scale, x.dtype)
+            loss, dlogits = cross_entropy(logits, labels[..., tokens].flatten(1), head, scale, x.dtype)
             total += loss
             if dlogits is not None:
                 multiply = partial(add_product if start else write_product, out=dw)
@@ -72,9 +73,9 @@ class _LMLoss(torch.autograd.Function):
 def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float = 1.0) -> Tensor:
     """Return the sum of cross entropies over the labels that are counted, in fp32 at least.
 
-    x[B_batch, S, H_hidden], e[V_axes, H_k_in], labels[B_inner_batch, S] -> []: the embedding is a linear_in. All ranks
-    of `head.axes` get the same sum. Its gradient is multiplied by `scale` (1/count, a loss scale) in fp32, before it is
-    cast to a narrower dtype.
+    x[B_batch, S_length, H_hidden], e[V_axes, H_k_in], labels[B_inner_batch, S] -> []: the embedding is a linear_in. All
+    ranks of `head.axes` get the same sum. Its gradient is multiplied by `scale` (1/count, a loss scale) in fp32, before
+    it is cast to a narrower dtype. Where sequences are split, a token slice is a slice of each rank's positions.
     """
     total: Tensor = _LMLoss.apply(  # type: ignore[no-untyped-call]
         x, e, labels, head, scale if torch.is_grad_enabled() else None

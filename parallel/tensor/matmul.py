@@ -203,7 +203,8 @@ def matmul(
     `receiver` is given w's gradient, and autograd then gets none. Where `receiver.deferred` keeps calls, a backward
     computes the gradient of x alone; that of w, with its collectives, is computed in `run_deferred`.
     """
-    if torch.compiler.is_compiling() and collectives.is_local:
+    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd:
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
         is_row = x.numel() == x.shape[-1]
         return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)

@@ -3,10 +3,13 @@
 Weights are [N, K], as in nn.Linear. Notation: in x[B_dr, S, H_c] the batch dim is split over the axis d and then over
 r, and the hidden dim over c. A model is written once, with the layers that follow from the table:
 
-    between blocks    x[B_batch, S, H_hidden]
-    linear_in         x[B_batch, S, K_hidden] · W[N_inner_hidden, K_k_in]  ->  y[B_inner_batch, S, N_inner_hidden]
-    linear_out        y[B_inner_batch, S, K_inner_hidden] · W[N_hidden, K_k_out]  ->  x[B_batch, S, N_hidden]
+    between blocks    x[B_batch, S_length, H_hidden]
+    linear_in         x[B_batch, S_length, K_hidden] · W[N_inner_hidden, K_k_in] -> y[B_inner_batch, S, N_inner_hidden]
+    linear_out        y[B_inner_batch, S, K_inner_hidden] · W[N_hidden, K_k_out] -> x[B_batch, S_length, N_hidden]
     embedding, head   E[V_inner_hidden, H_k_in]: the head is a linear_in; logits are [B_inner_batch, S, V_inner_hidden]
+
+S are the positions of this rank inside a block: all of them or, in context parallelism, its share. Only `SequenceLine`
+has axes in `length`; what is said of x[B_batch, S, H_hidden] elsewhere holds for each position of S_length.
 
 linear_in leads into a block (q k v, fc1) and is Megatron-LM's ColumnParallelLinear in mode 1d; linear_out leads out of
 it (out_proj, fc2) and is its RowParallelLinear.
@@ -54,6 +57,9 @@ class Mode:
     batch: Split = ()
     """The axes that split the batch between blocks."""
 
+    length: Split = ()
+    """The axes that split between blocks the positions that a rank has inside a block."""
+
     hidden: Split = ()
     """The axes that split the hidden dim between blocks."""
 
@@ -98,15 +104,24 @@ class Mode:
         """Return the combinations of axes for which a mesh must have process groups in this mode."""
         return (("data", "context"), *(("data", "context", *names) for names in cls.merged))
 
-    def local(self, x: Tensor, batch: Split) -> Tensor:
-        """Return this rank's samples of what every rank has: x[B, ...] -> x[B_batch, ...]."""
-        for axis in batch:
-            x = local_slice(x, 0, axis)
+    def local(self, x: Tensor, split: Split, *, dim: int = 0) -> Tensor:
+        """Return this rank's part of what every rank has, by default its samples: x[B, ...] -> x[B_split, ...]."""
+        for axis in split:
+            x = local_slice(x, dim, axis)
         return x
 
     def tokens(self, x: Tensor, batch: Split) -> Tensor:
-        """Return this rank's tokens of what every rank has: x[B, S] -> x[B_batch, S_context]."""
+        """Return this rank's tokens inside a block of what every rank has: x[B, S] -> x[B_batch, S_context]."""
         return self.sequence.local_part(self.local(x, batch))
+
+    def tokens_between(self, x: Tensor) -> Tensor:
+        """Return this rank's tokens between blocks of what every rank has: x[B, S] -> x[B_batch, S_context,length]."""
+        return self.local(self.tokens(x, self.batch), self.length, dim=1)
+
+    def positions_between(self, local: int, device: torch.device) -> Tensor:
+        """Return the position in the whole sequence of each of this rank's positions between blocks, int64 [local]."""
+        inside = local * prod(axis.size for axis in self.length)
+        return self.local(self.sequence.positions(inside, device), self.length)
 
     def gathered(self, x: Tensor, dim: int, split: Split) -> Tensor:
         """Return a tensor whole along a dim that these axes split, on every rank. It has no backward."""
@@ -115,11 +130,11 @@ class Mode:
         return x
 
     def activation_shape(self, batch: int, sequence: int, hidden: int) -> tuple[int, int, int]:
-        """Return the shape of x[B_batch, S_context, H_hidden] on a rank, for B samples of S tokens."""
-        batch, hidden = (
-            size // prod(a.size for a in axes) for size, axes in ((batch, self.batch), (hidden, self.hidden))
-        )
-        return batch, sequence // self.sequence.axis.size, hidden
+        """Return the shape of x[B_batch, S_context,length, H_hidden] on a rank, for B samples of S tokens."""
+        splits = self.batch, (self.sequence.axis, *self.length), self.hidden
+        parts = (prod(axis.size for axis in axes) for axes in splits)
+        batch, sequence, hidden = (size // n for size, n in zip((batch, sequence, hidden), parts, strict=True))
+        return batch, sequence, hidden
 
     def counts_for(self, batch: Split) -> bool:
         """Return whether this rank counts, among those that have the same part of a tensor that only `batch` splits.
@@ -210,7 +225,7 @@ class Mode:
         )
 
     def positions(self, count: int, hidden: int) -> Embedding:
-        """Return the position table P[count, H_hidden]: indices[B_batch, S] -> [B_batch, S, H_hidden]."""
+        """Return the position table P[count, H_hidden]: indices[B_batch, S_length] -> [B_batch, S_length, H_hidden]."""
         return Embedding(self.layout((count, hidden), (), self.hidden), self._empty())
 
     def vocabulary(self, size: int, hidden: int, *, padding_idx: int | None, tied: bool = True) -> Vocabulary:
@@ -223,7 +238,7 @@ class Mode:
         return Vocabulary(layout, padding_idx, self._empty())
 
     def lookup(self, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """Look tokens up in E[V_inner_hidden, H_k_in]: tokens[B, S], whole on every rank -> x[B_batch, S, H_hidden]."""
+        """Look tokens[B, S] of every rank up in E[V_inner_hidden, H_k_in] -> x[B_batch, S_length, H_hidden]."""
         split = (*self.inner_hidden, *self.lookup_batch, self.collectives_in.gather_w, self.sequence.axis)
         if torch.compiler.is_compiling() and all(axis.size == 1 for axis in split):
             return F.embedding(tokens, vocabulary.weight)  # which a compiler can fuse with what follows
@@ -232,11 +247,11 @@ class Mode:
         return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
 
     def logits(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """Return the logits, x[B_batch, S, H_hidden] -> [B_inner_batch, S, V_inner_hidden], with padding."""
+        """Return the logits, x[B_batch, S_length, H_hidden] -> [B_inner_batch, S, V_inner_hidden], with padding."""
         return matmul(x, vocabulary.weight, self.collectives_in)
 
     def lm_loss(self, x: Tensor, vocabulary: Vocabulary, labels: Tensor, scale: float = 1.0) -> Tensor:
-        """Return the cross entropy of x[B_batch, S, H_hidden], summed over this rank's labels.
+        """Return the cross entropy of x[B_batch, S_length, H_hidden], summed over this rank's labels.
 
         labels[B, S] are whole on every rank and already shifted; a rank's are [B_inner_batch, S_context]. Ranks that
         differ only along `inner_hidden` get the same sum. The gradient is multiplied by `scale`.

@@ -1,0 +1,74 @@
+"""Whatever valid plan a pipeline runs, on however many stages a rank has, it trains as a single process does."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from models import build
+from models.shapes import resolve
+from parallel.config import PipelineConfig, parse
+from parallel.engine.context import Place, make_context
+from parallel.engine.engine import Engine
+from parallel.pipeline.validate import validate
+from tests.drawn_plans import drawn_plan
+from tests.harness import run
+from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, traced, updating_on_device
+
+LOOP2 = PipelineConfig(size=2, schedule="interleaved", chunks=2)
+V2 = PipelineConfig(size=2, schedule="zero_bubble_v", chunks=2)
+ALONE = PipelineConfig(size=1, schedule="interleaved", chunks=3)
+RING = PipelineConfig(size=3, schedule="interleaved", chunks=2)
+V3 = PipelineConfig(size=3, schedule="zero_bubble_v", chunks=2)
+LINE = PipelineConfig(size=2, schedule="zero_bubble")
+
+OPT: Raw = dict(
+    name="opt-tiny",
+    vocab_size=37,
+    hidden_size=24,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    ffn_dim=20,
+    dropout=0.25,
+    attention_dropout=0.25,
+    init_std=0.3,
+)
+
+
+def trained_by(
+    rank: int, world_size: int, raw: Raw, batches: list[Batch], pipeline: PipelineConfig, seed: int | None
+) -> Trace | None:
+    """Train in this pipeline, by a plan that is drawn; with no seed, by the schedule's own."""
+    config = parse(raw, world_size=world_size, resolve=resolve)
+    config = replace(config, parallel=replace(config.parallel, pipeline=pipeline))
+    context = make_context(config, Place(rank, world_size, rank, world_size))
+    torch.set_num_threads(1)
+    engine = updating_on_device(Engine(build(context), context))
+    if seed is not None:
+        num_microbatches = config.num_microbatches(world_size)
+        recomputes = config.train.activation_checkpointing != "none"
+        plan = drawn_plan(context.mesh.topology.rank_of_stage, num_microbatches, seed=seed, halves=not recomputes)
+        validate(plan)
+        engine._plans[True, num_microbatches] = plan
+    return traced(engine, batches)
+
+
+def check(pipeline: PipelineConfig, seed: int | None = 0, *, data: int = 1, model: Raw = OPT, **sections: Any) -> None:
+    """Compare two steps in a pipeline with a single process, which trains the batch as a whole, in fp64."""
+    tensor = sections.pop("tensor", {})
+    world = pipeline.size * data * tensor.get("size", 1)
+    train = dict(global_batch_size=20, micro_batch_size=4 // data) | sections.pop("train", {})
+    common: dict[str, Any] = dict(steps=2, model=model, optimizer=dict(eps=1e-3))
+    batches, alone = batches_of(2, batch=20, vocabulary=37), dict(global_batch_size=20, micro_batch_size=20)
+    want = run(trained_by, 1, config_of({}, train=alone, **common), batches, PipelineConfig(), None)
+    raw = config_of(dict(pipeline=pipeline.size, tensor=tensor), train=train, **common, **sections)
+    got = run(trained_by, world, raw, batches, pipeline, seed)
+    assert got[0] is not None
+    assert want[0] is not None
+    compare(got[0], want[0], 1e-12, is_fp64=False)
+
+
+@pytest.mark.parametrize("pipeline", [LOOP2, V2, ALONE, LINE], ids=["loop", "v", "alone", "line"])
+def test_a_drawn_plan_trains_as_a_single_process(pipeline: PipelineConfig) -> None:
+    check(pipeline)
