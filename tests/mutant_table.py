@@ -38,7 +38,7 @@ HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_the_position_of_a_rank_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
-LINKS = "tests/test_schedule.py::test_1f1b_posts_both_directions_of_a_link_together"
+LINKS = "tests/test_schedule.py::test_a_receive_is_posted_when_its_message_is_sent"
 REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch[apart]"
 NEAR = LOSS.replace("apart", "near")
@@ -485,17 +485,15 @@ ORDER = (
            "learning_rate(schedule, rate, self.num_updates,",
            "learning_rate(schedule, rate, self.num_updates + 1,",
            trains("single")),
-    Mutant("gpipe-backwards-first", "a backward is planned before its forward",
-           "parallel/pipeline/schedule.py",
-           "[forwards + backwards] * num_stages",
-           "[backwards + forwards] * num_stages",
+    Mutant("gpipe-forward-left-out", "the first forward after the warm-up is left out",
+           "parallel/pipeline/orders.py",
+           "zip_longest(islice(self.forwards, self.num_warmup, None), self.backwards)",
+           "zip_longest(islice(self.forwards, self.num_warmup + 1, None), self.backwards)",
            SCHEDULE),
     Mutant("received-after-use", "a stage computes before its input has been received",
-           "parallel/pipeline/schedule.py",
-           "actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
-           "            actions.append(compute)",
-           "actions += [compute, Action(receive, compute.stage, compute.microbatch, source)]\n"
-           "            else:\n                actions.append(compute)",
+           "parallel/pipeline/transfers.py",
+           "(span.end, 0, rank, message)",
+           "(span.end, 2, rank, message)",
            LINKS),
     Mutant("weight-gradients-before-the-message", "the previous stage waits until this one has computed the gradients of its weights",
            RUNNER, "with self.weight_gradients.deferring(key):", "if True:",

@@ -219,7 +219,9 @@ def test_a_config_writes_the_path_and_keeps_the_content(good: Path) -> None:
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied.parallel.pipeline.table == config.parallel.pipeline.table
     good.unlink()
-    assert [str(cell) for cell in config.parallel.pipeline.table.rows[1] if cell] == ["1F0", "1B0", "1F1", "1B1"]
+    table = config.parallel.pipeline.table
+    assert table is not None
+    assert [str(cell) for cell in table.rows[1] if cell] == ["1F0", "1B0", "1F1", "1B1"]
 
 
 def test_ranks_that_read_other_schedules_under_one_name_differ_in_their_facts(good: Path) -> None:

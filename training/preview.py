@@ -18,7 +18,7 @@ from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
 from parallel.pipeline.plan import Plan
 from parallel.pipeline.schedule import plan_of
-from parallel.pipeline.timeline import Timeline, num_simulated, simulate
+from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.save_room import foreseen_save_room, tightest
 
@@ -81,7 +81,7 @@ class Preview:
         pipeline, total = self.config.parallel.pipeline, self.num_microbatches
         is_whole = whole or pipeline.table is not None
         simulated = total if is_whole else num_simulated(pipeline.size, total)
-        timeline = simulate(self.plan(simulated), self.costs, [2 * cost for cost in self.costs])
+        timeline = simulate(self.plan(simulated), Costs.halves(self.costs, [2 * cost for cost in self.costs]))
         return replace(timeline, num_omitted=total - simulated)
 
 

@@ -32,7 +32,7 @@ from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart
 from parallel.pipeline.plan import Action, Plan
 from parallel.pipeline.runner import Runner
-from parallel.pipeline.schedule import forward_only, plan_of, with_transfers
+from parallel.pipeline.schedule import evaluation_plan_of, plan_of
 from parallel.pipeline.validate import validate
 from parallel.placement.shortage import refusing_without_room
 from parallel.sequence import Documents
@@ -271,7 +271,7 @@ class Engine(EngineState):
             if trains:
                 plan = plan_of(pipeline, num_microbatches, recomputes=recomputes)
             else:
-                plan = with_transfers(forward_only(pipeline.size, num_microbatches, pipeline.num_chunks))
+                plan = evaluation_plan_of(pipeline, num_microbatches)
             validate(plan)
             self._plans[key] = plan
         return self._plans[key]

@@ -7,7 +7,8 @@ posted (no buffering), and messages between two ranks arrive in the order in whi
 from collections import Counter, defaultdict
 
 from parallel.pipeline.plan import Action, Op, Plan, PlanError
-from parallel.pipeline.timeline import simulate
+from parallel.pipeline.rendezvous import simulate_rendezvous
+from parallel.pipeline.timeline import Costs
 
 __all__ = ["PlanError", "validate"]
 
@@ -21,7 +22,7 @@ def validate(plan: Plan) -> None:
     _check_stages(plan)
     _check_messages(plan)
     _check_order(plan)
-    simulate(plan, forward_cost=1, backward_cost=1)
+    simulate_rendezvous(plan, Costs(1, 1, 1))
 
 
 def _check_computes(plan: Plan) -> None:
