@@ -8,7 +8,7 @@ ones; a message is one number.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,9 @@ from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart, StageInterface
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import plan_of
-from parallel.pipeline.timeline import simulate
+from parallel.pipeline.timeline import Costs, simulate
 
-Row = list[tuple[float, float]]
+Row: TypeAlias = list[tuple[float, float]]
 """The start and the end of each of a rank's computes, in seconds."""
 
 
@@ -93,36 +93,46 @@ def measure(
     rank: int, world_size: int, pipelines: Mapping[str, PipelineConfig], work: Work, rounds: int
 ) -> dict[str, list[Step]]:
     """Return the steps of each schedule, which take turns; called on every rank."""
-    config = parse(dict(parallel=dict(pipeline=world_size), train=dict(device="cpu")), world_size=world_size)
-    mesh = make_context(config, Place(rank, world_size)).mesh
-    pipe = Pipe(mesh.links)
-    pipe.connect(mesh.device)
-    ids = torch.zeros(work.num_microbatches, 1, dtype=torch.int64)
-    microbatches = Microbatch(ids, ids, ids[:, 0]).split(1)
+    sleepers = {name: Sleepers(Place(rank, world_size), pipeline, work) for name, pipeline in pipelines.items()}
     found: dict[str, list[Step]] = {name: [] for name in pipelines}
     for _ in range(rounds):
-        for name, pipeline in pipelines.items():
-            row, deferred = Row(), DeferredCalls()
-            layer = Sleeper(work.seconds / pipeline.num_chunks, deferred, row)
-            stages = {stage: [layer] for stage in pipeline.stages_of(rank)}
-            part = ModelPart(stages, [], interface=INTERFACE, units={})
-            runner = Runner(part, pipe, microbatches, weight_gradients=deferred)
-            plan = plan_of(pipeline, work.num_microbatches, recomputes=False)
-            dist.barrier()
-            start = time.perf_counter()
-            runner.run(plan)
-            dist.barrier()
-            taken = time.perf_counter() - start
-            rows: list[Row] = [[]] * world_size
-            dist.all_gather_object(rows, row)
-            found[name].append(Step(taken, tuple(rows)))
-    mesh.close()
+        for name, each in sleepers.items():
+            found[name].append(each.step())
     return found
+
+
+class Sleepers:
+    """One rank's part of a model that sleeps, in a pipeline of all ranks."""
+
+    def __init__(self, place: Place, pipeline: PipelineConfig, work: Work) -> None:
+        parallel = dict(pipeline=dict(size=pipeline.size, schedule=pipeline.schedule, chunks=pipeline.chunks))
+        config = parse(dict(parallel=parallel, train=dict(device="cpu")), world_size=place.world_size)
+        mesh = make_context(config, place).mesh
+        self.row, self.deferred, self.pipe = Row(), DeferredCalls(), Pipe(mesh.axis("pipe"), mesh.links)
+        layer = Sleeper(work.seconds / pipeline.num_chunks, self.deferred, self.row)
+        self.part = ModelPart({x: [layer] for x in pipeline.stages_of(place.rank)}, [], interface=INTERFACE, units={})
+        ids = torch.zeros(work.num_microbatches, 1, dtype=torch.int64)
+        self.microbatches = Microbatch(ids, ids, ids[:, 0]).split(1)
+        self.plan = plan_of(pipeline, work.num_microbatches, recomputes=False)
+        self.pipe.connect(mesh.device)
+
+    def step(self) -> Step:
+        """Take a step with all ranks, and return its times on all of them."""
+        self.row.clear()
+        runner = Runner(self.part, self.pipe, self.microbatches, weight_gradients=self.deferred)
+        dist.barrier()
+        start = time.perf_counter()
+        runner.run(self.plan)
+        dist.barrier()
+        seconds = time.perf_counter() - start
+        rows: list[Row] = [Row() for _ in range(self.pipe.size)]
+        dist.all_gather_object(rows, self.row)
+        return Step(seconds, tuple(rows))
 
 
 def simulated(pipeline: PipelineConfig, work: Work) -> Step:
     """Return the step of the simulation with the same costs, and transfers that take no time."""
     each = work.seconds / pipeline.num_chunks
-    timeline = simulate(plan_of(pipeline, work.num_microbatches, recomputes=False), each, 2 * each)
+    timeline = simulate(plan_of(pipeline, work.num_microbatches, recomputes=False), Costs(each, each, each))
     rows = tuple([(span.start, span.end) for span in row if not span.action.op.is_transfer] for row in timeline.rows)
     return Step(timeline.makespan, rows)

@@ -55,7 +55,9 @@ class SavedModel:
                     f"CHECKPOINT: {folder} was saved by a loop of your own (engine.save_checkpoint), and does not say"
                     " which model it has. Load it there, and call engine.save_pretrained."
                 )
-            config, shape = parse(metadata["config"], batches=False), shape_from(metadata["model"])
+            # The layout of the run is left out: its schedule may be a file that has gone.
+            kept = {name: section for name, section in metadata["config"].items() if name != "parallel"}
+            config, shape = parse(kept, batches=False), shape_from(metadata["model"])
             return cls(index, int(metadata["step"]), config, shape)
 
     @property

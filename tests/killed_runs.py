@@ -104,8 +104,12 @@ LARGER: dict[str, Layout] = {
     "offloaded in a pipeline of ZeRO 3": Layout(
         4, ("parallel.pipeline=2", "zero.stage=3", "zero.tensor_placement_policy=cpu")
     ),
+    "an interleaved pipeline": Layout(
+        2, ("parallel.pipeline={'size': 2, 'schedule': 'interleaved'}", "model.num_hidden_layers=3", *VALIDATED)
+    ),
+    "a V of ZeRO 2": Layout(4, ("parallel.pipeline={'size': 2, 'schedule': 'zero_bubble_v'}", "zero.stage=2")),
 }
-"""Layouts of four ranks."""
+"""Layouts of four ranks, and those that only slow tests kill."""
 
 
 def start(layout: Layout, folder: Path, *arguments: str, more: tuple[str, ...] = ()) -> int:

@@ -38,7 +38,7 @@ HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_the_position_of_a_rank_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
 SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
-LINKS = "tests/test_schedule.py::test_1f1b_posts_both_directions_of_a_link_together"
+LINKS = "tests/test_schedule.py::test_a_receive_is_posted_when_its_message_is_sent"
 REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch[apart]"
 NEAR = LOSS.replace("apart", "near")
@@ -485,17 +485,15 @@ ORDER = (
            "learning_rate(schedule, rate, self.num_updates,",
            "learning_rate(schedule, rate, self.num_updates + 1,",
            trains("single")),
-    Mutant("gpipe-backwards-first", "a backward is planned before its forward",
-           "parallel/pipeline/schedule.py",
-           "[forwards + backwards] * num_stages",
-           "[backwards + forwards] * num_stages",
+    Mutant("gpipe-forward-left-out", "the first forward after the warm-up is left out",
+           "parallel/pipeline/orders.py",
+           "zip_longest(islice(self.forwards, self.num_warmup, None), self.backwards)",
+           "zip_longest(islice(self.forwards, self.num_warmup + 1, None), self.backwards)",
            SCHEDULE),
     Mutant("received-after-use", "a stage computes before its input has been received",
-           "parallel/pipeline/schedule.py",
-           "actions.append(Action(receive, compute.stage, compute.microbatch, source))\n"
-           "            actions.append(compute)",
-           "actions += [compute, Action(receive, compute.stage, compute.microbatch, source)]\n"
-           "            else:\n                actions.append(compute)",
+           "parallel/pipeline/transfers.py",
+           "(span.end, 0, rank, message)",
+           "(span.end, 2, rank, message)",
            LINKS),
     Mutant("weight-gradients-before-the-message", "the previous stage waits until this one has computed the gradients of its weights",
            RUNNER, "with self.weight_gradients.deferring(key):", "if True:",
@@ -2509,7 +2507,7 @@ SEQUENCE_PARALLEL = (
         "the weights of norms get the gradient of a rank's own positions",
         MODE,
         "layout = self.layout((hidden,), self.hidden) if affine else None",
-        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}, self.length) if affine else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2517,7 +2515,7 @@ SEQUENCE_PARALLEL = (
         "the biases of linears out of a block get the gradient of its own positions",
         MODE,
         "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
-        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}, () if any(splits[:-1]) else self.length) if bias else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2525,7 +2523,7 @@ SEQUENCE_PARALLEL = (
         "the position table gets the gradient of a rank's own positions",
         MODE,
         "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
-        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}, self.length), self._empty())",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2600,6 +2598,49 @@ OVERLAPPED = (
     ),
 )
 
+W_TEST = "tests/test_weight_gradients.py"
+WHOLE_STEP = f"{W_TEST}::test_steps_whose_weight_gradients_all_come_last_equal_hugging_face[2d2x2]"
+DEFERRED_CALL = (
+    "            receiver.deferred.call(_add_weight_gradient, dy.detach(), x.detach(), collectives, receiver)\n"
+)
+WEIGHT_GRADIENTS = (
+    Mutant(
+        "w-without-its-reduce-scatter",
+        "a weight gradient that is computed later lacks what the other ranks add to it",
+        MATMUL,
+        "        dw = multiply(*_factors(pending_dy.wait(), pending_x))\n"
+        "        return None if dw is None else self.scatter_dw(dw)\n",
+        "        dw = multiply(*_factors(pending_dy.wait(), pending_x))\n"
+        "        return None if dw is None else dw.chunk(self.gather_w.size, -1)[self.gather_w.rank]\n",
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "w-of-its-own-x",
+        "a weight gradient that is computed later has this rank's x in the place of the other ranks'",
+        MATMUL,
+        "pending_dy, pending_x = self.start_gather_dy(dy), self.start_gather_x(x)",
+        "pending_dy = self.start_gather_dy(dy)\n"
+        "        pending_x = Pending(torch.cat([x] * self.gather_x[1].size, self.gather_x[0]))",
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "weight-gradient-added-twice",
+        "a weight gradient is kept for later twice",
+        MATMUL,
+        DEFERRED_CALL,
+        2 * DEFERRED_CALL,
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "gathered-x-kept-for-w",
+        "the x of all ranks is kept until the weight gradient is computed",
+        MATMUL,
+        DEFERRED_CALL,
+        DEFERRED_CALL + "            receiver.deferred.call(torch.numel, collectives.start_gather_x(x).wait())\n",
+        f"{W_TEST}::test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2655,5 +2696,6 @@ MUTANTS = (
     *KILLS,
     *ENDS,
     *SEQUENCE_PARALLEL,
+    *WEIGHT_GRADIENTS,
     *OVERLAPPED,
 )

@@ -1,22 +1,25 @@
 """All contenders of a benchmark compute the same, and its tables hold what they say."""
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import attention, cpu_peers, generate, one_gpu, overlap, ring, workload
+from benchmarks import attention, cpu_peers, generate, one_gpu, overlap, ring, schedules, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
 from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
+from benchmarks.sleeping import Work as Sleep
 from models.shapes import resolve
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from tests.harness import run
+from tests.patience import patient
 
 
 def losses(rank: int, world_size: int, model: str, folder: Path) -> dict[str, Result]:
@@ -174,3 +177,20 @@ def test_the_parts_of_a_ring_are_timed_on_a_cpu() -> None:
     for found in run(parts_of_a_ring, 2):
         assert list(found) == ["FLASH_ON_CPU", "a hop", "ring", "nothing sent", "all_to_all"]
         assert all(re.match(r"\d+\.\d+ ms", text) for text in found.values())
+
+
+def test_schedules_take_the_simulated_time_and_have_its_order() -> None:
+    """Layers sleep, so no number of cores decides. On a busy machine they sleep longer, until its delays are small."""
+    deadline, seconds = time.monotonic() + patient(120.0), 0.012
+    while problems := schedules.problems(schedules.sleep(4, Sleep(8, seconds), rounds=3)):
+        assert time.monotonic() < deadline, problems
+        seconds *= 1.5
+
+
+@pytest.mark.slow
+def test_every_schedule_is_measured_beside_torchs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        schedules.main(["--blocks", "--tiny"])
+    assert end.value.code is None
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert all(re.search(r" \d+ +\d+ +\d\.\d\dx ", lines[name]) for name in schedules.PEERS)

@@ -296,7 +296,7 @@ def test_a_warm_up_may_be_longer_than_the_run() -> None:
         ("train", {"steps": 20.0}, "needs an int, got 20.0. Try 20."),
         ("train", {"steps": 0}, "needs at least 1, got 0. Try 1."),
         ("train", {"compile": 1}, "needs a bool, got 1. Try False."),
-        ("train", {"precision": "fp31"}, "needs one of 'fp64', 'fp32', 'bf16', 'fp16', got 'fp31'. Try 'fp32'."),
+        ("train", {"precision": "fp31"}, "needs one of 'fp64', 'fp32', 'bf16', 'fp16', 'fp8', got 'fp31'. Try 'fp32'."),
         ("train", {"clip_grad_norm": -1}, "needs at least 0, got -1. Try 0."),
         ("optimizer", {"lr": float("nan")}, "needs a finite number, got nan. Try 0.0006."),
         ("optimizer", {"betas": (0.9, 1.0)}, "needs 0 <= value < 1, got 1.0 in (0.9, 1.0). Try (0.9, 0.95)."),
@@ -431,7 +431,6 @@ def pipeline(**keys: Any) -> dict[str, Any]:
         (dict(size=3, schedule="zero_bubble_v"), [(0, 5), (1, 4), (2, 3)]),
         (dict(size=1, schedule="interleaved", chunks=4), [(0, 1, 2, 3)]),
         (dict(size=1, schedule="zero_bubble_v", chunks=2), [(0, 1)]),
-        (dict(size=2, schedule="mine.csv", chunks=2), [(0, 2), (1, 3)]),
     ],
 )
 def test_a_rank_holds_these_stages(keys: dict[str, Any], stages: list[tuple[int, ...]]) -> None:

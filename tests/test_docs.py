@@ -31,7 +31,7 @@ from parallel.mesh.topology import Topology
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, group_transfers
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
-from parallel.pipeline.timeline import simulate
+from parallel.pipeline.timeline import Costs, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from tests.harness import run
@@ -327,7 +327,7 @@ def test_a_decision_has_its_date_its_parts_and_no_more_than_a_page(page: Path) -
 
 
 def test_the_timeline_in_the_architecture_is_what_draw_draws() -> None:
-    picture = draw(simulate(with_transfers(SCHEDULES["1f1b"](4, 8, 1)), forward_cost=1, backward_cost=2))
+    picture = draw(simulate(with_transfers(SCHEDULES["1f1b"](4, 8, 1)), Costs(1, 1, 1)))
     rows = with_transfers(SCHEDULES["1f1b"](2, 2, 1)).ranks
     actions = "\n".join(f"rank {rank}  {'  '.join(map(posted, group_transfers(row)))}" for rank, row in enumerate(rows))
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")

@@ -55,6 +55,11 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "pp2": (2, dict(pipeline=2)),
     "pp2-gpipe": (2, dict(pipeline=dict(size=2, schedule="gpipe"))),
     "pp4-uneven": (4, dict(pipeline=dict(size=4, layers=[0, 1, 2, 0]))),
+    "pp2-interleaved": (2, dict(pipeline=dict(size=2, schedule="interleaved"))),
+    "pp2-zb": (2, dict(pipeline=dict(size=2, schedule="zero_bubble"))),
+    "pp2-zbv": (2, dict(pipeline=dict(size=2, schedule="zero_bubble_v"))),
+    "pp2-zbv-1d2": (4, dict(pipeline=dict(size=2, schedule="zero_bubble_v"), tensor=tensor("1d", 2))),
+    "dp2-pp2-zbv": (4, dict(pipeline=dict(size=2, schedule="zero_bubble_v"))),
     "pp2-1d2": (4, dict(pipeline=2, tensor=tensor("1d", 2))),
     "pp2-2d4": (8, dict(pipeline=2, tensor=tensor("2d", 4))),
     "pp2-2.5d4": (8, dict(pipeline=2, tensor=tensor("2.5d", 4))),
@@ -78,9 +83,11 @@ COMBINED = (
     *("2.5d4", "pp2-2.5d4", "a2a2-2.5d4-depth2", "dp2-2d4", "dp2-pp2-a2a2"),
     *("1d3", "2d2x3", "2d4x1", "ring3-1d2", "pp2-ring3", "a2a2-2d4"),
     *("1d3-sp", "pp2-1d2-sp", "ring3-1d2-sp", "a2a3-1d2-sp"),
+    *("pp2-interleaved", "pp2-zb", "pp2-zbv-1d2", "dp2-pp2-zbv"),
 )
 """Layouts that are slow in fp64 too. Depth 1 is the grid of 2d4; the parts of the other combinations meet in no layer.
-The next six are those of another family in `DIAGONAL`; tests/test_sequence_parallel.py has some like the last four.
+The next six are those of another family in `DIAGONAL`; tests/test_sequence_parallel.py has some like the four after
+them, and the last ones are those of tests/test_schedule_parity.py.
 """
 
 

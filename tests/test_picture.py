@@ -15,7 +15,7 @@ import launch
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, Op, Plan
 from parallel.pipeline.schedule import SCHEDULES, with_transfers
-from parallel.pipeline.timeline import MOST_SIMULATED, Timeline, num_simulated, simulate
+from parallel.pipeline.timeline import MOST_SIMULATED, Costs, Timeline, num_simulated, simulate
 from tests.patience import patient
 from tests.tables import ROOT
 from training.config import read_config
@@ -23,13 +23,15 @@ from training.layout_report import print_layout
 from training.preview import preview_of
 
 NAMES = st.sampled_from(sorted(SCHEDULES))
+CHUNKS = {"interleaved": 2, "zero_bubble_v": 2}
 
 
 def timeline_of(name: str, p: int, m: int, costs: list[float] | None = None, simulated: int | None = None) -> Timeline:
     """Return the timeline of a step, of which as many microbatches are simulated as in a run's report."""
-    simulated, costs = simulated or num_simulated(p, m), costs or [1.0] * p
-    plan = with_transfers(SCHEDULES[name](p, simulated, 1))
-    return replace(simulate(plan, costs, [2 * cost for cost in costs]), num_omitted=m - simulated)
+    simulated, chunks = simulated or num_simulated(p, m), CHUNKS.get(name, 1)
+    costs = (costs or [1.0] * p) * chunks
+    plan = with_transfers(SCHEDULES[name](p, simulated, chunks))
+    return replace(simulate(plan, Costs.halves(costs, [2 * cost for cost in costs])), num_omitted=m - simulated)
 
 
 def rows_of(picture: str) -> list[str]:
@@ -45,11 +47,13 @@ def test_every_picture_fits_and_has_a_row_for_each_rank(
     assert max(map(len, picture.splitlines())) <= width
     assert len(rows_of(picture)) == p
     for row in rows_of(picture):
-        assert {"F", "B"} <= set(row)
+        if m >= p:  # a column may last longer than the only microbatch
+            assert "F" in row
+            assert "B" in row or "I" in row
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_the_largest_pipeline_is_drawn_within_a_second(name: str) -> None:
+def test_the_largest_pipeline_is_drawn_within_a_second_for_each_stage_of_a_rank(name: str) -> None:
     """Garbage collection is off, since a process that has imported torch would traverse all objects of torch's. (The
     command line exempts them from it.)"""
     gc.disable()
@@ -60,7 +64,7 @@ def test_the_largest_pipeline_is_drawn_within_a_second(name: str) -> None:
         seconds = time.process_time() - began
     finally:
         gc.enable()
-    assert seconds < patient(1.0)
+    assert seconds < patient(1.0 * CHUNKS.get(name, 1))
     for width, picture in pictures.items():
         assert max(map(len, picture.splitlines())) <= width
         assert len(rows_of(picture)) == 64
@@ -129,7 +133,7 @@ def test_a_rank_with_several_stages_is_drawn_too() -> None:
         rank: [(op, stage, k) for k in range(20) for op, stage in order if stage % 2 == rank] for rank in range(2)
     }
     plan = Plan(tuple(tuple(Action(*one) for one in computes[rank]) for rank in range(2)), 4, 20)
-    timeline = simulate(with_transfers(plan), 1, 2)
+    timeline = simulate(with_transfers(plan), Costs(1, 1, 1))
     assert rows_of(draw(timeline))[0].startswith("rank 0  F0.0- ..... F2.0- ")
     for width in (60, 100):
         picture = draw(timeline, width)

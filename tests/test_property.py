@@ -9,6 +9,7 @@ is zero moves by the sign of its rounding error.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import lcm
 from typing import Any, Literal
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parallel.config.parallel import ContextConfig
+from parallel.config.parallel import ContextConfig, PipelineConfig
+from parallel.pipeline.schedule import SCHEDULES
 from tests.families import COMMON, FAMILIES, GPT2, LLAMA, LLAMA3, MISTRAL, QWEN3, YARN
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
@@ -147,6 +149,27 @@ def model_of(draw: st.DrawFn, by: Divisors, *, blocks: int) -> Raw:
     return model | {"vocab_size": draw(st.integers(5, 40)), layers: blocks} | NO_SPECIAL_TOKENS[family]
 
 
+def pipeline_of(draw: st.DrawFn, size: int) -> PipelineConfig:
+    """Return a pipeline of this many ranks, with any schedule, and one, two or three stages on a rank."""
+    schedule = draw(st.sampled_from(list(SCHEDULES)))
+    return PipelineConfig(size, schedule, chunks=draw(st.integers(2, 3)) if schedule == "interleaved" else None)
+
+
+def layers_of(draw: st.DrawFn, num_stages: int, blocks: int) -> tuple[int, ...] | None:
+    """Return the blocks of each stage, one in each but the ends and the rest anywhere; None: by their cost."""
+    if draw(st.booleans()):
+        return None
+    layers = [0] + [1] * (num_stages - 2) + [0] * (num_stages > 1)
+    for _ in range(blocks - sum(layers)):
+        layers[draw(st.integers(0, num_stages - 1))] += 1
+    return tuple(layers)
+
+
+def sequence_of(draw: st.DrawFn, parts: int) -> int:
+    """Return the length of a sequence of so many parts."""
+    return draw(st.integers(3, 7)) if parts == 1 else parts * draw(st.integers(2 if parts == 2 else 1, 3))
+
+
 @st.composite
 def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     size = draw(st.integers(1, max_ranks // min_context))
@@ -155,15 +178,17 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     context = ContextConfig(draw(st.integers(min_context, most)), draw(st.sampled_from(KINDS)))
     data = draw(st.integers(1, most // context.size))
     section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
+    splits = section.get("mode") == "1d" and draw(st.booleans())  # the sequence too
     split_heads = context.size if context.kind == "all_to_all" else 1
     by = Divisors(heads_by * split_heads, widths_by * split_heads)
-    blocks = draw(st.integers(max(1, pipeline - 2), max(3, pipeline - 2)))
+    pipe = pipeline_of(draw, pipeline)
+    blocks = draw(st.integers(max(1, pipe.num_stages - 2), max(3, pipe.num_stages - 2)))
+    pipe = replace(pipe, layers=layers_of(draw, pipe.num_stages, blocks))
     model = model_of(draw, by, blocks=blocks)
     micro, k = batch_by * draw(st.integers(1, 2)), draw(st.integers(1, 4))
-    schedule = dict(size=pipeline, schedule=draw(st.sampled_from(["1f1b", "gpipe"])))
     return Case(
         world_size=size * pipeline * context.size * data,
-        parallel=dict(pipeline=schedule, tensor=section, context=asdict(context)),
+        parallel=dict(pipeline=asdict(pipe), tensor=section | dict(sequence_parallel=splits), context=asdict(context)),
         model=model,
         train=dict(
             global_batch_size=micro * data * k,
@@ -171,9 +196,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
             seed=draw(st.integers(0, 9)),
             activation_checkpointing=draw(st.sampled_from(["none", "full", "offload"])),
         ),
-        sequence=draw(st.integers(3, 7))
-        if context.size == 1
-        else context.parts * draw(st.integers(2 if context.parts == 2 else 1, 3)),
+        sequence=sequence_of(draw, lcm(context.parts, context.size * size if splits else 1)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),
@@ -199,10 +222,10 @@ def batches(case: Case) -> list[Batch]:
             mask[1::4, : case.sequence // 2] = 0
             batch["attention_mask"] = mask
             batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
-    if case.packed:  # documents of one to four tokens; a sample may end in the middle of one
+    if case.packed:  # documents of two, three, four tokens and one; a sample may end in the middle of one
         rows, columns = torch.arange(size).unsqueeze(1), torch.arange(case.sequence)
         for batch in found:
-            batch["document_ids"] = (columns + rows) // (1 + rows % 4)
+            batch["document_ids"] = (columns + rows) // (1 + (rows + 1) % 4)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Any layout goes on from what any other has saved: every ordered pair of twelve, to the last bit.
+"""Any layout goes on from what any other has saved: every ordered pair of fourteen, to the last bit.
 
 A layout's first checkpoint, after two steps, is loaded in each of the others and saved again there at once. Whole
 tensors of both, weights and moments, have the same bits. The engine that loads holds other values before, and each of
@@ -41,6 +41,8 @@ OPT: dict[str, tuple[str, Raw]] = {  # name: that of the layout in test_parity, 
     "dp2-pp2-1d2-zero2": ("dp2-pp2-1d2", dict(stage=2)),
     "dp2-zero3-host": ("dp2", dict(stage=3) | HOST),
     "ring3": ("ring3", dict(stage=3)),
+    "pp2-interleaved": ("pp2-interleaved", {}),
+    "dp2-pp2-zbv-zero3": ("dp2-pp2-zbv", dict(stage=3)),
     "dp2-zero1-disk": ("dp2", dict(stage=1) | DISK),
 }
 LLAMA: dict[str, tuple[str, Raw]] = {  # q, k and v are one parameter, which layouts cut by groups of heads

@@ -169,7 +169,7 @@ class Halves:
     """The weight's gradient of a matmul without a receiver."""
 
     before_w: int
-    """How many gradients of the weight there were after I, with the receiver or with autograd."""
+    """The number of gradients of the weight that there were after I, with the receiver or with autograd."""
 
     in_i: Calls
     in_w: Calls

@@ -24,6 +24,7 @@ from parallel.mesh.mesh import Axis
 from parallel.placement.shortage import refusing_without_room
 from parallel.watch.process import host_name
 from parallel.watch.watch import UNWATCHED, Watch
+from training.action_files import ActionFile
 from training.artifacts import export_model, plot_loss
 from training.attempt import Attempt, SavedNote
 from training.callbacks import Callback, Callbacks, Run
@@ -90,6 +91,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
     history.outliers.log = screen.print
     callbacks = Callbacks([StepLog(), MetricsFile(job.folder.metrics), screen, *given], job.callbacks, world)
     tracer = Tracer(job.traced_steps, job.folder.trace(world.rank), engine.mesh.device, say=screen.print)
+    actions = ActionFile(job.traced_steps, job.folder.action_times(world.rank), engine, say=screen.print)
     checkpoints = Checkpoints(engine, job, history, callbacks.on_checkpoint)
     checkpoints.settle()
     if message := checkpoints.prepare():
@@ -97,7 +99,7 @@ def train(engine: Engine, job: Job, screen: Screen, given: Sequence[Callback] = 
 
     @contextmanager
     def around_step(step: int) -> Iterator[None]:
-        with tracer.around_step(step):
+        with tracer.around_step(step), actions.around_step(step):
             yield
         checkpoints.look()
 

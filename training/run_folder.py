@@ -53,6 +53,9 @@ class RunFolder:
     def trace(self, rank: int) -> Path:
         return self.profile / f"rank_{rank}.json"
 
+    def action_times(self, rank: int) -> Path:
+        return self.profile / f"actions_rank_{rank}.json"
+
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank}.log"
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from parallel.config.other_names import OTHER_SCHEDULES
 from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks
+from parallel.config.schedule_file import ScheduleFile
+from parallel.config.schedule_table import ScheduleTable
 from parallel.errors import divisors, either, nearest_multiples, times
 
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
@@ -33,11 +35,13 @@ class PipelineConfig:
     size: NumRanks = 1
     """The number of ranks along the pipe. Each holds `chunks` stages, which is one with most schedules."""
 
-    schedule: Annotated[str, NamesOrFile(tuple(STAGES_OF_RANK), SCHEDULE_FILE, OTHER_SCHEDULES)] = "1f1b"
+    schedule: Annotated[str, NamesOrFile(tuple(STAGES_OF_RANK), SCHEDULE_FILE, OTHER_SCHEDULES, ScheduleFile.read)] = (
+        "1f1b"
+    )
     """The order of forwards, backwards and weight gradients. "gpipe": all forwards, then all backwards. "1f1b": one
     forward, one backward in turn; the same idle time, and a stage keeps activations of at most `size` microbatches,
     which is why it is the default. "interleaved": 1f1b over several stages on each rank; less idle time, more messages.
-    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; a third of the idle time of 1f1b.
+    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; about a third of the idle time.
     "zero_bubble_v" (ZB-V): the same with two stages on each rank, the first of which goes down the ranks and the second
     up; nearly no idle time. Or the path of a .csv file with a schedule of one's own.
     """
@@ -59,13 +63,15 @@ class PipelineConfig:
 
     @property
     def num_chunks(self) -> int:
-        """The number of stages on each rank: `chunks`, or what the schedule has by default."""
+        """The number of stages on each rank: `chunks`, or what the schedule has by default, or its file."""
+        if self.table is not None:
+            return self.table.num_chunks
         return self.chunks or self._allowed_chunks[0]
 
     @property
-    def file(self) -> str | None:
-        """The path of the schedule, where it is a file; its stages are placed as `stages_of` says."""
-        return self.schedule if self.schedule.endswith(SCHEDULE_FILE) else None
+    def table(self) -> ScheduleTable | None:
+        """The content of the schedule's file, where it is one: it also says which stages are on which rank."""
+        return self.schedule.table if isinstance(self.schedule, ScheduleFile) else None
 
     @property
     def num_stages(self) -> int:
@@ -75,9 +81,13 @@ class PipelineConfig:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages on a rank of the pipe: r, r + p, ...; in a V they turn at the last rank, r and 2p − 1 − r.
 
+        A schedule's file has a placement of its own.
+
         A V is Qi et al. 2023, arXiv 2401.10241, section 6; the other placement is that of Narayanan et al. 2021,
         arXiv 2104.04473, section 2.2.2.
         """
+        if self.table is not None:
+            return self.table.stages[rank]
         if self.schedule == "zero_bubble_v":
             return rank, 2 * self.size - 1 - rank
         return tuple(range(rank, self.num_stages, self.size))
@@ -88,6 +98,8 @@ class PipelineConfig:
 
     def problems(self) -> list[str]:
         """Return what is wrong with `chunks` for this schedule; the stages' layers are checked with the model's."""
+        if self.table is not None:
+            return self._file_problems(self.table)
         allowed = self._allowed_chunks
         if self.num_chunks in allowed:
             return []
@@ -99,6 +111,21 @@ class PipelineConfig:
             f"parallel.pipeline.chunks: schedule {self.schedule!r} has {stages} on each rank, got"
             f" {self.num_chunks}. Try chunks={allowed[0]}, or schedule={other!r}."
         ]
+
+    def _file_problems(self, table: ScheduleTable) -> list[str]:
+        """Return where the other keys say something else than the schedule's file."""
+        found, ranks, chunks = [], len(table.rows), table.num_chunks
+        if self.size != ranks:
+            found.append(
+                f"parallel.pipeline.size: {self.schedule} has {ranks} row{'s' * (ranks > 1)}, one for each rank, got"
+                f" {self.size}. Try {ranks}."
+            )
+        if self.chunks not in (None, chunks):
+            found.append(
+                f"parallel.pipeline.chunks: {self.schedule} has {chunks} on each rank, got {self.chunks}. Try"
+                f" chunks={chunks}, or None."
+            )
+        return found
 
 
 @dataclass(frozen=True)

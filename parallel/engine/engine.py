@@ -32,7 +32,7 @@ from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart
 from parallel.pipeline.plan import Action, Plan
 from parallel.pipeline.runner import Runner
-from parallel.pipeline.schedule import forward_only, plan_of, with_transfers
+from parallel.pipeline.schedule import evaluation_plan_of, plan_of
 from parallel.pipeline.validate import validate
 from parallel.placement.shortage import refusing_without_room
 from parallel.sequence import Documents
@@ -68,7 +68,7 @@ class Engine(EngineState):
         self.inputs = stage.inputs
         self.part, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(self.mesh.device)
-        self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager)
+        self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager, last=stage.last_units())
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=stage.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
@@ -271,7 +271,7 @@ class Engine(EngineState):
             if trains:
                 plan = plan_of(pipeline, num_microbatches, recomputes=recomputes)
             else:
-                plan = with_transfers(forward_only(pipeline.size, num_microbatches, pipeline.num_chunks))
+                plan = evaluation_plan_of(pipeline, num_microbatches)
             validate(plan)
             self._plans[key] = plan
         return self._plans[key]

@@ -18,6 +18,9 @@ the norm, `update` clipping and AdamW.
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
+Mark: TypeAlias = tuple[Phase | None, object, Any]
+"""The phase that begins, or None where one ends, its detail, and the time on the clock of the device."""
+
 
 class Stopwatch:
     """Measures the time of each phase: a phase lasts from its mark to the next mark or reading.
@@ -27,19 +30,21 @@ class Stopwatch:
     for other ranks. The stopwatch never waits: what the GPU has not reached yet is counted in the next reading.
 
     `on_phase` is called with each phase that begins, and with "" when one ends and none begins. While a profiler runs,
-    its trace shows each phase as a range of that name, followed by the detail that `mark` had.
+    its trace shows each phase as a range of that name, followed by the detail that `mark` had. `record`, where it is a
+    list, takes every mark with its detail and its time on the clock of the device.
     """
 
     def __init__(self, device: torch.device, on_phase: Callable[[str], object] = lambda phase: None) -> None:
         self._clock, self._on_phase = clock_of(device), on_phase
         self._marks: list[tuple[Phase | None, Any]] = []  # None: no phase, from here no time is counted
         self._range: record_function | None = None
+        self.record: list[Mark] | None = None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
         """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
         self._end_range()
         self._on_phase(phase)
-        self._marks.append((phase, self._clock.now()))
+        self._take(phase, detail)
         if torch.autograd.profiler._is_profiler_enabled:  # a range takes the host 9 µs, even if it is not recorded
             self._range = record_function(f"{phase} {detail}".rstrip())
             self._range.__enter__()
@@ -53,13 +58,19 @@ class Stopwatch:
         """Return the seconds of every phase since the last reading, as far as the device has come."""
         self._end_range()
         self._on_phase("")
-        self._marks.append((None, self._clock.now()))
+        self._take(None)
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         while len(self._marks) > 1 and self._clock.is_past(self._marks[1][1]):
             phase, start = self._marks.pop(0)
             if phase is not None:
                 found[phase] += self._clock.seconds(start, self._marks[0][1])
         return found
+
+    def _take(self, phase: Phase | None, detail: object = "") -> None:
+        time = self._clock.now()
+        self._marks.append((phase, time))
+        if self.record is not None:
+            self.record.append((phase, detail, time))
 
     def _end_range(self) -> None:
         if self._range is not None:

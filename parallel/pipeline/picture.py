@@ -1,7 +1,7 @@
 """A picture of a timeline in text, at a scale that fits the screen."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median_low
 
 from parallel.pipeline.plan import Action, Op
@@ -20,11 +20,13 @@ def draw(timeline: Timeline, width: int | None = None) -> str:
     stages the labels name them: `F4.2` is stage 4, microbatch 2. The shortest compute is as wide as its label, except
     for those that take less than half the usual time, whose labels are cut off.
 
+    An I and its W are drawn as one B if every W of the step follows its I at once.
+
     Of a step that is wider the middle is left out, if every rank is in the steady state there. If the warm-up and the
     cool-down alone are too wide, each column is a letter: what the rank does at that time. It lasts as long as the
     shortest compute, or longer if even that does not fit.
     """
-    rows = [[span for span in row if not span.action.op.is_transfer] for row in timeline.rows]
+    rows = _with_whole_backwards([[s for s in row if not s.action.op.is_transfer] for row in timeline.rows])
     names = [f"rank {rank:>{len(str(len(rows) - 1))}}  " for rank in range(len(rows))]
     several = any(len({span.action.stage for span in row}) > 1 for row in rows)
     labels = _Labels(several, timeline.num_omitted, timeline.end_of_rows / 2)
@@ -39,6 +41,23 @@ def draw(timeline: Timeline, width: int | None = None) -> str:
     return "\n".join(
         [*lines, *_summary(timeline, rows, view, None if has_labels else 1 / view.scale / shortest, width)]
     )
+
+
+def _with_whole_backwards(rows: Sequence[Sequence[Span]]) -> Sequence[Sequence[Span]]:
+    """Return the rows with each I and its W as one B, or as they are if a W is put off."""
+    whole = []
+    for row in rows:
+        spans: list[Span] = []
+        for span in row:
+            if span.action.op is not Op.W:
+                spans.append(span)
+                continue
+            first = spans.pop()
+            if first.action != replace(span.action, op=Op.I):
+                return rows
+            spans.append(Span(replace(first.action, op=Op.B), first.start, span.end))
+        whole.append(spans)
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +190,15 @@ def _summary(
     if column is not None:
         yield f"a column is the time of {f'{column:.3g}' if column > 1.005 else 'one'} of the shortest computes"
     bubble = f"bubble {timeline.bubble_fraction:.1%}; activations in flight at most "
-    yield bubble + _peaks(timeline.peak_in_flight, None if width is None else width - len(bubble))
+    yield bubble + _peaks(timeline.peak_microbatches, None if width is None else width - len(bubble))
 
 
-def _peaks(peaks: Sequence[int], room: int | None) -> str:
+def _peaks(peaks: Sequence[float], room: int | None) -> str:
     """Return the peaks of all ranks, or of the first few and the last, or the largest alone, as there is room."""
-    texts = [str(peak) for peak in peaks]
+    texts = [f"{round(peak, 2):g}" for peak in peaks]
     whole = ", ".join(texts)
     short = ", ".join([*texts[:SHOWN_PEAKS], "…", texts[-1]])
-    return next((text for text in (whole, short) if room is None or len(text) <= room), str(max(peaks)))
+    return next((text for text in (whole, short) if room is None or len(text) <= room), max(texts, key=float))
 
 
 def _idle(num_columns: int, cell: int) -> str:

@@ -33,20 +33,10 @@ class Op(Enum):
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
 
-    @property
-    def is_transfer(self) -> bool:
-        """True for an action that sends or receives."""
-        return self in (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
-
-    @property
-    def is_send(self) -> bool:
-        """True for an action that sends."""
-        return self in (Op.SEND_F, Op.SEND_B)
-
-    @property
-    def makes_input_gradient(self) -> bool:
-        """True for an action that computes the gradient which the previous stage waits for."""
-        return self in (Op.B, Op.I)
+    def __init__(self, name: str) -> None:
+        self.is_send = name.startswith("SEND")
+        self.is_transfer = self.is_send or name.startswith("RECV")
+        self.makes_input_gradient = name in ("B", "I")  # for which the previous stage waits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,10 @@
 """The simulation of a plan: when each action runs, and how much of the time is bubble."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass
+from itertools import islice
 
-from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
-
-OTHER_END = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
-FROM_STAGE = {Op.SEND_F: 0, Op.RECV_F: -1, Op.SEND_B: 0, Op.RECV_B: 1}
-"""The stage whose result a transfer carries, counted from its own."""
+from parallel.pipeline.plan import Action, Op, Plan, PlanError
 
 MOST_SIMULATED = 64 * 128  # microbatches of all stages
 FEWEST_SIMULATED = 100  # microbatches of a step that is not simulated as a whole
@@ -71,15 +67,30 @@ class Timeline:
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
-        """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept."""
+        """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept.
+
+        They are held from F to B or, where the backward has two halves, to W. (Qi et al. 2023, section 2.3, count less
+        of a microbatch from I to W; where all of it is kept their bounds hold too.)
+        """
         peaks = [_peak_in_flight([span.action for span in row]) for row in self.rows]
         if not self.num_omitted:
             return tuple(peaks)
-        nums_stages = [len({span.action.stage for span in row}) for row in self.rows]
         return tuple(
             peak + self.num_omitted * num_stages * (peak == self._num_simulated * num_stages)
-            for peak, num_stages in zip(peaks, nums_stages, strict=True)
+            for peak, num_stages in zip(peaks, self._nums_stages, strict=True)
         )
+
+    @property
+    def peak_microbatches(self) -> tuple[float, ...]:
+        """The most activations that each rank holds at once, in those of all its stages for one microbatch.
+
+        This is the unit in which papers compare schedules: 1F1B's first rank holds as many as there are ranks.
+        """
+        return tuple(peak / num for peak, num in zip(self.peak_in_flight, self._nums_stages, strict=True))
+
+    @property
+    def _nums_stages(self) -> list[int]:
+        return [len({span.action.stage for span in row}) for row in self.rows]
 
     @property
     def _num_simulated(self) -> int:
@@ -94,120 +105,136 @@ class Timeline:
 def num_simulated(num_stages: int, num_microbatches: int) -> int:
     """Return how many of a step's microbatches are simulated: all, or as many as show how it begins and ends.
 
-    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so.
+    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so. Of others one microbatch more
+    than whole rounds is simulated, which makes the longest group of an interleaved schedule as long as in the step.
     """
     if num_stages * num_microbatches <= MOST_SIMULATED:
         return num_microbatches
     rounds = max(2, -(-FEWEST_SIMULATED // num_stages))
-    return min(num_microbatches, rounds * num_stages)
+    return min(num_microbatches, rounds * num_stages + (num_microbatches % num_stages > 0))
 
 
 def _peak_in_flight(actions: Sequence[Action]) -> int:
-    awaited = {(action.stage, action.microbatch) for action in actions if action.op.makes_input_gradient}
+    """Return the most (stage, microbatch) that are kept at once: from F to B or, with halves, to W."""
+    last = {(action.stage, action.microbatch): action.op for action in actions if action.op in (Op.B, Op.I, Op.W)}
     kept = peak = 0
     for action in actions:
         if action.op is Op.F:
             peak = max(peak, kept + 1)
-            kept += (action.stage, action.microbatch) in awaited
-        elif action.op.makes_input_gradient:
+            kept += (action.stage, action.microbatch) in last
+        elif action.op is last.get((action.stage, action.microbatch)):
             kept -= 1
     return peak
 
 
-_End: TypeAlias = tuple[Op, int, int]
-"""One end of a message: its op, and the stage and the microbatch whose result it carries."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A step of a rank: a compute, or transfers that are posted at once, with both ends of each."""
+class Costs:
+    """The time that each kind of compute takes: one number for all stages, or one for each stage.
 
-    actions: tuple[Action, ...]
-    ends: tuple[_End, ...]
-    other_ends: tuple[_End, ...]
+    A whole backward takes the time of its two halves.
+    """
+
+    forward: float | Sequence[float]
+    input_gradient: float | Sequence[float]
+    weight_gradient: float | Sequence[float]
 
     @classmethod
-    def of(cls, step: Action | tuple[Action, ...]) -> "_Step":
-        if isinstance(step, Action):
-            return cls((step,), (), ())
-        messages = [(a.op, a.stage + FROM_STAGE[a.op], a.microbatch) for a in step]
-        return cls(step, tuple(messages), tuple([(OTHER_END[op], stage, k) for op, stage, k in messages]))
+    def halves(cls, forward: float | Sequence[float], backward: float | Sequence[float]) -> "Costs":
+        """Return the costs of backwards of which each half takes half of the time."""
+        half = [cost / 2 for cost in backward] if isinstance(backward, Sequence) else backward / 2
+        return cls(forward, half, half)
+
+    def of_ops(self, num_stages: int) -> dict[Op, Sequence[float]]:
+        """Return what each kind of compute costs on each stage."""
+        forward, inputs, weights = (
+            cost if isinstance(cost, Sequence) else [cost] * num_stages
+            for cost in (self.forward, self.input_gradient, self.weight_gradient)
+        )
+        assert len(forward) == len(inputs) == len(weights) == num_stages, "a cost is for all stages, or one for each"
+        whole = [first + second for first, second in zip(inputs, weights, strict=True)]
+        return {Op.F: forward, Op.B: whole, Op.I: inputs, Op.W: weights}
 
 
-@dataclass(slots=True)
-class _Rank:
-    """The state of one rank in a simulation: of its `steps`, `position` are done at the time `clock`."""
+def simulate(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0) -> Timeline:
+    """Time a plan as the runner executes it: sends do not block, and a compute waits only for its inputs.
 
-    steps: list[_Step]
-    clock: float = 0.0
-    position: int = 0
-    spans: list[Span] = field(default_factory=list)
-
-    def finish_step(self, end: float) -> None:
-        self.spans += [Span(action, self.clock, end) for action in self.steps[self.position].actions]
-        self.clock = end
-        self.position += 1
-
-
-def simulate(
-    plan: Plan,
-    forward_cost: float | Sequence[float],
-    backward_cost: float | Sequence[float],
-    transfer_cost: float = 0.0,
-) -> Timeline:
-    """Time a plan under strict rendezvous: with no buffering, and so with the longest waits that a backend may have.
-
-    A message starts when both of its ends are posted, and takes `transfer_cost`. The messages of a group are sent
-    concurrently, and the group ends with the last of them. A compute's cost is one number for all stages, or one for
-    each. Raises PlanError, which names what each rank waits for, where ranks wait forever.
+    The plan may be one of computes alone. An input from another rank is there `transfer_cost` after the compute that
+    made it. A send lasts that long, and a receive until its message has arrived. Raises PlanError where ranks wait
+    forever.
     """
-    backward = _per_stage(backward_cost, plan)
-    half = [cost / 2 for cost in backward]
-    costs = {Op.F: _per_stage(forward_cost, plan), Op.B: backward, Op.I: half, Op.W: half}
-    ranks = [_Rank([_Step.of(step) for step in group_transfers(actions)]) for actions in plan.ranks]
-    posted: dict[_End, float] = {}
+    return Timeline(tuple(map(tuple, _Buffered(plan, costs, transfer_cost).spans())))
 
-    def end_of(step: _Step, start: float) -> float | None:
-        """Return when `step`, begun at `start`, ends; None while a peer has not posted its end of a message."""
-        if not step.ends:
-            (action,) = step.actions
-            return start + costs[action.op][action.stage]
-        posted.update(dict.fromkeys(step.ends, start))
-        others = [posted.get(end) for end in step.other_ends]
-        if None in others:
+
+def starts_of(plan: Plan, costs: Costs) -> list[list[float]]:
+    """Return when each rank's actions start; of a plan that does not end, of those that start."""
+    return _Buffered(plan, costs, 0.0).starts()
+
+
+class _Buffered:
+    """A simulation in which every message is buffered. A result is known by `(is_forward, stage, microbatch)`."""
+
+    def __init__(self, plan: Plan, costs: Costs, transfer_cost: float) -> None:
+        self.plan, self.costs, self.transfer_cost = plan, costs.of_ops(plan.num_stages), transfer_cost
+        self.rank_of_stage = plan.rank_of_stage()
+        self.ends: dict[tuple[bool, int, int], float] = {}
+
+    def starts(self) -> list[list[float]]:
+        """Return when the actions of each rank start, as far as the ranks come."""
+        clocks = [0.0] * len(self.plan.ranks)
+        starts: list[list[float]] = [[] for _ in self.plan.ranks]
+        progressed = True
+        while progressed:
+            progressed = False
+            for rank, actions in enumerate(self.plan.ranks):
+                clock, begin = clocks[rank], len(starts[rank])
+                for action in islice(actions, begin, None):
+                    ready = clock if action.op.is_transfer else self._ready(action, rank, clock)
+                    if ready is None:
+                        break
+                    starts[rank].append(ready)
+                    clock = self._finish(action, ready)
+                clocks[rank] = clock
+                progressed = progressed or len(starts[rank]) > begin
+        return starts
+
+    def spans(self) -> list[list[Span]]:
+        """Return the spans of each rank."""
+        starts = self.starts()
+        stuck = [
+            f"rank {rank} waits for the inputs of {actions[len(row)]}"
+            for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True))
+            if len(row) < len(actions)
+        ]
+        if stuck:
+            raise PlanError("the plan waits forever: " + ", ".join(stuck))
+        return [
+            [Span(action, start, self._end(action, start)) for action, start in zip(actions, row, strict=True)]
+            for actions, row in zip(self.plan.ranks, starts, strict=True)
+        ]
+
+    def _ready(self, compute: Action, rank: int, clock: float) -> float | None:
+        """Return when a compute may start on a rank that is free at the time `clock`; None: it has no input yet."""
+        source = compute.stage + (-1 if compute.op is Op.F else 1)
+        if compute.op is Op.W or not 0 <= source < self.plan.num_stages:
+            return clock
+        end = self.ends.get((compute.op is Op.F, source, compute.microbatch))
+        if end is None:
             return None
-        return max(start, *(time for time in others if time is not None)) + transfer_cost
+        return max(clock, end + self.transfer_cost * (self.rank_of_stage.get(source) != rank))
 
-    # The order in which ranks are visited changes no time: each span depends only on what it waits for.
-    progressed = True
-    while progressed:
-        progressed = False
-        for rank in ranks:
-            while rank.position < len(rank.steps):
-                end = end_of(rank.steps[rank.position], rank.clock)
-                if end is None:
-                    break
-                rank.finish_step(end)
-                progressed = True
-    if any(rank.position < len(rank.steps) for rank in ranks):
-        raise PlanError(_describe_deadlock(ranks, posted))
-    return Timeline(tuple(tuple(rank.spans) for rank in ranks))
+    def _finish(self, action: Action, start: float) -> float:
+        """Return when the rank goes on after an action."""
+        if action.op.is_transfer:
+            return start
+        end = start + self.costs[action.op][action.stage]
+        if action.op is not Op.W:
+            self.ends[action.op is Op.F, action.stage, action.microbatch] = end
+        return end
 
-
-def _per_stage(cost: float | Sequence[float], plan: Plan) -> Sequence[float]:
-    return cost if isinstance(cost, Sequence) else [cost] * plan.num_stages
-
-
-def _describe_deadlock(ranks: list[_Rank], posted: dict[_End, float]) -> str:
-    lines = ["the plan waits forever:"]
-    for number, rank in enumerate(ranks):
-        if rank.position == len(rank.steps):
-            lines.append(f"  rank {number} has finished")
-            continue
-        step = rank.steps[rank.position]
-        assert step.ends, "a compute never waits"
-        after = f"after {rank.spans[-1].action}" if rank.spans else "at its start"
-        unmatched = [action for action, end in zip(step.actions, step.other_ends, strict=True) if end not in posted]
-        waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in unmatched)
-        lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, step.actions))}}}: waits for {waits}")
-    return "\n".join(lines)
+    def _end(self, action: Action, start: float) -> float:
+        if not action.op.is_transfer:
+            return start + self.costs[action.op][action.stage]
+        if action.op.is_send:
+            return start + self.transfer_cost
+        message = action.payload
+        return max(start, self.ends[message.op is Op.F, message.stage, message.microbatch] + self.transfer_cost)

@@ -4,7 +4,7 @@
 
 Between forward and backward a rank keeps its own parts of x and W, never what it gathered: backward gathers them again,
 as SUMMA does (Xu et al. 2021, arXiv 2104.05343, section 3.1). Both all-gathers are launched before either is awaited,
-and dx is in flight while dW is computed.
+and dx is in flight while dW is computed. Or dW is computed later, with its collectives: a plan's I and W.
 """
 
 from collections.abc import Callable

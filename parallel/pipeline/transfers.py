@@ -1,0 +1,50 @@
+"""The pass that adds to a plan of computes the sends and receives between them."""
+
+from collections.abc import Iterator
+
+from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.timeline import Costs, simulate
+
+
+def with_transfers(plan: Plan) -> Plan:
+    """Return the plan with a send after each compute whose result another rank needs, and with the receives of these.
+
+    All computes and messages are put into one order in time: that of a simulation with equal costs in which nothing
+    waits for a transfer. A message has one place there, the end of the compute that makes it, and each rank executes
+    its own computes and its ends of messages in that order. So a rank never waits for what comes later in the order,
+    and there is no deadlock, even if a send blocks until its receive is posted; and the messages between two ranks have
+    the same order at both ends, whatever stages they are of.
+
+    A receive is thereby posted when its message is sent, not at the compute that needs it, which may be much later with
+    several stages on a rank. All transfers between two computes are adjacent, so that `group_transfers` makes one step
+    of them. Between two stages on one rank nothing is sent.
+    """
+    rank_of_stage = plan.rank_of_stage()
+    ranks: list[list[Action]] = [[] for _ in plan.ranks]
+    events = []
+    for rank, row in enumerate(simulate(plan, Costs(1, 1, 1)).rows):
+        for span in row:
+            # A message comes before the computes that begin when it is sent: one of them may need it.
+            events.append((span.start, 1, rank, span.action))
+            events += [(span.end, 0, rank, message) for message in _messages(span.action, rank, rank_of_stage)]
+    for _, _, rank, action in sorted(events, key=lambda event: event[:3]):
+        ranks[rank].append(action)
+        if action.op.is_send:
+            assert action.peer is not None
+            ranks[action.peer].append(_other_end(action, rank))
+    return Plan(tuple(map(tuple, ranks)), plan.num_stages, plan.num_microbatches)
+
+
+def _messages(compute: Action, rank: int, rank_of_stage: dict[int, int]) -> Iterator[Action]:
+    """Yield the send of a compute's result, if another rank needs it."""
+    if compute.op is Op.W:
+        return
+    send, step = (Op.SEND_F, 1) if compute.op is Op.F else (Op.SEND_B, -1)
+    target = rank_of_stage.get(compute.stage + step, rank)
+    if target != rank:
+        yield Action(send, compute.stage, compute.microbatch, target)
+
+
+def _other_end(send: Action, rank: int) -> Action:
+    receive, step = (Op.RECV_F, 1) if send.op is Op.SEND_F else (Op.RECV_B, -1)
+    return Action(receive, send.stage + step, send.microbatch, rank)

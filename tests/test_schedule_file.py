@@ -1,0 +1,277 @@
+"""A schedule in a file: torch's pipelining writes and reads the same files, and what is wrong in one is named."""
+
+import copy
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.pipelining import schedules as torchs
+
+from parallel.config import Config, PipelineConfig, parse
+from parallel.config.schedule_file import MOST_BYTES, ScheduleFile, table_of
+from parallel.config.schedule_table import Cell
+from parallel.engine.facts import facts_of
+from parallel.errors import ConfigError
+from parallel.pipeline.plan import Action, Plan, PlanError
+from parallel.pipeline.plan_csv import csv_of, plan_of_table
+from parallel.pipeline.schedule import SCHEDULES, plan_of, with_transfers
+from parallel.pipeline.validate import validate
+
+MULTI = torchs.PipelineScheduleMulti
+
+
+class Stage:
+    """As much of a stage of torch's pipelining as the constructor of a schedule asks for."""
+
+    def __init__(self, index: int, num_stages: int, num_ranks: int) -> None:
+        self.stage_index, self.num_stages, self.group_size, self.group_rank = index, num_stages, num_ranks, 0
+        self.is_first, self.is_last, self.has_backward = index == 0, index == num_stages - 1, True
+        self.stage_index_to_group_rank: dict[int, int] = {}
+        self.device, self.submod = torch.device("cpu"), None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def schedule_of_torch(name: str, p: int, m: int, chunks: int = 2) -> Any:
+    """Return one of torch's schedules, as rank 0 of the pipe makes it."""
+    is_v = "V" in name
+    stages = [Stage(stage, p * chunks, p) for stage in ([0, 2 * p - 1] if is_v else range(0, p * chunks, p))]
+    return getattr(torchs, name)(stages, m, loss_fn=lambda output, target: output)
+
+
+def computes(plan: Plan) -> list[list[Action]]:
+    return [[action for action in actions if not action.op.is_transfer] for actions in plan.ranks]
+
+
+# -- torch's format ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (3, 6)])
+@pytest.mark.parametrize(
+    "name", ["ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleLoopedBFS"]
+)
+def test_every_action_of_torchs_schedules_is_read_at_its_place(name: str, p: int, m: int, tmp_path: Path) -> None:
+    schedule, file = schedule_of_torch(name, p, m), tmp_path / "plan.csv"
+    MULTI._dump_csv(schedule, file)
+    table = ScheduleFile.read(str(file)).table
+    assert table.num_microbatches == m
+    for rank, row in enumerate(table.rows):
+        expected = [
+            None if a is None else Cell(a.stage_index, a.computation_type.value, a.microbatch_index)
+            for a in schedule.pipeline_order[rank]
+        ]
+        assert list(row) == expected
+    assert table.stages == tuple(
+        tuple(s for s, holder in sorted(schedule.stage_index_to_group_rank.items()) if holder == r) for r in range(p)
+    )
+    validate(with_transfers(plan_of_table(table, m)))
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_is_written_is_read_back_and_read_by_torch(name: str, recomputes: bool, tmp_path: Path) -> None:
+    """torch lowers it to a plan with communication, and simulates that to its end."""
+    p, m = 4, 8
+    pipeline = PipelineConfig(size=p, schedule=name)
+    plan, file = plan_of(pipeline, m, recomputes=recomputes), tmp_path / "plan.csv"
+    file.write_text(csv_of(plan))
+    table = ScheduleFile.read(str(file)).table
+    assert computes(plan_of_table(table, m)) == computes(plan)
+    assert table.stages == tuple(tuple(sorted(pipeline.stages_of(rank))) for rank in range(p))
+    chunks = pipeline.num_chunks
+    reader = schedule_of_torch("ScheduleInterleaved1F1B", p, m, chunks)
+    MULTI._load_csv(reader, str(file))
+    for rank, row in enumerate(table.rows):
+        assert [str(action or "") for action in reader.pipeline_order[rank]] == [str(cell or "") for cell in row]
+    lowered = torchs._add_send_recv(
+        {rank: [a for a in row if a is not None] for rank, row in reader.pipeline_order.items()},
+        stage_to_rank=reader.stage_index_to_group_rank.__getitem__,
+        num_stages=p * chunks,
+    )
+    torchs._simulate_comms_compute(lowered, reader.stage_index_to_group_rank.__getitem__, p * chunks)
+
+
+def test_in_the_grid_of_a_file_a_rank_is_idle_until_what_it_waits_for_has_run() -> None:
+    plan = plan_of(PipelineConfig(size=3, schedule="gpipe"), 2, recomputes=True)
+    assert csv_of(plan).splitlines() == ["0F0,0F1,,,,,0B0,0B1", ",1F0,1F1,,,1B0,1B1", ",,2F0,2F1,2B0,2B1"]
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------------
+
+GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words", "marked"),
+    [
+        ("0F0,0F1,,0B0\n,1F0,1B0,1F1,1B1", "row 1 (rank 0), cell 2", "microbatch 1 of stage 0 has no B", ">0F1<"),
+        ("0F0,0B0,0F0", "row 1 (rank 0), cell 3", "0F0 runs twice, first in cell 1", ">0F0<  0B0  >0F0<"),
+        ("0F0,0I0", "row 1 (rank 0), cell 2", "0I0 needs 0W0, which is missing", ">0I0<"),
+        ("0F0,0W0", "row 1 (rank 0), cell 2", "0W0 needs 0I0, which is missing", ">0W0<"),
+        ("0F0,0I0,0W0,0B0", "row 1 (rank 0), cell 2", "0I0 is a part of 0B0, which runs too", ">0I0<"),
+        ("0F0,0W0,0I0", "row 1 (rank 0), cell 2", "0W0 waits for 0I0", ">0W0<"),
+        (
+            "0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0",
+            "row 1 (rank 0), cell 2",
+            "waits forever: 0B0 waits for 1B0; 1F1 waits for 0F1",
+            "rank 1  >1F1<",
+        ),
+        ("0F0,0B0\n0F1,0B1", "row 2 (rank 1), cell 1", "0F1 is of stage 0, which rank 0 has", ">0F1<"),
+        ("0F0,0B0\n2F0,2B0", "row 2 (rank 1), cell 1", "a stage 2 and no stage 1", ">2F0<"),
+        ("0F0,1F0,1B0,0B0\n2F0,2B0", "row 2 (rank 1), cell 1", "holds 1 of the stages, and rank 0 2", ">2F0<"),
+        (
+            "0F0,0B0\n2F0,2B0\n1F0,1B0\n3F0,3B0",
+            "row 3 (rank 2), cell 1",
+            "stage 1 is on rank 2, and stage 0 on rank 0. Consecutive stages are on one rank or on neighbours",
+            ">1F0<",
+        ),
+        ("0F0,0B0\n\n1F0,1B0", "row 2 (rank 1), cell 1", "the rank has no action", ">..<"),
+        ("0F1,0B1", "row 1 (rank 0), cell 1", "microbatch 0 is missing on stage 0", ">0F1<"),
+        ("0F0,x", "row 1 (rank 0), cell 2", "'x' is no action: write stage, op (F, B, I or W) and", ">x<"),
+        ("0F0,0F٣", "row 1 (rank 0), cell 2", "is no action", ">0F٣<"),  # a digit, but not one that torch writes
+        ("0F0,0SEND_F0", "row 1 (rank 0), cell 2", "'0SEND_F0' is not run from a file: transfers", ">0SEND_F0<"),
+        ("0UNSHARD,0F0,0B0", "row 1 (rank 0), cell 1", "not run from a file: zero.stage decides", ">0UNSHARD<"),
+        ("0F0,0B0,0REDUCE_GRAD", "row 1 (rank 0), cell 3", "'0REDUCE_GRAD' is not run", ">0REDUCE_GRAD<"),
+        ("0F0,(0F1;0B0)OVERLAP_F_B", "row 1 (rank 0), cell 2", "write each into a cell of its own", ">(0F1;0B0)O"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_with_its_place_marked(text: str, place: str, words: str, marked: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        table_of(text.encode(), "plan.csv")
+    first, *grid = str(refused.value).splitlines()
+    assert first.startswith(f"parallel.pipeline.schedule: plan.csv, {place}: ")
+    assert words in first
+    assert any(marked in line for line in grid)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b",,\n", b"\xff\xfe0F0", b"0F0,\0", b'"' + b"0" * 200_000])
+def test_what_is_no_table_is_refused(content: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^parallel\.pipeline\.schedule: plan\.csv"):
+        table_of(content, "plan.csv")
+
+
+def test_a_wide_grid_is_shown_around_the_place() -> None:
+    cells = [f"0{op}{k}" for k in range(500) for op in "FB"]
+    cells[600] = "0F299"
+    with pytest.raises(ConfigError) as refused:
+        table_of("\n".join([",".join(cells)]).encode(), "plan.csv")
+    assert max(map(len, str(refused.value).splitlines())) < 200
+    assert ">0F299<" in str(refused.value)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_schedule_is_read_if_and_only_if_the_proof_of_plans_accepts_it(seed: int) -> None:
+    """Two cells of a row change places, or one becomes another. The proof knows nothing of files."""
+    rng = random.Random(seed)
+    name = rng.choice(list(SCHEDULES))
+    plan = SCHEDULES[name](rng.choice([2, 3]), 4, PipelineConfig(schedule=name).num_chunks)
+    rows = [[Cell(a.stage, a.op.value, a.microbatch) for a in actions] for actions in plan.ranks]
+    row = rng.choice(rows)
+    i, j = rng.sample(range(len(row)), 2)
+    row[i], row[j] = (row[j], row[i]) if rng.random() < 0.7 else (row[i]._replace(microbatch=row[j].microbatch), row[j])
+    text = "\n".join(",".join(map(str, row)) for row in rows)
+    ops = {op.value: op for op in (a.op for actions in plan.ranks for a in actions)}
+    damaged = Plan(
+        tuple(tuple(Action(ops[c.op], c.stage, c.microbatch) for c in row) for row in rows),
+        plan.num_stages,
+        plan.num_microbatches,
+    )
+    try:
+        validate(with_transfers(damaged))
+    except PlanError:
+        with pytest.raises(ConfigError):
+            table_of(text.encode(), "plan.csv")
+    else:
+        assert computes(plan_of_table(table_of(text.encode(), "plan.csv"), 4)) == computes(damaged)
+
+
+# -- the config --------------------------------------------------------------------------------------------------------
+
+
+def config_of(file: Path | str, *, world_size: int | None = 2, size: int = 2, **train: int) -> Config:
+    raw = {
+        "parallel": {"pipeline": {"size": size, "schedule": str(file)}},
+        "train": {"global_batch_size": 4, "micro_batch_size": 2} | train,
+    }
+    return parse(raw, world_size=world_size)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    file = tmp_path / "plan.csv"
+    file.write_text(GOOD)
+    return file
+
+
+def test_stages_and_chunks_come_from_the_file(tmp_path: Path) -> None:
+    """Here the stages go down the ranks and up again, and not round about."""
+    file = tmp_path / "v.csv"
+    file.write_text("0F0,,,3F0,3B0,,,0B0\n,1F0,2F0,,,2B0,1B0\n")
+    pipeline = config_of(file, global_batch_size=2).parallel.pipeline
+    assert (pipeline.num_chunks, pipeline.num_stages) == (2, 4)
+    assert [pipeline.stages_of(rank) for rank in range(2)] == [(0, 3), (1, 2)]
+    assert [pipeline.rank_of(stage) for stage in range(4)] == [0, 1, 1, 0]
+
+
+def test_a_config_writes_the_path_and_keeps_the_content(good: Path) -> None:
+    config = config_of(good)
+    assert config.to_dict()["parallel"]["pipeline"]["schedule"] == str(good)
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.parallel.pipeline.table == config.parallel.pipeline.table
+    good.unlink()
+    table = config.parallel.pipeline.table
+    assert table is not None
+    assert [str(cell) for cell in table.rows[1] if cell] == ["1F0", "1B0", "1F1", "1B1"]
+
+
+def test_ranks_that_read_other_schedules_under_one_name_differ_in_their_facts(good: Path) -> None:
+    first = facts_of(config_of(good), 2)
+    good.write_text("0F0,0F1,,0B1,0B0\n,1F0,1F1,1B1,1B0\n")
+    second = facts_of(config_of(good), 2)
+    assert {key for key in first if first[key] != second[key]} == {"parallel.pipeline.schedule, digest"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(size=3, world_size=3), "parallel.pipeline.size: {} has 2 rows, one for each rank, got 3. Try 2."),
+        (
+            dict(global_batch_size=12),
+            "train.global_batch_size: 12 is 6 microbatches of 2 on each of 1 replicas, and parallel.pipeline.schedule"
+            " {} has 2. Try 4.",
+        ),
+        (
+            dict(world_size=4),
+            "train.global_batch_size: 4 is 1 microbatches of 2 on each of 2 replicas, and parallel.pipeline.schedule"
+            " {} has 2. Try 8.",
+        ),
+    ],
+)
+def test_another_number_of_ranks_or_microbatches_is_refused_with_what_works(
+    options: dict[str, int], message: str, good: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(good, **options)
+    assert message.format(good) in str(refused.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    with (tmp_path / "large.csv").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    for name, words in (
+        ("none.csv", "does not exist"),
+        ("folder.csv", "is a folder, and not a regular file"),
+        ("pipe.csv", "is a pipe, and not a regular file"),
+        ("large.csv", "more than the 16.00 MiB that it may have"),
+    ):
+        with pytest.raises(ConfigError, match=words) as refused:
+            config_of(tmp_path / name)
+        assert str(refused.value).startswith("parallel.pipeline.schedule: ")
