@@ -178,8 +178,8 @@ def kept_from_i_to_w(shape: ModelShape, mode: Mode, tensor: TensorConfig) -> int
 
 def from_i_to_w(shape: ModelShape, tensor: TensorConfig) -> int:
     """Return the bytes that the document says a block holds from I to W."""
-    mode = tensor.mode or "none"
-    (formula,) = (r.answer for r in rows("docs/notation.md", "From I to W") if mode in r.what.split(", "))
+    name = {None: "none", "2d": "2d, 2.5d", "2.5d": "2d, 2.5d"}.get(tensor.kind, tensor.kind)
+    (formula,) = (row.answer for row in rows("docs/notation.md", "From I to W") if row.what == name)
     return round(value(formula, letters(tensor, shape, B, S)) * FLOAT)
 
 
