@@ -2507,7 +2507,7 @@ SEQUENCE_PARALLEL = (
         "the weights of norms get the gradient of a rank's own positions",
         MODE,
         "layout = self.layout((hidden,), self.hidden) if affine else None",
-        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}, self.length) if affine else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2515,7 +2515,7 @@ SEQUENCE_PARALLEL = (
         "the biases of linears out of a block get the gradient of its own positions",
         MODE,
         "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
-        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}, () if any(splits[:-1]) else self.length) if bias else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2523,7 +2523,7 @@ SEQUENCE_PARALLEL = (
         "the position table gets the gradient of a rank's own positions",
         MODE,
         "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
-        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}, self.length), self._empty())",
         SPLIT_IN_1D,
     ),
     Mutant(

@@ -431,7 +431,6 @@ def pipeline(**keys: Any) -> dict[str, Any]:
         (dict(size=3, schedule="zero_bubble_v"), [(0, 5), (1, 4), (2, 3)]),
         (dict(size=1, schedule="interleaved", chunks=4), [(0, 1, 2, 3)]),
         (dict(size=1, schedule="zero_bubble_v", chunks=2), [(0, 1)]),
-        (dict(size=2, schedule="mine.csv", chunks=2), [(0, 2), (1, 3)]),
     ],
 )
 def test_a_rank_holds_these_stages(keys: dict[str, Any], stages: list[tuple[int, ...]]) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from models.attention import Attention
 from models.family import FAMILIES
 from models.gpt2.shape import GPT2Shape
+from models.kept import kept_bytes
 from models.layer import Block
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
+from parallel.config import parse
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
@@ -84,6 +86,7 @@ def accounts(layout: str) -> list[Account]:
 def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
     mode = mode_of(rank, tensor, torch.float32)
     blocks = {name: kept_by_a_block(shape, mode) for name, shape in {**VARIANTS, **FAMILY_SHAPES}.items()}
+    blocks["paper"] = kept_by_a_block(PAPER, mode_of(rank, tensor, torch.bfloat16))
     blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
     waiting = {name: kept_from_i_to_w(shape, mode, tensor) for name, shape in FAMILY_SHAPES.items()}
     return Account(blocks, waiting, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
@@ -109,6 +112,7 @@ VARIANTS = {
     "dropout": replace(SHAPE, dropout=0.5),
     "attention dropout": replace(SHAPE, attention_dropout=0.5),
 }
+PAPER = GPT2Shape(vocab_size=37, n_embd=16, n_layer=1, n_head=4, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 LLAMA_SIZES: dict[str, Any] = dict(
     vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40
 )
@@ -138,7 +142,7 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
     block = block_of(shape, mode)
     attention = block.attention
     assert isinstance(attention, Attention)
-    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
+    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), dtype=mode.dtype, requires_grad=True)
     tokens = torch.zeros(B, S, dtype=torch.int64)
     held = Allocations()
     with held, saved_for_backward() as saved:
@@ -253,6 +257,22 @@ def test_the_documents_have_the_formula_of_the_docstrings(layout: str) -> None:
     assert f" {formula_of(LAYOUTS[layout])} |" in NOTATION.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("layout", ["serial", "1d2-sp", "1d4-sp"])
+def test_a_block_of_gpt2_keeps_what_the_paper_of_sequence_parallelism_counts_but_attention(layout: str) -> None:
+    """The paper counts 34 bytes for each element of x, and the map of attention, which is not kept here.
+
+    These ranks compute on a CPU, whose LayerNorm has its two statistics in 16 bits and not in 32.
+    """
+    a = letters(LAYOUTS[layout], PAPER, B, S)
+    narrow = 2 * 2 * 2 * a["T"] // a["p"]  # two bytes fewer for each of two numbers of two norms
+    rows = dict(re.findall(r"^\| (the paper|ours) \| (.*) \|$", NOTATION.read_text(encoding="utf-8"), re.MULTILINE))
+    attention = a["T"] * (5 * a["A"] * S - 4 * a["A"] - 16) / a["p"]
+    assert value(rows["the paper"], a) - value(rows["ours"], a) == attention
+    for kept in (found.blocks["paper"] for found in accounts(layout)):
+        assert kept.bytes == value(rows["ours"], a) - narrow
+        assert not kept.hidden
+
+
 # -- a whole model -----------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +295,43 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
     (serial,), ranks = accounts("serial"), accounts(layout)
     for found in ranks:
         assert found.model == pytest.approx(serial.model / len(ranks), rel=0.05)
+
+
+# -- as it is foreseen -------------------------------------------------------------------------------------------------
+
+
+def foreseen(shape: ModelShape, tensor: TensorConfig, batch: int, sequence: int, **train: Any) -> list[int]:
+    """Return the bytes of each layer that `--check` counts for a microbatch of this size."""
+    raw = dict(
+        parallel=dict(tensor=asdict(tensor)),
+        train=dict(micro_batch_size=batch, global_batch_size=batch, **train),
+        data=dict(sequence_length=sequence),
+    )
+    return kept_bytes(shape, parse(raw))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: str, layout: str) -> None:
+    """Statistics keep their four bytes in bf16."""
+    tensor, shape, batch = LAYOUTS[layout], FAMILY_SHAPES[family], 8
+    a = letters(tensor, shape, batch, S)
+    wanted = value(formula_of(tensor), a)
+    statistics = wanted - value(formula_of(tensor), a | {"N": 0})
+    assert foreseen(shape, tensor, batch, S)[1] == wanted * FLOAT
+    assert foreseen(shape, tensor, batch, S, precision="bf16")[1] == 2 * wanted + 2 * statistics
+    between = a["T"] * a["H"] // (1 if tensor.mode == "1d" else tensor.size)
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="full")[1] == FLOAT * between
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bytes_foreseen_of_a_model_are_those_that_it_keeps(layout: str) -> None:
+    """The tolerance is 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
+    shape = replace(SHAPE, vocab_size=260, hidden_size=64, num_hidden_layers=4, ffn_dim=256, word_embed_proj_dim=64)
+    expected = sum(foreseen(shape, LAYOUTS[layout], 8, 32))
+    for found in accounts(layout):
+        assert found.model == pytest.approx(expected, rel=0.03)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

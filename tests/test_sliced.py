@@ -16,7 +16,7 @@ from parallel.tensor import sliced
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.sliced import in_slices
-from tests.accounts import UNSPLIT, mesh_of
+from tests.accounts import UNSPLIT, Allocations, mesh_of
 from tests.harness import run
 from tests.parity import SHAPE, Batch, Raw, Trace, batches_of, compare, config_of, relative, train
 from tests.test_weight_gradients import CASES, RANKS, Calls, Case, drawn, inputs, recorded
@@ -128,6 +128,78 @@ def elements(calls: Calls) -> Counter[str]:
     for kind, count in calls:
         found[kind] += count
     return found
+
+
+# -- rounding and memory
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a matmul costs on one rank, with slices and without."""
+
+    errors: tuple[dict[str, float], dict[str, float]]
+    """In bf16, beside fp64 without slices."""
+
+    forward: tuple[int, int]
+    """The most bytes that it holds beside its arguments."""
+
+    backward: tuple[int, int]
+
+
+def costs(rank: int, world_size: int) -> list[Costs]:
+    mesh = mesh_of(rank, TensorConfig("2d", 4, rows=2), UNSPLIT, connect=True)
+    with slices_of(least=1, number=4):
+        found = [costs_of(case, case.collectives(mesh), rank) for case in OF_MODES]
+    mesh.close()
+    return found
+
+
+def costs_of(case: Case, collectives: LinearCollectives, rank: int) -> Costs:
+    x, w, dy = (tensor.bfloat16() for tensor in inputs(case, rank, sizes=(2, 24, 48, 40)))
+    bias, both = drawn(len(w), seed=30).bfloat16(), (in_slices(collectives), collectives)
+    exact = results_of(x.double(), w.double(), bias.double(), dy.double(), collectives)
+    narrow = [results_of(x, w, bias, dy, around) for around in both]
+    errors = [{name: relative(found[name], exact[name]) for name in exact} for found in narrow]
+    # A thread of gloo may free its tensors late, in some of the repetitions.
+    peaks = [[min(found) for found in zip(*(peaks_of(x, w, dy, c) for _ in range(3)), strict=True)] for c in both]
+    return Costs((errors[0], errors[1]), (peaks[0][0], peaks[1][0]), (peaks[0][1], peaks[1][1]))
+
+
+def peaks_of(x: Tensor, w: Tensor, dy: Tensor, collectives: LinearCollectives) -> tuple[int, int]:
+    """Return the most bytes that a forward and a backward allocate."""
+    x, w = (tensor.detach().requires_grad_() for tensor in (x, w))
+    forward, backward = Allocations(), Allocations()
+    with forward:
+        y = matmul(x, w, collectives)
+    with backward:
+        y.backward(dy)
+    return forward.peak, backward.peak
+
+
+@cache
+def all_costs() -> list[list[Costs]]:
+    """Return the costs of each of `OF_MODES` on every rank. The ranks are started once."""
+    return run(costs, RANKS)
+
+
+def test_slices_round_no_more_than_a_matmul_without() -> None:
+    """No element is a sum over slices. So in bf16 the error is that of one product, but for the order of its sum."""
+    for ranks in all_costs():
+        for case, found in zip(OF_MODES, ranks, strict=True):
+            sliced, whole = found.errors
+            assert {name: error for name, error in sliced.items() if error > 1.1 * whole[name]} == {}, case
+
+
+def test_slices_take_no_more_memory_than_what_is_gathered_whole() -> None:
+    """But for a backward that gathers dy for two products: it has the whole of it, and at most two slices of four."""
+    for ranks in all_costs():
+        for case, found in zip(OF_MODES, ranks, strict=True):
+            more = 2 * 24 * 40 * 2 // 2 if case.scatter_y else 0
+            assert found.forward[0] <= found.forward[1], case
+            assert found.backward[0] <= found.backward[1] + more, case
+        grid = ranks[OF_MODES.index(Case(gather_x=(-1, "col"), gather_w="row"))]
+        assert grid.forward[0] < 0.75 * grid.forward[1]
+        assert grid.backward[0] < 0.75 * grid.backward[1]
 
 
 # -- whole models

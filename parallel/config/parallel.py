@@ -41,7 +41,7 @@ class PipelineConfig:
     """The order of forwards, backwards and weight gradients. "gpipe": all forwards, then all backwards. "1f1b": one
     forward, one backward in turn; the same idle time, and a stage keeps activations of at most `size` microbatches,
     which is why it is the default. "interleaved": 1f1b over several stages on each rank; less idle time, more messages.
-    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; a third of the idle time of 1f1b.
+    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; about a third of the idle time.
     "zero_bubble_v" (ZB-V): the same with two stages on each rank, the first of which goes down the ranks and the second
     up; nearly no idle time. Or the path of a .csv file with a schedule of one's own.
     """

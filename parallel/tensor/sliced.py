@@ -84,8 +84,8 @@ class Slices:
     def _gathered(self, x: Tensor, gather: Along, in_flight: Pending) -> Iterator[Tensor]:
         for i in range(1, len(self.ranges)):
             following = start_all_gather(self.part(x, i), *gather)
-            yield in_flight.wait()
-            in_flight = following
+            arrived, in_flight = in_flight.wait(), following
+            yield arrived
         yield in_flight.wait()
 
 
@@ -134,23 +134,25 @@ class Weight:
         self._arriving = self._slices.gathered(w, (1, axis)) if axis.size > 1 else None
 
     def multiply(self, x: Tensor, out: Tensor) -> None:
-        """Compute out[..., N] = x[..., K] · Wᵀ + bias."""
-        x, out = x.flatten(0, -2), out.view(-1, self.num_rows)
+        """Compute out[..., T, N] = x[..., T, K] · Wᵀ + bias."""
+        x, out = x.reshape(-1, *x.shape[-2:]), out.view(-1, *out.shape[-2:])
         if self._arriving is None:
             _multiply(x, self._whole, self._bias, out)
             return
         for (start, stop), w in zip(self._slices.ranges, self._arriving, strict=True):
-            _multiply(x, w, None if self._bias is None else self._bias[start:stop], out[:, start:stop])
+            _multiply(x, w, None if self._bias is None else self._bias[start:stop], out[..., start:stop])
             self._whole[start:stop] = w
         self._arriving = None
 
 
 def _multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Compute out[T, N] = x[T, K] · w[N, K]ᵀ + bias[N]."""
-    if bias is None:
-        torch.mm(x, w.T, out=out)
+    """Compute out[M, T, N] = x[M, T, K] · w[N, K]ᵀ + bias[N]: M products in one call, into slices of a result."""
+    if len(x) == 1:
+        x, w, out = x[0], w.T, out[0]
+        torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
     else:
-        torch.addmm(bias, x, w.T, out=out)
+        w = w.T.expand(len(x), -1, -1)
+        torch.bmm(x, w, out=out) if bias is None else torch.baddbmm(bias, x, w, out=out)
 
 
 def product_by_tokens(
@@ -170,11 +172,16 @@ def product_by_tokens(
     communicates = gather[1].size * scatter[1].size * reduce.size > 1
     slices = Slices.of(along, shape[along], split=(gather, scatter), communicates=communicates)
     y = Summed([*shape[:-1], weight.num_rows], slices, scatter, reduce, x)
+    is_in_place = is_flat or scatter[1].size * reduce.size == 1
     for i, part in enumerate(slices.gathered(x, gather)):
         if whole is not None:
             slices.put(part, whole, i)
-        product = slices.part(y.out, i) if is_flat else x.new_empty(*part.shape[:-1], weight.num_rows)
-        weight.multiply(part, product)
+        if is_in_place:
+            product = slices.view(y.out, i)
+            weight.multiply(part.view(*product.shape[:-1], -1), product)
+        else:
+            product = x.new_empty(*part.shape[:-1], weight.num_rows)
+            weight.multiply(part.flatten(0, -2), product.flatten(0, -2))
         y.add(i, product)
     return Pending(y.out.view(*tokens, -1) if is_flat else y.out, y)
 
