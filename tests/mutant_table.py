@@ -2552,6 +2552,52 @@ SEQUENCE_PARALLEL = (
     ),
 )
 
+OVERLAPPED_TEST = "tests/test_sliced.py::test_a_model_whose_linears_overlap_trains_as_in_one_process"
+SLICED = "parallel/tensor/sliced.py"
+
+OVERLAPPED = (
+    Mutant(
+        "sum-of-a-slice-left-out",
+        "a slice of y or dx, the second one, stays a partial sum",
+        SLICED,
+        "        y.add(i, product)",
+        "        if i != 1:\n            y.add(i, product)",
+        f"{OVERLAPPED_TEST}[1d2]",
+    ),
+    Mutant(
+        "columns-of-a-slice-left-out",
+        "the second slice of dx and dW in a grid is what the memory held before",
+        SLICED,
+        "            found.add(i, a @ b.flatten(0, -2))",
+        "            if i != 1:\n                found.add(i, a @ b.flatten(0, -2))",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+    Mutant(
+        "slices-in-the-wrong-order",
+        "the slices of x after the first one arrive from the last to the second",
+        SLICED,
+        "following = start_all_gather(self.part(x, i), *gather)",
+        "following = start_all_gather(self.part(x, len(self.ranges) - i), *gather)",
+        f"{OVERLAPPED_TEST}[1d2-sequence]",
+    ),
+    Mutant(
+        "last-slice-not-waited-for",
+        "the last slice of dx and dW in a grid is in flight for ever, and not in its place",
+        SLICED,
+        "return Pending(found.out, found)",
+        "return Pending(found.out)",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+    Mutant(
+        "rows-of-a-slice-not-kept",
+        "all tokens but those of the first slice are multiplied by the memory in place of W's last rows",
+        SLICED,
+        "            self._whole[start:stop] = w",
+        "            self._whole[start:stop] = w if stop < self.num_rows else 0",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+)
+
 W_TEST = "tests/test_weight_gradients.py"
 WHOLE_STEP = f"{W_TEST}::test_steps_whose_weight_gradients_all_come_last_equal_hugging_face[2d2x2]"
 DEFERRED_CALL = (
@@ -2651,4 +2697,5 @@ MUTANTS = (
     *ENDS,
     *SEQUENCE_PARALLEL,
     *WEIGHT_GRADIENTS,
+    *OVERLAPPED,
 )
