@@ -118,17 +118,21 @@ TIED_GPT2: Raw = dict(
     pad_token_id=None,
 )
 PROJECTED = OPT | dict(word_embed_proj_dim=12, do_layer_norm_before=False)
+ON_HOST: Raw = dict(zero=dict(stage=3, tensor_placement_policy="cpu"))
 CASES: dict[str, tuple[PipelineConfig, dict[str, Any]]] = {
     "alone dp2 zero2": (ALONE, dict(data=2, zero=dict(stage=2))),
-    "alone dp2 zero3 cpu": (ALONE, dict(data=2, zero=dict(stage=3, tensor_placement_policy="cpu"))),
+    "alone dp2 zero3 cpu": (ALONE, dict(data=2, **ON_HOST)),
     "v dp2 zero2": (V2, dict(data=2, zero=dict(stage=2))),
     "v dp2 zero1 projected": (V2, dict(data=2, model=PROJECTED, zero=dict(stage=1))),
     "loop dp2 zero3": (LOOP2, dict(data=2, zero=dict(stage=3))),
     "loop dp2 zero3 cpu gpt2": (
         LOOP2,
-        dict(data=2, model=TIED_GPT2, zero=dict(stage=3, tensor_placement_policy="cpu")),
+        dict(data=2, model=TIED_GPT2, **ON_HOST),
     ),
     "v dp2 zero3 auto": (V2, dict(data=2, zero=dict(stage=3, tensor_placement_policy="auto"))),
+    "v one microbatch zero3 cpu": (V2, dict(data=2, train=dict(micro_batch_size=10), **ON_HOST)),
+    "alone one microbatch zero3 cpu": (ALONE, dict(data=2, train=dict(micro_batch_size=10), **ON_HOST)),
+    "alone 2d4": (ALONE, dict(tensor=dict(mode="2d", size=4))),
     "v 1d2": (V2, dict(tensor=dict(mode="1d", size=2))),
     "line dp2 zero2 untied": (LINE, dict(data=2, model=UNTIED_LLAMA, zero=dict(stage=2))),
     "ring untied": (RING, dict(model=UNTIED_LLAMA)),
