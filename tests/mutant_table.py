@@ -2640,6 +2640,92 @@ WEIGHT_GRADIENTS = (
         f"{W_TEST}::test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered",
     ),
 )
+ANY_PLAN_TEST = "tests/test_runner.py::test_a_drawn_plan_trains_as_a_single_process"
+ONCE = "tests/test_runner.py::test_chunks_are_summed_once_for_each_round_and_layers_gathered_once_for_each_pass"
+
+ANY_PLAN = (
+    Mutant(
+        "weight-gradients-of-another-microbatch",
+        "W computes what the I of another microbatch has left",
+        RUNNER,
+        "run_deferred(key)",
+        "run_deferred((action.stage, 0))",
+        f"{ANY_PLAN_TEST}[line]",
+    ),
+    Mutant(
+        "loss-of-the-last-rank",
+        "the loss is taken from the last rank of the pipe, and not from the last stage",
+        RUNNER,
+        "return y.detach()",
+        "return y.detach() * (self.pipe.rank == self.pipe.size - 1)",
+        f"{ANY_PLAN_TEST}[v]",
+    ),
+    Mutant(
+        "gradient-handed-to-another-microbatch",
+        "a stage's gradient is that of the next one's oldest microbatch",
+        RUNNER,
+        "self.gradients.pop((action.stage + 1, action.microbatch), None)",
+        "self.gradients.pop(min((k for k in self.gradients if k[0] == action.stage + 1), default=None), None)",
+        f"{ANY_PLAN_TEST}[alone]",
+    ),
+    Mutant(
+        "used-output-kept",
+        "an output is kept after the next stage of the rank has used it",
+        RUNNER,
+        "x = self.outputs.pop((action.stage - 1, action.microbatch), None)",
+        "x = self.outputs.get((action.stage - 1, action.microbatch))",
+        "tests/test_memory_in_flight.py::test_after_each_action_what_is_kept_is_what_the_plan_says[0]",
+    ),
+    Mutant(
+        "one-group-for-both-directions",
+        "two ranks send to each other in one group: a receive delays a send",
+        "parallel/mesh/topology.py",
+        "if not {*other}.isdisjoint(link)}",
+        "if not {*other}.isdisjoint(link) and other != link[::-1]}",
+        "tests/test_topology.py::test_the_links_of_a_rank_are_in_as_many_groups",
+    ),
+    Mutant(
+        "shared-table-summed-early",
+        "a table of two stages is summed when half of its gradients have arrived",
+        CHUNK_SUM,
+        "backwards.get(info.parameter, 1)",
+        "1",
+        f"{ONCE}[1]",
+    ),
+    Mutant(
+        "layer-of-another-stage-gathered-ahead",
+        "the layer is gathered ahead that comes after the end of a stage",
+        "parallel/zero/gatherer.py",
+        "NOTHING if name in last else i + 1",
+        "i + 1",
+        f"{ONCE}[3]",
+    ),
+    Mutant(
+        "first-number-of-a-rank",
+        "the number that is not finite is looked for in the order of ranks",
+        "parallel/engine/engine.py",
+        "first.microbatch = detail.stage,",
+        "first.microbatch = self.pipe.rank,",
+        "tests/test_nonfinite.py::test_what_is_not_finite_is_named_on_every_rank_and_nothing_has_changed"
+        "[pp2-interleaved-0-fp32-weight-1]",
+    ),
+    Mutant(
+        "head-of-the-last-rank",
+        "generation takes the rank's own output, and not that of the last stage",
+        "parallel/engine/inference.py",
+        "all_reduce(x if self.is_last else torch.zeros_like(x), self",
+        "all_reduce(x if self.pipe.rank == self.pipe.size - 1 else torch.zeros_like(x), self",
+        "tests/test_generate.py::test_texts_are_the_same_in_every_larger_layout[pp2-zbv]",
+    ),
+    Mutant(
+        "two-parameters-of-a-tied-table",
+        "the table of one rank's first and last stage is counted twice in the norm",
+        "models/build.py",
+        'layers["head"].table = layers["embed"].table',
+        "pass",
+        f"{ANY_PLAN_TEST}[v]",
+    ),
+)
 
 MUTANTS = (
     *DROPPED_REDUCTIONS,
@@ -2698,4 +2784,5 @@ MUTANTS = (
     *SEQUENCE_PARALLEL,
     *WEIGHT_GRADIENTS,
     *OVERLAPPED,
+    *ANY_PLAN,
 )
