@@ -94,6 +94,7 @@ def mode_of(context: Context) -> Mode:
         master_dtype(context.dtype),
         sequence=sequence_of(context.mesh, parallel.context, compiles=compiles),
         compiles=compiles,
+        overlaps=parallel.tensor.overlap,
     )
 
 

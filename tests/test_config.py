@@ -46,7 +46,7 @@ def test_an_empty_config_is_the_documented_default() -> None:
         },
         "parallel": {
             "pipeline": {"size": 1, "schedule": "1f1b", "layers": None, "chunks": None},
-            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False},
+            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False, "overlap": False},
             "context": {"size": 1, "kind": "ring"},
         },
         "zero": {
@@ -202,6 +202,7 @@ def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> No
             {"mode": "1d", "size": 4, "rows": 2},
             "parallel.tensor.rows: 2 needs mode '2d' or '2.5d', got '1d'. Try rows=None.",
         ),
+        ({"overlap": True}, "parallel.tensor.overlap: True needs a tensor mode, got None. Try False, or mode='1d'."),
     ],
 )
 def test_a_size_that_a_mode_cannot_have_is_refused_with_the_nearest_ones(keys: dict[str, Any], problem: str) -> None:

@@ -110,6 +110,7 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
         {"output": {"keep_best": True}, "train": {"early_stopping": {}}}
     ),
     "a callback or a logger that is not there": lambda path, _: refusal_of_callbacks("mine:Steps"),
+    "`overlap` without a tensor mode": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
     "a schedule as another program calls it": lambda path, _: refusal_of_pipeline(schedule="ZBVZeroBubble"),
     "`virtual_pipeline_model_parallel_size`, and other keys of pipelines elsewhere": lambda path, _: (
         refusal_of_pipeline(virtual_pipeline_model_parallel_size=2)
@@ -120,7 +121,6 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     "`layers` with another sum, or an empty stage in the middle": lambda path, _: refusal_of_pipeline(
         schedule="zero_bubble_v", layers=(1, 1, 1, 2)
     ),
-    "a key that is promised, but not built yet": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
     "the name of a model on the hub": lambda path, _: refusal({"model": {"path": "facebook/opt-125m"}}),
     "another `model.name` over a run's config.json, which has all fields of its model": lambda path, _: (
         refusal_over_a_run(path / "config.json", "model.name=llama-tiny")
