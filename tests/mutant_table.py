@@ -2727,6 +2727,59 @@ ANY_PLAN = (
     ),
 )
 
+PARTITION, PIPELINE_CONFIG = "parallel/pipeline/partition.py", "parallel/config/parallel.py"
+PREVIEW, REPORT_TESTS = "training/preview.py", "tests/test_pipeline_report.py"
+STAGES_OF_A_RANK = (
+    Mutant(
+        "layers-of-the-first-stages",
+        "a rank is given the layers of the model's first stages, not of its own",
+        BUILD,
+        "[specs[i] for i in stages[stage]] for stage in own}",
+        "[specs[i] for i in layers] for stage, layers in zip(own, stages, strict=False)}",
+        f"{REPORT_TESTS}::test_layers_are_given_to_stages_in_the_order_of_the_model",
+    ),
+    Mutant(
+        "v-placed-as-a-loop",
+        "the second stages of a V go down the ranks as the first ones do",
+        PIPELINE_CONFIG,
+        "return rank, 2 * self.size - 1 - rank",
+        "return rank, self.size + rank",
+        f"{REPORT_TESTS}::test_layers_are_given_to_stages_in_the_order_of_the_model",
+    ),
+    Mutant(
+        "chunks-not-summed",
+        "of several chunks only the slowest one counts",
+        PARTITION,
+        "pace = later + largest_of(costs[start:stop], num_ranks)",
+        "pace = max(later, largest_of(costs[start:stop], num_ranks))",
+        f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
+    ),
+    Mutant(
+        "stages-by-cost-of-one-chunk",
+        "layers are divided as if each rank had one stage",
+        BUILD,
+        "partition(costs, num_stages, chunks)",
+        "partition(costs, num_stages, 1)",
+        f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
+    ),
+    Mutant(
+        "activations-freed-before-weight-gradients",
+        "activations in flight are counted until the gradient of the input, though W needs them",
+        PREVIEW,
+        "elif action.op in (Op.B, Op.W):",
+        "elif action.op in (Op.B, Op.I):",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+    Mutant(
+        "one-stages-activations-for-all",
+        "each forward is counted with the bytes of the rank's first stage",
+        PREVIEW,
+        "kept, count = kept + kept_bytes[action.stage], count + 1",
+        "kept, count = kept + kept_bytes[0], count + 1",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2785,4 +2838,5 @@ MUTANTS = (
     *WEIGHT_GRADIENTS,
     *OVERLAPPED,
     *ANY_PLAN,
+    *STAGES_OF_A_RANK,
 )
