@@ -172,6 +172,14 @@ def test_a_picture_of_64_ranks_and_512_microbatches_has_less_than_4_megabytes() 
     assert sum(map(len, boxes_of(svg).values())) >= 2 * 64 * 512
 
 
+def test_the_picture_in_the_documents_is_what_its_command_draws(tmp_path: Path) -> None:
+    page = (ROOT / "docs/timeline.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"colonnade (timeline --out docs/timeline\.svg (?:.*\\\n)*.*)", page)
+    arguments = command.replace("\\\n", " ").replace("docs/", f"{tmp_path}/").split()
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "timeline.svg").read_bytes() == (ROOT / "docs/timeline.svg").read_bytes()
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 

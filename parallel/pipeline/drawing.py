@@ -31,7 +31,7 @@ COLORS: Mapping[Op, tuple[str, str]] = {
 }
 """Colours that differ in hue for eyes that see no red or no green, and in lightness on grey paper."""
 
-LIGHTENED = 0.55  # of the way to white, for the last chunk of a rank
+LIGHTENED = 0.45  # of the way to white, for the last chunk of a rank
 DARK_INK, LIGHT_INK = "#1a1a1a", "#ffffff"
 
 STYLES = {
