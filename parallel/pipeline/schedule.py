@@ -20,7 +20,7 @@ from parallel.pipeline.evaluation import forward_only
 from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_stage import gpipe, one_f_one_b
 from parallel.pipeline.plan import Action, Op, Plan
-from parallel.pipeline.plan_csv import forwards_of_table, plan_of_table
+from parallel.pipeline.plan_csv import plan_of_table
 from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.zero_bubble import zero_bubble, zero_bubble_v
 
@@ -68,9 +68,7 @@ def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool
 
 def evaluation_plan_of(pipeline: PipelineConfig, num_microbatches: int) -> Plan:
     """Return the plan of an evaluation, with transfers: forwards alone, with the schedule's stages on each rank."""
-    if pipeline.table is not None:
-        return with_transfers(forwards_of_table(pipeline.table, num_microbatches))
-    return with_transfers(forward_only(pipeline.size, num_microbatches, pipeline.num_chunks, pipeline.schedule))
+    return with_transfers(forward_only([pipeline.stages_of(rank) for rank in range(pipeline.size)], num_microbatches))
 
 
 def joined(plan: Plan) -> Plan:
