@@ -32,7 +32,7 @@ MULTI = torchs.PipelineScheduleMulti
 
 
 class Stage:
-    """As much of a stage of torch's pipelining as the constructor of a schedule asks for."""
+    """A stage of torch's pipelining, as far as the constructor of a schedule asks for it."""
 
     def __init__(self, index: int, num_stages: int, num_ranks: int) -> None:
         self.stage_index, self.num_stages, self.group_size, self.group_rank = index, num_stages, num_ranks, 0

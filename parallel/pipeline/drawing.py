@@ -21,7 +21,7 @@ DIGIT, LABEL_MARGIN = 6.2, 3.0
 TICKS = 10  # at most, on the axis of time
 
 TOPS: Mapping[Op, float] = {Op.F: 0.0, Op.B: 0.15, Op.I: 0.15, Op.W: 0.3}
-"""Where the box of an op begins, as a share of its row: a forward stands out from what is below it without colours."""
+"""The beginning of each op's boxes as a share of their row: so forwards stand out without colours."""
 
 COLORS: Mapping[Op, tuple[str, str]] = {
     Op.F: ("#0b4f8a", "forward"),
