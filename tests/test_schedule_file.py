@@ -110,6 +110,16 @@ def test_in_the_grid_of_a_file_a_rank_is_idle_until_what_it_waits_for_has_run() 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
 
+
+def refusal_of(text: str) -> str:
+    """Return why this file is refused, and nothing where it is read."""
+    try:
+        table_of(text.encode(), "plan.csv")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
 
 
@@ -148,9 +158,7 @@ GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
     ],
 )
 def test_what_is_no_schedule_is_refused_with_its_place_marked(text: str, place: str, words: str, marked: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        table_of(text.encode(), "plan.csv")
-    first, *grid = str(refused.value).splitlines()
+    first, *grid = refusal_of(text).splitlines() or [""]
     assert first.startswith(f"parallel.pipeline.schedule: plan.csv, {place}: ")
     assert words in first
     assert any(marked in line for line in grid)
