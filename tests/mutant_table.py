@@ -2780,6 +2780,75 @@ STAGES_OF_A_RANK = (
     ),
 )
 
+SCHEDULE_FILE_TEST, TIMELINE_TEST = "tests/test_schedule_file.py", "tests/test_timeline.py"
+
+TIMELINES = (
+    Mutant(
+        "cell-of-another-microbatch",
+        "a cell of a schedule's file is read as the one of the microbatch beside it",
+        "parallel/config/schedule_file.py",
+        "Cell(int(found[1]), found[2], int(found[3]))",
+        "Cell(int(found[1]), found[2], int(found[3]) ^ 1)",
+        f"{SCHEDULE_FILE_TEST}::test_every_action_of_torchs_schedules_is_read_at_its_place",
+    ),
+    Mutant(
+        "placement-of-file-ignored",
+        "the stages of a schedule's file are taken to go around the ranks",
+        "parallel/config/parallel.py",
+        "return self.table.stages[rank]",
+        "return tuple(range(rank, self.num_stages, self.size))",
+        f"{SCHEDULE_FILE_TEST}::test_stages_and_chunks_come_from_the_file",
+    ),
+    Mutant(
+        "schedule-file-not-compared",
+        "ranks run schedules of other files that have one name",
+        "parallel/engine/facts.py",
+        "None if table is None else table.digest[:16]",
+        "None",
+        f"{SCHEDULE_FILE_TEST}::test_ranks_that_read_other_schedules_under_one_name_differ_in_their_facts",
+    ),
+    Mutant(
+        "cycle-in-file-accepted",
+        "a backward in a schedule's file does not wait for that of the next stage",
+        "parallel/config/schedule_table.py",
+        'return [Cell(stage, "F", k), *after]',
+        'return [Cell(stage, "F", k)]',
+        f"{SCHEDULE_FILE_TEST}::test_what_is_no_schedule_is_refused_with_its_place_marked",
+    ),
+    Mutant(
+        "input-gradient-drawn-as-weights",
+        "I is drawn as W",
+        "parallel/pipeline/drawing.py",
+        'return f"{span.action.op.value}{self.chunk_of[span.action.stage]}"',
+        "return f\"{span.action.op.value.replace('I', 'W')}{self.chunk_of[span.action.stage]}\"",
+        f"{TIMELINE_TEST}::test_every_action_is_a_box_where_it_runs_and_no_two_overlap",
+    ),
+    Mutant(
+        "bubble-of-the-step-for-that-of-ranks",
+        "the bubble of the whole step is given as that between a rank's first and last action",
+        "training/timelines.py",
+        "{timeline.bubble_of_ranks:.1%}",
+        "{timeline.bubble_fraction:.1%}",
+        f"{TIMELINE_TEST}::test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_the_whole_step",
+    ),
+    Mutant(
+        "clock-set-the-wrong-way",
+        "a rank whose clock is ahead adds the difference to its times",
+        "parallel/engine/action_times.py",
+        "self._host_start - self.offset.seconds",
+        "self._host_start + self.offset.seconds",
+        f"{TIMELINE_TEST}::test_a_clock_that_is_ahead_is_set_back",
+    ),
+    Mutant(
+        "in-flight-until-the-input-gradient",
+        "what W still needs is not counted among the microbatches in flight",
+        "parallel/pipeline/drawing.py",
+        "if s.action.op is not Op.F}",
+        "if s.action.op.makes_input_gradient}",
+        f"{TIMELINE_TEST}::test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2839,4 +2908,5 @@ MUTANTS = (
     *OVERLAPPED,
     *ANY_PLAN,
     *STAGES_OF_A_RANK,
+    *TIMELINES,
 )
