@@ -2507,7 +2507,7 @@ SEQUENCE_PARALLEL = (
         "the weights of norms get the gradient of a rank's own positions",
         MODE,
         "layout = self.layout((hidden,), self.hidden) if affine else None",
-        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}, self.length) if affine else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2515,7 +2515,7 @@ SEQUENCE_PARALLEL = (
         "the biases of linears out of a block get the gradient of its own positions",
         MODE,
         "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
-        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}, () if any(splits[:-1]) else self.length) if bias else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2523,7 +2523,7 @@ SEQUENCE_PARALLEL = (
         "the position table gets the gradient of a rank's own positions",
         MODE,
         "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
-        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}, self.length), self._empty())",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2549,6 +2549,49 @@ SEQUENCE_PARALLEL = (
         "*self.token_axes) if name not in done)), *heads]",
         "*self.token_axes) if name not in own)), *heads]",
         SPLIT_TRAINS.format("1d2-qwen3"),
+    ),
+)
+
+W_TEST = "tests/test_weight_gradients.py"
+WHOLE_STEP = f"{W_TEST}::test_steps_whose_weight_gradients_all_come_last_equal_hugging_face[2d2x2]"
+DEFERRED_CALL = (
+    "            receiver.deferred.call(_add_weight_gradient, dy.detach(), x.detach(), collectives, receiver)\n"
+)
+WEIGHT_GRADIENTS = (
+    Mutant(
+        "w-without-its-reduce-scatter",
+        "a weight gradient that is computed later lacks what the other ranks add to it",
+        MATMUL,
+        "        dw = multiply(*_factors(pending_dy.wait(), pending_x))\n"
+        "        return None if dw is None else self.scatter_dw(dw)\n",
+        "        dw = multiply(*_factors(pending_dy.wait(), pending_x))\n"
+        "        return None if dw is None else dw.chunk(self.gather_w.size, -1)[self.gather_w.rank]\n",
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "w-of-its-own-x",
+        "a weight gradient that is computed later has this rank's x in the place of the other ranks'",
+        MATMUL,
+        "pending_dy, pending_x = self.start_gather_dy(dy), self.start_gather_x(x)",
+        "pending_dy = self.start_gather_dy(dy)\n"
+        "        pending_x = Pending(torch.cat([x] * self.gather_x[1].size, self.gather_x[0]))",
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "weight-gradient-added-twice",
+        "a weight gradient is kept for later twice",
+        MATMUL,
+        DEFERRED_CALL,
+        2 * DEFERRED_CALL,
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "gathered-x-kept-for-w",
+        "the x of all ranks is kept until the weight gradient is computed",
+        MATMUL,
+        DEFERRED_CALL,
+        DEFERRED_CALL + "            receiver.deferred.call(torch.numel, collectives.start_gather_x(x).wait())\n",
+        f"{W_TEST}::test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered",
     ),
 )
 
@@ -2607,4 +2650,5 @@ MUTANTS = (
     *KILLS,
     *ENDS,
     *SEQUENCE_PARALLEL,
+    *WEIGHT_GRADIENTS,
 )

@@ -72,3 +72,70 @@ def check(pipeline: PipelineConfig, seed: int | None = 0, *, data: int = 1, mode
 @pytest.mark.parametrize("pipeline", [LOOP2, V2, ALONE, LINE], ids=["loop", "v", "alone", "line"])
 def test_a_drawn_plan_trains_as_a_single_process(pipeline: PipelineConfig) -> None:
     check(pipeline)
+
+
+UNTIED_LLAMA: Raw = dict(
+    name="llama-tiny",
+    vocab_size=37,
+    hidden_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    intermediate_size=20,
+    tie_word_embeddings=False,
+    max_position_embeddings=16,
+    initializer_range=0.3,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+TIED_GPT2: Raw = dict(
+    name="gpt2",
+    vocab_size=37,
+    n_embd=24,
+    n_head=4,
+    n_inner=20,
+    n_layer=4,
+    n_positions=16,
+    resid_pdrop=0.25,
+    embd_pdrop=0.25,
+    attn_pdrop=0.25,
+    initializer_range=0.3,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+PROJECTED = OPT | dict(word_embed_proj_dim=12, do_layer_norm_before=False)
+CASES: dict[str, tuple[PipelineConfig, dict[str, Any]]] = {
+    "alone dp2 zero2": (ALONE, dict(data=2, zero=dict(stage=2))),
+    "alone dp2 zero3 cpu": (ALONE, dict(data=2, zero=dict(stage=3, tensor_placement_policy="cpu"))),
+    "v dp2 zero2": (V2, dict(data=2, zero=dict(stage=2))),
+    "v dp2 zero1 projected": (V2, dict(data=2, model=PROJECTED, zero=dict(stage=1))),
+    "loop dp2 zero3": (LOOP2, dict(data=2, zero=dict(stage=3))),
+    "loop dp2 zero3 cpu gpt2": (
+        LOOP2,
+        dict(data=2, model=TIED_GPT2, zero=dict(stage=3, tensor_placement_policy="cpu")),
+    ),
+    "v dp2 zero3 auto": (V2, dict(data=2, zero=dict(stage=3, tensor_placement_policy="auto"))),
+    "v 1d2": (V2, dict(tensor=dict(mode="1d", size=2))),
+    "line dp2 zero2 untied": (LINE, dict(data=2, model=UNTIED_LLAMA, zero=dict(stage=2))),
+    "ring untied": (RING, dict(model=UNTIED_LLAMA)),
+    "ring": (RING, {}),
+    "v3": (V3, {}),
+    "v recompute": (V2, dict(train=dict(activation_checkpointing="full"))),
+    "loop offload": (LOOP2, dict(train=dict(activation_checkpointing="offload"))),
+    "alone offload zero2 dp2": (
+        ALONE,
+        dict(data=2, zero=dict(stage=2), train=dict(activation_checkpointing="offload")),
+    ),
+    "alone dp2 zero2 projected": (ALONE, dict(data=2, model=PROJECTED, zero=dict(stage=2))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_drawn_plans_in_other_layouts_train_as_a_single_process(case: str, seed: int) -> None:
+    pipeline, sections = CASES[case]
+    check(pipeline, seed, **sections)

@@ -245,7 +245,7 @@ def test_each_part_of_a_step_sends_what_the_tables_say(layout: str, model: str) 
 
 @pytest.mark.parametrize(("layout", "model"), CASES)
 def test_i_and_w_send_what_the_table_says(layout: str, model: str) -> None:
-    """What else a block's backward sends, the sums of its norms, is in I."""
+    """The other calls of a block's backward, the sums of its norms, are in I."""
     (row, tensor, _), (shape, norm) = LAYOUTS[layout], MODELS[model]
     names, times = letters(tensor, shape, B, S), shape.num_hidden_layers
     in_i, in_w = (value(formula, names) for formula in formulas(row, PARTS))
