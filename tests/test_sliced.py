@@ -283,6 +283,7 @@ def of_one_process() -> Trace:
     return trace
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_model_whose_linears_overlap_trains_as_in_one_process(layout: str) -> None:
     world_size, parallel = (LAYOUTS | MORE)[layout]
