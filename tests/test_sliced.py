@@ -229,7 +229,7 @@ def test_slices_round_no_more_than_a_matmul_without() -> None:
 
 
 def test_slices_take_no_more_memory_than_what_is_gathered_whole() -> None:
-    """A backward that gathers dy for two products is the exception: it holds the whole dy, and two slices of four more."""
+    """A backward that gathers dy for two products is the exception: it holds all of dy, and two slices of four more."""
     for ranks in all_costs():
         for case, found in zip(OF_MODES, ranks, strict=True):
             more = 2 * 24 * 40 * 2 // 2 if case.scatter_y else 0
