@@ -22,6 +22,7 @@ from parallel.pipeline.schedule import SCHEDULES
 from tests.families import COMMON, FAMILIES, GPT2, LLAMA, LLAMA3, MISTRAL, QWEN3, YARN
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
+from tests.test_sliced import train_in_slices
 
 BOUND = {"fp64": 1e-12, "fp32": 1e-5}
 KINDS: tuple[Literal["ring"], Literal["all_to_all"]] = ("ring", "all_to_all")
@@ -179,6 +180,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     data = draw(st.integers(1, most // context.size))
     section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
     splits = section.get("mode") == "1d" and draw(st.booleans())  # the sequence too
+    overlaps = "mode" in section and draw(st.booleans())
     split_heads = context.size if context.kind == "all_to_all" else 1
     by = Divisors(heads_by * split_heads, widths_by * split_heads)
     pipe = pipeline_of(draw, pipeline)
@@ -188,7 +190,11 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     micro, k = batch_by * draw(st.integers(1, 2)), draw(st.integers(1, 4))
     return Case(
         world_size=size * pipeline * context.size * data,
-        parallel=dict(pipeline=asdict(pipe), tensor=section | dict(sequence_parallel=splits), context=asdict(context)),
+        parallel=dict(
+            pipeline=asdict(pipe),
+            tensor=section | dict(sequence_parallel=splits, overlap=overlaps),
+            context=asdict(context),
+        ),
         model=model,
         train=dict(
             global_batch_size=micro * data * k,
@@ -249,7 +255,7 @@ def check(case: Case) -> None:
 
 def split(case: Case) -> Trace:
     raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero, tensor_placement_policy=case.placement))
-    trace = run(train, case.world_size, raw, batches(case))[0]
+    trace = run(train_in_slices, case.world_size, raw, batches(case))[0]
     assert trace is not None
     return trace
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from parallel.ops.deferred import DeferredCalls
 from parallel.tensor import sliced
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
-from parallel.tensor.sliced import in_slices
+from parallel.tensor.sliced import Along, in_slices
 from tests.accounts import UNSPLIT, Allocations, mesh_of
 from tests.harness import run
 from tests.parity import SHAPE, Batch, Raw, Trace, batches_of, compare, config_of, relative, train
@@ -130,15 +131,52 @@ def elements(calls: Calls) -> Counter[str]:
     return found
 
 
+# -- sizes drawn at random
+
+
+def drawn_errors(rank: int, world_size: int, num_draws: int) -> dict[str, float]:
+    """Return the errors that exceed the bound: of matmuls of random sizes and slices on two rows and three columns."""
+    mesh = mesh_of(rank, TensorConfig("2d", 6, rows=2), UNSPLIT, connect=True)
+    random, found = Random(0), dict[str, float]()
+    for draw in range(num_draws):
+        case = random.choice(CASES)
+        around = case.collectives(mesh)
+        splits_samples = any(dim == 0 and axis.size > 1 for dim, axis in (around.gather_x, around.scatter_y))
+        samples = random.choice([6, 12]) if splits_samples else random.randint(1, 4)
+        positions, k, n = 6 * random.randint(1, 7), 6 * random.randint(1, 7), random.randint(1, 20)
+        shapes = [split((samples, positions, k), around.gather_x), (n, k // around.gather_w.size), (n,)]
+        shapes.append(split((samples, positions, n), around.scatter_y))
+        x, w, bias, dy = (drawn(*shape, seed=4 * (6 * draw + rank) + i) for i, shape in enumerate(shapes))
+        whole = results_of(x, w, bias, dy, around)
+        with slices_of(random.randint(1, 9), random.randint(2, 7)):
+            parts = results_of(x, w, bias, dy, in_slices(around))
+        errors = {f"{case} of {shapes}: {name}": relative(parts[name], whole[name]) for name in whole}
+        found |= {name: error for name, error in errors.items() if not error <= BOUND}
+    mesh.close()
+    return found
+
+
+def split(shape: tuple[int, ...], along: Along) -> tuple[int, ...]:
+    """Return the shape of a rank's part."""
+    sizes, (dim, axis) = list(shape), along
+    sizes[dim] //= axis.size
+    return tuple(sizes)
+
+
+@pytest.mark.slow
+def test_matmuls_of_drawn_sizes_in_drawn_slices_equal_those_without() -> None:
+    assert run(drawn_errors, 6, 150) == [{}] * 6
+
+
 # -- rounding and memory
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a matmul costs on one rank, with slices and without."""
+    """The rounding errors and the memory of a matmul on one rank, with slices and without."""
 
     errors: tuple[dict[str, float], dict[str, float]]
-    """In bf16, beside fp64 without slices."""
+    """Relative errors in bf16, beside fp64 without slices."""
 
     forward: tuple[int, int]
     """The most bytes that it holds beside its arguments."""
@@ -191,7 +229,7 @@ def test_slices_round_no_more_than_a_matmul_without() -> None:
 
 
 def test_slices_take_no_more_memory_than_what_is_gathered_whole() -> None:
-    """But for a backward that gathers dy for two products: it has the whole of it, and at most two slices of four."""
+    """A backward that gathers dy for two products is the exception: it holds all of dy, and two slices of four more."""
     for ranks in all_costs():
         for case, found in zip(OF_MODES, ranks, strict=True):
             more = 2 * 24 * 40 * 2 // 2 if case.scatter_y else 0
@@ -245,6 +283,7 @@ def of_one_process() -> Trace:
     return trace
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_model_whose_linears_overlap_trains_as_in_one_process(layout: str) -> None:
     world_size, parallel = (LAYOUTS | MORE)[layout]
