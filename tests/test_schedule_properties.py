@@ -282,8 +282,10 @@ def test_nothing_sent_waits_behind_a_receive(name: str, chunks: int) -> None:
 
 @for_all_schedules
 def test_a_message_is_received_at_once_and_is_not_kept_waiting_by_the_receiver(name: str, chunks: int) -> None:
-    """At equal costs a receive is posted by the end of the compute that runs when the message is sent: a sender may
-    then wait for its sends before the last two, and waits for nobody."""
+    """A receive is posted by the end of the compute that runs when its message is sent, if computes are equally long.
+
+    A sender may then wait for its sends before the last two, and waits for nobody.
+    """
     for p, m in SOME:
         for plan in executed_plans(name, p, m, chunks):
             rows = simulate(plan, Costs(1, 1, 1)).rows
