@@ -14,16 +14,22 @@ from torch import Tensor
 from models.attention import Attention
 from models.family import FAMILIES
 from models.gpt2.shape import GPT2Shape
+from models.kept import kept_bytes
 from models.layer import Block
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
+from parallel.config import parse
 from parallel.config.parallel import TensorConfig
+from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
+from parallel.tensor.layers import Linear
+from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
 from tests.harness import run
 from tests.parity import config_of, engine_of
+from tests.tables import rows
 
 NOTATION = Path(__file__).parent.parent / "docs/notation.md"
 
@@ -66,6 +72,7 @@ class Account:
     """The measurements of one rank: each variant's block, a whole model, and the loss."""
 
     blocks: dict[str, Kept]
+    from_i_to_w: dict[str, int]  # bytes that a block holds
     model: int
     loss: Peaks
 
@@ -81,7 +88,8 @@ def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
     blocks = {name: kept_by_a_block(shape, mode) for name, shape in {**VARIANTS, **FAMILY_SHAPES}.items()}
     blocks["paper"] = kept_by_a_block(PAPER, mode_of(rank, tensor, torch.bfloat16))
     blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
-    return Account(blocks, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
+    waiting = {name: kept_from_i_to_w(shape, mode, tensor) for name, shape in FAMILY_SHAPES.items()}
+    return Account(blocks, waiting, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
 
 
 # -- a block -----------------------------------------------------------------------------------------------------------
@@ -147,6 +155,38 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
 
 
+def kept_from_i_to_w(shape: ModelShape, mode: Mode, tensor: TensorConfig) -> int:
+    """Return the bytes that a block holds after a backward that leaves the gradients of weights for later."""
+    block, deferred = block_of(shape, mode), DeferredCalls()
+    for module in block.modules():
+        if isinstance(module, Linear):
+            module.receiver = GradientReceiver(deferred, lambda a, b: None, lambda gradient: None)
+    tokens = torch.zeros(B, S, dtype=torch.int64)
+    held = Allocations()
+    with held:
+        x = torch.ones(mode.activation_shape(B, S, shape.hidden_size)).requires_grad_()
+        y = block(x, Microbatch(tokens, tokens, torch.arange(B)))
+        dy = torch.ones_like(y)
+        with deferred.deferring("a microbatch"):
+            y.backward(dy)
+        gradients = [p.grad for p in (x, *block.parameters()) if p.grad is not None]
+        del x, y, dy
+    known = sum({storage_of(x): x.untyped_storage().nbytes() for x in gradients}.values())
+    tables = (
+        2 * S * shape.head_size * FLOAT if shape.positions is None else 0
+    )  # cosines and sines, which all blocks use
+    found = held.wait_for(from_i_to_w(shape, tensor) + known + tables) - known - tables
+    deferred.run_deferred("a microbatch")
+    return found
+
+
+def from_i_to_w(shape: ModelShape, tensor: TensorConfig) -> int:
+    """Return the bytes that the document says a block holds from I to W."""
+    name = {None: "none", "2d": "2d, 2.5d", "2.5d": "2d, 2.5d"}.get(tensor.kind, tensor.kind)
+    (formula,) = (row.answer for row in rows("docs/notation.md", "From I to W") if row.what == name)
+    return round(value(formula, letters(tensor, shape, B, S)) * FLOAT)
+
+
 def formula_of(tensor: TensorConfig) -> str:
     """Return the formula in the docstring of the mode's class."""
     found = re.search(r"^ *kept by a block +(.*)$", MODES[tensor.kind].__doc__ or "", re.MULTILINE)
@@ -192,6 +232,14 @@ def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: s
         assert max(kept.sizes) == max(between, T * A * D // p, T * Z // p)
         assert T * G * D // p in kept.sizes  # k and v have their own number of heads
         assert not kept.hidden
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_a_block_keeps_from_i_to_w_what_the_documents_say(family: str, layout: str) -> None:
+    """The formula counts the rank's own part of each factor: nothing that was gathered, nothing that only I needs."""
+    for found in accounts(layout):
+        assert found.from_i_to_w[family] == from_i_to_w(FAMILY_SHAPES[family], LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,6 +295,44 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
     (serial,), ranks = accounts("serial"), accounts(layout)
     for found in ranks:
         assert found.model == pytest.approx(serial.model / len(ranks), rel=0.05)
+
+
+# -- as it is foreseen -------------------------------------------------------------------------------------------------
+
+
+def foreseen(shape: ModelShape, tensor: TensorConfig, batch: int, sequence: int, **train: Any) -> list[int]:
+    """Return the bytes of each layer that `--check` counts for a microbatch of this size."""
+    raw = dict(
+        parallel=dict(tensor=asdict(tensor)),
+        train=dict(micro_batch_size=batch, global_batch_size=batch, **train),
+        data=dict(sequence_length=sequence),
+    )
+    return kept_bytes(shape, parse(raw))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: str, layout: str) -> None:
+    """Statistics keep their four bytes in bf16."""
+    tensor, shape, batch = LAYOUTS[layout], FAMILY_SHAPES[family], 8
+    a = letters(tensor, shape, batch, S)
+    wanted = value(formula_of(tensor), a)
+    statistics = wanted - value(formula_of(tensor), a | {"N": 0})
+    assert foreseen(shape, tensor, batch, S)[1] == wanted * FLOAT
+    assert foreseen(shape, tensor, batch, S, precision="bf16")[1] == 2 * wanted + 2 * statistics
+    is_whole = tensor.mode == "1d" and not tensor.sequence_parallel
+    between = a["T"] * a["H"] // (1 if is_whole else tensor.size)
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="full")[1] == FLOAT * between
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bytes_foreseen_of_a_model_are_those_that_it_keeps(layout: str) -> None:
+    """The tolerance is 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
+    shape = replace(SHAPE, vocab_size=260, hidden_size=64, num_hidden_layers=4, ffn_dim=256, word_embed_proj_dim=64)
+    expected = sum(foreseen(shape, LAYOUTS[layout], 8, 32))
+    for found in accounts(layout):
+        assert found.model == pytest.approx(expected, rel=0.03)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

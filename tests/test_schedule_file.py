@@ -125,10 +125,16 @@ GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
         ("0F0,0B0\n0F1,0B1", "row 2 (rank 1), cell 1", "0F1 is of stage 0, which rank 0 has", ">0F1<"),
         ("0F0,0B0\n2F0,2B0", "row 2 (rank 1), cell 1", "a stage 2 and no stage 1", ">2F0<"),
         ("0F0,1F0,1B0,0B0\n2F0,2B0", "row 2 (rank 1), cell 1", "holds 1 of the stages, and rank 0 2", ">2F0<"),
+        (
+            "0F0,0B0\n2F0,2B0\n1F0,1B0\n3F0,3B0",
+            "row 3 (rank 2), cell 1",
+            "stage 1 is on rank 2, and stage 0 on rank 0. Consecutive stages are on one rank or on neighbours",
+            ">1F0<",
+        ),
         ("0F0,0B0\n\n1F0,1B0", "row 2 (rank 1), cell 1", "the rank has no action", ">..<"),
         ("0F1,0B1", "row 1 (rank 0), cell 1", "microbatch 0 is missing on stage 0", ">0F1<"),
         ("0F0,x", "row 1 (rank 0), cell 2", "'x' is no action: write stage, op (F, B, I or W) and", ">x<"),
-        ("0F0,0F٣", "row 1 (rank 0), cell 2", "is no action", ">0F٣<"),
+        ("0F0,0F٣", "row 1 (rank 0), cell 2", "is no action", ">0F٣<"),  # a digit, but not one that torch writes
         ("0F0,0SEND_F0", "row 1 (rank 0), cell 2", "'0SEND_F0' is not run from a file: transfers", ">0SEND_F0<"),
         ("0UNSHARD,0F0,0B0", "row 1 (rank 0), cell 1", "not run from a file: zero.stage decides", ">0UNSHARD<"),
         ("0F0,0B0,0REDUCE_GRAD", "row 1 (rank 0), cell 3", "'0REDUCE_GRAD' is not run", ">0REDUCE_GRAD<"),

@@ -64,18 +64,15 @@ def test_in_a_v_one_rank_has_both_ends() -> None:
     assert Topology({"pipe": 2, "data": 2}, (0, 1, 0, 1)).ends() == [(0, 2), (1, 3)]
 
 
-@given(st.integers(1, 9), st.integers(1, 4), st.booleans())
-def test_no_rank_receives_and_sends_in_one_group_of_a_direction(size: int, chunks: int, is_v: bool) -> None:
-    """Rank r takes part in the group of a link as its sender or as its receiver, and never as both."""
-    turns = [*range(size), *reversed(range(size))]
-    stages = (turns if is_v else [*range(size)] * 2) * chunks if chunks > 1 else [*range(size)]
-    links = Topology({"pipe": size}, tuple(stages)).links()
+@given(st.lists(st.integers(0, 7), min_size=8, max_size=24))
+def test_the_links_of_a_rank_are_in_as_many_groups(drawn: list[int]) -> None:
+    """NCCL runs the calls of a group in order: what a rank receives would delay what it sends."""
+    stages = [*range(8), *drawn]
+    links = Topology({"pipe": 8}, tuple(stages)).links()
     assert links.keys() == {(a, b) for x, y in itertools.pairwise(stages) for a, b in ((x, y), (y, x)) if a != b}
-    for group in links.values():
-        senders, receivers = zip(*(link for link, key in links.items() if key == group), strict=True)
-        assert not {*senders} & {*receivers}
-        assert len({*senders}) == len(senders)
-        assert len({*receivers}) == len(receivers)
+    for rank in range(8):
+        own = [group for link, group in links.items() if rank in link]
+        assert len({*own}) == len(own)
 
 
 def test_few_groups_are_made_for_links() -> None:
@@ -85,7 +82,10 @@ def test_few_groups_are_made_for_links() -> None:
     assert [count(*range(size)) for size in (1, 2, 3, 4, 5, 8)] == [0, 2, 4, 4, 4, 4]
     assert count(0, 1, 2, 2, 1, 0) == 4  # a V
     assert count(*range(4), *range(4)) == 4  # an even ring
-    assert count(*range(5), *range(5)) == 6  # an odd one
+    assert count(*range(8), *range(8), *range(8)) == 4
+    assert count(*range(3), *range(3)) == 6  # odd ones: of three links in a circle all share a rank
+    assert count(*range(5), *range(5)) <= 6
+    assert count(*range(7), *range(7)) <= 6
 
 
 @pytest.mark.parametrize(

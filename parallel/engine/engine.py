@@ -68,7 +68,7 @@ class Engine(EngineState):
         self.inputs = stage.inputs
         self.part, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(self.mesh.device)
-        self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager)
+        self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager, last=stage.last_units())
         stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=stage.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"

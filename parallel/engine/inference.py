@@ -40,7 +40,9 @@ class Inference:
         self.pipe = Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(context.device)
         self.gathers = any(chunk.is_gathered_on_demand for chunk in self.chunks)
-        self.gatherer = Gatherer(stage.units, self.chunks, watcher=_NoWatcher()) if self.gathers else None
+        self.gatherer = (
+            Gatherer(stage.units, self.chunks, watcher=_NoWatcher(), last=stage.last_units()) if self.gathers else None
+        )
 
     @property
     def mesh(self) -> Mesh:

@@ -211,11 +211,9 @@ class Mesh:
 
     def _make_links(self) -> Mapping[Link, Axis]:
         """Return the pipe axis of each link: one for all links of a group. Every rank calls this."""
-        keys, rank_groups = self.topology.links(), self.topology.groups(("pipe",))
-        axes = {
-            key: self._make_axis(f"pipe link {key[0]}.{key[1]}", rank_groups, {}) for key in sorted({*keys.values()})
-        }
-        return {link: axes[key] for link, key in keys.items()}
+        numbers, rank_groups = self.topology.links(), self.topology.groups(("pipe",))
+        axes = [self._make_axis(f"pipe link {i}", rank_groups, {}) for i in range(len({*numbers.values()}))]
+        return {link: axes[number] for link, number in numbers.items()}
 
     def _with_host(self, world: Axis) -> Axis:
         """Return the axis of the whole world, with `on_host` where it has other ranks. Every rank calls this."""

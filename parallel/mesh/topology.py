@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 Link: TypeAlias = tuple[int, int]
@@ -73,22 +72,19 @@ class Topology:
         first, last = self._stages[0], self._stages[-1]
         return [(group[first], group[last]) for group in self.groups(("pipe",)) if first != last]
 
-    def links(self) -> dict[Link, tuple[int, int]]:
+    def links(self) -> dict[Link, int]:
         """Return the links over which stages send activations to the next one, and gradients back.
 
-        Each has the key of its process group: the direction, and the colour of the sender. No rank has its incoming and
-        its outgoing link in one group. So two colours take turns along the pipe, and three around an odd ring.
+        Each has the number of its process group. The links of a rank, at most four where stages go down the ranks or
+        around them, are in as many groups.
         """
-        links = {link for pair in pairwise(self._stages) if pair[0] != pair[1] for link in (pair, pair[::-1])}
-        size = self.shape["pipe"]
-        is_ring = size > 2 and {(size - 1, 0), (0, size - 1)} <= links
-        found = {}
-        for source, to in sorted(links):
-            direction = 0 if (to - source) % size == 1 else 1
-            assert (to - source) % size in (1, size - 1), f"ranks {source} and {to} of the pipe are no neighbours"
-            is_odd_one = is_ring and size % 2 == 1 and source == size - 1
-            found[source, to] = direction, 2 if is_odd_one else source % 2
-        return found
+        stages = self._stages
+        pairs = {link for pair in itertools.pairwise(stages) if pair[0] != pair[1] for link in (pair, pair[::-1])}
+        groups: dict[Link, int] = {}
+        for link in sorted(pairs):
+            taken = {group for other, group in groups.items() if not {*other}.isdisjoint(link)}
+            groups[link] = next(group for group in itertools.count() if group not in taken)
+        return groups
 
     @property
     def _stages(self) -> tuple[int, ...]:

@@ -73,6 +73,11 @@ class ModelPart(nn.Module):
         found = {layer: next((unit_of[x] for x in layer.parameters() if x in unit_of), "") for layer in self.layers}
         return {layer: name for layer, name in found.items() if name}
 
+    def last_units(self) -> list[str]:
+        """Return the name of the last unit of each stage that has one."""
+        stages = [[name for name, layer in self.units.items() if layer in layers] for layers in self.stages.values()]
+        return [names[-1] for names in stages if names]
+
     def num_backwards(self) -> Mapping[nn.Parameter, int]:
         """Return in how many of this rank's stages each parameter is: a tied table may be in the first and the last."""
         return Counter(x for layers in self.stages.values() for x in nn.ModuleList(layers).parameters())

@@ -113,8 +113,9 @@ class Runner:
         self.mark("backward", action)
         torch.autograd.backward([self.ends.pop(key)], [gradient])
         if (x := self.inputs.pop(key, None)) is not None:
-            assert x.grad is not None
-            self.gradients[key] = x.grad
+            gradient, x.grad = x.grad, None  # x itself may be kept until W
+            assert gradient is not None
+            self.gradients[key] = gradient
 
     def _received(self, op: Op, action: Action) -> Tensor | None:
         """Wait for the tensor that the action needs, and return it; None if none is received for it."""

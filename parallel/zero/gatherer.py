@@ -2,7 +2,7 @@
 section 5.3). FSDP calls this unshard and reshard.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -33,6 +33,9 @@ class State(Enum):
 
 
 MOVES = {(State.RELEASED, State.GATHERING), (State.GATHERING, State.WHOLE), (State.WHOLE, State.RELEASED)}
+
+
+NOTHING = -1  # in place of the index of a layer
 
 
 class Unit:
@@ -114,8 +117,9 @@ class Gatherer:
     depend on these times: a layer that is needed once more is gathered once more.
 
     `layers` are those whose parameters are gathered on demand, by the name of their unit. Their order is taken for the
-    order of a forward until one has been seen. All other chunks are the root, which is whole from `begin` to `end`: a
-    tied embedding, for example, is used in two places. `agree` is called with the name of each layer that is about to
+    order of a forward until one has been seen; a layer that is named in `last` ends one, as the last of a pipeline
+    stage does: what comes next then is not known. All other chunks are the root, which is whole from `begin` to `end`:
+    a tied embedding, for example, is used in two places. `agree` is called with the name of each layer that is about to
     be used, and `watcher` observes the wait for it.
     """
 
@@ -126,14 +130,16 @@ class Gatherer:
         *,
         watcher: Watcher,
         agree: Callable[[str], None] = lambda name: None,
+        last: Collection[str] = (),
     ) -> None:
         of_layers = {name: [chunk for chunk in chunks if chunk.infos[0].unit == name] for name in layers}
         self.names, self.agree, self.watcher = list(layers), agree, watcher
         self.units = [Unit(of_layers[name], name) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
         self.saved = SavedTensors()
-        count = len(self.units)
-        self._next = {True: [i - 1 for i in range(count)], False: [i + 1 for i in range(count)]}  # key: in a backward
+        after = [NOTHING if name in last else i + 1 for i, name in enumerate(self.names)]
+        before = [NOTHING if self.names[i - 1] in last else i - 1 for i in range(len(after))]
+        self._next = {True: before, False: after}  # for each layer the one that is used next; the key: in a backward
         self._last = (-1, -1)  # the pass and the layer of the last use
         self._calls: list[Call] = []  # forwards of layers that are running, one within another
         for i, layer in enumerate(layers.values()):

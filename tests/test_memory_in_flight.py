@@ -1,0 +1,85 @@
+"""A rank keeps the activations of forwards whose backward is to come, and after an I the factors of its products."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallel.mesh.mesh import Mesh
+from parallel.mesh.topology import Topology
+from parallel.ops.deferred import DeferredCalls
+from parallel.pipeline.microbatch import Limits, Microbatch
+from parallel.pipeline.p2p import Pipe
+from parallel.pipeline.part import ModelPart, StageInterface
+from parallel.pipeline.plan import Action, Op
+from parallel.pipeline.runner import Runner
+from parallel.tensor.mode import Mode
+from parallel.tensor.receiver import GradientReceiver
+from tests.accounts import Allocations
+from tests.drawn_plans import drawn_plan
+
+TOKENS, HIDDEN, STAGES, MICROBATCHES = 6, 16, 3, 4
+SIZE = TOKENS * HIDDEN * 8  # bytes of an activation in fp64
+FEW = 128 * MICROBATCHES  # bytes of losses, and of tokens as numbers: less than those of one activation
+
+
+class Layer(nn.Module):
+    """x + sin(W · x), which keeps x and W · x. The first layer makes x, and the last one returns a sum of squares."""
+
+    def __init__(self, mode: Mode, stage: int, deferred: DeferredCalls) -> None:
+        super().__init__()
+        self.stage, self.linear = stage, mode.linear_in(HIDDEN, HIDDEN, bias=False)
+        self.linear.receiver = GradientReceiver(deferred, lambda a, b: None, lambda gradient: None)
+
+    def forward(self, x: Tensor | None, microbatch: Microbatch) -> Tensor:
+        if x is None:
+            x = microbatch.input_ids.double().requires_grad_().unsqueeze(-1).repeat(1, 1, HIDDEN)
+        y: Tensor = x + self.linear(x).sin()
+        return y if self.stage < STAGES - 1 else y.square().sum()
+
+
+def kept_at(actions: list[Action]) -> int:
+    """Return the bytes that are kept after these actions, from the definition of what each stage keeps."""
+    done = Counter((a.op, a.stage, a.microbatch) for a in actions)
+    kept = 0
+    for stage in range(STAGES):
+        for m in range(MICROBATCHES):
+            is_forward, is_backward, is_weight = ((op, stage, m) in done for op in (Op.F, Op.I, Op.W))
+            if is_forward and not is_backward:
+                kept += 2 + (stage == STAGES - 1)  # x, W · x, and in the last stage y
+            elif is_backward and not is_weight:
+                kept += 2  # the two factors of the product
+            kept += is_forward and stage < STAGES - 1 and (Op.F, stage + 1, m) not in done  # its output
+            kept += is_backward and stage > 0 and (Op.I, stage - 1, m) not in done  # the gradient of its input
+    return kept * SIZE
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_each_action_what_is_kept_is_what_the_plan_says(seed: int) -> None:
+    """Outputs and gradients between two stages of the rank are freed once they have been used. Beside all that, the
+    losses are numbers."""
+    mesh, deferred = Mesh(Topology(dict(pipe=1, data=1, context=1)), 0), DeferredCalls()
+    mode = Mode(mesh, torch.float64)
+    stages = {stage: [Layer(mode, stage, deferred)] for stage in range(STAGES)}
+    interface = StageInterface(lambda batch, sequence: (batch, sequence, HIDDEN), torch.float64, True, Limits(9, 9, 1))
+    ids = torch.ones(MICROBATCHES, TOKENS, dtype=torch.int64)
+    microbatches = Microbatch(ids, labels=ids, samples=ids[:, 0]).split(1)
+    plan = drawn_plan([0] * STAGES, MICROBATCHES, seed=seed)
+    done: list[Action] = []
+    with Allocations() as allocations:
+        begin = 0
+
+        def check(phase: str, action: object) -> None:
+            assert isinstance(action, Action)
+            kept = allocations.now - begin
+            assert kept_at(done) <= kept < kept_at(done) + FEW, f"before {action}, after {done}"
+            done.append(action)
+
+        part = ModelPart(stages, [], interface=interface, units={})
+        pipe = Pipe(mesh.axis("pipe"), mesh.links)
+        runner = Runner(part, pipe, microbatches, weight_gradients=deferred, mark=check)
+        begin = allocations.now
+        runner.run(plan)
+    assert len(done) == 3 * STAGES * MICROBATCHES
+    assert kept_at(done) == 0
