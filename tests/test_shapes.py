@@ -222,8 +222,8 @@ def test_a_schedules_file_with_more_stages_than_layers_is_refused_with_the_layer
     file = tmp_path / "own.csv"
     file.write_text(",".join([*(f"{stage}F0" for stage in range(7)), *(f"{6 - stage}B0" for stage in range(7))]))
     assert problems(**pipeline(schedule=str(file))) == (
-        "parallel.pipeline.chunks: size 1 × chunks 7 = 7 stages are more than embedding, 4 layers and head can fill. Try"
-        " model.num_hidden_layers=5.",
+        "parallel.pipeline.chunks: size 1 × chunks 7 = 7 stages are more than embedding, 4 layers and head can fill."
+        " Try model.num_hidden_layers=5.",
     )
 
 
