@@ -60,7 +60,8 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
     """Print the layout in the world that was asked for, else in this one, else in the smallest that holds a replica."""
     from training.config import read_config
     from training.console import make_console
-    from training.layout_report import print_layout, print_timeline
+    from training.layout_report import print_layout
+    from training.pipeline_report import print_pipeline
     from training.preflight import problems_here, read_inputs
     from training.preview import device_messages, preview_of, save_messages
     from training.tokenizing import cache_of
@@ -77,4 +78,4 @@ def _print_layout(arguments: argparse.Namespace, place: "Place") -> None:
     messages += save_messages(config, replace(place, world_size=world_size, local_world_size=on_host))
     preview, console = preview_of(config, world_size), make_console(quiet=place.rank != 0)
     print_layout(console, preview, messages)
-    print_timeline(console, preview)
+    print_pipeline(console, preview)

@@ -5,7 +5,7 @@ lets the blocks be compiled and recomputed, and puts all into a `ModelPart`. Eac
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 
 from torch import nn
@@ -94,6 +94,7 @@ def mode_of(context: Context) -> Mode:
         master_dtype(context.dtype),
         sequence=sequence_of(context.mesh, parallel.context, compiles=compiles),
         compiles=compiles,
+        overlaps=parallel.tensor.overlap,
     )
 
 
@@ -110,11 +111,16 @@ def specs_of_part(context: Context, mode: Mode) -> dict[int, list[LayerSpec]]:
     return {stage: [specs[i] for i in stages[stage]] for stage in own}
 
 
-def layers_of_stages(costs: Sequence[float], pipeline: PipelineConfig) -> list[range]:
+def layers_of_stages(costs: Sequence[float], pipeline: PipelineConfig) -> Sequence[range]:
     """Return the layers of each stage: as `pipeline.layers` says, else so that the stages' costs are even."""
     if pipeline.layers is not None:
         return from_layers(len(costs) - 2, pipeline.layers)
-    return partition(costs, pipeline.num_stages, pipeline.num_chunks)
+    return _stages_by_cost(tuple(costs), pipeline.num_stages, pipeline.num_chunks)
+
+
+@lru_cache(maxsize=1)  # `--check` builds the part of each rank
+def _stages_by_cost(costs: tuple[float, ...], num_stages: int, chunks: int) -> tuple[range, ...]:
+    return tuple(partition(costs, num_stages, chunks))
 
 
 def costs_of(config: Config) -> list[float]:

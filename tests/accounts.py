@@ -34,7 +34,7 @@ UNSPLIT = ContextConfig()
 def mode_of(rank: int, tensor: TensorConfig, dtype: torch.dtype, context: ContextConfig = UNSPLIT) -> Mode:
     """Return a tensor mode on a mesh of these two sections, with process groups if there are any."""
     mesh = mesh_of(rank, tensor, context, connect=dist.is_initialized())
-    return MODES[tensor.kind](mesh, dtype, sequence=sequence_of(mesh, context))
+    return MODES[tensor.kind](mesh, dtype, sequence=sequence_of(mesh, context), overlaps=tensor.overlap)
 
 
 def mesh_of(rank: int, tensor: TensorConfig, context: ContextConfig, *, connect: bool = False) -> Mesh:

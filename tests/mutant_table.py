@@ -57,8 +57,6 @@ SURGERY_TESTS = "tests/test_surgery.py"
 SAVED, GRAPH_TESTS = "parallel/zero/saved.py", "tests/test_graphs.py"
 WRITTEN, ACCESS = "tests/test_user_writes.py", "tests/test_parameter_access.py"
 PARTED = "tests/test_parting.py::test_a_rank_that_parts_is_named_as_the_table_says[{}]"
-ANY_PLAN_TEST = "tests/test_runner.py::test_a_drawn_plan_trains_as_a_single_process"
-ONCE = "tests/test_runner.py::test_chunks_are_summed_once_for_each_round_and_layers_gathered_once_for_each_pass"
 EXPORTS = "tests/test_export.py"
 
 
@@ -2509,7 +2507,7 @@ SEQUENCE_PARALLEL = (
         "the weights of norms get the gradient of a rank's own positions",
         MODE,
         "layout = self.layout((hidden,), self.hidden) if affine else None",
-        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}) if affine else None",
+        f"layout = Layout((hidden,), (self.hidden,), {OF_REPLICAS}, self.length) if affine else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2517,7 +2515,7 @@ SEQUENCE_PARALLEL = (
         "the biases of linears out of a block get the gradient of its own positions",
         MODE,
         "self.layout(sizes[:-1], *splits[:-1]) if bias else None",
-        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}) if bias else None",
+        f"Layout(sizes[:-1], splits[:-1], {OF_REPLICAS}, () if any(splits[:-1]) else self.length) if bias else None",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2525,7 +2523,7 @@ SEQUENCE_PARALLEL = (
         "the position table gets the gradient of a rank's own positions",
         MODE,
         "Embedding(self.layout((count, hidden), (), self.hidden), self._empty())",
-        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}), self._empty())",
+        f"Embedding(Layout((count, hidden), ((), self.hidden), {OF_REPLICAS}, self.length), self._empty())",
         SPLIT_IN_1D,
     ),
     Mutant(
@@ -2553,6 +2551,97 @@ SEQUENCE_PARALLEL = (
         SPLIT_TRAINS.format("1d2-qwen3"),
     ),
 )
+
+OVERLAPPED_TEST = "tests/test_sliced.py::test_a_model_whose_linears_overlap_trains_as_in_one_process"
+SLICED = "parallel/tensor/sliced.py"
+
+OVERLAPPED = (
+    Mutant(
+        "sum-of-a-slice-left-out",
+        "a slice of y or dx, the second one, stays a partial sum",
+        SLICED,
+        "        y.add(i, product)",
+        "        if i != 1:\n            y.add(i, product)",
+        f"{OVERLAPPED_TEST}[1d2]",
+    ),
+    Mutant(
+        "columns-of-a-slice-left-out",
+        "the second slice of dx and dW in a grid is what the memory held before",
+        SLICED,
+        "            found.add(i, a @ b.flatten(0, -2))",
+        "            if i != 1:\n                found.add(i, a @ b.flatten(0, -2))",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+    Mutant(
+        "slices-in-the-wrong-order",
+        "the slices of x after the first one arrive from the last to the second",
+        SLICED,
+        "following = start_all_gather(self.part(x, i), *gather)",
+        "following = start_all_gather(self.part(x, len(self.ranges) - i), *gather)",
+        f"{OVERLAPPED_TEST}[1d2-sequence]",
+    ),
+    Mutant(
+        "last-slice-not-waited-for",
+        "the last slice of dx and dW in a grid is in flight for ever, and not in its place",
+        SLICED,
+        "return Pending(found.out, found)",
+        "return Pending(found.out)",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+    Mutant(
+        "rows-of-a-slice-not-kept",
+        "all tokens but those of the first slice are multiplied by the memory in place of W's last rows",
+        SLICED,
+        "            self._whole[start:stop] = w",
+        "            self._whole[start:stop] = w if stop < self.num_rows else 0",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+)
+
+W_TEST = "tests/test_weight_gradients.py"
+WHOLE_STEP = f"{W_TEST}::test_steps_whose_weight_gradients_all_come_last_equal_hugging_face[2d2x2]"
+DEFERRED_CALL = (
+    "            receiver.deferred.call(_add_weight_gradient, dy.detach(), x.detach(), collectives, receiver)\n"
+)
+WEIGHT_GRADIENTS = (
+    Mutant(
+        "w-without-its-reduce-scatter",
+        "a weight gradient that is computed later lacks what the other ranks add to it",
+        MATMUL,
+        "        dw = multiply(*_factors(pending_dy.wait(), pending_x))\n"
+        "        return None if dw is None else self.scatter_dw(dw)\n",
+        "        dw = multiply(*_factors(pending_dy.wait(), pending_x))\n"
+        "        return None if dw is None else dw.chunk(self.gather_w.size, -1)[self.gather_w.rank]\n",
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "w-of-its-own-x",
+        "a weight gradient that is computed later has this rank's x in the place of the other ranks'",
+        MATMUL,
+        "pending_dy, pending_x = self.start_gather_dy(dy), self.start_gather_x(x)",
+        "pending_dy = self.start_gather_dy(dy)\n"
+        "        pending_x = Pending(torch.cat([x] * self.gather_x[1].size, self.gather_x[0]))",
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "weight-gradient-added-twice",
+        "a weight gradient is kept for later twice",
+        MATMUL,
+        DEFERRED_CALL,
+        2 * DEFERRED_CALL,
+        WHOLE_STEP,
+    ),
+    Mutant(
+        "gathered-x-kept-for-w",
+        "the x of all ranks is kept until the weight gradient is computed",
+        MATMUL,
+        DEFERRED_CALL,
+        DEFERRED_CALL + "            receiver.deferred.call(torch.numel, collectives.start_gather_x(x).wait())\n",
+        f"{W_TEST}::test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered",
+    ),
+)
+ANY_PLAN_TEST = "tests/test_runner.py::test_a_drawn_plan_trains_as_a_single_process"
+ONCE = "tests/test_runner.py::test_chunks_are_summed_once_for_each_round_and_layers_gathered_once_for_each_pass"
 
 ANY_PLAN = (
     Mutant(
@@ -2630,6 +2719,128 @@ ANY_PLAN = (
     ),
 )
 
+PARTITION, PIPELINE_CONFIG = "parallel/pipeline/partition.py", "parallel/config/parallel.py"
+PREVIEW, REPORT_TESTS = "training/preview.py", "tests/test_pipeline_report.py"
+STAGES_OF_A_RANK = (
+    Mutant(
+        "layers-of-the-first-stages",
+        "a rank is given the layers of the model's first stages, not of its own",
+        BUILD,
+        "[specs[i] for i in stages[stage]] for stage in own}",
+        "[specs[i] for i in layers] for stage, layers in zip(own, stages, strict=False)}",
+        f"{REPORT_TESTS}::test_layers_are_given_to_stages_in_the_order_of_the_model",
+    ),
+    Mutant(
+        "v-placed-as-a-loop",
+        "the second stages of a V go down the ranks as the first ones do",
+        PIPELINE_CONFIG,
+        "return rank, 2 * self.size - 1 - rank",
+        "return rank, self.size + rank",
+        f"{REPORT_TESTS}::test_layers_are_given_to_stages_in_the_order_of_the_model",
+    ),
+    Mutant(
+        "chunks-not-summed",
+        "of several chunks only the slowest one counts",
+        PARTITION,
+        "pace = later + largest_of(costs[start:stop], num_ranks)",
+        "pace = max(later, largest_of(costs[start:stop], num_ranks))",
+        f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
+    ),
+    Mutant(
+        "stages-by-cost-of-one-chunk",
+        "layers are divided as if each rank had one stage",
+        BUILD,
+        "partition(costs, num_stages, chunks)",
+        "partition(costs, num_stages, 1)",
+        f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
+    ),
+    Mutant(
+        "activations-freed-before-weight-gradients",
+        "activations in flight are counted until the gradient of the input, though W needs them",
+        PREVIEW,
+        "elif action.op in (Op.B, Op.W):",
+        "elif action.op in (Op.B, Op.I):",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+    Mutant(
+        "one-stages-activations-for-all",
+        "each forward is counted with the bytes of the rank's first stage",
+        PREVIEW,
+        "kept, count = kept + kept_bytes[action.stage], count + 1",
+        "kept, count = kept + kept_bytes[0], count + 1",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+)
+
+SCHEDULE_FILE_TEST, TIMELINE_TEST = "tests/test_schedule_file.py", "tests/test_timeline.py"
+
+TIMELINES = (
+    Mutant(
+        "cell-of-another-microbatch",
+        "a cell of a schedule's file is read as the one of the microbatch beside it",
+        "parallel/config/schedule_file.py",
+        "Cell(int(found[1]), found[2], int(found[3]))",
+        "Cell(int(found[1]), found[2], int(found[3]) ^ 1)",
+        f"{SCHEDULE_FILE_TEST}::test_every_action_of_torchs_schedules_is_read_at_its_place",
+    ),
+    Mutant(
+        "placement-of-file-ignored",
+        "the stages of a schedule's file are taken to go around the ranks",
+        "parallel/config/parallel.py",
+        "return self.table.stages[rank]",
+        "return tuple(range(rank, self.num_stages, self.size))",
+        f"{SCHEDULE_FILE_TEST}::test_stages_and_chunks_come_from_the_file",
+    ),
+    Mutant(
+        "schedule-file-not-compared",
+        "ranks run schedules of other files that have one name",
+        "parallel/engine/facts.py",
+        "None if table is None else table.digest[:16]",
+        "None",
+        f"{SCHEDULE_FILE_TEST}::test_ranks_that_read_other_schedules_under_one_name_differ_in_their_facts",
+    ),
+    Mutant(
+        "cycle-in-file-accepted",
+        "a backward in a schedule's file does not wait for that of the next stage",
+        "parallel/config/schedule_table.py",
+        'return [Cell(stage, "F", k), *after]',
+        'return [Cell(stage, "F", k)]',
+        f"{SCHEDULE_FILE_TEST}::test_what_is_no_schedule_is_refused_with_its_place_marked",
+    ),
+    Mutant(
+        "input-gradient-drawn-as-weights",
+        "I is drawn as W",
+        "parallel/pipeline/drawing.py",
+        'return f"{span.action.op.value}{self.chunk_of[span.action.stage]}"',
+        "return f\"{span.action.op.value.replace('I', 'W')}{self.chunk_of[span.action.stage]}\"",
+        f"{TIMELINE_TEST}::test_every_action_is_a_box_where_it_runs_and_no_two_overlap",
+    ),
+    Mutant(
+        "bubble-of-the-step-for-that-of-ranks",
+        "the bubble of the whole step is given as that between a rank's first and last action",
+        "training/timelines.py",
+        "{timeline.bubble_of_ranks:.1%}",
+        "{timeline.bubble_fraction:.1%}",
+        f"{TIMELINE_TEST}::test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_the_whole_step",
+    ),
+    Mutant(
+        "clock-set-the-wrong-way",
+        "a rank whose clock is ahead adds the difference to its times",
+        "parallel/engine/action_times.py",
+        "self._host_start - self.offset.seconds",
+        "self._host_start + self.offset.seconds",
+        f"{TIMELINE_TEST}::test_a_clock_that_is_ahead_is_set_back",
+    ),
+    Mutant(
+        "in-flight-until-the-input-gradient",
+        "what W still needs is not counted among the microbatches in flight",
+        "parallel/pipeline/drawing.py",
+        "if s.action.op is not Op.F}",
+        "if s.action.op.makes_input_gradient}",
+        f"{TIMELINE_TEST}::test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2685,5 +2896,9 @@ MUTANTS = (
     *KILLS,
     *ENDS,
     *SEQUENCE_PARALLEL,
+    *WEIGHT_GRADIENTS,
+    *OVERLAPPED,
     *ANY_PLAN,
+    *STAGES_OF_A_RANK,
+    *TIMELINES,
 )

@@ -11,7 +11,7 @@ from colonnade import cli
 from colonnade.completion import SHELLS
 
 ROOT = Path(__file__).parent.parent
-NOT_BUILT = ("timeline", "plan", "simulate", "report", "doctor")
+NOT_BUILT = ("plan", "simulate", "report", "doctor")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -99,6 +99,7 @@ def python(*arguments: str) -> str:
         (0, ["--version"]),
         (0, ["--help"]),
         (0, ["train", "--help"]),
+        (0, ["timeline", "--help"]),
         (0, ["--print-completion", "bash"]),
         (2, ["plan"]),
         (2, ["train", "--steps", "3"]),

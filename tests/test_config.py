@@ -46,7 +46,7 @@ def test_an_empty_config_is_the_documented_default() -> None:
         },
         "parallel": {
             "pipeline": {"size": 1, "schedule": "1f1b", "layers": None, "chunks": None},
-            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False},
+            "tensor": {"mode": None, "size": 1, "depth": 1, "rows": None, "sequence_parallel": False, "overlap": False},
             "context": {"size": 1, "kind": "ring"},
         },
         "zero": {
@@ -202,6 +202,7 @@ def test_a_mode_has_these_axes(keys: dict[str, Any], axes: dict[str, int]) -> No
             {"mode": "1d", "size": 4, "rows": 2},
             "parallel.tensor.rows: 2 needs mode '2d' or '2.5d', got '1d'. Try rows=None.",
         ),
+        ({"overlap": True}, "parallel.tensor.overlap: True needs a tensor mode, got None. Try False, or mode='1d'."),
     ],
 )
 def test_a_size_that_a_mode_cannot_have_is_refused_with_the_nearest_ones(keys: dict[str, Any], problem: str) -> None:
@@ -430,7 +431,6 @@ def pipeline(**keys: Any) -> dict[str, Any]:
         (dict(size=3, schedule="zero_bubble_v"), [(0, 5), (1, 4), (2, 3)]),
         (dict(size=1, schedule="interleaved", chunks=4), [(0, 1, 2, 3)]),
         (dict(size=1, schedule="zero_bubble_v", chunks=2), [(0, 1)]),
-        (dict(size=2, schedule="mine.csv", chunks=2), [(0, 2), (1, 3)]),
     ],
 )
 def test_a_rank_holds_these_stages(keys: dict[str, Any], stages: list[tuple[int, ...]]) -> None:

@@ -40,6 +40,11 @@ def refusal(raw: Any) -> str:
     return str(caught.value)
 
 
+def refusal_of_pipeline(**keys: Any) -> str:
+    """Return the message with which these keys of a pipeline of two ranks are refused."""
+    return refusal({"parallel": {"pipeline": {"size": 2, **keys}}})
+
+
 def refusal_of_callbacks(*callbacks: str) -> str:
     """Return the message with which these callbacks are refused before a run."""
     with pytest.raises(ConfigError) as caught:
@@ -105,7 +110,17 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
         {"output": {"keep_best": True}, "train": {"early_stopping": {}}}
     ),
     "a callback or a logger that is not there": lambda path, _: refusal_of_callbacks("mine:Steps"),
-    "a key that is promised, but not built yet": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
+    "`overlap` without a tensor mode": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
+    "a schedule as another program calls it": lambda path, _: refusal_of_pipeline(schedule="ZBVZeroBubble"),
+    "`virtual_pipeline_model_parallel_size`, and other keys of pipelines elsewhere": lambda path, _: (
+        refusal_of_pipeline(virtual_pipeline_model_parallel_size=2)
+    ),
+    "`chunks` that a schedule does not have": lambda path, _: refusal_of_pipeline(schedule="zero_bubble_v", chunks=3),
+    "more stages than layers": lambda path, _: refusal_of_pipeline(schedule="interleaved", chunks=4),
+    "`layers` of another number of stages": lambda path, _: refusal_of_pipeline(schedule="interleaved", layers=(2, 2)),
+    "`layers` with another sum, or an empty stage in the middle": lambda path, _: refusal_of_pipeline(
+        schedule="zero_bubble_v", layers=(1, 1, 1, 2)
+    ),
     "the name of a model on the hub": lambda path, _: refusal({"model": {"path": "facebook/opt-125m"}}),
     "another `model.name` over a run's config.json, which has all fields of its model": lambda path, _: (
         refusal_over_a_run(path / "config.json", "model.name=llama-tiny")

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.costs import flops_per_token, layer_costs, parameter_count
+from models.costs import compute_costs, flops_per_token, layer_costs, parameter_count
 from models.family import named_sizes
 from models.gpt2.shape import GPT2Shape
 from models.llama.shape import LlamaShape, MistralShape, Qwen2Shape, Qwen3Shape
@@ -83,6 +83,27 @@ def test_blocks_with_a_window_count_the_keys_of_a_sequence_as_long_as_the_window
     share = sum(window is not None for window in shape.windows()) / shape.num_hidden_layers  # type: ignore[attr-defined]
     assert share == (1 if name == "mistral" else 1 / 4)
     assert flops_per_token(shape, LENGTH) == whole - share * (whole - short)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_backward_costs_two_forwards_of_which_weight_gradients_are_one_matmul_a_matrix(name: str) -> None:
+    shape = MODELS[name]
+    forwards = layer_costs(shape, LENGTH, "cpu")
+    _, *blocks, head = compute_costs(shape, LENGTH, "cpu")
+    for forward, block in zip(forwards[1:-1], blocks, strict=False):
+        assert block.forward == forward
+        assert block.weight_gradient == 2 * letters(TensorConfig(), shape, 2, LENGTH)["W"]
+        assert block.input_gradient + block.weight_gradient == 2 * forward
+    assert head.forward + head.input_gradient + head.weight_gradient == pytest.approx(3 * forwards[-1])
+    assert head.weight_gradient <= 0.1 * head.forward, "its table's gradient is computed in its forward"
+
+
+def test_a_block_that_is_recomputed_runs_its_forward_before_the_gradient_of_its_input() -> None:
+    shape = MODELS["llama"]
+    kept, again = (compute_costs(shape, LENGTH, "cpu", recomputes=recomputes) for recomputes in (False, True))
+    assert (kept[0], kept[-1]) == (again[0], again[-1])
+    for before, after in zip(kept[1:-1], again[1:-1], strict=True):
+        assert after == replace(before, input_gradient=before.input_gradient + before.forward)
 
 
 @pytest.mark.parametrize("name", MODELS)

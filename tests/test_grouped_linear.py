@@ -41,7 +41,7 @@ class Account:
     """The calls for q, k and v, forward and backward: the kind and the number of elements of each."""
 
     received: int
-    """How often a receiver of the weight's gradient is called in a backward."""
+    """The number of times that a receiver of the weight's gradient is called in a backward."""
 
 
 @cache

@@ -14,16 +14,22 @@ from torch import Tensor
 from models.attention import Attention
 from models.family import FAMILIES
 from models.gpt2.shape import GPT2Shape
+from models.kept import kept_bytes
 from models.layer import Block
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
+from parallel.config import parse
 from parallel.config.parallel import TensorConfig
+from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
+from parallel.tensor.layers import Linear
+from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
 from tests.harness import run
 from tests.parity import config_of, engine_of
+from tests.tables import rows
 
 NOTATION = Path(__file__).parent.parent / "docs/notation.md"
 
@@ -66,6 +72,7 @@ class Account:
     """The measurements of one rank: each variant's block, a whole model, and the loss."""
 
     blocks: dict[str, Kept]
+    from_i_to_w: dict[str, int]  # bytes that a block holds
     model: int
     loss: Peaks
 
@@ -79,8 +86,10 @@ def accounts(layout: str) -> list[Account]:
 def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
     mode = mode_of(rank, tensor, torch.float32)
     blocks = {name: kept_by_a_block(shape, mode) for name, shape in {**VARIANTS, **FAMILY_SHAPES}.items()}
+    blocks["paper"] = kept_by_a_block(PAPER, mode_of(rank, tensor, torch.bfloat16))
     blocks["padding"] = kept_by_a_block(SHAPE, mode, torch.ones(B, S, dtype=torch.int64))
-    return Account(blocks, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
+    waiting = {name: kept_from_i_to_w(shape, mode, tensor) for name, shape in FAMILY_SHAPES.items()}
+    return Account(blocks, waiting, kept_by_a_model(rank, world_size, tensor), peaks_of_the_loss(mode, tensor))
 
 
 # -- a block -----------------------------------------------------------------------------------------------------------
@@ -103,6 +112,7 @@ VARIANTS = {
     "dropout": replace(SHAPE, dropout=0.5),
     "attention dropout": replace(SHAPE, attention_dropout=0.5),
 }
+PAPER = GPT2Shape(vocab_size=37, n_embd=16, n_layer=1, n_head=4, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 LLAMA_SIZES: dict[str, Any] = dict(
     vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=8, intermediate_size=40
 )
@@ -132,7 +142,7 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
     block = block_of(shape, mode)
     attention = block.attention
     assert isinstance(attention, Attention)
-    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), requires_grad=True)
+    x = torch.ones(mode.activation_shape(B, S, shape.hidden_size), dtype=mode.dtype, requires_grad=True)
     tokens = torch.zeros(B, S, dtype=torch.int64)
     held = Allocations()
     with held, saved_for_backward() as saved:
@@ -143,6 +153,38 @@ def kept_by_a_block(shape: ModelShape, mode: Mode, attention_mask: Tensor | None
     # Dropout in attention has a table of its heads' numbers, which is no activation.
     known += 8 * len(mode.local(tokens, mode.inner_batch)) * attention.heads * (attention.options.dropout > 0)
     return Kept(total, {t.numel() for t in saved if storage_of(t) not in own}, held.wait_for(known) - known)
+
+
+def kept_from_i_to_w(shape: ModelShape, mode: Mode, tensor: TensorConfig) -> int:
+    """Return the bytes that a block holds after a backward that leaves the gradients of weights for later."""
+    block, deferred = block_of(shape, mode), DeferredCalls()
+    for module in block.modules():
+        if isinstance(module, Linear):
+            module.receiver = GradientReceiver(deferred, lambda a, b: None, lambda gradient: None)
+    tokens = torch.zeros(B, S, dtype=torch.int64)
+    held = Allocations()
+    with held:
+        x = torch.ones(mode.activation_shape(B, S, shape.hidden_size)).requires_grad_()
+        y = block(x, Microbatch(tokens, tokens, torch.arange(B)))
+        dy = torch.ones_like(y)
+        with deferred.deferring("a microbatch"):
+            y.backward(dy)
+        gradients = [p.grad for p in (x, *block.parameters()) if p.grad is not None]
+        del x, y, dy
+    known = sum({storage_of(x): x.untyped_storage().nbytes() for x in gradients}.values())
+    tables = (
+        2 * S * shape.head_size * FLOAT if shape.positions is None else 0
+    )  # cosines and sines, which all blocks use
+    found = held.wait_for(from_i_to_w(shape, tensor) + known + tables) - known - tables
+    deferred.run_deferred("a microbatch")
+    return found
+
+
+def from_i_to_w(shape: ModelShape, tensor: TensorConfig) -> int:
+    """Return the bytes that the document says a block holds from I to W."""
+    name = {None: "none", "2d": "2d, 2.5d", "2.5d": "2d, 2.5d"}.get(tensor.kind, tensor.kind)
+    (formula,) = (row.answer for row in rows("docs/notation.md", "From I to W") if row.what == name)
+    return round(value(formula, letters(tensor, shape, B, S)) * FLOAT)
 
 
 def formula_of(tensor: TensorConfig) -> str:
@@ -192,6 +234,14 @@ def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: s
         assert not kept.hidden
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_a_block_keeps_from_i_to_w_what_the_documents_say(family: str, layout: str) -> None:
+    """The formula counts the rank's own part of each factor: nothing that was gathered, nothing that only I needs."""
+    for found in accounts(layout):
+        assert found.from_i_to_w[family] == from_i_to_w(FAMILY_SHAPES[family], LAYOUTS[layout])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_documents_have_what_a_familys_shape_says(family: str) -> None:
     """The table of docs/notation.md gives O, I and N of a family in the letters of its widths."""
@@ -205,6 +255,22 @@ def test_the_documents_have_what_a_familys_shape_says(family: str) -> None:
 @pytest.mark.parametrize("layout", ["serial", "1d2", "1d2-sp", "2d2x2", "3d2x2x2"])
 def test_the_documents_have_the_formula_of_the_docstrings(layout: str) -> None:
     assert f" {formula_of(LAYOUTS[layout])} |" in NOTATION.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", ["serial", "1d2-sp", "1d4-sp"])
+def test_a_block_of_gpt2_keeps_what_the_paper_of_sequence_parallelism_counts_but_attention(layout: str) -> None:
+    """The paper counts 34 bytes for each element of x, and the map of attention, which is not kept here.
+
+    These ranks compute on a CPU, whose LayerNorm has its two statistics in 16 bits and not in 32.
+    """
+    a = letters(LAYOUTS[layout], PAPER, B, S)
+    narrow = 2 * 2 * 2 * a["T"] // a["p"]  # two bytes fewer for each of two numbers of two norms
+    rows = dict(re.findall(r"^\| (the paper|ours) \| (.*) \|$", NOTATION.read_text(encoding="utf-8"), re.MULTILINE))
+    attention = a["T"] * (5 * a["A"] * S - 4 * a["A"] - 16) / a["p"]
+    assert value(rows["the paper"], a) - value(rows["ours"], a) == attention
+    for kept in (found.blocks["paper"] for found in accounts(layout)):
+        assert kept.bytes == value(rows["ours"], a) - narrow
+        assert not kept.hidden
 
 
 # -- a whole model -----------------------------------------------------------------------------------------------------
@@ -229,6 +295,44 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
     (serial,), ranks = accounts("serial"), accounts(layout)
     for found in ranks:
         assert found.model == pytest.approx(serial.model / len(ranks), rel=0.05)
+
+
+# -- as it is foreseen -------------------------------------------------------------------------------------------------
+
+
+def foreseen(shape: ModelShape, tensor: TensorConfig, batch: int, sequence: int, **train: Any) -> list[int]:
+    """Return the bytes of each layer that `--check` counts for a microbatch of this size."""
+    raw = dict(
+        parallel=dict(tensor=asdict(tensor)),
+        train=dict(micro_batch_size=batch, global_batch_size=batch, **train),
+        data=dict(sequence_length=sequence),
+    )
+    return kept_bytes(shape, parse(raw))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: str, layout: str) -> None:
+    """Statistics keep their four bytes in bf16."""
+    tensor, shape, batch = LAYOUTS[layout], FAMILY_SHAPES[family], 8
+    a = letters(tensor, shape, batch, S)
+    wanted = value(formula_of(tensor), a)
+    statistics = wanted - value(formula_of(tensor), a | {"N": 0})
+    assert foreseen(shape, tensor, batch, S)[1] == wanted * FLOAT
+    assert foreseen(shape, tensor, batch, S, precision="bf16")[1] == 2 * wanted + 2 * statistics
+    is_whole = tensor.mode == "1d" and not tensor.sequence_parallel
+    between = a["T"] * a["H"] // (1 if is_whole else tensor.size)
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="full")[1] == FLOAT * between
+    assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bytes_foreseen_of_a_model_are_those_that_it_keeps(layout: str) -> None:
+    """The tolerance is 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
+    shape = replace(SHAPE, vocab_size=260, hidden_size=64, num_hidden_layers=4, ffn_dim=256, word_embed_proj_dim=64)
+    expected = sum(foreseen(shape, LAYOUTS[layout], 8, 32))
+    for found in accounts(layout):
+        assert found.model == pytest.approx(expected, rel=0.03)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_partition_matches_brute_force_with_its_tie_breaks(costs: list[float], d
 
 
 def test_a_chunk_has_the_pace_of_its_largest_stage() -> None:
-    """With two chunks the pace of stages 1, 2, 2, 3 on two ranks is 2 + 3, and that of 1, 1, 3, 3 is 1 + 3."""
+    """Stages of 1, 2 and 2, 3 on two ranks have the pace 2 + 3, and stages of 1, 1 and 3, 3 the pace 1 + 3."""
     costs = [0.0, 1, 1, 1, 1, 1, 3]
     found = {chunks: list(map(float, stage_costs(costs, partition(costs, 4, chunks)))) for chunks in (1, 2)}
     assert found == {1: [1, 2, 2, 3], 2: [1, 1, 3, 3]}

@@ -146,6 +146,8 @@ def test_launch_traces_the_steps_that_exist_and_prints_the_file(
     trace = folder / "profile" / "rank_0.json"
     assert f"traced: {trace}\n" in capsys.readouterr().out
     assert [name for name in ranges(trace) if name.startswith("step")] == ["step 6"]
+    (times,) = json.loads((folder / "profile" / "actions_rank_0.json").read_text())["steps"]
+    assert times["step"] == 6
 
 
 def test_a_resumed_run_traces_only_steps_that_it_takes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ is zero moves by the sign of its rounding error.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import lcm
 from typing import Any, Literal
 
 import pytest
@@ -21,6 +22,7 @@ from parallel.pipeline.schedule import SCHEDULES
 from tests.families import COMMON, FAMILIES, GPT2, LLAMA, LLAMA3, MISTRAL, QWEN3, YARN
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, distance, train
+from tests.test_sliced import train_in_slices
 
 BOUND = {"fp64": 1e-12, "fp32": 1e-5}
 KINDS: tuple[Literal["ring"], Literal["all_to_all"]] = ("ring", "all_to_all")
@@ -164,6 +166,11 @@ def layers_of(draw: st.DrawFn, num_stages: int, blocks: int) -> tuple[int, ...] 
     return tuple(layers)
 
 
+def sequence_of(draw: st.DrawFn, parts: int) -> int:
+    """Return the length of a sequence of so many parts."""
+    return draw(st.integers(3, 7)) if parts == 1 else parts * draw(st.integers(2 if parts == 2 else 1, 3))
+
+
 @st.composite
 def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     size = draw(st.integers(1, max_ranks // min_context))
@@ -172,6 +179,8 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     context = ContextConfig(draw(st.integers(min_context, most)), draw(st.sampled_from(KINDS)))
     data = draw(st.integers(1, most // context.size))
     section, heads_by, widths_by, batch_by = draw(st.sampled_from(tensor_layouts(size)))
+    splits = section.get("mode") == "1d" and draw(st.booleans())  # the sequence too
+    overlaps = "mode" in section and draw(st.booleans())
     split_heads = context.size if context.kind == "all_to_all" else 1
     by = Divisors(heads_by * split_heads, widths_by * split_heads)
     pipe = pipeline_of(draw, pipeline)
@@ -181,7 +190,11 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
     micro, k = batch_by * draw(st.integers(1, 2)), draw(st.integers(1, 4))
     return Case(
         world_size=size * pipeline * context.size * data,
-        parallel=dict(pipeline=asdict(pipe), tensor=section, context=asdict(context)),
+        parallel=dict(
+            pipeline=asdict(pipe),
+            tensor=section | dict(sequence_parallel=splits, overlap=overlaps),
+            context=asdict(context),
+        ),
         model=model,
         train=dict(
             global_batch_size=micro * data * k,
@@ -189,9 +202,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
             seed=draw(st.integers(0, 9)),
             activation_checkpointing=draw(st.sampled_from(["none", "full", "offload"])),
         ),
-        sequence=draw(st.integers(3, 7))
-        if context.size == 1
-        else context.parts * draw(st.integers(2 if context.parts == 2 else 1, 3)),
+        sequence=sequence_of(draw, lcm(context.parts, context.size * size if splits else 1)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
         masked=draw(st.booleans()),
         zero=draw(st.integers(0, 3)),
@@ -217,10 +228,10 @@ def batches(case: Case) -> list[Batch]:
             mask[1::4, : case.sequence // 2] = 0
             batch["attention_mask"] = mask
             batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
-    if case.packed:  # documents of one to four tokens; a sample may end in the middle of one
+    if case.packed:  # documents of two, three, four tokens and one; a sample may end in the middle of one
         rows, columns = torch.arange(size).unsqueeze(1), torch.arange(case.sequence)
         for batch in found:
-            batch["document_ids"] = (columns + rows) // (1 + rows % 4)
+            batch["document_ids"] = (columns + rows) // (1 + (rows + 1) % 4)
     return found
 
 
@@ -244,7 +255,7 @@ def check(case: Case) -> None:
 
 def split(case: Case) -> Trace:
     raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero, tensor_placement_policy=case.placement))
-    trace = run(train, case.world_size, raw, batches(case))[0]
+    trace = run(train_in_slices, case.world_size, raw, batches(case))[0]
     assert trace is not None
     return trace
 

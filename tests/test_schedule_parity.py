@@ -38,7 +38,7 @@ class Layout:
 
 
 TP2, GRID = dict(tensor=dict(mode="1d", size=2)), dict(tensor=dict(mode="2d", size=4))
-CUBE, RING = dict(tensor=dict(mode="3d", size=8)), dict(context=2)
+CUBE, RING = dict(tensor=dict(mode="3d", size=8)), dict(context=3)
 LAYOUTS: dict[str, Layout] = {
     "pp3-interleaved3": Layout(3, pipeline(3, "interleaved", chunks=3), micro=3),
     "pp4-interleaved": Layout(4, pipeline(4, "interleaved"), micro=2),
@@ -51,7 +51,7 @@ LAYOUTS: dict[str, Layout] = {
     "pp1-interleaved": Layout(1, pipeline(1, "interleaved")),
     "pp1-zbv": Layout(1, pipeline(1, "zero_bubble_v")),
     "pp2-zbv-1d2": Layout(4, pipeline(2, "zero_bubble_v"), TP2),
-    "pp2-zb-ring2": Layout(4, pipeline(2, "zero_bubble"), RING),
+    "pp2-zb-ring3": Layout(6, pipeline(2, "zero_bubble"), RING),
     "pp2-interleaved-2d4": Layout(8, pipeline(2, "interleaved"), GRID),
     "pp2-zbv-2d4": Layout(8, pipeline(2, "zero_bubble_v"), GRID),
     "pp1-zb-3d8": Layout(8, pipeline(1, "zero_bubble"), CUBE),
@@ -138,7 +138,7 @@ SCHEDULES = {
     "zero_bubble_v, ZeRO 3": LAYOUTS["dp2-pp2-zbv-zero3"],
     "zero_bubble, 1d": Layout(4, pipeline(2, "zero_bubble"), TP2),
     "zero_bubble, 2d": Layout(8, pipeline(2, "zero_bubble"), GRID),
-    "interleaved, ring": Layout(4, pipeline(2, "interleaved"), RING),
+    "interleaved, ring": Layout(6, pipeline(2, "interleaved"), RING),
 }
 
 

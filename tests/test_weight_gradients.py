@@ -110,8 +110,9 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(case: Case, rank: int, sizes: tuple[int, int, int, int] = (B, S, K, N)) -> tuple[Tensor, Tensor, Tensor]:
     """Return a rank's own x, W and dy. Ranks that have the same x or the same dy draw it with one seed."""
+    B, S, K, N = sizes
     size = [B, S, K]
     if case.gather_x:
         size[case.gather_x[0]] //= 2
@@ -168,7 +169,7 @@ class Halves:
     """The weight's gradient of a matmul without a receiver."""
 
     before_w: int
-    """How many gradients of the weight there were after I, with the receiver or with autograd."""
+    """The number of gradients of the weight that there were after I, with the receiver or with autograd."""
 
     in_i: Calls
     in_w: Calls
@@ -300,6 +301,8 @@ def test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered() -> No
 MODEL: Raw = SHAPE | dict(num_hidden_layers=2)
 LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "1d2-sp": (2, dict(tensor=dict(mode="1d", size=2, sequence_parallel=True))),
+    "2d2x2-overlap": (4, dict(tensor=dict(mode="2d", size=4, overlap=True))),
     "2d2x2": (4, dict(tensor=dict(mode="2d", size=4))),
     "2d1x2-zero2": (4, dict(tensor=dict(mode="2d", size=2, rows=1))),
     "2.5d-depth2": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),

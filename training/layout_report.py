@@ -1,4 +1,4 @@
-"""The printed report of a run before it starts: its ranks, the layers and bytes of each, the pipeline's timeline."""
+"""The printed report of a run before it starts: its ranks, and the layers and bytes of each."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,7 +8,6 @@ from rich.table import Table
 
 from parallel.config import Config
 from parallel.errors import with_short_words
-from parallel.pipeline.picture import draw
 from training.console import print_line
 from training.preview import Preview
 from training.rank_grid import cell_caption, cell_of, columns_shown
@@ -38,17 +37,6 @@ def print_layout(console: Console, preview: Preview, messages: Iterable[str]) ->
     print_line(console, _memory_title(preview.config))
     tables = (_stages(preview, names) for names in (SIZES, SIZES[:1], ()))
     console.print(next((table for table in tables if _fits(table, console)), _stages(preview, ())))
-
-
-def print_timeline(console: Console, preview: Preview) -> None:
-    """Print a picture of one step of the pipeline, where there is one, that fits into the console."""
-    if preview.topology.shape["pipe"] == 1:
-        return
-    schedule = preview.config.parallel.pipeline.schedule
-    print_line(console, f"one step of the {schedule} schedule, by estimated cost")
-    print_line(console, "(F forward, B backward, dots idle; microbatches count from 0):")
-    for line in draw(preview.timeline(), console.width).splitlines():
-        print_line(console, line)
 
 
 def _summary(preview: Preview) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """A run laid out over a number of ranks: the layers, bytes and cost of each pipeline stage, with nothing started."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from models.build import costs_of, layers_of_stages, mode_of, part_of, specs_of_part
-from models.costs import parameter_count
+from models.costs import compute_costs, parameter_count
+from models.kept import kept_bytes
 from models.shape import ModelShape
 from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
@@ -16,7 +17,7 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Plan
+from parallel.pipeline.plan import Action, Op, Plan
 from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
@@ -44,15 +45,17 @@ class PartPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """A config laid out over a world: `parts` by the place in the pipe, and the sum of the layers' costs of each stage.
+    """A config laid out over a world: `parts` by the place in the pipe, and numbers of each of the pipeline's stages.
 
-    A cost is that of `layer_costs`, for all ranks of a stage together.
+    `costs` are those of a stage's computes, for all of its ranks together. `kept_bytes` are the bytes that each of its
+    ranks keeps of a microbatch between forward and backward.
     """
 
     config: Config
     topology: Topology
     parts: tuple[PartPreview, ...]
-    costs: tuple[float, ...]
+    costs: Costs
+    kept_bytes: tuple[int, ...]
 
     @property
     def shape(self) -> ModelShape:
@@ -67,30 +70,91 @@ class Preview:
     def num_microbatches(self) -> int:
         return self.config.num_microbatches(self.topology.world_size)
 
-    def plan(self, num_microbatches: int) -> Plan:
-        """Return the plan of a step with this many microbatches, as the ranks execute it."""
-        recomputes = self.config.train.activation_checkpointing != "none"
+    @property
+    def recomputes(self) -> bool:
+        """True where blocks are computed again in backward."""
+        return self.config.train.activation_checkpointing != "none"
+
+    def plan(self, num_microbatches: int, *, joins: bool | None = None) -> Plan:
+        """Return the plan of a step with this many microbatches, as the ranks execute it.
+
+        `joins`: whether weight gradients are computed in the backward itself; None: as the run does it.
+        """
+        recomputes = self.recomputes if joins is None else joins
         return plan_of(self.config.parallel.pipeline, num_microbatches, recomputes=recomputes)
 
-    def timeline(self, *, whole: bool = False) -> Timeline:
-        """Simulate one step of the pipeline by the layers' costs: a backward costs two forwards, a transfer nothing.
+    def timeline(self, *, whole: bool = False, joins: bool | None = None) -> Timeline:
+        """Simulate one step of the pipeline by the layers' costs; a transfer costs nothing. `joins` is that of `plan`.
 
         Of a step with very many microbatches the first and the last are simulated, unless it is asked for as a
         `whole`: see `Timeline`.
         """
         pipeline, total = self.config.parallel.pipeline, self.num_microbatches
         is_whole = whole or pipeline.table is not None
-        simulated = total if is_whole else num_simulated(pipeline.size, total)
-        timeline = simulate(self.plan(simulated), Costs.halves(self.costs, [2 * cost for cost in self.costs]))
+        simulated = total if is_whole else num_simulated(pipeline.num_stages, total)
+        timeline = simulate(self.plan(simulated, joins=joins), self.costs)
         return replace(timeline, num_omitted=total - simulated)
+
+    def peak_bytes(self, timeline: Timeline) -> tuple[int, ...]:
+        """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed.
+
+        What a forward keeps is kept until its backward or, where that has two halves, until the gradients of weights.
+        """
+        train = replace(self.config.train, activation_checkpointing="none")
+        block = kept_bytes(self.shape, replace(self.config, train=train))[1] if self.recomputes else 0
+        simulated = self.num_microbatches - timeline.num_omitted
+        peaks = []
+        for row in timeline.rows:
+            actions = [span.action for span in row]
+            stages = {action.stage for action in actions}
+            peak, count = _peak_bytes(actions, self.kept_bytes)
+            is_all = timeline.num_omitted and count == simulated * len(stages)
+            more = timeline.num_omitted * sum(self.kept_bytes[stage] for stage in stages) if is_all else 0
+            peaks.append(peak + more + block)
+        return tuple(peaks)
+
+
+def _peak_bytes(actions: Sequence[Action], kept_bytes: Sequence[int]) -> tuple[int, int]:
+    """Return the most bytes that a rank keeps at a time, and the number of forwards that they are of."""
+    kept = count = 0
+    peak = (0, 0)
+    for action in actions:
+        if action.op is Op.F:
+            kept, count = kept + kept_bytes[action.stage], count + 1
+            peak = max(peak, (kept, count))
+        elif action.op in (Op.B, Op.W):
+            kept, count = kept - kept_bytes[action.stage], count - 1
+    return peak
 
 
 def preview_of(config: Config, world_size: int) -> Preview:
     """Return a config, with every field set, laid out over `world_size` ranks."""
-    topology, costs = Topology(config.parallel.mesh_shape(world_size)), costs_of(config)
+    topology = Topology(config.parallel.mesh_shape(world_size))
     parts = [_part_of_rank(config, Place(rank, world_size)) for rank in first_ranks(topology)]
-    stages = layers_of_stages(costs, config.parallel.pipeline)
-    return Preview(config, topology, tuple(parts), tuple(sum(costs[i] for i in layers) for layers in stages))
+    stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
+    kept = kept_bytes(shape_of(config), config)
+    return Preview(
+        config,
+        topology,
+        tuple(parts),
+        costs=_costs_of_stages(config, stages),
+        kept_bytes=tuple(sum(kept[i] for i in layers) for layers in stages),
+    )
+
+
+def _costs_of_stages(config: Config, stages: Sequence[range]) -> Costs:
+    """Return what the computes of each stage cost."""
+    layers = compute_costs(
+        shape_of(config),
+        config.data.sequence_length,
+        device_type(config.train.device),
+        recomputes=config.train.activation_checkpointing != "none",
+    )
+    return Costs(
+        forward=[sum(layers[i].forward for i in stage) for stage in stages],
+        input_gradient=[sum(layers[i].input_gradient for i in stage) for stage in stages],
+        weight_gradient=[sum(layers[i].weight_gradient for i in stage) for stage in stages],
+    )
 
 
 def first_ranks(topology: Topology) -> list[int]:

@@ -61,19 +61,9 @@ def picture(preview: Preview, measured: Measured | None = None, run: Path = Path
 def bubble_text(timeline: Timeline) -> str:
     """Return the two bubbles of a timeline: that of Qi et al., and that of the whole step."""
     return (
-        f"bubble {bubble_of_ranks(timeline):.1%} between a rank's first F and its last action;"
+        f"bubble {timeline.bubble_of_ranks:.1%} between a rank's first F and its last action;"
         f" {timeline.bubble_fraction:.1%} of the whole step"
     )
-
-
-def bubble_of_ranks(timeline: Timeline) -> float:
-    """Return the share of the time between a rank's first forward and its last action in which it computes nothing.
-
-    Of the ranks it is the longest such time that counts, as Qi et al. 2023 have it (arXiv 2401.10241, section 5.3).
-    """
-    rows = [[span for span in row if not span.action.op.is_transfer] for row in timeline.rows]
-    longest = max(row[-1].end - row[0].start for row in rows)
-    return 1 - busy(timeline) / len(rows) / longest
 
 
 def busy(timeline: Timeline) -> float:

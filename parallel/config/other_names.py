@@ -141,11 +141,6 @@ ACCUMULATION = (
     "accumulate_grad_batches",
 )
 
-NOT_YET = {
-    "tensor": ("overlap",),
-}
-"""The keys of a section, by its last name, that are promised and not available yet."""
-
 
 def advice(path: tuple[str, ...], known: Iterable[str], sections: Mapping[str, Iterable[str]]) -> str:
     """Return what is said about an unknown key, whose section knows the keys `known`.
@@ -153,8 +148,6 @@ def advice(path: tuple[str, ...], known: Iterable[str], sections: Mapping[str, I
     `sections` has the keys of every top-level section.
     """
     name = path[-1]
-    if len(path) > 1 and name in NOT_YET.get(path[-2], ()):
-        return "is not available yet. Leave it out."
     what = "section" if len(path) == 1 else "key"
     plain = name.lower().replace("-", "_")
     if plain in OTHER_NAMES:

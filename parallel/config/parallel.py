@@ -41,7 +41,7 @@ class PipelineConfig:
     """The order of forwards, backwards and weight gradients. "gpipe": all forwards, then all backwards. "1f1b": one
     forward, one backward in turn; the same idle time, and a stage keeps activations of at most `size` microbatches,
     which is why it is the default. "interleaved": 1f1b over several stages on each rank; less idle time, more messages.
-    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; a third of the idle time of 1f1b.
+    "zero_bubble" (ZB-H1): weight gradients are computed where a rank would wait; about a third of the idle time.
     "zero_bubble_v" (ZB-V): the same with two stages on each rank, the first of which goes down the ranks and the second
     up; nearly no idle time. Or the path of a .csv file with a schedule of one's own.
     """
@@ -160,6 +160,12 @@ class TensorConfig:
     that a rank of the context axis has.
     """
 
+    overlap: bool = False
+    """True: the collectives around each linear are in slices, of which one is in flight while another is multiplied.
+    As many bytes are sent, in more calls. A slice has at least 256 tokens, rows or columns: smaller models have few or
+    none. False until it has been measured on several GPUs.
+    """
+
     @property
     def kind(self) -> str | None:
         """The mode's name in the table of modes, which has 1d with sequence parallelism as a mode of its own."""
@@ -226,6 +232,8 @@ class TensorConfig:
             found.append(
                 f"parallel.tensor.sequence_parallel: True needs mode '1d', got {self.mode!r}. Try False, or mode='1d'."
             )
+        if self.overlap and self.mode is None:
+            found.append("parallel.tensor.overlap: True needs a tensor mode, got None. Try False, or mode='1d'.")
         if not found and not self.fits():
             found.append(f"parallel.tensor: {self._misfit()}")
         return found

@@ -15,6 +15,7 @@ class TableError(ColonnadeError):
 def check_table(table: ScheduleTable) -> None:
     """Raise TableError unless the table is a schedule that ends, and that computes everything once."""
     _check_ranks(table)
+    _check_neighbours(table)
     _check_once(table)
     _check_complete(table)
     _check_order(table)
@@ -43,6 +44,21 @@ def _check_ranks(table: ScheduleTable) -> None:
             held = f"{len(table.stages[r])} of the stages, and rank 0 {table.num_chunks}"
             wrong = f"the rank holds {held}. Each holds equally many."
             raise TableError(wrong, table.grid((r, 0)), (r, 0))
+
+
+def _check_neighbours(table: ScheduleTable) -> None:
+    """Check that consecutive stages are on one rank or on neighbours, since messages are sent to these alone."""
+    size, first = len(table.rows), dict[int, Place]()
+    for place, cell in table.cells():
+        first.setdefault(cell.stage, place)
+    for stage in range(1, len(first)):
+        before, after = first[stage - 1][0], first[stage][0]
+        if (after - before) % size not in (0, 1, size - 1):
+            wrong = (
+                f"stage {stage} is on rank {after}, and stage {stage - 1} on rank {before}. Consecutive stages are on"
+                f" one rank or on neighbours; ranks 0 and {size - 1} are neighbours too."
+            )
+            raise TableError(wrong, table.grid(first[stage]), first[stage])
 
 
 def _check_once(table: ScheduleTable) -> None:

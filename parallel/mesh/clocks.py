@@ -1,4 +1,4 @@
-"""How far the clocks of the ranks' hosts are apart: ranks of one host have one clock, `time.perf_counter`."""
+"""The difference between the clocks of the ranks' hosts: ranks of one host have one clock, `time.perf_counter`."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class ClockOffset:
 
 
 @dataclass(frozen=True)
-class _Barriers:
+class Barriers:
     """The host of a rank, and when it entered and left each barrier, on its clock."""
 
     host: str
@@ -47,11 +47,11 @@ def measure_clock(world: Axis) -> ClockOffset:
         entered.append(time.perf_counter())
         barrier(axis)
         left.append(time.perf_counter())
-    every: list[_Barriers] = gather_objects(_Barriers(clock_name(), entered, left), axis)
+    every: list[Barriers] = gather_objects(Barriers(clock_name(), entered, left), axis)
     first, own = every[0], every[axis.rank]
     if own.host == first.host:
         return ClockOffset(0.0, 0.0, first.left[-1])
-    low, high = map(list, zip(*_bounds(every, own.host, first.host), strict=True))
+    low, high = map(list, zip(*bounds(every, own.host, first.host), strict=True))
     least, most = max(low), min(high)
     return ClockOffset((least + most) / 2, (most - least) / 2, first.left[-1])
 
@@ -64,7 +64,7 @@ def clock_name() -> str:
         return host_name()
 
 
-def _bounds(every: list[_Barriers], host: str, other: str) -> Iterator[tuple[float, float]]:
+def bounds(every: list[Barriers], host: str, other: str) -> Iterator[tuple[float, float]]:
     """Yield by how much one host's clock is ahead of the other's at least and at most, by each barrier and pair."""
     for r in (each for each in every if each.host == host):
         for q in (each for each in every if each.host == other):

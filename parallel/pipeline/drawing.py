@@ -9,26 +9,29 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from parallel.pipeline.plan import Op
-from parallel.pipeline.svg import Drawing
+from parallel.pipeline.svg import Drawing, text_width
 from parallel.pipeline.timeline import Span, Timeline
 
 MOST_DRAWN = 1 << 16  # forwards of all stages in one picture: its boxes would be thinner than a hair
 
-LEFT, RIGHT, TOP = 76.0, 74.0, 62.0  # margins: names of ranks, largest numbers in flight, and the title
+EDGE, LEFT, RIGHT = 24.0, 76.0, 74.0  # where texts begin, and the margins of boxes for what is written beside them
 NARROWEST, WIDEST = 760.0, 2600.0  # of the time that is drawn
 LABEL = 17.0  # the width of a box that has room for two digits
 DIGIT, LABEL_MARGIN = 6.2, 3.0
 TICKS = 10  # at most, on the axis of time
 
+TOPS: Mapping[Op, float] = {Op.F: 0.0, Op.B: 0.15, Op.I: 0.15, Op.W: 0.3}
+"""The beginning of each op's boxes as a share of their row: so forwards stand out without colours."""
+
 COLORS: Mapping[Op, tuple[str, str]] = {
     Op.F: ("#0b4f8a", "forward"),
     Op.B: ("#d55e00", "backward"),
     Op.I: ("#e69f00", "gradient of the input"),
-    Op.W: ("#8fd3bd", "gradients of the weights"),
+    Op.W: ("#aee6d6", "gradients of the weights"),
 }
 """Colours that differ in hue for eyes that see no red or no green, and in lightness on grey paper."""
 
-LIGHTENED = 0.55  # of the way to white, for the last chunk of a rank
+LIGHTENED = 0.45  # of the way to white, for the last chunk of a rank
 DARK_INK, LIGHT_INK = "#1a1a1a", "#ffffff"
 
 STYLES = {
@@ -79,9 +82,9 @@ def draw_svg(title: str, panels: Sequence[Panel], *, unit: str = "") -> str:
     Times are in seconds where there is a `unit`, such as "ms", in which an axis then shows them.
     """
     picture = _Picture(panels)
-    drawing, y = picture.drawing, TOP
-    drawing.text((LEFT - 52, 30), title, "title")
-    picture.legend(50.0)
+    drawing = picture.drawing
+    drawing.text((EDGE, 30), title, "title")
+    y = picture.legend(54.0) + 12
     for panel in panels:
         y = picture.panel(panel, y + 26)
     if unit:
@@ -115,28 +118,35 @@ class _Picture:
         share = LIGHTENED * chunk / max(1, self.num_chunks - 1)
         return "#" + "".join(f"{round(v + (255 - v) * share):02x}" for v in bytes.fromhex(COLORS[op][0][1:]))
 
-    def legend(self, y: float) -> None:
-        """Draw what the colours stand for, in one line."""
-        x = LEFT - 52
-        for op in self.ops:
-            for chunk in range(self.num_chunks):
-                self.drawing.bars([(x, x + 14)], y - 10, 12, f"{op.value}{chunk}")
-                x += 14
-            name = f"{op.value} {COLORS[op][1]}"
-            self.drawing.text((x + 5, y), name)
-            x += 5 + 6.4 * len(name) + 16
-        self.drawing.bars([(x, x + 14)], y - 7, 6, "idle")
-        self.drawing.text((x + 19, y), "idle")
-        x += 60
-        self.drawing.steps([(x, y - 4), (x + 5, y - 9), (x + 10, y - 4), (x + 16, y - 4)], y + 1, "flight")
-        self.drawing.text((x + 21, y), "in flight")
+    def legend(self, y: float) -> float:
+        """Draw what the colours and areas stand for from y on, in as many lines as it takes; return the last one."""
+        drawing, x = self.drawing, EDGE
+        chunks = range(self.num_chunks)
+        entries = [(f"{op.value} {COLORS[op][1]}", [f"{op.value}{chunk}" for chunk in chunks]) for op in self.ops]
         if self.num_chunks > 1:
-            self.drawing.text((x + 84, y), f"shades: the {self.num_chunks} stages of a rank, first to last")
+            entries.append((f"lighter: a later one of the {self.num_chunks} stages of a rank", []))
+        entries += [("idle", ["idle"]), ("microbatches in flight, stage by stage", ["flight"])]
+        for name, looks in entries:
+            width = 14 * len(looks) + 5 + text_width(name)
+            if x + width > LEFT + self.width + RIGHT - EDGE:
+                x, y = EDGE, y + 18
+            for look in looks:
+                if look == "flight":
+                    drawing.steps([(x, y - 4), (x + 4, y - 9), (x + 9, y - 4), (x + 14, y - 4)], y + 1, look)
+                elif look == "idle":
+                    drawing.bars([(x, x + 14)], y - 6, 4, look)
+                else:
+                    top, bottom = extent(Op(look[0]))
+                    drawing.bars([(x, x + 14)], y - 11 + 13 * top, 13 * (bottom - top), look)
+                x += 14
+            drawing.text((x + 5, y), name)
+            x += 5 + text_width(name) + 14
+        return y
 
     def panel(self, panel: Panel, y: float) -> float:
         """Draw a panel from y on, and return where it ends."""
         drawing, timeline = self.drawing, panel.timeline
-        drawing.text((LEFT - 52, y), panel.title, "heading")
+        drawing.text((EDGE, y), panel.title, "heading")
         y += 10
         shape = _Row.of(len(timeline.rows))
         for rank, (row, peak) in enumerate(zip(timeline.rows, timeline.peak_in_flight, strict=True)):
@@ -156,7 +166,9 @@ class _Picture:
         drawing.bars([(LEFT, LEFT + self.width)], y + shape.boxes / 2 - 2, 4, "idle")
         named = sorted(spans, key=self._look)
         for look, group in groupby(named, key=self._look):
-            drawing.bars(((self.x(s.start), self.x(s.end)) for s in group), y, shape.boxes, look)
+            top, bottom = extent(Op(look[0]))
+            sides = ((self.x(s.start), self.x(s.end)) for s in group)
+            drawing.bars(sides, y + top * shape.boxes, (bottom - top) * shape.boxes, look)
         for span in spans:
             label = str(span.action.microbatch)
             left, right = self.x(span.start), self.x(span.end)
@@ -190,6 +202,11 @@ class _Picture:
     def x(self, time: float) -> float:
         """Return where a time is drawn."""
         return LEFT + self.scale * time
+
+
+def extent(op: Op) -> tuple[float, float]:
+    """Return between which shares of its row the box of an op is drawn."""
+    return TOPS[op], 0.85 if op is Op.F else 1.0
 
 
 def in_flight(spans: Sequence[Span]) -> list[tuple[float, int]]:

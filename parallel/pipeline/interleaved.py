@@ -33,11 +33,6 @@ def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Plan:
     return plan_of_computes(ranks, num_ranks * chunks, num_microbatches)
 
 
-def forwards_in_groups(stages: Sequence[int], num_ranks: int, num_microbatches: int) -> list[Compute]:
-    """Return the forwards of a rank that holds these stages, in the order of the interleaved schedule."""
-    return _in_groups(stages, _groups(num_ranks, num_microbatches))
-
-
 def _in_groups(stages: Sequence[int], groups: Sequence[range]) -> list[Compute]:
     return [(stage, k) for group in groups for stage in stages for k in group]
 

@@ -22,15 +22,3 @@ def plan_of_table(table: ScheduleTable, num_microbatches: int) -> Plan:
         )
     ranks = tuple(tuple(Action(Op(c.op), c.stage, c.microbatch) for c in row if c is not None) for row in table.rows)
     return Plan(ranks, table.num_stages, num_microbatches)
-
-
-def forwards_of_table(table: ScheduleTable, num_microbatches: int) -> Plan:
-    """Return the plan of an evaluation with a table's stages on each rank, for any number of microbatches.
-
-    A rank computes first what could run first, were there a rank for each stage.
-    """
-    ranks = []
-    for stages in table.stages:
-        forwards = [(k + stage, stage, k) for stage in stages for k in range(num_microbatches)]
-        ranks.append(tuple(Action(Op.F, stage, k) for _, stage, k in sorted(forwards)))
-    return Plan(tuple(ranks), table.num_stages, num_microbatches)

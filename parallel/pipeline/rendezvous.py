@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from parallel.pipeline.grid import refusal
 from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
 from parallel.pipeline.timeline import Costs, Span, Timeline
 
@@ -79,15 +80,16 @@ def simulate_rendezvous(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0)
                 rank.finish_step(end)
                 progressed = True
     if any(rank.position < len(rank.steps) for rank in ranks):
-        raise PlanError(_describe_deadlock(ranks, posted))
+        raise _deadlock(plan, ranks, posted)
     return Timeline(tuple(tuple(rank.spans) for rank in ranks))
 
 
-def _describe_deadlock(ranks: list[_Rank], posted: dict[_End, float]) -> str:
-    lines = ["the plan waits forever:"]
+def _deadlock(plan: Plan, ranks: list[_Rank], posted: dict[_End, float]) -> PlanError:
+    lines, places, ended = ["the plan waits forever:"], [], []
     for number, rank in enumerate(ranks):
         if rank.position == len(rank.steps):
             lines.append(f"  rank {number} has finished")
+            ended.append(number)
             continue
         step = rank.steps[rank.position]
         assert step.ends, "a compute never waits"
@@ -95,4 +97,5 @@ def _describe_deadlock(ranks: list[_Rank], posted: dict[_End, float]) -> str:
         unmatched = [action for action, end in zip(step.actions, step.other_ends, strict=True) if end not in posted]
         waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in unmatched)
         lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, step.actions))}}}: waits for {waits}")
-    return "\n".join(lines)
+        places.append((number, len(rank.spans)))
+    return refusal("\n".join(lines), plan, *places, ended=ended)

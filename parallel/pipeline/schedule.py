@@ -68,7 +68,7 @@ def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool
 
 def evaluation_plan_of(pipeline: PipelineConfig, num_microbatches: int) -> Plan:
     """Return the plan of an evaluation, with transfers: forwards alone, with the schedule's stages on each rank."""
-    return with_transfers(forward_only(pipeline.size, num_microbatches, pipeline.num_chunks, pipeline.schedule))
+    return with_transfers(forward_only([pipeline.stages_of(rank) for rank in range(pipeline.size)], num_microbatches))
 
 
 def joined(plan: Plan) -> Plan:

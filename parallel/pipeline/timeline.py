@@ -105,12 +105,13 @@ class Timeline:
 def num_simulated(num_stages: int, num_microbatches: int) -> int:
     """Return how many of a step's microbatches are simulated: all, or as many as show how it begins and ends.
 
-    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so.
+    That takes a fraction of a second. Steps that are whole rounds of the pipe stay so. Of others one microbatch more
+    than whole rounds is simulated, which makes the longest group of an interleaved schedule as long as in the step.
     """
     if num_stages * num_microbatches <= MOST_SIMULATED:
         return num_microbatches
     rounds = max(2, -(-FEWEST_SIMULATED // num_stages))
-    return min(num_microbatches, rounds * num_stages)
+    return min(num_microbatches, rounds * num_stages + (num_microbatches % num_stages > 0))
 
 
 def _peak_in_flight(actions: Sequence[Action]) -> int:
@@ -164,6 +165,11 @@ def simulate(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0) -> Timelin
     return Timeline(tuple(map(tuple, _Buffered(plan, costs, transfer_cost).spans())))
 
 
+def starts_of(plan: Plan, costs: Costs) -> list[list[float]]:
+    """Return when each rank's actions start; of a plan that does not end, of those that start."""
+    return _Buffered(plan, costs, 0.0).starts()
+
+
 class _Buffered:
     """A simulation in which every message is buffered. A result is known by `(is_forward, stage, microbatch)`."""
 
@@ -172,27 +178,32 @@ class _Buffered:
         self.rank_of_stage = plan.rank_of_stage()
         self.ends: dict[tuple[bool, int, int], float] = {}
 
-    def spans(self) -> list[list[Span]]:
-        """Return the spans of each rank."""
-        positions, clocks = [0] * len(self.plan.ranks), [0.0] * len(self.plan.ranks)
+    def starts(self) -> list[list[float]]:
+        """Return when the actions of each rank start, as far as the ranks come."""
+        clocks = [0.0] * len(self.plan.ranks)
         starts: list[list[float]] = [[] for _ in self.plan.ranks]
         progressed = True
         while progressed:
             progressed = False
             for rank, actions in enumerate(self.plan.ranks):
-                clock, begin = clocks[rank], positions[rank]
+                clock, begin = clocks[rank], len(starts[rank])
                 for action in islice(actions, begin, None):
                     ready = clock if action.op.is_transfer else self._ready(action, rank, clock)
                     if ready is None:
                         break
                     starts[rank].append(ready)
                     clock = self._finish(action, ready)
-                clocks[rank], positions[rank] = clock, len(starts[rank])
-                progressed = progressed or positions[rank] > begin
+                clocks[rank] = clock
+                progressed = progressed or len(starts[rank]) > begin
+        return starts
+
+    def spans(self) -> list[list[Span]]:
+        """Return the spans of each rank."""
+        starts = self.starts()
         stuck = [
-            f"rank {rank} waits for the inputs of {actions[positions[rank]]}"
-            for rank, actions in enumerate(self.plan.ranks)
-            if positions[rank] < len(actions)
+            f"rank {rank} waits for the inputs of {actions[len(row)]}"
+            for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True))
+            if len(row) < len(actions)
         ]
         if stuck:
             raise PlanError("the plan waits forever: " + ", ".join(stuck))

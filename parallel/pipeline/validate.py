@@ -5,7 +5,9 @@ posted (no buffering), and messages between two ranks arrive in the order in whi
 """
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 
+from parallel.pipeline.grid import Place, refusal
 from parallel.pipeline.plan import Action, Op, Plan, PlanError
 from parallel.pipeline.rendezvous import simulate_rendezvous
 from parallel.pipeline.timeline import Costs
@@ -26,78 +28,115 @@ def validate(plan: Plan) -> None:
 
 
 def _check_computes(plan: Plan) -> None:
-    """Check that each (stage, microbatch) is computed exactly once, forward and, in a training plan, backward."""
-    computes = [action for actions in plan.ranks for action in actions if not action.op.is_transfer]
-    counts = Counter(_as_backward(action) for action in computes)
-    ops = [op for op in (Op.F, Op.B, Op.W) if op is Op.F or any(action.op is op for action in counts)]
-    ops = [op for op in ops if op is not Op.W]
-    for action in computes:
-        if action.op is Op.W:
-            counts.pop(action, 0)
-    for op in ops:
-        for stage in range(plan.num_stages):
-            for microbatch in range(plan.num_microbatches):
-                count = counts.pop(Action(op, stage, microbatch), 0)
-                if count != 1:
-                    raise PlanError(
-                        f"microbatch {microbatch} must pass stage {stage} once: "
-                        f"{op.value}{stage}.{microbatch} runs {count} times"
-                    )
-    for stray in counts:
-        raise PlanError(f"{stray} is outside of {plan.num_stages} stages x {plan.num_microbatches} microbatches")
+    """Check that each (stage, microbatch) is computed exactly once: forward, and in a training plan backward.
+
+    A backward is a B, or an I and a W.
+    """
+    places: dict[Action, list[Place]] = defaultdict(list)
+    halves: set[Action] = set()
+    for rank, actions in enumerate(plan.ranks):
+        for position, action in enumerate(actions):
+            if not action.op.is_transfer:
+                places[_as_backward(action)].append((rank, position))
+            if action.op is Op.I:
+                halves.add(Action(Op.W, action.stage, action.microbatch))
+    trains = any(action.op is not Op.F for action in places)
+    for stage in range(plan.num_stages):
+        for microbatch in range(plan.num_microbatches):
+            computes = [Action(op, stage, microbatch) for op in ((Op.F, Op.B, Op.W) if trains else (Op.F,))]
+            for compute in computes:
+                found, expected = places.pop(compute, []), 1 if compute.op is not Op.W else compute in halves
+                if len(found) != expected:
+                    raise _wrong_count(plan, compute, found, expected)
+    for stray, found in places.items():
+        outside = f"{stray} is outside of {plan.num_stages} stages x {plan.num_microbatches} microbatches"
+        raise refusal(outside, plan, found[0])
+
+
+def _wrong_count(plan: Plan, compute: Action, found: list[Place], expected: int) -> PlanError:
+    if compute.op is Op.W:
+        wanted = f"after an I, W{compute.stage}.{compute.microbatch} must run once, and after a B never"
+    else:
+        wanted = f"microbatch {compute.microbatch} must pass stage {compute.stage} once"
+    place = found[expected] if found else _place_of_missing(plan, compute)
+    return refusal(f"{wanted}: {compute} runs {len(found)} times", plan, place)
+
+
+def _place_of_missing(plan: Plan, compute: Action) -> Place:
+    """Return where a compute would be: before the stage's next microbatch, or at the end of its rank."""
+    rank = plan.rank_of_stage().get(compute.stage, 0)
+    for position, action in enumerate(plan.ranks[rank]):
+        is_like = _as_backward(action).op is compute.op and action.stage == compute.stage
+        if is_like and action.microbatch > compute.microbatch:
+            return rank, position
+    return rank, len(plan.ranks[rank])
 
 
 def _check_stages(plan: Plan) -> None:
     """Check that a stage computes, sends and receives on one rank only: its parameters are there."""
     rank_of_stage = plan.rank_of_stage()
     for rank, actions in enumerate(plan.ranks):
-        for action in actions:
+        for position, action in enumerate(actions):
             expected = rank_of_stage.get(action.stage)
             if expected != rank:
-                raise PlanError(f"rank {rank} has {action}, but stage {action.stage} is on rank {expected}")
+                message = f"rank {rank} has {action}, but stage {action.stage} is on rank {expected}"
+                raise refusal(message, plan, (rank, position))
 
 
 def _check_messages(plan: Plan) -> None:
     """Check that between two ranks every message is sent and received once, in the same order at both ends."""
-    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
-    received: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    channels: dict[tuple[int, int], _Channel] = defaultdict(_Channel)
     for rank, actions in enumerate(plan.ranks):
-        for action in actions:
+        for position, action in enumerate(actions):
             if action.peer is None:
                 continue
             if action.op.is_send:
-                sent[rank, action.peer].append(action.payload)
+                channels[rank, action.peer].sent.append((action.payload, (rank, position)))
             else:
-                received[action.peer, rank].append(action.payload)
-    for source, target in sorted(sent.keys() | received.keys()):
-        _check_channel(source, target, sent[source, target], received[source, target])
+                channels[action.peer, rank].received.append((action.payload, (rank, position)))
+    for (source, target), channel in sorted(channels.items(), key=lambda item: item[0]):
+        channel.check(plan, source, target)
 
 
-def _check_channel(source: int, target: int, sent: list[Action], received: list[Action]) -> None:
-    num_sends, num_receives = Counter(sent), Counter(received)
-    for message in dict.fromkeys(sent + received):
-        counts = num_sends[message], num_receives[message]
-        if counts != (1, 1):
-            raise PlanError(
-                f"the result of {message} must go from rank {source} to rank {target} once: "
-                f"sent {counts[0]} times, received {counts[1]} times"
-            )
-    for position, (first, second) in enumerate(zip(sent, received, strict=True)):
-        if first != second:
-            raise PlanError(
-                f"message {position} from rank {source} to rank {target} is the result of {first} for its "
-                f"sender and of {second} for its receiver: both ends must have the same order"
-            )
+@dataclass(slots=True)
+class _Channel:
+    """The messages from one rank to another, in the order of each end, with the places of their ends."""
+
+    sent: list[tuple[Action, Place]] = field(default_factory=list)
+    received: list[tuple[Action, Place]] = field(default_factory=list)
+
+    def check(self, plan: Plan, source: int, target: int) -> None:
+        ends = self.sent + self.received
+        num_sends, num_receives = Counter(each for each, _ in self.sent), Counter(each for each, _ in self.received)
+        for message, place in ends:
+            counts = num_sends[message], num_receives[message]
+            if counts != (1, 1):
+                raise refusal(
+                    f"the result of {message} must go from rank {source} to rank {target} once: "
+                    f"sent {counts[0]} times, received {counts[1]} times",
+                    plan,
+                    place,
+                )
+        for number, ((first, at), (second, other)) in enumerate(zip(self.sent, self.received, strict=True)):
+            if first != second:
+                raise refusal(
+                    f"message {number} from rank {source} to rank {target} is the result of {first} for its "
+                    f"sender and of {second} for its receiver: both ends must have the same order",
+                    plan,
+                    other,
+                    at,
+                )
 
 
 def _check_order(plan: Plan) -> None:
     """Check that on each rank nothing is used or sent before it is computed or received there."""
     for rank, actions in enumerate(plan.ranks):
         available: set[Action] = set()
-        for action in actions:
+        for position, action in enumerate(actions):
             for need in _needs(action, plan.num_stages):
                 if need not in available:
-                    raise PlanError(f"rank {rank} reaches {action} before it has the result of {need}")
+                    message = f"rank {rank} reaches {action} before it has the result of {need}"
+                    raise refusal(message, plan, (rank, position))
             if not action.op.is_transfer:
                 available.add(_as_backward(action))
             elif not action.op.is_send:

@@ -4,6 +4,7 @@ F, I and W are the times of a whole rank's forward, input gradients and weight g
 2401.10241, call I "B".)
 """
 
+from parallel.pipeline.filling import weights_in_waits
 from parallel.pipeline.orders import Order, numbered, plan_of_computes, stages_of_ranks
 from parallel.pipeline.plan import Plan
 
@@ -38,7 +39,7 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Pla
 
     Qi et al. 2023, section 6. With p ranks, m >= 2p - 1 microbatches and F = I = W no rank waits between its first
     forward and its last weight gradient. Each rank keeps at most p microbatches of both its stages, as the first rank
-    of 1F1B does. Fewer microbatches leave gaps where those up to 2p - 1 would be.
+    of 1F1B does. Of fewer microbatches those up to 2p - 1 are left out, and weight gradients fill the waits.
     """
     planned = max(num_microbatches, 2 * num_ranks - 1)
     ranks = []
@@ -49,4 +50,5 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Pla
         backwards = [up] * hops + steady + [down, up] * rank + [down] * hops
         order = Order(numbered(forwards), numbered(backwards), 2 * num_ranks - 1)
         ranks.append(order.halved(steady=0, cooldown=2 * rank))
-    return plan_of_computes(ranks, 2 * num_ranks, num_microbatches)
+    plan = plan_of_computes(ranks, 2 * num_ranks, num_microbatches)
+    return plan if planned == num_microbatches else weights_in_waits(plan, 2 * num_ranks)

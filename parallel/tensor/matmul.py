@@ -4,12 +4,12 @@
 
 Between forward and backward a rank keeps its own parts of x and W, never what it gathered: backward gathers them again,
 as SUMMA does (Xu et al. 2021, arXiv 2104.05343, section 3.1). Both all-gathers are launched before either is awaited,
-and dx is in flight while dW is computed.
+and dx is in flight while dW is computed. Or dW is computed later, with its collectives: a plan's I and W.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from parallel.ops.products import wide_product
 from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
+
+Multiply: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
+"""Multiplies dyᵀ[N', T] by x[T, K]. It returns the product, or adds it to a sum that is kept elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,34 @@ class LinearCollectives:
         axes = (self.gather_x[1], self.gather_w, self.scatter_y[1], self.copy_x, self.reduce_y)
         return all(axis.size == 1 for axis in axes)
 
+    @property
+    def has_partial_y(self) -> bool:
+        """True if y is a sum over ranks."""
+        return self.scatter_y[1].size * self.reduce_y.size > 1
+
+    def linear(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x[..., K'] · w[N', K'']ᵀ + bias[N'] -> y[..., N'], of this rank's own parts."""
+        return self.product(self.start_gather_x(x), self.start_gather_w(w), bias)
+
+    def input_gradient(self, dy: Tensor, w: Tensor) -> Pending:
+        """Return dx[..., K'], in flight, of this rank's own parts of dy[..., N'] and w[N', K'']; nothing of dW."""
+        pending_w = self.start_gather_w(w)
+        return self._start_dx(self.start_gather_dy(dy).wait(), pending_w)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, multiply: Multiply) -> Tensor | None:
+        """Return this rank's part of dW, [N', K''], of its own parts of dy[..., N'] and x[..., K'].
+
+        It is None if `multiply` returns none.
+        """
+        pending_dy, pending_x = self.start_gather_dy(dy), self.start_gather_x(x)
+        dw = multiply(*_factors(pending_dy.wait(), pending_x))
+        return None if dw is None else self.scatter_dw(dw)
+
+    def both_gradients(self, dy: Tensor, x: Tensor, w: Tensor, multiply: Multiply) -> tuple[Pending, Tensor | None]:
+        """Return what `input_gradient` and `weight_gradient` return, and gather dy once for both."""
+        dx, dw = self.gradients(dy, self.start_gather_x(x), self.start_gather_w(w), multiply)
+        return dx, None if dw is None else self.scatter_dw(dw)
+
     def start_gather_w(self, w: Tensor) -> Pending:
         """Launch the all-gather of the weight, w[N', K_gather_w] -> [N', K]."""
         return start_all_gather(w, -1, self.gather_w)
@@ -81,7 +112,7 @@ class LinearCollectives:
 
         The bias is added by the matmul itself, or to the sum of partial sums.
         """
-        is_partial = self.scatter_y[1].size * self.reduce_y.size > 1
+        is_partial = self.has_partial_y
         y = self._summed(F.linear(x.wait(), w.wait(), None if is_partial else bias))
         return y.add_(bias) if is_partial and bias is not None else y
 
@@ -108,10 +139,6 @@ class LinearCollectives:
     def start_gather_dy(self, dy: Tensor) -> Pending:
         """Launch the all-gather of y's gradient, dy[..., N'] -> the same, whole along the dim of scatter_y."""
         return start_all_gather(dy, *self.scatter_y)
-
-    def input_gradient(self, dy: Tensor, w: Pending) -> Pending:
-        """Return dx, in flight, and compute nothing of dW: dy[..., N'] has y's split, w[N', K] is gathered."""
-        return self._start_dx(self.start_gather_dy(dy).wait(), w)
 
     def scatter_dw(self, dw: Tensor) -> Tensor:
         """Return this rank's part of the weight's gradient, partial sums dw[N', K] -> [N', K_gather_w]."""
@@ -142,21 +169,18 @@ class _Matmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.collectives, ctx.has_bias, ctx.receiver = collectives, bias is not None, receiver
-        return collectives.product(collectives.start_gather_x(x), collectives.start_gather_w(w), bias)
+        return collectives.linear(x, w, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (x, w), collectives, receiver = ctx.saved_tensors, ctx.collectives, ctx.receiver
         if receiver is not None and receiver.deferred.is_deferring:
             receiver.deferred.call(_add_weight_gradient, dy.detach(), x.detach(), collectives, receiver)
-            in_flight, dw = collectives.input_gradient(dy, collectives.start_gather_w(w)), None
+            in_flight, dw = collectives.input_gradient(dy, w), None
         else:
-            multiply = _multiply(collectives, receiver)
-            in_flight, dw = collectives.gradients(
-                dy, collectives.start_gather_x(x), collectives.start_gather_w(w), multiply
-            )
+            in_flight, dw = collectives.both_gradients(dy, x, w, _multiply(collectives, receiver))
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return in_flight.wait(), _scattered(dw, collectives, receiver), db, None, None
+        return in_flight.wait(), _received(dw, receiver), db, None, None
 
 
 def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, receiver: GradientReceiver) -> None:
@@ -165,29 +189,22 @@ def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, 
     Both are gathered again: from a backward of inputs to this call nothing is kept that was gathered. (A gathered dy
     would take as many times its memory as the axis has ranks, for as many microbatches as wait for their W.)
     """
-    pending_dy, pending_x = collectives.start_gather_dy(dy), collectives.start_gather_x(x)
-    dw = _multiply(collectives, receiver)(*_factors(pending_dy.wait(), pending_x))
-    _scattered(dw, collectives, receiver)
+    _received(collectives.weight_gradient(dy, x, _multiply(collectives, receiver)), receiver)
 
 
-def _multiply(
-    collectives: LinearCollectives, receiver: GradientReceiver | None
-) -> Callable[[Tensor, Tensor], Tensor | None]:
+def _multiply(collectives: LinearCollectives, receiver: GradientReceiver | None) -> Multiply:
     """Return the function that multiplies dyᵀ by x: the receiver's own, unless a reduce-scatter follows."""
     return torch.mm if receiver is None or collectives.gather_w.size > 1 else receiver.add_product
 
 
-def _scattered(dw: Tensor | None, collectives: LinearCollectives, receiver: GradientReceiver | None) -> Tensor | None:
-    """Give the receiver this rank's part of partial sums dw[N', K], if `_multiply` has returned any.
+def _received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | None:
+    """Give the receiver this rank's part of dW[N', K''], if it has not taken the product already.
 
     Return what is left to autograd: the part itself if there is no receiver.
     """
-    if dw is None:
-        return None
-    own = collectives.scatter_dw(dw)
-    if receiver is None:
-        return own
-    receiver.add(own)
+    if dw is None or receiver is None:
+        return dw
+    receiver.add(dw)
     return None
 
 
@@ -232,7 +249,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, kept: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives
     ) -> Tensor:
-        return collectives.product(collectives.start_gather_x(x), collectives.start_gather_w(w), bias)
+        return collectives.linear(x, w, bias)
 
 
 @not_compiled

@@ -31,6 +31,7 @@ from parallel.tensor.layers import Embedding, Linear, Vocabulary
 from parallel.tensor.loss import HeadLayout, sum_cross_entropy
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.norms import NORMS, Norm
+from parallel.tensor.sliced import in_slices
 
 Split = tuple[Axis, ...]
 """The axes that split a dim, outermost first."""
@@ -91,9 +92,16 @@ class Mode:
     """The axis over which they are all-reduced instead."""
 
     def __init__(
-        self, mesh: Mesh, dtype: torch.dtype, *, sequence: SequenceSplit = UNSPLIT, compiles: bool = False
+        self,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        sequence: SequenceSplit = UNSPLIT,
+        compiles: bool = False,
+        overlaps: bool = False,
     ) -> None:
-        self.mesh, self.dtype, self.sequence, self.compiles = mesh, dtype, sequence, compiles
+        self.mesh, self.dtype, self.sequence = mesh, dtype, sequence
+        self.compiles, self.overlaps = compiles, overlaps
         self.set_splits()
 
     def set_splits(self) -> None:
@@ -263,7 +271,8 @@ class Mode:
         """Return a linear whose weight has these dims, each split over these axes. A bias has all but the last."""
         sizes, splits = zip(*dims, strict=True)
         weight = self.layout(sizes, *splits)
-        return Linear(collectives, weight, self.layout(sizes[:-1], *splits[:-1]) if bias else None, self._empty())
+        around = in_slices(collectives) if self.overlaps else collectives
+        return Linear(around, weight, self.layout(sizes[:-1], *splits[:-1]) if bias else None, self._empty())
 
     def _empty(self) -> Tensor:
         """Return a tensor without elements, with the dtype and the device of parameters."""
