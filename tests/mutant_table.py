@@ -2677,6 +2677,14 @@ ANY_PLAN = (
         "tests/test_memory_in_flight.py::test_after_each_action_what_is_kept_is_what_the_plan_says[0]",
     ),
     Mutant(
+        "input-kept-on-the-device",
+        "the input of a stage stays on the device until its backward, whatever its layers keep",
+        RUNNER,
+        "x = _Input.apply(self.inputs[key], x)",
+        "self.inputs[key] = x = x.detach().requires_grad_()",
+        "tests/test_memory_in_flight.py::test_the_input_of_a_stage_is_kept_only_if_a_layer_keeps_it",
+    ),
+    Mutant(
         "one-group-for-both-directions",
         "two ranks send to each other in one group: a receive delays a send",
         "parallel/mesh/topology.py",

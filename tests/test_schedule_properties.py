@@ -199,7 +199,7 @@ def test_with_recomputation_zero_bubble_is_1f1b_and_the_others_keep_their_order(
             assert recomputing == plan_of(config_of("1f1b", p, 1), m, recomputes=True)
 
 
-def queue_of(action: Action, links: dict[tuple[int, int], tuple[int, int]], rank: int) -> str:
+def queue_of(action: Action, links: dict[tuple[int, int], int], rank: int) -> str:
     """Return the queue that NCCL puts an action into: that of the process group of its link, in which calls run in
     order."""
     if action.peer is None:
