@@ -304,7 +304,11 @@ def losses(rank: int, world_size: int, schedules: list[str], folder: Path) -> li
         job = prepare(config, Place(rank, world_size, rank, world_size))
         engine = make_engine(make_context(config, job.place), job)
         loader = make_loader(engine, job)
-        result = engine.train_step(loader.training(0))
+        batch = loader.training(0)
+        if config.parallel.pipeline.table is not None:
+            with pytest.raises(ConfigError, match="the file has 4 microbatches, and a step has 2"):
+                engine.train_step({name: values[:8] for name, values in batch.items()})
+        result = engine.train_step(batch)
         found.append([result.loss, result.grad_norm or 0.0, engine.evaluate(loader.validation())])
     return found
 
