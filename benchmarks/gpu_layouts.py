@@ -126,7 +126,7 @@ def speed_layouts(world: int) -> list[Layout]:
         if name != "2.5d depth 1":  # the same as 2d
             layout = dict(parallel=dict(tensor=mode))
             is_first = name == "1d"  # whose peer makes whole logits
-            found.append(Layout(name, layout, beside.get(name, ()), traced=is_first, most=4 if is_first else None))
+            found.append(Layout(name, layout, beside.get(name, ()), traced=True, most=4 if is_first else None))
     for schedule, peers in (("1f1b", ("pipelining",)), ("gpipe", ())):
         pipe = dict(size=world, schedule=schedule)
         found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe)), peers))
@@ -140,6 +140,21 @@ def speed_layouts(world: int) -> list[Layout]:
             Layout("ZeRO 1 × pipeline 2", dict(zero=dict(stage=1), parallel=dict(pipeline=dict(size=2)))),
             Layout("pipeline 2 × 1d", dict(parallel=dict(pipeline=dict(size=2), tensor=half["1d"]))),
         ]
+    return found + overlap_layouts(world)
+
+
+def overlap_layouts(world: int) -> list[Layout]:
+    """Return each tensor mode with `overlap`, after the same mode without it where that is not measured otherwise.
+
+    The trace of each says which share of its communication is hidden.
+    """
+    modes = {name: mode for name, mode in tensor_modes(world).items() if name != "2.5d depth 1"}
+    sequence = {"1d, sequence": modes["1d"] | dict(sequence_parallel=True)}
+    found = [Layout(name, dict(parallel=dict(tensor=mode)), traced=True, most=4) for name, mode in sequence.items()]
+    for name, mode in (modes | sequence).items():
+        most = 4 if name.startswith("1d") else None  # as without it
+        section = dict(parallel=dict(tensor=mode | dict(overlap=True)))
+        found.append(Layout(f"{name}, overlap", section, traced=True, most=most))
     return found
 
 

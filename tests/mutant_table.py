@@ -2552,6 +2552,52 @@ SEQUENCE_PARALLEL = (
     ),
 )
 
+OVERLAPPED_TEST = "tests/test_sliced.py::test_a_model_whose_linears_overlap_trains_as_in_one_process"
+SLICED = "parallel/tensor/sliced.py"
+
+OVERLAPPED = (
+    Mutant(
+        "sum-of-a-slice-left-out",
+        "a slice of y or dx, the second one, stays a partial sum",
+        SLICED,
+        "        y.add(i, product)",
+        "        if i != 1:\n            y.add(i, product)",
+        f"{OVERLAPPED_TEST}[1d2]",
+    ),
+    Mutant(
+        "columns-of-a-slice-left-out",
+        "the second slice of dx and dW in a grid is what the memory held before",
+        SLICED,
+        "            found.add(i, a @ b.flatten(0, -2))",
+        "            if i != 1:\n                found.add(i, a @ b.flatten(0, -2))",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+    Mutant(
+        "slices-in-the-wrong-order",
+        "the slices of x after the first one arrive from the last to the second",
+        SLICED,
+        "following = start_all_gather(self.part(x, i), *gather)",
+        "following = start_all_gather(self.part(x, len(self.ranges) - i), *gather)",
+        f"{OVERLAPPED_TEST}[1d2-sequence]",
+    ),
+    Mutant(
+        "last-slice-not-waited-for",
+        "the last slice of dx and dW in a grid is in flight for ever, and not in its place",
+        SLICED,
+        "return Pending(found.out, found)",
+        "return Pending(found.out)",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+    Mutant(
+        "rows-of-a-slice-not-kept",
+        "all tokens but those of the first slice are multiplied by the memory in place of W's last rows",
+        SLICED,
+        "            self._whole[start:stop] = w",
+        "            self._whole[start:stop] = w if stop < self.num_rows else 0",
+        f"{OVERLAPPED_TEST}[2d4]",
+    ),
+)
+
 W_TEST = "tests/test_weight_gradients.py"
 WHOLE_STEP = f"{W_TEST}::test_steps_whose_weight_gradients_all_come_last_equal_hugging_face[2d2x2]"
 DEFERRED_CALL = (
@@ -2592,6 +2638,214 @@ WEIGHT_GRADIENTS = (
         DEFERRED_CALL,
         DEFERRED_CALL + "            receiver.deferred.call(torch.numel, collectives.start_gather_x(x).wait())\n",
         f"{W_TEST}::test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered",
+    ),
+)
+ANY_PLAN_TEST = "tests/test_runner.py::test_a_drawn_plan_trains_as_a_single_process"
+ONCE = "tests/test_runner.py::test_chunks_are_summed_once_for_each_round_and_layers_gathered_once_for_each_pass"
+
+ANY_PLAN = (
+    Mutant(
+        "weight-gradients-of-another-microbatch",
+        "W computes what the I of another microbatch has left",
+        RUNNER,
+        "run_deferred(key)",
+        "run_deferred((action.stage, 0))",
+        f"{ANY_PLAN_TEST}[line]",
+    ),
+    Mutant(
+        "loss-of-the-last-rank",
+        "the loss is taken from the last rank of the pipe, and not from the last stage",
+        RUNNER,
+        "return y.detach()",
+        "return y.detach() * (self.pipe.rank == self.pipe.size - 1)",
+        f"{ANY_PLAN_TEST}[v]",
+    ),
+    Mutant(
+        "gradient-handed-to-another-microbatch",
+        "a stage's gradient is that of the next one's oldest microbatch",
+        RUNNER,
+        "self.gradients.pop((action.stage + 1, action.microbatch), None)",
+        "self.gradients.pop(min((k for k in self.gradients if k[0] == action.stage + 1), default=None), None)",
+        f"{ANY_PLAN_TEST}[alone]",
+    ),
+    Mutant(
+        "used-output-kept",
+        "an output is kept after the next stage of the rank has used it",
+        RUNNER,
+        "x = self.outputs.pop((action.stage - 1, action.microbatch), None)",
+        "x = self.outputs.get((action.stage - 1, action.microbatch))",
+        "tests/test_memory_in_flight.py::test_after_each_action_what_is_kept_is_what_the_plan_says[0]",
+    ),
+    Mutant(
+        "one-group-for-both-directions",
+        "two ranks send to each other in one group: a receive delays a send",
+        "parallel/mesh/topology.py",
+        "if not {*other}.isdisjoint(link)}",
+        "if not {*other}.isdisjoint(link) and other != link[::-1]}",
+        "tests/test_topology.py::test_the_links_of_a_rank_are_in_as_many_groups",
+    ),
+    Mutant(
+        "shared-table-summed-early",
+        "a table of two stages is summed when half of its gradients have arrived",
+        CHUNK_SUM,
+        "backwards.get(info.parameter, 1)",
+        "1",
+        f"{ONCE}[1]",
+    ),
+    Mutant(
+        "layer-of-another-stage-gathered-ahead",
+        "the layer is gathered ahead that comes after the end of a stage",
+        "parallel/zero/gatherer.py",
+        "NOTHING if name in last else i + 1",
+        "i + 1",
+        f"{ONCE}[3]",
+    ),
+    Mutant(
+        "first-number-of-a-rank",
+        "the number that is not finite is looked for in the order of ranks",
+        "parallel/engine/engine.py",
+        "first.microbatch = detail.stage,",
+        "first.microbatch = self.pipe.rank,",
+        "tests/test_nonfinite.py::test_what_is_not_finite_is_named_on_every_rank_and_nothing_has_changed"
+        "[pp2-interleaved-0-fp32-weight-1]",
+    ),
+    Mutant(
+        "head-of-the-last-rank",
+        "generation takes the rank's own output, and not that of the last stage",
+        "parallel/engine/inference.py",
+        "all_reduce(x if self.is_last else torch.zeros_like(x), self",
+        "all_reduce(x if self.pipe.rank == self.pipe.size - 1 else torch.zeros_like(x), self",
+        "tests/test_generate.py::test_texts_are_the_same_in_every_larger_layout[pp2-zbv]",
+    ),
+    Mutant(
+        "two-parameters-of-a-tied-table",
+        "the table of one rank's first and last stage is counted twice in the norm",
+        "models/build.py",
+        'layers["head"].table = layers["embed"].table',
+        "pass",
+        f"{ANY_PLAN_TEST}[v]",
+    ),
+)
+
+PARTITION, PIPELINE_CONFIG = "parallel/pipeline/partition.py", "parallel/config/parallel.py"
+PREVIEW, REPORT_TESTS = "training/preview.py", "tests/test_pipeline_report.py"
+STAGES_OF_A_RANK = (
+    Mutant(
+        "layers-of-the-first-stages",
+        "a rank is given the layers of the model's first stages, not of its own",
+        BUILD,
+        "[specs[i] for i in stages[stage]] for stage in own}",
+        "[specs[i] for i in layers] for stage, layers in zip(own, stages, strict=False)}",
+        f"{REPORT_TESTS}::test_layers_are_given_to_stages_in_the_order_of_the_model",
+    ),
+    Mutant(
+        "v-placed-as-a-loop",
+        "the second stages of a V go down the ranks as the first ones do",
+        PIPELINE_CONFIG,
+        "return rank, 2 * self.size - 1 - rank",
+        "return rank, self.size + rank",
+        f"{REPORT_TESTS}::test_layers_are_given_to_stages_in_the_order_of_the_model",
+    ),
+    Mutant(
+        "chunks-not-summed",
+        "of several chunks only the slowest one counts",
+        PARTITION,
+        "pace = later + largest_of(costs[start:stop], num_ranks)",
+        "pace = max(later, largest_of(costs[start:stop], num_ranks))",
+        f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
+    ),
+    Mutant(
+        "stages-by-cost-of-one-chunk",
+        "layers are divided as if each rank had one stage",
+        BUILD,
+        "partition(costs, num_stages, chunks)",
+        "partition(costs, num_stages, 1)",
+        f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
+    ),
+    Mutant(
+        "activations-freed-before-weight-gradients",
+        "activations in flight are counted until the gradient of the input, though W needs them",
+        PREVIEW,
+        "elif action.op in (Op.B, Op.W):",
+        "elif action.op in (Op.B, Op.I):",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+    Mutant(
+        "one-stages-activations-for-all",
+        "each forward is counted with the bytes of the rank's first stage",
+        PREVIEW,
+        "kept, count = kept + kept_bytes[action.stage], count + 1",
+        "kept, count = kept + kept_bytes[0], count + 1",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+)
+
+SCHEDULE_FILE_TEST, TIMELINE_TEST = "tests/test_schedule_file.py", "tests/test_timeline.py"
+
+TIMELINES = (
+    Mutant(
+        "cell-of-another-microbatch",
+        "a cell of a schedule's file is read as the one of the microbatch beside it",
+        "parallel/config/schedule_file.py",
+        "Cell(int(found[1]), found[2], int(found[3]))",
+        "Cell(int(found[1]), found[2], int(found[3]) ^ 1)",
+        f"{SCHEDULE_FILE_TEST}::test_every_action_of_torchs_schedules_is_read_at_its_place",
+    ),
+    Mutant(
+        "placement-of-file-ignored",
+        "the stages of a schedule's file are taken to go around the ranks",
+        "parallel/config/parallel.py",
+        "return self.table.stages[rank]",
+        "return tuple(range(rank, self.num_stages, self.size))",
+        f"{SCHEDULE_FILE_TEST}::test_stages_and_chunks_come_from_the_file",
+    ),
+    Mutant(
+        "schedule-file-not-compared",
+        "ranks run schedules of other files that have one name",
+        "parallel/engine/facts.py",
+        "None if table is None else table.digest[:16]",
+        "None",
+        f"{SCHEDULE_FILE_TEST}::test_ranks_that_read_other_schedules_under_one_name_differ_in_their_facts",
+    ),
+    Mutant(
+        "cycle-in-file-accepted",
+        "a backward in a schedule's file does not wait for that of the next stage",
+        "parallel/config/schedule_table.py",
+        'return [Cell(stage, "F", k), *after]',
+        'return [Cell(stage, "F", k)]',
+        f"{SCHEDULE_FILE_TEST}::test_what_is_no_schedule_is_refused_with_its_place_marked",
+    ),
+    Mutant(
+        "input-gradient-drawn-as-weights",
+        "I is drawn as W",
+        "parallel/pipeline/drawing.py",
+        'return f"{span.action.op.value}{self.chunk_of[span.action.stage]}"',
+        "return f\"{span.action.op.value.replace('I', 'W')}{self.chunk_of[span.action.stage]}\"",
+        f"{TIMELINE_TEST}::test_every_action_is_a_box_where_it_runs_and_no_two_overlap",
+    ),
+    Mutant(
+        "bubble-of-the-step-for-that-of-ranks",
+        "the bubble of the whole step is given as that between a rank's first and last action",
+        "training/timelines.py",
+        "{timeline.bubble_of_ranks:.1%}",
+        "{timeline.bubble_fraction:.1%}",
+        f"{TIMELINE_TEST}::test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_the_whole_step",
+    ),
+    Mutant(
+        "clock-set-the-wrong-way",
+        "a rank whose clock is ahead adds the difference to its times",
+        "parallel/engine/action_times.py",
+        "self._host_start - self.offset.seconds",
+        "self._host_start + self.offset.seconds",
+        f"{TIMELINE_TEST}::test_a_clock_that_is_ahead_is_set_back",
+    ),
+    Mutant(
+        "in-flight-until-the-input-gradient",
+        "what W still needs is not counted among the microbatches in flight",
+        "parallel/pipeline/drawing.py",
+        "if s.action.op is not Op.F}",
+        "if s.action.op.makes_input_gradient}",
+        f"{TIMELINE_TEST}::test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none",
     ),
 )
 
@@ -2651,4 +2905,8 @@ MUTANTS = (
     *ENDS,
     *SEQUENCE_PARALLEL,
     *WEIGHT_GRADIENTS,
+    *OVERLAPPED,
+    *ANY_PLAN,
+    *STAGES_OF_A_RANK,
+    *TIMELINES,
 )

@@ -110,12 +110,17 @@ def numbers_of(rank: int, world_size: int, sections: dict[str, Any], debug_comm:
     return [*((one.loss, one.grad_norm) for one in found), dict(context.mesh.traffic.bytes)]
 
 
-SMALL = dict(name="opt-tiny", hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2)
+SMALL = dict(name="opt-tiny", hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=2)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (2, dict(parallel=dict(pipeline=dict(size=2)))),
     "zero 3": (2, dict(zero=dict(stage=3))),
     "tensor and pipeline": (4, dict(parallel=dict(pipeline=dict(size=2), tensor=dict(mode="1d", size=2)))),
     "ring": (2, dict(parallel=dict(context=dict(size=2)))),
+    "a v, zero 3": (4, dict(parallel=dict(pipeline=dict(size=2, schedule="zero_bubble_v")), zero=dict(stage=3))),
+    "around the pipe, zero 2": (
+        6,
+        dict(parallel=dict(pipeline=dict(size=3, schedule="interleaved")), zero=dict(stage=2)),
+    ),
 }
 
 

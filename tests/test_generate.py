@@ -232,15 +232,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1d2": (2, {"parallel.tensor": dict(mode="1d", size=2)}),
     "1d2-sp": (2, {"parallel.tensor": dict(mode="1d", size=2, sequence_parallel=True)}),
     "pp2": (2, {"parallel.pipeline": 2}),
+    "pp2-interleaved": (2, {"parallel.pipeline": dict(size=2, schedule="interleaved")}),
     "zero3": (2, {"zero.stage": 3}),
     "2d4": (4, {"parallel.tensor": dict(mode="2d", size=4)}),
     "dp2-pp2": (4, {"parallel.pipeline": 2}),
     "pp2-1d2": (4, {"parallel.pipeline": 2, "parallel.tensor": dict(mode="1d", size=2)}),
+    "pp1-interleaved": (1, {"parallel.pipeline": dict(size=1, schedule="interleaved", chunks=3)}),
+    "pp2-zbv": (2, {"parallel.pipeline": dict(size=2, schedule="zero_bubble_v")}),
+    "pp2-zbv-zero3": (4, {"parallel.pipeline": dict(size=2, schedule="zero_bubble_v"), "zero.stage": 3}),
     "zero3-1d2": (4, {"zero.stage": 3, "parallel.tensor": dict(mode="1d", size=2)}),
     "2.5d8": (8, {"parallel.tensor": dict(mode="2.5d", size=8, depth=2)}),
     "3d8": (8, {"parallel.tensor": dict(mode="3d", size=8)}),
 }
-FEW = ("1d2-sp", "pp2", "zero3", "2d4")
+FEW = ("1d2-sp", "pp2", "pp2-interleaved", "zero3", "2d4")
 
 
 def assert_texts_are_those_of_one_process(folder: Path, name: str, layout: str) -> None:

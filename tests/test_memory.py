@@ -182,8 +182,8 @@ def kept_from_i_to_w(shape: ModelShape, mode: Mode, tensor: TensorConfig) -> int
 
 def from_i_to_w(shape: ModelShape, tensor: TensorConfig) -> int:
     """Return the bytes that the document says a block holds from I to W."""
-    mode = tensor.mode or "none"
-    (formula,) = (r.answer for r in rows("docs/notation.md", "From I to W") if mode in r.what.split(", "))
+    name = {None: "none", "2d": "2d, 2.5d", "2.5d": "2d, 2.5d"}.get(tensor.kind, tensor.kind)
+    (formula,) = (row.answer for row in rows("docs/notation.md", "From I to W") if row.what == name)
     return round(value(formula, letters(tensor, shape, B, S)) * FLOAT)
 
 
@@ -320,7 +320,8 @@ def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: st
     statistics = wanted - value(formula_of(tensor), a | {"N": 0})
     assert foreseen(shape, tensor, batch, S)[1] == wanted * FLOAT
     assert foreseen(shape, tensor, batch, S, precision="bf16")[1] == 2 * wanted + 2 * statistics
-    between = a["T"] * a["H"] // (1 if tensor.mode == "1d" else tensor.size)
+    is_whole = tensor.mode == "1d" and not tensor.sequence_parallel
+    between = a["T"] * a["H"] // (1 if is_whole else tensor.size)
     assert foreseen(shape, tensor, batch, S, activation_checkpointing="full")[1] == FLOAT * between
     assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
 

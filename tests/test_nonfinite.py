@@ -249,12 +249,15 @@ FAST = [
     ("dp2", 3, "fp32", "weight", 1),
     ("pp2", 0, "fp32", "data", 0),
     ("1d2", 0, "fp16", "weight", 1),
+    ("pp2-interleaved", 0, "fp32", "weight", 1),  # in stage 1; stage 2, on rank 0, has its output
 ]
 PLANTS = ("data", "gradient", "weight")
 REST = [
     *product(["dp2"], range(4), ["fp32", "bf16", "fp16"], PLANTS, [1]),
     *product(["pp2"], [0], ["bf16"], ["gradient"], [1]),
     *product(["pp2"], [0], ["bf16"], ["weight"], [0]),
+    *product(["pp2-interleaved", "pp2-zbv"], [0], ["fp32"], PLANTS[:2], [0]),
+    *product(["dp2-pp2-zbv"], [3], ["bf16"], ["weight"], [3]),
     *product(["1d2"], [0], ["fp32"], PLANTS[1:], [1]),
     *product(["pp2-1d2"], [0], ["fp16"], ["gradient"], [3]),
     *product(["pp2-1d2"], [0], ["fp16"], ["weight"], [1]),

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 import launch
+from models.build import layers_of_stages
 from models.shapes import resolve
-from parallel.config import parse
+from parallel.config import PipelineConfig, parse
 from parallel.config.parallel import STAGES_OF_RANK
 from parallel.pipeline.plan import Op
 from parallel.pipeline.schedule import SCHEDULES
@@ -85,6 +86,14 @@ def test_layers_are_given_to_stages_in_the_order_of_the_model() -> None:
         names = {stage: names for part in parts for stage, names in part.stages.items()}
         in_order = [name for stage in sorted(names) for name in names[stage]]
         assert in_order == ["embed", *(f"layers.{i}" for i in range(8)), "head"]
+
+
+def test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it() -> None:
+    """The head costs as much as three blocks: see `partition`."""
+    costs = [0.0, 1, 1, 1, 1, 1, 3]
+    four, two = PipelineConfig(4), PipelineConfig(2, "interleaved")
+    assert [sum(costs[i] for i in stage) for stage in layers_of_stages(costs, four)] == [1, 2, 2, 3]
+    assert [sum(costs[i] for i in stage) for stage in layers_of_stages(costs, two)] == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("size", [1, 2])

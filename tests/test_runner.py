@@ -14,7 +14,18 @@ from parallel.engine.engine import Engine
 from parallel.pipeline.validate import validate
 from tests.drawn_plans import drawn_plan
 from tests.harness import run
-from tests.parity import Batch, Raw, Trace, batches_of, compare, config_of, traced, updating_on_device
+from tests.parity import (
+    Batch,
+    Raw,
+    Trace,
+    batches_of,
+    compare,
+    config_of,
+    engine_of,
+    share_of,
+    traced,
+    updating_on_device,
+)
 
 LOOP2 = PipelineConfig(size=2, schedule="interleaved", chunks=2)
 V2 = PipelineConfig(size=2, schedule="zero_bubble_v", chunks=2)
@@ -107,17 +118,21 @@ TIED_GPT2: Raw = dict(
     pad_token_id=None,
 )
 PROJECTED = OPT | dict(word_embed_proj_dim=12, do_layer_norm_before=False)
+ON_HOST: Raw = dict(zero=dict(stage=3, tensor_placement_policy="cpu"))
 CASES: dict[str, tuple[PipelineConfig, dict[str, Any]]] = {
     "alone dp2 zero2": (ALONE, dict(data=2, zero=dict(stage=2))),
-    "alone dp2 zero3 cpu": (ALONE, dict(data=2, zero=dict(stage=3, tensor_placement_policy="cpu"))),
+    "alone dp2 zero3 cpu": (ALONE, dict(data=2, **ON_HOST)),
     "v dp2 zero2": (V2, dict(data=2, zero=dict(stage=2))),
     "v dp2 zero1 projected": (V2, dict(data=2, model=PROJECTED, zero=dict(stage=1))),
     "loop dp2 zero3": (LOOP2, dict(data=2, zero=dict(stage=3))),
     "loop dp2 zero3 cpu gpt2": (
         LOOP2,
-        dict(data=2, model=TIED_GPT2, zero=dict(stage=3, tensor_placement_policy="cpu")),
+        dict(data=2, model=TIED_GPT2, **ON_HOST),
     ),
     "v dp2 zero3 auto": (V2, dict(data=2, zero=dict(stage=3, tensor_placement_policy="auto"))),
+    "v one microbatch zero3 cpu": (V2, dict(data=2, train=dict(micro_batch_size=10), **ON_HOST)),
+    "alone one microbatch zero3 cpu": (ALONE, dict(data=2, train=dict(micro_batch_size=10), **ON_HOST)),
+    "alone 2d4": (ALONE, dict(tensor=dict(mode="2d", size=4))),
     "v 1d2": (V2, dict(tensor=dict(mode="1d", size=2))),
     "line dp2 zero2 untied": (LINE, dict(data=2, model=UNTIED_LLAMA, zero=dict(stage=2))),
     "ring untied": (RING, dict(model=UNTIED_LLAMA)),
@@ -139,3 +154,65 @@ CASES: dict[str, tuple[PipelineConfig, dict[str, Any]]] = {
 def test_drawn_plans_in_other_layouts_train_as_a_single_process(case: str, seed: int) -> None:
     pipeline, sections = CASES[case]
     check(pipeline, seed, **sections)
+
+
+def collectives_of(rank: int, world_size: int, raw: Raw, batch: Batch) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the number of collectives of a step, and what it should be by the chunks of this rank."""
+    engine = engine_of(rank, world_size, raw)
+    engine.train_step(share_of(batch, engine))
+    engine.mesh.traffic.reset()
+    engine.train_step(share_of(batch, engine))
+    found, zero = dict(engine.mesh.traffic.calls), engine.config.zero.stage
+    microbatches = engine.config.num_microbatches(world_size)
+    layers = [chunk for chunk in engine.chunks if chunk.infos[0].unit in engine.part.units]
+    rounds = microbatches if zero >= 2 else 1
+    gathers = 2 * microbatches * len(layers) + len(engine.chunks) - len(layers) if zero == 3 else len(engine.chunks)
+    engine.mesh.close()
+    return found, dict(reduce_scatter=rounds * len(engine.chunks), all_gather=gathers)
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_chunks_are_summed_once_for_each_round_and_layers_gathered_once_for_each_pass(zero: int) -> None:
+    """A table that two stages of a rank share is summed after both of its gradients. What follows the last layer of a
+    stage is not known: a layer that is gathered ahead and not used would be gathered again.
+    """
+    pipeline = dict(size=1, schedule="interleaved", chunks=3)
+    train = dict(global_batch_size=20, micro_batch_size=2)
+    raw = config_of(dict(pipeline=pipeline), steps=2, model=OPT, train=train, zero=dict(stage=zero))
+    for found, wanted in run(collectives_of, 2, raw, batches_of(1, batch=20)[0]):
+        assert {kind: found[kind] for kind in wanted} == wanted
+
+
+def evaluated(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> float:
+    """Return the loss of these batches, evaluated between two steps."""
+    engine = engine_of(rank, world_size, raw)
+    engine.train_step(share_of(batches[0], engine))
+    loss = engine.evaluate([share_of(batch, engine) for batch in batches[1:]])
+    engine.train_step(share_of(batches[0], engine))
+    engine.mesh.close()
+    return loss
+
+
+EVALUATED: dict[str, tuple[int, Raw]] = {
+    "v": (2, dict(size=2, schedule="zero_bubble_v")),
+    "alone": (1, dict(size=1, schedule="interleaved", chunks=3)),
+    "ring": (3, dict(size=3, schedule="interleaved")),
+    "line": (3, dict(size=3, schedule="zero_bubble")),
+    "dp2-v": (4, dict(size=2, schedule="zero_bubble_v")),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "v" else pytest.param(name, marks=pytest.mark.slow) for name in EVALUATED]
+)
+def test_an_evaluation_in_several_stages_has_the_loss_of_a_single_process(name: str) -> None:
+    """Dropout is off then; one batch is shorter than the number of ranks."""
+    world_size, pipeline = EVALUATED[name]
+    batches = batches_of(3, batch=20)
+    batches[2] = {key: x[:4] for key, x in batches[2].items()}
+    zero = dict(stage=3 if name.startswith("dp2") else 0)
+    common: dict[str, Any] = dict(steps=2, model=OPT)
+    train = dict(global_batch_size=20, micro_batch_size=2 if name.startswith("dp2") else 4)
+    found = run(evaluated, world_size, config_of(dict(pipeline=pipeline), train=train, zero=zero, **common), batches)
+    alone = config_of({}, train=dict(global_batch_size=20, micro_batch_size=4), **common)
+    assert found == pytest.approx(run(evaluated, 1, alone, batches) * world_size, rel=1e-12)

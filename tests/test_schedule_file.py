@@ -15,18 +15,24 @@ from torch.distributed.pipelining import schedules as torchs
 from parallel.config import Config, PipelineConfig, parse
 from parallel.config.schedule_file import MOST_BYTES, ScheduleFile, table_of
 from parallel.config.schedule_table import Cell
+from parallel.engine.context import Place, make_context
 from parallel.engine.facts import facts_of
 from parallel.errors import ConfigError
 from parallel.pipeline.plan import Action, Plan, PlanError
 from parallel.pipeline.plan_csv import csv_of, plan_of_table
 from parallel.pipeline.schedule import SCHEDULES, plan_of, with_transfers
 from parallel.pipeline.validate import validate
+from tests.harness import run
+from tests.test_loop import TINY
+from training.config import read_config
+from training.preflight import prepare
+from training.run import make_engine, make_loader
 
 MULTI = torchs.PipelineScheduleMulti
 
 
 class Stage:
-    """As much of a stage of torch's pipelining as the constructor of a schedule asks for."""
+    """A stage of torch's pipelining, as far as the constructor of a schedule asks for it."""
 
     def __init__(self, index: int, num_stages: int, num_ranks: int) -> None:
         self.stage_index, self.num_stages, self.group_size, self.group_rank = index, num_stages, num_ranks, 0
@@ -104,6 +110,16 @@ def test_in_the_grid_of_a_file_a_rank_is_idle_until_what_it_waits_for_has_run() 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
 
+
+def refusal_of(text: str) -> str:
+    """Return why this file is refused, and nothing where it is read."""
+    try:
+        table_of(text.encode(), "plan.csv")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
 
 
@@ -142,9 +158,7 @@ GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
     ],
 )
 def test_what_is_no_schedule_is_refused_with_its_place_marked(text: str, place: str, words: str, marked: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        table_of(text.encode(), "plan.csv")
-    first, *grid = str(refused.value).splitlines()
+    first, *grid = refusal_of(text).splitlines() or [""]
     assert first.startswith(f"parallel.pipeline.schedule: plan.csv, {place}: ")
     assert words in first
     assert any(marked in line for line in grid)
@@ -275,3 +289,29 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_key(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=words) as refused:
             config_of(tmp_path / name)
         assert str(refused.value).startswith("parallel.pipeline.schedule: ")
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def losses(rank: int, world_size: int, schedules: list[str], folder: Path) -> list[list[float]]:
+    """Return, for each schedule, loss and norm of a step in fp64, and then the loss of the validation samples."""
+    found = []
+    for schedule in schedules:
+        layout = [f"parallel.pipeline.size={world_size}", f"parallel.pipeline.schedule={schedule}"]
+        sizes = ["model.num_hidden_layers=4", "train.global_batch_size=16", "train.precision=fp64", "train.device=cpu"]
+        config = read_config(None, [*TINY, *sizes, *layout, f"output.dir={folder}"], world_size)
+        job = prepare(config, Place(rank, world_size, rank, world_size))
+        engine = make_engine(make_context(config, job.place), job)
+        loader = make_loader(engine, job)
+        result = engine.train_step(loader.training(0))
+        found.append([result.loss, result.grad_norm or 0.0, engine.evaluate(loader.validation())])
+    return found
+
+
+def test_a_model_trains_by_torchs_schedule_as_by_1f1b(tmp_path: Path) -> None:
+    """ZB-V: two stages a rank, W apart from I. Sums are in another order, in fp64."""
+    file = tmp_path / "zbv.csv"
+    MULTI._dump_csv(schedule_of_torch("ScheduleZBVZeroBubble", 2, 4), file)
+    for found, expected in run(losses, 2, [str(file), "1f1b"], tmp_path / "run"):
+        assert found == pytest.approx(expected, rel=1e-12)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from parallel.ops.deferred import DeferredCalls
 from parallel.tensor import sliced
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
-from parallel.tensor.sliced import in_slices
+from parallel.tensor.sliced import Along, in_slices
 from tests.accounts import UNSPLIT, Allocations, mesh_of
 from tests.harness import run
 from tests.parity import SHAPE, Batch, Raw, Trace, batches_of, compare, config_of, relative, train
@@ -128,6 +129,43 @@ def elements(calls: Calls) -> Counter[str]:
     for kind, count in calls:
         found[kind] += count
     return found
+
+
+# -- sizes drawn at random
+
+
+def drawn_errors(rank: int, world_size: int, num_draws: int) -> dict[str, float]:
+    """Return the errors that exceed the bound: of matmuls of random sizes and slices on two rows and three columns."""
+    mesh = mesh_of(rank, TensorConfig("2d", 6, rows=2), UNSPLIT, connect=True)
+    random, found = Random(0), dict[str, float]()
+    for draw in range(num_draws):
+        case = random.choice(CASES)
+        around = case.collectives(mesh)
+        splits_samples = any(dim == 0 and axis.size > 1 for dim, axis in (around.gather_x, around.scatter_y))
+        samples = random.choice([6, 12]) if splits_samples else random.randint(1, 4)
+        positions, k, n = 6 * random.randint(1, 7), 6 * random.randint(1, 7), random.randint(1, 20)
+        shapes = [split((samples, positions, k), around.gather_x), (n, k // around.gather_w.size), (n,)]
+        shapes.append(split((samples, positions, n), around.scatter_y))
+        x, w, bias, dy = (drawn(*shape, seed=4 * (6 * draw + rank) + i) for i, shape in enumerate(shapes))
+        whole = results_of(x, w, bias, dy, around)
+        with slices_of(random.randint(1, 9), random.randint(2, 7)):
+            parts = results_of(x, w, bias, dy, in_slices(around))
+        errors = {f"{case} of {shapes}: {name}": relative(parts[name], whole[name]) for name in whole}
+        found |= {name: error for name, error in errors.items() if not error <= BOUND}
+    mesh.close()
+    return found
+
+
+def split(shape: tuple[int, ...], along: Along) -> tuple[int, ...]:
+    """Return the shape of a rank's part."""
+    sizes, (dim, axis) = list(shape), along
+    sizes[dim] //= axis.size
+    return tuple(sizes)
+
+
+@pytest.mark.slow
+def test_matmuls_of_drawn_sizes_in_drawn_slices_equal_those_without() -> None:
+    assert run(drawn_errors, 6, 150) == [{}] * 6
 
 
 # -- rounding and memory

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from colonnade import cli
 from parallel.config import PipelineConfig
+from parallel.engine.action_times import ActionTimes
 from parallel.engine.context import Place, make_context
+from parallel.engine.phases import Stopwatch
 from parallel.errors import ConfigError
-from parallel.mesh.clocks import ROUNDS, Barriers, bounds
+from parallel.mesh.clocks import ROUNDS, Barriers, ClockOffset, bounds
 from parallel.pipeline.drawing import COLORS, Panel, draw_svg, in_flight
 from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.schedule import SCHEDULES, plan_of
@@ -172,6 +176,14 @@ def test_a_picture_of_64_ranks_and_512_microbatches_has_less_than_4_megabytes() 
     assert sum(map(len, boxes_of(svg).values())) >= 2 * 64 * 512
 
 
+def test_the_picture_in_the_documents_is_what_its_command_draws(tmp_path: Path) -> None:
+    page = (ROOT / "docs/timeline.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"colonnade (timeline --out docs/timeline\.svg (?:.*\\\n)*.*)", page)
+    arguments = command.replace("\\\n", " ").replace("docs/", f"{tmp_path}/").split()
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "timeline.svg").read_bytes() == (ROOT / "docs/timeline.svg").read_bytes()
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +213,25 @@ def test_a_scaled_timeline_has_the_same_bubble() -> None:
     timeline = timeline_of("1f1b")
     assert scaled(timeline, 0.01).bubble_of_ranks == pytest.approx(timeline.bubble_of_ranks)
     assert busy(scaled(timeline, 0.01)) == pytest.approx(busy(timeline) / 100)
+
+
+def test_a_clock_that_is_ahead_is_set_back() -> None:
+    """One action is timed twice: by a rank that has the clock of rank 0, and as if its clock were 5 s ahead."""
+    cpu, action = torch.device("cpu"), Action(Op.F, 0, 1)
+    starts = []
+    for ahead in (0.0, 5.0):
+        times = ActionTimes(Stopwatch(cpu), cpu, ClockOffset(ahead, 0.0, time.perf_counter()))
+        times.begin()
+        times.stopwatch.mark("transfer", action)
+        times.stopwatch.mark("forward", action)
+        times.stopwatch.mark("transfer", Action(Op.SEND_F, 0, 1, 1))
+        times.stopwatch.read()
+        (span,) = times.end()
+        assert span.action == action
+        assert span.start <= span.end
+        starts.append(span.start)
+    assert starts[0] == pytest.approx(0.0, abs=0.5)
+    assert starts[1] == pytest.approx(-5.0, abs=0.5)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

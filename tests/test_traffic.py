@@ -20,7 +20,7 @@ from parallel.engine.engine import Engine
 from parallel.mesh.notices import Notices
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.plan import Action, Op, Plan
-from parallel.tensor import loss
+from parallel.tensor import loss, sliced
 from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run
 from tests.parity import Batch, Raw, batches_of, config_of, engine_of, share_of
@@ -71,6 +71,10 @@ LAYOUTS = {  # name: (row of the tables, tensor mode, replicas)
     "2.5d2x2x2": ("2d, 2.5d", TensorConfig("2.5d", 8, depth=2), 1),
     "dp2-2.5d2x1x2": ("2d, 2.5d", TensorConfig("2.5d", 4, depth=2, rows=1), 2),
     "3d2x2x2": ("3d", TensorConfig("3d", 8), 1),
+    "1d4-overlap": ("1d", TensorConfig("1d", 4, overlap=True), 1),
+    "1d2-sp-overlap": (SPLIT, TensorConfig("1d", 2, sequence_parallel=True, overlap=True), 1),
+    "2d2x2-overlap": ("2d, 2.5d", TensorConfig("2d", 4, overlap=True), 1),
+    "3d2x2x2-overlap": ("3d", TensorConfig("3d", 8, overlap=True), 1),
 }
 WITH_ALL_MODELS = (
     "dp2",
@@ -80,11 +84,17 @@ WITH_ALL_MODELS = (
     "2.5d2x2x2",
     "3d2x2x2",
 )  # ranks start once for all models
+
+
+def _is_quick(layout: str, model: str) -> bool:
+    return layout in WITH_ALL_MODELS or (model == "opt" and not LAYOUTS[layout][1].overlap)
+
+
 CASES = [
     pytest.param(
         layout,
         model,
-        marks=[] if model == "opt" or layout in WITH_ALL_MODELS else pytest.mark.slow,
+        marks=[] if _is_quick(layout, model) else pytest.mark.slow,
         id=f"{layout}-{model}",
     )
     for layout in LAYOUTS
@@ -122,6 +132,7 @@ def engine_and_batch(
     raw = config_of(dict(tensor=asdict(tensor)), model=model, data=dict(sequence_length=S), train=train)
     engine = engine_of(rank, world_size, raw)
     loss.TOKENS_PER_SLICE = POSITIONS_PER_SLICE * B // tensor.batch_parts
+    sliced.LEAST = 1
     return engine, share_of(batch, engine)
 
 

@@ -301,6 +301,8 @@ def test_a_rank_keeps_its_own_parts_between_i_and_w_and_nothing_gathered() -> No
 MODEL: Raw = SHAPE | dict(num_hidden_layers=2)
 LAYOUTS: dict[str, tuple[int, Raw]] = {  # name: world size, parallel section
     "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
+    "1d2-sp": (2, dict(tensor=dict(mode="1d", size=2, sequence_parallel=True))),
+    "2d2x2-overlap": (4, dict(tensor=dict(mode="2d", size=4, overlap=True))),
     "2d2x2": (4, dict(tensor=dict(mode="2d", size=4))),
     "2d1x2-zero2": (4, dict(tensor=dict(mode="2d", size=2, rows=1))),
     "2.5d-depth2": (4, dict(tensor=dict(mode="2.5d", size=4, depth=2, rows=2))),

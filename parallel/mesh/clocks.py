@@ -1,4 +1,4 @@
-"""How far the clocks of the ranks' hosts are apart: ranks of one host have one clock, `time.perf_counter`."""
+"""The difference between the clocks of the ranks' hosts: ranks of one host have one clock, `time.perf_counter`."""
 
 import time
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ DIGIT, LABEL_MARGIN = 6.2, 3.0
 TICKS = 10  # at most, on the axis of time
 
 TOPS: Mapping[Op, float] = {Op.F: 0.0, Op.B: 0.15, Op.I: 0.15, Op.W: 0.3}
-"""Where the box of an op begins, as a share of its row: a forward stands out from what is below it without colours."""
+"""The beginning of each op's boxes as a share of their row: so forwards stand out without colours."""
 
 COLORS: Mapping[Op, tuple[str, str]] = {
     Op.F: ("#0b4f8a", "forward"),
@@ -31,7 +31,7 @@ COLORS: Mapping[Op, tuple[str, str]] = {
 }
 """Colours that differ in hue for eyes that see no red or no green, and in lightness on grey paper."""
 
-LIGHTENED = 0.55  # of the way to white, for the last chunk of a rank
+LIGHTENED = 0.45  # of the way to white, for the last chunk of a rank
 DARK_INK, LIGHT_INK = "#1a1a1a", "#ffffff"
 
 STYLES = {
