@@ -50,9 +50,7 @@ def read_measured(run: Path) -> Measured:
         )
     first = _read(folder.action_times(0))
     topology = Topology(first["mesh"])
-    ranks = tuple(
-        topology.rank_of(dict.fromkeys(topology.shape, 0) | {"pipe": r}) for r in range(first["mesh"]["pipe"])
-    )
+    ranks = topology.first_pipe
     files = [first, *(_read(folder.action_times(rank)) for rank in ranks[1:])]
     steps = [each["step"] for each in first["steps"]]
     if any([each["step"] for each in file["steps"]] != steps or file["mesh"] != first["mesh"] for file in files):

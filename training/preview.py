@@ -13,7 +13,7 @@ from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
 from parallel.chunk.spec import specs_of
 from parallel.config import Config
-from parallel.engine.context import Place, make_context
+from parallel.engine.context import Place, make_context, topology_of
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
@@ -129,8 +129,8 @@ def _peak_bytes(actions: Sequence[Action], kept_bytes: Sequence[int]) -> tuple[i
 
 def preview_of(config: Config, world_size: int) -> Preview:
     """Return a config, with every field set, laid out over `world_size` ranks."""
-    topology = Topology(config.parallel.mesh_shape(world_size))
-    parts = [_part_of_rank(config, Place(rank, world_size)) for rank in first_ranks(topology)]
+    topology = topology_of(config, world_size)
+    parts = [_part_of_rank(config, Place(rank, world_size)) for rank in topology.first_pipe]
     stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
     kept = kept_bytes(shape_of(config), config)
     return Preview(
@@ -157,12 +157,6 @@ def _costs_of_stages(config: Config, stages: Sequence[range]) -> Costs:
     )
 
 
-def first_ranks(topology: Topology) -> list[int]:
-    """Return the first rank at each place of the pipe."""
-    places = range(topology.shape["pipe"])
-    return [topology.rank_of({axis: at if axis == "pipe" else 0 for axis in topology.shape}) for at in places]
-
-
 def device_messages(config: Config) -> list[str]:
     """Return a message if this machine cuts the pipeline into other stages than a machine with GPUs would."""
     pipeline = config.parallel.pipeline
@@ -180,8 +174,7 @@ def save_messages(config: Config, place: Place) -> list[str]:
     if not saves_in_background(config):
         return []
     device, rooms = torch.device(device_type(config.train.device)), []
-    topology = Topology(config.parallel.mesh_shape(place.world_size))
-    for rank in first_ranks(topology):
+    for rank in topology_of(config, place.world_size).first_pipe:
         context = make_context(config, Place(rank, place.world_size), connect=False, device=torch.device("meta"))
         specs = specs_of(part_of(context).infos, context.dtype, zero=config.zero.stage)
         microbatches = config.num_microbatches(place.world_size)
