@@ -33,7 +33,7 @@ from training.measured import read_measured
 from training.preflight import prepare
 from training.preview import preview_of
 from training.run import make_engine, make_loader
-from training.timelines import bubble_text, busy, scaled
+from training.timelines import bubble_text, scaled
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -199,7 +199,7 @@ def by_hand() -> Timeline:
 def test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_the_whole_step() -> None:
     """The longest such time is 8 s, that of rank 0. If rank 0 ends earlier, the two bubbles differ."""
     timeline = by_hand()
-    assert busy(timeline) == 9
+    assert timeline.busy == 9
     assert timeline.bubble_fraction == 1 - 9 / 16
     assert timeline.bubble_of_ranks == 1 - 9 / 16
     first, second = timeline.rows
@@ -212,7 +212,7 @@ def test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_th
 def test_a_scaled_timeline_has_the_same_bubble() -> None:
     timeline = timeline_of("1f1b")
     assert scaled(timeline, 0.01).bubble_of_ranks == pytest.approx(timeline.bubble_of_ranks)
-    assert busy(scaled(timeline, 0.01)) == pytest.approx(busy(timeline) / 100)
+    assert scaled(timeline, 0.01).busy == pytest.approx(timeline.busy / 100)
 
 
 def test_a_clock_that_is_ahead_is_set_back() -> None:

@@ -97,9 +97,7 @@ def _spans(rows: Sequence[Sequence[Any]]) -> list[Span]:
 def check_plan(measured: Measured, planned: Timeline, run: Path) -> None:
     """Raise ConfigError where the run has computed something else than this plan, rank by rank."""
     advice = f"Give the run's own config: --config {run / 'config.json'}."
-    rows = [
-        [[s.action for s in row if not s.action.op.is_transfer] for row in t.rows] for t in (measured.timeline, planned)
-    ]
+    rows = [[[span.action for span in row] for row in t.computes] for t in (measured.timeline, planned)]
     if len(rows[0]) != len(rows[1]):
         raise ConfigError(f"{KEY}: {run} has {len(rows[0])} ranks in its pipe, and the config {len(rows[1])}. {advice}")
     for rank, (ran, plan) in enumerate(zip(*rows, strict=True)):

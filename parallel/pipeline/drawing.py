@@ -96,7 +96,7 @@ class _Picture:
     """The drawing of some panels at their scale, in pixels for each unit of time."""
 
     def __init__(self, panels: Sequence[Panel]) -> None:
-        rows = [[span for row in panel.timeline.rows for span in _computes(row)] for panel in panels]
+        rows = [[span for row in panel.timeline.computes for span in row] for panel in panels]
         end = max(panel.timeline.end_of_rows for panel in panels)
         shortest = min(sorted(span.end - span.start for span in spans)[len(spans) // 20] for spans in rows)
         self.scale = min(max(LABEL / max(shortest, 1e-30), NARROWEST / end), WIDEST / end)
@@ -149,8 +149,8 @@ class _Picture:
         drawing.text((EDGE, y), panel.title, "heading")
         y += 10
         shape = _Row.of(len(timeline.rows))
-        for rank, (row, peak) in enumerate(zip(timeline.rows, timeline.peak_in_flight, strict=True)):
-            self._row(_computes(row), y, shape)
+        for rank, (row, peak) in enumerate(zip(timeline.computes, timeline.peak_in_flight, strict=True)):
+            self._row(row, y, shape)
             drawing.text((LEFT - 8, y + shape.boxes / 2 + 4), f"rank {rank}", "end")
             last = y + shape.boxes + shape.flight
             drawing.text((LEFT + self.width + 6, last), f"max {peak}", "quiet")
@@ -225,10 +225,6 @@ def in_flight(spans: Sequence[Span]) -> list[tuple[float, int]]:
             count -= 1
             levels.append((span.end, count))
     return levels
-
-
-def _computes(row: Sequence[Span]) -> list[Span]:
-    return [span for span in row if not span.action.op.is_transfer]
 
 
 def _chunks(timeline: Timeline) -> dict[int, int]:

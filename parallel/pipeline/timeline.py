@@ -37,11 +37,16 @@ class Timeline:
         return self._num_simulated + self.num_omitted
 
     @property
+    def computes(self) -> tuple[tuple[Span, ...], ...]:
+        """The rows without their transfers."""
+        return tuple(tuple(span for span in row if not span.action.op.is_transfer) for row in self.rows)
+
+    @property
     def makespan(self) -> float:
         """The time at which the last rank has finished."""
         if not self.num_omitted:
             return self.end_of_rows
-        return self.end_of_rows + self.num_omitted * max(self._busy) / self._num_simulated
+        return self.end_of_rows + self.num_omitted * max(self._busy_of_rows) / self._num_simulated
 
     @property
     def end_of_rows(self) -> float:
@@ -49,10 +54,14 @@ class Timeline:
         return max(row[-1].end for row in self.rows)
 
     @property
+    def busy(self) -> float:
+        """The time that all ranks together compute."""
+        return sum(self._busy_of_rows) / self._num_simulated * self.num_microbatches
+
+    @property
     def bubble_fraction(self) -> float:
         """The fraction of the ranks' time in which they do not compute: waits and transfers."""
-        busy = sum(self._busy) / self._num_simulated * self.num_microbatches
-        return 1 - busy / (len(self.rows) * self.makespan)
+        return 1 - self.busy / (len(self.rows) * self.makespan)
 
     @property
     def bubble_of_ranks(self) -> float:
@@ -60,10 +69,8 @@ class Timeline:
 
         Of the ranks it is the longest such time that counts (Qi et al. 2023, arXiv 2401.10241, section 5.3).
         """
-        computes = [[span for span in row if not span.action.op.is_transfer] for row in self.rows]
-        longest = max(row[-1].end - row[0].start for row in computes) + self.makespan - self.end_of_rows
-        busy = sum(self._busy) / self._num_simulated * self.num_microbatches
-        return 1 - busy / (len(self.rows) * longest)
+        longest = max(row[-1].end - row[0].start for row in self.computes) + self.makespan - self.end_of_rows
+        return 1 - self.busy / (len(self.rows) * longest)
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
@@ -97,9 +104,9 @@ class Timeline:
         return 1 + max(span.action.microbatch for span in self.rows[0])
 
     @property
-    def _busy(self) -> list[float]:
+    def _busy_of_rows(self) -> list[float]:
         """The time that each rank computes, in its row."""
-        return [sum(span.end - span.start for span in row if not span.action.op.is_transfer) for row in self.rows]
+        return [sum(span.end - span.start for span in row) for row in self.computes]
 
 
 def num_simulated(num_stages: int, num_microbatches: int) -> int:
