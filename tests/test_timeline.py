@@ -21,10 +21,10 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.phases import Stopwatch
 from parallel.errors import ConfigError
 from parallel.mesh.clocks import ROUNDS, Barriers, ClockOffset, bounds
-from parallel.pipeline.drawing import COLORS, Panel, draw_svg, in_flight
+from parallel.pipeline.drawing import COLORS, Panel, draw_svg
 from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.schedule import SCHEDULES, plan_of
-from parallel.pipeline.timeline import Costs, Span, Timeline, simulate
+from parallel.pipeline.timeline import Costs, Span, Timeline, in_flight, simulate
 from tests.harness import run
 from tests.test_loop import ALONE, TINY
 from training.action_files import ActionFile
@@ -129,7 +129,7 @@ def test_a_box_has_the_number_of_its_microbatch_inside_where_it_fits(name: str) 
 def test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none(name: str) -> None:
     timeline = timeline_of(name)
     for row, peak in zip(timeline.rows, timeline.peak_in_flight, strict=True):
-        levels = in_flight(computes(row))
+        levels = in_flight(row, [1] * 8)
         assert max(count for _, count in levels) == peak
         assert levels[-1][1] == 0
         assert all(one[0] <= other[0] for one, other in pairwise(levels))

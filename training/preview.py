@@ -17,7 +17,7 @@ from parallel.engine.context import Place, make_context, topology_of
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.plan import Plan
 from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
@@ -96,35 +96,10 @@ class Preview:
         return replace(timeline, num_omitted=total - simulated)
 
     def peak_bytes(self, timeline: Timeline) -> tuple[int, ...]:
-        """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed.
-
-        What a forward keeps is kept until its backward or, where that has two halves, until the gradients of weights.
-        """
+        """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed."""
         train = replace(self.config.train, activation_checkpointing="none")
         block = kept_bytes(self.shape, replace(self.config, train=train))[1] if self.recomputes else 0
-        simulated = self.num_microbatches - timeline.num_omitted
-        peaks = []
-        for row in timeline.rows:
-            actions = [span.action for span in row]
-            stages = {action.stage for action in actions}
-            peak, count = _peak_bytes(actions, self.kept_bytes)
-            is_all = timeline.num_omitted and count == simulated * len(stages)
-            more = timeline.num_omitted * sum(self.kept_bytes[stage] for stage in stages) if is_all else 0
-            peaks.append(peak + more + block)
-        return tuple(peaks)
-
-
-def _peak_bytes(actions: Sequence[Action], kept_bytes: Sequence[int]) -> tuple[int, int]:
-    """Return the most bytes that a rank keeps at a time, and the number of forwards that they are of."""
-    kept = count = 0
-    peak = (0, 0)
-    for action in actions:
-        if action.op is Op.F:
-            kept, count = kept + kept_bytes[action.stage], count + 1
-            peak = max(peak, (kept, count))
-        elif action.op in (Op.B, Op.W):
-            kept, count = kept - kept_bytes[action.stage], count - 1
-    return peak
+        return tuple(peak + block for peak in timeline.peak_kept(self.kept_bytes))
 
 
 def preview_of(config: Config, world_size: int) -> Preview:

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from parallel.pipeline.plan import Op
 from parallel.pipeline.svg import Drawing, text_width
-from parallel.pipeline.timeline import Span, Timeline
+from parallel.pipeline.timeline import Span, Timeline, in_flight
 
 MOST_DRAWN = 1 << 16  # forwards of all stages in one picture: its boxes would be thinner than a hair
 
@@ -177,7 +177,7 @@ class _Picture:
                 drawing.text(at, label, "label", *self._ink(span))
         base = y + shape.boxes + shape.flight
         unit = (shape.flight - 1) / max(1, self.most_in_flight)
-        levels = [(self.x(time), base - unit * count) for time, count in in_flight(spans)]
+        levels = [(self.x(time), base - unit * count) for time, count in in_flight(spans, [1] * len(self.chunk_of))]
         drawing.steps(levels, base, "flight")
 
     def _look(self, span: Span) -> str:
@@ -207,24 +207,6 @@ class _Picture:
 def extent(op: Op) -> tuple[float, float]:
     """Return between which shares of its row the box of an op is drawn."""
     return TOPS[op], 0.85 if op is Op.F else 1.0
-
-
-def in_flight(spans: Sequence[Span]) -> list[tuple[float, int]]:
-    """Return at which times the number of forwards that a rank keeps for their backward changes, and to what.
-
-    They are kept from F to B or, where the backward has two halves, to W, as `Timeline.peak_in_flight` counts them.
-    """
-    last = {(s.action.stage, s.action.microbatch): s.action.op for s in spans if s.action.op is not Op.F}
-    count, levels = 0, [(0.0, 0)]
-    for span in spans:
-        op, kept_until = span.action.op, last.get((span.action.stage, span.action.microbatch))
-        if op is Op.F and kept_until is not None:
-            count += 1
-            levels.append((span.start, count))
-        elif op is kept_until:
-            count -= 1
-            levels.append((span.end, count))
-    return levels
 
 
 def _chunks(timeline: Timeline) -> dict[int, int]:

@@ -74,18 +74,18 @@ class Timeline:
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
-        """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept.
+        """The most (stage, microbatch) activations that each rank holds at once."""
+        return self.peak_kept([1] * sum(map(len, self._stages)))
 
-        They are held from F to B or, where the backward has two halves, to W. (Qi et al. 2023, section 2.3, count less
-        of a microbatch from I to W; where all of it is kept their bounds hold too.)
-        """
-        peaks = [_peak_in_flight([span.action for span in row]) for row in self.rows]
-        if not self.num_omitted:
-            return tuple(peaks)
-        return tuple(
-            peak + self.num_omitted * num_stages * (peak == self._num_simulated * num_stages)
-            for peak, num_stages in zip(peaks, self._nums_stages, strict=True)
-        )
+    def peak_kept(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the most that each rank holds at once, if stage s holds `sizes[s]` of each microbatch in flight."""
+        peaks = []
+        for row, stages in zip(self.rows, self._stages, strict=True):
+            peak = max(kept for _, kept in in_flight(row, sizes))
+            whole = sum(sizes[stage] for stage in stages)
+            # If all microbatches that are simulated are in flight at once, those that are omitted are so, too.
+            peaks.append(peak + self.num_omitted * whole * (peak == self._num_simulated * whole))
+        return tuple(peaks)
 
     @property
     def peak_microbatches(self) -> tuple[float, ...]:
@@ -93,11 +93,12 @@ class Timeline:
 
         This is the unit in which papers compare schedules: 1F1B's first rank holds as many as there are ranks.
         """
-        return tuple(peak / num for peak, num in zip(self.peak_in_flight, self._nums_stages, strict=True))
+        return tuple(peak / len(stages) for peak, stages in zip(self.peak_in_flight, self._stages, strict=True))
 
     @property
-    def _nums_stages(self) -> list[int]:
-        return [len({span.action.stage for span in row}) for row in self.rows]
+    def _stages(self) -> list[set[int]]:
+        """The stages on each rank."""
+        return [{span.action.stage for span in row} for row in self.rows]
 
     @property
     def _num_simulated(self) -> int:
@@ -121,17 +122,22 @@ def num_simulated(num_stages: int, num_microbatches: int) -> int:
     return min(num_microbatches, rounds * num_stages + (num_microbatches % num_stages > 0))
 
 
-def _peak_in_flight(actions: Sequence[Action]) -> int:
-    """Return the most (stage, microbatch) that are kept at once: from F to B or, with halves, to W."""
-    last = {(action.stage, action.microbatch): action.op for action in actions if action.op in (Op.B, Op.I, Op.W)}
-    kept = peak = 0
-    for action in actions:
-        if action.op is Op.F:
-            peak = max(peak, kept + 1)
-            kept += (action.stage, action.microbatch) in last
-        elif action.op is last.get((action.stage, action.microbatch)):
-            kept -= 1
-    return peak
+def in_flight(row: Sequence[Span], sizes: Sequence[int]) -> list[tuple[float, int]]:
+    """Return at which times what a rank holds in a training step changes, and to what: a forward adds `sizes[stage]`.
+
+    It is held from F to B or, where the backward has two halves, to W. (Qi et al. 2023, section 2.3, count less of a
+    microbatch from I to W; where all of it is kept their bounds hold too.)
+    """
+    kept, levels = 0, [(0.0, 0)]
+    for span in row:
+        size = sizes[span.action.stage]
+        if span.action.op is Op.F:
+            kept += size
+            levels.append((span.start, kept))
+        elif span.action.op in (Op.B, Op.W):
+            kept -= size
+            levels.append((span.end, kept))
+    return levels
 
 
 @dataclass(frozen=True, slots=True)
