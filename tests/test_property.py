@@ -172,9 +172,9 @@ def sequence_of(draw: st.DrawFn, parts: int) -> int:
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1) -> Case:
-    size = draw(st.integers(1, max_ranks // min_context))
-    pipeline = draw(st.integers(1, max_ranks // size // min_context))
+def cases(draw: st.DrawFn, max_ranks: int = 4, min_context: int = 1, min_pipeline: int = 1) -> Case:
+    size = draw(st.integers(1, max_ranks // min_context // min_pipeline))
+    pipeline = draw(st.integers(min_pipeline, max_ranks // size // min_context))
     most = max_ranks // size // pipeline
     context = ContextConfig(draw(st.integers(min_context, most)), draw(st.sampled_from(KINDS)))
     data = draw(st.integers(1, most // context.size))
@@ -270,7 +270,7 @@ def single_rank(case: Case) -> Trace:
 
 
 @pytest.mark.gpu
-@settings(max_examples=18, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=14, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_drawn_layouts_equal_a_single_rank(case: Case) -> None:
     check(case)
@@ -279,6 +279,21 @@ def test_drawn_layouts_equal_a_single_rank(case: Case) -> None:
 @settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(min_context=2))
 def test_drawn_layouts_that_split_sequences_equal_a_single_rank(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.gpu
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@given(cases(min_pipeline=2))
+def test_drawn_pipelines_equal_a_single_rank(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@given(cases(max_ranks=6, min_pipeline=2))
+def test_many_drawn_pipelines_equal_a_single_rank(case: Case) -> None:
     check(case)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from parallel.pipeline.plan import Action, Op, Plan, PlanError
 
@@ -187,7 +186,8 @@ class _Buffered:
             progressed = False
             for rank, actions in enumerate(self.plan.ranks):
                 clock, begin = clocks[rank], len(starts[rank])
-                for action in islice(actions, begin, None):
+                for position in range(begin, len(actions)):
+                    action = actions[position]
                     ready = clock if action.op.is_transfer else self._ready(action, rank, clock)
                     if ready is None:
                         break
