@@ -200,13 +200,9 @@ class _Buffered:
     def spans(self) -> list[list[Span]]:
         """Return the spans of each rank."""
         starts = self.starts()
-        stuck = [
-            f"rank {rank} waits for the inputs of {actions[len(row)]}"
-            for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True))
-            if len(row) < len(actions)
-        ]
-        if stuck:
-            raise PlanError("the plan waits forever: " + ", ".join(stuck))
+        for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True)):
+            if len(row) < len(actions):
+                raise PlanError(f"the plan waits forever: rank {rank} for the input of {actions[len(row)]}")
         return [
             [Span(action, start, self._end(action, start)) for action, start in zip(actions, row, strict=True)]
             for actions, row in zip(self.plan.ranks, starts, strict=True)
