@@ -1,5 +1,9 @@
 """A host of eight GPUs of 80 GB: a V-shaped zero-bubble pipeline of four ranks, each layer split over two GPUs (1d).
 
+A GPU has at most 18 GiB of weights, gradients and optimizer states, and 19 GiB of activations: those of four
+microbatches on its two stages. The first rank has both the embedding and the head. With sequence parallelism, stages
+send half of each sequence. Beside it, llama_3p1_8b_pp2_1d.py has fewer messages between stages, and more within layers.
+
 torchrun --nproc-per-node 8 launch.py --config configs/llama_3p1_8b_pp4_v.py
 """
 

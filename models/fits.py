@@ -33,14 +33,21 @@ def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
 
 
 def _too_many_stages(num_layers: int, pipeline: PipelineConfig) -> str:
-    """Return the problem of more stages than layers, with the most chunks and the largest size that would work."""
+    """Return the problem of more stages than layers, with the most chunks and the largest size that would work.
+
+    The stages of a schedule's file are given: for them the model has too few layers.
+    """
     num_items, chunks = num_layers + 2, pipeline.num_chunks
     fewer, smaller = num_items // pipeline.size, num_items // chunks
+    least = replace(pipeline, chunks=None).num_chunks
     tries = []
-    if fewer and not replace(pipeline, chunks=fewer).problems():
-        tries.append(f"chunks={fewer}")
-    if smaller:
+    if pipeline.table is not None:
+        tries.append(f"model.num_hidden_layers={pipeline.num_stages - 2}")
+    elif smaller:
+        tries += [f"chunks={fewer}"] if fewer and not replace(pipeline, chunks=fewer).problems() else []
         tries.append(f"size={smaller}" if chunks > 1 else str(smaller))
+    else:
+        tries.append(f"chunks={fewer}" if fewer >= least else f"size={num_items // least}, chunks={least}")
     key, stages = ("size", pipeline.size) if chunks == 1 else ("chunks", _stages_text(pipeline))
     return (
         f"parallel.pipeline.{key}: {stages} stages are more than embedding, {num_layers} layers and head can fill."

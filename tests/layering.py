@@ -64,6 +64,7 @@ PURE = (
     "models.shapes",
     "models.model_folder",
     "models.costs",
+    "models.kept",
     "parallel.pipeline.plan",
     "parallel.pipeline.orders",
     "parallel.pipeline.one_stage",

@@ -37,7 +37,8 @@ REFUSALS = "tests/test_module_refusals.py::test_what_one_rank_alone_does_to_a_mo
 HALF = "tests/test_fp16_and_recompute.py"
 TOPOLOGY = "tests/test_topology.py::test_coordinates_are_the_position_of_a_rank_in_a_row_major_box"
 GROUPS = "tests/test_topology.py::test_groups_are_the_rows_once_their_axes_are_moved_innermost"
-SCHEDULE = "tests/test_schedule.py::test_every_schedule_is_valid_and_in_order"
+SCHEDULE = "tests/test_schedule_properties.py::test_each_microbatch_passes_each_stage_once_in_order_where_the_config_has_the_stage"
+PLAN_PROPERTIES = "tests/test_schedule_properties.py"
 LINKS = "tests/test_schedule.py::test_a_receive_is_posted_when_its_message_is_sent"
 REPLICAS = "tests/test_data.py::test_replicas_together_take_the_samples_of_the_step[2]"
 LOSS = f"{RULES}::test_loss_and_gradient_of_large_logits_in_two_slices_equal_torch[apart]"
@@ -492,8 +493,8 @@ ORDER = (
            SCHEDULE),
     Mutant("received-after-use", "a stage computes before its input has been received",
            "parallel/pipeline/transfers.py",
-           "(span.end, 0, rank, message)",
-           "(span.end, 2, rank, message)",
+           "(end, 0, rank, message)",
+           "(end, 2, rank, message)",
            LINKS),
     Mutant("weight-gradients-before-the-message", "the previous stage waits until this one has computed the gradients of its weights",
            RUNNER, "with self.weight_gradients.deferring(key):", "if True:",
@@ -618,8 +619,8 @@ PLACEMENT = (
            INPUTS, "            previous.prefetch()\n", "            pass\n",
            f"{INPUT_TESTS}::test_an_input_is_offloaded_and_copied_back_while_a_layer_computes"),
     Mutant("newest-input-offloaded", "the input that the next backward begins with is copied to the host and back",
-           INPUTS, "        kept = KeptInput(x, self.pool, self._newest)\n",
-           "        kept = KeptInput(x, self.pool, self._newest)\n        kept.offload()\n",
+           INPUTS, "        self._newest, self._is_first = weakref.ref(kept), False",
+           "        kept.offload()\n        self._newest, self._is_first = weakref.ref(kept), False",
            f"{INPUT_TESTS}::test_there_are_as_many_buffers_as_inputs_on_the_host_at_once_and_an_evaluation_keeps_none"),
     Mutant("buffer-not-reused", "host buffers are not reused, so that their memory grows with every step",
            INPUT, "            self._pool.release(self._buffer)\n", "            pass\n",
@@ -2677,6 +2678,14 @@ ANY_PLAN = (
         "tests/test_memory_in_flight.py::test_after_each_action_what_is_kept_is_what_the_plan_says[0]",
     ),
     Mutant(
+        "input-kept-on-the-device",
+        "the input of a stage stays on the device until its backward, whatever its layers keep",
+        RUNNER,
+        "x = _Input.apply(self.inputs[key], x)",
+        "self.inputs[key] = x = x.detach().requires_grad_()",
+        "tests/test_memory_in_flight.py::test_the_input_of_a_stage_is_kept_only_if_a_layer_keeps_it",
+    ),
+    Mutant(
         "one-group-for-both-directions",
         "two ranks send to each other in one group: a receive delays a send",
         "parallel/mesh/topology.py",
@@ -2715,15 +2724,7 @@ ANY_PLAN = (
         "parallel/engine/inference.py",
         "all_reduce(x if self.is_last else torch.zeros_like(x), self",
         "all_reduce(x if self.pipe.rank == self.pipe.size - 1 else torch.zeros_like(x), self",
-        "tests/test_generate.py::test_texts_are_the_same_in_every_larger_layout[pp2-zbv]",
-    ),
-    Mutant(
-        "two-parameters-of-a-tied-table",
-        "the table of one rank's first and last stage is counted twice in the norm",
-        "models/build.py",
-        'layers["head"].table = layers["embed"].table',
-        "pass",
-        f"{ANY_PLAN_TEST}[v]",
+        "tests/test_generate.py::test_texts_are_the_same_in_every_layout[pp2-zbv]",
     ),
 )
 
@@ -2849,6 +2850,130 @@ TIMELINES = (
     ),
 )
 
+PLANS = (
+    Mutant(
+        "one-microbatch-too-many-in-flight",
+        "a rank runs one more forward before its first backward",
+        "parallel/pipeline/zero_bubble.py",
+        "num_ranks - 1 - rank).halved",
+        "num_ranks - rank).halved",
+        f"{PLAN_PROPERTIES}::test_activations_in_flight_are_at_most_those_of_the_papers",
+    ),
+    Mutant(
+        "weights-put-off-too-long",
+        "rank r puts the gradients of weights off by one microbatch more",
+        "parallel/pipeline/zero_bubble.py",
+        "halved(steady=rank, cooldown=rank)",
+        "halved(steady=rank + 1, cooldown=rank + 1)",
+        f"{PLAN_PROPERTIES}::test_activations_in_flight_are_at_most_those_of_the_papers",
+    ),
+    Mutant(
+        "weights-not-put-off",
+        "each W follows its I at once, as in 1F1B",
+        "parallel/pipeline/zero_bubble.py",
+        "halved(steady=rank, cooldown=rank)",
+        "halved(steady=0, cooldown=0)",
+        f"{PLAN_PROPERTIES}::test_the_bubble_is_the_papers_formula",
+    ),
+    Mutant(
+        "v-cools-down-with-weights",
+        "in the cool-down of ZB-V each I is followed by its W, for which the ranks before it wait",
+        "parallel/pipeline/zero_bubble.py",
+        "halved(steady=0, cooldown=2 * rank)",
+        "halved(steady=0, cooldown=0)",
+        f"{PLAN_PROPERTIES}::test_the_bubble_is_the_papers_formula",
+    ),
+    Mutant(
+        "short-v-waits",
+        "of a short ZB-V no weight gradient fills a wait",
+        "parallel/pipeline/zero_bubble.py",
+        "return plan if planned == num_microbatches else weights_in_waits(plan, 2 * num_ranks)",
+        "return plan",
+        f"{PLAN_PROPERTIES}::test_the_bubble_is_the_papers_formula",
+    ),
+    Mutant(
+        "weights-before-inputs",
+        "a W runs before its I",
+        "parallel/pipeline/orders.py",
+        "                yield Action(Op.I, *backward)\n                waiting.append(backward)\n",
+        "                waiting.append(backward)\n                yield Action(Op.W, *waiting.pop())\n"
+        "                yield Action(Op.I, *backward)\n",
+        SCHEDULE,
+    ),
+    Mutant(
+        "stages-on-another-rank",
+        "the second stage of a rank is its neighbour's",
+        "parallel/pipeline/orders.py",
+        "return [pipeline.stages_of(rank) for rank in range(num_ranks)]",
+        "return [(r, *pipeline.stages_of(num_ranks - 1 - r)[1:]) for r in range(num_ranks)]",
+        SCHEDULE,
+    ),
+    Mutant(
+        "groups-one-shorter",
+        "a rank of the interleaved schedule runs one forward less before its first backward",
+        "parallel/pipeline/interleaved.py",
+        "num_warmup = (chunks - 1) * len(groups[0]) +",
+        "num_warmup = (chunks - 1) * (len(groups[0]) - 1) +",
+        f"{PLAN_PROPERTIES}::test_activations_in_flight_are_at_most_those_of_the_papers",
+    ),
+    Mutant(
+        "groups-of-the-remainder",
+        "the microbatches that are left over are a short group of their own",
+        "parallel/pipeline/interleaved.py",
+        "starts = [group * length + min(group, num_longer) for group in range(num_groups + 1)]",
+        "starts = [*range(0, num_microbatches, num_ranks), num_microbatches]",
+        f"{PLAN_PROPERTIES}::test_the_bubble_is_the_papers_formula",
+    ),
+    Mutant(
+        "messages-in-the-order-of-ranks",
+        "messages are sent in the order of ranks, not of time",
+        "parallel/pipeline/transfers.py",
+        "key=lambda event: event[:3]",
+        "key=lambda event: (event[2], *event[:2])",
+        SCHEDULE,
+    ),
+    Mutant(
+        "received-last",
+        "a receive is posted one compute after its message was sent",
+        "parallel/pipeline/transfers.py",
+        "(end, 0, rank, message)",
+        "(end + 1, 2, rank, message)",
+        SCHEDULE,
+    ),
+    Mutant(
+        "order-at-the-receiver-unproved",
+        "messages that cross are not refused",
+        "parallel/pipeline/validate.py",
+        "            if first != second:",
+        "            if False:",
+        "tests/test_schedule.py::test_messages_in_another_order_at_each_end_are_refused",
+    ),
+    Mutant(
+        "weights-uncounted",
+        "a plan that leaves a weight gradient out is not refused",
+        "parallel/pipeline/validate.py",
+        "1 if compute.op is not Op.W else compute in halves",
+        "1 if compute.op is not Op.W else len(found)",
+        "tests/test_schedule.py::test_a_weight_gradient_runs_once_after_its_input_gradient",
+    ),
+    Mutant(
+        "kept-until-the-input-gradient",
+        "activations count as free after I, though W needs them",
+        "parallel/pipeline/timeline.py",
+        "if action.op in (Op.B, Op.I, Op.W)}",
+        "if action.op in (Op.B, Op.I)}",
+        f"{PLAN_PROPERTIES}::test_activations_in_flight_are_at_most_those_of_the_papers",
+    ),
+    Mutant(
+        "mark-of-another-rank",
+        "the place that is marked is one compute too late",
+        "parallel/pipeline/grid.py",
+        "position >= marked.get(rank, len(actions))",
+        "position > marked.get(rank, len(actions))",
+        "tests/test_schedule.py::test_a_refused_plan_is_printed_with_the_place_marked",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -2909,4 +3034,5 @@ MUTANTS = (
     *ANY_PLAN,
     *STAGES_OF_A_RANK,
     *TIMELINES,
+    *PLANS,
 )

@@ -236,6 +236,8 @@ WORDS = [
     "3d",
     "sequence",
     "gpipe",
+    "interleaved",
+    "zero_bubble_v",
     "ring",
     "auto",
     "cpu",
@@ -263,7 +265,8 @@ def drawn_value(rng: random.Random, depth: int = 0) -> Any:
         return rng.choice([None, True, False, -1, 0.5, 1e300, float("inf"), float("nan"), 1 + 2j, b"", ...])
     if kind == 7:
         return [drawn_value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {rng.choice(["size", "mode", "depth", "rows", "layers", "kind"]): drawn_value(rng, depth + 1) for _ in "123"}
+    keys = ["size", "mode", "depth", "rows", "layers", "kind", "schedule", "chunks"]
+    return {rng.choice(keys): drawn_value(rng, depth + 1) for _ in "123"}
 
 
 def drawn_config(rng: random.Random) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import parallel
 from models.shapes import resolve
-from parallel.config import load_raw, parse
+from parallel.config import PipelineConfig, load_raw, parse
 from parallel.errors import ColonnadeError
 from parallel.layout.labels import shift
 from parallel.mesh.conjugate import reduce
@@ -30,7 +30,7 @@ from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, group_transfers
-from parallel.pipeline.schedule import SCHEDULES, with_transfers
+from parallel.pipeline.schedule import SCHEDULES, plan_of, with_transfers
 from parallel.pipeline.timeline import Costs, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
@@ -333,6 +333,29 @@ def test_the_timeline_in_the_architecture_is_what_draw_draws() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     assert picture in text
     assert actions in text
+
+
+SCHEDULES_IN_THE_TABLE = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 1, "zero_bubble_v": 2}
+
+
+def test_the_schedules_in_the_architecture_have_the_shapes_and_numbers_of_the_simulation() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    shapes = []
+    for name, chunks in SCHEDULES_IN_THE_TABLE.items():
+        costs, pipeline = (
+            Costs(1 / chunks, 1 / chunks, 1 / chunks),
+            PipelineConfig(size=4, schedule=name, chunks=chunks),
+        )
+        generated = simulate(SCHEDULES[name](4, 8, chunks), costs)
+        executed = simulate(plan_of(pipeline, 8, recomputes=False), costs)
+        rows = [line for line in draw(generated, 80).splitlines() if line.startswith("rank")]
+        shapes += [f"{name}", *rows]
+        most = ", ".join(f"{peak:g}" for peak in executed.peak_microbatches)
+        numbers = f"{generated.bubble_of_ranks:.1%} | {executed.bubble_of_ranks:.1%} | {most} |"
+        assert len(re.findall(rf"^\| `{name}` .* \| {re.escape(numbers)}$", text, re.MULTILINE)) == 1, numbers
+        if name == "zero_bubble_v":
+            assert f"step ZB-V's bubble is {executed.bubble_fraction:.1%}" in text
+    assert "```\n" + "\n".join(shapes) + "\n```" in text
 
 
 def posted(step: Action | tuple[Action, ...]) -> str:

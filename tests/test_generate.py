@@ -244,7 +244,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2.5d8": (8, {"parallel.tensor": dict(mode="2.5d", size=8, depth=2)}),
     "3d8": (8, {"parallel.tensor": dict(mode="3d", size=8)}),
 }
-FEW = ("1d2-sp", "pp2", "pp2-interleaved", "zero3", "2d4")
+FEW = ("1d2-sp", "pp2", "pp2-zbv", "zero3", "2d4")
 
 
 def assert_texts_are_those_of_one_process(folder: Path, name: str, layout: str) -> None:

@@ -21,6 +21,7 @@ from tests.drawn_plans import drawn_plan
 
 TOKENS, HIDDEN, STAGES, MICROBATCHES = 6, 16, 3, 4
 SIZE = TOKENS * HIDDEN * 8  # bytes of an activation in fp64
+INTERFACE = StageInterface(lambda batch, sequence: (batch, sequence, HIDDEN), torch.float64, True, Limits(9, 9, 1))
 FEW = 128 * MICROBATCHES  # bytes of losses, and of tokens as numbers: less than those of one activation
 
 
@@ -62,7 +63,6 @@ def test_after_each_action_what_is_kept_is_what_the_plan_says(seed: int) -> None
     mesh, deferred = Mesh(Topology(dict(pipe=1, data=1, context=1)), 0), DeferredCalls()
     mode = Mode(mesh, torch.float64)
     stages = {stage: [Layer(mode, stage, deferred)] for stage in range(STAGES)}
-    interface = StageInterface(lambda batch, sequence: (batch, sequence, HIDDEN), torch.float64, True, Limits(9, 9, 1))
     ids = torch.ones(MICROBATCHES, TOKENS, dtype=torch.int64)
     microbatches = Microbatch(ids, labels=ids, samples=ids[:, 0]).split(1)
     plan = drawn_plan([0] * STAGES, MICROBATCHES, seed=seed)
@@ -76,10 +76,41 @@ def test_after_each_action_what_is_kept_is_what_the_plan_says(seed: int) -> None
             assert kept_at(done) <= kept < kept_at(done) + FEW, f"before {action}, after {done}"
             done.append(action)
 
-        part = ModelPart(stages, [], interface=interface, units={})
+        part = ModelPart(stages, [], interface=INTERFACE, units={})
         pipe = Pipe(mesh.axis("pipe"), mesh.links)
         runner = Runner(part, pipe, microbatches, weight_gradients=deferred, mark=check)
         begin = allocations.now
         runner.run(plan)
     assert len(done) == 3 * STAGES * MICROBATCHES
     assert kept_at(done) == 0
+
+
+class Sum(nn.Module):
+    """x + 1, which keeps nothing for its backward."""
+
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        return x + 1.0
+
+
+def test_the_input_of_a_stage_is_kept_only_if_a_layer_keeps_it() -> None:
+    """Autograd keeps its leaves until a backward: inputs that are recomputed from the host were on the device, too."""
+    mesh, deferred = Mesh(Topology(dict(pipe=1, data=1, context=1)), 0), DeferredCalls()
+    mode = Mode(mesh, torch.float64)
+    first, last = Layer(mode, 0, deferred), Layer(mode, STAGES - 1, deferred)
+    stages: dict[int, list[nn.Module]] = {0: [first], 1: [Sum()], 2: [Sum(), Sum()], 3: [last]}
+    ids = torch.ones(1, TOKENS, dtype=torch.int64)
+    plan = drawn_plan([0] * len(stages), 1, seed=0)
+    kept = []
+    with Allocations() as allocations:
+        part = ModelPart(stages, [], interface=INTERFACE, units={})
+        begin = allocations.now
+        microbatches = Microbatch(ids, labels=ids, samples=ids[:, 0]).split(1)
+        runner = Runner(
+            part,
+            Pipe(mesh.axis("pipe"), mesh.links),
+            microbatches,
+            weight_gradients=deferred,
+            mark=lambda phase, action: kept.append((allocations.now - begin) // SIZE),
+        )
+        runner.run(plan)
+    assert kept[:5] == [0, 3, 3, 3, 5]  # before each F and the first I: x, W · x and an output; then x, W · x and y

@@ -80,7 +80,7 @@ def check(pipeline: PipelineConfig, seed: int | None = 0, *, data: int = 1, mode
     compare(got[0], want[0], 1e-12, is_fp64=False)
 
 
-@pytest.mark.parametrize("pipeline", [LOOP2, V2, ALONE, LINE], ids=["loop", "v", "alone", "line"])
+@pytest.mark.parametrize("pipeline", [V2, ALONE, LINE], ids=["v", "alone", "line"])
 def test_a_drawn_plan_trains_as_a_single_process(pipeline: PipelineConfig) -> None:
     check(pipeline)
 
@@ -120,6 +120,7 @@ TIED_GPT2: Raw = dict(
 PROJECTED = OPT | dict(word_embed_proj_dim=12, do_layer_norm_before=False)
 ON_HOST: Raw = dict(zero=dict(stage=3, tensor_placement_policy="cpu"))
 CASES: dict[str, tuple[PipelineConfig, dict[str, Any]]] = {
+    "loop": (LOOP2, {}),
     "alone dp2 zero2": (ALONE, dict(data=2, zero=dict(stage=2))),
     "alone dp2 zero3 cpu": (ALONE, dict(data=2, **ON_HOST)),
     "v dp2 zero2": (V2, dict(data=2, zero=dict(stage=2))),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.mesh.topology import Topology
+from parallel.config import PipelineConfig
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
 from parallel.pipeline.rendezvous import simulate_rendezvous
@@ -18,6 +18,7 @@ from parallel.pipeline.schedule import (
     gpipe,
     interleaved,
     one_f_one_b,
+    plan_of,
     with_transfers,
     zero_bubble,
     zero_bubble_v,
@@ -25,17 +26,12 @@ from parallel.pipeline.schedule import (
 from parallel.pipeline.timeline import Costs, simulate
 from parallel.pipeline.validate import validate
 
-STAGES, MICROBATCHES, COST = st.integers(1, 8), st.integers(1, 16), st.integers(1, 5)
-NAMES = st.sampled_from(["gpipe", "1f1b"])
-Generator = Callable[[int, int], Plan]
+NAMES = st.sampled_from(sorted(SCHEDULES))
 EQUAL = Costs.halves(1, 1)  # a whole backward takes as long as a forward
 
 
 def evaluated(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     return forward_only([range(rank, num_ranks * chunks, num_ranks) for rank in range(num_ranks)], num_microbatches)
-
-
-GENERATORS: list[Generator] = [gpipe, one_f_one_b, evaluated]
 
 
 def names(actions: tuple[Action, ...]) -> list[str]:
@@ -47,31 +43,6 @@ def step_names(actions: tuple[Action, ...]) -> list[str]:
         str(step) if isinstance(step, Action) else "{" + " ".join(names(step)) + "}"
         for step in group_transfers(actions)
     ]
-
-
-@given(st.sampled_from(GENERATORS), STAGES, MICROBATCHES)
-def test_every_schedule_is_valid_and_in_order(generator: Generator, num_stages: int, num_microbatches: int) -> None:
-    plan = with_transfers(generator(num_stages, num_microbatches))
-    validate(plan)
-    for actions in plan.ranks:
-        for op in Op:
-            order = [action.microbatch for action in actions if action.op is op]
-            assert order == sorted(order), "gradients are summed in the order of the microbatches"
-
-
-@given(NAMES, STAGES, MICROBATCHES, COST, COST)
-def test_bubble_and_makespan_match_the_closed_form(name: str, p: int, m: int, forward: int, backward: int) -> None:
-    """Rendezvous costs no more than buffering: there are (p - 1) idle slots, for any ratio of backward to forward."""
-    timeline = simulate(with_transfers(SCHEDULES[name](p, m, 1)), Costs.halves(forward, backward))
-    assert timeline.makespan == (m + p - 1) * (forward + backward)
-    assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
-
-
-@given(STAGES, MICROBATCHES)
-def test_activations_in_flight(p: int, m: int) -> None:
-    assert simulate(gpipe(p, m), EQUAL).peak_in_flight == (m,) * p
-    assert simulate(one_f_one_b(p, m), EQUAL).peak_in_flight == tuple(min(m, p - stage) for stage in range(p))
-    assert simulate(evaluated(p, m), EQUAL).peak_in_flight == (1,) * p
 
 
 def test_1f1b_on_one_stage_is_gradient_accumulation() -> None:
@@ -95,58 +66,6 @@ def test_a_receive_is_posted_when_its_message_is_sent() -> None:
         "B1.2",
         "{SEND_B1.2>0}",
     ]
-
-
-def queue_of(action: Action) -> str:
-    """Return the queue that NCCL puts an action into: each link has a communicator, whose transfers run in order."""
-    if action.peer is None:
-        return "compute"
-    ends = (action.stage, action.peer) if action.op.is_send else (action.peer, action.stage)
-    return str(Topology({"pipe": 9}).links()[ends])
-
-
-@given(st.sampled_from(GENERATORS), st.integers(1, 5), st.integers(1, 8))
-def test_a_plan_ends_on_a_gpu_whose_queues_keep_their_order(generator: Generator, p: int, m: int) -> None:
-    """A transfer starts when all computes before it are done, and occupies its queue until its other end starts too.
-
-    (If the host waited for it as well, GPipe's last forward would wait for the first backward: see `Pipe.connect`.)
-    """
-    left = [list(actions) for actions in with_transfers(generator(p, m)).ranks]
-
-    def heads(rank: int) -> list[Action]:
-        """Return the actions that may run now: first in their queue, after all earlier computes, with their input."""
-        found: list[Action] = []
-        for i, action in enumerate(left[rank]):
-            before = left[rank][:i]
-            same = any(queue_of(b) == queue_of(action) for b in before)
-            computes = any(not b.op.is_transfer for b in before)
-            own_receive = Op.RECV_F if action.op is Op.F else Op.RECV_B
-            awaits = any(b.op is own_receive and b.microbatch == action.microbatch for b in before)
-            if not (same or computes or (awaits and not action.op.is_transfer)):
-                found.append(action)
-        return found
-
-    while any(left):
-        ready = [(rank, action) for rank in range(p) for action in heads(rank)]
-        met = {(rank, action.payload, action.op.is_send) for rank, action in ready if action.op.is_transfer}
-        ended = [
-            (rank, action)
-            for rank, action in ready
-            if action.peer is None or (action.peer, action.payload, not action.op.is_send) in met
-        ]
-        assert ended, [names(tuple(actions)) for actions in left]
-        for rank, action in ended:
-            left[rank].remove(action)
-
-
-@given(st.sampled_from(GENERATORS), st.integers(1, 6), st.integers(1, 8))
-def test_nothing_sent_waits_behind_a_receive(generator: Generator, p: int, m: int) -> None:
-    """It once did, in one queue for each direction: every stage then sent its activations a whole cycle late."""
-    for actions in with_transfers(generator(p, m)).ranks:
-        kinds: dict[str, set[Op]] = {}
-        for action in actions:
-            kinds.setdefault(queue_of(action), set()).add(action.op)
-        assert all(len(ops) == 1 for queue, ops in kinds.items() if queue != "compute")
 
 
 PICTURED: dict[Callable[[int, int, int], Plan], tuple[int, int, int]]
@@ -297,9 +216,68 @@ def test_a_receive_posted_too_early_is_refused(plan: Plan) -> None:
     refuse(early, r"rank 0 is stuck after F0\.0 .* waits for RECV_B0\.0<1")
 
 
+def test_a_weight_gradient_runs_once_after_its_input_gradient() -> None:
+    plan = with_transfers(zero_bubble(3, 4))
+    refuse(edit(plan, 1, drop="W1.2"), r"after an I, W1\.2 must run once, and after a B never: W1\.2 runs 0 times")
+    refuse(with_rank(plan, 1, [*plan.ranks[1], Action(Op.W, 1, 2)]), r"W1\.2 runs 2 times")
+    refuse(edit(plan, 1, drop="W1.2", before="I1.2"), r"rank 1 reaches W1\.2 before it has the result of B1\.2")
+    whole = with_transfers(one_f_one_b(3, 4))
+    refuse(with_rank(whole, 1, [*whole.ranks[1], Action(Op.W, 1, 2)]), r"after a B never: W1\.2 runs 1 times")
+    both = with_rank(whole, 1, [*whole.ranks[1], Action(Op.I, 1, 2)])
+    refuse(both, r"microbatch 2 must pass stage 1 once: B1\.2 runs 2 times")
+
+
+def grid_of(plan: Plan) -> list[str]:
+    with pytest.raises(PlanError) as caught:
+        validate(plan)
+    return [line for line in str(caught.value).splitlines() if line.startswith(("rank", " " * 8, "…"))]
+
+
+def test_a_refused_plan_is_printed_with_the_place_marked(plan: Plan) -> None:
+    assert grid_of(edit(plan, 1, drop="B1.2")) == [
+        "rank 0 … F0.2 .... .... B0.0 F0.3 B0.1 B0.2 B0.3",
+        "rank 1 … F1.1 .... B1.0 F1.2 B1.1 F1.3 .... .... B1.3",
+        "                                                 ^^^^",
+        "rank 2 … F2.0 B2.0 F2.1 B2.1 F2.2 B2.2 F2.3 B2.3",
+    ]
+
+
+def test_of_a_plan_that_waits_forever_the_grid_ends_where_each_rank_waits(plan: Plan) -> None:
+    assert grid_of(edit(plan, 0, drop="RECV_B0.0<1", before="F0.1")) == [
+        "rank 0   F0.0 F0.1",
+        "              ^^^^",
+        "rank 1   .... F1.0 F1.1",
+        "                   ^^^^",
+        "rank 2   .... .... F2.0 B2.0",
+        "                        ^^^^",
+    ]
+
+
+def test_computes_that_wait_for_each_other_are_refused_before_transfers_are_planned() -> None:
+    last = (Action(Op.F, 1, 0), Action(Op.B, 1, 0))
+    crossed = Plan(((Action(Op.B, 0, 0), Action(Op.F, 0, 0)), last), num_stages=2, num_microbatches=1)
+    with pytest.raises(PlanError, match=r"rank 0 waits for the input of B0\.0\n  rank 1 .*F1\.0\nrank 0   B0\.0"):
+        with_transfers(crossed)
+
+
+def test_the_grid_of_a_large_plan_is_cut_around_the_place() -> None:
+    plan = with_transfers(zero_bubble_v(32, 100))
+    grid = grid_of(edit(plan, 20, drop="W20.70"))
+    assert grid[0] == grid[-1] == "…"
+    assert [line[:7] for line in grid[1:-1] if line.startswith("rank")] == [f"rank {rank}" for rank in range(15, 26)]
+    assert max(map(len, grid)) <= 120
+    marks = grid[grid.index(next(line for line in grid if line.startswith("rank 20"))) + 1]
+    assert set(marks.strip()) == {"^"}
+
+
+def test_a_stray_compute_is_refused_with_its_grid(plan: Plan) -> None:
+    stray = with_rank(plan, 2, [*plan.ranks[2], Action(Op.F, 7, 1)])
+    refuse(stray, r"F7\.1 is outside of 3 stages x 4 microbatches\nrank 0")
+
+
 @given(st.integers(2, 5), st.integers(1, 6), NAMES, st.data())
 def test_dropping_any_action_is_refused(p: int, m: int, name: str, data: st.DataObject) -> None:
-    plan = with_transfers(SCHEDULES[name](p, m, 1))
+    plan = plan_of(PipelineConfig(size=p, schedule=name), m, recomputes=False)
     rank = data.draw(st.integers(0, p - 1))
     dropped = data.draw(st.sampled_from(names(plan.ranks[rank])))
     with pytest.raises(PlanError):

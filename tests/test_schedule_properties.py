@@ -5,8 +5,7 @@ there. A part of the numbers is checked in every run, and all of them where slow
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 
@@ -129,25 +128,30 @@ def test_the_simulation_is_that_of_the_reference(name: str, chunks: int, sizes: 
 def test_activations_in_flight_are_at_most_those_of_the_papers(
     name: str, chunks: int, sizes: list[tuple[int, int]]
 ) -> None:
-    """Counted from F to B or W. 1F1B: p - r microbatches on rank r. Zero bubble: p. Interleaved: in stages' microbatches
-    Megatron's warm-up, (v - 1)g + 2(p - 1 - r), and one more, where g is p, or the length of the longest group."""
     for p, m in sizes:
-        group = -(-m // max(1, m // p))
-        bounds: dict[str, Callable[[int], int]] = {
-            "gpipe": lambda rank, m=m: m,
-            "1f1b": lambda rank, p=p: p - rank,
-            "zero_bubble": lambda rank, p=p: p,
-            "zero_bubble_v": lambda rank, p=p: 2 * p,
-            "interleaved": lambda rank, p=p, g=group: (
-                (chunks - 1) * g + 2 * (p - 1 - rank) + 1 if chunks > 1 else p - rank
-            ),
-        }
         plan = SCHEDULES[name](p, m, chunks)
-        expected = [min(bounds[name](rank), m * chunks) for rank in range(p)]
+        expected = [min(most_in_flight(name, rank, p, m, chunks=chunks), m * chunks) for rank in range(p)]
         assert peaks_of(plan) == expected
         assert [*simulate(plan, Costs(1, 1, 1)).peak_in_flight] == expected
         for executed in list(executed_plans(name, p, m, chunks))[:2]:
             assert all(peak <= most for peak, most in zip(peaks_of(executed), expected, strict=True))
+
+
+def most_in_flight(name: str, rank: int, p: int, m: int, *, chunks: int) -> int:
+    """Return the papers' numbers of activations of a stage and a microbatch, kept from F to B or W.
+
+    Zero bubble: p microbatches on each rank. Interleaved: Megatron's warm-up and one more, for groups of p;
+    with other groups, that of the longest one.
+    """
+    match name:
+        case "gpipe":
+            return m
+        case "zero_bubble" | "zero_bubble_v":
+            return p * chunks
+        case "interleaved" if chunks > 1:
+            return (chunks - 1) * -(-m // max(1, m // p)) + 2 * (p - 1 - rank) + 1
+        case _:
+            return p - rank
 
 
 def peaks_of(plan: Plan) -> list[int]:
@@ -168,23 +172,22 @@ def peaks_of(plan: Plan) -> list[int]:
 def test_the_bubble_is_the_papers_formula(
     name: str, chunks: int, costs: tuple[int, int, int], sizes: list[tuple[int, int]]
 ) -> None:
-    """The times of a whole rank are those of a stage × chunks. Narayanan et al. 2021, section 2.2; Qi et al. 2023,
-    sections 2.1 and 6: ZB-H1 with W <= I and F, and ZB-V with equal times. For fewer microbatches than the formulas are
-    for, they are ours."""
+    """Narayanan et al. 2021, section 2.2, and Qi et al. 2023, sections 2.1 and 6. Those of fewer microbatches are ours.
+
+    Costs are those of a stage: a rank's forward takes chunks × f. ZB-H1 is for W <= I and F, ZB-V for equal times.
+    """
     f, i, w = costs
-    F, I, W = (chunks * cost for cost in costs)
     for p, m in sizes:
         idle = idle_of(timed(SCHEDULES[name](p, m, chunks), *costs))
-        fewer = max(0, p - m)
         match name:
             case "gpipe" | "1f1b":
-                assert idle == (p - 1) * (F + I + W)
+                assert idle == (p - 1) * (f + i + w)
             case "interleaved":
-                assert idle == Fraction((p - 1) * (F + I + W) + (chunks - 1) * fewer * (F + I + W), chunks)
+                assert idle == (p - 1) * (f + i + w) + (chunks - 1) * max(0, p - m) * (f + i + w)
             case "zero_bubble":
-                assert idle == (p - 1) * (F + I) - min(p - 1, m - 1) * W
+                assert idle == (p - 1) * (f + i) - min(p - 1, m - 1) * w
             case "zero_bubble_v" if f == i == w:
-                assert idle == 0 if m >= 2 * p - 1 else 0 < idle <= 4 * (p - m) - 1 or idle == 2 * p - 1 - m
+                assert idle == max(0, 2 * p - 1 - m, 4 * (p - m) - 1) * f
 
 
 @for_all_schedules
@@ -199,7 +202,7 @@ def test_with_recomputation_zero_bubble_is_1f1b_and_the_others_keep_their_order(
             assert recomputing == plan_of(config_of("1f1b", p, 1), m, recomputes=True)
 
 
-def queue_of(action: Action, links: dict[tuple[int, int], tuple[int, int]], rank: int) -> str:
+def queue_of(action: Action, links: Mapping[tuple[int, int], int], rank: int) -> str:
     """Return the queue that NCCL puts an action into: that of the process group of its link, in which calls run in
     order."""
     if action.peer is None:
@@ -279,8 +282,10 @@ def test_nothing_sent_waits_behind_a_receive(name: str, chunks: int) -> None:
 
 @for_all_schedules
 def test_a_message_is_received_at_once_and_is_not_kept_waiting_by_the_receiver(name: str, chunks: int) -> None:
-    """At equal costs a receive is posted by the end of the compute that runs when the message is sent: a sender may
-    then wait for its sends before the last two, and waits for nobody."""
+    """A receive is posted by the end of the compute that runs when its message is sent, if computes are equally long.
+
+    A sender may then wait for its sends before the last two, and waits for nobody.
+    """
     for p, m in SOME:
         for plan in executed_plans(name, p, m, chunks):
             rows = simulate(plan, Costs(1, 1, 1)).rows

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.config import TensorConfig
-from parallel.errors import DataError
+from parallel.config import ContextConfig, ParallelConfig, TensorConfig, parse
+from parallel.engine.inference import refuse
+from parallel.errors import ConfigError, DataError
 from parallel.layout.labels import IGNORED
 from parallel.tensor import loss
 from tests.accounts import mode_of, part
@@ -24,6 +25,8 @@ from tests.test_property import DROPPED, MODEL, PROJECTED, Case, check
 
 T2: Raw = dict(mode="1d", size=2, sequence_parallel=True)
 RING, EXCHANGE = dict(size=2, kind="ring"), dict(size=2, kind="all_to_all")
+INTERLEAVED, ZERO_BUBBLE = dict(size=2, schedule="interleaved", chunks=2), dict(size=2, schedule="zero_bubble")
+PACKED, PADDED = dict(masked=True, packed=True), dict(masked=True)
 OPT = MODEL | DROPPED["opt"]
 
 CASES: dict[str, tuple[int, Raw, Raw, int, dict[str, Any]]] = {  # world size, parallel, model, sequence, more of a Case
@@ -36,6 +39,16 @@ CASES: dict[str, tuple[int, Raw, Raw, int, dict[str, Any]]] = {  # world size, p
     "dp2-1d2-zero2-projected": (4, dict(tensor=T2), PROJECTED | DROPPED["opt"], 4, dict(masked=True, zero=2)),
     "pp2-1d2-llama": (4, dict(pipeline=2, tensor=T2), DROPPED["llama"], 6, dict(masked=True, packed=True)),
     "pp2-dp2-1d2-projected": (8, dict(pipeline=2, tensor=T2), PROJECTED | DROPPED["opt"], 4, dict(masked=True, zero=3)),
+    "interleaved-1d2-gpt2": (4, dict(pipeline=INTERLEAVED, tensor=T2), DROPPED["gpt2"], 4, dict(masked=True, zero=1)),
+    "zb-1d2-qwen3": (4, dict(pipeline=ZERO_BUBBLE, tensor=T2), DROPPED["qwen3"], 4, PACKED),
+    "zbv-1d2-opt": (4, dict(pipeline=dict(size=2, schedule="zero_bubble_v"), tensor=T2), OPT, 6, dict(masked=True)),
+    "zb-ring2-1d2-opt": (
+        8,
+        dict(pipeline=dict(size=2, schedule="zero_bubble"), context=RING, tensor=T2),
+        OPT,
+        8,
+        PADDED,
+    ),
     "ring2-1d2-opt": (4, dict(context=RING, tensor=T2), OPT, 8, dict(masked=True)),
     "ring2-1d2-mistral": (4, dict(context=RING, tensor=T2), DROPPED["mistral"], 12, dict(masked=True)),
     "ring2-1d4-qwen3": (8, dict(context=RING, tensor=T2 | dict(size=4)), DROPPED["qwen3"], 8, dict(masked=False)),
@@ -156,3 +169,35 @@ def test_a_sequence_of_another_length_is_evaluated_or_refused_with_lengths_that_
         assert (
             "a sequence of 5 is not a multiple of 2, the parts that the layout splits it into: try 4 or 6" in found[2]
         )
+
+
+def test_texts_are_not_continued_where_sequences_are_split() -> None:
+    """`colonnade generate` runs such a layout in plain 1d (tests/test_generate.py); the engine itself refuses it."""
+    config = parse(dict(parallel=dict(tensor=T2), data=dict(sequence_length=6)))
+    with pytest.raises(ConfigError, match=r"sequence_parallel: True splits a sequence.*Try False\."):
+        refuse(config)
+
+
+# -- which positions a rank has ----------------------------------------------------------------------------------------
+
+SPLITS = [ContextConfig(), *(ContextConfig(n, kind) for n in (2, 3) for kind in ("ring", "all_to_all"))]
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 4])
+@pytest.mark.parametrize("context", SPLITS, ids=lambda context: f"{context.kind}{context.size}")
+def test_each_position_is_on_one_rank_between_blocks(context: ContextConfig, t: int) -> None:
+    """A rank's tokens, its positions and the shape of its activations agree, in the order of ranks of t."""
+    tensor = TensorConfig("1d", t, sequence_parallel=True)
+    length = 2 * ParallelConfig(tensor=tensor, context=context).sequence_parts
+    device, columns = torch.device("cpu"), torch.arange(length).expand(B, -1)
+    found = []
+    for rank in range(context.size * t):
+        mode = mode_of(rank, tensor, torch.float64, context)
+        samples, local, hidden = mode.activation_shape(B, length, H)
+        positions = mode.positions_between(local, device)
+        assert (samples, len(positions), hidden) == (B, length // (context.size * t), H)
+        assert torch.equal(mode.tokens_between(columns), positions.expand(B, -1))
+        inside = mode.sequence.positions(length // context.size, device)
+        assert torch.equal(positions, inside.chunk(t)[mode.mesh.axis("t").rank])
+        found.append(positions)
+    assert torch.equal(torch.cat(found).sort().values, torch.arange(length))

@@ -180,6 +180,11 @@ def pipeline(**keys: Any) -> dict[str, Any]:
             " fill. Try size=3.",
         ),
         (
+            pipeline(size=4, schedule="interleaved", chunks=7),
+            "parallel.pipeline.chunks: size 4 × chunks 7 = 28 stages are more than embedding, 4 layers and head can"
+            " fill. Try size=3, chunks=2.",
+        ),
+        (
             pipeline(size=1, schedule="interleaved", chunks=2**40),
             "parallel.pipeline.chunks: size 1 × chunks 1099511627776 = 1099511627776 stages are more than embedding, 4"
             " layers and head can fill. Try chunks=6.",
@@ -210,6 +215,16 @@ def pipeline(**keys: Any) -> dict[str, Any]:
 )
 def test_a_value_that_does_not_fit_a_model_is_refused_with_the_nearest(raw: dict[str, Any], problem: str) -> None:
     assert problems(**raw) == (problem,)
+
+
+def test_a_schedules_file_with_more_stages_than_layers_is_refused_with_the_layers_that_it_needs(tmp_path: Path) -> None:
+    """Its stages are given, so that neither chunks nor size could be other ones."""
+    file = tmp_path / "own.csv"
+    file.write_text(",".join([*(f"{stage}F0" for stage in range(7)), *(f"{6 - stage}B0" for stage in range(7))]))
+    assert problems(**pipeline(schedule=str(file))) == (
+        "parallel.pipeline.chunks: size 1 × chunks 7 = 7 stages are more than embedding, 4 layers and head can fill."
+        " Try model.num_hidden_layers=5.",
+    )
 
 
 @pytest.mark.parametrize(

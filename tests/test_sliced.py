@@ -173,10 +173,10 @@ def test_matmuls_of_drawn_sizes_in_drawn_slices_equal_those_without() -> None:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a matmul costs on one rank, with slices and without."""
+    """The rounding errors and the memory of a matmul on one rank, with slices and without."""
 
     errors: tuple[dict[str, float], dict[str, float]]
-    """In bf16, beside fp64 without slices."""
+    """Relative errors in bf16, beside fp64 without slices."""
 
     forward: tuple[int, int]
     """The most bytes that it holds beside its arguments."""
@@ -229,7 +229,7 @@ def test_slices_round_no_more_than_a_matmul_without() -> None:
 
 
 def test_slices_take_no_more_memory_than_what_is_gathered_whole() -> None:
-    """But for a backward that gathers dy for two products: it has the whole of it, and at most two slices of four."""
+    """A backward that gathers dy for two products is the exception: it holds all of dy, and two slices of four more."""
     for ranks in all_costs():
         for case, found in zip(OF_MODES, ranks, strict=True):
             more = 2 * 24 * 40 * 2 // 2 if case.scatter_y else 0

@@ -23,12 +23,17 @@ class InputsOnHost:
 
     The newest input stays on the device: at the end of a forward its backward may come next. It is offloaded as the
     next layer begins, so that the copy and that layer run at the same time. In backward the input before it is copied
-    back while a layer computes.
+    back while a layer computes, if it is of the same pass: a pipeline may run the backward of another one much later.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.pool = HostPool(device)
         self._newest: Callable[[], KeptInput | None] = _nothing
+        self._is_first = True  # whether the next input is the first of its pass
+
+    def begin_pass(self) -> None:
+        """Begin the forward of a stage, whose backward does not follow on that of the forward before."""
+        self._is_first = True
 
     def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Return torch's non-reentrant `checkpoint(function, *args, **kwargs)` such that it keeps the inputs here.
@@ -70,8 +75,8 @@ class InputsOnHost:
         newest = self._newest()
         if newest is not None:
             newest.offload()
-        kept = KeptInput(x, self.pool, self._newest)
-        self._newest = weakref.ref(kept)  # it lives as long as autograd's graph
+        kept = KeptInput(x, self.pool, _nothing if self._is_first else self._newest)
+        self._newest, self._is_first = weakref.ref(kept), False  # it lives as long as autograd's graph
         return kept
 
     def _unpack(self, kept: KeptInput | Tensor) -> Tensor:

@@ -86,6 +86,7 @@ OTHER_NAMES = {
     "save_total_limit": "output.keep_checkpoints",
     "seq_len": "data.sequence_length",
     "seq_length": "data.sequence_length",
+    "sequence_parallel": "parallel.tensor.sequence_parallel",
     "tensor_model_parallel_size": "parallel.tensor.size, with mode='1d'",
     "tensor_parallel_degree": "parallel.tensor.size, with mode='1d'",
     "tensor_parallel_size": "parallel.tensor.size, with mode='1d'",

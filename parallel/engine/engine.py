@@ -92,8 +92,9 @@ class Engine(EngineState):
         """Do forward and backward of all microbatches, and one update, unless loss or norm is not finite.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
-        on every rank and before anything is changed, for a batch that cannot be used or has no label. Raises
-        RoomError or, after the first step, NoRoomError where a memory has no room, perhaps on this rank alone. Raises
+        on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError, in
+        the same way, for one with another number of microbatches than the file of a schedule. Raises RoomError or,
+        after the first step, NoRoomError where a memory has no room, perhaps on this rank alone. Raises
         NonFiniteError on every rank for a loss or a norm that is not finite, as `train.nonfinite` says: then the step
         has been run a second time, without an update, to name the rank, the layer and the microbatch where that began.
         """
@@ -111,6 +112,7 @@ class Engine(EngineState):
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
+        self._plan(len(microbatches), trains=True)  # a schedule's file may have another number of microbatches
         first = microbatches[0]
         masks = (int(x is not None) for x in (first.attention_mask, first.documents))
         self.placement_manager.before_step((len(microbatches), *first.input_ids.shape, *masks))

@@ -83,6 +83,8 @@ class ModelPart(nn.Module):
         return Counter(x for layers in self.stages.values() for x in nn.ModuleList(layers).parameters())
 
     def forward(self, x: Tensor | None, microbatch: Microbatch, stage: int) -> Tensor:
+        if self.inputs is not None:
+            self.inputs.begin_pass()
         for layer in self.stages[stage]:
             x = layer(x, microbatch)
         assert x is not None

@@ -1,7 +1,7 @@
 """The execution of a plan: one rank's actions, one after another."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,21 @@ Key: TypeAlias = tuple[int, int]
 """A stage and a microbatch."""
 
 SENDS_IN_FLIGHT = 2  # a further one waits for the oldest: what is sent stays in memory until its send has ended
+
+
+class _Input(torch.autograd.Function):
+    """Returns x, whose gradient becomes that of `leaf`, a tensor of the same shape without memory of its own.
+
+    A leaf is kept until the backward: x itself would be, even where its layer keeps it on the host.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class Runner:
@@ -49,7 +64,7 @@ class Runner:
         self.part, self.pipe, self.microbatches, self.mark = part, pipe, microbatches, mark
         self.weight_gradients = weight_gradients
         self.device = microbatches[0].input_ids.device
-        self.inputs: dict[Key, Tensor] = {}  # of a stage that is not the first, from its F to its B or I
+        self.inputs: dict[Key, Tensor] = {}  # where a stage's input gets its gradient, from its F to its B or I
         self.ends: dict[Key, GradientEdge] = {}  # of a stage's graph, from F to B or I
         self.outputs: dict[Key, Tensor] = {}  # activations, from F to SEND_F or the next stage's F on this rank
         self.gradients: dict[Key, Tensor] = {}  # of inputs, from B or I to SEND_B or the previous stage's B or I
@@ -83,7 +98,8 @@ class Runner:
             x = self.outputs.pop((action.stage - 1, action.microbatch), None)
         self.mark("forward", action)
         if x is not None and torch.is_grad_enabled():
-            self.inputs[key] = x.requires_grad_()
+            self.inputs[key] = x.new_empty(()).expand(x.shape).requires_grad_()
+            x = _Input.apply(self.inputs[key], x)  # type: ignore[no-untyped-call]
         y: Tensor = self.part(x, self.microbatches[action.microbatch], action.stage)
         if torch.is_grad_enabled():
             self.ends[key] = get_gradient_edge(y)
@@ -113,9 +129,8 @@ class Runner:
         self.mark("backward", action)
         torch.autograd.backward([self.ends.pop(key)], [gradient])
         if (x := self.inputs.pop(key, None)) is not None:
-            gradient, x.grad = x.grad, None  # x itself may be kept until W
-            assert gradient is not None
-            self.gradients[key] = gradient
+            assert x.grad is not None
+            self.gradients[key] = x.grad
 
     def _received(self, op: Op, action: Action) -> Tensor | None:
         """Wait for the tensor that the action needs, and return it; None if none is received for it."""

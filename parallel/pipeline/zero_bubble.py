@@ -39,7 +39,8 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Pla
 
     Qi et al. 2023, section 6. With p ranks, m >= 2p - 1 microbatches and F = I = W no rank waits between its first
     forward and its last weight gradient. Each rank keeps at most p microbatches of both its stages, as the first rank
-    of 1F1B does. Of fewer microbatches those up to 2p - 1 are left out, and weight gradients fill the waits.
+    of 1F1B does. Of a step with fewer microbatches those up to 2p - 1 are left out and weight gradients fill the waits:
+    the longest that remain are the larger of 2p - 1 - m and 4(p - m) - 1 halves of F.
     """
     planned = max(num_microbatches, 2 * num_ranks - 1)
     ranks = []
