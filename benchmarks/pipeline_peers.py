@@ -50,11 +50,21 @@ def zero_bubble_v(folder: Path, rank: int, world_size: int) -> Step:
     return _train(ScheduleZBVZeroBubble, folder, 2 * world_size, [rank, 2 * world_size - 1 - rank])
 
 
-class _Stage(Part):
+class _Whole(Part):
     """A part whose output is no view, as OPT's block returns it: torch detaches a stage's output in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).clone()
+
+
+class _Stage(PipelineStage):
+    """torch's stage without the messages that connect neighbours in NCCL.
+
+    In a V torch 2.11 sends one from a rank to itself, which gloo cannot.
+    """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return []
 
 
 def _one_stage(schedule: Any, folder: Path, rank: int, world_size: int) -> Step:
@@ -68,10 +78,8 @@ def _train(schedule: Any, folder: Path, num_stages: int, indices: Sequence[int])
     by the number of microbatches here: torch would divide a gradient once for each of a rank's stages that has it.
     """
     model = load(folder)
-    parts = [_Stage(model, index, num_stages) for index in indices]
-    stages = [
-        PipelineStage(part, index, num_stages, torch.device("cpu")) for index, part in zip(indices, parts, strict=True)
-    ]
+    parts = [_Whole(model, index, num_stages) for index in indices]
+    stages = [_Stage(part, index, num_stages, torch.device("cpu")) for index, part in zip(indices, parts, strict=True)]
     run = schedule(stages, PP_MICROBATCHES, loss_fn=lambda x, ids: loss_of(x, ids) / PP_MICROBATCHES, scale_grads=False)
     parameters = list(dict.fromkeys(p for part in parts for p in part.parameters()))
     optimizer = adamw(parameters)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=step_range,
         default=range(0),
         help="write a trace of the steps A to B-1 (steps count from 1) on each rank, for chrome://tracing or Perfetto:"
-        " profile/rank_N.json in the run's folder",
+        " profile/rank_N.json in the run's folder, beside the times of its actions, which colonnade timeline draws",
     )
 
 

@@ -13,6 +13,7 @@ from training import preflight
 
 LAYOUTS: dict[str, tuple[int, Raw]] = {
     "dp2-pp2": (4, dict(pipeline=2)),
+    "dp2-pp2-zbv": (4, dict(pipeline=dict(size=2, schedule="zero_bubble_v"))),
     "1d2": (2, dict(tensor=dict(mode="1d", size=2))),
     "1d2-sp": (2, dict(tensor=dict(mode="1d", size=2, sequence_parallel=True))),
     "2d4": (4, dict(tensor=dict(mode="2d", size=4))),

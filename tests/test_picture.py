@@ -108,6 +108,17 @@ def test_a_long_step_that_is_simulated_in_part_has_the_picture_and_figures_of_th
     assert any("F299" in line for line in cut[0])
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("p", [3, 4, 7])
+def test_a_part_of_a_step_of_no_whole_rounds_has_its_peaks_and_within_a_hundredth_its_times(name: str, p: int) -> None:
+    for m in (41 * p + 1, 42 * p - 1):
+        whole, part = (timeline_of(name, p, m, simulated=simulated) for simulated in (m, 20 * p + 1))
+        assert part.peak_in_flight == whole.peak_in_flight
+        assert part.makespan == pytest.approx(whole.makespan, rel=0.01)
+        assert part.bubble_fraction == pytest.approx(whole.bubble_fraction, abs=0.01)
+        assert part.bubble_of_ranks == pytest.approx(whole.bubble_of_ranks, abs=0.01)
+
+
 @settings(max_examples=15)
 @given(NAMES, st.integers(2, 5), st.randoms(use_true_random=False))
 def test_the_bubble_of_a_part_is_that_of_the_whole_for_stages_of_any_cost(
@@ -124,6 +135,7 @@ def test_whole_rounds_of_the_pipe_stay_whole() -> None:
     assert num_simulated(4, 100) == 100
     assert num_simulated(64, MOST_SIMULATED) % 64 == 0
     assert num_simulated(7, 7 * 10_000) % 7 == 0
+    assert num_simulated(7, 7 * 10_000 + 3) % 7 == 1
 
 
 def test_a_rank_with_several_stages_is_drawn_too() -> None:

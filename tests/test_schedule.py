@@ -253,6 +253,13 @@ def test_of_a_plan_that_waits_forever_the_grid_ends_where_each_rank_waits(plan: 
     ]
 
 
+def test_computes_that_wait_for_each_other_are_refused_before_transfers_are_planned() -> None:
+    last = (Action(Op.F, 1, 0), Action(Op.B, 1, 0))
+    crossed = Plan(((Action(Op.B, 0, 0), Action(Op.F, 0, 0)), last), num_stages=2, num_microbatches=1)
+    with pytest.raises(PlanError, match=r"rank 0 waits for the input of B0\.0\n  rank 1 .*F1\.0\nrank 0   B0\.0"):
+        with_transfers(crossed)
+
+
 def test_the_grid_of_a_large_plan_is_cut_around_the_place() -> None:
     plan = with_transfers(zero_bubble_v(32, 100))
     grid = grid_of(edit(plan, 20, drop="W20.70"))

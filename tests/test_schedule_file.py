@@ -164,7 +164,9 @@ def test_what_is_no_schedule_is_refused_with_its_place_marked(text: str, place: 
     assert any(marked in line for line in grid)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b",,\n", b"\xff\xfe0F0", b"0F0,\0", b'"' + b"0" * 200_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", b",,\n", b"\xff\xfe0F0", b"0F0,\0", b'"' + b"0" * 200_000, b"0F0\n" * 4097]
+)
 def test_what_is_no_table_is_refused(content: bytes) -> None:
     with pytest.raises(ConfigError, match=r"^parallel\.pipeline\.schedule: plan\.csv"):
         table_of(content, "plan.csv")
@@ -284,7 +286,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_key(tmp_path: Path) -> Non
         ("none.csv", "does not exist"),
         ("folder.csv", "is a folder, and not a regular file"),
         ("pipe.csv", "is a pipe, and not a regular file"),
-        ("large.csv", "more than the 16.00 MiB that it may have"),
+        ("large.csv", "more than the 4.00 MiB that it may have"),
     ):
         with pytest.raises(ConfigError, match=words) as refused:
             config_of(tmp_path / name)

@@ -21,7 +21,7 @@ from parallel.errors import ConfigError, shown
 from parallel.regular_file import read_bytes, with_key
 
 KEY = "parallel.pipeline.schedule"
-MOST_BYTES = 1 << 24  # of a file: a step of 64 ranks and 16,000 microbatches
+MOST_BYTES, MOST_RANKS = 1 << 22, 1 << 12  # of a file: a step of 64 ranks and 3,000 microbatches
 CELL = re.compile(r"([0-9]{1,7})([FBIW])([0-9]{1,7})")
 
 TRANSFERS = "transfers follow from the computes: leave it out, as torch's format compute_only does"
@@ -63,6 +63,8 @@ def table_of(content: bytes, name: str) -> ScheduleTable:
         texts.pop()
     if not texts:
         raise ConfigError(f"{KEY}: {name} has no action. A row is a rank, a cell is 0F0 or 1B2. Try '1f1b'.")
+    if len(texts) > MOST_RANKS:
+        raise ConfigError(f"{KEY}: {name} has {len(texts):,} rows, and a pipeline at most {MOST_RANKS:,} ranks.")
     try:
         rows = tuple(tuple(_cell(texts, (r, c)) for c in range(len(row))) for r, row in enumerate(texts))
         table = ScheduleTable(rows, hashlib.sha256(content).hexdigest())

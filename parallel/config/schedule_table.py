@@ -77,22 +77,26 @@ class ScheduleTable:
 def steps_of(queues: Sequence[Sequence[Cell]]) -> tuple[dict[Cell, int], list[int]]:
     """Return in which step each compute runs, were all equally long, and how many of each rank run at all.
 
-    A rank runs its computes in order, each as soon as what it needs has run.
+    A rank runs its computes in order, each as soon as what it needs has run. Each compute is looked at once, and once
+    more for each other one that it has to wait for.
     """
     every = {cell for queue in queues for cell in queue}
     steps: dict[Cell, int] = {}
-    positions, clocks = [0] * len(queues), [0] * len(queues)
-    progressed = True
-    while progressed:
-        progressed = False
-        for r, queue in enumerate(queues):
-            while positions[r] < len(queue):
-                cell = queue[positions[r]]
-                needs = needs_of(cell, every)
-                if any(need not in steps for need in needs):
-                    break
-                steps[cell] = max([clocks[r], *(steps[need] + 1 for need in needs)])
-                clocks[r], positions[r], progressed = steps[cell] + 1, positions[r] + 1, True
+    positions, free = [0] * len(queues), [0] * len(queues)
+    waiting: dict[Cell, list[int]] = {}  # ranks, by what they need next
+    ready = list(range(len(queues)))
+    while ready:
+        r = ready.pop()
+        while positions[r] < len(queues[r]):
+            cell = queues[r][positions[r]]
+            needs = needs_of(cell, every)
+            missing = next((need for need in needs if need not in steps), None)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(r)
+                break
+            steps[cell] = max([free[r], *(steps[need] + 1 for need in needs)])
+            free[r], positions[r] = steps[cell] + 1, positions[r] + 1
+            ready += waiting.pop(cell, [])
     return steps, positions
 
 

@@ -11,6 +11,7 @@ Place: TypeAlias = tuple[int, int]
 """A rank, and the position of one of its actions; the number of its actions is the place after the last one."""
 
 BEFORE, AFTER = 8, 4  # columns that are shown on both sides of the first place
+MOST_LINES = 12  # about ranks that wait
 AROUND = 5  # ranks that are shown on both sides of it
 
 
@@ -22,6 +23,26 @@ def refusal(message: str, plan: Plan, *places: Place, ended: Collection[int] | N
     no computes after its place are shown.
     """
     return PlanError("\n".join([message, *_Grid(plan, dict(reversed(places)), ended).lines(places[0][0])]))
+
+
+def checked_starts(plan: Plan, costs: Costs) -> list[list[float]]:
+    """Return when each rank's actions start, if messages are buffered.
+
+    Raises PlanError, with the grid, where computes wait for each other forever.
+    """
+    starts = starts_of(plan, costs)
+    stuck = [(rank, len(row)) for rank, row in enumerate(starts) if len(row) < len(plan.ranks[rank])]
+    if stuck:
+        lines = [f"  rank {rank} waits for the input of {plan.ranks[rank][position]}" for rank, position in stuck]
+        ended = {*range(len(starts))} - {rank for rank, _ in stuck}
+        raise refusal("\n".join(["the plan waits forever:", *shortened(lines)]), plan, *stuck, ended=ended)
+    return starts
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """Return the first of these lines, one for each rank, and how many are left out."""
+    left_out = len(lines) - MOST_LINES
+    return lines if left_out <= 0 else [*lines[:MOST_LINES], f"  and {left_out} other ranks"]
 
 
 class _Grid:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from parallel.pipeline.grid import refusal
+from parallel.pipeline.grid import refusal, shortened
 from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
 from parallel.pipeline.timeline import Costs, Span, Timeline
 
@@ -85,7 +85,7 @@ def simulate_rendezvous(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0)
 
 
 def _deadlock(plan: Plan, ranks: list[_Rank], posted: dict[_End, float]) -> PlanError:
-    lines, places, ended = ["the plan waits forever:"], [], []
+    lines, places, ended = [], [], []
     for number, rank in enumerate(ranks):
         if rank.position == len(rank.steps):
             lines.append(f"  rank {number} has finished")
@@ -98,4 +98,4 @@ def _deadlock(plan: Plan, ranks: list[_Rank], posted: dict[_End, float]) -> Plan
         waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in unmatched)
         lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, step.actions))}}}: waits for {waits}")
         places.append((number, len(rank.spans)))
-    return refusal("\n".join(lines), plan, *places, ended=ended)
+    return refusal("\n".join(["the plan waits forever:", *shortened(lines)]), plan, *places, ended=ended)

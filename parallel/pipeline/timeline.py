@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from parallel.pipeline.plan import Action, Op, Plan, PlanError
 
@@ -200,7 +199,8 @@ class _Buffered:
             progressed = False
             for rank, actions in enumerate(self.plan.ranks):
                 clock, begin = clocks[rank], len(starts[rank])
-                for action in islice(actions, begin, None):
+                for position in range(begin, len(actions)):
+                    action = actions[position]
                     ready = clock if action.op.is_transfer else self._ready(action, rank, clock)
                     if ready is None:
                         break
@@ -213,13 +213,9 @@ class _Buffered:
     def spans(self) -> list[list[Span]]:
         """Return the spans of each rank."""
         starts = self.starts()
-        stuck = [
-            f"rank {rank} waits for the inputs of {actions[len(row)]}"
-            for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True))
-            if len(row) < len(actions)
-        ]
-        if stuck:
-            raise PlanError("the plan waits forever: " + ", ".join(stuck))
+        for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True)):
+            if len(row) < len(actions):
+                raise PlanError(f"the plan waits forever: rank {rank} for the input of {actions[len(row)]}")
         return [
             [Span(action, start, self._end(action, start)) for action, start in zip(actions, row, strict=True)]
             for actions, row in zip(self.plan.ranks, starts, strict=True)

@@ -1,9 +1,8 @@
 """The pass that adds to a plan of computes the sends and receives between them."""
 
-from collections.abc import Iterator
-
+from parallel.pipeline.grid import checked_starts
 from parallel.pipeline.plan import Action, Op, Plan
-from parallel.pipeline.timeline import Costs, simulate
+from parallel.pipeline.timeline import Costs
 
 
 def with_transfers(plan: Plan) -> Plan:
@@ -17,16 +16,18 @@ def with_transfers(plan: Plan) -> Plan:
 
     A receive is thereby posted when its message is sent, not at the compute that needs it, which may be much later with
     several stages on a rank. All transfers between two computes are adjacent, so that `group_transfers` makes one step
-    of them. Between two stages on one rank nothing is sent.
+    of them. Between two stages on one rank nothing is sent. Raises PlanError where computes wait for each other.
     """
     rank_of_stage = plan.rank_of_stage()
     ranks: list[list[Action]] = [[] for _ in plan.ranks]
     events = []
-    for rank, row in enumerate(simulate(plan, Costs(1, 1, 1)).rows):
-        for span in row:
-            # A message comes before the computes that begin when it is sent: one of them may need it.
-            events.append((span.start, 1, rank, span.action))
-            events += [(span.end, 0, rank, message) for message in _messages(span.action, rank, rank_of_stage)]
+    for rank, starts in enumerate(checked_starts(plan, Costs(1, 1, 1))):
+        for start, action in zip(starts, plan.ranks[rank], strict=True):
+            events.append((start, 1, rank, action))
+            if (message := _message(action, rank, rank_of_stage)) is not None:
+                end = start + (2 if action.op is Op.B else 1)
+                # A message comes before the computes that begin when it is sent: one of them may need it.
+                events.append((end, 0, rank, message))
     for _, _, rank, action in sorted(events, key=lambda event: event[:3]):
         ranks[rank].append(action)
         if action.op.is_send:
@@ -35,14 +36,13 @@ def with_transfers(plan: Plan) -> Plan:
     return Plan(tuple(map(tuple, ranks)), plan.num_stages, plan.num_microbatches)
 
 
-def _messages(compute: Action, rank: int, rank_of_stage: dict[int, int]) -> Iterator[Action]:
-    """Yield the send of a compute's result, if another rank needs it."""
+def _message(compute: Action, rank: int, rank_of_stage: dict[int, int]) -> Action | None:
+    """Return the send of a compute's result, if another rank needs it."""
     if compute.op is Op.W:
-        return
+        return None
     send, step = (Op.SEND_F, 1) if compute.op is Op.F else (Op.SEND_B, -1)
     target = rank_of_stage.get(compute.stage + step, rank)
-    if target != rank:
-        yield Action(send, compute.stage, compute.microbatch, target)
+    return None if target == rank else Action(send, compute.stage, compute.microbatch, target)
 
 
 def _other_end(send: Action, rank: int) -> Action:
