@@ -221,7 +221,6 @@ def test_a_clock_that_is_ahead_is_set_back() -> None:
     starts = []
     for ahead in (0.0, 5.0):
         times = ActionTimes(Stopwatch(cpu), cpu, ClockOffset(ahead, 0.0, time.perf_counter()))
-        times.begin()
         times.stopwatch.mark("transfer", action)
         times.stopwatch.mark("forward", action)
         times.stopwatch.mark("transfer", Action(Op.SEND_F, 0, 1, 1))
