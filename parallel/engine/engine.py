@@ -107,7 +107,8 @@ class Engine(EngineState):
 
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")
-        written = self._start_check() if self.writes.shows_at_once else None
+        # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
+        written = self._start_check() if self.config.zero.stage < 3 else None
         self.part.train()
         microbatches, tokens = self._microbatches(batch)
         if not tokens:
