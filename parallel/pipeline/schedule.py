@@ -25,21 +25,6 @@ from parallel.pipeline.receives import receives_when_needed
 from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.zero_bubble import zero_bubble, zero_bubble_v
 
-__all__ = [
-    "SCHEDULES",
-    "evaluation_plan_of",
-    "forward_only",
-    "gpipe",
-    "interleaved",
-    "joined",
-    "one_f_one_b",
-    "plan_of",
-    "weights_after_sends",
-    "with_transfers",
-    "zero_bubble",
-    "zero_bubble_v",
-]
-
 Generator: TypeAlias = Callable[[int, int, int], Plan]
 """Makes the plan of the computes on this many ranks, for this many microbatches, with this many chunks on each rank."""
 
