@@ -2765,10 +2765,10 @@ STAGES_OF_A_RANK = (
     ),
     Mutant(
         "activations-freed-before-weight-gradients",
-        "activations in flight are counted until the gradient of the input, though W needs them",
+        "activations in flight are counted until the gradient of the input, though W needs factors of its products",
         PREVIEW,
-        "elif action.op in (Op.B, Op.W):",
-        "elif action.op in (Op.B, Op.I):",
+        "kept += weight_bytes[action.stage] - kept_bytes[action.stage]",
+        "kept -= kept_bytes[action.stage]",
         f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
     ),
     Mutant(

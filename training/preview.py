@@ -7,7 +7,7 @@ import torch
 
 from models.build import costs_of, layers_of_stages, mode_of, part_of, specs_of_part
 from models.costs import compute_costs, parameter_count
-from models.kept import kept_bytes
+from models.kept import kept_bytes, kept_for_weights
 from models.shape import ModelShape
 from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
@@ -48,7 +48,7 @@ class Preview:
     """A config laid out over a world: `parts` by the place in the pipe, and numbers of each of the pipeline's stages.
 
     `costs` are those of a stage's computes, for all of its ranks together. `kept_bytes` are the bytes that each of its
-    ranks keeps of a microbatch between forward and backward.
+    ranks keeps of a microbatch between forward and backward, and `weight_bytes` those that it keeps from I to W.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Preview:
     parts: tuple[PartPreview, ...]
     costs: Costs
     kept_bytes: tuple[int, ...]
+    weight_bytes: tuple[int, ...]
 
     @property
     def shape(self) -> ModelShape:
@@ -98,7 +99,7 @@ class Preview:
     def peak_bytes(self, timeline: Timeline) -> tuple[int, ...]:
         """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed.
 
-        What a forward keeps is kept until its backward or, where that has two halves, until the gradients of weights.
+        What a forward keeps is kept until its backward. Where that has two halves, what I leaves is kept until W.
         """
         train = replace(self.config.train, activation_checkpointing="none")
         block = kept_bytes(self.shape, replace(self.config, train=train))[1] if self.recomputes else 0
@@ -107,23 +108,28 @@ class Preview:
         for row in timeline.rows:
             actions = [span.action for span in row]
             stages = {action.stage for action in actions}
-            peak, count = _peak_bytes(actions, self.kept_bytes)
+            peak, count = _peak_bytes(actions, self.kept_bytes, self.weight_bytes)
             is_all = timeline.num_omitted and count == simulated * len(stages)
             more = timeline.num_omitted * sum(self.kept_bytes[stage] for stage in stages) if is_all else 0
             peaks.append(peak + more + block)
         return tuple(peaks)
 
 
-def _peak_bytes(actions: Sequence[Action], kept_bytes: Sequence[int]) -> tuple[int, int]:
+def _peak_bytes(actions: Sequence[Action], kept_bytes: Sequence[int], weight_bytes: Sequence[int]) -> tuple[int, int]:
     """Return the most bytes that a rank keeps at a time, and the number of forwards that they are of."""
     kept = count = 0
     peak = (0, 0)
     for action in actions:
-        if action.op is Op.F:
-            kept, count = kept + kept_bytes[action.stage], count + 1
-            peak = max(peak, (kept, count))
-        elif action.op in (Op.B, Op.W):
-            kept, count = kept - kept_bytes[action.stage], count - 1
+        match action.op:
+            case Op.F:
+                kept, count = kept + kept_bytes[action.stage], count + 1
+            case Op.I:
+                kept += weight_bytes[action.stage] - kept_bytes[action.stage]
+            case Op.B:
+                kept, count = kept - kept_bytes[action.stage], count - 1
+            case Op.W:
+                kept, count = kept - weight_bytes[action.stage], count - 1
+        peak = max(peak, (kept, count))
     return peak
 
 
@@ -132,13 +138,14 @@ def preview_of(config: Config, world_size: int) -> Preview:
     topology = Topology(config.parallel.mesh_shape(world_size))
     parts = [_part_of_rank(config, Place(rank, world_size)) for rank in first_ranks(topology)]
     stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
-    kept = kept_bytes(shape_of(config), config)
+    kept, for_weights = (each(shape_of(config), config) for each in (kept_bytes, kept_for_weights))
     return Preview(
         config,
         topology,
         tuple(parts),
         costs=_costs_of_stages(config, stages),
         kept_bytes=tuple(sum(kept[i] for i in layers) for layers in stages),
+        weight_bytes=tuple(sum(for_weights[i] for i in layers) for layers in stages),
     )
 
 
