@@ -2772,11 +2772,19 @@ STAGES_OF_A_RANK = (
         f"{REPORT_TESTS}::test_a_long_step_of_gpipe_keeps_all_microbatches_also_those_that_are_not_simulated",
     ),
     Mutant(
+        "activations-freed-before-weight-gradients",
+        "activations in flight are counted until the gradient of the input, though W needs factors of its products",
+        "parallel/pipeline/timeline.py",
+        "kept += later[stage] - sizes[stage]",
+        "kept -= sizes[stage]",
+        f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
+    ),
+    Mutant(
         "one-stages-activations-for-all",
         "each forward is counted with the bytes of the rank's first stage",
         "parallel/pipeline/timeline.py",
-        "            kept += size",
-        "            kept += sizes[0]",
+        "                kept += sizes[stage]",
+        "                kept += sizes[0]",
         f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
     ),
 )

@@ -7,7 +7,7 @@ import torch
 
 from models.build import costs_of, layers_of_stages, mode_of, part_of, specs_of_part
 from models.costs import compute_costs, parameter_count
-from models.kept import kept_bytes
+from models.kept import kept_bytes, kept_for_weights
 from models.shape import ModelShape
 from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
@@ -48,7 +48,7 @@ class Preview:
     """A config laid out over a world: `parts` by the place in the pipe, and numbers of each of the pipeline's stages.
 
     `costs` are those of a stage's computes, for all of its ranks together. `kept_bytes` are the bytes that each of its
-    ranks keeps of a microbatch between forward and backward.
+    ranks keeps of a microbatch between forward and backward, and `weight_bytes` those that it keeps from I to W.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Preview:
     parts: tuple[PartPreview, ...]
     costs: Costs
     kept_bytes: tuple[int, ...]
+    weight_bytes: tuple[int, ...]
 
     @property
     def shape(self) -> ModelShape:
@@ -99,7 +100,7 @@ class Preview:
         """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed."""
         train = replace(self.config.train, activation_checkpointing="none")
         block = kept_bytes(self.shape, replace(self.config, train=train))[1] if self.recomputes else 0
-        return tuple(peak + block for peak in timeline.peak_kept(self.kept_bytes))
+        return tuple(peak + block for peak in timeline.peak_kept(self.kept_bytes, self.weight_bytes))
 
 
 def preview_of(config: Config, world_size: int) -> Preview:
@@ -107,13 +108,14 @@ def preview_of(config: Config, world_size: int) -> Preview:
     topology = topology_of(config, world_size)
     parts = [_part_of_rank(config, Place(rank, world_size)) for rank in topology.first_pipe]
     stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
-    kept = kept_bytes(shape_of(config), config)
+    kept, for_weights = (each(shape_of(config), config) for each in (kept_bytes, kept_for_weights))
     return Preview(
         config,
         topology,
         tuple(parts),
         costs=_costs_of_stages(config, stages),
         kept_bytes=tuple(sum(kept[i] for i in layers) for layers in stages),
+        weight_bytes=tuple(sum(for_weights[i] for i in layers) for layers in stages),
     )
 
 

@@ -76,11 +76,15 @@ class Timeline:
         """The most (stage, microbatch) activations that each rank holds at once."""
         return self.peak_kept([1] * sum(map(len, self._stages)))
 
-    def peak_kept(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Return the most that each rank holds at once, if stage s holds `sizes[s]` of each microbatch in flight."""
+    def peak_kept(self, sizes: Sequence[int], for_weights: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the most that each rank holds at once.
+
+        Stage s holds `sizes[s]` of each microbatch in flight and, where `for_weights` is given, `for_weights[s]` from I
+        to W.
+        """
         peaks = []
         for row, stages in zip(self.rows, self._stages, strict=True):
-            peak = max(kept for _, kept in in_flight(row, sizes))
+            peak = max(kept for _, kept in in_flight(row, sizes, for_weights))
             whole = sum(sizes[stage] for stage in stages)
             # If all microbatches that are simulated are in flight at once, those that are omitted are so, too.
             peaks.append(peak + self.num_omitted * whole * (peak == self._num_simulated * whole))
@@ -121,21 +125,31 @@ def num_simulated(num_stages: int, num_microbatches: int) -> int:
     return min(num_microbatches, rounds * num_stages + (num_microbatches % num_stages > 0))
 
 
-def in_flight(row: Sequence[Span], sizes: Sequence[int]) -> list[tuple[float, int]]:
+def in_flight(
+    row: Sequence[Span], sizes: Sequence[int], for_weights: Sequence[int] | None = None
+) -> list[tuple[float, int]]:
     """Return at which times what a rank holds in a training step changes, and to what: a forward adds `sizes[stage]`.
 
-    It is held from F to B or, where the backward has two halves, to W. (Qi et al. 2023, section 2.3, count less of a
-    microbatch from I to W; where all of it is kept their bounds hold too.)
+    It is held from F to B or, where the backward has two halves, to I, and `for_weights[stage]` from there to W: as
+    much, if that is not given. (Qi et al. 2023, section 2.3, count less of a microbatch from I to W; where all of it is
+    kept their bounds hold too.)
     """
+    later = sizes if for_weights is None else for_weights
     kept, levels = 0, [(0.0, 0)]
     for span in row:
-        size = sizes[span.action.stage]
-        if span.action.op is Op.F:
-            kept += size
-            levels.append((span.start, kept))
-        elif span.action.op in (Op.B, Op.W):
-            kept -= size
-            levels.append((span.end, kept))
+        stage = span.action.stage
+        match span.action.op:
+            case Op.F:
+                kept += sizes[stage]
+            case Op.I:
+                kept += later[stage] - sizes[stage]
+            case Op.B:
+                kept -= sizes[stage]
+            case Op.W:
+                kept -= later[stage]
+            case _:
+                continue
+        levels.append((span.start if span.action.op is Op.F else span.end, kept))
     return levels
 
 
