@@ -2968,8 +2968,8 @@ PLANS = (
         "kept-until-the-input-gradient",
         "activations count as free after I, though W needs them",
         "parallel/pipeline/timeline.py",
-        "elif span.action.op in (Op.B, Op.W):",
-        "elif span.action.op in (Op.B, Op.I):",
+        "later = sizes if for_weights is None else for_weights",
+        "later = [0] * len(sizes)",
         f"{PLAN_PROPERTIES}::test_activations_in_flight_are_at_most_those_of_the_papers",
     ),
     Mutant(

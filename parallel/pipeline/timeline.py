@@ -149,7 +149,8 @@ def in_flight(
                 kept -= later[stage]
             case _:
                 continue
-        levels.append((span.start if span.action.op is Op.F else span.end, kept))
+        if kept != levels[-1][1]:
+            levels.append((span.start if span.action.op is Op.F else span.end, kept))
     return levels
 
 
