@@ -23,7 +23,7 @@ from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart, StageInterface
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import plan_of
-from parallel.pipeline.timeline import Costs, simulate
+from parallel.plan.timeline import Costs, simulate
 
 Row: TypeAlias = list[tuple[float, float]]
 """The start and the end of each of a rank's computes, in seconds."""

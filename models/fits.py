@@ -40,7 +40,7 @@ def _too_many_stages(num_layers: int, pipeline: PipelineConfig) -> str:
     fewer, smaller = num_items // pipeline.size, num_items // chunks
     least = replace(pipeline, chunks=None).num_chunks
     tries = []
-    if pipeline.table is not None:
+    if pipeline.file is not None:
         tries.append(f"model.num_hidden_layers={pipeline.num_stages - 2}")
     elif smaller:
         tries += [f"chunks={fewer}"] if fewer and not replace(pipeline, chunks=fewer).problems() else []

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.plan.plan import Action, Op, Plan
 
 
 def drawn_plan(rank_of_stage: Sequence[int], num_microbatches: int, *, seed: int, halves: bool = True) -> Plan:

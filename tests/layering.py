@@ -14,6 +14,7 @@ PACKAGES = ("parallel", "models", "training", "colonnade")
 LAYERS = (
     "parallel.errors",
     "parallel.regular_file",
+    "parallel.plan.*",
     "parallel.config.*",
     "parallel.ops.*",
     "parallel.watch.*",
@@ -50,6 +51,7 @@ MAY_USE_TORCH_DISTRIBUTED = (
 PURE = (
     "parallel.errors",
     "parallel.regular_file",
+    "parallel.plan.*",
     "parallel.config.*",
     "parallel.watch.*",
     "parallel.mesh.topology",
@@ -65,7 +67,6 @@ PURE = (
     "models.model_folder",
     "models.costs",
     "models.kept",
-    "parallel.pipeline.plan",
     "parallel.pipeline.orders",
     "parallel.pipeline.one_stage",
     "parallel.pipeline.interleaved",
@@ -75,13 +76,8 @@ PURE = (
     "parallel.pipeline.transfers",
     "parallel.pipeline.receives",
     "parallel.pipeline.schedule",
-    "parallel.pipeline.grid",
-    "parallel.pipeline.rendezvous",
-    "parallel.pipeline.validate",
-    "parallel.pipeline.timeline",
     "parallel.pipeline.picture",
     "parallel.pipeline.drawing",
-    "parallel.pipeline.plan_csv",
     "parallel.pipeline.svg",
     "parallel.pipeline.partition",
 )

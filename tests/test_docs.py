@@ -29,10 +29,10 @@ from parallel.mesh.conjugate import reduce
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.pipeline.picture import draw
-from parallel.pipeline.plan import Action, group_transfers
 from parallel.pipeline.schedule import SCHEDULES, plan_of
-from parallel.pipeline.timeline import Costs, simulate
 from parallel.pipeline.transfers import with_transfers
+from parallel.plan.plan import Action, group_transfers
+from parallel.plan.timeline import Costs, simulate
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from tests.harness import run

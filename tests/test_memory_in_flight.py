@@ -12,8 +12,8 @@ from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Limits, Microbatch
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart, StageInterface
-from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.runner import Runner
+from parallel.plan.plan import Action, Op
 from parallel.tensor.mode import Mode
 from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations

@@ -13,9 +13,9 @@ from models.build import layers_of_stages
 from models.shapes import resolve
 from parallel.config import PipelineConfig, parse
 from parallel.config.parallel import STAGES_OF_RANK
-from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.schedule import SCHEDULES
-from parallel.pipeline.timeline import Costs, simulate
+from parallel.plan.plan import Action, Op
+from parallel.plan.timeline import Costs, simulate
 from tests.accounts import value
 from tests.tables import ROOT
 from training.pipeline_report import print_pipeline

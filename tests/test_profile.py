@@ -19,8 +19,8 @@ from parallel.engine.engine import Engine
 from parallel.engine.phases import PHASES, Stopwatch
 from parallel.engine.results import StepResult
 from parallel.errors import ConfigError
-from parallel.pipeline.plan import Op
 from parallel.pipeline.schedule import plan_of
+from parallel.plan.plan import Op
 from tests.harness import run
 from tests.test_loop import ALONE, TINY, fitted, lines_of, prepared
 from training import metrics

@@ -11,7 +11,7 @@ from models.shapes import resolve
 from parallel.config import PipelineConfig, parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.engine import Engine
-from parallel.pipeline.validate import validate
+from parallel.plan.validate import validate
 from tests.drawn_plans import drawn_plan
 from tests.harness import run
 from tests.parity import (

@@ -11,10 +11,10 @@ import pytest
 
 from parallel.config import PipelineConfig
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Action, Op, Plan
 from parallel.pipeline.schedule import SCHEDULES, evaluation_plan_of, plan_of
-from parallel.pipeline.timeline import Costs, simulate
-from parallel.pipeline.validate import validate
+from parallel.plan.plan import Action, Op, Plan, Result
+from parallel.plan.timeline import Costs, simulate
+from parallel.plan.validate import validate
 
 CASES = [
     ("gpipe", 1),
@@ -237,16 +237,15 @@ def run_in_queues(plan: Plan, placement: tuple[int, ...]) -> None:
     rows = queues(plan, placement)
     waiting = [{queue: [a for a, each in row if each == queue] for queue in {q for _, q in row}} for row in rows]
     position = {(rank, action): index for rank, row in enumerate(rows) for index, (action, _) in enumerate(row)}
-    received: set[Action] = set()
+    received: set[Result] = set()
     is_running = True
 
     def may_start(rank: int, action: Action) -> bool:
         next_compute = waiting[rank].get("compute", [])
         if action.op.is_transfer:
             return not next_compute or position[rank, next_compute[0]] > position[rank, action]
-        needed = Action(Op.F, action.stage - 1, action.microbatch)
-        if action.op is not Op.F:
-            needed = Action(Op.B, action.stage + 1, action.microbatch)
+        is_forward = action.op is Op.F
+        needed = Result(is_forward, action.stage + (-1 if is_forward else 1), action.microbatch)
         is_remote = 0 <= needed.stage < plan.num_stages and placement[needed.stage] != rank
         return action.op is Op.W or not is_remote or needed in received
 

@@ -5,9 +5,9 @@ torch's interleaved ones refuse some numbers of microbatches. Both are timed by 
 
 import pytest
 
-from parallel.pipeline.plan import Action, Op, Plan
 from parallel.pipeline.schedule import SCHEDULES, weights_after_sends
-from parallel.pipeline.timeline import Costs, Timeline, simulate
+from parallel.plan.plan import Action, Op, Plan
+from parallel.plan.timeline import Costs, Timeline, simulate
 from tests.test_schedule_file import schedule_of_torch
 
 ALL = [(p, m) for p in range(2, 9) for m in range(1, 33)]

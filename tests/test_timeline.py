@@ -22,9 +22,9 @@ from parallel.engine.phases import Stopwatch
 from parallel.errors import ConfigError
 from parallel.mesh.clocks import ROUNDS, Barriers, ClockOffset, bounds
 from parallel.pipeline.drawing import COLORS, Panel, draw_svg
-from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.schedule import SCHEDULES, plan_of
-from parallel.pipeline.timeline import Costs, Span, Timeline, in_flight, simulate
+from parallel.plan.plan import Action, Op
+from parallel.plan.timeline import Costs, Span, Timeline, in_flight, simulate
 from tests.harness import run
 from tests.test_loop import ALONE, TINY
 from training.action_files import ActionFile
@@ -33,7 +33,7 @@ from training.measured import read_measured
 from training.preflight import prepare
 from training.preview import preview_of
 from training.run import make_engine, make_loader
-from training.timelines import bubble_text, scaled
+from training.timelines import bubble_text
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -211,8 +211,8 @@ def test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_th
 
 def test_a_scaled_timeline_has_the_same_bubble() -> None:
     timeline = timeline_of("1f1b")
-    assert scaled(timeline, 0.01).bubble_of_ranks == pytest.approx(timeline.bubble_of_ranks)
-    assert scaled(timeline, 0.01).busy == pytest.approx(timeline.busy / 100)
+    assert timeline.moved(factor=0.01).bubble_of_ranks == pytest.approx(timeline.bubble_of_ranks)
+    assert timeline.moved(factor=0.01).busy == pytest.approx(timeline.busy / 100)
 
 
 def test_a_clock_that_is_ahead_is_set_back() -> None:
@@ -264,7 +264,7 @@ def test_the_step_of_median_length_is_read_from_its_first_action_on(tmp_path: Pa
     write_times(tmp_path, ROWS)
     measured = read_measured(tmp_path)
     assert (measured.step, measured.ranks, measured.world_size) == (4, (0, 1), 2)
-    assert measured.timeline == scaled(by_hand(), 2.0)
+    assert measured.timeline == by_hand().moved(factor=2.0)
     assert measured.clock_error == 25e-6
 
 

@@ -19,7 +19,7 @@ from parallel.config.parallel import TensorConfig
 from parallel.engine.engine import Engine
 from parallel.mesh.notices import Notices
 from parallel.ops.deferred import DeferredCalls
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.plan.plan import Action, Op, Plan
 from parallel.tensor import loss, sliced
 from tests.accounts import Call, RecordedCalls, letters, value
 from tests.harness import run

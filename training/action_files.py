@@ -10,7 +10,7 @@ from typing import Any
 from parallel.engine.action_times import ActionTimes
 from parallel.engine.engine import Engine
 from parallel.mesh.clocks import ClockOffset, measure_clock
-from parallel.pipeline.timeline import Span
+from parallel.plan.timeline import Span
 from parallel.storage.no_room import disk_problem, naming
 from parallel.storage.replaced_file import replacing
 

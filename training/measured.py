@@ -1,7 +1,7 @@
 """A step of a run as it happened, read from the times of actions that `--profile` leaves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import median_low
@@ -9,8 +9,8 @@ from typing import Any
 
 from parallel.errors import ConfigError
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Action, Op
-from parallel.pipeline.timeline import Span, Timeline
+from parallel.plan.plan import Action, Op
+from parallel.plan.timeline import Span, Timeline
 from parallel.regular_file import read_json, with_key
 from training.action_files import FORMAT
 from training.run_folder import RunFolder
@@ -64,9 +64,7 @@ def read_measured(run: Path) -> Measured:
 
 def _timeline(rows: Sequence[Sequence[Span]]) -> Timeline:
     """Return the timeline of these rows, in seconds from the first start."""
-    zero = min(span.start for row in rows for span in row)
-    moved = (tuple(replace(s, start=s.start - zero, end=s.end - zero) for s in row) for row in rows)
-    return Timeline(tuple(moved))
+    return Timeline(tuple(map(tuple, rows))).moved(by=-min(span.start for row in rows for span in row))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from parallel.pipeline.picture import draw
-from parallel.pipeline.timeline import Timeline
+from parallel.plan.timeline import Timeline
 from training.console import print_line
 from training.preview import Preview
 from training.text import readable_bytes

@@ -17,11 +17,11 @@ from parallel.engine.context import Place, make_context, topology_of
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Plan
 from parallel.pipeline.schedule import plan_of
-from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.save_room import foreseen_save_room, tightest
+from parallel.plan.plan import Plan
+from parallel.plan.timeline import Costs, Timeline, num_simulated, simulate
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Preview:
         `whole`: see `Timeline`.
         """
         pipeline, total = self.config.parallel.pipeline, self.num_microbatches
-        is_whole = whole or pipeline.table is not None
+        is_whole = whole or pipeline.file is not None
         simulated = total if is_whole else num_simulated(pipeline.num_stages, total)
         timeline = simulate(self.plan(simulated, joins=joins), self.costs)
         return replace(timeline, num_omitted=total - simulated)

@@ -2,14 +2,12 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from parallel.errors import ConfigError
 from parallel.pipeline.drawing import MOST_DRAWN, Panel, draw_svg
-from parallel.pipeline.plan_csv import csv_of
-from parallel.pipeline.timeline import Span, Timeline
+from parallel.plan.compute_csv import csv_of
+from parallel.plan.timeline import Timeline
 from parallel.regular_file import check_regular, with_key
 from parallel.storage.no_room import disk_problem, naming
 from parallel.storage.replaced_file import replacing
@@ -44,7 +42,7 @@ def picture(preview: Preview, measured: Measured | None = None, run: Path = Path
     if measured is None:
         return draw_svg(title, [Panel("Planned, by estimated costs", planned, (bubble_text(planned),))])
     check_plan(measured, planned, run)
-    planned = scaled(planned, measured.timeline.busy / planned.busy)
+    planned = planned.moved(factor=measured.timeline.busy / planned.busy)
     wrong = f"; clocks of the ranks agree within {1e6 * measured.clock_error:.0f} µs" if measured.clock_error else ""
     ranks = f", ranks {', '.join(map(str, measured.ranks))}" if measured.world_size > len(measured.ranks) else ""
     panels = [
@@ -64,15 +62,6 @@ def bubble_text(timeline: Timeline) -> str:
         f"bubble {timeline.bubble_of_ranks:.1%} between a rank's first F and its last action;"
         f" {timeline.bubble_fraction:.1%} of the whole step"
     )
-
-
-def scaled(timeline: Timeline, factor: float) -> Timeline:
-    """Return the timeline with all times multiplied by a factor."""
-
-    def row_of(row: Sequence[Span]) -> tuple[Span, ...]:
-        return tuple(replace(span, start=factor * span.start, end=factor * span.end) for span in row)
-
-    return replace(timeline, rows=tuple(map(row_of, timeline.rows)))
 
 
 def check_writable(target: Path) -> None:

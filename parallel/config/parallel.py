@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from parallel.config.other_names import OTHER_SCHEDULES
 from parallel.config.reader import Count, NamesOrFile, Natural, NumRanks
 from parallel.config.schedule_file import ScheduleFile
-from parallel.config.schedule_table import ScheduleTable
 from parallel.errors import divisors, either, nearest_multiples, times
 
 TensorMode = Literal["1d", "2d", "2.5d", "3d"]
@@ -64,14 +63,14 @@ class PipelineConfig:
     @property
     def num_chunks(self) -> int:
         """The number of stages on each rank: `chunks`, or what the schedule has by default, or its file."""
-        if self.table is not None:
-            return self.table.num_chunks
+        if self.file is not None:
+            return len(self.file.stages[0])
         return self.chunks or self._allowed_chunks[0]
 
     @property
-    def table(self) -> ScheduleTable | None:
-        """The content of the schedule's file, where it is one: it also says which stages are on which rank."""
-        return self.schedule.table if isinstance(self.schedule, ScheduleFile) else None
+    def file(self) -> ScheduleFile | None:
+        """The schedule, where it is a file: it also says which stages are on which rank."""
+        return self.schedule if isinstance(self.schedule, ScheduleFile) else None
 
     @property
     def num_stages(self) -> int:
@@ -86,20 +85,25 @@ class PipelineConfig:
         A V is Qi et al. 2023, arXiv 2401.10241, section 6; the other placement is that of Narayanan et al. 2021,
         arXiv 2104.04473, section 2.2.2.
         """
-        if self.table is not None:
-            return self.table.stages[rank]
+        if self.file is not None:
+            return self.file.stages[rank]
         if self.schedule == "zero_bubble_v":
             return rank, 2 * self.size - 1 - rank
         return tuple(range(rank, self.num_stages, self.size))
 
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The stages on each rank of the pipe."""
+        return tuple(map(self.stages_of, range(self.size)))
+
     def rank_of(self, stage: int) -> int:
         """Return the rank of the pipe that holds a stage."""
-        return next(rank for rank in range(self.size) if stage in self.stages_of(rank))
+        return next(rank for rank, stages in enumerate(self.stages) if stage in stages)
 
     def problems(self) -> list[str]:
         """Return what is wrong with `chunks` for this schedule; the stages' layers are checked with the model's."""
-        if self.table is not None:
-            return self._file_problems(self.table)
+        if self.file is not None:
+            return self._file_problems(self.file)
         allowed = self._allowed_chunks
         if self.num_chunks in allowed:
             return []
@@ -112,9 +116,9 @@ class PipelineConfig:
             f" {self.num_chunks}. Try chunks={allowed[0]}, or schedule={other!r}."
         ]
 
-    def _file_problems(self, table: ScheduleTable) -> list[str]:
+    def _file_problems(self, file: ScheduleFile) -> list[str]:
         """Return where the other keys say something else than the schedule's file."""
-        found, ranks, chunks = [], len(table.rows), table.num_chunks
+        found, ranks, chunks = [], len(file.stages), self.num_chunks
         if self.size != ranks:
             found.append(
                 f"parallel.pipeline.size: {self.schedule} has {ranks} row{'s' * (ranks > 1)}, one for each rank, got"

@@ -340,8 +340,8 @@ class Config:
                 f"train.global_batch_size: {total} is {total // (micro * data)} microbatches of {micro} on each of"
                 f" {data} replicas; a step can have {MOST_MICROBATCHES}. Try {MOST_MICROBATCHES * micro * data}."
             )
-        elif world_size is not None and (table := self.parallel.pipeline.table) is not None:
-            count, needed = total // (micro * data), table.num_microbatches
+        elif world_size is not None and (file := self.parallel.pipeline.file) is not None:
+            count, needed = total // (micro * data), file.plan.num_microbatches
             if count != needed:
                 found.append(
                     f"train.global_batch_size: {total} is {count} microbatches of {micro} on each of {data} replicas,"

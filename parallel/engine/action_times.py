@@ -8,8 +8,8 @@ import torch
 from parallel.engine.phases import Stopwatch
 from parallel.mesh.clocks import ClockOffset
 from parallel.ops.clock import clock_of
-from parallel.pipeline.plan import Action
-from parallel.pipeline.timeline import Span
+from parallel.plan.plan import Action
+from parallel.plan.timeline import Span
 
 
 class ActionTimes:

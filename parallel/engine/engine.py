@@ -30,11 +30,11 @@ from parallel.optim.step_counts import Outcome
 from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart
-from parallel.pipeline.plan import Action, Plan
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import evaluation_plan_of, plan_of
-from parallel.pipeline.validate import validate
 from parallel.placement.shortage import refusing_without_room
+from parallel.plan.plan import Action, Plan
+from parallel.plan.validate import validate
 from parallel.sequence import Documents
 from parallel.storage.transfer import HostCopy, to_device
 from parallel.tensor.layers import Linear

@@ -14,10 +14,10 @@ from parallel.engine.device import device_type
 
 def facts_of(config: Config, world_size: int) -> dict[str, Any]:
     """Return the facts of this rank by key: each key of the config, the world, the device, versions, and the code."""
-    table = config.parallel.pipeline.table
+    file = config.parallel.pipeline.file
     return {
         **dict(_flat(config.to_dict())),
-        "parallel.pipeline.schedule, digest": None if table is None else table.digest[:16],
+        "parallel.pipeline.schedule, digest": None if file is None else file.digest[:16],
         "world size": world_size,
         "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: a plan is data (`schedule`), proved (`validate`), drawn (`timeline`) and executed (`runner`).
+"""Pipeline parallelism: a plan is generated (`schedule`), drawn (`picture`, `drawing`) and executed (`runner`).
 
 The counterpart is torch.distributed.pipelining.
 """

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallel.pipeline.plan import Op
 from parallel.pipeline.svg import Drawing, text_width
-from parallel.pipeline.timeline import Span, Timeline, in_flight
+from parallel.plan.plan import Op
+from parallel.plan.timeline import Span, Timeline, in_flight
 
 MOST_DRAWN = 1 << 16  # forwards of all stages in one picture: its boxes would be thinner than a hair
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.plan.plan import Action, Op, Plan
 
 
 def forward_only(stages_of_ranks: Sequence[Sequence[int]], num_microbatches: int) -> Plan:

@@ -3,7 +3,7 @@
 from collections import deque
 from typing import TypeAlias
 
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.plan.plan import Action, Op, Plan, Result
 
 
 def weights_in_waits(plan: Plan, most_in_flight: int) -> Plan:
@@ -18,14 +18,15 @@ def weights_in_waits(plan: Plan, most_in_flight: int) -> Plan:
     time = 0
     while any(rank.computes or rank.waiting for rank in ranks):
         for rank in ranks:
-            if (action := rank.next_compute(made, time)) is not None:
-                made[action.op, action.stage, action.microbatch] = time + 1
+            action = rank.next_compute(made, time)
+            if action is not None and action.result is not None:
+                made[action.result] = time + 1
         time += 1
     return Plan(tuple(tuple(rank.done) for rank in ranks), plan.num_stages, plan.num_microbatches)
 
 
-_Made: TypeAlias = dict[tuple[Op, int, int], int]
-"""When the result of each compute is there: its op, stage and microbatch."""
+_Made: TypeAlias = dict[Result, int]
+"""When the result of each compute is there."""
 
 
 class _Rank:
@@ -54,5 +55,4 @@ class _Rank:
     def _can_start(self, action: Action, made: _Made, time: int) -> bool:
         if action.op is Op.F and self.num_in_flight == self.most_in_flight:
             return False
-        source = action.stage + (-1 if action.op is Op.F else 1)
-        return not 0 <= source < self.num_stages or made.get((action.op, source, action.microbatch), time + 1) <= time
+        return all(made.get(need, time + 1) <= time for need in action.needs(self.num_stages))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from parallel.pipeline.orders import Compute, Order, plan_of_computes, stages_of_ranks
-from parallel.pipeline.plan import Plan
+from parallel.plan.plan import Plan
 
 
 def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Plan:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from parallel.pipeline.orders import Order, plan_of_computes
-from parallel.pipeline.plan import Plan
+from parallel.plan.plan import Plan
 
 
 def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:

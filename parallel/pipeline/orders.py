@@ -12,7 +12,7 @@ from itertools import islice, zip_longest
 from typing import TypeAlias
 
 from parallel.config import PipelineConfig
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.plan.plan import Action, Op, Plan
 
 Compute: TypeAlias = tuple[int, int]
 """A stage and a microbatch."""
@@ -66,10 +66,9 @@ def numbered(stages: Iterable[int]) -> list[Compute]:
     return computes
 
 
-def stages_of_ranks(schedule: str, num_ranks: int, chunks: int) -> list[tuple[int, ...]]:
+def stages_of_ranks(schedule: str, num_ranks: int, chunks: int) -> tuple[tuple[int, ...], ...]:
     """Return the stages on each rank of the pipe, in order, as the config places them for this schedule."""
-    pipeline = PipelineConfig(size=num_ranks, schedule=schedule, chunks=chunks)
-    return [pipeline.stages_of(rank) for rank in range(num_ranks)]
+    return PipelineConfig(size=num_ranks, schedule=schedule, chunks=chunks).stages
 
 
 def plan_of_computes(ranks: Iterable[Iterable[Action]], num_stages: int, num_microbatches: int) -> Plan:

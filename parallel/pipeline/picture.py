@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
 
-from parallel.pipeline.plan import Action, Op
-from parallel.pipeline.timeline import Span, Timeline
+from parallel.plan.plan import Action, Op
+from parallel.plan.timeline import Span, Timeline
 
 GAP = " … "  # stands for the middle of a row
 SMALLEST_ROOM = 16  # columns

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.plan.plan import Action, Plan
 
 
 def receives_when_needed(plan: Plan) -> Plan:
@@ -14,28 +14,23 @@ def receives_when_needed(plan: Plan) -> Plan:
     """
     if plan.num_stages > len(plan.ranks):
         return plan
-    return Plan(tuple(_late(actions) for actions in plan.ranks), plan.num_stages, plan.num_microbatches)
+    return Plan(
+        tuple(_late(actions, plan.num_stages) for actions in plan.ranks), plan.num_stages, plan.num_microbatches
+    )
 
 
-def _late(actions: Sequence[Action]) -> tuple[Action, ...]:
+def _late(actions: Sequence[Action], num_stages: int) -> tuple[Action, ...]:
     """Return one rank's actions with receives put off. Those from one rank stay in order."""
     found: list[Action] = []
     waiting: list[Action] = []
     for action in actions:
-        if action.op in (Op.RECV_F, Op.RECV_B):
+        if action.op.is_transfer and not action.op.is_send:
             waiting.append(action)
             continue
-        receive = _receive_for(action)
-        for needed in [other for other in waiting if (other.op, other.stage, other.microbatch) == receive]:
+        needs = action.needs(num_stages)
+        for needed in [other for other in waiting if other.payload in needs]:
             posted = [other for other in waiting[: waiting.index(needed) + 1] if other.peer == needed.peer]
             waiting = [other for other in waiting if other not in posted]
             found += posted
         found.append(action)
     return (*found, *waiting)
-
-
-def _receive_for(action: Action) -> tuple[Op, int, int] | None:
-    """Return what an action's input is received by, where it is a compute that needs one."""
-    if action.op.is_transfer or action.op is Op.W:
-        return None
-    return Op.RECV_F if action.op is Op.F else Op.RECV_B, action.stage, action.microbatch

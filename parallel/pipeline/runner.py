@@ -12,7 +12,7 @@ from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.p2p import Pipe, start_receive, start_send
 from parallel.pipeline.part import ModelPart
-from parallel.pipeline.plan import Action, Op, Plan, group_transfers
+from parallel.plan.plan import Action, Op, Plan, group_transfers
 
 PipelinePhase: TypeAlias = Literal["forward", "backward", "transfer"]
 """The phases of a step that the time of a plan's actions is counted in."""

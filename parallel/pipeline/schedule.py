@@ -16,14 +16,14 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from parallel.config import PipelineConfig
+from parallel.errors import ConfigError
 from parallel.pipeline.evaluation import forward_only
 from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_stage import gpipe, one_f_one_b
-from parallel.pipeline.plan import Action, Op, Plan
-from parallel.pipeline.plan_csv import plan_of_table
 from parallel.pipeline.receives import receives_when_needed
 from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.zero_bubble import zero_bubble, zero_bubble_v
+from parallel.plan.plan import Action, Op, Plan
 
 Generator: TypeAlias = Callable[[int, int, int], Plan]
 """Makes the plan of the computes on this many ranks, for this many microbatches, with this many chunks on each rank."""
@@ -46,15 +46,25 @@ def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool
     was recomputed for it. Raises ConfigError where the schedule is a file for another number of microbatches.
     """
     place_weights = joined if recomputes else weights_after_sends
-    if pipeline.table is not None:
-        return with_transfers(place_weights(plan_of_table(pipeline.table, num_microbatches)))
+    if pipeline.file is not None:
+        return with_transfers(place_weights(_plan_of_file(pipeline.file.plan, num_microbatches)))
     plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
     return receives_when_needed(with_transfers(place_weights(plan)))
 
 
+def _plan_of_file(plan: Plan, num_microbatches: int) -> Plan:
+    """Return the plan of a file, for this many microbatches. Raises ConfigError where it is for another number."""
+    if num_microbatches != plan.num_microbatches:
+        raise ConfigError(
+            f"parallel.pipeline.schedule: the file has {plan.num_microbatches} microbatches, and a step has"
+            f" {num_microbatches}. Give each replica {plan.num_microbatches} × train.micro_batch_size samples."
+        )
+    return plan
+
+
 def evaluation_plan_of(pipeline: PipelineConfig, num_microbatches: int) -> Plan:
     """Return the plan of an evaluation, with transfers: forwards alone, with the schedule's stages on each rank."""
-    plan = forward_only([pipeline.stages_of(rank) for rank in range(pipeline.size)], num_microbatches)
+    plan = forward_only(pipeline.stages, num_microbatches)
     return receives_when_needed(with_transfers(plan))
 
 

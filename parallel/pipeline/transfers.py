@@ -1,8 +1,7 @@
 """The pass that adds to a plan of computes the sends and receives between them."""
 
-from parallel.pipeline.grid import checked_starts
-from parallel.pipeline.plan import Action, Op, Plan
-from parallel.pipeline.timeline import Costs
+from parallel.plan.computes import checked_starts
+from parallel.plan.plan import Action, Op, Plan
 
 
 def with_transfers(plan: Plan) -> Plan:
@@ -21,7 +20,7 @@ def with_transfers(plan: Plan) -> Plan:
     rank_of_stage = plan.rank_of_stage()
     ranks: list[list[Action]] = [[] for _ in plan.ranks]
     events = []
-    for rank, starts in enumerate(checked_starts(plan, Costs(1, 1, 1))):
+    for rank, starts in enumerate(checked_starts(plan, lambda action: 2 if action.op is Op.B else 1)):
         for start, action in zip(starts, plan.ranks[rank], strict=True):
             events.append((start, 1, rank, action))
             if (message := _message(action, rank, rank_of_stage)) is not None:
@@ -32,7 +31,7 @@ def with_transfers(plan: Plan) -> Plan:
         ranks[rank].append(action)
         if action.op.is_send:
             assert action.peer is not None
-            ranks[action.peer].append(_other_end(action, rank))
+            ranks[action.peer].append(action.other_end(rank))
     return Plan(tuple(map(tuple, ranks)), plan.num_stages, plan.num_microbatches)
 
 
@@ -43,8 +42,3 @@ def _message(compute: Action, rank: int, rank_of_stage: dict[int, int]) -> Actio
     send, step = (Op.SEND_F, 1) if compute.op is Op.F else (Op.SEND_B, -1)
     target = rank_of_stage.get(compute.stage + step, rank)
     return None if target == rank else Action(send, compute.stage, compute.microbatch, target)
-
-
-def _other_end(send: Action, rank: int) -> Action:
-    receive, step = (Op.RECV_F, 1) if send.op is Op.SEND_F else (Op.RECV_B, -1)
-    return Action(receive, send.stage + step, send.microbatch, rank)

@@ -6,7 +6,7 @@ F, I and W are the times of a whole rank's forward, input gradients and weight g
 
 from parallel.pipeline.filling import weights_in_waits
 from parallel.pipeline.orders import Order, numbered, plan_of_computes, stages_of_ranks
-from parallel.pipeline.plan import Plan
+from parallel.plan.plan import Plan
 
 
 def zero_bubble(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:

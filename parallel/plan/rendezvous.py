@@ -3,16 +3,12 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from parallel.pipeline.grid import refusal, shortened
-from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
-from parallel.pipeline.timeline import Costs, Span, Timeline
+from parallel.plan.grid import refusal, shortened
+from parallel.plan.plan import Action, Plan, PlanError, Result, group_transfers
+from parallel.plan.timeline import Costs, Span, Timeline
 
-OTHER_END = {Op.SEND_F: Op.RECV_F, Op.RECV_F: Op.SEND_F, Op.SEND_B: Op.RECV_B, Op.RECV_B: Op.SEND_B}
-FROM_STAGE = {Op.SEND_F: 0, Op.RECV_F: -1, Op.SEND_B: 0, Op.RECV_B: 1}
-"""The stage whose result a transfer carries, counted from its own."""
-
-_End: TypeAlias = tuple[Op, int, int]
-"""One end of a message: its op, and the stage and the microbatch whose result it carries."""
+_End: TypeAlias = tuple[bool, Result]
+"""One end of a message: whether it is the sender's, and the result that it carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +23,8 @@ class _Step:
     def of(cls, step: Action | tuple[Action, ...]) -> "_Step":
         if isinstance(step, Action):
             return cls((step,), (), ())
-        messages = [(a.op, a.stage + FROM_STAGE[a.op], a.microbatch) for a in step]
-        return cls(step, tuple(messages), tuple([(OTHER_END[op], stage, k) for op, stage, k in messages]))
+        ends = [(action.op.is_send, action.payload) for action in step]
+        return cls(step, tuple(ends), tuple([(not is_send, payload) for is_send, payload in ends]))
 
 
 @dataclass(slots=True)
@@ -85,11 +81,10 @@ def simulate_rendezvous(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0)
 
 
 def _deadlock(plan: Plan, ranks: list[_Rank], posted: dict[_End, float]) -> PlanError:
-    lines, places, ended = [], [], []
+    lines, places = [], []
     for number, rank in enumerate(ranks):
         if rank.position == len(rank.steps):
             lines.append(f"  rank {number} has finished")
-            ended.append(number)
             continue
         step = rank.steps[rank.position]
         assert step.ends, "a compute never waits"
@@ -98,4 +93,4 @@ def _deadlock(plan: Plan, ranks: list[_Rank], posted: dict[_End, float]) -> Plan
         waits = " and ".join(f"{each} (rank {each.peer} has not posted)" for each in unmatched)
         lines.append(f"  rank {number} is stuck {after} in {{{', '.join(map(str, step.actions))}}}: waits for {waits}")
         places.append((number, len(rank.spans)))
-    return refusal("\n".join(["the plan waits forever:", *shortened(lines)]), plan, *places, ended=ended)
+    return refusal("\n".join(["the plan waits forever:", *shortened(lines)]), plan, *places, waits=True)

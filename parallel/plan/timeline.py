@@ -1,9 +1,9 @@
 """The simulation of a plan: when each action runs, and how much of the time is bubble."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from parallel.pipeline.plan import Action, Op, Plan, PlanError
+from parallel.plan.plan import Action, Op, Plan, PlanError, Result
 
 MOST_SIMULATED = 64 * 128  # microbatches of all stages
 FEWEST_SIMULATED = 100  # microbatches of a step that is not simulated as a whole
@@ -34,6 +34,14 @@ class Timeline:
     def num_microbatches(self) -> int:
         """The microbatches of the step, those in no row included."""
         return self._num_simulated + self.num_omitted
+
+    def moved(self, by: float = 0.0, factor: float = 1.0) -> "Timeline":
+        """Return the timeline with `by` added to all times, and these then multiplied by a factor."""
+
+        def moved(span: Span) -> Span:
+            return replace(span, start=factor * (span.start + by), end=factor * (span.end + by))
+
+        return replace(self, rows=tuple(tuple(map(moved, row)) for row in self.rows))
 
     @property
     def computes(self) -> tuple[tuple[Span, ...], ...]:
@@ -189,76 +197,55 @@ def simulate(plan: Plan, costs: Costs, *, transfer_cost: float = 0.0) -> Timelin
     made it. A send lasts that long, and a receive until its message has arrived. Raises PlanError where ranks wait
     forever.
     """
-    return Timeline(tuple(map(tuple, _Buffered(plan, costs, transfer_cost).spans())))
+    cost_of = costs.of_ops(plan.num_stages)
+    starts = starts_of(plan, lambda action: cost_of[action.op][action.stage], transfer_cost)
+    ends: dict[Result | None, float] = {}
+    for rank, (actions, row) in enumerate(zip(plan.ranks, starts, strict=True)):
+        if len(row) < len(actions):
+            raise PlanError(f"the plan waits forever: rank {rank} for the input of {actions[len(row)]}")
+        for action, start in zip(actions, row, strict=True):
+            if not action.op.is_transfer:
+                ends[action.result] = start + cost_of[action.op][action.stage]
 
-
-def starts_of(plan: Plan, costs: Costs) -> list[list[float]]:
-    """Return when each rank's actions start; of a plan that does not end, of those that start."""
-    return _Buffered(plan, costs, 0.0).starts()
-
-
-class _Buffered:
-    """A simulation in which every message is buffered. A result is known by `(is_forward, stage, microbatch)`."""
-
-    def __init__(self, plan: Plan, costs: Costs, transfer_cost: float) -> None:
-        self.plan, self.costs, self.transfer_cost = plan, costs.of_ops(plan.num_stages), transfer_cost
-        self.rank_of_stage = plan.rank_of_stage()
-        self.ends: dict[tuple[bool, int, int], float] = {}
-
-    def starts(self) -> list[list[float]]:
-        """Return when the actions of each rank start, as far as the ranks come."""
-        clocks = [0.0] * len(self.plan.ranks)
-        starts: list[list[float]] = [[] for _ in self.plan.ranks]
-        progressed = True
-        while progressed:
-            progressed = False
-            for rank, actions in enumerate(self.plan.ranks):
-                clock, begin = clocks[rank], len(starts[rank])
-                for position in range(begin, len(actions)):
-                    action = actions[position]
-                    ready = clock if action.op.is_transfer else self._ready(action, rank, clock)
-                    if ready is None:
-                        break
-                    starts[rank].append(ready)
-                    clock = self._finish(action, ready)
-                clocks[rank] = clock
-                progressed = progressed or len(starts[rank]) > begin
-        return starts
-
-    def spans(self) -> list[list[Span]]:
-        """Return the spans of each rank."""
-        starts = self.starts()
-        for rank, (actions, row) in enumerate(zip(self.plan.ranks, starts, strict=True)):
-            if len(row) < len(actions):
-                raise PlanError(f"the plan waits forever: rank {rank} for the input of {actions[len(row)]}")
-        return [
-            [Span(action, start, self._end(action, start)) for action, start in zip(actions, row, strict=True)]
-            for actions, row in zip(self.plan.ranks, starts, strict=True)
-        ]
-
-    def _ready(self, compute: Action, rank: int, clock: float) -> float | None:
-        """Return when a compute may start on a rank that is free at the time `clock`; None: it has no input yet."""
-        source = compute.stage + (-1 if compute.op is Op.F else 1)
-        if compute.op is Op.W or not 0 <= source < self.plan.num_stages:
-            return clock
-        end = self.ends.get((compute.op is Op.F, source, compute.microbatch))
-        if end is None:
-            return None
-        return max(clock, end + self.transfer_cost * (self.rank_of_stage.get(source) != rank))
-
-    def _finish(self, action: Action, start: float) -> float:
-        """Return when the rank goes on after an action."""
-        if action.op.is_transfer:
-            return start
-        end = start + self.costs[action.op][action.stage]
-        if action.op is not Op.W:
-            self.ends[action.op is Op.F, action.stage, action.microbatch] = end
-        return end
-
-    def _end(self, action: Action, start: float) -> float:
+    def end_of(action: Action, start: float) -> float:
         if not action.op.is_transfer:
-            return start + self.costs[action.op][action.stage]
+            return start + cost_of[action.op][action.stage]
         if action.op.is_send:
-            return start + self.transfer_cost
-        message = action.payload
-        return max(start, self.ends[message.op is Op.F, message.stage, message.microbatch] + self.transfer_cost)
+            return start + transfer_cost
+        return max(start, ends[action.payload] + transfer_cost)
+
+    rows = (zip(actions, row, strict=True) for actions, row in zip(plan.ranks, starts, strict=True))
+    return Timeline(tuple(tuple(Span(action, start, end_of(action, start)) for action, start in row) for row in rows))
+
+
+def starts_of(plan: Plan, cost_of: Callable[[Action], float], transfer_cost: float = 0.0) -> list[list[float]]:
+    """Return when each rank's actions start, if every message is buffered; of a plan that does not end, those that do.
+
+    A rank runs its computes in order, each as soon as what it needs has run. Each is looked at once, and once more for
+    each other one that it has to wait for.
+    """
+    rank_of_stage = plan.rank_of_stage()
+    starts: list[list[float]] = [[] for _ in plan.ranks]
+    clocks = [0.0] * len(plan.ranks)
+    ends: dict[Result, float] = {}
+    waiting: dict[Result, list[int]] = {}  # ranks, by what they need next
+    ready = list(range(len(plan.ranks)))
+    while ready:
+        rank = ready.pop()
+        actions = plan.ranks[rank]
+        while len(starts[rank]) < len(actions):
+            action, start = actions[len(starts[rank])], clocks[rank]
+            if not action.op.is_transfer:
+                needs = action.needs(plan.num_stages)
+                if missing := [need for need in needs if need not in ends]:
+                    waiting.setdefault(missing[0], []).append(rank)
+                    break
+                for need in needs:
+                    delay = transfer_cost if rank_of_stage.get(need.stage) != rank else 0.0
+                    start = max(start, ends[need] + delay)
+                clocks[rank] = start + cost_of(action)
+                if (result := action.result) is not None:
+                    ends[result] = clocks[rank]
+                    ready += waiting.pop(result, [])
+            starts[rank].append(start)
+    return starts
