@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from colonnade import cli
 from parallel.config import PipelineConfig
-from parallel.engine.action_times import ActionTimes
+from parallel.engine.action_times import timed_actions
 from parallel.engine.context import Place, make_context
 from parallel.engine.phases import Stopwatch
 from parallel.errors import ConfigError
@@ -220,12 +220,13 @@ def test_a_clock_that_is_ahead_is_set_back() -> None:
     cpu, action = torch.device("cpu"), Action(Op.F, 0, 1)
     starts = []
     for ahead in (0.0, 5.0):
-        times = ActionTimes(Stopwatch(cpu), cpu, ClockOffset(ahead, 0.0, time.perf_counter()))
-        times.stopwatch.mark("transfer", action)
-        times.stopwatch.mark("forward", action)
-        times.stopwatch.mark("transfer", Action(Op.SEND_F, 0, 1, 1))
-        times.stopwatch.read()
-        (span,) = times.end()
+        stopwatch = Stopwatch(cpu)
+        with timed_actions(stopwatch, cpu, ClockOffset(ahead, 0.0, time.perf_counter())) as spans:
+            stopwatch.mark("transfer", action)
+            stopwatch.mark("forward", action)
+            stopwatch.mark("transfer", Action(Op.SEND_F, 0, 1, 1))
+            stopwatch.read()
+        (span,) = spans
         assert span.action == action
         assert span.start <= span.end
         starts.append(span.start)
@@ -301,7 +302,7 @@ def train_two_stages(rank: int, world_size: int, folder: Path) -> list[list[tupl
     for step in range(1, 4):
         with actions.around_step(step):
             engine.train_step(loader.training(engine.num_samples))
-        assert engine.stopwatch.record is None  # outside of these steps nothing is kept
+        assert engine.stopwatch._recorded is None  # outside of these steps nothing is kept
     plan = preview_of(config, world_size).plan(config.num_microbatches(world_size))
     return [[(a.op.value, a.stage, a.microbatch) for a in row if not a.op.is_transfer] for row in plan.ranks]
 

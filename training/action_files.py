@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parallel.engine.action_times import ActionTimes
+from parallel.engine.action_times import timed_actions
 from parallel.engine.engine import Engine
 from parallel.mesh.clocks import ClockOffset, measure_clock
 from parallel.plan.timeline import Span
@@ -39,9 +39,9 @@ class ActionFile:
             return
         if self._offset is None:
             self._offset = measure_clock(self.engine.mesh.world)
-        times = ActionTimes(self.engine.stopwatch, self.engine.mesh.device, self._offset)
-        yield
-        self._found.append({"step": step, "actions": [_row_of(span) for span in times.end()]})
+        with timed_actions(self.engine.stopwatch, self.engine.mesh.device, self._offset) as spans:
+            yield
+        self._found.append({"step": step, "actions": [_row_of(span) for span in spans]})
         if step == self.steps[-1]:
             try:
                 self._write(self._offset)

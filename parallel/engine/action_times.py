@@ -1,6 +1,8 @@
 """The times at which a rank computed the actions of its plan, on one clock for all ranks."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -12,35 +14,29 @@ from parallel.plan.plan import Action
 from parallel.plan.timeline import Span
 
 
-class ActionTimes:
-    """Records actions from now until `end`, from the marks of the engine's stopwatch.
+@contextmanager
+def timed_actions(stopwatch: Stopwatch, device: torch.device, offset: ClockOffset) -> Iterator[list[Span]]:
+    """Record the computes of a `with` statement's body, from the marks of the engine's stopwatch.
+
+    At its end, which waits for the device, the list has them in order, in seconds since the clocks were compared. An
+    action lasts from its mark to the next mark, of whatever phase.
 
     On a GPU these are events in its stream, so that an action is as long as the GPU computes it, however far the host
     is ahead; one reading of both clocks relates the two, with an error of some 20 µs.
     """
+    clock = clock_of(device)
+    start = clock.now()
+    _synchronize(device)
+    zero = time.perf_counter() - offset.seconds - offset.origin
+    spans: list[Span] = []
+    with stopwatch.recording() as marks:
+        yield spans
+        _synchronize(device)
+    for (phase, detail, begin), (_, _, end) in pairwise(marks):
+        if phase in ("forward", "backward") and isinstance(detail, Action):
+            spans.append(Span(detail, zero + clock.seconds(start, begin), zero + clock.seconds(start, end)))
 
-    def __init__(self, stopwatch: Stopwatch, device: torch.device, offset: ClockOffset) -> None:
-        self.stopwatch, self.device, self.offset = stopwatch, device, offset
-        self._clock = clock_of(device)
-        self._start = self._clock.now()
-        self._synchronize()
-        self._host_start = time.perf_counter()
-        stopwatch.record = []
 
-    def end(self) -> list[Span]:
-        """Stop to record, and return the computes in order, in seconds since the clocks were compared.
-
-        An action lasts from its mark to the next mark, of whatever phase. This waits for the device.
-        """
-        self._synchronize()
-        marks, self.stopwatch.record = self.stopwatch.record or [], None
-        zero = self._host_start - self.offset.seconds - self.offset.origin
-        return [
-            Span(detail, zero + self._clock.seconds(self._start, begin), zero + self._clock.seconds(self._start, end))
-            for (phase, detail, begin), (_, _, end) in pairwise(marks)
-            if phase in ("forward", "backward") and isinstance(detail, Action)
-        ]
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,6 +1,7 @@
 """The phases of a step, and a stopwatch that measures their seconds without waiting for a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -30,15 +31,14 @@ class Stopwatch:
     for other ranks. The stopwatch never waits: what the GPU has not reached yet is counted in the next reading.
 
     `on_phase` is called with each phase that begins, and with "" when one ends and none begins. While a profiler runs,
-    its trace shows each phase as a range of that name, followed by the detail that `mark` had. `record`, where it is a
-    list, takes every mark with its detail and its time on the clock of the device.
+    its trace shows each phase as a range of that name, followed by the detail that `mark` had.
     """
 
     def __init__(self, device: torch.device, on_phase: Callable[[str], object] = lambda phase: None) -> None:
         self._clock, self._on_phase = clock_of(device), on_phase
         self._marks: list[tuple[Phase | None, Any]] = []  # None: no phase, from here no time is counted
         self._range: record_function | None = None
-        self.record: list[Mark] | None = None
+        self._recorded: list[Mark] | None = None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
         """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
@@ -66,11 +66,20 @@ class Stopwatch:
                 found[phase] += self._clock.seconds(start, self._marks[0][1])
         return found
 
+    @contextmanager
+    def recording(self) -> Iterator[list[Mark]]:
+        """Record the marks of a `with` statement's body: the list has each, with its detail and the device's time."""
+        self._recorded = recorded = []
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
     def _take(self, phase: Phase | None, detail: object = "") -> None:
         time = self._clock.now()
         self._marks.append((phase, time))
-        if self.record is not None:
-            self.record.append((phase, detail, time))
+        if self._recorded is not None:
+            self._recorded.append((phase, detail, time))
 
     def _end_range(self) -> None:
         if self._range is not None:
