@@ -24,12 +24,11 @@ def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
     """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer."""
     if pipeline.num_stages > num_layers + 2:
         return [_too_many_stages(num_layers, pipeline)]
-    if pipeline.layers is None or (wrong := _layers_problem(num_layers, pipeline.layers, pipeline)) == "":
+    wrong = "" if pipeline.layers is None else _layers_problem(num_layers, pipeline.layers, pipeline)
+    if not wrong:
         return []
-    return [
-        f"parallel.pipeline.layers: {shown(pipeline.layers)} {wrong}."
-        f" Try {shown(_even(num_layers, pipeline.num_stages))}."
-    ]
+    tries = shown(_even(num_layers, pipeline.num_stages))
+    return [f"parallel.pipeline.layers: {shown(pipeline.layers)} {wrong}. Try {tries}."]
 
 
 def _too_many_stages(num_layers: int, pipeline: PipelineConfig) -> str:
@@ -68,7 +67,8 @@ def _layers_problem(num_layers: int, layers: tuple[int, ...], pipeline: Pipeline
 
 
 def _stages_text(pipeline: PipelineConfig) -> str:
-    return times(**{"size": pipeline.size} | ({} if pipeline.num_chunks == 1 else {"chunks": pipeline.num_chunks}))
+    chunks = {"chunks": pipeline.num_chunks} if pipeline.num_chunks > 1 else {}
+    return times(size=pipeline.size, **chunks)
 
 
 def _even(num_layers: int, num_stages: int) -> tuple[int, ...]:

@@ -37,6 +37,26 @@ def kept_bytes(shape: ModelShape, config: Config) -> list[int]:
     return [0, *[round(block)] * shape.num_hidden_layers, round(head)]
 
 
+def kept_for_weights(shape: ModelShape, config: Config) -> list[int]:
+    """Return the bytes that a rank keeps of one microbatch from I to W, for each layer as in `kept_bytes`.
+
+    These are both factors of the gradient of each matrix: the linears' inputs, and the gradients of their outputs
+    (docs/notation.md, "From I to W"). That may be more than what was kept until I. The head's gradients exist before.
+    """
+    itemsize = ITEMSIZE[config.train.precision]
+    tokens = config.train.micro_batch_size * config.data.sequence_length / config.parallel.context.size
+    outer, inner, _ = _shares(config.parallel.tensor)
+    sizes, between, all_widths = shape.block_tensors(0), 0, 0
+    for names in shape.names().values():
+        weights = [f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)]
+        matrices = [sizes[name] for name in weights if len(sizes.get(name, ())) == 2]
+        if matrices:  # of a linear; several that are fused into one have one input, the last dim
+            between += shape.hidden_size
+            all_widths += sum(map(sum, matrices)) - matrices[0][-1] * (len(matrices) - 1)
+    block = tokens * itemsize * (between * outer + (all_widths - between) * inner)
+    return [0, *[round(block)] * shape.num_hidden_layers, 0]
+
+
 def _shares(tensor: TensorConfig) -> tuple[float, float, float]:
     """Return a rank's share of tensors between blocks and inside them, and of the statistics of norms.
 

@@ -73,6 +73,7 @@ PURE = (
     "parallel.pipeline.zero_bubble",
     "parallel.pipeline.evaluation",
     "parallel.pipeline.transfers",
+    "parallel.pipeline.receives",
     "parallel.pipeline.schedule",
     "parallel.pipeline.grid",
     "parallel.pipeline.rendezvous",

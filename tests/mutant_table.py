@@ -2729,7 +2729,7 @@ ANY_PLAN = (
 )
 
 PARTITION, PIPELINE_CONFIG = "parallel/pipeline/partition.py", "parallel/config/parallel.py"
-PREVIEW, REPORT_TESTS = "training/preview.py", "tests/test_pipeline_report.py"
+REPORT_TESTS = "tests/test_pipeline_report.py"
 STAGES_OF_A_RANK = (
     Mutant(
         "layers-of-the-first-stages",
@@ -2764,19 +2764,27 @@ STAGES_OF_A_RANK = (
         f"{REPORT_TESTS}::test_layers_are_divided_by_cost_as_the_chunks_of_the_schedule_need_it",
     ),
     Mutant(
+        "omitted-microbatches-keep-nothing",
+        "where all microbatches are in flight at once, those that are not simulated are not counted",
+        "parallel/pipeline/timeline.py",
+        "(peak == self._num_simulated * whole)",
+        "0",
+        f"{REPORT_TESTS}::test_a_long_step_of_gpipe_keeps_all_microbatches_also_those_that_are_not_simulated",
+    ),
+    Mutant(
         "activations-freed-before-weight-gradients",
-        "activations in flight are counted until the gradient of the input, though W needs them",
-        PREVIEW,
-        "elif action.op in (Op.B, Op.W):",
-        "elif action.op in (Op.B, Op.I):",
+        "activations in flight are counted until the gradient of the input, though W needs factors of its products",
+        "parallel/pipeline/timeline.py",
+        "kept += later[stage] - sizes[stage]",
+        "kept -= sizes[stage]",
         f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
     ),
     Mutant(
         "one-stages-activations-for-all",
         "each forward is counted with the bytes of the rank's first stage",
-        PREVIEW,
-        "kept, count = kept + kept_bytes[action.stage], count + 1",
-        "kept, count = kept + kept_bytes[0], count + 1",
+        "parallel/pipeline/timeline.py",
+        "                kept += sizes[stage]",
+        "                kept += sizes[0]",
         f"{REPORT_TESTS}::test_the_bytes_in_flight_are_the_most_at_any_time",
     ),
 )
@@ -2841,11 +2849,11 @@ TIMELINES = (
         f"{TIMELINE_TEST}::test_a_clock_that_is_ahead_is_set_back",
     ),
     Mutant(
-        "in-flight-until-the-input-gradient",
-        "what W still needs is not counted among the microbatches in flight",
+        "most-in-flight-of-all-ranks",
+        "beside each rank is written the most in flight of any rank",
         "parallel/pipeline/drawing.py",
-        "if s.action.op is not Op.F}",
-        "if s.action.op.makes_input_gradient}",
+        'f"max {peak}"',
+        'f"max {self.most_in_flight}"',
         f"{TIMELINE_TEST}::test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none",
     ),
 )
@@ -2960,8 +2968,8 @@ PLANS = (
         "kept-until-the-input-gradient",
         "activations count as free after I, though W needs them",
         "parallel/pipeline/timeline.py",
-        "if action.op in (Op.B, Op.I, Op.W)}",
-        "if action.op in (Op.B, Op.I)}",
+        "later = sizes if for_weights is None else for_weights",
+        "later = [0] * len(sizes)",
         f"{PLAN_PROPERTIES}::test_activations_in_flight_are_at_most_those_of_the_papers",
     ),
     Mutant(

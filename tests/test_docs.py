@@ -30,8 +30,9 @@ from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, group_transfers
-from parallel.pipeline.schedule import SCHEDULES, plan_of, with_transfers
+from parallel.pipeline.schedule import SCHEDULES, plan_of
 from parallel.pipeline.timeline import Costs, simulate
+from parallel.pipeline.transfers import with_transfers
 from parallel.tensor.layers import Linear, Sharded
 from parallel.tensor.mode import Mode
 from tests.harness import run

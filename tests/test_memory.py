@@ -14,12 +14,12 @@ from torch import Tensor
 from models.attention import Attention
 from models.family import FAMILIES
 from models.gpt2.shape import GPT2Shape
-from models.kept import kept_bytes
+from models.kept import kept_bytes, kept_for_weights
 from models.layer import Block
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
-from parallel.config import parse
+from parallel.config import Config, parse
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.microbatch import Microbatch
@@ -302,12 +302,17 @@ def test_a_model_split_over_p_ranks_keeps_a_pth_on_each(layout: str) -> None:
 
 def foreseen(shape: ModelShape, tensor: TensorConfig, batch: int, sequence: int, **train: Any) -> list[int]:
     """Return the bytes of each layer that `--check` counts for a microbatch of this size."""
+    return kept_bytes(shape, microbatch_of(tensor, batch, sequence, **train))
+
+
+def microbatch_of(tensor: TensorConfig, batch: int, sequence: int, **train: Any) -> Config:
+    """Return a config whose microbatches have this size."""
     raw = dict(
         parallel=dict(tensor=asdict(tensor)),
         train=dict(micro_batch_size=batch, global_batch_size=batch, **train),
         data=dict(sequence_length=sequence),
     )
-    return kept_bytes(shape, parse(raw))
+    return parse(raw)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -324,6 +329,16 @@ def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: st
     between = a["T"] * a["H"] // (1 if is_whole else tensor.size)
     assert foreseen(shape, tensor, batch, S, activation_checkpointing="full")[1] == FLOAT * between
     assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_the_bytes_foreseen_from_i_to_w_are_those_of_the_documents(family: str, layout: str) -> None:
+    tensor, shape = LAYOUTS[layout], FAMILY_SHAPES[family]
+    wanted = from_i_to_w(shape, tensor)
+    for precision, share in (("fp32", 1.0), ("bf16", 0.5)):
+        found = kept_for_weights(shape, microbatch_of(tensor, B, S, precision=precision))
+        assert found == [0, *[share * wanted] * shape.num_hidden_layers, 0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -18,6 +18,9 @@ from parallel.tensor.mode import Mode
 from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations
 from tests.drawn_plans import drawn_plan
+from tests.harness import run
+from tests.parity import SHAPE, Raw, batches_of, config_of, engine_of
+from training.preview import preview_of
 
 TOKENS, HIDDEN, STAGES, MICROBATCHES = 6, 16, 3, 4
 SIZE = TOKENS * HIDDEN * 8  # bytes of an activation in fp64
@@ -114,3 +117,37 @@ def test_the_input_of_a_stage_is_kept_only_if_a_layer_keeps_it() -> None:
         )
         runner.run(plan)
     assert kept[:5] == [0, 3, 3, 3, 5]  # before each F and the first I: x, W · x and an output; then x, W · x and y
+
+
+def measured_and_foreseen(rank: int, world_size: int, raw: Raw) -> tuple[int, int]:
+    """Return the most bytes that a rank has when an action begins, but for gradients, and those of `--check`."""
+    engine, (batch,) = engine_of(rank, world_size, raw), batches_of(1, batch=64, sequence=64)
+    most = 0
+    with Allocations() as allocations:
+        microbatches, _ = engine._microbatches(batch)
+        before = allocations.now
+
+        def mark(phase: str, action: object = None) -> None:
+            nonlocal most
+            buffers = [chunk.gradient.accumulator.buffer for chunk in engine.chunks]
+            most = max(most, allocations.now - before - sum(x.nbytes for x in buffers if x is not None))
+
+        engine._forwards_and_backwards(microbatches, mark)
+    found = preview_of(engine.config, world_size)
+    return most, found.peak_bytes(found.timeline())[rank]
+
+
+def test_a_rank_of_a_zero_bubble_v_has_as_many_bytes_in_flight_as_a_check_says() -> None:
+    """A few messages are held beside these, each a 12th of what a block keeps of a microbatch."""
+    raw = config_of(
+        dict(pipeline=dict(size=2, schedule="zero_bubble_v")),
+        precision="fp32",
+        model=SHAPE
+        | dict(hidden_size=32, num_attention_heads=4, ffn_dim=128, num_hidden_layers=10)
+        | dict(max_position_embeddings=64),
+        train=dict(global_batch_size=64, micro_batch_size=8),
+        data=dict(sequence_length=64),
+    )
+    message = 8 * 64 * 32 * 4
+    for measured, foreseen in run(measured_and_foreseen, 2, raw):
+        assert foreseen <= measured < foreseen + 8 * message

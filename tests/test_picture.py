@@ -14,8 +14,9 @@ from rich.console import Console
 import launch
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, Op, Plan
-from parallel.pipeline.schedule import SCHEDULES, with_transfers
+from parallel.pipeline.schedule import SCHEDULES
 from parallel.pipeline.timeline import MOST_SIMULATED, Costs, Timeline, num_simulated, simulate
+from parallel.pipeline.transfers import with_transfers
 from tests.patience import patient
 from tests.tables import ROOT
 from training.config import read_config

@@ -9,22 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.config import PipelineConfig
+from parallel.pipeline.evaluation import forward_only
+from parallel.pipeline.interleaved import interleaved
+from parallel.pipeline.one_stage import gpipe, one_f_one_b
 from parallel.pipeline.picture import draw
 from parallel.pipeline.plan import Action, Op, Plan, PlanError, group_transfers
 from parallel.pipeline.rendezvous import simulate_rendezvous
-from parallel.pipeline.schedule import (
-    SCHEDULES,
-    forward_only,
-    gpipe,
-    interleaved,
-    one_f_one_b,
-    plan_of,
-    with_transfers,
-    zero_bubble,
-    zero_bubble_v,
-)
+from parallel.pipeline.schedule import SCHEDULES, plan_of
 from parallel.pipeline.timeline import Costs, simulate
+from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.validate import validate
+from parallel.pipeline.zero_bubble import zero_bubble, zero_bubble_v
 
 NAMES = st.sampled_from(sorted(SCHEDULES))
 EQUAL = Costs.halves(1, 1)  # a whole backward takes as long as a forward

@@ -20,7 +20,8 @@ from parallel.engine.facts import facts_of
 from parallel.errors import ConfigError
 from parallel.pipeline.plan import Action, Plan, PlanError
 from parallel.pipeline.plan_csv import csv_of, plan_of_table
-from parallel.pipeline.schedule import SCHEDULES, plan_of, with_transfers
+from parallel.pipeline.schedule import SCHEDULES, plan_of
+from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.validate import validate
 from tests.harness import run
 from tests.test_loop import TINY

@@ -170,6 +170,6 @@ def test_recomputation_changes_no_bit_in_any_schedule(name: str, how: str) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["zero_bubble", pytest.param("gpipe", marks=pytest.mark.slow)])
 def test_a_schedule_sums_gradients_in_the_order_of_microbatches(name: str) -> None:
-    """The bits are those of 1F1B, where stages have the same layers: with others a norm is rounded in parts."""
+    """The bits are those of 1F1B if stages have the same layers. With other layers a norm is rounded in other parts."""
     layout, one_f_one_b = (Layout(2, pipeline(2, each, layers=[2, 2])) for each in (name, "1f1b"))
     assert_same_bits(with_dropout(layout), with_dropout(one_f_one_b))

@@ -281,10 +281,10 @@ def test_nothing_sent_waits_behind_a_receive(name: str, chunks: int) -> None:
 
 
 @for_all_schedules
-def test_a_message_is_received_at_once_and_is_not_kept_waiting_by_the_receiver(name: str, chunks: int) -> None:
-    """A receive is posted by the end of the compute that runs when its message is sent, if computes are equally long.
+def test_a_receiver_keeps_no_sender_waiting(name: str, chunks: int) -> None:
+    """A sender may wait for its sends before the last two, and waits for nobody if computes are equally long.
 
-    A sender may then wait for its sends before the last two, and waits for nobody.
+    Where a rank has several stages, a receive is posted by the end of the compute that runs when its message is sent.
     """
     for p, m in SOME:
         for plan in executed_plans(name, p, m, chunks):
@@ -292,7 +292,7 @@ def test_a_message_is_received_at_once_and_is_not_kept_waiting_by_the_receiver(n
             posted = {s.action.payload: s.start for row in rows for s in row if s.action.op in (Op.RECV_F, Op.RECV_B)}
             for row in rows:
                 for span in row:
-                    if span.action.op.is_send:
+                    if span.action.op.is_send and chunks > 1:
                         assert posted[span.action.payload] - span.start <= 2  # as long as a B
                 sends = [span for span in row if span.action.op.is_send]
                 for first, third in zip(sends, sends[2:], strict=False):

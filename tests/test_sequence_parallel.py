@@ -49,12 +49,14 @@ CASES: dict[str, tuple[int, Raw, Raw, int, dict[str, Any]]] = {  # world size, p
         8,
         PADDED,
     ),
+    # Of stage 0, which has no norm, nothing is gathered on demand.
+    "pp2-1d2-zero3-opt": (4, dict(pipeline=dict(size=2, layers=[0, 2]), tensor=T2), OPT, 4, dict(masked=True, zero=3)),
     "ring2-1d2-opt": (4, dict(context=RING, tensor=T2), OPT, 8, dict(masked=True)),
     "ring2-1d2-mistral": (4, dict(context=RING, tensor=T2), DROPPED["mistral"], 12, dict(masked=True)),
     "ring2-1d4-qwen3": (8, dict(context=RING, tensor=T2 | dict(size=4)), DROPPED["qwen3"], 8, dict(masked=False)),
     "a2a2-1d2-gpt2": (4, dict(context=EXCHANGE, tensor=T2), DROPPED["gpt2"], 8, dict(masked=True, packed=True)),
 }
-QUICK = ("1d2-qwen3", "dp2-1d2-zero3-gpt2")
+QUICK = ("1d2-qwen3", "dp2-1d2-zero3-gpt2", "pp2-1d2-zero3-opt")
 
 
 def case_of(name: str, precision: str = "fp64", **options: Any) -> Case:

@@ -21,10 +21,10 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.phases import Stopwatch
 from parallel.errors import ConfigError
 from parallel.mesh.clocks import ROUNDS, Barriers, ClockOffset, bounds
-from parallel.pipeline.drawing import COLORS, Panel, draw_svg, in_flight
+from parallel.pipeline.drawing import COLORS, Panel, draw_svg
 from parallel.pipeline.plan import Action, Op
 from parallel.pipeline.schedule import SCHEDULES, plan_of
-from parallel.pipeline.timeline import Costs, Span, Timeline, simulate
+from parallel.pipeline.timeline import Costs, Span, Timeline, in_flight, simulate
 from tests.harness import run
 from tests.test_loop import ALONE, TINY
 from training.action_files import ActionFile
@@ -33,7 +33,7 @@ from training.measured import read_measured
 from training.preflight import prepare
 from training.preview import preview_of
 from training.run import make_engine, make_loader
-from training.timelines import bubble_text, busy, scaled
+from training.timelines import bubble_text, scaled
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -129,7 +129,7 @@ def test_a_box_has_the_number_of_its_microbatch_inside_where_it_fits(name: str) 
 def test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none(name: str) -> None:
     timeline = timeline_of(name)
     for row, peak in zip(timeline.rows, timeline.peak_in_flight, strict=True):
-        levels = in_flight(computes(row))
+        levels = in_flight(row, [1] * 8)
         assert max(count for _, count in levels) == peak
         assert levels[-1][1] == 0
         assert all(one[0] <= other[0] for one, other in pairwise(levels))
@@ -199,7 +199,7 @@ def by_hand() -> Timeline:
 def test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_the_whole_step() -> None:
     """The longest such time is 8 s, that of rank 0. If rank 0 ends earlier, the two bubbles differ."""
     timeline = by_hand()
-    assert busy(timeline) == 9
+    assert timeline.busy == 9
     assert timeline.bubble_fraction == 1 - 9 / 16
     assert timeline.bubble_of_ranks == 1 - 9 / 16
     first, second = timeline.rows
@@ -212,7 +212,7 @@ def test_the_bubble_is_counted_between_first_forward_and_last_action_and_over_th
 def test_a_scaled_timeline_has_the_same_bubble() -> None:
     timeline = timeline_of("1f1b")
     assert scaled(timeline, 0.01).bubble_of_ranks == pytest.approx(timeline.bubble_of_ranks)
-    assert busy(scaled(timeline, 0.01)) == pytest.approx(busy(timeline) / 100)
+    assert scaled(timeline, 0.01).busy == pytest.approx(timeline.busy / 100)
 
 
 def test_a_clock_that_is_ahead_is_set_back() -> None:
@@ -221,7 +221,6 @@ def test_a_clock_that_is_ahead_is_set_back() -> None:
     starts = []
     for ahead in (0.0, 5.0):
         times = ActionTimes(Stopwatch(cpu), cpu, ClockOffset(ahead, 0.0, time.perf_counter()))
-        times.begin()
         times.stopwatch.mark("transfer", action)
         times.stopwatch.mark("forward", action)
         times.stopwatch.mark("transfer", Action(Op.SEND_F, 0, 1, 1))

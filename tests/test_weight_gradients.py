@@ -20,7 +20,8 @@ from parallel.errors import ConfigError
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.ops.deferred import DeferredCalls
 from parallel.pipeline.plan import Action, Op, Plan
-from parallel.pipeline.schedule import SCHEDULES, with_transfers
+from parallel.pipeline.schedule import SCHEDULES
+from parallel.pipeline.transfers import with_transfers
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import UNSPLIT, Allocations, RecordedCalls, mesh_of

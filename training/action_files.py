@@ -1,4 +1,4 @@
-"""The files of a run that say when each rank computed what in its traced steps, and how they are read again."""
+"""The files of a run that say when each rank computed what in its traced steps; `measured` reads them."""
 
 import json
 import logging
@@ -40,7 +40,6 @@ class ActionFile:
         if self._offset is None:
             self._offset = measure_clock(self.engine.mesh.world)
         times = ActionTimes(self.engine.stopwatch, self.engine.mesh.device, self._offset)
-        times.begin()
         yield
         self._found.append({"step": step, "actions": [_row_of(span) for span in times.end()]})
         if step == self.steps[-1]:

@@ -50,9 +50,7 @@ def read_measured(run: Path) -> Measured:
         )
     first = _read(folder.action_times(0))
     topology = Topology(first["mesh"])
-    ranks = tuple(
-        topology.rank_of(dict.fromkeys(topology.shape, 0) | {"pipe": r}) for r in range(first["mesh"]["pipe"])
-    )
+    ranks = topology.first_pipe
     files = [first, *(_read(folder.action_times(rank)) for rank in ranks[1:])]
     steps = [each["step"] for each in first["steps"]]
     if any([each["step"] for each in file["steps"]] != steps or file["mesh"] != first["mesh"] for file in files):
@@ -99,9 +97,7 @@ def _spans(rows: Sequence[Sequence[Any]]) -> list[Span]:
 def check_plan(measured: Measured, planned: Timeline, run: Path) -> None:
     """Raise ConfigError where the run has computed something else than this plan, rank by rank."""
     advice = f"Give the run's own config: --config {run / 'config.json'}."
-    rows = [
-        [[s.action for s in row if not s.action.op.is_transfer] for row in t.rows] for t in (measured.timeline, planned)
-    ]
+    rows = [[[span.action for span in row] for row in t.computes] for t in (measured.timeline, planned)]
     if len(rows[0]) != len(rows[1]):
         raise ConfigError(f"{KEY}: {run} has {len(rows[0])} ranks in its pipe, and the config {len(rows[1])}. {advice}")
     for rank, (ran, plan) in enumerate(zip(*rows, strict=True)):

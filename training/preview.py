@@ -7,17 +7,17 @@ import torch
 
 from models.build import costs_of, layers_of_stages, mode_of, part_of, specs_of_part
 from models.costs import compute_costs, parameter_count
-from models.kept import kept_bytes
+from models.kept import kept_bytes, kept_for_weights
 from models.shape import ModelShape
 from models.shapes import shape_of
 from parallel.chunk.precision import gradient_dtype, master_dtype, state_size
 from parallel.chunk.spec import specs_of
 from parallel.config import Config
-from parallel.engine.context import Place, make_context
+from parallel.engine.context import Place, make_context, topology_of
 from parallel.engine.device import device_type
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
-from parallel.pipeline.plan import Action, Op, Plan
+from parallel.pipeline.plan import Plan
 from parallel.pipeline.schedule import plan_of
 from parallel.pipeline.timeline import Costs, Timeline, num_simulated, simulate
 from parallel.placement.chunk_bytes import foreseen_bytes
@@ -48,7 +48,7 @@ class Preview:
     """A config laid out over a world: `parts` by the place in the pipe, and numbers of each of the pipeline's stages.
 
     `costs` are those of a stage's computes, for all of its ranks together. `kept_bytes` are the bytes that each of its
-    ranks keeps of a microbatch between forward and backward.
+    ranks keeps of a microbatch between forward and backward, and `weight_bytes` those that it keeps from I to W.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Preview:
     parts: tuple[PartPreview, ...]
     costs: Costs
     kept_bytes: tuple[int, ...]
+    weight_bytes: tuple[int, ...]
 
     @property
     def shape(self) -> ModelShape:
@@ -96,49 +97,25 @@ class Preview:
         return replace(timeline, num_omitted=total - simulated)
 
     def peak_bytes(self, timeline: Timeline) -> tuple[int, ...]:
-        """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed.
-
-        What a forward keeps is kept until its backward or, where that has two halves, until the gradients of weights.
-        """
+        """Return the most bytes that each rank keeps of microbatches in flight, and of a block that is recomputed."""
         train = replace(self.config.train, activation_checkpointing="none")
         block = kept_bytes(self.shape, replace(self.config, train=train))[1] if self.recomputes else 0
-        simulated = self.num_microbatches - timeline.num_omitted
-        peaks = []
-        for row in timeline.rows:
-            actions = [span.action for span in row]
-            stages = {action.stage for action in actions}
-            peak, count = _peak_bytes(actions, self.kept_bytes)
-            is_all = timeline.num_omitted and count == simulated * len(stages)
-            more = timeline.num_omitted * sum(self.kept_bytes[stage] for stage in stages) if is_all else 0
-            peaks.append(peak + more + block)
-        return tuple(peaks)
-
-
-def _peak_bytes(actions: Sequence[Action], kept_bytes: Sequence[int]) -> tuple[int, int]:
-    """Return the most bytes that a rank keeps at a time, and the number of forwards that they are of."""
-    kept = count = 0
-    peak = (0, 0)
-    for action in actions:
-        if action.op is Op.F:
-            kept, count = kept + kept_bytes[action.stage], count + 1
-            peak = max(peak, (kept, count))
-        elif action.op in (Op.B, Op.W):
-            kept, count = kept - kept_bytes[action.stage], count - 1
-    return peak
+        return tuple(peak + block for peak in timeline.peak_kept(self.kept_bytes, self.weight_bytes))
 
 
 def preview_of(config: Config, world_size: int) -> Preview:
     """Return a config, with every field set, laid out over `world_size` ranks."""
-    topology = Topology(config.parallel.mesh_shape(world_size))
-    parts = [_part_of_rank(config, Place(rank, world_size)) for rank in first_ranks(topology)]
+    topology = topology_of(config, world_size)
+    parts = [_part_of_rank(config, Place(rank, world_size)) for rank in topology.first_pipe]
     stages = layers_of_stages(costs_of(config), config.parallel.pipeline)
-    kept = kept_bytes(shape_of(config), config)
+    kept, for_weights = (each(shape_of(config), config) for each in (kept_bytes, kept_for_weights))
     return Preview(
         config,
         topology,
         tuple(parts),
         costs=_costs_of_stages(config, stages),
         kept_bytes=tuple(sum(kept[i] for i in layers) for layers in stages),
+        weight_bytes=tuple(sum(for_weights[i] for i in layers) for layers in stages),
     )
 
 
@@ -155,12 +132,6 @@ def _costs_of_stages(config: Config, stages: Sequence[range]) -> Costs:
         input_gradient=[sum(layers[i].input_gradient for i in stage) for stage in stages],
         weight_gradient=[sum(layers[i].weight_gradient for i in stage) for stage in stages],
     )
-
-
-def first_ranks(topology: Topology) -> list[int]:
-    """Return the first rank at each place of the pipe."""
-    places = range(topology.shape["pipe"])
-    return [topology.rank_of({axis: at if axis == "pipe" else 0 for axis in topology.shape}) for at in places]
 
 
 def device_messages(config: Config) -> list[str]:
@@ -180,8 +151,7 @@ def save_messages(config: Config, place: Place) -> list[str]:
     if not saves_in_background(config):
         return []
     device, rooms = torch.device(device_type(config.train.device)), []
-    topology = Topology(config.parallel.mesh_shape(place.world_size))
-    for rank in first_ranks(topology):
+    for rank in topology_of(config, place.world_size).first_pipe:
         context = make_context(config, Place(rank, place.world_size), connect=False, device=torch.device("meta"))
         specs = specs_of(part_of(context).infos, context.dtype, zero=config.zero.stage)
         microbatches = config.num_microbatches(place.world_size)

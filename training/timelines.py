@@ -44,7 +44,7 @@ def picture(preview: Preview, measured: Measured | None = None, run: Path = Path
     if measured is None:
         return draw_svg(title, [Panel("Planned, by estimated costs", planned, (bubble_text(planned),))])
     check_plan(measured, planned, run)
-    planned = scaled(planned, busy(measured.timeline) / busy(planned))
+    planned = scaled(planned, measured.timeline.busy / planned.busy)
     wrong = f"; clocks of the ranks agree within {1e6 * measured.clock_error:.0f} µs" if measured.clock_error else ""
     ranks = f", ranks {', '.join(map(str, measured.ranks))}" if measured.world_size > len(measured.ranks) else ""
     panels = [
@@ -64,11 +64,6 @@ def bubble_text(timeline: Timeline) -> str:
         f"bubble {timeline.bubble_of_ranks:.1%} between a rank's first F and its last action;"
         f" {timeline.bubble_fraction:.1%} of the whole step"
     )
-
-
-def busy(timeline: Timeline) -> float:
-    """Return the time that all ranks together compute."""
-    return sum(span.end - span.start for row in timeline.rows for span in row if not span.action.op.is_transfer)
 
 
 def scaled(timeline: Timeline, factor: float) -> Timeline:

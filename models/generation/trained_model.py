@@ -97,12 +97,12 @@ def inference_of(context: Context, set_values: SetValues) -> Inference:
 
     With train.compile, blocks are compiled; in a single process the embedding, too.
     """
-    stage = part_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS)
+    part = part_of(context, set_values, in_parts=True, compile_options=COMPILE_OPTIONS)
     if context.config.train.compile and context.mesh.world.size == 1:
-        for layer in stage.layers:
+        for layer in part.layers:
             if isinstance(layer, Embed):
                 layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
-    return Inference(stage, context)
+    return Inference(part, context)
 
 
 def compiled(function: F) -> F:

@@ -40,11 +40,6 @@ class Writes:
         for chunk in self._chunks:
             chunk.parameters.writes.note()
 
-    @property
-    def shows_at_once(self) -> bool:
-        """True if all writes show before a step; those into parameters without values show when these are gathered."""
-        return all(map(_stays_whole, self._chunks))
-
     def stop(self) -> None:
         """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
         self._chunks, self._noted, self.is_on = [], {}, False

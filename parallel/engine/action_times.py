@@ -1,7 +1,6 @@
 """The times at which a rank computed the actions of its plan, on one clock for all ranks."""
 
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,30 +12,25 @@ from parallel.pipeline.plan import Action
 from parallel.pipeline.timeline import Span
 
 
-@dataclass
 class ActionTimes:
-    """Records the actions between `begin` and `end`, from the marks of the engine's stopwatch.
+    """Records actions from now until `end`, from the marks of the engine's stopwatch.
 
     On a GPU these are events in its stream, so that an action is as long as the GPU computes it, however far the host
-    is ahead; one reading of both clocks relates the two, with an error of some 20 µs. Until `begin` nothing is kept.
+    is ahead; one reading of both clocks relates the two, with an error of some 20 µs.
     """
 
-    stopwatch: Stopwatch
-    device: torch.device
-    offset: ClockOffset
-
-    def begin(self) -> None:
-        """Begin to record: the time on the device's clock and on the host's are taken together."""
-        self._clock = clock_of(self.device)
+    def __init__(self, stopwatch: Stopwatch, device: torch.device, offset: ClockOffset) -> None:
+        self.stopwatch, self.device, self.offset = stopwatch, device, offset
+        self._clock = clock_of(device)
         self._start = self._clock.now()
         self._synchronize()
         self._host_start = time.perf_counter()
-        self.stopwatch.record = []
+        stopwatch.record = []
 
     def end(self) -> list[Span]:
         """Stop to record, and return the computes in order, in seconds since the clocks were compared.
 
-        An action lasts from its mark to the next mark, of whatever phase. It is waited for the device.
+        An action lasts from its mark to the next mark, of whatever phase. This waits for the device.
         """
         self._synchronize()
         marks, self.stopwatch.record = self.stopwatch.record or [], None

@@ -42,7 +42,7 @@ from parallel.zero.gatherer import Gatherer
 
 
 class Engine(EngineState):
-    """Trains this rank's stage of a model, in a mesh of any shape.
+    """Trains this rank's part of a model, in a mesh of any shape.
 
     A batch is a dict of this replica's samples, the same on every rank of the replica; B is a multiple of
     `train.micro_batch_size`. All tensors are of integers:
@@ -59,26 +59,26 @@ class Engine(EngineState):
     Raises ConfigError or ModelError for a config or an optimizer that it cannot train with.
     """
 
-    def __init__(self, stage: ModelPart, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(self, part: ModelPart, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
-        placement = initial_placement_of(stage.infos, context, is_torchs=optimizer is not None)
+        placement = initial_placement_of(part.infos, context, is_torchs=optimizer is not None)
         with refusing_without_room(context.place.rank, "making the model"), placement.explain_host_shortage():
-            chunks = make_chunks(placement.specs, placement.storages, fill=stage.set_initial_values)
-        super().__init__(stage, context, chunks, optimizer_of(chunks, config, optimizer), placement)
-        self.inputs = stage.inputs
-        self.part, self.pipe = stage, Pipe(self.mesh.axis("pipe"), self.mesh.links)
+            chunks = make_chunks(placement.specs, placement.storages, fill=part.set_initial_values)
+        super().__init__(part, context, chunks, optimizer_of(chunks, config, optimizer), placement)
+        self.inputs = part.inputs
+        self.part, self.pipe = part, Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(self.mesh.device)
-        self.gatherer = Gatherer(stage.units, self.chunks, watcher=self.placement_manager, last=stage.last_units())
-        stage.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
-        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=stage.num_backwards())
+        self.gatherer = Gatherer(part.units, self.chunks, watcher=self.placement_manager, last=part.last_units())
+        part.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
+        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
-        for module in stage.modules():
+        for module in part.modules():
             # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
             if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
                 module.receiver = self.gradients.receiver(module.weight)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
-        self._original = OriginalParameters(stage, self.chunks, made_by="parallel.Engine")
+        self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
         self._plans: dict[tuple[bool, int], Plan] = {}
 
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
@@ -107,7 +107,8 @@ class Engine(EngineState):
 
     def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         self.stopwatch.mark("data")
-        written = self._start_check() if self.writes.shows_at_once else None
+        # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
+        written = self._start_check() if self.config.zero.stage < 3 else None
         self.part.train()
         microbatches, tokens = self._microbatches(batch)
         if not tokens:

@@ -29,19 +29,19 @@ class Inference:
     only what does not exist here. Raises ConfigError for a layout that it cannot run, see `refuse`.
     """
 
-    def __init__(self, stage: ModelPart, context: Context) -> None:
+    def __init__(self, part: ModelPart, context: Context) -> None:
         refuse(context.config)
-        self.part, self.context = stage.eval(), context
-        for info in stage.infos:
+        self.part, self.context = part.eval(), context
+        for info in part.infos:
             info.parameter.requires_grad_(False)
         zero = 3 if context.config.zero.stage == 3 else 0
-        specs = specs_of(stage.infos, context.dtype, zero=zero)
-        self.chunks = make_chunks(specs, fill=stage.set_initial_values, device=context.device)
+        specs = specs_of(part.infos, context.dtype, zero=zero)
+        self.chunks = make_chunks(specs, fill=part.set_initial_values, device=context.device)
         self.pipe = Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(context.device)
         self.gathers = any(chunk.is_gathered_on_demand for chunk in self.chunks)
         self.gatherer = (
-            Gatherer(stage.units, self.chunks, watcher=_NoWatcher(), last=stage.last_units()) if self.gathers else None
+            Gatherer(part.units, self.chunks, watcher=_NoWatcher(), last=part.last_units()) if self.gathers else None
         )
 
     @property

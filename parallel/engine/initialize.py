@@ -70,7 +70,7 @@ def initialize(
 
     That is the context of the last `launch_from_torch`.
 
-    The engine is an `Engine` for a stage of `models.build`, a `ModuleEngine` for any other module. Such a module is
+    The engine is an `Engine` for what `models.build` returns, a `ModuleEngine` for any other module. Such a module is
     changed in place: its parameters become views of the engine's buffers, on this rank's device, in the config's
     precision. Every replica starts with rank 0's values.
 
@@ -86,7 +86,7 @@ def initialize(
     engine: Engine | ModuleEngine
     if isinstance(model, ModelPart):
         if criterion is not None:
-            raise ModelError("criterion: a stage of models.build makes its own loss. Leave the criterion out.")
+            raise ModelError("criterion: the model of models.build makes its own loss. Leave the criterion out.")
         engine = Engine(model, context, optimizer)
     else:
         engine = ModuleEngine(model, context, optimizer, criterion)

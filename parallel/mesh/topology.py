@@ -64,6 +64,11 @@ class Topology:
         across = self._offsets(self.shape.keys() - set(axes))
         return [tuple(base + offset for offset in along) for base in across]
 
+    @property
+    def first_pipe(self) -> tuple[int, ...]:
+        """The ranks of one pipe, in order: those with coordinate 0 along all other axes."""
+        return self._offsets(("pipe",))
+
     def ends(self) -> list[tuple[int, int]]:
         """Return the ranks of the first and the last stage, which share a tied embedding, in each group of the pipe.
 

@@ -27,8 +27,8 @@ class Finding:
     """The first number of a rank that is not finite, in the forwards or in the backwards of one pipeline stage.
 
     `time` counts what the rank has checked before. `module` is the innermost one that has computed the number. `rank`
-    and `host` are those of the process. `is_own`: it is a weight of which this rank
-    has the number itself, and has not got it from another rank.
+    and `host` are those of the process. `is_own`: it is a weight of which this rank has the number itself, and has not
+    got it from another rank.
     """
 
     direction: Direction
@@ -51,10 +51,10 @@ class FirstNotFinite:
     gradient of each parameter on this rank, before the sum over ranks.
 
     The first in time counts, since everything that follows from it is not finite either: forwards before backwards, and
-    earlier stages of a pipeline before later ones, in backwards the other way around. A rank with several stages has a
-    first number of each, since it may come to a later one of them before the number that all began with. Where several
-    ranks have it at
-    the same time, by a collective within a module, the one counts that has the weight which it came from.
+    earlier stages of a pipeline before later ones, in backwards the other way around. On a rank with several stages the
+    first number of each is kept, since the rank may compute a later stage of one microbatch before an earlier stage of
+    another. Where several ranks have the number at the same time, by a collective within a module, the one counts that
+    has the weight which it came from.
 
     The host waits for the device at every check, so this is for a step that has failed. `stage` and `microbatch` are
     set by whoever runs the step. `names`: those of modules that are to be called otherwise than by their place in

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from parallel.pipeline.plan import Op
 from parallel.pipeline.svg import Drawing, text_width
-from parallel.pipeline.timeline import Span, Timeline
+from parallel.pipeline.timeline import Span, Timeline, in_flight
 
 MOST_DRAWN = 1 << 16  # forwards of all stages in one picture: its boxes would be thinner than a hair
 
@@ -96,7 +96,7 @@ class _Picture:
     """The drawing of some panels at their scale, in pixels for each unit of time."""
 
     def __init__(self, panels: Sequence[Panel]) -> None:
-        rows = [[span for row in panel.timeline.rows for span in _computes(row)] for panel in panels]
+        rows = [[span for row in panel.timeline.computes for span in row] for panel in panels]
         end = max(panel.timeline.end_of_rows for panel in panels)
         shortest = min(sorted(span.end - span.start for span in spans)[len(spans) // 20] for spans in rows)
         self.scale = min(max(LABEL / max(shortest, 1e-30), NARROWEST / end), WIDEST / end)
@@ -149,8 +149,8 @@ class _Picture:
         drawing.text((EDGE, y), panel.title, "heading")
         y += 10
         shape = _Row.of(len(timeline.rows))
-        for rank, (row, peak) in enumerate(zip(timeline.rows, timeline.peak_microbatches, strict=True)):
-            self._row(_computes(row), y, shape)
+        for rank, (row, peak) in enumerate(zip(timeline.computes, timeline.peak_microbatches, strict=True)):
+            self._row(row, y, shape)
             drawing.text((LEFT - 8, y + shape.boxes / 2 + 4), f"rank {rank}", "end")
             last = y + shape.boxes + shape.flight
             drawing.text((LEFT + self.width + 6, last), f"max {round(peak, 2):g}", "quiet")
@@ -177,7 +177,7 @@ class _Picture:
                 drawing.text(at, label, "label", *self._ink(span))
         base = y + shape.boxes + shape.flight
         unit = (shape.flight - 1) / max(1, self.most_in_flight)
-        levels = [(self.x(time), base - unit * count) for time, count in in_flight(spans)]
+        levels = [(self.x(time), base - unit * count) for time, count in in_flight(spans, [1] * len(self.chunk_of))]
         drawing.steps(levels, base, "flight")
 
     def _look(self, span: Span) -> str:
@@ -207,28 +207,6 @@ class _Picture:
 def extent(op: Op) -> tuple[float, float]:
     """Return between which shares of its row the box of an op is drawn."""
     return TOPS[op], 0.85 if op is Op.F else 1.0
-
-
-def in_flight(spans: Sequence[Span]) -> list[tuple[float, int]]:
-    """Return at which times the number of forwards that a rank keeps for their backward changes, and to what.
-
-    They are kept from F to B or, where the backward has two halves, to W, as `Timeline.peak_in_flight` counts them.
-    """
-    last = {(s.action.stage, s.action.microbatch): s.action.op for s in spans if s.action.op is not Op.F}
-    count, levels = 0, [(0.0, 0)]
-    for span in spans:
-        op, kept_until = span.action.op, last.get((span.action.stage, span.action.microbatch))
-        if op is Op.F and kept_until is not None:
-            count += 1
-            levels.append((span.start, count))
-        elif op is kept_until:
-            count -= 1
-            levels.append((span.end, count))
-    return levels
-
-
-def _computes(row: Sequence[Span]) -> list[Span]:
-    return [span for span in row if not span.action.op.is_transfer]
 
 
 def _chunks(timeline: Timeline) -> dict[int, int]:

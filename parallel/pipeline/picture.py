@@ -26,7 +26,7 @@ def draw(timeline: Timeline, width: int | None = None) -> str:
     cool-down alone are too wide, each column is a letter: what the rank does at that time. It lasts as long as the
     shortest compute, or longer if even that does not fit.
     """
-    rows = _with_whole_backwards([[s for s in row if not s.action.op.is_transfer] for row in timeline.rows])
+    rows = _with_whole_backwards(timeline.computes)
     names = [f"rank {rank:>{len(str(len(rows) - 1))}}  " for rank in range(len(rows))]
     several = any(len({span.action.stage for span in row}) > 1 for row in rows)
     labels = _Labels(several, timeline.num_omitted, timeline.end_of_rows / 2)

@@ -21,23 +21,9 @@ from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_stage import gpipe, one_f_one_b
 from parallel.pipeline.plan import Action, Op, Plan
 from parallel.pipeline.plan_csv import plan_of_table
+from parallel.pipeline.receives import receives_when_needed
 from parallel.pipeline.transfers import with_transfers
 from parallel.pipeline.zero_bubble import zero_bubble, zero_bubble_v
-
-__all__ = [
-    "SCHEDULES",
-    "evaluation_plan_of",
-    "forward_only",
-    "gpipe",
-    "interleaved",
-    "joined",
-    "one_f_one_b",
-    "plan_of",
-    "weights_after_sends",
-    "with_transfers",
-    "zero_bubble",
-    "zero_bubble_v",
-]
 
 Generator: TypeAlias = Callable[[int, int, int], Plan]
 """Makes the plan of the computes on this many ranks, for this many microbatches, with this many chunks on each rank."""
@@ -59,16 +45,17 @@ def plan_of(pipeline: PipelineConfig, num_microbatches: int, *, recomputes: bool
     With `recomputes` the gradients of weights are computed in the backward itself: kept for later they would keep what
     was recomputed for it. Raises ConfigError where the schedule is a file for another number of microbatches.
     """
+    place_weights = joined if recomputes else weights_after_sends
     if pipeline.table is not None:
-        plan = plan_of_table(pipeline.table, num_microbatches)
-    else:
-        plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
-    return with_transfers(joined(plan) if recomputes else weights_after_sends(plan))
+        return with_transfers(place_weights(plan_of_table(pipeline.table, num_microbatches)))
+    plan = SCHEDULES[pipeline.schedule](pipeline.size, num_microbatches, pipeline.num_chunks)
+    return receives_when_needed(with_transfers(place_weights(plan)))
 
 
 def evaluation_plan_of(pipeline: PipelineConfig, num_microbatches: int) -> Plan:
     """Return the plan of an evaluation, with transfers: forwards alone, with the schedule's stages on each rank."""
-    return with_transfers(forward_only([pipeline.stages_of(rank) for rank in range(pipeline.size)], num_microbatches))
+    plan = forward_only([pipeline.stages_of(rank) for rank in range(pipeline.size)], num_microbatches)
+    return receives_when_needed(with_transfers(plan))
 
 
 def joined(plan: Plan) -> Plan:

@@ -36,11 +36,16 @@ class Timeline:
         return self._num_simulated + self.num_omitted
 
     @property
+    def computes(self) -> tuple[tuple[Span, ...], ...]:
+        """The rows without their transfers."""
+        return tuple(tuple(span for span in row if not span.action.op.is_transfer) for row in self.rows)
+
+    @property
     def makespan(self) -> float:
         """The time at which the last rank has finished."""
         if not self.num_omitted:
             return self.end_of_rows
-        return self.end_of_rows + self.num_omitted * max(self._busy) / self._num_simulated
+        return self.end_of_rows + self.num_omitted * max(self._busy_of_rows) / self._num_simulated
 
     @property
     def end_of_rows(self) -> float:
@@ -48,10 +53,14 @@ class Timeline:
         return max(row[-1].end for row in self.rows)
 
     @property
+    def busy(self) -> float:
+        """The time that all ranks together compute."""
+        return sum(self._busy_of_rows) / self._num_simulated * self.num_microbatches
+
+    @property
     def bubble_fraction(self) -> float:
         """The fraction of the ranks' time in which they do not compute: waits and transfers."""
-        busy = sum(self._busy) / self._num_simulated * self.num_microbatches
-        return 1 - busy / (len(self.rows) * self.makespan)
+        return 1 - self.busy / (len(self.rows) * self.makespan)
 
     @property
     def bubble_of_ranks(self) -> float:
@@ -59,25 +68,27 @@ class Timeline:
 
         Of the ranks it is the longest such time that counts (Qi et al. 2023, arXiv 2401.10241, section 5.3).
         """
-        computes = [[span for span in row if not span.action.op.is_transfer] for row in self.rows]
-        longest = max(row[-1].end - row[0].start for row in computes) + self.makespan - self.end_of_rows
-        busy = sum(self._busy) / self._num_simulated * self.num_microbatches
-        return 1 - busy / (len(self.rows) * longest)
+        longest = max(row[-1].end - row[0].start for row in self.computes) + self.makespan - self.end_of_rows
+        return 1 - self.busy / (len(self.rows) * longest)
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
-        """The most (stage, microbatch) activations that each rank holds at once; without a backward none is kept.
+        """The most (stage, microbatch) activations that each rank holds at once."""
+        return self.peak_kept([1] * sum(map(len, self._stages)))
 
-        They are held from F to B or, where the backward has two halves, to W. (Qi et al. 2023, section 2.3, count less
-        of a microbatch from I to W; where all of it is kept their bounds hold too.)
+    def peak_kept(self, sizes: Sequence[int], for_weights: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the most that each rank holds at once.
+
+        Stage s holds `sizes[s]` of each microbatch in flight and, where `for_weights` is given, `for_weights[s]` from I
+        to W.
         """
-        peaks = [_peak_in_flight([span.action for span in row]) for row in self.rows]
-        if not self.num_omitted:
-            return tuple(peaks)
-        return tuple(
-            peak + self.num_omitted * num_stages * (peak == self._num_simulated * num_stages)
-            for peak, num_stages in zip(peaks, self._nums_stages, strict=True)
-        )
+        peaks = []
+        for row, stages in zip(self.rows, self._stages, strict=True):
+            peak = max(kept for _, kept in in_flight(row, sizes, for_weights))
+            whole = sum(sizes[stage] for stage in stages)
+            # If all microbatches that are simulated are in flight at once, those that are omitted are so, too.
+            peaks.append(peak + self.num_omitted * whole * (peak == self._num_simulated * whole))
+        return tuple(peaks)
 
     @property
     def peak_microbatches(self) -> tuple[float, ...]:
@@ -85,20 +96,21 @@ class Timeline:
 
         This is the unit in which papers compare schedules: 1F1B's first rank holds as many as there are ranks.
         """
-        return tuple(peak / num for peak, num in zip(self.peak_in_flight, self._nums_stages, strict=True))
+        return tuple(peak / len(stages) for peak, stages in zip(self.peak_in_flight, self._stages, strict=True))
 
     @property
-    def _nums_stages(self) -> list[int]:
-        return [len({span.action.stage for span in row}) for row in self.rows]
+    def _stages(self) -> list[set[int]]:
+        """The stages on each rank."""
+        return [{span.action.stage for span in row} for row in self.rows]
 
     @property
     def _num_simulated(self) -> int:
         return 1 + max(span.action.microbatch for span in self.rows[0])
 
     @property
-    def _busy(self) -> list[float]:
+    def _busy_of_rows(self) -> list[float]:
         """The time that each rank computes, in its row."""
-        return [sum(span.end - span.start for span in row if not span.action.op.is_transfer) for row in self.rows]
+        return [sum(span.end - span.start for span in row) for row in self.computes]
 
 
 def num_simulated(num_stages: int, num_microbatches: int) -> int:
@@ -113,17 +125,33 @@ def num_simulated(num_stages: int, num_microbatches: int) -> int:
     return min(num_microbatches, rounds * num_stages + (num_microbatches % num_stages > 0))
 
 
-def _peak_in_flight(actions: Sequence[Action]) -> int:
-    """Return the most (stage, microbatch) that are kept at once: from F to B or, with halves, to W."""
-    last = {(action.stage, action.microbatch): action.op for action in actions if action.op in (Op.B, Op.I, Op.W)}
-    kept = peak = 0
-    for action in actions:
-        if action.op is Op.F:
-            peak = max(peak, kept + 1)
-            kept += (action.stage, action.microbatch) in last
-        elif action.op is last.get((action.stage, action.microbatch)):
-            kept -= 1
-    return peak
+def in_flight(
+    row: Sequence[Span], sizes: Sequence[int], for_weights: Sequence[int] | None = None
+) -> list[tuple[float, int]]:
+    """Return at which times what a rank holds in a training step changes, and to what: a forward adds `sizes[stage]`.
+
+    It is held from F to B or, where the backward has two halves, to I, and `for_weights[stage]` from there to W: as
+    much, if that is not given. (Qi et al. 2023, section 2.3, count less of a microbatch from I to W; where all of it is
+    kept their bounds hold too.)
+    """
+    later = sizes if for_weights is None else for_weights
+    kept, levels = 0, [(0.0, 0)]
+    for span in row:
+        stage = span.action.stage
+        match span.action.op:
+            case Op.F:
+                kept += sizes[stage]
+            case Op.I:
+                kept += later[stage] - sizes[stage]
+            case Op.B:
+                kept -= sizes[stage]
+            case Op.W:
+                kept -= later[stage]
+            case _:
+                continue
+        if kept != levels[-1][1]:
+            levels.append((span.start if span.action.op is Op.F else span.end, kept))
+    return levels
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,6 @@ from parallel.pipeline.plan import Action, Op, Plan, PlanError
 from parallel.pipeline.rendezvous import simulate_rendezvous
 from parallel.pipeline.timeline import Costs
 
-__all__ = ["PlanError", "validate"]
-
 
 def validate(plan: Plan) -> None:
     """Raise PlanError unless every microbatch passes every stage once, in order, and no rank waits forever.

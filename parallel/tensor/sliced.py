@@ -48,12 +48,13 @@ class Slices:
     ranges: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, dim: int, size: int, *, split: Sequence[Along] = (), communicates: bool) -> Self:
+    def of(cls, dim: int, size: int, *collectives: Along, reduce: Axis = ALONE) -> Self:
         """Return `NUM_SLICES` slices of a dim of this size, or as many as have `LEAST` tokens, rows or columns each.
 
-        The dim is split as it is gathered or scattered. Where nothing is communicated, one slice is all.
+        `collectives` gather or scatter, `reduce` all-reduces. Without any of them one slice is all.
         """
-        width = size // lcm(*(axis.size for along, axis in split if along == dim))
+        width = size // lcm(*(axis.size for along, axis in collectives if along == dim))
+        communicates = any(axis.size > 1 for axis in (reduce, *(axis for _, axis in collectives)))
         count = max(1, min(NUM_SLICES if communicates else 1, size // LEAST, width))
         cuts = [i * width // count for i in range(count + 1)]
         return cls(dim, width, tuple(pairwise(cuts)))
@@ -130,7 +131,7 @@ class Weight:
     def __init__(self, w: Tensor, axis: Axis = ALONE, bias: Tensor | None = None) -> None:
         self.num_rows, self._bias = len(w), bias
         self._whole = w if axis.size == 1 else w.new_empty(len(w), w.shape[1] * axis.size)
-        self._slices = Slices.of(0, len(w), communicates=axis.size > 1)
+        self._slices = Slices.of(0, len(w), (1, axis))
         self._arriving = self._slices.gathered(w, (1, axis)) if axis.size > 1 else None
 
     def multiply(self, x: Tensor, out: Tensor) -> None:
@@ -169,8 +170,7 @@ def product_by_tokens(
         x = x.flatten(0, -2)
     shape = _gathered_shape(x, gather)
     along = 0 if is_flat else 1
-    communicates = gather[1].size * scatter[1].size * reduce.size > 1
-    slices = Slices.of(along, shape[along], split=(gather, scatter), communicates=communicates)
+    slices = Slices.of(along, shape[along], gather, scatter, reduce=reduce)
     y = Summed([*shape[:-1], weight.num_rows], slices, scatter, reduce, x)
     is_in_place = is_flat or scatter[1].size * reduce.size == 1
     for i, part in enumerate(slices.gathered(x, gather)):
@@ -198,8 +198,7 @@ class Columns:
 
     def __init__(self, b: Tensor, *, gather: Along, scatter: Along, reduce: Axis = ALONE) -> None:
         self._num_columns = _gathered_shape(b, gather)[-1]
-        communicates = gather[1].size * scatter[1].size * reduce.size > 1
-        self._slices = Slices.of(-1, self._num_columns, split=(gather, scatter), communicates=communicates)
+        self._slices = Slices.of(-1, self._num_columns, gather, scatter, reduce=reduce)
         self._scatter, self._reduce = scatter, reduce
         self._arriving = self._slices.gathered(b, gather)
 
