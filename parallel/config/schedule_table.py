@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
-SHOWN_ROWS, SHOWN_CELLS = 4, 8  # of the grid in a message, on each side of the marked place
+SHOWN_ROWS, SHOWN_CELLS = 4, 5  # of the grid in a message, at most, on each side of the marked place
+GRID_WIDTH = 66  # columns of a screen of 80 that the names of ranks leave for the cells
 LONGEST_CELL = 16  # characters in that grid
 
 
@@ -115,10 +116,18 @@ def grid(texts: Sequence[Sequence[str]], marked: Iterable[Place]) -> str:
     """Return the cells around the first marked place in columns, a row for each rank, with the places marked."""
     places = list(marked)
     row, column = places[0]
-    first_row, first_cell = max(0, row - SHOWN_ROWS), max(0, column - SHOWN_CELLS)
-    rows = range(first_row, min(len(texts), row + SHOWN_ROWS + 1))
+    rows = range(max(0, row - SHOWN_ROWS), min(len(texts), row + SHOWN_ROWS + 1))
     longest = max(len(texts[r]) for r in rows)
-    cells = range(first_cell, min(longest, column + SHOWN_CELLS + 1))
+    near = [
+        texts[r][c].strip()
+        for r in rows
+        for c in range(max(0, column - SHOWN_CELLS), column + SHOWN_CELLS + 1)
+        if c < len(texts[r])
+    ]
+    widest = max(map(len, near), default=0)
+    shown = min(SHOWN_CELLS, max(1, (GRID_WIDTH // (min(widest, LONGEST_CELL) + 3) - 1) // 2))
+    first_cell = max(0, column - shown)
+    cells = range(first_cell, min(longest, column + shown + 1))
 
     def text(r: int, c: int) -> str:
         found = texts[r][c].strip()[:LONGEST_CELL] if c < len(texts[r]) else ""
