@@ -2852,7 +2852,7 @@ TIMELINES = (
         "most-in-flight-of-all-ranks",
         "beside each rank is written the most in flight of any rank",
         "parallel/pipeline/drawing.py",
-        'f"max {peak}"',
+        'f"max {round(peak, 2):g}"',
         'f"max {self.most_in_flight}"',
         f"{TIMELINE_TEST}::test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none",
     ),

@@ -500,6 +500,7 @@ def test_chunks_that_a_schedule_does_not_have_are_refused_with_those_it_has(keys
         ("zero-bubble", "zero_bubble"),
         ("zero_bubble_V", "zero_bubble_v"),
         ("interleave", "interleaved"),
+        ("DualPipe", "zero_bubble_v"),
         ("DualPipeV", "zero_bubble_v"),
         (3, "1f1b"),
         (None, "1f1b"),

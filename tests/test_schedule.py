@@ -94,7 +94,7 @@ def test_a_long_backward_is_drawn_long() -> None:
     assert draw(simulate(with_transfers(one_f_one_b(2, 2)), Costs(1, 1, 1))).splitlines() == [
         "rank 0  F0 F1 .. .. B0--- .. B1---",
         "rank 1  .. F0 B0--- F1 B1--- .. ..",
-        "bubble 33.3%; activations in flight at most 2, 1",
+        "bubble 33.3%; microbatches in flight at most 2, 1",
     ]
 
 

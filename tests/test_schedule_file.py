@@ -178,8 +178,10 @@ def test_a_wide_grid_is_shown_around_the_place() -> None:
     cells[600] = "0F299"
     with pytest.raises(ConfigError) as refused:
         plan_of_csv(",".join(cells).encode(), "plan.csv")
-    assert max(map(len, str(refused.value).splitlines())) < 200
-    assert ">0F299<" in str(refused.value)
+    message, *grid = str(refused.value).splitlines()
+    assert len(message) < 200
+    assert max(map(len, grid)) <= 80, "it wrapped, and the columns of the ranks were not above each other"
+    assert ">0F299<" in grid[0]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -256,12 +258,12 @@ def test_ranks_that_read_other_schedules_under_one_name_differ_in_their_facts(go
         (dict(size=3, world_size=3), "parallel.pipeline.size: {} has 2 rows, one for each rank, got 3. Try 2."),
         (
             dict(global_batch_size=12),
-            "train.global_batch_size: 12 is 6 microbatches of 2 on each of 1 replicas, and parallel.pipeline.schedule"
+            "train.global_batch_size: 12 is 6 microbatches of 2 on one replica, and parallel.pipeline.schedule"
             " {} has 2. Try 4.",
         ),
         (
             dict(world_size=4),
-            "train.global_batch_size: 4 is 1 microbatches of 2 on each of 2 replicas, and parallel.pipeline.schedule"
+            "train.global_batch_size: 4 is 1 microbatch of 2 on each of 2 replicas, and parallel.pipeline.schedule"
             " {} has 2. Try 8.",
         ),
     ],

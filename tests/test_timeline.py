@@ -134,7 +134,7 @@ def test_what_is_in_flight_peaks_at_the_timelines_number_and_ends_at_none(name: 
         assert levels[-1][1] == 0
         assert all(one[0] <= other[0] for one, other in pairwise(levels))
     peaks = [text for _, text, _, _ in texts_of(draw_svg(name, [Panel("", timeline)])) if text.startswith("max ")]
-    assert peaks == [f"max {peak}" for peak in timeline.peak_in_flight]
+    assert peaks == [f"max {peak:g}" for peak in timeline.peak_microbatches], "in the unit of --check and of papers"
 
 
 def test_a_text_is_text_whatever_it_has_and_the_same_calls_give_the_same_bytes() -> None:

@@ -31,8 +31,8 @@ def print_pipeline(console: Console, preview: Preview) -> None:
 def _figures(preview: Preview, timeline: Timeline, width: int) -> Iterator[str]:
     """Yield what the picture does not say: the bubble as papers count it, bytes, and what recomputation loses."""
     bubble = timeline.bubble_of_ranks
-    yield f"from a rank's first forward to its last compute: bubble {bubble:.1%}"
-    title = "activations in flight take at most "
+    yield f"bubble {bubble:.1%} from a rank's first forward to its last compute, as in papers"
+    title = "their activations take at most "
     yield title + _short([readable_bytes(peak) for peak in preview.peak_bytes(timeline)], width - len(title))
     if preview.recomputes:
         apart = preview.timeline(joins=False).bubble_of_ranks

@@ -109,6 +109,7 @@ OTHER_SCHEDULES: Mapping[str, str] = MappingProxyType(
         "1f1bflush": "1f1b",
         "allforwardallbackward": "gpipe",
         "dapple": "1f1b",
+        "dualpipe": "zero_bubble_v",
         "dualpipev": "zero_bubble_v",
         "fthenb": "gpipe",
         "interleaved1f1b": "interleaved",

@@ -344,8 +344,9 @@ class Config:
             count, needed = total // (micro * data), file.plan.num_microbatches
             if count != needed:
                 found.append(
-                    f"train.global_batch_size: {total} is {count} microbatches of {micro} on each of {data} replicas,"
-                    f" and parallel.pipeline.schedule {self.parallel.pipeline.schedule} has {needed}."
+                    f"train.global_batch_size: {total} is {count} microbatch{'es' if count > 1 else ''} of {micro} on"
+                    f" {f'each of {data} replicas' if data > 1 else 'one replica'}, and parallel.pipeline.schedule"
+                    f" {self.parallel.pipeline.schedule} has {needed}."
                     f" Try {needed * micro * data}."
                 )
         return found

@@ -69,7 +69,8 @@ class Stopwatch:
     @contextmanager
     def recording(self) -> Iterator[list[Mark]]:
         """Record the marks of a `with` statement's body: the list has each, with its detail and the device's time."""
-        self._recorded = recorded = []
+        recorded: list[Mark] = []
+        self._recorded = recorded
         try:
             yield recorded
         finally:

@@ -19,7 +19,8 @@ class ChunkSum:
     """Counts the gradients of one chunk as they arrive, and sums them over ranks in rounds.
 
     A round is what one collective sums: as many gradients as all microbatches of a step bring, or a single one of them.
-    (Where the backwards of two microbatches overlap, a round may have gradients of both. The sum of all is the same.)
+    (Where the backwards of two microbatches overlap, a round may have gradients of both. The sum of all is the same,
+    but for rounding: in ZeRO stages 2 and 3 plans with W in other places may differ in last bits.)
 
     `backwards`: in how many backwards of one microbatch each parameter gets a gradient, by default in one. `completed`
     is called when everything that a round waits for has arrived, and `on_launch` when its collective has been launched.

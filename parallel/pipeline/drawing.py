@@ -125,7 +125,7 @@ class _Picture:
         entries = [(f"{op.value} {COLORS[op][1]}", [f"{op.value}{chunk}" for chunk in chunks]) for op in self.ops]
         if self.num_chunks > 1:
             entries.append((f"lighter: a later one of the {self.num_chunks} stages of a rank", []))
-        entries += [("idle", ["idle"]), ("microbatches in flight, stage by stage", ["flight"])]
+        entries += [("idle", ["idle"]), ("microbatches in flight", ["flight"])]
         for name, looks in entries:
             width = 14 * len(looks) + 5 + text_width(name)
             if x + width > LEFT + self.width + RIGHT - EDGE:
@@ -149,11 +149,11 @@ class _Picture:
         drawing.text((EDGE, y), panel.title, "heading")
         y += 10
         shape = _Row.of(len(timeline.rows))
-        for rank, (row, peak) in enumerate(zip(timeline.computes, timeline.peak_in_flight, strict=True)):
+        for rank, (row, peak) in enumerate(zip(timeline.computes, timeline.peak_microbatches, strict=True)):
             self._row(row, y, shape)
             drawing.text((LEFT - 8, y + shape.boxes / 2 + 4), f"rank {rank}", "end")
             last = y + shape.boxes + shape.flight
-            drawing.text((LEFT + self.width + 6, last), f"max {peak}", "quiet")
+            drawing.text((LEFT + self.width + 6, last), f"max {round(peak, 2):g}", "quiet")
             y += shape.height
         for line in panel.figures:
             drawing.text((LEFT, y + 11), line)

@@ -189,7 +189,7 @@ def _summary(
         yield f"{num_hidden:,} of {timeline.num_microbatches:,} microbatches are not drawn"
     if column is not None:
         yield f"a column is the time of {f'{column:.3g}' if column > 1.005 else 'one'} of the shortest computes"
-    bubble = f"bubble {timeline.bubble_fraction:.1%}; activations in flight at most "
+    bubble = f"bubble {timeline.bubble_fraction:.1%}; microbatches in flight at most "
     yield bubble + _peaks(timeline.peak_microbatches, None if width is None else width - len(bubble))
 
 

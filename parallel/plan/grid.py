@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from parallel.plan.plan import Place, Plan, PlanError
 from parallel.plan.timeline import starts_of
 
-BEFORE, AFTER = 6, 3  # columns that are shown on both sides of the first mark
+BEFORE, AFTER = 6, 3  # columns that are shown on both sides of the first mark, at most
 MOST_COLUMNS = 13
+GRID_WIDTH = 66  # characters of a screen of 80 that the names of ranks leave for the cells
 AROUND = 5  # ranks that are shown on both sides of it
 MOST_LINES = 12  # about ranks that wait
 
@@ -61,11 +62,13 @@ def grid(rows: Sequence[Mapping[int, str]], marks: Sequence[tuple[int, int]]) ->
     A large grid is cut around the first mark.
     """
     rank, column = marks[0]
-    first = max(0, column - BEFORE)
-    longest = 1 + max([*(c for row in rows for c in row), *(c for _, c in marks)])
-    end = min(longest, max([column + 1 + AFTER, *(c + 1 for _, c in marks)]), first + MOST_COLUMNS)
     shown = range(max(0, rank - AROUND), min(len(rows), rank + AROUND + 1))
-    width = max(2, *(len(rows[r].get(c, "")) for r in shown for c in range(first, end)))
+    near = range(max(0, column - BEFORE), column + MOST_COLUMNS)
+    width = max(2, *(len(rows[r].get(c, "")) for r in shown for c in near))
+    num_columns = min(MOST_COLUMNS, GRID_WIDTH // (width + 2))
+    first = max(0, column - min(BEFORE, num_columns * 2 // 3))
+    longest = 1 + max([*(c for row in rows for c in row), *(c for _, c in marks)])
+    end = min(longest, first + num_columns, max([column + 1 + AFTER, *(c + 1 for _, c in marks)]))
     if shown[0] > 0:
         yield "…"
     for r in shown:
