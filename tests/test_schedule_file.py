@@ -149,6 +149,7 @@ GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
             ">1F0<",
         ),
         ("0F0,0B0\n\n1F0,1B0", "row 2 (rank 1), cell 1", "the rank has no action", ">...<"),
+        (" ,", "row 1 (rank 0), cell 1", "the rank has no action", ">..<"),
         ("0F1,0B1", "row 1 (rank 0), cell 1", "microbatch 0 must pass stage 0 once: 0F0 runs 0 times", ">0F1<"),
         ("0F0,x", "row 1 (rank 0), cell 2", "'x' is no action: write stage, op (F, B, I or W) and", ">x<"),
         ("0F0,0F٣", "row 1 (rank 0), cell 2", "is no action", ">0F٣<"),  # a digit, but not one that torch writes

@@ -102,7 +102,9 @@ def _plan_of(texts: Sequence[Sequence[str]]) -> Plan:
         for r, row in enumerate(texts)
     ]
     every = [compute for row in computes for compute in row.values()]
-    num_stages, num_microbatches = 1 + max(c.stage for c in every), 1 + max(c.microbatch for c in every)
+    num_stages, num_microbatches = (
+        1 + max(numbers, default=-1) for numbers in ((c.stage for c in every), (c.microbatch for c in every))
+    )
     plan = Plan(tuple(tuple(row.values()) for row in computes), num_stages, num_microbatches)
     try:
         check_placement(plan)

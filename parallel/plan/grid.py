@@ -77,6 +77,7 @@ def grid(rows: Sequence[Mapping[int, str]], marks: Sequence[tuple[int, int]]) ->
             f">{text.rstrip()}<".ljust(width + 2) if (r, c) in marks else f" {text} "
             for c, text in enumerate(cells, first)
         ]
-        yield f"rank {r:>{len(str(shown[-1]))}} {'…' if first else ' '}{''.join(texts).rstrip(' .')}"
+        line = f"rank {r:>{len(str(shown[-1]))}} {'…' if first else ' '}{''.join(texts)}"
+        yield f"{line}…" if end < longest else line.rstrip(" .")
     if shown[-1] + 1 < len(rows):
         yield "…"
