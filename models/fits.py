@@ -15,15 +15,19 @@ def layout_problems(shape: ModelShape, config: Config) -> list[str]:
     """Return a line for each thing in which the model does not fit the layout of a config."""
     sequence_length, parallel = config.data.sequence_length, config.parallel
     found = _sequence_problems(shape, sequence_length, parallel)
-    found += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline)
+    key = None if config.model.path else f"model.{shape.field('num_hidden_layers')}"
+    found += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline, key)
     tensor = _tensor_problems(shape, parallel.tensor)
     return found + (tensor or _head_problems(shape, sequence_length, parallel))
 
 
-def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
-    """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer."""
+def _pipeline_problems(num_layers: int, pipeline: PipelineConfig, key: str | None) -> list[str]:
+    """Return the problems of the pipeline: each layer must be on one stage, and each stage must have a layer.
+
+    `key`: that of the number of layers; None where the model has its weights already.
+    """
     if pipeline.num_stages > num_layers + 2:
-        return [_too_many_stages(num_layers, pipeline)]
+        return [_too_many_stages(num_layers, pipeline, key)]
     wrong = "" if pipeline.layers is None else _layers_problem(num_layers, pipeline.layers, pipeline)
     if not wrong:
         return []
@@ -31,22 +35,25 @@ def _pipeline_problems(num_layers: int, pipeline: PipelineConfig) -> list[str]:
     return [f"parallel.pipeline.layers: {shown(pipeline.layers)} {wrong}. Try {tries}."]
 
 
-def _too_many_stages(num_layers: int, pipeline: PipelineConfig) -> str:
+def _too_many_stages(num_layers: int, pipeline: PipelineConfig, key: str | None) -> str:
     """Return the problem of more stages than layers, with the most chunks and the largest size that would work.
 
-    The stages of a schedule's file are given: for them the model has too few layers.
+    Up to twice as many layers are named, too, by their `key`. The stages of a schedule's file are given: for them
+    nothing else would work.
     """
     num_items, chunks = num_layers + 2, pipeline.num_chunks
     fewer, smaller = num_items // pipeline.size, num_items // chunks
     least = replace(pipeline, chunks=None).num_chunks
-    tries = []
+    needed, tries = pipeline.num_stages - 2, []
     if pipeline.file is not None:
-        tries.append(f"model.num_hidden_layers={pipeline.num_stages - 2}")
+        tries.append(f"{key}={needed}" if key else f"a model of {needed} layers")
     elif smaller:
         tries += [f"chunks={fewer}"] if fewer and not replace(pipeline, chunks=fewer).problems() else []
         tries.append(f"size={smaller}" if chunks > 1 else str(smaller))
     else:
         tries.append(f"chunks={fewer}" if fewer >= least else f"size={num_items // least}, chunks={least}")
+    if key and needed <= 2 * num_layers and pipeline.file is None:
+        tries.append(f"{key}={needed}")
     key, stages = ("size", pipeline.size) if chunks == 1 else ("chunks", _stages_text(pipeline))
     return (
         f"parallel.pipeline.{key}: {stages} stages are more than embedding, {num_layers} layers and head can fill."

@@ -167,17 +167,18 @@ def pipeline(**keys: Any) -> dict[str, Any]:
         ),
         (
             {"parallel": {"pipeline": 7}},
-            "parallel.pipeline.size: 7 stages are more than embedding, 4 layers and head can fill. Try 6.",
+            "parallel.pipeline.size: 7 stages are more than embedding, 4 layers and head can fill. Try 6, or"
+            " model.num_hidden_layers=5.",
         ),
         (
             pipeline(size=2, schedule="interleaved", chunks=4),
             "parallel.pipeline.chunks: size 2 × chunks 4 = 8 stages are more than embedding, 4 layers and head can"
-            " fill. Try chunks=3, or size=1.",
+            " fill. Try chunks=3, or size=1, or model.num_hidden_layers=6.",
         ),
         (
             pipeline(size=4, schedule="interleaved"),
             "parallel.pipeline.chunks: size 4 × chunks 2 = 8 stages are more than embedding, 4 layers and head can"
-            " fill. Try size=3.",
+            " fill. Try size=3, or model.num_hidden_layers=6.",
         ),
         (
             pipeline(size=4, schedule="interleaved", chunks=7),
@@ -192,7 +193,7 @@ def pipeline(**keys: Any) -> dict[str, Any]:
         (
             pipeline(size=4, schedule="zero_bubble_v"),
             "parallel.pipeline.chunks: size 4 × chunks 2 = 8 stages are more than embedding, 4 layers and head can"
-            " fill. Try size=3.",
+            " fill. Try size=3, or model.num_hidden_layers=6.",
         ),
         (
             pipeline(size=3, layers=(2, 2)),
