@@ -409,7 +409,7 @@ from parallel.pipeline.part import ModelPart
 
 PLACES = {
     "forward": (ModelPart, "forward"),
-    "backward": (torch.Tensor, "backward"),
+    "backward": (torch.autograd, "backward"),
     "update": (AdamW, "step"),
     "data": (Engine, "_microbatches"),
     "evaluation": (ModelPart, "eval"),

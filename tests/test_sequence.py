@@ -434,6 +434,6 @@ def test_a_batch_whose_sequence_does_not_divide_is_refused_on_every_rank() -> No
     raw["model"] = asdict(SHAPE)
     for found in run(refused, 2, raw):
         assert found == (
-            "DataError: batch: input_ids: a sequence of 10 is not a multiple of 4, the parts that parallel.context"
+            "DataError: batch: input_ids: a sequence of 10 is not a multiple of 4, the parts that the layout"
             " splits it into: try 8 or 12."
         )
