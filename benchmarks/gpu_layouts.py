@@ -10,6 +10,8 @@ from typing import Any
 
 Raw = dict[str, Any]
 KINDS = ("ring", "all_to_all")  # the values of parallel.context.kind
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble", "zero_bubble_v")  # of parallel.pipeline.schedule
+MOST_RANKS_OF_PIPE = 4  # with two stages on each, which is what the small model of the parity jobs can fill
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,17 @@ def _rows(size: int) -> int:
 def parity_layouts(world: int) -> list[Layout]:
     """Return the layouts whose training is compared with Hugging Face's.
 
-    These are each mode by itself, with a pipeline of two stages, with two replicas, with every ZeRO stage, and with
-    sequences split over ranks.
+    These are each mode and each schedule by itself, modes with a pipeline of two stages, with two replicas, with every
+    ZeRO stage, and with sequences split over ranks.
     """
     found = [Layout("data"), *(Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (1, 2, 3))]
     found += [Layout(name, dict(parallel=dict(tensor=mode))) for name, mode in tensor_modes(world).items()]
-    for schedule in ("1f1b", "gpipe"):
-        found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=dict(size=world, schedule=schedule)))))
+    found.append(
+        Layout("1d, sequence", dict(parallel=dict(tensor=dict(mode="1d", size=world, sequence_parallel=True))))
+    )
+    for schedule in SCHEDULES:
+        pipe = dict(size=min(world, MOST_RANKS_OF_PIPE), schedule=schedule)
+        found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe))))
     for kind in KINDS:
         found.append(Layout(f"context {kind}", dict(parallel=dict(context=dict(size=world, kind=kind)))))
     if world >= 4:
@@ -127,9 +133,9 @@ def speed_layouts(world: int) -> list[Layout]:
             layout = dict(parallel=dict(tensor=mode))
             is_first = name == "1d"  # whose peer makes whole logits
             found.append(Layout(name, layout, beside.get(name, ()), traced=True, most=4 if is_first else None))
-    for schedule, peers in (("1f1b", ("pipelining",)), ("gpipe", ())):
-        pipe = dict(size=world, schedule=schedule)
-        found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe)), peers))
+    for schedule in SCHEDULES:
+        section = dict(parallel=dict(pipeline=dict(size=world, schedule=schedule)))
+        found.append(Layout(f"pipeline {schedule}", section, ("pipelining",) if schedule == "1f1b" else ()))
     for kind, peers in (("ring", ("context",)), ("all_to_all", ())):
         sections = dict(zero=dict(stage=2), parallel=dict(context=dict(size=world, kind=kind)))
         found.append(Layout(f"ZeRO 2 × context {kind}", sections, peers, longer=2 * world))
