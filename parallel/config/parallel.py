@@ -167,7 +167,7 @@ class TensorConfig:
     overlap: bool = False
     """True: the collectives around each linear are in slices, of which one is in flight while another is multiplied.
     As many bytes are sent, in more calls. A slice has at least 256 tokens, rows or columns: smaller models have few or
-    none. False until it has been measured on several GPUs.
+    none. False, since two GPUs that were measured gained nothing from it (docs/benchmarks.md).
     """
 
     @property
