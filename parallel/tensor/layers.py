@@ -35,9 +35,17 @@ class Linear(Sharded):
         self.collectives = collectives
         self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
 
+    @property
+    def flat_bias(self) -> Tensor | None:
+        """The bias as [N'], if there is one."""
+        return None if self.bias is None else self.bias.flatten()
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.flatten()
-        return matmul(x, self.weight.flatten(0, -2), self.collectives, bias, self.receiver)
+        return matmul(x, self.weight.flatten(0, -2), self.collectives, self.flat_bias, self.receiver)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the same without the bias, for a caller that adds `flat_bias` in an operation of its own."""
+        return matmul(x, self.weight.flatten(0, -2), self.collectives, receiver=self.receiver)
 
 
 class Embedding(Sharded):

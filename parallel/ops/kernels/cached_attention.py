@@ -12,31 +12,21 @@ Both write the cache in place, and are given
 and return y[B, heads · D]. Query head h uses key head h // (heads // kv_heads).
 """
 
-import shutil
-import sysconfig
-from importlib.util import find_spec
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LARGEST_HEAD = 256
+from parallel.ops.kernels.table import can_be_given
+
 MOST_ROWS = 256  # texts times query heads: torch's attention is faster with more (benchmarks.generate --kernels)
 
 
 def is_fused(device: torch.device, dtype: torch.dtype, head_size: int, *, rows: int) -> bool:
     """Return whether `attend_fused` can be called, and is the faster one for `rows` texts times query heads of a rank.
 
-    It can on a GPU, where Triton and what it builds its launcher with are.
+    The table of kernels says where it can.
     """
-    if device.type != "cuda" or dtype not in FUSED_DTYPES or head_size > LARGEST_HEAD or find_spec("triton") is None:
-        return False
-    if rows > MOST_ROWS:
-        return False
-    has_compiler = any(map(shutil.which, ("gcc", "clang")))
-    return has_compiler and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return device.type == "cuda" and rows <= MOST_ROWS and can_be_given("cached_attention", dtype, row=head_size)
 
 
 def attend_in_torch(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""The table of kernels: what each of them can be given. Anything else is computed by its reference in torch.
+
+A kernel of two files: NAME.py has the reference and the function that callers use, which asks this table; and
+NAME_triton.py has the kernel, and is imported where it is launched for the first time.
+"""
+
+import shutil
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+NARROW = frozenset({torch.bfloat16, torch.float16})
+FLOATS = NARROW | {torch.float32}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the table.
+
+    dtypes       those of the tensor that the kernel reads most of
+    largest_row  the most elements of a row, where a program holds a whole row; None: any number
+    """
+
+    dtypes: frozenset[torch.dtype]
+    largest_row: int | None = None
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "cached_attention": Kernel(FLOATS, largest_row=256),
+    }
+)
+
+
+def is_fused(name: str, x: Tensor, *, row: int = 0) -> bool:
+    """Return whether the kernel `name` can be launched for x, whose rows have `row` elements."""
+    return x.is_cuda and can_be_given(name, x.dtype, row=row)
+
+
+def can_be_given(name: str, dtype: torch.dtype, *, row: int = 0) -> bool:
+    """Return whether the kernel `name` can be launched on a GPU for tensors of this dtype and rows of this size."""
+    kernel = KERNELS[name]
+    return dtype in kernel.dtypes and (kernel.largest_row is None or row <= kernel.largest_row) and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether Triton is here, and what it builds its launcher with: a C compiler and Python's header."""
+    has_compiler = any(map(shutil.which, ("gcc", "clang")))
+    return find_spec("triton") is not None and has_compiler and _header().is_file()
+
+
+def _header() -> Path:
+    return Path(sysconfig.get_paths()["include"], "Python.h")

@@ -1,0 +1,4 @@
+"""Programs that compare kernels with their references on a CPU: each module is run by itself, by `test_kernels.py`.
+
+Triton's interpreter is chosen when a kernel is imported, so each program is a process with TRITON_INTERPRET=1.
+"""
