@@ -14,9 +14,9 @@ from torch import Tensor
 from parallel.layout.layout import Layout, index_along
 from parallel.mesh.collectives import MAX, Pending, all_reduce
 from parallel.mesh.mesh import Axis
-from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy
+from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy, multiply_in_place
 from parallel.ops.products import add_product, write_product
-from parallel.tensor.matmul import LinearCollectives
+from parallel.tensor.matmul import LinearCollectives, Multiply
 
 TOKENS_PER_SLICE = 2048  # tokens of this rank whose logits exist at a time
 
@@ -71,19 +71,10 @@ class _LMLoss(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_one_product else wide)
         for start in range(0, x.shape[1], size):
             tokens = slice(start, start + size)
-            whole_x = Pending(head.collectives.start_gather_x(x[:, tokens]).wait())
-            logits = head.collectives.wide_product(whole_x, table, wide)
-            loss, dlogits = cross_entropy(
-                *(logits, labels[..., tokens].flatten(1)),
-                entries=head.entries,
-                scale=scale,
-                dtype=x.dtype,
-                exchange=head.exchange,
-            )
+            multiply = partial(add_product if start else write_product, out=dw)
+            loss, in_flight = _token_slice(x[:, tokens], table, labels[..., tokens].flatten(1), head, scale, multiply)
             total += loss
-            if dlogits is not None:
-                multiply = partial(add_product if start else write_product, out=dw)
-                in_flight, _ = head.collectives.gradients(dlogits, whole_x, table, multiply)
+            if in_flight is not None:
                 dx[:, tokens] = in_flight.wait()
         if scale is not None:
             ctx.save_for_backward(dx, head.collectives.scatter_dw(dw).to(e.dtype))
@@ -92,8 +83,26 @@ class _LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         # In place, so that a second backward raises.
-        dx, de = (grad.mul_(grads[0].to(grad.dtype)) for grad in ctx.saved_tensors)
+        dx, de = (multiply_in_place(grad, grads[0]) for grad in ctx.saved_tensors)
         return dx, de, None, None, None
+
+
+def _token_slice(
+    x: Tensor, table: Pending, labels: Tensor, head: HeadLayout, scale: float | None, multiply: Multiply
+) -> tuple[Tensor, Pending | None]:
+    """Return the loss of x[B, s, H] and, with a scale, dx in flight. `multiply` takes the factors of the table's
+    gradient. The logits are freed before those of the next slice are computed.
+    """
+    whole_x = Pending(head.collectives.start_gather_x(x).wait())
+    loss, dlogits = cross_entropy(
+        head.collectives.wide_product(whole_x, table, torch.promote_types(x.dtype, torch.float32)),
+        labels,
+        entries=head.entries,
+        scale=scale,
+        dtype=x.dtype,
+        exchange=head.exchange,
+    )
+    return loss, None if dlogits is None else head.collectives.gradients(dlogits, whole_x, table, multiply)[0]
 
 
 def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float = 1.0) -> Tensor:

@@ -1,5 +1,6 @@
 """Cross entropy and its gradient in place: one kernel, and two where the vocabulary is split."""
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy_fused, cross_entropy_in_torch
+from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy_fused, cross_entropy_in_torch, multiply_fused
 from tests.exactness import assert_as_exact
 
 IGNORED = -100
@@ -135,7 +136,21 @@ def check_not_finite(device: str) -> None:
             assert torch.equal(found_gradient.isnan(), gradient.isnan())
 
 
+def check_factors(device: str) -> None:
+    """The product is rounded once. By 1 nothing changes, but a backward that kept the tensor notices both."""
+    for dtype, factor in product((torch.float32, torch.bfloat16), (1.0, 0.3, torch.nan)):
+        x = torch.randn(3, 700, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        found, before = x.clone(), x._version
+        multiply_fused(found, torch.tensor(factor, device=device))
+        assert found._version > before
+        assert found.isnan().all() == math.isnan(factor)
+        if not math.isnan(factor):
+            assert_as_exact(found, x * factor, x.double() * factor, (dtype, factor))
+    multiply_fused(x[:0], torch.tensor(2.0, device=device))
+
+
 def check_all(device: str) -> None:
+    check_factors(device)
     for case in CASES:
         check(case, device)
     for case, ranks in product((Case(1100), Case(1003, padding=2, kind="near"), Case(9, padding=6)), (2, 4)):

@@ -1,7 +1,7 @@
 """Cross entropy of tokens over a vocabulary that may be split over ranks: the loss, and its gradient in place.
 
-`cross_entropy_in_torch` is the reference, for every device and dtype. `cross_entropy_fused` reads the logits once from memory, and where the
-vocabulary is split twice: the gradient needs numbers of all ranks.
+`cross_entropy_in_torch` is the reference, for every device and dtype. `cross_entropy_fused` reads the logits once from
+memory, and where the vocabulary is split twice: the gradient needs numbers of all ranks.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from parallel.ops.kernels.table import is_fused
 
@@ -107,3 +108,21 @@ def cross_entropy_fused(
     if scale is not None and out is not None:
         write_gradient(logits, labels, entries, of_all=(top, total), scale=scale, out=out)
     return ((total.log() - target) * (labels >= 0)).sum(), out
+
+
+def multiply_in_place(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply x by factor[], and return x. A backward that keeps x for another one notices the change.
+
+    The factor is that of a loss, which is 1 unless a user multiplies the loss: then the kernel touches no element.
+    """
+    if not (is_fused("multiply", x) and x.is_contiguous()):
+        return x.mul_(factor.to(x.dtype))
+    multiply_fused(x, factor)
+    return x
+
+
+def multiply_fused(x: Tensor, factor: Tensor) -> None:
+    from parallel.ops.kernels.cross_entropy_triton import multiply  # imports Triton
+
+    multiply(x, factor)
+    increment_version(x)

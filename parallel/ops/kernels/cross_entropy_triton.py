@@ -21,6 +21,8 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 TILE, WARPS = 8192, 16
 """Columns of a tile and warps of a program: two programs on a multiprocessor."""
 
+MOST_PROGRAMS = 1024  # of a product with a number that is nearly always 1: then all they do is begin and end
+
 
 def gradient_memory(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor of the logits' shape in `dtype`, in the memory of the logits: see the module's docstring."""
@@ -82,12 +84,20 @@ def write_gradient(
         )
 
 
+def multiply(x: Tensor, factor: Tensor) -> None:
+    """Multiply x in place by factor[], which is on the device; if that is 1, x is neither read nor written."""
+    if x.numel():
+        programs = min(MOST_PROGRAMS, triton.cdiv(x.numel(), TILE))
+        _multiply[programs,](x, factor, x.numel(), TILE=TILE, num_warps=8)
+
+
 def _row_stride(out: Tensor | None) -> int:
     return 0 if out is None else out.stride(-2)
 
 
 def _tile(logits: Tensor) -> int:
-    return min(TILE, max(32 * WARPS, triton.next_power_of_2(logits.shape[-1])))
+    whole_row: int = triton.next_power_of_2(logits.shape[-1])
+    return min(TILE, max(32 * WARPS, whole_row))
 
 
 @triton.jit
@@ -189,3 +199,14 @@ def _write_row(row, out, columns, entries, column, top, inverse, weight, TILE: t
         gradient = (probability - tl.where(at == column, 1.0, 0.0)) * weight
         tl.debug_barrier()  # all threads have read this tile, where others may write now
         tl.store(out + at, gradient.to(out.dtype.element_ty), mask=at < columns)
+
+
+@triton.jit
+def _multiply(x, factor, elements, TILE: tl.constexpr):
+    """Multiply every so many-th tile of x[elements]."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1:
+        for start in range(tl.program_id(0).to(tl.int64) * TILE, elements, tl.num_programs(0).to(tl.int64) * TILE):
+            at = start + tl.arange(0, TILE)
+            values = tl.load(x + at, mask=at < elements, other=0.0).to(tl.float32) * by
+            tl.store(x + at, values.to(x.dtype.element_ty), mask=at < elements)
