@@ -43,7 +43,7 @@ class HeadLayout:
 
     @property
     def exchange(self) -> Exchange | None:
-        """How ranks combine their numbers of each token. None: no other rank has a part of the vocabulary."""
+        """The functions with which ranks combine numbers of tokens; None if no other rank has a part of the table."""
         axes = [axis for axis in self.axes if axis.size > 1]
 
         def largest(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from parallel.ops.kernels.table import is_fused
 
 @dataclass(frozen=True)
 class Exchange:
-    """How ranks that split the vocabulary combine their numbers of each token: [..., T] -> the same on every rank."""
+    """Two functions with which ranks that split the vocabulary combine numbers of each token, [..., B, S] both."""
 
     largest: Callable[[Tensor], Tensor]
     """Returns the largest of all ranks' numbers."""
