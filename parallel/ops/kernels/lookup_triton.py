@@ -66,6 +66,17 @@ def _take_rows(indices, table, y, keys, rows, width, padding, COLUMNS: tl.conste
 
 
 @triton.jit
+def _add(total, excess, value):
+    """Return the sum of total and value, and what rounding has added to it, less `excess` of the sum before.
+
+    See Kahan 1965, "Further remarks on reducing truncation errors".
+    """
+    value -= excess
+    larger = total + value
+    return larger, (larger - total) - value
+
+
+@triton.jit
 def _sum_tokens(keys, order, dy, gradient, aside, tokens, rows, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     """Add up TOKENS tokens of the order, row by row. aside[program, 0] is the sum of a row that programs before have
     tokens of, and aside[program, 1] that of a row which begins here and continues in the next program.
@@ -77,12 +88,13 @@ def _sum_tokens(keys, order, dy, gradient, aside, tokens, rows, width, TOKENS: t
     stop = tl.minimum(start + TOKENS, tokens)
     first = tl.load(keys + start)
     begins_before = first == tl.load(keys + start - 1, mask=start > 0, other=-1)
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total, excess = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for i in range(start, stop):
         key = tl.load(keys + i)
         following = tl.load(keys + i + 1, mask=i + 1 < tokens, other=-1)
         token = tl.load(order + i)
-        total += tl.load(dy + token * width + columns, mask=is_column, other=0.0).to(tl.float32)
+        value = tl.load(dy + token * width + columns, mask=is_column, other=0.0).to(tl.float32)
+        total, excess = _add(total, excess, value)
         ends = (following != key) | (i + 1 == stop)
         is_from_before = begins_before & (key == first)
         is_whole = (following != key) & (is_from_before == 0)
@@ -90,7 +102,7 @@ def _sum_tokens(keys, order, dy, gradient, aside, tokens, rows, width, TOKENS: t
         tl.store(to_row + columns, total.to(dy.dtype.element_ty), mask=is_column & is_whole & (key < rows))
         to_aside = aside + (program * 2 + tl.where(is_from_before, 0, 1)) * width
         tl.store(to_aside + columns, total, mask=is_column & ends & (is_whole == 0))
-        total = tl.where(ends, 0.0, total)
+        total, excess = tl.where(ends, 0.0, total), tl.where(ends, 0.0, excess)
 
 
 @triton.jit
@@ -105,11 +117,13 @@ def _sum_aside(keys, gradient, aside, tokens, rows, width, TOKENS: tl.constexpr,
     if begins_here & (following == key) & (key < rows):
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         is_column = columns < width
+        end = program + 1  # the first program after this one without a token of the row
+        while tl.load(keys + end * TOKENS, mask=end * TOKENS < tokens, other=-1) == key:
+            end += 1
         total = tl.load(aside + (program * 2 + 1) * width + columns, mask=is_column, other=0.0)
-        while following == key:
-            program += 1
-            total += tl.load(aside + program * 2 * width + columns, mask=is_column, other=0.0)
-            after = (program + 1) * TOKENS
-            following = tl.load(keys + after, mask=after < tokens, other=-1)
+        excess = tl.zeros((COLUMNS,), tl.float32)
+        for other in range(program + 1, end):
+            value = tl.load(aside + other * 2 * width + columns, mask=is_column, other=0.0)
+            total, excess = _add(total, excess, value)
         to_row = gradient + key.to(tl.int64) * width
         tl.store(to_row + columns, total.to(gradient.dtype.element_ty), mask=is_column)
