@@ -77,7 +77,7 @@ def residual_add(x: Tensor, addend: Addend) -> Tensor:
     """Return x + addend: the end of a block, after which no norm follows."""
     if not fuses(x):
         return x + addend.value()
-    total: Tensor = _apply(_ResidualAdd, x, addend.y, addend.bias, _mask(addend))
+    total: Tensor = _ResidualAdd.apply(x, addend.y, addend.bias, _mask(addend))
     return total
 
 
@@ -86,13 +86,14 @@ def fused_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return x + addend and the norm of it, x[..., H_axes] -> the same shape twice."""
     y, y_bias = (None, None) if addend is None else addend[:2]
-    total, normed = _apply(_ResidualNorm, x, y, y_bias, weight, bias, dim, None if addend is None else _mask(addend))
+    apply = _apply_eagerly if dim.axes else _ResidualNorm.apply
+    total, normed = apply(x, y, y_bias, weight, bias, dim, None if addend is None else _mask(addend))
     return total, normed
 
 
 @not_compiled
-def _apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
-    return function.apply(*arguments)
+def _apply_eagerly(*arguments: object) -> Any:
+    return _ResidualNorm.apply(*arguments)
 
 
 def _mask(addend: Addend) -> Mask | None:

@@ -72,7 +72,9 @@ def compare(family: str, device: str) -> None:
     with kernels_are(True):
         found = results(block, device, torch.float32)
         products = counted_products(block, device)
-        again = {name.removeprefix("layer."): x for name, x in results(Recomputed(block), device, torch.float32).items()}
+        again = {
+            name.removeprefix("layer."): x for name, x in results(Recomputed(block), device, torch.float32).items()
+        }
         of_recomputed = counted_products(Recomputed(block), device)
     assert found.keys() == wanted.keys() == again.keys()
     for name, want in wanted.items():

@@ -21,25 +21,30 @@ NO_MASK = Mask(None, None, None, 0, 1.0)  # type: ignore[arg-type]
 
 
 class Tiling(NamedTuple):
-    """A way to cut the work: rows that a program has at a time, columns (both powers of 2), programs, warps of each."""
+    """A way to cut the work.
+
+    Rows that a program has at a time, and columns (both powers of 2); programs, and warps of each; and how many times
+    its rows a program has at once: those that it computes with, and those that it has begun to read.
+    """
 
     rows: int
     columns: int
     programs: int
     warps: int
+    stages: int
 
     def constants(self, row: int) -> dict[str, int]:
         """Return the constants of a kernel for rows with `row` elements."""
-        return {"H": row, "ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps}
+        return {"H": row, "ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.stages, "num_warps": self.warps}
 
 
 def tiling_for(x: Tensor) -> Tiling:
     """Return the tiling of x[R, H]: about 8 elements for each thread, and 16 for the longest rows."""
     num_rows, row = x.shape
     columns = triton.next_power_of_2(row)
-    rows = max(1, min(TILE // columns, triton.next_power_of_2(num_rows)))
+    rows = max(1, TILE // columns)
     programs = max(1, min(triton.cdiv(num_rows, rows), PROGRAMS * _multiprocessors(x.device)))
-    return Tiling(rows, columns, programs, warps=max(4, min(32, rows * columns // 256)))
+    return Tiling(rows, columns, programs, warps=max(4, min(32, rows * columns // 256)), stages=2)
 
 
 @cache
@@ -173,25 +178,24 @@ class ColumnSums:
     """A program of `_add_up` has so many columns, and so many parts of them at a time."""
 
     def __init__(self, x: Tensor, tiling: Tiling, dtypes: Dtypes) -> None:
-        self._outs = [None if dtype is None else x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes]
-        count = sum(out is not None for out in self._outs)
-        self._all = x.new_empty(count, tiling.programs, x.shape[1], dtype=torch.float32) if count else None
-        empty = iter(() if self._all is None else self._all.unbind())
-        self.parts = [None if out is None else next(empty) for out in self._outs]
+        shape = tiling.programs, x.shape[1]
+        self.parts = [None if dtype is None else x.new_empty(shape, dtype=torch.float32) for dtype in dtypes]
+        self._sums = [None if dtype is None else x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes]
 
     def added_up(self) -> list[Tensor | None]:
-        """Return the sums, which a program for some columns of one of them adds up."""
-        if self._all is not None:
-            count, programs, row = self._all.shape
-            outs = [out for out in self._outs if out is not None]
-            _add_up[triton.cdiv(row, self.COLUMNS), count](
-                *(self._all, outs[0], outs[min(1, count - 1)], outs[-1], programs),
+        """Return the sums, each of which is added up by a program for some columns."""
+        parts, sums = ([x for x in tensors if x is not None] for tensors in (self.parts, self._sums))
+        if parts:
+            programs, row = parts[0].shape
+            padding = [None] * (3 - len(parts))
+            _add_up[triton.cdiv(row, self.COLUMNS), len(parts)](
+                *(*parts, *padding, *sums, *padding, programs),
                 H=row,
                 COLUMNS=self.COLUMNS,
                 PARTS=self.PARTS,
                 num_warps=4,
             )
-        return self._outs
+        return self._sums
 
 
 @triton.jit
@@ -232,6 +236,7 @@ def _residual_norm(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IS_RMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute total; its statistics if they are wanted; and normed if it is wanted, too."""
     columns = tl.arange(0, COLUMNS)
@@ -245,7 +250,7 @@ def _residual_norm(
     if key is not None:
         seed = tl.load(key)
         column_hashes = _mix(tl.load(column_numbers + columns, mask=is_column, other=0) ^ seed)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         is_row = rows < num_rows
         mask = is_row[:, None] & is_column[None, :]
@@ -307,6 +312,7 @@ def _normalize(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IS_RMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute normed of the statistics of whole rows."""
     columns = tl.arange(0, COLUMNS)
@@ -315,7 +321,7 @@ def _normalize(
         factor = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     if bias is not None:
         shift = tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         is_row = rows < num_rows
         mask = is_row[:, None] & is_column[None, :]
@@ -342,6 +348,7 @@ def _row_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IS_RMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute the sums over this rank's part of each row, and over the rows of this program."""
     columns = tl.arange(0, COLUMNS)
@@ -350,7 +357,7 @@ def _row_sums(
         factor = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         is_row = rows < num_rows
         mask = is_row[:, None] & is_column[None, :]
@@ -399,6 +406,7 @@ def _backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IS_RMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute dx = dtotal + (dnormal − (Σ dnormal + normal · Σ dnormal · normal) / size) · deviation, and dy of it."""
     columns = tl.arange(0, COLUMNS)
@@ -411,7 +419,7 @@ def _backward(
     weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     y_bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         is_row = rows < num_rows
         mask = is_row[:, None] & is_column[None, :]
@@ -455,20 +463,37 @@ def _backward(
 
 
 @triton.jit
-def _add_up(parts, first, second, third, programs, H: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """Add up parts[count, programs, H] over programs, into as many of the three."""
+def _add_up(
+    first_parts,
+    second_parts,
+    third_parts,
+    first,
+    second,
+    third,
+    programs,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Add up parts[programs, H] over programs: of the first, the second or the third, some columns of it."""
     number = tl.program_id(1)
+    if number == 0:
+        _add_up_columns(first_parts, first, programs, H, COLUMNS, PARTS)
+    if second is not None:
+        if number == 1:
+            _add_up_columns(second_parts, second, programs, H, COLUMNS, PARTS)
+    if third is not None:
+        if number == 2:
+            _add_up_columns(third_parts, third, programs, H, COLUMNS, PARTS)
+
+
+@triton.jit
+def _add_up_columns(parts, out, programs, H: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < H
     total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, programs, PARTS):
         slots = start + tl.arange(0, PARTS)
-        at = (number * programs + slots)[:, None] * H + columns[None, :]
-        total += tl.load(parts + at, mask=(slots < programs)[:, None] & is_column[None, :], other=0.0)
-    row = tl.sum(total, 0)
-    if number == 0:
-        tl.store(first + columns, row.to(first.dtype.element_ty), mask=is_column)
-    elif number == 1:
-        tl.store(second + columns, row.to(second.dtype.element_ty), mask=is_column)
-    else:
-        tl.store(third + columns, row.to(third.dtype.element_ty), mask=is_column)
+        mask = (slots < programs)[:, None] & is_column[None, :]
+        total += tl.load(parts + slots[:, None] * H + columns[None, :], mask=mask, other=0.0)
+    tl.store(out + columns, tl.sum(total, 0).to(out.dtype.element_ty), mask=is_column)
