@@ -38,6 +38,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "cross_entropy": Kernel(frozenset({torch.float32})),
         "lookup": Kernel(FLOATS),
         "multiply": Kernel(FLOATS),
+        "norm": Kernel(FLOATS, largest_row=16384),
     }
 )
 
