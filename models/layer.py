@@ -11,10 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.activation import ACTIVATIONS, gated
+from models.activation import ACTIVATIONS
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import dropout, seed_of
+from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.activation import FUNCTIONS, activated, gated, rectified
+from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
 
@@ -168,13 +171,28 @@ class FeedForward(nn.Module):
         self, mode: Mode, hidden: int, width: int, *, activation: str, bias: bool, gated: bool = False
     ) -> None:
         super().__init__()
-        self.activation, self.gated = ACTIVATIONS[activation], gated
+        self.activation, self.is_gated = ACTIVATIONS[activation], gated
         self.up = mode.linear_in(width, hidden, bias=bias, fused=2 if gated else 1)
         self.down = mode.linear_out(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.up(x)
-        y: Tensor = self.down(gated(inner, self.activation) if self.gated else self.activation(inner))
+        if self.up.is_left_to_compiler or not is_fused("activation", x):
+            inner = self.up(x)
+            y: Tensor = self.down(gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner))
+            return y
+        return self._with_kernels(x)
+
+    @not_compiled
+    def _with_kernels(self, x: Tensor) -> Tensor:
+        """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
+        up, bias = self.up, self.up.flat_bias
+        if self.is_gated:
+            inner = gated(up(x), self.activation)
+        elif self.activation == "relu" and up.can_be_rectified:
+            inner = rectified(up.with_constant_bias(x, rectified=True), bias)
+        else:
+            inner = activated(up.product(x), self.activation, bias)
+        y: Tensor = self.down(inner)
         return y
 
 

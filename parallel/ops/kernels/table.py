@@ -34,7 +34,10 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "activation": Kernel(NARROW),
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "column_sum": Kernel(FLOATS),
+        "heads": Kernel(NARROW),
     }
 )
 
