@@ -70,10 +70,8 @@ class Attention(nn.Module):
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        if self.qkv.is_left_to_compiler or not is_fused("heads", x) or not self._knows_tables:
-            q, k, v = self._heads(x, batch)
-        else:
-            q, k, v = self._heads_with_kernels(x, batch)
+        in_torch = not x.is_cuda or self.qkv.is_left_to_compiler
+        q, k, v = self._heads(x, batch) if in_torch else self._heads_with_kernels(x, batch)
         y: Tensor = self.out(self._attend(q, k, v, batch))
         return y
 
@@ -96,6 +94,8 @@ class Attention(nn.Module):
     def _heads_with_kernels(self, x: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same. Backward joins the three gradients, turned back, and sums the bias's in one pass."""
         rotary, tables = self.options.rotary, None
+        if not is_fused("heads", x) or not (rotary is None or isinstance(rotary, Rotary)):
+            return self._heads(x, batch)
         q_norm, k_norm = self.q_norm, self.k_norm
         qkv = self.qkv.with_constant_bias(x) if q_norm is None else self.qkv(x)
         if isinstance(rotary, Rotary):
@@ -107,11 +107,6 @@ class Attention(nn.Module):
         if tables is None:
             return by_head(q), by_head(k), by_head(v)
         return turned(q, tables), turned(k, tables), by_head(v)
-
-    @property
-    def _knows_tables(self) -> bool:
-        """True if q and k are turned by tables or not at all, and not by a function of which nothing is known."""
-        return self.options.rotary is None or isinstance(self.options.rotary, Rotary)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Microbatch) -> Tensor:
         if batch.cache is not None:

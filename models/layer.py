@@ -176,15 +176,20 @@ class FeedForward(nn.Module):
         self.down = mode.linear_out(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.up.is_left_to_compiler or not is_fused("activation", x):
-            inner = self.up(x)
-            y: Tensor = self.down(gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner))
-            return y
+        if not x.is_cuda or self.up.is_left_to_compiler:
+            return self._in_torch(x)
         return self._with_kernels(x)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
+        inner = self.up(x)
+        y: Tensor = self.down(gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner))
+        return y
 
     @not_compiled
     def _with_kernels(self, x: Tensor) -> Tensor:
         """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
+        if not is_fused("activation", x):
+            return self._in_torch(x)
         up, bias = self.up, self.up.flat_bias
         if self.is_gated:
             inner = gated(up(x), self.activation)

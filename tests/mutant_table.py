@@ -220,7 +220,7 @@ GRADIENT_RULE = (
            CHUNK_SUM, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
     Mutant("padding-of-a-gradient-left-as-it-was", "uninitialized padding is counted in the norm",
            ACCUMULATOR,
-           "self.buffer[start + info.parameter.numel() : stop].zero_()",
+           "self.buffer[end:stop].zero_()",
            "pass",
            "tests/test_chunk.py::test_the_padding_of_a_new_gradient_is_zero"),
     Mutant("gradient-of-the-last-step-kept", "gradients are accumulated from step to step",
@@ -1283,7 +1283,7 @@ LLAMA = (
     Mutant(
         "rotary-turns-the-other-way",
         "the angles of rotary positions have the wrong sign",
-        ROTARY,
+        "parallel/ops/kernels/heads.py",
         "torch.cat((-second, first), -1)",
         "torch.cat((second, -first), -1)",
         f"{LLAMA_TESTS}::test_q_and_k_are_turned_as_hugging_face_does",
@@ -1292,8 +1292,8 @@ LLAMA = (
         "rotary-positions-of-the-first-rank",
         "every rank of a split sequence turns q and k as if it had the first positions",
         ROTARY,
-        "mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)",
-        "torch.arange(q.shape[2], device=q.device).unsqueeze(0)",
+        "mode.sequence.positions(sequence, like.device).unsqueeze(0)",
+        "torch.arange(sequence, device=like.device).unsqueeze(0)",
         f"{LLAMA_TESTS}::test_a_rank_turns_by_the_positions_that_it_has_of_the_whole_sequence[False]",
     ),
     Mutant(

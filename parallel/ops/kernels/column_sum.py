@@ -12,7 +12,7 @@ def column_sum(x: Tensor) -> Tensor:
     The order of the additions depends on the shape alone: the same numbers give the same sums, bit for bit. Compiled
     code has torch's own sum, which its compiler may fuse with what makes x.
     """
-    if is_fused("column_sum", x) and x.stride(1) == 1 and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and is_fused("column_sum", x) and x.stride(1) == 1:
         from parallel.ops.kernels.column_sum_triton import launch_column_sum  # imports Triton
 
         return launch_column_sum(x)
