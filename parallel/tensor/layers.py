@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
 from parallel.ops.kernels.lookup import lookup
-from parallel.tensor.matmul import LinearCollectives, matmul
+from parallel.tensor.matmul import LinearCollectives, RectifiedLinear, is_left_to_compiler, matmul
 from parallel.tensor.receiver import GradientReceiver
 
 
@@ -46,6 +46,25 @@ class Linear(Sharded):
     def product(self, x: Tensor) -> Tensor:
         """Return the same without the bias, for a caller that adds `flat_bias` in an operation of its own."""
         return matmul(x, self.weight.flatten(0, -2), self.collectives, receiver=self.receiver)
+
+    def with_constant_bias(self, x: Tensor, *, rectified: bool = False) -> Tensor:
+        """Return the same, with a bias that gets no gradient here: a caller sums it in an operation of its own.
+
+        `rectified`: return relu of it, to a caller that multiplies the gradient of y by relu's.
+        """
+        collectives = RectifiedLinear(**vars(self.collectives)) if rectified else self.collectives
+        bias = None if self.flat_bias is None else self.flat_bias.detach()
+        return matmul(x, self.weight.flatten(0, -2), collectives, bias, self.receiver)
+
+    @property
+    def can_be_rectified(self) -> bool:
+        """True if the product can write relu of itself: it is y already, and is not computed in slices."""
+        return type(self.collectives) is LinearCollectives and not self.collectives.has_partial_y
+
+    @property
+    def is_left_to_compiler(self) -> bool:
+        """True while code is compiled that this linear will be a part of, so that it can be fused with its output."""
+        return is_left_to_compiler(self.collectives, self.receiver)
 
 
 class Embedding(Sharded):

@@ -26,6 +26,7 @@ from parallel.mesh.collectives import (
 )
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import wide_product
 from parallel.tensor.receiver import GradientReceiver
 
@@ -113,7 +114,7 @@ class LinearCollectives:
         The bias is added by the matmul itself, or to the sum of partial sums.
         """
         is_partial = self.has_partial_y
-        y = self._summed(F.linear(x.wait(), w.wait(), None if is_partial else bias))
+        y = self._summed(self.multiply(x.wait(), w.wait(), None if is_partial else bias))
         return y.add_(bias) if is_partial and bias is not None else y
 
     def wide_product(self, x: Pending, w: Pending, dtype: torch.dtype) -> Tensor:
@@ -144,12 +145,26 @@ class LinearCollectives:
         """Return this rank's part of the weight's gradient, partial sums dw[N', K] -> [N', K_gather_w]."""
         return reduce_scatter(dw, -1, self.gather_w)
 
+    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x[..., K] · w[N', K]ᵀ + bias[N'], of gathered factors: the product of this rank alone."""
+        return F.linear(x, w, bias)
+
     def _start_dx(self, dy: Tensor, w: Pending) -> Pending:
         """Launch the sum of dx over ranks: a gathered dy[..., N'] and w[N', K] -> dx[..., K']."""
         dx = dy @ w.wait()
         if self.copy_x is not ALONE:
             return start_all_reduce(dx, self.copy_x)
         return start_reduce_scatter(dx, *self.gather_x)
+
+
+class RectifiedLinear(LinearCollectives):
+    """The same collectives around relu(x · Wᵀ + bias), where this rank's product is y itself: see `rectified`."""
+
+    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return super().multiply(x, w, bias).relu_()
+        y: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), w.T)  # the product writes relu of it
+        return y.view(*x.shape[:-1], -1)
 
 
 def _factors(dy: Tensor, x: Pending) -> tuple[Tensor, Tensor]:
@@ -168,7 +183,7 @@ class _Matmul(torch.autograd.Function):
         receiver: GradientReceiver | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.collectives, ctx.has_bias, ctx.receiver = collectives, bias is not None, receiver
+        ctx.collectives, ctx.receiver = collectives, receiver
         return collectives.linear(x, w, bias)
 
     @staticmethod
@@ -179,7 +194,7 @@ class _Matmul(torch.autograd.Function):
             in_flight, dw = collectives.input_gradient(dy, w), None
         else:
             in_flight, dw = collectives.both_gradients(dy, x, w, _multiply(collectives, receiver))
-        db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        db = column_sum(dy.flatten(0, -2)) if ctx.needs_input_grad[2] else None
         return in_flight.wait(), _received(dw, receiver), db, None, None
 
 
@@ -208,6 +223,12 @@ def _received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | 
     return None
 
 
+def is_left_to_compiler(collectives: LinearCollectives, receiver: GradientReceiver | None) -> bool:
+    """Return whether code is being compiled, and a product is in it: else it is called by what is compiled."""
+    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
+    return torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd
+
+
 def matmul(
     x: Tensor,
     w: Tensor,
@@ -220,8 +241,7 @@ def matmul(
     `receiver` is given w's gradient, and autograd then gets none. Where `receiver.deferred` keeps calls, a backward
     computes the gradient of x alone; that of w, with its collectives, is computed in `run_deferred`.
     """
-    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd:
+    if is_left_to_compiler(collectives, receiver):
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
         is_row = x.numel() == x.shape[-1]
         return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)

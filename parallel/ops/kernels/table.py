@@ -34,11 +34,14 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "activation": Kernel(NARROW),
         "cached_attention": Kernel(FLOATS, largest_row=256),
         "cross_entropy": Kernel(frozenset({torch.float32})),
         "lookup": Kernel(FLOATS),
         "multiply": Kernel(FLOATS),
         "norm": Kernel(FLOATS, largest_row=16384),
+        "column_sum": Kernel(FLOATS),
+        "heads": Kernel(NARROW),
     }
 )
 
