@@ -35,6 +35,7 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "sums": Kernel(FLOATS),
     }
 )
 
