@@ -34,6 +34,7 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "adamw": Kernel(FLOATS),  # of gradients; master weights are fp32
         "cached_attention": Kernel(FLOATS, largest_row=256),
         "sums": Kernel(FLOATS),
     }
