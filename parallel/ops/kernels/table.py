@@ -35,13 +35,15 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "activation": Kernel(NARROW),
+        "adamw": Kernel(FLOATS),  # of gradients; master weights are fp32
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "column_sum": Kernel(FLOATS),
         "cross_entropy": Kernel(frozenset({torch.float32})),
+        "heads": Kernel(NARROW),
         "lookup": Kernel(FLOATS),
         "multiply": Kernel(FLOATS),
         "norm": Kernel(FLOATS, largest_row=16384),
-        "column_sum": Kernel(FLOATS),
-        "heads": Kernel(NARROW),
+        "sums": Kernel(FLOATS),
     }
 )
 
