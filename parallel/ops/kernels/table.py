@@ -35,6 +35,7 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "fingerprint": Kernel(FLOATS | {torch.float64, torch.int64}),  # of bits, as 64-bit words
     }
 )
 
