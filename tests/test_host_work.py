@@ -33,7 +33,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.mark.gpu
 def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the writes into parameters, which were counted before its forward, and for loss and norm."""
+    """It waits for the number of writes into parameters, counted before its forward, and for loss and norm."""
     engine = engine_of()
     waits: list[int] = []
     wait = HostCopy.wait
@@ -49,7 +49,7 @@ def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_parameters_are_compared_one_by_one_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of hundreds of parameters each by itself would take milliseconds, for which a GPU that has updated waits."""
+    """Looks at hundreds of parameters would take milliseconds, for which a GPU that has updated waits."""
     engine = engine_of()
     looks: list[str] = []
     first_change, shows = OriginalParameters._first_change, ParameterBuffer.shows

@@ -27,6 +27,7 @@ from parallel.mesh.collectives import (
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.products import wide_product
+from parallel.tensor.compiled import compiled_linear
 from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
@@ -220,11 +221,13 @@ def matmul(
     `receiver` is given w's gradient, and autograd then gets none. Where `receiver.deferred` keeps calls, a backward
     computes the gradient of x alone; that of w, with its collectives, is computed in `run_deferred`.
     """
-    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd:
+    if torch.compiler.is_compiling() and collectives.is_local:
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
-        is_row = x.numel() == x.shape[-1]
-        return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver is None or not torch.is_grad_enabled():
+            is_row = x.numel() == x.shape[-1]
+            return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver.handle is not None:
+            return compiled_linear(x, w, bias, receiver.handle)
     y: Tensor = _matmul(x, w, bias, collectives, receiver)
     return y
 
