@@ -89,7 +89,7 @@ def copied_matrices(rank: int, world_size: int, raw: Raw) -> tuple[set[str], int
             copied.add(info.name)
         add(accumulator, i, gradient)
 
-    Accumulator.add = record  # type: ignore[method-assign]  # this is a process of its own
+    Accumulator.add = record  # type: ignore[method-assign, assignment]  # this is a process of its own
     engine.train_step(share_of(batches_of(1)[0], engine))
     return copied, len(torch._dynamo.utils.counters["graph_break"])
 

@@ -37,7 +37,12 @@ def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> N
     engine = engine_of()
     waits: list[int] = []
     wait = HostCopy.wait
-    monkeypatch.setattr(HostCopy, "wait", lambda copy: waits.append(copy._copy.numel()) or wait(copy))
+
+    def counted(copy: HostCopy) -> torch.Tensor:
+        waits.append(copy._copy.numel())
+        return wait(copy)
+
+    monkeypatch.setattr(HostCopy, "wait", counted)
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("error")
     try:

@@ -67,6 +67,8 @@ def _weight_gradient(dy: Tensor, x: Tensor, handle: Tensor) -> Tensor:
     return place(dy.T, x)
 
 
-@torch.library.register_fake("colonnade::weight_gradient")
-def _(dy: Tensor, x: Tensor, handle: Tensor) -> Tensor:
+def _like_weight_gradient(dy: Tensor, x: Tensor, handle: Tensor) -> Tensor:
     return dy.new_empty(dy.shape[1], x.shape[1])
+
+
+torch.library.register_fake("colonnade::weight_gradient", _like_weight_gradient)
