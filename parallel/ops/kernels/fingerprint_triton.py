@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORDS, ROWS = 512, 8
+WORDS, ROWS = 256, 16
 """The columns of a program, and the rows that it reads at a time."""
 
 
