@@ -28,6 +28,7 @@ class Accumulator:
         self._views: list[Tensor] = []  # of the buffer, one for each parameter
         self.arrivals = [0] * len(self.spec.infos)
         self._waiting: dict[int, Tensor] = {}  # gradients that have arrived and are not in the buffer
+        self._placed: set[int] = set()  # parameters whose views `place` has given away
 
     def views(self) -> list[Tensor]:
         """Return each parameter's view of the buffer, with all that has arrived.
@@ -57,9 +58,20 @@ class Accumulator:
         view = self._buffer_views()[i]
         if self.arrivals[i]:
             view.add_(gradient)
-        else:
+        elif i not in self._placed or gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient)
         self.arrivals[i] += 1
+
+    def place(self, i: int, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product a[N, T] · b[T, K], the first gradient of parameter i, in memory where `add` need not copy
+        it. Another one, or one that is narrower than the buffer, is in memory of its own.
+        """
+        view = self._buffer_views()[i].flatten(0, -2)
+        if self.arrivals[i] or i in self._placed or view.dtype != a.dtype:
+            return torch.mm(a, b)
+        self._placed.add(i)
+        torch.mm(a, b, out=view)
+        return view.view(view.shape)  # an object that nobody else has: autograd copies one that is shared
 
     @torch.no_grad()
     def _add_waiting(self) -> None:

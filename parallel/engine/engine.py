@@ -73,9 +73,8 @@ class Engine(EngineState):
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         for module in part.modules():
-            # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
-            if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
-                module.receiver = self.gradients.receiver(module.weight)
+            if isinstance(module, Linear):
+                module.receiver = self.gradients.receiver(module.weight, in_compiled_code=not has_w)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")

@@ -28,6 +28,7 @@ from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import wide_product
+from parallel.tensor.compiled import compiled_linear
 from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
@@ -225,8 +226,9 @@ def _received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | 
 
 def is_left_to_compiler(collectives: LinearCollectives, receiver: GradientReceiver | None) -> bool:
     """Return whether code is being compiled, and a product is in it: else it is called by what is compiled."""
-    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
-    return torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd
+    if not torch.compiler.is_compiling() or not collectives.is_local:
+        return False
+    return receiver is None or not torch.is_grad_enabled() or receiver.handle is not None
 
 
 def matmul(
@@ -243,8 +245,11 @@ def matmul(
     """
     if is_left_to_compiler(collectives, receiver):
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
-        is_row = x.numel() == x.shape[-1]
-        return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver is None or not torch.is_grad_enabled():
+            is_row = x.numel() == x.shape[-1]
+            return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver.handle is not None:
+            return compiled_linear(x, w, bias, receiver.handle)
     y: Tensor = _matmul(x, w, bias, collectives, receiver)
     return y
 

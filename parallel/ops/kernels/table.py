@@ -39,6 +39,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "cached_attention": Kernel(FLOATS, largest_row=256),
         "column_sum": Kernel(FLOATS),
         "cross_entropy": Kernel(frozenset({torch.float32})),
+        "fingerprint": Kernel(FLOATS | {torch.float64, torch.int64}),  # of bits, as 64-bit words
         "heads": Kernel(NARROW),
         "lookup": Kernel(FLOATS),
         "multiply": Kernel(FLOATS),
