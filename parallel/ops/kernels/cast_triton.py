@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from parallel.ops.fp8 import E4M3, LARGEST, MULTIPLE
 
-FLAT_BLOCK = 8192  # elements of a program of `_cast_flat`
+FLAT_BLOCK = 4096  # elements of a program of `_cast_flat`
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tile:
     warps: int
 
 
-CAST_TILE, TRANSPOSE_TILE = Tile(64, 128, 8), Tile(128, 128, 8)
+CAST_TILE, TRANSPOSE_TILE = Tile(128, 64, 4), Tile(128, 128, 8)
 
 
 def cast_flat(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
@@ -113,6 +113,12 @@ def _magnitude(x):
 
 
 @triton.jit
+def _raise(amax, largest):
+    """Raise amax to `largest`. Few programs have to, and all others would wait for each other at one address."""
+    tl.atomic_max(amax, largest, mask=largest > tl.load(amax), sem="relaxed")
+
+
+@triton.jit
 def _cast_flat(
     x,
     scale,
@@ -131,7 +137,7 @@ def _cast_flat(
     narrow = _narrow(values, tl.load(scale), y.dtype.element_ty, LARGEST, ROUNDS)
     tl.store(y + at, narrow, mask=mask)
     if RECORDS:
-        tl.atomic_max(amax, tl.max(_magnitude(values), 0), sem="relaxed")
+        _raise(amax, tl.max(_magnitude(values), 0))
 
 
 @triton.jit
@@ -164,7 +170,7 @@ def _cast_both_ways(
     at_column = n[:, None] * padded + t[None, :]
     tl.store(columns + at_column, tl.trans(narrow), mask=(n[:, None] < width) & (t[None, :] < padded))
     if RECORDS:
-        tl.atomic_max(amax, tl.max(tl.max(_magnitude(values), 1), 0), sem="relaxed")
+        _raise(amax, tl.max(tl.max(_magnitude(values), 1), 0))
     if SUMS:
         tl.store(partial + down * width + n, tl.sum(values, 0), mask=n < width)
 
