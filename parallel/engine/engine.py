@@ -78,7 +78,7 @@ class Engine(EngineState):
             # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
             if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
                 module.receiver = self.gradients.receiver(module.weight)
-        self.scaling = scaling_of(part, context)
+        self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")

@@ -1,5 +1,8 @@
 """The scales of a model's 8-bit linears: which linears have some, and those of all pipeline stages together."""
 
+from collections.abc import Sequence
+
+from parallel.chunk.chunk import Chunk
 from parallel.engine.context import Context
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Mesh
@@ -8,7 +11,7 @@ from parallel.tensor.layers import Linear
 from parallel.tensor.scaling import Histories, Scaling
 
 
-def scaling_of(part: ModelPart, context: Context) -> Scaling | None:
+def scaling_of(part: ModelPart, chunks: Sequence[Chunk], context: Context) -> Scaling | None:
     """Give each linear that multiplies in 8 bits its scales, and return those of all; None in another precision.
 
     They are the linears of blocks. The head, and projections beside the embedding, stay in bf16: a logit that is
@@ -17,11 +20,15 @@ def scaling_of(part: ModelPart, context: Context) -> Scaling | None:
     if context.config.train.precision != "fp8":
         return None
     mesh, infos = context.mesh, {info.parameter: info for info in part.infos}
+    is_gathered = {info.parameter: chunk.is_gathered_on_demand for chunk in chunks for info in chunk.infos}
     linears = [module for unit in part.units.values() for module in unit.modules() if isinstance(module, Linear)]
     axes = [mesh.axis(name) for name in mesh.topology.shape if name != "pipe"]
     scaling = Scaling([infos[linear.weight].names for linear in linears], axes, mesh.device)
     for linear, scales in zip(linears, scaling.linears, strict=True):
-        linear.scales = scales
+        linear.multiply_in_8_bits(scales)
+        assert linear.eight_bit is not None
+        linear.eight_bit.weight.is_kept = not is_gathered[linear.weight]
+        scaling.copies.append(linear.eight_bit.weight)
     return scaling
 
 

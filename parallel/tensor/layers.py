@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from parallel.layout.layout import Layout
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
-from parallel.tensor.scaling import LinearScales
 
 
 class Sharded(nn.Module):
@@ -35,7 +34,6 @@ class Linear(Sharded):
         super().__init__(like, weight=weight, bias=bias)
         self.collectives = collectives
         self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
-        self.scales: LinearScales | None = None  # with which it multiplies in 8 bits
 
     @property
     def flat_bias(self) -> Tensor | None:
