@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.spec import ChunkSpec
-from parallel.ops.products import add_product, write_product
+from parallel.ops.products import Factor, add_product, write_product
 
 
 class Accumulator:
@@ -47,7 +47,7 @@ class Accumulator:
         self.arrivals[i] += 1
 
     @torch.no_grad()
-    def add_factors(self, i: int, a: Tensor, b: Tensor) -> None:
+    def add_factors(self, i: int, a: Factor, b: Factor) -> None:
         """Add the product a[N, T] · b[T, K] to the gradient of parameter i, a matrix [N, K]."""
         view = self.views()[i].flatten(0, -2)
         (add_product if self.arrivals[i] else write_product)(a, b, view)

@@ -4,8 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
+from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
+from parallel.tensor.scaling import LinearScales, TensorScale
 
 
 class Sharded(nn.Module):
@@ -35,17 +37,36 @@ class Linear(Sharded):
         self.collectives = collectives
         self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
 
+        self.eight_bit: EightBitLinear | None = None  # None: it multiplies in its dtype
+
+    def multiply_in_8_bits(self, scales: LinearScales) -> None:
+        """Multiply in 8 bits from now on, with these scales."""
+        self.eight_bit = EightBitLinear(self.collectives, scales, self.weight.dtype)
+
+    @property
+    def input_scale(self) -> TensorScale | None:
+        """The scale with which whoever makes the input may cast it, for a `CastInput`; None if it must not."""
+        linear = self.eight_bit
+        return linear.scales.x if linear is not None and linear.state.is_known else None
+
     @property
     def flat_bias(self) -> Tensor | None:
         """The bias as [N'], if there is one."""
         return None if self.bias is None else self.bias.flatten()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return matmul(x, self.weight.flatten(0, -2), self.collectives, self.flat_bias, self.receiver)
+    def forward(self, x: Tensor | CastInput) -> Tensor:
+        return self._product(x, self.flat_bias)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor | CastInput) -> Tensor:
         """Return the same without the bias, for a caller that adds `flat_bias` in an operation of its own."""
-        return matmul(x, self.weight.flatten(0, -2), self.collectives, receiver=self.receiver)
+        return self._product(x, None)
+
+    def _product(self, x: Tensor | CastInput, bias: Tensor | None) -> Tensor:
+        w = self.weight.flatten(0, -2)
+        if self.eight_bit is not None:
+            return fp8_matmul(x, w, self.eight_bit, bias, self.receiver)
+        assert isinstance(x, Tensor), "an input was cast for a linear that does not multiply in 8 bits"
+        return matmul(x, w, self.collectives, bias, self.receiver)
 
 
 class Embedding(Sharded):

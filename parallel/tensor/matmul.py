@@ -113,7 +113,7 @@ class LinearCollectives:
         The bias is added by the matmul itself, or to the sum of partial sums.
         """
         is_partial = self.has_partial_y
-        y = self._summed(F.linear(x.wait(), w.wait(), None if is_partial else bias))
+        y = self._summed(self.multiply(x.wait(), w.wait(), None if is_partial else bias))
         return y.add_(bias) if is_partial and bias is not None else y
 
     def wide_product(self, x: Pending, w: Pending, dtype: torch.dtype) -> Tensor:
@@ -144,9 +144,17 @@ class LinearCollectives:
         """Return this rank's part of the weight's gradient, partial sums dw[N', K] -> [N', K_gather_w]."""
         return reduce_scatter(dw, -1, self.gather_w)
 
+    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x[..., K] · w[N', K]ᵀ + bias[N'], of gathered factors: the product of this rank alone."""
+        return F.linear(x, w, bias)
+
+    def multiply_back(self, dy: Tensor, w: Tensor) -> Tensor:
+        """Return dy[..., N'] · w[N', K], of gathered factors."""
+        return dy @ w
+
     def _start_dx(self, dy: Tensor, w: Pending) -> Pending:
         """Launch the sum of dx over ranks: a gathered dy[..., N'] and w[N', K] -> dx[..., K']."""
-        dx = dy @ w.wait()
+        dx = self.multiply_back(dy, w.wait())
         if self.copy_x is not ALONE:
             return start_all_reduce(dx, self.copy_x)
         return start_reduce_scatter(dx, *self.gather_x)
@@ -180,7 +188,7 @@ class _Matmul(torch.autograd.Function):
         else:
             in_flight, dw = collectives.both_gradients(dy, x, w, _multiply(collectives, receiver))
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return in_flight.wait(), _received(dw, receiver), db, None, None
+        return in_flight.wait(), received(dw, receiver), db, None, None
 
 
 def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, receiver: GradientReceiver) -> None:
@@ -189,7 +197,7 @@ def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, 
     Both are gathered again: from a backward of inputs to this call nothing is kept that was gathered. (A gathered dy
     would take as many times its memory as the axis has ranks, for as many microbatches as wait for their W.)
     """
-    _received(collectives.weight_gradient(dy, x, _multiply(collectives, receiver)), receiver)
+    received(collectives.weight_gradient(dy, x, _multiply(collectives, receiver)), receiver)
 
 
 def _multiply(collectives: LinearCollectives, receiver: GradientReceiver | None) -> Multiply:
@@ -197,7 +205,7 @@ def _multiply(collectives: LinearCollectives, receiver: GradientReceiver | None)
     return torch.mm if receiver is None or collectives.gather_w.size > 1 else receiver.add_product
 
 
-def _received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | None:
+def received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | None:
     """Give the receiver this rank's part of dW[N', K''], if it has not taken the product already.
 
     Return what is left to autograd: the part itself if there is no receiver.
@@ -229,20 +237,22 @@ def matmul(
     return y
 
 
-class _Keep(torch.autograd.Function):
+class Keep(torch.autograd.Function):
     """Keeps for backward what `_Matmul` keeps, before the product is computed: x[..., K'], w[N', K''] -> [].
+
+    `source` is what x was made of, if autograd does not know that.
 
     torch's checkpoint stops a recomputation as soon as everything that was kept has been kept again. So a block's last
     product is not computed a second time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, source: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, w)
         return x.new_empty(())
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """Computes y[..., N'] as `_Matmul` does, in a recomputation, through whose graph no gradient flows."""
 
     @staticmethod
@@ -257,7 +267,7 @@ def _matmul(
     x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives, receiver: GradientReceiver | None
 ) -> Tensor:
     if is_recomputation():
-        kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]
-        return _Product.apply(kept, x, w, bias, collectives)  # type: ignore[no-untyped-call, no-any-return]
+        kept: Tensor = Keep.apply(x, w)  # type: ignore[no-untyped-call]
+        return Product.apply(kept, x, w, bias, collectives)  # type: ignore[no-untyped-call, no-any-return]
     y: Tensor = _Matmul.apply(x, w, bias, collectives, receiver)  # type: ignore[no-untyped-call]
     return y

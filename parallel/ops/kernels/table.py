@@ -18,6 +18,7 @@ from torch import Tensor
 
 NARROW = frozenset({torch.bfloat16, torch.float16})
 FLOATS = NARROW | {torch.float32}
+EIGHT_BITS = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "cast": Kernel(FLOATS),
+        "transpose": Kernel(EIGHT_BITS),
     }
 )
 
