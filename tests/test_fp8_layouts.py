@@ -291,7 +291,7 @@ def test_another_layout_goes_on_with_the_same_scales(pair: tuple[str, str], tmp_
 @SLOW
 @pytest.mark.parametrize("precisions", [("bf16", "fp8"), ("fp8", "bf16")], ids="-".join)
 def test_a_checkpoint_goes_on_in_another_precision(precisions: tuple[str, str], tmp_path: Path) -> None:
-    """Without a history the next step multiplies in bf16: it is the step of the bf16 run to the bit."""
+    """The next step has no history and multiplies in bf16: it is the step of the bf16 run to the bit."""
     layout = LAYOUTS["1d2"]
     raw, other = (raw_of(layout, precision) for precision in precisions)
     straight, resumed, is_known = run(interrupted, 2, raw, tmp_path, other)[0]

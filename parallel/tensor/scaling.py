@@ -68,7 +68,7 @@ class ScalingState:
 
 
 class Copies(Protocol):
-    """What linears have cast of a weight."""
+    """Copies of weights in 8 bits."""
 
     def clear(self) -> None:
         """Drop it, since the weight or its scale may have changed."""
