@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, cpu_peers, generate, one_gpu, overlap, ring, schedules, workload
+from benchmarks import attention, cpu_peers, generate, kernels, one_gpu, overlap, ring, schedules, workload
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
 from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
+from benchmarks.kernel_inputs import Size, block
+from benchmarks.kernel_rows import ROWS, forward
+from benchmarks.kernel_rows import Row as KernelRow
 from benchmarks.one_gpu import AGREEMENT, agree, save_start
 from benchmarks.sleeping import Work as Sleep
 from models.shapes import resolve
@@ -194,3 +197,35 @@ def test_every_schedule_is_measured_beside_torchs(capsys: pytest.CaptureFixture[
     assert end.value.code is None
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert all(re.search(r" \d+ +\d+ +\d\.\d\dx ", lines[name]) for name in schedules.PEERS)
+
+
+def test_every_kernel_computes_what_torch_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        kernels.main(["--tiny"])
+    output = capsys.readouterr().out
+    assert end.value.code == 0, output
+    assert all(re.search(rf"^{re.escape(row.name)} +0 ", output, re.MULTILINE) for row in ROWS)
+
+
+@pytest.mark.parametrize("fault", [1.5, float("nan")])
+def test_a_wrong_kernel_is_marked_and_not_timed(fault: float) -> None:
+    row = next(row for row in ROWS if row.name == "LayerNorm")
+    wrong = forward(lambda x, weight, bias: fault * torch.layer_norm(x, x.shape[-1:], weight, bias))
+    bench = kernels.Bench(torch.device("cpu"), tiny=True)
+    found = bench.measure(replace(row, contenders={**row.contenders, "ours": wrong}), Size(3, 64))
+    assert found["ours"] == "wrong !"
+    assert isinstance(found["torch"], float)
+
+
+def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
+    """Where inputs are not written in place: else they count twice. Vectors are little beside matrices."""
+
+    def bytes_of(row: KernelRow, size: Size) -> int:
+        inputs = row.draw(size, torch.device("cpu"), 0)
+        outputs = row.contenders["torch"](*inputs)()
+        return sum(x.nbytes for x in (*inputs, *((outputs,) if isinstance(outputs, torch.Tensor) else outputs)))
+
+    for row in ROWS:
+        if not row.name.startswith(("AdamW", "accumulation")):
+            size = Size(1 if row.size is block else 256, 2048)
+            assert bytes_of(row, size) == pytest.approx(kernels.moved(row, size), rel=0.05), row.name
