@@ -218,7 +218,11 @@ def test_a_wrong_kernel_is_marked_and_not_timed(fault: float) -> None:
 
 
 def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
-    """Where inputs are not written in place: else they count twice. Vectors are little beside matrices."""
+    """Vectors are little beside matrices.
+
+    An input that is written in place counts twice, and so is not counted here. The backward of a sum needs the sum
+    alone, and one gradient for both of its terms.
+    """
 
     def bytes_of(row: KernelRow, size: Size) -> int:
         inputs = row.draw(size, torch.device("cpu"), 0)
@@ -226,6 +230,6 @@ def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
         return sum(x.nbytes for x in (*inputs, *((outputs,) if isinstance(outputs, torch.Tensor) else outputs)))
 
     for row in ROWS:
-        if not row.name.startswith(("AdamW", "accumulation")):
+        if not re.match("AdamW|accumulation|add.*backward", row.name):
             size = Size(1 if row.size is block else 256, 2048)
             assert bytes_of(row, size) == pytest.approx(kernels.moved(row, size), rel=0.05), row.name
