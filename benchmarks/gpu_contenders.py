@@ -121,8 +121,8 @@ def liger_compiled(work: Work) -> Step:
 def _with_liger(work: Work) -> nn.Module:
     if find_spec("liger_kernel") is None:
         raise UnavailableError("liger-kernel is not installed.")
-    model = load(work.folder).to(_device())
-    family = model.config.model_type
+    model: nn.Module = load(work.folder).to(_device())
+    family = from_hugging_face(work.folder).model_type
     replace = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     if family not in replace or _device().type != "cuda":
         raise UnavailableError(f"liger-kernel has no kernels for {family} on {_device().type}.")

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, cpu_peers, generate, kernels, one_gpu, overlap, ring, schedules, workload
+from benchmarks import (
+    attention,
+    cpu_peers,
+    fp8_training,
+    generate,
+    kernels,
+    one_gpu,
+    overlap,
+    ring,
+    schedules,
+    workload,
+)
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
@@ -246,3 +257,26 @@ def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
         if not re.match("AdamW|accumulation|add.*backward", row.name):
             size = Size(1 if row.size is block else 256, 2048)
             assert bytes_of(row, size) == pytest.approx(kernels.moved(row, size), rel=0.05), row.name
+
+
+@pytest.mark.parametrize(
+    ("other", "is_within"), [([2.0, 2.1, 2.2], True), ([2.25, 2.3, 2.35], True), ([2.4, 2.3, 2.35], False)]
+)
+def test_validation_losses_agree_if_their_means_differ_by_less_than_seeds_do(
+    other: list[float], is_within: bool
+) -> None:
+    assert fp8_training.is_within_spread([2.0, 2.1, 2.2], other) == is_within
+    assert not fp8_training.is_within_spread([2.0, 2.1, 2.2], [*other[:2], float("nan")])
+
+
+@pytest.mark.slow
+def test_a_precision_is_compared_with_bf16_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The text is the same each time; the other precision is one that a CPU multiplies in as it is."""
+    outputs = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            fp8_training.main(["--tiny", "--precision", "fp32", "--jobs", "1", "--seeds", "2"])
+        assert end.value.code == 0
+        outputs.append([line for line in capsys.readouterr().out.splitlines() if "difference" in line])
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 2
