@@ -40,7 +40,7 @@ VOCABULARY = 4096
 
 @dataclass(frozen=True)
 class Work:
-    """What all runs have in common: the folder of the text and its tokens, and sizes."""
+    """The work that all runs have in common: the folder of the text and its tokens, and sizes."""
 
     folder: Path
     layers: int

@@ -1,4 +1,4 @@
-"""What the kernels of `benchmarks.kernels` compute, by torch's own functions and by Liger-Kernel's."""
+"""The functions of torch and of Liger-Kernel that compute what the kernels of `benchmarks.kernels` do."""
 
 from importlib import import_module
 from typing import Any

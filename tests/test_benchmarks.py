@@ -11,9 +11,7 @@ import torch
 from benchmarks import (
     attention,
     cpu_peers,
-    fp8_training,
     generate,
-    kernels,
     one_gpu,
     overlap,
     ring,
@@ -24,9 +22,6 @@ from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
 from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
-from benchmarks.kernel_inputs import Size, block
-from benchmarks.kernel_rows import ROWS, forward
-from benchmarks.kernel_rows import Row as KernelRow
 from benchmarks.one_gpu import AGREEMENT, agree, disagreeing, save_start
 from benchmarks.sleeping import Work as Sleep
 from models.shapes import from_hugging_face, resolve
@@ -221,62 +216,3 @@ def test_every_schedule_is_measured_beside_torchs(capsys: pytest.CaptureFixture[
     assert end.value.code is None
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert all(re.search(r" \d+ +\d+ +\d\.\d\dx ", lines[name]) for name in schedules.PEERS)
-
-
-def test_every_kernel_computes_what_torch_does(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        kernels.main(["--tiny"])
-    output = capsys.readouterr().out
-    assert end.value.code == 0, output
-    assert all(re.search(rf"^{re.escape(row.name)} +0 ", output, re.MULTILINE) for row in ROWS)
-
-
-@pytest.mark.parametrize("fault", [1.5, float("nan")])
-def test_a_wrong_kernel_is_marked_and_not_timed(fault: float) -> None:
-    row = next(row for row in ROWS if row.name == "LayerNorm")
-    wrong = forward(lambda x, weight, bias: fault * torch.layer_norm(x, x.shape[-1:], weight, bias))
-    bench = kernels.Bench(torch.device("cpu"), tiny=True)
-    found = bench.measure(replace(row, contenders={**row.contenders, "ours": wrong}), Size(3, 64))
-    assert found["ours"] == "wrong !"
-    assert isinstance(found["torch"], float)
-
-
-def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
-    """Vectors are little beside matrices.
-
-    An input that is written in place counts twice, and so is not counted here. The backward of a sum needs the sum
-    alone, and one gradient for both of its terms.
-    """
-
-    def bytes_of(row: KernelRow, size: Size) -> int:
-        inputs = row.draw(size, torch.device("cpu"), 0)
-        outputs = row.contenders["torch"](*inputs)()
-        return sum(x.nbytes for x in (*inputs, *((outputs,) if isinstance(outputs, torch.Tensor) else outputs)))
-
-    for row in ROWS:
-        if not re.match("AdamW|accumulation|add.*backward", row.name):
-            size = Size(1 if row.size is block else 256, 2048)
-            assert bytes_of(row, size) == pytest.approx(kernels.moved(row, size), rel=0.05), row.name
-
-
-@pytest.mark.parametrize(
-    ("other", "is_within"), [([2.0, 2.1, 2.2], True), ([2.25, 2.3, 2.35], True), ([2.4, 2.3, 2.35], False)]
-)
-def test_validation_losses_agree_if_their_means_differ_by_less_than_seeds_do(
-    other: list[float], is_within: bool
-) -> None:
-    assert fp8_training.is_within_spread([2.0, 2.1, 2.2], other) == is_within
-    assert not fp8_training.is_within_spread([2.0, 2.1, 2.2], [*other[:2], float("nan")])
-
-
-@pytest.mark.slow
-def test_a_precision_is_compared_with_bf16_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    """The text is the same each time; the other precision is one that a CPU multiplies in as it is."""
-    outputs = []
-    for _ in range(2):
-        with pytest.raises(SystemExit) as end:
-            fp8_training.main(["--tiny", "--precision", "fp32", "--jobs", "1", "--seeds", "2"])
-        assert end.value.code == 0
-        outputs.append([line for line in capsys.readouterr().out.splitlines() if "difference" in line])
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0]) == 2
