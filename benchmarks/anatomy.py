@@ -19,6 +19,7 @@ OWN: Mapping[str, str] = {
     "cross_entropy_triton": "loss",
     "fingerprint_triton": OTHER,
     "heads_triton": "rotary + joining",
+    "lookup_triton": "lookups",
     "norm_triton": "norm + residual",
     "sums_triton": "update",
 }

@@ -73,10 +73,18 @@ def inner_gated(model: Model) -> Size | None:
     return Size(model.tokens, model.inner) if model.has_rms_norm else None
 
 
-def heads(model: Model) -> Size | None:
-    """Return the size of q."""
+def heads_of_rotary(model: Model) -> Size | None:
+    return _heads(model) if model.has_rms_norm else None
+
+
+def heads_of_biases(model: Model) -> Size | None:
+    return None if model.has_rms_norm else _heads(model)
+
+
+def _heads(model: Model) -> Size:
+    """Return the size of the joint output of q's, k's and v's linear."""
     shape = model.shape
-    return Size(model.tokens, shape.num_attention_heads * shape.head_size) if model.has_rms_norm else None
+    return Size(model.tokens, (shape.num_attention_heads + 2 * shape.num_kv_heads) * shape.head_size)
 
 
 def block(model: Model) -> Size:
@@ -113,18 +121,27 @@ def draw_update(size: Size, device: torch.device, seed: int, *, moments: torch.d
     return gradient.to(BF16), master.to(BF16), master, first.to(moments), second.square_().to(moments)
 
 
-def draw_heads(size: Size, device: torch.device, seed: int) -> Inputs:
-    """Draw q and k[1, heads, rows, D], as they lie in the product of a linear, and cosines and sines[1, 1, rows, D].
+GROUP = 4  # q heads of a k, v head, where they share one
 
-    A head has 64 columns. k has a quarter of q's heads, and one at least.
+
+def draw_heads(size: Size, device: torch.device, seed: int, *, rotary: bool = False, gradients: bool = False) -> Inputs:
+    """Draw qkv[1, rows, columns], the joint output of q's, k's and v's linear.
+
+    With `rotary` GROUP heads of q share one of k and v, and cosines and sines[1, 1, rows, D] follow. With `gradients`
+    those of q, k and v[1, heads, rows, D] follow, as attention leaves them.
     """
-    normal = _normal(device, seed)
-    width = min(64, size.columns)
-    counts = size.columns // width, max(1, size.columns // width // 4)
-    q, k = (normal(1, size.rows, count, width).to(BF16).transpose(1, 2) for count in counts)
-    angles = torch.arange(size.rows, device=device)[:, None] * normal(width // 2)
-    angles = torch.cat((angles, angles), -1)[None, None]
-    return q, k, angles.cos().to(BF16), angles.sin().to(BF16)
+    normal, group = _normal(device, seed), GROUP if rotary else 1
+    width = 64 if size.columns % (64 * (group + 2)) == 0 else size.columns // (group + 2)
+    count = size.columns // width // (group + 2)
+    found = [normal(1, size.rows, size.columns).to(BF16)]
+    if rotary:
+        angles = torch.arange(size.rows, device=device)[:, None] * normal(width // 2)
+        angles = torch.cat((angles, angles), -1)[None, None]
+        found += [angles.cos().to(BF16), angles.sin().to(BF16)]
+    if gradients:
+        counts = group * count, count, count
+        found += [normal(1, size.rows, heads, width).to(BF16).transpose(1, 2) for heads in counts]
+    return tuple(found)
 
 
 def draw_logits(size: Size, device: torch.device, seed: int) -> Inputs:

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from benchmarks.kernel_inputs import BF16, Inputs
+from benchmarks.kernel_inputs import BF16, GROUP, Inputs
 from benchmarks.workload import BETAS, EPS, WEIGHT_DECAY
+
+FACTOR, SCALE = 0.5, 4.0
+"""The numbers by which gradients are clipped, and by which a tensor is multiplied before it is cast to 8 bits."""
 
 # -- torch's own -------------------------------------------------------------------------------------------------------
 
@@ -17,7 +20,7 @@ from benchmarks.workload import BETAS, EPS, WEIGHT_DECAY
 def torch_update(gradient: Tensor, parameter: Tensor, *states: Tensor) -> Inputs:
     """Update by torch's fused kernel, with the passes around it: widen, clip, and round into the parameter."""
     master, *moments = states
-    wide = gradient.float().mul_(0.5)
+    wide = gradient.float().mul_(FACTOR)
     first, second = (moment.float() for moment in moments)
     step = [torch.ones((), device=master.device)]
     update: Any = adamw
@@ -62,8 +65,23 @@ def torch_swiglu(pair: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def torch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Inputs:
-    return _turned(q, cos, sin), _turned(k, cos, sin)
+def torch_heads(qkv: Tensor) -> Inputs:
+    """Return q, k and v[1, heads, S, 64], views of their linear's joint output."""
+    width = 64 if qkv.shape[-1] % 192 == 0 else qkv.shape[-1] // 3
+    return tuple(part.unflatten(-1, (-1, width)).transpose(1, 2) for part in qkv.chunk(3, -1))
+
+
+def torch_rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Inputs:
+    """Return q and k, turned by their positions, and v."""
+    q, k, v = grouped_heads(qkv, cos.shape[-1])
+    return _turned(q, cos, sin), _turned(k, cos, sin), v
+
+
+def grouped_heads(qkv: Tensor, width: int) -> Inputs:
+    """Return q, k and v[1, heads, S, D] of a joint output in which they follow one another in each group."""
+    groups = qkv.unflatten(-1, (-1, GROUP + 2, width))
+    q, k, v = groups.split([GROUP, 1, 1], -2)
+    return tuple(x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,13 +97,14 @@ def torch_cross_entropy(logits: Tensor, labels: Tensor) -> Inputs:
         return loss.detach(), torch.autograd.grad(loss, leaf)[0].to(BF16)
 
 
-def torch_cast(x: Tensor) -> Tensor:
-    return (x * 4.0).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+def torch_cast(x: Tensor) -> Inputs:
+    """Return the numbers in 8 bits, and the largest magnitude of x."""
+    return (x * SCALE).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), x.abs().amax().float()
 
 
 def torch_cast_and_transpose(x: Tensor) -> Inputs:
-    narrow = torch_cast(x)
-    return narrow, narrow.t().contiguous()
+    narrow, amax = torch_cast(x)
+    return narrow, narrow.t().contiguous(), amax
 
 
 # -- Liger-Kernel's ----------------------------------------------------------------------------------------------------
@@ -108,9 +127,9 @@ def liger_swiglu(pair: Tensor) -> Any:
     return _apply("swiglu.LigerFusedGateUpSiLUMulFunction", pair, False)
 
 
-def liger_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """Turn q and k in place."""
-    return _apply("rope.LigerRopeFunction", q, k, cos, sin)[:2]
+def liger_rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Inputs:
+    q, k, v = grouped_heads(qkv, cos.shape[-1])
+    return *_apply("rope.LigerRopeFunction", q, k, cos, sin)[:2], v
 
 
 def liger_cross_entropy(logits: Tensor, labels: Tensor) -> Inputs:

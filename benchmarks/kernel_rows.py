@@ -23,7 +23,8 @@ from benchmarks.kernel_inputs import (
     draw_logits,
     draw_update,
     draws,
-    heads,
+    heads_of_biases,
+    heads_of_rotary,
     hidden,
     hidden_of_layer_norm,
     hidden_of_rms_norm,
@@ -68,13 +69,17 @@ def forward(function: Callable[..., Any]) -> Prepare:
     return prepare
 
 
-def backward(function: Callable[..., Any], *, outputs: int = 1) -> Prepare:
-    """Return the contender that differentiates a function: the last `outputs` inputs are its outputs' gradients."""
+def backward(function: Callable[..., Any], *, outputs: int = 1, leaves: int | None = None) -> Prepare:
+    """Return the contender that differentiates a function: the last `outputs` inputs are its outputs' gradients.
+
+    Only the first `leaves` of the others have gradients; None: all of them.
+    """
 
     def prepare(*inputs: Tensor) -> Call:
-        leaves = [x.requires_grad_() for x in inputs[:-outputs]]
-        y = function(*leaves)
-        return partial(torch.autograd.grad, y, leaves, inputs[-outputs:], retain_graph=True)
+        given = inputs[:-outputs]
+        differentiated = [x.requires_grad_() for x in given[:leaves]]
+        y = function(*given)
+        return partial(torch.autograd.grad, y, differentiated, inputs[-outputs:], retain_graph=True)
 
     return prepare
 
@@ -209,11 +214,28 @@ ROWS = (
         {"torch": backward(peers.torch_swiglu), "liger": backward(peers.liger_swiglu)},
     ),
     Row(
-        "rotary",
-        heads,
-        (2 + 2) * 5 / 4,
-        draw_heads,
+        "rotary of q, k",
+        heads_of_rotary,
+        (2 + 2) * 5 / 6,  # v stays where it is
+        partial(draw_heads, rotary=True),
         {"torch": forward(peers.torch_rotary), "liger": forward(peers.liger_rotary)},
+    ),
+    Row(
+        "rotary of q, k backward",
+        heads_of_rotary,
+        2 + 2,
+        partial(draw_heads, rotary=True, gradients=True),
+        {
+            "torch": backward(peers.torch_rotary, outputs=3, leaves=1),
+            "liger": backward(peers.liger_rotary, outputs=3, leaves=1),
+        },
+    ),
+    Row(
+        "heads of q, k, v backward",
+        heads_of_biases,
+        2 + 2,
+        partial(draw_heads, gradients=True),
+        {"torch": backward(peers.torch_heads, outputs=3)},
     ),
     Row("column sum", hidden_of_layer_norm, 2, draws("matrix"), {"torch": forward(lambda x: x.sum(0))}),
     Row(

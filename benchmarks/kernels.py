@@ -95,7 +95,7 @@ class Bench:
         """Return the size of a row's calls that move LARGE_BYTES, with the columns of the first model that has it."""
         size = next(size for model in MODELS if (size := row.size(model)) is not None)
         if self.tiny:
-            return Size(min(size.rows, 3), 64)
+            return Size(min(size.rows, 16), 192)
         if size.rows == 1:
             return Size(1, -(-LARGE_BYTES // int(row.bytes_per_element)))
         return Size(-(-LARGE_BYTES // int(row.bytes_per_element * size.columns)), size.columns)

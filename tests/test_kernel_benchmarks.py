@@ -38,7 +38,8 @@ def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
     """Vectors are little beside matrices.
 
     An input that is written in place counts twice, and so is not counted here. The backward of a sum needs the sum
-    alone, and one gradient for both of its terms.
+    alone, and one gradient for both of its terms; that of heads needs their gradients alone, and
+    v is not turned.
     """
 
     def bytes_of(row: Row, size: Size) -> int:
@@ -47,8 +48,8 @@ def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
         return sum(x.nbytes for x in (*inputs, *((outputs,) if isinstance(outputs, torch.Tensor) else outputs)))
 
     for row in ROWS:
-        if not re.match("AdamW|accumulation|add.*backward", row.name):
-            size = Size(1 if row.size is block else 256, 2048)
+        if not re.match("AdamW|accumulation|rotary|(add|heads).*backward", row.name):
+            size = Size(1 if row.size is block else 256, 3072)
             assert bytes_of(row, size) == pytest.approx(kernels.moved(row, size), rel=0.05), row.name
 
 
