@@ -8,13 +8,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from models.layer import dropout_key
+from models.layer import Half, dropout_key
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.ops.compiling import materialized
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
+from parallel.tensor.residual import Addend, output_of
 
 Rotation: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
 """Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
@@ -37,7 +38,7 @@ class AttentionOptions:
     window: int | None = None
 
 
-class Attention(nn.Module):
+class Attention(Half):
     """Causal self-attention: x[B_batch, S, H_hidden] -> the same shape.
 
     Heads are split over the axes `mode.inner_hidden`, so attention needs communication only where sequences are split
@@ -66,7 +67,8 @@ class Attention(nn.Module):
         kind, eps = self.options.head_norm
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
-    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+    def addend(self, x: Tensor, batch: Microbatch) -> Addend:
+        """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
         qkv = self.qkv(x)
         if batch.cache is not None:
             qkv = materialized(qkv)  # attention of a new token reads q, k and v as views
@@ -78,8 +80,7 @@ class Attention(nn.Module):
         q, k, v = by_head(q), by_head(k), by_head(v)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
-        y: Tensor = self.out(self._attend(q, k, v, batch))
-        return y
+        return output_of(self.out, self._attend(q, k, v, batch))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Microbatch) -> Tensor:
         if batch.cache is not None:

@@ -1,9 +1,9 @@
 """The layers of a transformer, whose parameters have layouts. A mode says how they are split, and builds them."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
+from parallel.ops.kernels.lookup import lookup
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
 
@@ -57,7 +57,7 @@ class Embedding(Sharded):
         super().__init__(like, weight=layout)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.weight)
+        return lookup(indices, self.weight)
 
 
 class Vocabulary(Sharded):
@@ -75,10 +75,7 @@ class Vocabulary(Sharded):
     def rows(self, tokens: Tensor, table: Tensor) -> Tensor:
         """Look tokens[B, S] up in this rank's rows, table[V_axes, H'] -> [B, S, H'], zero for tokens of other ranks."""
         first = self.layout.first_row
-        index = tokens - first
-        mine = (index >= 0) & (index < table.shape[0])
         padding_idx = None
         if self.padding_idx is not None and 0 <= self.padding_idx - first < table.shape[0]:
             padding_idx = self.padding_idx - first
-        found = F.embedding(index.clamp(0, table.shape[0] - 1), table, padding_idx)
-        return found * mine.unsqueeze(-1)
+        return lookup(tokens - first, table, padding_idx, is_part=True)

@@ -35,6 +35,10 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "cross_entropy": Kernel(frozenset({torch.float32})),
+        "lookup": Kernel(FLOATS),
+        "multiply": Kernel(FLOATS),
+        "norm": Kernel(FLOATS, largest_row=16384),
     }
 )
 
