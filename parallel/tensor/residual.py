@@ -20,7 +20,7 @@ from parallel.tensor.layers import Linear
 
 @dataclass
 class Addend:
-    """What a half of a block adds to its input, before dropout: y[B, S, H_hidden] + bias[H_hidden]."""
+    """The tensor that a half of a block adds to its input, before dropout: y[B, S, H_hidden] + bias[H_hidden]."""
 
     y: Tensor
     bias: Tensor | None = None
@@ -77,7 +77,7 @@ def residual_add(x: Tensor, addend: Addend, dropout: Dropout | None = None) -> T
     """Return x + dropout(addend): the end of a block, after which no norm follows."""
     if not fuses(x):
         return x + addend.value(dropout)
-    total: Tensor = _ResidualAdd.apply(x, addend.y, addend.bias, _mask(dropout))
+    total: Tensor = _ResidualAdd.apply(x, addend.y, addend.bias, _mask(dropout))  # type: ignore[no-untyped-call]
     return total
 
 
@@ -100,7 +100,7 @@ def residual_norm(
 
 @not_compiled
 def _apply_eagerly(*arguments: object) -> Any:
-    return _ResidualNorm.apply(*arguments)
+    return _ResidualNorm.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def _mask(dropout: Dropout | None) -> Mask | None:

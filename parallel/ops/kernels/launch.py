@@ -15,7 +15,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     tensors: Sequence[Tensor | None],
-    numbers: Sequence[float],
+    numbers: Sequence[int | float],
     *,
     constants: Mapping[str, object],
     num_warps: int,
@@ -37,9 +37,9 @@ def launch(
     compiled[0][(*grid, 1, 1)[:3]](*places, *numbers, *values)
 
 
-def _forms(numbers: Sequence[float]) -> tuple[object, ...]:
+def _forms(numbers: Sequence[int | float]) -> tuple[object, ...]:
     """Return what Triton compiles a kernel anew for, of its integers; nothing of floating point numbers."""
-    return tuple([None if type(n) is float else (n == 1, n % 16 == 0, n.bit_length() > 31) for n in numbers])
+    return tuple([None if isinstance(n, float) else (n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers])
 
 
 @cache

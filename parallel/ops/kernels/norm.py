@@ -18,7 +18,7 @@ from torch import Tensor
 from parallel.ops.kernels.table import is_fused
 
 IN_COMPILED_CODE = False
-"""Whether compiled blocks call the kernels, too; otherwise the compiler fuses torch's functions with others."""
+"""With True compiled blocks call the kernels, too; with False the compiler fuses torch's functions with others."""
 
 
 Dtypes: TypeAlias = tuple[torch.dtype | None, ...]
@@ -40,7 +40,7 @@ class Mask(NamedTuple):
 
 
 class FlatAddend(NamedTuple):
-    """What is added to the residual stream, dropout(y + bias): y[..., H], bias[H]."""
+    """The addend of the residual stream, dropout(y + bias): y[..., H], bias[H]."""
 
     y: Tensor
     bias: Tensor | None
