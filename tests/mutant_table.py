@@ -2141,8 +2141,8 @@ NUMBERS = (
         "left-out-step-updates-on-the-host",
         "the flag does not travel to the host with the clip factor",
         "parallel/optim/adamw.py",
-        "return Step(factor, found_inf.float(), self.lr)",
-        "return Step(factor, 0.0 * found_inf.float(), self.lr)",
+        "found_inf=found_inf.float())",
+        "found_inf=0.0 * found_inf.float())",
         f"{NO_BIT}[single-0-bf16-host-bf16]",
     ),
     Mutant(
