@@ -3100,6 +3100,52 @@ UPDATES_IN_ONE_PASS = (
     ),
 )
 
+FP8_TEST, FP8_MATMUL = "tests/test_fp8_matmul.py", "parallel/tensor/fp8_matmul.py"
+SAME_NUMBERS = f"{FP8_TEST}::test_every_layout_multiplies_the_same_8_bit_numbers"
+
+EIGHT_BITS = (
+    Mutant(
+        "columns-gathered-along-the-wrong-dim",
+        "the parts of W follow each other along its rows where dx is computed in 8 bits",
+        FP8_MATMUL,
+        "return start_all_gather(w.T, 0, self.gather_w).then(lambda columns: columns.T)",
+        "return start_all_gather(w.T, 1, self.gather_w).then(lambda columns: columns.reshape(-1, len(w)).T)",
+        f"{SAME_NUMBERS}[gather_x=(-1, 'col') gather_w=row]",
+    ),
+    Mutant(
+        "transpose-of-own-tokens-alone",
+        "dW in 8 bits is computed from this rank's part of dy, where all of dy was gathered",
+        FP8_MATMUL,
+        "if is_deferred or around.scatter_y[1].size > 1:",
+        "if is_deferred:",
+        f"{SAME_NUMBERS}[scatter_y=(1, 'col')]",
+    ),
+    Mutant(
+        "scale-of-a-gradient-mistaken",
+        "dx in 8 bits is divided by the scale of x and not of dy",
+        FP8_MATMUL,
+        "Scaled(dy.flatten(0, -2), self.scales.dy.inverse)",
+        "Scaled(dy.flatten(0, -2), self.scales.x.inverse)",
+        f"{SAME_NUMBERS}[alone]",
+    ),
+    Mutant(
+        "weight-copy-not-cleared",
+        "linears go on to multiply by the 8-bit weights of the first step",
+        FP8_MATMUL,
+        "        self._rows = self._columns = None",
+        "        self._columns = None",
+        f"{FP8_TEST}::test_a_weight_is_cast_once_until_its_copy_is_cleared",
+    ),
+    Mutant(
+        "nan-not-recorded",
+        "a maximum over ranks drops the NaN of a tensor, since it is recorded as it is",
+        "parallel/ops/fp8.py",
+        "return torch.where(amax.isfinite(), amax, torch.inf)",
+        "return amax",
+        f"{FP8_TEST}::test_what_is_not_finite_is_recorded_as_infinity_and_reaches_the_product",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3163,4 +3209,5 @@ MUTANTS = (
     *PLANS,
     *KERNELS_OF_THE_LOSS,
     *UPDATES_IN_ONE_PASS,
+    *EIGHT_BITS,
 )
