@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from parallel.chunk.eight_bits import EightBitWeights
 from parallel.chunk.memory import ChunkMemory
 from parallel.chunk.spec import ChunkSpec
 from parallel.chunk.user_writes import UserWrites
@@ -25,6 +26,7 @@ class ParameterBuffer:
                    demand
 
     writes         what is known of writes into the module's parameters by somebody other than the engine
+    eight_bits     what is gathered instead while linears multiply in 8 bits, if all of the parameters are their weights
 
     Each `gather` allocates new memory. So a tensor that was made of the parameters, and that somebody has kept, keeps
     the values it had; only its memory is not freed by `release`. While `whole` is empty, and until it has arrived, each
@@ -41,18 +43,27 @@ class ParameterBuffer:
         self.on_show: Shown = lambda is_whole: None
         self._show_whole()
         self.writes = UserWrites(spec.infos)
+        self.eight_bits: EightBitWeights | None = None
 
     @property
     def is_whole(self) -> bool:
         """True if the whole buffer has memory now."""
         return bool(len(self.whole))
 
+    @property
+    def in_8_bits(self) -> list[Tensor]:
+        """The buffers of weights in 8 bits that there are now."""
+        weights = self.eight_bits
+        return [] if weights is None else [x for x in (weights.own, weights.whole) if x is not None]
+
     def gather(self) -> Pending:
         """Start to make the parameters whole (FSDP's unshard). The module's parameters have values when the result has
-        been waited for.
+        been waited for; in 8 bits they have none, and are available all the same.
         """
         spec, copies = self.spec, self.memory.copies
         self.note_lost_writes()
+        if self.eight_bits is not None and self.eight_bits.is_on and self.tier is Tier.DEVICE:
+            return self._gather_in_8_bits(self.eight_bits)
         self._allocate()
         if self.tier is Tier.DEVICE:
             return self._showing(start_all_gather(self.own, 0, spec.shard_axis, out=self.whole))
@@ -69,6 +80,8 @@ class ParameterBuffer:
         """
         self._keep_what_was_written()
         self.on_show(False)
+        if self.eight_bits is not None:
+            self.eight_bits.release()
         with torch.inference_mode(False):
             self.whole = self.whole.new_empty(0)
             shared = placeholder((), self.whole.dtype, self.whole.device)
@@ -182,6 +195,23 @@ class ParameterBuffer:
             self.own.copy_(part)
         else:
             self._written = self.memory.copies.download(part, self.own)
+
+    def _gather_in_8_bits(self, weights: EightBitWeights) -> Pending:
+        """Start to gather the weights in 8 bits. `whole` and the module's parameters are then NaN in the memory of one
+        element, so that autograd can save their places, and a loss shows it if anything but a linear reads them.
+        """
+        with torch.inference_mode(False):
+            shared = placeholder((), self.whole.dtype, self.whole.device)
+        self.whole = shared.expand(self.spec.size)
+        pending = weights.gather(self.own)
+
+        def finish(buffer: Tensor) -> Tensor:
+            self._placeholder = shared
+            self._show([shared.expand(shape) for shape in self.spec.shapes])
+            self.on_show(True)
+            return pending.finish(buffer)
+
+        return Pending(pending.buffer, pending.work, finish, pending.watch)
 
     def _allocate(self) -> None:
         with torch.inference_mode(False):  # a tensor that is made in inference mode can never be trained

@@ -1,0 +1,252 @@
+"""The rows of `benchmarks.kernels`: every fused kernel, what it moves, and the functions that compute the same.
+
+A contender prepares a call for its inputs: what it does before, a forward whose backward is measured, is not timed. A
+call returns its results, so that they can be compared.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import kernel_peers as peers
+from benchmarks.kernel_inputs import (
+    Draw,
+    Model,
+    Size,
+    block,
+    draw_heads,
+    draw_logits,
+    draw_update,
+    draws,
+    heads_of_biases,
+    heads_of_rotary,
+    hidden,
+    hidden_of_layer_norm,
+    hidden_of_rms_norm,
+    inner_gated,
+    inner_with_bias,
+    logits,
+)
+
+Call = Callable[[], Any]
+Prepare = Callable[..., Call]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel.
+
+    size               of the kernel in a model; None: the model does not call it
+    bytes_per_element  read once and written once, for each element of rows × columns
+    draw               the inputs for a size, a device and a seed
+    contenders         "ours", "torch" and "liger"; one that is missing has no such function
+    is_random          results differ by what is drawn, and are not compared
+    """
+
+    name: str
+    size: Callable[[Model], Size | None]
+    bytes_per_element: float
+    draw: Draw
+    contenders: Mapping[str, Prepare]
+    is_random: bool = False
+
+
+def forward(function: Callable[..., Any]) -> Prepare:
+    """Return the contender that calls a function, which has no gradient."""
+
+    def prepare(*inputs: Tensor) -> Call:
+        def call() -> Any:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return call
+
+    return prepare
+
+
+def backward(function: Callable[..., Any], *, outputs: int = 1, leaves: int | None = None) -> Prepare:
+    """Return the contender that differentiates a function: the last `outputs` inputs are its outputs' gradients.
+
+    Only the first `leaves` of the others have gradients; None: all of them.
+    """
+
+    def prepare(*inputs: Tensor) -> Call:
+        given = inputs[:-outputs]
+        differentiated = [x.requires_grad_() for x in given[:leaves]]
+        y = function(*given)
+        return partial(torch.autograd.grad, y, differentiated, inputs[-outputs:], retain_graph=True)
+
+    return prepare
+
+
+COPY = Row("copy", block, 4, draws("vector"), {"torch": forward(torch.clone)})
+"""The measure of all others: what a copy moves in a second."""
+
+ROWS = (
+    Row(
+        "AdamW, fp32 states",
+        block,
+        2 + 3 * 4 + 3 * 4 + 2,
+        partial(draw_update, moments=torch.float32),
+        {"torch": forward(peers.torch_update)},
+    ),
+    Row(
+        "AdamW, bf16 states",
+        block,
+        2 + (4 + 2 + 2) + (4 + 2 + 2) + 2,
+        partial(draw_update, moments=torch.bfloat16),
+        {"torch": forward(peers.torch_update)},
+    ),
+    Row("sum of squares", block, 2, draws("vector"), {"torch": forward(peers.torch_squares)}),
+    Row("accumulation", block, 2 + 4 + 4, draws("vector", "wide"), {"torch": forward(peers.torch_accumulation)}),
+    Row(
+        "LayerNorm",
+        hidden_of_layer_norm,
+        2 + 2,
+        draws("matrix", "vector", "vector"),
+        {"torch": forward(peers.torch_layer_norm), "liger": forward(peers.liger_layer_norm)},
+    ),
+    Row(
+        "LayerNorm backward",
+        hidden_of_layer_norm,
+        4 + 2,
+        draws("matrix", "vector", "vector", "matrix"),
+        {"torch": backward(peers.torch_layer_norm), "liger": backward(peers.liger_layer_norm)},
+    ),
+    Row(
+        "add + LayerNorm",
+        hidden_of_layer_norm,
+        4 + 4,
+        draws("matrix", "matrix", "vector", "vector"),
+        {"torch": forward(peers.torch_add_layer_norm)},
+    ),
+    Row(
+        "dropout + add + LayerNorm",
+        hidden_of_layer_norm,
+        4 + 4,
+        draws("matrix", "matrix", "vector", "vector"),
+        {"torch": forward(partial(peers.torch_add_layer_norm, dropout=0.1))},
+        is_random=True,
+    ),
+    Row(
+        "add + LayerNorm backward",
+        hidden_of_layer_norm,
+        6 + 2,
+        draws("matrix", "matrix", "vector", "vector", "matrix", "matrix"),
+        {"torch": backward(peers.torch_add_layer_norm, outputs=2)},
+    ),
+    Row(
+        "RMSNorm",
+        hidden_of_rms_norm,
+        2 + 2,
+        draws("matrix", "vector"),
+        {"torch": forward(peers.torch_rms_norm), "liger": forward(peers.liger_rms_norm)},
+    ),
+    Row(
+        "RMSNorm backward",
+        hidden_of_rms_norm,
+        4 + 2,
+        draws("matrix", "vector", "matrix"),
+        {"torch": backward(peers.torch_rms_norm), "liger": backward(peers.liger_rms_norm)},
+    ),
+    Row(
+        "add + RMSNorm",
+        hidden_of_rms_norm,
+        4 + 4,
+        draws("matrix", "matrix", "vector"),
+        {"torch": forward(peers.torch_add_rms_norm), "liger": forward(peers.liger_add_rms_norm)},
+    ),
+    Row(
+        "add + RMSNorm backward",
+        hidden_of_rms_norm,
+        6 + 2,
+        draws("matrix", "matrix", "vector", "matrix", "matrix"),
+        {
+            "torch": backward(peers.torch_add_rms_norm, outputs=2),
+            "liger": backward(peers.liger_add_rms_norm, outputs=2),
+        },
+    ),
+    Row(
+        "bias + relu",
+        inner_with_bias,
+        2 + 2,
+        draws("matrix", "vector"),
+        {"torch": forward(lambda x, bias: F.relu(x + bias))},
+    ),
+    Row(
+        "bias + relu backward",
+        inner_with_bias,
+        4 + 2,
+        draws("matrix", "vector", "matrix"),
+        {"torch": backward(lambda x, bias: F.relu(x + bias))},
+    ),
+    Row(
+        "bias + gelu",
+        inner_with_bias,
+        2 + 2,
+        draws("matrix", "vector"),
+        {"torch": forward(lambda x, bias: F.gelu(x + bias))},
+    ),
+    Row(
+        "bias + gelu backward",
+        inner_with_bias,
+        4 + 2,
+        draws("matrix", "vector", "matrix"),
+        {"torch": backward(lambda x, bias: F.gelu(x + bias))},
+    ),
+    Row(
+        "SwiGLU",
+        inner_gated,
+        4 + 2,
+        draws("pair"),
+        {"torch": forward(peers.torch_swiglu), "liger": forward(peers.liger_swiglu)},
+    ),
+    Row(
+        "SwiGLU backward",
+        inner_gated,
+        (2 + 4) + 4,
+        draws("pair", "matrix"),
+        {"torch": backward(peers.torch_swiglu), "liger": backward(peers.liger_swiglu)},
+    ),
+    Row(
+        "rotary of q, k",
+        heads_of_rotary,
+        (2 + 2) * 5 / 6,  # v stays where it is
+        partial(draw_heads, rotary=True),
+        {"torch": forward(peers.torch_rotary), "liger": forward(peers.liger_rotary)},
+    ),
+    Row(
+        "rotary of q, k backward",
+        heads_of_rotary,
+        2 + 2,
+        partial(draw_heads, rotary=True, gradients=True),
+        {
+            "torch": backward(peers.torch_rotary, outputs=3, leaves=1),
+            "liger": backward(peers.liger_rotary, outputs=3, leaves=1),
+        },
+    ),
+    Row(
+        "heads of q, k, v backward",
+        heads_of_biases,
+        2 + 2,
+        partial(draw_heads, gradients=True),
+        {"torch": backward(peers.torch_heads, outputs=3)},
+    ),
+    Row("column sum", hidden_of_layer_norm, 2, draws("matrix"), {"torch": forward(lambda x: x.sum(0))}),
+    Row(
+        "cross entropy",
+        logits,
+        4 + 2,
+        draw_logits,
+        {"torch": forward(peers.torch_cross_entropy), "liger": forward(peers.liger_cross_entropy)},
+    ),
+    Row("cast to fp8", hidden, 2 + 1, draws("matrix"), {"torch": forward(peers.torch_cast)}),
+    Row(
+        "cast to fp8 and transpose", hidden, 2 + 2, draws("matrix"), {"torch": forward(peers.torch_cast_and_transpose)}
+    ),
+)
