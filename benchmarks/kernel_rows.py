@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import kernel_ours as ours
 from benchmarks import kernel_peers as peers
 from benchmarks.kernel_inputs import (
     Draw,
@@ -109,28 +110,39 @@ ROWS = (
         hidden_of_layer_norm,
         2 + 2,
         draws("matrix", "vector", "vector"),
-        {"torch": forward(peers.torch_layer_norm), "liger": forward(peers.liger_layer_norm)},
+        {
+            "ours": forward(ours.layer_norm),
+            "torch": forward(peers.torch_layer_norm),
+            "liger": forward(peers.liger_layer_norm),
+        },
     ),
     Row(
         "LayerNorm backward",
         hidden_of_layer_norm,
         4 + 2,
         draws("matrix", "vector", "vector", "matrix"),
-        {"torch": backward(peers.torch_layer_norm), "liger": backward(peers.liger_layer_norm)},
+        {
+            "ours": backward(ours.layer_norm),
+            "torch": backward(peers.torch_layer_norm),
+            "liger": backward(peers.liger_layer_norm),
+        },
     ),
     Row(
         "add + LayerNorm",
         hidden_of_layer_norm,
         4 + 4,
         draws("matrix", "matrix", "vector", "vector"),
-        {"torch": forward(peers.torch_add_layer_norm)},
+        {"ours": forward(ours.add_layer_norm), "torch": forward(peers.torch_add_layer_norm)},
     ),
     Row(
         "dropout + add + LayerNorm",
         hidden_of_layer_norm,
         4 + 4,
         draws("matrix", "matrix", "vector", "vector"),
-        {"torch": forward(partial(peers.torch_add_layer_norm, dropout=0.1))},
+        {
+            "ours": forward(partial(ours.add_layer_norm, dropout=0.1)),
+            "torch": forward(partial(peers.torch_add_layer_norm, dropout=0.1)),
+        },
         is_random=True,
     ),
     Row(
@@ -138,28 +150,40 @@ ROWS = (
         hidden_of_layer_norm,
         6 + 2,
         draws("matrix", "matrix", "vector", "vector", "matrix", "matrix"),
-        {"torch": backward(peers.torch_add_layer_norm, outputs=2)},
+        {"ours": backward(ours.add_layer_norm, outputs=2), "torch": backward(peers.torch_add_layer_norm, outputs=2)},
     ),
     Row(
         "RMSNorm",
         hidden_of_rms_norm,
         2 + 2,
         draws("matrix", "vector"),
-        {"torch": forward(peers.torch_rms_norm), "liger": forward(peers.liger_rms_norm)},
+        {
+            "ours": forward(ours.rms_norm),
+            "torch": forward(peers.torch_rms_norm),
+            "liger": forward(peers.liger_rms_norm),
+        },
     ),
     Row(
         "RMSNorm backward",
         hidden_of_rms_norm,
         4 + 2,
         draws("matrix", "vector", "matrix"),
-        {"torch": backward(peers.torch_rms_norm), "liger": backward(peers.liger_rms_norm)},
+        {
+            "ours": backward(ours.rms_norm),
+            "torch": backward(peers.torch_rms_norm),
+            "liger": backward(peers.liger_rms_norm),
+        },
     ),
     Row(
         "add + RMSNorm",
         hidden_of_rms_norm,
         4 + 4,
         draws("matrix", "matrix", "vector"),
-        {"torch": forward(peers.torch_add_rms_norm), "liger": forward(peers.liger_add_rms_norm)},
+        {
+            "ours": forward(ours.add_rms_norm),
+            "torch": forward(peers.torch_add_rms_norm),
+            "liger": forward(peers.liger_add_rms_norm),
+        },
     ),
     Row(
         "add + RMSNorm backward",
@@ -167,6 +191,7 @@ ROWS = (
         6 + 2,
         draws("matrix", "matrix", "vector", "matrix", "matrix"),
         {
+            "ours": backward(ours.add_rms_norm, outputs=2),
             "torch": backward(peers.torch_add_rms_norm, outputs=2),
             "liger": backward(peers.liger_add_rms_norm, outputs=2),
         },
@@ -243,7 +268,11 @@ ROWS = (
         logits,
         4 + 2,
         draw_logits,
-        {"torch": forward(peers.torch_cross_entropy), "liger": forward(peers.liger_cross_entropy)},
+        {
+            "ours": forward(ours.loss_and_gradient),
+            "torch": forward(peers.torch_cross_entropy),
+            "liger": forward(peers.liger_cross_entropy),
+        },
     ),
     Row("cast to fp8", hidden, 2 + 1, draws("matrix"), {"torch": forward(peers.torch_cast)}),
     Row(
