@@ -186,6 +186,7 @@ class Chunk:
     def held(self) -> list[tuple[Tier, Tensor]]:
         """Return the tensors of this chunk, without moments, and the tier of each."""
         found = [(Tier.DEVICE, self.parameters.whole)]
+        found += [(Tier.DEVICE, x) for x in self.parameters.in_8_bits]
         if self.is_gathered_on_demand:
             found.append((self.parameters.tier, self.parameters.own))
         if not self.sharing.masters_are_slice:

@@ -132,9 +132,7 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
     begun = time.perf_counter()
     for part in parts:
         for smaller in part.split(HOST_PART):
-            update(smaller)
-            if smaller.own is not None:
-                smaller.own.copy_(smaller.states[0])
+            update([smaller])
     return time.perf_counter() - begun
 
 

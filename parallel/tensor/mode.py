@@ -126,7 +126,7 @@ class Mode:
 
     def positions_between(self, local: int, device: torch.device) -> Tensor:
         """Return the position in the whole sequence of each of this rank's positions between blocks, int64 [local]."""
-        inside = local * prod(axis.size for axis in self.length)
+        inside = local * prod([axis.size for axis in self.length])  # torch's compiler takes no generator
         return self.local(self.sequence.positions(inside, device), self.length)
 
     def gathered(self, x: Tensor, dim: int, split: Split) -> Tensor:

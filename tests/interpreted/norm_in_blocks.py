@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.layer import Block
-from models.llama.layers import block_of as llama_block, rotary_of
+from models.llama.layers import block_of as llama_block
+from models.llama.layers import rotary_of
 from models.llama.shape import LlamaShape
 from models.opt.layers import block_of as opt_block
 from models.opt.shape import OPTShape
