@@ -578,7 +578,7 @@ PLACEMENT = (
            "self._clock.seconds(self._begun, self._clock.now())",
            f"{MANAGER_TESTS}::test_the_time_after_the_computation_is_not_counted_as_computation"),
     Mutant("host-parameters-not-refreshed", "parameters that are offloaded to the host are not updated",
-           BUFFER, "            self._written = copies.download(master.to(self.own.dtype), self.own)\n",
+           BUFFER, "            self.written = copies.download(master.to(self.own.dtype), self.own)\n",
            "            pass\n", f"{PLACEMENT_TESTS}::test_chunks_may_move_between_any_two_steps"),
     Mutant("narrow-parameters-left-on-the-host", "parameters on the host do not get the rounding of what streamed through the device",
            "parallel/optim/streaming.py", "            self._copies.download(on_device.own, on_host.own)\n",
@@ -2224,8 +2224,8 @@ SAVED_BEHIND = (
         "update-before-the-copy",
         "an update on the device changes what a checkpoint in the background is yet to copy",
         "parallel/optim/adamw.py",
-        "                chunk.guard.wait()\n            on_device(",
-        "                pass\n            on_device(",
+        "                chunk.guard.wait()\n            self._update(",
+        "                pass\n            self._update(",
         "tests/test_saver.py::test_a_checkpoint_written_during_training_equals_one_that_training_waited_for[few]",
     ),
     Mutant(
@@ -3097,6 +3097,31 @@ UPDATES_IN_ONE_PASS = (
         "partial + out * parts + part",
         "partial + tl.program_id(1) * parts + part",
         INTERPRETED.format("sums"),
+    ),
+    Mutant(
+        "gathered-before-its-update",
+        "a forward takes the parameters of a layer that the host is still updating",
+        "parallel/storage/transfer.py",
+        "                after.synchronize()\n",
+        "                pass\n",
+        "tests/test_shared_update.py::"
+        "test_a_forward_that_does_not_wait_for_an_update_finds_what_it_has_written[0.5-fp32]",
+    ),
+    Mutant(
+        "read-before-its-update",
+        "states are saved while the host is still updating them",
+        "parallel/chunk/chunk.py",
+        "        self.parameters.written.synchronize()\n",
+        "",
+        "tests/test_shared_update.py::test_a_forward_begins_while_the_host_updates_later_layers[0]",
+    ),
+    Mutant(
+        "root-updated-by-the-host",
+        "every forward waits for the host, which updates a part of the root",
+        "parallel/optim/shared_update.py",
+        "not part.chunk.is_of_root and not",
+        "not",
+        "tests/test_shared_update.py::test_a_forward_begins_while_the_host_updates_later_layers[1]",
     ),
 )
 
