@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.activation import ACTIVATIONS, gated
+from models.activation import ACTIVATIONS
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import Dropout, dropout, seed_of
+from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.activation import FUNCTIONS, activated, gated, rectified
+from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
 from parallel.tensor.norms import Norm
@@ -184,14 +187,31 @@ class FeedForward(Half):
         self, mode: Mode, hidden: int, width: int, *, activation: str, bias: bool, gated: bool = False
     ) -> None:
         super().__init__()
-        self.activation, self.gated = ACTIVATIONS[activation], gated
+        self.activation, self.is_gated = ACTIVATIONS[activation], gated
         self.up = mode.linear_in(width, hidden, bias=bias, fused=2 if gated else 1)
         self.down = mode.linear_out(hidden, width, bias=bias)
 
     def addend(self, x: Tensor) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
+        in_torch = not x.is_cuda or self.up.is_left_to_compiler
+        return output_of(self.down, self._inner(x) if in_torch else self._inner_with_kernels(x))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """Return what the second linear multiplies, [B_inner_batch, S, F_inner_hidden]."""
         inner = self.up(x)
-        return output_of(self.down, gated(inner, self.activation) if self.gated else self.activation(inner))
+        return gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner)
+
+    @not_compiled
+    def _inner_with_kernels(self, x: Tensor) -> Tensor:
+        """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
+        if not is_fused("activation", x):
+            return self._inner(x)
+        up, bias = self.up, self.up.flat_bias
+        if self.is_gated:
+            return gated(up(x), self.activation)
+        if self.activation == "relu" and up.can_be_rectified:
+            return rectified(up.with_constant_bias(x, rectified=True), bias)
+        return activated(up.product(x), self.activation, bias)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

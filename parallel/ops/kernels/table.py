@@ -18,6 +18,7 @@ from torch import Tensor
 
 NARROW = frozenset({torch.bfloat16, torch.float16})
 FLOATS = NARROW | {torch.float32}
+EIGHT_BITS = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,19 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "activation": Kernel(NARROW),
+        "adamw": Kernel(FLOATS),  # of gradients; master weights are fp32
         "cached_attention": Kernel(FLOATS, largest_row=256),
+        "cast": Kernel(FLOATS),
+        "column_sum": Kernel(FLOATS),
+        "cross_entropy": Kernel(frozenset({torch.float32})),
+        "fingerprint": Kernel(FLOATS | {torch.float64, torch.int64}),  # of bits, as 64-bit words
+        "heads": Kernel(NARROW),
+        "lookup": Kernel(FLOATS),
+        "multiply": Kernel(FLOATS),
         "norm": Kernel(FLOATS, largest_row=16384),
+        "sums": Kernel(FLOATS),
+        "transpose": Kernel(EIGHT_BITS),
     }
 )
 
