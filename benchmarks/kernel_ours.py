@@ -18,7 +18,7 @@ from parallel.ops.kernels.heads import heads_of
 from parallel.ops.kernels.lookup import lookup
 from parallel.ops.kernels.norm import fuses
 from parallel.ops.kernels.table import is_fused
-from parallel.tensor.residual import Addend, NormalizedDim, fused_norm
+from parallel.tensor.residual import Addend, NormalizedDim, residual_norm
 
 TABLE = 2**20  # numbers of the tables of noise
 
@@ -38,13 +38,13 @@ def update(gradient: Tensor, parameter: Tensor, *states: Tensor) -> Inputs:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not fuses(x):
         return peers.torch_layer_norm(x, weight, bias)
-    return fused_norm(x, None, weight, bias, _dim(x, is_rms=False))[1]
+    return residual_norm(x, None, None, (weight, bias), _dim(x, is_rms=False))[1]
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     if not fuses(x):
         return peers.torch_rms_norm(x, weight)
-    return fused_norm(x, None, weight, None, _dim(x, is_rms=True))[1]
+    return residual_norm(x, None, None, (weight, None), _dim(x, is_rms=True))[1]
 
 
 def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *, dropout: float = 0.0) -> Inputs:
@@ -52,14 +52,14 @@ def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *, dropou
     drawn = Dropout(dropout, *_coordinates(*x.shape, x.device)) if dropout else None
     if not fuses(x):
         return peers.torch_add_layer_norm(x, y if drawn is None else drawn.of(y), weight, bias)
-    total, normed = fused_norm(x, Addend(y, None, drawn), weight, bias, _dim(x, is_rms=False))
+    total, normed = residual_norm(x, Addend(y), drawn, (weight, bias), _dim(x, is_rms=False))
     return normed, total
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor) -> Inputs:
     if not fuses(x):
         return peers.torch_add_rms_norm(x, y, weight)
-    total, normed = fused_norm(x, Addend(y), weight, None, _dim(x, is_rms=True))
+    total, normed = residual_norm(x, Addend(y), None, (weight, None), _dim(x, is_rms=True))
     return normed, total
 
 

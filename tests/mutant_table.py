@@ -98,7 +98,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
-NORMS = "parallel/tensor/norms.py"
+NORMS, RESIDUAL = "parallel/tensor/norms.py", "parallel/tensor/residual.py"
 SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
@@ -161,11 +161,11 @@ DROPPED_REDUCTIONS = (
            "dim, axis = self.scatter_rows; return reduce(rows.chunk(axis.size, dim)[axis.rank], self.reduce_rows)",
            trains("3d2x2x2")),
     Mutant("layer-norm-mean-not-reduced", "mean and variance are those of this rank's part of the hidden dim",
-           NORMS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
+           RESIDUAL, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
     Mutant("layer-norm-mean-gradient-not-reduced", "dx lacks what comes through mean and variance from other ranks",
            NORMS, "sums = ctx.dim.sum(sums)", "pass", trains("2d1x2")),
     Mutant("layer-norm-variance-of-parts", "the variance leaves out how far the ranks' means are apart",
-           NORMS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
+           RESIDUAL, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
            "sums = all_reduce(sums, axis)",
@@ -1006,17 +1006,17 @@ TENSOR = (
     Mutant(
         "rms-norm-eps-outside",
         "eps is added to 1 / √(mean of x²)",
-        NORMS,
-        "mean_square.add_(dim.eps).rsqrt_()",
-        "mean_square.rsqrt_().add_(dim.eps)",
+        RESIDUAL,
+        "(self.sum(local) / self.size).add_(self.eps).rsqrt_()",
+        "(self.sum(local) / self.size).rsqrt_().add_(self.eps)",
         torch_norm("1d2"),
     ),
     Mutant(
         "rms-norm-of-a-part",
         "each column divides by the mean square of its own part",
-        NORMS,
-        "dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size",
-        "wide.square().mean(-1, keepdim=True)",
+        RESIDUAL,
+        "(self.sum(local) / self.size)",
+        "(local * 2 / self.size)",
         torch_norm("2d1x2"),
     ),
     Mutant(
@@ -3171,6 +3171,75 @@ EIGHT_BITS = (
     ),
 )
 
+NORM_KERNEL = "parallel/ops/kernels/norm_triton.py"
+
+NORMS_IN_ONE_PASS = (
+    Mutant(
+        "norm-kernel-mean-of-padding",
+        "the variance counts what lies between the end of a row and the next power of 2",
+        NORM_KERNEL,
+        "tl.where(is_column[None, :], row - mean[:, None], 0.0)",
+        "row - mean[:, None]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-drops-other-elements",
+        "the kernel's mask of dropout is not that of the reference, and differs between layouts",
+        NORM_KERNEL,
+        "((z >> 27) & 0x1FFFFFFFFF)",
+        "((z >> 26) & 0x1FFFFFFFFF)",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-gradient-of-what-was-dropped",
+        "elements that were dropped have a gradient",
+        NORM_KERNEL,
+        "0.0, gradient * tl.cast(scale, tl.float32))",
+        "gradient, gradient * tl.cast(scale, tl.float32))",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-forgets-the-residual-gradient",
+        "the gradient of the sum itself is lost where a norm follows",
+        NORM_KERNEL,
+        "gradient += dnormal * deviation[:, None]",
+        "gradient = dnormal * deviation[:, None]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-adds-up-some-programs",
+        "the gradients of vectors are those of the first programs' rows",
+        NORM_KERNEL,
+        "(slots < programs)[:, None] & is_column[None, :]",
+        "(slots < programs - 1)[:, None] & is_column[None, :]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "bias-left-to-nobody",
+        "the bias of a half's last linear is added neither by the linear nor by the kernel",
+        RESIDUAL,
+        "return Addend(linear.product(x), linear.flat_bias)",
+        "return Addend(linear.product(x))",
+        INTERPRETED.format("norm_in_blocks"),
+    ),
+    Mutant(
+        "last-add-saves",
+        "a block's last addition saves a tensor, so that a recomputation computes the last product again",
+        RESIDUAL,
+        "        ctx.mask, ctx.wants = mask, (None,",
+        "        ctx.save_for_backward(y)\n        ctx.mask, ctx.wants = mask, (None,",
+        INTERPRETED.format("norm_in_blocks"),
+    ),
+    Mutant(
+        "norm-kernel-row-sums-of-a-part",
+        "where ranks divide rows, the kernel's dx has the sums of each rank's own part",
+        RESIDUAL,
+        "sums, wants = ctx.dim.sum(local)",
+        "sums, wants = local",
+        "tests/test_residual.py::test_the_kernels_of_a_split_norm_equal_torch_on_whole_rows",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3235,4 +3304,5 @@ MUTANTS = (
     *KERNELS_OF_THE_LOSS,
     *UPDATES_IN_ONE_PASS,
     *EIGHT_BITS,
+    *NORMS_IN_ONE_PASS,
 )
