@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.spec import ChunkSpec
+from parallel.ops.kernels.accumulate import accumulate
 from parallel.ops.products import add_product, write_product
 
 
@@ -54,11 +55,7 @@ class Accumulator:
             self._waiting[i] = gradient
             self._buffer_views()
             return
-        view = self._buffer_views()[i]
-        if self.arrivals[i]:
-            view.add_(gradient)
-        else:
-            view.copy_(gradient)
+        accumulate(gradient, self._buffer_views()[i], is_first=not self.arrivals[i])
         self.arrivals[i] += 1
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "accumulate": Kernel(NARROW),
         "activation": Kernel(NARROW),
         "cached_attention": Kernel(FLOATS, largest_row=256),
         "column_sum": Kernel(FLOATS),
