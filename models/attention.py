@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from models.layer import dropout_key
+from models.layer import Half, dropout_key
 from models.rotary import Rotary
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
@@ -18,6 +18,7 @@ from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
+from parallel.tensor.residual import Addend, output_of
 
 Rotation: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
 """Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
@@ -40,7 +41,7 @@ class AttentionOptions:
     window: int | None = None
 
 
-class Attention(nn.Module):
+class Attention(Half):
     """Causal self-attention: x[B_batch, S, H_hidden] -> the same shape.
 
     Heads are split over the axes `mode.inner_hidden`, so attention needs communication only where sequences are split
@@ -69,11 +70,11 @@ class Attention(nn.Module):
         kind, eps = self.options.head_norm
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
-    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+    def addend(self, x: Tensor, batch: Microbatch) -> Addend:
+        """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
         in_torch = not x.is_cuda or self.qkv.is_left_to_compiler
         q, k, v = self._heads(x, batch) if in_torch else self._heads_with_kernels(x, batch)
-        y: Tensor = self.out(self._attend(q, k, v, batch))
-        return y
+        return output_of(self.out, self._attend(q, k, v, batch))
 
     def _heads(self, x: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return q[B, heads, S, D] and k, v[B, kv heads, S, D], turned by their positions."""

@@ -10,6 +10,7 @@ from models.shape import ModelShape
 from parallel.config import Config, TensorConfig
 
 ITEMSIZE: Mapping[str, int] = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
+IN_8_BITS = 1  # byte of each element
 STATISTIC = 4  # bytes at least: statistics of norms are fp32 or wider
 
 
@@ -19,7 +20,7 @@ def kept_bytes(shape: ModelShape, config: Config) -> list[int]:
     With recomputation a block keeps its input, or nothing on the device where inputs are offloaded. Not counted are the
     masks of dropout, and what is small beside a block: rotary tables, and the token ids that the embedding keeps.
     """
-    tensor, itemsize = config.parallel.tensor, ITEMSIZE[config.train.precision]
+    tensor, itemsize = config.parallel.tensor, ITEMSIZE[config.train.dtype]
     tokens = config.train.micro_batch_size * config.data.sequence_length / config.parallel.context.size
     outer, inner, statistics = _shares(tensor)
     kept, wide = shape.kept(), max(itemsize, STATISTIC)
@@ -27,6 +28,9 @@ def kept_bytes(shape: ModelShape, config: Config) -> list[int]:
         case "none":
             elements = kept.outer * outer + kept.inner * inner
             block = tokens * (itemsize * elements + wide * kept.statistics * statistics)
+            if config.train.precision == "fp8":  # between blocks, only the two linears after norms keep their inputs
+                alone = 2 * shape.hidden_size * outer + kept.alone * inner
+                block += tokens * (IN_8_BITS * kept.shared * inner - (itemsize - IN_8_BITS) * alone)
         case "full":
             block = tokens * itemsize * shape.hidden_size * outer
         case _:
@@ -43,7 +47,7 @@ def kept_for_weights(shape: ModelShape, config: Config) -> list[int]:
     These are both factors of the gradient of each matrix: the linears' inputs, and the gradients of their outputs
     (docs/notation.md, "From I to W"). That may be more than what was kept until I. The head's gradients exist before.
     """
-    itemsize = ITEMSIZE[config.train.precision]
+    itemsize = IN_8_BITS if config.train.precision == "fp8" else ITEMSIZE[config.train.dtype]
     tokens = config.train.micro_batch_size * config.data.sequence_length / config.parallel.context.size
     outer, inner, _ = _shares(config.parallel.tensor)
     sizes, between, all_widths = shape.block_tensors(0), 0, 0

@@ -60,6 +60,13 @@ class Kept:
     statistics: int
     """Statistics of norms over the hidden dim: a LayerNorm has two, an RMSNorm one."""
 
+    alone: int = 0
+    """Elements inside the block that a linear alone keeps, as its input: in 8 bits where it multiplies so."""
+
+    shared: int = 0
+    """Elements inside the block that a linear keeps as its input, and something else too, which needs them as they are.
+    """
+
 
 @dataclass(frozen=True)
 class ModelShape(ABC):

@@ -21,6 +21,7 @@ from parallel.config.parallel import TensorConfig
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import sequence_of
 from parallel.tensor import Mode
+from parallel.tensor.residual import Addend, output_of
 from tests.accounts import UNSPLIT, mesh_of
 from tests.test_memory import block_of
 
@@ -43,16 +44,19 @@ ASKED = [f"{module}.is_fused" for module in ("models.attention", "models.layer",
 def compare_interpreted() -> None:
     """Compare two blocks, whose functions are those of a GPU, and whose kernels are interpreted."""
     with (
-        patch.object(FeedForward, "forward", FeedForward._with_kernels),
-        patch.object(Attention, "forward", _attention),
+        patch.object(FeedForward, "addend", _feed_forward),
+        patch.object(Attention, "addend", _attention),
     ):
         for family in ("opt", "llama, grouped"):
             compare(SHAPES[family], "cpu", length=5)
 
 
-def _attention(self: Attention, x: Tensor, batch: Microbatch) -> Tensor:
-    y: Tensor = self.out(self._attend(*self._heads_with_kernels(x, batch), batch))
-    return y
+def _feed_forward(self: FeedForward, x: Tensor) -> Addend:
+    return output_of(self.down, self._inner_with_kernels(x))
+
+
+def _attention(self: Attention, x: Tensor, batch: Microbatch) -> Addend:
+    return output_of(self.out, self._attend(*self._heads_with_kernels(x, batch), batch))
 
 
 def compare(shape: ModelShape, device: str, *, length: int) -> None:

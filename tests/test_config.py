@@ -319,17 +319,17 @@ def test_a_bad_value_is_refused_with_its_key_and_one_that_works(
     assert problems({section: keys}) == (f"{section}.{key}: {problem}",)
 
 
-@pytest.mark.parametrize(
-    ("raw", "problem"),
-    [
-        (
-            {"train": {"precision": "fp8"}},
-            "train.precision: 'fp8' is not available yet. Try 'fp64', 'fp32', 'bf16' or 'fp16'.",
-        ),
-    ],
-)
-def test_a_value_that_is_not_supported_yet_is_refused_by_name(raw: dict[str, Any], problem: str) -> None:
-    assert problems(raw) == (problem,)
+def test_slices_in_8_bits_are_refused_by_name() -> None:
+    tensor = dict(mode="1d", size=2, overlap=True)
+    assert problems(dict(parallel=dict(tensor=tensor), train=dict(precision="fp8"))) == (
+        "parallel.tensor.overlap: True multiplies in slices, of which there are none in 8 bits, and train.precision is"
+        " 'fp8'. Try overlap=False, or train.precision='bf16'.",
+    )
+
+
+def test_parameters_are_bf16_where_linears_multiply_in_8_bits() -> None:
+    dtypes = {name: parse(dict(train=dict(precision=name))).train.dtype for name in ("fp64", "fp32", "bf16", "fp8")}
+    assert dtypes == {"fp64": "fp64", "fp32": "fp32", "bf16": "bf16", "fp8": "bf16"}
 
 
 @pytest.mark.parametrize(

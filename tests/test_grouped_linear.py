@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.products import product_of
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
 from parallel.tensor.receiver import GradientReceiver
@@ -108,7 +109,9 @@ def received_of(mode: Mode) -> int:
     """Check what a receiver gets in place of autograd, and return how often it gets something."""
     linear = mode.linear_in_groups(KV_HEADS, ROWS, K)
     found: list[Tensor] = []
-    linear.receiver = GradientReceiver(DeferredCalls(), lambda a, b: found.append(a @ b), found.append)
+    linear.receiver = GradientReceiver(
+        DeferredCalls(), lambda a, b: found.append(product_of(a, b, torch.float64)), found.append
+    )
     linear(torch.ones(mode.activation_shape(B, S, K), dtype=torch.float64)).sum().backward()
     assert linear.weight.grad is None
     assert [gradient.shape for gradient in found] == [linear.weight.flatten(0, -2).shape]

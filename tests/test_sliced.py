@@ -9,10 +9,12 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.products import product_of
 from parallel.tensor import sliced
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.receiver import GradientReceiver
@@ -43,7 +45,9 @@ def results_of(x: Tensor, w: Tensor, bias: Tensor, dy: Tensor, collectives: Line
     y.backward(dy)
     found = dict(y=y.detach(), dx=x.grad, dw=w.grad, db=bias.grad)
     deferred, received = DeferredCalls(), list[Tensor]()
-    receiver = GradientReceiver(deferred, lambda a, b: received.append(a @ b), received.append)
+    receiver = GradientReceiver(
+        deferred, lambda a, b: received.append(product_of(a, b, torch.float64)), received.append
+    )
     x.grad = None
     with deferred.deferring(0):
         matmul(x, w, collectives, receiver=receiver).backward(dy)

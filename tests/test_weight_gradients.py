@@ -19,6 +19,7 @@ from parallel.engine import engine
 from parallel.errors import ConfigError
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.products import product_of
 from parallel.pipeline.schedule import SCHEDULES
 from parallel.pipeline.transfers import with_transfers
 from parallel.plan.plan import Action, Op, Plan
@@ -125,11 +126,12 @@ def inputs(case: Case, rank: int, sizes: tuple[int, int, int, int] = (B, S, K, N
     return x, w, drawn(*out, seed=20 + first_peer(rank, case.reduce_y))
 
 
-def exact(case: Case) -> list[tuple[Tensor, Tensor]]:
+def exact(case: Case, rounded: Callable[[Tensor, str], Tensor] = lambda x, name: x) -> list[tuple[Tensor, Tensor]]:
     """Return dx and dW of every rank: autograd's, of the sum over all ranks of y · dy, where a y that several ranks
-    have counts once.
+    have counts once. `rounded` rounds x, w and dy, which it is given by name.
     """
-    own = [inputs(case, rank) for rank in range(RANKS)]
+    names = ("x", "w", "dy")
+    own = [[rounded(x, name) for x, name in zip(inputs(case, rank), names, strict=True)] for rank in range(RANKS)]
     xs = [own[first_peer(rank, case.copy_x)][0].requires_grad_() for rank in range(RANKS)]
     ws = [w.requires_grad_() for _, w, _ in own]
     dim, axis = case.gather_x or (0, None)
@@ -179,7 +181,7 @@ class Halves:
 
 
 def received(found: list[Tensor], deferred: DeferredCalls) -> GradientReceiver:
-    return GradientReceiver(deferred, lambda a, b: found.append(a @ b), found.append)
+    return GradientReceiver(deferred, lambda a, b: found.append(product_of(a, b, torch.float64)), found.append)
 
 
 def recorded(compute: Callable[[], object]) -> Calls:

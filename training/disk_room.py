@@ -22,7 +22,7 @@ small may be cleared before the first checkpoint is due, so that it is no reason
 
 def checkpoint_bytes(config: Config) -> int:
     """Return the bytes of a checkpoint, all ranks' files together, but for the index and the headers."""
-    state = state_size(master_dtype(DTYPES[config.train.precision]), config.optimizer)
+    state = state_size(master_dtype(DTYPES[config.train.dtype]), config.optimizer)
     return parameter_count(shape_of(config)) * state
 
 

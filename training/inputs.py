@@ -69,7 +69,7 @@ def input_messages(config: Config, corpus: Corpus) -> list[str]:
 
 def _dtype_messages(config: Config, path: str, shape: ModelShape) -> list[str]:
     """Say which dtype the weights are cast to, where that is not their own."""
-    run, stored = config.train.precision, [DTYPES[dtype] for dtype in stored_dtypes(path, shape)]
+    run, stored = config.train.dtype, [DTYPES[dtype] for dtype in stored_dtypes(path, shape)]
     if stored == [run]:
         return []
     exported = config.output.export_dtype or ("fp64" if run == "fp64" else "fp32")

@@ -17,7 +17,7 @@ from models.tokenizer import Tokenizer
 from parallel.checkpoint.newest import FoundCheckpoint
 from parallel.config import Config
 from parallel.engine.context import Place
-from parallel.engine.device import choose_device
+from parallel.engine.device import check_precision, choose_device
 from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
 from training.callbacks import Callback
@@ -179,6 +179,7 @@ def facts_of_job(job: Job, *, debug_comm: bool = False) -> dict[str, Any]:
 def check_device(config: Config, place: Place) -> None:
     """Raise ConfigError if this machine lacks the device that the run asks for, or what torch.compile needs there."""
     device, _ = choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
+    check_precision(config.train.precision, device)
     if config.train.compile:
         check_compiler(device)
 

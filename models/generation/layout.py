@@ -22,7 +22,8 @@ def config_for(
     """Return the config by which a trained model is laid out: as a config file and KEY=VALUE assignments say.
 
     Of a file the sections of `READ` are read, and only these may be assigned. Without a precision in either, and
-    without `dtype`, it is that of the weights. Raises ConfigError.
+    without `dtype`, it is that of the weights; bf16 in the place of fp8, whose scales belong to a training. Raises
+    ConfigError.
     """
     raw = _read_of({} if file is None else load_raw(file))
     raw = apply_overrides(raw, assignments)
@@ -35,6 +36,7 @@ def config_for(
         raise ConfigError(context_problem(size))
     precision = dtype or raw.get("train", {}).get("precision") or trained.precision
     parts = _size(raw, "tensor")  # the number of parts into which the mode splits a batch divides it
+    precision = "bf16" if precision == "fp8" else precision
     training = dict(precision=precision, micro_batch_size=parts if isinstance(parts, int) and parts > 0 else 1)
     raw["train"] = raw.get("train", {}) | training
     raw["data"] = dict(sequence_length=2)

@@ -215,8 +215,10 @@ class GPT2Shape(ModelShape):
 
     def kept(self) -> Kept:
         """Return what a block keeps for backward: of an activation other than relu the input, too."""
-        activation = 1 if self.activation_function == "relu" else 2
-        return Kept(outer=4 * self.n_embd, inner=4 * self.n_embd + activation * self.inner + self.n_head, statistics=4)
+        is_relu = self.activation_function == "relu"
+        inner = 4 * self.n_embd + (1 if is_relu else 2) * self.inner + self.n_head
+        alone, shared = (0, self.n_embd + self.inner) if is_relu else (self.inner, self.n_embd)
+        return Kept(4 * self.n_embd, inner, statistics=4, alone=alone, shared=shared)
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Sizes:

@@ -235,7 +235,8 @@ class SharedShape(ModelShape):
         inner = (2 * heads + 2 * groups) * size + heads + 3 * self.intermediate_size
         if self.has_head_norms:
             inner += (heads + groups) * (size + 1)
-        return Kept(outer=4 * self.hidden_size, inner=inner, statistics=2)
+        alone, shared = self.intermediate_size, heads * size
+        return Kept(4 * self.hidden_size, inner, statistics=2, alone=alone, shared=shared)
 
     def spans(self, sequence_length: int) -> list[int]:
         return [min(sequence_length, window or sequence_length) for window in self.windows()]

@@ -173,8 +173,10 @@ class OPTShape(ModelShape):
 
     def kept(self) -> Kept:
         """Return what a block keeps for backward: relu keeps its output alone, other activations their input too."""
-        activation = self.ffn_dim * (1 if self.activation_function == "relu" else 2)
-        return Kept(4 * self.hidden_size, 4 * self.hidden_size + activation + self.num_attention_heads, statistics=4)
+        hidden, is_relu = self.hidden_size, self.activation_function == "relu"
+        inner = 4 * hidden + self.ffn_dim * (1 if is_relu else 2) + self.num_attention_heads
+        alone, shared = (0, hidden + self.ffn_dim) if is_relu else (self.ffn_dim, hidden)
+        return Kept(4 * hidden, inner, statistics=4, alone=alone, shared=shared)
 
     # -- config.json
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from parallel.chunk.spec import ChunkSpec
 from parallel.ops.kernels.accumulate import accumulate
-from parallel.ops.products import add_product, write_product
+from parallel.ops.products import Factor, add_product, write_product
 
 
 class Accumulator:
@@ -29,6 +29,7 @@ class Accumulator:
         self._views: list[Tensor] = []  # of the buffer, one for each parameter
         self.arrivals = [0] * len(self.spec.infos)
         self._waiting: dict[int, Tensor] = {}  # gradients that have arrived and are not in the buffer
+        self._placed: set[int] = set()  # parameters whose views `place` has given away
 
     def views(self) -> list[Tensor]:
         """Return each parameter's view of the buffer, with all that has arrived.
@@ -55,8 +56,21 @@ class Accumulator:
             self._waiting[i] = gradient
             self._buffer_views()
             return
-        accumulate(gradient, self._buffer_views()[i], is_first=not self.arrivals[i])
+        view = self._buffer_views()[i]
+        if i not in self._placed or gradient.data_ptr() != view.data_ptr():
+            accumulate(gradient, view, is_first=not self.arrivals[i])
         self.arrivals[i] += 1
+
+    def place(self, i: int, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product a[N, T] · b[T, K], the first gradient of parameter i, in memory where `add` need not copy
+        it. Another one, or one that is narrower than the buffer, is in memory of its own.
+        """
+        view = self._buffer_views()[i].flatten(0, -2)
+        if self.arrivals[i] or i in self._placed or view.dtype != a.dtype:
+            return torch.mm(a, b)
+        self._placed.add(i)
+        torch.mm(a, b, out=view)
+        return view.view(view.shape)  # an object that nobody else has: autograd copies one that is shared
 
     @torch.no_grad()
     def _add_waiting(self) -> None:
@@ -75,7 +89,7 @@ class Accumulator:
             self.arrivals[i] += 1
 
     @torch.no_grad()
-    def add_factors(self, i: int, a: Tensor, b: Tensor) -> None:
+    def add_factors(self, i: int, a: Factor, b: Factor) -> None:
         """Add the product a[N, T] · b[T, K] to the gradient of parameter i, a matrix [N, K]."""
         view = self._buffer_views()[i].flatten(0, -2)
         (add_product if self.arrivals[i] else write_product)(a, b, view)

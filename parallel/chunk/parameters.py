@@ -6,11 +6,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from parallel.chunk.fingerprint import fingerprint
+from parallel.chunk.eight_bits import EightBitWeights
 from parallel.chunk.memory import ChunkMemory
 from parallel.chunk.spec import ChunkSpec
 from parallel.chunk.user_writes import UserWrites
 from parallel.mesh.collectives import Pending, start_all_gather
+from parallel.ops.kernels.fingerprint import fingerprint
 from parallel.storage.transfer import CopyEvent, Tier
 
 Shown: TypeAlias = Callable[[bool], None]
@@ -25,6 +26,7 @@ class ParameterBuffer:
                    demand
 
     writes         what is known of writes into the module's parameters by somebody other than the engine
+    eight_bits     what is gathered instead while linears multiply in 8 bits, if all of the parameters are their weights
 
     Each `gather` allocates new memory. So a tensor that was made of the parameters, and that somebody has kept, keeps
     the values it had; only its memory is not freed by `release`. While `whole` is empty, and until it has arrived, each
@@ -34,30 +36,39 @@ class ParameterBuffer:
     def __init__(self, spec: ChunkSpec, memory: ChunkMemory, *, whole: Tensor, own: Tensor) -> None:
         self.spec, self.memory = spec, memory
         self.whole, self.own, self.tier = whole, own, Tier.DEVICE
-        self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
+        self.written = CopyEvent()  # the last update of states and of `own`, where one of them is on the host
         self._placeholder: Tensor | None = None  # what the module's parameters show while they have no values
         places = zip(spec.starts, spec.shapes, strict=True)
         self._places = {info.parameter: place for info, place in zip(spec.infos, places, strict=True)}
         self.on_show: Shown = lambda is_whole: None
         self._show_whole()
         self.writes = UserWrites(spec.infos)
+        self.eight_bits: EightBitWeights | None = None
 
     @property
     def is_whole(self) -> bool:
         """True if the whole buffer has memory now."""
         return bool(len(self.whole))
 
+    @property
+    def in_8_bits(self) -> list[Tensor]:
+        """The buffers of weights in 8 bits that there are now."""
+        weights = self.eight_bits
+        return [] if weights is None else [x for x in (weights.own, weights.whole) if x is not None]
+
     def gather(self) -> Pending:
         """Start to make the parameters whole (FSDP's unshard). The module's parameters have values when the result has
-        been waited for.
+        been waited for; in 8 bits they have none, and are available all the same.
         """
         spec, copies = self.spec, self.memory.copies
         self.note_lost_writes()
+        if self.eight_bits is not None and self.eight_bits.is_on and self.tier is Tier.DEVICE:
+            return self._gather_in_8_bits(self.eight_bits)
         self._allocate()
         if self.tier is Tier.DEVICE:
             return self._showing(start_all_gather(self.own, 0, spec.shard_axis, out=self.whole))
         part = spec.own_slice(self.whole)
-        arrival = copies.upload(self.own, part, after=self._written)
+        arrival = copies.upload(self.own, part, after=self.written)
         if spec.shard_axis.size == 1:
             return self._showing(Pending(self.whole, arrival))
         with copies.on_upload_stream():  # behind the copy, so that computation waits for neither
@@ -69,6 +80,8 @@ class ParameterBuffer:
         """
         self._keep_what_was_written()
         self.on_show(False)
+        if self.eight_bits is not None:
+            self.eight_bits.release()
         with torch.inference_mode(False):
             self.whole = self.whole.new_empty(0)
             shared = placeholder((), self.whole.dtype, self.whole.device)
@@ -81,15 +94,15 @@ class ParameterBuffer:
         if self.tier is tier or Tier.DEVICE not in (self.tier, tier):
             self.own.copy_(master)
         elif self.tier is Tier.HOST:  # rounded before the copy, which is smaller then
-            self._written = copies.download(master.to(self.own.dtype), self.own)
+            self.written = copies.download(master.to(self.own.dtype), self.own)
         else:
             wide = self.memory.empty(Tier.DEVICE, master)
             copies.upload(master, wide).wait()
             self.own.copy_(wide)
 
     def record_write(self, written: CopyEvent) -> None:
-        """Make the next `gather` wait for a copy into `own` that an optimizer has launched."""
-        self._written = written
+        """Make the next `gather` wait for an update of `own` that an optimizer has launched."""
+        self.written = written
 
     def all_gather(self) -> Pending:
         """Start to all-gather the updated slices, where `own` is a view of the whole buffer."""
@@ -123,6 +136,12 @@ class ParameterBuffer:
             address = self.whole.data_ptr() + start * self.whole.element_size()
             return not parameter.numel() or parameter.data_ptr() == address
 
+    @property
+    def shows_all(self) -> bool:
+        """True if each of the module's parameters is its own view of this buffer. It takes less time than `shows`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [(x.data_ptr(), x.shape, x.is_contiguous()) for x in self._places] == self._views
+
     def has_placeholder(self, parameter: nn.Parameter) -> bool:
         """Return True if one of the module's parameters has a placeholder in the place of its values."""
         shared = self._placeholder
@@ -149,13 +168,15 @@ class ParameterBuffer:
 
         A parameter that has become one of another shape, dtype or device stays as it is.
         """
+        if self.shows_all:
+            return
         for info, start in zip(self.spec.infos, self.spec.starts, strict=True):
             parameter = info.parameter
             if self.shows(parameter) or tuple(parameter.shape) != tuple(info.layout.local_shape):
                 continue
             if (parameter.dtype, parameter.device) == (self.whole.dtype, self.whole.device):
                 view = self.whole[start : start + parameter.numel()].view(parameter.shape)
-                view.copy_(parameter.detach())
+                view.copy_(parameter.detach().clone())  # it may be another view of the same memory
                 parameter.data = view
                 torch.autograd.graph.increment_version(parameter)
 
@@ -173,7 +194,24 @@ class ParameterBuffer:
         if self.tier is Tier.DEVICE:
             self.own.copy_(part)
         else:
-            self._written = self.memory.copies.download(part, self.own)
+            self.written = self.memory.copies.download(part, self.own)
+
+    def _gather_in_8_bits(self, weights: EightBitWeights) -> Pending:
+        """Start to gather the weights in 8 bits. `whole` and the module's parameters are then NaN in the memory of one
+        element, so that autograd can save their places, and a loss shows it if anything but a linear reads them.
+        """
+        with torch.inference_mode(False):
+            shared = placeholder((), self.whole.dtype, self.whole.device)
+        self.whole = shared.expand(self.spec.size)
+        pending = weights.gather(self.own)
+
+        def finish(buffer: Tensor) -> Tensor:
+            self._placeholder = shared
+            self._show([shared.expand(shape) for shape in self.spec.shapes])
+            self.on_show(True)
+            return pending.finish(buffer)
+
+        return Pending(pending.buffer, pending.work, finish, pending.watch)
 
     def _allocate(self) -> None:
         with torch.inference_mode(False):  # a tensor that is made in inference mode can never be trained
@@ -191,7 +229,9 @@ class ParameterBuffer:
     def _show_whole(self) -> None:
         """Give the module's parameters their values, as views of the whole buffer."""
         self._placeholder = None
-        self._show(self.spec.views(self.whole))
+        views = self.spec.views(self.whole)
+        self._views = [(x.data_ptr(), x.shape, True) for x in views]
+        self._show(views)
         self.on_show(True)
 
     def _show(self, views: Sequence[Tensor]) -> None:

@@ -217,6 +217,8 @@ def parse(
     if is_layout_valid and reader.could_read("train"):
         problems += config.microbatch_problems()
         problems += config.batch_problems(world_size) if batches else []
+    if is_layout_valid and reader.could_read("train"):
+        problems += config.precision_problems()
     if is_layout_valid and reader.could_read("data"):
         problems += config.document_problems()
     if reader.could_read("zero"):

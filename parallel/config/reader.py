@@ -1,7 +1,7 @@
 """Reads raw values into frozen dataclasses by their type hints: what a hint can express needs no code in a section.
 
 A hint is bool, int, float, str, Bytes, a Literal, a tuple, a dataclass or a union of such; Annotated adds Range,
-Supported, Expanded, NamesOrFile and Rest.
+Expanded, NamesOrFile and Rest.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from parallel.config.literals import literal
 from parallel.config.other_names import advice, key_text
 from parallel.config.paths import PathError, expanded
-from parallel.errors import SHOWN, ConfigError, closest, either, shown
+from parallel.errors import SHOWN, ConfigError, closest, shown
 
 Section = TypeVar("Section")
 
@@ -48,13 +48,6 @@ class Range:
         if self.high >= NO_MODEL_REACHES:
             return f"at most {self.high}" if value > self.high else f"at least {self.low}"
         return f"{self.low} <= value {'<' if self.open else '<='} {self.high}"
-
-
-class Supported:
-    """The values that are implemented. Other values that the hint allows are refused as not available yet."""
-
-    def __init__(self, *values: object) -> None:
-        self.values = values
 
 
 Count = Annotated[int, Range(1, 2**40)]
@@ -153,7 +146,7 @@ class Reader:
 
     def _value(self, hint: Any, raw: object, path: tuple[str, ...], default: object) -> Any:
         try:
-            value = convert(hint, raw)
+            return convert(hint, raw)
         except ConfigError as error:
             self.problems += error.problems
             self.misread.update(path[:1])
@@ -162,12 +155,6 @@ class Reader:
             nearest = error.nearest if can_convert(hint, error.nearest) else default
             self._report(path, f"{error.wrong}. Try {nearest!r}.")
             return default
-        for supported in annotations_of(hint, Supported):
-            if value not in supported.values:
-                self.problems.append(
-                    f"{'.'.join(path)}: {shown(raw)} is not available yet. Try {either(map(repr, supported.values))}."
-                )
-        return value
 
     def _report(self, path: tuple[str, ...], wrong: str) -> None:
         self.problems.append(f"{'.'.join(path) or 'config'}: {wrong}")
@@ -195,7 +182,7 @@ def _section_of(hint: Any) -> Any:
 
 
 def annotations_of(hint: Any, kind: type[Section]) -> Iterator[Section]:
-    """Yield the objects of one kind, Range or Supported, that an `Annotated` hint carries."""
+    """Yield the objects of one kind, such as Range, that an `Annotated` hint carries."""
     if get_origin(hint) is Annotated:
         yield from (annotation for annotation in hint.__metadata__ if isinstance(annotation, kind))
 

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from parallel.config.model import ModelConfig
 from parallel.config.parallel import ParallelConfig
-from parallel.config.reader import Bytes, Count, Natural, PathText, Probability, Range, Supported
+from parallel.config.reader import Bytes, Count, Natural, PathText, Probability, Range
 from parallel.errors import either, nearest_multiples, times
 
 Fraction = Annotated[float, Range(0, 1)]
@@ -134,10 +134,11 @@ class TrainConfig:
     which the tensor mode splits a microbatch: depth × rows, or the square of the cube's edge.
     """
 
-    precision: Annotated[Literal["fp64", "fp32", "bf16", "fp16", "fp8"], Supported(*get_args(Dtype))] = "fp32"
+    precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "fp32"
     """The dtype of parameters and activations. With bf16 and fp16, master weights and optimizer states are fp32, and
-    gradients are added up in fp32; fp16 also has a dynamic loss scale. fp64 is for comparisons. "fp8" is not available
-    yet.
+    gradients are added up in fp32; fp16 also has a dynamic loss scale. fp64 is for comparisons. "fp8" is bf16 in which
+    the linears of the blocks multiply numbers of 8 bits (docs/precision.md); it needs a GPU of compute capability 8.9,
+    and a CPU emulates it.
     """
 
     clip_grad_norm: Annotated[float | None, Range(0)] = 1.0
@@ -176,6 +177,11 @@ class TrainConfig:
 
     early_stopping: EarlyStoppingConfig | None = None
     """dict(patience=3): end the run once the validation loss no longer falls. It needs output.eval_every."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of parameters and activations: bf16 where linears multiply in 8 bits, else the precision."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
 
 @dataclass(frozen=True)
@@ -311,6 +317,15 @@ class Config:
         context = self.parallel.context
         if self.data.document_mask and context.size > 1 and context.kind == "ring":
             return [f"data.document_mask: {NO_DOCUMENTS_IN_A_RING}, or data.document_mask=False."]
+        return []
+
+    def precision_problems(self) -> list[str]:
+        """Return what is wrong if linears are to multiply in 8 bits where there are no such products."""
+        if self.train.precision == "fp8" and self.parallel.tensor.overlap:
+            return [
+                "parallel.tensor.overlap: True multiplies in slices, of which there are none in 8 bits, and"
+                " train.precision is 'fp8'. Try overlap=False, or train.precision='bf16'."
+            ]
         return []
 
     def microbatch_problems(self) -> list[str]:

@@ -34,6 +34,7 @@ from parallel.placement.initial import InitialPlacement
 from parallel.placement.manager import PlacementManager
 from parallel.placement.memory_guard import MemoryGuard
 from parallel.storage.transfer import HostCopy, Tier
+from parallel.tensor.scaling import Scaling
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class EngineBase:
     """The chunks of a module's parameters, their optimizer, and all that a checkpoint must know of both.
 
     `steps` counts the steps. `inputs` keeps the inputs of recomputed layers, where these are offloaded to the host.
-    `memory_guard` explains the errors of a memory without room.
+    `scaling` has the scales of linears that multiply in 8 bits. `memory_guard` explains the errors of a memory without
+    room.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class EngineBase:
             self.chunks, optimizer, self.config.zero, self.mesh.world, initial_placement
         )
         self.inputs: InputsOnHost | None = None
+        self.scaling: Scaling | None = None
         self._agreement = Agreement(self.mesh.world)
         copies = initial_placement.save_room.is_enough
         self.saver = Saver(self.mesh, self.chunks, self.notices, Writing(context.place.num_threads, copies))
@@ -253,16 +256,19 @@ class EngineBase:
         if written.wait().item():
             self.writes.take()
         self.optimizer.step(self._clip_coefficient(norm) / divisor, self.lr, found_inf(norm, loss))
+        self.writes.note()  # now: the host has nothing else to do until the gradients are computed
 
     def _end_step(self, loss: float, norm: float) -> Outcome:
         """Count a step by the numbers that its update was launched with, and return what it has come to."""
         outcome = self.steps.count(loss, norm)
         is_updated = outcome is Outcome.UPDATED
+        if self.scaling is not None:
+            self.scaling.take_outcome(is_updated=is_updated)
         if not is_updated:
             self.optimizer.take_back()
         self.mesh.watch.progress.step = self.num_steps
         self.placement_manager.after_step(skipped=not is_updated)
-        self.writes.note()
+        self.writes.note_moved()
         return outcome
 
     def _report(self, outcome: Outcome, loss: float | None, norm: float, origin: Callable[[], str]) -> None:

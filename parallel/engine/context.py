@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from parallel.config import Config, Resolver, load_raw, parse
-from parallel.engine.device import choose_device, set_up_device
+from parallel.engine.device import check_precision, choose_device, set_up_device
 from parallel.engine.facts import facts_of
 from parallel.engine.rendezvous import leave_nccl_to_the_watch, start_watch, store_of_groups
 from parallel.errors import ConfigError
@@ -105,8 +105,8 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of parameters and activations: `train.precision`."""
-        return DTYPES[self.config.train.precision]
+        """The dtype of parameters and activations."""
+        return DTYPES[self.config.train.dtype]
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +200,10 @@ def launch_from_torch(
             raw = load_raw(config) if isinstance(config, str | Path) else config
             config = parse(raw, world_size=place.world_size, resolve=resolve, batches=False)
         _refuse_keys_of_a_run(config)
-        choose_device(config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size)
+        device, _ = choose_device(
+            config.train.device, local_rank=place.local_rank, local_world_size=place.local_world_size
+        )
+        check_precision(config.train.precision, device)
         if watch.is_on:
             facts = {**facts_of(config, place.world_size), "debug_comm": debug_comm}
             watch.meet(facts, config.train.timeout_seconds)

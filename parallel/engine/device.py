@@ -7,6 +7,9 @@ import torch
 
 from parallel.errors import ConfigError
 
+LEAST_FOR_FP8 = (8, 9)
+"""The compute capability of the first GPUs that multiply numbers of 8 bits."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -32,6 +35,19 @@ def choose_device(wanted: str, *, local_rank: int, local_world_size: int) -> tup
         return torch.device("cpu"), "gloo"
     backend = "nccl" if local_world_size <= count else "gloo"
     return torch.device("cuda", local_rank % count), backend
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ConfigError where `train.precision` is 'fp8' and a GPU has no tensor cores for numbers of 8 bits."""
+    if precision != "fp8" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_FOR_FP8:
+        major, minor = capability
+        raise ConfigError(
+            "train.precision: 'fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell), and"
+            f" {device} is {torch.cuda.get_device_name(device)}, of {major}.{minor}. Try 'bf16'."
+        )
 
 
 def set_up_device(device: torch.device, *, memory_limit: int | None, local_world_size: int) -> None:

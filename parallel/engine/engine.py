@@ -4,6 +4,7 @@ It knows no model.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -17,6 +18,7 @@ from parallel.engine.context import Context
 from parallel.engine.origin import origin_of
 from parallel.engine.phases import Stopwatch
 from parallel.engine.results import StepResult
+from parallel.engine.scales import scaling_of
 from parallel.engine.state import EngineState
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
 from parallel.layout.labels import IGNORED, shift
@@ -26,7 +28,7 @@ from parallel.modules.parameters import OriginalParameters
 from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
-from parallel.optim.step_counts import Outcome
+from parallel.optim.step_counts import Outcome, found_inf
 from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart
@@ -73,9 +75,9 @@ class Engine(EngineState):
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         for module in part.modules():
-            # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
-            if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
-                module.receiver = self.gradients.receiver(module.weight)
+            if isinstance(module, Linear):
+                module.receiver = self.gradients.receiver(module.weight, in_compiled_code=not has_w)
+        self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
@@ -84,7 +86,7 @@ class Engine(EngineState):
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
         if self.writes.is_on and not problem:
-            self.writes.seen()  # values that came by `p.data = ...` can be followed
+            self.writes.take_replaced()  # values that came by `p.data = ...` can be followed
             problem = self._original.change()
         super().agree_on(action, problem, error)
 
@@ -117,7 +119,7 @@ class Engine(EngineState):
         first = microbatches[0]
         masks = (int(x is not None) for x in (first.attention_mask, first.documents))
         self.placement_manager.before_step((len(microbatches), *first.input_ids.shape, *masks))
-        total = self._forwards_and_backwards(microbatches, self.stopwatch.mark)
+        total = self._forwards_and_backwards(microbatches, self.stopwatch.mark, records=True)
         scale = self.loss_scale.scale
         if written is None:
             norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
@@ -129,6 +131,8 @@ class Engine(EngineState):
         self.stopwatch.mark("update")
         lr = self.lr
         self._update(norm, scale, written, total)
+        if self.scaling is not None:
+            self.scaling.end_step(found_inf(norm, total))
         self.num_samples += self.data.size * len(batch["input_ids"])
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         outcome = self._end_step(loss, grad_norm)
@@ -159,7 +163,7 @@ class Engine(EngineState):
         self.agree_on("an evaluation")
         self.part.eval()
         total, tokens = 0.0, 0
-        with self.memory_guard.explained(lambda: "an evaluation"):
+        with self.memory_guard.explained(lambda: "an evaluation"), self._casting(records=False):
             self.gatherer.begin()
             for batch in batches:
                 self.agree_on("a batch of an evaluation")
@@ -180,20 +184,27 @@ class Engine(EngineState):
 
     # -- parts of a step
 
-    def _forwards_and_backwards(self, microbatches: Sequence[Microbatch], mark: Callable[..., None]) -> Tensor:
+    def _forwards_and_backwards(
+        self, microbatches: Sequence[Microbatch], mark: Callable[..., None], *, records: bool = False
+    ) -> Tensor:
         """Return the loss summed over ranks, and leave the gradients of all microbatches, summed over ranks, in chunks.
 
-        `mark` is called with each phase that begins.
+        `mark` is called with each phase that begins. `records`: the scales of later steps depend on this one.
         """
         self.gradients.begin(len(microbatches))
         self.gatherer.begin()
         runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred, mark=mark)
-        total = runner.run(self._plan(len(microbatches), trains=True))
+        with self._casting(records=records):
+            total = runner.run(self._plan(len(microbatches), trains=True))
         mark("reduce")
         total = self._sum(total)
         self.gatherer.end()
         self.gradients.finish()
         return total
+
+    def _casting(self, *, records: bool) -> AbstractContextManager[None]:
+        """Return a context in which weights are cast to 8 bits once, and `records` maxima, where linears do so."""
+        return nullcontext() if self.scaling is None else self.scaling.casting(records=records)
 
     def _origin(self, microbatches: Sequence[Microbatch]) -> str:
         """Run a step again that has updated nothing, and return where its first number was that is not finite."""

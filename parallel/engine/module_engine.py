@@ -69,6 +69,11 @@ class ModuleEngine(UserLoop):
                 "parallel: a module of your own is not split by a pipeline, tensor or context; only models.build's are."
                 " Leave parallel empty, and set zero.stage."
             )
+        if config.train.precision == "fp8":
+            raise ConfigError(
+                "train.precision: 'fp8' is for models of models.build, whose linears multiply in 8 bits; those of a"
+                " module of your own stay as they are. Try 'bf16'."
+            )
         Agreement(context.mesh.world).agree_on("a model", problem_of_another_engine(module))
         copies = IndependentCopies(module)
         layers = layers_of(module)

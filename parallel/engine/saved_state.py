@@ -14,6 +14,7 @@ from parallel.engine.counters import check_counters
 from parallel.errors import CheckpointError, names_text, shown
 from parallel.mesh.mesh import Axis
 from parallel.optim.param_groups import SavedGroup
+from parallel.tensor.scaling import Histories, is_history
 
 FORMAT = 2
 """The format of the metadata. Before 2, a checkpoint lacked frozen parameters, and of groups it had `lr` alone."""
@@ -83,6 +84,12 @@ class SavedState:
         names: Sequence[Sequence[str]] = self.metadata.get("group_names", ())
         return [SavedGroup(*pair) for pair in zip(names, self.values.get("param_groups", ()), strict=False)]
 
+    @property
+    def histories(self) -> Histories:
+        """The largest magnitudes by which tensors are scaled to 8 bits; none of a run in another precision."""
+        found: Histories = self.values.get("scaling", {})
+        return found
+
     def check_shapes(self, wanted: Shapes) -> None:
         """Raise CheckpointError with all tensors that have another shape in the model."""
         problems = [
@@ -110,17 +117,23 @@ class SavedState:
         )
         return self._messages(now - saved, saved - now, "the optimizer")
 
+    def scale_problems(self, wanted: frozenset[str]) -> list[str]:
+        """Return messages about scales of weights with these public names that only one side has."""
+        saved = {f"master/{name}" for name in self.histories}
+        now = {f"master/{name}" for name in wanted}
+        return self._messages(now - saved, saved - now, "the model", "the scales of ")
+
     def without_states(self, wanted: Shapes) -> set[str]:
         """Return the names of the parameters with states now, of which the checkpoint has none."""
         saved, now = ({name_of(n) for n in shapes if kind_of(n) not in WEIGHTS} for shapes in (self.shapes, wanted))
         return now - saved
 
-    def _messages(self, missing: set[str], left_over: set[str], what: str) -> list[str]:
+    def _messages(self, missing: set[str], left_over: set[str], what: str, of: str = "") -> list[str]:
         found = []
         if missing:
-            found.append(f"{self.folder} lacks {_text(missing)}, which {what} has")
+            found.append(f"{self.folder} lacks {of}{_text(missing)}, which {what} has")
         if left_over:
-            found.append(f"{self.folder} has {_text(left_over)}, which {what} lacks")
+            found.append(f"{self.folder} has {of}{_text(left_over)}, which {what} lacks")
         return found
 
 
@@ -134,6 +147,8 @@ def _values_of(index: Index, axis: Axis) -> Mapping[str, Any]:
     is_right = _is_list_of(groups, dict) and len(groups) == len(names)
     if not is_right or not isinstance(values.get("extra_state", {}), dict):
         raise CheckpointError(f"{index.folder} is no checkpoint of this program: its param groups are {shown(groups)}.")
+    if not is_history(values.get("scaling", {})):
+        raise CheckpointError(f"{index.folder} is no checkpoint of this program: its scales have another form.")
     return values
 
 

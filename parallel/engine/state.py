@@ -15,6 +15,7 @@ from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.values import decode, encode
 from parallel.engine.base import EngineBase
 from parallel.engine.saved_state import FORMAT, WEIGHTS, SavedState, Shapes, kind_of, name_of
+from parallel.engine.scales import histories_of_all, names_of_all
 from parallel.engine.state_dict import check_layout, refuse_other, tensor_problems
 from parallel.errors import CheckpointError, names_text
 from parallel.layout.layout import Piece
@@ -58,6 +59,7 @@ class EngineState(EngineBase):
         names, fields = self._groups()
         module = extra_states(self.module)
         values = dict(extra={} if extra is None else extra, param_groups=fields, extra_state=module)
+        values |= {} if self.scaling is None else {"scaling": histories_of_all(self.scaling, self.mesh)}
         entries, pieces = encode_on_ranks(values, world)
         metadata = dict(
             format=FORMAT,
@@ -109,7 +111,7 @@ class EngineState(EngineBase):
         """
         self._finish_saves("loading a checkpoint")
         saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
-        problems = self._weight_problems(saved)
+        problems = self._weight_problems(saved) + self._scale_problems(saved)
         more, groups = self._group_problems(saved)
         self._refuse_or_log(problems + more, strict=strict)
         wanted = self._shapes(self._pieces_with(groups))
@@ -124,6 +126,8 @@ class EngineState(EngineBase):
         steps = {info.name: 0 for info in infos if not new.isdisjoint(info.names)}
         self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})
         set_extra_states(self.module, saved.values.get("extra_state", {}))
+        if self.scaling is not None:
+            self.scaling.restore({} if self._scale_problems(saved) else saved.histories)
         self.check_finite(f"It was loaded from {saved.folder}.", states=True)
         self._log_what_starts_anew(saved, new)
         extra: dict[str, Any] = saved.values["extra"]
@@ -133,7 +137,8 @@ class EngineState(EngineBase):
         """Load the weights of a checkpoint, or of the latest in a folder that was saved to, and nothing else.
 
         They are parameters, frozen ones too, buffers, and extra states of the module. The optimizer, its states, and
-        the counters stay as they are. Raises CheckpointError and NonFiniteError as `load_checkpoint` does.
+        the counters stay as they are. Scales of 8 bits start anew, with a step in bf16, since they are made of the
+        weights that were. Raises CheckpointError and NonFiniteError as `load_checkpoint` does.
         """
         self._finish_saves("loading weights")
         saved = SavedState.read(folder, self.mesh.world, option="load_weights")
@@ -141,6 +146,8 @@ class EngineState(EngineBase):
         self._load(saved, [piece for piece in self.state_pieces() if kind_of(piece.name) in WEIGHTS])
         set_extra_states(self.module, saved.values.get("extra_state", {}))
         self.write_back()
+        if self.scaling is not None:
+            self.scaling.forget()
         self.check_finite(f"It was loaded from {saved.folder}.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +160,8 @@ class EngineState(EngineBase):
         self.agree_on("a state_dict")
         self.writes.take_if_any()
         names, fields = self._groups(gathers=False)
-        values = encode(dict(param_groups=fields, extra_state=extra_states(self.module)))
+        scales = {} if self.scaling is None else self.scaling.histories()
+        values = encode(dict(param_groups=fields, extra_state=extra_states(self.module), scaling=scales))
         steps = self.optimizer.counters()["steps"]
         return {
             "layout": self._layout(),
@@ -186,6 +194,8 @@ class EngineState(EngineBase):
             x.copy_(state["tensors"][key])
         self.restore(state["counters"], steps=state["counters"]["steps"])
         set_extra_states(self.module, values["extra_state"])
+        if self.scaling is not None:
+            self.scaling.restore(values.get("scaling", {}))
 
     # -- details
 
@@ -242,6 +252,14 @@ class EngineState(EngineBase):
         wanted = self._shapes(self.state_pieces())
         saved.check_shapes(wanted)
         return saved.weight_problems(wanted, frozen=self._frozen())
+
+    def _scale_problems(self, saved: SavedState) -> list[str]:
+        """Return messages about scales of 8 bits that only one side has; none where a side has none at all, as in
+        another precision.
+        """
+        if self.scaling is None or not saved.histories:
+            return []
+        return saved.scale_problems(names_of_all(self.scaling, self.mesh))
 
     def _group_problems(self, saved: SavedState) -> tuple[list[str], dict[int, SavedGroup]]:
         """Return messages about optimizers and groups that differ, and the saved groups to restore, by number."""

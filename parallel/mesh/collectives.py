@@ -10,7 +10,7 @@ deprecates the old names; only this file depends on it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Pending:
             with Watching(self.watch):
                 self.work.wait()
         return self.finish(self.buffer)
+
+    def then(self, function: Callable[[Tensor], Tensor]) -> "Pending":
+        """Return the same, whose result is this function of the result."""
+        finish = self.finish
+        return replace(self, finish=lambda buffer: function(finish(buffer)))
 
 
 class Watching:
@@ -116,6 +121,9 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis, *, out: Tensor | None = No
     """Start what `all_gather` does. `out`: the flat tensor to gather into; x may be this rank's part of it."""
     if axis.size == 1:
         return Pending(x)
+    if x.dtype.itemsize == 1 and x.dtype.is_floating_point and out is None:  # gloo sends no such numbers
+        dtype = x.dtype
+        return start_all_gather(x.view(torch.uint8), dim, axis).then(lambda whole: whole.view(dtype))
     if out is not None:
         assert dim == 0
         assert out.ndim == x.ndim == 1

@@ -1,15 +1,26 @@
 """Matrix products in a dtype as wide as their factors or wider.
 
 A GPU multiplies bf16 or fp16 factors, sums in fp32 and writes fp32 in one pass. A CPU does not: there the product is
-rounded to the factors' dtype first, or the factors are widened.
+rounded to the factors' dtype first, or the factors are widened. Factors of 8 bits are two `Scaled`.
 """
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from parallel.ops.fp8 import Scaled, scaled_product, write_scaled_product
 
-def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+Factor: TypeAlias = Tensor | Scaled
+
+
+def write_product(a: Factor, b: Factor, out: Tensor) -> None:
     """Compute out[M, N] = a[M, K] · b[K, N]. `out` may have a wider dtype than a and b."""
+    if isinstance(a, Scaled):
+        assert isinstance(b, Scaled)
+        write_scaled_product(a, b, out)
+        return
+    assert isinstance(b, Tensor)
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -18,8 +29,16 @@ def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Compute out[M, N] += a[M, K] · b[K, N]. `out` may have a wider dtype than a and b."""
+def add_product(a: Factor, b: Factor, out: Tensor) -> None:
+    """Compute out[M, N] += a[M, K] · b[K, N]. `out` may have a wider dtype than a and b.
+
+    A product of 8-bit factors is rounded to bf16 before it is added: a GPU does not add it to a sum.
+    """
+    if isinstance(a, Scaled):
+        assert isinstance(b, Scaled)
+        out.add_(scaled_product(a, b, torch.bfloat16 if out.is_cuda else out.dtype))
+        return
+    assert isinstance(b, Tensor)
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
@@ -43,3 +62,12 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     product = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     write_product(a, b, product)
     return product
+
+
+def product_of(a: Factor, b: Factor, dtype: torch.dtype) -> Tensor:
+    """Return a[M, K] · b[K, N] -> [M, N], of factors of this dtype, or of 8 bits in this dtype."""
+    if isinstance(a, Scaled):
+        assert isinstance(b, Scaled)
+        return scaled_product(a, b, dtype)
+    assert isinstance(b, Tensor)
+    return torch.mm(a, b)

@@ -11,6 +11,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.errors import ModelError
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
+from parallel.ops.products import Factor
 
 NO_PARAMETERS: Mapping[nn.Parameter, int] = MappingProxyType({})
 
@@ -68,7 +69,7 @@ class ChunkSum:
         """True if everything has arrived that the current round waits for."""
         return self.missing == 0
 
-    def take_product(self, i: int, a: Tensor, b: Tensor) -> None:
+    def take_product(self, i: int, a: Factor, b: Factor) -> None:
         """Take the gradient a[N, T] · b[T, K] of parameter i, a matrix [N, K]."""
         self.chunk.gradient.accumulator.add_factors(i, a, b)
         self._count(i)
@@ -78,6 +79,10 @@ class ChunkSum:
         accumulator = self.chunk.gradient.accumulator
         accumulator.add(i, gradient.view_as(accumulator.views()[i]))
         self._count(i)
+
+    def place_product(self, i: int, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product a[N, T] · b[T, K], a gradient of parameter i that is about to arrive, in its place."""
+        return self.chunk.gradient.accumulator.place(i, a, b)
 
     def take(self, i: int, parameter: Tensor) -> None:
         """Take the gradient of parameter i out of `.grad`, where a backward has put it."""

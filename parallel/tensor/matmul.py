@@ -28,6 +28,7 @@ from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import wide_product
+from parallel.tensor.compiled import compiled_linear
 from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
@@ -149,9 +150,13 @@ class LinearCollectives:
         """Return x[..., K] · w[N', K]ᵀ + bias[N'], of gathered factors: the product of this rank alone."""
         return F.linear(x, w, bias)
 
+    def multiply_back(self, dy: Tensor, w: Tensor) -> Tensor:
+        """Return dy[..., N'] · w[N', K], of gathered factors."""
+        return dy @ w
+
     def _start_dx(self, dy: Tensor, w: Pending) -> Pending:
         """Launch the sum of dx over ranks: a gathered dy[..., N'] and w[N', K] -> dx[..., K']."""
-        dx = dy @ w.wait()
+        dx = self.multiply_back(dy, w.wait())
         if self.copy_x is not ALONE:
             return start_all_reduce(dx, self.copy_x)
         return start_reduce_scatter(dx, *self.gather_x)
@@ -195,7 +200,7 @@ class _Matmul(torch.autograd.Function):
         else:
             in_flight, dw = collectives.both_gradients(dy, x, w, _multiply(collectives, receiver))
         db = column_sum(dy.flatten(0, -2)) if ctx.needs_input_grad[2] else None
-        return in_flight.wait(), _received(dw, receiver), db, None, None
+        return in_flight.wait(), received(dw, receiver), db, None, None
 
 
 def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, receiver: GradientReceiver) -> None:
@@ -204,7 +209,7 @@ def _add_weight_gradient(dy: Tensor, x: Tensor, collectives: LinearCollectives, 
     Both are gathered again: from a backward of inputs to this call nothing is kept that was gathered. (A gathered dy
     would take as many times its memory as the axis has ranks, for as many microbatches as wait for their W.)
     """
-    _received(collectives.weight_gradient(dy, x, _multiply(collectives, receiver)), receiver)
+    received(collectives.weight_gradient(dy, x, _multiply(collectives, receiver)), receiver)
 
 
 def _multiply(collectives: LinearCollectives, receiver: GradientReceiver | None) -> Multiply:
@@ -212,7 +217,7 @@ def _multiply(collectives: LinearCollectives, receiver: GradientReceiver | None)
     return torch.mm if receiver is None or collectives.gather_w.size > 1 else receiver.add_product
 
 
-def _received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | None:
+def received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | None:
     """Give the receiver this rank's part of dW[N', K''], if it has not taken the product already.
 
     Return what is left to autograd: the part itself if there is no receiver.
@@ -225,8 +230,9 @@ def _received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | 
 
 def is_left_to_compiler(collectives: LinearCollectives, receiver: GradientReceiver | None) -> bool:
     """Return whether code is being compiled, and a product is in it: else it is called by what is compiled."""
-    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
-    return torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd
+    if not torch.compiler.is_compiling() or not collectives.is_local:
+        return False
+    return receiver is None or not torch.is_grad_enabled() or receiver.handle is not None
 
 
 def matmul(
@@ -243,26 +249,31 @@ def matmul(
     """
     if is_left_to_compiler(collectives, receiver):
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
-        is_row = x.numel() == x.shape[-1]
-        return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver is None or not torch.is_grad_enabled():
+            is_row = x.numel() == x.shape[-1]
+            return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver.handle is not None:
+            return compiled_linear(x, w, bias, receiver.handle)
     y: Tensor = _matmul(x, w, bias, collectives, receiver)
     return y
 
 
-class _Keep(torch.autograd.Function):
+class Keep(torch.autograd.Function):
     """Keeps for backward what `_Matmul` keeps, before the product is computed: x[..., K'], w[N', K''] -> [].
+
+    `source` is what x was made of, if autograd does not know that.
 
     torch's checkpoint stops a recomputation as soon as everything that was kept has been kept again. So a block's last
     product is not computed a second time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, source: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, w)
         return x.new_empty(())
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """Computes y[..., N'] as `_Matmul` does, in a recomputation, through whose graph no gradient flows."""
 
     @staticmethod
@@ -277,7 +288,7 @@ def _matmul(
     x: Tensor, w: Tensor, bias: Tensor | None, collectives: LinearCollectives, receiver: GradientReceiver | None
 ) -> Tensor:
     if is_recomputation():
-        kept: Tensor = _Keep.apply(x, w)  # type: ignore[no-untyped-call]
-        return _Product.apply(kept, x, w, bias, collectives)  # type: ignore[no-untyped-call, no-any-return]
+        kept: Tensor = Keep.apply(x, w)  # type: ignore[no-untyped-call]
+        return Product.apply(kept, x, w, bias, collectives)  # type: ignore[no-untyped-call, no-any-return]
     y: Tensor = _Matmul.apply(x, w, bias, collectives, receiver)  # type: ignore[no-untyped-call]
     return y

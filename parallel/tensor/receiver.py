@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.products import Factor
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,12 @@ class GradientReceiver:
     deferred: DeferredCalls
     """Keeps the computation of the gradient for later, in the part of a backward that is to compute none."""
 
-    add_product: Callable[[Tensor, Tensor], None]
-    """Adds the product of two factors, [N', T] and [T, K'']: the matmul itself adds it to the sum."""
+    add_product: Callable[[Factor, Factor], None]
+    """Adds the product of two factors, [N', T] and [T, K'']: the matmul itself adds it to the sum, if it can."""
 
     add: Callable[[Tensor], None]
     """Adds a gradient, [N', K'']."""
+
+    handle: Tensor | None = None
+    """Stands for the receiver in compiled code: see parallel/tensor/compiled.py. With None compiled code ends a graph
+    at the matmul, whose backward may keep the gradient of the weight for later."""

@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from parallel.ops.kernels import accumulate_triton
+from parallel.ops.kernels.accumulate_triton import launch_accumulate
 from parallel.ops.kernels.activation import FUNCTIONS
 from parallel.ops.kernels.activation_triton import (
     launch_activated,
@@ -97,9 +97,9 @@ def compare_column_sum(x: Tensor) -> None:
 def compare_accumulate(x: Tensor) -> None:
     """Compare a copy to fp32 and a sum in it: both are what torch computes, bit for bit."""
     out, wanted = (torch.full_like(x, torch.nan, dtype=torch.float32) for _ in range(2))
-    accumulate_triton.launch(x, out, is_first=True)
+    launch_accumulate(x, out, is_first=True)
     assert torch.equal(out, wanted.copy_(x))
-    accumulate_triton.launch(x.flip(0), out, is_first=False)
+    launch_accumulate(x.flip(0), out, is_first=False)
     assert torch.equal(out, wanted.add_(x.flip(0)))
 
 

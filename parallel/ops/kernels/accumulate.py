@@ -12,9 +12,9 @@ def accumulate(x: Tensor, out: Tensor, *, is_first: bool) -> None:
     """Compute out = x where `is_first`, else out += x. Both have one shape; `out` may have a wider dtype."""
     is_plain = x.dtype == out.dtype or x.numel() < LEAST or not (x.is_contiguous() and out.is_contiguous())
     if not is_plain and is_fused("accumulate", x):
-        from parallel.ops.kernels.accumulate_triton import launch  # imports Triton
+        from parallel.ops.kernels.accumulate_triton import launch_accumulate  # imports Triton
 
-        launch(x, out, is_first=is_first)
+        launch_accumulate(x, out, is_first=is_first)
     elif is_first:
         out.copy_(x)
     else:

@@ -4,13 +4,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
+
 BLOCK, WARPS = 4096, 8
 
 
-def launch(x: Tensor, out: Tensor, *, is_first: bool) -> None:
+def launch_accumulate(x: Tensor, out: Tensor, *, is_first: bool) -> None:
     """Compute out = x or out += x, both contiguous."""
     if size := x.numel():
-        _accumulate[triton.cdiv(size, BLOCK),](x, out, size, IS_FIRST=is_first, BLOCK=BLOCK, num_warps=WARPS)
+        constants = dict(IS_FIRST=is_first, BLOCK=BLOCK)
+        launch(_accumulate, (triton.cdiv(size, BLOCK),), (x, out), (size,), constants=constants, num_warps=WARPS)
 
 
 @triton.jit

@@ -1,0 +1,80 @@
+"""The scales of a model's 8-bit linears: which linears have some, and those of all pipeline stages together."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from parallel.chunk.chunk import Chunk
+from parallel.chunk.eight_bits import EightBitWeights
+from parallel.engine.context import Context
+from parallel.mesh.collectives import gather_objects
+from parallel.mesh.mesh import Mesh
+from parallel.pipeline.part import ModelPart
+from parallel.tensor.fp8_matmul import WeightCopy
+from parallel.tensor.layers import Linear
+from parallel.tensor.scaling import Histories, Scaling, TensorScale
+
+
+class ChunkWeight(WeightCopy):
+    """The weight of a linear in 8 bits: a view of what its chunk has gathered so, or a copy of the parameter.
+
+    A copy is kept for a step unless the parameter is gathered on demand, and then cast after each gather.
+    """
+
+    def __init__(self, scale: TensorScale, chunk: Chunk, number: int) -> None:
+        super().__init__(scale)
+        self.chunk, self.number = chunk, number
+
+    def clear(self) -> None:
+        """Drop the copies. The chunk may be placed elsewhere than in the last step."""
+        super().clear()
+        self.is_kept = not self.chunk.is_gathered_on_demand
+
+    def rows(self, w: Tensor, amax: Tensor | None, *, trains: bool) -> Tensor:
+        """Return [N', K'']; see `WeightCopy`."""
+        weights = self.chunk.parameters.eight_bits
+        views = None if weights is None else weights.views()
+        return super().rows(w, amax, trains=trains) if views is None else views[self.number].flatten(0, -2)
+
+
+def scaling_of(part: ModelPart, chunks: Sequence[Chunk], context: Context) -> Scaling | None:
+    """Give each linear that multiplies in 8 bits its scales, and return those of all; None in another precision.
+
+    They are the linears of blocks. The head, and projections beside the embedding, stay in bf16: a logit that is
+    rounded to 3 bits is the loss itself, and there is no norm after it.
+    """
+    if context.config.train.precision != "fp8":
+        return None
+    modules = [module for unit in part.units.values() for module in unit.modules()]
+    linears = {module.weight: module for module in modules if isinstance(module, Linear)}
+    infos = [info for chunk in chunks for info in chunk.infos if info.parameter in linears]
+    mesh = context.mesh
+    axes = [mesh.axis(name) for name in mesh.topology.shape if name != "pipe"]
+    scaling = Scaling([info.names for info in infos], axes, mesh.device)
+    scales_of = dict(zip((info.parameter for info in infos), scaling.linears, strict=True))
+    for chunk in chunks:
+        found = [scales_of.get(info.parameter) for info in chunk.infos]
+        scales = [x for x in found if x is not None]
+        for number, info in enumerate(chunk.infos):
+            if (scale := found[number]) is not None:
+                linear = linears[info.parameter]
+                linear.multiply_in_8_bits(scale)
+                assert linear.eight_bit is not None
+                linear.eight_bit.weight = ChunkWeight(scale.weight, chunk, number)
+                scaling.copies.append(linear.eight_bit.weight)
+        if len(scales) == len(found) and chunk.spec.is_partitioned:
+            chunk.parameters.eight_bits = EightBitWeights(chunk.spec, scales)
+            scaling.copies.append(chunk.parameters.eight_bits)
+    return scaling
+
+
+def histories_of_all(scaling: Scaling, mesh: Mesh) -> Histories:
+    """Return the histories of all pipeline stages, by the public names of weights. Every rank calls this."""
+    parts = gather_objects(scaling.histories(), mesh.axis("pipe"))
+    return {name: history for part in parts for name, history in part.items()}
+
+
+def names_of_all(scaling: Scaling, mesh: Mesh) -> frozenset[str]:
+    """Return the public names of the weights of all pipeline stages that have scales. Every rank calls this."""
+    own = {name for names in scaling.names for name in names}
+    return frozenset().union(*gather_objects(own, mesh.axis("pipe")))
