@@ -18,6 +18,7 @@ from models.llama.shape import LlamaShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
+from parallel.ops.kernels import activation, heads
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import sequence_of
 from parallel.tensor import Mode
@@ -38,7 +39,7 @@ SHAPES: Mapping[str, ModelShape] = {
     "qwen3": Qwen3Shape(**SIZES, num_key_value_heads=3, head_dim=12),
 }
 ASKED = [f"{module}.is_fused" for module in ("models.attention", "models.layer", "parallel.ops.kernels.activation")]
-"""Where it is asked whether a kernel can be launched."""
+"""These functions are asked whether a kernel can be launched."""
 
 
 def compare_interpreted() -> None:
@@ -51,6 +52,12 @@ def compare_interpreted() -> None:
             compare(SHAPES[family], "cpu", length=5)
 
 
+def compare_compiled_and_interpreted() -> None:
+    """Compare a block in whose compiled code the kernels are operators, which are interpreted."""
+    with patch.object(activation, "IN_COMPILED_CODE", True), patch.object(heads, "IN_COMPILED_CODE", True):
+        compare(SHAPES["llama, grouped"], "cpu", length=5, backend="aot_eager")
+
+
 def _feed_forward(self: FeedForward, x: Tensor) -> Addend:
     return output_of(self.down, self._inner_with_kernels(x))
 
@@ -59,16 +66,16 @@ def _attention(self: Attention, x: Tensor, batch: Microbatch) -> Addend:
     return output_of(self.out, self._attend(*self._heads_with_kernels(x, batch), batch))
 
 
-def compare(shape: ModelShape, device: str, *, length: int) -> None:
+def compare(shape: ModelShape, device: str, *, length: int, backend: str | None = None) -> None:
     """Compare the output and every gradient in bf16 with those in fp64: twice the error of torch's functions at most.
 
-    Norms of errors are compared. torch's counts as at least the rounding of the dtype.
+    Norms of errors are compared. torch's counts as at least the rounding of the dtype. `backend` compiles the block.
     """
     exact = results(shape, torch.float64, device, length)
     with _launching(False):
         reference = results(shape, torch.bfloat16, device, length)
     with _launching(True):
-        found = results(shape, torch.bfloat16, device, length)
+        found = results(shape, torch.bfloat16, device, length, backend)
     assert found.keys() == exact.keys() == reference.keys()
     for name, wanted in exact.items():
         error, of_torch = ((x[name].double() - wanted).norm() for x in (found, reference))
@@ -85,11 +92,15 @@ def _launching(answer: bool) -> Iterator[None]:
         yield
 
 
-def results(shape: ModelShape, dtype: torch.dtype, device: str, length: int) -> dict[str, Tensor]:
+def results(
+    shape: ModelShape, dtype: torch.dtype, device: str, length: int, backend: str | None = None
+) -> dict[str, Tensor]:
     """Return the output of a block and all of its gradients, for the same numbers in each dtype."""
     mesh = mesh_of(0, TensorConfig(), UNSPLIT)
     mesh.device = torch.device(device)
     block = block_of(shape, Mode(mesh, dtype, sequence=sequence_of(mesh, UNSPLIT), overlaps=False))
+    if backend is not None:
+        block.compile(backend=backend, fullgraph=True)
     generator = torch.Generator().manual_seed(0)
 
     def numbers(sizes: torch.Size, scale: float = 1.0) -> Tensor:

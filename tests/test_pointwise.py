@@ -1,12 +1,19 @@
-"""On a GPU the kernels of activations, heads and sums of columns are as exact as torch's functions.
+"""The kernels of activations, heads and sums of columns are as exact on a GPU as torch's functions.
 
 On a CPU `test_kernels.py` runs the same comparisons with Triton's interpreter.
 """
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 
+from parallel.ops.kernels import activation, heads
 from tests import blocks
+from tests.patience import LIMIT
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -25,3 +32,21 @@ def test_a_kernel_is_as_exact_as_its_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", blocks.SHAPES)
 def test_a_block_with_kernels_is_as_exact_as_without(family: str) -> None:
     blocks.compare(blocks.SHAPES[family], "cuda", length=70)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "llama, grouped"])
+def test_a_compiled_block_with_kernels_is_as_exact_as_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (activation, heads):
+        monkeypatch.setattr(module, "IN_COMPILED_CODE", True)
+    blocks.compare(blocks.SHAPES[family], "cuda", length=70, backend="inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_compiled_code_calls_kernels_as_operators() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = "from tests import blocks; blocks.compare_compiled_and_interpreted()"
+    child = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=LIMIT)
+    assert child.returncode == 0, child.stdout + child.stderr
