@@ -11,6 +11,7 @@ from benchmarks.workload import BETAS, EPS, WEIGHT_DECAY
 from parallel.config import OptimizerConfig
 from parallel.layout.rng import Dropout
 from parallel.ops.fp8 import E4M3
+from parallel.ops.kernels.accumulate import accumulate
 from parallel.ops.kernels.adamw import Elements, Noise, Step, can_be_fused, update_fused
 from parallel.ops.kernels.cast import cast, cast_and_transpose
 from parallel.ops.kernels.cross_entropy import cross_entropy, multiply_in_place
@@ -75,6 +76,13 @@ def heads(qkv: Tensor) -> Inputs:
         return peers.torch_heads(qkv)
     count = qkv.shape[-1] // 192
     return heads_of(qkv, count, count, bias=None, tables=None)
+
+
+def to_fp32(gradient: Tensor) -> Tensor:
+    """Return a gradient in the dtype of the sum over microbatches."""
+    out = torch.empty_like(gradient, dtype=torch.float32)
+    accumulate(gradient, out, is_first=True)
+    return out
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> Inputs:

@@ -211,7 +211,7 @@ GRADIENT_RULE = (
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
            CHUNK_SUM, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
     Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
-           ACCUMULATOR, "view.add_(gradient)", "view.copy_(gradient)", trains("single")),
+           ACCUMULATOR, "is_first=not self.arrivals[i]", "is_first=True", trains("single")),
     Mutant("sum-before-the-last-microbatch", "a gradient is summed over ranks before the last microbatch was added to it",
            CHUNK_SUM,
            "self.waits_for = num_microbatches * self", "self.waits_for = self",
@@ -3240,6 +3240,57 @@ NORMS_IN_ONE_PASS = (
     ),
 )
 
+POINTWISE = (
+    Mutant(
+        "turned-the-other-way-in-a-kernel",
+        "the kernel turns q and k by the negative angle",
+        "parallel/ops/kernels/heads_triton.py",
+        "return first * c - second * s, second * c + first * s",
+        "return first * c + second * s, second * c - first * s",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "q-heads-of-another-group",
+        "the kernel counts the q heads of a group from the first group on",
+        "parallel/ops/kernels/heads_triton.py",
+        "group * GROUP + place, group)",
+        "place, group)",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "sum-of-what-came-in",
+        "the gradient of a bias is summed before the activation's slope",
+        "parallel/ops/kernels/activation_triton.py",
+        "            total += dx",
+        "            total += dy",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "up-gets-the-gates-gradient",
+        "the gradient of the gate lacks what it multiplies",
+        "parallel/ops/kernels/activation_triton.py",
+        "dy * up * _slope(gate, KIND)",
+        "dy * _slope(gate, KIND)",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "bias-summed-twice",
+        "the linear sums the gradient of a bias that its caller sums",
+        "parallel/tensor/layers.py",
+        "None if self.flat_bias is None else self.flat_bias.detach()",
+        "self.flat_bias",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "gradient-of-the-last-vector-alone",
+        "microbatches replace each other's gradients of vectors",
+        ACCUMULATOR,
+        "torch._foreach_add_([views[i] for i in later], addends)",
+        "torch._foreach_copy_([views[i] for i in later], addends)",
+        trains("single"),
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3305,4 +3356,5 @@ MUTANTS = (
     *UPDATES_IN_ONE_PASS,
     *EIGHT_BITS,
     *NORMS_IN_ONE_PASS,
+    *POINTWISE,
 )
