@@ -7,10 +7,10 @@ BENCH := $(VENV)/.bench
 PIP_INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint slow kills soak mutants bench-cpu bench-gpu bench-gpus bench-micro
+.PHONY: help venv demo test test-gpu lint slow kills soak mutants bench-cpu bench-gpu bench-gpus bench-kernels bench-micro
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 venv: $(INSTALLED)  ## .venv with everything installed
 
@@ -68,6 +68,9 @@ bench-cpu: $(BENCH)  ## tokens a second on this CPU, ours beside torch, Hugging 
 
 bench-gpu: venv  ## tokens a second and memory on one GPU, ours beside Hugging Face and FSDP2
 	@$(RUN) -W ignore -m benchmarks.one_gpu
+
+bench-kernels: venv  ## GB/s and µs of every fused kernel on one GPU, beside the floor, torch's and Liger-Kernel's (2 minutes)
+	@$(RUN) -W ignore -m benchmarks.kernels
 
 bench-gpus: venv  ## parity, speed, overlap and bandwidth of every layout on all GPUs of this host (8 minutes at most)
 	@$(RUN) -m torch.distributed.run --nproc-per-node gpu -m benchmarks.multi_gpu

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from parallel.chunk.fingerprint import fingerprints
 from parallel.chunk.writes import Writes
 from parallel.engine.context import DTYPES
+from parallel.ops.kernels.fingerprint import fingerprints
 
 CHUNK = 50_000_000 // 64 * 64
 REPEATS, PAIRS = 10, 15

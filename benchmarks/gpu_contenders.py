@@ -70,6 +70,16 @@ def ours_compiled(work: Work) -> Step:
     return _ours(work, compile=True)
 
 
+def ours_fp8(work: Work) -> Step:
+    """Train with our engine, linears in 8 bits."""
+    return _ours(work, precision="fp8")
+
+
+def ours_fp8_compiled(work: Work) -> Step:
+    """Train with our engine, linears in 8 bits, and `train.compile`."""
+    return _ours(work, precision="fp8", compile=True)
+
+
 def _ours(work: Work, **train: Any) -> Step:
     config = dict(
         model=dict(path=str(work.folder)),
@@ -98,15 +108,41 @@ def hf_compiled(work: Work) -> Step:
 
 def liger(work: Work) -> Step:
     """Train Hugging Face's model with the kernels of liger-kernel (Hsu et al. 2024, arXiv 2410.10989)."""
+    model = _with_liger(work)
+    return _with_masters(model, forward=model)
+
+
+def liger_compiled(work: Work) -> Step:
+    """Train the same, compiled by `torch.compile`."""
+    model = _with_liger(work)
+    return _with_masters(model, forward=torch.compile(model))
+
+
+def _with_liger(work: Work) -> nn.Module:
     if find_spec("liger_kernel") is None:
         raise UnavailableError("liger-kernel is not installed.")
-    model = load(work.folder).to(_device())
-    family = model.config.model_type
+    model: nn.Module = load(work.folder).to(_device())
+    family = from_hugging_face(work.folder).model_type
     replace = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     if family not in replace or _device().type != "cuda":
         raise UnavailableError(f"liger-kernel has no kernels for {family} on {_device().type}.")
     replace[family](model=model)
-    return _with_masters(model, forward=model)
+    return model
+
+
+def torchao_fp8(work: Work) -> Step:
+    """Train Hugging Face's model with torchao's linears in 8 bits, compiled; the head stays in bf16.
+
+    Scales are those of each tensor as it is (tensorwise dynamic scaling), torchao's default.
+    """
+    if find_spec("torchao") is None:
+        raise UnavailableError("torchao is not installed.")
+    if _device().type != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+        raise UnavailableError("products of 8 bits need a GPU of compute capability 8.9 or newer.")
+    convert = import_module("torchao.float8").convert_to_float8_training
+    model = load(work.folder).to(_device())
+    convert(model, module_filter_fn=lambda module, name: "lm_head" not in name)
+    return _with_masters(model, forward=torch.compile(model))
 
 
 def _with_masters(model: nn.Module, *, forward: Callable[..., Any]) -> Step:
@@ -155,7 +191,12 @@ def fsdp2(work: Work) -> Step:
     return step
 
 
-CONTENDERS = {build.__name__: build for build in (ours, ours_compiled, hf, hf_compiled, fsdp2, liger)}
+BUILDS = (
+    *(ours, ours_compiled, ours_fp8, ours_fp8_compiled),
+    *(hf, hf_compiled, fsdp2, liger, liger_compiled, torchao_fp8),
+)
+CONTENDERS = {build.__name__: build for build in BUILDS}
+IN_8_BITS = frozenset({"ours_fp8", "ours_fp8_compiled", "torchao_fp8"})
 
 
 def measure(name: str, work: Work) -> Result:

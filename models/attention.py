@@ -8,13 +8,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from models.layer import dropout_key
+from models.layer import Half, dropout_key
+from models.rotary import Rotary
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
-from parallel.ops.compiling import materialized
+from parallel.ops.compiling import materialized, not_compiled
+from parallel.ops.kernels.heads import by_head, heads_of, parts_of, turned
+from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
+from parallel.tensor.residual import Addend, output_of
 
 Rotation: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
 """Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
@@ -37,7 +41,7 @@ class AttentionOptions:
     window: int | None = None
 
 
-class Attention(nn.Module):
+class Attention(Half):
     """Causal self-attention: x[B_batch, S, H_hidden] -> the same shape.
 
     Heads are split over the axes `mode.inner_hidden`, so attention needs communication only where sequences are split
@@ -66,7 +70,14 @@ class Attention(nn.Module):
         kind, eps = self.options.head_norm
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
-    def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
+    def addend(self, x: Tensor, batch: Microbatch) -> Addend:
+        """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
+        in_torch = not x.is_cuda or self.qkv.is_left_to_compiler
+        q, k, v = self._heads(x, batch) if in_torch else self._heads_with_kernels(x, batch)
+        return output_of(self.out, self._attend(q, k, v, batch))
+
+    def _heads(self, x: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q[B, heads, S, D] and k, v[B, kv heads, S, D], turned by their positions."""
         qkv = self.qkv(x)
         if batch.cache is not None:
             qkv = materialized(qkv)  # attention of a new token reads q, k and v as views
@@ -78,8 +89,25 @@ class Attention(nn.Module):
         q, k, v = by_head(q), by_head(k), by_head(v)
         if self.options.rotary is not None:
             q, k = self.options.rotary(q, k, batch, self.mode)
-        y: Tensor = self.out(self._attend(q, k, v, batch))
-        return y
+        return q, k, v
+
+    @not_compiled
+    def _heads_with_kernels(self, x: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same. Backward joins the three gradients, turned back, and sums the bias's in one pass."""
+        rotary, tables = self.options.rotary, None
+        if not is_fused("heads", x) or not (rotary is None or isinstance(rotary, Rotary)):
+            return self._heads(x, batch)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        qkv = self.qkv.with_constant_bias(x) if q_norm is None else self.qkv(x)
+        if isinstance(rotary, Rotary):
+            tables = rotary.tables_for(batch, self.mode, qkv, qkv.shape[1])
+        if q_norm is None or k_norm is None:
+            return heads_of(qkv, self.heads, self.kv_heads, bias=self.qkv.flat_bias, tables=tables)
+        q, k, v = parts_of(qkv, self.heads, self.kv_heads)
+        q, k = q_norm(q), k_norm(k)
+        if tables is None:
+            return by_head(q), by_head(k), by_head(v)
+        return turned(q, tables), turned(k, tables), by_head(v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Microbatch) -> Tensor:
         if batch.cache is not None:
@@ -100,22 +128,3 @@ class Attention(nn.Module):
         if batch.documents is not None:
             documents = batch.documents.apply(lambda x: self.mode.local(x, self.mode.inner_batch))
         return Masking(tokens, dropout, self.options.window, documents)
-
-
-def parts_of(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q[B, S, kv heads, group, D] and k, v[B, S, kv heads, D], views of the joint linear's output qkv[B, S, F].
-
-    With as many k, v heads as q heads the features are all of q, of k and of v; else q's, k's and v's of each group
-    follow one another. The output is cut along its last dim, so that in backward the gradients are joined by one copy.
-    """
-    group, size = heads // kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads)
-    if group == 1:
-        q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.chunk(3, -1))
-    else:
-        q, k, v = qkv.unflatten(-1, (kv_heads, -1)).split([group * size, size, size], -1)
-    return q.unflatten(-1, (group, size)) if group > 1 else q.unsqueeze(3), k, v
-
-
-def by_head(x: Tensor) -> Tensor:
-    """Return x[B, S, ..., D] as [B, heads, S, D]: a view, but for q's part of grouped q, k and v."""
-    return x.flatten(2, -2).transpose(1, 2)

@@ -93,7 +93,6 @@ def mode_of(context: Context) -> Mode:
         context.mesh,
         master_dtype(context.dtype),
         sequence=sequence_of(context.mesh, parallel.context, compiles=compiles),
-        compiles=compiles,
         overlaps=parallel.tensor.overlap,
     )
 

@@ -7,16 +7,22 @@ chooses what its layers are made of: see models/opt/layers.py, which is short. A
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.activation import ACTIVATIONS, gated
+from models.activation import ACTIVATIONS
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
-from parallel.layout.rng import dropout, seed_of
+from parallel.layout.rng import Dropout, dropout, seed_of
+from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.activation import FUNCTIONS, activated, gated, rectified
+from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
+from parallel.tensor.norms import Norm
+from parallel.tensor.residual import Addend, output_of, residual_add
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,15 @@ class BlockOptions:
     seed: int = 0
 
 
+class Half(nn.Module):
+    """A half of a block: x[B_batch, S, H_hidden] -> the same shape. `addend` returns it as what is added to x."""
+
+    addend: Callable[..., Addend]
+
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return self.addend(x, *inputs).value()
+
+
 class Block(nn.Module):
     """A transformer block: x[B_batch, S, H_hidden] -> the same shape.
 
@@ -123,16 +138,16 @@ class Block(nn.Module):
                                    is gated, the gate and what it multiplies
         [B, S, A], [B, S, 1]       attention's logsumexp, statistics of norms over each head; those of other norms
 
-    With dropout there is also a mask of bytes for each half. `ModelShape.kept` counts these, and the line `kept by a
+    With dropout a CPU also keeps a mask of bytes for each half. `ModelShape.kept` counts these, and the line `kept by a
     block` in a mode's docstring says how they are split.
     """
 
     def __init__(
         self,
         mode: Mode,
-        attention: nn.Module,
-        feed_forward: nn.Module,
-        norms: tuple[nn.Module, nn.Module],
+        attention: Half,
+        feed_forward: Half,
+        norms: tuple[Norm, Norm],
         *,
         options: BlockOptions,
     ) -> None:
@@ -143,21 +158,25 @@ class Block(nn.Module):
         self.attention_norm, self.feed_forward_norm = norms
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        x = self._residual(x, self.attention_norm, lambda h: self.attention(h, batch), batch, half=0)
-        return self._residual(x, self.feed_forward_norm, self.feed_forward, batch, half=1)
+        first, second = self._dropouts(x, batch)
+        if self.norm_first:
+            x, h = self.attention_norm.residual(x)
+            x, h = self.feed_forward_norm.residual(x, self.attention.addend(h, batch), first)
+            return residual_add(x, self.feed_forward.addend(h), second)
+        _, x = self.attention_norm.residual(x, self.attention.addend(x, batch), first)
+        _, x = self.feed_forward_norm.residual(x, self.feed_forward.addend(x), second)
+        return x
 
-    def _residual(
-        self, x: Tensor, norm: nn.Module, function: Callable[[Tensor], Tensor], batch: Microbatch, *, half: int
-    ) -> Tensor:
-        """Return x + dropout(function(norm(x))), or norm(x + dropout(function(x))) where the norm comes after."""
-        y = function(norm(x) if self.norm_first else x)
-        if self.training and self.dropout > 0:
-            y = dropout(y, self.dropout, self.dropout_keys[half], *coordinates(y, batch, self.mode))
-        y = x + y
-        return y if self.norm_first else norm(y)
+    def _dropouts(self, x: Tensor, batch: Microbatch) -> tuple[Dropout | None, Dropout | None]:
+        """Return the dropouts of the two halves' outputs."""
+        if not self.training or self.dropout == 0:
+            return None, None
+        where = coordinates(x, batch, self.mode)
+        first, second = (Dropout(self.dropout, key, *where) for key in self.dropout_keys)
+        return first, second
 
 
-class FeedForward(nn.Module):
+class FeedForward(Half):
     """Two linears with an activation between them: x[B_batch, S, H_hidden] -> the same shape.
 
     `gated`: the first linear has two outputs, and the activation of the one multiplies the other (SwiGLU; Shazeer 2020,
@@ -168,14 +187,31 @@ class FeedForward(nn.Module):
         self, mode: Mode, hidden: int, width: int, *, activation: str, bias: bool, gated: bool = False
     ) -> None:
         super().__init__()
-        self.activation, self.gated = ACTIVATIONS[activation], gated
+        self.activation, self.is_gated = ACTIVATIONS[activation], gated
         self.up = mode.linear_in(width, hidden, bias=bias, fused=2 if gated else 1)
         self.down = mode.linear_out(hidden, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def addend(self, x: Tensor) -> Addend:
+        """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
+        in_torch = not x.is_cuda or self.up.is_left_to_compiler
+        return output_of(self.down, self._inner(x) if in_torch else self._inner_with_kernels(x))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """Return what the second linear multiplies, [B_inner_batch, S, F_inner_hidden]."""
         inner = self.up(x)
-        y: Tensor = self.down(gated(inner, self.activation) if self.gated else self.activation(inner))
-        return y
+        return gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner)
+
+    @not_compiled
+    def _inner_with_kernels(self, x: Tensor) -> Tensor:
+        """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
+        if not is_fused("activation", x):
+            return self._inner(x)
+        up, bias = self.up, self.up.flat_bias
+        if self.is_gated:
+            return gated(up(x), self.activation)
+        if self.activation == "relu" and up.can_be_rectified:
+            return rectified(up.with_constant_bias(x, rectified=True), bias)
+        return activated(up.product(x), self.activation, bias)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

@@ -5,16 +5,14 @@ The numbers are those of Hugging Face's `ROPE_INIT_FUNCTIONS` to the last bit, i
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from models.llama.rope import RopeScaling
+from parallel.ops.kernels.heads import Tables, rotated
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
-
-Tables: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,13 @@ class Rotary:
         B are this rank's samples inside a block. The positions are the batch's own, else 0, 1, ... from the first
         column, also where it is padding.
         """
-        new = None if batch.cache is None else batch.cache.new
-        cos, sin = self._tables_for(batch, mode, q) if new is None or new.angles is None else new.angles
+        cos, sin = self.tables_for(batch, mode, q, q.shape[2])
         return rotated(q, cos, sin), rotated(k, cos, sin)
+
+    def tables_for(self, batch: Microbatch, mode: Mode, like: Tensor, sequence: int) -> Tables:
+        """Return the tables that turn q and k of `sequence` tokens, of the dtype and on the device of `like`."""
+        new = None if batch.cache is None else batch.cache.new
+        return self._tables_for(batch, mode, like, sequence) if new is None or new.angles is None else new.angles
 
     def tables(self, positions: Tensor, length: int | Tensor, dtype: torch.dtype) -> Tables:
         """Return cosines and sines, positions[B or 1, S] -> two of [B or 1, 1, S, D].
@@ -92,29 +94,29 @@ class Rotary:
         """
         return self.tables(positions.unsqueeze(1), (positions + 1)[:, None, None, None], dtype)
 
-    def _tables_for(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+    def _tables_for(self, batch: Microbatch, mode: Mode, like: Tensor, sequence: int) -> Tables:
         """Return the tables of a microbatch, which the first layer makes and the others of the stage find here."""
         if torch.compiler.is_compiling():
-            return self._make_tables(batch, mode, q)
+            return self._make_tables(batch, mode, like, sequence)
         ids = batch.columns
         version = None if ids is None else ids._version
-        key = batch.length, q.shape[2], q.device, q.dtype, version, torch.is_inference_mode_enabled()
+        key = batch.length, sequence, like.device, like.dtype, version, torch.is_inference_mode_enabled()
         if self._tables is None or self._key != key or self._ids is not ids:
-            self._key, self._ids, self._tables = key, ids, self._make_tables(batch, mode, q)
+            self._key, self._ids, self._tables = key, ids, self._make_tables(batch, mode, like, sequence)
         return self._tables
 
-    def _make_tables(self, batch: Microbatch, mode: Mode, q: Tensor) -> Tables:
+    def _make_tables(self, batch: Microbatch, mode: Mode, like: Tensor, sequence: int) -> Tables:
         ids = batch.columns
         if ids is None:
-            positions = mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)
-            return self.tables(positions, batch.length, q.dtype)
+            positions = mode.sequence.positions(sequence, like.device).unsqueeze(0)
+            return self.tables(positions, batch.length, like.dtype)
         length: int | Tensor = batch.length
         if self.settings.is_dynamic:
             length = ids.max() + 1
             if batch.documents is not None:
                 lengths = mode.tokens(batch.documents.largest(ids) + 1, mode.inner_batch)
                 length = lengths[:, None, :, None]
-        return self.tables(mode.tokens(ids, mode.inner_batch), length, q.dtype)
+        return self.tables(mode.tokens(ids, mode.inner_batch), length, like.dtype)
 
 
 def tables_of(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tables:
@@ -141,17 +143,6 @@ def _(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) ->
     batch, sequence = positions.shape
     cos, sin = (inv_freq.new_empty(batch, 1, sequence, 2 * inv_freq.shape[-1], dtype=dtype) for _ in range(2))
     return cos, sin
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D].
-
-    If the tables are narrower than a head, its first elements are turned and the others stay, as in GPT-NeoX.
-    """
-    if (size := cos.shape[-1]) < x.shape[-1]:
-        return torch.cat((rotated(x[..., :size], cos, sin), x[..., size:]), -1)
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 # -- frequencies, fp32 [D/2] -------------------------------------------------------------------------------------------

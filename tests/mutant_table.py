@@ -220,7 +220,7 @@ GRADIENT_RULE = (
            CHUNK_SUM, "        if not self.missing:\n            self.completed(self)\n", "", OVERLAP),
     Mutant("padding-of-a-gradient-left-as-it-was", "uninitialized padding is counted in the norm",
            ACCUMULATOR,
-           "self.buffer[start + info.parameter.numel() : stop].zero_()",
+           "self.buffer[end:stop].zero_()",
            "pass",
            "tests/test_chunk.py::test_the_padding_of_a_new_gradient_is_zero"),
     Mutant("gradient-of-the-last-step-kept", "gradients are accumulated from step to step",
@@ -255,7 +255,7 @@ NORM_AND_CLIP = (
     Mutant("norm-counts-replicas", "parameters that several ranks hold are counted several times in the norm",
            SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.axes[1:]", trains("1d2")),
     Mutant("norm-counts-a-slice-of-every-replica-whole", "replicas count the same elements in the norm",
-           GRADIENT, "sum_of_squares(self.spec.counted_slice(total),", "sum_of_squares(total,", trains("dp2")),
+           GRADIENT, "return self.spec.counted_slice(self.total)", "return self.total", trains("dp2")),
     Mutant("norm-counts-the-tied-embedding-twice", "the first and the last stage both count it",
            SPEC, "(*self.axes[1:], *self.infos[0].layout.copies)", "self.infos[0].layout.copies", trains("pp2")),
     Mutant("norm-of-this-rank", "each rank clips by the norm of its own parameters only",
@@ -263,8 +263,8 @@ NORM_AND_CLIP = (
            "found = torch.cat([total.view(1), numbers.view(-1)])", trains("1d2")),
     Mutant("overflow-of-a-replica-missed", "an infinity on a rank whose copy is not counted is not noticed",
            NORM,
-           "total += chunk.gradient.squares() * chunk.spec.is_counted",
-           "total += chunk.gradient.squares() if chunk.spec.is_counted else 0",
+           "total = (squares * to_device(is_counted, squares.device)).sum()",
+           "total = squares[is_counted.bool()].sum()",
            f"{HALF}::test_an_overflow_on_any_rank_makes_every_rank_skip_and_halve[1d2-1]"),
     Mutant("skipped-step-moves-the-schedule", "the learning-rate schedule goes on although nothing was updated",
            BASE, "learning_rate(schedule, rate, self.num_updates,", "learning_rate(schedule, rate, self.num_steps,",
@@ -581,8 +581,8 @@ PLACEMENT = (
            BUFFER, "            self._written = copies.download(master.to(self.own.dtype), self.own)\n",
            "            pass\n", f"{PLACEMENT_TESTS}::test_chunks_may_move_between_any_two_steps"),
     Mutant("narrow-parameters-left-on-the-host", "parameters on the host do not get the rounding of what streamed through the device",
-           "parallel/optim/streaming.py", "                self._copies.download(narrow.copy_(on_device.states[0]), on_host.own)\n",
-           "                pass\n", f"{PLACEMENT_TESTS}::test_training_from_the_host_is_the_same_in_every_precision"),
+           "parallel/optim/streaming.py", "            self._copies.download(on_device.own, on_host.own)\n",
+           "            pass\n", f"{PLACEMENT_TESTS}::test_training_from_the_host_is_the_same_in_every_precision"),
     Mutant("rounds-on-the-host-replaced", "only the last microbatch's gradient is kept on the host",
            GRADIENT, "        self.memory.copies.upload(self.total, found, after=self.written).wait()\n",
            "        found.zero_()\n", f"{PLACEMENT_TESTS}::test_training_from_the_host_is_the_same_in_every_precision"),
@@ -876,7 +876,7 @@ USER_WRITES = (
            "parallel/chunk/writes.py", "            chunk.take_written()\n", "            pass\n",
            f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
     Mutant("write-through-data-missed", "only the writes that torch counts in versions are noticed",
-           "parallel/chunk/writes.py", "flags.append((_fingerprints(noted) != before).any())", "pass",
+           "parallel/chunk/writes.py", "return [(_fingerprints(chunks) != before).any()] if chunks else []", "return []",
            f"{WRITTEN}::test_what_is_written_counts_as_in_plain_torch[1-Tier.DEVICE-bf16]"),
     Mutant("written-chunk-loses-precision", "a write rounds the master weights of all elements of its chunk",
            "parallel/chunk/chunk.py", "torch.where(is_kept, self.master, own.to(self.master.dtype))",
@@ -889,7 +889,7 @@ USER_WRITES = (
            "parallel/chunk/parameters.py", "            self.own.copy_(part)\n", "            pass\n",
            f"{WRITTEN}::test_what_a_forward_writes_into_its_own_weights_counts_in_every_stage"),
     Mutant("fingerprint-without-places", "a fingerprint does not see that elements have changed places",
-           "parallel/chunk/fingerprint.py", "return ((x ^ (x >> 27)) | 1).view(2, FEW)", "return torch.ones_like(x).view(2, FEW)",
+           "parallel/ops/kernels/fingerprint.py", "return ((x ^ (x >> 27)) | 1).view(2, FEW)", "return torch.ones_like(x).view(2, FEW)",
            f"{WRITTEN}::test_a_fingerprint_sees_each_element_and_each_change_of_places"),
     Mutant("set-on-each-rank", "each rank keeps the values that it has set itself",
            "parallel/modules/full_parameters.py", "            broadcast(flat, spec.axes[0])\n", "            pass\n",
@@ -1204,8 +1204,8 @@ FAMILIES = (
         "rotary-counts-from-zero-on-every-rank",
         "the positions of a part of a sequence begin with 0 on every rank",
         ROTARY,
-        "mode.sequence.positions(q.shape[2], q.device)",
-        "torch.arange(q.shape[2], device=q.device)",
+        "mode.sequence.positions(sequence, like.device)",
+        "torch.arange(sequence, device=like.device)",
         FAMILY.format("llama-ring3-fp64"),
     ),
     Mutant(
@@ -1219,15 +1219,15 @@ FAMILIES = (
     Mutant(
         "gate-and-up-exchanged",
         "the activation is that of the up matrix, and not of the gate",
-        "models/activation.py",
-        "return activation(gate).mul_(up)",
-        "return activation(up).mul_(gate)",
+        "parallel/ops/kernels/activation.py",
+        "activated: Tensor = ctx.activation(gate)\n        return activated.mul_(up)",
+        "activated: Tensor = ctx.activation(up)\n        return activated.mul_(gate)",
         FAMILY.format("llama-single-fp64"),
     ),
     Mutant(
         "q-heads-of-groups-interleaved",
         "the q heads of a rank are in another order than their k, v heads",
-        ATTENTION,
+        "parallel/ops/kernels/heads.py",
         "return x.flatten(2, -2).transpose(1, 2)",
         "return x.transpose(2, -2).flatten(2, -2).transpose(1, 2)",
         FAMILY.format("qwen3-single-fp64"),
@@ -1283,7 +1283,7 @@ LLAMA = (
     Mutant(
         "rotary-turns-the-other-way",
         "the angles of rotary positions have the wrong sign",
-        ROTARY,
+        "parallel/ops/kernels/heads.py",
         "torch.cat((-second, first), -1)",
         "torch.cat((second, -first), -1)",
         f"{LLAMA_TESTS}::test_q_and_k_are_turned_as_hugging_face_does",
@@ -1292,8 +1292,8 @@ LLAMA = (
         "rotary-positions-of-the-first-rank",
         "every rank of a split sequence turns q and k as if it had the first positions",
         ROTARY,
-        "mode.sequence.positions(q.shape[2], q.device).unsqueeze(0)",
-        "torch.arange(q.shape[2], device=q.device).unsqueeze(0)",
+        "mode.sequence.positions(sequence, like.device).unsqueeze(0)",
+        "torch.arange(sequence, device=like.device).unsqueeze(0)",
         f"{LLAMA_TESTS}::test_a_rank_turns_by_the_positions_that_it_has_of_the_whole_sequence[False]",
     ),
     Mutant(
@@ -1389,7 +1389,7 @@ COVERAGE = (
     Mutant(
         "last-elements-of-a-head-turned",
         "tables that are narrower than a head turn its last elements, not its first ones",
-        "models/rotary.py",
+        "parallel/ops/kernels/heads.py",
         "(rotated(x[..., :size], cos, sin), x[..., size:])",
         "(x[..., :-size], rotated(x[..., -size:], cos, sin))",
         "tests/test_llama.py::test_tables_narrower_than_a_head_turn_its_first_elements_as_in_gpt_neox[4]",
@@ -2132,17 +2132,17 @@ NUMBERS = (
     Mutant(
         "left-out-step-updates",
         "the device updates weights with a gradient that is not finite",
-        "parallel/optim/adamw.py",
-        "            found_inf=now.found_inf,\n",
-        "            found_inf=0.0 * now.found_inf,\n",
+        "parallel/ops/kernels/adamw.py",
+        "        found_inf=step.found_inf,\n",
+        "        found_inf=0.0 * step.found_inf,\n",
         f"{NO_BIT}[single-0-fp32-device-fp32]",
     ),
     Mutant(
         "left-out-step-updates-on-the-host",
         "the flag does not travel to the host with the clip factor",
         "parallel/optim/adamw.py",
-        "return Step(factor, found_inf.float(), self.lr)",
-        "return Step(factor, 0.0 * found_inf.float(), self.lr)",
+        "found_inf=found_inf.float())",
+        "found_inf=0.0 * found_inf.float())",
         f"{NO_BIT}[single-0-bf16-host-bf16]",
     ),
     Mutant(
@@ -2224,8 +2224,8 @@ SAVED_BEHIND = (
         "update-before-the-copy",
         "an update on the device changes what a checkpoint in the background is yet to copy",
         "parallel/optim/adamw.py",
-        "                chunk.guard.wait()\n                for part",
-        "                for part",
+        "                chunk.guard.wait()\n            on_device(",
+        "                pass\n            on_device(",
         "tests/test_saver.py::test_a_checkpoint_written_during_training_equals_one_that_training_waited_for[few]",
     ),
     Mutant(
@@ -2982,6 +2982,170 @@ PLANS = (
     ),
 )
 
+LOSS_KERNELS = "parallel/ops/kernels/cross_entropy_triton.py"
+LOSS_KERNELS_TEST = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[cross_entropy]"
+LOOKUP_KERNELS = "parallel/ops/kernels/lookup_triton.py"
+LOOKUP_KERNELS_TEST = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[lookup]"
+
+KERNELS_OF_THE_LOSS = (
+    Mutant(
+        "loss-kernel-writes-before-it-reads",
+        "the gradient is written to the half of its row that is still to be read",
+        LOSS_KERNELS,
+        "[..., -columns:]",
+        "[..., :columns]",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-keeps-a-total",
+        "a sum of exponentials is not rescaled when the maximum grows",
+        LOSS_KERNELS,
+        "total * tl.exp(largest - larger) + ",
+        "total + ",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-normalizes-padding",
+        "the vocabulary's padding counts as logits",
+        LOSS_KERNELS,
+        "tl.where(at < entries, tile,",
+        "tl.where(at < columns, tile,",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-gradient-of-uncounted-labels",
+        "a token whose label is not counted has a gradient",
+        LOSS_KERNELS,
+        "1.0 / total, counted * scale,",
+        "1.0 / total, scale,",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-change-unseen",
+        "a second backward through the loss uses gradients that the first has multiplied",
+        "parallel/ops/kernels/cross_entropy.py",
+        "    increment_version(x)\n",
+        "",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "lookup-kernel-loses-what-goes-on",
+        "of a row whose tokens go on in other programs, only the first program's are summed",
+        LOOKUP_KERNELS,
+        "range(program + 1, end)",
+        "range(program + 1, program + 1)",
+        LOOKUP_KERNELS_TEST,
+    ),
+    Mutant(
+        "lookup-kernel-padding-row-has-a-gradient",
+        "the row padding_idx gets a gradient through the lookup",
+        LOOKUP_KERNELS,
+        "is_row & (index != padding)",
+        "is_row",
+        LOOKUP_KERNELS_TEST,
+    ),
+)
+
+UPDATE_KERNEL, SUMS_KERNEL = (f"parallel/ops/kernels/{name}_triton.py" for name in ("adamw", "sums"))
+INTERPRETED = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[{}]"
+
+UPDATES_IN_ONE_PASS = (
+    Mutant(
+        "kernel-updates-what-is-left-out",
+        "the kernel updates although the step is not finite",
+        UPDATE_KERNEL,
+        "    if tl.load(found_inf) != 1.0:\n",
+        "    if tl.load(found_inf) != 2.0:\n",
+        INTERPRETED.format("adamw"),
+    ),
+    Mutant(
+        "kernel-without-noise-of-rows",
+        "the kernel rounds all rows of a matrix with one noise",
+        UPDATE_KERNEL,
+        "((rows + row) & (TABLE - 1))",
+        "(row & (TABLE - 1))",
+        INTERPRETED.format("adamw"),
+    ),
+    Mutant(
+        "kernel-of-many-mixes-moments",
+        "small chunks are rounded with the first moment's noise in the second",
+        UPDATE_KERNEL,
+        "tl.load(row + 12)",
+        "tl.load(row + 10)",
+        INTERPRETED.format("adamw"),
+    ),
+    Mutant(
+        "kernel-forgets-the-bias-correction",
+        "the kernel does not divide the second moment by its bias correction",
+        UPDATE_KERNEL,
+        "tl.fma(tl.sqrt_rn(v), root, eps)",
+        "(tl.sqrt_rn(v) + eps)",
+        INTERPRETED.format("adamw"),
+    ),
+    Mutant(
+        "squares-of-the-first-blocks",
+        "a program adds the first of its blocks again and again",
+        SUMS_KERNEL,
+        "first = start + k * BLOCK",
+        "first = start + 0 * k * BLOCK",
+        INTERPRETED.format("sums"),
+    ),
+    Mutant(
+        "squares-in-another-tensors-place",
+        "the sum of a tensor is found in the place of another one",
+        SUMS_KERNEL,
+        "partial + out * parts + part",
+        "partial + tl.program_id(1) * parts + part",
+        INTERPRETED.format("sums"),
+    ),
+)
+
+FP8_TEST, FP8_MATMUL = "tests/test_fp8_matmul.py", "parallel/tensor/fp8_matmul.py"
+SAME_NUMBERS = f"{FP8_TEST}::test_every_layout_multiplies_the_same_8_bit_numbers"
+
+EIGHT_BITS = (
+    Mutant(
+        "columns-gathered-along-the-wrong-dim",
+        "the parts of W follow each other along its rows where dx is computed in 8 bits",
+        FP8_MATMUL,
+        "return start_all_gather(w.T, 0, self.gather_w).then(lambda columns: columns.T)",
+        "return start_all_gather(w.T, 1, self.gather_w).then(lambda columns: columns.reshape(-1, len(w)).T)",
+        f"{SAME_NUMBERS}[gather_x=(-1, 'col') gather_w=row]",
+    ),
+    Mutant(
+        "transpose-of-own-tokens-alone",
+        "dW in 8 bits is computed from this rank's part of dy, where all of dy was gathered",
+        FP8_MATMUL,
+        "if is_deferred or around.scatter_y[1].size > 1:",
+        "if is_deferred:",
+        f"{SAME_NUMBERS}[scatter_y=(1, 'col')]",
+    ),
+    Mutant(
+        "scale-of-a-gradient-mistaken",
+        "dx in 8 bits is divided by the scale of x and not of dy",
+        FP8_MATMUL,
+        "Scaled(dy.flatten(0, -2), self.scales.dy.inverse)",
+        "Scaled(dy.flatten(0, -2), self.scales.x.inverse)",
+        f"{SAME_NUMBERS}[alone]",
+    ),
+    Mutant(
+        "weight-copy-not-cleared",
+        "linears go on to multiply by the 8-bit weights of the first step",
+        FP8_MATMUL,
+        "        self._rows = self._columns = None",
+        "        self._columns = None",
+        f"{FP8_TEST}::test_a_weight_is_cast_once_until_its_copy_is_cleared",
+    ),
+    Mutant(
+        "nan-not-recorded",
+        "a maximum over ranks drops the NaN of a tensor, since it is recorded as it is",
+        "parallel/ops/fp8.py",
+        "return torch.where(amax.isfinite(), amax, torch.inf)",
+        "return amax",
+        f"{FP8_TEST}::test_what_is_not_finite_is_recorded_as_infinity_and_reaches_the_product",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3043,4 +3207,7 @@ MUTANTS = (
     *STAGES_OF_A_RANK,
     *TIMELINES,
     *PLANS,
+    *KERNELS_OF_THE_LOSS,
+    *UPDATES_IN_ONE_PASS,
+    *EIGHT_BITS,
 )

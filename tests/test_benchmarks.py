@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, cpu_peers, generate, one_gpu, overlap, ring, schedules, workload
+from benchmarks import (
+    attention,
+    cpu_peers,
+    generate,
+    one_gpu,
+    overlap,
+    ring,
+    schedules,
+    workload,
+)
 from benchmarks.gpu_contenders import Result, Work, measure
 from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
 from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
 from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
-from benchmarks.one_gpu import AGREEMENT, agree, save_start
+from benchmarks.one_gpu import AGREEMENT, agree, disagreeing, save_start
 from benchmarks.sleeping import Work as Sleep
-from models.shapes import resolve
+from models.shapes import from_hugging_face, resolve
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from tests.harness import run
@@ -70,7 +79,7 @@ def test_one_gpu_prints_a_table_for_each_batch_and_names_who_is_not_available(
     for table, size in ((first, "2 × 16"), (second, "1 × 32")):
         assert f"{size} tokens" in table
         assert re.search(r"^ours +\d+ ", table, re.MULTILINE)
-        assert "liger          not available" in table
+        assert re.search("^liger +not available", table, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -94,6 +103,19 @@ def test_losses_that_differ_at_either_end_disagree(losses: list[float]) -> None:
     assert agree(result, result)
     assert not agree(result, replace(result, losses=losses))
     assert not agree(replace(result, losses=losses), result)
+
+
+def test_losses_of_8_bits_may_differ_by_more_than_those_of_bf16() -> None:
+    base, near, far = (Result([], [10.0, last], 0, None) for last in (5.0, 5.25, 5.4))
+    assert disagreeing({"ours": base, "hf": near}) == ["hf"]
+    assert disagreeing({"ours": base, "ours_fp8": near}) == disagreeing({"ours_fp8": near, "ours": base}) == []
+    assert disagreeing({"ours": base, "hf": base, "torchao_fp8": far}) == ["torchao_fp8"]
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "gpt2-tiny"])
+def test_a_start_has_as_many_layers_as_asked_for(model: str, tmp_path: Path) -> None:
+    save_start(model, tmp_path / "start", layers=1)
+    assert from_hugging_face(tmp_path / "start").num_hidden_layers == 1
 
 
 def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str) -> list[Row]:

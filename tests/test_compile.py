@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from parallel.chunk.accumulator import Accumulator
 from parallel.errors import ConfigError
 from tests.harness import run
-from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, train
+from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, engine_of, share_of, train
 from tests.patience import LIMIT
 from training import preflight
 
@@ -24,16 +26,21 @@ LAYOUTS: dict[str, tuple[int, Raw]] = {
 }
 
 
+def check_compiler() -> None:
+    """Skip the test where torch's compiler cannot be used."""
+    try:
+        preflight.check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
 def check(world_size: int, parallel: Raw, **options: Any) -> None:
     """Compare a compiled run with an eager one.
 
     Compiled code sums in another order. The bound, and Adam's eps, are those of the randomly drawn layouts
     (tests/test_property.py).
     """
-    try:
-        preflight.check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except ConfigError as error:
-        pytest.skip(str(error))
+    check_compiler()
 
     def trace(compiles: bool) -> Trace:
         model = SHAPE | dict(num_hidden_layers=2, dropout=0.3, attention_dropout=0.3)
@@ -67,3 +74,33 @@ def test_a_host_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -
     for device, missing in (("cpu", r"a C\+\+ compiler, such as g\+\+"), ("cuda", "Triton")):
         with pytest.raises(ConfigError, match=rf"train\.compile: True needs {missing}.*Try False\."):
             preflight.check_compiler(torch.device(device))
+
+
+def copied_matrices(rank: int, world_size: int, raw: Raw) -> tuple[set[str], int]:
+    """Train a step, and return the matrices whose gradients were copied, and the number of breaks in compiled code."""
+    engine = engine_of(rank, world_size, raw)
+    matrices = {info: name for name, info in ((x.name, x) for x in engine.part.infos) if not name.endswith(".bias")}
+    copied = set()
+    add = Accumulator.add
+
+    def record(accumulator: Accumulator, i: int, gradient: Tensor) -> None:
+        info = accumulator.spec.infos[i]
+        if info in matrices and gradient.ndim > 1 and gradient.data_ptr() != accumulator.views()[i].data_ptr():
+            copied.add(info.name)
+        add(accumulator, i, gradient)
+
+    Accumulator.add = record  # type: ignore[method-assign, assignment]  # this is a process of its own
+    engine.train_step(share_of(batches_of(1)[0], engine))
+    return copied, len(torch._dynamo.utils.counters["graph_break"])
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_compiled_code_computes_the_gradients_of_weights_where_they_are_summed() -> None:
+    """Of all matrices only the embeddings' gradients are copied; and dropout does not cut the code in two."""
+    check_compiler()
+    model = SHAPE | dict(num_hidden_layers=2, dropout=0.3)
+    raw = config_of({}, steps=1, model=model, train=dict(micro_batch_size=12, compile=True, precision="bf16"))
+    copied, num_breaks = run(copied_matrices, 1, raw, timeout=3 * LIMIT)[0]
+    assert copied == {"embed.table.weight", "embed.positions.weight"}
+    assert not num_breaks

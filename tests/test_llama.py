@@ -20,12 +20,13 @@ from models.llama.rope import RopeScaling
 from models.llama.shape import LlamaShape, MinistralShape, MistralShape, Qwen2Shape, Qwen3Shape
 from models.llama.shared import SharedShape
 from models.llama.sizes import LLAMA, MISTRAL, QWEN2, QWEN3
-from models.rotary import Rotary, RotarySettings, rotated
+from models.rotary import Rotary, RotarySettings
 from models.shapes import from_hugging_face, resolve, shape_of
 from parallel.config import parse
 from parallel.config.parallel import TensorConfig
 from parallel.errors import ConfigError, ModelError
 from parallel.mesh.mesh import ALONE
+from parallel.ops.kernels.heads import rotated
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import Documents
 from parallel.sequence.split import SequenceSplit

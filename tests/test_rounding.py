@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.shapes import resolve
 from parallel.checkpoint import checkpoint
-from parallel.chunk.chunk import Chunk
-from parallel.chunk.spec import ChunkSpec
 from parallel.config import parse
 from parallel.engine.base import EngineBase
 from parallel.layout import sources
-from parallel.layout.layout import Layout, ParameterInfo
-from parallel.mesh.mesh import ALONE, Axis
 from parallel.optim import adamw as optim
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
@@ -39,6 +35,7 @@ from tests.parity import (
     train,
     whole,
 )
+from tests.parts import chunk_of, chunk_of_sources, part_of
 from tests.test_module_engine import MODELS
 from tests.test_module_engine import config_of as module_config
 from tests.test_module_engine import engine_of as module_engine
@@ -54,27 +51,6 @@ def narrow(raw: Raw, state_dtype: str = "bf16") -> Raw:
 
 
 # -- one part ----------------------------------------------------------------------------------------------------------
-
-
-def chunk_of(*shapes: tuple[int, ...], rank: int = 0, ranks: int = 1) -> Chunk:
-    return chunk_of_sources(*(sources.whole(f"a.{i}", x) for i, x in enumerate(shapes)), rank=rank, ranks=ranks)
-
-
-def chunk_of_sources(*found: tuple[sources.Source, ...], rank: int = 0, ranks: int = 1) -> Chunk:
-    """Return a chunk of parameters with these sources, of which the last box ends where the parameter does."""
-    axis = Axis("data", rank, ranks, tuple(range(ranks)), None, ALONE.traffic)
-    infos = []
-    for i, of in enumerate(found):
-        shape = tuple(stop for _, stop in of[-1].box)
-        layout = Layout(shape, ((),) * len(shape), sync=(axis,))
-        infos.append(ParameterInfo(f"a.{i}", "a", nn.Parameter(torch.zeros(shape)), layout, of))
-    return Chunk(ChunkSpec(infos, torch.float32, zero=1))
-
-
-def part_of(chunk: Chunk, moments: tuple[Tensor, Tensor] | None = None) -> Part:
-    first, second = moments or tuple(torch.zeros(len(chunk.master), dtype=torch.bfloat16) for _ in range(2))
-    states, gradient = (chunk.master, first, second), torch.zeros_like(chunk.master)
-    return Part(chunk, states, gradient=gradient, own=None, first=chunk.spec.first, updates=1)
 
 
 def rounded(part: Part, values: tuple[Tensor, Tensor], update: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.attention import by_head, parts_of
 from models.opt.layers import block_of
 from models.opt.shape import OPTShape
 from parallel.config.parallel import ContextConfig, TensorConfig
 from parallel.layout.rng import dropout
 from parallel.mesh.collectives import Pending, all_to_all, start_rotate
 from parallel.mesh.mesh import ALONE, Axis
+from parallel.ops.kernels.heads import by_head, parts_of
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking, kernels, ring, sequence_of
 from parallel.sequence.blocks import Block, positions_in

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 import models
 import parallel
 from models.shapes import resolve
-from parallel.chunk.fingerprint import FEW, fingerprint
 from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.engine.module_engine import ModuleEngine
+from parallel.ops.kernels.fingerprint import FEW, fingerprint
 from parallel.storage.transfer import Placement, Tier
 from tests.harness import run
 from tests.parity import Raw

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from parallel.chunk.eight_bits import EightBitWeights
-from parallel.chunk.fingerprint import fingerprint
 from parallel.chunk.memory import ChunkMemory
 from parallel.chunk.spec import ChunkSpec
 from parallel.chunk.user_writes import UserWrites
 from parallel.mesh.collectives import Pending, start_all_gather
+from parallel.ops.kernels.fingerprint import fingerprint
 from parallel.storage.transfer import CopyEvent, Tier
 
 Shown: TypeAlias = Callable[[bool], None]
@@ -36,7 +36,7 @@ class ParameterBuffer:
     def __init__(self, spec: ChunkSpec, memory: ChunkMemory, *, whole: Tensor, own: Tensor) -> None:
         self.spec, self.memory = spec, memory
         self.whole, self.own, self.tier = whole, own, Tier.DEVICE
-        self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
+        self.written = CopyEvent()  # the last update of states and of `own`, where one of them is on the host
         self._placeholder: Tensor | None = None  # what the module's parameters show while they have no values
         places = zip(spec.starts, spec.shapes, strict=True)
         self._places = {info.parameter: place for info, place in zip(spec.infos, places, strict=True)}
@@ -68,7 +68,7 @@ class ParameterBuffer:
         if self.tier is Tier.DEVICE:
             return self._showing(start_all_gather(self.own, 0, spec.shard_axis, out=self.whole))
         part = spec.own_slice(self.whole)
-        arrival = copies.upload(self.own, part, after=self._written)
+        arrival = copies.upload(self.own, part, after=self.written)
         if spec.shard_axis.size == 1:
             return self._showing(Pending(self.whole, arrival))
         with copies.on_upload_stream():  # behind the copy, so that computation waits for neither
@@ -94,15 +94,15 @@ class ParameterBuffer:
         if self.tier is tier or Tier.DEVICE not in (self.tier, tier):
             self.own.copy_(master)
         elif self.tier is Tier.HOST:  # rounded before the copy, which is smaller then
-            self._written = copies.download(master.to(self.own.dtype), self.own)
+            self.written = copies.download(master.to(self.own.dtype), self.own)
         else:
             wide = self.memory.empty(Tier.DEVICE, master)
             copies.upload(master, wide).wait()
             self.own.copy_(wide)
 
     def record_write(self, written: CopyEvent) -> None:
-        """Make the next `gather` wait for a copy into `own` that an optimizer has launched."""
-        self._written = written
+        """Make the next `gather` wait for an update of `own` that an optimizer has launched."""
+        self.written = written
 
     def all_gather(self) -> Pending:
         """Start to all-gather the updated slices, where `own` is a view of the whole buffer."""
@@ -136,6 +136,12 @@ class ParameterBuffer:
             address = self.whole.data_ptr() + start * self.whole.element_size()
             return not parameter.numel() or parameter.data_ptr() == address
 
+    @property
+    def shows_all(self) -> bool:
+        """True if each of the module's parameters is its own view of this buffer. It takes less time than `shows`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [(x.data_ptr(), x.shape, x.is_contiguous()) for x in self._places] == self._views
+
     def has_placeholder(self, parameter: nn.Parameter) -> bool:
         """Return True if one of the module's parameters has a placeholder in the place of its values."""
         shared = self._placeholder
@@ -162,13 +168,15 @@ class ParameterBuffer:
 
         A parameter that has become one of another shape, dtype or device stays as it is.
         """
+        if self.shows_all:
+            return
         for info, start in zip(self.spec.infos, self.spec.starts, strict=True):
             parameter = info.parameter
             if self.shows(parameter) or tuple(parameter.shape) != tuple(info.layout.local_shape):
                 continue
             if (parameter.dtype, parameter.device) == (self.whole.dtype, self.whole.device):
                 view = self.whole[start : start + parameter.numel()].view(parameter.shape)
-                view.copy_(parameter.detach())
+                view.copy_(parameter.detach().clone())  # it may be another view of the same memory
                 parameter.data = view
                 torch.autograd.graph.increment_version(parameter)
 
@@ -186,7 +194,7 @@ class ParameterBuffer:
         if self.tier is Tier.DEVICE:
             self.own.copy_(part)
         else:
-            self._written = self.memory.copies.download(part, self.own)
+            self.written = self.memory.copies.download(part, self.own)
 
     def _gather_in_8_bits(self, weights: EightBitWeights) -> Pending:
         """Start to gather the weights in 8 bits. `whole` and the module's parameters are then NaN in the memory of one
@@ -221,7 +229,9 @@ class ParameterBuffer:
     def _show_whole(self) -> None:
         """Give the module's parameters their values, as views of the whole buffer."""
         self._placeholder = None
-        self._show(self.spec.views(self.whole))
+        views = self.spec.views(self.whole)
+        self._views = [(x.data_ptr(), x.shape, True) for x in views]
+        self._show(views)
         self.on_show(True)
 
     def _show(self, views: Sequence[Tensor]) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.fingerprint import fingerprint, fingerprints
 from parallel.errors import ModelError
 from parallel.mesh.collectives import all_gather, all_reduce, gather_objects
 from parallel.mesh.mesh import Axis
+from parallel.ops.kernels.fingerprint import fingerprint, fingerprints
 
 LOST = (
     "it was written into while this rank does not have its values (zero.stage=3, or parameters on the host). Write in"
@@ -30,23 +30,29 @@ class Writes:
     def __init__(self, chunks: Sequence[Chunk], world: Axis) -> None:
         self._chunks, self._world, self._device = list(chunks), world, chunks[0].memory.device
         self.is_on = True
-        self._noted: dict[Chunk, Tensor] = {}  # the fingerprint of each chunk whose parameters stay whole
+        self._noted: tuple[list[Chunk], Tensor]  # chunks whose parameters stay whole, and their fingerprints
         self.note()
 
     def note(self) -> None:
         """Note that all parameters are now as the engine has written them."""
         whole = [chunk for chunk in self._chunks if _stays_whole(chunk)]
-        self._noted = dict(zip(whole, _fingerprints(whole).unbind(), strict=True))
+        self._noted = whole, _fingerprints(whole)
         for chunk in self._chunks:
             chunk.parameters.writes.note()
 
+    def note_moved(self) -> None:
+        """Note the same where chunks have been moved since `note`, and their parameters stay whole from now on."""
+        noted = set(self._noted[0])
+        if any(_stays_whole(chunk) and chunk not in noted for chunk in self._chunks):
+            self.note()
+
     def stop(self) -> None:
         """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
-        self._chunks, self._noted, self.is_on = [], {}, False
+        self._chunks, self._noted, self.is_on = [], ([], self._noted[1]), False
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""
-        self._take_replaced()
+        self.take_replaced()
         return [name for chunk in self._chunks if _stays_whole(chunk) for name in chunk.parameters.writes.names()]
 
     def problem(self) -> str:
@@ -62,20 +68,26 @@ class Writes:
 
     def changed(self) -> Tensor:
         """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
-        self._take_replaced()
-        flags = [torch.zeros((), dtype=torch.bool, device=self._device)]
-        noted = [chunk for chunk in self._chunks if chunk in self._noted and _stays_whole(chunk)]
-        if noted:
-            before = torch.stack([self._noted[chunk] for chunk in noted])
-            flags.append((_fingerprints(noted) != before).any())
+        self.take_replaced()
+        flags = self._compared()
+        num_seen = 0
         for chunk in self._chunks:
             writes = chunk.parameters.writes
             if not _stays_whole(chunk):
                 chunk.parameters.note_lost_writes()
                 flags += [] if writes.damaged is None else [writes.damaged]
-            if writes.is_any():
-                flags.append(torch.ones_like(flags[0]))
-        return torch.stack(flags).sum(dtype=torch.float64)
+            num_seen += writes.is_any()
+        if num_seen or not flags:
+            flags.append(torch.full((), num_seen > 0, device=self._device))
+        return flags[0].double() if len(flags) == 1 else torch.stack(flags).sum(dtype=torch.float64)
+
+    def _compared(self) -> list[Tensor]:
+        """Return a flag on the device: whether a fingerprint is not the one that was noted; or none without any."""
+        chunks, before = self._noted
+        if not all(map(_stays_whole, chunks)):  # a chunk has been moved since
+            still = [(chunk, x) for chunk, x in zip(chunks, before, strict=True) if _stays_whole(chunk)]
+            chunks, before = [chunk for chunk, _ in still], torch.cat([before[:0], *(x.view(1) for _, x in still)])
+        return [(_fingerprints(chunks) != before).any()] if chunks else []
 
     def take_if_any(self) -> None:
         """Take over what was written; every rank calls this. Raises ModelError as `take` does."""
@@ -94,7 +106,7 @@ class Writes:
             chunk.take_written()
         self.note()
 
-    def _take_replaced(self) -> None:
+    def take_replaced(self) -> None:
         """Take values that came by `p.data = ...` where parameters stay whole."""
         for chunk in self._chunks:
             if _stays_whole(chunk):

@@ -47,7 +47,7 @@ def optimizer_of(chunks: Sequence[Chunk], config: Config, passed: torch.optim.Op
     Raises ConfigError or ModelError for one that cannot be sharded.
     """
     if passed is None:
-        return AdamW(chunks, config.optimizer, compiles=config.train.compile)
+        return AdamW(chunks, config.optimizer)
     if config.optimizer.state_dtype != "fp32":
         raise ConfigError(
             f"optimizer.state_dtype: {config.optimizer.state_dtype!r} is for the config's own AdamW; an optimizer that"

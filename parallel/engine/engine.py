@@ -75,9 +75,8 @@ class Engine(EngineState):
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         for module in part.modules():
-            # Compiled code may fuse a product with what surrounds it, if it may compute all gradients at once.
-            if isinstance(module, Linear) and (has_w or not (config.train.compile and module.collectives.is_local)):
-                module.receiver = self.gradients.receiver(module.weight)
+            if isinstance(module, Linear):
+                module.receiver = self.gradients.receiver(module.weight, in_compiled_code=not has_w)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
@@ -87,7 +86,7 @@ class Engine(EngineState):
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
         if self.writes.is_on and not problem:
-            self.writes.seen()  # values that came by `p.data = ...` can be followed
+            self.writes.take_replaced()  # values that came by `p.data = ...` can be followed
             problem = self._original.change()
         super().agree_on(action, problem, error)
 

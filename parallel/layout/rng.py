@@ -6,12 +6,14 @@ seed gives one model, and one training run, in every layout. No generator has a 
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from parallel.layout.layout import box_shape, slices
 from parallel.layout.sources import Box
+from parallel.ops.kernels.norm import Mask
 
 ROWS_PER_BLOCK = 64
 """The number of rows of a weight that share one random generator. Another value gives other weights."""
@@ -47,6 +49,25 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
     return drawn
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """A dropout of x[..., R, C]: the probability p, a key, and the global coordinates rows[..., R] and columns[C]."""
+
+    p: float
+    key: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return what `dropout` returns."""
+        return dropout(x, self.p, self.key, self.rows, self.columns)
+
+    def mask(self) -> Mask:
+        """Return its mask for a kernel, which draws the same bits."""
+        rows, columns = self.rows.flatten().contiguous(), self.columns.contiguous()
+        return Mask(self.key, rows, columns, dropout_bound(self.p), 1 / (1 - self.p))
+
+
 def dropout(x: Tensor, p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return x[..., R, C] with each element zero with probability p, and the others multiplied by 1/(1 − p)."""
     return x.masked_fill(dropout_mask(p, key, rows, columns), 0) * (1 / (1 - p))
@@ -58,7 +79,12 @@ def dropout_mask(p: float, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     rows[..., R] and columns[C] are the elements' global coordinates, key is a scalar made by `seed_of`, all int64. So
     an element's value does not depend on the rank that holds it.
     """
-    return random_bits(key, rows, columns) < min(round(p * 2**32) - 2**31, 2**31 - 1)
+    return random_bits(key, rows, columns) < dropout_bound(p)
+
+
+def dropout_bound(p: float) -> int:
+    """Return the number below which random 32 bits are, as an int32, with probability p."""
+    return min(round(p * 2**32) - 2**31, 2**31 - 1)
 
 
 def gumbel(key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

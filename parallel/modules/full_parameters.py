@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
-from parallel.chunk.fingerprint import fingerprints
 from parallel.mesh.collectives import all_gather, broadcast
+from parallel.ops.kernels.fingerprint import fingerprints
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,9 @@ MARGIN = 1
 MULTIPLE = 16
 """The number of which the inner size and the columns of a product must be multiples for `torch._scaled_mm`."""
 
+SCALE_ALIGNMENT = 16
+"""The bytes of which the address of 1 / scale must be a multiple."""
+
 _LARGEST_POWER = 126
 """The power of 2 that a scale is at most, and 1 / scale at least: both are normal numbers of fp32."""
 
@@ -69,7 +72,10 @@ def record_largest(x: Tensor, amax: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A matrix that is multiplied in 8 bits: its values are data · inverse, where inverse is 1 / scale, fp32 []."""
+    """A matrix that is multiplied in 8 bits: its values are data · inverse, where inverse is 1 / scale, fp32 [].
+
+    On a GPU `inverse` lies at a multiple of `SCALE_ALIGNMENT` bytes, without which cuBLAS refuses it.
+    """
 
     data: Tensor
     inverse: Tensor
@@ -90,21 +96,26 @@ def scaled_product(
         wide = torch.promote_types(dtype, torch.float32)
         product = (a.data.to(wide) @ b.data.to(wide)) * (a.inverse * b.inverse)
         return (product if bias is None else product + bias).to(dtype)
-    rows, columns = a.data.shape[0], b.data.shape[1]
-    left, right = _padded(a.data, rows=False), _padded(b.data.T, rows=True).T
-    if bias is not None and right.shape[1] != columns:
-        bias = F.pad(bias, (0, right.shape[1] - columns))
-    y = torch._scaled_mm(left, right, a.inverse, b.inverse, bias, out_dtype=dtype, use_fast_accum=sums_fast)
-    return y[:rows, :columns]
+    left, right, columns = a.data, b.data.T, b.data.shape[1]
+    if not (_is_padded(right) and left.is_contiguous()):
+        left, right = _padded(left, rows=False), _padded(right, rows=True)
+        bias = None if bias is None else F.pad(bias, (0, len(right) - columns))
+    y = torch._scaled_mm(left, right.T, a.inverse, b.inverse, bias, out_dtype=dtype, use_fast_accum=sums_fast)
+    return y if y.shape[1] == columns else y[:, :columns].contiguous()
 
 
 def write_scaled_product(a: Scaled, b: Scaled, out: Tensor) -> None:
     """Compute out[M, N] = a[M, K] · b[K, N], in out's dtype."""
-    is_aligned = out.is_contiguous() and not any(size % MULTIPLE for size in (*b.data.shape, out.data_ptr()))
-    if out.is_cuda and is_aligned and a.data.is_contiguous() and b.data.T.is_contiguous():
-        torch._scaled_mm(a.data, b.data, a.inverse, b.inverse, out_dtype=out.dtype, out=out)
+    right = b.data.T
+    if out.is_cuda and _is_padded(right) and a.data.is_contiguous() and out.is_contiguous() and not out.data_ptr() % 16:
+        torch._scaled_mm(a.data, right.T, a.inverse, b.inverse, out_dtype=out.dtype, out=out)
     else:
         out.copy_(scaled_product(a, b, out.dtype))
+
+
+def _is_padded(x: Tensor) -> bool:
+    """Return whether a second factor, by columns x[N, K], can be given to `torch._scaled_mm` as it is."""
+    return not (x.shape[0] % MULTIPLE or x.shape[1] % MULTIPLE) and x.is_contiguous()
 
 
 def _padded(x: Tensor, *, rows: bool) -> Tensor:

@@ -1,70 +1,55 @@
 """AdamW on master weights, wherever they are."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from parallel.chunk.chunk import Chunk
 from parallel.chunk.precision import state_size
 from parallel.config import OptimizerConfig
 from parallel.layout.layout import Piece
+from parallel.ops.kernels.adamw import Elements, Noise, Step, can_be_fused, update_fused, update_in_torch
 from parallel.optim.moments import Moments
 from parallel.optim.part import Part
-from parallel.optim.rounding import Rounding
+from parallel.optim.rounding import NoiseOfParts, Rounding
 from parallel.optim.shared_update import HOST_PART, SharedUpdate, update_in_place
-from parallel.optim.streaming import PART, Update
+from parallel.optim.streaming import PART
 from parallel.optim.update_counts import UpdateCounts
 from parallel.storage.transfer import HostCopy, Placement, Tier
 
 
-@dataclass(frozen=True)
-class Step:
-    """The numbers of one update, on the device or on the host: scalars, and the learning rate.
-
-    factor     what gradients are multiplied by
-    found_inf  fp32: 1 where the update must change nothing, else 0
-    """
-
-    factor: Tensor
-    found_inf: Tensor
-    lr: float
-
-    def on_host(self) -> "StepOnHost":
-        """Return the same on the host, in flight."""
-        return StepOnHost(HostCopy(torch.stack([self.factor.double(), self.found_inf.double()])), self.lr)
-
-
-@dataclass(frozen=True)
 class StepOnHost:
     """The numbers of one update while they are copied to the host."""
 
-    numbers: HostCopy
-    lr: float
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._numbers = HostCopy(torch.stack([step.factor.double(), step.found_inf.double()]))
 
     def wait(self) -> Step:
         """Return the numbers once they have arrived."""
-        factor, found_inf = self.numbers.wait().unbind()
-        return Step(factor, found_inf.float(), self.lr)
+        factor, found_inf = self._numbers.wait().unbind()
+        return replace(self._step, factor=factor, found_inf=found_inf.float())
 
 
-Scale: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-
+SMALL = 2**20  # elements of a chunk: an update takes a GPU less time than its launch takes the host
 ROUNDED_AT_ONCE = {Tier.DEVICE: PART, Tier.HOST: HOST_PART}  # elements, for each tier on which an update runs
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), by torch's fused Adam kernel, on the
-    master weights of one chunk after the other. Only matrices decay.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), on the master weights of one chunk
+    after the other. Only matrices decay.
 
-    A chunk's gradient is freed after the chunk's update. A narrow gradient is widened chunk by chunk, so that the whole
-    of it never exists in master precision. States that are offloaded stream through the device in parts, and a share of
-    those on the host, `host_share`, is updated on the host meanwhile, as in DeepSpeed's ZeRO-Offload (Ren et al. 2021,
-    arXiv 2101.06840). Moments that are narrower than the master weights are rounded stochastically (`Rounding`).
+    On a GPU one kernel reads the gradient in its own dtype and the states, and writes states and parameters
+    (`kernels.adamw`); small chunks share one launch. Elsewhere, and in fp64, torch's fused Adam kernel takes a gradient
+    that has been widened, chunk by chunk, so that the whole of it never exists in master precision; then the parameters
+    are written. A chunk's gradient is freed after the chunk's update.
+
+    States that are offloaded stream through the device in parts, and a share of those on the host, `host_share`, is
+    updated on the host meanwhile, as in DeepSpeed's ZeRO-Offload (Ren et al. 2021, arXiv 2101.06840). Moments that are
+    narrower than the master weights are rounded stochastically (`Rounding`).
 
     A parameter without a gradient in a step stays as it is, and so do its moments, as in torch. Where the device finds
     that a step is not finite, its kernels leave everything as it is, to the bit, and the host need not wait: it calls
@@ -73,15 +58,14 @@ class AdamW:
 
     kind = "the config's AdamW"  # as a checkpoint names it
 
-    def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig, *, compiles: bool = False) -> None:
+    def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig) -> None:
         self.chunks, self.config = [chunk for chunk in chunks if not chunk.is_frozen], config
-        # Compiled for any size: chunks differ in theirs.
-        self._scaled = torch.compile(_scaled_in_one_pass, dynamic=True) if compiles else scaled
         self.unused: Container[nn.Parameter] = ()  # parameters that got no gradient
         self._counts = UpdateCounts()
         self.moments = Moments(config)
         self._shared = SharedUpdate(chunks[0].memory.device)
-        self._rounding: dict[Tier, Rounding] = {}  # for each tier, from the first update that runs there on
+        self._rounding: dict[tuple[Tier, bool], Rounding] = {}  # from the first update on that needs its buffers
+        self._noise = NoiseOfParts(chunks[0].memory.device)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DISK:
                 self.moments.of(chunk)  # a disk without room for them is refused before the first step
@@ -91,21 +75,24 @@ class AdamW:
 
         `found_inf`: an fp32 scalar on the same device; where it is 1, nothing changes but the count of updates.
         """
-        now = Step(factor, torch.zeros((), device=factor.device) if found_inf is None else found_inf, lr)
+        self._shared.finish()
         self._counts.begin(self.chunks, self.unused)
+        left_out = torch.zeros((), device=factor.device) if found_inf is None else found_inf
+        now = Step(factor, left_out, lr, self._counts.total)
         gathering = []
         parts = {chunk: self._parts_of(chunk) for chunk in self.chunks}
-        on_device = partial(self._update, now=now, scale=self._scaled, tier=Tier.DEVICE)
-        for chunk in self.chunks:
-            if chunk.placement.states is Tier.DEVICE:
+        offloaded = {chunk: of for chunk, of in parts.items() if chunk.placement.states is not Tier.DEVICE}
+        if offloaded:
+            self._update_offloaded(offloaded, now)
+        for chunks in _launched_together(self.chunks):
+            for chunk in chunks:
                 chunk.guard.wait()
-                for part in parts.pop(chunk):
-                    on_device(part)
+            self._update([part for chunk in chunks for part in parts[chunk]], now=now, tier=Tier.DEVICE)
+            for chunk in chunks:
                 chunk.gradient.drop()
-                gathering.append(chunk.write_back())
-        if parts:
-            self._update_offloaded(parts, on_device, now.on_host())
-        for chunk in parts:
+                gathering.append(chunk.all_gather_updated())
+        self._shared.wait_for_parameters_on_device()
+        for chunk in offloaded:
             chunk.gradient.drop()
             gathering.append(chunk.all_gather_updated())
         for pending in gathering:
@@ -115,11 +102,15 @@ class AdamW:
         """Count the last update no longer: it was left out."""
         self._counts.take_back()
 
-    def _update_offloaded(self, parts: Mapping[Chunk, list[Part]], on_device: Update, now: StepOnHost) -> None:
-        """Update chunks whose optimizer states are offloaded to the host or a disk."""
+    def _update_offloaded(self, parts: Mapping[Chunk, list[Part]], now: Step) -> None:
+        """Update chunks whose optimizer states are offloaded to the host or a disk: see `SharedUpdate` for the end."""
+        there = StepOnHost(now)
 
-        def on_host(part: Part) -> None:
-            self._update(part, now=now.wait(), scale=scaled, tier=Tier.HOST)
+        def on_host(parts: Sequence[Part]) -> None:
+            self._update(parts, now=there.wait(), tier=Tier.HOST)
+
+        def on_device(parts: Sequence[Part]) -> None:
+            self._update(parts, now=now, tier=Tier.DEVICE, is_streamed=True)
 
         for chunk in parts:
             chunk.guard.wait()
@@ -134,7 +125,7 @@ class AdamW:
             else:
                 found += parts[chunk]
         if found:
-            self._shared.run(found, on_device, on_host)
+            self._shared.run(found, on_device, on_host, numbers=(now.factor, now.found_inf))
 
     def pieces(self) -> dict[str, list[Piece]]:
         """Return the master weights and both moments, as pieces of public tensors: views, to be saved or filled."""
@@ -207,55 +198,50 @@ class AdamW:
                 found.append(whole.cut(begin, end))
         return found
 
-    def _update(self, part: Part, *, now: Step, scale: Scale, tier: Tier) -> None:
-        """Update a part on the tier where its tensors are."""
-        master, *moments = part.states
-        if moments[0].dtype == master.dtype:
-            self._adamw(part, moments, scale(part.gradient, now.factor, master.dtype), now)
+    def _update(self, parts: Sequence[Part], *, now: Step, tier: Tier, is_streamed: bool = False) -> None:
+        """Update parts on the tier where their tensors are: the states, and the parameters."""
+        fused: list[Elements] = []
+        for part in parts:
+            is_rounded = part.states[1].dtype != part.states[0].dtype
+            if not can_be_fused(part.gradient, part.states, part.own) or (is_rounded and not self._noise.takes(part)):
+                rounding = self._rounding_on(tier, is_streamed, part.states[0]) if is_rounded else None
+                self._update_in_torch(part, now, rounding)
+            elif is_rounded:
+                fused += [self._elements(piece, noise) for piece, noise in self._noise.of(part, now.number)]
+            else:
+                fused.append(self._elements(part))
+        if fused:
+            update_fused(fused, now, self.config)
+
+    def _update_in_torch(self, part: Part, now: Step, rounding: Rounding | None) -> None:
+        if rounding is None:
+            update_in_torch(self._elements(part), now, self.config)
             return
-        rounding = self._rounding_on(tier, master)
         for smaller in part.split(rounding.size):
-            with rounding.widened(smaller, self._counts.total) as wide:
-                self._adamw(smaller, wide, scale(smaller.gradient, now.factor, master.dtype), now)
+            with rounding.widened(smaller, now.number) as (first, second):
+                wide = replace(smaller, states=(smaller.states[0], first, second))
+                update_in_torch(self._elements(wide), now, self.config)
 
-    def _rounding_on(self, tier: Tier, like: Tensor) -> Rounding:
-        if tier not in self._rounding:
+    def _rounding_on(self, tier: Tier, is_streamed: bool, like: Tensor) -> Rounding:
+        """Return the rounding with buffers of its own: for what streams through the device they are others than for
+        what stays there, since both are updated at the same time.
+        """
+        key = tier, is_streamed
+        if key not in self._rounding:
             size = min(ROUNDED_AT_ONCE[tier], max(len(chunk.master) for chunk in self.chunks))
-            self._rounding[tier] = Rounding(size, like.dtype, like.device)
-        return self._rounding[tier]
+            self._rounding[key] = Rounding(size, like.dtype, like.device)
+        return self._rounding[key]
 
-    def _adamw(self, part: Part, moments: list[Tensor], gradient: Tensor, now: Step) -> None:
-        master, _, _ = part.states
-        first, second = moments
-        adamw(
-            [master],
-            [gradient],
-            [first],
-            [second],
-            [],
-            [torch.full((), part.updates - 1.0, device=master.device)],
-            fused=True,
-            found_inf=now.found_inf,
-            amsgrad=False,
-            beta1=self.config.betas[0],
-            beta2=self.config.betas[1],
-            lr=now.lr,
-            weight_decay=self.config.weight_decay if part.chunk.spec.is_matrix else 0.0,
-            eps=self.config.eps,
-            maximize=False,
-        )
+    def _elements(self, part: Part, noise: Noise | None = None) -> Elements:
+        decay = self.config.weight_decay if part.chunk.spec.is_matrix else 0.0
+        return Elements(part.gradient, part.states, part.own, part.updates, decay, noise)
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient[n] · factor[] in `dtype`: the gradient itself, changed in place, if that is its dtype."""
-    wide = [gradient]
-    if gradient.dtype != dtype:
-        wide = [torch.empty_like(gradient, dtype=dtype)]
-        torch._foreach_copy_(wide, [gradient])  # faster than `to`
-    torch._foreach_mul_(wide, factor.to(dtype))
-    return wide[0]
+def _launched_together(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Return the chunks with states on the device in groups: the small ones are one, and each large one is another.
 
-
-def _scaled_in_one_pass(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the same as `scaled`, written for the compiler: it makes one kernel of this."""
-    return gradient.to(dtype) * factor.to(dtype)
+    The groups follow from sizes that all ranks of a chunk's axes agree on, so all launch its all-gather in one order.
+    """
+    found = [chunk for chunk in chunks if chunk.placement.states is Tier.DEVICE]
+    small = [chunk for chunk in found if chunk.size <= SMALL]
+    return [small, *([chunk] for chunk in found if chunk.size > SMALL)]

@@ -80,6 +80,10 @@ class ChunkSum:
         accumulator.add(i, gradient.view_as(accumulator.views()[i]))
         self._count(i)
 
+    def place_product(self, i: int, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product a[N, T] · b[T, K], a gradient of parameter i that is about to arrive, in its place."""
+        return self.chunk.gradient.accumulator.place(i, a, b)
+
     def take(self, i: int, parameter: Tensor) -> None:
         """Take the gradient of parameter i out of `.grad`, where a backward has put it."""
         gradient, parameter.grad = parameter.grad, None

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
+from parallel.chunk.gradient import squares_of
 from parallel.mesh.collectives import all_reduce
 from parallel.mesh.mesh import Axis
+from parallel.storage.transfer import to_device
 
 
 def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
@@ -22,9 +24,9 @@ def global_norm(chunks: Sequence[Chunk], world: Axis) -> Tensor:
 
 def norm_and_sum(chunks: Sequence[Chunk], world: Axis, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the global norm, and the sum over all ranks of fp64 numbers, a scalar or [n], by one collective."""
-    total = torch.zeros((), dtype=torch.float64, device=chunks[0].memory.device)
-    for chunk in chunks:
-        total += chunk.gradient.squares() * chunk.spec.is_counted
+    squares = squares_of([chunk.gradient for chunk in chunks])
+    is_counted = torch.tensor([chunk.spec.is_counted for chunk in chunks], dtype=squares.dtype)
+    total = (squares * to_device(is_counted, squares.device)).sum()
     found = all_reduce(torch.cat([total.view(1), numbers.view(-1)]), world)
     return found[0].sqrt(), found[1:].view(numbers.shape)
 

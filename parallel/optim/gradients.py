@@ -11,6 +11,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import ParameterInfo
 from parallel.ops.deferred import DeferredCalls
 from parallel.optim.chunk_sum import NO_PARAMETERS, ChunkSum
+from parallel.tensor.compiled import handle_of
 from parallel.tensor.receiver import GradientReceiver
 
 ROUNDS_IN_FLIGHT = 2  # the oldest is waited for when there are more
@@ -67,10 +68,14 @@ class Gradients:
             for total in self._sums:
                 total.on_arrival = None
 
-    def receiver(self, matrix: nn.Parameter) -> GradientReceiver:
-        """Return the receiver of the gradients of matrix[N, K], which adds each of them to the sum."""
+    def receiver(self, matrix: nn.Parameter, *, in_compiled_code: bool = False) -> GradientReceiver:
+        """Return the receiver of the gradients of matrix[N, K], which adds each of them to the sum.
+
+        `in_compiled_code`: whether compiled code may compute them, all at once.
+        """
         total, i = self._sum_of[matrix]
-        return GradientReceiver(self.deferred, partial(total.take_product, i), partial(total.take_summand, i))
+        handle = handle_of(partial(total.place_product, i), matrix.device) if in_compiled_code else None
+        return GradientReceiver(self.deferred, partial(total.take_product, i), partial(total.take_summand, i), handle)
 
     def finish(self) -> None:
         """Wait until the gradient of every chunk is the sum over all ranks: whole, or this rank's slice."""

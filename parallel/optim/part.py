@@ -42,6 +42,11 @@ class Part:
         return self.chunk.placement.states is Tier.DISK
 
     @property
+    def own_is_on_device(self) -> bool:
+        """True if the parameters are on the device, where an update may write them."""
+        return self.chunk.placement.parameters is Tier.DEVICE
+
+    @property
     def disk(self) -> Disk:
         """The disk that the states are on."""
         disk = self.chunk.memory.disk

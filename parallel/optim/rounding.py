@@ -10,6 +10,7 @@ from torch import Tensor
 from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import Piece
 from parallel.layout.rng import mix64, seed_of
+from parallel.ops.kernels.adamw import Noise
 from parallel.optim.part import Part
 
 TABLE = 2**20  # numbers: few enough to stay in the cache of a device
@@ -64,9 +65,8 @@ class Rounding:
 
     def _write(self, piece: Piece, moment: int, update: int) -> None:
         """Write the noise of a piece of a public tensor into its data."""
-        box, data = (piece.box[::-1], piece.data.T) if piece.is_transposed else (piece.box or ((0, 1),), piece.data)
-        offsets = [seed_of(piece.name, moment, update, dim) + start for dim, (start, _) in enumerate(box)]
-        *sizes, width = (stop - start for start, stop in box)
+        data, offsets = _as_stored(piece), _offsets(piece, moment, update)
+        *sizes, width = data.shape or (1,)
         if not sizes:
             data.view(-1).copy_(_stretch(self._numbers, offsets[0], width))
             return
@@ -77,6 +77,50 @@ class Rounding:
         starts = (rows.flatten() + offsets[-1] % TABLE) % TABLE
         every = _stretch(self._numbers, 0, TABLE + width).unfold(0, width, 1)  # a view: a row from each index on
         torch.index_select(every, 0, starts, out=data.view(-1, width))
+
+
+class NoiseOfParts:
+    """The same noise for a kernel, which computes it where it rounds: numbers for each piece of a part."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pieces: dict[tuple[Chunk, int, int], list[Piece]] = {}
+
+    def takes(self, part: Part) -> bool:
+        """Return whether each piece of a part is a vector, or a matrix whose rows are side by side."""
+        return all(x.dim() <= 2 and x.is_contiguous() for x in map(_as_stored, self._pieces_of(part)))
+
+    def of(self, part: Part, update: int) -> Iterator[tuple[Part, Noise]]:
+        """Yield each piece of a part, as a part of its own, and its noise."""
+        for piece in self._pieces_of(part):
+            stored = _as_stored(piece)
+            start, width = int(stored.storage_offset()), stored.shape[-1] if stored.dim() else 1
+            offsets = []
+            for moment in range(2):
+                *row, column = (offset % TABLE for offset in _offsets(piece, moment, update))
+                offsets += [row[0] if row else -1, column]
+            first, second, third, fourth = offsets
+            tables = _tables(self._device)
+            yield part.cut(start, start + stored.numel()), Noise(tables, width, (first, second, third, fourth))
+
+    def _pieces_of(self, part: Part) -> list[Piece]:
+        """Return the pieces of a part: views of a tensor without memory, which have the places of their elements."""
+        size = len(part.gradient)
+        key = part.chunk, part.first, size
+        if key not in self._pieces:
+            self._pieces[key] = part.chunk.spec.pieces(torch.empty(size, device="meta"), first=part.first)
+        return self._pieces[key]
+
+
+def _as_stored(piece: Piece) -> Tensor:
+    """Return the data of a piece the way the parameter has it."""
+    return piece.data.T if piece.is_transposed else piece.data
+
+
+def _offsets(piece: Piece, moment: int, update: int) -> list[int]:
+    """Return b for each dim of the rows of a piece, and a: where the noise of its first element is."""
+    box = piece.box[::-1] if piece.is_transposed else piece.box or ((0, 1),)
+    return [seed_of(piece.name, moment, update, dim) + start for dim, (start, _) in enumerate(box)]
 
 
 def _stretch(table: Tensor, start: int, size: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.optim.part import Part
-from parallel.storage.transfer import CopyEvent, Tier, copies_of
+from parallel.storage.transfer import Copies, CopyEvent
 
 PART = 2**23  # elements
 
@@ -28,7 +28,8 @@ class _Slot:
         return self.buffers[key][: len(like)]
 
 
-Update = Callable[[Part], None]
+Update = Callable[[Sequence[Part]], None]
+"""An update of parts where they are, which writes their states and, where a part has some, its parameters."""
 
 
 def in_parts(wholes: Sequence[Part]) -> list[Part]:
@@ -39,14 +40,20 @@ def in_parts(wholes: Sequence[Part]) -> list[Part]:
 class Stream:
     """Three slots of the size of the largest part: one part is updated while the next is copied to the device and the
     one before is copied back. Parts whose states are on a disk pass through slots on the host too (`disk.Disk`).
+
+    The copies have streams of their own: a forward, which may begin before the update ends, waits only for the parts of
+    its parameters.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._copies = device, copies_of(device)
+        self._device, self._copies = device, Copies(device)
         self._slots: list[_Slot] = []
 
     def run(self, parts: Sequence[Part], update: Update) -> None:
-        """Call `update` with a copy of each part on the device, and copy the result back to where the part is."""
+        """Call `update` with a copy of each part on the device, and copy the result back to where the part is.
+
+        An update writes parameters that are on the device where they are.
+        """
         self._make_slots(max(len(part.gradient) for part in parts))
         on_disk = [part for part in parts if part.is_on_disk]
         if on_disk:
@@ -57,7 +64,7 @@ class Stream:
             if i + 1 < len(parts):
                 upcoming = self._upload(parts[i + 1], self._slots[(i + 1) % 3])
             slot.uploaded.wait()
-            update(on_device)
+            update([on_device])
             self._download(on_device, on_host, slot)
             if part.is_on_disk:
                 part.disk.store(slot.downloaded)
@@ -76,20 +83,18 @@ class Stream:
         if part.is_on_disk:
             part = replace(part, states=part.disk.fetch())
         first, second, third = (slot.view(f"state {k}", x) for k, x in enumerate(part.states))
-        copy = replace(part, states=(first, second, third), gradient=slot.view("gradient", part.gradient), own=None)
+        gradient = slot.view("gradient", part.gradient)
+        own = None if part.own is None else part.own if part.own_is_on_device else slot.view("own", part.own)
+        copy = replace(part, states=(first, second, third), gradient=gradient, own=own)
         for source, out in zip(part.states, copy.states, strict=True):
             self._copies.upload(source, out, after=slot.downloaded)
         slot.uploaded = self._copies.upload(part.gradient, copy.gradient, after=part.gradient_written)
         return part, copy
 
     def _download(self, on_device: Part, on_host: Part, slot: _Slot) -> None:
-        """Start to copy a part back that has been updated in a slot, and write its parameters."""
-        if on_host.own is not None:
-            if on_host.chunk.placement.parameters is Tier.DEVICE:
-                on_host.own.copy_(on_device.states[0])
-            else:
-                narrow = slot.view("own", on_host.own)
-                self._copies.download(narrow.copy_(on_device.states[0]), on_host.own)
+        """Start to copy a part back that has been updated in a slot."""
+        if on_device.own is not None and on_host.own is not None and not on_host.own_is_on_device:
+            self._copies.download(on_device.own, on_host.own)
         for source, out in zip(on_device.states, on_host.states, strict=True):
             slot.downloaded = self._copies.download(source, out)
         on_host.chunk.parameters.record_write(slot.downloaded)

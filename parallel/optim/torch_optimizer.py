@@ -11,7 +11,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.managed import Manager
 from parallel.errors import ModelError
 from parallel.layout.layout import Piece
-from parallel.optim.adamw import scaled
+from parallel.ops.kernels.adamw import scaled
 from parallel.optim.elementwise import DECIDING, initial_value, refuse_unless_elementwise, state_kinds
 from parallel.optim.leaves import Leaves
 from parallel.optim.param_groups import ParamGroups, SavedGroup

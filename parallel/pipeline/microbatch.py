@@ -144,21 +144,34 @@ def _shape_problem(batch: Mapping[str, Any], micro_batch_size: int, limits: Limi
 
 def _value_problem(batch: Mapping[str, Tensor], limits: Limits) -> str | None:
     """Return which value of a batch is outside of the model's limits, or None."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones(()))
-    labels = batch.get("labels", ids)
-    for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
-        outside = values[(values < 0) | (values >= limits.vocab_size)]
-        if len(outside):
-            valid = f"0 … {limits.vocab_size - 1} (model.vocab_size {limits.vocab_size})"
-            return f"{name}: token {int(outside[0])} is outside {valid}"
-    if len(outside := mask[(mask != 0) & (mask != 1)]):
-        hint = ". The numbers of packed documents are document_ids" if int(outside[0]) > 1 else ""
-        return f"attention_mask: {int(outside[0])} is neither 1, a token, nor 0, padding{hint}"
-    positions = batch.get("position_ids", torch.zeros(1))
-    if len(outside := positions[(positions < limits.first_position) | (positions >= limits.max_sequence)]):
-        valid = f"{limits.first_position} … {limits.max_sequence - 1}"
-        return f"position_ids: {int(outside[0])} is outside {valid} (model.max_position_embeddings)"
+    ids = batch["input_ids"]
+    if (token := _outside(ids, 0, limits.vocab_size)) is not None:
+        return _token_problem("input_ids", token, limits)
+    if (labels := batch.get("labels")) is not None:
+        labels = torch.where(labels == IGNORED, 0, labels)
+        if (token := _outside(labels, 0, limits.vocab_size)) is not None:
+            return _token_problem("labels", token, limits)
+    if "attention_mask" in batch and (value := _outside(batch["attention_mask"], 0, 2)) is not None:
+        hint = ". The numbers of packed documents are document_ids" if value > 1 else ""
+        return f"attention_mask: {value} is neither 1, a token, nor 0, padding{hint}"
+    if "position_ids" in batch:
+        position = _outside(batch["position_ids"], limits.first_position, limits.max_sequence)
+        if position is not None:
+            valid = f"{limits.first_position} … {limits.max_sequence - 1}"
+            return f"position_ids: {position} is outside {valid} (model.max_position_embeddings)"
     return _document_problem(batch["document_ids"], limits) if "document_ids" in batch else None
+
+
+def _outside(values: Tensor, first: int, stop: int) -> int | None:
+    """Return the first value that is not in first … stop − 1, or None: one pass over the values says so."""
+    smallest, largest = torch.aminmax(values)
+    if first <= int(smallest) and int(largest) < stop:
+        return None
+    return int(values[(values < first) | (values >= stop)][0])
+
+
+def _token_problem(name: str, token: int, limits: Limits) -> str:
+    return f"{name}: token {token} is outside 0 … {limits.vocab_size - 1} (model.vocab_size {limits.vocab_size})"
 
 
 def _document_problem(documents: Tensor, limits: Limits) -> str | None:

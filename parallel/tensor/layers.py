@@ -1,11 +1,11 @@
 """The layers of a transformer, whose parameters have layouts. A mode says how they are split, and builds them."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
+from parallel.ops.kernels.lookup import lookup
 from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
-from parallel.tensor.matmul import LinearCollectives, matmul
+from parallel.tensor.matmul import LinearCollectives, RectifiedLinear, is_left_to_compiler, matmul
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
 
@@ -55,18 +55,38 @@ class Linear(Sharded):
         return None if self.bias is None else self.bias.flatten()
 
     def forward(self, x: Tensor | CastInput) -> Tensor:
-        return self._product(x, self.flat_bias)
+        return self._product(x, self.collectives, self.flat_bias)
 
     def product(self, x: Tensor | CastInput) -> Tensor:
         """Return the same without the bias, for a caller that adds `flat_bias` in an operation of its own."""
-        return self._product(x, None)
+        return self._product(x, self.collectives, None)
 
-    def _product(self, x: Tensor | CastInput, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor | CastInput, collectives: LinearCollectives, bias: Tensor | None) -> Tensor:
         w = self.weight.flatten(0, -2)
         if self.eight_bit is not None:
             return fp8_matmul(x, w, self.eight_bit, bias, self.receiver)
         assert isinstance(x, Tensor), "an input was cast for a linear that does not multiply in 8 bits"
-        return matmul(x, w, self.collectives, bias, self.receiver)
+        return matmul(x, w, collectives, bias, self.receiver)
+
+    def with_constant_bias(self, x: Tensor | CastInput, *, rectified: bool = False) -> Tensor:
+        """Return the same, with a bias that gets no gradient here: a caller sums it in an operation of its own.
+
+        `rectified`: return relu of it, to a caller that multiplies the gradient of y by relu's.
+        """
+        collectives = RectifiedLinear(**vars(self.collectives)) if rectified else self.collectives
+        bias = None if self.flat_bias is None else self.flat_bias.detach()
+        return self._product(x, collectives, bias)
+
+    @property
+    def can_be_rectified(self) -> bool:
+        """True if the product can write relu of itself: it is y already, and is not computed in slices."""
+        is_plain = self.eight_bit is None and type(self.collectives) is LinearCollectives
+        return is_plain and not self.collectives.has_partial_y
+
+    @property
+    def is_left_to_compiler(self) -> bool:
+        """True while code is compiled that this linear will be a part of, so that it can be fused with its output."""
+        return self.eight_bit is None and is_left_to_compiler(self.collectives, self.receiver)
 
 
 class Embedding(Sharded):
@@ -78,7 +98,7 @@ class Embedding(Sharded):
         super().__init__(like, weight=layout)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.weight)
+        return lookup(indices, self.weight)
 
 
 class Vocabulary(Sharded):
@@ -96,10 +116,7 @@ class Vocabulary(Sharded):
     def rows(self, tokens: Tensor, table: Tensor) -> Tensor:
         """Look tokens[B, S] up in this rank's rows, table[V_axes, H'] -> [B, S, H'], zero for tokens of other ranks."""
         first = self.layout.first_row
-        index = tokens - first
-        mine = (index >= 0) & (index < table.shape[0])
         padding_idx = None
         if self.padding_idx is not None and 0 <= self.padding_idx - first < table.shape[0]:
             padding_idx = self.padding_idx - first
-        found = F.embedding(index.clamp(0, table.shape[0] - 1), table, padding_idx)
-        return found * mine.unsqueeze(-1)
+        return lookup(tokens - first, table, padding_idx, is_part=True)

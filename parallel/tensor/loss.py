@@ -4,22 +4,21 @@ Logits of a few positions are computed at a time, and their gradient at once. So
 are not computed twice: the gradients of x and of the embedding are computed in forward, one token slice at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.layout.labels import IGNORED
 from parallel.layout.layout import Layout, index_along
 from parallel.mesh.collectives import MAX, Pending, all_reduce
 from parallel.mesh.mesh import Axis
+from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy, multiply_in_place
 from parallel.ops.products import add_product, write_product
-from parallel.tensor.matmul import LinearCollectives
+from parallel.tensor.matmul import LinearCollectives, Multiply
 
-TOKENS_PER_SLICE = 2048  # tokens of this rank whose logits exist at a time
+TOKENS_PER_SLICE = 4096  # tokens of this rank whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,29 @@ class HeadLayout:
     vocabulary: Layout
     """The layout of the embedding."""
 
-    compiles: bool = False
-    """True: operations on all logits are compiled into fewer passes over them."""
+    @property
+    def entries(self) -> range:
+        """The vocabulary's entries of this rank, without padding."""
+        start, stop = self.vocabulary.box[0]
+        first = index_along(self.axes) * self.vocabulary.local_shape[0]
+        return range(first, first + stop - start)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """The functions with which ranks combine numbers of tokens; None if no other rank has a part of the table."""
+        axes = [axis for axis in self.axes if axis.size > 1]
+
+        def largest(x: Tensor) -> Tensor:
+            for axis in axes:
+                x = all_reduce(x, axis, MAX)
+            return x
+
+        def summed(x: Tensor) -> Tensor:
+            for axis in axes:
+                x = all_reduce(x, axis)
+            return x
+
+        return Exchange(largest, summed) if axes else None
 
 
 class _LMLoss(torch.autograd.Function):
@@ -51,13 +71,10 @@ class _LMLoss(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_one_product else wide)
         for start in range(0, x.shape[1], size):
             tokens = slice(start, start + size)
-            whole_x = Pending(head.collectives.start_gather_x(x[:, tokens]).wait())
-            logits = head.collectives.wide_product(whole_x, table, wide)
-            loss, dlogits = cross_entropy(logits, labels[..., tokens].flatten(1), head, scale, x.dtype)
+            multiply = partial(add_product if start else write_product, out=dw)
+            loss, in_flight = _token_slice(x[:, tokens], table, labels[..., tokens].flatten(1), head, scale, multiply)
             total += loss
-            if dlogits is not None:
-                multiply = partial(add_product if start else write_product, out=dw)
-                in_flight, _ = head.collectives.gradients(dlogits, whole_x, table, multiply)
+            if in_flight is not None:
                 dx[:, tokens] = in_flight.wait()
         if scale is not None:
             ctx.save_for_backward(dx, head.collectives.scatter_dw(dw).to(e.dtype))
@@ -66,8 +83,26 @@ class _LMLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         # In place, so that a second backward raises.
-        dx, de = (grad.mul_(grads[0].to(grad.dtype)) for grad in ctx.saved_tensors)
+        dx, de = (multiply_in_place(grad, grads[0]) for grad in ctx.saved_tensors)
         return dx, de, None, None, None
+
+
+def _token_slice(
+    x: Tensor, table: Pending, labels: Tensor, head: HeadLayout, scale: float | None, multiply: Multiply
+) -> tuple[Tensor, Pending | None]:
+    """Return the loss of x[B, s, H] and, with a scale, dx in flight. `multiply` takes the factors of the table's
+    gradient. The logits are freed before those of the next slice are computed.
+    """
+    whole_x = Pending(head.collectives.start_gather_x(x).wait())
+    loss, dlogits = cross_entropy(
+        head.collectives.wide_product(whole_x, table, torch.promote_types(x.dtype, torch.float32)),
+        labels,
+        entries=head.entries,
+        scale=scale,
+        dtype=x.dtype,
+        exchange=head.exchange,
+    )
+    return loss, None if dlogits is None else head.collectives.gradients(dlogits, whole_x, table, multiply)[0]
 
 
 def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float = 1.0) -> Tensor:
@@ -81,60 +116,3 @@ def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, sc
         x, e, labels, head, scale if torch.is_grad_enabled() else None
     )
     return total
-
-
-def cross_entropy(
-    logits: Tensor, labels: Tensor, head: HeadLayout, scale: float | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Return Σ (logsumexp(logits) − logits[label]) over counted labels, and `scale` times its gradient in `dtype`.
-
-    logits[B, S, V_axes] in fp32 at least, which are overwritten; labels[B, S] -> [], [B, S, V_axes]. There is no
-    gradient if `scale` is None. The vocabulary's padding is masked. Ranks send three numbers for each token, never a
-    logit: the largest logit, the sum of exponentials, and the label's logit (Shoeybi et al. 2019, section 3).
-    """
-    start, stop = head.vocabulary.box[0]
-    first = index_along(head.axes) * head.vocabulary.local_shape[0]
-    logits[..., stop - start :] = torch.finfo(logits.dtype).min  # not -inf: all rows of a rank may be padding
-    counted = labels != IGNORED
-    index = labels - first
-    mine = (index >= 0) & (index < stop - start)
-    index = torch.where(mine, index, 0).unsqueeze(-1)
-    normalize, differentiate = _passes(head.compiles)
-    probabilities, own_top, own_total = normalize(logits)
-    top = own_top
-    for axis in head.axes:
-        top = all_reduce(top, axis, MAX)
-    own_total = own_total * (own_top - top).exp()
-    # The difference of two large logits is exact: it is taken before anything is added.
-    target = torch.where(mine, logits.gather(-1, index).squeeze(-1) - top, 0)
-    sums = torch.stack([own_total, target])
-    for axis in head.axes:
-        sums = all_reduce(sums, axis)
-    total, target = sums
-    loss = ((total.log() - target) * counted).sum()
-    if scale is None:
-        return loss, None
-    weight = counted.to(total.dtype) * scale
-    share = own_total / total  # this rank's share of the probabilities, which are softmaxes over its own logits
-    at_label = (probabilities.gather(-1, index).squeeze(-1) * share - mine.to(share.dtype)) * weight
-    out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
-    gradient = differentiate(probabilities, share * weight, out)
-    return loss, gradient.scatter_(-1, index, at_label.to(gradient.dtype).unsqueeze(-1))
-
-
-def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return softmax, maximum and Σ exp(logits − maximum), each over V: logits[..., V] -> [..., V], [...], [...]."""
-    top, place = logits.max(-1, keepdim=True)
-    probabilities = logits.softmax(-1)
-    return probabilities, top.squeeze(-1), probabilities.gather(-1, place).reciprocal().squeeze(-1)
-
-
-def _differentiate(probabilities: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Compute out[..., V] = probabilities[..., V] · weight[...], rounded to its dtype in the same pass."""
-    return torch.mul(probabilities, weight.unsqueeze(-1), out=out)
-
-
-@cache
-def _passes(compiles: bool) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
-    """Return the two functions that touch all logits, compiled or not."""
-    return (torch.compile(_normalize), torch.compile(_differentiate)) if compiles else (_normalize, _differentiate)

@@ -26,7 +26,9 @@ from parallel.mesh.collectives import (
 )
 from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import wide_product
+from parallel.tensor.compiled import compiled_linear
 from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
@@ -160,6 +162,16 @@ class LinearCollectives:
         return start_reduce_scatter(dx, *self.gather_x)
 
 
+class RectifiedLinear(LinearCollectives):
+    """The same collectives around relu(x · Wᵀ + bias), where this rank's product is y itself: see `rectified`."""
+
+    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return super().multiply(x, w, bias).relu_()
+        y: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), w.T)  # the product writes relu of it
+        return y.view(*x.shape[:-1], -1)
+
+
 def _factors(dy: Tensor, x: Pending) -> tuple[Tensor, Tensor]:
     """Return the factors of dW of a gathered dy[..., N'] and x[..., K]: [N', T] and [T, K]."""
     return dy.flatten(0, -2).T, x.wait().flatten(0, -2)
@@ -176,7 +188,7 @@ class _Matmul(torch.autograd.Function):
         receiver: GradientReceiver | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.collectives, ctx.has_bias, ctx.receiver = collectives, bias is not None, receiver
+        ctx.collectives, ctx.receiver = collectives, receiver
         return collectives.linear(x, w, bias)
 
     @staticmethod
@@ -187,7 +199,7 @@ class _Matmul(torch.autograd.Function):
             in_flight, dw = collectives.input_gradient(dy, w), None
         else:
             in_flight, dw = collectives.both_gradients(dy, x, w, _multiply(collectives, receiver))
-        db = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+        db = column_sum(dy.flatten(0, -2)) if ctx.needs_input_grad[2] else None
         return in_flight.wait(), received(dw, receiver), db, None, None
 
 
@@ -216,6 +228,13 @@ def received(dw: Tensor | None, receiver: GradientReceiver | None) -> Tensor | N
     return None
 
 
+def is_left_to_compiler(collectives: LinearCollectives, receiver: GradientReceiver | None) -> bool:
+    """Return whether code is being compiled, and a product is in it: else it is called by what is compiled."""
+    if not torch.compiler.is_compiling() or not collectives.is_local:
+        return False
+    return receiver is None or not torch.is_grad_enabled() or receiver.handle is not None
+
+
 def matmul(
     x: Tensor,
     w: Tensor,
@@ -228,11 +247,13 @@ def matmul(
     `receiver` is given w's gradient, and autograd then gets none. Where `receiver.deferred` keeps calls, a backward
     computes the gradient of x alone; that of w, with its collectives, is computed in `run_deferred`.
     """
-    leaves_dw_to_autograd = receiver is None or not torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and collectives.is_local and leaves_dw_to_autograd:
+    if is_left_to_compiler(collectives, receiver):
         # These a compiler can fuse with what surrounds them; a product of a single row only without its bias.
-        is_row = x.numel() == x.shape[-1]
-        return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver is None or not torch.is_grad_enabled():
+            is_row = x.numel() == x.shape[-1]
+            return F.linear(x, w) + bias if is_row and bias is not None else F.linear(x, w, bias)
+        if receiver.handle is not None:
+            return compiled_linear(x, w, bias, receiver.handle)
     y: Tensor = _matmul(x, w, bias, collectives, receiver)
     return y
 

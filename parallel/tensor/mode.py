@@ -97,11 +97,9 @@ class Mode:
         dtype: torch.dtype,
         *,
         sequence: SequenceSplit = UNSPLIT,
-        compiles: bool = False,
         overlaps: bool = False,
     ) -> None:
-        self.mesh, self.dtype, self.sequence = mesh, dtype, sequence
-        self.compiles, self.overlaps = compiles, overlaps
+        self.mesh, self.dtype, self.sequence, self.overlaps = mesh, dtype, sequence, overlaps
         self.set_splits()
 
     def set_splits(self) -> None:
@@ -128,7 +126,7 @@ class Mode:
 
     def positions_between(self, local: int, device: torch.device) -> Tensor:
         """Return the position in the whole sequence of each of this rank's positions between blocks, int64 [local]."""
-        inside = local * prod(axis.size for axis in self.length)
+        inside = local * prod([axis.size for axis in self.length])  # torch's compiler takes no generator
         return self.local(self.sequence.positions(inside, device), self.length)
 
     def gathered(self, x: Tensor, dim: int, split: Split) -> Tensor:
@@ -264,7 +262,7 @@ class Mode:
         labels[B, S] are whole on every rank and already shifted; a rank's are [B_inner_batch, S_context]. Ranks that
         differ only along `inner_hidden` get the same sum. The gradient is multiplied by `scale`.
         """
-        head = HeadLayout(self.collectives_in, self.inner_hidden, vocabulary.layout, compiles=self.compiles)
+        head = HeadLayout(self.collectives_in, self.inner_hidden, vocabulary.layout)
         return sum_cross_entropy(x, vocabulary.weight, self.tokens(labels, self.inner_batch), head, scale)
 
     def _linear(self, collectives: LinearCollectives, *dims: tuple[int, Split], bias: bool = True) -> Linear:

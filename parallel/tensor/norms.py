@@ -1,10 +1,11 @@
 """Norms over a dim that may be split: LayerNorm (Ba et al. 2016, arXiv 1607.06450) and RMSNorm (arXiv 1910.07467).
 
 Both keep for backward x and the statistics of each row, and nothing else; statistics are computed in fp32 at least.
+`Norm.residual` first adds to x what a half of a block has computed. On a GPU all of it is one kernel each way: see
+parallel/tensor/residual.py. Here it is composed of torch's functions.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -13,28 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
-from parallel.mesh.collectives import all_gather, all_reduce
+from parallel.layout.rng import Dropout
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.norm import fuses
 from parallel.tensor.layers import Sharded
-
-
-@dataclass(frozen=True)
-class NormalizedDim:
-    """The dim over which rows are normalized: its whole size, the axes that split it, and eps.
-
-    eps is added to the variance in LayerNorm, and to the mean square in RMSNorm.
-    """
-
-    size: int
-    axes: tuple[Axis, ...]
-    eps: float
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over the ranks that have parts of the same rows."""
-        for axis in self.axes:
-            x = all_reduce(x, axis)
-        return x
+from parallel.tensor.residual import Addend, NormalizedDim, residual_norm
 
 
 class Norm(Sharded):
@@ -46,19 +31,39 @@ class Norm(Sharded):
     names: ClassVar[tuple[str, ...]] = ()
     """The names of the parameters."""
 
+    is_rms: ClassVar[bool] = False
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, hidden: int, axes: tuple[Axis, ...], *, layout: Layout | None, eps: float, like: Tensor) -> None:
-        super().__init__(like, **dict.fromkeys(self.names, layout))
-        self.dim = NormalizedDim(hidden, tuple(axis for axis in axes if axis.size > 1), eps)
+        super().__init__(like, **{name: layout if name in self.names else None for name in ("weight", "bias")})
+        self.dim = NormalizedDim(hidden, tuple(axis for axis in axes if axis.size > 1), eps, self.is_rms)
+
+    def residual(
+        self, x: Tensor, addend: Addend | None = None, dropout: Dropout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return total = x + dropout(addend) and the norm of it; total is x itself where there is no addend."""
+        if fuses(x):
+            return residual_norm(x, addend, dropout, (self.weight, self.bias), self.dim)
+        total = x if addend is None else x + addend.value(dropout)
+        return total, self.composed(total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous() and fuses(x):
+            return residual_norm(x, None, None, (self.weight, self.bias), self.dim)[1]
+        return self.composed(x)
+
+    def composed(self, x: Tensor) -> Tensor:
+        """Return the norm of x, computed by functions of torch."""
+        raise NotImplementedError
 
 
 class LayerNorm(Norm):
     """(x − mean) / √(variance + eps) · weight + bias: see `Norm`."""
 
     names = ("weight", "bias")
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def composed(self, x: Tensor) -> Tensor:
         if not self.dim.axes:  # every rank has the whole dim: torch's fused kernel
             return F.layer_norm(x, (self.dim.size,), self.weight, self.bias, self.dim.eps)
         y: Tensor = _apply(_LayerNorm, x, self.weight, self.bias, self.dim)
@@ -72,9 +77,9 @@ class RMSNorm(Norm):
     """
 
     names = ("weight",)
-    weight: nn.Parameter | None
+    is_rms = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def composed(self, x: Tensor) -> Tensor:
         if not self.dim.axes and (x.is_cuda or torch.compiler.is_compiling()):
             return F.rms_norm(x, (self.dim.size,), self.weight, self.dim.eps)
         y: Tensor = _apply(_RMSNorm, x, self.weight, self.dim)
@@ -85,19 +90,13 @@ class _LayerNorm(torch.autograd.Function):
     """LayerNorm over a split dim, x[..., H_axes] -> y[..., H_axes].
 
     For backward it keeps x and two numbers a row, as torch's kernel does. One all-gather an axis sends mean and
-    variance of each rank's part, which are then merged (Chan, Golub & LeVeque 1979). A sum and a sum of squares would
-    be as short, but their difference loses digits.
+    variance of each rank's part, which are then merged.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dim: NormalizedDim) -> Tensor:
         wide = _wide(x)
-        statistics = torch.stack(torch.var_mean(wide, -1, correction=0, keepdim=True)).unsqueeze(0)
-        for axis in dim.axes:
-            statistics = all_gather(statistics, 0, axis)
-        variances, means = statistics.unbind(1)
-        mean = means.mean(0)
-        deviation = (variances + (means - mean).square()).mean(0).add_(dim.eps).rsqrt_()
+        mean, deviation = dim.merged(torch.stack(torch.var_mean(wide, -1, correction=0, keepdim=True)))
         ctx.save_for_backward(x, weight, mean, deviation)
         ctx.dim = dim
         normal = ((wide - mean) * deviation).to(x.dtype)
@@ -127,8 +126,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, dim: NormalizedDim) -> Tensor:
         wide = _wide(x)
-        mean_square = dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size
-        scale = mean_square.add_(dim.eps).rsqrt_()
+        scale = dim.merged(wide.square().sum(-1, keepdim=True))
         ctx.save_for_backward(x, weight, scale)
         ctx.dim = dim
         normal = wide * scale

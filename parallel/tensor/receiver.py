@@ -25,3 +25,7 @@ class GradientReceiver:
 
     add: Callable[[Tensor], None]
     """Adds a gradient, [N', K'']."""
+
+    handle: Tensor | None = None
+    """Stands for the receiver in compiled code: see parallel/tensor/compiled.py. With None compiled code ends a graph
+    at the matmul, whose backward may keep the gradient of the weight for later."""

@@ -33,7 +33,7 @@ class TensorScale:
     All are fp32 scalars on the device, and views that stay the same objects from step to step.
 
     scale    what a value is multiplied by before it is rounded: a power of 2
-    inverse  1 / scale
+    inverse  1 / scale, at an address that is a multiple of `SCALE_ALIGNMENT`
     amax     the largest magnitude that this rank has seen in the step so far, which whoever casts the tensor raises
     """
 

@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from parallel.ops.fp8 import E4M3, LARGEST, MULTIPLE
 
-FLAT_BLOCK = 8192  # elements of a program of `_cast_flat`
+FLAT_BLOCK = 4096  # elements of a program of `_cast_flat`
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tile:
     warps: int
 
 
-CAST_TILE, TRANSPOSE_TILE = Tile(64, 128, 8), Tile(128, 128, 8)
+CAST_TILE, TRANSPOSE_TILE = Tile(128, 128, 4), Tile(128, 128, 8)
 
 
 def cast_flat(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
@@ -55,8 +55,8 @@ def cast_both_ways(
     columns = torch.empty(width, padded, dtype=dtype, device=x.device)
     down, across = triton.cdiv(padded, tile.rows), triton.cdiv(width, tile.columns)
     partial = torch.empty(down, width, dtype=torch.float32, device=x.device) if sums else scale
-    _cast_both_ways[across, down](
-        *(x, scale, rows, columns, scale if amax is None else amax, partial),
+    _cast_both_ways[down, across](
+        *(x, scale, rows, columns.view(torch.int32), scale if amax is None else amax, partial),
         *(height, width, padded),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -74,7 +74,7 @@ def transpose(x: Tensor, tile: Tile = TRANSPOSE_TILE) -> Tensor:
     height, width = x.shape
     padded = height + -height % MULTIPLE
     y = torch.empty(width, padded, dtype=torch.uint8, device=x.device)
-    _transpose[triton.cdiv(width, tile.columns), triton.cdiv(padded, tile.rows)](
+    _transpose[triton.cdiv(padded, tile.rows), triton.cdiv(width, tile.columns)](
         *(x.view(torch.uint8), y, height, width, padded), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps
     )
     return y.view(x.dtype)
@@ -113,6 +113,15 @@ def _magnitude(x):
 
 
 @triton.jit
+def _raise(amax, largest, known):
+    """Raise amax, which was `known` before, to `largest`.
+
+    Few programs have to. All the others would wait for each other at one address.
+    """
+    tl.atomic_max(amax, largest, mask=largest > known, sem="relaxed")
+
+
+@triton.jit
 def _cast_flat(
     x,
     scale,
@@ -125,13 +134,14 @@ def _cast_flat(
     ROUNDS: tl.constexpr,
 ):
     """Cast BLOCK elements."""
+    known = tl.load(amax)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     narrow = _narrow(values, tl.load(scale), y.dtype.element_ty, LARGEST, ROUNDS)
     tl.store(y + at, narrow, mask=mask)
     if RECORDS:
-        tl.atomic_max(amax, tl.max(_magnitude(values), 0), sem="relaxed")
+        _raise(amax, tl.max(_magnitude(values), 0), known)
 
 
 @triton.jit
@@ -139,7 +149,7 @@ def _cast_both_ways(
     x,
     scale,
     rows,
-    columns,
+    columns,  # four bytes a number, [N, T' / 4]
     amax,
     partial,  # sums of a tile's rows, [programs down, N]
     height,
@@ -152,28 +162,45 @@ def _cast_both_ways(
     LARGEST: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Cast a tile, and write it by rows and by columns."""
-    down = tl.program_id(1)
-    t = down.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    at = t[:, None] * width + n[None, :]
-    mask = (t[:, None] < height) & (n[None, :] < width)
-    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    narrow = _narrow(values, tl.load(scale), rows.dtype.element_ty, LARGEST, ROUNDS)
-    tl.store(rows + at, narrow, mask=mask)
-    at_column = n[:, None] * padded + t[None, :]
-    tl.store(columns + at_column, tl.trans(narrow), mask=(n[:, None] < width) & (t[None, :] < padded))
+    """Cast a tile, and write it by rows and by columns.
+
+    The rows are taken in four parts: row 4i + k is row i of part k. Four bytes of a column are one number then, so that
+    a fourth of as many are exchanged between threads, and a sum or a maximum over rows first adds up the parts.
+    """
+    known = tl.load(amax)
+    factor = tl.load(scale)
+    down = tl.program_id(0)
+    part = down.to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    n = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = n[None, :] < width
+    packed = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
+    largest = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
+    total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
+    for k in tl.static_range(4):
+        t = part * 4 + k
+        at = t[:, None] * width + n[None, :]
+        mask = (t[:, None] < height) & is_column
+        values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        narrow = _narrow(values, factor, rows.dtype.element_ty, LARGEST, ROUNDS)
+        tl.store(rows + at, narrow, mask=mask)
+        packed |= narrow.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * k)
+        if RECORDS:
+            largest = tl.maximum(largest, _magnitude(values))
+        if SUMS:
+            total += values
+    at_column = n[:, None] * (padded // 4) + part[None, :]
+    tl.store(columns + at_column, tl.trans(packed), mask=(n[:, None] < width) & (part[None, :] * 4 < padded))
     if RECORDS:
-        tl.atomic_max(amax, tl.max(tl.max(_magnitude(values), 1), 0), sem="relaxed")
+        _raise(amax, tl.max(tl.max(largest, 1), 0), known)
     if SUMS:
-        tl.store(partial + down * width + n, tl.sum(values, 0), mask=n < width)
+        tl.store(partial + down * width + n, tl.sum(total, 0), mask=n < width)
 
 
 @triton.jit
 def _transpose(x, y, height, width, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Transpose a tile of bytes."""
-    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (t[:, None] < height) & (n[None, :] < width)
     values = tl.load(x + t[:, None] * width + n[None, :], mask=mask, other=0)
     at_column = n[:, None] * padded + t[None, :]

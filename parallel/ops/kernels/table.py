@@ -35,8 +35,18 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "activation": Kernel(NARROW),
+        "adamw": Kernel(FLOATS),  # of gradients; master weights are fp32
         "cached_attention": Kernel(FLOATS, largest_row=256),
         "cast": Kernel(FLOATS),
+        "column_sum": Kernel(FLOATS),
+        "cross_entropy": Kernel(frozenset({torch.float32})),
+        "fingerprint": Kernel(FLOATS | {torch.float64, torch.int64}),  # of bits, as 64-bit words
+        "heads": Kernel(NARROW),
+        "lookup": Kernel(FLOATS),
+        "multiply": Kernel(FLOATS),
+        "norm": Kernel(FLOATS, largest_row=16384),
+        "sums": Kernel(FLOATS),
         "transpose": Kernel(EIGHT_BITS),
     }
 )
@@ -53,9 +63,16 @@ def can_be_given(name: str, dtype: torch.dtype, *, row: int = 0) -> bool:
     return dtype in kernel.dtypes and (kernel.largest_row is None or row <= kernel.largest_row) and has_triton()
 
 
-@cache
 def has_triton() -> bool:
     """Return whether Triton is here, and what it builds its launcher with: a C compiler and Python's header."""
+    return _finds_triton()
+
+
+has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # by torch.compiler.assume_constant_result, too
+
+
+@cache
+def _finds_triton() -> bool:
     has_compiler = any(map(shutil.which, ("gcc", "clang")))
     return find_spec("triton") is not None and has_compiler and _header().is_file()
 

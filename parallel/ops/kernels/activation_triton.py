@@ -1,0 +1,243 @@
+"""The kernels of `activation`: elementwise in fp32 registers, each tensor read once and written once.
+
+The backward of `activated` has the programs of a column sum: see `column_sum_triton`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.ops.kernels.column_sum_triton import add_parts, parts_of
+
+ROWS, COLUMNS, WARPS = 2, 1024, 4  # a tile of a kernel that sums nothing
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 32, 128, 4  # a tile of one that sums columns
+
+
+def launch_activated(u: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """Return act(u + bias) of a contiguous u[..., F] and bias[F]."""
+    f = torch.empty_like(u)
+    num_rows, num_columns = _rows_and_columns(u)
+    if f.numel():
+        _activate[_tiles(num_rows, num_columns)](
+            *(u, u if bias is None else bias, f, num_rows, num_columns),
+            **dict(KIND=name, HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS),
+        )
+    return f
+
+
+def launch_activated_backward(
+    df: Tensor, kept: Tensor, bias: Tensor | None, name: str, *, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return du[..., F] and, with `sums`, the bias's gradient [F].
+
+    `kept` is f for relu, which needs no bias, and u otherwise.
+    """
+    du = torch.empty_like(df)
+    num_rows, num_columns = _rows_and_columns(df)
+    rows, columns = (SUM_ROWS, SUM_COLUMNS)
+    blocks = triton.cdiv(num_columns, columns)
+    parts, rows_of_part = parts_of(num_rows, blocks, rows) if blocks else (1, rows)
+    partial = torch.empty(parts if sums else 0, num_columns, dtype=torch.float32, device=df.device)
+    if blocks:
+        _activate_backward[blocks, parts](
+            *(df, kept, kept if bias is None else bias, du, partial, num_rows, num_columns, rows_of_part),
+            **dict(KIND=name, HAS_BIAS=bias is not None, HAS_SUMS=sums, ROWS=rows, COLUMNS=columns),
+            num_warps=SUM_WARPS,
+        )
+    return du, add_parts(partial, df.dtype) if sums else None
+
+
+def launch_gated(x: Tensor, name: str) -> Tensor:
+    """Return act(gate) · up of a contiguous x[..., 2F]."""
+    f = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    num_rows, num_columns = _rows_and_columns(f)
+    if f.numel():
+        _gate[_tiles(num_rows, num_columns)](
+            *(x, f, num_rows, num_columns), KIND=name, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        )
+    return f
+
+
+def launch_gated_backward(df: Tensor, x: Tensor, name: str) -> Tensor:
+    """Return dx[..., 2F] of contiguous df[..., F] and x[..., 2F]."""
+    dx = torch.empty_like(x)
+    num_rows, num_columns = _rows_and_columns(df)
+    if df.numel():
+        _gate_backward[_tiles(num_rows, num_columns)](
+            *(df, x, dx, num_rows, num_columns), KIND=name, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        )
+    return dx
+
+
+def _rows_and_columns(x: Tensor) -> tuple[int, int]:
+    columns = x.shape[-1]
+    return x.numel() // max(1, columns), columns
+
+
+def _tiles(num_rows: int, num_columns: int) -> tuple[int, int]:
+    """Return the grid. Rows come first: there may be more than 65,535 of their tiles."""
+    return triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS)
+
+
+@triton.jit
+def _activate(
+    u,
+    bias,
+    f,
+    num_rows,
+    num_columns,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Compute a tile of f = act(u + bias)."""
+    rows, columns, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
+    at = rows[:, None] * num_columns + columns[None, :]
+    x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(f + at, _value(x, KIND).to(f.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _activate_backward(
+    df,
+    kept,
+    bias,
+    du,
+    sums,
+    num_rows,
+    num_columns,
+    rows_of_part,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Compute du = df · act'(u + bias) of some columns and the rows of a part, and sum its columns."""
+    part = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < num_columns
+    first = part * rows_of_part
+    last = tl.minimum(first + rows_of_part, num_rows)
+    added = tl.zeros((COLUMNS,), tl.float32)
+    if HAS_BIAS:
+        added = tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(first, last, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < last)[:, None] & is_column[None, :]
+        at = rows[:, None] * num_columns + columns[None, :]
+        dy = tl.load(df + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
+        if KIND == "relu":
+            dx = tl.where(x <= 0.0, 0.0, dy)
+        else:
+            dx = dy * _slope(x + added[None, :], KIND)
+            dx = tl.where(mask, dx, 0.0)  # dy is 0 there, but 0 · NaN is not
+        tl.store(du + at, dx.to(du.dtype.element_ty), mask=mask)
+        if HAS_SUMS:
+            total += dx
+    if HAS_SUMS:
+        tl.store(sums + part * num_columns + columns, tl.sum(total, 0), mask=is_column)
+
+
+@triton.jit
+def _gate(x, f, num_rows, num_columns, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Compute a tile of f = act(gate) · up."""
+    rows, columns, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
+    gates = x + rows[:, None] * (2 * num_columns) + columns[None, :]
+    gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gates + num_columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(
+        f + rows[:, None] * num_columns + columns[None, :], (_value(gate, KIND) * up).to(f.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def _gate_backward(df, x, dx, num_rows, num_columns, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Compute a tile of dgate = df · up · act'(gate), and one of dup = df · act(gate)."""
+    rows, columns, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
+    at_gate = rows[:, None] * (2 * num_columns) + columns[None, :]
+    dy = tl.load(df + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x + at_gate, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x + at_gate + num_columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + at_gate, (dy * up * _slope(gate, KIND)).to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at_gate + num_columns, (dy * _value(gate, KIND)).to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the rows and columns of this program's tile, and which of its elements exist."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    return rows, columns, mask
+
+
+@triton.jit
+def _value(x, KIND: tl.constexpr):
+    """Return act(x)."""
+    if KIND == "relu":
+        y = tl.where(x <= 0.0, 0.0, x)  # NaN stays
+    elif KIND == "gelu":
+        y = x * _normal(x, tl.exp(-0.5 * x * x))
+    elif KIND == "gelu_tanh":
+        y = x * tl.sigmoid(2.0 * _inner(x))  # (1 + tanh(z)) / 2 is the sigmoid of 2z
+    elif KIND == "silu":
+        y = x * tl.sigmoid(x)
+    else:
+        tl.static_assert(KIND == "tanh")
+        y = _tanh(x)
+    return y
+
+
+@triton.jit
+def _slope(x, KIND: tl.constexpr):
+    """Return act'(x)."""
+    if KIND == "relu":
+        y = tl.where(x <= 0.0, 0.0, 1.0)
+    elif KIND == "gelu":
+        power = tl.exp(-0.5 * x * x)
+        y = _normal(x, power) + x * power * 0.3989422804014327
+    elif KIND == "gelu_tanh":
+        s = tl.sigmoid(2.0 * _inner(x))
+        near = tl.minimum(tl.maximum(x, -16.0), 16.0)  # beyond, s · (1 − s) is 0, and x² must not be infinite
+        y = s + near * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+    elif KIND == "silu":
+        s = tl.sigmoid(x)
+        y = s * (1.0 + x * (1.0 - s))
+    else:
+        tl.static_assert(KIND == "tanh")
+        t = _tanh(x)
+        y = 1.0 - t * t
+    return y
+
+
+@triton.jit
+def _normal(x, power):
+    """Return the distribution function of a normal number, (1 + erf(x / √2)) / 2; `power` is exp(−x²/2).
+
+    The error is at most 7.5e-8 (Abramowitz and Stegun 1964, formula 7.1.26). An exact erf takes longer than the bytes.
+    """
+    t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))  # 0.3275911 / √2
+    tail = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+    tail = 0.5 * power * t * (0.254829592 + t * (-0.284496736 + t * tail))
+    return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def _inner(x):
+    """Return √(2/π) · (x + 0.044715 x³)."""
+    return 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
+
+
+@triton.jit
+def _tanh(x):
+    """Return tanh(x), from a power of e that cannot be infinite."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -t, t)

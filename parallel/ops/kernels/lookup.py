@@ -1,0 +1,55 @@
+"""Rows of a table at indices, and the table's gradient: the sum of the gradients at each row.
+
+`lookup_in_torch` is the reference, for every device and dtype. The kernels add in an order that follows from the
+indices alone, so that each run has the same bits.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.ops.kernels.table import is_fused
+
+
+def lookup(indices: Tensor, table: Tensor, padding_idx: int | None = None, *, is_part: bool = False) -> Tensor:
+    """Return table[indices], indices[...], table[R, H] -> [..., H]. The row `padding_idx` gets no gradient.
+
+    `is_part`: the table has a part of the rows, and an index outside gives zeros. What the kernels save is in backward.
+    """
+    has_backward = torch.is_grad_enabled() and table.requires_grad
+    if has_backward and is_fused("lookup", table) and not torch.compiler.is_compiling():
+        return lookup_fused(indices, table, padding_idx)
+    return lookup_in_torch(indices, table, padding_idx, is_part=is_part)
+
+
+def lookup_in_torch(indices: Tensor, table: Tensor, padding_idx: int | None, *, is_part: bool) -> Tensor:
+    if not is_part:
+        return F.embedding(indices, table, padding_idx)
+    mine = (indices >= 0) & (indices < table.shape[0])
+    return F.embedding(indices.clamp(0, table.shape[0] - 1), table, padding_idx) * mine.unsqueeze(-1)
+
+
+def lookup_fused(indices: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """Do the same in one kernel; an index outside gives zeros. Backward is a sort of the indices and two kernels."""
+    y: Tensor = _Lookup.apply(indices, table, padding_idx)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+        from parallel.ops.kernels.lookup_triton import take_rows  # imports Triton
+
+        y, keys = take_rows(indices, table.contiguous(), padding_idx)
+        ctx.save_for_backward(keys)
+        ctx.rows = table.shape[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
+        from parallel.ops.kernels.lookup_triton import sum_rows
+
+        (keys,) = ctx.saved_tensors
+        return None, sum_rows(keys, dy, ctx.rows), None

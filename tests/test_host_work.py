@@ -1,0 +1,113 @@
+"""The host is ahead of its GPU: a step waits for it once, and what it does between two steps takes little time."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import parallel
+from models.shapes import resolve
+from parallel.chunk.parameters import ParameterBuffer
+from parallel.modules.parameters import OriginalParameters
+from parallel.storage.transfer import HostCopy
+from parallel.tensor.norms import LayerNorm
+
+MODEL = dict(name="opt-tiny", num_hidden_layers=2, dropout=0.0)
+
+
+def engine_of(**train: Any) -> parallel.Engine:
+    """Return an engine of a small model on the device of this machine, after one step."""
+    raw = dict(model=MODEL, data=dict(sequence_length=16), train=dict(global_batch_size=2, micro_batch_size=2) | train)
+    context = parallel.launch_from_torch(raw, resolve=resolve)
+    engine = parallel.Engine(models.build(context), context)
+    engine.train_step(batch())
+    return engine
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Return a batch of two samples."""
+    return {"input_ids": torch.arange(32).view(2, 16) + 4}
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the number of writes into parameters, counted before its forward, and for loss and norm."""
+    engine = engine_of()
+    waits: list[int] = []
+    wait = HostCopy.wait
+
+    def counted(copy: HostCopy) -> torch.Tensor:
+        waits.append(copy._copy.numel())
+        return wait(copy)
+
+    monkeypatch.setattr(HostCopy, "wait", counted)
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.train_step(batch())
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+    assert waits == [1, 2]
+
+
+def test_parameters_are_compared_one_by_one_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks at hundreds of parameters would take milliseconds, for which a GPU that has updated waits."""
+    engine = engine_of()
+    looks: list[str] = []
+    first_change, shows = OriginalParameters._first_change, ParameterBuffer.shows
+
+    def shown(buffer: ParameterBuffer, parameter: nn.Parameter) -> bool:
+        looks.append("parameter")
+        return shows(buffer, parameter)
+
+    def changed(original: OriginalParameters) -> str:
+        looks.append("tree")
+        return first_change(original)
+
+    monkeypatch.setattr(ParameterBuffer, "shows", shown)
+    monkeypatch.setattr(OriginalParameters, "_first_change", changed)
+    engine.train_step(batch())
+    assert not looks
+    weight = next(engine.module.parameters())
+    weight.data = weight.detach().clone()
+    engine.train_step(batch())
+    assert "parameter" in looks
+
+
+@pytest.mark.parametrize("change", ["another name", "another parameter", "one more"])
+def test_a_change_of_the_tree_is_refused(change: str) -> None:
+    engine = engine_of()
+    module: Any = next(part for part in engine.module.modules() if isinstance(part, LayerNorm))
+    if change == "another name":
+        module._parameters["other"] = module._parameters.pop("weight")
+    if change == "another parameter":
+        module.weight = nn.Parameter(module.weight.detach().clone())
+    if change == "one more":
+        module.more = nn.Parameter(torch.zeros(1))
+    with pytest.raises(parallel.ModelError, match="is not the parameter it was"):
+        engine.train_step(batch())
+
+
+def test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written() -> None:
+    """Its address and its shape are those that it had."""
+    engine, other = engine_of(), engine_of()
+    square, same = (
+        next(x for x in e.module.parameters() if x.ndim == 2 and x.shape[0] == x.shape[1]) for e in (engine, other)
+    )
+    square.data = square.data.t()
+    with torch.no_grad():
+        same.copy_(same.t().clone())
+    assert engine.train_step(batch()) == other.train_step(batch())
+    torch.testing.assert_close(square, same, rtol=0, atol=0)
+
+
+def test_a_part_of_a_model_in_evaluation_mode_is_in_training_mode_in_a_step() -> None:
+    engine = engine_of()
+    modules = list(engine.module.modules())
+    for module in (modules[-1], engine.module):
+        module.eval()
+        engine.train_step(batch())
+        assert all(module.training for module in modules)
