@@ -248,18 +248,18 @@ def test_a_block_keeps_the_bytes_in_8_bits_that_are_foreseen(family: str) -> Non
     """What a block keeps less than in bf16 is as foreseen, and so is all that it keeps from I to W."""
     shape, tensor = FAMILY_SHAPES[family], TensorConfig()
     mode = mode_of(0, tensor, torch.bfloat16)
-    in_bf16 = kept_by_a_block(shape, mode).bytes
-    with patch("tests.test_memory.block_of", in_8_bits):
-        found = kept_by_a_block(shape, mode).bytes
-        waiting = kept_from_i_to_w(shape, mode_of(0, tensor, torch.float32), tensor)
     foreseen = {p: kept_bytes(shape, microbatch_of(tensor, B, S, precision=p))[1] for p in ("bf16", "fp8")}
+    to_wait = kept_for_weights(shape, microbatch_of(tensor, B, S, precision="fp8"))[1]
+    in_bf16 = kept_by_a_block(shape, mode).bytes
+    with patch("tests.test_memory.block_of", in_8_bits), patch("tests.test_memory.from_i_to_w", lambda *_: to_wait):
+        found = kept_by_a_block(shape, mode).bytes
+        assert kept_from_i_to_w(shape, mode_of(0, tensor, torch.float32), tensor) == to_wait
     assert in_bf16 - found == foreseen["bf16"] - foreseen["fp8"]
-    assert waiting == kept_for_weights(shape, microbatch_of(tensor, B, S, precision="fp8"))[1]
 
 
 def gathered(rank: int, world_size: int, raw: Raw) -> tuple[int, int, int, int]:
-    """Return the bytes of all-gathers in a step in 8 bits and in one in bf16, the elements that were sent in 8 bits, and
-    the most bytes of a chunk's parameters in bf16 meanwhile.
+    """Return the bytes of all-gathers in a step in 8 bits and in one in bf16, the elements sent in 8 bits, and the most
+    bytes of a chunk's parameters in bf16 meanwhile.
     """
     engine = engine_of(rank, world_size, raw)
     assert engine.scaling is not None
