@@ -3298,6 +3298,92 @@ POINTWISE = (
 )
 IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 
+SCALING, SCALES = "parallel/tensor/scaling.py", "parallel/engine/scales.py"
+SCALING_TEST, FP8_LAYOUTS = "tests/test_scaling.py", "tests/test_fp8_layouts.py"
+LARGEST_OF_ALL = f"{FP8_LAYOUTS}::test_all_ranks_have_the_largest_magnitudes_of_whole_tensors[1d2, dp2, zero3]"
+SCALES_OF_LINEARS = (
+    Mutant(
+        "maxima-of-a-replica-alone",
+        "largest magnitudes are not brought together over replicas",
+        SCALES,
+        'if name != "pipe"]',
+        'if name not in ("pipe", "data")]',
+        LARGEST_OF_ALL,
+    ),
+    Mutant(
+        "maxima-of-a-part-of-a-tensor",
+        "largest magnitudes are not brought together over the axis t",
+        SCALES,
+        'if name != "pipe"]',
+        'if name not in ("pipe", "t")]',
+        LARGEST_OF_ALL,
+    ),
+    Mutant(
+        "maxima-of-an-evaluation",
+        "an evaluation records largest magnitudes as a step does",
+        "parallel/engine/engine.py",
+        'explained(lambda: "an evaluation"), self._casting(records=False):',
+        'explained(lambda: "an evaluation"), self._casting(records=True):',
+        f"{FP8_LAYOUTS}::test_an_evaluation_uses_the_scales_and_records_nothing_and_a_step_left_out_does_not_count",
+    ),
+    Mutant(
+        "a-window-of-one-step",
+        "scales are made of the last step alone",
+        SCALING,
+        "largest = self.history.amax(0)",
+        "largest = self.history[-1]",
+        f"{SCALING_TEST}::test_a_scale_is_made_of_the_largest_magnitude_of_a_window_of_steps",
+    ),
+    Mutant(
+        "the-history-of-a-step-that-is-left-out",
+        "a step that updates nothing moves the history",
+        SCALING,
+        "torch.where(found_inf > 0, self.history, moved)",
+        "moved",
+        f"{SCALING_TEST}::test_a_step_that_is_left_out_leaves_history_and_scales_as_they_were",
+    ),
+    Mutant(
+        "a-nan-that-a-maximum-loses",
+        "a NaN is not made an infinity before the maximum over ranks",
+        SCALING,
+        "self.amax.nan_to_num(nan=torch.inf, posinf=torch.inf)",
+        "self.amax.nan_to_num(nan=0.0, posinf=torch.inf)",
+        f"{SCALING_TEST}::test_maxima_are_those_of_all_ranks_that_hold_a_part",
+    ),
+    Mutant(
+        "copies-of-the-weights-that-were",
+        "weights are cast in the first step alone",
+        SCALING,
+        "            copy.clear()",
+        "            pass",
+        f"{SCALING_TEST}::test_copies_of_weights_last_for_a_step_or_an_evaluation_and_only_a_step_records",
+    ),
+    Mutant(
+        "a-scale-for-each-slice",
+        "in stage 3 each rank scales its slice by the largest magnitude in it",
+        "parallel/chunk/eight_bits.py",
+        "cast(segment.data, scale.scale, E4M3)",
+        "cast(segment.data, torch.exp2((224 / segment.data.abs().amax().float()).log2().floor()), E4M3)",
+        f"{FP8_LAYOUTS}::test_stage_3_changes_no_bit_nor_do_recomputed_blocks_on_the_host",
+    ),
+    Mutant(
+        "a-slice-of-the-step-before",
+        "in stage 3 slices are cast in the first step alone",
+        "parallel/chunk/eight_bits.py",
+        "        self.own = None",
+        "        pass",
+        f"{FP8_LAYOUTS}::test_stage_3_changes_no_bit_nor_do_recomputed_blocks_on_the_host",
+    ),
+    Mutant(
+        "scales-that-are-not-saved",
+        "a checkpoint has no history of the scales",
+        "parallel/engine/state.py",
+        'values |= {} if self.scaling is None else {"scaling": histories_of_all(self.scaling, self.mesh)}',
+        "values |= {}",
+        f"{FP8_LAYOUTS}::test_a_resumed_run_goes_on_to_the_bit",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3364,4 +3450,5 @@ MUTANTS = (
     *EIGHT_BITS,
     *NORMS_IN_ONE_PASS,
     *POINTWISE,
+    *SCALES_OF_LINEARS,
 )
