@@ -16,7 +16,7 @@ from models.shapes import resolve
 from parallel.chunk.parameters import ParameterBuffer
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.kernels import table
-from parallel.storage.transfer import HostCopy
+from parallel.storage.transfer import ON_DEVICE, HostCopy, Placement, Tier
 from parallel.tensor.norms import LayerNorm
 
 MODEL = dict(name="opt-tiny", num_hidden_layers=2, dropout=0.0)
@@ -145,6 +145,19 @@ def test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written() -> 
         same.copy_(same.t().clone())
     assert engine.train_step(batch()) == other.train_step(batch())
     torch.testing.assert_close(square, same, rtol=0, atol=0)
+
+
+def test_a_chunk_that_has_been_moved_to_the_device_is_watched_from_then_on() -> None:
+    """Fingerprints are noted before a plan moves chunks, and those of parameters on the host are not."""
+    engine = engine_of()
+    chunk = next(chunk for chunk in engine.chunks if not chunk.spec.is_matrix)
+    engine.optimizer.move(chunk, Placement(Tier.HOST, Tier.HOST))
+    engine.writes.note()
+    engine.optimizer.move(chunk, ON_DEVICE)
+    engine.writes.note_moved()
+    assert not engine.writes.changed().item()
+    chunk.infos[0].parameter.data.add_(1)  # torch's count of writes does not show it
+    assert engine.writes.changed().item()
 
 
 def test_a_part_of_a_model_in_evaluation_mode_is_in_training_mode_in_a_step() -> None:
