@@ -98,6 +98,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 NORMS, RESIDUAL = "parallel/tensor/norms.py", "parallel/tensor/residual.py"
 SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
@@ -168,13 +169,13 @@ DROPPED_REDUCTIONS = (
            RESIDUAL, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
-           "sums = all_reduce(sums, axis)",
-           "sums = torch.stack([sums[0], all_reduce(sums[1], axis)])",
+           "x = all_reduce(x, axis)\n",
+           "x = torch.stack([x[0], all_reduce(x[1], axis)])\n",
            trains("1d2")),
     Mutant("loss-target-not-reduced", "the label's logit is counted only on the rank that holds it",
            CROSS_ENTROPY,
-           "sums = all_reduce(sums, axis)",
-           "sums = torch.stack([all_reduce(sums[0], axis), sums[1]])",
+           "x = all_reduce(x, axis)\n",
+           "x = torch.stack([all_reduce(x[0], axis), x[1]])\n",
            trains("1d2")),
     Mutant("reduce-twice", "reduce's backward sums a gradient that is whole already",
            CONJUGATE,
@@ -3296,7 +3297,6 @@ POINTWISE = (
         trains("single"),
     ),
 )
-IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 
 SCALING, SCALES = "parallel/tensor/scaling.py", "parallel/engine/scales.py"
 SCALING_TEST, FP8_LAYOUTS = "tests/test_scaling.py", "tests/test_fp8_layouts.py"
