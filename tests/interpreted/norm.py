@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from parallel.layout.rng import Dropout, dropout_mask, seed_of
+from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels import norm_triton as kernels
-from parallel.ops.kernels.norm import Dtypes, FlatAddend, NormKind
+from parallel.ops.kernels.cast import cast
+from parallel.ops.kernels.norm import Dtypes, EightBits, FlatAddend, NormKind
 from tests.exactness import assert_as_exact
 
 EPS = 1e-5
@@ -184,11 +186,30 @@ def compare_masks(device: str) -> None:
     assert 0.3 < float((total == 0).float().mean()) < 0.5
 
 
+def compare_cast(case: Case, device: str, *, is_split: bool) -> None:
+    """Compare what is written in 8 bits with a cast of what is written otherwise: the same bits, and the maximum."""
+    given, kind, dropout = inputs_of(case, device), NormKind(case.is_rms, EPS, case.row), dropout_of(case, device)
+    assert given.y is not None
+    addend = FlatAddend(given.y, given.y_bias, None if dropout is None else dropout.mask())
+    scale, amax, known = (torch.tensor(value, device=device) for value in (32.0, 0.0, 0.0))
+    total, normed, statistics = kernels.residual_norm(given.x, addend, given.weight, given.bias, kind)
+    eight_bits = EightBits(scale, amax)
+    if is_split:
+        found = kernels.normalize(total, statistics, given.weight, given.bias, kind, eight_bits)
+    else:
+        found = kernels.residual_norm(given.x, addend, given.weight, given.bias, kind, eight_bits)[1]
+    wanted = cast(normed, scale, E4M3, known)
+    assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), case
+    assert torch.equal(amax, known), (case, amax, known)
+
+
 def main(device: str = "cpu") -> None:
     """Compare all cases."""
     compare_masks(device)
     for case in cases():
         compare(case, device)
+    for is_rms in (False, True):
+        compare_cast(Case(9, 100, torch.bfloat16, torch.bfloat16, is_rms, p=0.3), device, is_split=is_rms)
     compare_add(Case(7, 100, torch.bfloat16, torch.bfloat16, is_rms=False, p=0.3), device)
 
 
