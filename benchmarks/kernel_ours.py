@@ -11,6 +11,7 @@ from benchmarks.workload import BETAS, EPS, WEIGHT_DECAY
 from parallel.config import OptimizerConfig
 from parallel.layout.rng import Dropout
 from parallel.ops.fp8 import E4M3
+from parallel.ops.kernels.accumulate import accumulate
 from parallel.ops.kernels.adamw import Elements, Noise, Step, can_be_fused, update_fused
 from parallel.ops.kernels.cast import cast, cast_and_transpose
 from parallel.ops.kernels.cross_entropy import cross_entropy, multiply_in_place
@@ -77,6 +78,13 @@ def heads(qkv: Tensor) -> Inputs:
     return heads_of(qkv, count, count, bias=None, tables=None)
 
 
+def to_fp32(gradient: Tensor) -> Tensor:
+    """Return a gradient in the dtype of the sum over microbatches."""
+    out = torch.empty_like(gradient, dtype=torch.float32)
+    accumulate(gradient, out, is_first=True)
+    return out
+
+
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> Inputs:
     """Return the sum of the losses, and its gradient by the logits in bf16, in their memory."""
     entries = range(logits.shape[-1])
@@ -85,15 +93,15 @@ def loss_and_gradient(logits: Tensor, labels: Tensor) -> Inputs:
     return loss, gradient
 
 
-def cast_flat(x: Tensor) -> Inputs:
+def cast_flat(x: Tensor) -> Tensor:
     scale, amax = _scalars(x.device, peers.SCALE)
-    return cast(x, scale, E4M3, amax), amax
+    return cast(x, scale, E4M3, amax)
 
 
 def cast_both_ways(x: Tensor) -> Inputs:
     scale, amax = _scalars(x.device, peers.SCALE)
     found = cast_and_transpose(x, scale, E4M3, amax)
-    return found.rows, found.columns, amax
+    return found.rows, found.columns
 
 
 def lookup_of(table: Tensor, indices: Tensor) -> Tensor:
