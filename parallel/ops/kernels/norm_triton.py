@@ -39,7 +39,7 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
 
-    def constants(self, row: int, *, is_rms: bool) -> dict[str, int]:
+    def constants(self, row: int, *, is_rms: bool) -> dict[str, float]:
         """Return the constants of a kernel for rows with `row` elements."""
         return {"H": row, "ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.stages, "IS_RMS": is_rms}
 
