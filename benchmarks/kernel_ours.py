@@ -12,9 +12,10 @@ from parallel.config import OptimizerConfig
 from parallel.layout.rng import Dropout
 from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels.accumulate import accumulate
-from parallel.ops.kernels.adamw import Elements, Noise, Step, can_be_fused, update_fused
+from parallel.ops.kernels.adamw import can_be_fused, update_fused
 from parallel.ops.kernels.cast import cast, cast_and_transpose
 from parallel.ops.kernels.cross_entropy import cross_entropy, multiply_in_place
+from parallel.ops.kernels.elements import Elements, Noise, Step
 from parallel.ops.kernels.heads import heads_of
 from parallel.ops.kernels.lookup import lookup
 from parallel.ops.kernels.norm import fuses

@@ -122,6 +122,7 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
 )
 LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
 ATTENTION = "models/attention.py"
+IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
@@ -3296,7 +3297,6 @@ POINTWISE = (
         trains("single"),
     ),
 )
-IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 
 SCALING, SCALES = "parallel/tensor/scaling.py", "parallel/engine/scales.py"
 SCALING_TEST, FP8_LAYOUTS = "tests/test_scaling.py", "tests/test_fp8_layouts.py"
