@@ -221,7 +221,7 @@ def _forward(
     return total
 
 
-def _places(*names: str, wants: Dtypes) -> dict[str, int]:
+def _places(*names: str, wants: Dtypes) -> dict[str, float]:
     """Return where each sum's parts are among those of all sums that are wanted; -1 for one that is not."""
     return {name: -1 if wants[i] is None else i - wants[:i].count(None) for i, name in enumerate(names)}
 
