@@ -1,7 +1,6 @@
 """The kernels of norms with residual add, bias, dropout and the gradients of vectors, beside torch's functions."""
 
 from collections.abc import Iterator
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -33,9 +32,8 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Generate sizes that nothing divides, nothing at all, and values that are large."""
-    for is_rms, is_added, p in product((False, True), (False, True), (0.0, 0.3)):
-        if is_added or p == 0:
-            yield Case(7, 100, torch.bfloat16, torch.bfloat16, is_rms, is_added=is_added, p=p)
+    for is_rms, is_added, p in ((False, False, 0.0), (False, True, 0.3), (True, True, 0.0)):
+        yield Case(7, 100, torch.bfloat16, torch.bfloat16, is_rms, is_added=is_added, p=p)
     yield Case(3, 1000, torch.float32, torch.float32, is_rms=False, p=0.5)
     yield Case(19, 24, torch.float16, torch.float32, is_rms=True, p=0.1)
     yield Case(1, 3, torch.float32, torch.float32, is_rms=True)
@@ -143,7 +141,7 @@ def compare(case: Case, device: str) -> None:
     """Compare every output and gradient of a case with fp64."""
     given = inputs_of(case, device)
     exact, reference = composed(case, given.to(torch.float64), device), composed(case, given.to(None), device)
-    for is_split in (False, True):
+    for is_split in (False, True) if case.row == 100 else (False,):
         found = fused(case, given, device, is_split=is_split)
         assert found.keys() == exact.keys(), (case, found.keys() ^ exact.keys())
         for name, want in exact.items():
@@ -177,7 +175,7 @@ def compare_add(case: Case, device: str) -> None:
 
 def compare_masks(device: str) -> None:
     """Compare which elements are dropped, of all signs of the hashes: the bits are those of `dropout_mask`."""
-    case = Case(64, 130, torch.float32, torch.float32, is_rms=False, p=0.4)
+    case = Case(24, 130, torch.float32, torch.float32, is_rms=False, p=0.4)
     dropout = dropout_of(case, device)
     assert dropout is not None
     ones = torch.ones(case.rows, case.row, device=device)
