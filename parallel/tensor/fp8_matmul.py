@@ -54,6 +54,11 @@ class CastInput:
     data: Tensor
 
 
+def like_of(x: Tensor | CastInput) -> Tensor:
+    """Return a tensor with the shape, dtype and device of a linear's input, whose values are not to be read."""
+    return x.like if isinstance(x, CastInput) else x
+
+
 def placeholder(x: Tensor) -> Tensor:
     """Return a tensor of x's shape, dtype and device that has the memory of one element, NaN."""
     return x.new_full((), torch.nan).expand(x.shape)
