@@ -32,13 +32,13 @@ POWERS = {"x": 6, "w": 5, "dy": 10}  # of the scales: the values are of a standa
 DTYPES = {"x": E4M3, "w": E4M3, "dy": E5M2}
 
 
-def scale_of(power: int) -> TensorScale:
-    scale = torch.tensor(2.0**power)
-    return TensorScale(scale, 1 / scale, torch.zeros(()))
+def scale_of(power: int, device: str) -> TensorScale:
+    scale = torch.tensor(2.0**power, device=device)
+    return TensorScale(scale, 1 / scale, torch.zeros((), device=device))
 
 
-def scales(*, is_known: bool = True, records: bool = True) -> LinearScales:
-    x, w, dy = map(scale_of, POWERS.values())
+def scales(*, is_known: bool = True, records: bool = True, device: str = "cpu") -> LinearScales:
+    x, w, dy = (scale_of(power, device) for power in POWERS.values())
     return LinearScales(x, w, dy, ScalingState(is_known, records))
 
 
@@ -330,3 +330,35 @@ def test_an_input_may_be_cast_by_what_makes_it(recomputes: bool) -> None:
         y.backward(dy)
         results.append((y.detach(), _gradient(given), _gradient(module.linear.weight)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+def test_casts_on_a_gpu_are_those_of_torch_to_the_bit() -> None:
+    """The kernels there round by an instruction, and in the interpreter by themselves."""
+    from tests.interpreted.cast import check, check_all
+    from tests.interpreted.cast import drawn as drawn_widely
+
+    check_all("cuda")
+    check(drawn_widely((1000, 784), wide=True), 2, E5M2, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "k", "n"), [(64, 128, 96), (50, 72, 40), (3, 16, 16)])
+def test_a_gpu_computes_what_a_cpu_emulates(tokens: int, k: int, n: int) -> None:
+    """Each result is rounded to bf16, by half of 2⁻⁷ at most; tensor cores sum a forward in fewer bits than fp32."""
+    results = []
+    for device in ("cpu", "cuda"):
+        x, w, bias, dy = (
+            drawn(*shape, seed=i).bfloat16().to(device).requires_grad_()
+            for i, shape in enumerate([(1, tokens, k), (n, k), (n,), (1, tokens, n)])
+        )
+        own = scales(device=device)
+        y = fp8_matmul(x, w, EightBitLinear(LinearCollectives(), own, torch.bfloat16), bias)
+        y.backward(dy.detach())
+        maxima = torch.stack([own.x.amax, own.weight.amax, own.dy.amax])
+        results.append([t.detach().cpu() for t in (y, _gradient(x), _gradient(w), _gradient(bias), maxima)])
+    for emulated, found in zip(*results, strict=True):
+        assert relative(found, emulated) < 2**-7
