@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.family import named_sizes
 from models.shape import ModelShape
+from parallel.ops.fp8 import E4M3
 
 Inputs = tuple[Tensor, ...]
 Draw = Callable[["Size", torch.device, int], Inputs]
@@ -101,17 +102,30 @@ def logits(model: Model) -> Size:
 
 
 def draws(*tensors: str) -> Draw:
-    """Return a function that draws these tensors in bf16, or in fp32 if they are "wide".
+    """Return a function that draws these tensors in bf16, or in 8 bits if they are "narrow".
 
-    A "matrix" is [rows, columns], a "pair" [rows, 2 · columns], and a "vector" or a "wide" one [columns].
+    A "matrix" or a "narrow" one is [rows, columns], a "pair" [rows, 2 · columns], and a "vector" [columns].
     """
 
     def draw(size: Size, device: torch.device, seed: int) -> Inputs:
         normal, vector = _normal(device, seed), (size.columns,)
-        shapes = dict(matrix=(size.rows, *vector), pair=(size.rows, 2 * size.columns), vector=vector, wide=vector)
-        return tuple(normal(*shapes[name]).to(torch.float32 if name == "wide" else BF16) for name in tensors)
+        matrix = size.rows, size.columns
+        shapes = dict(matrix=matrix, narrow=matrix, pair=(size.rows, 2 * size.columns), vector=vector)
+        return tuple(normal(*shapes[name]).to(E4M3 if name == "narrow" else BF16) for name in tensors)
 
     return draw
+
+
+TABLE_ROWS = 4
+"""The rows of the table of a lookup, for each token."""
+
+
+def draw_lookup(size: Size, device: torch.device, seed: int, *, gradient: bool = False) -> Inputs:
+    """Draw table[4 · rows, columns] and indices[rows], and with `gradient` that of the result[rows, columns]."""
+    normal = _normal(device, seed)
+    table = normal(TABLE_ROWS * size.rows, size.columns).to(BF16)
+    indices = (normal(size.rows).abs() * size.rows).long() % len(table)
+    return (table, indices, normal(size.rows, size.columns).to(BF16)) if gradient else (table, indices)
 
 
 def draw_update(size: Size, device: torch.device, seed: int, *, moments: torch.dtype) -> Inputs:

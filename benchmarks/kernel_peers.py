@@ -38,8 +38,12 @@ def torch_squares(x: Tensor) -> Tensor:
     return norm.square()
 
 
-def torch_accumulation(gradient: Tensor, total: Tensor) -> Tensor:
-    return total.add_(gradient)
+def torch_multiply(x: Tensor) -> Tensor:
+    return x.mul_(FACTOR)
+
+
+def torch_lookup(table: Tensor, indices: Tensor) -> Tensor:
+    return F.embedding(indices, table)
 
 
 def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -105,6 +109,10 @@ def torch_cast(x: Tensor) -> Inputs:
 def torch_cast_and_transpose(x: Tensor) -> Inputs:
     narrow, amax = torch_cast(x)
     return narrow, narrow.t().contiguous(), amax
+
+
+def torch_transpose(x: Tensor) -> Tensor:
+    return x.view(torch.uint8).t().contiguous().view(x.dtype)
 
 
 # -- Liger-Kernel's ----------------------------------------------------------------------------------------------------

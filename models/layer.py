@@ -158,13 +158,13 @@ class Block(nn.Module):
         self.attention_norm, self.feed_forward_norm = norms
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
-        masks = self._dropouts(x, batch)
+        first, second = self._dropouts(x, batch)
         if self.norm_first:
             x, h = self.attention_norm.residual(x)
-            x, h = self.feed_forward_norm.residual(x, self.attention.addend(h, batch)._replace(dropout=masks[0]))
-            return residual_add(x, self.feed_forward.addend(h)._replace(dropout=masks[1]))
-        _, x = self.attention_norm.residual(x, self.attention.addend(x, batch)._replace(dropout=masks[0]))
-        _, x = self.feed_forward_norm.residual(x, self.feed_forward.addend(x)._replace(dropout=masks[1]))
+            x, h = self.feed_forward_norm.residual(x, self.attention.addend(h, batch), first)
+            return residual_add(x, self.feed_forward.addend(h), second)
+        _, x = self.attention_norm.residual(x, self.attention.addend(x, batch), first)
+        _, x = self.feed_forward_norm.residual(x, self.feed_forward.addend(x), second)
         return x
 
     def _dropouts(self, x: Tensor, batch: Microbatch) -> tuple[Dropout | None, Dropout | None]:

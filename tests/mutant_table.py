@@ -2141,8 +2141,8 @@ NUMBERS = (
         "left-out-step-updates-on-the-host",
         "the flag does not travel to the host with the clip factor",
         "parallel/optim/adamw.py",
-        "return Step(factor, found_inf.float(), self.lr)",
-        "return Step(factor, 0.0 * found_inf.float(), self.lr)",
+        "found_inf=found_inf.float())",
+        "found_inf=0.0 * found_inf.float())",
         f"{NO_BIT}[single-0-bf16-host-bf16]",
     ),
     Mutant(
@@ -2982,6 +2982,70 @@ PLANS = (
     ),
 )
 
+LOSS_KERNELS = "parallel/ops/kernels/cross_entropy_triton.py"
+LOSS_KERNELS_TEST = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[cross_entropy]"
+LOOKUP_KERNELS = "parallel/ops/kernels/lookup_triton.py"
+LOOKUP_KERNELS_TEST = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[lookup]"
+
+KERNELS_OF_THE_LOSS = (
+    Mutant(
+        "loss-kernel-writes-before-it-reads",
+        "the gradient is written to the half of its row that is still to be read",
+        LOSS_KERNELS,
+        "[..., -columns:]",
+        "[..., :columns]",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-keeps-a-total",
+        "a sum of exponentials is not rescaled when the maximum grows",
+        LOSS_KERNELS,
+        "total * tl.exp(largest - larger) + ",
+        "total + ",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-normalizes-padding",
+        "the vocabulary's padding counts as logits",
+        LOSS_KERNELS,
+        "tl.where(at < entries, tile,",
+        "tl.where(at < columns, tile,",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-gradient-of-uncounted-labels",
+        "a token whose label is not counted has a gradient",
+        LOSS_KERNELS,
+        "1.0 / total, counted * scale,",
+        "1.0 / total, scale,",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "loss-kernel-change-unseen",
+        "a second backward through the loss uses gradients that the first has multiplied",
+        "parallel/ops/kernels/cross_entropy.py",
+        "    increment_version(x)\n",
+        "",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "lookup-kernel-loses-what-goes-on",
+        "of a row whose tokens go on in other programs, only the first program's are summed",
+        LOOKUP_KERNELS,
+        "range(program + 1, end)",
+        "range(program + 1, program + 1)",
+        LOOKUP_KERNELS_TEST,
+    ),
+    Mutant(
+        "lookup-kernel-padding-row-has-a-gradient",
+        "the row padding_idx gets a gradient through the lookup",
+        LOOKUP_KERNELS,
+        "is_row & (index != padding)",
+        "is_row",
+        LOOKUP_KERNELS_TEST,
+    ),
+)
+
 UPDATE_KERNEL, SUMS_KERNEL = (f"parallel/ops/kernels/{name}_triton.py" for name in ("adamw", "sums"))
 INTERPRETED = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[{}]"
 
@@ -3143,6 +3207,7 @@ MUTANTS = (
     *STAGES_OF_A_RANK,
     *TIMELINES,
     *PLANS,
+    *KERNELS_OF_THE_LOSS,
     *UPDATES_IN_ONE_PASS,
     *EIGHT_BITS,
 )

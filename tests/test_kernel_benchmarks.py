@@ -14,6 +14,7 @@ from benchmarks.floors import H200_BYTES, H200_FLOPS, StepSize, floors
 from benchmarks.kernel_inputs import Size, block
 from benchmarks.kernel_rows import ROWS, Row, forward
 from models.family import named_sizes
+from parallel.ops.kernels.table import KERNELS
 
 
 def test_every_kernel_computes_what_torch_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,12 +35,18 @@ def test_a_wrong_kernel_is_marked_and_not_timed(fault: float) -> None:
     assert isinstance(found["torch"], float)
 
 
+def test_every_kernel_of_the_table_is_measured() -> None:
+    """Attention to a cache is measured by `benchmarks.generate --kernels`."""
+    assert {row.kernel for row in ROWS} | {"cached_attention"} == KERNELS.keys()
+    assert all("ours" in row.contenders for row in ROWS)
+
+
 def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
     """Vectors are little beside matrices.
 
     An input that is written in place counts twice, and so is not counted here. The backward of a sum needs the sum
     alone, and one gradient for both of its terms; that of heads needs their gradients alone, and
-    v is not turned.
+    v is not turned. A lookup reads a part of its table.
     """
 
     def bytes_of(row: Row, size: Size) -> int:
@@ -48,7 +55,7 @@ def test_bytes_of_a_kernel_are_those_of_its_inputs_and_outputs() -> None:
         return sum(x.nbytes for x in (*inputs, *((outputs,) if isinstance(outputs, torch.Tensor) else outputs)))
 
     for row in ROWS:
-        if not re.match("AdamW|accumulation|rotary|(add|heads).*backward", row.name):
+        if not re.match("AdamW|multiplication|lookup|rotary|(add|heads).*backward", row.name):
             size = Size(1 if row.size is block else 256, 3072)
             assert bytes_of(row, size) == pytest.approx(kernels.moved(row, size), rel=0.05), row.name
 

@@ -125,10 +125,11 @@ class Chunk:
             self.parameters.release()
 
     def settle(self) -> None:
-        """Wait for all copies, for the disk, and for a checkpoint that reads the states: then all may be used, and
-        changed.
+        """Wait for all copies, for the last update, for the disk, and for a checkpoint that reads the states: then all
+        may be used, and changed.
         """
         self.guard.wait()
+        self.parameters.written.synchronize()
         self.memory.settle()
 
     def gather(self) -> Pending:
@@ -147,6 +148,10 @@ class Chunk:
         If the parameters are on the host in memory of their own, that memory is reused for the gradient of a single
         microbatch: no forward and no backward needs the parameters before the update overwrites them.
         """
+        if (
+            self.gradient.tier is Tier.HOST
+        ):  # the last update may be running still, of a layer that this step did not use
+            self.parameters.written.wait()
         is_free = self.parameters.tier is Tier.HOST and not self.sharing.masters_are_slice
         self.gradient.store(total, reusable=self.parameters.own if is_free else None)
 

@@ -36,7 +36,7 @@ class ParameterBuffer:
     def __init__(self, spec: ChunkSpec, memory: ChunkMemory, *, whole: Tensor, own: Tensor) -> None:
         self.spec, self.memory = spec, memory
         self.whole, self.own, self.tier = whole, own, Tier.DEVICE
-        self._written = CopyEvent()  # the last copy of updated parameters into `own` on the host
+        self.written = CopyEvent()  # the last update of states and of `own`, where one of them is on the host
         self._placeholder: Tensor | None = None  # what the module's parameters show while they have no values
         places = zip(spec.starts, spec.shapes, strict=True)
         self._places = {info.parameter: place for info, place in zip(spec.infos, places, strict=True)}
@@ -68,7 +68,7 @@ class ParameterBuffer:
         if self.tier is Tier.DEVICE:
             return self._showing(start_all_gather(self.own, 0, spec.shard_axis, out=self.whole))
         part = spec.own_slice(self.whole)
-        arrival = copies.upload(self.own, part, after=self._written)
+        arrival = copies.upload(self.own, part, after=self.written)
         if spec.shard_axis.size == 1:
             return self._showing(Pending(self.whole, arrival))
         with copies.on_upload_stream():  # behind the copy, so that computation waits for neither
@@ -94,15 +94,15 @@ class ParameterBuffer:
         if self.tier is tier or Tier.DEVICE not in (self.tier, tier):
             self.own.copy_(master)
         elif self.tier is Tier.HOST:  # rounded before the copy, which is smaller then
-            self._written = copies.download(master.to(self.own.dtype), self.own)
+            self.written = copies.download(master.to(self.own.dtype), self.own)
         else:
             wide = self.memory.empty(Tier.DEVICE, master)
             copies.upload(master, wide).wait()
             self.own.copy_(wide)
 
     def record_write(self, written: CopyEvent) -> None:
-        """Make the next `gather` wait for a copy into `own` that an optimizer has launched."""
-        self._written = written
+        """Make the next `gather` wait for an update of `own` that an optimizer has launched."""
+        self.written = written
 
     def all_gather(self) -> Pending:
         """Start to all-gather the updated slices, where `own` is a view of the whole buffer."""
@@ -194,7 +194,7 @@ class ParameterBuffer:
         if self.tier is Tier.DEVICE:
             self.own.copy_(part)
         else:
-            self._written = self.memory.copies.download(part, self.own)
+            self.written = self.memory.copies.download(part, self.own)
 
     def _gather_in_8_bits(self, weights: EightBitWeights) -> Pending:
         """Start to gather the weights in 8 bits. `whole` and the module's parameters are then NaN in the memory of one

@@ -40,13 +40,19 @@ class Writes:
         for chunk in self._chunks:
             chunk.parameters.writes.note()
 
+    def note_moved(self) -> None:
+        """Note the same where chunks have been moved since `note`, and their parameters stay whole from now on."""
+        noted = set(self._noted[0])
+        if any(_stays_whole(chunk) and chunk not in noted for chunk in self._chunks):
+            self.note()
+
     def stop(self) -> None:
         """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
         self._chunks, self._noted, self.is_on = [], ([], self._noted[1]), False
 
     def seen(self) -> list[str]:
         """Return the names of parameters into which somebody has written, as far as their versions show it."""
-        self._take_replaced()
+        self.take_replaced()
         return [name for chunk in self._chunks if _stays_whole(chunk) for name in chunk.parameters.writes.names()]
 
     def problem(self) -> str:
@@ -62,7 +68,7 @@ class Writes:
 
     def changed(self) -> Tensor:
         """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
-        self._take_replaced()
+        self.take_replaced()
         flags = self._compared()
         num_seen = 0
         for chunk in self._chunks:
@@ -100,7 +106,7 @@ class Writes:
             chunk.take_written()
         self.note()
 
-    def _take_replaced(self) -> None:
+    def take_replaced(self) -> None:
         """Take values that came by `p.data = ...` where parameters stay whole."""
         for chunk in self._chunks:
             if _stays_whole(chunk):

@@ -256,6 +256,7 @@ class EngineBase:
         if written.wait().item():
             self.writes.take()
         self.optimizer.step(self._clip_coefficient(norm) / divisor, self.lr, found_inf(norm, loss))
+        self.writes.note()  # now: the host has nothing else to do until the gradients are computed
 
     def _end_step(self, loss: float, norm: float) -> Outcome:
         """Count a step by the numbers that its update was launched with, and return what it has come to."""
@@ -267,7 +268,7 @@ class EngineBase:
             self.optimizer.take_back()
         self.mesh.watch.progress.step = self.num_steps
         self.placement_manager.after_step(skipped=not is_updated)
-        self.writes.note()
+        self.writes.note_moved()
         return outcome
 
     def _report(self, outcome: Outcome, loss: float | None, norm: float, origin: Callable[[], str]) -> None:

@@ -86,7 +86,7 @@ class Engine(EngineState):
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
         if self.writes.is_on and not problem:
-            self.writes.seen()  # values that came by `p.data = ...` can be followed
+            self.writes.take_replaced()  # values that came by `p.data = ...` can be followed
             problem = self._original.change()
         super().agree_on(action, problem, error)
 

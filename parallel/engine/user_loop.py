@@ -125,6 +125,8 @@ class UserLoop(ParameterAccess):
     def _parts_not_finite(self) -> str:
         """Return which gradients and which weights are not finite, after a step whose forwards were the user's."""
         suspects = chunks_not_finite(self._trained, self.mesh.world)
+        for chunk in self.chunks:
+            chunk.settle()
         own = problem_of([piece for chunk in self.chunks for piece in chunk.spec.pieces(chunk.master)])
         weights = [f"rank {rank}: {x}" for rank, x in enumerate(gather_objects(own, self.mesh.world)) if x]
         return parts_text(suspects) + (f" Weights: {'; '.join(weights)}." if weights else " All weights are finite.")

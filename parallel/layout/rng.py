@@ -6,7 +6,7 @@ seed gives one model, and one training run, in every layout. No generator has a 
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def draw_normal(shape: tuple[int, ...], box: Box, std: float, *key: object) -> T
     return drawn
 
 
-class Dropout(NamedTuple):
+@dataclass(frozen=True)
+class Dropout:
     """A dropout of x[..., R, C]: the probability p, a key, and the global coordinates rows[..., R] and columns[C]."""
 
     p: float
@@ -59,7 +60,7 @@ class Dropout(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Return what `dropout` returns."""
-        return dropout(x, *self)
+        return dropout(x, self.p, self.key, self.rows, self.columns)
 
     def mask(self) -> Mask:
         """Return its mask for a kernel, which draws the same bits."""

@@ -143,6 +143,7 @@ class FirstNotFinite:
             if parameter not in self._chunk_of:
                 continue
             chunk, info = self._chunk_of[parameter]
+            chunk.parameters.written.synchronize()
             own = chunk.spec.segments(chunk.parameters.own)
             for piece in not_finite(x for segment in own if segment.info is info for x in segment.pieces(segment.data)):
                 yield f"{piece.name} is not finite ({share_text(piece.data)})", True

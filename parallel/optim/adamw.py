@@ -1,8 +1,7 @@
 """AdamW on master weights, wherever they are."""
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,27 +16,22 @@ from parallel.optim.moments import Moments
 from parallel.optim.part import Part
 from parallel.optim.rounding import NoiseOfParts, Rounding
 from parallel.optim.shared_update import HOST_PART, SharedUpdate, update_in_place
-from parallel.optim.streaming import PART, Update
+from parallel.optim.streaming import PART
 from parallel.optim.update_counts import UpdateCounts
 from parallel.storage.transfer import HostCopy, Placement, Tier
 
 
-def on_host(step: Step) -> "StepOnHost":
-    """Return the numbers of an update on the host, in flight."""
-    return StepOnHost(HostCopy(torch.stack([step.factor.double(), step.found_inf.double()])), step.lr)
-
-
-@dataclass(frozen=True)
 class StepOnHost:
     """The numbers of one update while they are copied to the host."""
 
-    numbers: HostCopy
-    lr: float
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._numbers = HostCopy(torch.stack([step.factor.double(), step.found_inf.double()]))
 
     def wait(self) -> Step:
         """Return the numbers once they have arrived."""
-        factor, found_inf = self.numbers.wait().unbind()
-        return Step(factor, found_inf.float(), self.lr)
+        factor, found_inf = self._numbers.wait().unbind()
+        return replace(self._step, factor=factor, found_inf=found_inf.float())
 
 
 SMALL = 2**20  # elements of a chunk: an update takes a GPU less time than its launch takes the host
@@ -70,7 +64,7 @@ class AdamW:
         self._counts = UpdateCounts()
         self.moments = Moments(config)
         self._shared = SharedUpdate(chunks[0].memory.device)
-        self._rounding: dict[Tier, Rounding] = {}  # for each tier, from the first update that needs its buffers on
+        self._rounding: dict[tuple[Tier, bool], Rounding] = {}  # from the first update on that needs its buffers
         self._noise = NoiseOfParts(chunks[0].memory.device)
         for chunk in self.chunks:
             if chunk.placement.states is Tier.DISK:
@@ -81,21 +75,24 @@ class AdamW:
 
         `found_inf`: an fp32 scalar on the same device; where it is 1, nothing changes but the count of updates.
         """
-        now = Step(factor, torch.zeros((), device=factor.device) if found_inf is None else found_inf, lr)
+        self._shared.finish()
         self._counts.begin(self.chunks, self.unused)
+        left_out = torch.zeros((), device=factor.device) if found_inf is None else found_inf
+        now = Step(factor, left_out, lr, self._counts.total)
         gathering = []
         parts = {chunk: self._parts_of(chunk) for chunk in self.chunks}
-        on_device = partial(self._update, now=now, tier=Tier.DEVICE)
+        offloaded = {chunk: of for chunk, of in parts.items() if chunk.placement.states is not Tier.DEVICE}
+        if offloaded:
+            self._update_offloaded(offloaded, now)
         for chunks in _launched_together(self.chunks):
             for chunk in chunks:
                 chunk.guard.wait()
-            on_device([part for chunk in chunks for part in parts.pop(chunk)])
+            self._update([part for chunk in chunks for part in parts[chunk]], now=now, tier=Tier.DEVICE)
             for chunk in chunks:
                 chunk.gradient.drop()
                 gathering.append(chunk.all_gather_updated())
-        if parts:
-            self._update_offloaded(parts, on_device, on_host(now))
-        for chunk in parts:
+        self._shared.wait_for_parameters_on_device()
+        for chunk in offloaded:
             chunk.gradient.drop()
             gathering.append(chunk.all_gather_updated())
         for pending in gathering:
@@ -105,11 +102,15 @@ class AdamW:
         """Count the last update no longer: it was left out."""
         self._counts.take_back()
 
-    def _update_offloaded(self, parts: Mapping[Chunk, list[Part]], on_device: Update, now: StepOnHost) -> None:
-        """Update chunks whose optimizer states are offloaded to the host or a disk."""
+    def _update_offloaded(self, parts: Mapping[Chunk, list[Part]], now: Step) -> None:
+        """Update chunks whose optimizer states are offloaded to the host or a disk: see `SharedUpdate` for the end."""
+        there = StepOnHost(now)
 
         def on_host(parts: Sequence[Part]) -> None:
-            self._update(parts, now=now.wait(), tier=Tier.HOST)
+            self._update(parts, now=there.wait(), tier=Tier.HOST)
+
+        def on_device(parts: Sequence[Part]) -> None:
+            self._update(parts, now=now, tier=Tier.DEVICE, is_streamed=True)
 
         for chunk in parts:
             chunk.guard.wait()
@@ -124,7 +125,7 @@ class AdamW:
             else:
                 found += parts[chunk]
         if found:
-            self._shared.run(found, on_device, on_host)
+            self._shared.run(found, on_device, on_host, numbers=(now.factor, now.found_inf))
 
     def pieces(self) -> dict[str, list[Piece]]:
         """Return the master weights and both moments, as pieces of public tensors: views, to be saved or filled."""
@@ -197,35 +198,39 @@ class AdamW:
                 found.append(whole.cut(begin, end))
         return found
 
-    def _update(self, parts: Sequence[Part], *, now: Step, tier: Tier) -> None:
+    def _update(self, parts: Sequence[Part], *, now: Step, tier: Tier, is_streamed: bool = False) -> None:
         """Update parts on the tier where their tensors are: the states, and the parameters."""
         fused: list[Elements] = []
         for part in parts:
             is_rounded = part.states[1].dtype != part.states[0].dtype
             if not can_be_fused(part.gradient, part.states, part.own) or (is_rounded and not self._noise.takes(part)):
-                self._update_in_torch(part, now, tier)
+                rounding = self._rounding_on(tier, is_streamed, part.states[0]) if is_rounded else None
+                self._update_in_torch(part, now, rounding)
             elif is_rounded:
-                fused += [self._elements(piece, noise) for piece, noise in self._noise.of(part, self._counts.total)]
+                fused += [self._elements(piece, noise) for piece, noise in self._noise.of(part, now.number)]
             else:
                 fused.append(self._elements(part))
         if fused:
             update_fused(fused, now, self.config)
 
-    def _update_in_torch(self, part: Part, now: Step, tier: Tier) -> None:
-        if part.states[1].dtype == part.states[0].dtype:
+    def _update_in_torch(self, part: Part, now: Step, rounding: Rounding | None) -> None:
+        if rounding is None:
             update_in_torch(self._elements(part), now, self.config)
             return
-        rounding = self._rounding_on(tier, part.states[0])
         for smaller in part.split(rounding.size):
-            with rounding.widened(smaller, self._counts.total) as (first, second):
+            with rounding.widened(smaller, now.number) as (first, second):
                 wide = replace(smaller, states=(smaller.states[0], first, second))
                 update_in_torch(self._elements(wide), now, self.config)
 
-    def _rounding_on(self, tier: Tier, like: Tensor) -> Rounding:
-        if tier not in self._rounding:
+    def _rounding_on(self, tier: Tier, is_streamed: bool, like: Tensor) -> Rounding:
+        """Return the rounding with buffers of its own: for what streams through the device they are others than for
+        what stays there, since both are updated at the same time.
+        """
+        key = tier, is_streamed
+        if key not in self._rounding:
             size = min(ROUNDED_AT_ONCE[tier], max(len(chunk.master) for chunk in self.chunks))
-            self._rounding[tier] = Rounding(size, like.dtype, like.device)
-        return self._rounding[tier]
+            self._rounding[key] = Rounding(size, like.dtype, like.device)
+        return self._rounding[key]
 
     def _elements(self, part: Part, noise: Noise | None = None) -> Elements:
         decay = self.config.weight_decay if part.chunk.spec.is_matrix else 0.0

@@ -1,17 +1,21 @@
 """An update that the device and the host share: the bus limits the device, and the host does not need it."""
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
+from parallel.chunk.chunk import Chunk
+from parallel.layout.layout import ROOT
 from parallel.ops.clock import clock_of
 from parallel.optim.part import Part
 from parallel.optim.streaming import Stream, Update, in_parts
-from parallel.storage.transfer import Placement, Tier
+from parallel.storage.transfer import CopyEvent, Placement, Tier
 
 HOST_PART = 2**20  # elements: few enough to stay in the caches from one pass over them to the next
 FIRST_SHARE = 0.25  # of the host, until all sides have been timed
@@ -73,34 +77,85 @@ class SharedUpdate:
 
     Device and host round differently. Therefore the share only changes when it is set, to the same value on all ranks:
     `balance()` is the best one.
+
+    Nobody waits for the whole of it: the device has a stream for it beside that of computation, and the host a thread.
+    A layer whose parameters are on the host waits for its own update when it is gathered. So the next forward begins
+    while later layers are updated. Chunks that are used outside of layers come first, and so do those whose parameters
+    stay on the device: for these, computation waits in `wait_for_parameters_on_device`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.share = FIRST_SHARE
-        self._clock = clock_of(device)
+        self._device, self._clock = device, clock_of(device)
         self._stream = Stream(device)
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # the stream of updates
         self._thread = ThreadPoolExecutor(1, "update")
+        self._updated = CopyEvent()  # the last part whose parameters are on the device
         self._last: Callable[[], UpdateTimes] = lambda: NOTHING
 
-    def run(self, wholes: Sequence[Part], on_device: Update, on_host: Update) -> None:
-        """Update all parts, some with `on_device` and the others with `on_host`; the results are written back."""
-        parts = in_parts(wholes)
+    def run(
+        self, wholes: Sequence[Part], on_device: Update, on_host: Update, *, numbers: Sequence[Tensor] = ()
+    ) -> None:
+        """Launch the update of all parts, some with `on_device` and the others with `on_host`; the results are written
+        back. `numbers` are tensors on the device that `on_device` reads.
+        """
+        parts = in_parts(sorted(wholes, key=_waits_for_its_layer))
         from_disk = [part for part in parts if part.is_on_disk]
         from_host, left = self._split([part for part in parts if not part.is_on_disk])
-        times = [self._clock.now()]
-        host = self._thread.submit(update_in_place, left, on_host)
-        for streamed in (from_disk, from_host):
-            if streamed:
-                self._stream.run(streamed, on_device)
-            times.append(self._clock.now())
-        seconds, counts = host.result(), [_elements(x) for x in (from_disk, from_host, left)]
+        on_hosts = self._launch_on_host(left, on_host)
+        with self._beside_computation(numbers):
+            times = [self._clock.now()]
+            for streamed in (from_disk, from_host):
+                if streamed:
+                    self._stream.run(streamed, on_device)
+                times.append(self._clock.now())
+        for chunk, written in on_hosts.items():  # other parts of the chunk may be streamed
+            chunk.parameters.record_write(chunk.parameters.written.and_on_host(written))
+        self._updated = self._end_of_parameters_on_device([*from_disk, *from_host])
+        counts = [_elements(x) for x in (from_disk, from_host, left)]
         movable = _elements([part for part in parts if _is_movable(part)])
+        threads = list(on_hosts.values())
 
         def last() -> UpdateTimes:  # it refers to numbers alone: a part would keep its memory
             disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(times))
+            seconds = sum(thread.result() for thread in threads)
             return UpdateTimes(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
 
         self._last = last
+
+    def wait_for_parameters_on_device(self) -> None:
+        """Let computation wait for the update of parameters that stay on the device."""
+        self._updated.wait()
+
+    def finish(self) -> None:
+        """Wait for the thread, and let computation wait for the stream of updates: another update may begin."""
+        self._thread.submit(lambda: None).result()
+        if self._beside is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._beside)
+
+    def _launch_on_host(self, parts: Sequence[Part], update: Update) -> dict[Chunk, Future[float]]:
+        """Start to update parts on the host, chunk by chunk."""
+        of_chunks: dict[Chunk, list[Part]] = {}
+        for part in parts:
+            of_chunks.setdefault(part.chunk, []).append(part)
+        return {chunk: self._thread.submit(update_in_place, of_chunk, update) for chunk, of_chunk in of_chunks.items()}
+
+    @contextmanager
+    def _beside_computation(self, numbers: Sequence[Tensor]) -> Iterator[None]:
+        """Launch the work of this block in the stream of updates, after what computation has been given so far."""
+        if self._beside is None:
+            yield
+            return
+        self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        for x in numbers:
+            x.record_stream(self._beside)
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def _end_of_parameters_on_device(self, parts: Sequence[Part]) -> CopyEvent:
+        """Return the end of the update of parts whose parameters stay on the device."""
+        written = [part.chunk.parameters.written for part in parts if part.own_is_on_device]
+        return written[-1] if written else CopyEvent()
 
     def balance(self) -> float:
         """Return the best share for the last update, which must be complete on the device, in sixteenths."""
@@ -134,6 +189,11 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
         for smaller in part.split(HOST_PART):
             update([smaller])
     return time.perf_counter() - begun
+
+
+def _waits_for_its_layer(part: Part) -> bool:
+    """Return True if nobody needs a part before its layer is gathered."""
+    return part.chunk.infos[0].unit != ROOT and not part.own_is_on_device
 
 
 def _is_movable(part: Part) -> bool:

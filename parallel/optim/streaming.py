@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.optim.part import Part
-from parallel.storage.transfer import CopyEvent, copies_of
+from parallel.storage.transfer import Copies, CopyEvent
 
 PART = 2**23  # elements
 
@@ -40,10 +40,13 @@ def in_parts(wholes: Sequence[Part]) -> list[Part]:
 class Stream:
     """Three slots of the size of the largest part: one part is updated while the next is copied to the device and the
     one before is copied back. Parts whose states are on a disk pass through slots on the host too (`disk.Disk`).
+
+    The copies have streams of their own: a forward, which may begin before the update ends, waits only for the parts of
+    its parameters.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._copies = device, copies_of(device)
+        self._device, self._copies = device, Copies(device)
         self._slots: list[_Slot] = []
 
     def run(self, parts: Sequence[Part], update: Update) -> None:

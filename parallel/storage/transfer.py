@@ -3,10 +3,12 @@
 import mmap
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +131,8 @@ class Copies:
 
     def _copy(self, direction: int, source: Tensor, out: Tensor, after: "CopyEvent | None") -> "CopyEvent":
         if self.device.type != "cuda":
+            if after is not None:
+                after.synchronize()
             out.copy_(source)
             return CopyEvent()
         stream = self._streams[direction]
@@ -147,16 +151,27 @@ def copies_of(device: torch.device) -> Copies:
 
 
 class CopyEvent:
-    """The end of a copy. Work that the current stream is given after `wait` begins when the copy has ended."""
+    """The end of a copy. Work that the current stream is given after `wait` begins when the copy has ended.
 
-    def __init__(self, event: torch.cuda.Event | None = None) -> None:
-        self._event = event
+    `on_host`: what a thread of the host writes beside it, for which the host itself waits.
+    """
+
+    def __init__(self, event: torch.cuda.Event | None = None, *, on_host: Future[Any] | None = None) -> None:
+        self._event, self._on_host = event, on_host
+
+    def and_on_host(self, written: Future[Any]) -> "CopyEvent":
+        """Return the end of this copy and of what a thread writes."""
+        return CopyEvent(self._event, on_host=written)
 
     def wait(self) -> None:
+        if self._on_host is not None:
+            self._on_host.result()
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
     def synchronize(self) -> None:
         """Wait, on the host, for the end of the copy."""
+        if self._on_host is not None:
+            self._on_host.result()
         if self._event is not None:
             self._event.synchronize()

@@ -18,7 +18,7 @@ from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy, multiply
 from parallel.ops.products import add_product, write_product
 from parallel.tensor.matmul import LinearCollectives, Multiply
 
-TOKENS_PER_SLICE = 2048  # tokens of this rank whose logits exist at a time
+TOKENS_PER_SLICE = 4096  # tokens of this rank whose logits exist at a time
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
+from parallel.layout.rng import Dropout
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.norm import fuses
 from parallel.tensor.layers import Sharded
-from parallel.tensor.residual import Addend, NormalizedDim, fused_norm
+from parallel.tensor.residual import Addend, NormalizedDim, residual_norm
 
 
 class Norm(Sharded):
@@ -38,16 +39,18 @@ class Norm(Sharded):
         super().__init__(like, **{name: layout if name in self.names else None for name in ("weight", "bias")})
         self.dim = NormalizedDim(hidden, tuple(axis for axis in axes if axis.size > 1), eps, self.is_rms)
 
-    def residual(self, x: Tensor, addend: Addend | None = None) -> tuple[Tensor, Tensor]:
-        """Return total = x + addend, and the norm of it; without an addend x itself, for what is added to it later."""
+    def residual(
+        self, x: Tensor, addend: Addend | None = None, dropout: Dropout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return total = x + dropout(addend) and the norm of it; total is x itself where there is no addend."""
         if fuses(x):
-            return fused_norm(x, addend, self.weight, self.bias, self.dim)
-        total = x if addend is None else x + addend.value()
+            return residual_norm(x, addend, dropout, (self.weight, self.bias), self.dim)
+        total = x if addend is None else x + addend.value(dropout)
         return total, self.composed(total)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_contiguous() and fuses(x):
-            return fused_norm(x, None, self.weight, self.bias, self.dim)[1]
+            return residual_norm(x, None, None, (self.weight, self.bias), self.dim)[1]
         return self.composed(x)
 
     def composed(self, x: Tensor) -> Tensor:

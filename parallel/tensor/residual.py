@@ -5,7 +5,7 @@ backward are kept the sum and its statistics, as for the norm alone, but no mask
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +14,21 @@ from parallel.layout.rng import Dropout
 from parallel.mesh.collectives import all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.ops.kernels.norm import Dtypes, FlatAddend, Mask, NormKind, fuses
+from parallel.ops.kernels.norm import FlatAddend, Mask, NormKind, fuses
 from parallel.tensor.layers import Linear
 
 
-class Addend(NamedTuple):
-    """What a half of a block adds to its input: dropout(y + bias), for y[B, S, H_hidden] and bias[H_hidden]."""
+@dataclass
+class Addend:
+    """The tensor that a half of a block adds to its input, before dropout: y[B, S, H_hidden] + bias[H_hidden]."""
 
     y: Tensor
     bias: Tensor | None = None
-    dropout: Dropout | None = None
 
-    def value(self) -> Tensor:
-        """Return the sum of y and bias after dropout."""
+    def value(self, dropout: Dropout | None = None) -> Tensor:
+        """Return the sum of y and bias, after dropout."""
         y = self.y if self.bias is None else self.y + self.bias
-        return y if self.dropout is None else self.dropout.of(y)
+        return y if dropout is None else dropout.of(y)
 
 
 def output_of(linear: Linear, x: Tensor) -> Addend:
@@ -73,31 +73,38 @@ class NormalizedDim:
         return torch.stack((mean, (variances + (means - mean).square()).mean(0).add_(self.eps).rsqrt_()))
 
 
-def residual_add(x: Tensor, addend: Addend) -> Tensor:
-    """Return x + addend: the end of a block, after which no norm follows."""
+def residual_add(x: Tensor, addend: Addend, dropout: Dropout | None = None) -> Tensor:
+    """Return x + dropout(addend): the end of a block, after which no norm follows."""
     if not fuses(x):
-        return x + addend.value()
-    total: Tensor = _ResidualAdd.apply(x, addend.y, addend.bias, _mask(addend))
+        return x + addend.value(dropout)
+    total: Tensor = _ResidualAdd.apply(x, addend.y, addend.bias, _mask(dropout))  # type: ignore[no-untyped-call]
     return total
 
 
-def fused_norm(
-    x: Tensor, addend: Addend | None, weight: Tensor | None, bias: Tensor | None, dim: NormalizedDim
+def residual_norm(
+    x: Tensor,
+    addend: Addend | None,
+    dropout: Dropout | None,
+    parameters: tuple[Tensor | None, Tensor | None],
+    dim: NormalizedDim,
 ) -> tuple[Tensor, Tensor]:
-    """Return x + addend and the norm of it, x[..., H_axes] -> the same shape twice."""
-    y, y_bias = (None, None) if addend is None else addend[:2]
+    """Return x + dropout(addend) and the norm of it, x[..., H_axes] -> the same shape twice.
+
+    `parameters`: the weight and the bias of the norm.
+    """
+    y, y_bias = (None, None) if addend is None else (addend.y, addend.bias)
     apply = _apply_eagerly if dim.axes else _ResidualNorm.apply
-    total, normed = apply(x, y, y_bias, weight, bias, dim, None if addend is None else _mask(addend))
+    total, normed = apply(x, y, y_bias, _mask(dropout), *parameters, dim)
     return total, normed
 
 
 @not_compiled
 def _apply_eagerly(*arguments: object) -> Any:
-    return _ResidualNorm.apply(*arguments)
+    return _ResidualNorm.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
-def _mask(addend: Addend) -> Mask | None:
-    return None if addend.dropout is None else addend.dropout.mask()
+def _mask(dropout: Dropout | None) -> Mask | None:
+    return None if dropout is None else dropout.mask()
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -107,41 +114,40 @@ class _ResidualNorm(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         from parallel.ops.kernels import norm_triton as kernels  # imports Triton
 
-        x, y, y_bias, weight, bias, dim, mask = inputs
+        x, y, y_bias, mask, weight, bias, dim = inputs
         kind = NormKind(dim.is_rms, dim.eps, dim.size)
-        rows, addend = _rows(x), None if y is None else FlatAddend(_rows(y), y_bias, mask)
+        addend = None if y is None else FlatAddend(y.contiguous(), y_bias, mask)
         if dim.axes:
-            total, local = kernels.local_statistics(rows, addend, kind)
+            total, local = kernels.local_statistics(x.contiguous(), addend, kind)
             statistics = dim.merged(local)
             normed = kernels.normalize(total, statistics, weight, bias, kind)
         else:
-            total, normed, statistics = kernels.residual_norm(rows, addend, weight, bias, kind)
-        total = x if y is None else total.view(x.shape)
+            total, normed, statistics = kernels.residual_norm(x.contiguous(), addend, weight, bias, kind)
+        total = x if y is None else total
         ctx.save_for_backward(total, statistics, weight)
         ctx.dim, ctx.kind, ctx.mask = dim, kind, mask
-        ctx.dtypes = _dtypes(ctx.needs_input_grad[2:5], (y_bias, weight, bias))
+        needed = ctx.needs_input_grad
+        ctx.wants = _dtype(weight, needed[4]), _dtype(bias, needed[5]), _dtype(y_bias, needed[2])
         ctx.set_materialize_grads(False)
-        return total, normed.view(x.shape)
+        return total, normed
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
         from parallel.ops.kernels import norm_triton as kernels
 
         total, statistics, weight = ctx.saved_tensors
-        y_bias, *wants = ctx.dtypes
-        kept, sums, dweight, dbias = (_rows(total), statistics, weight), None, None, None
+        kept, sums, dweight, dbias, wants = (total.contiguous(), statistics, weight), None, None, None, ctx.wants
+        dtotal, dnormed = (None if d is None else d.contiguous() for d in (dtotal, dnormed))
         if dnormed is None:
-            wants = None, None
+            wants = None, None, wants[2]
         elif ctx.dim.axes:
-            local, dweight, dbias = kernels.row_sums(_rows(dnormed), *kept, kind=ctx.kind, wants=wants)
-            sums, wants = ctx.dim.sum(local), (None, None)
-        found = kernels.backward(
-            _rows(dtotal), _rows(dnormed), kept, kind=ctx.kind, mask=ctx.mask, wants=(*wants, y_bias), sums=sums
-        )
+            local, dweight, dbias = kernels.row_sums(dnormed, *kept, kind=ctx.kind, wants=wants[:2])
+            sums, wants = ctx.dim.sum(local), (None, None, wants[2])
+        found = kernels.backward(dtotal, dnormed, kept, kind=ctx.kind, mask=ctx.mask, wants=wants, sums=sums)
         if sums is None:
             dweight, dbias = found.dweight, found.dbias
-        dx, dy = (None if d is None else d.view(total.shape) for d in found[:2])
-        return dx, dy if ctx.needs_input_grad[1] else None, found.dy_bias, dweight, dbias, None, None
+        dy = found.dy if ctx.needs_input_grad[1] else None
+        return found.dx, dy, found.dy_bias, None, dweight, dbias, None
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -154,23 +160,16 @@ class _ResidualAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, y_bias: Tensor | None, mask: Mask | None) -> Tensor:
         from parallel.ops.kernels import norm_triton as kernels
 
-        ctx.mask, ctx.dtypes = mask, _dtypes(ctx.needs_input_grad[2:3], (y_bias,))
-        return kernels.residual_add(_rows(x), FlatAddend(_rows(y), y_bias, mask)).view(x.shape)
+        ctx.mask, ctx.wants = mask, (None, None, _dtype(y_bias, ctx.needs_input_grad[2]))
+        return kernels.residual_add(x.contiguous(), FlatAddend(y.contiguous(), y_bias, mask))
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         from parallel.ops.kernels import norm_triton as kernels
 
-        wants = (None, None, *ctx.dtypes)
-        found = kernels.backward(_rows(dtotal), None, None, kind=None, mask=ctx.mask, wants=wants)
-        assert found.dy is not None
-        return dtotal, found.dy.view(dtotal.shape), found.dy_bias, None
+        found = kernels.backward(dtotal.contiguous(), None, None, kind=None, mask=ctx.mask, wants=ctx.wants)
+        return dtotal, found.dy, found.dy_bias, None
 
 
-def _rows(x: Any) -> Any:
-    """Return x[..., H] as [R, H], contiguous; None as None."""
-    return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _dtypes(needed: tuple[bool, ...], vectors: tuple[Tensor | None, ...]) -> Dtypes:
-    return tuple(x.dtype if is_needed and x is not None else None for is_needed, x in zip(needed, vectors, strict=True))
+def _dtype(vector: Tensor | None, is_needed: bool) -> torch.dtype | None:
+    return vector.dtype if is_needed and vector is not None else None

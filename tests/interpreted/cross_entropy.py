@@ -167,5 +167,6 @@ def check_all(device: str) -> None:
 if __name__ == "__main__":
     import parallel.ops.kernels.cross_entropy_triton as kernels
 
-    kernels.TILE, kernels.WARPS = 256, 4  # several tiles of a short row
+    kernels.TILE, kernels.WARPS = 256, 8  # several tiles of a short row
+    kernels.TILE_READ_ONCE, kernels.WARPS_READ_ONCE = 128, 4
     check_all("cpu")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -36,14 +37,13 @@ def block_of(family: str, device: str, dtype: torch.dtype) -> Block:
     """Return a block with random parameters, and with dropout in OPT."""
     mesh = Mesh(Topology(dict(pipe=1, data=1, context=1)), 0, device=torch.device(device))
     mode = Mode(mesh, dtype)
-    sizes = dict(hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    sizes: dict[str, Any] = dict(hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
     if family == "llama":
         shape = LlamaShape(**sizes, intermediate_size=40, num_key_value_heads=2)
         block = llama_block(shape, mode, rotary_of(shape, mode), None, seed=3)
     else:
-        more = dict(ffn_dim=40, max_position_embeddings=LENGTH, dropout=0.3)
-        opt = OPTShape(**sizes, **more, do_layer_norm_before="after" not in family)
-        block = opt_block(opt, mode, 3)
+        sizes |= dict(ffn_dim=40, max_position_embeddings=LENGTH, dropout=0.3)
+        block = opt_block(OPTShape(**sizes, do_layer_norm_before="after" not in family), mode, 3)
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 3 + 0.2)

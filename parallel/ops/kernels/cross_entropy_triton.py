@@ -1,10 +1,10 @@
 """The kernels of `cross_entropy`: a program has one token, and reads its row of logits in tiles.
 
-Each slot of a tile has a maximum and a sum of exponentials over the columns that come to it, one from each tile, in
-fp32, which are rescaled when the maximum grows (Milakov and Gimelshein 2018, arXiv 1805.02867). The slots are summed
-once, after the last tile, so no tile waits for a sum over threads. A row of a large vocabulary does not fit into the
-registers of a multiprocessor, so the gradient reads it again. That is a read from the L2 cache: few programs are on a
-multiprocessor at a time, and the second read begins with the tile that was read last.
+Every four columns of a tile have one slot, with a maximum and a sum of exponentials over the columns that come to it,
+in fp32, which are rescaled when the maximum grows (Milakov and Gimelshein 2018, arXiv 1805.02867). The slots are
+summed once, after the last tile, so no tile waits for a sum over threads. A row of a large vocabulary does not fit into
+the registers of a multiprocessor, so the gradient reads it again. Most of that is a read from the L2 cache: one large
+program at a time has a multiprocessor, and the second read begins with the tile that was read last.
 
 A gradient in half the bytes is written to the second half of its own row: column j at the bytes 2V + 2j, which are not
 before the bytes 4j of its logit. So with the last tile first, a tile overwrites logits that have been read: by a whole
@@ -18,8 +18,11 @@ from torch import Tensor
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
-TILE, WARPS = 8192, 16
-"""Columns of a tile and warps of a program: two programs on a multiprocessor."""
+TILE, WARPS = 8192, 32
+"""Columns of a tile and warps of a program that reads a row twice."""
+
+TILE_READ_ONCE, WARPS_READ_ONCE = 2048, 8
+"""The same of a program that reads a row once: there many small ones hide best that memory is far."""
 
 MOST_PROGRAMS = 1024  # of a product with a number that is nearly always 1: then all they do is begin and end
 
@@ -45,7 +48,7 @@ def loss_and_gradient(
             *(logits, labels.contiguous(), losses, logits if out is None else out),
             *(logits.shape[-1], _row_stride(out), entries.start, len(entries), scale or 0.0),
             WITH_GRADIENT=out is not None,
-            TILE=_tile(logits),
+            TILE=_tile(logits, TILE, WARPS),
             num_warps=WARPS,
         )
     return losses
@@ -61,8 +64,8 @@ def statistics(logits: Tensor, labels: Tensor, entries: range) -> Tensor:
         _statistics[labels.numel(),](
             *(logits, labels.contiguous(), found, labels.numel()),
             *(logits.shape[-1], entries.start, len(entries)),
-            TILE=_tile(logits),
-            num_warps=WARPS,
+            TILE=_tile(logits, TILE_READ_ONCE, WARPS_READ_ONCE),
+            num_warps=WARPS_READ_ONCE,
         )
     return found
 
@@ -79,8 +82,8 @@ def write_gradient(
         _gradient[labels.numel(),](
             *(logits, labels.contiguous(), top.contiguous(), total.contiguous(), out),
             *(logits.shape[-1], _row_stride(out), entries.start, len(entries), scale),
-            TILE=_tile(logits),
-            num_warps=WARPS,
+            TILE=_tile(logits, TILE_READ_ONCE, WARPS_READ_ONCE),
+            num_warps=WARPS_READ_ONCE,
         )
 
 
@@ -95,9 +98,9 @@ def _row_stride(out: Tensor | None) -> int:
     return 0 if out is None else out.stride(-2)
 
 
-def _tile(logits: Tensor) -> int:
+def _tile(logits: Tensor, tile: int, warps: int) -> int:
     whole_row: int = triton.next_power_of_2(logits.shape[-1])
-    return min(TILE, max(32 * WARPS, whole_row))
+    return min(tile, max(32 * warps, whole_row))
 
 
 @triton.jit
@@ -160,10 +163,10 @@ def _column_of(label, first, entries):
 
 
 @triton.jit
-def _load_tile(row, start, columns, entries, TILE: tl.constexpr):
-    """Return a tile of logits, −∞ outside the row and where there is padding."""
+def _load_tile(row, start, columns, entries, EVICTION: tl.constexpr, TILE: tl.constexpr):
+    """Return a tile of logits, −∞ after the row and where there is padding."""
     at = start + tl.arange(0, TILE)
-    tile = tl.load(row + at, mask=(at >= 0) & (at < columns), other=float("-inf"))
+    tile = tl.load(row + at, mask=at < columns, other=float("-inf"), eviction_policy=EVICTION)
     return tl.where(at < entries, tile, float("-inf"))
 
 
@@ -173,14 +176,13 @@ def _of_row(row, columns, entries, TILE: tl.constexpr):
 
     The maxima begin with a finite number: a slot whose logits are all −∞ subtracts no −∞ from −∞.
     """
-    largest = tl.full((TILE,), LOWEST, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
+    largest = tl.full((TILE // 4,), LOWEST, tl.float32)
+    total = tl.zeros((TILE // 4,), tl.float32)
     for start in range(0, columns, TILE):
-        tile = _load_tile(row, start, columns, entries, TILE)
-        difference = tile - largest
-        smaller = tl.exp(-tl.abs(difference))  # the one of the two exponentials that is not 1
-        total = tl.where(difference > 0, total * smaller + 1, total + smaller)
-        largest = tl.maximum(largest, tile)
+        tile = tl.reshape(_load_tile(row, start, columns, entries, "evict_last", TILE), (TILE // 4, 4))
+        larger = tl.maximum(largest, tl.max(tile, 1))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(tile - larger[:, None]), 1)
+        largest = larger
     top = tl.max(largest, 0)
     return top, tl.sum(total * tl.exp(largest - top), 0)
 
@@ -189,16 +191,13 @@ def _of_row(row, columns, entries, TILE: tl.constexpr):
 def _write_row(row, out, columns, entries, column, top, inverse, weight, TILE: tl.constexpr):
     """Write (exp(logit − top) · inverse − [its column is the label's]) · weight, the last tile first."""
     last = (columns - 1) // TILE * TILE
-    following = _load_tile(row, last, columns, entries, TILE)
     for back in range(0, columns, TILE):
-        start = last - back
-        tile = following
-        following = _load_tile(row, start - TILE, columns, entries, TILE)
-        at = start + tl.arange(0, TILE)
+        tile = _load_tile(row, last - back, columns, entries, "evict_first", TILE)
+        at = last - back + tl.arange(0, TILE)
         probability = tl.exp(tile - top) * inverse
         gradient = (probability - tl.where(at == column, 1.0, 0.0)) * weight
         tl.debug_barrier()  # all threads have read this tile, where others may write now
-        tl.store(out + at, gradient.to(out.dtype.element_ty), mask=at < columns)
+        tl.store(out + at, gradient.to(out.dtype.element_ty), mask=at < columns, eviction_policy="evict_first")
 
 
 @triton.jit

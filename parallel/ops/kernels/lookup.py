@@ -16,9 +16,10 @@ from parallel.ops.kernels.table import is_fused
 def lookup(indices: Tensor, table: Tensor, padding_idx: int | None = None, *, is_part: bool = False) -> Tensor:
     """Return table[indices], indices[...], table[R, H] -> [..., H]. The row `padding_idx` gets no gradient.
 
-    `is_part`: the table has a part of the rows, and an index outside gives zeros.
+    `is_part`: the table has a part of the rows, and an index outside gives zeros. What the kernels save is in backward.
     """
-    if is_fused("lookup", table) and not torch.compiler.is_compiling():
+    has_backward = torch.is_grad_enabled() and table.requires_grad
+    if has_backward and is_fused("lookup", table) and not torch.compiler.is_compiling():
         return lookup_fused(indices, table, padding_idx)
     return lookup_in_torch(indices, table, padding_idx, is_part=is_part)
 

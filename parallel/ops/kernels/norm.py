@@ -2,7 +2,7 @@
 
     total = x + dropout(y + y_bias)        normed = norm(total) · weight + bias
 
-Everything is [R, H], contiguous, and read and written once; sums over a row are in fp32. The reference is composed of
+Everything is [..., H], contiguous, and read and written once; sums over a row are in fp32. The reference is composed of
 torch's functions: parallel/tensor/norms.py, which asks `fuses`. The gradients of the vectors [H] are summed over rows
 in fp32, first by each program over its own rows and then over programs, always in one order: repeated runs give the
 same bits. Over a dim that ranks divide, `local_statistics` and `normalize` are the two halves of `residual_norm`, and
@@ -18,7 +18,7 @@ from torch import Tensor
 from parallel.ops.kernels.table import is_fused
 
 IN_COMPILED_CODE = False
-"""Whether compiled blocks call the kernels, too; otherwise the compiler fuses torch's functions with others."""
+"""With True compiled blocks call the kernels, too; with False the compiler fuses torch's functions with others."""
 
 
 Dtypes: TypeAlias = tuple[torch.dtype | None, ...]
@@ -26,7 +26,7 @@ Dtypes: TypeAlias = tuple[torch.dtype | None, ...]
 
 
 class Mask(NamedTuple):
-    """The elements of y[R, H] that dropout makes zero: functions of a key and of their global row and column.
+    """The elements of R rows y[..., H] that dropout makes zero: functions of a key and of their global row and column.
 
     key[], rows[R] and columns[H] are int64. An element is zero if its random bits are less than `bound`, and is
     otherwise multiplied by `scale`: see parallel/layout/rng.py.
@@ -40,7 +40,7 @@ class Mask(NamedTuple):
 
 
 class FlatAddend(NamedTuple):
-    """What is added to the residual stream, dropout(y + bias): y[R, H], bias[H]."""
+    """The addend of the residual stream, dropout(y + bias): y[..., H], bias[H]."""
 
     y: Tensor
     bias: Tensor | None

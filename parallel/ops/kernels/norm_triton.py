@@ -1,8 +1,8 @@
 """The kernels of norm.py: a program takes some rows at a time, whole, and then as many further on, until none is left.
 
-So a program reads the vectors, and hashes the columns for dropout, once; and it sums the gradients of vectors over all
-of its rows in registers. `_add_up` adds these sums over programs. What is None is left out of a kernel when it is
-compiled.
+Where the gradients of vectors are summed over rows, or dropout hashes columns, there are only as many programs as run
+at the same time: each sums over all of its rows in registers, or hashes once, and reads its next rows while it
+computes. `_add_up` adds these sums over programs. What is None is left out of a kernel when it is compiled.
 """
 
 from functools import cache
@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
 from parallel.ops.kernels.norm import Dtypes, FlatAddend, Mask, NormGradients, NormKind
 
 TILE = 2048  # elements that a program has at a time, unless a row is longer
-PROGRAMS = 4  # of each multiprocessor, at most
-NO_MASK = Mask(None, None, None, 0, 1.0)  # type: ignore[arg-type]
+PROGRAMS = 3  # of each multiprocessor, that stay and have a tile at a time
+COLUMNS, PARTS = 32, 64  # a program of `_add_up` has so many columns, and so many parts of them at a time
+NO_MASK = None, None, None, 0, 1.0
 
 
 class Tiling(NamedTuple):
@@ -33,43 +35,54 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
 
-    def constants(self, row: int) -> dict[str, int]:
+    def constants(self, row: int, *, is_rms: bool) -> dict[str, int]:
         """Return the constants of a kernel for rows with `row` elements."""
-        return {"H": row, "ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.stages, "num_warps": self.warps}
+        return {"H": row, "ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.stages, "IS_RMS": is_rms}
 
 
-def tiling_for(x: Tensor) -> Tiling:
-    """Return the tiling of x[R, H]: about 8 elements for each thread, and 16 for the longest rows."""
-    num_rows, row = x.shape
+def tiling_for(x: Tensor, *, stays: bool) -> Tiling:
+    """Return the tiling of x[..., H]. `stays`: whether a program has rows until none is left, or only once."""
+    row = x.shape[-1]
+    return (_tiling if torch.compiler.is_compiling() else _known_tiling)(x.numel() // row, row, x.device, stays)
+
+
+def _tiling(num_rows: int, row: int, device: torch.device, stays: bool) -> Tiling:
     columns = triton.next_power_of_2(row)
     rows = max(1, TILE // columns)
-    programs = max(1, min(triton.cdiv(num_rows, rows), PROGRAMS * _multiprocessors(x.device)))
-    return Tiling(rows, columns, programs, warps=max(4, min(32, rows * columns // 256)), stages=2)
+    tiles, size = triton.cdiv(num_rows, rows), rows * columns // TILE
+    if not stays:
+        return Tiling(rows, columns, max(1, tiles), warps=min(32, 4 * size), stages=1)
+    most = max(1, PROGRAMS // size) * multiprocessors(device)
+    return Tiling(rows, columns, max(1, min(tiles, most)), warps=min(32, 8 * size), stages=3)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
+_known_tiling = cache(_tiling)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def residual_norm(
     x: Tensor, addend: FlatAddend | None, weight: Tensor | None, bias: Tensor | None, kind: NormKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return total[R, H], normed[R, H] and the rows' statistics; total is x itself where nothing is added.
+    """Return total[..., H], normed[..., H] and the rows' statistics; total is x itself where nothing is added.
 
-    Statistics are fp32 [2, R]: mean and 1 / √(variance + eps); in RMSNorm [1, R], 1 / √(mean of squares + eps).
+    Statistics of R rows are fp32 [2, R]: mean and 1 / √(variance + eps); in RMSNorm [1, R], 1 / √(mean of squares +
+    eps).
     """
     normed, statistics = torch.empty_like(x), _statistics(x, kind)
     return _forward(x, addend, (weight, bias, normed, statistics), kind), normed, statistics
 
 
 def residual_add(x: Tensor, addend: FlatAddend) -> Tensor:
-    """Return total[R, H]."""
+    """Return total[..., H]."""
     return _forward(x, addend, (None, None, None, None), None)
 
 
 def local_statistics(x: Tensor, addend: FlatAddend | None, kind: NormKind) -> tuple[Tensor, Tensor]:
-    """Return total[R, H'] of this rank's part of rows, and that part's statistics.
+    """Return total[..., H'] of this rank's part of rows, and that part's statistics.
 
     Statistics are fp32 [2, R]: variance and mean; in RMSNorm [1, R], the sum of squares.
     """
@@ -78,38 +91,38 @@ def local_statistics(x: Tensor, addend: FlatAddend | None, kind: NormKind) -> tu
 
 
 def normalize(total: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind) -> Tensor:
-    """Return normed[R, H'] of this rank's part of rows and the statistics of whole rows: see `residual_norm`."""
-    normed, tiling = torch.empty_like(total), tiling_for(total)
-    _normalize[tiling.programs,](
-        *(total, weight, bias, normed, statistics, len(total)),
-        **tiling.constants(total.shape[1]),
-        IS_RMS=kind.is_rms,
+    """Return normed[..., H'] of this rank's part of rows and the statistics of whole rows: see `residual_norm`."""
+    normed, tiling = torch.empty_like(total), tiling_for(total, stays=False)
+    launch(
+        _normalize,
+        (tiling.programs,),
+        (total, weight, bias, normed, statistics),
+        (statistics.shape[1],),
+        constants=tiling.constants(total.shape[-1], is_rms=kind.is_rms),
+        num_warps=tiling.warps,
     )
     return normed
 
 
 def row_sums(
-    dnormed: Tensor,
-    total: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    *,
-    kind: NormKind,
-    wants: Dtypes,
+    dnormed: Tensor, total: Tensor, statistics: Tensor, weight: Tensor | None, *, kind: NormKind, wants: Dtypes
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return two sums over this rank's part of each row, fp32 [2, R], and the gradients of weight[H'] and bias[H'].
 
     They are the sums of dnormal and of dnormal · normal, for normed = normal · weight; in RMSNorm only the second,
     [1, R]. `wants`: the dtypes of the two gradients.
     """
-    tiling, sums = tiling_for(total), torch.empty_like(statistics)
-    columns = ColumnSums(total, tiling, (*wants, None))
-    _row_sums[tiling.programs,](
-        *(dnormed, total, statistics, weight, sums, *columns.parts[:2], len(total)),
-        **tiling.constants(total.shape[1]),
-        IS_RMS=kind.is_rms,
+    tiling, sums, row = tiling_for(total, stays=True), torch.empty_like(statistics), total.shape[-1]
+    parts = _parts(total, tiling, wants)
+    launch(
+        _row_sums,
+        (tiling.programs,),
+        (dnormed, total, statistics, weight, sums, parts),
+        (statistics.shape[1],),
+        constants=tiling.constants(row, is_rms=kind.is_rms) | _places("WEIGHT_AT", "BIAS_AT", wants=wants),
+        num_warps=tiling.warps,
     )
-    dweight, dbias, _ = columns.added_up()
+    dweight, dbias = _added_up(parts, wants)
     return sums, dweight, dbias
 
 
@@ -123,79 +136,82 @@ def backward(
     wants: Dtypes,
     sums: Tensor | None = None,
 ) -> NormGradients:
-    """Return the gradients of x, y and the vectors, of those of total[R, H] and normed[R, H], one of which may be None.
+    """Return the gradients of x, y and the vectors, of those of total[..., H] and normed[..., H]; one may be None.
 
     `kept`: total, statistics and weight, where there is a norm. `wants`: the dtypes of the gradients of weight, bias
-    and y_bias. `sums`: those of `row_sums` over whole rows, where ranks have parts of
-    them; the gradients of weight and bias are computed there.
+    and y_bias. `sums`: those of `row_sums` over whole rows, where ranks have parts of them; the gradients of weight and
+    bias are computed there.
     """
     like = dtotal if dnormed is None else dnormed
     assert like is not None
-    tiling = tiling_for(like)
+    tiling, row = tiling_for(like, stays=True), like.shape[-1]
     total, statistics, weight = (None, None, None) if kept is None or dnormed is None else kept
     dx = dtotal if dnormed is None else torch.empty_like(like)
     dy = dx if mask is None else torch.empty_like(like)
-    columns = ColumnSums(like, tiling, wants)
-    if dnormed is not None or mask is not None or any(wants):
-        _backward[tiling.programs,](
-            *(dtotal, dnormed, total, statistics, weight, sums),
-            *(None if dnormed is None else dx, None if mask is None else dy, *columns.parts),
-            *(NO_MASK if mask is None else mask),
-            *(len(like), 1.0 if kind is None else float(kind.size)),
-            **tiling.constants(like.shape[1]),
-            IS_RMS=kind is not None and kind.is_rms,
+    key, rows, columns, bound, scale = NO_MASK if mask is None else mask
+    parts = _parts(like, tiling, wants)
+    if dnormed is not None or mask is not None or parts is not None:
+        filled = None if dnormed is None else dx, None if mask is None else dy, parts
+        launch(
+            _backward,
+            (tiling.programs,),
+            (dtotal, dnormed, total, statistics, weight, sums, *filled, key, rows, columns),
+            (bound, scale, like.numel() // row, 1.0 if kind is None else float(kind.size)),
+            constants=tiling.constants(row, is_rms=kind is not None and kind.is_rms)
+            | _places("WEIGHT_AT", "BIAS_AT", "Y_BIAS_AT", wants=wants),
+            num_warps=tiling.warps,
         )
-    return NormGradients(dx, dy, *columns.added_up())
+    return NormGradients(dx, dy, *_added_up(parts, wants))
 
 
 def _statistics(x: Tensor, kind: NormKind) -> Tensor:
-    return torch.empty(1 if kind.is_rms else 2, len(x), dtype=torch.float32, device=x.device)
+    return x.new_empty(1 if kind.is_rms else 2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 def _forward(x: Tensor, addend: FlatAddend | None, norm: tuple[Tensor | None, ...], kind: NormKind | None) -> Tensor:
-    """Return total[R, H]. `norm`: weight, bias, and what is filled: normed and statistics."""
-    tiling = tiling_for(x)
+    """Return total[..., H]. `norm`: weight, bias, and what is filled: normed and statistics."""
     y, y_bias, mask = (None, None, None) if addend is None else addend
+    tiling, row = tiling_for(x, stays=mask is not None), x.shape[-1]
     total = x if y is None else torch.empty_like(x)
-    weight, bias, normed, statistics = norm
-    _residual_norm[tiling.programs,](
-        *(x, y, y_bias, weight, bias, None if y is None else total, normed, statistics),
-        *(NO_MASK if mask is None else mask),
-        *(len(x), 0.0 if kind is None else kind.eps),
-        **tiling.constants(x.shape[1]),
-        IS_RMS=kind is not None and kind.is_rms,
+    key, rows, columns, bound, scale = NO_MASK if mask is None else mask
+    launch(
+        _residual_norm,
+        (tiling.programs,),
+        (x, y, y_bias, None if y is None else total, *norm, key, rows, columns),
+        (bound, scale, x.numel() // row, 0.0 if kind is None else kind.eps),
+        constants=tiling.constants(row, is_rms=kind is not None and kind.is_rms),
+        num_warps=tiling.warps,
     )
     return total
 
 
-class ColumnSums:
-    """Sums over the rows of x[R, H], three at most: `parts` is for those of each program, fp32 [programs, H].
+def _places(*names: str, wants: Dtypes) -> dict[str, int]:
+    """Return where each sum's parts are among those of all sums that are wanted; -1 for one that is not."""
+    return {name: -1 if wants[i] is None else i - wants[:i].count(None) for i, name in enumerate(names)}
 
-    `dtypes`: those of the sums.
-    """
 
-    COLUMNS, PARTS = 32, 64
-    """A program of `_add_up` has so many columns, and so many parts of them at a time."""
+def _parts(x: Tensor, tiling: Tiling, wants: Dtypes) -> Tensor | None:
+    """Return memory for the sums of each program, fp32 [sums, programs, H]."""
+    count = len(wants) - wants.count(None)
+    return x.new_empty(count, tiling.programs, x.shape[-1], dtype=torch.float32) if count else None
 
-    def __init__(self, x: Tensor, tiling: Tiling, dtypes: Dtypes) -> None:
-        shape = tiling.programs, x.shape[1]
-        self.parts = [None if dtype is None else x.new_empty(shape, dtype=torch.float32) for dtype in dtypes]
-        self._sums = [None if dtype is None else x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes]
 
-    def added_up(self) -> list[Tensor | None]:
-        """Return the sums, each of which is added up by a program for some columns."""
-        parts, sums = ([x for x in tensors if x is not None] for tensors in (self.parts, self._sums))
-        if parts:
-            programs, row = parts[0].shape
-            padding = [None] * (3 - len(parts))
-            _add_up[triton.cdiv(row, self.COLUMNS), len(parts)](
-                *(*parts, *padding, *sums, *padding, programs),
-                H=row,
-                COLUMNS=self.COLUMNS,
-                PARTS=self.PARTS,
-                num_warps=4,
-            )
-        return self._sums
+def _added_up(parts: Tensor | None, wants: Dtypes) -> list[Tensor | None]:
+    """Return the sums[H] over programs, each of which is added up by a program for some columns."""
+    if parts is None:
+        return [None] * len(wants)
+    count, programs, row = parts.shape
+    sums = [None if dtype is None else parts.new_empty(row, dtype=dtype) for dtype in wants]
+    filled = [x for x in sums if x is not None]
+    launch(
+        _add_up,
+        (triton.cdiv(row, COLUMNS), count),
+        (parts, *filled, *[None] * (3 - count)),
+        (programs,),
+        constants={"H": row, "COLUMNS": COLUMNS, "PARTS": PARTS},
+        num_warps=4,
+    )
+    return sums
 
 
 @triton.jit
@@ -220,9 +236,9 @@ def _residual_norm(
     x,
     y,
     y_bias,
+    total,
     weight,
     bias,
-    total,
     normed,
     statistics,
     key,
@@ -235,8 +251,8 @@ def _residual_norm(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IS_RMS: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_RMS: tl.constexpr,
 ):
     """Compute total; its statistics if they are wanted; and normed if it is wanted, too."""
     columns = tl.arange(0, COLUMNS)
@@ -311,8 +327,8 @@ def _normalize(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IS_RMS: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_RMS: tl.constexpr,
 ):
     """Compute normed of the statistics of whole rows."""
     columns = tl.arange(0, COLUMNS)
@@ -341,14 +357,15 @@ def _row_sums(
     statistics,
     weight,
     sums,
-    weight_parts,
-    bias_parts,
+    parts,
     num_rows,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IS_RMS: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_RMS: tl.constexpr,
+    WEIGHT_AT: tl.constexpr,
+    BIAS_AT: tl.constexpr,
 ):
     """Compute the sums over this rank's part of each row, and over the rows of this program."""
     columns = tl.arange(0, COLUMNS)
@@ -364,9 +381,9 @@ def _row_sums(
         at = rows.to(tl.int64)[:, None] * H + columns[None, :]
         normal, _ = _normalized(total, statistics, at, rows, is_row, mask, num_rows, IS_RMS)
         gradient = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
-        if weight_parts is not None:
+        if WEIGHT_AT >= 0:
             weight_sum += gradient * normal
-        if bias_parts is not None:
+        if BIAS_AT >= 0:
             bias_sum += gradient
         if weight is not None:
             gradient *= factor[None, :]
@@ -375,11 +392,12 @@ def _row_sums(
         else:
             tl.store(sums + rows, tl.sum(gradient, 1), mask=is_row)
             tl.store(sums + num_rows + rows, tl.sum(gradient * normal, 1), mask=is_row)
-    at_part = tl.program_id(0) * H + columns
-    if weight_parts is not None:
-        tl.store(weight_parts + at_part, tl.sum(weight_sum, 0), mask=is_column)
-    if bias_parts is not None:
-        tl.store(bias_parts + at_part, tl.sum(bias_sum, 0), mask=is_column)
+    own = tl.program_id(0) * H + columns
+    of_all = tl.num_programs(0) * H
+    if WEIGHT_AT >= 0:
+        tl.store(parts + own + WEIGHT_AT * of_all, tl.sum(weight_sum, 0), mask=is_column)
+    if BIAS_AT >= 0:
+        tl.store(parts + own + BIAS_AT * of_all, tl.sum(bias_sum, 0), mask=is_column)
 
 
 @triton.jit
@@ -392,9 +410,7 @@ def _backward(
     sums,
     dx,
     dy,
-    weight_parts,
-    bias_parts,
-    y_bias_parts,
+    parts,
     key,
     row_numbers,
     column_numbers,
@@ -405,8 +421,11 @@ def _backward(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IS_RMS: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_RMS: tl.constexpr,
+    WEIGHT_AT: tl.constexpr,
+    BIAS_AT: tl.constexpr,
+    Y_BIAS_AT: tl.constexpr,
 ):
     """Compute dx = dtotal + (dnormal − (Σ dnormal + normal · Σ dnormal · normal) / size) · deviation, and dy of it."""
     columns = tl.arange(0, COLUMNS)
@@ -430,9 +449,9 @@ def _backward(
         if dnormed is not None:
             dnormal = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
             normal, deviation = _normalized(total, statistics, at, rows, is_row, mask, num_rows, IS_RMS)
-            if weight_parts is not None:
+            if WEIGHT_AT >= 0:
                 weight_sum += dnormal * normal
-            if bias_parts is not None:
+            if BIAS_AT >= 0:
                 bias_sum += dnormal
             if weight is not None:
                 dnormal *= factor[None, :]
@@ -451,49 +470,35 @@ def _backward(
             row_hashes = _mix(tl.load(row_numbers + rows, mask=is_row, other=0) + seed)
             gradient = tl.where(_dropped(row_hashes, column_hashes, bound), 0.0, gradient * scale)
             tl.store(dy + at, gradient.to(dy.dtype.element_ty), mask=mask)
-        if y_bias_parts is not None:
+        if Y_BIAS_AT >= 0:
             y_bias_sum += tl.where(mask, gradient, 0.0)
-    at_part = tl.program_id(0) * H + columns
-    if weight_parts is not None:
-        tl.store(weight_parts + at_part, tl.sum(weight_sum, 0), mask=is_column)
-    if bias_parts is not None:
-        tl.store(bias_parts + at_part, tl.sum(bias_sum, 0), mask=is_column)
-    if y_bias_parts is not None:
-        tl.store(y_bias_parts + at_part, tl.sum(y_bias_sum, 0), mask=is_column)
+    own = tl.program_id(0) * H + columns
+    of_all = tl.num_programs(0) * H
+    if WEIGHT_AT >= 0:
+        tl.store(parts + own + WEIGHT_AT * of_all, tl.sum(weight_sum, 0), mask=is_column)
+    if BIAS_AT >= 0:
+        tl.store(parts + own + BIAS_AT * of_all, tl.sum(bias_sum, 0), mask=is_column)
+    if Y_BIAS_AT >= 0:
+        tl.store(parts + own + Y_BIAS_AT * of_all, tl.sum(y_bias_sum, 0), mask=is_column)
 
 
 @triton.jit
-def _add_up(
-    first_parts,
-    second_parts,
-    third_parts,
-    first,
-    second,
-    third,
-    programs,
-    H: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Add up parts[programs, H] over programs: of the first, the second or the third, some columns of it."""
+def _add_up(parts, first, second, third, programs, H: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """Add up parts[sums, programs, H] over programs, for some columns of one sum."""
     number = tl.program_id(1)
-    if number == 0:
-        _add_up_columns(first_parts, first, programs, H, COLUMNS, PARTS)
-    if second is not None:
-        if number == 1:
-            _add_up_columns(second_parts, second, programs, H, COLUMNS, PARTS)
-    if third is not None:
-        if number == 2:
-            _add_up_columns(third_parts, third, programs, H, COLUMNS, PARTS)
-
-
-@triton.jit
-def _add_up_columns(parts, out, programs, H: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < H
     total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, programs, PARTS):
         slots = start + tl.arange(0, PARTS)
-        mask = (slots < programs)[:, None] & is_column[None, :]
-        total += tl.load(parts + slots[:, None] * H + columns[None, :], mask=mask, other=0.0)
-    tl.store(out + columns, tl.sum(total, 0).to(out.dtype.element_ty), mask=is_column)
+        at = (number * programs + slots)[:, None] * H + columns[None, :]
+        total += tl.load(parts + at, mask=(slots < programs)[:, None] & is_column[None, :], other=0.0)
+    row = tl.sum(total, 0)
+    if number == 0:
+        tl.store(first + columns, row.to(first.dtype.element_ty), mask=is_column)
+    if second is not None:
+        if number == 1:
+            tl.store(second + columns, row.to(second.dtype.element_ty), mask=is_column)
+    if third is not None:
+        if number == 2:
+            tl.store(third + columns, row.to(third.dtype.element_ty), mask=is_column)

@@ -15,7 +15,7 @@ from torch import Tensor
 from parallel.ops.kernels.pointers import are_aligned, table_of
 
 PARTS = 512  # programs of a tensor
-BLOCK, BLOCKS = 2048, 4  # elements that a program reads at once, and the blocks of which a lane is added in fp32
+BLOCK, BLOCKS = 4096, 2  # elements that a program reads at once, and the blocks of which a lane is added in fp32
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 

@@ -63,9 +63,16 @@ def can_be_given(name: str, dtype: torch.dtype, *, row: int = 0) -> bool:
     return dtype in kernel.dtypes and (kernel.largest_row is None or row <= kernel.largest_row) and has_triton()
 
 
-@cache
 def has_triton() -> bool:
     """Return whether Triton is here, and what it builds its launcher with: a C compiler and Python's header."""
+    return _finds_triton()
+
+
+has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # by torch.compiler.assume_constant_result, too
+
+
+@cache
+def _finds_triton() -> bool:
     has_compiler = any(map(shutil.which, ("gcc", "clang")))
     return find_spec("triton") is not None and has_compiler and _header().is_file()
 
