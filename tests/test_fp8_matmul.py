@@ -17,6 +17,7 @@ from parallel.ops import fp8
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.fp8 import E4M3, E5M2, LARGEST, Scaled, scale_for, scaled_product
 from parallel.ops.kernels.cast import cast_and_transpose, transposed
+from parallel.ops.kernels.table import has_triton
 from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, placeholder
 from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import LinearCollectives, matmul
@@ -335,9 +336,15 @@ def test_an_input_may_be_cast_by_what_makes_it(recomputes: bool) -> None:
 # -- on a GPU
 
 
+def skip_without_fp8() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9) or not has_triton():
+        pytest.skip("there is no GPU that multiplies 8 bits, with Triton")
+
+
 @pytest.mark.gpu
 def test_casts_on_a_gpu_are_those_of_torch_to_the_bit() -> None:
     """The kernels there round by an instruction, and in the interpreter by themselves."""
+    skip_without_fp8()
     from tests.interpreted.cast import check, check_all
     from tests.interpreted.cast import drawn as drawn_widely
 
@@ -349,6 +356,7 @@ def test_casts_on_a_gpu_are_those_of_torch_to_the_bit() -> None:
 @pytest.mark.parametrize(("tokens", "k", "n"), [(64, 128, 96), (50, 72, 40), (3, 16, 16)])
 def test_a_gpu_computes_what_a_cpu_emulates(tokens: int, k: int, n: int) -> None:
     """Each result is rounded to bf16, by half of 2⁻⁷ at most; tensor cores sum a forward in fewer bits than fp32."""
+    skip_without_fp8()
     results = []
     for device in ("cpu", "cuda"):
         x, w, bias, dy = (
