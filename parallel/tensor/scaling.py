@@ -71,7 +71,7 @@ class Copies(Protocol):
     """Copies of weights in 8 bits."""
 
     def clear(self) -> None:
-        """Drop it, since the weight or its scale may have changed."""
+        """Drop them, since the weights or their scales may have changed."""
 
 
 class Scaling:
