@@ -76,6 +76,7 @@ def test_a_cast_saturates_but_keeps_what_is_not_finite() -> None:
     assert found[:2] == [448, -448]
     assert all(map(math.isnan, found[2:5]))
     assert found[5:] == [448, 0]
+    assert float(fp8.cast(torch.tensor(1e30), torch.tensor(2.0**126), E4M3)) == 448
     assert fp8.largest_magnitude(x) == math.inf
     assert fp8.largest_magnitude(x[:2]) == 1e9
     assert fp8.largest_magnitude(x[:0]) == 0

@@ -63,6 +63,7 @@ def check_all(device: str = "cpu") -> None:
     for extra in ((), (torch.nan,), (torch.inf,), (-torch.inf,)):
         for dtype in (E4M3, E5M2):
             check(torch.cat([special, torch.tensor(extra)]).unsqueeze(0), 0, dtype, device)
+        check(special.unsqueeze(0), 120, E4M3, device)
     for dtype in (E4M3, E5M2):
         every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
         every = every[every.isfinite()].sort().values

@@ -99,10 +99,9 @@ def _rounds(dtype: torch.dtype) -> int:
 
 @triton.jit
 def _narrow(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr, ROUNDS: tl.constexpr):
-    """Return x · scale in an 8-bit dtype, and NaN where it is not finite."""
-    y = x * scale
-    is_finite = tl.abs(y) < float("inf")
-    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+    """Return x · scale in an 8-bit dtype, and NaN where x is not finite."""
+    is_finite = tl.abs(x) < float("inf")
+    y = tl.minimum(tl.maximum(x * scale, -LARGEST), LARGEST)
     if ROUNDS > 0:
         least: tl.constexpr = 121 if ROUNDS == 3 else 113  # the exponent of the least normal number, of fp32's bias
         bits = y.to(tl.int32, bitcast=True)
