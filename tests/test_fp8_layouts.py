@@ -24,6 +24,7 @@ from models.shapes import resolve
 from parallel.chunk.eight_bits import EightBitWeights
 from parallel.config import parse
 from parallel.config.parallel import TensorConfig
+from parallel.errors import NonFiniteError
 from parallel.mesh.collectives import Pending
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
@@ -377,6 +378,30 @@ def test_an_evaluation_uses_the_scales_and_records_nothing_and_a_step_left_out_d
     assert found["same"]
     assert found["filled"], "each tensor of each linear is recorded"
     assert found["steps"] == 2
+
+
+def poisoned(rank: int, world_size: int, raw: Raw) -> str:
+    """Return the error of a step in 8 bits after a weight of the last rank has become a NaN."""
+    engine = engine_of(rank, world_size, raw)
+    first, second = (share_of(batch, engine) for batch in batches(2))
+    engine.train_step(first)
+    for chunk in engine.chunks:
+        chunk.settle()
+        for piece in chunk.spec.pieces(chunk.master):
+            if piece.name.endswith("layers.1.fc1.weight") and rank == world_size - 1:
+                piece.data.view(-1)[3] = math.nan
+        chunk.write_back().wait()
+    with pytest.raises(NonFiniteError) as caught:
+        engine.train_step(second)
+    return str(caught.value)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["zero3", "1d2-sp", "zbv"])
+def test_a_weight_that_is_not_finite_is_named(name: str) -> None:
+    """A NaN in 8 bits is a NaN. The second run gathers parameters in bf16, so that their values can be looked at."""
+    for message in run(poisoned, 2, raw_of(LAYOUTS[name])):
+        assert "its weight model.decoder.layers.1.fc1.weight is not finite (1 of " in message
 
 
 # -- checkpoints
