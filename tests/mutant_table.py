@@ -98,7 +98,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
-NORMS = "parallel/tensor/norms.py"
+NORMS, RESIDUAL = "parallel/tensor/norms.py", "parallel/tensor/residual.py"
 SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
@@ -122,6 +122,7 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
 )
 LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
 ATTENTION = "models/attention.py"
+IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
@@ -161,11 +162,11 @@ DROPPED_REDUCTIONS = (
            "dim, axis = self.scatter_rows; return reduce(rows.chunk(axis.size, dim)[axis.rank], self.reduce_rows)",
            trains("3d2x2x2")),
     Mutant("layer-norm-mean-not-reduced", "mean and variance are those of this rank's part of the hidden dim",
-           NORMS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
+           RESIDUAL, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
     Mutant("layer-norm-mean-gradient-not-reduced", "dx lacks what comes through mean and variance from other ranks",
            NORMS, "sums = ctx.dim.sum(sums)", "pass", trains("2d1x2")),
     Mutant("layer-norm-variance-of-parts", "the variance leaves out how far the ranks' means are apart",
-           NORMS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
+           RESIDUAL, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
            "sums = all_reduce(sums, axis)",
@@ -211,7 +212,7 @@ GRADIENT_RULE = (
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
            CHUNK_SUM, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
     Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
-           ACCUMULATOR, "view.add_(gradient)", "view.copy_(gradient)", trains("single")),
+           ACCUMULATOR, "is_first=not self.arrivals[i]", "is_first=True", trains("single")),
     Mutant("sum-before-the-last-microbatch", "a gradient is summed over ranks before the last microbatch was added to it",
            CHUNK_SUM,
            "self.waits_for = num_microbatches * self", "self.waits_for = self",
@@ -330,18 +331,24 @@ PARAMETERS = (
            "return index_along(self.axes_of_dims[0]) * (self.local_shape[0] - 1)",
            trains("1d2")),
     Mutant("padding-rows-in-the-softmax", "the vocabulary's padding takes part in the loss",
-           CROSS_ENTROPY, "logits[..., stop - start :] =", "logits[..., stop - start + 1 :] =", trains("1d2")),
+           IN_TORCH, "logits[..., len(entries) :] =", "logits[..., len(entries) + 1 :] =", trains("1d2")),
     Mutant("last-row-left-out", "a label on the last row of a slice is on no rank",
-           CROSS_ENTROPY,
-           "mine = (index >= 0) & (index < stop - start)",
-           "mine = (index >= 0) & (index < stop - start - 1)",
+           IN_TORCH,
+           "mine = (index >= 0) & (index < len(entries))",
+           "mine = (index >= 0) & (index < len(entries) - 1)",
            LOSS),
     Mutant("no-maximum-in-the-loss", "the exponential of a large logit overflows",
-           CROSS_ENTROPY, "return probabilities, top.squeeze", "return probabilities, (0 * top).squeeze", LOSS),
+           IN_TORCH,
+           "own_total = own_total * (own_top - top).exp()",
+           "own_total, top = own_total * own_top.exp(), 0 * top",
+           LOSS),
     Mutant("maximum-added-again", "two large logits are added before they are subtracted",
-           CROSS_ENTROPY, "(total.log() - target)", "((total.log() + top) - (target + top))", NEAR),
+           IN_TORCH,
+           "loss = ((total.log() - target)",
+           "loss = (((total.log() + top) - (target + top))",
+           NEAR),
     Mutant("maximum-of-this-rank", "each rank sums exponentials relative to its own maximum",
-           CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
+           CROSS_ENTROPY, "x = all_reduce(x, axis, MAX)", "pass", LOSS),
     Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole tensor",
            INITIAL_VALUES,
            "draw_normal(piece.shape, piece.box, wanted.std",
@@ -578,7 +585,7 @@ PLACEMENT = (
            "self._clock.seconds(self._begun, self._clock.now())",
            f"{MANAGER_TESTS}::test_the_time_after_the_computation_is_not_counted_as_computation"),
     Mutant("host-parameters-not-refreshed", "parameters that are offloaded to the host are not updated",
-           BUFFER, "            self._written = copies.download(master.to(self.own.dtype), self.own)\n",
+           BUFFER, "            self.written = copies.download(master.to(self.own.dtype), self.own)\n",
            "            pass\n", f"{PLACEMENT_TESTS}::test_chunks_may_move_between_any_two_steps"),
     Mutant("narrow-parameters-left-on-the-host", "parameters on the host do not get the rounding of what streamed through the device",
            "parallel/optim/streaming.py", "            self._copies.download(on_device.own, on_host.own)\n",
@@ -1006,17 +1013,17 @@ TENSOR = (
     Mutant(
         "rms-norm-eps-outside",
         "eps is added to 1 / √(mean of x²)",
-        NORMS,
-        "mean_square.add_(dim.eps).rsqrt_()",
-        "mean_square.rsqrt_().add_(dim.eps)",
+        RESIDUAL,
+        "(self.sum(local) / self.size).add_(self.eps).rsqrt_()",
+        "(self.sum(local) / self.size).rsqrt_().add_(self.eps)",
         torch_norm("1d2"),
     ),
     Mutant(
         "rms-norm-of-a-part",
         "each column divides by the mean square of its own part",
-        NORMS,
-        "dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size",
-        "wide.square().mean(-1, keepdim=True)",
+        RESIDUAL,
+        "(self.sum(local) / self.size)",
+        "(local * 2 / self.size)",
         torch_norm("2d1x2"),
     ),
     Mutant(
@@ -2224,8 +2231,8 @@ SAVED_BEHIND = (
         "update-before-the-copy",
         "an update on the device changes what a checkpoint in the background is yet to copy",
         "parallel/optim/adamw.py",
-        "                chunk.guard.wait()\n            on_device(",
-        "                pass\n            on_device(",
+        "                chunk.guard.wait()\n            self._update(",
+        "                pass\n            self._update(",
         "tests/test_saver.py::test_a_checkpoint_written_during_training_equals_one_that_training_waited_for[few]",
     ),
     Mutant(
@@ -3098,6 +3105,31 @@ UPDATES_IN_ONE_PASS = (
         "partial + tl.program_id(1) * parts + part",
         INTERPRETED.format("sums"),
     ),
+    Mutant(
+        "gathered-before-its-update",
+        "a forward takes the parameters of a layer that the host is still updating",
+        "parallel/storage/transfer.py",
+        "                after.synchronize()\n",
+        "                pass\n",
+        "tests/test_shared_update.py::"
+        "test_a_forward_that_does_not_wait_for_an_update_finds_what_it_has_written[0.5-fp32]",
+    ),
+    Mutant(
+        "read-before-its-update",
+        "states are saved while the host is still updating them",
+        "parallel/chunk/chunk.py",
+        "        self.parameters.written.synchronize()\n",
+        "",
+        "tests/test_shared_update.py::test_a_forward_begins_while_the_host_updates_later_layers[0]",
+    ),
+    Mutant(
+        "root-updated-by-the-host",
+        "every forward waits for the host, which updates a part of the root",
+        "parallel/optim/shared_update.py",
+        "not part.chunk.is_of_root and not",
+        "not",
+        "tests/test_shared_update.py::test_a_forward_begins_while_the_host_updates_later_layers[1]",
+    ),
 )
 
 FP8_TEST, FP8_MATMUL = "tests/test_fp8_matmul.py", "parallel/tensor/fp8_matmul.py"
@@ -3143,6 +3175,126 @@ EIGHT_BITS = (
         "return torch.where(amax.isfinite(), amax, torch.inf)",
         "return amax",
         f"{FP8_TEST}::test_what_is_not_finite_is_recorded_as_infinity_and_reaches_the_product",
+    ),
+)
+
+NORM_KERNEL = "parallel/ops/kernels/norm_triton.py"
+
+NORMS_IN_ONE_PASS = (
+    Mutant(
+        "norm-kernel-mean-of-padding",
+        "the variance counts what lies between the end of a row and the next power of 2",
+        NORM_KERNEL,
+        "tl.where(is_column[None, :], row - mean[:, None], 0.0)",
+        "row - mean[:, None]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-drops-other-elements",
+        "the kernel's mask of dropout is not that of the reference, and differs between layouts",
+        NORM_KERNEL,
+        "((z >> 27) & 0x1FFFFFFFFF)",
+        "((z >> 26) & 0x1FFFFFFFFF)",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-gradient-of-what-was-dropped",
+        "elements that were dropped have a gradient",
+        NORM_KERNEL,
+        "0.0, gradient * tl.cast(scale, tl.float32))",
+        "gradient, gradient * tl.cast(scale, tl.float32))",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-forgets-the-residual-gradient",
+        "the gradient of the sum itself is lost where a norm follows",
+        NORM_KERNEL,
+        "gradient += dnormal * deviation[:, None]",
+        "gradient = dnormal * deviation[:, None]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-adds-up-some-programs",
+        "the gradients of vectors are those of the first programs' rows",
+        NORM_KERNEL,
+        "(slots < programs)[:, None] & is_column[None, :]",
+        "(slots < programs - 1)[:, None] & is_column[None, :]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "bias-left-to-nobody",
+        "the bias of a half's last linear is added neither by the linear nor by the kernel",
+        RESIDUAL,
+        "return Addend(linear.product(x), linear.flat_bias)",
+        "return Addend(linear.product(x))",
+        INTERPRETED.format("norm_in_blocks"),
+    ),
+    Mutant(
+        "last-add-saves",
+        "a block's last addition saves a tensor, so that a recomputation computes the last product again",
+        RESIDUAL,
+        "        ctx.mask, ctx.wants = mask, (None,",
+        "        ctx.save_for_backward(y)\n        ctx.mask, ctx.wants = mask, (None,",
+        INTERPRETED.format("norm_in_blocks"),
+    ),
+    Mutant(
+        "norm-kernel-row-sums-of-a-part",
+        "where ranks divide rows, the kernel's dx has the sums of each rank's own part",
+        RESIDUAL,
+        "sums, wants = ctx.dim.sum(local)",
+        "sums, wants = local",
+        "tests/test_residual.py::test_the_kernels_of_a_split_norm_equal_torch_on_whole_rows",
+    ),
+)
+
+POINTWISE = (
+    Mutant(
+        "turned-the-other-way-in-a-kernel",
+        "the kernel turns q and k by the negative angle",
+        "parallel/ops/kernels/heads_triton.py",
+        "return first * c - second * s, second * c + first * s",
+        "return first * c + second * s, second * c - first * s",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "q-heads-of-another-group",
+        "the kernel counts the q heads of a group from the first group on",
+        "parallel/ops/kernels/heads_triton.py",
+        "group * GROUP + place, group)",
+        "place, group)",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "sum-of-what-came-in",
+        "the gradient of a bias is summed before the activation's slope",
+        "parallel/ops/kernels/activation_triton.py",
+        "            total += dx",
+        "            total += dy",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "up-gets-the-gates-gradient",
+        "the gradient of the gate lacks what it multiplies",
+        "parallel/ops/kernels/activation_triton.py",
+        "dy * up * _slope(gate, KIND)",
+        "dy * _slope(gate, KIND)",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "bias-summed-twice",
+        "the linear sums the gradient of a bias that its caller sums",
+        "parallel/tensor/layers.py",
+        "None if self.flat_bias is None else self.flat_bias.detach()",
+        "self.flat_bias",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "gradient-of-the-last-vector-alone",
+        "microbatches replace each other's gradients of vectors",
+        ACCUMULATOR,
+        "torch._foreach_add_([views[i] for i in later], addends)",
+        "torch._foreach_copy_([views[i] for i in later], addends)",
+        trains("single"),
     ),
 )
 
@@ -3296,5 +3448,7 @@ MUTANTS = (
     *KERNELS_OF_THE_LOSS,
     *UPDATES_IN_ONE_PASS,
     *EIGHT_BITS,
+    *NORMS_IN_ONE_PASS,
+    *POINTWISE,
     *SCALES_OF_LINEARS,
 )

@@ -283,6 +283,8 @@ def updated_on_the_host(rank: int, world_size: int, raw: Raw) -> set[str]:
     engine = engine_of(rank, world_size, raw)
     engine.optimizer.host_share = 1.0
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
+    for chunk in engine.chunks:  # the update may go on after the step
+        chunk.settle()
     return names
 
 

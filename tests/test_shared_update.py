@@ -12,7 +12,7 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.spec import ChunkSpec, ChunkStorage
 from parallel.config import OptimizerConfig
 from parallel.layout import sources
-from parallel.layout.layout import ROOT, Layout, ParameterInfo
+from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.mesh import ALONE
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
@@ -37,10 +37,10 @@ def parameters_after_updates(
 ) -> list[Tensor]:
     """Return the parameters of all chunks as a forward finds them after each of some updates, and at last the states.
 
-    `waits`: each update is waited for. The last chunk belongs to no layer, and is whole when a forward begins.
+    `waits`: each update is waited for. The last chunk is of the root.
     """
-    units = [*(f"layers.{i}" for i in range(LAYERS)), ROOT]
-    chunks = [chunk_in(unit, i, placement) for i, unit in enumerate(units)]
+    chunks = [chunk_in(f"layers.{i}", i, placement) for i in range(LAYERS)]
+    chunks[-1].is_of_root = True
     optimizer = AdamW(chunks, OptimizerConfig(state_dtype=moments))
     optimizer.host_share = share
     generator, found = torch.Generator().manual_seed(0), []
@@ -62,6 +62,7 @@ def parameters_after_updates(
     return [*found, *(piece.data.clone() for pieces in optimizer.pieces().values() for piece in pieces)]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_forward_that_does_not_wait_for_an_update_finds_what_it_has_written(
@@ -78,25 +79,30 @@ def test_a_forward_that_does_not_wait_for_an_update_finds_what_it_has_written(
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, on_device, strict=True))
 
 
-def test_an_update_on_the_host_is_under_way_when_the_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread waits for a flag that is set after the call. Only the chunk that is gathered waits for the thread."""
+@pytest.mark.gpu
+@pytest.mark.parametrize("root", [0, 1])
+def test_a_forward_begins_while_the_host_updates_later_layers(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread waits for a flag that is set when the root has been gathered: the root streams, wherever it is."""
     flag = threading.Event()
     in_place = shared_update.update_in_place
 
     def later(*given: object) -> float:
-        assert flag.wait(60)
+        assert flag.wait(20), "a forward waits for the host"
         return in_place(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shared_update, "update_in_place", later)
     chunks = [chunk_in(f"layers.{i}", i, ON_HOST) for i in range(2)]
+    chunks[root].is_of_root = True
     optimizer = AdamW(chunks, OptimizerConfig())
     optimizer.host_share = 0.5
     for chunk in chunks:
         chunk.gradient.begin(1)
         chunk.store_gradient(torch.ones(chunk.size, device=DEVICE, dtype=torch.bfloat16))
-    before = chunks[1].master.clone()
+    before = [chunk.master.clone() for chunk in chunks]
     optimizer.step(torch.tensor(1.0, device=DEVICE), 1e-3)
-    chunks[0].gather().wait()
+    chunks[root].gather().wait()
+    assert not torch.equal(chunks[root].parameters.whole.cpu(), before[root].bfloat16()), "the root is as before"
     flag.set()
-    chunks[1].settle()
-    assert not torch.equal(chunks[1].master, before)
+    for chunk, masters in zip(chunks, before, strict=True):
+        chunk.settle()
+        assert not (chunk.master == masters).any(), "an element has not been updated yet"

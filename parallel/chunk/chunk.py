@@ -33,6 +33,7 @@ class Chunk:
     sharing     which of these buffers are one memory
     memory      allocates them on the device, the host and the disk
     guard       holds back changes of the states while a checkpoint reads them
+    is_of_root  True if a step needs the parameters from its first forward on, not only while a layer runs
 
     From ZeRO stage 1 on each rank of `spec.shard_axis` updates one slice. In stage 3, and where parameters are
     offloaded to the host, the whole buffer has memory only between `gather` and `release`. Padding between parameters
@@ -65,6 +66,7 @@ class Chunk:
         self.states = States(master, self.memory)
         self.gradient = Gradient(spec, self.memory)
         self.guard = released()
+        self.is_of_root = False
         if spec.is_partitioned:
             self.parameters.release()
         self.move_to(storage.placement)

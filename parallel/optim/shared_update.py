@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
-from parallel.layout.layout import ROOT
 from parallel.ops.clock import clock_of
 from parallel.optim.part import Part
 from parallel.optim.streaming import Stream, Update, in_parts
@@ -80,8 +79,8 @@ class SharedUpdate:
 
     Nobody waits for the whole of it: the device has a stream for it beside that of computation, and the host a thread.
     A layer whose parameters are on the host waits for its own update when it is gathered. So the next forward begins
-    while later layers are updated. Chunks that are used outside of layers come first, and so do those whose parameters
-    stay on the device: for these, computation waits in `wait_for_parameters_on_device`.
+    while later layers are updated. Chunks of the root, which a forward begins with, come first, and so do those whose
+    parameters stay on the device: for these, computation waits in `wait_for_parameters_on_device`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -193,7 +192,7 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
 
 def _waits_for_its_layer(part: Part) -> bool:
     """Return True if nobody needs a part before its layer is gathered."""
-    return part.chunk.infos[0].unit != ROOT and not part.own_is_on_device
+    return not part.chunk.is_of_root and not part.own_is_on_device
 
 
 def _is_movable(part: Part) -> bool:

@@ -136,6 +136,8 @@ class Gatherer:
         self.names, self.agree, self.watcher = list(layers), agree, watcher
         self.units = [Unit(of_layers[name], name) for name in layers]
         self.root = Unit([chunk for chunk in chunks if chunk.infos[0].unit not in layers])
+        for chunk in self.root.chunks:
+            chunk.is_of_root = True
         self.saved = SavedTensors()
         after = [NOTHING if name in last else i + 1 for i, name in enumerate(self.names)]
         before = [NOTHING if self.names[i - 1] in last else i - 1 for i in range(len(after))]
