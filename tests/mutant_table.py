@@ -3365,7 +3365,7 @@ SCALES_OF_LINEARS = (
         "parallel/chunk/eight_bits.py",
         "cast(segment.data, scale.scale, E4M3)",
         "cast(segment.data, torch.exp2((224 / segment.data.abs().amax().float()).log2().floor()), E4M3)",
-        f"{FP8_LAYOUTS}::test_stage_3_changes_no_bit_nor_do_recomputed_blocks_on_the_host",
+        f"{FP8_LAYOUTS}::test_a_slice_is_cast_by_the_scale_of_the_whole_weight",
     ),
     Mutant(
         "a-slice-of-the-step-before",
