@@ -12,6 +12,7 @@ import parallel.ops.kernels
 OTHER = "other"
 
 OWN: Mapping[str, str] = {
+    "accumulate_triton": "gradients' sums",
     "activation_triton": "activations",
     "adamw_triton": "update",
     "cast_triton": "casts",

@@ -11,14 +11,16 @@ from benchmarks.workload import BETAS, EPS, WEIGHT_DECAY
 from parallel.config import OptimizerConfig
 from parallel.layout.rng import Dropout
 from parallel.ops.fp8 import E4M3
-from parallel.ops.kernels.adamw import Elements, Noise, Step, can_be_fused, update_fused
+from parallel.ops.kernels.accumulate import accumulate
+from parallel.ops.kernels.adamw import can_be_fused, update_fused
 from parallel.ops.kernels.cast import cast, cast_and_transpose
 from parallel.ops.kernels.cross_entropy import cross_entropy, multiply_in_place
+from parallel.ops.kernels.elements import Elements, Noise, Step
 from parallel.ops.kernels.heads import heads_of
 from parallel.ops.kernels.lookup import lookup
 from parallel.ops.kernels.norm import fuses
 from parallel.ops.kernels.table import is_fused
-from parallel.tensor.residual import Addend, NormalizedDim, fused_norm
+from parallel.tensor.residual import Addend, NormalizedDim, residual_norm
 
 TABLE = 2**20  # numbers of the tables of noise
 
@@ -38,13 +40,13 @@ def update(gradient: Tensor, parameter: Tensor, *states: Tensor) -> Inputs:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not fuses(x):
         return peers.torch_layer_norm(x, weight, bias)
-    return fused_norm(x, None, weight, bias, _dim(x, is_rms=False))[1]
+    return residual_norm(x, None, None, (weight, bias), _dim(x, is_rms=False))[1]
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     if not fuses(x):
         return peers.torch_rms_norm(x, weight)
-    return fused_norm(x, None, weight, None, _dim(x, is_rms=True))[1]
+    return residual_norm(x, None, None, (weight, None), _dim(x, is_rms=True))[1]
 
 
 def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *, dropout: float = 0.0) -> Inputs:
@@ -52,14 +54,14 @@ def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *, dropou
     drawn = Dropout(dropout, *_coordinates(*x.shape, x.device)) if dropout else None
     if not fuses(x):
         return peers.torch_add_layer_norm(x, y if drawn is None else drawn.of(y), weight, bias)
-    total, normed = fused_norm(x, Addend(y, None, drawn), weight, bias, _dim(x, is_rms=False))
+    total, normed = residual_norm(x, Addend(y), drawn, (weight, bias), _dim(x, is_rms=False))
     return normed, total
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor) -> Inputs:
     if not fuses(x):
         return peers.torch_add_rms_norm(x, y, weight)
-    total, normed = fused_norm(x, Addend(y), weight, None, _dim(x, is_rms=True))
+    total, normed = residual_norm(x, Addend(y), None, (weight, None), _dim(x, is_rms=True))
     return normed, total
 
 
@@ -77,6 +79,13 @@ def heads(qkv: Tensor) -> Inputs:
     return heads_of(qkv, count, count, bias=None, tables=None)
 
 
+def to_fp32(gradient: Tensor) -> Tensor:
+    """Return a gradient in the dtype of the sum over microbatches."""
+    out = torch.empty_like(gradient, dtype=torch.float32)
+    accumulate(gradient, out, is_first=True)
+    return out
+
+
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> Inputs:
     """Return the sum of the losses, and its gradient by the logits in bf16, in their memory."""
     entries = range(logits.shape[-1])
@@ -85,15 +94,15 @@ def loss_and_gradient(logits: Tensor, labels: Tensor) -> Inputs:
     return loss, gradient
 
 
-def cast_flat(x: Tensor) -> Inputs:
+def cast_flat(x: Tensor) -> Tensor:
     scale, amax = _scalars(x.device, peers.SCALE)
-    return cast(x, scale, E4M3, amax), amax
+    return cast(x, scale, E4M3, amax)
 
 
 def cast_both_ways(x: Tensor) -> Inputs:
     scale, amax = _scalars(x.device, peers.SCALE)
     found = cast_and_transpose(x, scale, E4M3, amax)
-    return found.rows, found.columns, amax
+    return found.rows, found.columns
 
 
 def lookup_of(table: Tensor, indices: Tensor) -> Tensor:

@@ -327,6 +327,14 @@ ROWS = (
         {"ours": forward(column_sum), "torch": forward(lambda x: x.sum(0))},
     ),
     Row(
+        "bf16 gradient to fp32",
+        "accumulate",
+        hidden,
+        2 + 4,
+        draws("matrix"),
+        {"ours": forward(ours.to_fp32), "torch": forward(lambda x: x.float())},
+    ),
+    Row(
         "cross entropy",
         "cross_entropy",
         logits,

@@ -13,6 +13,7 @@ from models.rotary import Rotary
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.ops.compiling import materialized, not_compiled
+from parallel.ops.kernels import heads as kernels
 from parallel.ops.kernels.heads import by_head, heads_of, parts_of, turned
 from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
@@ -81,6 +82,12 @@ class Attention(Half):
         qkv = self.qkv(x)
         if batch.cache is not None:
             qkv = materialized(qkv)  # attention of a new token reads q, k and v as views
+        rotary = self.options.rotary
+        is_plain = isinstance(rotary, Rotary) and self.q_norm is None and torch.is_grad_enabled()
+        if kernels.IN_COMPILED_CODE and torch.compiler.is_compiling() and is_plain and is_fused("heads", qkv):
+            assert isinstance(rotary, Rotary)
+            tables = rotary.tables_for(batch, self.mode, qkv, qkv.shape[1])
+            return kernels.compiled_heads_of(qkv, self.heads, self.kv_heads, tables)
         q, k, v = parts_of(qkv, self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

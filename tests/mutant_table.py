@@ -98,7 +98,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
-NORMS = "parallel/tensor/norms.py"
+NORMS, RESIDUAL = "parallel/tensor/norms.py", "parallel/tensor/residual.py"
 SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
 SEEN = "tests/test_sequence.py::test_every_pair_is_computed_once_and_every_rank_computes_as_many"
@@ -122,6 +122,7 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
 )
 LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
 ATTENTION = "models/attention.py"
+IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 
@@ -161,11 +162,11 @@ DROPPED_REDUCTIONS = (
            "dim, axis = self.scatter_rows; return reduce(rows.chunk(axis.size, dim)[axis.rank], self.reduce_rows)",
            trains("3d2x2x2")),
     Mutant("layer-norm-mean-not-reduced", "mean and variance are those of this rank's part of the hidden dim",
-           NORMS, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
+           RESIDUAL, "statistics = all_gather(statistics, 0, axis)", "pass", trains("2d1x2")),
     Mutant("layer-norm-mean-gradient-not-reduced", "dx lacks what comes through mean and variance from other ranks",
            NORMS, "sums = ctx.dim.sum(sums)", "pass", trains("2d1x2")),
     Mutant("layer-norm-variance-of-parts", "the variance leaves out how far the ranks' means are apart",
-           NORMS, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
+           RESIDUAL, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
            "sums = all_reduce(sums, axis)",
@@ -211,7 +212,7 @@ GRADIENT_RULE = (
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
            CHUNK_SUM, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
     Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
-           ACCUMULATOR, "view.add_(gradient)", "view.copy_(gradient)", trains("single")),
+           ACCUMULATOR, "is_first=not self.arrivals[i]", "is_first=True", trains("single")),
     Mutant("sum-before-the-last-microbatch", "a gradient is summed over ranks before the last microbatch was added to it",
            CHUNK_SUM,
            "self.waits_for = num_microbatches * self", "self.waits_for = self",
@@ -330,18 +331,24 @@ PARAMETERS = (
            "return index_along(self.axes_of_dims[0]) * (self.local_shape[0] - 1)",
            trains("1d2")),
     Mutant("padding-rows-in-the-softmax", "the vocabulary's padding takes part in the loss",
-           CROSS_ENTROPY, "logits[..., stop - start :] =", "logits[..., stop - start + 1 :] =", trains("1d2")),
+           IN_TORCH, "logits[..., len(entries) :] =", "logits[..., len(entries) + 1 :] =", trains("1d2")),
     Mutant("last-row-left-out", "a label on the last row of a slice is on no rank",
-           CROSS_ENTROPY,
-           "mine = (index >= 0) & (index < stop - start)",
-           "mine = (index >= 0) & (index < stop - start - 1)",
+           IN_TORCH,
+           "mine = (index >= 0) & (index < len(entries))",
+           "mine = (index >= 0) & (index < len(entries) - 1)",
            LOSS),
     Mutant("no-maximum-in-the-loss", "the exponential of a large logit overflows",
-           CROSS_ENTROPY, "return probabilities, top.squeeze", "return probabilities, (0 * top).squeeze", LOSS),
+           IN_TORCH,
+           "own_total = own_total * (own_top - top).exp()",
+           "own_total, top = own_total * own_top.exp(), 0 * top",
+           LOSS),
     Mutant("maximum-added-again", "two large logits are added before they are subtracted",
-           CROSS_ENTROPY, "(total.log() - target)", "((total.log() + top) - (target + top))", NEAR),
+           IN_TORCH,
+           "loss = ((total.log() - target)",
+           "loss = (((total.log() + top) - (target + top))",
+           NEAR),
     Mutant("maximum-of-this-rank", "each rank sums exponentials relative to its own maximum",
-           CROSS_ENTROPY, "top = all_reduce(top, axis, MAX)", "pass", LOSS),
+           CROSS_ENTROPY, "x = all_reduce(x, axis, MAX)", "pass", LOSS),
     Mutant("drawn-by-rank", "a rank draws its slice as if it were the whole tensor",
            INITIAL_VALUES,
            "draw_normal(piece.shape, piece.box, wanted.std",
@@ -1006,17 +1013,17 @@ TENSOR = (
     Mutant(
         "rms-norm-eps-outside",
         "eps is added to 1 / √(mean of x²)",
-        NORMS,
-        "mean_square.add_(dim.eps).rsqrt_()",
-        "mean_square.rsqrt_().add_(dim.eps)",
+        RESIDUAL,
+        "(self.sum(local) / self.size).add_(self.eps).rsqrt_()",
+        "(self.sum(local) / self.size).rsqrt_().add_(self.eps)",
         torch_norm("1d2"),
     ),
     Mutant(
         "rms-norm-of-a-part",
         "each column divides by the mean square of its own part",
-        NORMS,
-        "dim.sum(wide.square().sum(-1, keepdim=True)) / dim.size",
-        "wide.square().mean(-1, keepdim=True)",
+        RESIDUAL,
+        "(self.sum(local) / self.size)",
+        "(local * 2 / self.size)",
         torch_norm("2d1x2"),
     ),
     Mutant(
@@ -3171,6 +3178,212 @@ EIGHT_BITS = (
     ),
 )
 
+NORM_KERNEL = "parallel/ops/kernels/norm_triton.py"
+
+NORMS_IN_ONE_PASS = (
+    Mutant(
+        "norm-kernel-mean-of-padding",
+        "the variance counts what lies between the end of a row and the next power of 2",
+        NORM_KERNEL,
+        "tl.where(is_column[None, :], row - mean[:, None], 0.0)",
+        "row - mean[:, None]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-drops-other-elements",
+        "the kernel's mask of dropout is not that of the reference, and differs between layouts",
+        NORM_KERNEL,
+        "((z >> 27) & 0x1FFFFFFFFF)",
+        "((z >> 26) & 0x1FFFFFFFFF)",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-gradient-of-what-was-dropped",
+        "elements that were dropped have a gradient",
+        NORM_KERNEL,
+        "0.0, gradient * tl.cast(scale, tl.float32))",
+        "gradient, gradient * tl.cast(scale, tl.float32))",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-forgets-the-residual-gradient",
+        "the gradient of the sum itself is lost where a norm follows",
+        NORM_KERNEL,
+        "gradient += dnormal * deviation[:, None]",
+        "gradient = dnormal * deviation[:, None]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "norm-kernel-adds-up-some-programs",
+        "the gradients of vectors are those of the first programs' rows",
+        NORM_KERNEL,
+        "(slots < programs)[:, None] & is_column[None, :]",
+        "(slots < programs - 1)[:, None] & is_column[None, :]",
+        INTERPRETED.format("norm"),
+    ),
+    Mutant(
+        "bias-left-to-nobody",
+        "the bias of a half's last linear is added neither by the linear nor by the kernel",
+        RESIDUAL,
+        "return Addend(linear.product(x), linear.flat_bias)",
+        "return Addend(linear.product(x))",
+        INTERPRETED.format("norm_in_blocks"),
+    ),
+    Mutant(
+        "last-add-saves",
+        "a block's last addition saves a tensor, so that a recomputation computes the last product again",
+        RESIDUAL,
+        "        ctx.mask, ctx.wants = mask, (None,",
+        "        ctx.save_for_backward(y)\n        ctx.mask, ctx.wants = mask, (None,",
+        INTERPRETED.format("norm_in_blocks"),
+    ),
+    Mutant(
+        "norm-kernel-row-sums-of-a-part",
+        "where ranks divide rows, the kernel's dx has the sums of each rank's own part",
+        RESIDUAL,
+        "sums, wants = ctx.dim.sum(local)",
+        "sums, wants = local",
+        "tests/test_residual.py::test_the_kernels_of_a_split_norm_equal_torch_on_whole_rows",
+    ),
+)
+
+POINTWISE = (
+    Mutant(
+        "turned-the-other-way-in-a-kernel",
+        "the kernel turns q and k by the negative angle",
+        "parallel/ops/kernels/heads_triton.py",
+        "return first * c - second * s, second * c + first * s",
+        "return first * c + second * s, second * c - first * s",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "q-heads-of-another-group",
+        "the kernel counts the q heads of a group from the first group on",
+        "parallel/ops/kernels/heads_triton.py",
+        "group * GROUP + place, group)",
+        "place, group)",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "sum-of-what-came-in",
+        "the gradient of a bias is summed before the activation's slope",
+        "parallel/ops/kernels/activation_triton.py",
+        "            total += dx",
+        "            total += dy",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "up-gets-the-gates-gradient",
+        "the gradient of the gate lacks what it multiplies",
+        "parallel/ops/kernels/activation_triton.py",
+        "dy * up * _slope(gate, KIND)",
+        "dy * _slope(gate, KIND)",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "bias-summed-twice",
+        "the linear sums the gradient of a bias that its caller sums",
+        "parallel/tensor/layers.py",
+        "None if self.flat_bias is None else self.flat_bias.detach()",
+        "self.flat_bias",
+        INTERPRETED.format("pointwise"),
+    ),
+    Mutant(
+        "gradient-of-the-last-vector-alone",
+        "microbatches replace each other's gradients of vectors",
+        ACCUMULATOR,
+        "torch._foreach_add_([views[i] for i in later], addends)",
+        "torch._foreach_copy_([views[i] for i in later], addends)",
+        trains("single"),
+    ),
+)
+
+SCALING, SCALES = "parallel/tensor/scaling.py", "parallel/engine/scales.py"
+SCALING_TEST, FP8_LAYOUTS = "tests/test_scaling.py", "tests/test_fp8_layouts.py"
+LARGEST_OF_ALL = f"{FP8_LAYOUTS}::test_all_ranks_have_the_largest_magnitudes_of_whole_tensors[1d2, dp2, zero3]"
+SCALES_OF_LINEARS = (
+    Mutant(
+        "maxima-of-a-replica-alone",
+        "largest magnitudes are not brought together over replicas",
+        SCALES,
+        'if name != "pipe"]',
+        'if name not in ("pipe", "data")]',
+        LARGEST_OF_ALL,
+    ),
+    Mutant(
+        "maxima-of-a-part-of-a-tensor",
+        "largest magnitudes are not brought together over the axis t",
+        SCALES,
+        'if name != "pipe"]',
+        'if name not in ("pipe", "t")]',
+        LARGEST_OF_ALL,
+    ),
+    Mutant(
+        "maxima-of-an-evaluation",
+        "an evaluation records largest magnitudes as a step does",
+        "parallel/engine/engine.py",
+        'explained(lambda: "an evaluation"), self._casting(records=False):',
+        'explained(lambda: "an evaluation"), self._casting(records=True):',
+        f"{FP8_LAYOUTS}::test_an_evaluation_uses_the_scales_and_records_nothing_and_a_step_left_out_does_not_count",
+    ),
+    Mutant(
+        "a-window-of-one-step",
+        "scales are made of the last step alone",
+        SCALING,
+        "largest = self.history.amax(0)",
+        "largest = self.history[-1]",
+        f"{SCALING_TEST}::test_a_scale_is_made_of_the_largest_magnitude_of_a_window_of_steps",
+    ),
+    Mutant(
+        "the-history-of-a-step-that-is-left-out",
+        "a step that updates nothing moves the history",
+        SCALING,
+        "torch.where(found_inf > 0, self.history, moved)",
+        "moved",
+        f"{SCALING_TEST}::test_a_step_that_is_left_out_leaves_history_and_scales_as_they_were",
+    ),
+    Mutant(
+        "a-nan-that-a-maximum-loses",
+        "a NaN is not made an infinity before the maximum over ranks",
+        SCALING,
+        "self.amax.nan_to_num(nan=torch.inf, posinf=torch.inf)",
+        "self.amax.nan_to_num(nan=0.0, posinf=torch.inf)",
+        f"{SCALING_TEST}::test_maxima_are_those_of_all_ranks_that_hold_a_part",
+    ),
+    Mutant(
+        "copies-of-the-weights-that-were",
+        "weights are cast in the first step alone",
+        SCALING,
+        "            copy.clear()",
+        "            pass",
+        f"{SCALING_TEST}::test_copies_of_weights_last_for_a_step_or_an_evaluation_and_only_a_step_records",
+    ),
+    Mutant(
+        "a-scale-for-each-slice",
+        "in stage 3 each rank scales its slice by the largest magnitude in it",
+        "parallel/chunk/eight_bits.py",
+        "cast(segment.data, scale.scale, E4M3)",
+        "cast(segment.data, torch.exp2((224 / segment.data.abs().amax().float()).log2().floor()), E4M3)",
+        f"{FP8_LAYOUTS}::test_stage_3_changes_no_bit_nor_do_recomputed_blocks_on_the_host",
+    ),
+    Mutant(
+        "a-slice-of-the-step-before",
+        "in stage 3 slices are cast in the first step alone",
+        "parallel/chunk/eight_bits.py",
+        "        self.own = None",
+        "        pass",
+        f"{FP8_LAYOUTS}::test_stage_3_changes_no_bit_nor_do_recomputed_blocks_on_the_host",
+    ),
+    Mutant(
+        "scales-that-are-not-saved",
+        "a checkpoint has no history of the scales",
+        "parallel/engine/state.py",
+        'values |= {} if self.scaling is None else {"scaling": histories_of_all(self.scaling, self.mesh)}',
+        "values |= {}",
+        f"{FP8_LAYOUTS}::test_a_resumed_run_goes_on_to_the_bit",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3235,4 +3448,7 @@ MUTANTS = (
     *KERNELS_OF_THE_LOSS,
     *UPDATES_IN_ONE_PASS,
     *EIGHT_BITS,
+    *NORMS_IN_ONE_PASS,
+    *POINTWISE,
+    *SCALES_OF_LINEARS,
 )

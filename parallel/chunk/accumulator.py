@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.spec import ChunkSpec
+from parallel.ops.kernels.accumulate import accumulate
 from parallel.ops.products import Factor, add_product, write_product
 
 
@@ -56,10 +57,8 @@ class Accumulator:
             self._buffer_views()
             return
         view = self._buffer_views()[i]
-        if self.arrivals[i]:
-            view.add_(gradient)
-        elif i not in self._placed or gradient.data_ptr() != view.data_ptr():
-            view.copy_(gradient)
+        if i not in self._placed or gradient.data_ptr() != view.data_ptr():
+            accumulate(gradient, view, is_first=not self.arrivals[i])
         self.arrivals[i] += 1
 
     def place(self, i: int, a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from parallel.chunk.chunk import Chunk
 from parallel.chunk.precision import state_size
 from parallel.config import OptimizerConfig
 from parallel.layout.layout import Piece
-from parallel.ops.kernels.adamw import Elements, Noise, Step, can_be_fused, update_fused, update_in_torch
+from parallel.ops.kernels.adamw import can_be_fused, update_fused, update_in_torch
+from parallel.ops.kernels.elements import Elements, Noise, Step
 from parallel.optim.moments import Moments
 from parallel.optim.part import Part
 from parallel.optim.rounding import NoiseOfParts, Rounding

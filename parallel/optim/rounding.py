@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import Piece
 from parallel.layout.rng import mix64, seed_of
-from parallel.ops.kernels.adamw import Noise
+from parallel.ops.kernels.elements import Noise
 from parallel.optim.part import Part
 
 TABLE = 2**20  # numbers: few enough to stay in the cache of a device

@@ -39,6 +39,7 @@ from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.ops.compiling import not_compiled
 from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, Scaled, record_largest, scaled_product
 from parallel.ops.kernels.cast import cast, cast_and_transpose, transposed
+from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import product_of
 from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, matmul, received
 from parallel.tensor.receiver import GradientReceiver
@@ -158,7 +159,7 @@ class EightBitLinear:
         flat = dy.flatten(0, -2)
         if is_deferred or around.scatter_y[1].size > 1:  # what is transposed is gathered first
             cast_dy, by_columns = cast(flat, self.scales.dy.scale, E5M2, amax), None
-            db = flat.sum(0) if has_bias else None
+            db = column_sum(flat) if has_bias else None
         else:
             cast_dy, by_columns, db = cast_and_transpose(flat, self.scales.dy.scale, E5M2, amax, sums=has_bias)
         cast_dy = cast_dy.view(dy.shape)
@@ -206,7 +207,7 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, like: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.call, ctx.has_bias, linear = call, bias is not None, call.linear
+        ctx.call, linear = call, call.linear
         trains = any(ctx.needs_input_grad)
         return linear.around.linear(x, linear.weight_rows(w, trains=trains), bias)
 
@@ -214,7 +215,7 @@ class _Matmul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
         x, w = ctx.saved_tensors
-        dx, dw, db = ctx.call.linear.gradients(dy, x, w, ctx.call.receiver, has_bias=ctx.has_bias)
+        dx, dw, db = ctx.call.linear.gradients(dy, x, w, ctx.call.receiver, has_bias=ctx.needs_input_grad[3])
         return dx.wait(), None, dw, db, None
 
 

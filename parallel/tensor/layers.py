@@ -36,7 +36,6 @@ class Linear(Sharded):
         super().__init__(like, weight=weight, bias=bias)
         self.collectives = collectives
         self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
-
         self.eight_bit: EightBitLinear | None = None  # None: it multiplies in its dtype
 
     def multiply_in_8_bits(self, scales: LinearScales) -> None:

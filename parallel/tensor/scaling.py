@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.mesh.collectives import MAX, all_reduce
 from parallel.mesh.mesh import Axis
-from parallel.ops.fp8 import E4M3, E5M2, scale_for
+from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, scale_for
 
 WINDOW = 16
 """The steps whose largest magnitudes decide about the scales of the next one."""
@@ -71,7 +71,7 @@ class Copies(Protocol):
     """Copies of weights in 8 bits."""
 
     def clear(self) -> None:
-        """Drop it, since the weight or its scale may have changed."""
+        """Drop them, since the weights or their scales may have changed."""
 
 
 class Scaling:
@@ -90,7 +90,8 @@ class Scaling:
         self.names, self.axes, self.state = list(names), list(axes), ScalingState()
         self.history = torch.zeros(WINDOW, len(names), 3, device=device)
         self.amax = torch.zeros(len(names), 3, device=device)
-        self.scales, self.inverses = torch.ones(2, len(names), 3, device=device)
+        self.scales = torch.ones(len(names), 3, device=device)
+        self.inverses = torch.ones(len(names), 3, SCALE_ALIGNMENT // 4, device=device)[..., 0]  # aligned
         self.linears = [self._views(i) for i in range(len(names))]
         self.copies: list[Copies] = []
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from parallel.config import OptimizerConfig
 from parallel.layout import sources
-from parallel.ops.kernels.adamw import Elements, Step, update_in_torch
+from parallel.ops.kernels.adamw import update_in_torch
 from parallel.ops.kernels.adamw_triton import LARGE, update
+from parallel.ops.kernels.elements import Elements, Step
 from parallel.optim.rounding import NoiseOfParts, Rounding
 from tests.exactness import assert_as_exact
 from tests.parts import chunk_of_sources, part_of

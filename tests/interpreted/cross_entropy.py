@@ -46,9 +46,9 @@ CASES = [
     Case(1),
     Case(7, padding=3, dtype=torch.float32),
     Case(512, (1, 2), dtype=torch.float16),
-    Case(1000, largest=1e4),
-    Case(1003, (1, 5), padding=2, kind="near"),
-    Case(1700, padding=700, dtype=torch.float32, largest=100.0),
+    Case(1000, (1, 4), largest=1e4),
+    Case(1003, (1, 3), padding=2, kind="near"),
+    Case(700, (1, 5), padding=300, dtype=torch.float32, largest=100.0),
     Case(777, scale=None),
     Case(64, (2, 0)),
     Case(600, (3, 1), scale=1024.0),
@@ -122,13 +122,13 @@ def check_split(case: Case, ranks: int, device: str) -> None:
 def check_not_finite(device: str) -> None:
     """A NaN, an ∞ or a row of −∞ gives NaN wherever it does so in torch, also in a row that is not counted."""
     for value, whole in product((torch.nan, torch.inf, -torch.inf), (False, True)):
-        case = Case(1000, (1, 4))
+        case = Case(300, (1, 2))
         logits, labels = case.inputs(device)
-        for token in range(4):
+        for token in range(2):  # the first is not counted
             changed = logits.clone()
-            changed[0, token, slice(None) if whole else 777] = value
-            loss, gradient = cross_entropy_in_torch(changed.clone(), labels, entries=range(1000), **case.options())
-            found, found_gradient = cross_entropy_fused(changed, labels, entries=range(1000), **case.options())
+            changed[0, token, slice(None) if whole else 290] = value
+            loss, gradient = cross_entropy_in_torch(changed.clone(), labels, entries=range(300), **case.options())
+            found, found_gradient = cross_entropy_fused(changed, labels, entries=range(300), **case.options())
             torch.testing.assert_close(found, loss, equal_nan=True)
             assert found.isnan() == (whole or value != -torch.inf)
             assert gradient is not None
@@ -153,9 +153,9 @@ def check_all(device: str) -> None:
     check_factors(device)
     for case in CASES:
         check(case, device)
-    for case, ranks in product((Case(1100), Case(1003, padding=2, kind="near"), Case(9, padding=6)), (2, 4)):
-        check_split(case, ranks, device)
-        check_split(replace(case, dtype=torch.float32, largest=1e4), ranks, device)
+    check_split(Case(600, dtype=torch.float32, largest=1e4), 2, device)
+    check_split(Case(503, (1, 5), padding=2, kind="near"), 2, device)
+    check_split(Case(9, (1, 4), padding=6), 4, device)
     check_not_finite(device)
     logits, labels = Case(700).inputs(device)
     nothing = cross_entropy_fused(logits, labels.fill_(IGNORED), entries=range(700), **Case(700).options())

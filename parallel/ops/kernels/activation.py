@@ -30,6 +30,10 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 """The references: torch's functions."""
 
 
+IN_COMPILED_CODE = False
+"""Compiled blocks call the kernels of `gated` if this is True; otherwise the compiler fuses torch's functions."""
+
+
 def activated(u: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
     """Return act(u + bias), u[..., F], bias[F] -> [..., F]."""
     if torch.compiler.is_compiling() or not is_fused("activation", u):
@@ -51,11 +55,15 @@ def gated(x: Tensor, name: str) -> Tensor:
     torch's own functions act(gate) would be kept, too: by a block of Llama-3.1-8b 84,002 elements for each token
     instead of 69,666.
     """
-    if torch.compiler.is_compiling():  # the compiler decides what is computed again
-        gate, up = x.chunk(2, -1)
+    y: Tensor
+    if torch.compiler.is_compiling():
+        if IN_COMPILED_CODE and is_fused("activation", x):
+            y = _CompiledGated.apply(x, name)  # type: ignore[no-untyped-call]
+            return y
+        gate, up = x.chunk(2, -1)  # the compiler decides what is computed again
         return FUNCTIONS[name](gate) * up
     function = _FusedGated if is_fused("activation", x) else _Gated
-    y: Tensor = function.apply(x, name)  # type: ignore[no-untyped-call]
+    y = function.apply(x, name)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -136,3 +144,45 @@ class _Rectified(torch.autograd.Function):
             return launch_activated_backward(df.contiguous(), f, None, "relu", sums=ctx.needs_input_grad[1])
         du = torch.where(f <= 0, 0, df)
         return du, du.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+
+
+# -- in compiled code --------------------------------------------------------------------------------------------------
+
+
+class _CompiledGated(torch.autograd.Function):
+    """Computes `gated` by operators, into which the compiler does not look."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.name = name
+        f: Tensor = torch.ops.colonnade.gated(x, name)
+        return f
+
+    @staticmethod
+    def backward(ctx: Any, df: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.colonnade.gated_backward(df, x, ctx.name), None
+
+
+# torch's registry of operators has them from the import on: code that is being compiled cannot register one.
+torch.library.define("colonnade::gated", "(Tensor x, str name) -> Tensor")
+torch.library.define("colonnade::gated_backward", "(Tensor df, Tensor x, str name) -> Tensor")
+
+
+@torch.library.impl("colonnade::gated", "CompositeExplicitAutograd")
+def _gated_operator(x: Tensor, name: str) -> Tensor:
+    from parallel.ops.kernels.activation_triton import launch_gated
+
+    return launch_gated(x.contiguous(), name)
+
+
+@torch.library.impl("colonnade::gated_backward", "CompositeExplicitAutograd")
+def _gated_backward_operator(df: Tensor, x: Tensor, name: str) -> Tensor:
+    from parallel.ops.kernels.activation_triton import launch_gated_backward
+
+    return launch_gated_backward(df.contiguous(), x.contiguous(), name)
+
+
+torch.library.register_fake("colonnade::gated", lambda x, name: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+torch.library.register_fake("colonnade::gated_backward", lambda df, x, name: x.new_empty(x.shape))

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.ops.kernels.column_sum_triton import add_parts, parts_of
+from parallel.ops.kernels.launch import launch
 
 ROWS, COLUMNS, WARPS = 2, 1024, 4  # a tile of a kernel that sums nothing
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 32, 128, 4  # a tile of one that sums columns
@@ -19,10 +20,9 @@ def launch_activated(u: Tensor, bias: Tensor | None, name: str) -> Tensor:
     f = torch.empty_like(u)
     num_rows, num_columns = _rows_and_columns(u)
     if f.numel():
-        _activate[_tiles(num_rows, num_columns)](
-            *(u, u if bias is None else bias, f, num_rows, num_columns),
-            **dict(KIND=name, HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS),
-        )
+        constants = dict(KIND=name, ROWS=ROWS, COLUMNS=COLUMNS)
+        grid, numbers = _tiles(num_rows, num_columns), (num_rows, num_columns)
+        launch(_activate, grid, (u, bias, f), numbers, constants=constants, num_warps=WARPS)
     return f
 
 
@@ -40,11 +40,9 @@ def launch_activated_backward(
     parts, rows_of_part = parts_of(num_rows, blocks, rows) if blocks else (1, rows)
     partial = torch.empty(parts if sums else 0, num_columns, dtype=torch.float32, device=df.device)
     if blocks:
-        _activate_backward[blocks, parts](
-            *(df, kept, kept if bias is None else bias, du, partial, num_rows, num_columns, rows_of_part),
-            **dict(KIND=name, HAS_BIAS=bias is not None, HAS_SUMS=sums, ROWS=rows, COLUMNS=columns),
-            num_warps=SUM_WARPS,
-        )
+        tensors, numbers = (df, kept, bias, du, partial if sums else None), (num_rows, num_columns, rows_of_part)
+        constants = dict(KIND=name, ROWS=rows, COLUMNS=columns)
+        launch(_activate_backward, (blocks, parts), tensors, numbers, constants=constants, num_warps=SUM_WARPS)
     return du, add_parts(partial, df.dtype) if sums else None
 
 
@@ -53,9 +51,9 @@ def launch_gated(x: Tensor, name: str) -> Tensor:
     f = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     num_rows, num_columns = _rows_and_columns(f)
     if f.numel():
-        _gate[_tiles(num_rows, num_columns)](
-            *(x, f, num_rows, num_columns), KIND=name, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-        )
+        constants = dict(KIND=name, ROWS=ROWS, COLUMNS=COLUMNS)
+        grid, numbers = _tiles(num_rows, num_columns), (num_rows, num_columns)
+        launch(_gate, grid, (x, f), numbers, constants=constants, num_warps=WARPS)
     return f
 
 
@@ -64,9 +62,9 @@ def launch_gated_backward(df: Tensor, x: Tensor, name: str) -> Tensor:
     dx = torch.empty_like(x)
     num_rows, num_columns = _rows_and_columns(df)
     if df.numel():
-        _gate_backward[_tiles(num_rows, num_columns)](
-            *(df, x, dx, num_rows, num_columns), KIND=name, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-        )
+        constants = dict(KIND=name, ROWS=ROWS, COLUMNS=COLUMNS)
+        grid, numbers = _tiles(num_rows, num_columns), (num_rows, num_columns)
+        launch(_gate_backward, grid, (df, x, dx), numbers, constants=constants, num_warps=WARPS)
     return dx
 
 
@@ -88,7 +86,6 @@ def _activate(
     num_rows,
     num_columns,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -96,7 +93,7 @@ def _activate(
     rows, columns, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
     at = rows[:, None] * num_columns + columns[None, :]
     x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         x += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     tl.store(f + at, _value(x, KIND).to(f.dtype.element_ty), mask=mask)
 
@@ -112,8 +109,6 @@ def _activate_backward(
     num_columns,
     rows_of_part,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -124,7 +119,7 @@ def _activate_backward(
     first = part * rows_of_part
     last = tl.minimum(first + rows_of_part, num_rows)
     added = tl.zeros((COLUMNS,), tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         added = tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(first, last, ROWS):
@@ -139,9 +134,9 @@ def _activate_backward(
             dx = dy * _slope(x + added[None, :], KIND)
             dx = tl.where(mask, dx, 0.0)  # dy is 0 there, but 0 · NaN is not
         tl.store(du + at, dx.to(du.dtype.element_ty), mask=mask)
-        if HAS_SUMS:
+        if sums is not None:
             total += dx
-    if HAS_SUMS:
+    if sums is not None:
         tl.store(sums + part * num_columns + columns, tl.sum(total, 0), mask=is_column)
 
 

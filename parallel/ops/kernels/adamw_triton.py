@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from parallel.config import OptimizerConfig
-from parallel.ops.kernels.adamw import Elements, Step
+from parallel.ops.kernels.elements import Elements, Step
 from parallel.ops.kernels.pointers import table_of
 
 BLOCK, WARPS = 1024, 8  # 4 elements of a thread: with 8 of them an H200 moves 3.6 TB/s instead of 4.1

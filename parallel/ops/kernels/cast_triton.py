@@ -26,7 +26,7 @@ class Tile:
     warps: int
 
 
-CAST_TILE, TRANSPOSE_TILE = Tile(128, 128, 4), Tile(128, 128, 8)
+CAST_TILE, TRANSPOSE_TILE = Tile(128, 64, 4), Tile(128, 128, 8)
 
 
 def cast_flat(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
@@ -55,8 +55,8 @@ def cast_both_ways(
     columns = torch.empty(width, padded, dtype=dtype, device=x.device)
     down, across = triton.cdiv(padded, tile.rows), triton.cdiv(width, tile.columns)
     partial = torch.empty(down, width, dtype=torch.float32, device=x.device) if sums else scale
-    _cast_both_ways[down, across](
-        *(x, scale, rows, columns.view(torch.int32), scale if amax is None else amax, partial),
+    _cast_both_ways[across, down](
+        *(x, scale, rows, columns, scale if amax is None else amax, partial),
         *(height, width, padded),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -114,9 +114,9 @@ def _magnitude(x):
 
 @triton.jit
 def _raise(amax, largest, known):
-    """Raise amax, which was `known` before, to `largest`.
+    """Raise amax to `largest`, unless what it was before, `known`, is as large.
 
-    Few programs have to. All the others would wait for each other at one address.
+    Few programs have to raise it. All the others would wait for each other at one address.
     """
     tl.atomic_max(amax, largest, mask=largest > known, sem="relaxed")
 
@@ -134,7 +134,7 @@ def _cast_flat(
     ROUNDS: tl.constexpr,
 ):
     """Cast BLOCK elements."""
-    known = tl.load(amax)
+    known = tl.load(amax)  # arrives together with the elements
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -149,7 +149,7 @@ def _cast_both_ways(
     x,
     scale,
     rows,
-    columns,  # four bytes a number, [N, T' / 4]
+    columns,
     amax,
     partial,  # sums of a tile's rows, [programs down, N]
     height,
@@ -162,38 +162,22 @@ def _cast_both_ways(
     LARGEST: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Cast a tile, and write it by rows and by columns.
-
-    The rows are taken in four parts: row 4i + k is row i of part k. Four bytes of a column are one number then, so that
-    a fourth of as many are exchanged between threads, and a sum or a maximum over rows first adds up the parts.
-    """
+    """Cast a tile, and write it by rows and by columns."""
     known = tl.load(amax)
-    factor = tl.load(scale)
-    down = tl.program_id(0)
-    part = down.to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4)
-    n = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = n[None, :] < width
-    packed = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
-    largest = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
-    total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
-    for k in tl.static_range(4):
-        t = part * 4 + k
-        at = t[:, None] * width + n[None, :]
-        mask = (t[:, None] < height) & is_column
-        values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        narrow = _narrow(values, factor, rows.dtype.element_ty, LARGEST, ROUNDS)
-        tl.store(rows + at, narrow, mask=mask)
-        packed |= narrow.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * k)
-        if RECORDS:
-            largest = tl.maximum(largest, _magnitude(values))
-        if SUMS:
-            total += values
-    at_column = n[:, None] * (padded // 4) + part[None, :]
-    tl.store(columns + at_column, tl.trans(packed), mask=(n[:, None] < width) & (part[None, :] * 4 < padded))
+    down = tl.program_id(1)
+    t = down.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    at = t[:, None] * width + n[None, :]
+    mask = (t[:, None] < height) & (n[None, :] < width)
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    narrow = _narrow(values, tl.load(scale), rows.dtype.element_ty, LARGEST, ROUNDS)
+    tl.store(rows + at, narrow, mask=mask)
+    at_column = n[:, None] * padded + t[None, :]
+    tl.store(columns + at_column, tl.trans(narrow), mask=(n[:, None] < width) & (t[None, :] < padded))
     if RECORDS:
-        _raise(amax, tl.max(tl.max(largest, 1), 0), known)
+        _raise(amax, tl.max(tl.max(_magnitude(values), 1), 0), known)
     if SUMS:
-        tl.store(partial + down * width + n, tl.sum(total, 0), mask=n < width)
+        tl.store(partial + down * width + n, tl.sum(values, 0), mask=n < width)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
+
 PROGRAMS = 1056  # 8 for each of the 132 multiprocessors of an H200
 MOST_PARTS = 256
 
@@ -29,8 +31,9 @@ def launch_column_sum(x: Tensor, rows: int = 64, columns: int = 64, warps: int =
         return x.new_zeros(0)
     parts, rows_of_part = parts_of(num_rows, blocks, rows)
     sums = torch.empty(parts, num_columns, dtype=torch.float32, device=x.device)
-    _column_sum[blocks, parts](
-        *(x, sums, x.stride(0), num_rows, num_columns, rows_of_part), ROWS=rows, COLUMNS=columns, num_warps=warps
+    numbers = (x.stride(0), num_rows, num_columns, rows_of_part)
+    launch(
+        _column_sum, (blocks, parts), (x, sums), numbers, constants=dict(ROWS=rows, COLUMNS=columns), num_warps=warps
     )
     return add_parts(sums, x.dtype)
 
@@ -39,9 +42,9 @@ def add_parts(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of all parts, sums[parts, N] in fp32 -> [N] in `dtype`."""
     parts, num_columns = sums.shape
     out = sums.new_empty(num_columns, dtype=dtype)
-    _add_parts[triton.cdiv(num_columns, 64),](
-        sums, out, parts, num_columns, PARTS=min(64, triton.next_power_of_2(parts)), COLUMNS=64, num_warps=4
-    )
+    constants = dict(PARTS=min(64, triton.next_power_of_2(parts)), COLUMNS=64)
+    grid = (triton.cdiv(num_columns, 64),)
+    launch(_add_parts, grid, (sums, out), (parts, num_columns), constants=constants, num_warps=4)
     return out
 
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
+
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 TILE, WARPS = 8192, 32
@@ -44,11 +46,12 @@ def loss_and_gradient(
     """
     losses = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     if losses.numel():
-        _loss_and_gradient[losses.numel(),](
-            *(logits, labels.contiguous(), losses, logits if out is None else out),
-            *(logits.shape[-1], _row_stride(out), entries.start, len(entries), scale or 0.0),
-            WITH_GRADIENT=out is not None,
-            TILE=_tile(logits, TILE, WARPS),
+        launch(
+            _loss_and_gradient,
+            (losses.numel(),),
+            (logits, labels.contiguous(), losses, logits if out is None else out),
+            (logits.shape[-1], _row_stride(out), entries.start, len(entries), float(scale or 0)),
+            constants=dict(WITH_GRADIENT=out is not None, TILE=_tile(logits, TILE, WARPS)),
             num_warps=WARPS,
         )
     return losses
@@ -61,10 +64,12 @@ def statistics(logits: Tensor, labels: Tensor, entries: range) -> Tensor:
     """
     found = torch.empty(3, *labels.shape, dtype=torch.float32, device=logits.device)
     if labels.numel():
-        _statistics[labels.numel(),](
-            *(logits, labels.contiguous(), found, labels.numel()),
-            *(logits.shape[-1], entries.start, len(entries)),
-            TILE=_tile(logits, TILE_READ_ONCE, WARPS_READ_ONCE),
+        launch(
+            _statistics,
+            (labels.numel(),),
+            (logits, labels.contiguous(), found),
+            (labels.numel(), logits.shape[-1], entries.start, len(entries)),
+            constants=dict(TILE=_tile(logits, TILE_READ_ONCE, WARPS_READ_ONCE)),
             num_warps=WARPS_READ_ONCE,
         )
     return found
@@ -79,10 +84,12 @@ def write_gradient(
     """
     top, total = of_all
     if labels.numel():
-        _gradient[labels.numel(),](
-            *(logits, labels.contiguous(), top.contiguous(), total.contiguous(), out),
-            *(logits.shape[-1], _row_stride(out), entries.start, len(entries), scale),
-            TILE=_tile(logits, TILE_READ_ONCE, WARPS_READ_ONCE),
+        launch(
+            _gradient,
+            (labels.numel(),),
+            (logits, labels.contiguous(), top.contiguous(), total.contiguous(), out),
+            (logits.shape[-1], _row_stride(out), entries.start, len(entries), float(scale)),
+            constants=dict(TILE=_tile(logits, TILE_READ_ONCE, WARPS_READ_ONCE)),
             num_warps=WARPS_READ_ONCE,
         )
 
@@ -91,7 +98,7 @@ def multiply(x: Tensor, factor: Tensor) -> None:
     """Multiply x in place by factor[], which is on the device; if that is 1, x is neither read nor written."""
     if x.numel():
         programs = min(MOST_PROGRAMS, triton.cdiv(x.numel(), TILE))
-        _multiply[programs,](x, factor, x.numel(), TILE=TILE, num_warps=8)
+        launch(_multiply, (programs,), (x, factor), (x.numel(),), constants=dict(TILE=TILE), num_warps=8)
 
 
 def _row_stride(out: Tensor | None) -> int:

@@ -14,6 +14,10 @@ Tables: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [B or 1, 1, S, R] of the first R dims of each head; both halves of them are the same."""
 
 
+IN_COMPILED_CODE = False
+"""Compiled blocks with rotary positions call the kernel if this is True; otherwise the compiler makes its own."""
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D].
 
@@ -55,6 +59,12 @@ def heads_of(
     """
     q, k, v = _Heads.apply(qkv, bias, tables, heads, kv_heads)  # type: ignore[no-untyped-call]
     return q, k, v
+
+
+def compiled_heads_of(qkv: Tensor, heads: int, kv_heads: int, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same as `heads_of`, for code that is being compiled: in new memory, with a gradient for qkv alone."""
+    q, k, v = _CompiledHeads.apply(qkv, *tables, heads, kv_heads)  # type: ignore[no-untyped-call]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def turned(x: Tensor, tables: Tables) -> Tensor:
@@ -109,3 +119,60 @@ class _Turned(torch.autograd.Function):
 
         dx, _ = launch_backward((dy,), ctx.saved_tensors)
         return dx.view(ctx.shape), None
+
+
+# -- in compiled code --------------------------------------------------------------------------------------------------
+
+
+class _CompiledHeads(torch.autograd.Function):
+    """Computes `compiled_heads_of` by operators: q[B, S, heads, D] and k, v[B, S, kv_heads, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q, k, v = torch.ops.colonnade.heads(qkv, cos, sin, heads, kv_heads)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return torch.ops.colonnade.heads_backward(dq, dk, dv, cos, sin), None, None, None, None
+
+
+# torch's registry of operators has them from the import on: code that is being compiled cannot register one.
+torch.library.define(
+    "colonnade::heads", "(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define("colonnade::heads_backward", "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor")
+
+
+def _empty_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    size = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = (qkv.new_empty(*qkv.shape[:-1], count, size) for count in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+@torch.library.impl("colonnade::heads", "CompositeExplicitAutograd")
+def _heads_operator(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    from parallel.ops.kernels.heads_triton import launch_forward
+
+    found = _empty_heads(qkv, cos, sin, heads, kv_heads)
+    launch_forward(qkv.contiguous(), [x.transpose(1, 2) for x in found], (cos, sin))
+    return found
+
+
+@torch.library.impl("colonnade::heads_backward", "CompositeExplicitAutograd")
+def _heads_backward_operator(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from parallel.ops.kernels.heads_triton import launch_backward
+
+    dqkv, _ = launch_backward([x.transpose(1, 2) for x in (dq, dk, dv)], (cos, sin))
+    return dqkv
+
+
+torch.library.register_fake("colonnade::heads", _empty_heads)
+torch.library.register_fake(
+    "colonnade::heads_backward",
+    lambda dq, dk, dv, cos, sin: dq.new_empty(*dq.shape[:2], sum(x.shape[2] * x.shape[3] for x in (dq, dk, dv))),
+)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.ops.kernels.column_sum_triton import add_parts, parts_of
+from parallel.ops.kernels.launch import launch
 
 TILE, WARPS = 2048, 4  # elements of a tile, warps of a program
 
@@ -60,21 +61,30 @@ def _launch(
     parts, rows_of_part = parts_of(num_rows, max(1, slots), rows)
     partial = torch.empty(parts if sums else 0, width, dtype=torch.float32, device=joint.device)
     q, k, v = by_head if kv_heads else (by_head[0],) * 3
-    cos, sin = (joint, joint) if tables is None else [x.contiguous() for x in tables]
-    num_turned = 0 if tables is None else cos.shape[-1]
+    cos, sin = (None, None) if tables is None else [x.contiguous() for x in tables]
+    num_turned = 0 if cos is None else cos.shape[-1]
+    text_of_tables = 0 if cos is None or cos.shape[0] == 1 else length * num_turned
     if num_rows and slots:
-        _move[slots, parts](
-            *(joint, q, k, v, cos, sin, partial),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(length * num_turned if cos.shape[0] > 1 else 0, length, num_rows, rows_of_part),
-            **dict(WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, SIZE=size, TURNED=num_turned),
-            **dict(HALF=triton.next_power_of_2(max(1, num_turned // 2))),
-            **dict(REST=triton.next_power_of_2(max(1, size - num_turned))),
-            **dict(IS_FORWARD=is_forward, HAS_SUMS=sums, ROWS=rows, num_warps=WARPS),
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+        constants = dict(WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, SIZE=size, TURNED=num_turned)
+        constants |= dict(HALF=_power_of_2(num_turned // 2), REST=_power_of_2(size - num_turned))
+        launch(
+            _move,
+            (slots, parts),
+            (joint, q, k, v, cos, sin, partial if sums else None),
+            (*strides, text_of_tables, length, num_rows, rows_of_part),
+            constants=constants | dict(IS_FORWARD=is_forward, ROWS=rows),
+            num_warps=WARPS,
         )
     elif sums:
         partial.zero_()
     return partial
+
+
+def _power_of_2(size: int) -> int:
+    """Return the number of lanes for `size` elements: 1 if there are none."""
+    found: int = triton.next_power_of_2(max(1, size))
+    return found
 
 
 @triton.jit
@@ -83,7 +93,7 @@ def _move(
     q_text, q_head, q_row, k_text, k_head, k_row, v_text, v_head, v_row,  # strides
     table_text, length, num_rows, rows_of_part,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, TURNED: tl.constexpr,
-    HALF: tl.constexpr, REST: tl.constexpr, IS_FORWARD: tl.constexpr, HAS_SUMS: tl.constexpr, ROWS: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, IS_FORWARD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Move one head of some rows between qkv and q, k or v, and turn it."""
     slot = tl.program_id(0)
@@ -133,7 +143,7 @@ def _move(
             rest = tl.load(source + at_source + rests[None, :], mask=mask, other=0.0)
             tl.store(target + at_target + rests[None, :], rest, mask=mask)
             sum_rest += rest.to(tl.float32)
-    if HAS_SUMS:
+    if sums is not None:
         sums += part * WIDTH + slot * SIZE
         if TURNED > 0:
             mask = halves < TURNED // 2

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
+
 TOKENS = 32  # of a program
 
 
@@ -24,9 +26,12 @@ def take_rows(indices: Tensor, table: Tensor, padding_idx: int | None) -> tuple[
     keys = torch.empty(indices.numel(), dtype=torch.int32, device=table.device)
     if y.numel():
         columns = min(1024, triton.next_power_of_2(width))
-        _take_rows[indices.numel(), triton.cdiv(width, columns)](
-            *(indices.contiguous(), table, y, keys, rows, width, -1 if padding_idx is None else padding_idx),
-            COLUMNS=columns,
+        launch(
+            _take_rows,
+            (indices.numel(), triton.cdiv(width, columns)),
+            (indices.contiguous(), table, y, keys),
+            (rows, width, -1 if padding_idx is None else padding_idx),
+            constants=dict(COLUMNS=columns),
             num_warps=4,
         )
     return y, keys
@@ -41,14 +46,11 @@ def sum_rows(keys: Tensor, dy: Tensor, rows: int) -> Tensor:
         columns = min(1024, triton.next_power_of_2(width))
         grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(width, columns))
         aside = torch.empty(grid[0], 2, width, dtype=torch.float32, device=dy.device)
-        sizes = (tokens, rows, width)
-        _sum_tokens[grid](
-            *(order.values, order.indices, dy.contiguous(), gradient, aside, *sizes),
-            TOKENS=TOKENS,
-            COLUMNS=columns,
-            num_warps=4,
-        )
-        _sum_aside[grid](*(order.values, gradient, aside, *sizes), TOKENS=TOKENS, COLUMNS=columns, num_warps=4)
+        tensors, sizes = (gradient, aside), (tokens, rows, width)
+        constants = dict(TOKENS=TOKENS, COLUMNS=columns)
+        of_tokens = (order.values, order.indices, dy.contiguous())
+        launch(_sum_tokens, grid, (*of_tokens, *tensors), sizes, constants=constants, num_warps=4)
+        launch(_sum_aside, grid, (order.values, *tensors), sizes, constants=constants, num_warps=4)
     return gradient
 
 

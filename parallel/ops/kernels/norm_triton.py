@@ -17,8 +17,9 @@ from parallel.ops.kernels.launch import launch
 from parallel.ops.kernels.norm import Dtypes, FlatAddend, Mask, NormGradients, NormKind
 
 TILE = 2048  # elements that a program has at a time, unless a row is longer
-PROGRAMS = 3  # of each multiprocessor, that stay and have a tile at a time
-COLUMNS, PARTS = 32, 64  # a program of `_add_up` has so many columns, and so many parts of them at a time
+PROGRAMS = 2  # of each multiprocessor, where programs have rows until none is left
+READ_AHEAD = 2**17 + 2**15  # bytes of shared memory of a multiprocessor, at most, for rows that are begun to be read
+COLUMNS, PARTS = 32, 128  # a program of `_add_up` has so many columns, and so many parts of them at a time
 NO_MASK = None, None, None, 0, 1.0
 
 
@@ -43,17 +44,21 @@ class Tiling(NamedTuple):
 def tiling_for(x: Tensor, *, stays: bool) -> Tiling:
     """Return the tiling of x[..., H]. `stays`: whether a program has rows until none is left, or only once."""
     row = x.shape[-1]
-    return (_tiling if torch.compiler.is_compiling() else _known_tiling)(x.numel() // row, row, x.device, stays)
+    find = _tiling if torch.compiler.is_compiling() else _known_tiling
+    return find(x.numel() // row, row, x.element_size(), x.device if stays else None)
 
 
-def _tiling(num_rows: int, row: int, device: torch.device, stays: bool) -> Tiling:
+def _tiling(num_rows: int, row: int, itemsize: int, device: torch.device | None) -> Tiling:
+    """Return the tiling of rows that are read at one go or, on a device, by programs that stay there."""
     columns = triton.next_power_of_2(row)
     rows = max(1, TILE // columns)
-    tiles, size = triton.cdiv(num_rows, rows), rows * columns // TILE
-    if not stays:
-        return Tiling(rows, columns, max(1, tiles), warps=min(32, 4 * size), stages=1)
-    most = max(1, PROGRAMS // size) * multiprocessors(device)
-    return Tiling(rows, columns, max(1, min(tiles, most)), warps=min(32, 8 * size), stages=3)
+    tiles, size = max(1, triton.cdiv(num_rows, rows)), rows * columns
+    if device is None:
+        return Tiling(rows, columns, tiles, warps=min(32, size // 512), stages=1)
+    at_once = max(1, PROGRAMS * TILE // size)
+    stages = READ_AHEAD // (3 * size * itemsize * at_once)  # of x and two gradients
+    programs = min(tiles, at_once * multiprocessors(device))
+    return Tiling(rows, columns, programs, warps=min(32, size // 256), stages=max(1, min(4, stages)))
 
 
 _known_tiling = cache(_tiling)
@@ -156,8 +161,9 @@ def backward(
             _backward,
             (tiling.programs,),
             (dtotal, dnormed, total, statistics, weight, sums, *filled, key, rows, columns),
-            (bound, scale, like.numel() // row, 1.0 if kind is None else float(kind.size)),
+            (bound, scale, like.numel() // row),
             constants=tiling.constants(row, is_rms=kind is not None and kind.is_rms)
+            | {"SIZE": 1 if kind is None else kind.size}
             | _places("WEIGHT_AT", "BIAS_AT", "Y_BIAS_AT", wants=wants),
             num_warps=tiling.warps,
         )
@@ -209,7 +215,7 @@ def _added_up(parts: Tensor | None, wants: Dtypes) -> list[Tensor | None]:
         (parts, *filled, *[None] * (3 - count)),
         (programs,),
         constants={"H": row, "COLUMNS": COLUMNS, "PARTS": PARTS},
-        num_warps=4,
+        num_warps=8,
     )
     return sums
 
@@ -254,7 +260,10 @@ def _residual_norm(
     STAGES: tl.constexpr,
     IS_RMS: tl.constexpr,
 ):
-    """Compute total; its statistics if they are wanted; and normed if it is wanted, too."""
+    """Compute total; its statistics if they are wanted; and normed if it is wanted, too.
+
+    Compiled code passes numbers in fp64.
+    """
     columns = tl.arange(0, COLUMNS)
     is_column = columns < H
     if y_bias is not None:
@@ -278,21 +287,21 @@ def _residual_norm(
                 addend += added[None, :]
             if key is not None:
                 row_hashes = _mix(tl.load(row_numbers + rows, mask=is_row, other=0) + seed)
-                addend = tl.where(_dropped(row_hashes, column_hashes, bound), 0.0, addend * scale)
+                addend = tl.where(_dropped(row_hashes, column_hashes, bound), 0.0, addend * tl.cast(scale, tl.float32))
             rounded = (row + addend).to(total.dtype.element_ty)
             tl.store(total + at, rounded, mask=mask)
             row = rounded.to(tl.float32)
         if statistics is not None:
             if IS_RMS:
                 squares = tl.sum(tl.where(is_column[None, :], row * row, 0.0), 1)
-                deviation = tl.rsqrt(squares / H + eps)
+                deviation = tl.rsqrt(squares / H + tl.cast(eps, tl.float32))
                 normal = row * deviation[:, None]
                 tl.store(statistics + rows, squares if normed is None else deviation, mask=is_row)
             else:
                 mean = tl.sum(tl.where(is_column[None, :], row, 0.0), 1) / H
                 centered = tl.where(is_column[None, :], row - mean[:, None], 0.0)
                 variance = tl.sum(centered * centered, 1) / H
-                deviation = tl.rsqrt(variance + eps)
+                deviation = tl.rsqrt(variance + tl.cast(eps, tl.float32))
                 normal = centered * deviation[:, None]
                 tl.store(statistics + rows, variance if normed is None else mean, mask=is_row)
                 tl.store(statistics + num_rows + rows, mean if normed is None else deviation, mask=is_row)
@@ -417,12 +426,12 @@ def _backward(
     bound,
     scale,
     num_rows,
-    size,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_RMS: tl.constexpr,
+    SIZE: tl.constexpr,
     WEIGHT_AT: tl.constexpr,
     BIAS_AT: tl.constexpr,
     Y_BIAS_AT: tl.constexpr,
@@ -459,16 +468,16 @@ def _backward(
                 along = tl.sum(dnormal * normal, 1)
             else:
                 along = tl.load(sums + (rows if IS_RMS else num_rows + rows), mask=is_row, other=0.0)
-            taken = normal * (along / size)[:, None]
+            taken = normal * (along / SIZE)[:, None]
             if not IS_RMS:
                 level = tl.sum(dnormal, 1) if sums is None else tl.load(sums + rows, mask=is_row, other=0.0)
-                taken += (level / size)[:, None]
+                taken += (level / SIZE)[:, None]
             dnormal -= taken
             gradient += dnormal * deviation[:, None]
             tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=mask)
         if key is not None:
             row_hashes = _mix(tl.load(row_numbers + rows, mask=is_row, other=0) + seed)
-            gradient = tl.where(_dropped(row_hashes, column_hashes, bound), 0.0, gradient * scale)
+            gradient = tl.where(_dropped(row_hashes, column_hashes, bound), 0.0, gradient * tl.cast(scale, tl.float32))
             tl.store(dy + at, gradient.to(dy.dtype.element_ty), mask=mask)
         if Y_BIAS_AT >= 0:
             y_bias_sum += tl.where(mask, gradient, 0.0)

@@ -35,6 +35,7 @@ class Kernel:
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
+        "accumulate": Kernel(NARROW),
         "activation": Kernel(NARROW),
         "adamw": Kernel(FLOATS),  # of gradients; master weights are fp32
         "cached_attention": Kernel(FLOATS, largest_row=256),
