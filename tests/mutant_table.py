@@ -3385,6 +3385,51 @@ SCALES_OF_LINEARS = (
     ),
 )
 
+HOST = "tests/test_host_work.py"
+
+HOST_WORK = (
+    Mutant(
+        "transposed-parameter-unseen",
+        "a parameter that is transposed in its own memory stays what it is for the engine",
+        "parallel/chunk/parameters.py",
+        "            return [(x.data_ptr(), x.shape, x.is_contiguous()) for x in self._places] == self._views\n",
+        "            return [x.data_ptr() for x in self._places] == [view[0] for view in self._views]\n",
+        f"{HOST}::test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written",
+    ),
+    Mutant(
+        "renamed-parameter-unseen",
+        "only the objects in a module tree are compared, and not their names",
+        "parallel/modules/parameters.py",
+        "    return names, [*children]",
+        "    return [], [*children]",
+        f"{HOST}::test_a_change_of_the_tree_is_refused[another name]",
+    ),
+    Mutant(
+        "moved-chunk-unwatched",
+        "writes into a chunk that a plan has moved to the device are not noticed in the next step",
+        "parallel/chunk/writes.py",
+        "        if any(_stays_whole(chunk) and chunk not in noted for chunk in self._chunks):\n",
+        "        if False:\n",
+        f"{HOST}::test_a_chunk_that_has_been_moved_to_the_device_is_watched_from_then_on",
+    ),
+    Mutant(
+        "gradient-placed-twice",
+        "compiled code overwrites the sum of a weight's gradients with that of a further microbatch",
+        "parallel/chunk/accumulator.py",
+        "        if self.arrivals[i] or i in self._placed or view.dtype != a.dtype:\n",
+        "        if view.dtype != a.dtype:\n",
+        "tests/test_compile.py::test_compiled_with_dropout_equals_eager",
+    ),
+    Mutant(
+        "token-too-large-accepted",
+        "a batch is checked by its smallest token alone",
+        "parallel/pipeline/microbatch.py",
+        "    if first <= int(smallest) and int(largest) < stop:\n",
+        "    if first <= int(smallest):\n",
+        "tests/test_batches.py::test_a_bad_batch_is_refused[token too large]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3452,4 +3497,5 @@ MUTANTS = (
     *NORMS_IN_ONE_PASS,
     *POINTWISE,
     *SCALES_OF_LINEARS,
+    *HOST_WORK,
 )

@@ -41,7 +41,7 @@ from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, Scaled, record_largest
 from parallel.ops.kernels.cast import cast, cast_and_transpose, transposed
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import product_of
-from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, matmul, received
+from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, arguments_of, matmul, received
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
 
@@ -136,7 +136,7 @@ class EightBitLinear:
         for one in (scales.x, scales.weight, scales.dy):
             assert one.inverse.data_ptr() % SCALE_ALIGNMENT == 0, "a product on a GPU would be refused"
         self.collectives = collectives
-        self.around = ScaledCollectives(**vars(collectives), scales=scales, dtype=dtype)
+        self.around = ScaledCollectives(**arguments_of(collectives), scales=scales, dtype=dtype)
         self.scales, self.state = scales, scales.state
         self.weight = WeightCopy(scales.weight)
 
