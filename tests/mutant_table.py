@@ -98,6 +98,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 NORMS, RESIDUAL = "parallel/tensor/norms.py", "parallel/tensor/residual.py"
 SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
@@ -169,13 +170,13 @@ DROPPED_REDUCTIONS = (
            RESIDUAL, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
-           "sums = all_reduce(sums, axis)",
-           "sums = torch.stack([sums[0], all_reduce(sums[1], axis)])",
+           "x = all_reduce(x, axis)\n",
+           "x = torch.stack([x[0], all_reduce(x[1], axis)])\n",
            trains("1d2")),
     Mutant("loss-target-not-reduced", "the label's logit is counted only on the rank that holds it",
            CROSS_ENTROPY,
-           "sums = all_reduce(sums, axis)",
-           "sums = torch.stack([all_reduce(sums[0], axis), sums[1]])",
+           "x = all_reduce(x, axis)\n",
+           "x = torch.stack([all_reduce(x[0], axis), x[1]])\n",
            trains("1d2")),
     Mutant("reduce-twice", "reduce's backward sums a gradient that is whole already",
            CONJUGATE,
@@ -3364,7 +3365,7 @@ SCALES_OF_LINEARS = (
         "parallel/chunk/eight_bits.py",
         "cast(segment.data, scale.scale, E4M3)",
         "cast(segment.data, torch.exp2((224 / segment.data.abs().amax().float()).log2().floor()), E4M3)",
-        f"{FP8_LAYOUTS}::test_stage_3_changes_no_bit_nor_do_recomputed_blocks_on_the_host",
+        f"{FP8_LAYOUTS}::test_a_slice_is_cast_by_the_scale_of_the_whole_weight",
     ),
     Mutant(
         "a-slice-of-the-step-before",

@@ -54,6 +54,11 @@ class CastInput:
     data: Tensor
 
 
+def like_of(x: Tensor | CastInput) -> Tensor:
+    """Return a tensor with the shape, dtype and device of a linear's input, whose values are not to be read."""
+    return x.like if isinstance(x, CastInput) else x
+
+
 def placeholder(x: Tensor) -> Tensor:
     """Return a tensor of x's shape, dtype and device that has the memory of one element, NaN."""
     return x.new_full((), torch.nan).expand(x.shape)
@@ -195,10 +200,11 @@ class EightBitLinear:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A call of a linear, and the receiver of its weight's gradient."""
+    """A call of a linear, the receiver of its weight's gradient, and whether a backward may follow."""
 
     linear: EightBitLinear
     receiver: GradientReceiver | None
+    trains: bool
 
 
 class _Matmul(torch.autograd.Function):
@@ -208,8 +214,7 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, like: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.call, linear = call, call.linear
-        trains = any(ctx.needs_input_grad)
-        return linear.around.linear(x, linear.weight_rows(w, trains=trains), bias)
+        return linear.around.linear(x, linear.weight_rows(w, trains=call.trains), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -253,7 +258,8 @@ def fp8_matmul(
         kept: Tensor = Keep.apply(cast_x.data, w, cast_x.like)  # type: ignore[no-untyped-call]
         rows = linear.weight_rows(w, trains=True)
         return Product.apply(kept, cast_x.data, rows, bias, linear.around)  # type: ignore[no-untyped-call, no-any-return]
-    y: Tensor = _Matmul.apply(cast_x.like, cast_x.data, w, bias, _Call(linear, receiver))  # type: ignore[no-untyped-call]
+    call = _Call(linear, receiver, torch.is_grad_enabled())
+    y: Tensor = _Matmul.apply(cast_x.like, cast_x.data, w, bias, call)  # type: ignore[no-untyped-call]
     return y
 
 
