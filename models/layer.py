@@ -17,10 +17,11 @@ from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import Dropout, dropout, seed_of
 from parallel.ops.compiling import not_compiled
-from parallel.ops.kernels.activation import FUNCTIONS, activated, gated, rectified
+from parallel.ops.kernels.activation import FUNCTIONS, gated, rectified
 from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
+from parallel.tensor.activation import activated_for, gated_for
 from parallel.tensor.fp8_matmul import CastInput, like_of
 from parallel.tensor.norms import Norm
 from parallel.tensor.residual import Addend, output_of, residual_add
@@ -214,16 +215,16 @@ class FeedForward(Half):
         return gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner)
 
     @not_compiled
-    def _inner_with_kernels(self, x: Tensor | CastInput) -> Tensor:
+    def _inner_with_kernels(self, x: Tensor | CastInput) -> Tensor | CastInput:
         """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
         if not is_fused("activation", like_of(x)):
             return self._inner(x)
         up, bias = self.up, self.up.flat_bias
         if self.is_gated:
-            return gated(up(x), self.activation)
+            return gated_for(self.down, up(x), self.activation)
         if self.activation == "relu" and up.can_be_rectified:
             return rectified(up.with_constant_bias(x, rectified=True), bias)
-        return activated(up.product(x), self.activation, bias)
+        return activated_for(self.down, up.product(x), self.activation, bias)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

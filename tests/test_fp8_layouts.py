@@ -20,8 +20,11 @@ from torch import Tensor
 from models.kept import kept_bytes, kept_for_weights
 from models.layer import Block
 from models.shape import ModelShape
+from models.shapes import resolve
 from parallel.chunk.eight_bits import EightBitWeights
+from parallel.config import parse
 from parallel.config.parallel import TensorConfig
+from parallel.errors import NonFiniteError
 from parallel.mesh.collectives import Pending
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
@@ -30,6 +33,7 @@ from tests.accounts import mode_of
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, assert_bits, batches_of, config_of, engine_of, exported, share_of
 from tests.test_memory import FAMILY_SHAPES, B, S, block_of, kept_by_a_block, kept_from_i_to_w, microbatch_of
+from training.preview import preview_of
 
 STEPS = 3  # the first multiplies in bf16
 MODEL: Raw = dict(
@@ -291,6 +295,42 @@ def test_stage_3_gathers_weights_in_8_bits_and_no_copy_in_bf16_exists() -> None:
     assert most == torch.bfloat16.itemsize, "the memory of one element"
 
 
+def slices_of_different_sizes(rank: int, world_size: int, raw: Raw) -> list[tuple[Tensor, Tensor]]:
+    """Return each weight as it is gathered in 8 bits, and as the gathered weight is when it is cast.
+
+    The slices of rank 1 are 64 times as small as they were.
+    """
+    engine = engine_of(rank, world_size, raw)
+    engine.train_step(share_of(batches(1)[0], engine))
+    scaling, found = engine.scaling, []
+    assert scaling is not None
+    scale_of = {name: i for i, names in enumerate(scaling.names) for name in names}
+    for chunk in engine.chunks:
+        if (weights := chunk.parameters.eight_bits) is not None:
+            chunk.parameters.own *= 1 if rank == 0 else 2.0**-6
+            chunk.gather().wait()
+            in_bf16 = [info.parameter.detach().clone() for info in chunk.infos]
+            chunk.release()
+            with scaling.casting(records=True):
+                chunk.gather().wait()
+                in_8_bits = weights.views()
+                assert in_8_bits is not None
+                chunk.release()
+            for info, wide, narrow in zip(chunk.infos, in_bf16, in_8_bits, strict=True):
+                scale = scaling.scales[scale_of[info.names[0]], 1]
+                found.append((narrow.float(), (wide.float() * scale).to(torch.float8_e4m3fn).float()))
+    engine.mesh.close()
+    return found
+
+
+def test_a_slice_is_cast_by_the_scale_of_the_whole_weight() -> None:
+    pairs = run(slices_of_different_sizes, 2, raw_of(LAYOUTS["zero3"]))[0]
+    assert len(pairs) == 12
+    for narrow, cast in pairs:
+        assert torch.equal(narrow, cast)
+        assert bool(narrow.any())
+
+
 # -- which steps count
 
 
@@ -338,6 +378,30 @@ def test_an_evaluation_uses_the_scales_and_records_nothing_and_a_step_left_out_d
     assert found["same"]
     assert found["filled"], "each tensor of each linear is recorded"
     assert found["steps"] == 2
+
+
+def poisoned(rank: int, world_size: int, raw: Raw) -> str:
+    """Return the error of a step in 8 bits after a weight of the last rank has become a NaN."""
+    engine = engine_of(rank, world_size, raw)
+    first, second = (share_of(batch, engine) for batch in batches(2))
+    engine.train_step(first)
+    for chunk in engine.chunks:
+        chunk.settle()
+        for piece in chunk.spec.pieces(chunk.master):
+            if piece.name.endswith("layers.1.fc1.weight") and rank == world_size - 1:
+                piece.data.view(-1)[3] = math.nan
+        chunk.write_back().wait()
+    with pytest.raises(NonFiniteError) as caught:
+        engine.train_step(second)
+    return str(caught.value)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["zero3", "1d2-sp", "zbv"])
+def test_a_weight_that_is_not_finite_is_named(name: str) -> None:
+    """A NaN in 8 bits is a NaN. The second run gathers parameters in bf16, so that their values can be looked at."""
+    for message in run(poisoned, 2, raw_of(LAYOUTS[name])):
+        assert "its weight model.decoder.layers.1.fc1.weight is not finite (1 of " in message
 
 
 # -- checkpoints
@@ -423,3 +487,24 @@ def reloaded(rank: int, world_size: int, raw: Raw, folder: Path) -> list[Any]:
 
 def test_a_state_dict_brings_the_scales_back_and_other_weights_have_none(tmp_path: Path) -> None:
     assert run(reloaded, 1, raw_of(ONE), tmp_path)[0] == [True, False, False]
+
+
+# -- `--check`
+
+
+def test_copies_of_weights_are_foreseen() -> None:
+    """Two bytes for each element of the blocks' matrices; one of a slice in stage 3; none where they are offloaded."""
+
+    def weight_bytes(precision: str, **zero: Any) -> int:
+        raw = raw_of(DP2, precision) | dict(zero=zero)
+        (part,) = preview_of(parse(raw, world_size=2, resolve=resolve), 2).parts
+        return part.weight_bytes
+
+    matrices = 3 * (4 * 48 * 48 + 2 * 48 * 96)
+    for copies, zero in (
+        (2 * matrices, dict(stage=0)),
+        (2 * matrices, dict(stage=2)),
+        (matrices // 2, dict(stage=3)),
+        (0, dict(stage=1, tensor_placement_policy="cpu")),
+    ):
+        assert weight_bytes("fp8", **zero) - weight_bytes("bf16", **zero) == copies, zero

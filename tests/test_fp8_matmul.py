@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from parallel.ops import fp8
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.fp8 import E4M3, E5M2, LARGEST, Scaled, scale_for, scaled_product
 from parallel.ops.kernels.cast import cast_and_transpose, transposed
+from parallel.ops.kernels.table import has_triton
+from parallel.tensor import fp8_matmul as fp8_matmul_module
 from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, placeholder
 from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import LinearCollectives, matmul
@@ -32,13 +35,13 @@ POWERS = {"x": 6, "w": 5, "dy": 10}  # of the scales: the values are of a standa
 DTYPES = {"x": E4M3, "w": E4M3, "dy": E5M2}
 
 
-def scale_of(power: int) -> TensorScale:
-    scale = torch.tensor(2.0**power)
-    return TensorScale(scale, 1 / scale, torch.zeros(()))
+def scale_of(power: int, device: str) -> TensorScale:
+    scale = torch.tensor(2.0**power, device=device)
+    return TensorScale(scale, 1 / scale, torch.zeros((), device=device))
 
 
-def scales(*, is_known: bool = True, records: bool = True) -> LinearScales:
-    x, w, dy = map(scale_of, POWERS.values())
+def scales(*, is_known: bool = True, records: bool = True, device: str = "cpu") -> LinearScales:
+    x, w, dy = (scale_of(power, device) for power in POWERS.values())
     return LinearScales(x, w, dy, ScalingState(is_known, records))
 
 
@@ -75,6 +78,7 @@ def test_a_cast_saturates_but_keeps_what_is_not_finite() -> None:
     assert found[:2] == [448, -448]
     assert all(map(math.isnan, found[2:5]))
     assert found[5:] == [448, 0]
+    assert float(fp8.cast(torch.tensor(1e30), torch.tensor(2.0**126), E4M3)) == 448
     assert fp8.largest_magnitude(x) == math.inf
     assert fp8.largest_magnitude(x[:2]) == 1e9
     assert fp8.largest_magnitude(x[:0]) == 0
@@ -288,6 +292,16 @@ def test_a_weight_is_cast_once_until_its_copy_is_cleared() -> None:
         assert all(torch.equal(found, factor * was) for found, was in zip(y_and_dx(), before, strict=True))
 
 
+def test_an_evaluation_does_not_transpose_weights() -> None:
+    linear = EightBitLinear(LinearCollectives(), scales(), torch.float64)
+    x, w, _ = inputs(Case(), 0)
+    w.requires_grad_()
+    with torch.no_grad(), patch.object(fp8_matmul_module, "cast_and_transpose") as both:
+        y = fp8_matmul(x, w, linear)
+    assert not both.called
+    assert torch.equal(fp8_matmul(x, w, linear), y)
+
+
 class _DoubleIn8Bits(torch.autograd.Function):
     """Doubles x and casts it, as a norm in 8 bits would: two outputs, of which the first has the gradient."""
 
@@ -330,3 +344,42 @@ def test_an_input_may_be_cast_by_what_makes_it(recomputes: bool) -> None:
         y.backward(dy)
         results.append((y.detach(), _gradient(given), _gradient(module.linear.weight)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- on a GPU
+
+
+def skip_without_fp8() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9) or not has_triton():
+        pytest.skip("there is no GPU that multiplies 8 bits, with Triton")
+
+
+@pytest.mark.gpu
+def test_casts_on_a_gpu_are_those_of_torch_to_the_bit() -> None:
+    """The kernels there round by an instruction, and in the interpreter by themselves."""
+    skip_without_fp8()
+    from tests.interpreted.cast import check, check_all
+    from tests.interpreted.cast import drawn as drawn_widely
+
+    check_all("cuda")
+    check(drawn_widely((1000, 784), wide=True), 2, E5M2, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "k", "n"), [(64, 128, 96), (50, 72, 40), (3, 16, 16)])
+def test_a_gpu_computes_what_a_cpu_emulates(tokens: int, k: int, n: int) -> None:
+    """Each result is rounded to bf16, by half of 2⁻⁷ at most; tensor cores sum a forward in fewer bits than fp32."""
+    skip_without_fp8()
+    results = []
+    for device in ("cpu", "cuda"):
+        x, w, bias, dy = (
+            drawn(*shape, seed=i).bfloat16().to(device).requires_grad_()
+            for i, shape in enumerate([(1, tokens, k), (n, k), (n,), (1, tokens, n)])
+        )
+        own = scales(device=device)
+        y = fp8_matmul(x, w, EightBitLinear(LinearCollectives(), own, torch.bfloat16), bias)
+        y.backward(dy.detach())
+        maxima = torch.stack([own.x.amax, own.weight.amax, own.dy.amax])
+        results.append([t.detach().cpu() for t in (y, _gradient(x), _gradient(w), _gradient(bias), maxima)])
+    for emulated, found in zip(*results, strict=True):
+        assert relative(found, emulated) < 2**-7

@@ -25,7 +25,7 @@ MODES = {
     "2.5d": TensorConfig("2.5d", 4, depth=2, rows=2),
     "3d": TensorConfig("3d", 8),
 }
-EACH = [*(name for name in MODES if name != "3d"), pytest.param("3d", marks=pytest.mark.slow)]
+EACH = ["1d-sp", "2d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1d", "2.5d", "3d"))]
 
 
 def tensors() -> dict[str, Tensor]:

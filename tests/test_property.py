@@ -7,6 +7,7 @@ this also shows that one seed gives one model in every layout. Bounds: relative 
 is zero moves by the sign of its rounding error.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import lcm
@@ -253,6 +254,20 @@ def check(case: Case) -> None:
         compare(got, want, bound + 4 * distance(want, exact), is_fp64=False)
 
 
+def check_in_8_bits(case: Case) -> None:
+    """Compare a case in fp8 with a single rank in fp8: each has a distance from a single rank in fp64, of all weights
+    together. A layout changes the order of sums in bf16, which is a small part of that distance.
+    """
+    section = case.parallel["tensor"] | dict(overlap=False)
+    case = replace(case, precision="fp8", parallel=case.parallel | dict(tensor=section))
+    exact = single_rank(replace(case, precision="fp64")).weights
+
+    def error(trace: Trace) -> float:
+        return math.hypot(*((x.double() - exact[name]).norm().item() for name, x in trace.weights.items()))
+
+    assert error(split(case)) <= 2 * error(single_rank(case))
+
+
 def split(case: Case) -> Trace:
     raw = raw_of(case, case.parallel) | dict(zero=dict(stage=case.zero, tensor_placement_policy=case.placement))
     trace = run(train_in_slices, case.world_size, raw, batches(case))[0]
@@ -287,6 +302,14 @@ def test_drawn_layouts_that_split_sequences_equal_a_single_rank(case: Case) -> N
 @given(cases(min_pipeline=2))
 def test_drawn_pipelines_equal_a_single_rank(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_many_drawn_layouts_in_fp8_have_the_error_of_a_single_rank(case: Case) -> None:
+    check_in_8_bits(case)
 
 
 @pytest.mark.slow

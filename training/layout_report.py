@@ -43,7 +43,8 @@ def _summary(preview: Preview) -> Iterator[str]:
     """Yield the size of the model, how a global batch is divided, and the sizes of the mesh."""
     config, topology = preview.config, preview.topology
     train, replicas = config.train, topology.shape["data"]
-    yield f"{config.model.path or config.model.name}: {preview.parameters:,} parameters in {train.precision}"
+    precision = f"{train.dtype}, with linears in fp8" if train.precision == "fp8" else train.precision
+    yield f"{config.model.path or config.model.name}: {preview.parameters:,} parameters in {precision}"
     yield (
         f"batch: {train.global_batch_size} × {config.data.sequence_length} tokens ="
         f" {plural(replicas, 'replica')} × {plural(preview.num_microbatches, 'microbatch', 'microbatches')}"

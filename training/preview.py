@@ -15,8 +15,10 @@ from parallel.chunk.spec import specs_of
 from parallel.config import Config
 from parallel.engine.context import Place, make_context, topology_of
 from parallel.engine.device import device_type
+from parallel.engine.scales import eight_bit_linears
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.topology import Topology
+from parallel.pipeline.part import ModelPart
 from parallel.pipeline.schedule import plan_of
 from parallel.placement.chunk_bytes import foreseen_bytes
 from parallel.placement.save_room import foreseen_save_room, tightest
@@ -29,7 +31,8 @@ class PartPreview:
     """The part of the model that each rank at one place of the pipe holds: equally much, padding included.
 
     `stages`: the names of its layers by the number of their stage. The bytes are those that last between steps:
-    weights, gradients at the end of a step, and the optimizer's master weights and moments.
+    weights, gradients at the end of a step, and the optimizer's master weights and moments. As weights are counted
+    their copies in 8 bits, too, which last for a step.
     """
 
     stages: Mapping[int, tuple[str, ...]]
@@ -170,7 +173,8 @@ def saves_in_background(config: Config) -> bool:
 def _part_of_rank(config: Config, place: Place) -> PartPreview:
     """Return the part of a rank, built on the device "meta", where parameters have sizes and no data."""
     context = make_context(config, place, connect=False, device=torch.device("meta"))
-    infos, zero = part_of(context).infos, config.zero.stage
+    part = part_of(context)
+    infos, zero = part.infos, config.zero.stage
     microbatches, dtype, master = config.num_microbatches(place.world_size), context.dtype, master_dtype(context.dtype)
     # A weight that is wide enough is its own master weight.
     state = state_size(master, config.optimizer) - (master.itemsize if master == dtype else 0)
@@ -180,13 +184,26 @@ def _part_of_rank(config: Config, place: Place) -> PartPreview:
             for stage, specs in specs_of_part(context, mode_of(context)).items()
         },
         sum(info.parameter.numel() for info in infos),
-        weight_bytes=sum(dtype.itemsize * _elements_on_rank(info, divided=zero >= 3) for info in infos),
+        weight_bytes=sum(dtype.itemsize * _elements_on_rank(info, divided=zero >= 3) for info in infos)
+        + _bytes_in_8_bits(part, config),
         gradient_bytes=sum(
             gradient_dtype(dtype, info.layout.sync, microbatches).itemsize * _elements_on_rank(info, divided=zero >= 2)
             for info in infos
         ),
         optimizer_bytes=sum(state * _elements_on_rank(info, divided=zero >= 1) for info in infos),
     )
+
+
+def _bytes_in_8_bits(part: ModelPart, config: Config) -> int:
+    """Return the bytes of the copies of weights in 8 bits: in stage 3 of a rank's slices, and none where parameters are
+    offloaded, since these are cast when they are gathered.
+    """
+    is_whole, is_offloaded = config.zero.stage < 3, config.zero.tensor_placement_policy == "cpu"
+    if config.train.precision != "fp8" or is_offloaded:
+        return 0
+    copies = 2 if is_whole else 1  # by rows and by columns; the latter are made after a gather
+    weights = eight_bit_linears(part)
+    return sum(copies * _elements_on_rank(x, divided=not is_whole) for x in part.infos if x.parameter in weights)
 
 
 def _elements_on_rank(info: ParameterInfo, *, divided: bool) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
 from parallel.chunk.eight_bits import EightBitWeights
@@ -37,16 +37,21 @@ class ChunkWeight(WeightCopy):
         return super().rows(w, amax, trains=trains) if views is None else views[self.number].flatten(0, -2)
 
 
-def scaling_of(part: ModelPart, chunks: Sequence[Chunk], context: Context) -> Scaling | None:
-    """Give each linear that multiplies in 8 bits its scales, and return those of all; None in another precision.
+def eight_bit_linears(part: ModelPart) -> dict[nn.Parameter, Linear]:
+    """Return the linears of this rank that multiply in 8 bits where the precision is fp8, by their weights.
 
-    They are the linears of blocks. The head, and projections beside the embedding, stay in bf16: a logit that is
-    rounded to 3 bits is the loss itself, and there is no norm after it.
+    They are those of blocks, whatever their size: so they are the same in every layout. The head, and projections
+    beside the embedding, stay in bf16: a logit that is rounded to 3 bits is the loss itself, and no norm follows it.
     """
+    modules = [module for unit in part.units.values() for module in unit.modules()]
+    return {module.weight: module for module in modules if isinstance(module, Linear)}
+
+
+def scaling_of(part: ModelPart, chunks: Sequence[Chunk], context: Context) -> Scaling | None:
+    """Give each linear that multiplies in 8 bits its scales, and return those of all; None in another precision."""
     if context.config.train.precision != "fp8":
         return None
-    modules = [module for unit in part.units.values() for module in unit.modules()]
-    linears = {module.weight: module for module in modules if isinstance(module, Linear)}
+    linears = eight_bit_linears(part)
     infos = [info for chunk in chunks for info in chunk.infos if info.parameter in linears]
     mesh = context.mesh
     axes = [mesh.axis(name) for name in mesh.topology.shape if name != "pipe"]

@@ -53,8 +53,8 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     An infinity becomes NaN: it is no large value but the trace of an overflow, which has to reach the loss.
     """
     largest = LARGEST[dtype]
-    wide = x.float() * scale
-    return torch.where(wide.isinf(), torch.nan, wide.clamp(-largest, largest)).to(dtype)
+    narrow = (x.float() * scale).clamp(-largest, largest)  # x · scale may be infinite where x is not
+    return torch.where(x.isfinite(), narrow, torch.nan).to(dtype)
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ class Addend:
         return y if dropout is None else dropout.of(y)
 
 
-def output_of(linear: Linear, x: Tensor) -> Addend:
+def output_of(linear: Linear, x: Tensor | CastInput) -> Addend:
     """Return the output of a half's last linear. Its bias is left to the kernel that adds it, where there is one."""
-    if linear.bias is not None and fuses(x):
+    if linear.bias is not None and fuses(x if isinstance(x, Tensor) else x.like):
         return Addend(linear.product(x), linear.flat_bias)
     return Addend(linear(x))
 

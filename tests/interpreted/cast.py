@@ -5,7 +5,7 @@ from torch import Tensor
 
 from parallel.ops import fp8
 from parallel.ops.fp8 import E4M3, E5M2
-from parallel.ops.kernels.cast_triton import Tile, cast_both_ways, cast_flat, transpose
+from parallel.ops.kernels.cast_triton import CAST_TILE, TRANSPOSE_TILE, Tile, cast_both_ways, cast_flat, transpose
 
 SHAPES = [(1, 1), (3, 5), (16, 32), (33, 17), (70, 130)]
 SMALL = Tile(32, 16, 4)
@@ -43,6 +43,8 @@ def check(x: Tensor, power: int, dtype: torch.dtype, device: str = "cpu") -> Non
     assert_same_bits(rows.cpu(), expected, what)
     assert_same_bits(columns.cpu(), transposed, what)
     assert_same_bits(transpose(rows, SMALL).cpu(), transposed, what)
+    assert_same_bits(transpose(rows, TRANSPOSE_TILE).cpu(), transposed, what)
+    assert_same_bits(cast_both_ways(x, scale, dtype, None, False, CAST_TILE)[1].cpu(), transposed, what)
     assert [float(found) for found in amax] == [float(largest), max(float(largest), float(torch.tensor(1e-3)))], what
     if bool(x.isfinite().all()):
         assert sums is not None
@@ -61,6 +63,7 @@ def check_all(device: str = "cpu") -> None:
     for extra in ((), (torch.nan,), (torch.inf,), (-torch.inf,)):
         for dtype in (E4M3, E5M2):
             check(torch.cat([special, torch.tensor(extra)]).unsqueeze(0), 0, dtype, device)
+        check(special.unsqueeze(0), 120, E4M3, device)
     for dtype in (E4M3, E5M2):
         every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
         every = every[every.isfinite()].sort().values

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from parallel.ops.fp8 import E4M3, LARGEST, MULTIPLE
+from parallel.ops.kernels.launch import launch
 
 FLAT_BLOCK = 4096  # elements of a program of `_cast_flat`
 
@@ -34,12 +35,12 @@ def cast_flat(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None)
     y = torch.empty_like(x, dtype=dtype)
     count = x.numel()
     if count:
-        _cast_flat[triton.cdiv(count, FLAT_BLOCK),](
-            *(x, scale, y, scale if amax is None else amax, count),
-            BLOCK=FLAT_BLOCK,
-            RECORDS=amax is not None,
-            LARGEST=LARGEST[dtype],
-            ROUNDS=_rounds(dtype),
+        launch(
+            _cast_flat,
+            (triton.cdiv(count, FLAT_BLOCK),),
+            (x, scale, y, scale if amax is None else amax),
+            (count,),
+            constants=dict(BLOCK=FLAT_BLOCK, RECORDS=amax is not None, LARGEST=LARGEST[dtype], ROUNDS=_rounds(dtype)),
             num_warps=8,
         )
     return y
@@ -55,15 +56,19 @@ def cast_both_ways(
     columns = torch.empty(width, padded, dtype=dtype, device=x.device)
     down, across = triton.cdiv(padded, tile.rows), triton.cdiv(width, tile.columns)
     partial = torch.empty(down, width, dtype=torch.float32, device=x.device) if sums else scale
-    _cast_both_ways[across, down](
-        *(x, scale, rows, columns, scale if amax is None else amax, partial),
-        *(height, width, padded),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        RECORDS=amax is not None,
-        SUMS=sums,
-        LARGEST=LARGEST[dtype],
-        ROUNDS=_rounds(dtype),
+    launch(
+        _cast_both_ways,
+        (across, down),
+        (x, scale, rows, columns, scale if amax is None else amax, partial),
+        (height, width, padded),
+        constants=dict(
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            RECORDS=amax is not None,
+            SUMS=sums,
+            LARGEST=LARGEST[dtype],
+            ROUNDS=_rounds(dtype),
+        ),
         num_warps=tile.warps,
     )
     return rows, columns, partial.sum(0).to(x.dtype) if sums else None
@@ -74,8 +79,13 @@ def transpose(x: Tensor, tile: Tile = TRANSPOSE_TILE) -> Tensor:
     height, width = x.shape
     padded = height + -height % MULTIPLE
     y = torch.empty(width, padded, dtype=torch.uint8, device=x.device)
-    _transpose[triton.cdiv(padded, tile.rows), triton.cdiv(width, tile.columns)](
-        *(x.view(torch.uint8), y, height, width, padded), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps
+    launch(
+        _transpose,
+        (triton.cdiv(padded, tile.rows), triton.cdiv(width, tile.columns)),
+        (x.view(torch.uint8), y),
+        (height, width, padded),
+        constants=dict(ROWS=tile.rows, COLUMNS=tile.columns),
+        num_warps=tile.warps,
     )
     return y.view(x.dtype)
 
@@ -89,10 +99,9 @@ def _rounds(dtype: torch.dtype) -> int:
 
 @triton.jit
 def _narrow(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr, ROUNDS: tl.constexpr):
-    """Return x · scale in an 8-bit dtype, and NaN where it is not finite."""
-    y = x * scale
-    is_finite = tl.abs(y) < float("inf")
-    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+    """Return x · scale in an 8-bit dtype, and NaN where x is not finite."""
+    is_finite = tl.abs(x) < float("inf")
+    y = tl.minimum(tl.maximum(x * scale, -LARGEST), LARGEST)
     if ROUNDS > 0:
         least: tl.constexpr = 121 if ROUNDS == 3 else 113  # the exponent of the least normal number, of fp32's bias
         bits = y.to(tl.int32, bitcast=True)
