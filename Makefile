@@ -69,7 +69,7 @@ bench-cpu: $(BENCH)  ## tokens a second on this CPU, ours beside torch, Hugging 
 bench-gpu: venv  ## tokens a second and memory on one GPU, ours beside Hugging Face and FSDP2
 	@$(RUN) -W ignore -m benchmarks.one_gpu
 
-bench-kernels: venv  ## GB/s and µs of every fused kernel on one GPU, beside the floor, torch's and Liger-Kernel's (2 minutes)
+bench-kernels: venv  ## GB/s and µs of every fused kernel on one GPU, beside the floor, torch's and Liger-Kernel's
 	@$(RUN) -W ignore -m benchmarks.kernels
 
 bench-gpus: venv  ## parity, speed, overlap and bandwidth of every layout on all GPUs of this host (8 minutes at most)

@@ -40,7 +40,8 @@ def microseconds(call: Callable[[], None]) -> float:
     """Return the median time of a call on the device."""
     from triton.testing import do_bench_cudagraph  # where there is no GPU it may not be installed
 
-    return 1000.0 * do_bench_cudagraph(call, rep=20, return_mode="median")
+    median: float = do_bench_cudagraph(call, rep=20, return_mode="median")  # ms
+    return 1000 * median
 
 
 def measured(tokens: int, k: int, n: int) -> tuple[float, float, float, float]:

@@ -19,7 +19,9 @@ from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
+from parallel.tensor.fp8_matmul import CastInput, like_of
 from parallel.tensor.residual import Addend, output_of
+from parallel.tensor.scaling import TensorScale
 
 Rotation: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
 """Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
@@ -71,13 +73,17 @@ class Attention(Half):
         kind, eps = self.options.head_norm
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
-    def addend(self, x: Tensor, batch: Microbatch) -> Addend:
+    @property
+    def input_scale(self) -> TensorScale | None:
+        return self.qkv.input_scale
+
+    def addend(self, x: Tensor | CastInput, batch: Microbatch) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
-        in_torch = not x.is_cuda or self.qkv.is_left_to_compiler
+        in_torch = not like_of(x).is_cuda or self.qkv.is_left_to_compiler
         q, k, v = self._heads(x, batch) if in_torch else self._heads_with_kernels(x, batch)
         return output_of(self.out, self._attend(q, k, v, batch))
 
-    def _heads(self, x: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor | CastInput, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return q[B, heads, S, D] and k, v[B, kv heads, S, D], turned by their positions."""
         qkv = self.qkv(x)
         if batch.cache is not None:
@@ -99,10 +105,10 @@ class Attention(Half):
         return q, k, v
 
     @not_compiled
-    def _heads_with_kernels(self, x: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads_with_kernels(self, x: Tensor | CastInput, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same. Backward joins the three gradients, turned back, and sums the bias's in one pass."""
         rotary, tables = self.options.rotary, None
-        if not is_fused("heads", x) or not (rotary is None or isinstance(rotary, Rotary)):
+        if not is_fused("heads", like_of(x)) or not (rotary is None or isinstance(rotary, Rotary)):
             return self._heads(x, batch)
         q_norm, k_norm = self.q_norm, self.k_norm
         qkv = self.qkv.with_constant_bias(x) if q_norm is None else self.qkv(x)

@@ -17,12 +17,15 @@ from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.layout.rng import Dropout, dropout, seed_of
 from parallel.ops.compiling import not_compiled
-from parallel.ops.kernels.activation import FUNCTIONS, activated, gated, rectified
+from parallel.ops.kernels.activation import FUNCTIONS, gated, rectified
 from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
+from parallel.tensor.activation import activated_for, gated_for
+from parallel.tensor.fp8_matmul import CastInput, like_of
 from parallel.tensor.norms import Norm
 from parallel.tensor.residual import Addend, output_of, residual_add
+from parallel.tensor.scaling import TensorScale
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,11 @@ class Half(nn.Module):
 
     addend: Callable[..., Addend]
 
+    @property
+    def input_scale(self) -> TensorScale | None:
+        """The scale with which the norm before may write the input in 8 bits; None if it must not."""
+        return None
+
     def forward(self, x: Tensor, *inputs: Any) -> Tensor:
         return self.addend(x, *inputs).value()
 
@@ -160,8 +168,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         first, second = self._dropouts(x, batch)
         if self.norm_first:
-            x, h = self.attention_norm.residual(x)
-            x, h = self.feed_forward_norm.residual(x, self.attention.addend(h, batch), first)
+            x, h = self.attention_norm.residual_for(self.attention.input_scale, x)
+            added = self.attention.addend(h, batch)
+            x, h = self.feed_forward_norm.residual_for(self.feed_forward.input_scale, x, added, first)
             return residual_add(x, self.feed_forward.addend(h), second)
         _, x = self.attention_norm.residual(x, self.attention.addend(x, batch), first)
         _, x = self.feed_forward_norm.residual(x, self.feed_forward.addend(x), second)
@@ -191,27 +200,31 @@ class FeedForward(Half):
         self.up = mode.linear_in(width, hidden, bias=bias, fused=2 if gated else 1)
         self.down = mode.linear_out(hidden, width, bias=bias)
 
-    def addend(self, x: Tensor) -> Addend:
+    @property
+    def input_scale(self) -> TensorScale | None:
+        return self.up.input_scale
+
+    def addend(self, x: Tensor | CastInput) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
-        in_torch = not x.is_cuda or self.up.is_left_to_compiler
+        in_torch = not like_of(x).is_cuda or self.up.is_left_to_compiler
         return output_of(self.down, self._inner(x) if in_torch else self._inner_with_kernels(x))
 
-    def _inner(self, x: Tensor) -> Tensor:
+    def _inner(self, x: Tensor | CastInput) -> Tensor:
         """Return what the second linear multiplies, [B_inner_batch, S, F_inner_hidden]."""
         inner = self.up(x)
         return gated(inner, self.activation) if self.is_gated else FUNCTIONS[self.activation](inner)
 
     @not_compiled
-    def _inner_with_kernels(self, x: Tensor) -> Tensor:
+    def _inner_with_kernels(self, x: Tensor | CastInput) -> Tensor | CastInput:
         """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
-        if not is_fused("activation", x):
+        if not is_fused("activation", like_of(x)):
             return self._inner(x)
         up, bias = self.up, self.up.flat_bias
         if self.is_gated:
-            return gated(up(x), self.activation)
+            return gated_for(self.down, up(x), self.activation)
         if self.activation == "relu" and up.can_be_rectified:
             return rectified(up.with_constant_bias(x, rectified=True), bias)
-        return activated(up.product(x), self.activation, bias)
+        return activated_for(self.down, up.product(x), self.activation, bias)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

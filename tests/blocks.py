@@ -22,14 +22,16 @@ from parallel.ops.kernels import activation, heads
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import sequence_of
 from parallel.tensor import Mode
+from parallel.tensor.layers import Linear
 from parallel.tensor.residual import Addend, output_of
 from tests.accounts import UNSPLIT, mesh_of
+from tests.test_fp8_matmul import scales
 from tests.test_memory import block_of
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=37, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=72
+    vocab_size=37, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=80
 )
-OPT: dict[str, Any] = dict(vocab_size=37, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, ffn_dim=72)
+OPT: dict[str, Any] = dict(vocab_size=37, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, ffn_dim=80)
 SHAPES: Mapping[str, ModelShape] = {
     "opt": OPTShape(**OPT, word_embed_proj_dim=48),
     "llama, grouped": LlamaShape(**SIZES, num_key_value_heads=2),
@@ -49,7 +51,8 @@ def compare_interpreted() -> None:
         patch.object(Attention, "addend", _attention),
     ):
         for family in ("opt", "llama, grouped"):
-            compare(SHAPES[family], "cpu", length=5)
+            compare(SHAPES[family], "cpu", length=3)
+            compare(SHAPES[family], "cpu", length=3, in_8_bits=True)
 
 
 def compare_compiled_and_interpreted() -> None:
@@ -66,16 +69,19 @@ def _attention(self: Attention, x: Tensor, batch: Microbatch) -> Addend:
     return output_of(self.out, self._attend(*self._heads_with_kernels(x, batch), batch))
 
 
-def compare(shape: ModelShape, device: str, *, length: int, backend: str | None = None) -> None:
+def compare(
+    shape: ModelShape, device: str, *, length: int, backend: str | None = None, in_8_bits: bool = False
+) -> None:
     """Compare the output and every gradient in bf16 with those in fp64: twice the error of torch's functions at most.
 
-    Norms of errors are compared. torch's counts as at least the rounding of the dtype. `backend` compiles the block.
+    Norms of errors are compared. torch's counts as at least the rounding of the dtype. `backend` compiles the block;
+    `in_8_bits`: the linears of both multiply in 8 bits.
     """
     exact = results(shape, torch.float64, device, length)
     with _launching(False):
-        reference = results(shape, torch.bfloat16, device, length)
+        reference = results(shape, torch.bfloat16, device, length, None, in_8_bits)
     with _launching(True):
-        found = results(shape, torch.bfloat16, device, length, backend)
+        found = results(shape, torch.bfloat16, device, length, backend, in_8_bits)
     assert found.keys() == exact.keys() == reference.keys()
     for name, wanted in exact.items():
         error, of_torch = ((x[name].double() - wanted).norm() for x in (found, reference))
@@ -93,12 +99,20 @@ def _launching(answer: bool) -> Iterator[None]:
 
 
 def results(
-    shape: ModelShape, dtype: torch.dtype, device: str, length: int, backend: str | None = None
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: str,
+    length: int,
+    backend: str | None = None,
+    in_8_bits: bool = False,
 ) -> dict[str, Tensor]:
     """Return the output of a block and all of its gradients, for the same numbers in each dtype."""
     mesh = mesh_of(0, TensorConfig(), UNSPLIT)
     mesh.device = torch.device(device)
     block = block_of(shape, Mode(mesh, dtype, sequence=sequence_of(mesh, UNSPLIT), overlaps=False))
+    for linear in block.modules():
+        if isinstance(linear, Linear) and in_8_bits:
+            linear.multiply_in_8_bits(scales())
     if backend is not None:
         block.compile(backend=backend, fullgraph=True)
     generator = torch.Generator().manual_seed(0)

@@ -98,6 +98,7 @@ def text_row(what: str) -> str:
 
 LINE, GRID, MATMUL = (f"parallel/tensor/{name}.py" for name in ("line", "grid", "matmul"))
 MODE, LAYERS, CROSS_ENTROPY = (f"parallel/tensor/{name}.py" for name in ("mode", "layers", "loss"))
+IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 NORMS, RESIDUAL = "parallel/tensor/norms.py", "parallel/tensor/residual.py"
 SPLIT, RING, BLOCKS, KERNELS = (f"parallel/sequence/{name}.py" for name in ("split", "ring", "blocks", "kernels"))
 ACROSS = "tests/test_sequence.py::test_attention_across_ranks_equals_its_formula"
@@ -169,13 +170,13 @@ DROPPED_REDUCTIONS = (
            RESIDUAL, "(variances + (means - mean).square()).mean(0)", "variances.mean(0)", trains("2d1x2")),
     Mutant("loss-denominator-not-reduced", "the softmax is over this rank's part of the vocabulary only",
            CROSS_ENTROPY,
-           "sums = all_reduce(sums, axis)",
-           "sums = torch.stack([sums[0], all_reduce(sums[1], axis)])",
+           "x = all_reduce(x, axis)\n",
+           "x = torch.stack([x[0], all_reduce(x[1], axis)])\n",
            trains("1d2")),
     Mutant("loss-target-not-reduced", "the label's logit is counted only on the rank that holds it",
            CROSS_ENTROPY,
-           "sums = all_reduce(sums, axis)",
-           "sums = torch.stack([all_reduce(sums[0], axis), sums[1]])",
+           "x = all_reduce(x, axis)\n",
+           "x = torch.stack([all_reduce(x[0], axis), x[1]])\n",
            trains("1d2")),
     Mutant("reduce-twice", "reduce's backward sums a gradient that is whole already",
            CONJUGATE,
@@ -3384,6 +3385,51 @@ SCALES_OF_LINEARS = (
     ),
 )
 
+HOST = "tests/test_host_work.py"
+
+HOST_WORK = (
+    Mutant(
+        "transposed-parameter-unseen",
+        "a parameter that is transposed in its own memory stays what it is for the engine",
+        "parallel/chunk/parameters.py",
+        "            return [(x.data_ptr(), x.shape, x.is_contiguous()) for x in self._places] == self._views\n",
+        "            return [x.data_ptr() for x in self._places] == [view[0] for view in self._views]\n",
+        f"{HOST}::test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written",
+    ),
+    Mutant(
+        "renamed-parameter-unseen",
+        "only the objects in a module tree are compared, and not their names",
+        "parallel/modules/parameters.py",
+        "    return names, [*children]",
+        "    return [], [*children]",
+        f"{HOST}::test_a_change_of_the_tree_is_refused[another name]",
+    ),
+    Mutant(
+        "moved-chunk-unwatched",
+        "writes into a chunk that a plan has moved to the device are not noticed in the next step",
+        "parallel/chunk/writes.py",
+        "        if any(_stays_whole(chunk) and chunk not in noted for chunk in self._chunks):\n",
+        "        if False:\n",
+        f"{HOST}::test_a_chunk_that_has_been_moved_to_the_device_is_watched_from_then_on",
+    ),
+    Mutant(
+        "gradient-placed-twice",
+        "compiled code overwrites the sum of a weight's gradients with that of a further microbatch",
+        "parallel/chunk/accumulator.py",
+        "        if self.arrivals[i] or i in self._placed or view.dtype != a.dtype:\n",
+        "        if view.dtype != a.dtype:\n",
+        "tests/test_compile.py::test_compiled_with_dropout_equals_eager",
+    ),
+    Mutant(
+        "token-too-large-accepted",
+        "a batch is checked by its smallest token alone",
+        "parallel/pipeline/microbatch.py",
+        "    if first <= int(smallest) and int(largest) < stop:\n",
+        "    if first <= int(smallest):\n",
+        "tests/test_batches.py::test_a_bad_batch_is_refused[token too large]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3451,4 +3497,5 @@ MUTANTS = (
     *NORMS_IN_ONE_PASS,
     *POINTWISE,
     *SCALES_OF_LINEARS,
+    *HOST_WORK,
 )

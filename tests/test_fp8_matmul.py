@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from parallel.ops.deferred import DeferredCalls
 from parallel.ops.fp8 import E4M3, E5M2, LARGEST, Scaled, scale_for, scaled_product
 from parallel.ops.kernels.cast import cast_and_transpose, transposed
 from parallel.ops.kernels.table import has_triton
+from parallel.tensor import fp8_matmul as fp8_matmul_module
 from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, placeholder
 from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import LinearCollectives, matmul
@@ -288,6 +290,16 @@ def test_a_weight_is_cast_once_until_its_copy_is_cleared() -> None:
         with torch.no_grad():
             w.mul_(2 if factor == 4 else 0.5)
         assert all(torch.equal(found, factor * was) for found, was in zip(y_and_dx(), before, strict=True))
+
+
+def test_an_evaluation_does_not_transpose_weights() -> None:
+    linear = EightBitLinear(LinearCollectives(), scales(), torch.float64)
+    x, w, _ = inputs(Case(), 0)
+    w.requires_grad_()
+    with torch.no_grad(), patch.object(fp8_matmul_module, "cast_and_transpose") as both:
+        y = fp8_matmul(x, w, linear)
+    assert not both.called
+    assert torch.equal(fp8_matmul(x, w, linear), y)
 
 
 class _DoubleIn8Bits(torch.autograd.Function):

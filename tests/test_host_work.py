@@ -1,5 +1,8 @@
 """The host is ahead of its GPU: a step waits for it once, and what it does between two steps takes little time."""
 
+import statistics
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +11,12 @@ from torch import nn
 
 import models
 import parallel
+from models.build import have_kernels
 from models.shapes import resolve
 from parallel.chunk.parameters import ParameterBuffer
 from parallel.modules.parameters import OriginalParameters
-from parallel.storage.transfer import HostCopy
+from parallel.ops.kernels import table
+from parallel.storage.transfer import ON_DEVICE, HostCopy, Placement, Tier
 from parallel.tensor.norms import LayerNorm
 
 MODEL = dict(name="opt-tiny", num_hidden_layers=2, dropout=0.0)
@@ -51,6 +56,44 @@ def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> N
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
     assert waits == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it measures a GPU")
+def test_a_host_that_trains_opt_125m_waits_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that waits for the loss is ahead of its GPU, which then has no gap in which it waits for the host.
+
+    Half of the steps at least: the host is shared with others.
+    """
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("a batch of 32 needs a larger GPU")
+    raw = dict(
+        model=dict(name="opt-125m", dropout=0.0),
+        data=dict(sequence_length=1024),
+        train=dict(global_batch_size=32, micro_batch_size=32, precision="bf16"),
+    )
+    context = parallel.launch_from_torch(raw, resolve=resolve)
+    engine = parallel.Engine(models.build(context), context)
+    given = {"input_ids": torch.randint(4, 50_000, (32, 1024))}
+    waits: list[float] = []
+    wait = HostCopy.wait
+
+    def timed(copy: HostCopy) -> torch.Tensor:
+        begun = time.perf_counter()
+        found = wait(copy)
+        waits.append(time.perf_counter() - begun)
+        return found
+
+    for _ in range(5):
+        engine.train_step(given)
+    monkeypatch.setattr(HostCopy, "wait", timed)
+    begun = time.perf_counter()
+    for _ in range(20):
+        engine.train_step(given)
+    step = (time.perf_counter() - begun) / 20
+    assert len(waits) == 40, "a step waits twice"
+    assert statistics.median(waits[1::2]) > step / 100, (statistics.median(waits[1::2]), step)
 
 
 def test_parameters_are_compared_one_by_one_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +147,19 @@ def test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written() -> 
     torch.testing.assert_close(square, same, rtol=0, atol=0)
 
 
+def test_a_chunk_that_has_been_moved_to_the_device_is_watched_from_then_on() -> None:
+    """Fingerprints are noted before a plan moves chunks, and those of parameters on the host are not."""
+    engine = engine_of()
+    chunk = next(chunk for chunk in engine.chunks if not chunk.spec.is_matrix)
+    engine.optimizer.move(chunk, Placement(Tier.HOST, Tier.HOST))
+    engine.writes.note()
+    engine.optimizer.move(chunk, ON_DEVICE)
+    engine.writes.note_moved()
+    assert not engine.writes.changed().item()
+    chunk.infos[0].parameter.data.add_(1)  # torch's count of writes does not show it
+    assert engine.writes.changed().item()
+
+
 def test_a_part_of_a_model_in_evaluation_mode_is_in_training_mode_in_a_step() -> None:
     engine = engine_of()
     modules = list(engine.module.modules())
@@ -111,3 +167,18 @@ def test_a_part_of_a_model_in_evaluation_mode_is_in_training_mode_in_a_step() ->
         module.eval()
         engine.train_step(batch())
         assert all(module.training for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "compiles"),
+    [("cuda", torch.bfloat16, False), ("cuda", torch.float64, True), ("cpu", torch.bfloat16, True)],
+)
+def test_blocks_that_have_kernels_are_not_compiled_to_train(
+    device: str, dtype: torch.dtype, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's compiler makes slower kernels than those in the table; a GPU without Triton has none of these."""
+    context: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    monkeypatch.setattr(table, "has_triton", lambda: True)
+    assert have_kernels(context, 768) is not compiles
+    monkeypatch.setattr(table, "has_triton", lambda: False)
+    assert not have_kernels(context, 768)

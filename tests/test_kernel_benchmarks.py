@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import parallel.ops.kernels
-from benchmarks import fp8_training, kernels
+from benchmarks import fp8_training, kernels, profile_step
 from benchmarks.anatomy import OTHER, OWN, Kernel, by_length, gaps_of, group_of, kernels_of, own_kernels, totals
 from benchmarks.floors import H200_BYTES, H200_FLOPS, StepSize, floors
 from benchmarks.kernel_inputs import Size, block
@@ -126,6 +126,24 @@ def test_a_trace_is_cut_into_groups_and_gaps() -> None:
     ]
     lengths = {name: total for name, total in by_length(gaps).items() if total[1]}
     assert lengths == {"< 2 µs": (1.0, 1), "≥ 100 µs": (150.0, 1)}
+
+
+def test_the_tables_of_a_profile_are_for_one_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps were profiled: each number of launches, and each time, is half of the trace's."""
+    found = [Kernel(name, 1000.0 * i, 500.0) for i, name in enumerate(["nvjet_a", "sdpa", "nvjet_a", "sdpa"])]
+    profile_step.print_groups(found, StepSize(named_sizes()["opt-125m"], 1, 1024))
+    profile_step.print_kernels(found, ["matmuls", "loss"], 3)
+    profile_step.print_gaps(found, 2)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]] for line in lines if "|" in line}
+    assert rows["matmuls"][:2] == rows["attention"][:2] == ["0.50", "1"]
+    assert rows["all kernels"][:2] == ["1.00", "2"]
+    assert "loss" not in rows
+    assert [line.split()[:4] for line in lines if "nvjet_a" in line and "->" not in line] == [
+        ["matmuls", "0.500", "ms", "1"]
+    ]
+    assert "≥ 100 µs 0.75 ms in 2" in next(line for line in lines if line.startswith("gaps"))
+    assert len([line for line in lines if "->" in line]) == 2
 
 
 def test_floors_are_those_of_a_count_by_hand() -> None:

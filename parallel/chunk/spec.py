@@ -67,6 +67,9 @@ class ChunkSpec:
         self.master_dtype = dtype if self.is_frozen else master_dtype(widest)
         *self.starts, end = 0, *accumulate(_round_up(info.parameter.numel(), ALIGNMENT) for info in infos)
         self.size = _round_up(end, ALIGNMENT * self.axes[0].size)
+        places = zip(self.shapes, self.ranges, strict=True)
+        parts = [(shape.numel(), stop - start - shape.numel()) for shape, (start, stop) in places]
+        self._sizes = [size for part in parts for size in part]  # of each parameter, and of the padding behind it
 
     @property
     def is_matrix(self) -> bool:
@@ -126,10 +129,9 @@ class ChunkSpec:
 
     def views(self, whole: Tensor) -> list[Tensor]:
         """Return each parameter's view of a whole buffer [n], in the parameter's local shape."""
-        return [
-            whole[start : start + shape.numel()].view(shape)
-            for start, shape in zip(self.starts, self.shapes, strict=True)
-        ]
+        # One call for all, since the host makes these views in every backward: parameters and their padding in turn.
+        pieces = whole.split_with_sizes(self._sizes)[::2]
+        return [x if len(shape) == 1 else x.view(shape) for x, shape in zip(pieces, self.shapes, strict=True)]
 
     def segments(self, flat: Tensor, first: int | None = None) -> list[Segment]:
         """Return the parts of parameters in a flat buffer: the whole one, this rank's slice, or any that begins at

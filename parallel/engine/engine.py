@@ -70,7 +70,10 @@ class Engine(EngineState):
         self.inputs = part.inputs
         self.part, self.pipe = part, Pipe(self.mesh.axis("pipe"), self.mesh.links)
         self.pipe.connect(self.mesh.device)
-        self.gatherer = Gatherer(part.units, self.chunks, watcher=self.placement_manager, last=part.last_units())
+        # Where all parameters stay whole on the device, there is nothing to do before and after a layer.
+        gathers = zero >= 3 or config.zero.tensor_placement_policy != "cuda"
+        units, last = (part.units, part.last_units()) if gathers else ({}, [])
+        self.gatherer = Gatherer(units, self.chunks, watcher=self.placement_manager, last=last)
         part.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"

@@ -162,6 +162,8 @@ class PlacementManager:
 
     def _plan_by(self, profile: StepProfile) -> None:
         """Make a plan by a step that has just been profiled, carry it out and log it."""
+        for chunk in self.chunks:
+            chunk.settle()  # the host may still be updating
         step, times = self._timer.elapsed(), profile.times
         self._history.add_profile(profile.memory.end())
         sizes = measured_bytes(self.initial.sizes, self.chunks, self.optimizer.state_bytes)

@@ -51,7 +51,9 @@ def predicted_seconds(step: float, *, computing: float, spared: float, gain: flo
 
     `computing` of the profiled step's seconds were computation, of which the plan spares the waits for parameters that
     will be on the device. The rest was for states that are offloaded: with another share of the host it would have been
-    shorter by `gain`, and `streamed`, a fraction of all states, is still offloaded.
+    shorter by `gain`, and `streamed`, a fraction of all states, is still offloaded. A profiled step waits for its whole
+    update, and so do the steps that are measured under a plan. After these a forward begins while the update goes on,
+    and steps are shorter.
     """
     return computing - spared + (step - computing - gain) * streamed
 

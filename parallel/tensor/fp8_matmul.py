@@ -41,7 +41,7 @@ from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, Scaled, record_largest
 from parallel.ops.kernels.cast import cast, cast_and_transpose, transposed
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import product_of
-from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, matmul, received
+from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, arguments_of, matmul, received
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
 
@@ -52,6 +52,11 @@ class CastInput:
 
     like: Tensor
     data: Tensor
+
+
+def like_of(x: Tensor | CastInput) -> Tensor:
+    """Return a tensor with the shape, dtype and device of a linear's input, whose values are not to be read."""
+    return x.like if isinstance(x, CastInput) else x
 
 
 def placeholder(x: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ class EightBitLinear:
         for one in (scales.x, scales.weight, scales.dy):
             assert one.inverse.data_ptr() % SCALE_ALIGNMENT == 0, "a product on a GPU would be refused"
         self.collectives = collectives
-        self.around = ScaledCollectives(**vars(collectives), scales=scales, dtype=dtype)
+        self.around = ScaledCollectives(**arguments_of(collectives), scales=scales, dtype=dtype)
         self.scales, self.state = scales, scales.state
         self.weight = WeightCopy(scales.weight)
 
@@ -195,10 +200,11 @@ class EightBitLinear:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A call of a linear, and the receiver of its weight's gradient."""
+    """A call of a linear, the receiver of its weight's gradient, and whether a backward may follow."""
 
     linear: EightBitLinear
     receiver: GradientReceiver | None
+    trains: bool
 
 
 class _Matmul(torch.autograd.Function):
@@ -208,8 +214,7 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, like: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.call, linear = call, call.linear
-        trains = any(ctx.needs_input_grad)
-        return linear.around.linear(x, linear.weight_rows(w, trains=trains), bias)
+        return linear.around.linear(x, linear.weight_rows(w, trains=call.trains), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -253,7 +258,8 @@ def fp8_matmul(
         kept: Tensor = Keep.apply(cast_x.data, w, cast_x.like)  # type: ignore[no-untyped-call]
         rows = linear.weight_rows(w, trains=True)
         return Product.apply(kept, cast_x.data, rows, bias, linear.around)  # type: ignore[no-untyped-call, no-any-return]
-    y: Tensor = _Matmul.apply(cast_x.like, cast_x.data, w, bias, _Call(linear, receiver))  # type: ignore[no-untyped-call]
+    call = _Call(linear, receiver, torch.is_grad_enabled())
+    y: Tensor = _Matmul.apply(cast_x.like, cast_x.data, w, bias, call)  # type: ignore[no-untyped-call]
     return y
 
 

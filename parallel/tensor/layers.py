@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from parallel.layout.layout import Layout
 from parallel.ops.kernels.lookup import lookup
 from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
-from parallel.tensor.matmul import LinearCollectives, RectifiedLinear, is_left_to_compiler, matmul
+from parallel.tensor.matmul import LinearCollectives, is_left_to_compiler, matmul, rectified_like
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
 
@@ -34,7 +34,7 @@ class Linear(Sharded):
 
     def __init__(self, collectives: LinearCollectives, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
-        self.collectives = collectives
+        self.collectives, self._rectified = collectives, rectified_like(collectives)
         self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
         self.eight_bit: EightBitLinear | None = None  # None: it multiplies in its dtype
 
@@ -72,7 +72,7 @@ class Linear(Sharded):
 
         `rectified`: return relu of it, to a caller that multiplies the gradient of y by relu's.
         """
-        collectives = RectifiedLinear(**vars(self.collectives)) if rectified else self.collectives
+        collectives = self._rectified if rectified else self.collectives
         bias = None if self.flat_bias is None else self.flat_bias.detach()
         return self._product(x, collectives, bias)
 

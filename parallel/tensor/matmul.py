@@ -8,7 +8,7 @@ and dx is in flight while dW is computed. Or dW is computed later, with its coll
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -67,11 +67,12 @@ class LinearCollectives:
     reduce_y: Axis = ALONE
     """The axis whose ranks have partial sums of y, and are all to have their sum."""
 
-    @property
-    def is_local(self) -> bool:
-        """True if nothing is communicated, forward or backward."""
+    is_local: bool = field(init=False, repr=False, compare=False)
+    """True if nothing is communicated, forward or backward: then no axis is asked in a step."""
+
+    def __post_init__(self) -> None:
         axes = (self.gather_x[1], self.gather_w, self.scatter_y[1], self.copy_x, self.reduce_y)
-        return all(axis.size == 1 for axis in axes)
+        object.__setattr__(self, "is_local", all(axis.size == 1 for axis in axes))
 
     @property
     def has_partial_y(self) -> bool:
@@ -80,6 +81,8 @@ class LinearCollectives:
 
     def linear(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x[..., K'] · w[N', K'']ᵀ + bias[N'] -> y[..., N'], of this rank's own parts."""
+        if self.is_local:
+            return self.multiply(x, w, bias)
         return self.product(self.start_gather_x(x), self.start_gather_w(w), bias)
 
     def input_gradient(self, dy: Tensor, w: Tensor) -> Pending:
@@ -98,6 +101,8 @@ class LinearCollectives:
 
     def both_gradients(self, dy: Tensor, x: Tensor, w: Tensor, multiply: Multiply) -> tuple[Pending, Tensor | None]:
         """Return what `input_gradient` and `weight_gradient` return, and gather dy once for both."""
+        if self.is_local:
+            return Pending(self.multiply_back(dy, w)), multiply(dy.flatten(0, -2).T, x.flatten(0, -2))
         dx, dw = self.gradients(dy, self.start_gather_x(x), self.start_gather_w(w), multiply)
         return dx, None if dw is None else self.scatter_dw(dw)
 
@@ -162,6 +167,11 @@ class LinearCollectives:
         return start_reduce_scatter(dx, *self.gather_x)
 
 
+def arguments_of(collectives: LinearCollectives) -> dict[str, Any]:
+    """Return what a table of the same collectives is made of."""
+    return {x.name: getattr(collectives, x.name) for x in fields(LinearCollectives) if x.init}
+
+
 class RectifiedLinear(LinearCollectives):
     """The same collectives around relu(x · Wᵀ + bias), where this rank's product is y itself: see `rectified`."""
 
@@ -170,6 +180,11 @@ class RectifiedLinear(LinearCollectives):
             return super().multiply(x, w, bias).relu_()
         y: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), w.T)  # the product writes relu of it
         return y.view(*x.shape[:-1], -1)
+
+
+def rectified_like(collectives: LinearCollectives) -> RectifiedLinear:
+    """Return these collectives around a rectified product."""
+    return RectifiedLinear(**arguments_of(collectives))
 
 
 def _factors(dy: Tensor, x: Pending) -> tuple[Tensor, Tensor]:

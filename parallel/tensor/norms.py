@@ -18,8 +18,10 @@ from parallel.layout.rng import Dropout
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.norm import fuses
+from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.layers import Sharded
-from parallel.tensor.residual import Addend, NormalizedDim, residual_norm
+from parallel.tensor.residual import Addend, NormalizedDim, residual_norm, residual_norm_in_8_bits
+from parallel.tensor.scaling import TensorScale
 
 
 class Norm(Sharded):
@@ -47,6 +49,14 @@ class Norm(Sharded):
             return residual_norm(x, addend, dropout, (self.weight, self.bias), self.dim)
         total = x if addend is None else x + addend.value(dropout)
         return total, self.composed(total)
+
+    def residual_for(
+        self, scale: TensorScale | None, x: Tensor, addend: Addend | None = None, dropout: Dropout | None = None
+    ) -> tuple[Tensor, Tensor | CastInput]:
+        """Return the same to a caller that gives the norm to one linear, whose input may be cast with this scale."""
+        if scale is None or torch.compiler.is_compiling() or not fuses(x):
+            return self.residual(x, addend, dropout)
+        return residual_norm_in_8_bits(x, addend, dropout, (self.weight, self.bias), self.dim, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_contiguous() and fuses(x):

@@ -14,8 +14,10 @@ from parallel.layout.rng import Dropout
 from parallel.mesh.collectives import all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.ops.kernels.norm import FlatAddend, Mask, NormKind, fuses
+from parallel.ops.kernels.norm import EightBits, FlatAddend, Mask, NormKind, fuses
+from parallel.tensor.fp8_matmul import CastInput, placeholder
 from parallel.tensor.layers import Linear
+from parallel.tensor.scaling import TensorScale
 
 
 @dataclass
@@ -31,9 +33,9 @@ class Addend:
         return y if dropout is None else dropout.of(y)
 
 
-def output_of(linear: Linear, x: Tensor) -> Addend:
+def output_of(linear: Linear, x: Tensor | CastInput) -> Addend:
     """Return the output of a half's last linear. Its bias is left to the kernel that adds it, where there is one."""
-    if linear.bias is not None and fuses(x):
+    if linear.bias is not None and fuses(x if isinstance(x, Tensor) else x.like):
         return Addend(linear.product(x), linear.flat_bias)
     return Addend(linear(x))
 
@@ -92,10 +94,35 @@ def residual_norm(
 
     `parameters`: the weight and the bias of the norm.
     """
+    total, normed = _launch(x, addend, dropout, parameters, dim, None)
+    return total, normed
+
+
+def residual_norm_in_8_bits(
+    x: Tensor,
+    addend: Addend | None,
+    dropout: Dropout | None,
+    parameters: tuple[Tensor | None, Tensor | None],
+    dim: NormalizedDim,
+    scale: TensorScale,
+) -> tuple[Tensor, CastInput]:
+    """Return the same, with the norm in 8 bits, for a linear whose input has this scale."""
+    total, *normed = _launch(x, addend, dropout, parameters, dim, EightBits(scale.scale, scale.amax))
+    return total, CastInput(*normed)
+
+
+def _launch(
+    x: Tensor,
+    addend: Addend | None,
+    dropout: Dropout | None,
+    parameters: tuple[Tensor | None, Tensor | None],
+    dim: NormalizedDim,
+    eight_bits: EightBits | None,
+) -> tuple[Tensor, ...]:
     y, y_bias = (None, None) if addend is None else (addend.y, addend.bias)
     apply = _apply_eagerly if dim.axes else _ResidualNorm.apply
-    total, normed = apply(x, y, y_bias, _mask(dropout), *parameters, dim)
-    return total, normed
+    outputs: tuple[Tensor, ...] = apply(x, y, y_bias, _mask(dropout), *parameters, dim, eight_bits)
+    return outputs
 
 
 @not_compiled
@@ -108,31 +135,37 @@ def _mask(dropout: Dropout | None) -> Mask | None:
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """Computes total[..., H_axes] and normed[..., H_axes] of x, y, y_bias, weight and bias."""
+    """Computes total[..., H_axes] and normed[..., H_axes] of x, y, y_bias, weight and bias.
+
+    In 8 bits normed is two outputs, as a `CastInput` has them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         from parallel.ops.kernels import norm_triton as kernels  # imports Triton
 
-        x, y, y_bias, mask, weight, bias, dim = inputs
+        x, y, y_bias, mask, weight, bias, dim, eight_bits = inputs
         kind = NormKind(dim.is_rms, dim.eps, dim.size)
         addend = None if y is None else FlatAddend(y.contiguous(), y_bias, mask)
         if dim.axes:
             total, local = kernels.local_statistics(x.contiguous(), addend, kind)
             statistics = dim.merged(local)
-            normed = kernels.normalize(total, statistics, weight, bias, kind)
+            normed = kernels.normalize(total, statistics, weight, bias, kind, eight_bits)
         else:
-            total, normed, statistics = kernels.residual_norm(x.contiguous(), addend, weight, bias, kind)
+            total, normed, statistics = kernels.residual_norm(x.contiguous(), addend, weight, bias, kind, eight_bits)
         total = x if y is None else total
         ctx.save_for_backward(total, statistics, weight)
         ctx.dim, ctx.kind, ctx.mask = dim, kind, mask
         needed = ctx.needs_input_grad
         ctx.wants = _dtype(weight, needed[4]), _dtype(bias, needed[5]), _dtype(y_bias, needed[2])
         ctx.set_materialize_grads(False)
-        return total, normed
+        if eight_bits is None:
+            return total, normed
+        ctx.mark_non_differentiable(normed)
+        return total, placeholder(x), normed
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
         from parallel.ops.kernels import norm_triton as kernels
 
         total, statistics, weight = ctx.saved_tensors
@@ -147,7 +180,7 @@ class _ResidualNorm(torch.autograd.Function):
         if sums is None:
             dweight, dbias = found.dweight, found.dbias
         dy = found.dy if ctx.needs_input_grad[1] else None
-        return found.dx, dy, found.dy_bias, None, dweight, dbias, None
+        return found.dx, dy, found.dy_bias, None, dweight, dbias, None, None
 
 
 class _ResidualAdd(torch.autograd.Function):

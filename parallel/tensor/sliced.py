@@ -22,7 +22,7 @@ from torch import Tensor
 
 from parallel.mesh.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from parallel.mesh.mesh import ALONE, Axis
-from parallel.tensor.matmul import LinearCollectives, Multiply
+from parallel.tensor.matmul import LinearCollectives, Multiply, arguments_of
 
 NUM_SLICES = 4  # the first gather and the last sum are not hidden; a GPU is not filled by many small products
 LEAST = 256  # tokens, rows or columns of a slice: a GPU computes products in tiles of 128 × 256
@@ -263,4 +263,4 @@ class SlicedCollectives(LinearCollectives):
 
 def in_slices(collectives: LinearCollectives) -> SlicedCollectives:
     """Return the same collectives, in slices."""
-    return SlicedCollectives(**vars(collectives))
+    return SlicedCollectives(**arguments_of(collectives))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.config.parallel import TensorConfig
 from parallel.layout.rng import Dropout
@@ -44,7 +44,7 @@ def errors(rank: int, world_size: int, kind: str, tensor: TensorConfig) -> dict[
     for used, of_rank in ((False, whole), (True, norm)):
         splits = between if used else ((), (), ())
         x, y, dtotal, dnormed = (part(wholes[name], *splits).contiguous() for name in ("x", "y", "dtotal", "dnormed"))
-        bias = part(wholes["y_bias"], splits[2]).clone().requires_grad_()
+        bias = nn.Parameter(part(wholes["y_bias"], splits[2]))
         dropout = Dropout(P, torch.tensor(7), part(rows, *splits[:2]), part(columns, splits[2]))
         for leaf in (x, y):
             leaf.requires_grad_()

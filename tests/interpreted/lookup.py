@@ -60,7 +60,8 @@ def check(case: Case, device: str) -> None:
         0, indices.cpu().clamp(0, case.rows - 1).flatten(), 0
     )
     assert not found[1][untouched.to(device)].any()
-    assert torch.equal(found[1], results(lookup_fused, table, dy)[1])
+    if device == "cuda":  # where programs do not run one after another
+        assert torch.equal(found[1], results(lookup_fused, table, dy)[1])
 
 
 def check_all(device: str) -> None:

@@ -19,7 +19,9 @@ from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
+from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import LinearCollectives
+from parallel.tensor.scaling import Scaling
 
 SAMPLES, LENGTH, HIDDEN = 2, 5, 24
 FAMILIES = "opt", "opt, norms after", "llama"
@@ -88,6 +90,29 @@ def compare(family: str, device: str) -> None:
     assert of_recomputed == 2 * linears - (not computes_last), of_recomputed
 
 
+def compare_8_bits(family: str, device: str) -> None:
+    """Compare a block whose norms write 8 bits with one whose linears cast: bit for bit, also when recomputed."""
+    block = block_of(family, device, torch.bfloat16)
+    linears = [module for module in block.modules() if isinstance(module, Linear)]
+    scaling = Scaling([(str(i),) for i in range(len(linears))], [], torch.device(device))
+    scaling.scales.fill_(16.0)
+    scaling.inverses.fill_(1 / 16.0)
+    scaling.state.is_known = True
+    for linear, scales in zip(linears, scaling.linears, strict=True):
+        linear.multiply_in_8_bits(scales)
+    found, largest = [], []
+    for layer, casts in ((block, True), (block, False), (Recomputed(block), True)):
+        with kernels_are(True), patch.object(Linear, "input_scale", Linear.input_scale if casts else None):
+            with scaling.casting(records=True):
+                found.append(results(layer, device, torch.bfloat16))
+            largest.append(scaling.amax[:, ::2].clone())  # of inputs and gradients: weights are cast once
+    for name, x in found[0].items():
+        assert torch.equal(x, found[1][name]), (family, name)
+        assert torch.equal(x, found[2][name if name in ("y", "dx") else f"layer.{name}"]), (family, name)
+    assert all(torch.equal(largest[0], other) for other in largest[1:]), (family, largest)
+    assert bool((largest[0] > 0).all()), largest
+
+
 def counted_products(block: nn.Module, device: str) -> int:
     """Return how many linears a forward and a backward compute."""
     calls = []
@@ -106,6 +131,7 @@ def main(device: str = "cpu") -> None:
     """Compare the blocks of all families."""
     for family in FAMILIES:
         compare(family, device)
+    compare_8_bits("llama", device)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
+from parallel.ops.kernels.pointers import table_of
+
 WORDS, ROWS = 256, 16
 """The columns of a program, and the rows that it reads at a time."""
 
@@ -23,24 +26,16 @@ def fingerprints(flats: Sequence[Tensor], weights: Tensor, columns: int, mixers:
     device, few = weights.device, weights.shape[1]
     places = _places(tuple((flat.data_ptr(), flat.nbytes // 8) for flat in flats), device)
     found = torch.zeros(len(flats), dtype=torch.int64, device=device)
-    _add_up[triton.cdiv(few, WORDS), len(flats)](
-        *(places, weights, found),
-        COLUMNS=columns,
-        FEW=few,
-        FIRST=mixers[0],
-        SECOND=mixers[1],
-        WORDS=WORDS,
-        ROWS=ROWS,
-        num_warps=8,
-    )
+    constants = {"COLUMNS": columns, "FEW": few, "FIRST": mixers[0], "SECOND": mixers[1], "WORDS": WORDS, "ROWS": ROWS}
+    grid = triton.cdiv(few, WORDS), len(flats)
+    launch(_add_up, grid, (places, weights, found), (), constants=constants, num_warps=8)
     return found
 
 
 @lru_cache(maxsize=4)
 def _places(buffers: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return the address and the number of words of each buffer, int64 [n, 2] on the device."""
-    found = torch.tensor(buffers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return found.to(device, non_blocking=True)
+    return table_of(buffers, device)
 
 
 @triton.jit

@@ -47,6 +47,13 @@ class FlatAddend(NamedTuple):
     mask: Mask | None
 
 
+class EightBits(NamedTuple):
+    """The form of normed where an 8-bit linear reads it: E4M3 of normed · scale[]. amax[] is raised to max |normed|."""
+
+    scale: Tensor
+    amax: Tensor | None
+
+
 @dataclass(frozen=True)
 class NormKind:
     """A norm over rows: LayerNorm or, with `is_rms`, RMSNorm. `size` is that of whole rows."""

@@ -13,14 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.fp8 import E4M3, LARGEST
+from parallel.ops.kernels.cast_triton import _magnitude, _narrow, _raise, _rounds
 from parallel.ops.kernels.launch import launch
-from parallel.ops.kernels.norm import Dtypes, FlatAddend, Mask, NormGradients, NormKind
+from parallel.ops.kernels.norm import Dtypes, EightBits, FlatAddend, Mask, NormGradients, NormKind
 
 TILE = 2048  # elements that a program has at a time, unless a row is longer
 PROGRAMS = 2  # of each multiprocessor, where programs have rows until none is left
 READ_AHEAD = 2**17 + 2**15  # bytes of shared memory of a multiprocessor, at most, for rows that are begun to be read
 COLUMNS, PARTS = 32, 128  # a program of `_add_up` has so many columns, and so many parts of them at a time
 NO_MASK = None, None, None, 0, 1.0
+NO_CAST = None, None
 
 
 class Tiling(NamedTuple):
@@ -36,7 +39,7 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
 
-    def constants(self, row: int, *, is_rms: bool) -> dict[str, int]:
+    def constants(self, row: int, *, is_rms: bool) -> dict[str, float]:
         """Return the constants of a kernel for rows with `row` elements."""
         return {"H": row, "ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.stages, "IS_RMS": is_rms}
 
@@ -70,15 +73,20 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def residual_norm(
-    x: Tensor, addend: FlatAddend | None, weight: Tensor | None, bias: Tensor | None, kind: NormKind
+    x: Tensor,
+    addend: FlatAddend | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: NormKind,
+    cast: EightBits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return total[..., H], normed[..., H] and the rows' statistics; total is x itself where nothing is added.
 
     Statistics of R rows are fp32 [2, R]: mean and 1 / √(variance + eps); in RMSNorm [1, R], 1 / √(mean of squares +
-    eps).
+    eps). With `cast` normed has 8 bits.
     """
-    normed, statistics = torch.empty_like(x), _statistics(x, kind)
-    return _forward(x, addend, (weight, bias, normed, statistics), kind), normed, statistics
+    normed, statistics = _normed(x, cast), _statistics(x, kind)
+    return _forward(x, addend, (weight, bias, normed, statistics), kind, cast), normed, statistics
 
 
 def residual_add(x: Tensor, addend: FlatAddend) -> Tensor:
@@ -95,15 +103,22 @@ def local_statistics(x: Tensor, addend: FlatAddend | None, kind: NormKind) -> tu
     return _forward(x, addend, (None, None, None, statistics), kind), statistics
 
 
-def normalize(total: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind) -> Tensor:
+def normalize(
+    total: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: NormKind,
+    cast: EightBits | None = None,
+) -> Tensor:
     """Return normed[..., H'] of this rank's part of rows and the statistics of whole rows: see `residual_norm`."""
-    normed, tiling = torch.empty_like(total), tiling_for(total, stays=False)
+    normed, tiling = _normed(total, cast), tiling_for(total, stays=False)
     launch(
         _normalize,
         (tiling.programs,),
-        (total, weight, bias, normed, statistics),
+        (total, weight, bias, normed, statistics, *(cast or NO_CAST)),
         (statistics.shape[1],),
-        constants=tiling.constants(total.shape[-1], is_rms=kind.is_rms),
+        constants=tiling.constants(total.shape[-1], is_rms=kind.is_rms) | _rounding(),
         num_warps=tiling.warps,
     )
     return normed
@@ -174,7 +189,22 @@ def _statistics(x: Tensor, kind: NormKind) -> Tensor:
     return x.new_empty(1 if kind.is_rms else 2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-def _forward(x: Tensor, addend: FlatAddend | None, norm: tuple[Tensor | None, ...], kind: NormKind | None) -> Tensor:
+def _normed(x: Tensor, cast: EightBits | None) -> Tensor:
+    return torch.empty_like(x) if cast is None else torch.empty_like(x, dtype=E4M3)
+
+
+def _rounding() -> dict[str, float]:
+    """Return the constants of a cast to 8 bits."""
+    return {"LARGEST": LARGEST[E4M3], "ROUNDS": _rounds(E4M3)}
+
+
+def _forward(
+    x: Tensor,
+    addend: FlatAddend | None,
+    norm: tuple[Tensor | None, ...],
+    kind: NormKind | None,
+    cast: EightBits | None = None,
+) -> Tensor:
     """Return total[..., H]. `norm`: weight, bias, and what is filled: normed and statistics."""
     y, y_bias, mask = (None, None, None) if addend is None else addend
     tiling, row = tiling_for(x, stays=mask is not None), x.shape[-1]
@@ -183,15 +213,15 @@ def _forward(x: Tensor, addend: FlatAddend | None, norm: tuple[Tensor | None, ..
     launch(
         _residual_norm,
         (tiling.programs,),
-        (x, y, y_bias, None if y is None else total, *norm, key, rows, columns),
+        (x, y, y_bias, None if y is None else total, *norm, *(cast or NO_CAST), key, rows, columns),
         (bound, scale, x.numel() // row, 0.0 if kind is None else kind.eps),
-        constants=tiling.constants(row, is_rms=kind is not None and kind.is_rms),
+        constants=tiling.constants(row, is_rms=kind is not None and kind.is_rms) | _rounding(),
         num_warps=tiling.warps,
     )
     return total
 
 
-def _places(*names: str, wants: Dtypes) -> dict[str, int]:
+def _places(*names: str, wants: Dtypes) -> dict[str, float]:
     """Return where each sum's parts are among those of all sums that are wanted; -1 for one that is not."""
     return {name: -1 if wants[i] is None else i - wants[:i].count(None) for i, name in enumerate(names)}
 
@@ -238,6 +268,20 @@ def _dropped(row_hashes, column_hashes, bound):
 
 
 @triton.jit
+def _put(normed, at, normal, mask, cast_scale, amax, LARGEST: tl.constexpr, ROUNDS: tl.constexpr):
+    """Store normal, or 8 bits of it: those that a cast of the stored one would give."""
+    if cast_scale is None:
+        tl.store(normed + at, normal, mask=mask)
+    else:
+        value = normal.to(tl.float32)
+        if amax is not None:
+            largest = tl.max(tl.max(tl.where(mask, _magnitude(value), 0.0), 1), 0)
+            _raise(amax, largest, tl.load(amax))
+        narrow = _narrow(value, tl.load(cast_scale), normed.dtype.element_ty, LARGEST, ROUNDS)
+        tl.store(normed + at, narrow, mask=mask)
+
+
+@triton.jit
 def _residual_norm(
     x,
     y,
@@ -247,6 +291,8 @@ def _residual_norm(
     bias,
     normed,
     statistics,
+    cast_scale,
+    amax,
     key,
     row_numbers,
     column_numbers,
@@ -259,6 +305,8 @@ def _residual_norm(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_RMS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
     """Compute total; its statistics if they are wanted; and normed if it is wanted, too.
 
@@ -310,7 +358,8 @@ def _residual_norm(
                     normal *= factor[None, :]
                 if bias is not None:
                     normal += shift[None, :]
-                tl.store(normed + at, normal.to(normed.dtype.element_ty), mask=mask)
+                normal = normal.to(x.dtype.element_ty)
+                _put(normed, at, normal, mask, cast_scale, amax, LARGEST, ROUNDS)
 
 
 @triton.jit
@@ -332,12 +381,16 @@ def _normalize(
     bias,
     normed,
     statistics,
+    cast_scale,
+    amax,
     num_rows,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_RMS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
     """Compute normed of the statistics of whole rows."""
     columns = tl.arange(0, COLUMNS)
@@ -356,7 +409,8 @@ def _normalize(
             normal *= factor[None, :]
         if bias is not None:
             normal += shift[None, :]
-        tl.store(normed + at, normal.to(normed.dtype.element_ty), mask=mask)
+        normal = normal.to(total.dtype.element_ty)
+        _put(normed, at, normal, mask, cast_scale, amax, LARGEST, ROUNDS)
 
 
 @triton.jit
