@@ -249,7 +249,7 @@ def in_8_bits(shape: ModelShape, mode: Mode) -> Block:
 
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_a_block_keeps_the_bytes_in_8_bits_that_are_foreseen(family: str) -> None:
-    """What a block keeps less than in bf16 is as foreseen, and so is all that it keeps from I to W."""
+    """The bytes that a block keeps less than in bf16 are as foreseen, and so are all that it keeps from I to W."""
     shape, tensor = FAMILY_SHAPES[family], TensorConfig()
     mode = mode_of(0, tensor, torch.bfloat16)
     foreseen = {p: kept_bytes(shape, microbatch_of(tensor, B, S, precision=p))[1] for p in ("bf16", "fp8")}

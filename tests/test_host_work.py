@@ -60,7 +60,7 @@ def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="it measures a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_a_host_that_trains_opt_125m_waits_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that waits for the loss is ahead of its GPU, which then has no gap in which it waits for the host.
 
