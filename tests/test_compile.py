@@ -110,7 +110,7 @@ def copied_matrices(rank: int, world_size: int, raw: Raw) -> tuple[set[str], int
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_compiled_code_computes_the_gradients_of_weights_where_they_are_summed() -> None:
-    """Of all matrices only the embeddings' gradients are copied; and dropout does not cut the code in two."""
+    """Only the embeddings' gradients are copied, of all matrices, and dropout does not cut the code in two."""
     check_compiler()
     model = SHAPE | dict(num_hidden_layers=2, dropout=0.3)
     raw = config_of({}, steps=1, model=model, train=dict(micro_batch_size=12, compile=True, precision="bf16"))
