@@ -46,9 +46,8 @@ def check(world_size: int, parallel: Raw, *, zero: Raw | None = None, **options:
         model = SHAPE | dict(num_hidden_layers=2, dropout=0.3, attention_dropout=0.3)
         micro = dict(micro_batch_size=2 if "pipeline" in parallel else 4)
         section = micro | options | dict(compile=compiles)
-        raw = config_of(
-            parallel, steps=2, model=model, train=section, optimizer=dict(eps=1e-3), **({"zero": zero} if zero else {})
-        )
+        sections: Raw = dict(model=model, train=section, optimizer=dict(eps=1e-3)) | (dict(zero=zero) if zero else {})
+        raw = config_of(parallel, steps=2, **sections)
         found = run(train, world_size, raw, batches_of(2), timeout=3 * LIMIT)[0]
         assert found is not None
         return found
