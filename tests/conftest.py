@@ -56,6 +56,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
 
 
+@pytest.fixture
+def gpu() -> None:
+    """Skip a test where torch sees no GPU.
+
+    A module must not ask while it is imported: `is_available` starts CUDA, and no process that is forked later has it.
+    """
+    import torch
+
+    if not torch.cuda.device_count():
+        pytest.skip("there is no GPU")
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind() -> Iterator[None]:
     """Fail a test that leaves behind a process or an environment variable, which could disturb the next test."""

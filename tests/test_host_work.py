@@ -60,7 +60,7 @@ def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="it measures a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_a_host_that_trains_opt_125m_waits_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that waits for the loss is ahead of its GPU, which then has no gap in which it waits for the host.
 
@@ -125,13 +125,18 @@ def test_a_change_of_the_tree_is_refused(change: str) -> None:
     engine = engine_of()
     module: Any = next(part for part in engine.module.modules() if isinstance(part, LayerNorm))
     if change == "another name":
-        module._parameters["other"] = module._parameters.pop("weight")
+        weight, bias = module._parameters.pop("weight"), module._parameters.pop("bias")
+        module._parameters.update(other=weight, bias=bias)
     if change == "another parameter":
         module.weight = nn.Parameter(module.weight.detach().clone())
     if change == "one more":
         module.more = nn.Parameter(torch.zeros(1))
-    with pytest.raises(parallel.ModelError, match="is not the parameter it was"):
+    found = ""
+    try:
         engine.train_step(batch())
+    except (parallel.ModelError, AttributeError) as error:  # the latter is of a layer whose weight has another name
+        found = str(error)
+    assert "is not the parameter it was" in found
 
 
 def test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written() -> None:

@@ -1,13 +1,12 @@
 """The kernels of the loss and of lookups are at most twice as inexact as torch on a GPU; see also test_kernels.py."""
 
 import pytest
-import torch
 
 from tests.interpreted import cross_entropy, lookup
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU runs these")
+@pytest.mark.usefixtures("gpu")
 def test_cross_entropy_on_a_gpu_is_as_exact_as_its_reference_at_real_sizes_too() -> None:
     cross_entropy.check_all("cuda")
     for columns, batch in ((50_272, (2, 40)), (128_256, (1, 30)), (50_257, (3, 5))):
@@ -15,7 +14,7 @@ def test_cross_entropy_on_a_gpu_is_as_exact_as_its_reference_at_real_sizes_too()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU runs these")
+@pytest.mark.usefixtures("gpu")
 def test_a_lookup_on_a_gpu_is_as_exact_as_its_reference_and_the_same_in_each_run() -> None:
     lookup.check_all("cuda")
     for drawn in (40, 3_000, 50_272):

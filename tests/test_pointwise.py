@@ -15,7 +15,7 @@ from parallel.ops.kernels import activation, heads
 from tests import blocks
 from tests.patience import LIMIT
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.usefixtures("gpu")
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from parallel.optim.adamw import AdamW
 from parallel.storage.transfer import ON_DEVICE, Placement, Tier
 
 ON_HOST = Placement(Tier.HOST, Tier.HOST)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.device_count() else "cpu")
 SHAPE, LAYERS = (512, 256), 6
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from parallel.ops.kernels.table import is_fused
 
 IN_COMPILED_CODE = False
-"""With True compiled blocks call the kernels, too; with False the compiler fuses torch's functions with others."""
+"""True: compiled blocks call the kernels, too. False: the compiler fuses torch's functions with others."""
 
 
 Dtypes: TypeAlias = tuple[torch.dtype | None, ...]

@@ -23,30 +23,30 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of squares of each tensor: see `sums_of_squares`."""
     device = tensors[0].device
     partial = torch.empty(len(tensors), PARTS, dtype=torch.float64, device=device)
-    if len(tensors) == 1:
-        _squares_of_one[PARTS,](tensors[0], partial, tensors[0].numel(), BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=8)
-    else:
-        _launch_for_many(tensors, partial)
+    _launch(tensors, partial)
     found = torch.empty(len(tensors), dtype=torch.float64, device=device)
     _add_up[len(tensors),](partial, found, PARTS=PARTS, num_warps=4)
     return found
 
 
-def _launch_for_many(tensors: Sequence[Tensor], partial: Tensor) -> None:
-    """Launch one kernel for the tensors of each dtype, the largest tensors first: the last programs are short."""
-    rows: dict[torch.dtype, list[int]] = {}
+def _launch(tensors: Sequence[Tensor], partial: Tensor) -> None:
+    """Launch one kernel for the tensors of each dtype and alignment, the largest first: the last programs are short.
+
+    One tensor takes the same kernel as many: a compiler adds in another order where it knows more of a size.
+    """
+    rows: dict[tuple[torch.dtype, bool], list[int]] = {}
     for i in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
-        rows.setdefault(tensors[i].dtype, []).append(i)
+        rows.setdefault((tensors[i].dtype, are_aligned([tensors[i]])), []).append(i)
     table = table_of(
         [(tensors[i].data_ptr(), tensors[i].numel(), i) for indices in rows.values() for i in indices], partial.device
     )
     first = 0
-    for dtype, indices in rows.items():
-        _squares_of_many[PARTS, len(indices)](
+    for (dtype, is_aligned), indices in rows.items():
+        _squares[PARTS, len(indices)](
             table[first:],
             partial,
             DTYPE=DTYPES[dtype],
-            ALIGNED=are_aligned([tensors[i] for i in indices]),
+            ALIGNED=is_aligned,
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,
             num_warps=8,
@@ -55,14 +55,7 @@ def _launch_for_many(tensors: Sequence[Tensor], partial: Tensor) -> None:
 
 
 @triton.jit
-def _squares_of_one(x, partial, size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Write the partial sum of a program of x[size]."""
-    part = tl.program_id(0)
-    tl.store(partial + part, _partial_squares(x, size, part, tl.num_programs(0), BLOCK, BLOCKS))
-
-
-@triton.jit
-def _squares_of_many(
+def _squares(
     table,  # of each tensor its address, its size, and its row in `partial`
     partial,
     DTYPE: tl.constexpr,
