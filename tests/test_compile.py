@@ -34,8 +34,8 @@ def check_compiler() -> None:
         pytest.skip(str(error))
 
 
-def check(world_size: int, parallel: Raw, **options: Any) -> None:
-    """Compare a compiled run with an eager one.
+def check(world_size: int, parallel: Raw, *, zero: Raw | None = None, **options: Any) -> None:
+    """Compare a compiled run with an eager one; `zero` is that section of both configs, `options` those of `train`.
 
     Compiled code sums in another order. The bound, and Adam's eps, are those of the randomly drawn layouts
     (tests/test_property.py).
@@ -45,9 +45,9 @@ def check(world_size: int, parallel: Raw, **options: Any) -> None:
     def trace(compiles: bool) -> Trace:
         model = SHAPE | dict(num_hidden_layers=2, dropout=0.3, attention_dropout=0.3)
         micro = dict(micro_batch_size=2 if "pipeline" in parallel else 4)
-        raw = config_of(
-            parallel, steps=2, model=model, train=micro | options | dict(compile=compiles), optimizer=dict(eps=1e-3)
-        )
+        section = micro | options | dict(compile=compiles)
+        sections: Raw = dict(model=model, train=section, optimizer=dict(eps=1e-3)) | (dict(zero=zero) if zero else {})
+        raw = config_of(parallel, steps=2, **sections)
         found = run(train, world_size, raw, batches_of(2), timeout=3 * LIMIT)[0]
         assert found is not None
         return found
@@ -66,6 +66,18 @@ def test_compiled_with_dropout_equals_eager() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_equals_eager_in_every_mode(layout: str, checkpointing: str) -> None:
     check(*LAYOUTS[layout], activation_checkpointing=checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 1800)
+@pytest.mark.parametrize(
+    "zero",
+    [dict(stage=2), dict(stage=3), dict(tensor_placement_policy="cpu"), dict(stage=3, tensor_placement_policy="cpu")],
+    ids=str,
+)
+def test_compiled_equals_eager_in_every_stage_of_zero(zero: Raw) -> None:
+    """Each rank has a single microbatch, whose gradients compiled code may place where they are summed."""
+    check(2, {}, zero=zero, micro_batch_size=6)
 
 
 def test_a_host_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +109,7 @@ def copied_matrices(rank: int, world_size: int, raw: Raw) -> tuple[set[str], int
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_compiled_code_computes_the_gradients_of_weights_where_they_are_summed() -> None:
-    """Of all matrices only the embeddings' gradients are copied; and dropout does not cut the code in two."""
+    """Only the embeddings' gradients are copied, of all matrices, and dropout does not cut the code in two."""
     check_compiler()
     model = SHAPE | dict(num_hidden_layers=2, dropout=0.3)
     raw = config_of({}, steps=1, model=model, train=dict(micro_batch_size=12, compile=True, precision="bf16"))
