@@ -80,10 +80,10 @@ def _leaves_nothing_behind() -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """Return os.environ without what is set once in a process, and rightly stays.
 
-    pytest notes the current test there, torch sets a folder when its compiler is imported, and `make_context` sets how
-    the allocator works before this process first uses a GPU. scikit-learn, which transformers imports to generate
+    pytest notes the current test there, torch's compiler sets folders and programs of its own, and `make_context` sets
+    how the allocator works before this process first uses a GPU. scikit-learn, which transformers imports to generate
     where it is installed, sets two variables of OpenMP.
     """
     own = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF"}
-    own |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+    own |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"}
     return {name: value for name, value in os.environ.items() if name not in own}

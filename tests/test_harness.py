@@ -1,5 +1,6 @@
 """Ranks return results in order, and a rank that fails, dies or hangs is named and ends the others."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -121,6 +122,17 @@ def test_no_process_sees_a_gpu_unless_the_option_is_given() -> None:
 @pytest.mark.gpu
 def test_a_rank_sees_the_gpus_that_this_process_sees() -> None:
     assert run(visible_gpus, 2) == [visible_gpus(0, 1)] * 2
+
+
+def test_no_module_of_tests_starts_cuda_when_it_is_imported() -> None:
+    """Ranks are forked from a process that has imported them: none of them would have a GPU."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for b in f.body for n in ast.walk(b)}
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in inside)
+        found += [path.name for node in calls if node.attr == "is_available"]
+    assert found == []
 
 
 def test_where_there_is_no_gpu_the_option_runs_no_test_and_fails_none() -> None:

@@ -1,11 +1,10 @@
 """The kernels of an update on a GPU: the cases are those of the interpreted programs."""
 
 import pytest
-import torch
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.usefixtures("gpu"),
 ]
 
 
