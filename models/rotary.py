@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.llama.rope import RopeScaling
+from parallel.ops.captured import is_capturing
 from parallel.ops.kernels.heads import Tables, rotated
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
@@ -100,7 +101,9 @@ class Rotary:
             return self._make_tables(batch, mode, like, sequence)
         ids = batch.columns
         version = None if ids is None else ids._version
-        key = batch.length, sequence, like.device, like.dtype, version, torch.is_inference_mode_enabled()
+        # Tables in a graph's memory are for that graph alone, and a graph reads no others: these may be replaced.
+        is_for_graph = is_capturing(like.device)
+        key = batch.length, sequence, like.device, like.dtype, version, torch.is_inference_mode_enabled(), is_for_graph
         if self._tables is None or self._key != key or self._ids is not ids:
             self._key, self._ids, self._tables = key, ids, self._make_tables(batch, mode, like, sequence)
         return self._tables

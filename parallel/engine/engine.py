@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import make_chunks
+from parallel.engine.captured_step import CapturedStep, problem_of_capture
 from parallel.engine.composition import initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.origin import origin_of
@@ -20,6 +21,7 @@ from parallel.engine.phases import Stopwatch
 from parallel.engine.results import StepResult
 from parallel.engine.scales import scaling_of
 from parallel.engine.state import EngineState
+from parallel.engine.step_code import StepCode
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
 from parallel.layout.labels import IGNORED, shift
 from parallel.mesh.collectives import all_reduce
@@ -83,6 +85,13 @@ class Engine(EngineState):
                 module.receiver = self.gradients.receiver(module.weight, in_compiled_code=compiles)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
+        self.captured_step = CapturedStep(
+            partial(self._forwards_and_backwards, records=True),
+            StepCode(part, self.chunks),
+            gradients=self.gradients,
+            stopwatch=self.stopwatch,
+            never=problem_of_capture(config, self.mesh.world.size),
+        )
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
         self._plans: dict[tuple[bool, int], Plan] = {}
@@ -123,7 +132,7 @@ class Engine(EngineState):
         first = microbatches[0]
         masks = (int(x is not None) for x in (first.attention_mask, first.documents))
         self.placement_manager.before_step((len(microbatches), *first.input_ids.shape, *masks))
-        total = self._forwards_and_backwards(microbatches, self.stopwatch.mark, records=True)
+        total = self.captured_step(microbatches, self.scaling is not None and self.scaling.state.is_known)
         scale = self.loss_scale.scale
         if written is None:
             norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
@@ -165,6 +174,7 @@ class Engine(EngineState):
         for a loss that is not finite though there are labels.
         """
         self.agree_on("an evaluation")
+        self.captured_step.make_room()
         self.part.eval()
         total, tokens = 0.0, 0
         with self.memory_guard.explained(lambda: "an evaluation"), self._casting(records=False):
@@ -212,6 +222,7 @@ class Engine(EngineState):
 
     def _origin(self, microbatches: Sequence[Microbatch]) -> str:
         """Run a step again that has updated nothing, and return where its first number was that is not finite."""
+        self.captured_step.drop()  # its memory is needed
         first = FirstNotFinite(self.part, self.chunks, self.part.layer_names())
 
         def mark(phase: str, detail: object = "") -> None:

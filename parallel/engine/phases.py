@@ -1,6 +1,6 @@
 """The phases of a step, and a stopwatch that measures their seconds without waiting for a device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -40,6 +40,11 @@ class Stopwatch:
         self._range: record_function | None = None
         self._recorded: list[Mark] | None = None
 
+    @property
+    def is_observed(self) -> bool:
+        """True if somebody wants each mark with its detail: a profiler, or `recording`."""
+        return torch.autograd.profiler._is_profiler_enabled or self._recorded is not None
+
     def mark(self, phase: Phase, detail: object = "") -> None:
         """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
         self._end_range()
@@ -53,6 +58,19 @@ class Stopwatch:
     def phase(self) -> str:
         """The phase that the host is in, or nothing."""
         return self._marks[-1][0] or "" if self._marks else ""
+
+    def mark_in_graph(self, phase: Phase) -> Mark:
+        """Return a mark that is a part of the graph that is being captured. Each replay passes it to `take`."""
+        return phase, "", self._clock.now_in_graph()
+
+    def take(self, marks: Sequence[Mark]) -> None:
+        """Take the marks of a graph that has been launched. They count until its next replay, before which the device
+        has reached them, and `read` has read them.
+        """
+        self._end_range()
+        for phase, _, time in marks:
+            self._on_phase(phase or "")
+            self._marks.append((phase, time))
 
     def read(self) -> dict[str, float]:
         """Return the seconds of every phase since the last reading, as far as the device has come."""

@@ -1,11 +1,111 @@
 """Work of a GPU that is the same each time, captured in a CUDA graph: the host launches it with one call."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 CALLS_BEFORE = 3
 """The calls that run as usual: libraries allocate their workspaces in them, and code is compiled."""
+
+
+class Graph(Protocol):
+    """What a function gives a device to do, recorded once, to be launched any number of times.
+
+    A graph has the addresses of tensors and the numbers that kernels were launched with, and nothing else. Whatever it
+    reads or writes must stay where it is, or be made in it. `num_bytes` is the memory that the graph keeps for tensors
+    that are made in it; no other work uses that memory until `drop`.
+    """
+
+    num_bytes: int
+
+    def capture(self, function: Callable[[], T]) -> T:
+        """Call the function, whose work the device records and does not do, and return what it returns.
+
+        The function never waits for the device, and copies nothing to it. An error leaves the device as it was.
+        """
+
+    def replay(self) -> None:
+        """Launch the work, behind all that the device's current stream has been given."""
+
+    def drop(self) -> None:
+        """Give up the graph, when its last replay has ended, and its memory where no tensor in it is used."""
+
+
+class CudaGraph:
+    """A CUDA graph of the current device."""
+
+    def __init__(self) -> None:
+        self._graph, self.num_bytes = torch.cuda.CUDAGraph(), 0
+
+    def capture(self, function: Callable[[], T]) -> T:
+        """Return what the function returns; see `Graph`."""
+        pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # of the calls before, whose memory the graph needs now
+        before = torch.cuda.memory_reserved()
+        # Where a capture fails, torch leaves the stream of the capture current, and the memory reserved.
+        with torch.cuda.stream(torch.cuda.current_stream()), _without_collections():
+            try:
+                # Other threads copy batches and write checkpoints meanwhile, which is not recorded.
+                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                    found = function()
+            except BaseException:
+                _release(pool)
+                raise
+        self.num_bytes = torch.cuda.memory_reserved() - before
+        return found
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def drop(self) -> None:
+        torch.cuda.synchronize()
+        self._graph.reset()
+        self.num_bytes = 0
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python collect its garbage before the block, and none within it.
+
+    In a capture an object may not be freed that gives pinned memory back to the driver, and a graph of autograd that
+    has outlived its step would bring the stream of that step into the capture.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _release(pool: tuple[int, int]) -> None:
+    """Give up the memory of a capture that could not even end. Where it has ended, torch does it with the graph."""
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device, pool)  # raises where the capture has ended
+        torch._C._cuda_releasePool(device, pool)
+
+
+def graphs_of(device: torch.device) -> Callable[[], Graph] | None:
+    """Return what makes a new graph for work of a device, or None where there are none."""
+    return CudaGraph if device.type == "cuda" else None
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether the work that is given to a device now is recorded in a graph.
+
+    What is computed then exists in the memory of the graph, and only while it is replayed: nobody may keep it for work
+    outside. And the graph may read nothing that is kept outside and replaced there.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Captured:
@@ -18,7 +118,7 @@ class Captured:
     def __init__(self, function: Callable[[], None], *, captures: bool) -> None:
         self.function, self.captures = function, captures
         self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: CudaGraph | None = None
 
     def __call__(self) -> None:
         if not self.captures or self.calls < CALLS_BEFORE:
@@ -26,7 +126,6 @@ class Captured:
             self.function()
             return
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # it records and computes nothing
-                self.function()
+            self.graph = CudaGraph()
+            self.graph.capture(self.function)
         self.graph.replay()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ class Clock:
     seconds: Callable[[Any, Any], float]
     """Returns the seconds from one mark to another; the device must have reached both."""
 
+    now_in_graph: Callable[[], Any]
+    """Returns a mark that is a part of the graph that is being captured: each replay sets it anew."""
+
 
 def clock_of(device: torch.device) -> Clock:
     """Return the clock of a device: events in the current stream of a GPU, or the host's time."""
@@ -28,13 +32,18 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def _host_clock() -> Clock:
-    return Clock(time.perf_counter, lambda mark: True, lambda start, end: end - start)
+    return Clock(time.perf_counter, lambda mark: True, lambda start, end: end - start, time.perf_counter)
 
 
 def _gpu_clock() -> Clock:
-    def now() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+    def now(**options: bool) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, **options)
         event.record()
         return event
 
-    return Clock(now, lambda event: bool(event.query()), lambda start, end: float(start.elapsed_time(end)) / 1000)
+    return Clock(
+        now,
+        lambda event: bool(event.query()),
+        lambda start, end: float(start.elapsed_time(end)) / 1000,
+        partial(now, external=True),
+    )

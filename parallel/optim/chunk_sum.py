@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
@@ -14,6 +15,14 @@ from parallel.mesh.collectives import Pending, all_reduce, start_all_reduce, sta
 from parallel.ops.products import Factor
 
 NO_PARAMETERS: Mapping[nn.Parameter, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedSum:
+    """The gradient of a chunk after a step's backwards: the sum over ranks, and for each parameter 1 if it got one."""
+
+    total: Tensor
+    seen: tuple[int, ...]
 
 
 class ChunkSum:
@@ -148,6 +157,17 @@ class ChunkSum:
             for axis in further:
                 all_reduce(whole, axis, in_place=True)
             self.chunk.store_gradient(whole)
+
+    def finished(self) -> FinishedSum:
+        """Return the result, after `wait`."""
+        total = self.chunk.gradient.total
+        assert total is not None
+        return FinishedSum(total, tuple(self.seen))
+
+    def restore(self, result: FinishedSum) -> None:
+        """Be, after `begin`, as after everything that has led to this result, whose total has been computed anew."""
+        self.seen, self.was_launched = list(result.seen), True
+        self.chunk.store_gradient(result.total)
 
 
 def _arrive(total: "weakref.ref[ChunkSum]", i: int, parameter: Tensor) -> None:

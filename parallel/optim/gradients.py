@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import ParameterInfo
 from parallel.ops.deferred import DeferredCalls
-from parallel.optim.chunk_sum import NO_PARAMETERS, ChunkSum
+from parallel.optim.chunk_sum import NO_PARAMETERS, ChunkSum, FinishedSum
 from parallel.tensor.compiled import handle_of
 from parallel.tensor.receiver import GradientReceiver
 
@@ -83,6 +83,23 @@ class Gradients:
             total.launch_rest()
         for total in self._sums:
             total.wait()
+
+    @property
+    def are_watched(self) -> bool:
+        """True inside `watching`."""
+        return any(total.on_arrival is not None for total in self._sums)
+
+    def finished(self) -> list[FinishedSum]:
+        """Return the results of a step, after `finish`."""
+        return [total.finished() for total in self._sums]
+
+    def restore(self, num_microbatches: int, results: Sequence[FinishedSum]) -> None:
+        """Be as after a step of this number of microbatches with these results, which a device has computed without
+        any call of this object: in the memory that they had.
+        """
+        self.begin(num_microbatches)
+        for total, result in zip(self._sums, results, strict=True):
+            total.restore(result)
 
     def _completed(self, total: ChunkSum) -> None:
         """Launch the sum of a round when everything that it waits for has arrived."""

@@ -1,7 +1,7 @@
 """Microbatches, which go through a pipeline, and the check of a batch that they are made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,34 @@ class Microbatch:
         if self.position_ids is not None or self.documents is None:
             return self.position_ids
         return self.documents.positions
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that there are."""
+        documents = [] if self.documents is None else [self.documents.positions, self.documents.bounds]
+        found = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
+        return [x for x in found if x is not None] + documents
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """All that kernels depend on besides the values of the tensors."""
+        found = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
+        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in found)
+        documents = None if self.documents is None else (self.documents.bounds.shape, self.documents.longest)
+        return *shapes, self.scale, documents
+
+    def copied(self) -> "Microbatch":
+        """Return the same in memory of its own."""
+        mask, positions = (None if x is None else x.clone() for x in (self.attention_mask, self.position_ids))
+        return replace(
+            self,
+            input_ids=self.input_ids.clone(),
+            labels=self.labels.clone(),
+            samples=self.samples.clone(),
+            attention_mask=mask,
+            position_ids=positions,
+            documents=None if self.documents is None else self.documents.apply(torch.clone),
+        )
 
     def split(self, size: int) -> list["Microbatch"]:
         """Return microbatches of `size` samples each, in order, as views."""

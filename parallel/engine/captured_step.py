@@ -1,0 +1,181 @@
+"""Forward and backward of a training step as one CUDA graph, which the host launches with one call.
+
+A step of a small model has kernels of a few microseconds, and eager code launches one in about ten: the device waits
+for the host. A step of a large one begins with it, since the host has waited for the loss of the step before.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from parallel.config import Config
+from parallel.engine.phases import Mark, Phase, Stopwatch
+from parallel.engine.step_code import StepCode
+from parallel.ops.captured import CALLS_BEFORE, Graph, graphs_of
+from parallel.optim.chunk_sum import FinishedSum
+from parallel.optim.gradients import Gradients
+from parallel.pipeline.microbatch import Microbatch
+from parallel.placement.memory_report import use_of
+from parallel.storage.no_room import Memory
+
+log = logging.getLogger(__name__)
+
+Run: TypeAlias = Callable[..., Tensor]
+"""Does forward and backward of microbatches with a function that is given each phase that begins: (microbatches, mark)
+-> the loss summed over ranks.
+"""
+
+Key: TypeAlias = tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedWork:
+    """A graph, where it reads the batch, and where its results are.
+
+    graph         reads parameters, the scales of 8-bit linears, and `microbatches`; all else is made in it
+    microbatches  in memory that stays, where each batch is copied to
+    loss          fp64 [], the loss summed over ranks
+    results       of the chunks' gradients, whose memory the graph writes anew
+    marks         the times at which phases begin
+    """
+
+    graph: Graph
+    microbatches: Sequence[Microbatch]
+    loss: Tensor
+    results: Sequence[FinishedSum]
+    marks: Sequence[Mark]
+
+    def launch(self, microbatches: Sequence[Microbatch]) -> None:
+        """Launch the work for these microbatches."""
+        static, given = ([x for one in many for x in one.tensors] for many in (self.microbatches, microbatches))
+        torch._foreach_copy_(static, given)
+        self.graph.replay()
+
+
+class CapturedStep:
+    """Does forward and backward of steps: as usual at first, and once they are all alike, by replaying a graph.
+
+    A step is captured after `CALLS_BEFORE` others with the same key, which has all that kernels are chosen by, or
+    launched with, besides the values of tensors: shapes, the factor of the loss, addresses of parameters. So nothing is
+    captured where the factor changes each time, as it does with padded samples, whose labels are counted. There is one
+    graph at a time. A step with another key runs as usual, between replays.
+
+    **State.** A replay calls nothing in Python. These objects change in a step, and are afterwards what they are after
+    any other:
+
+        Gradients, its ChunkSums   `Gradients.restore`: begun anew, with the parameters that were seen
+        Gradient, its Accumulator  the same; `total` is the tensor that it was when the step was captured, written anew
+        Scaling                    the maxima are the graph's; copies of weights are dropped at the end of each step
+        Stopwatch, the watch       `Stopwatch.take`: marks within the graph are set anew by each replay
+        Gatherer, DeferredCalls    as before the step: nothing is gathered on demand, no call is left over
+        parameters                 not written, and without `.grad`
+        modules                    kept tables of positions are not shared with the graph (`ops.captured.is_capturing`)
+
+    **Memory.** Activations and gradients are in memory that only the graph uses. During forward and backward that is as
+    much as otherwise; but an update, an evaluation, or a step that runs as usual cannot reuse it. So a graph is kept
+    only while as much memory as it has is free beside it (`make_room`): then they find what they find without it.
+
+    `run` does forward and backward. `never`: why this engine's steps cannot be captured, or nothing.
+    """
+
+    def __init__(self, run: Run, code: StepCode, *, gradients: Gradients, stopwatch: Stopwatch, never: str) -> None:
+        self.code, self.gradients, self.stopwatch, self.problem = code, gradients, stopwatch, never
+        self._run, self._device = run, code.chunks[0].memory.device
+        self._new_graph = graphs_of(self._device)
+        self._key: Key = ()  # of the last step
+        self._count = 0  # the steps in a row that had it
+        self._captured: tuple[Key, CapturedWork] | None = None
+
+    def __call__(self, microbatches: Sequence[Microbatch], *settings: object) -> Tensor:
+        """Return the loss summed over ranks, and leave the gradients in chunks.
+
+        `settings`: further numbers that launches depend on.
+        """
+        if self._new_graph is None or self.problem or self._is_observed:
+            return self._as_usual(microbatches)
+        key = (*settings, *(one.form for one in microbatches), *self.code.key)
+        self._count = self._count + 1 if key == self._key else 1
+        self._key = key
+        if self._captured is not None and self._captured[0] == key:
+            return self._replay(self._captured[1], microbatches)
+        if self._count <= CALLS_BEFORE:
+            return self._as_usual(microbatches)
+        self.drop()
+        if (work := self._capture(microbatches, self._new_graph())) is None:
+            return self._as_usual(microbatches)
+        self._captured = key, work
+        return self._replay(work, microbatches)
+
+    def drop(self) -> None:
+        """Give up the graph and its memory. The next one is captured after as many steps as the first."""
+        if self._captured is not None:
+            self._captured[1].graph.drop()
+            self._captured, self._count = None, 0
+
+    def make_room(self) -> None:
+        """Give up the graph, unless as much memory as it has is free beside it: for work that is not captured."""
+        if self._captured is not None and not _is_roomy(self._captured[1].graph, self._device):
+            self.drop()
+
+    @property
+    def _is_observed(self) -> bool:
+        """True if somebody's code is called within a step, which a replay would not do."""
+        return self.stopwatch.is_observed or self.gradients.are_watched or self.code.is_observed
+
+    def _as_usual(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        self.make_room()
+        return self._run(microbatches, self.stopwatch.mark)
+
+    def _replay(self, work: CapturedWork, microbatches: Sequence[Microbatch]) -> Tensor:
+        work.launch(microbatches)
+        # The device computes already while the host does the rest.
+        self.stopwatch.take(work.marks)
+        self.gradients.restore(len(microbatches), work.results)
+        return work.loss
+
+    def _capture(self, microbatches: Sequence[Microbatch], graph: Graph) -> CapturedWork | None:
+        """Return the captured work; None where it could not be captured, or leaves too little memory: then none is."""
+        static = [one.copied() for one in microbatches]
+        marks: list[Mark] = []
+
+        def mark(phase: Phase, detail: object = "") -> None:
+            marks.append(self.stopwatch.mark_in_graph(phase))
+
+        try:
+            loss = graph.capture(lambda: self._run(static, mark))
+        except RuntimeError as error:  # of CUDA: work that waits for the device, or no memory; training goes on
+            self._give_up(str(error).splitlines()[0])
+            return None
+        if not _is_roomy(graph, self._device):
+            size = graph.num_bytes
+            self.gradients.begin(len(microbatches))  # they are in the memory of the graph
+            graph.drop()
+            self._give_up(f"beside a graph of {size / 2**30:.1f} GiB not as much is free for other work")
+            return None
+        return CapturedWork(graph, static, loss, self.gradients.finished(), marks)
+
+    def _give_up(self, problem: str) -> None:
+        self.problem = problem
+        log.warning("steps are not captured in a CUDA graph, and run as usual: %s", problem)
+
+
+def _is_roomy(graph: Graph, device: torch.device) -> bool:
+    """Return whether as much memory as the graph has is free beside it."""
+    use = use_of(Memory.DEVICE, device)
+    kept_by_torch = max(0, use.unused - graph.num_bytes)  # of freed tensors outside of the graph
+    return use.free + kept_by_torch >= graph.num_bytes
+
+
+def problem_of_capture(config: Config, world_size: int) -> str:
+    """Return why steps with this config are never captured, or nothing."""
+    if world_size > 1:
+        return "ranks communicate within a step"
+    if config.zero.stage >= 3 or config.zero.tensor_placement_policy != "cuda":
+        return "parameters are gathered on demand"
+    if config.train.activation_checkpointing == "offload":
+        return "inputs of layers are copied to the host"
+    return ""
