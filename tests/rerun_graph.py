@@ -50,7 +50,7 @@ class RerunGraph:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: RerunGraph) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.made: dict[int, Tensor] = {}  # storages that the capture has made, by address; all of them are kept
         self.before: list[tuple[Tensor, Tensor]] = []  # whole storages from outside that it has written, with copies
@@ -58,7 +58,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name
-        assert name not in WAITS, f"{name}: a capture must not wait for the device"
+        if name in WAITS:
+            raise RuntimeError(f"{name}: a capture must not wait for the device")
         for x in _written(function, args, kwargs):
             self._keep(x)
         outputs = function(*args, **kwargs)

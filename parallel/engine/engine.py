@@ -87,7 +87,7 @@ class Engine(EngineState):
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.captured_step = CapturedStep(
             partial(self._forwards_and_backwards, records=True),
-            StepCode(part, self.chunks),
+            StepCode(part, self.chunks, self.writes),
             gradients=self.gradients,
             stopwatch=self.stopwatch,
             never=problem_of_capture(config, self.mesh.world.size),

@@ -49,7 +49,7 @@ class CudaGraph:
         torch.cuda.empty_cache()  # of the calls before, whose memory the graph needs now
         before = torch.cuda.memory_reserved()
         # Where a capture fails, torch leaves the stream of the capture current, and the memory reserved.
-        with torch.cuda.stream(torch.cuda.current_stream()), _without_collections():
+        with torch.cuda.stream(torch.cuda.current_stream()), _between_collections():
             try:
                 # Other threads copy batches and write checkpoints meanwhile, which is not recorded.
                 with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
@@ -70,11 +70,12 @@ class CudaGraph:
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
-    """Let Python collect its garbage before the block, and none within it.
+def _between_collections() -> Iterator[None]:
+    """Let Python collect its garbage before and after the block, and none within it.
 
-    In a capture an object may not be freed that gives pinned memory back to the driver, and a graph of autograd that
-    has outlived its step would bring the stream of that step into the capture.
+    In a capture an object may not be freed that gives pinned memory back to the driver. And a graph of autograd that
+    has outlived its step would take the stream on which its parameters' gradients are added into the capture, or out
+    of it.
     """
     gc.collect()
     was_enabled = gc.isenabled()
@@ -84,6 +85,7 @@ def _without_collections() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+        gc.collect()
 
 
 def _release(pool: tuple[int, int]) -> None:
