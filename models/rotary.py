@@ -60,6 +60,7 @@ class Rotary:
         self._attention_factor = attention_factor(settings)
         self._key: tuple[object, ...] = ()
         self._ids: Tensor | None = None
+        self._owner: Microbatch | None = None
         self._tables: Tables | None = None
 
     def __call__(self, q: Tensor, k: Tensor, batch: Microbatch, mode: Mode) -> tuple[Tensor, Tensor]:
@@ -101,11 +102,12 @@ class Rotary:
             return self._make_tables(batch, mode, like, sequence)
         ids = batch.columns
         version = None if ids is None else ids._version
-        # Tables in a graph's memory are for that graph alone, and a graph reads no others: these may be replaced.
-        is_for_graph = is_capturing(like.device)
-        key = batch.length, sequence, like.device, like.dtype, version, torch.is_inference_mode_enabled(), is_for_graph
-        if self._tables is None or self._key != key or self._ids is not ids:
-            self._key, self._ids, self._tables = key, ids, self._make_tables(batch, mode, like, sequence)
+        key = batch.length, sequence, like.device, like.dtype, version, torch.is_inference_mode_enabled()
+        # Tables that a graph computes are for its microbatch alone; and it reads no others, which may be replaced.
+        owner = batch if is_capturing(like.device) else None
+        if self._tables is None or self._key != key or self._ids is not ids or self._owner is not owner:
+            self._key, self._ids, self._owner = key, ids, owner
+            self._tables = self._make_tables(batch, mode, like, sequence)
         return self._tables
 
     def _make_tables(self, batch: Microbatch, mode: Mode, like: Tensor, sequence: int) -> Tables:

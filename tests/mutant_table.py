@@ -3422,6 +3422,59 @@ HOST_WORK = (
     ),
 )
 
+CAPTURED = "tests/test_captured_step.py"
+
+CAPTURED_STEPS = (
+    Mutant(
+        "replayed-batch-stale",
+        "a graph is replayed with the batch of the step in which it was captured",
+        "parallel/engine/captured_step.py",
+        "        torch._foreach_copy_(static, given)\n",
+        "        assert len(static) == len(given)\n",
+        f"{CAPTURED}::test_replayed_steps_are_the_steps_that_run_as_usual[dropout]",
+    ),
+    Mutant(
+        "replayed-state-incomplete",
+        "after a replay no parameter of a chunk has been seen to get a gradient",
+        "parallel/optim/chunk_sum.py",
+        "        self.seen, self.was_launched = list(result.seen), True\n",
+        "        self.was_launched = True\n",
+        f"{CAPTURED}::test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does[fp8]",
+    ),
+    Mutant(
+        "replayed-tables-freed",
+        "a graph reads tables of positions that the next batch of another length frees",
+        "models/rotary.py",
+        "        owner = batch if is_capturing(like.device) else None\n",
+        "        owner = None\n",
+        f"{CAPTURED}::test_a_graph_reads_nothing_that_could_be_freed[llama]",
+    ),
+    Mutant(
+        "replayed-factor-stale",
+        "a graph is replayed for another number of labels than it was captured with",
+        "parallel/pipeline/microbatch.py",
+        "        return *shapes, self.scale, documents\n",
+        "        return *shapes, documents\n",
+        f"{CAPTURED}::test_steps_with_other_numbers_of_labels_are_not_captured",
+    ),
+    Mutant(
+        "replayed-past-a-hook",
+        "a hook of a module is not called once the step is a graph",
+        "parallel/engine/step_code.py",
+        "            or any(self._hooks)\n",
+        "",
+        f"{CAPTURED}::test_a_hook_is_called_in_each_step[a_forward_hook]",
+    ),
+    Mutant(
+        "graph-without-room",
+        "a graph keeps the memory that an evaluation may need",
+        "parallel/engine/captured_step.py",
+        "    return use.free + kept_by_torch >= graph.num_bytes\n",
+        "    return use.free + kept_by_torch >= 0\n",
+        f"{CAPTURED}::test_other_work_gets_the_memory_of_a_graph_if_little_is_free",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3490,4 +3543,5 @@ MUTANTS = (
     *POINTWISE,
     *SCALES_OF_LINEARS,
     *HOST_WORK,
+    *CAPTURED_STEPS,
 )

@@ -1,13 +1,13 @@
 """A graph for tests on a CPU: it does what a CUDA graph does, with the operations that torch dispatches.
 
 A capture calls the function and records each operation, with its tensors. It "computes nothing": what existed before is
-put back, and what was made is filled with garbage. A replay does the recorded operations again, on the same tensors and
-into the same memory, and calls no Python but torch's. As a CUDA graph, it does not read numbers that come from the host
-again, and a capture refuses work that waits for the device.
+put back, and what was made is filled with garbage, as it is once more when the graph is dropped. A replay does the
+recorded operations again, on the same tensors and into the same memory, and calls no Python but torch's. As a CUDA
+graph, it does not read numbers that come from the host again, and a capture refuses work that waits for the device.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,16 +23,25 @@ GARBAGE = 57
 class RerunGraph:
     """See `parallel.ops.captured.Graph`. `num_bytes` is set by the test."""
 
+    is_capturing: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self.num_bytes, self.replays = 0, 0
+        self.memory: list[Tensor] = []
+        self.outside: dict[int, Tensor] = {}  # what it reads or writes that it has not made, by address
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
     def capture(self, function: Callable[[], T]) -> T:
         recorder = _Recorder(self)
-        with recorder:
-            found = function()
+        RerunGraph.is_capturing = True
+        try:
+            with recorder:
+                found = function()
+        finally:
+            RerunGraph.is_capturing = False
         with torch.no_grad():
             recorder.undo()
+        self.memory = list(recorder.made.values())
         return found
 
     def replay(self) -> None:
@@ -44,6 +53,8 @@ class RerunGraph:
                     _bytes(old).copy_(_bytes(new))
 
     def drop(self) -> None:
+        for x in self.memory:
+            _whole(x).fill_(GARBAGE)
         self.operations.clear()
         self.num_bytes = 0
 
@@ -63,7 +74,8 @@ class _Recorder(TorchDispatchMode):
         for x in _written(function, args, kwargs):
             self._keep(x)
         outputs = function(*args, **kwargs)
-        given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {_address(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.numel()}
+        self.graph.outside |= {address: x for address, x in given.items() if address not in self.made}
         tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
         if function._schema.is_mutable:
             self.graph.operations.append((function, args, kwargs, []))

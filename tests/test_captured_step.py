@@ -18,10 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import parallel
+from models import rotary
+from models.attention import AttentionOptions
+from models.rotary import Rotary
 from models.shapes import resolve
 from parallel.engine import captured_step
 from parallel.engine.captured_step import problem_of_capture
-from parallel.ops.captured import CALLS_BEFORE, graphs_of
+from parallel.ops.captured import CALLS_BEFORE, graphs_of, is_capturing
 from parallel.placement.memory_report import MemoryUse
 from tests.rerun_graph import RerunGraph
 
@@ -30,6 +33,7 @@ Batch = dict[str, Tensor]
 Made = list[RerunGraph]
 
 LENGTH, VOCABULARY = 16, 250
+SLOW = pytest.mark.slow
 
 CASES: dict[str, tuple[Fields, Fields, str]] = {
     "dropout": (dict(name="opt-tiny", dropout=0.1), {}, "input_ids"),
@@ -54,6 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
         return graphs[-1]
 
     monkeypatch.setattr(captured_step, "graphs_of", lambda device: graphs_of(device) or new)
+    monkeypatch.setattr(rotary, "is_capturing", lambda device: is_capturing(device) or RerunGraph.is_capturing)
     return graphs
 
 
@@ -106,7 +111,9 @@ def assert_same(one: parallel.Engine, other: parallel.Engine) -> None:
     assert all(map(torch.equal, weights(one), weights(other)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in ("dropout", "fp8") else pytest.param(case, marks=SLOW) for case in CASES]
+)
 def test_replayed_steps_are_the_steps_that_run_as_usual(case: str, made: Made) -> None:
     model, fields, key = CASES[case]
     batches = [batch_of(number, key=key) for number in range(CALLS_BEFORE + 4)]
@@ -151,7 +158,7 @@ def parts_of(x: object) -> dict[object, object]:
     return {name: value for name, value in vars(x).items() if name not in ("_views", "watch", "watcher")}
 
 
-@pytest.mark.parametrize("case", ["one microbatch", "fp8"])
+@pytest.mark.parametrize("case", [pytest.param("one microbatch", marks=SLOW), "fp8"])
 def test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does(case: str, made: Made) -> None:
     """Between backward and update: every attribute of every object that the engine refers to has the same value."""
     model, fields, _ = CASES[case]
@@ -172,20 +179,42 @@ def test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does(case: str,
     assert len(found[0]) > 1000  # it has looked into them
 
 
+@pytest.mark.parametrize("case", ["llama", *[pytest.param(x, marks=SLOW) for x in ("fp8", "recomputed", "documents")]])
+def test_a_graph_reads_nothing_that_could_be_freed(case: str, made: Made) -> None:
+    """Whatever it has not made is a parameter, a scale, the batch in its own memory, or an attribute of a module."""
+    model, fields, key = CASES[case]
+    engine = engine_of(model, **fields)
+    train(engine, [batch_of(number, key=key) for number in range(CALLS_BEFORE + 2)])
+    work = engine.captured_step._captured
+    assert work is not None
+    stays = [chunk.parameters.whole for chunk in engine.chunks]
+    stays += [x for one in work[1].microbatches for x in one.tensors]
+    stays += [] if engine.scaling is None else [engine.scaling.amax, engine.scaling.scales, engine.scaling.inverses]
+    attributes = [value for module in engine.part.modules() for value in vars(module).values()]
+    attributes += [x for value in attributes if isinstance(value, list) for x in value]
+    attributes += [value.rotary for value in attributes if isinstance(value, AttentionOptions)]
+    stays += [x for x in attributes if isinstance(x, Tensor)]
+    stays += [x._inv_freq for x in attributes if isinstance(x, Rotary)]
+    known = {x.untyped_storage().data_ptr() for x in stays}
+    assert not [x for address, x in made[0].outside.items() if address not in known]
+
+
 # -- when there is a graph ---------------------------------------------------------------------------------------------
 
 
 def test_a_step_of_another_size_runs_as_usual_between_replays(made: Made) -> None:
-    """The next graph takes the place of the first."""
+    """The next graph takes the place of the first, and computes the positions of its own tokens."""
     small = {5, 6, 8, 9, 10, 11, 12}
     batches = [batch_of(number, samples=2 if number in small else 4) for number in range(14)]
-    usual, captured = engine_of(captures=False), engine_of()
+    llama = dict(name="llama-tiny")
+    usual, captured = engine_of(llama, captures=False), engine_of(llama)
     assert train(captured, batches) == train(usual, batches)
     assert_same(captured, usual)
     assert [graph.replays for graph in made] == [3, 2]  # of the steps 3, 4, 7; and 11, 12
     assert not made[0].operations
 
 
+@SLOW
 def test_steps_with_other_numbers_of_labels_are_not_captured(made: Made) -> None:
     """The number is in the launches, by the factor of the loss."""
     usual, captured = engine_of(captures=False), engine_of()
@@ -214,6 +243,7 @@ def test_evaluations_and_checkpoints_between_replays_change_nothing(tmp_path: Pa
     assert [graph.replays for graph in made] == [6]
 
 
+@SLOW
 def test_a_step_that_is_left_out_changes_nothing_for_the_replays_after_it(made: Made) -> None:
     usual, captured = (engine_of(captures=captures, nonfinite="skip") for captures in (False, True))
     losses = []
@@ -272,7 +302,15 @@ def a_hook_after_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
     parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("hook"))
 
 
-@pytest.mark.parametrize("attach", [a_forward_hook, a_hook_of_the_part, a_hook_of_a_gradient, a_hook_after_a_gradient])
+@pytest.mark.parametrize(
+    "attach",
+    [
+        a_forward_hook,
+        pytest.param(a_hook_of_the_part, marks=SLOW),
+        pytest.param(a_hook_of_a_gradient, marks=SLOW),
+        pytest.param(a_hook_after_a_gradient, marks=SLOW),
+    ],
+)
 def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[str]], None], made: Made) -> None:
     engine, calls = engine_of(micro_batch_size=4), list[str]()
     train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
@@ -282,6 +320,7 @@ def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[s
     assert (len(calls), made[0].replays) == (2, 1)
 
 
+@SLOW
 def test_a_profiler_and_a_mode_see_the_operations_of_each_step(made: Made) -> None:
     engine = engine_of()
     train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
@@ -300,6 +339,7 @@ def test_a_profiler_and_a_mode_see_the_operations_of_each_step(made: Made) -> No
     assert made[0].replays == 2
 
 
+@SLOW
 def test_a_dropout_that_is_changed_counts_from_the_next_step_on(made: Made) -> None:
     batches = [batch_of(number) for number in range(CALLS_BEFORE + 2)]
     model = dict(name="opt-tiny", dropout=0.5)
@@ -338,6 +378,7 @@ def waiting(engine: parallel.Engine) -> parallel.Engine:
     return engine
 
 
+@SLOW
 @pytest.mark.gpu
 def test_a_step_that_waits_for_the_device_runs_as_usual(made: Made, caplog: pytest.LogCaptureFixture) -> None:
     batches = [batch_of(number) for number in range(CALLS_BEFORE + 4)]
@@ -389,7 +430,7 @@ def distance(one: parallel.Engine, other: parallel.Engine) -> float:
     return math.sqrt(squares / sum(float(a.double().square().sum()) for a, _ in pairs))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("case", CASES)
@@ -417,7 +458,7 @@ def test_replays_of_a_gpu_are_the_steps_that_run_as_usual(case: str) -> None:
         assert distance(usual, captured) <= 10 * distance(usual, again)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_a_checkpoint_and_a_step_that_is_left_out_between_replays_of_a_gpu(tmp_path: Path) -> None:
@@ -437,7 +478,7 @@ def test_a_checkpoint_and_a_step_that_is_left_out_between_replays_of_a_gpu(tmp_p
     assert distance(usual, captured) < 1e-5
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_the_memory_of_a_graph_is_that_of_a_step_and_is_given_back() -> None:
@@ -460,7 +501,7 @@ def test_the_memory_of_a_graph_is_that_of_a_step_and_is_given_back() -> None:
     assert torch.cuda.memory_reserved() < reserved - of_a_step / 2
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_a_step_of_small_kernels_takes_less_than_half_the_time() -> None:
@@ -481,7 +522,7 @@ def test_a_step_of_small_kernels_takes_less_than_half_the_time() -> None:
     assert seconds[True] < seconds[False] / 2, seconds
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_the_phases_of_a_replay_are_measured() -> None:

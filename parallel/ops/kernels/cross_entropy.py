@@ -56,7 +56,7 @@ def cross_entropy_in_torch(
     dtype: torch.dtype,
     exchange: Exchange | None,
 ) -> tuple[Tensor, Tensor | None]:
-    logits[..., len(entries) :] = torch.finfo(logits.dtype).min  # not -inf: all rows of a rank may be padding
+    logits[..., len(entries) :].fill_(torch.finfo(logits.dtype).min)  # not -inf: all rows of a rank may be padding
     counted = labels >= 0
     index = labels - entries.start
     mine = (index >= 0) & (index < len(entries))
