@@ -85,13 +85,9 @@ class Engine(EngineState):
                 module.receiver = self.gradients.receiver(module.weight, in_compiled_code=compiles)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
-        self.captured_step = CapturedStep(
-            partial(self._forwards_and_backwards, records=True),
-            StepCode(part, self.chunks, self.writes),
-            gradients=self.gradients,
-            stopwatch=self.stopwatch,
-            never=problem_of_capture(config, self.mesh.world.size),
-        )
+        run, code = partial(self._forwards_and_backwards, records=True), StepCode(part, self.chunks, self.writes)
+        never = problem_of_capture(config, self.mesh.world.size)
+        self.captured_step = CapturedStep(run, code, gradients=self.gradients, stopwatch=self.stopwatch, never=never)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
         self._plans: dict[tuple[bool, int], Plan] = {}

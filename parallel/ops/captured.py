@@ -14,7 +14,7 @@ CALLS_BEFORE = 3
 
 
 class Graph(Protocol):
-    """What a function gives a device to do, recorded once, to be launched any number of times.
+    """The work that a function gives a device is recorded once, and launched any number of times.
 
     A graph has the addresses of tensors and the numbers that kernels were launched with, and nothing else. Whatever it
     reads or writes must stay where it is, or be made in it. `num_bytes` is the memory that the graph keeps for tensors
