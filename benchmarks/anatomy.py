@@ -102,7 +102,7 @@ def own_kernels() -> Mapping[str, frozenset[str]]:
     for module, group in OWN.items():
         path = Path(next(iter(parallel.ops.kernels.__path__)), f"{module}.py")
         text = path.read_text() if path.is_file() else ""
-        for name in re.findall(r"@triton\.jit\S*\s+def (\w+)", text):
+        for name in re.findall(r"@triton\.jit(?:\([^)]*\))?\s+def (\w+)", text):
             found[name] = found.get(name, frozenset()) | {group}
     return found
 
