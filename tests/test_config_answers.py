@@ -102,7 +102,7 @@ def refusal_of_launcher(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def refusal_of_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the message with which 8-bit products are refused on an A100."""
+    """Return the message with which an A100 is refused for fp8."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ConfigError) as caught:
@@ -123,9 +123,9 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     ),
     "a callback or a logger that is not there": lambda path, _: refusal_of_callbacks("mine:Steps"),
     "`overlap` without a tensor mode": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
-    '`precision="fp8"` on a GPU without such products': lambda _, monkeypatch: refusal_of_gpu(monkeypatch),
+    '`precision="fp8"` on a GPU without such products': lambda _, patch: refusal_of_gpu(patch),
     '`precision="fp8"` with `overlap`': lambda path, _: refusal(
-        {"train": {"precision": "fp8"}, "parallel": {"tensor": {"mode": "1d", "size": 2, "overlap": True}}}
+        {"parallel": {"tensor": {"mode": "1d", "size": 2, "overlap": True}}, "train": {"precision": "fp8"}}
     ),
     "a schedule as another program calls it": lambda path, _: refusal_of_pipeline(schedule="ZBVZeroBubble"),
     "`virtual_pipeline_model_parallel_size`, and other keys of pipelines elsewhere": lambda path, _: (
