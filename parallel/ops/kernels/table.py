@@ -66,16 +66,20 @@ def can_be_given(name: str, dtype: torch.dtype, *, row: int = 0) -> bool:
 
 def has_triton() -> bool:
     """Return whether Triton is here, and what it builds its launcher with: a C compiler and Python's header."""
-    return _finds_triton()
+    return not what_triton_lacks()
 
 
 has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # by torch.compiler.assume_constant_result, too
 
 
 @cache
-def _finds_triton() -> bool:
-    has_compiler = any(map(shutil.which, ("gcc", "clang")))
-    return find_spec("triton") is not None and has_compiler and _header().is_file()
+def what_triton_lacks() -> str:
+    """Return what kernels need and this machine has not, as a message names it, or an empty string."""
+    if find_spec("triton") is None:
+        return "Triton (pip install triton)"
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler, gcc or clang"
+    return "" if _header().is_file() else f"Python's headers, {_header()}"
 
 
 def _header() -> Path:
