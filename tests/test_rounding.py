@@ -368,6 +368,8 @@ def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path 
     assert isinstance(engine.optimizer, AdamW)
     trained: Any = [chunk for chunk in engine.chunks if not chunk.is_frozen]
     found: dict[str, Tensor] = {}
+    for chunk in trained:
+        chunk.settle()  # the host may still be updating it
     for kind in range(3):
         for chunk in trained:
             for piece in chunk.spec.pieces((chunk.master, *engine.optimizer.moments.of(chunk))[kind]):

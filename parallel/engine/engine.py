@@ -77,9 +77,10 @@ class Engine(EngineState):
         part.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
         self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
+        compiles = config.train.compile and not has_w
         for module in part.modules():
             if isinstance(module, Linear):
-                module.receiver = self.gradients.receiver(module.weight, in_compiled_code=not has_w)
+                module.receiver = self.gradients.receiver(module.weight, in_compiled_code=compiles)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         self.num_samples = 0
