@@ -3422,6 +3422,33 @@ HOST_WORK = (
     ),
 )
 
+ATTACKED_KERNELS = (
+    Mutant(
+        "8-bit-weight-available",
+        "a hook reads NaN in the place of a weight that was gathered in 8 bits",
+        "parallel/zero/gatherer.py",
+        "        if chunk.parameters.is_in_8_bits:\n",
+        "        if False:\n",
+        "tests/test_fp8_layouts.py::test_whatever_uses_a_weight_that_was_gathered_in_8_bits_is_refused",
+    ),
+    Mutant(
+        "noise-tables-on-a-stream",
+        "the device computes half of the tables of noise in the stream that asks for them first",
+        "parallel/optim/rounding.py",
+        "    return order.to(device), (order % 2**16).to(device)\n",
+        "    return order.to(device), order.to(device) % 2**16\n",
+        "tests/test_rounding.py::test_the_device_computes_no_tables_in_the_stream_that_asks_for_them_first",
+    ),
+    Mutant(
+        "host-buffer-freed-early",
+        "a buffer of gradients on the host is freed while the last update may read it",
+        "parallel/chunk/chunk.py",
+        "        if before is not None and before is not self.gradient.host_buffer:\n",
+        "        if False:\n",
+        "tests/test_shared_update.py::test_a_host_buffer_is_freed_after_the_update_that_reads_it[all]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3490,4 +3517,5 @@ MUTANTS = (
     *POINTWISE,
     *SCALES_OF_LINEARS,
     *HOST_WORK,
+    *ATTACKED_KERNELS,
 )
