@@ -14,10 +14,6 @@ Tables: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [B or 1, 1, S, R] of the first R dims of each head; both halves of them are the same."""
 
 
-IN_COMPILED_CODE = False
-"""Compiled blocks with rotary positions call the kernel if this is True; otherwise the compiler makes its own."""
-
-
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D].
 

@@ -19,7 +19,7 @@ def lookup(indices: Tensor, table: Tensor, padding_idx: int | None = None, *, is
     `is_part`: the table has a part of the rows, and an index outside gives zeros. What the kernels save is in backward.
     """
     has_backward = torch.is_grad_enabled() and table.requires_grad
-    if has_backward and is_fused("lookup", table) and not torch.compiler.is_compiling():
+    if has_backward and is_fused("lookup", table):
         return lookup_fused(indices, table, padding_idx)
     return lookup_in_torch(indices, table, padding_idx, is_part=is_part)
 

@@ -17,10 +17,6 @@ from torch import Tensor
 
 from parallel.ops.kernels.table import is_fused
 
-IN_COMPILED_CODE = False
-"""True: compiled blocks call the kernels, too. False: the compiler fuses torch's functions with others."""
-
-
 Dtypes: TypeAlias = tuple[torch.dtype | None, ...]
 """The dtypes of gradients, None for one that is not needed."""
 
@@ -74,7 +70,5 @@ class NormGradients(NamedTuple):
 
 
 def fuses(x: Tensor) -> bool:
-    """Return whether the kernels can be launched for x[..., H], in eager code or in the code that is running now."""
-    if torch.compiler.is_compiling() and not IN_COMPILED_CODE:
-        return False
+    """Return whether the code that runs now launches the kernels for x[..., H]."""
     return is_fused("norm", x, row=x.shape[-1])
