@@ -3179,13 +3179,13 @@ EIGHT_BITS = (
     ),
 )
 
-NORM_KERNEL = "parallel/ops/kernels/norm_triton.py"
+NORM_KERNELS = "parallel/ops/kernels/norm_{}_triton.py"
 
 NORMS_IN_ONE_PASS = (
     Mutant(
         "norm-kernel-mean-of-padding",
         "the variance counts what lies between the end of a row and the next power of 2",
-        NORM_KERNEL,
+        NORM_KERNELS.format("forward"),
         "tl.where(is_column[None, :], row - mean[:, None], 0.0)",
         "row - mean[:, None]",
         INTERPRETED.format("norm"),
@@ -3193,7 +3193,7 @@ NORMS_IN_ONE_PASS = (
     Mutant(
         "norm-kernel-drops-other-elements",
         "the kernel's mask of dropout is not that of the reference, and differs between layouts",
-        NORM_KERNEL,
+        NORM_KERNELS.format("rows"),
         "((z >> 27) & 0x1FFFFFFFFF)",
         "((z >> 26) & 0x1FFFFFFFFF)",
         INTERPRETED.format("norm"),
@@ -3201,7 +3201,7 @@ NORMS_IN_ONE_PASS = (
     Mutant(
         "norm-kernel-gradient-of-what-was-dropped",
         "elements that were dropped have a gradient",
-        NORM_KERNEL,
+        NORM_KERNELS.format("backward"),
         "0.0, gradient * tl.cast(scale, tl.float32))",
         "gradient, gradient * tl.cast(scale, tl.float32))",
         INTERPRETED.format("norm"),
@@ -3209,7 +3209,7 @@ NORMS_IN_ONE_PASS = (
     Mutant(
         "norm-kernel-forgets-the-residual-gradient",
         "the gradient of the sum itself is lost where a norm follows",
-        NORM_KERNEL,
+        NORM_KERNELS.format("backward"),
         "gradient += dnormal * deviation[:, None]",
         "gradient = dnormal * deviation[:, None]",
         INTERPRETED.format("norm"),
@@ -3217,7 +3217,7 @@ NORMS_IN_ONE_PASS = (
     Mutant(
         "norm-kernel-adds-up-some-programs",
         "the gradients of vectors are those of the first programs' rows",
-        NORM_KERNEL,
+        NORM_KERNELS.format("backward"),
         "(slots < programs)[:, None] & is_column[None, :]",
         "(slots < programs - 1)[:, None] & is_column[None, :]",
         INTERPRETED.format("norm"),

@@ -13,13 +13,12 @@ from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels.accumulate_triton import launch_accumulate
 from parallel.ops.kernels.activation import FUNCTIONS
 from parallel.ops.kernels.activation_triton import (
-    CastOutput,
     launch_activated,
     launch_activated_backward,
     launch_gated,
     launch_gated_backward,
 )
-from parallel.ops.kernels.cast import cast
+from parallel.ops.kernels.cast import EightBits, cast
 from parallel.ops.kernels.column_sum_triton import launch_column_sum
 from parallel.ops.kernels.heads import Tables, by_head, parts_of, rotated
 from parallel.ops.kernels.heads_triton import launch_backward, launch_forward
@@ -98,11 +97,11 @@ def compare_cast(name: str, x: Tensor) -> None:
     fs = launch_activated(x, bias, name), launch_gated(x, name)
     for f, function in zip(fs, (partial(launch_activated, x, bias), partial(launch_gated, x)), strict=True):
         amax, wanted = torch.zeros_like(scale), torch.zeros_like(scale)
-        found = function(name, CastOutput(scale, amax))
+        found = function(name, EightBits(scale, amax))
         expected = cast(f, scale, E4M3, wanted)
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), name
         assert torch.equal(amax, wanted), name
-        assert torch.equal(function(name, CastOutput(scale, None)).view(torch.uint8), found.view(torch.uint8)), name
+        assert torch.equal(function(name, EightBits(scale, None)).view(torch.uint8), found.view(torch.uint8)), name
 
 
 def compare_column_sum(x: Tensor) -> None:

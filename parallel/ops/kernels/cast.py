@@ -18,6 +18,16 @@ from parallel.ops.fp8 import MULTIPLE
 from parallel.ops.kernels.table import is_fused
 
 
+class EightBits(NamedTuple):
+    """The form of a kernel's output where an 8-bit linear reads it: E4M3 of output · scale[].
+
+    amax[] is raised to the largest |output|, unless it is None.
+    """
+
+    scale: Tensor
+    amax: Tensor | None
+
+
 class Cast(NamedTuple):
     """A matrix in 8 bits: rows[T, N], columns[N, T'], and the sums over its rows before the cast, [N] in its dtype."""
 
@@ -51,7 +61,7 @@ def cast_and_transpose(
 
 def transposed(x: Tensor) -> Tensor:
     """Return the transpose of x[T, N] of 8 bits, [N, T']."""
-    if x.is_cuda and is_fused("transpose", x) and x.numel():
+    if is_fused("transpose", x) and x.numel():
         from parallel.ops.kernels.cast_triton import transpose  # imports Triton
 
         return transpose(x.contiguous())

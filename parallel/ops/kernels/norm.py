@@ -3,10 +3,11 @@
     total = x + dropout(y + y_bias)        normed = norm(total) · weight + bias
 
 Everything is [..., H], contiguous, and read and written once; sums over a row are in fp32. The reference is composed of
-torch's functions: parallel/tensor/norms.py, which asks `fuses`. The gradients of the vectors [H] are summed over rows
-in fp32, first by each program over its own rows and then over programs, always in one order: repeated runs give the
-same bits. Over a dim that ranks divide, `local_statistics` and `normalize` are the two halves of `residual_norm`, and
-`row_sums` is the first half of its backward: between them the statistics of rows are summed over ranks.
+torch's functions: parallel/tensor/norms.py, which asks `fuses`. The kernels are in norm_forward_triton.py and
+norm_backward_triton.py. The gradients of the vectors [H] are summed over rows in fp32, first by each program over its
+own rows and then over programs, always in one order: repeated runs give the same bits. Over a dim that ranks divide,
+`launch_local_statistics` and `launch_normalize` are the two halves of `launch_residual_norm`, and `launch_row_sums` is
+the first half of its backward: between them the statistics of rows are summed over ranks.
 """
 
 from dataclasses import dataclass
@@ -41,13 +42,6 @@ class FlatAddend(NamedTuple):
     y: Tensor
     bias: Tensor | None
     mask: Mask | None
-
-
-class EightBits(NamedTuple):
-    """The form of normed where an 8-bit linear reads it: E4M3 of normed · scale[]. amax[] is raised to max |normed|."""
-
-    scale: Tensor
-    amax: Tensor | None
 
 
 @dataclass(frozen=True)
