@@ -179,7 +179,9 @@ class _ResidualNorm(torch.autograd.Function):
         elif ctx.dim.axes:
             local, dweight, dbias = kernels.launch_row_sums(dnormed, *kept, kind=ctx.kind, wants=wants[:2])
             sums, wants = ctx.dim.sum(local), (None, None, wants[2])
-        found = kernels.launch_backward(dtotal, dnormed, kept, kind=ctx.kind, mask=ctx.mask, wants=wants, sums=sums)
+        found = kernels.launch_norm_backward(
+            dtotal, dnormed, kept, kind=ctx.kind, mask=ctx.mask, wants=wants, sums=sums
+        )
         if sums is None:
             dweight, dbias = found.dweight, found.dbias
         dy = found.dy if ctx.needs_input_grad[1] else None
@@ -203,7 +205,7 @@ class _ResidualAdd(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         from parallel.ops.kernels import norm_backward_triton as kernels
 
-        found = kernels.launch_backward(dtotal.contiguous(), None, None, kind=None, mask=ctx.mask, wants=ctx.wants)
+        found = kernels.launch_norm_backward(dtotal.contiguous(), None, None, kind=None, mask=ctx.mask, wants=ctx.wants)
         return dtotal, found.dy, found.dy_bias, None
 
 

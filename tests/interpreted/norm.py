@@ -10,7 +10,7 @@ from parallel.layout.rng import Dropout, dropout_mask, seed_of
 from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels.cast import EightBits, cast
 from parallel.ops.kernels.norm import Dtypes, FlatAddend, NormKind
-from parallel.ops.kernels.norm_backward_triton import launch_backward, launch_row_sums
+from parallel.ops.kernels.norm_backward_triton import launch_norm_backward, launch_row_sums
 from parallel.ops.kernels.norm_forward_triton import (
     launch_local_statistics,
     launch_normalize,
@@ -133,7 +133,7 @@ def fused(case: Case, given: Inputs, device: str, *, is_split: bool) -> dict[str
     else:
         total, normed, statistics = launch_residual_norm(given.x, addend, given.weight, given.bias, kind)
     kept = total, statistics, given.weight
-    found = launch_backward(
+    found = launch_norm_backward(
         given.dtotal, given.dnormed, kept, kind=kind, mask=None if addend is None else mask, wants=wants, sums=sums
     )
     dweight, dbias = (found.dweight, found.dbias) if sums is None else (dweight, dbias)
@@ -170,7 +170,7 @@ def compare_add(case: Case, device: str) -> None:
         return [total, *torch.autograd.grad(total, (inputs.y, inputs.y_bias), inputs.dtotal)]
 
     wants = None, None, given.y_bias.dtype
-    found = launch_backward(given.dtotal, None, None, kind=None, mask=addend.mask, wants=wants)
+    found = launch_norm_backward(given.dtotal, None, None, kind=None, mask=addend.mask, wants=wants)
     assert found.dx is given.dtotal
     assert found.dy is not None
     assert found.dy_bias is not None

@@ -21,7 +21,7 @@ from parallel.ops.kernels.activation_triton import (
 from parallel.ops.kernels.cast import EightBits, cast
 from parallel.ops.kernels.column_sum_triton import launch_column_sum
 from parallel.ops.kernels.heads import Tables, by_head, parts_of, rotated
-from parallel.ops.kernels.heads_triton import launch_backward, launch_forward
+from parallel.ops.kernels.heads_triton import launch_heads, launch_heads_backward
 from tests import blocks
 from tests.exactness import assert_as_exact
 
@@ -150,15 +150,15 @@ def compare_heads(
     out = torch.full_like(qkv, torch.nan)
     parts = out.unflatten(-1, (-1, size)).split([n for n in (heads, kv_heads, kv_heads) if n], 2)
     by_heads = [x.transpose(1, 2) for x in parts]
-    launch_forward(qkv, by_heads, tables)
-    dqkv, db = launch_backward(gradients, tables, sums=True)
+    launch_heads(qkv, by_heads, tables)
+    dqkv, db = launch_heads_backward(gradients, tables, sums=True)
     assert db is not None
     found = dict(zip("qkv", by_heads, strict=False)) | {"dqkv": dqkv, "db": db}
     _compare(found, torchs(dtype), torchs(torch.float64), (counts, sizes, num_turned))
-    assert torch.equal(dqkv, launch_backward(gradients, tables)[0])
+    assert torch.equal(dqkv, launch_heads_backward(gradients, tables)[0])
     if heads == kv_heads and tables is not None:  # in place
         parts = qkv.unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], 2)
-        launch_forward(qkv, [x.transpose(1, 2) for x in parts], tables, moves_v=False)
+        launch_heads(qkv, [x.transpose(1, 2) for x in parts], tables, moves_v=False)
         assert torch.equal(qkv, out)
 
 

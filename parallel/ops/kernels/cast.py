@@ -39,9 +39,9 @@ class Cast(NamedTuple):
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Tensor:
     """Return x[...] · scale in an 8-bit dtype, as `fp8.cast` does, contiguous; raise amax to the largest |x|."""
     if is_fused("cast", x):
-        from parallel.ops.kernels.cast_triton import cast_flat  # imports Triton
+        from parallel.ops.kernels.cast_triton import launch_cast  # imports Triton
 
-        return cast_flat(x.contiguous(), scale, dtype, amax)
+        return launch_cast(x.contiguous(), scale, dtype, amax)
     if amax is not None:
         fp8.record_largest(x, amax)
     return fp8.cast(x, scale, dtype).contiguous()
@@ -52,9 +52,9 @@ def cast_and_transpose(
 ) -> Cast:
     """Return x[T, N] · scale in an 8-bit dtype, by rows and by columns; raise amax to the largest |x|."""
     if is_fused("cast", x) and x.numel():
-        from parallel.ops.kernels.cast_triton import cast_both_ways  # imports Triton
+        from parallel.ops.kernels.cast_triton import launch_cast_and_transpose  # imports Triton
 
-        return Cast(*cast_both_ways(x.contiguous(), scale, dtype, amax, sums))
+        return Cast(*launch_cast_and_transpose(x.contiguous(), scale, dtype, amax, sums))
     rows = cast(x, scale, dtype, amax)
     return Cast(rows, transposed(rows), x.sum(0) if sums else None)
 
@@ -62,7 +62,7 @@ def cast_and_transpose(
 def transposed(x: Tensor) -> Tensor:
     """Return the transpose of x[T, N] of 8 bits, [N, T']."""
     if is_fused("transpose", x) and x.numel():
-        from parallel.ops.kernels.cast_triton import transpose  # imports Triton
+        from parallel.ops.kernels.cast_triton import launch_transpose  # imports Triton
 
-        return transpose(x.contiguous())
+        return launch_transpose(x.contiguous())
     return F.pad(x.view(torch.uint8).T, (0, -x.shape[0] % MULTIPLE)).contiguous().view(x.dtype)

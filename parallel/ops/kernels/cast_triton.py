@@ -26,7 +26,7 @@ class Tile:
 CAST_TILE, TRANSPOSE_TILE = Tile(128, 64, 4), Tile(128, 128, 8)
 
 
-def cast_flat(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
+def launch_cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
     """Return x · scale in an 8-bit dtype: see `cast`. x is contiguous."""
     y = torch.empty_like(x, dtype=dtype)
     count = x.numel()
@@ -42,7 +42,7 @@ def cast_flat(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None)
     return y
 
 
-def cast_both_ways(
+def launch_cast_and_transpose(
     x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, sums: bool, tile: Tile = CAST_TILE
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return x[T, N] · scale in an 8-bit dtype by rows and by columns, and sums: see `cast_and_transpose`."""
@@ -63,7 +63,7 @@ def cast_both_ways(
     return rows, columns, None if partial is None else partial.sum(0).to(x.dtype)
 
 
-def transpose(x: Tensor, tile: Tile = TRANSPOSE_TILE) -> Tensor:
+def launch_transpose(x: Tensor, tile: Tile = TRANSPOSE_TILE) -> Tensor:
     """Return the transpose of x[T, N] of 8 bits, [N, T']: see `transposed`."""
     height, width = x.shape
     padded = height + -height % MULTIPLE

@@ -37,7 +37,7 @@ def launch_row_sums(
     return sums, dweight, dbias
 
 
-def launch_backward(
+def launch_norm_backward(
     dtotal: Tensor | None,
     dnormed: Tensor | None,
     kept: tuple[Tensor, Tensor, Tensor | None] | None,

@@ -1,4 +1,4 @@
-"""What the kernels of `norm` have in common: the rows of a program, dropout, and the normal of a row.
+"""The kernels of `norm` share the functions of this module: tilings, dropout, and the normal of a row.
 
 A program takes some rows at a time, whole, and then as many further on, until none is left. Where the gradients of
 vectors are summed over rows, or dropout hashes columns, there are only as many programs as run at the same time: each
