@@ -134,5 +134,6 @@ def check(device: str) -> None:
     check_noise(device)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     check("cpu")

@@ -81,5 +81,6 @@ def check_all(device: str = "cpu") -> None:
     assert launch_cast(empty, torch.ones((), device=device), E4M3, None).shape == (0, 5)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     check_all()

@@ -217,5 +217,6 @@ def main(device: str = "cpu") -> None:
     compare_add(Case(7, 100, torch.bfloat16, torch.bfloat16, is_rms=False, p=0.3), device)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     main()

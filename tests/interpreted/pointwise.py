@@ -174,6 +174,7 @@ def _compare(found: dict[str, Tensor], reference: dict[str, Tensor], exact: dict
         assert_as_exact(x, reference[key], exact[key], (what, key))
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     main()
     blocks.compare_interpreted()

@@ -43,6 +43,7 @@ def check(device: str) -> None:
         assert not launch_sums_of_squares([x, x])[1].isfinite()
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU, with sizes that are small there."""
     sums_triton.PARTS = 4  # fewer programs: the interpreter runs one after the other
     check("cpu")
