@@ -21,7 +21,8 @@ OWN: Mapping[str, str] = {
     "fingerprint_triton": OTHER,
     "heads_triton": "rotary + joining",
     "lookup_triton": "lookups",
-    "norm_triton": "norm + residual",
+    "norm_backward_triton": "norm + residual",
+    "norm_forward_triton": "norm + residual",
     "sums_triton": "update",
 }
 """The group of our own kernels, by the module that has them."""

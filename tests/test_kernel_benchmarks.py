@@ -99,7 +99,8 @@ def test_every_kernel_of_ours_that_trains_has_a_group() -> None:
     """AdamW's, the only one with arguments of `triton.jit`, was once not found, and counted as "other"."""
     folder = Path(next(iter(parallel.ops.kernels.__path__)))
     modules = {path.stem: path.read_text() for path in folder.glob("*_triton.py")}
-    del modules["cached_attention_triton"]
+    for functions_alone in ("cached_attention_triton", "eight_bits_triton", "norm_rows_triton"):
+        del modules[functions_alone]  # which other modules' kernels call, or which does not train
     assert modules.keys() <= OWN.keys()
     functions = [x for text in modules.values() for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)]
     kernels_of_ours = {x.name for x in functions if any("triton.jit" in ast.unparse(one) for one in x.decorator_list)}
