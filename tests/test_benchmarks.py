@@ -201,6 +201,7 @@ def test_the_parts_of_a_ring_are_timed_on_a_cpu() -> None:
         assert all(re.match(r"\d+\.\d+ ms", text) for text in found.values())
 
 
+@pytest.mark.slow
 def test_schedules_take_the_simulated_time_and_have_its_order() -> None:
     """Layers sleep, so no number of cores decides. On a busy machine they sleep longer, until its delays are small."""
     deadline, seconds = time.monotonic() + patient(120.0), 0.012

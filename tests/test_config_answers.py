@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.opt.shape import OPTShape
 from models.shapes import resolve, shape_of
 from parallel.config import apply_overrides, load_raw, parse
 from parallel.config.parsing import KEYS
 from parallel.engine.context import Place
+from parallel.engine.device import check_precision
 from parallel.errors import SHOWN, ConfigError, divisors
 from tests.patience import patient
 from tests.tables import ROOT, Row, rows
@@ -99,11 +101,21 @@ def refusal_of_launcher(monkeypatch: pytest.MonkeyPatch) -> str:
     return str(caught.value)
 
 
+def refusal_of_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the message with which an A100 is refused for fp8."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ConfigError) as caught:
+        check_precision("fp8", torch.device("cuda", 0))
+    return str(caught.value)
+
+
 # By the first cell of a row: what returns the message that the second cell quotes.
 REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     "a tensor mode without its size": lambda path, _: refusal_of_overrides("parallel.tensor=1d"),
     "`gradient_accumulation_steps`": lambda path, _: refusal({"train": {"gradient_accumulation_steps": 4}}),
     "a key as another program calls it": lambda path, _: refusal({"train": {"learning_rate": 1.0}}),
+    "a dtype as another library calls it": lambda path, _: refusal({"train": {"precision": "float8"}}),
     "a key in the wrong section": lambda path, _: refusal({"train": {"lr": 1.0}}),
     "`train.steps` beside `train.epochs`": lambda path, _: refusal({"train": {"steps": 20, "epochs": 1.5}}),
     "`keep_best` or `early_stopping` without evaluations": lambda path, _: refusal(
@@ -111,6 +123,10 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     ),
     "a callback or a logger that is not there": lambda path, _: refusal_of_callbacks("mine:Steps"),
     "`overlap` without a tensor mode": lambda path, _: refusal({"parallel": {"tensor": {"overlap": True}}}),
+    '`precision="fp8"` on a GPU without such products': lambda _, patch: refusal_of_gpu(patch),
+    '`precision="fp8"` with `overlap`': lambda path, _: refusal(
+        {"parallel": {"tensor": {"mode": "1d", "size": 2, "overlap": True}}, "train": {"precision": "fp8"}}
+    ),
     "a schedule as another program calls it": lambda path, _: refusal_of_pipeline(schedule="ZBVZeroBubble"),
     "`virtual_pipeline_model_parallel_size`, and other keys of pipelines elsewhere": lambda path, _: (
         refusal_of_pipeline(virtual_pipeline_model_parallel_size=2)

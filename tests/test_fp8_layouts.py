@@ -24,7 +24,7 @@ from models.shapes import resolve
 from parallel.chunk.eight_bits import EightBitWeights
 from parallel.config import parse
 from parallel.config.parallel import TensorConfig
-from parallel.errors import NonFiniteError
+from parallel.errors import ColonnadeError, NonFiniteError
 from parallel.mesh.collectives import Pending
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
@@ -304,6 +304,47 @@ def test_stage_3_gathers_weights_in_8_bits_and_no_copy_in_bf16_exists() -> None:
     assert elements
     assert in_bf16 - in_8_bits == elements, "a byte less for each element that is sent"
     assert most == torch.bfloat16.itemsize, "the memory of one element"
+
+
+def used_by_a_hook(rank: int, world_size: int, raw: Raw) -> tuple[list[str], bool]:
+    """Return the errors of steps in 8 bits in which a hook reads, or writes, a weight in its layer's forward, and in
+    which one reads it in a backward; and whether all states are as they were.
+    """
+    engine = engine_of(rank, world_size, raw)
+    steps, found = [share_of(batch, engine) for batch in batches()], list[str]()
+    engine.train_step(steps[0])
+    before = {piece.name: piece.data.clone() for piece in engine.state_pieces()}
+    linear = next(module for module in engine.part.modules() if isinstance(module, Linear) and module.eight_bit)
+
+    def writes(module: Any, inputs: Any) -> None:
+        linear.weight.detach().zero_()
+
+    def reads_in_backward(module: Any, inputs: Any, y: Tensor) -> None:
+        y.register_hook(lambda dy: dy + 0 * linear.weight.sum())
+
+    hooks: list[tuple[Any, Any]] = [
+        (linear.register_forward_pre_hook, lambda module, inputs: print(linear.weight.norm())),
+        (linear.register_forward_pre_hook, writes),
+        (linear.register_forward_hook, reads_in_backward),
+    ]
+    for register, hook in hooks:
+        handle = register(hook)
+        try:
+            found.append(f"a loss of {engine.train_step(steps[1]).loss}")
+        except ColonnadeError as error:
+            found.append(str(error))
+        handle.remove()
+    is_same = all(torch.equal(piece.data, before[piece.name]) for piece in engine.state_pieces())
+    engine.train_step(steps[1])
+    return found, is_same
+
+
+def test_whatever_uses_a_weight_that_was_gathered_in_8_bits_is_refused() -> None:
+    """It has no values in bf16: a hook that logs its norm would log NaN, and one that writes would be ignored."""
+    for messages, is_same in run(used_by_a_hook, 2, raw_of(LAYOUTS["zero3"])):
+        assert len(messages) == 3
+        assert is_same
+        assert all("layers.0: the weight of one of its linears is used by something else" in x for x in messages)
 
 
 def slices_of_different_sizes(rank: int, world_size: int, raw: Raw) -> list[tuple[Tensor, Tensor]]:

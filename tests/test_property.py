@@ -285,13 +285,13 @@ def single_rank(case: Case) -> Trace:
 
 
 @pytest.mark.gpu
-@settings(max_examples=14, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_drawn_layouts_equal_a_single_rank(case: Case) -> None:
     check(case)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(min_context=2))
 def test_drawn_layouts_that_split_sequences_equal_a_single_rank(case: Case) -> None:
     check(case)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.shapes import resolve
 from parallel.checkpoint import checkpoint
@@ -18,7 +19,7 @@ from parallel.optim import adamw as optim
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
 from parallel.optim.part import Part
-from parallel.optim.rounding import TABLE, Rounding
+from parallel.optim.rounding import TABLE, Rounding, _tables
 from parallel.storage.transfer import Tier
 from tests.harness import run
 from tests.parity import (
@@ -48,6 +49,31 @@ BF16 = dict(state_dtype="bf16", betas=(0.9, 0.999))
 
 def narrow(raw: Raw, state_dtype: str = "bf16") -> Raw:
     return raw | dict(optimizer=raw.get("optimizer", {}) | BF16 | dict(state_dtype=state_dtype))
+
+
+class OpsOf(TorchDispatchMode):
+    """Records the operations whose result is on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.found = device, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if isinstance(y, Tensor) and y.device == self.device:
+            self.found.append(func.overloadpacket.__name__)
+        return y
+
+
+def test_the_device_computes_no_tables_in_the_stream_that_asks_for_them_first() -> None:
+    """The first update streamed in a stream of its own. It asked for the tables, and computed half of them there, while
+    the update of what stays on the device read them in the stream of computation: that noise was whatever had been in
+    the memory, so that two runs of one seed differed everywhere. Copies from the host are complete when they return.
+    """
+    meta = torch.device("meta")
+    with OpsOf(meta) as ops:
+        _tables.__wrapped__(meta)
+    assert ops.found == ["_to_copy", "_to_copy"]
 
 
 # -- one part ----------------------------------------------------------------------------------------------------------
@@ -342,6 +368,8 @@ def module_state(rank: int, world_size: int, raw: Raw, model: str, folder: Path 
     assert isinstance(engine.optimizer, AdamW)
     trained: Any = [chunk for chunk in engine.chunks if not chunk.is_frozen]
     found: dict[str, Tensor] = {}
+    for chunk in trained:
+        chunk.settle()  # the host may still be updating it
     for kind in range(3):
         for chunk in trained:
             for piece in chunk.spec.pieces((chunk.master, *engine.optimizer.moments.of(chunk))[kind]):

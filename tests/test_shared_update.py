@@ -1,8 +1,10 @@
 """An update of offloaded states that goes on while the next forward begins: every layer gets its updated parameters."""
 
 import threading
+import weakref
 from functools import partial
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.mesh import ALONE
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
-from parallel.storage.transfer import ON_DEVICE, Placement, Tier
+from parallel.storage.transfer import ON_DEVICE, CopyEvent, Placement, Tier
 
 ON_HOST = Placement(Tier.HOST, Tier.HOST)
 DEVICE = torch.device("cuda" if torch.cuda.device_count() else "cpu")
@@ -106,3 +108,23 @@ def test_a_forward_begins_while_the_host_updates_later_layers(root: int, monkeyp
     for chunk, masters in zip(chunks, before, strict=True):
         chunk.settle()
         assert not (chunk.master == masters).any(), "an element has not been updated yet"
+
+
+@pytest.mark.parametrize("placement", [Placement(Tier.DEVICE, Tier.HOST), ON_HOST], ids=["states", "all"])
+def test_a_host_buffer_is_freed_after_the_update_that_reads_it(placement: Placement) -> None:
+    """Its gradient was of several microbatches, in fp32, and that of the next step is of one, in bf16. The update of
+    that step may begin only now on a device: it was given copies from a buffer that nobody kept.
+    """
+    chunk, alive = chunk_in("layers.0", 0, placement), list[bool]()
+    chunk.gradient.begin(2)
+    chunk.store_gradient(torch.ones(chunk.size, device=DEVICE))
+    chunk.settle()
+    assert chunk.gradient.host_buffer is not None
+    before = weakref.ref(chunk.gradient.host_buffer)
+    chunk.gradient.drop()
+    chunk.gradient.begin(1)
+    with patch.object(CopyEvent, "synchronize", lambda event: alive.append(before() is not None)):
+        chunk.store_gradient(torch.ones(chunk.size, device=DEVICE, dtype=torch.bfloat16))
+    chunk.settle()
+    assert alive == [True]
+    assert before() is None

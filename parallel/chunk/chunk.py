@@ -155,7 +155,10 @@ class Chunk:
         ):  # the last update may be running still, of a layer that this step did not use
             self.parameters.written.wait()
         is_free = self.parameters.tier is Tier.HOST and not self.sharing.masters_are_slice
+        before = self.gradient.host_buffer
         self.gradient.store(total, reusable=self.parameters.own if is_free else None)
+        if before is not None and before is not self.gradient.host_buffer:
+            self.parameters.written.synchronize()  # the last update may be reading what is freed here
 
     def drop_gradient(self) -> None:
         """Drop the gradient without an update.

@@ -51,6 +51,11 @@ class ParameterBuffer:
         return bool(len(self.whole))
 
     @property
+    def is_in_8_bits(self) -> bool:
+        """True if the weights are whole now in 8 bits alone, which only linears may read."""
+        return self.eight_bits is not None and self.eight_bits.whole is not None
+
+    @property
     def in_8_bits(self) -> list[Tensor]:
         """The buffers of weights in 8 bits that there are now."""
         weights = self.eight_bits
@@ -58,7 +63,7 @@ class ParameterBuffer:
 
     def gather(self) -> Pending:
         """Start to make the parameters whole (FSDP's unshard). The module's parameters have values when the result has
-        been waited for; in 8 bits they have none, and are available all the same.
+        been waited for; in 8 bits they have none, and their linears alone may use them.
         """
         spec, copies = self.spec, self.memory.copies
         self.note_lost_writes()
@@ -187,7 +192,7 @@ class ParameterBuffer:
 
     def _keep_what_was_written(self) -> None:
         """Copy what somebody has written into whole parameters, since they were gathered, into this rank's slice."""
-        if not self.is_whole or not self.writes.names():
+        if not self.is_whole or self.is_in_8_bits or not self.writes.names():
             return
         self.writes.keep(fingerprint(self.whole))
         part = self.spec.own_slice(self.whole)
@@ -198,7 +203,7 @@ class ParameterBuffer:
 
     def _gather_in_8_bits(self, weights: EightBitWeights) -> Pending:
         """Start to gather the weights in 8 bits. `whole` and the module's parameters are then NaN in the memory of one
-        element, so that autograd can save their places, and a loss shows it if anything but a linear reads them.
+        element, so that autograd can save their places. Anything but a linear that reads them is refused.
         """
         with torch.inference_mode(False):
             shared = placeholder((), self.whole.dtype, self.whole.device)

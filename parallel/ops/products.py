@@ -32,11 +32,12 @@ def write_product(a: Factor, b: Factor, out: Tensor) -> None:
 def add_product(a: Factor, b: Factor, out: Tensor) -> None:
     """Compute out[M, N] += a[M, K] · b[K, N]. `out` may have a wider dtype than a and b.
 
-    A product of 8-bit factors is rounded to bf16 before it is added: a GPU does not add it to a sum.
+    A GPU does not add a product of 8-bit factors to a sum. It is written in the sum's dtype first: rounded to bf16, the
+    sum of many microbatches would be as wide as bf16 alone.
     """
     if isinstance(a, Scaled):
         assert isinstance(b, Scaled)
-        out.add_(scaled_product(a, b, torch.bfloat16 if out.is_cuda else out.dtype))
+        out.add_(scaled_product(a, b, out.dtype))
         return
     assert isinstance(b, Tensor)
     if out.dtype == a.dtype:

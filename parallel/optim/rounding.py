@@ -133,6 +133,10 @@ def _stretch(table: Tensor, start: int, size: int) -> Tensor:
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return P and N, int32 [2 · TABLE]: two equal halves each. Half of N has every number of 16 bits 16 times."""
-    order = mix64(torch.arange(TABLE)).argsort().to(torch.int32).repeat(2).to(device)
-    return order, order % 2**16
+    """Return P and N, int32 [2 · TABLE]: two equal halves each. Half of N has every number of 16 bits 16 times.
+
+    The host computes them, and waits for their copies. An update may ask for them first in a stream of its own, and
+    another one in the stream of computation, which would not wait for work of the first.
+    """
+    order = mix64(torch.arange(TABLE)).argsort().to(torch.int32).repeat(2)
+    return order.to(device), (order % 2**16).to(device)

@@ -1,10 +1,13 @@
 """The layers of a transformer, whose parameters have layouts. A mode says how they are split, and builds them."""
 
+import torch
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
+from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.lookup import lookup
-from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
+from parallel.ops.kernels.table import can_be_given
+from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, like_of
 from parallel.tensor.matmul import LinearCollectives, is_left_to_compiler, matmul, rectified_like
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
@@ -61,11 +64,18 @@ class Linear(Sharded):
         return self._product(x, self.collectives, None)
 
     def _product(self, x: Tensor | CastInput, collectives: LinearCollectives, bias: Tensor | None) -> Tensor:
-        w = self.weight.flatten(0, -2)
         if self.eight_bit is not None:
-            return fp8_matmul(x, w, self.eight_bit, bias, self.receiver)
+            return self._product_in_8_bits(x, self.eight_bit, bias)
+        w = self.weight.flatten(0, -2)
         assert isinstance(x, Tensor), "an input was cast for a linear that does not multiply in 8 bits"
         return matmul(x, w, collectives, bias, self.receiver)
+
+    @not_compiled
+    def _product_in_8_bits(self, x: Tensor | CastInput, linear: EightBitLinear, bias: Tensor | None) -> Tensor:
+        """Return the product of a weight that may have been gathered in 8 bits alone: everybody else is refused it."""
+        with torch._C.DisableTorchFunctionSubclass():
+            w = self.weight.view(-1, self.weight.shape[-1])
+        return fp8_matmul(x, w, linear, bias, self.receiver)
 
     def with_constant_bias(self, x: Tensor | CastInput, *, rectified: bool = False) -> Tensor:
         """Return the same, with a bias that gets no gradient here: a caller sums it in an operation of its own.
@@ -82,10 +92,14 @@ class Linear(Sharded):
         is_plain = self.eight_bit is None and type(self.collectives) is LinearCollectives
         return is_plain and not self.collectives.has_partial_y
 
-    @property
-    def is_left_to_compiler(self) -> bool:
-        """True while code is compiled that this linear will be a part of, so that it can be fused with its output."""
-        return self.eight_bit is None and is_left_to_compiler(self.collectives, self.receiver)
+    def is_followed_by(self, kernel: str, x: Tensor | CastInput) -> bool:
+        """Return whether a caller launches this kernel for the product of x, in code that is not compiled.
+
+        It does not where the compiler makes the product a part of its own code, and can fuse what follows with it.
+        """
+        is_left = self.eight_bit is None and is_left_to_compiler(self.collectives, self.receiver)
+        like = like_of(x)
+        return like.is_cuda and not is_left and can_be_given(kernel, like.dtype)
 
 
 class Embedding(Sharded):

@@ -267,7 +267,10 @@ class Gatherer:
             mark_unavailable(parameters, unit.name, use)
             self.saved.remove(chunk)
             return
-        mark_available(parameters)
+        if chunk.parameters.is_in_8_bits:
+            mark_unavailable(parameters, unit.name, use, in_8_bits=True)
+        else:
+            mark_available(parameters)
         if chunk.is_gathered_on_demand:
             self.saved.add(chunk, use)
 

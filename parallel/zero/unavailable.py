@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from parallel.errors import ModelError
 
 LAYER, GATHER, CLASS = "_layer_that_gathers_it", "_gathers_it_in_a_backward", "_class_while_available"
+IN_8_BITS = "_is_in_8_bits_alone"
 
 DESCRIBING = {
     *("shape", "size", "stride", "storage_offset", "dim", "ndim", "ndimension", "dim_order", "__len__", "numel"),
@@ -31,7 +32,8 @@ class UnavailableParameter(nn.Parameter):
 
     A function that reads or writes its values raises ModelError: there are none, and what stands in their place would
     be noticed far from here, or not at all, as in a comparison. In a backward the layer is gathered instead, so that
-    forwards in it (recomputations) and functions of autograd can use any parameter.
+    forwards in it (recomputations) and functions of autograd can use any parameter. A weight that was gathered in 8
+    bits, for its linear alone, has no values even while its layer computes.
     """
 
     @classmethod
@@ -51,14 +53,24 @@ class UnavailableParameter(nn.Parameter):
         return result
 
 
-def mark_unavailable(parameters: Iterable[nn.Parameter], layer: str, gather: Callable[[], None] = lambda: None) -> None:
-    """Refuse uses of these parameters, which are gathered when `layer` is called or, in a backward, by `gather`."""
+def mark_unavailable(
+    parameters: Iterable[nn.Parameter],
+    layer: str,
+    gather: Callable[[], None] = lambda: None,
+    *,
+    in_8_bits: bool = False,
+) -> None:
+    """Refuse uses of these parameters, which are gathered when `layer` is called or, in a backward, by `gather`.
+
+    `in_8_bits`: they are gathered now, but in 8 bits alone.
+    """
     for parameter in parameters:
         if not isinstance(parameter, UnavailableParameter):
             setattr(parameter, LAYER, layer)
             setattr(parameter, GATHER, gather)
             setattr(parameter, CLASS, type(parameter))
             parameter.__class__ = _unavailable(type(parameter))
+        setattr(parameter, IN_8_BITS, in_8_bits)
 
 
 def mark_available(parameters: Iterable[nn.Parameter]) -> None:
@@ -66,7 +78,7 @@ def mark_available(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if isinstance(parameter, UnavailableParameter):
             parameter.__class__ = getattr(parameter, CLASS)
-            for name in (LAYER, GATHER, CLASS):
+            for name in (LAYER, GATHER, CLASS, IN_8_BITS):
                 delattr(parameter, name)
 
 
@@ -100,6 +112,12 @@ def _name(func: Any) -> str:
 
 def _refusal(parameter: "UnavailableParameter") -> ModelError:
     layer = getattr(parameter, LAYER)
+    if getattr(parameter, IN_8_BITS):
+        return ModelError(
+            f"{layer}: the weight of one of its linears is used by something else. With train.precision='fp8' and zero"
+            " stage 3 the ranks gather it in 8 bits, for that linear alone. Take zero.stage=2, or"
+            " train.precision='bf16'."
+        )
     if not layer:
         return ModelError(
             "model: a parameter is used while no forward and no backward of the engine is running. In zero stage 3, and"
