@@ -23,13 +23,13 @@ from torch.nn.utils import clip_grad_norm_
 import models
 import parallel
 from benchmarks.peers import adamw, load, shard
-from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step
+from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step, graph_bytes
 from models.shapes import from_hugging_face, resolve
 from training.metrics import peak_device_bytes, peak_tflops
 
 LR = 1e-4  # constant, without a warm-up
 ROUNDS = 3
-WARM_UP = 3  # steps for compilation, the optimizer's moments and the allocator's blocks
+WARM_UP = 6  # steps for compilation, the optimizer's moments, the allocator's blocks, and a CUDA graph of a step
 
 
 class UnavailableError(Exception):
@@ -218,7 +218,7 @@ def measure(name: str, work: Work) -> Result:
         seconds.append((time.perf_counter() - start) / steps)
         if len(seconds) == 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-    return Result(seconds[1:], losses, peak_device_bytes(device), peak_tflops(device))
+    return Result(seconds[1:], losses, peak_device_bytes(device) + graph_bytes(device), peak_tflops(device))
 
 
 def _device() -> torch.device:

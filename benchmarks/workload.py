@@ -68,3 +68,11 @@ def ours(folder: Path, rank: int, world_size: int, sections: dict[str, Any]) -> 
     )
     engine = engine_of(rank, world_size, config | sections)
     return lambda ids: engine.train_step(share_of(dict(input_ids=ids), engine)).loss
+
+
+def graph_bytes(device: torch.device) -> int:
+    """Return the bytes that CUDA graphs keep for tensors of their replays, which torch does not count as allocated."""
+    if device.type != "cuda":
+        return 0
+    kept = [x for x in torch.cuda.memory_snapshot() if tuple(x.get("segment_pool_id", ())) not in ((), (0, 0))]
+    return sum(x["total_size"] - x["allocated_size"] for x in kept)

@@ -214,7 +214,6 @@ def test_a_step_of_another_size_runs_as_usual_between_replays(made: Made) -> Non
     assert not made[0].operations
 
 
-@SLOW
 def test_steps_with_other_numbers_of_labels_are_not_captured(made: Made) -> None:
     """The number is in the launches, by the factor of the loss."""
     usual, captured = engine_of(captures=False), engine_of()
@@ -390,6 +389,7 @@ def test_a_step_that_waits_for_the_device_runs_as_usual(made: Made, caplog: pyte
     assert len([record for record in caplog.records if "not captured in a CUDA graph" in record.message]) == 1
 
 
+@SLOW
 def test_without_room_for_as_much_again_nothing_is_captured(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RerunGraph, "num_bytes", property(lambda graph: 100, lambda graph, size: None), raising=False)
     monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(99))
