@@ -175,7 +175,8 @@ def dynamic_frequencies(settings: RotarySettings, inv_freq: Tensor, length: int 
     3.3). Hugging Face computes the base in fp32 from a tensor, so it is done here, too.
     """
     most, dim, factor = settings.max_position_embeddings, settings.head_size, settings.factor
-    length = torch.as_tensor(length, device=inv_freq.device)
+    if not isinstance(length, Tensor):
+        length = torch.full((), length, device=inv_freq.device)  # no copy from the host, which no graph may have
     base = settings.theta * ((factor * length / most) - (factor - 1)) ** (dim / (dim - 2))
     return torch.where(length > most, 1.0 / _powers(dim, base), inv_freq)
 
@@ -198,10 +199,10 @@ def attention_factor(settings: RotarySettings) -> float:
 
 def _powers(dim: int, base: float | Tensor) -> Tensor:
     """Return base^(0/dim), base^(2/dim), ..."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    if isinstance(base, Tensor):
-        exponents = exponents.to(base.device)
-    return base**exponents
+    device = base.device if isinstance(base, Tensor) else None
+    numbers = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float()
+    # By a tensor: a GPU would multiply by 1 / dim, which rounds once more.
+    return base ** (numbers / torch.full((), dim, dtype=numbers.dtype, device=device))
 
 
 def _llama3(settings: RotarySettings, inv_freq: Tensor) -> Tensor:

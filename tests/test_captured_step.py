@@ -34,6 +34,7 @@ Made = list[RerunGraph]
 
 LENGTH, VOCABULARY = 16, 250
 SLOW = pytest.mark.slow
+DYNAMIC = dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0)
 
 CASES: dict[str, tuple[Fields, Fields, str]] = {
     "dropout": (dict(name="opt-tiny", dropout=0.1), {}, "input_ids"),
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[Fields, Fields, str]] = {
     "llama": (dict(name="llama-tiny"), {}, "input_ids"),
     "positions": (dict(name="llama-tiny"), {}, "position_ids"),
     "documents": (dict(name="llama-tiny"), {}, "document_ids"),
+    "dynamic": (dict(name="llama-tiny", max_position_embeddings=LENGTH, rope_parameters=DYNAMIC), {}, "input_ids"),
     "padding": (dict(name="opt-tiny", dropout=0.1), {}, "attention_mask"),
 }
 
@@ -179,7 +181,9 @@ def test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does(case: str,
     assert len(found[0]) > 1000  # it has looked into them
 
 
-@pytest.mark.parametrize("case", ["llama", *[pytest.param(x, marks=SLOW) for x in ("fp8", "recomputed", "documents")]])
+@pytest.mark.parametrize(
+    "case", ["llama", "dynamic", *[pytest.param(x, marks=SLOW) for x in ("fp8", "recomputed", "documents")]]
+)
 def test_a_graph_reads_nothing_that_could_be_freed(case: str, made: Made) -> None:
     """Whatever it has not made is a parameter, a scale, the batch in its own memory, or an attribute of a module."""
     model, fields, key = CASES[case]
