@@ -21,7 +21,8 @@ OWN: Mapping[str, str] = {
     "fingerprint_triton": OTHER,
     "heads_triton": "rotary + joining",
     "lookup_triton": "lookups",
-    "norm_triton": "norm + residual",
+    "norm_backward_triton": "norm + residual",
+    "norm_forward_triton": "norm + residual",
     "sums_triton": "update",
 }
 """The group of our own kernels, by the module that has them."""
@@ -102,7 +103,7 @@ def own_kernels() -> Mapping[str, frozenset[str]]:
     for module, group in OWN.items():
         path = Path(next(iter(parallel.ops.kernels.__path__)), f"{module}.py")
         text = path.read_text() if path.is_file() else ""
-        for name in re.findall(r"@triton\.jit\S*\s+def (\w+)", text):
+        for name in re.findall(r"@triton\.jit(?:\([^)]*\))?\s+def (\w+)", text):
             found[name] = found.get(name, frozenset()) | {group}
     return found
 

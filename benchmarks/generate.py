@@ -108,7 +108,7 @@ def theirs_with(model: Any, new: int, **options: Any) -> Contender:
 
 def time_kernels() -> None:
     """Print the µs of a new token's attention and of its write into the cache, in bf16, each in a captured graph."""
-    from parallel.ops.kernels.cached_attention_triton import Tiling, attend, tiling_for
+    from parallel.ops.kernels.cached_attention_triton import Tiling, launch_attend, tiling_for
 
     print(KERNEL_COLUMNS.format("texts", "keys", "torch", "kernel", "keys of a tile, parts, warps"), flush=True)
     for batch, length in product((1, 32), (384, 4096)):
@@ -124,7 +124,9 @@ def time_kernels() -> None:
         of_torch = microseconds([partial(attend_in_torch, q, k, v, cache, positions, mask) for cache in caches])
         chosen = tiling_for(q, caches[0])
         for tiling in dict.fromkeys((chosen, *(Tiling(*numbers) for numbers in TILINGS[length]))):
-            calls = [partial(attend, (q, k, v), cache, positions, window=length, tiling=tiling) for cache in caches]
+            calls = [
+                partial(launch_attend, (q, k, v), cache, positions, window=length, tiling=tiling) for cache in caches
+            ]
             name = f"{tiling.keys}, {tiling.parts}, {tiling.warps}{' (chosen)' if tiling == chosen else ''}"
             times = (f"{time:.2f}" for time in (of_torch, microseconds(calls)))
             print(KERNEL_COLUMNS.format(batch, length, *times, name), flush=True)

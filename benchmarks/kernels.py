@@ -6,7 +6,8 @@
 The first table has calls that move at least 512 MB: GB/s, and the share of what a copy reaches. The second has the
 kernels as models call them: the floor is the time in which a copy moves as many bytes. Beside ours stand torch's own
 functions and, where it is installed and has the function, Liger-Kernel's. Without a GPU ours are the references in
-torch. The rows are in benchmarks/kernel_rows.py; a new kernel is one more entry there.
+torch. `--tiny` compares all results, and prints the time of a call, which says nothing of speeds. The rows are in
+benchmarks/kernel_rows.py; a new kernel is one more entry there.
 
 Bytes are counted as each input read once and each output written once. Inputs are random. A round calls the function
 with each of several sets of inputs, which together are much larger than the cache, and keeps its outputs, so that
@@ -120,17 +121,22 @@ def print_line(name: str, model: str, floor: str, cells: dict[str, str]) -> None
 
 
 def print_speeds(bench: Bench, rows: Iterable[Row], copied: float) -> bool:
-    """Print GB/s of large calls, and the share of a copy's; return whether all contenders are right."""
-    print_line("large calls, GB/s", "", "MB moved", {"ours": "ours", "torch": "torch", "liger": "liger"})
+    """Print GB/s of large calls, and the share of a copy's, or µs of tiny calls; return whether all are right."""
+    title = "tiny calls, µs" if bench.tiny else "large calls, GB/s"
+    print_line(title, "", "MB moved", {"ours": "ours", "torch": "torch", "liger": "liger"})
     right = True
     for row in rows:
         size = bench.large(row)
         bytes_moved = moved(row, size)
         cells = {}
         for name, value in bench.measure(row, size).items():
-            speed = value if isinstance(value, str) else bytes_moved / value
-            cells[name] = speed if isinstance(speed, str) else f"{speed / 1e9:.4g} {speed / copied:4.0%}"
-            right &= not isinstance(speed, str)
+            if isinstance(value, str):
+                cells[name], right = value, False
+            elif bench.tiny:
+                cells[name] = f"{value * 1e6:.0f}"
+            else:
+                speed = bytes_moved / value
+                cells[name] = f"{speed / 1e9:.4g} {speed / copied:4.0%}"
         print_line(row.name, "", f"{bytes_moved / 1e6:.0f}", cells)
     return right
 
@@ -161,7 +167,8 @@ def main(given: list[str] | None = None) -> None:
     size = bench.large(COPY)
     copied = moved(COPY, size) / bench.seconds(COPY, COPY.contenders["torch"], size)
     where = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}: a copy moves {copied / 1e9:.0f} GB/s\n")
+    speed = "" if arguments.tiny else f": a copy moves {copied / 1e9:.0f} GB/s"
+    print(f"{where}, torch {torch.__version__}{speed}\n")
     right = print_speeds(bench, rows, copied)
     if not arguments.tiny:
         print()

@@ -8,7 +8,8 @@ group of kernels a step, and the floor that follows from the model's shape (benc
 of each group that `--kernels` names; and the gaps by their length, with the longest ones and their neighbours. The
 profiler makes gaps longer: the time without it, less that of the kernels, is what they really are.
 
-`--operations` prints torch.profiler's table of operations instead, also on a CPU.
+`--operations` prints the operations of two steps by their time instead, as torch.profiler does. Without a GPU this is
+all that it prints.
 """
 
 import argparse
@@ -113,10 +114,13 @@ def measured(config: Config, step: Callable[[], object], profiler: profile) -> S
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", default=[])
-    parser.add_argument("--operations", action="store_true", help="torch.profiler's table of operations")
-    parser.add_argument("--kernels", nargs="*", choices=NAMES, default=list(NAMES[2:]), help="groups to list")
-    parser.add_argument("--rows", type=int, default=8, help="of each list")
+    parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", default=[], help="keys of the config")
+    parser.add_argument("--operations", action="store_true", help="operations by time; always without a GPU")
+    groups = "the groups whose longest kernels are listed; all but matmuls and casts"
+    parser.add_argument(
+        "--kernels", nargs="*", choices=NAMES, metavar="GROUP", default=list(NAMES[2:]), help=f"{groups}: {NAMES}"
+    )
+    parser.add_argument("--rows", type=int, default=8, help="the rows of each list; 8")
     arguments = parser.parse_args(given)
     config = parse(apply_overrides({}, arguments.set), world_size=1, resolve=resolve)
     context = parallel.launch_from_torch(config)

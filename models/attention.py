@@ -1,9 +1,7 @@
 """Self-attention, written once for every tensor mode and every family: see `AttentionOptions`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +11,14 @@ from models.rotary import Rotary
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.ops.compiling import materialized, not_compiled
-from parallel.ops.kernels import heads as kernels
-from parallel.ops.kernels.heads import by_head, heads_of, parts_of, turned
+from parallel.ops.kernels.heads import by_head, compiled_heads_of, heads_of, parts_of, turned
 from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
-from parallel.tensor.fp8_matmul import CastInput, like_of
+from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.residual import Addend, output_of
 from parallel.tensor.scaling import TensorScale
-
-Rotation: TypeAlias = Callable[[Tensor, Tensor, Microbatch, Mode], tuple[Tensor, Tensor]]
-"""Turns q[B, heads, S, D] and k[B, kv heads, S, D] of this rank's tokens by the positions of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class AttentionOptions:
     bias: bool
     out_bias: bool
     dropout: float = 0.0
-    rotary: Rotation | None = None
+    rotary: Rotary | None = None
     head_norm: tuple[str, float] | None = None
     window: int | None = None
 
@@ -79,8 +73,8 @@ class Attention(Half):
 
     def addend(self, x: Tensor | CastInput, batch: Microbatch) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
-        in_torch = not like_of(x).is_cuda or self.qkv.is_left_to_compiler
-        q, k, v = self._heads(x, batch) if in_torch else self._heads_with_kernels(x, batch)
+        heads = self._heads_with_kernels if self.qkv.is_followed_by("heads", x) else self._heads
+        q, k, v = heads(x, batch)
         return output_of(self.out, self._attend(q, k, v, batch))
 
     def _heads(self, x: Tensor | CastInput, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,32 +82,27 @@ class Attention(Half):
         qkv = self.qkv(x)
         if batch.cache is not None:
             qkv = materialized(qkv)  # attention of a new token reads q, k and v as views
-        rotary = self.options.rotary
-        is_plain = isinstance(rotary, Rotary) and self.q_norm is None and torch.is_grad_enabled()
-        if kernels.IN_COMPILED_CODE and torch.compiler.is_compiling() and is_plain and is_fused("heads", qkv):
-            assert isinstance(rotary, Rotary)
+        rotary, trains = self.options.rotary, torch.is_grad_enabled()
+        in_one_pass = torch.compiler.is_compiling() and is_fused("heads", qkv)
+        if in_one_pass and rotary is not None and self.q_norm is None and trains:
             tables = rotary.tables_for(batch, self.mode, qkv, qkv.shape[1])
-            return kernels.compiled_heads_of(qkv, self.heads, self.kv_heads, tables)
+            return compiled_heads_of(qkv, self.heads, self.kv_heads, tables)
         q, k, v = parts_of(qkv, self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.options.rotary is not None and torch.is_grad_enabled():
+        elif rotary is not None and trains:
             v = v.clone()  # only v is kept for backward then, and as a view it would keep the memory of all three
         q, k, v = by_head(q), by_head(k), by_head(v)
-        if self.options.rotary is not None:
-            q, k = self.options.rotary(q, k, batch, self.mode)
+        if rotary is not None:
+            q, k = rotary(q, k, batch, self.mode)
         return q, k, v
 
     @not_compiled
     def _heads_with_kernels(self, x: Tensor | CastInput, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same. Backward joins the three gradients, turned back, and sums the bias's in one pass."""
-        rotary, tables = self.options.rotary, None
-        if not is_fused("heads", like_of(x)) or not (rotary is None or isinstance(rotary, Rotary)):
-            return self._heads(x, batch)
-        q_norm, k_norm = self.q_norm, self.k_norm
+        rotary, q_norm, k_norm = self.options.rotary, self.q_norm, self.k_norm
         qkv = self.qkv.with_constant_bias(x) if q_norm is None else self.qkv(x)
-        if isinstance(rotary, Rotary):
-            tables = rotary.tables_for(batch, self.mode, qkv, qkv.shape[1])
+        tables = None if rotary is None else rotary.tables_for(batch, self.mode, qkv, qkv.shape[1])
         if q_norm is None or k_norm is None:
             return heads_of(qkv, self.heads, self.kv_heads, bias=self.qkv.flat_bias, tables=tables)
         q, k, v = parts_of(qkv, self.heads, self.kv_heads)

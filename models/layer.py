@@ -18,11 +18,10 @@ from parallel.layout.layout import global_range
 from parallel.layout.rng import Dropout, dropout, seed_of
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.activation import FUNCTIONS, gated, rectified
-from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
 from parallel.tensor.activation import activated_for, gated_for
-from parallel.tensor.fp8_matmul import CastInput, like_of
+from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.norms import Norm
 from parallel.tensor.residual import Addend, output_of, residual_add
 from parallel.tensor.scaling import TensorScale
@@ -206,8 +205,8 @@ class FeedForward(Half):
 
     def addend(self, x: Tensor | CastInput) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""
-        in_torch = not like_of(x).is_cuda or self.up.is_left_to_compiler
-        return output_of(self.down, self._inner(x) if in_torch else self._inner_with_kernels(x))
+        inner = self._inner_with_kernels if self.up.is_followed_by("activation", x) else self._inner
+        return output_of(self.down, inner(x))
 
     def _inner(self, x: Tensor | CastInput) -> Tensor:
         """Return what the second linear multiplies, [B_inner_batch, S, F_inner_hidden]."""
@@ -217,8 +216,6 @@ class FeedForward(Half):
     @not_compiled
     def _inner_with_kernels(self, x: Tensor | CastInput) -> Tensor | CastInput:
         """Return the same; the bias's gradient is summed with the activation's, and relu is written by the product."""
-        if not is_fused("activation", like_of(x)):
-            return self._inner(x)
         up, bias = self.up, self.up.flat_bias
         if self.is_gated:
             return gated_for(self.down, up(x), self.activation)

@@ -4,26 +4,22 @@ On a GPU `test_pointwise.py` compares the same blocks, in which the kernels are 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from models.attention import Attention
 from models.gpt2.shape import GPT2Shape
-from models.layer import FeedForward
 from models.llama.shape import LlamaShape, Qwen2Shape, Qwen3Shape
 from models.opt.shape import OPTShape
 from models.shape import ModelShape
 from parallel.config.parallel import TensorConfig
-from parallel.ops.kernels import activation, heads
 from parallel.pipeline.microbatch import Microbatch
 from parallel.sequence import sequence_of
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
-from parallel.tensor.residual import Addend, output_of
 from tests.accounts import UNSPLIT, mesh_of
 from tests.test_fp8_matmul import scales
 from tests.test_memory import block_of
@@ -40,33 +36,18 @@ SHAPES: Mapping[str, ModelShape] = {
     "qwen2": Qwen2Shape(**SIZES, num_key_value_heads=3),
     "qwen3": Qwen3Shape(**SIZES, num_key_value_heads=3, head_dim=12),
 }
-ASKED = [f"{module}.is_fused" for module in ("models.attention", "models.layer", "parallel.ops.kernels.activation")]
-"""These functions are asked whether a kernel can be launched."""
 
 
 def compare_interpreted() -> None:
     """Compare two blocks, whose functions are those of a GPU, and whose kernels are interpreted."""
-    with (
-        patch.object(FeedForward, "addend", _feed_forward),
-        patch.object(Attention, "addend", _attention),
-    ):
-        for family in ("opt", "llama, grouped"):
-            compare(SHAPES[family], "cpu", length=3)
-            compare(SHAPES[family], "cpu", length=3, in_8_bits=True)
+    for family in ("opt", "llama, grouped"):
+        compare(SHAPES[family], "cpu", length=3)
+        compare(SHAPES[family], "cpu", length=3, in_8_bits=True)
 
 
 def compare_compiled_and_interpreted() -> None:
     """Compare a block in whose compiled code the kernels are operators, which are interpreted."""
-    with patch.object(activation, "IN_COMPILED_CODE", True), patch.object(heads, "IN_COMPILED_CODE", True):
-        compare(SHAPES["llama, grouped"], "cpu", length=5, backend="aot_eager")
-
-
-def _feed_forward(self: FeedForward, x: Tensor) -> Addend:
-    return output_of(self.down, self._inner_with_kernels(x))
-
-
-def _attention(self: Attention, x: Tensor, batch: Microbatch) -> Addend:
-    return output_of(self.out, self._attend(*self._heads_with_kernels(x, batch), batch))
+    compare(SHAPES["llama, grouped"], "cpu", length=5, backend="aot_eager")
 
 
 def compare(
@@ -80,7 +61,7 @@ def compare(
     exact = results(shape, torch.float64, device, length)
     with _launching(False):
         reference = results(shape, torch.bfloat16, device, length, None, in_8_bits)
-    with _launching(True):
+    with _launching(True, in_compiled_code=backend is not None):
         found = results(shape, torch.bfloat16, device, length, backend, in_8_bits)
     assert found.keys() == exact.keys() == reference.keys()
     for name, wanted in exact.items():
@@ -90,11 +71,17 @@ def compare(
 
 
 @contextmanager
-def _launching(answer: bool) -> Iterator[None]:
-    """Answer whether a kernel can be launched, in this block."""
-    with ExitStack() as stack:
-        for name in ASKED:
-            stack.enter_context(patch(name, lambda *arguments, **options: answer))
+def _launching(answer: bool, *, in_compiled_code: bool = False) -> Iterator[None]:
+    """Answer whether kernels are launched: by what follows a linear in code that is not compiled, or in compiled."""
+
+    def answers(*arguments: object, **options: object) -> bool:
+        return answer
+
+    with (
+        patch.object(Linear, "is_followed_by", lambda *arguments: answer and not in_compiled_code),
+        patch("models.attention.is_fused", answers),
+        patch("parallel.ops.kernels.activation.is_fused", answers),
+    ):
         yield
 
 

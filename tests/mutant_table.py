@@ -2991,9 +2991,8 @@ PLANS = (
 )
 
 LOSS_KERNELS = "parallel/ops/kernels/cross_entropy_triton.py"
-LOSS_KERNELS_TEST = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[cross_entropy]"
+LOSS_KERNELS_TEST = "tests/test_kernels.py::test_interpreted_kernels_are_as_exact_as_their_references[loss]"
 LOOKUP_KERNELS = "parallel/ops/kernels/lookup_triton.py"
-LOOKUP_KERNELS_TEST = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[lookup]"
 
 KERNELS_OF_THE_LOSS = (
     Mutant(
@@ -3042,7 +3041,7 @@ KERNELS_OF_THE_LOSS = (
         LOOKUP_KERNELS,
         "range(program + 1, end)",
         "range(program + 1, program + 1)",
-        LOOKUP_KERNELS_TEST,
+        LOSS_KERNELS_TEST,
     ),
     Mutant(
         "lookup-kernel-padding-row-has-a-gradient",
@@ -3050,12 +3049,12 @@ KERNELS_OF_THE_LOSS = (
         LOOKUP_KERNELS,
         "is_row & (index != padding)",
         "is_row",
-        LOOKUP_KERNELS_TEST,
+        LOSS_KERNELS_TEST,
     ),
 )
 
 UPDATE_KERNEL, SUMS_KERNEL = (f"parallel/ops/kernels/{name}_triton.py" for name in ("adamw", "sums"))
-INTERPRETED = "tests/test_kernels.py::test_an_interpreted_kernel_is_as_exact_as_its_reference[{}]"
+INTERPRETED = "tests/test_kernels.py::test_interpreted_kernels_are_as_exact_as_their_references[{}]"
 
 UPDATES_IN_ONE_PASS = (
     Mutant(
@@ -3064,7 +3063,7 @@ UPDATES_IN_ONE_PASS = (
         UPDATE_KERNEL,
         "    if tl.load(found_inf) != 1.0:\n",
         "    if tl.load(found_inf) != 2.0:\n",
-        INTERPRETED.format("adamw"),
+        INTERPRETED.format("update"),
     ),
     Mutant(
         "kernel-without-noise-of-rows",
@@ -3072,7 +3071,7 @@ UPDATES_IN_ONE_PASS = (
         UPDATE_KERNEL,
         "((rows + row) & (TABLE - 1))",
         "(row & (TABLE - 1))",
-        INTERPRETED.format("adamw"),
+        INTERPRETED.format("update"),
     ),
     Mutant(
         "kernel-of-many-mixes-moments",
@@ -3080,7 +3079,7 @@ UPDATES_IN_ONE_PASS = (
         UPDATE_KERNEL,
         "tl.load(row + 12)",
         "tl.load(row + 10)",
-        INTERPRETED.format("adamw"),
+        INTERPRETED.format("update"),
     ),
     Mutant(
         "kernel-forgets-the-bias-correction",
@@ -3088,7 +3087,7 @@ UPDATES_IN_ONE_PASS = (
         UPDATE_KERNEL,
         "tl.fma(tl.sqrt_rn(v), root, eps)",
         "(tl.sqrt_rn(v) + eps)",
-        INTERPRETED.format("adamw"),
+        INTERPRETED.format("update"),
     ),
     Mutant(
         "squares-of-the-first-blocks",
@@ -3096,7 +3095,7 @@ UPDATES_IN_ONE_PASS = (
         SUMS_KERNEL,
         "first = start + k * BLOCK",
         "first = start + 0 * k * BLOCK",
-        INTERPRETED.format("sums"),
+        INTERPRETED.format("update"),
     ),
     Mutant(
         "squares-in-another-tensors-place",
@@ -3104,7 +3103,7 @@ UPDATES_IN_ONE_PASS = (
         SUMS_KERNEL,
         "partial + out * parts + part",
         "partial + tl.program_id(1) * parts + part",
-        INTERPRETED.format("sums"),
+        INTERPRETED.format("update"),
     ),
     Mutant(
         "gathered-before-its-update",
@@ -3179,48 +3178,48 @@ EIGHT_BITS = (
     ),
 )
 
-NORM_KERNEL = "parallel/ops/kernels/norm_triton.py"
+NORM_KERNELS = "parallel/ops/kernels/norm_{}_triton.py"
 
 NORMS_IN_ONE_PASS = (
     Mutant(
         "norm-kernel-mean-of-padding",
         "the variance counts what lies between the end of a row and the next power of 2",
-        NORM_KERNEL,
+        NORM_KERNELS.format("forward"),
         "tl.where(is_column[None, :], row - mean[:, None], 0.0)",
         "row - mean[:, None]",
-        INTERPRETED.format("norm"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "norm-kernel-drops-other-elements",
         "the kernel's mask of dropout is not that of the reference, and differs between layouts",
-        NORM_KERNEL,
+        NORM_KERNELS.format("rows"),
         "((z >> 27) & 0x1FFFFFFFFF)",
         "((z >> 26) & 0x1FFFFFFFFF)",
-        INTERPRETED.format("norm"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "norm-kernel-gradient-of-what-was-dropped",
         "elements that were dropped have a gradient",
-        NORM_KERNEL,
+        NORM_KERNELS.format("backward"),
         "0.0, gradient * tl.cast(scale, tl.float32))",
         "gradient, gradient * tl.cast(scale, tl.float32))",
-        INTERPRETED.format("norm"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "norm-kernel-forgets-the-residual-gradient",
         "the gradient of the sum itself is lost where a norm follows",
-        NORM_KERNEL,
+        NORM_KERNELS.format("backward"),
         "gradient += dnormal * deviation[:, None]",
         "gradient = dnormal * deviation[:, None]",
-        INTERPRETED.format("norm"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "norm-kernel-adds-up-some-programs",
         "the gradients of vectors are those of the first programs' rows",
-        NORM_KERNEL,
+        NORM_KERNELS.format("backward"),
         "(slots < programs)[:, None] & is_column[None, :]",
         "(slots < programs - 1)[:, None] & is_column[None, :]",
-        INTERPRETED.format("norm"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "bias-left-to-nobody",
@@ -3228,7 +3227,7 @@ NORMS_IN_ONE_PASS = (
         RESIDUAL,
         "return Addend(linear.product(x), linear.flat_bias)",
         "return Addend(linear.product(x))",
-        INTERPRETED.format("norm_in_blocks"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "last-add-saves",
@@ -3236,7 +3235,7 @@ NORMS_IN_ONE_PASS = (
         RESIDUAL,
         "        ctx.mask, ctx.wants = mask, (None,",
         "        ctx.save_for_backward(y)\n        ctx.mask, ctx.wants = mask, (None,",
-        INTERPRETED.format("norm_in_blocks"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "norm-kernel-row-sums-of-a-part",
@@ -3255,7 +3254,7 @@ POINTWISE = (
         "parallel/ops/kernels/heads_triton.py",
         "return first * c - second * s, second * c + first * s",
         "return first * c + second * s, second * c - first * s",
-        INTERPRETED.format("pointwise"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "q-heads-of-another-group",
@@ -3263,7 +3262,7 @@ POINTWISE = (
         "parallel/ops/kernels/heads_triton.py",
         "group * GROUP + place, group)",
         "place, group)",
-        INTERPRETED.format("pointwise"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "sum-of-what-came-in",
@@ -3271,7 +3270,7 @@ POINTWISE = (
         "parallel/ops/kernels/activation_triton.py",
         "            total += dx",
         "            total += dy",
-        INTERPRETED.format("pointwise"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "up-gets-the-gates-gradient",
@@ -3279,7 +3278,7 @@ POINTWISE = (
         "parallel/ops/kernels/activation_triton.py",
         "dy * up * _slope(gate, KIND)",
         "dy * _slope(gate, KIND)",
-        INTERPRETED.format("pointwise"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "bias-summed-twice",
@@ -3287,7 +3286,7 @@ POINTWISE = (
         "parallel/tensor/layers.py",
         "None if self.flat_bias is None else self.flat_bias.detach()",
         "self.flat_bias",
-        INTERPRETED.format("pointwise"),
+        INTERPRETED.format("block"),
     ),
     Mutant(
         "gradient-of-the-last-vector-alone",

@@ -91,12 +91,12 @@ SMALL_CASES = [
 
 
 def check_small_cases() -> None:
-    from parallel.ops.kernels.cached_attention_triton import Tiling, attend
+    from parallel.ops.kernels.cached_attention_triton import Tiling, launch_attend
 
     for case, (keys, parts) in SMALL_CASES:
         new, cache, positions = case.inputs("cpu")
         window = case.length if case.window is None else case.window
-        found = attend(new, cache, positions, window=window, tiling=Tiling(keys, parts, warps=4))
+        found = launch_attend(new, cache, positions, window=window, tiling=Tiling(keys, parts, warps=4))
         assert_as_exact_as_torch(case, "cpu", found, cache)
 
 

@@ -1,5 +1,8 @@
 """train.compile changes no result, to the rounding of the arithmetic."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.chunk.accumulator import Accumulator
+from parallel.config import parse
 from parallel.errors import ConfigError
+from parallel.ops.kernels import table
 from tests.harness import run
 from tests.parity import SHAPE, Raw, Trace, batches_of, compare, config_of, engine_of, share_of, train
 from tests.patience import LIMIT
@@ -80,12 +85,34 @@ def test_compiled_equals_eager_in_every_stage_of_zero(zero: Raw) -> None:
     check(2, {}, zero=zero, micro_batch_size=6)
 
 
+@pytest.fixture
+def looks_again() -> Iterator[None]:
+    """Have the table of kernels look anew for what this machine has, in the test and after it."""
+    table.what_triton_lacks.cache_clear()
+    yield
+    table.what_triton_lacks.cache_clear()
+
+
+@pytest.mark.usefixtures("looks_again")
 def test_a_host_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
     for device, missing in (("cpu", r"a C\+\+ compiler, such as g\+\+"), ("cuda", "Triton")):
         with pytest.raises(ConfigError, match=rf"train\.compile: True needs {missing}.*Try False\."):
             preflight.check_compiler(torch.device(device))
+
+
+@pytest.mark.usefixtures("looks_again")
+@pytest.mark.parametrize("lacks", ["Triton", "a C compiler", "Python's headers"])
+def test_a_gpu_on_whose_host_kernels_cannot_be_built_is_reported(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own kernels take their place, and nothing said why steps were slower."""
+    config = parse({"train": {"device": "cuda", "precision": "bf16"}})
+    monkeypatch.setattr(table, "find_spec", lambda name: None if lacks == "Triton" else name)
+    monkeypatch.setattr("shutil.which", lambda name: None if lacks == "a C compiler" else name)
+    monkeypatch.setattr(table, "_header", lambda: Path("/nowhere") if lacks == "Python's headers" else Path(__file__))
+    (message,) = preflight.kernel_messages(config)
+    assert f"need {lacks}" in message
+    assert not preflight.kernel_messages(replace(config, train=replace(config.train, device="cpu")))
 
 
 def copied_matrices(rank: int, world_size: int, raw: Raw) -> tuple[set[str], int]:

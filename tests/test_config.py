@@ -480,6 +480,27 @@ def test_chunks_that_a_schedule_does_not_have_are_refused_with_those_it_has(keys
 
 
 @pytest.mark.parametrize(
+    ("key", "given", "meant"),
+    [
+        ("train.precision", "float8", "fp8"),
+        ("train.precision", "torch.float8_e4m3fn", "fp8"),
+        ("train.precision", "FP8", "fp8"),
+        ("train.precision", "bfloat16", "bf16"),
+        ("train.precision", "half", "fp16"),
+        ("output.export_dtype", "fp8", "bf16"),
+        ("optimizer.state_dtype", "fp8", "bf16"),
+    ],
+)
+def test_a_dtype_as_another_library_calls_it_is_answered_with_the_nearest_one_here(
+    key: str, given: str, meant: str
+) -> None:
+    """'float8' was answered with 'fp32', whose letters are more alike."""
+    section, name = key.split(".")
+    (problem,) = problems({section: {name: given}})
+    assert problem.endswith(f"got {given!r}. Try {meant!r}.")
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("1F1B", "1f1b"),

@@ -115,6 +115,7 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     "a tensor mode without its size": lambda path, _: refusal_of_overrides("parallel.tensor=1d"),
     "`gradient_accumulation_steps`": lambda path, _: refusal({"train": {"gradient_accumulation_steps": 4}}),
     "a key as another program calls it": lambda path, _: refusal({"train": {"learning_rate": 1.0}}),
+    "a dtype as another library calls it": lambda path, _: refusal({"train": {"precision": "float8"}}),
     "a key in the wrong section": lambda path, _: refusal({"train": {"lr": 1.0}}),
     "`train.steps` beside `train.epochs`": lambda path, _: refusal({"train": {"steps": 20, "epochs": 1.5}}),
     "`keep_best` or `early_stopping` without evaluations": lambda path, _: refusal(

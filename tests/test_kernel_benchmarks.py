@@ -1,5 +1,6 @@
 """The tables of kernels: their rows, the anatomy of a step, and the floors."""
 
+import ast
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -95,9 +96,15 @@ def test_a_kernel_is_counted_in_its_group(name: str, group: str) -> None:
 
 
 def test_every_kernel_of_ours_that_trains_has_a_group() -> None:
+    """AdamW's, the only one with arguments of `triton.jit`, was once not found, and counted as "other"."""
     folder = Path(next(iter(parallel.ops.kernels.__path__)))
-    modules = {path.stem for path in folder.glob("*_triton.py")} - {"cached_attention_triton"}
-    assert modules <= OWN.keys()
+    modules = {path.stem: path.read_text() for path in folder.glob("*_triton.py")}
+    for functions_alone in ("cached_attention_triton", "eight_bits_triton", "norm_rows_triton"):
+        del modules[functions_alone]  # which other modules' kernels call, or which does not train
+    assert modules.keys() <= OWN.keys()
+    functions = [x for text in modules.values() for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)]
+    kernels_of_ours = {x.name for x in functions if any("triton.jit" in ast.unparse(one) for one in x.decorator_list)}
+    assert kernels_of_ours == own_kernels().keys()
     for name, groups in own_kernels().items():
         assert {group_of(name, before) for before in groups} == groups
 

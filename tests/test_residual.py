@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.test_kernels import test_an_interpreted_kernel_is_as_exact_as_its_reference as interpret
+from tests.test_kernels import interpret
 
 
 @pytest.mark.slow

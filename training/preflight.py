@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from models.tokenizer import Tokenizer
 from parallel.checkpoint.newest import FoundCheckpoint
 from parallel.config import Config
 from parallel.engine.context import Place
-from parallel.engine.device import check_precision, choose_device
+from parallel.engine.device import check_precision, choose_device, device_type
 from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
+from parallel.ops.kernels.table import what_triton_lacks
 from training.callbacks import Callback
 from training.config import override_messages
 from training.disk_room import check_disk, disk_messages
@@ -130,7 +130,8 @@ class Job:
         """The messages that are printed when the run starts."""
         again = (f"started again: the run goes on in {self.folder.path}",) if self.is_again else ()
         taken = RunPosition.before(self.inputs.found).steps
-        return (*again, *self.inputs.messages, *self._tracing()[1], *disk_messages(self.config, num_steps=taken))
+        here = (*kernel_messages(self.config), *disk_messages(self.config, num_steps=taken))
+        return (*again, *self.inputs.messages, *self._tracing()[1], *here)
 
     def _tracing(self) -> tuple[range, list[str]]:
         taken = RunPosition.before(self.inputs.found).steps
@@ -201,7 +202,7 @@ def problems_here(config: Config, place: Place, found: FoundCheckpoint | None) -
             check()
         except ConfigError as error:
             problems.append(f"on this machine the run would be refused: {error}")
-    return [*problems, *disk_messages(config, num_steps=RunPosition.before(found).steps)]
+    return [*problems, *kernel_messages(config), *disk_messages(config, num_steps=RunPosition.before(found).steps)]
 
 
 def folder_of(config: Config, resume_from: Path | None) -> RunFolder:
@@ -228,10 +229,18 @@ def modules_of_steps(config: Config) -> list[str]:
     return ["torch._dynamo"] if is_needed else []
 
 
+def kernel_messages(config: Config) -> list[str]:
+    """Return a message if a GPU is used, and this machine lacks what its kernels need: torch's own take their place."""
+    missing = what_triton_lacks() if device_type(config.train.device) == "cuda" else ""
+    if not missing or config.train.precision == "fp64":
+        return []
+    return [f"kernels of this library need {missing}, and there is none: steps are slower, with torch's own kernels"]
+
+
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError where torch.compile lacks what it needs: Triton on a GPU, a C++ compiler on a CPU."""
+    """Raise ConfigError where torch.compile lacks what it needs: Triton with a C compiler, on a CPU a C++ compiler."""
     if device.type == "cuda":
-        missing = "" if find_spec("triton") else "Triton (pip install triton)"
+        missing = what_triton_lacks()
     else:
         missing = "" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "a C++ compiler, such as g++"
     if missing:

@@ -11,7 +11,6 @@ from models.attention import Attention
 from models.generation.sampling import Sampler
 from models.generation.trained_model import compiled
 from models.layer import Head
-from models.rotary import Rotary
 from parallel.engine.inference import Inference
 from parallel.ops.captured import Captured
 from parallel.ops.compiling import not_yet_compiled
@@ -143,7 +142,7 @@ class Step:
             windows = {attention.options.window for attention in self.attentions}
             masks = masks_at(positions, self.caches[0].length, windows, dtype)
         rotary = first.options.rotary  # all attentions share it
-        angles = rotary.tables_of_new(positions, dtype) if isinstance(rotary, Rotary) else None
+        angles = None if rotary is None else rotary.tables_of_new(positions, dtype)
         for cache in self.caches:
             cache.new = NewTokens(positions, masks, angles)
 

@@ -28,10 +28,14 @@ OTHER_NAMES = {
     "dtype": "train.precision",
     "early_stopping_patience": "train.early_stopping=dict(patience=...)",
     "enable_zero_bubble": "parallel.pipeline.schedule='zero_bubble'",
+    "enable_fp8_linear": "train.precision='fp8'",
     "eval_interval": "output.eval_every",
     "eval_steps": "output.eval_every",
     "ffn_dim": "model.ffn_dim",
     "fp16": "train.precision='fp16'",
+    "fp8": "train.precision='fp8'",
+    "fp8_format": "train.precision='fp8'",
+    "fp8_recipe": "train.precision='fp8'",
     "grad_clip": "train.clip_grad_norm",
     "gradient_checkpointing": "train.activation_checkpointing='full'",
     "gradient_clipping": "train.clip_grad_norm",
@@ -92,10 +96,13 @@ OTHER_NAMES = {
     "tensor_model_parallel_size": "parallel.tensor.size, with mode='1d'",
     "tensor_parallel_degree": "parallel.tensor.size, with mode='1d'",
     "tensor_parallel_size": "parallel.tensor.size, with mode='1d'",
+    "torch_compile": "train.compile",
     "tp": "parallel.tensor.size, with mode='1d'",
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "use_bf16": "train.precision='bf16'",
     "use_fp16": "train.precision='fp16'",
+    "use_fp8": "train.precision='fp8'",
     "virtual_pipeline_model_parallel_size": "parallel.pipeline.chunks, with schedule='interleaved'",
     "virtual_pipeline_parallel_size": "parallel.pipeline.chunks, with schedule='interleaved'",
     "vocab_size": "model.vocab_size",
@@ -105,6 +112,24 @@ OTHER_NAMES = {
     "zero_optimization": "zero",
     "zero_stage": "zero.stage",
 }
+
+OTHER_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "bfloat16": ("bf16",),
+        "double": ("fp64",),
+        "e4m3": ("fp8", "bf16"),
+        "float": ("fp32",),
+        "float16": ("fp16",),
+        "float32": ("fp32",),
+        "float64": ("fp64",),
+        "float8": ("fp8", "bf16"),
+        "float8_e4m3fn": ("fp8", "bf16"),
+        "fp8": ("fp8", "bf16"),
+        "half": ("fp16", "bf16"),
+        "mxfp8": ("fp8", "bf16"),
+    }
+)
+"""The dtypes of torch, torchao and Transformer Engine, and the nearest ones here: the first that a key allows."""
 
 OTHER_SCHEDULES: Mapping[str, str] = MappingProxyType(
     {

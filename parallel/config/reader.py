@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from parallel.config.literals import literal
-from parallel.config.other_names import advice, key_text
+from parallel.config.other_names import OTHER_DTYPES, advice, key_text
 from parallel.config.paths import PathError, expanded
 from parallel.errors import SHOWN, ConfigError, closest, shown
 
@@ -245,7 +245,7 @@ def _choice(choices: tuple[object, ...], raw: object) -> object:
     """Return `raw` if it is one of the choices; else raise MisreadError with the most similar one."""
     if any(type(raw) is type(choice) and raw == choice for choice in choices):
         return raw
-    match = closest(raw, map(str, choices)) if isinstance(raw, str) else None
+    match = _similar(raw, list(map(str, choices))) if isinstance(raw, str) else None
     numbers = [choice for choice in choices if isinstance(choice, int) and not isinstance(choice, bool)]
     if isinstance(raw, int) and not isinstance(raw, bool) and numbers:
         nearest: object = min(numbers, key=lambda choice: abs(choice - raw))
@@ -254,6 +254,12 @@ def _choice(choices: tuple[object, ...], raw: object) -> object:
         raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {shown(raw)}")
     nearest = next(choice for choice in choices if str(choice) == match)
     raise MisreadError(f"needs one of {', '.join(map(repr, choices))}, got {shown(raw)}", nearest)
+
+
+def _similar(word: str, choices: list[str]) -> str | None:
+    """Return the choice that means what this dtype of another library does, or else the most similar one, if any."""
+    names = OTHER_DTYPES.get(word.casefold().removeprefix("torch."), ())
+    return next((name for name in names if name in choices), None) or closest(word, choices)
 
 
 def _tuple(arguments: tuple[Any, ...], raw: object) -> tuple[Any, ...]:

@@ -160,9 +160,9 @@ class TrainConfig:
     """
 
     compile: bool = False
-    """True: blocks go through torch.compile, for faster steps after a slow first one. On a GPU blocks in bf16 or fp16
-    have faster kernels of their own, and only generation compiles them. It needs Triton on a GPU, a C++ compiler on a
-    CPU.
+    """True: blocks go through torch.compile, for faster steps after a slow first one. It needs Triton on a GPU, a C++
+    compiler on a CPU. To train on a GPU in bf16, fp16 or fp8 there are faster kernels, to which blocks are left; there
+    it compiles attention that torch has no kernel for, and blocks that generate.
     """
 
     timeout_seconds: Count = 600

@@ -28,6 +28,15 @@ def not_compiled(function: F) -> F:
     return function
 
 
+def constant_in_compiled_code(function: F) -> F:
+    """Return the function, marked so that torch.compile calls it once, and takes its result for a constant.
+
+    The mark is that of `torch.compiler.assume_constant_result`, which would import torch's compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def not_yet_compiled(compiles: bool) -> AbstractContextManager[None]:
     """Return a context in which layers that are compiled otherwise run as usual: for a call whose shapes come once.
 

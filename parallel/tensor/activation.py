@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.ops.kernels.activation import activated, gated
+from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.table import is_fused
 from parallel.tensor.fp8_matmul import CastInput, placeholder
 from parallel.tensor.layers import Linear
@@ -30,13 +31,11 @@ def gated_for(linear: Linear, x: Tensor, name: str) -> Tensor | CastInput:
     return CastInput(like, data)
 
 
-def _cast_for(linear: Linear) -> Any:
-    """Return the cast of the linear's input; its amax is recorded in the steps of a training alone."""
-    from parallel.ops.kernels.activation_triton import CastOutput  # imports Triton
-
+def _cast_for(linear: Linear) -> EightBits:
+    """Return the form of the linear's input; its amax is recorded in the steps of a training alone."""
     assert linear.eight_bit is not None
     scale = linear.eight_bit.scales.x
-    return CastOutput(scale.scale, linear.eight_bit.amax_of(scale))
+    return EightBits(scale.scale, linear.eight_bit.amax_of(scale))
 
 
 class _Activated(torch.autograd.Function):
@@ -44,7 +43,7 @@ class _Activated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, bias: Tensor | None, name: str, linear: Linear) -> tuple[Tensor, Tensor]:
-        from parallel.ops.kernels.activation_triton import launch_activated
+        from parallel.ops.kernels.activation_triton import launch_activated  # imports Triton
 
         u = u.contiguous()
         data = launch_activated(u, bias, name, _cast_for(linear))

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from parallel.layout.layout import Layout
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.lookup import lookup
-from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
+from parallel.ops.kernels.table import can_be_given
+from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, like_of
 from parallel.tensor.matmul import LinearCollectives, is_left_to_compiler, matmul, rectified_like
 from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
@@ -91,10 +92,14 @@ class Linear(Sharded):
         is_plain = self.eight_bit is None and type(self.collectives) is LinearCollectives
         return is_plain and not self.collectives.has_partial_y
 
-    @property
-    def is_left_to_compiler(self) -> bool:
-        """True while code is compiled that this linear will be a part of, so that it can be fused with its output."""
-        return self.eight_bit is None and is_left_to_compiler(self.collectives, self.receiver)
+    def is_followed_by(self, kernel: str, x: Tensor | CastInput) -> bool:
+        """Return whether a caller launches this kernel for the product of x, in code that is not compiled.
+
+        It does not where the compiler makes the product a part of its own code, and can fuse what follows with it.
+        """
+        is_left = self.eight_bit is None and is_left_to_compiler(self.collectives, self.receiver)
+        like = like_of(x)
+        return like.is_cuda and not is_left and can_be_given(kernel, like.dtype)
 
 
 class Embedding(Sharded):

@@ -14,7 +14,8 @@ from parallel.layout.rng import Dropout
 from parallel.mesh.collectives import all_gather, all_reduce
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
-from parallel.ops.kernels.norm import EightBits, FlatAddend, Mask, NormKind, fuses
+from parallel.ops.kernels.cast import EightBits
+from parallel.ops.kernels.norm import FlatAddend, Mask, NormKind, fuses
 from parallel.tensor.fp8_matmul import CastInput, placeholder
 from parallel.tensor.layers import Linear
 from parallel.tensor.scaling import TensorScale
@@ -142,17 +143,19 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        from parallel.ops.kernels import norm_triton as kernels  # imports Triton
+        from parallel.ops.kernels import norm_forward_triton as kernels  # imports Triton
 
         x, y, y_bias, mask, weight, bias, dim, eight_bits = inputs
         kind = NormKind(dim.is_rms, dim.eps, dim.size)
         addend = None if y is None else FlatAddend(y.contiguous(), y_bias, mask)
         if dim.axes:
-            total, local = kernels.local_statistics(x.contiguous(), addend, kind)
+            total, local = kernels.launch_local_statistics(x.contiguous(), addend, kind)
             statistics = dim.merged(local)
-            normed = kernels.normalize(total, statistics, weight, bias, kind, eight_bits)
+            normed = kernels.launch_normalize(total, statistics, weight, bias, kind, eight_bits)
         else:
-            total, normed, statistics = kernels.residual_norm(x.contiguous(), addend, weight, bias, kind, eight_bits)
+            total, normed, statistics = kernels.launch_residual_norm(
+                x.contiguous(), addend, weight, bias, kind, eight_bits
+            )
         total = x if y is None else total
         ctx.save_for_backward(total, statistics, weight)
         ctx.dim, ctx.kind, ctx.mask = dim, kind, mask
@@ -166,7 +169,7 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-        from parallel.ops.kernels import norm_triton as kernels
+        from parallel.ops.kernels import norm_backward_triton as kernels
 
         total, statistics, weight = ctx.saved_tensors
         kept, sums, dweight, dbias, wants = (total.contiguous(), statistics, weight), None, None, None, ctx.wants
@@ -174,9 +177,11 @@ class _ResidualNorm(torch.autograd.Function):
         if dnormed is None:
             wants = None, None, wants[2]
         elif ctx.dim.axes:
-            local, dweight, dbias = kernels.row_sums(dnormed, *kept, kind=ctx.kind, wants=wants[:2])
+            local, dweight, dbias = kernels.launch_row_sums(dnormed, *kept, kind=ctx.kind, wants=wants[:2])
             sums, wants = ctx.dim.sum(local), (None, None, wants[2])
-        found = kernels.backward(dtotal, dnormed, kept, kind=ctx.kind, mask=ctx.mask, wants=wants, sums=sums)
+        found = kernels.launch_norm_backward(
+            dtotal, dnormed, kept, kind=ctx.kind, mask=ctx.mask, wants=wants, sums=sums
+        )
         if sums is None:
             dweight, dbias = found.dweight, found.dbias
         dy = found.dy if ctx.needs_input_grad[1] else None
@@ -191,16 +196,16 @@ class _ResidualAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, y_bias: Tensor | None, mask: Mask | None) -> Tensor:
-        from parallel.ops.kernels import norm_triton as kernels
+        from parallel.ops.kernels import norm_forward_triton as kernels
 
         ctx.mask, ctx.wants = mask, (None, None, _dtype(y_bias, ctx.needs_input_grad[2]))
-        return kernels.residual_add(x.contiguous(), FlatAddend(y.contiguous(), y_bias, mask))
+        return kernels.launch_residual_add(x.contiguous(), FlatAddend(y.contiguous(), y_bias, mask))
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        from parallel.ops.kernels import norm_triton as kernels
+        from parallel.ops.kernels import norm_backward_triton as kernels
 
-        found = kernels.backward(dtotal.contiguous(), None, None, kind=None, mask=ctx.mask, wants=ctx.wants)
+        found = kernels.launch_norm_backward(dtotal.contiguous(), None, None, kind=None, mask=ctx.mask, wants=ctx.wants)
         return dtotal, found.dy, found.dy_bias, None
 
 

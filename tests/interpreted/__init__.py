@@ -1,6 +1,6 @@
-"""Programs that compare kernels with their references on a CPU: each module is run by itself, by `test_kernels.py`.
+"""Programs that compare kernels with their references on a CPU: `test_kernels.py` calls `interpret` of each module.
 
-Triton's interpreter is chosen when a kernel is imported, so each program is a process with TRITON_INTERPRET=1.
+Triton's interpreter is chosen when a kernel is imported, so they need a process with TRITON_INTERPRET=1.
 """
 
 import os

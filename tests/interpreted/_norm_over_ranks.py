@@ -72,5 +72,6 @@ def main() -> None:
                 assert {name: error for name, error in found.items() if error > BOUND} == {}, (kind, tensor, found)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     main()

@@ -9,7 +9,7 @@ from torch import Tensor
 from parallel.config import OptimizerConfig
 from parallel.layout import sources
 from parallel.ops.kernels.adamw import update_in_torch
-from parallel.ops.kernels.adamw_triton import LARGE, update
+from parallel.ops.kernels.adamw_triton import LARGE, launch_update
 from parallel.ops.kernels.elements import Elements, Step
 from parallel.optim.rounding import NoiseOfParts, Rounding
 from tests.exactness import assert_as_exact
@@ -70,10 +70,10 @@ def check_exactness(device: str) -> None:
         step = step_of(device)
         exact = [exactly(one, step) for one in many]
         by_torch, found, alone = ([copy_of(one) for one in many] for _ in range(3))
-        update(found, step, CONFIG)
+        launch_update(found, step, CONFIG)
         for i, one in enumerate(many):
             update_in_torch(by_torch[i], step, CONFIG)
-            update(alone[i : i + 1], step, CONFIG)
+            launch_update(alone[i : i + 1], step, CONFIG)
             what = f"{name}: {len(one.gradient)}"
             assert torch.equal(found[i].gradient, one.gradient), what
             for kind, got, reference, wanted in zip("wmv", found[i].states, by_torch[i].states, exact[i], strict=True):
@@ -93,7 +93,7 @@ def check_that_a_step_is_left_out(device: str) -> None:
         one.gradient[5] = torch.nan
     for together in (many, many[1:]):
         found = [copy_of(one) for one in together]
-        update(found, step_of(device, 1.0), CONFIG)
+        launch_update(found, step_of(device, 1.0), CONFIG)
         for got, one in zip(found, together, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got.states, one.states, strict=True))
             assert got.own is not None
@@ -115,7 +115,7 @@ def check_noise(device: str) -> None:
     noise, step = NoiseOfParts(chunk.memory.device), step_of(device)
     want, got = ([x.clone() for x in part.states] for _ in range(2))
     wide = Elements(part.gradient, (want[0], want[1].float(), want[2].float()), None, 3, 0.1)
-    update([wide], step, CONFIG)
+    launch_update([wide], step, CONFIG)
     rounding = Rounding(len(part.gradient), WIDE, chunk.memory.device)
     with rounding.widened(replace(part, states=(want[0], want[1], want[2])), 3) as buffers:
         for buffer, x in zip(buffers, wide.states[1:], strict=True):
@@ -123,7 +123,7 @@ def check_noise(device: str) -> None:
     for smaller in replace(part, states=(got[0], got[1], got[2])).split(2700):
         assert noise.takes(smaller)
         pieces = noise.of(smaller, 3)
-        update([Elements(x.gradient, x.states, None, 3, 0.1, at) for x, at in pieces], step, CONFIG)
+        launch_update([Elements(x.gradient, x.states, None, 3, 0.1, at) for x, at in pieces], step, CONFIG)
     for kind, a, b in zip("wmv", got, want, strict=True):
         assert torch.equal(a, b), f"{kind} in bf16: {int((a != b).sum())} of {len(a)} differ"
 
@@ -134,5 +134,6 @@ def check(device: str) -> None:
     check_noise(device)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     check("cpu")

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from parallel.ops import fp8
 from parallel.ops.fp8 import E4M3, E5M2
-from parallel.ops.kernels.cast_triton import CAST_TILE, TRANSPOSE_TILE, Tile, cast_both_ways, cast_flat, transpose
+from parallel.ops.kernels.cast_triton import (
+    CAST_TILE,
+    TRANSPOSE_TILE,
+    Tile,
+    launch_cast,
+    launch_cast_and_transpose,
+    launch_transpose,
+)
 
 SHAPES = [(1, 1), (3, 5), (16, 32), (33, 17), (70, 130)]
 SMALL = Tile(32, 16, 4)
@@ -34,17 +41,17 @@ def check(x: Tensor, power: int, dtype: torch.dtype, device: str = "cpu") -> Non
     what = tuple(x.shape), x.dtype, dtype, power
     x, scale = x.to(device), scale.to(device)
     amax = [torch.zeros((), device=device), torch.full((), 1e-3, device=device)]
-    flat = cast_flat(x, scale, dtype, amax[0])
-    rows, columns, sums = cast_both_ways(x, scale, dtype, amax[1], True, SMALL)
+    flat = launch_cast(x, scale, dtype, amax[0])
+    rows, columns, sums = launch_cast_and_transpose(x, scale, dtype, amax[1], True, SMALL)
     padded = torch.zeros(len(x) + -len(x) % 16, x.shape[1]).to(dtype)
     padded.view(torch.uint8)[: len(x)] = expected.view(torch.uint8)
     transposed = padded.view(torch.uint8).T.contiguous().view(dtype)
     assert_same_bits(flat.cpu(), expected, what)
     assert_same_bits(rows.cpu(), expected, what)
     assert_same_bits(columns.cpu(), transposed, what)
-    assert_same_bits(transpose(rows, SMALL).cpu(), transposed, what)
-    assert_same_bits(transpose(rows, TRANSPOSE_TILE).cpu(), transposed, what)
-    assert_same_bits(cast_both_ways(x, scale, dtype, None, False, CAST_TILE)[1].cpu(), transposed, what)
+    assert_same_bits(launch_transpose(rows, SMALL).cpu(), transposed, what)
+    assert_same_bits(launch_transpose(rows, TRANSPOSE_TILE).cpu(), transposed, what)
+    assert_same_bits(launch_cast_and_transpose(x, scale, dtype, None, False, CAST_TILE)[1].cpu(), transposed, what)
     assert [float(found) for found in amax] == [float(largest), max(float(largest), float(torch.tensor(1e-3)))], what
     if bool(x.isfinite().all()):
         assert sums is not None
@@ -71,8 +78,9 @@ def check_all(device: str = "cpu") -> None:
         near = torch.cat([between, between * (1 + 2.0**-20), between * (1 - 2.0**-20)])
         check(torch.cat([every, near]).unsqueeze(0), 0, dtype, device)
     empty = torch.empty(0, 5, dtype=torch.bfloat16, device=device)
-    assert cast_flat(empty, torch.ones((), device=device), E4M3, None).shape == (0, 5)
+    assert launch_cast(empty, torch.ones((), device=device), E4M3, None).shape == (0, 5)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     check_all()

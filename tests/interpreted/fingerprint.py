@@ -2,8 +2,9 @@
 
 import torch
 
+from parallel.ops.kernels import fingerprint_triton
 from parallel.ops.kernels.fingerprint import COLUMNS, FEW, MIXERS, fingerprints_in_torch, weights
-from parallel.ops.kernels.fingerprint_triton import fingerprints
+from parallel.ops.kernels.fingerprint_triton import launch_fingerprints
 
 # In words: few and many, and with each number of parts after an odd number of rows.
 LENGTHS = (1, 64, FEW - 1, FEW, FEW + 1, 2 * COLUMNS - 1, 2 * COLUMNS, 3 * COLUMNS + 1, 12 * COLUMNS - 1)
@@ -16,10 +17,12 @@ def compare(device: str) -> None:
     buffers = [torch.randint(limits.min, limits.max, (n,), generator=generator).to(device) for n in LENGTHS]
     buffers.append(torch.randn(4 * (5 * COLUMNS + 3), generator=generator).to(device, torch.bfloat16))
     given = weights(buffers[0].device), COLUMNS, MIXERS
-    found, expected = fingerprints(buffers, *given), fingerprints_in_torch(buffers)
+    found, expected = launch_fingerprints(buffers, *given), fingerprints_in_torch(buffers)
     assert torch.equal(found, expected), (found != expected).nonzero()
-    assert torch.equal(fingerprints(buffers[-1:], *given), expected[-1:])
+    assert torch.equal(launch_fingerprints(buffers[-1:], *given), expected[-1:])
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU, with sizes that are small there."""
+    fingerprint_triton.WORDS = 8192  # fewer programs: the interpreter runs one after the other
     compare("cpu")

@@ -69,5 +69,6 @@ def check_all(device: str) -> None:
         check(case, device)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     check_all("cpu")

@@ -8,9 +8,15 @@ from torch import Tensor
 
 from parallel.layout.rng import Dropout, dropout_mask, seed_of
 from parallel.ops.fp8 import E4M3
-from parallel.ops.kernels import norm_triton as kernels
-from parallel.ops.kernels.cast import cast
-from parallel.ops.kernels.norm import Dtypes, EightBits, FlatAddend, NormKind
+from parallel.ops.kernels.cast import EightBits, cast
+from parallel.ops.kernels.norm import Dtypes, FlatAddend, NormKind
+from parallel.ops.kernels.norm_backward_triton import launch_norm_backward, launch_row_sums
+from parallel.ops.kernels.norm_forward_triton import (
+    launch_local_statistics,
+    launch_normalize,
+    launch_residual_add,
+    launch_residual_norm,
+)
 from tests.exactness import assert_as_exact
 
 EPS = 1e-5
@@ -114,20 +120,20 @@ def fused(case: Case, given: Inputs, device: str, *, is_split: bool) -> dict[str
     wants: Dtypes = tuple(None if t is None else t.dtype for t in (given.weight, given.bias, given.y_bias))
     dweight = dbias = sums = None
     if is_split:
-        total, statistics = kernels.local_statistics(given.x, addend, kind)
+        total, statistics = launch_local_statistics(given.x, addend, kind)
         if case.is_rms:
             statistics = (statistics / case.row + EPS).rsqrt()
         else:
             statistics = torch.stack((statistics[1], (statistics[0] + EPS).rsqrt()))
-        normed = kernels.normalize(total, statistics, given.weight, given.bias, kind)
-        sums, dweight, dbias = kernels.row_sums(
+        normed = launch_normalize(total, statistics, given.weight, given.bias, kind)
+        sums, dweight, dbias = launch_row_sums(
             given.dnormed, total, statistics, given.weight, kind=kind, wants=wants[:2]
         )
         wants = None, None, wants[2]
     else:
-        total, normed, statistics = kernels.residual_norm(given.x, addend, given.weight, given.bias, kind)
+        total, normed, statistics = launch_residual_norm(given.x, addend, given.weight, given.bias, kind)
     kept = total, statistics, given.weight
-    found = kernels.backward(
+    found = launch_norm_backward(
         given.dtotal, given.dnormed, kept, kind=kind, mask=None if addend is None else mask, wants=wants, sums=sums
     )
     dweight, dbias = (found.dweight, found.dbias) if sums is None else (dweight, dbias)
@@ -164,11 +170,11 @@ def compare_add(case: Case, device: str) -> None:
         return [total, *torch.autograd.grad(total, (inputs.y, inputs.y_bias), inputs.dtotal)]
 
     wants = None, None, given.y_bias.dtype
-    found = kernels.backward(given.dtotal, None, None, kind=None, mask=addend.mask, wants=wants)
+    found = launch_norm_backward(given.dtotal, None, None, kind=None, mask=addend.mask, wants=wants)
     assert found.dx is given.dtotal
     assert found.dy is not None
     assert found.dy_bias is not None
-    ours = kernels.residual_add(given.x, addend), found.dy, found.dy_bias
+    ours = launch_residual_add(given.x, addend), found.dy, found.dy_bias
     for got, reference, exact in zip(ours, formula(given.to(None)), formula(given.to(torch.float64)), strict=True):
         assert_as_exact(got, reference.detach(), exact.detach(), case)
 
@@ -179,7 +185,7 @@ def compare_masks(device: str) -> None:
     dropout = dropout_of(case, device)
     assert dropout is not None
     ones = torch.ones(case.rows, case.row, device=device)
-    total = kernels.residual_add(torch.zeros_like(ones), FlatAddend(ones, None, dropout.mask()))
+    total = launch_residual_add(torch.zeros_like(ones), FlatAddend(ones, None, dropout.mask()))
     assert torch.equal(total == 0, dropout_mask(dropout.p, dropout.key, dropout.rows, dropout.columns))
     assert 0.3 < float((total == 0).float().mean()) < 0.5
 
@@ -190,12 +196,12 @@ def compare_cast(case: Case, device: str, *, is_split: bool) -> None:
     assert given.y is not None
     addend = FlatAddend(given.y, given.y_bias, None if dropout is None else dropout.mask())
     scale, amax, known = (torch.tensor(value, device=device) for value in (32.0, 0.0, 0.0))
-    total, normed, statistics = kernels.residual_norm(given.x, addend, given.weight, given.bias, kind)
+    total, normed, statistics = launch_residual_norm(given.x, addend, given.weight, given.bias, kind)
     eight_bits = EightBits(scale, amax)
     if is_split:
-        found = kernels.normalize(total, statistics, given.weight, given.bias, kind, eight_bits)
+        found = launch_normalize(total, statistics, given.weight, given.bias, kind, eight_bits)
     else:
-        found = kernels.residual_norm(given.x, addend, given.weight, given.bias, kind, eight_bits)[1]
+        found = launch_residual_norm(given.x, addend, given.weight, given.bias, kind, eight_bits)[1]
     wanted = cast(normed, scale, E4M3, known)
     assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), case
     assert torch.equal(amax, known), (case, amax, known)
@@ -211,5 +217,6 @@ def main(device: str = "cpu") -> None:
     compare_add(Case(7, 100, torch.bfloat16, torch.bfloat16, is_rms=False, p=0.3), device)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     main()

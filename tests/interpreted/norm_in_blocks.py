@@ -134,5 +134,6 @@ def main(device: str = "cpu") -> None:
     compare_8_bits("llama", device)
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     main()

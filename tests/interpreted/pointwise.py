@@ -13,16 +13,15 @@ from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels.accumulate_triton import launch_accumulate
 from parallel.ops.kernels.activation import FUNCTIONS
 from parallel.ops.kernels.activation_triton import (
-    CastOutput,
     launch_activated,
     launch_activated_backward,
     launch_gated,
     launch_gated_backward,
 )
-from parallel.ops.kernels.cast import cast
+from parallel.ops.kernels.cast import EightBits, cast
 from parallel.ops.kernels.column_sum_triton import launch_column_sum
 from parallel.ops.kernels.heads import Tables, by_head, parts_of, rotated
-from parallel.ops.kernels.heads_triton import launch_backward, launch_forward
+from parallel.ops.kernels.heads_triton import launch_heads, launch_heads_backward
 from tests import blocks
 from tests.exactness import assert_as_exact
 
@@ -98,11 +97,11 @@ def compare_cast(name: str, x: Tensor) -> None:
     fs = launch_activated(x, bias, name), launch_gated(x, name)
     for f, function in zip(fs, (partial(launch_activated, x, bias), partial(launch_gated, x)), strict=True):
         amax, wanted = torch.zeros_like(scale), torch.zeros_like(scale)
-        found = function(name, CastOutput(scale, amax))
+        found = function(name, EightBits(scale, amax))
         expected = cast(f, scale, E4M3, wanted)
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), name
         assert torch.equal(amax, wanted), name
-        assert torch.equal(function(name, CastOutput(scale, None)).view(torch.uint8), found.view(torch.uint8)), name
+        assert torch.equal(function(name, EightBits(scale, None)).view(torch.uint8), found.view(torch.uint8)), name
 
 
 def compare_column_sum(x: Tensor) -> None:
@@ -151,15 +150,15 @@ def compare_heads(
     out = torch.full_like(qkv, torch.nan)
     parts = out.unflatten(-1, (-1, size)).split([n for n in (heads, kv_heads, kv_heads) if n], 2)
     by_heads = [x.transpose(1, 2) for x in parts]
-    launch_forward(qkv, by_heads, tables)
-    dqkv, db = launch_backward(gradients, tables, sums=True)
+    launch_heads(qkv, by_heads, tables)
+    dqkv, db = launch_heads_backward(gradients, tables, sums=True)
     assert db is not None
     found = dict(zip("qkv", by_heads, strict=False)) | {"dqkv": dqkv, "db": db}
     _compare(found, torchs(dtype), torchs(torch.float64), (counts, sizes, num_turned))
-    assert torch.equal(dqkv, launch_backward(gradients, tables)[0])
+    assert torch.equal(dqkv, launch_heads_backward(gradients, tables)[0])
     if heads == kv_heads and tables is not None:  # in place
         parts = qkv.unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], 2)
-        launch_forward(qkv, [x.transpose(1, 2) for x in parts], tables, moves_v=False)
+        launch_heads(qkv, [x.transpose(1, 2) for x in parts], tables, moves_v=False)
         assert torch.equal(qkv, out)
 
 
@@ -175,6 +174,7 @@ def _compare(found: dict[str, Tensor], reference: dict[str, Tensor], exact: dict
         assert_as_exact(x, reference[key], exact[key], (what, key))
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU."""
     main()
     blocks.compare_interpreted()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.ops.kernels import sums_triton
 from parallel.ops.kernels.sums import sum_of_squares_in_torch
-from parallel.ops.kernels.sums_triton import squares
+from parallel.ops.kernels.sums_triton import launch_sums_of_squares
 
 SIZES = (0, 1, 64, 1000, 4096, 70_001)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,20 +29,21 @@ def cases(device: str) -> Iterator[tuple[str, list[Tensor]]]:
 def check(device: str) -> None:
     """Compare every case with fp64 and with torch; the same tensors give the same bits in any company."""
     for name, tensors in cases(device):
-        found = squares(tensors)
+        found = launch_sums_of_squares(tensors)
         reference = torch.stack([sum_of_squares_in_torch(x) for x in tensors])
         for one, of_torch, x in zip(found, reference, tensors, strict=True):
             exact = x.double().square().sum()
             rounding = exact * 2**-24  # a reference that happens to round well is no measure
             error, bound = (one - exact).abs(), 2 * torch.maximum((of_torch - exact).abs(), rounding)
             assert bool(error <= bound), f"{name} {len(x)}: an error of {error:.3e}, of at most {bound:.3e}"
-            assert torch.equal(one, squares([x])[0]), f"{name} {len(x)}: not the same bits alone"
+            assert torch.equal(one, launch_sums_of_squares([x])[0]), f"{name} {len(x)}: not the same bits alone"
     for bad in (torch.inf, torch.nan):
         x = torch.zeros(300, device=device)
         x[299] = bad
-        assert not squares([x, x])[1].isfinite()
+        assert not launch_sums_of_squares([x, x])[1].isfinite()
 
 
-if __name__ == "__main__":
+def interpret() -> None:
+    """Compare on a CPU, with sizes that are small there."""
     sums_triton.PARTS = 4  # fewer programs: the interpreter runs one after the other
     check("cpu")

@@ -3,7 +3,6 @@
 The backward of `activated` has the programs of a column sum: see `column_sum_triton`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,24 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.ops.fp8 import E4M3, LARGEST
-from parallel.ops.kernels.cast_triton import _magnitude, _narrow, _raise, _rounds
+from parallel.ops.fp8 import E4M3
+from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.column_sum_triton import add_parts, parts_of
+from parallel.ops.kernels.eight_bits_triton import NO_CAST, constants_of, store
 from parallel.ops.kernels.launch import launch
 
 ROWS, COLUMNS, WARPS = 2, 1024, 4  # a tile of a kernel that sums nothing
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 32, 128, 4  # a tile of one that sums columns
 
 
-@dataclass(frozen=True)
-class CastOutput:
-    """The cast of an output to E4M3 in the pass that computes it: by a scale, and raising amax to the largest |f|."""
-
-    scale: Tensor
-    amax: Tensor | None
-
-
-def launch_activated(u: Tensor, bias: Tensor | None, name: str, cast: CastOutput | None = None) -> Tensor:
+def launch_activated(u: Tensor, bias: Tensor | None, name: str, cast: EightBits | None = None) -> Tensor:
     """Return act(u + bias) of a contiguous u[..., F] and bias[F], in 8 bits if it is to be cast."""
     f = torch.empty_like(u, dtype=u.dtype if cast is None else E4M3)
     _launch_forward(_activate, (u, bias, f), name, cast)
@@ -55,7 +47,7 @@ def launch_activated_backward(
     return du, add_parts(partial, df.dtype) if sums else None
 
 
-def launch_gated(x: Tensor, name: str, cast: CastOutput | None = None) -> Tensor:
+def launch_gated(x: Tensor, name: str, cast: EightBits | None = None) -> Tensor:
     """Return act(gate) · up of a contiguous x[..., 2F], in 8 bits if it is to be cast."""
     f = x.new_empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype if cast is None else E4M3)
     _launch_forward(_gate, (x, f), name, cast)
@@ -73,16 +65,15 @@ def launch_gated_backward(df: Tensor, x: Tensor, name: str) -> Tensor:
     return dx
 
 
-def _launch_forward(kernel: Any, tensors: tuple[Tensor | None, ...], name: str, cast: CastOutput | None) -> None:
+def _launch_forward(kernel: Any, tensors: tuple[Tensor | None, ...], name: str, cast: EightBits | None) -> None:
     """Launch a kernel that computes f, the last of these tensors."""
     f = tensors[-1]
     assert f is not None
     num_rows, num_columns = _rows_and_columns(f)
     if f.numel():
-        scale, amax = (None, None) if cast is None else (cast.scale, cast.amax)
-        constants = dict(KIND=name, ROWS=ROWS, COLUMNS=COLUMNS, LARGEST=LARGEST[E4M3], ROUNDS=_rounds(E4M3))
+        constants = dict(KIND=name, ROWS=ROWS, COLUMNS=COLUMNS) | constants_of(E4M3)
         grid, numbers = _tiles(num_rows, num_columns), (num_rows, num_columns)
-        launch(kernel, grid, (*tensors, scale, amax), numbers, constants=constants, num_warps=WARPS)
+        launch(kernel, grid, (*tensors, *(cast or NO_CAST)), numbers, constants=constants, num_warps=WARPS)
 
 
 def _rows_and_columns(x: Tensor) -> tuple[int, int]:
@@ -106,7 +97,7 @@ def _activate(
     x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         x += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-    _store(f + at, _value(x, KIND), u.dtype.element_ty, mask, scale, amax, LARGEST, ROUNDS)
+    store(f + at, _value(x, KIND).to(u.dtype.element_ty), mask, scale, amax, LARGEST, ROUNDS)
 
 
 @triton.jit
@@ -162,7 +153,8 @@ def _gate(
     gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gates + num_columns, mask=mask, other=0.0).to(tl.float32)
     at = rows[:, None] * num_columns + columns[None, :]
-    _store(f + at, _value(gate, KIND) * up, x.dtype.element_ty, mask, scale, amax, LARGEST, ROUNDS)
+    product = _value(gate, KIND) * up
+    store(f + at, product.to(x.dtype.element_ty), mask, scale, amax, LARGEST, ROUNDS)
 
 
 @triton.jit
@@ -175,22 +167,6 @@ def _gate_backward(df, x, dx, num_rows, num_columns, KIND: tl.constexpr, ROWS: t
     up = tl.load(x + at_gate + num_columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx + at_gate, (dy * up * _slope(gate, KIND)).to(dx.dtype.element_ty), mask=mask)
     tl.store(dx + at_gate + num_columns, (dy * _value(gate, KIND)).to(dx.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store(
-    at, y, dtype: tl.constexpr, mask, scale, amax, LARGEST: tl.constexpr, ROUNDS: tl.constexpr
-):  # fmt: skip
-    """Store a tile in `dtype` or, with a scale, in 8 bits: the same numbers as if it had been stored and then cast."""
-    y = y.to(dtype)
-    if scale is None:
-        tl.store(at, y, mask=mask)
-    else:
-        wide = y.to(tl.float32)
-        tl.store(at, _narrow(wide, tl.load(scale), at.dtype.element_ty, LARGEST, ROUNDS), mask=mask)
-        if amax is not None:
-            largest = tl.max(tl.max(tl.where(mask, _magnitude(wide), 0.0), 1), 0)
-            _raise(amax, largest, tl.load(amax))
 
 
 @triton.jit

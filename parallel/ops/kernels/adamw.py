@@ -36,9 +36,9 @@ def can_be_fused(gradient: Tensor, states: tuple[Tensor, Tensor, Tensor], own: T
 
 def update_fused(many: Sequence[Elements], step: Step, config: OptimizerConfig) -> None:
     """Update all of these elements, which are on one GPU, with few launches."""
-    from parallel.ops.kernels.adamw_triton import update  # imports Triton
+    from parallel.ops.kernels.adamw_triton import launch_update  # imports Triton
 
-    update(many, step, config)
+    launch_update(many, step, config)
 
 
 def update_in_torch(elements: Elements, step: Step, config: OptimizerConfig) -> None:

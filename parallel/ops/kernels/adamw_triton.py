@@ -1,7 +1,8 @@
 """The kernel of `adamw`: each program updates one block of elements.
 
 Large tensors have a launch each. The many small ones, biases and norms, have one together: their addresses are in a
-table on the device, as in torch's multi-tensor kernels.
+table on the device, as in torch's multi-tensor kernels. Both are launched in Triton's own way, which takes the option
+of its compiler that the next lines need.
 
 Products are rounded before sums, except where the code says `fma`: so an element's result does not depend on which of
 the compiled variants has computed it. What is small is added to what is large last, so that an update has about one
@@ -25,7 +26,7 @@ FIELDS = 14  # numbers of a row of the table
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def update(many: Sequence[Elements], step: Step, config: OptimizerConfig) -> None:
+def launch_update(many: Sequence[Elements], step: Step, config: OptimizerConfig) -> None:
     """Update all of these elements: see `update_fused`."""
     groups: dict[object, list[Elements]] = {}
     for elements in many:

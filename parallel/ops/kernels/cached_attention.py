@@ -53,9 +53,9 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tens
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, positions: Tensor, window: int) -> Tensor:
-    from parallel.ops.kernels.cached_attention_triton import attend, tiling_for  # imports Triton
+    from parallel.ops.kernels.cached_attention_triton import launch_attend, tiling_for  # imports Triton
 
-    return attend((q, k, v), cache, positions, window=window, tiling=tiling_for(q, cache))
+    return launch_attend((q, k, v), cache, positions, window=window, tiling=tiling_for(q, cache))
 
 
 @torch.library.custom_op("colonnade::attend_to_cache", mutates_args={"cache"})

@@ -45,7 +45,7 @@ def tiling_for(q: Tensor, cache: Tensor) -> Tiling:
     return Tiling(keys, 1 << (parts.bit_length() - 1), warps=8)
 
 
-def attend(
+def launch_attend(
     new: tuple[Tensor, Tensor, Tensor], cache: Tensor, positions: Tensor, *, window: int, tiling: Tiling
 ) -> Tensor:
     """Keep k and v of `new`, q, k and v, in the cache, and return y[B, heads · D]: see `attend_fused`."""

@@ -18,6 +18,16 @@ from parallel.ops.fp8 import MULTIPLE
 from parallel.ops.kernels.table import is_fused
 
 
+class EightBits(NamedTuple):
+    """The form of a kernel's output where an 8-bit linear reads it: E4M3 of output · scale[].
+
+    amax[] is raised to the largest |output|, unless it is None.
+    """
+
+    scale: Tensor
+    amax: Tensor | None
+
+
 class Cast(NamedTuple):
     """A matrix in 8 bits: rows[T, N], columns[N, T'], and the sums over its rows before the cast, [N] in its dtype."""
 
@@ -29,9 +39,9 @@ class Cast(NamedTuple):
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Tensor:
     """Return x[...] · scale in an 8-bit dtype, as `fp8.cast` does, contiguous; raise amax to the largest |x|."""
     if is_fused("cast", x):
-        from parallel.ops.kernels.cast_triton import cast_flat  # imports Triton
+        from parallel.ops.kernels.cast_triton import launch_cast  # imports Triton
 
-        return cast_flat(x.contiguous(), scale, dtype, amax)
+        return launch_cast(x.contiguous(), scale, dtype, amax)
     if amax is not None:
         fp8.record_largest(x, amax)
     return fp8.cast(x, scale, dtype).contiguous()
@@ -42,17 +52,17 @@ def cast_and_transpose(
 ) -> Cast:
     """Return x[T, N] · scale in an 8-bit dtype, by rows and by columns; raise amax to the largest |x|."""
     if is_fused("cast", x) and x.numel():
-        from parallel.ops.kernels.cast_triton import cast_both_ways  # imports Triton
+        from parallel.ops.kernels.cast_triton import launch_cast_and_transpose  # imports Triton
 
-        return Cast(*cast_both_ways(x.contiguous(), scale, dtype, amax, sums))
+        return Cast(*launch_cast_and_transpose(x.contiguous(), scale, dtype, amax, sums))
     rows = cast(x, scale, dtype, amax)
     return Cast(rows, transposed(rows), x.sum(0) if sums else None)
 
 
 def transposed(x: Tensor) -> Tensor:
     """Return the transpose of x[T, N] of 8 bits, [N, T']."""
-    if x.is_cuda and is_fused("transpose", x) and x.numel():
-        from parallel.ops.kernels.cast_triton import transpose  # imports Triton
+    if is_fused("transpose", x) and x.numel():
+        from parallel.ops.kernels.cast_triton import launch_transpose  # imports Triton
 
-        return transpose(x.contiguous())
+        return launch_transpose(x.contiguous())
     return F.pad(x.view(torch.uint8).T, (0, -x.shape[0] % MULTIPLE)).contiguous().view(x.dtype)

@@ -56,6 +56,7 @@ def cross_entropy_in_torch(
     dtype: torch.dtype,
     exchange: Exchange | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """Return what `cross_entropy` does, for every device and dtype."""
     logits[..., len(entries) :] = torch.finfo(logits.dtype).min  # not -inf: all rows of a rank may be padding
     counted = labels >= 0
     index = labels - entries.start
@@ -89,24 +90,25 @@ def cross_entropy_fused(
     dtype: torch.dtype,
     exchange: Exchange | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """Return what `cross_entropy` does, of fp32 logits on a GPU."""
     from parallel.ops.kernels.cross_entropy_triton import (  # imports Triton
         gradient_memory,
-        loss_and_gradient,
-        statistics,
-        write_gradient,
+        launch_gradient,
+        launch_loss_and_gradient,
+        launch_statistics,
     )
 
     logits = logits.contiguous()
     out = None if scale is None else gradient_memory(logits, dtype)
     if exchange is None:
-        return loss_and_gradient(logits, labels, entries, scale=scale, out=out).sum(), out
-    own_top, own_total, at_label = statistics(logits, labels, entries)
+        return launch_loss_and_gradient(logits, labels, entries, scale=scale, out=out).sum(), out
+    own_top, own_total, at_label = launch_statistics(logits, labels, entries)
     top = exchange.largest(own_top)
     mine = (labels >= entries.start) & (labels < entries.stop)
     target = torch.where(mine, at_label - top, 0)
     total, target = exchange.summed(torch.stack([own_total * (own_top - top).exp(), target]))
     if scale is not None and out is not None:
-        write_gradient(logits, labels, entries, of_all=(top, total), scale=scale, out=out)
+        launch_gradient(logits, labels, entries, of_all=(top, total), scale=scale, out=out)
     return ((total.log() - target) * (labels >= 0)).sum(), out
 
 
@@ -122,7 +124,8 @@ def multiply_in_place(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def multiply_fused(x: Tensor, factor: Tensor) -> None:
-    from parallel.ops.kernels.cross_entropy_triton import multiply  # imports Triton
+    """Multiply a contiguous x by factor[], in one kernel, and count the change in its version."""
+    from parallel.ops.kernels.cross_entropy_triton import launch_multiply  # imports Triton
 
-    multiply(x, factor)
+    launch_multiply(x, factor)
     increment_version(x)

@@ -37,7 +37,7 @@ def gradient_memory(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[..., -columns:] if columns else logits.to(dtype)
 
 
-def loss_and_gradient(
+def launch_loss_and_gradient(
     logits: Tensor, labels: Tensor, entries: range, *, scale: float | None, out: Tensor | None
 ) -> Tensor:
     """Return the loss of each token, and write its gradient to `out`: logits[B, S, V], labels[B, S] -> [B, S].
@@ -57,7 +57,7 @@ def loss_and_gradient(
     return losses
 
 
-def statistics(logits: Tensor, labels: Tensor, entries: range) -> Tensor:
+def launch_statistics(logits: Tensor, labels: Tensor, entries: range) -> Tensor:
     """Return the largest logit, Σ exp(logit − largest) and the label's logit of each token, [3, B, S].
 
     The third is 0 where the label is no entry of this rank.
@@ -75,7 +75,7 @@ def statistics(logits: Tensor, labels: Tensor, entries: range) -> Tensor:
     return found
 
 
-def write_gradient(
+def launch_gradient(
     logits: Tensor, labels: Tensor, entries: range, *, of_all: tuple[Tensor, Tensor], scale: float, out: Tensor
 ) -> None:
     """Write the gradient to `out`, the `gradient_memory` of the logits.
@@ -94,7 +94,7 @@ def write_gradient(
         )
 
 
-def multiply(x: Tensor, factor: Tensor) -> None:
+def launch_multiply(x: Tensor, factor: Tensor) -> None:
     """Multiply x in place by factor[], which is on the device; if that is 1, x is neither read nor written."""
     if x.numel():
         programs = min(MOST_PROGRAMS, triton.cdiv(x.numel(), TILE))

@@ -34,9 +34,9 @@ def fingerprints(flats: Sequence[Tensor]) -> Tensor:
     if not flats:
         return torch.empty(0, dtype=torch.int64)
     if is_fused("fingerprint", flats[0]):
-        from parallel.ops.kernels import fingerprint_triton  # imports Triton
+        from parallel.ops.kernels.fingerprint_triton import launch_fingerprints  # imports Triton
 
-        return fingerprint_triton.fingerprints(flats, weights(flats[0].device), COLUMNS, MIXERS)
+        return launch_fingerprints(flats, weights(flats[0].device), COLUMNS, MIXERS)
     return fingerprints_in_torch(flats)
 
 

@@ -21,7 +21,7 @@ WORDS, ROWS = 256, 16
 """The columns of a program, and the rows that it reads at a time."""
 
 
-def fingerprints(flats: Sequence[Tensor], weights: Tensor, columns: int, mixers: tuple[int, int]) -> Tensor:
+def launch_fingerprints(flats: Sequence[Tensor], weights: Tensor, columns: int, mixers: tuple[int, int]) -> Tensor:
     """Return the fingerprint of each buffer, int64 [len(flats)], with weights [2, words that are weighted]."""
     device, few = weights.device, weights.shape[1]
     places = _places(tuple((flat.data_ptr(), flat.nbytes // 8) for flat in flats), device)

@@ -14,10 +14,6 @@ Tables: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [B or 1, 1, S, R] of the first R dims of each head; both halves of them are the same."""
 
 
-IN_COMPILED_CODE = False
-"""Compiled blocks with rotary positions call the kernel if this is True; otherwise the compiler makes its own."""
-
-
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x[B, heads, S, D], each pair (x[i], x[i + D/2]) turned by its angle; the tables are [B or 1, 1, S, D].
 
@@ -78,7 +74,7 @@ class _Heads(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, bias: Tensor | None, tables: Tables | None, heads: int, kv_heads: int
     ) -> tuple[Tensor, ...]:
-        from parallel.ops.kernels.heads_triton import launch_forward  # imports Triton
+        from parallel.ops.kernels.heads_triton import launch_heads  # imports Triton
 
         qkv = qkv.detach().contiguous()
         ctx.save_for_backward(*(tables or ()))
@@ -88,36 +84,36 @@ class _Heads(torch.autograd.Function):
         size = qkv.shape[-1] // (heads + 2 * kv_heads)
         q, k, v = (x.transpose(1, 2) for x in out.unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], 2))
         if is_grouped or tables is not None:
-            launch_forward(qkv, (q, k, v), tables, moves_v=is_grouped)
+            launch_heads(qkv, (q, k, v), tables, moves_v=is_grouped)
         return q, k, v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        from parallel.ops.kernels.heads_triton import launch_backward
+        from parallel.ops.kernels.heads_triton import launch_heads_backward
 
-        dqkv, db = launch_backward((dq, dk, dv), ctx.saved_tensors or None, sums=ctx.needs_input_grad[1])
+        dqkv, db = launch_heads_backward((dq, dk, dv), ctx.saved_tensors or None, sums=ctx.needs_input_grad[1])
         return dqkv, db, None, None, None
 
 
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tables: Tables) -> Tensor:
-        from parallel.ops.kernels.heads_triton import launch_forward
+        from parallel.ops.kernels.heads_triton import launch_heads
 
         ctx.save_for_backward(*tables)
         ctx.shape = x.shape
         joint = x.contiguous().flatten(2)
         y: Tensor = torch.empty_like(joint).unflatten(-1, (-1, x.shape[-1])).transpose(1, 2)
-        launch_forward(joint, (y,), tables)
+        launch_heads(joint, (y,), tables)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        from parallel.ops.kernels.heads_triton import launch_backward
+        from parallel.ops.kernels.heads_triton import launch_heads_backward
 
-        dx, _ = launch_backward((dy,), ctx.saved_tensors)
+        dx, _ = launch_heads_backward((dy,), ctx.saved_tensors)
         return dx.view(ctx.shape), None
 
 
@@ -156,18 +152,18 @@ def _empty_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: in
 
 @torch.library.impl("colonnade::heads", "CompositeExplicitAutograd")
 def _heads_operator(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    from parallel.ops.kernels.heads_triton import launch_forward
+    from parallel.ops.kernels.heads_triton import launch_heads
 
     found = _empty_heads(qkv, cos, sin, heads, kv_heads)
-    launch_forward(qkv.contiguous(), [x.transpose(1, 2) for x in found], (cos, sin))
+    launch_heads(qkv.contiguous(), [x.transpose(1, 2) for x in found], (cos, sin))
     return found
 
 
 @torch.library.impl("colonnade::heads_backward", "CompositeExplicitAutograd")
 def _heads_backward_operator(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from parallel.ops.kernels.heads_triton import launch_backward
+    from parallel.ops.kernels.heads_triton import launch_heads_backward
 
-    dqkv, _ = launch_backward([x.transpose(1, 2) for x in (dq, dk, dv)], (cos, sin))
+    dqkv, _ = launch_heads_backward([x.transpose(1, 2) for x in (dq, dk, dv)], (cos, sin))
     return dqkv
 
 

@@ -18,7 +18,7 @@ from parallel.ops.kernels.launch import launch
 TILE, WARPS = 2048, 4  # elements of a tile, warps of a program
 
 
-def launch_forward(
+def launch_heads(
     joint: Tensor, by_head: Sequence[Tensor], tables: Sequence[Tensor] | None, *, moves_v: bool = True
 ) -> None:
     """Turn the heads of joint[B, S, F] into `by_head`: q, k, v, or q alone; v stays unless `moves_v`."""
@@ -27,7 +27,7 @@ def launch_forward(
     _launch(joint, by_head, tables, slots=slots, is_forward=True)
 
 
-def launch_backward(
+def launch_heads_backward(
     by_head: Sequence[Tensor], tables: Sequence[Tensor] | None, *, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient of joint[B, S, F] and, with `sums`, its sum over all tokens, [F]."""

@@ -19,12 +19,13 @@ def lookup(indices: Tensor, table: Tensor, padding_idx: int | None = None, *, is
     `is_part`: the table has a part of the rows, and an index outside gives zeros. What the kernels save is in backward.
     """
     has_backward = torch.is_grad_enabled() and table.requires_grad
-    if has_backward and is_fused("lookup", table) and not torch.compiler.is_compiling():
+    if has_backward and is_fused("lookup", table):
         return lookup_fused(indices, table, padding_idx)
     return lookup_in_torch(indices, table, padding_idx, is_part=is_part)
 
 
 def lookup_in_torch(indices: Tensor, table: Tensor, padding_idx: int | None, *, is_part: bool) -> Tensor:
+    """Return what `lookup` does, for every device and dtype."""
     if not is_part:
         return F.embedding(indices, table, padding_idx)
     mine = (indices >= 0) & (indices < table.shape[0])
@@ -40,16 +41,16 @@ def lookup_fused(indices: Tensor, table: Tensor, padding_idx: int | None) -> Ten
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, indices: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
-        from parallel.ops.kernels.lookup_triton import take_rows  # imports Triton
+        from parallel.ops.kernels.lookup_triton import launch_take_rows  # imports Triton
 
-        y, keys = take_rows(indices, table.contiguous(), padding_idx)
+        y, keys = launch_take_rows(indices, table.contiguous(), padding_idx)
         ctx.save_for_backward(keys)
         ctx.rows = table.shape[0]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
-        from parallel.ops.kernels.lookup_triton import sum_rows
+        from parallel.ops.kernels.lookup_triton import launch_sum_rows
 
         (keys,) = ctx.saved_tensors
-        return None, sum_rows(keys, dy, ctx.rows), None
+        return None, launch_sum_rows(keys, dy, ctx.rows), None

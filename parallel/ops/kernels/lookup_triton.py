@@ -16,7 +16,7 @@ from parallel.ops.kernels.launch import launch
 TOKENS = 32  # of a program
 
 
-def take_rows(indices: Tensor, table: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
+def launch_take_rows(indices: Tensor, table: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
     """Return table[indices], zeros where an index is no row, and the row of which each token is a summand.
 
     indices[...] int64, table[R, H] -> [..., H], int32 [T]: R for a token without a gradient.
@@ -37,8 +37,8 @@ def take_rows(indices: Tensor, table: Tensor, padding_idx: int | None) -> tuple[
     return y, keys
 
 
-def sum_rows(keys: Tensor, dy: Tensor, rows: int) -> Tensor:
-    """Return the gradient of the table, keys[T] of `take_rows`, dy[..., H] -> [R, H]."""
+def launch_sum_rows(keys: Tensor, dy: Tensor, rows: int) -> Tensor:
+    """Return the gradient of the table, keys[T] of `launch_take_rows`, dy[..., H] -> [R, H]."""
     tokens, width = len(keys), dy.shape[-1]
     gradient = dy.new_zeros(rows, width)
     if dy.numel():

@@ -3,10 +3,11 @@
     total = x + dropout(y + y_bias)        normed = norm(total) · weight + bias
 
 Everything is [..., H], contiguous, and read and written once; sums over a row are in fp32. The reference is composed of
-torch's functions: parallel/tensor/norms.py, which asks `fuses`. The gradients of the vectors [H] are summed over rows
-in fp32, first by each program over its own rows and then over programs, always in one order: repeated runs give the
-same bits. Over a dim that ranks divide, `local_statistics` and `normalize` are the two halves of `residual_norm`, and
-`row_sums` is the first half of its backward: between them the statistics of rows are summed over ranks.
+torch's functions: parallel/tensor/norms.py, which asks `fuses`. The kernels are in norm_forward_triton.py and
+norm_backward_triton.py. The gradients of the vectors [H] are summed over rows in fp32, first by each program over its
+own rows and then over programs, always in one order: repeated runs give the same bits. Over a dim that ranks divide,
+`launch_local_statistics` and `launch_normalize` are the two halves of `launch_residual_norm`, and `launch_row_sums` is
+the first half of its backward: between them the statistics of rows are summed over ranks.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,6 @@ import torch
 from torch import Tensor
 
 from parallel.ops.kernels.table import is_fused
-
-IN_COMPILED_CODE = False
-"""True: compiled blocks call the kernels, too. False: the compiler fuses torch's functions with others."""
-
 
 Dtypes: TypeAlias = tuple[torch.dtype | None, ...]
 """The dtypes of gradients, None for one that is not needed."""
@@ -47,13 +44,6 @@ class FlatAddend(NamedTuple):
     mask: Mask | None
 
 
-class EightBits(NamedTuple):
-    """The form of normed where an 8-bit linear reads it: E4M3 of normed · scale[]. amax[] is raised to max |normed|."""
-
-    scale: Tensor
-    amax: Tensor | None
-
-
 @dataclass(frozen=True)
 class NormKind:
     """A norm over rows: LayerNorm or, with `is_rms`, RMSNorm. `size` is that of whole rows."""
@@ -74,7 +64,5 @@ class NormGradients(NamedTuple):
 
 
 def fuses(x: Tensor) -> bool:
-    """Return whether the kernels can be launched for x[..., H], in eager code or in the code that is running now."""
-    if torch.compiler.is_compiling() and not IN_COMPILED_CODE:
-        return False
+    """Return whether the code that runs now launches the kernels for x[..., H]."""
     return is_fused("norm", x, row=x.shape[-1])

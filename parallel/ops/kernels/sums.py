@@ -15,9 +15,9 @@ from parallel.ops.kernels.table import is_fused
 def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of squares of each tensor [n], fp64 [len(tensors)]. All are on one device."""
     if all(is_fused("sums", x) for x in tensors):
-        from parallel.ops.kernels.sums_triton import squares  # imports Triton
+        from parallel.ops.kernels.sums_triton import launch_sums_of_squares  # imports Triton
 
-        return squares(tensors)
+        return launch_sums_of_squares(tensors)
     return torch.stack([sum_of_squares_in_torch(x) for x in tensors])
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.ops.kernels.launch import launch
 from parallel.ops.kernels.pointers import are_aligned, table_of
 
 PARTS = 512  # programs of a tensor
@@ -19,13 +20,13 @@ BLOCK, BLOCKS = 4096, 2  # elements that a program reads at once, and the blocks
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def squares(tensors: Sequence[Tensor]) -> Tensor:
+def launch_sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of squares of each tensor: see `sums_of_squares`."""
     device = tensors[0].device
     partial = torch.empty(len(tensors), PARTS, dtype=torch.float64, device=device)
     _launch(tensors, partial)
     found = torch.empty(len(tensors), dtype=torch.float64, device=device)
-    _add_up[len(tensors),](partial, found, PARTS=PARTS, num_warps=4)
+    launch(_add_up, (len(tensors),), (partial, found), (), constants=dict(PARTS=PARTS), num_warps=4)
     return found
 
 
@@ -42,15 +43,8 @@ def _launch(tensors: Sequence[Tensor], partial: Tensor) -> None:
     )
     first = 0
     for (dtype, is_aligned), indices in rows.items():
-        _squares[PARTS, len(indices)](
-            table[first:],
-            partial,
-            DTYPE=DTYPES[dtype],
-            ALIGNED=is_aligned,
-            BLOCK=BLOCK,
-            BLOCKS=BLOCKS,
-            num_warps=8,
-        )
+        constants = dict(DTYPE=DTYPES[dtype], ALIGNED=is_aligned, BLOCK=BLOCK, BLOCKS=BLOCKS)
+        launch(_squares, (PARTS, len(indices)), (table[first:], partial), (), constants=constants, num_warps=8)
         first += len(indices)
 
 
