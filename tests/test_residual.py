@@ -9,7 +9,6 @@ import torch
 from tests.test_kernels import interpret
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_of_a_split_norm_equal_torch_on_whole_rows() -> None:
     interpret("_norm_over_ranks")
