@@ -162,7 +162,7 @@ def parts_of(x: object) -> dict[object, object]:
 
 @pytest.mark.parametrize("case", [pytest.param("one microbatch", marks=SLOW), "fp8"])
 def test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does(case: str, made: Made) -> None:
-    """Between backward and update every attribute of every object of the engine has the same value."""
+    """Every attribute of every object of the engine has the same value between backward and update."""
     model, fields, _ = CASES[case]
     engines = [engine_of(model, captures=False, **fields), engine_of(model, **fields)]
     found = []
