@@ -89,11 +89,13 @@ def _between_collections() -> Iterator[None]:
 
 
 def _release(pool: tuple[int, int]) -> None:
-    """Give up the memory of a capture that could not even end. Where it has ended, torch does it with the graph."""
+    """Give up what a capture holds that could not even end. Where it has ended, torch does it with the graph."""
     device = torch.cuda.current_device()
     with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device, pool)  # raises where the capture has ended
         torch._C._cuda_releasePool(device, pool)
+        random = torch.cuda.default_generators[device]
+        random.graphsafe_set_state(random.clone_state())  # the same numbers, and no longer those of a capture
 
 
 def graphs_of(device: torch.device) -> Callable[[], Graph] | None:
