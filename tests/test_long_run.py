@@ -237,9 +237,13 @@ def outlived(rank: int, world_size: int, kind: str) -> tuple[int, int]:
         engine.train_step({"input_ids": ids})
     chunks = [weakref.ref(chunk) for chunk in engine.chunks]
     del engine
-    gc.collect()
-    # Threads end some time after their executor is gone.
-    wait_until(lambda: threading.active_count() <= threads, patient(30.0))
+
+    def is_gone() -> bool:
+        """Collect garbage each time: a thread has the engine until its update ends, and itself ends after that."""
+        gc.collect()
+        return threading.active_count() <= threads
+
+    wait_until(is_gone, patient(30.0))
     return sum(chunk() is not None for chunk in chunks), threading.active_count() - threads
 
 

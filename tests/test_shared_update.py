@@ -1,6 +1,7 @@
 """An update of offloaded states that goes on while the next forward begins: every layer gets its updated parameters."""
 
 import threading
+import time
 import weakref
 from functools import partial
 from typing import Literal
@@ -70,7 +71,14 @@ def parameters_after_updates(
 def test_a_forward_that_does_not_wait_for_an_update_finds_what_it_has_written(
     share: float, moments: Literal["fp32", "bf16"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts are smaller than chunks, so that one chunk may be updated on both sides."""
+    """Parts are smaller than chunks, so that one chunk may be updated on both sides. The host is the slower side."""
+    in_place = shared_update.update_in_place
+
+    def slowly(*given: object) -> float:
+        time.sleep(0.02)
+        return in_place(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shared_update, "update_in_place", slowly)
     monkeypatch.setattr(streaming, "PART", 2**15)
     monkeypatch.setattr(shared_update, "HOST_PART", 2**13)
     of = partial(parameters_after_updates, share=share, moments=moments)
@@ -90,6 +98,7 @@ def test_a_forward_begins_while_the_host_updates_later_layers(root: int, monkeyp
 
     def later(*given: object) -> float:
         assert flag.wait(20), "a forward waits for the host"
+        time.sleep(0.1)  # who reads the states by then does not wait for them
         return in_place(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shared_update, "update_in_place", later)

@@ -24,7 +24,7 @@ TILE, WARPS = 8192, 32
 """Columns of a tile and warps of a program that reads a row twice."""
 
 TILE_READ_ONCE, WARPS_READ_ONCE = 2048, 8
-"""The same of a program that reads a row once: there many small ones hide best that memory is far."""
+"""The same of a program that reads a row once: many small programs keep the most reads in flight."""
 
 MOST_PROGRAMS = 1024  # of a product with a number that is nearly always 1: then all they do is begin and end
 
