@@ -421,11 +421,11 @@ def slices_of_different_sizes(rank: int, world_size: int, raw: Raw) -> list[tupl
             chunk.release()
             with scaling.casting(records=True):
                 chunk.gather().wait()
-                in_8_bits = weights.views()
-                assert in_8_bits is not None
+                in_8_bits = [weights.view(number) for number in range(len(chunk.infos))]
                 chunk.release()
             for info, wide, narrow in zip(chunk.infos, in_bf16, in_8_bits, strict=True):
                 scale = scaling.scales[scale_of[info.names[0]], 1]
+                assert narrow is not None
                 found.append((narrow.float(), (wide.float() * scale).to(torch.float8_e4m3fn).float()))
     engine.mesh.close()
     return found

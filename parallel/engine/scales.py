@@ -35,8 +35,8 @@ class ChunkWeight(WeightCopy):
     def rows(self, w: Tensor, amax: Tensor | None, *, trains: bool) -> Tensor:
         """Return [N', K'']; see `WeightCopy`."""
         weights = self.chunk.parameters.eight_bits
-        views = None if weights is None else weights.views()
-        return super().rows(w, amax, trains=trains) if views is None else views[self.number].flatten(0, -2)
+        view = None if weights is None else weights.view(self.number)
+        return super().rows(w, amax, trains=trains) if view is None else view.flatten(0, -2)
 
 
 def eight_bit_linears(part: ModelPart, train: TrainConfig) -> dict[nn.Parameter, Linear]:
@@ -66,12 +66,10 @@ def scaling_of(part: ModelPart, chunks: Sequence[Chunk], context: Context) -> Sc
         found = [scales_of.get(info.parameter) for info in chunk.infos]
         scales = [x for x in found if x is not None]
         for number, info in enumerate(chunk.infos):
-            if (scale := found[number]) is not None:
-                linear = linears[info.parameter]
-                linear.multiply_in_8_bits(scale)
-                assert linear.eight_bit is not None
-                linear.eight_bit.weight = ChunkWeight(scale.weight, chunk, number)
-                scaling.copies.append(linear.eight_bit.weight)
+            if (of_linear := found[number]) is not None:
+                copy = ChunkWeight(of_linear.weight, chunk, number)
+                linears[info.parameter].multiply_in_8_bits(of_linear, copy)
+                scaling.copies.append(copy)
         if len(scales) == len(found) and chunk.spec.is_partitioned:
             chunk.parameters.eight_bits = EightBitWeights(chunk.spec, scales)
             scaling.copies.append(chunk.parameters.eight_bits)
