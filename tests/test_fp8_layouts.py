@@ -30,7 +30,9 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.scales import eight_bit_linears
 from parallel.errors import ColonnadeError, NonFiniteError
 from parallel.mesh.collectives import Pending
+from parallel.storage.transfer import ON_DEVICE
 from parallel.tensor import Mode
+from parallel.tensor.fp8_matmul import WeightCopy
 from parallel.tensor.layers import Linear
 from parallel.tensor.scaling import Scaling
 from tests.accounts import mode_of
@@ -631,9 +633,33 @@ def test_a_state_dict_brings_the_scales_back_and_other_weights_have_none(tmp_pat
 # -- `--check`
 
 
+def copies_kept(rank: int, world_size: int, raws: list[Raw]) -> list[int]:
+    """Return the bytes of copies of weights in 8 bits after the forward of an evaluation with scales."""
+    found = []
+    for raw in raws:
+        engine = engine_of(rank, world_size, raw)
+        scaling = engine.scaling
+        assert scaling is not None
+        scaling.state.is_known = True
+        if engine.config.zero.tensor_placement_policy == "auto":  # as a plan places them if the device has room
+            for chunk in engine.chunks:
+                chunk.move_to(ON_DEVICE)
+        with patch.object(scaling, "_clear"):
+            engine.evaluate([share_of(batches(1)[0], engine)])
+        copies = [copy for copy in scaling.copies if isinstance(copy, WeightCopy)]
+        found.append(sum(x.nbytes for copy in copies for x in (copy._rows, copy._columns) if x is not None))
+    return found
+
+
+def test_copies_of_weights_are_kept_only_where_no_plan_places_chunks() -> None:
+    """With "auto" a plan fills the device by a profiled step, in which all weights were gathered on demand."""
+    raws = [raw_of(replace(ONE, placement=placement)) for placement in ("cuda", "auto", "cpu")]
+    assert run(copies_kept, 1, raws)[0] == [3 * (4 * 48 * 48 + 2 * 48 * 96), 0, 0], "by rows: nothing trains"
+
+
 def test_copies_of_weights_are_foreseen() -> None:
     """Two bytes for each element of the weights in 8 bits; one of a slice in stage 3, if all weights of a block are so;
-    none where they are offloaded.
+    none where they are offloaded, or may be.
     """
 
     def weight_bytes(precision: str, min_elements: int, **zero: Any) -> int:
@@ -649,5 +675,6 @@ def test_copies_of_weights_are_foreseen() -> None:
         (matrices // 2, 0, dict(stage=3)),
         (0, SOME, dict(stage=3)),
         (0, 0, dict(stage=1, tensor_placement_policy="cpu")),
+        (0, 0, dict(stage=1, tensor_placement_policy="auto")),
     ):
         assert weight_bytes("fp8", least, **zero) - weight_bytes("bf16", least, **zero) == copies, zero
