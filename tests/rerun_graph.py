@@ -58,6 +58,11 @@ class RerunGraph:
         self.operations.clear()
         self.num_bytes = 0
 
+    def forget(self) -> None:
+        """Let go of all tensors after `drop`: whoever still uses one keeps its memory."""
+        self.memory.clear()
+        self.outside.clear()
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: RerunGraph) -> None:
