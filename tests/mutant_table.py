@@ -3501,6 +3501,17 @@ CAPTURED_STEPS = (
     ),
 )
 
+MENDED = (
+    Mutant(
+        "frozen-part-trained",
+        "a parameter of a split model that is frozen between two steps moves on by its momentum",
+        "parallel/engine/engine.py",
+        'problem_of_frozen(self.part.infos) if self.writes.is_on else ""',
+        '""',
+        "tests/test_host_work.py::test_a_frozen_parameter_of_a_split_model_is_refused[fp32-True]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3571,4 +3582,5 @@ MUTANTS = (
     *HOST_WORK,
     *ATTACKED_KERNELS,
     *CAPTURED_STEPS,
+    *MENDED,
 )

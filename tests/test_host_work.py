@@ -209,6 +209,37 @@ def test_a_change_of_the_tree_is_refused(change: str) -> None:
     assert "is not the parameter it was" in found
 
 
+@pytest.mark.parametrize("is_made", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_a_frozen_parameter_of_a_split_model_is_refused(precision: str, is_made: bool) -> None:
+    """Its gradient would be computed all the same, and its momentum would move it."""
+    raw = dict(model=MODEL, data=dict(sequence_length=16), train=dict(global_batch_size=2, precision=precision))
+    context = parallel.launch_from_torch(raw, resolve=resolve)
+    part = models.build(context)
+    engine = parallel.Engine(part, context) if is_made else None
+    for name in ("layers.1.attention.qkv.weight", "head.norm.bias"):
+        next(info for info in part.infos if info.name == name).parameter.requires_grad_(False)
+    found = ""
+    try:
+        (engine or parallel.Engine(part, context)).train_step(batch())
+    except parallel.ModelError as error:
+        found = str(error)
+    assert "requires_grad is False of layers.1.attention.qkv.weight, head.norm.bias. Leave it True." in found
+
+
+@pytest.mark.slow
+def test_a_parameter_that_an_optimizer_is_not_given_keeps_its_value() -> None:
+    """As the refusal of frozen parameters says."""
+    raw = dict(model=MODEL, data=dict(sequence_length=16), train=dict(global_batch_size=2, precision="bf16"))
+    context = parallel.launch_from_torch(raw, resolve=resolve)
+    part = models.build(context)
+    kept, *others = part.parameters()
+    engine = parallel.Engine(part, context, torch.optim.AdamW(others, lr=1e-2))
+    before = [x.clone() for x in part.parameters()]
+    engine.train_step(batch())
+    assert [torch.equal(x, y) for x, y in zip(part.parameters(), before, strict=True)] == [True] + [False] * len(others)
+
+
 def test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written() -> None:
     """Its address and its shape are those that it had."""
     engine, other = engine_of(), engine_of()

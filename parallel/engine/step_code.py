@@ -41,11 +41,11 @@ class StepCode:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The settings of torch and of the modules, where parameters are, and which of them get gradients."""
+        """The settings of torch and of the modules, and where parameters are."""
         places = [chunk.parameters.whole.data_ptr() for chunk in self.chunks]
         if not self.writes.is_on:
             return *_settings_of_torch(), *places
-        return *_settings_of_torch(), *places, self._version_now(), *[x.requires_grad for x in self._parameters]
+        return *_settings_of_torch(), *places, self._version_now()
 
     def _has_hooks(self) -> bool:
         return (
