@@ -123,7 +123,6 @@ SHARDED, LAZY, RECORDER, CONSTRUCTION = (
 )
 LAYER, OPT, BUILD, HF = "models/layer.py", "models/opt/layers.py", "models/build.py", "models/hf.py"
 ATTENTION = "models/attention.py"
-IN_TORCH = "parallel/ops/kernels/cross_entropy.py"
 SHAPE, OPT_SHAPE = "models/shape.py", "models/opt/shape.py"
 INITIAL_VALUES = "models/initial_values.py"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.layout.layout import Layout, index_along
 from parallel.mesh.collectives import MAX, Pending, all_reduce
 from parallel.mesh.mesh import Axis
-from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy, multiply_in_place
+from parallel.ops.kernels.cross_entropy import Exchange, VocabularyPart, cross_entropy, multiply_in_place
 from parallel.ops.products import add_product, write_product
 from parallel.tensor.matmul import LinearCollectives, Multiply
 
@@ -97,10 +97,9 @@ def _token_slice(
     loss, dlogits = cross_entropy(
         head.collectives.wide_product(whole_x, table, torch.promote_types(x.dtype, torch.float32)),
         labels,
-        entries=head.entries,
+        VocabularyPart(head.entries, head.exchange),
         scale=scale,
         dtype=x.dtype,
-        exchange=head.exchange,
     )
     return loss, None if dlogits is None else head.collectives.gradients(dlogits, whole_x, table, multiply)[0]
 
