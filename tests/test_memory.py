@@ -22,10 +22,10 @@ from models.shape import ModelShape
 from parallel.config import Config, parse
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.receiver import GradientReceiver
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import MODES, Mode, loss
 from parallel.tensor.layers import Linear
-from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
 from tests.harness import run
 from tests.parity import config_of, engine_of
