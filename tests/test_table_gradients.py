@@ -66,7 +66,7 @@ def of_autograd(table: Tensor, microbatch: int) -> Tensor:
 def test_one_microbatch_leaves_the_bits_that_autograd_returns(
     dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In several slices, whose products are added in fp32 and rounded once, and in one."""
+    """The products of several token slices are added in fp32, and rounded once."""
     monkeypatch.setattr(loss, "TOKENS_PER_SLICE", tokens)
     chunk = chunk_of_a_table(dtype)
     found = received(chunk, "F0 B0")
@@ -117,3 +117,22 @@ def test_a_frozen_table_gets_no_gradient() -> None:
     assert x.grad.any()
     assert chunk.gradient.total is not None
     assert not chunk.gradient.total.any()
+
+
+def test_a_place_in_the_buffer_is_given_to_the_first_gradient_of_a_step_alone() -> None:
+    """Later gradients of a step may be computed before earlier ones arrive, in the round that those belong to."""
+    chunk = chunk_of_a_table(torch.float32)
+    sums = Gradients([chunk])
+    receiver = sums.receiver(chunk.infos[0].parameter)
+    for _ in range(2):
+        sums.begin(2)
+        sums._sums[0].expect(1)
+        first, second = receiver.room(), receiver.room()
+        assert first is not None
+        assert second is None
+        receiver.add(first.fill_(2.0))
+        assert receiver.room() is None
+        receiver.add(torch.ones(V, H))
+        sums.finish()
+        assert chunk.gradient.total is not None
+        assert chunk.spec.views(chunk.gradient.total)[0].eq(3).all()

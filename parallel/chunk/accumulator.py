@@ -12,7 +12,8 @@ from parallel.ops.products import Factor, add_product, write_product
 class Accumulator:
     """Adds up the gradients of one round: of the microbatches that one collective will sum over ranks.
 
-    buffer [n]  on the device, from the first arrival to `take`; a forward, in which activations accumulate, has none
+    buffer [n]  on the device, from the first arrival or `room` to `take`: a forward, in which activations accumulate,
+                has only that of the head's table
     arrivals    for each parameter, the number of gradients that were added in this round
 
     A step has many more vectors than matrices, and a launch for each would take longer than the bytes do. Therefore

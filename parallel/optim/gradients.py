@@ -28,9 +28,10 @@ class Gradients:
     keeps a whole gradient between two of them (stage 2, section 5.2). `num_gradients`: how many gradients a parameter
     gets of one microbatch, if not one: as many as there are layers with it on this rank.
 
-    Buffers are allocated when gradients arrive: during a forward, in which activations accumulate, there are none. A
-    buffer that is being scattered stays whole until it is waited for, and the host may be a whole backward ahead of its
-    GPU: therefore only `ROUNDS_IN_FLIGHT` are in flight.
+    Buffers are allocated when gradients arrive: during a forward, in which activations accumulate, there are none but
+    that of the head's table, whose gradient is computed in the head's forward. A buffer that is being scattered stays
+    whole until it is waited for, and the host may be a whole backward ahead of its GPU: therefore only
+    `ROUNDS_IN_FLIGHT` are in flight.
     """
 
     def __init__(

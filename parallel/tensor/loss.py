@@ -62,7 +62,7 @@ class HeadLayout:
 
 @dataclass(frozen=True)
 class _Backward:
-    """What the forward must know of the backward that will follow.
+    """Tells a forward about the backward that will follow.
 
     `scale` multiplies the gradients. `receiver` is given the table's, if that is not left to autograd.
     """
