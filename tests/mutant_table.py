@@ -212,7 +212,8 @@ GRADIENT_RULE = (
     Mutant("gradient-left-in-place", "a microbatch's gradient is added again with the next one's",
            CHUNK_SUM, "gradient, parameter.grad = parameter.grad, None", "gradient = parameter.grad", trains("single")),
     Mutant("gradient-of-the-last-microbatch-alone", "microbatches replace each other's gradients",
-           ACCUMULATOR, "is_first=not self.arrivals[i]", "is_first=True", trains("single")),
+           ACCUMULATOR, "accumulate(gradient, view, is_first=not self.arrivals[i])",
+           "accumulate(gradient, view, is_first=True)", trains("single")),
     Mutant("sum-before-the-last-microbatch", "a gradient is summed over ranks before the last microbatch was added to it",
            CHUNK_SUM,
            "self.waits_for = num_microbatches * self", "self.waits_for = self",
@@ -322,7 +323,7 @@ PARAMETERS = (
            LAYERS, "padding_idx = self.padding_idx - first", "padding_idx = None", trains("single")),
     Mutant("padding-token-of-every-slice", "row 1 of every slice of the vocabulary is treated as the padding token's",
            LAYERS,
-           "and 0 <= self.padding_idx - first < table.shape[0]:\n            padding_idx = self.padding_idx - first",
+           "and 0 <= self.padding_idx - first < self.weight.shape[0]:\n            padding_idx = self.padding_idx - first",
            ":\n            padding_idx = self.padding_idx",
            trains("1d2")),
     Mutant("first-row-off-by-one", "every slice of the vocabulary but the first one begins at a row that is too early",
@@ -3413,8 +3414,8 @@ HOST_WORK = (
         "gradient-placed-twice",
         "compiled code overwrites the sum of a weight's gradients with that of a further microbatch",
         "parallel/chunk/accumulator.py",
-        "        if self.arrivals[i] or i in self._placed or view.dtype != a.dtype:\n",
-        "        if view.dtype != a.dtype:\n",
+        "        if self.arrivals[i] or i in self._placed:\n",
+        "        if False:\n",
         "tests/test_compile.py::test_compiled_with_dropout_equals_eager",
     ),
 )
@@ -3510,6 +3511,59 @@ MENDED = (
     ),
 )
 
+TABLE_GRADIENTS = "tests/test_table_gradients.py"
+
+TABLES_IN_PLACE = (
+    Mutant(
+        "tied-table-counted-once",
+        "a chunk is summed over ranks when the head has brought its gradient, before the lookup has",
+        "parallel/pipeline/part.py",
+        "Counter(x for layer in self.layers for x in layer.parameters())",
+        "Counter(self.parameters())",
+        OVERLAP,
+    ),
+    Mutant(
+        "room-in-a-later-round",
+        "a gradient is computed where those of microbatches before are still to be added",
+        CHUNK_SUM,
+        "return None if self.was_launched else self.chunk.gradient.accumulator.room(i)",
+        "return self.chunk.gradient.accumulator.room(i)",
+        f"{TABLE_GRADIENTS}::test_a_place_in_the_buffer_is_given_to_the_first_gradient_of_a_step_alone",
+    ),
+    Mutant(
+        "rows-replace-the-sum",
+        "the rows that a lookup brings replace those of the head, or of the microbatches before",
+        LOOKUP_KERNELS,
+        "    if not IS_FIRST:\n",
+        "    if False:\n",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "rows-of-fresh-memory",
+        "rows of a table that no token has looked up get the gradient that their memory had before",
+        "parallel/ops/kernels/lookup.py",
+        "        out.zero_()\n",
+        "        pass\n",
+        LOSS_KERNELS_TEST,
+    ),
+    Mutant(
+        "frozen-table-trained",
+        "the head brings a gradient of a table that is frozen",
+        "parallel/tensor/loss.py",
+        "receiver if e.requires_grad else None",
+        "receiver",
+        f"{TABLE_GRADIENTS}::test_a_frozen_table_gets_no_gradient",
+    ),
+    Mutant(
+        "slices-added-narrow",
+        "the head adds the products of its token slices in bf16",
+        "parallel/tensor/loss.py",
+        " and room.dtype in (dtype, wide):\n",
+        ":\n",
+        f"{TABLE_GRADIENTS}::test_one_microbatch_leaves_the_bits_that_autograd_returns[dtype1-4]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3581,4 +3635,5 @@ MUTANTS = (
     *ATTACKED_KERNELS,
     *CAPTURED_STEPS,
     *MENDED,
+    *TABLES_IN_PLACE,
 )

@@ -42,7 +42,7 @@ from parallel.plan.plan import Action, Plan
 from parallel.plan.validate import validate
 from parallel.sequence import Documents
 from parallel.storage.transfer import HostCopy, to_device
-from parallel.tensor.layers import Linear
+from parallel.tensor.layers import Weighted
 from parallel.zero.gatherer import Gatherer
 
 
@@ -79,11 +79,11 @@ class Engine(EngineState):
         units, last = (part.units, part.last_units()) if gathers else ({}, [])
         self.gatherer = Gatherer(units, self.chunks, watcher=self.placement_manager, last=last)
         part.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
-        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
+        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, num_gradients=part.num_gradients())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         compiles = config.train.compile and not has_w
         for module in part.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Weighted):
                 module.receiver = self.gradients.receiver(module.weight, in_compiled_code=compiles)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
