@@ -14,18 +14,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import parallel
 from models import rotary
 from models.attention import AttentionOptions
+from models.layer import Block, FeedForward
 from models.rotary import Rotary
 from models.shapes import resolve
 from parallel.engine import captured_step
 from parallel.engine.captured_step import problem_of_capture
 from parallel.ops.captured import CALLS_BEFORE, graphs_of, is_capturing
 from parallel.placement.memory_report import MemoryUse
+from parallel.tensor.residual import Addend, output_of
 from tests.rerun_graph import RerunGraph
 
 Fields = dict[str, Any]
@@ -97,6 +100,10 @@ def batch_of(number: int, *, key: str = "input_ids", samples: int = 4, length: i
 
 def weights(engine: parallel.Engine) -> list[Tensor]:
     return [chunk.master.clone() for chunk in engine.chunks]
+
+
+def blocks_of(engine: parallel.Engine) -> list[Block]:
+    return [module for module in engine.part.modules() if isinstance(module, Block)]
 
 
 def has_graph(engine: parallel.Engine) -> bool:
@@ -300,6 +307,17 @@ def a_hook_of_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
     next(info for info in engine.part.infos if not info.is_matrix).parameter.register_hook(counted)
 
 
+def a_function_in_place_of_a_method(engine: parallel.Engine, calls: list[str]) -> None:
+    layer = engine.part.layers[1]
+    before = layer.forward
+
+    def forward(*inputs: Any) -> Any:
+        calls.append("hook")
+        return before(*inputs)
+
+    layer.forward = forward
+
+
 def a_hook_after_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
     parameter = next(info for info in engine.part.infos if not info.is_matrix).parameter
     parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("hook"))
@@ -312,6 +330,7 @@ def a_hook_after_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
         pytest.param(a_hook_of_the_part, marks=SLOW),
         pytest.param(a_hook_of_a_gradient, marks=SLOW),
         pytest.param(a_hook_after_a_gradient, marks=SLOW),
+        pytest.param(a_function_in_place_of_a_method, marks=SLOW),
     ],
 )
 def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[str]], None], made: Made) -> None:
@@ -319,8 +338,8 @@ def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[s
     train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
     assert made[0].replays == 1
     attach(engine, calls)
-    train(engine, [batch_of(number) for number in range(2)])
-    assert (len(calls), made[0].replays) == (2, 1)
+    train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 2)])
+    assert (len(calls), [graph.replays for graph in made]) == (CALLS_BEFORE + 2, [1])
 
 
 @SLOW
@@ -342,20 +361,90 @@ def test_a_profiler_and_a_mode_see_the_operations_of_each_step(made: Made) -> No
     assert made[0].replays == 2
 
 
-@SLOW
-def test_a_dropout_that_is_changed_counts_from_the_next_step_on(made: Made) -> None:
+def a_number(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(engine):
+        block.dropout = 0.25
+
+
+def a_word(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(engine):
+        assert isinstance(block.feed_forward, FeedForward)
+        block.feed_forward.activation = "gelu"
+
+
+def a_list(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(engine):
+        block.dropout_keys[0] = block.dropout_keys[0] + 1
+
+
+def a_module(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    """The new one has the same parameters under the same names, which the engine can follow."""
+
+    class Squared(FeedForward):
+        def addend(self, x: Any) -> Addend:
+            return output_of(self.down, self.up(x).relu().square())
+
+    block = blocks_of(engine)[0]
+    squared = Squared.__new__(Squared)
+    vars(squared).update(vars(block.feed_forward))
+    block.feed_forward = squared
+
+
+def a_method(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    before = Block.forward
+    patch.setattr(Block, "forward", lambda self, x, batch: 1.5 * before(self, x, batch))
+
+
+@pytest.mark.parametrize(
+    "change", [a_module, *[pytest.param(x, marks=SLOW) for x in (a_number, a_word, a_list, a_method)]]
+)
+def test_what_is_changed_counts_from_the_next_step_on(
+    change: Callable[[parallel.Engine, pytest.MonkeyPatch], None], made: Made
+) -> None:
+    """A new graph is made then; but none while there is another method, which may do more than a graph does."""
     batches = [batch_of(number) for number in range(CALLS_BEFORE + 2)]
     model = dict(name="opt-tiny", dropout=0.5)
-    usual, captured = engine_of(model, captures=False), engine_of(model)
     results = []
-    for engine in (usual, captured):
-        train(engine, batches)
-        for module in engine.part.modules():
-            if isinstance(getattr(module, "dropout", None), float):
-                setattr(module, "dropout", 0.25)  # noqa: B010
+    for captures in (False, True):
+        engine = engine_of(model, captures=captures)
         results.append(train(engine, batches))
+        with pytest.MonkeyPatch.context() as patch:
+            change(engine, patch)
+            results[-1] += train(engine, batches)
     assert results[0] == results[1]
-    assert [graph.replays for graph in made] == [2, 2]
+    assert [graph.replays for graph in made] == ([2] if change is a_method else [2, 2])
+
+
+def test_a_setting_of_torch_is_in_the_key_and_a_mode_prevents_replays() -> None:
+    code = engine_of().captured_step.code
+    usual = code.key()
+    assert usual is not None
+    cuda = torch.backends.cuda
+    settings: list[tuple[Any, str, Any]] = [
+        (cuda.matmul, "fp32_precision", "tf32"),  # an older function for it raises an error then
+        (cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    ]
+    for owner, name, value in settings:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        try:
+            assert code.key() not in (usual, None), name
+        finally:
+            setattr(owner, name, before)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert code.key() not in (usual, None)
+    modes: list[Any] = [
+        torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode(),
+        torch.autograd.set_detect_anomaly(True),
+        torch.autograd.graph.save_on_cpu(),
+        FlopCounterMode(display=False),
+        torch.device("meta"),
+    ]
+    for mode in modes:
+        with mode:
+            assert code.key() is None, mode
+    assert code.key() == usual
 
 
 # -- no graph after all ------------------------------------------------------------------------------------------------

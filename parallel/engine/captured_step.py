@@ -95,9 +95,10 @@ class CapturedStep:
 
         `settings`: further numbers that launches depend on.
         """
-        if self._new_graph is None or self.problem or self._is_observed:
+        code = None if self._new_graph is None or self.problem or self._is_observed else self.code.key()
+        if self._new_graph is None or code is None:
             return self._as_usual(microbatches)
-        key = (*settings, *(one.form for one in microbatches), *self.code.key)
+        key = (*settings, *(one.form for one in microbatches), *code)
         self._count = self._count + 1 if key == self._key else 1
         self._key = key
         if self._captured is not None and self._captured[0] == key:
@@ -123,8 +124,8 @@ class CapturedStep:
 
     @property
     def _is_observed(self) -> bool:
-        """True if somebody's code is called within a step, which a replay would not do."""
-        return self.stopwatch.is_observed or self.gradients.are_watched or self.code.is_observed
+        """True if somebody is told of each phase or gradient of a step, which a replay would not do."""
+        return self.stopwatch.is_observed or self.gradients.are_watched
 
     def _as_usual(self, microbatches: Sequence[Microbatch]) -> Tensor:
         self.make_room()
