@@ -483,6 +483,20 @@ def test_a_step_that_waits_for_the_device_runs_as_usual(made: Made, caplog: pyte
 
 
 @SLOW
+def test_a_capture_that_fails_without_a_word_is_not_the_end(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(graph: RerunGraph, function: Callable[[], Any]) -> None:
+        function()
+        raise RuntimeError
+
+    monkeypatch.setattr(RerunGraph, "capture", capture)
+    batches = [batch_of(number) for number in range(CALLS_BEFORE + 3)]
+    usual, captured = engine_of(captures=False), engine_of()
+    assert train(captured, batches) == train(usual, batches)
+    assert captured.captured_step.problem == "RuntimeError"
+    assert len(made) == 1
+
+
+@SLOW
 def test_without_room_for_as_much_again_nothing_is_captured(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RerunGraph, "num_bytes", property(lambda graph: 100, lambda graph, size: None), raising=False)
     monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(99))

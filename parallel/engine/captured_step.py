@@ -4,7 +4,6 @@ A step of a small model has kernels of a few microseconds, and eager code launch
 for the host. A step of a large one begins with it, since the host has waited for the loss of the step before.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,14 +14,13 @@ from torch import Tensor
 from parallel.config import Config
 from parallel.engine.phases import Mark, Phase, Stopwatch
 from parallel.engine.step_code import StepCode
-from parallel.ops.captured import CALLS_BEFORE, Graph, graphs_of
+from parallel.errors import first_line
+from parallel.ops.captured import CALLS_BEFORE, Graph, graphs_of, warn_of
 from parallel.optim.chunk_sum import FinishedSum
 from parallel.optim.gradients import Gradients
 from parallel.pipeline.microbatch import Microbatch
 from parallel.placement.memory_report import use_of
 from parallel.storage.no_room import Memory
-
-log = logging.getLogger(__name__)
 
 Run: TypeAlias = Callable[..., Tensor]
 """Does forward and backward of microbatches with a function that is given each phase that begins: (microbatches, mark)
@@ -149,7 +147,7 @@ class CapturedStep:
         try:
             loss = graph.capture(lambda: self._run(static, mark))
         except RuntimeError as error:  # of CUDA: work that waits for the device, or no memory; training goes on
-            self._give_up(str(error).splitlines()[0])
+            self._give_up(first_line(error))
             return None
         if not _is_roomy(graph, self._device):
             size = graph.num_bytes
@@ -161,7 +159,7 @@ class CapturedStep:
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem
-        log.warning("steps are not captured in a CUDA graph, and run as usual: %s", problem)
+        warn_of(problem, "steps")
 
 
 def _is_roomy(graph: Graph, device: torch.device) -> bool:
