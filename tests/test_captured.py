@@ -12,7 +12,7 @@ from tests.rerun_graph import RerunGraph
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_each_call_does_its_work_once(waits: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """Also work that waits for the device, which cannot be captured: one line says so."""
+    """Work that waits for the device cannot be captured, and one line says so."""
     total, graphs = torch.zeros(()), list[RerunGraph]()
 
     def new_graph() -> RerunGraph:

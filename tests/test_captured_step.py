@@ -527,6 +527,25 @@ def test_other_work_gets_the_memory_of_a_graph_if_little_is_free(made: Made, mon
     assert len(made) == 2
 
 
+def test_the_update_after_a_replay_gets_the_memory_if_somebody_has_taken_what_was_free(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a second model. The gradients are still there, and steps are captured again once there is room."""
+    free = 1000
+    monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(free))
+    batches = [batch_of(number) for number in range(2 * CALLS_BEFORE + 4)]
+    usual, captured = engine_of(captures=False), engine_of()
+    found = train(captured, batches[: CALLS_BEFORE + 1])
+    free, made[0].num_bytes = 400, 500
+    found += train(captured, batches[CALLS_BEFORE + 1 : CALLS_BEFORE + 2])
+    assert not has_graph(captured)
+    free = 1000
+    found += train(captured, batches[CALLS_BEFORE + 2 :])
+    assert found == train(usual, batches)
+    assert_same(captured, usual)
+    assert [graph.replays for graph in made] == [2, 2]
+
+
 # -- CUDA's graphs -----------------------------------------------------------------------------------------------------
 
 

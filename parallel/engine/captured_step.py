@@ -75,7 +75,8 @@ class CapturedStep:
 
     **Memory.** Activations and gradients are in memory that only the graph uses. During forward and backward that is as
     much as otherwise; but an update, an evaluation, or a step that runs as usual cannot reuse it. So a graph is kept
-    only while as much memory as it has is free beside it (`make_room`): then they find what they find without it.
+    only while as much memory as it has is free beside it (`make_room`): then they find what they find without it. This
+    is seen also after each replay is launched, since somebody may have made a second model meanwhile.
 
     `run` does forward and backward. `never`: why this engine's steps cannot be captured, or nothing.
     """
@@ -134,6 +135,7 @@ class CapturedStep:
         # The device computes already while the host does the rest.
         self.stopwatch.take(work.marks)
         self.gradients.restore(len(microbatches), work.results)
+        self.make_room()
         return work.loss
 
     def _capture(self, microbatches: Sequence[Microbatch], graph: Graph) -> CapturedWork | None:
