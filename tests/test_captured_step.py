@@ -215,14 +215,29 @@ def test_a_graph_reads_nothing_that_could_be_freed(case: str, made: Made) -> Non
 
 def test_a_step_of_another_size_runs_as_usual_between_replays(made: Made) -> None:
     """The next graph takes the place of the first, and computes the positions of its own tokens."""
-    small = {5, 6, 8, 9, 10, 11, 12}
-    batches = [batch_of(number, samples=2 if number in small else 4) for number in range(14)]
+    small = {5, 6, *range(8, 8 + 2 * CALLS_BEFORE + 2)}
+    batches = [batch_of(number, samples=2 if number in small else 4) for number in range(17)]
     llama = dict(name="llama-tiny")
     usual, captured = engine_of(llama, captures=False), engine_of(llama)
     assert train(captured, batches) == train(usual, batches)
     assert_same(captured, usual)
-    assert [graph.replays for graph in made] == [3, 2]  # of the steps 3, 4, 7; and 11, 12
+    assert [graph.replays for graph in made] == [3, 2]  # of the steps 3, 4, 7; and 14, 15
     assert not made[0].operations
+
+
+@SLOW
+def test_lengths_that_change_every_few_steps_are_not_captured_each_time(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph of the first length is replayed whenever it comes again. One that is replayed often has paid."""
+    engine = engine_of()
+    lengths = [length for _ in range(6) for length in (16, 8, 12) for _ in range(CALLS_BEFORE + 2)]
+    train(engine, [batch_of(number, length=length) for number, length in enumerate(lengths)])
+    assert [graph.replays for graph in made] == [2 + 5 * (CALLS_BEFORE + 2)]
+    monkeypatch.setattr(captured_step, "REPLAYS_THAT_PAY", made[0].replays + 1)
+    lengths = [*[16] * 2, *[8] * (CALLS_BEFORE + 1)]
+    train(engine, [batch_of(number, length=length) for number, length in enumerate(lengths)])
+    assert [graph.replays for graph in made][1:] == [1]
 
 
 def test_steps_with_other_numbers_of_labels_are_not_captured(made: Made) -> None:
@@ -338,8 +353,8 @@ def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[s
     train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
     assert made[0].replays == 1
     attach(engine, calls)
-    train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 2)])
-    assert (len(calls), [graph.replays for graph in made]) == (CALLS_BEFORE + 2, [1])
+    train(engine, [batch_of(number) for number in range(2 * CALLS_BEFORE + 2)])
+    assert (len(calls), [graph.replays for graph in made]) == (2 * CALLS_BEFORE + 2, [1])
 
 
 @SLOW
@@ -410,7 +425,7 @@ def test_what_is_changed_counts_from_the_next_step_on(
         results.append(train(engine, batches))
         with pytest.MonkeyPatch.context() as patch:
             change(engine, patch)
-            results[-1] += train(engine, batches)
+            results[-1] += train(engine, batches + batches[:CALLS_BEFORE])
     assert results[0] == results[1]
     assert [graph.replays for graph in made] == ([2] if change is a_method else [2, 2])
 
@@ -513,7 +528,7 @@ def test_other_work_gets_the_memory_of_a_graph_if_little_is_free(made: Made, mon
     free = 1000
     monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(free))
     engine = engine_of()
-    batches = [batch_of(number) for number in range(CALLS_BEFORE + 1)]
+    batches = [batch_of(number) for number in range(2 * CALLS_BEFORE + 1)]
     for work in (lambda: engine.evaluate([batch_of(3)]), lambda: engine.train_step(batch_of(3, samples=2))):
         train(engine, batches)
         made[-1].num_bytes = 500
@@ -533,7 +548,7 @@ def test_the_update_after_a_replay_gets_the_memory_if_somebody_has_taken_what_wa
     """Such as a second model. The gradients are still there, and steps are captured again once there is room."""
     free = 1000
     monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(free))
-    batches = [batch_of(number) for number in range(2 * CALLS_BEFORE + 4)]
+    batches = [batch_of(number) for number in range(3 * CALLS_BEFORE + 4)]
     usual, captured = engine_of(captures=False), engine_of()
     found = train(captured, batches[: CALLS_BEFORE + 1])
     free, made[0].num_bytes = 400, 500

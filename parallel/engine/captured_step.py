@@ -29,8 +29,11 @@ Run: TypeAlias = Callable[..., Tensor]
 
 Key: TypeAlias = tuple[object, ...]
 
+REPLAYS_THAT_PAY = 100
+"""A capture may take as long as ten steps: the device has nothing to do, and memory goes back to the driver."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class CapturedWork:
     """A graph, where it reads the batch, and where its results are.
 
@@ -39,6 +42,7 @@ class CapturedWork:
     loss          fp64 [], the loss summed over ranks
     results       of the chunks' gradients, whose memory the graph writes anew
     marks         the times at which phases begin
+    num_replays   of the graph so far
     """
 
     graph: Graph
@@ -46,12 +50,14 @@ class CapturedWork:
     loss: Tensor
     results: Sequence[FinishedSum]
     marks: Sequence[Mark]
+    num_replays: int = 0
 
     def launch(self, microbatches: Sequence[Microbatch]) -> None:
         """Launch the work for these microbatches."""
         static, given = ([x for one in many for x in one.tensors] for many in (self.microbatches, microbatches))
         torch._foreach_copy_(static, given)
         self.graph.replay()
+        self.num_replays += 1
 
 
 class CapturedStep:
@@ -60,7 +66,9 @@ class CapturedStep:
     A step is captured after `CALLS_BEFORE` others with the same key, which has all that kernels are chosen by, or
     launched with, besides the values of tensors: shapes, the factor of the loss, addresses of parameters. So nothing is
     captured where the factor changes each time, as it does with padded samples, whose labels are counted. There is one
-    graph at a time. A step with another key runs as usual, between replays.
+    graph at a time. A step with another key runs as usual, between replays. After each capture twice as many steps come
+    before the next one, until a graph has been replayed often: else a run whose lengths change every few steps would
+    mainly capture.
 
     **State.** A replay calls nothing in Python. These objects change in a step, and are afterwards what they are after
     any other:
@@ -87,6 +95,7 @@ class CapturedStep:
         self._new_graph = graphs_of(self._device)
         self._key: Key = ()  # of the last step
         self._count = 0  # the steps in a row that had it
+        self._calls_before = CALLS_BEFORE  # the next capture
         self._captured: tuple[Key, CapturedWork] | None = None
 
     def __call__(self, microbatches: Sequence[Microbatch], *settings: object) -> Tensor:
@@ -102,19 +111,20 @@ class CapturedStep:
         self._key = key
         if self._captured is not None and self._captured[0] == key:
             return self._replay(self._captured[1], microbatches)
-        if self._count <= CALLS_BEFORE:
+        if self._count <= self._calls_before:
             return self._as_usual(microbatches)
         self.drop()
         if (work := self._capture(microbatches, self._new_graph())) is None:
             return self._as_usual(microbatches)
-        self._captured = key, work
+        self._captured, self._calls_before = (key, work), 2 * self._calls_before
         return self._replay(work, microbatches)
 
     def drop(self) -> None:
-        """Give up the graph and its memory. The next one is captured after as many steps as the first."""
+        """Give up the graph and its memory."""
         if self._captured is not None:
-            self._captured[1].graph.drop()
+            graph = self._captured[1].graph
             self._captured, self._count = None, 0
+            graph.drop()
 
     def make_room(self) -> None:
         """Give up the graph, unless as much memory as it has is free beside it: for work that is not captured."""
@@ -132,6 +142,8 @@ class CapturedStep:
 
     def _replay(self, work: CapturedWork, microbatches: Sequence[Microbatch]) -> Tensor:
         work.launch(microbatches)
+        if work.num_replays == REPLAYS_THAT_PAY:
+            self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.
         self.stopwatch.take(work.marks)
         self.gradients.restore(len(microbatches), work.results)
