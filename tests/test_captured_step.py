@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,22 @@ def test_some_configs_are_never_captured(changed: Fields, problem: str) -> None:
     config = parallel.config.parse(raw, world_size=world, resolve=resolve, batches=False)
     assert problem_of_capture(config, world) == problem
     assert not problem_of_capture(engine_of().config, 1)
+
+
+@SLOW
+def test_a_hook_of_an_optimizer_may_keep_the_gradients_of_a_step(made: Made) -> None:
+    context = engine_of().context
+    part = models.build(context)
+    optimizer = torch.optim.SGD(part.parameters(), lr=1e-2)
+    kept = list[Tensor]()
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        kept.append(next(x.grad for x in optimizer.param_groups[0]["params"] if x.grad is not None))
+
+    optimizer.register_step_post_hook(keep)
+    train(parallel.Engine(part, context, optimizer), [batch_of(number) for number in range(CALLS_BEFORE + 3)])
+    assert not any(torch.equal(one, other) for one, other in pairwise(kept))
+    assert not made
 
 
 # -- somebody who looks on ---------------------------------------------------------------------------------------------

@@ -183,8 +183,10 @@ def _is_roomy(graph: Graph, device: torch.device) -> bool:
     return use.free + kept_by_torch >= graph.num_bytes
 
 
-def problem_of_capture(config: Config, world_size: int) -> str:
-    """Return why steps with this config are never captured, or nothing."""
+def problem_of_capture(config: Config, world_size: int, *, is_torchs: bool = False) -> str:
+    """Return why steps with this config are never captured, or nothing. `is_torchs`: an optimizer was passed."""
+    if is_torchs:
+        return "hooks of an optimizer that was passed may keep gradients, which a replay would overwrite"
     if world_size > 1:
         return "ranks communicate within a step"
     if config.zero.stage >= 3 or config.zero.tensor_placement_policy != "cuda":
