@@ -3491,6 +3491,14 @@ CAPTURED_STEPS = (
         f"{CAPTURED}::test_a_hook_is_called_in_each_step[a_forward_hook]",
     ),
     Mutant(
+        "replayed-past-another-module",
+        "a graph is replayed though a module has taken the place of another one",
+        "parallel/engine/step_code.py",
+        "        if len(now) != len(before) or not all(map(is_, now, before)):\n",
+        "        if len(now) != len(before):\n",
+        f"{CAPTURED}::test_what_is_changed_counts_from_the_next_step_on[a_module]",
+    ),
+    Mutant(
         "graph-without-room",
         "a graph keeps the memory that an evaluation may need",
         "parallel/engine/captured_step.py",

@@ -88,7 +88,7 @@ class Engine(EngineState):
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         run, code = partial(self._forwards_and_backwards, records=True), StepCode(part, self.chunks, self.writes)
-        never = problem_of_capture(config, self.mesh.world.size)
+        never = problem_of_capture(config, self.mesh.world.size, is_torchs=optimizer is not None)
         self.captured_step = CapturedStep(run, code, gradients=self.gradients, stopwatch=self.stopwatch, never=never)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
