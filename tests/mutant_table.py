@@ -3361,7 +3361,7 @@ SCALES_OF_LINEARS = (
         "a-scale-for-each-slice",
         "in stage 3 each rank scales its slice by the largest magnitude in it",
         "parallel/chunk/eight_bits.py",
-        "cast(segment.data, scale.scale, E4M3)",
+        "cast(segment.data, scale.scale, E4M3, scale.amax)",
         "cast(segment.data, torch.exp2((224 / segment.data.abs().amax().float()).log2().floor()), E4M3)",
         f"{FP8_LAYOUTS}::test_a_slice_is_cast_by_the_scale_of_the_whole_weight",
     ),
@@ -3572,6 +3572,41 @@ TABLES_IN_PLACE = (
     ),
 )
 
+SIZES_IN_8_BITS = (
+    Mutant(
+        "the-size-of-a-part-of-a-weight",
+        "a linear is in 8 bits by the elements of its weight that a rank has",
+        SCALES,
+        'prod(x.layouts["weight"].shape)',
+        "x.weight.numel()",
+        f"{FP8_LAYOUTS}::test_a_linear_is_in_8_bits_by_the_size_of_its_whole_weight_in_every_layout[3d8]",
+    ),
+    Mutant(
+        "slices-of-a-mixed-chunk",
+        "in stage 3 slices in 8 bits are foreseen of a block that is gathered in bf16",
+        "training/preview.py",
+        "if all(info.parameter in weights for info in infos)",
+        "if x.parameter in weights",
+        f"{FP8_LAYOUTS}::test_copies_of_weights_are_foreseen",
+    ),
+    Mutant(
+        "small-linears-foreseen-in-8-bits",
+        "the inputs of linears that stay in bf16 are foreseen in 8 bits",
+        "models/kept.py",
+        "in linears_in_8_bits(shape, config.train):",
+        'in block_linears(shape) if config.train.precision == "fp8" else []:',
+        f"{FP8_LAYOUTS}::test_a_block_keeps_the_bytes_in_8_bits_that_are_foreseen[opt-300]",
+    ),
+    Mutant(
+        "scales-of-weights-without-a-history",
+        "a run goes on with the scales that a checkpoint has, also if weights have none in it",
+        SCALES,
+        "    scaling.restore({} if missing else saved)\n",
+        "    scaling.restore(saved and dict.fromkeys(missing, [*saved.values()][0]) | dict(saved))\n",
+        f"{FP8_LAYOUTS}::test_scales_go_on_only_if_all_linears_have_a_history",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3644,4 +3679,5 @@ MUTANTS = (
     *CAPTURED_STEPS,
     *MENDED,
     *TABLES_IN_PLACE,
+    *SIZES_IN_8_BITS,
 )

@@ -44,7 +44,7 @@ DYNAMIC = dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0)
 CASES: dict[str, tuple[Fields, Fields, str]] = {
     "dropout": (dict(name="opt-tiny", dropout=0.1), {}, "input_ids"),
     "bf16": (dict(name="opt-tiny", dropout=0.1), dict(precision="bf16"), "input_ids"),
-    "fp8": (dict(name="opt-tiny", dropout=0.1), dict(precision="fp8"), "input_ids"),
+    "fp8": (dict(name="opt-tiny", dropout=0.1), dict(precision="fp8", fp8_min_elements=0), "input_ids"),
     "recomputed": (dict(name="opt-tiny", dropout=0.1), dict(activation_checkpointing="full"), "input_ids"),
     "one microbatch": (dict(name="opt-tiny", dropout=0.1), dict(micro_batch_size=4, precision="bf16"), "input_ids"),
     "llama": (dict(name="llama-tiny"), {}, "input_ids"),

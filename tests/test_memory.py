@@ -315,7 +315,7 @@ def microbatch_of(tensor: TensorConfig, batch: int, sequence: int, **train: Any)
     """Return a config whose microbatches have this size."""
     raw = dict(
         parallel=dict(tensor=asdict(tensor)),
-        train=dict(micro_batch_size=batch, global_batch_size=batch, **train),
+        train=dict(micro_batch_size=batch, global_batch_size=batch, fp8_min_elements=0) | train,
         data=dict(sequence_length=sequence),
     )
     return parse(raw)

@@ -7,12 +7,13 @@ from parallel.layout.layout import Layout
 from parallel.mesh.conjugate import gather
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.lookup import lookup
 from parallel.ops.kernels.table import can_be_given
 from parallel.ops.receiver import GradientReceiver, gradient_to
-from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, like_of
+from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, WeightCopy, fp8_matmul, like_of
 from parallel.tensor.matmul import LinearCollectives, is_left_to_compiler, matmul, rectified_like
-from parallel.tensor.scaling import LinearScales, TensorScale
+from parallel.tensor.scaling import LinearScales
 
 
 class Sharded(nn.Module):
@@ -51,15 +52,15 @@ class Linear(Weighted):
         self.collectives, self._rectified = collectives, rectified_like(collectives)
         self.eight_bit: EightBitLinear | None = None  # None: it multiplies in its dtype
 
-    def multiply_in_8_bits(self, scales: LinearScales) -> None:
-        """Multiply in 8 bits from now on, with these scales."""
-        self.eight_bit = EightBitLinear(self.collectives, scales, self.weight.dtype)
+    def multiply_in_8_bits(self, scales: LinearScales, copy: WeightCopy | None = None) -> None:
+        """Multiply in 8 bits from now on, with these scales, by this copy of the weight."""
+        self.eight_bit = EightBitLinear(self.collectives, scales, self.weight.dtype, copy)
 
     @property
-    def input_scale(self) -> TensorScale | None:
-        """The scale with which whoever makes the input may cast it, for a `CastInput`; None if it must not."""
+    def input_form(self) -> EightBits | None:
+        """The form in which whoever makes the input may write it, for a `CastInput`; None if it must not cast it."""
         linear = self.eight_bit
-        return linear.scales.x if linear is not None and linear.state.is_known else None
+        return linear.input_form if linear is not None and linear.state.is_known else None
 
     @property
     def flat_bias(self) -> Tensor | None:
