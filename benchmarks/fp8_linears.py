@@ -20,9 +20,9 @@ from torch import Tensor
 
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.products import Factor, write_product
+from parallel.ops.receiver import GradientReceiver
 from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
 from parallel.tensor.matmul import LinearCollectives, matmul
-from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, ScalingState, TensorScale
 
 TOKENS = 8192

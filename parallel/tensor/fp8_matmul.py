@@ -40,8 +40,8 @@ from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, Scaled, record_largest
 from parallel.ops.kernels.cast import EightBits, cast, cast_and_transpose, transposed
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import product_of
+from parallel.ops.receiver import GradientReceiver
 from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, arguments_of, matmul, received
-from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
 
 
