@@ -652,7 +652,7 @@ def copies_kept(rank: int, world_size: int, raws: list[Raw]) -> list[int]:
 
 
 def test_copies_of_weights_are_kept_only_where_no_plan_places_chunks() -> None:
-    """With "auto" a plan fills the device by a profiled step, in which all weights were gathered on demand."""
+    """A plan of "auto" fills the device, by a profiled step in which all weights were gathered on demand."""
     raws = [raw_of(replace(ONE, placement=placement)) for placement in ("cuda", "auto", "cpu")]
     assert run(copies_kept, 1, raws)[0] == [3 * (4 * 48 * 48 + 2 * 48 * 96), 0, 0], "by rows: nothing trains"
 
