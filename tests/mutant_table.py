@@ -2704,7 +2704,7 @@ ANY_PLAN = (
         "shared-table-summed-early",
         "a table of two stages is summed when half of its gradients have arrived",
         CHUNK_SUM,
-        "backwards.get(info.parameter, 1)",
+        "num_gradients.get(info.parameter, 1)",
         "1",
         f"{ONCE}[1]",
     ),
