@@ -270,3 +270,19 @@ def test_parameters_are_the_rounded_masters_after_an_update_that_changes_nothing
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     assert torch.equal(chunk.parameters.own, chunk.master.bfloat16())
+
+
+def test_the_host_updates_the_last_parts_without_gaps() -> None:
+    """What is small in an early layer would fit into its share, too, but a forward needs it soon."""
+    chunks = [chunk_in(f"layers.{i}", i, ON_HOST) for i in range(3)]
+    parts = []
+    for chunk in chunks:
+        chunk.gradient.begin(1)
+        chunk.store_gradient(torch.ones(chunk.size, device=DEVICE, dtype=torch.bfloat16))
+        (whole,) = AdamW([chunk], OptimizerConfig())._parts_of(chunk)
+        parts += [whole.cut(0, chunk.size - 100), whole.cut(chunk.size - 100, chunk.size)]
+    shared = SharedUpdate(DEVICE)
+    shared.share = 0.5
+    streamed, left = shared._split(parts)
+    assert [id(part) for part in streamed] == [id(part) for part in parts[:3]]
+    assert [id(part) for part in left] == [id(part) for part in parts[3:]]
