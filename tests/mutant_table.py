@@ -3607,6 +3607,75 @@ SIZES_IN_8_BITS = (
     ),
 )
 
+LAUNCHES, LAUNCHED_TESTS = "parallel/optim/launch_queue.py", "tests/test_shared_update.py"
+
+LAUNCHED_LATER = (
+    Mutant(
+        "update-launched-at-once",
+        "the copies of a whole update are before those of the next forward in the device's queue",
+        "parallel/optim/shared_update.py",
+        "queue.launch(len(from_disk) + sum(",
+        "queue.launch(len(streamed) + sum(",
+        f"{LAUNCHED_TESTS}::test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead",
+    ),
+    Mutant(
+        "nothing-launched-ahead",
+        "the bus waits while a layer waits for its update",
+        LAUNCHES,
+        "min(num + AHEAD, self._num)",
+        "min(num, self._num)",
+        f"{LAUNCHED_TESTS}::test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead",
+    ),
+    Mutant(
+        "first-part-for-all",
+        "a layer is read when the first part of it has been updated",
+        LAUNCHES,
+        "for i, part in enumerate(parts)}",
+        "for i, part in reversed(list(enumerate(parts)))}",
+        f"{LAUNCHED_TESTS}::test_whoever_reads_a_layer_has_its_update_launched[a settled chunk]",
+    ),
+    Mutant(
+        "next-update-before-the-last",
+        "an update begins while parts of the one before it have not been launched",
+        "parallel/optim/shared_update.py",
+        "        self._queue.launch_all()\n        self._thread",
+        "        self._thread",
+        f"{LAUNCHED_TESTS}::test_whoever_reads_a_layer_has_its_update_launched[the next update]",
+    ),
+    Mutant(
+        "times-of-a-part-of-an-update",
+        "a plan is made from the time of the parts that have been launched",
+        "parallel/optim/shared_update.py",
+        "            queue.launch_all()\n",
+        "            times.extend([self._clock.now()] * (3 - len(times)))\n",
+        f"{LAUNCHED_TESTS}::test_the_times_of_an_update_are_those_of_all_its_parts",
+    ),
+    Mutant(
+        "update-waits-for-the-forward",
+        "an update that is launched beside a forward waits for it",
+        "parallel/optim/shared_update.py",
+        "        with torch.cuda.stream(self._beside):\n",
+        "        self._wait_for_computation(())\n        with torch.cuda.stream(self._beside):\n",
+        f"{LAUNCHED_TESTS}::test_a_part_that_is_launched_later_waits_for_the_computation_of_its_own_step",
+    ),
+    Mutant(
+        "left-out-step-writes-parameters",
+        "parameters on the host get the memory of another part in a step that is left out",
+        "parallel/optim/streaming.py",
+        "                on_device.own.copy_(on_device.states[0])",
+        "                pass",
+        f"{LAUNCHED_TESTS}::test_parameters_are_the_rounded_masters_after_an_update_that_changes_nothing",
+    ),
+    Mutant(
+        "small-parts-left-to-the-host",
+        "a forward begins with layers of which the host updates small parts",
+        "parallel/optim/shared_update.py",
+        "            if _is_movable(part):\n",
+        "            if _is_movable(part) and len(part.gradient) <= room:\n",
+        f"{LAUNCHED_TESTS}::test_the_host_updates_the_last_parts_without_gaps",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3680,4 +3749,5 @@ MUTANTS = (
     *MENDED,
     *TABLES_IN_PLACE,
     *SIZES_IN_8_BITS,
+    *LAUNCHED_LATER,
 )
