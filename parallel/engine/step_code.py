@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 
 import torch
-from torch import nn
 from torch.nn.modules import module as torch_module
 
 from parallel.chunk.chunk import Chunk
@@ -52,7 +51,8 @@ class StepCode:
             torch_module._has_any_global_hook()
             or any(self._hooks)
             or len(vars(self.part)["_forward_pre_hooks"]) != 1
-            or any(map(_is_hooked, self._parameters))
+            or any(map(attrgetter("_backward_hooks"), self._parameters))
+            or any(len(x._post_accumulate_grad_hooks or ()) > 1 for x in self._parameters)
         )
 
     def _version_now(self) -> int:
@@ -71,10 +71,6 @@ def _is_setting(attributes: Mapping[str, object], name: str) -> bool:
     """Return whether an attribute is a number or options, such as the probability of a dropout. `train` sets one."""
     value = attributes[name]
     return not name.startswith("_") and name != "training" and (isinstance(value, int | float) or is_dataclass(value))
-
-
-def _is_hooked(parameter: nn.Parameter) -> bool:
-    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks or ()) > 1
 
 
 def _has_modes() -> bool:
