@@ -298,7 +298,7 @@ MEANS = (
            " / (self.microbatches[key[1]].labels != -100).sum()]",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
-           ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
+           ENGINE, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
            ENGINE,
            'shift(labels_of(batch))',
@@ -809,7 +809,7 @@ RESUMING = (
            'return int(counters["step"]) * int(dict(_flat(metadata["config"]))[BATCH])',
            f"{RESUMED_RUNS}::test_a_resumed_run_does_what_the_table_says[`train.global_batch_size`]"),
     Mutant("dropout-from-steps", "after a step of another size samples get dropout masks that others had",
-           ENGINE, 'self.num_samples += self.data.size * len(batch["input_ids"])', "self.num_samples += 1",
+           ENGINE, "self.num_samples += self.data.size * len(staged.whole.input_ids)", "self.num_samples += 1",
            f"{STRICT}::test_a_split_model_goes_on_bit_for_bit"),
 )
 
@@ -1354,7 +1354,7 @@ EVALUATION = (
         "stage-changed-unseen",
         "a split model is trained on whose parameters are not the engine's any more",
         ENGINE,
-        "            problem = self._original.change()\n",
+        "            problem = self._original.change(are_shown=are_shown)\n",
         "            pass\n",
         f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
     ),
@@ -3454,8 +3454,8 @@ CAPTURED_STEPS = (
         "replayed-batch-stale",
         "a graph is replayed with the batch of the step in which it was captured",
         "parallel/engine/captured_step.py",
-        "        torch._foreach_copy_(static, given)\n",
-        "        assert len(static) == len(given)\n",
+        "        batch.copy_to(self.batch)\n",
+        "        assert batch.form == self.batch.form\n",
         f"{CAPTURED}::test_replayed_steps_are_the_steps_that_run_as_usual[dropout]",
     ),
     Mutant(

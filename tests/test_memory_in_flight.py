@@ -124,7 +124,8 @@ def measured_and_foreseen(rank: int, world_size: int, raw: Raw) -> tuple[int, in
     engine, (batch,) = engine_of(rank, world_size, raw), batches_of(1, batch=64, sequence=64)
     most = 0
     with Allocations() as allocations:
-        microbatches, _ = engine._microbatches(batch)
+        staged, _ = engine._staged(batch)
+        microbatches = staged.on(engine.mesh.device).microbatches
         before = allocations.now
 
         def mark(phase: str, action: object = None) -> None:
