@@ -298,7 +298,7 @@ MEANS = (
            " / (self.microbatches[key[1]].labels != -100).sum()]",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
-           ENGINE, "[(labels != IGNORED).sum(), ", "[labels.numel(), ", trains("single")),
+           ENGINE, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
            ENGINE,
            'shift(labels_of(batch))',
@@ -809,7 +809,7 @@ RESUMING = (
            'return int(counters["step"]) * int(dict(_flat(metadata["config"]))[BATCH])',
            f"{RESUMED_RUNS}::test_a_resumed_run_does_what_the_table_says[`train.global_batch_size`]"),
     Mutant("dropout-from-steps", "after a step of another size samples get dropout masks that others had",
-           ENGINE, 'self.num_samples += self.data.size * len(batch["input_ids"])', "self.num_samples += 1",
+           ENGINE, "self.num_samples += self.data.size * len(staged.whole.input_ids)", "self.num_samples += 1",
            f"{STRICT}::test_a_split_model_goes_on_bit_for_bit"),
 )
 
@@ -1354,7 +1354,7 @@ EVALUATION = (
         "stage-changed-unseen",
         "a split model is trained on whose parameters are not the engine's any more",
         ENGINE,
-        "            problem = self._original.change()\n",
+        "            problem = self._original.change(are_shown=are_shown)\n",
         "            pass\n",
         f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
     ),
@@ -2704,7 +2704,7 @@ ANY_PLAN = (
         "shared-table-summed-early",
         "a table of two stages is summed when half of its gradients have arrived",
         CHUNK_SUM,
-        "backwards.get(info.parameter, 1)",
+        "num_gradients.get(info.parameter, 1)",
         "1",
         f"{ONCE}[1]",
     ),
@@ -3454,8 +3454,8 @@ CAPTURED_STEPS = (
         "replayed-batch-stale",
         "a graph is replayed with the batch of the step in which it was captured",
         "parallel/engine/captured_step.py",
-        "        torch._foreach_copy_(static, given)\n",
-        "        assert len(static) == len(given)\n",
+        "        batch.copy_to(self.batch)\n",
+        "        assert batch.form == self.batch.form\n",
         f"{CAPTURED}::test_replayed_steps_are_the_steps_that_run_as_usual[dropout]",
     ),
     Mutant(
@@ -3615,6 +3615,75 @@ SIZES_IN_8_BITS = (
     ),
 )
 
+LAUNCHES, LAUNCHED_TESTS = "parallel/optim/launch_queue.py", "tests/test_shared_update.py"
+
+LAUNCHED_LATER = (
+    Mutant(
+        "update-launched-at-once",
+        "the copies of a whole update are before those of the next forward in the device's queue",
+        "parallel/optim/shared_update.py",
+        "queue.launch(len(from_disk) + sum(",
+        "queue.launch(len(streamed) + sum(",
+        f"{LAUNCHED_TESTS}::test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead",
+    ),
+    Mutant(
+        "nothing-launched-ahead",
+        "the bus waits while a layer waits for its update",
+        LAUNCHES,
+        "min(num + AHEAD, self._num)",
+        "min(num, self._num)",
+        f"{LAUNCHED_TESTS}::test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead",
+    ),
+    Mutant(
+        "first-part-for-all",
+        "a layer is read when the first part of it has been updated",
+        LAUNCHES,
+        "for i, part in enumerate(parts)}",
+        "for i, part in reversed(list(enumerate(parts)))}",
+        f"{LAUNCHED_TESTS}::test_whoever_reads_a_layer_has_its_update_launched[a settled chunk]",
+    ),
+    Mutant(
+        "next-update-before-the-last",
+        "an update begins while parts of the one before it have not been launched",
+        "parallel/optim/shared_update.py",
+        "        self._queue.launch_all()\n        self._thread",
+        "        self._thread",
+        f"{LAUNCHED_TESTS}::test_whoever_reads_a_layer_has_its_update_launched[the next update]",
+    ),
+    Mutant(
+        "times-of-a-part-of-an-update",
+        "a plan is made from the time of the parts that have been launched",
+        "parallel/optim/shared_update.py",
+        "            queue.launch_all()\n",
+        "            times.extend([self._clock.now()] * (3 - len(times)))\n",
+        f"{LAUNCHED_TESTS}::test_the_times_of_an_update_are_those_of_all_its_parts",
+    ),
+    Mutant(
+        "update-waits-for-the-forward",
+        "an update that is launched beside a forward waits for it",
+        "parallel/optim/shared_update.py",
+        "        with torch.cuda.stream(self._beside):\n",
+        "        self._wait_for_computation(())\n        with torch.cuda.stream(self._beside):\n",
+        f"{LAUNCHED_TESTS}::test_a_part_that_is_launched_later_waits_for_the_computation_of_its_own_step",
+    ),
+    Mutant(
+        "left-out-step-writes-parameters",
+        "parameters on the host get the memory of another part in a step that is left out",
+        "parallel/optim/streaming.py",
+        "                on_device.own.copy_(on_device.states[0])",
+        "                pass",
+        f"{LAUNCHED_TESTS}::test_parameters_are_the_rounded_masters_after_an_update_that_changes_nothing",
+    ),
+    Mutant(
+        "small-parts-left-to-the-host",
+        "a forward begins with layers of which the host updates small parts",
+        "parallel/optim/shared_update.py",
+        "            if _is_movable(part):\n",
+        "            if _is_movable(part) and len(part.gradient) <= room:\n",
+        f"{LAUNCHED_TESTS}::test_the_host_updates_the_last_parts_without_gaps",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3688,4 +3757,5 @@ MUTANTS = (
     *MENDED,
     *TABLES_IN_PLACE,
     *SIZES_IN_8_BITS,
+    *LAUNCHED_LATER,
 )

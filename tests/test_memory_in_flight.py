@@ -129,7 +129,8 @@ def measured_and_foreseen(rank: int, world_size: int, raw: Raw) -> tuple[int, in
         engine.train_step(batch)  # in bf16: there are no scales yet
     most = 0
     with Allocations() as allocations:
-        microbatches, _ = engine._microbatches(batch)
+        staged, _ = engine._staged(batch)
+        microbatches = staged.on(engine.mesh.device).microbatches
         before = allocations.now
 
         def mark(phase: str, action: object = None) -> None:
