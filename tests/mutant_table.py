@@ -3125,8 +3125,8 @@ UPDATES_IN_ONE_PASS = (
         "root-updated-by-the-host",
         "every forward waits for the host, which updates a part of the root",
         "parallel/optim/shared_update.py",
-        "not part.chunk.is_of_root and not",
-        "not",
+        "key=lambda part: part.chunk.waits_when_used",
+        "key=lambda part: False",
         "tests/test_shared_update.py::test_a_forward_begins_while_the_host_updates_later_layers[1]",
     ),
 )
@@ -3673,6 +3673,22 @@ LAUNCHED_LATER = (
         "                on_device.own.copy_(on_device.states[0])",
         "                pass",
         f"{LAUNCHED_TESTS}::test_parameters_are_the_rounded_masters_after_an_update_that_changes_nothing",
+    ),
+    Mutant(
+        "layer-on-the-device-waits-for-nothing",
+        "a forward uses parameters on the device before their update, which is launched when it waits",
+        GATHERER,
+        "            chunk.wait_for_update()\n",
+        "            pass\n",
+        f"{LAUNCHED_TESTS}::test_an_engine_waits_for_each_layer_that_it_uses",
+    ),
+    Mutant(
+        "updated-after-it-is-read",
+        "parameters on the device that a user reads after a step are those from before it",
+        CHUNK,
+        "self.is_private and self.spec.shard_axis.size == 1",
+        "self.spec.shard_axis.size == 1",
+        f"{LAUNCHED_TESTS}::test_a_layer_on_the_device_waits_for_its_update_when_it_is_used",
     ),
     Mutant(
         "small-parts-left-to-the-host",

@@ -23,7 +23,11 @@ from parallel.modules.full_parameters import WholeChunk
 from parallel.optim import launch_queue, shared_update, streaming
 from parallel.optim.adamw import AdamW
 from parallel.optim.shared_update import SharedUpdate
+from parallel.placement.plan_state import PlanLifecycle
 from parallel.storage.transfer import ON_DEVICE, CopyEvent, Placement, Tier
+from parallel.zero.gatherer import Unit
+from tests.parity import batches_of, engine_of, share_of
+from tests.test_placement import raw_of
 
 ON_HOST = Placement(Tier.HOST, Tier.HOST)
 DEVICE = torch.device("cuda" if torch.cuda.device_count() else "cpu")
@@ -169,6 +173,12 @@ class Updated:
         pairs = zip(self.chunks, self._before, strict=True)
         return [int((c.master != x).view(-1, 2**15).all(1).sum()) for c, x in pairs]
 
+    def has_changed(self, masters: list[Tensor]) -> list[bool]:
+        """Return of each chunk whether its master weights are others, without waiting for any."""
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return [not torch.equal(chunk.master, x) for chunk, x in zip(self.chunks, masters, strict=True)]
+
 
 @pytest.mark.gpu
 def test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +197,24 @@ def test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead(monkeyp
     assert updated.num_launched() == [4, 4, 4, 4, 1, 4]
     updated.chunks[3].gather().wait()
     assert updated.num_launched() == [4] * LAYERS
+
+
+@pytest.mark.gpu
+def test_a_layer_on_the_device_waits_for_its_update_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But if somebody may read its parameters between two steps, the update has been launched by then."""
+    updated = Updated(monkeypatch, ahead=0)
+    for chunk in updated.chunks:
+        updated.optimizer.move(chunk, Placement(Tier.DEVICE, Tier.HOST))
+        chunk.is_private = chunk is not updated.chunks[1]
+    masters = [chunk.master.clone() for chunk in updated.chunks]
+    updated.step()
+    assert updated.has_changed(masters) == [False, True, False, False, False, True]
+    Unit([updated.chunks[2]]).make_whole()
+    assert updated.has_changed(masters) == [True, True, True, False, False, True]
+    for i in (1, 2, 5):
+        chunk = updated.chunks[i]
+        assert torch.equal(chunk.parameters.whole.cpu(), chunk.master.bfloat16())
+    assert torch.equal(updated.chunks[3].parameters.whole.cpu(), masters[3].bfloat16())
 
 
 def move(updated: Updated, chunk: Chunk) -> None:
@@ -286,3 +314,30 @@ def test_the_host_updates_the_last_parts_without_gaps() -> None:
     streamed, left = shared._split(parts)
     assert [id(part) for part in streamed] == [id(part) for part in parts[:3]]
     assert [id(part) for part in left] == [id(part) for part in parts[3:]]
+
+
+def losses(policy: str, placement: Placement | None) -> list[float]:
+    """Return the losses of steps and evaluations of an engine whose chunks are there, and which nobody else uses."""
+    engine = engine_of(0, 1, raw_of("single", policy, 0, precision="bf16"))
+    engine.writes.stop()
+    assert isinstance(engine.optimizer, AdamW)
+    if placement is not None:
+        engine.placement_manager._lifecycle = PlanLifecycle(is_fixed=True)
+        engine.optimizer.host_share = 0.0
+        for chunk in engine.chunks:
+            engine.optimizer.move(chunk, placement)
+    found = []
+    for batch in batches_of(3, batch=24):
+        found.append(engine.train_step(share_of(batch, engine)).loss)
+        found.append(engine.evaluate([share_of(batch, engine)]))
+    return found
+
+
+@pytest.mark.gpu
+def test_an_engine_waits_for_each_layer_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are on the device, and states on the host."""
+    monkeypatch.setattr(streaming, "PART", 1024)
+    monkeypatch.setattr(launch_queue, "AHEAD", 0)
+    want = losses("cuda", None)
+    assert len(set(want)) == len(want)
+    assert losses("cpu", Placement(Tier.DEVICE, Tier.HOST)) == want

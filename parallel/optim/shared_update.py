@@ -80,9 +80,10 @@ class SharedUpdate:
     `balance()` is the best one.
 
     Nobody waits for the whole of it: the device has a stream for it beside that of computation, and the host a thread.
-    A layer whose parameters are on the host waits for its own update when it is gathered. So the next forward begins
-    while later layers are updated. Chunks of the root, which a forward begins with, come first, and so do those whose
-    parameters stay on the device: for these, computation waits in `wait_for_parameters_on_device`.
+    A layer waits for its own update when it is used (`Chunk.waits_when_used`). So the next forward begins while later
+    layers are updated. Other chunks come first: those of the root, which a forward begins with, and those whose
+    parameters are on the device where somebody may read them at any time. For these, computation waits in
+    `wait_for_parameters_on_device`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -105,18 +106,18 @@ class SharedUpdate:
         The parts are launched that a forward needs first, and all that the host updates; the others follow as somebody
         waits for their chunks: see `LaunchQueue`.
         """
-        parts = in_parts(sorted(wholes, key=_waits_for_its_layer))
+        parts = in_parts(sorted(wholes, key=lambda part: part.chunk.waits_when_used))
         from_disk = [part for part in parts if part.is_on_disk]
         from_host, left = self._split([part for part in parts if not part.is_on_disk])
         on_hosts = self._launch_on_host(left, on_host)
         for chunk, written in on_hosts.items():
             chunk.parameters.record_write(chunk.parameters.written.and_on_host(written))
         streamed = [*from_disk, *from_host]
-        self._wait_for_computation(numbers)
+        self._wait_for_computation([*numbers, *(x.own for x in wholes if x.own is not None and x.own_is_on_device)])
         times = list[Any]()
         launches = self._launches(from_disk, from_host, on_device, times)
         self._queue = queue = LaunchQueue(launches, streamed, on_hosts, within=self._in_stream)
-        queue.launch(len(from_disk) + sum(not _waits_for_its_layer(part) for part in from_host))
+        queue.launch(len(from_disk) + sum(not part.chunk.waits_when_used for part in from_host))
         self._updated = self._end_of_parameters_on_device(streamed)
         counts = [_elements(x) for x in (from_disk, from_host, left)]
         movable = _elements([part for part in parts if _is_movable(part)])
@@ -160,13 +161,13 @@ class SharedUpdate:
                 yield from self._stream.run(parts, update)
             times.append(self._clock.now())
 
-    def _wait_for_computation(self, numbers: Sequence[Tensor]) -> None:
+    def _wait_for_computation(self, used: Sequence[Tensor]) -> None:
         """Let the stream of updates wait for what computation has been given so far, and for nothing that it is given
-        later, when most parts are launched.
+        later, when most parts are launched. `used` are tensors on the device that it reads or writes.
         """
         if self._beside is not None:
             self._beside.wait_stream(torch.cuda.current_stream(self._device))
-            for x in numbers:
+            for x in used:
                 x.record_stream(self._beside)
 
     @contextmanager
@@ -179,8 +180,9 @@ class SharedUpdate:
             yield
 
     def _end_of_parameters_on_device(self, parts: Sequence[Part]) -> CopyEvent:
-        """Return the end of the update of parts whose parameters stay on the device."""
-        written = [part.chunk.parameters.written for part in parts if part.own_is_on_device]
+        """Return the end of the update of parameters on the device for which nobody waits when they are used."""
+        at_once = [part.chunk for part in parts if part.own_is_on_device and not part.chunk.waits_when_used]
+        written = [chunk.parameters.written for chunk in at_once]
         return written[-1] if written else CopyEvent()
 
     def balance(self) -> float:
@@ -216,11 +218,6 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
         for smaller in part.split(HOST_PART):
             update([smaller])
     return time.perf_counter() - begun
-
-
-def _waits_for_its_layer(part: Part) -> bool:
-    """Return True if nobody needs a part before its layer is gathered."""
-    return not part.chunk.is_of_root and not part.own_is_on_device
 
 
 def _is_movable(part: Part) -> bool:
