@@ -19,9 +19,13 @@ from benchmarks import (
     workload,
 )
 from benchmarks.gpu_contenders import Result, Work, measure
-from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
-from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
-from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
+from benchmarks.gpu_fit import fit, state_bytes
+from benchmarks.gpu_jobs import Job, RankSetup, Row
+from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
+from benchmarks.gpu_links import BandwidthJob, MemoryJob
+from benchmarks.gpu_parity import ParityJob
+from benchmarks.gpu_peers import ON_GPUS_ALONE, PACKAGES, PEERS
+from benchmarks.gpu_speed import Sizes, SpeedJob
 from benchmarks.one_gpu import AGREEMENT, agree, disagreeing, save_start
 from benchmarks.sleeping import Work as Sleep
 from models.shapes import from_hugging_face, resolve
@@ -122,12 +126,14 @@ def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str) -> list[
     setup = RankSetup(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
-    jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
+    sizes = Sizes(model)
+    jobs: list[Job] = [
         ParityJob(pipe),
         BandwidthJob([zero, pipe]),
-        SpeedJob(zero, model, 4, steps=1, trace=True),
-        *(SpeedJob(pipe, model, 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
-        SpeedJob(zero, model, 4, alone=True, steps=1),
+        MemoryJob([pipe]),
+        SpeedJob(zero, sizes, steps=1, trace=True),
+        *(SpeedJob(pipe, sizes, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE | PACKAGES.keys()),
+        SpeedJob(zero, sizes, alone=True, steps=1),
     ]
     return [row for job in jobs for row in job.run(setup)]
 
@@ -136,8 +142,8 @@ def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str) -> list[
 def test_the_jobs_of_several_gpus_run_on_a_cpu(model: str, tmp_path: Path) -> None:
     rows, _ = run(rows_of_all_jobs, 2, tmp_path, model)
     assert not [row for row in rows if row.get("failed")]
-    assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
-    assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE, "ZeRO 2", "ZeRO 2 alone", "world"}
+    assert {row["part"] for row in rows} == {"parity", "bandwidth", "nccl", "speed", "overlap"}
+    assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE - PACKAGES.keys(), "ZeRO 2", "world"}
     assert all(row["losses"][-1] < row["losses"][0] for row in rows if "losses" in row)
 
 
@@ -197,7 +203,10 @@ def parts_of_a_ring(rank: int, world_size: int) -> dict[str, str]:
 
 def test_the_parts_of_a_ring_are_timed_on_a_cpu() -> None:
     for found in run(parts_of_a_ring, 2):
-        assert list(found) == ["FLASH_ON_CPU", "a hop", "ring", "nothing sent", "all_to_all"]
+        assert list(found) == [
+            *("FLASH_ON_CPU", "ring", "nothing sent", "all_to_all"),
+            *("a hop", "a group a link", "one batch", "one rank sends"),
+        ]
         assert all(re.match(r"\d+\.\d+ ms", text) for text in found.values())
 
 
