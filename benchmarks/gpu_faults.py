@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from unittest.mock import patch
 
 from benchmarks.gpu_jobs import RankSetup, Row
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tests.killed_runs import Layout as Killed
 
 ROOT = Path(__file__).parents[1]
+Parallel: TypeAlias = dict[str, dict[str, object]]
+"""The section `parallel` of a config."""
+
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 PATTERNS = {
@@ -48,10 +52,14 @@ class FaultJob:
         if setup.rank:
             return []
         folder = setup.out / ".faults"
-        begun = [
-            lambda: named("kill", setup, folder / "kill"),
-            lambda: named("stop", setup, folder / "stop"),
-            lambda: resumed(setup, folder / "resume"),
+        world = setup.world
+        begun: list[Callable[[], list[Row]]] = [
+            partial(named, "kill", setup, folder / "kill"),
+            partial(named, "stop", setup, folder / "stop"),
+            *(
+                partial(resumed, setup, folder / f"resume_{i}", layout)
+                for i, layout in enumerate(resumed_layouts(world))
+            ),
         ]
         # A busy CPU would make the seconds longer.
         with (
@@ -69,7 +77,7 @@ def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
 def named(fault: str, setup: RankSetup, folder: Path) -> list[Row]:
     """Have rank 1 of a run killed or stopped in its third backward; return the seconds until it is named."""
     device, timeout = ("auto", 15) if setup.on_gpu else ("cpu", faults.TIMEOUT)
-    layout = layout_of(setup.world)
+    layout = resumed_layouts(setup.world)[0]
 
     class Run(faults.Run):
         of = faults.Ranks(setup.world, device, repr(layout), timeout)
@@ -93,17 +101,17 @@ def named(fault: str, setup: RankSetup, folder: Path) -> list[Row]:
     return [row | dict(note=f"NOT NAMED within {allowed:.0f} s: {note}; last line: {last[:200]}", failed=True)]
 
 
-def resumed(setup: RankSetup, folder: Path) -> list[Row]:
+def resumed(setup: RankSetup, folder: Path, layout: Parallel) -> list[Row]:
     """Compare all files of a run that was killed, and then resumed, with those of one that nothing interrupted."""
     from tests.killed_runs import VALIDATED, differences
     from tests.killed_runs import Layout as Killed
 
-    layout = layout_of(setup.world)
     own = tuple(f"parallel.{name}={value}" for name, value in layout.items())
     killed = Killed(setup.world, (*own, *VALIDATED, *(() if not setup.on_gpu else ("train.device=auto",))))
     began = time.monotonic()
     codes = [_launch(killed, folder / "whole")]
-    Kill(1, "Runner._backward", 17).write(folder / "killed")
+    microbatches = 4 * 2 ** len(layout) // setup.world  # of two samples in a replica's step
+    Kill(1, "Runner._backward", 4 * microbatches + 1).write(folder / "killed")  # in the fifth step of six
     codes.append(_launch(killed, folder / "killed", "--resume", "auto"))
     has_come = killed_file(folder / "killed").exists()
     kill_file(folder / "killed").unlink(missing_ok=True)
@@ -117,10 +125,11 @@ def resumed(setup: RankSetup, folder: Path) -> list[Row]:
     return [row | dict(note=f"the same bits in all files; {layout}")]
 
 
-def layout_of(world: int) -> dict[str, dict[str, object]]:
-    """Return 1d in a pipeline, in as many replicas as there are ranks for; on fewer than four ranks 1d alone."""
-    split: dict[str, dict[str, object]] = dict(tensor=dict(mode="1d", size=2))
-    return split | dict(pipeline=dict(size=2)) if world >= 4 else split
+def resumed_layouts(world: int) -> list[Parallel]:
+    """Return 1d in a pipeline, in as many replicas as there are ranks for; on fewer than four ranks each by itself."""
+    split: Parallel = dict(tensor=dict(mode="1d", size=2))
+    pipe: Parallel = dict(pipeline=dict(size=2))
+    return [pipe | split] if world >= 4 else [split, pipe]
 
 
 def _launch(layout: "Killed", folder: Path, *arguments: str) -> int:

@@ -211,3 +211,4 @@ def prepare_environment() -> None:
     os.environ.update(WITHOUT_NVLS)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of what peers save and load
