@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,7 +71,9 @@ def meet(setup: RankSetup) -> None:
 
 
 def clean(setup: RankSetup) -> None:
-    """Free the device memory that nothing uses any more."""
+    """Free the device memory that nothing uses any more, and forget compiled code, of which torch keeps a few only."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if setup.on_gpu:
         torch.cuda.empty_cache()

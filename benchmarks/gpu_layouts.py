@@ -19,8 +19,8 @@ class Layout:
 
     `peers`, `peers_of_fp8`: the names in `gpu_peers` of what is trained beside it, in bf16 and with linears in 8 bits.
     `traced`: whether the communication of a step is examined. `most`: the most samples in a microbatch, where a peer
-    has no room for more. `longer`: how many times as long the samples are at least as those of other layouts; there are
-    as many times fewer of them. `comes_first`: whether it is measured before all layouts that do not, with every model
+    has no room for more. `longer`: how many times as long the samples are as those of other layouts; there are as many
+    times fewer of them. `comes_first`: whether it is measured before all layouts that do not, with every model
     and every length of a sample.
     """
 

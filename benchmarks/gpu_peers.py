@@ -18,7 +18,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import gpu_pipeline_peers, gpu_tensor_peers, peers
-from benchmarks.gpu_work import LR, UnavailableError, Work, accumulate, mesh_of, model_of
+from benchmarks.gpu_work import LR, UnavailableError, Work, accumulate, compile_layers, mesh_of, model_of
 from benchmarks.workload import CLIP, Step
 
 
@@ -80,8 +80,7 @@ def _fsdp2(work: Work, *, reshard_after_forward: bool, compiled: bool = False, f
     if float8 is not None:
         float8.convert(model)
     if compiled and work.device.type == "cuda":
-        for layer in peers.blocks_of(model):
-            layer.compile()
+        compile_layers(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     peers.shard(model, mesh_of(work), mp_policy=policy, reshard_after_forward=reshard_after_forward)
     optimizer = peers.adamw(model.parameters(), lr=LR)

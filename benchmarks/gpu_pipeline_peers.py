@@ -59,7 +59,7 @@ class _Whole(peers.Part):
         return super().forward(x).clone()
 
 
-class _Stage(PipelineStage):
+class _StageOfV(PipelineStage):
     """torch's stage without the messages that connect neighbours: in a V one goes from a rank to itself.
 
     All ranks are connected when NCCL's process group is made for a device.
@@ -85,7 +85,8 @@ def _train(work: Work, name: str, schedule: Callable[..., Any]) -> Step:
     is_end = 0 in stages or last in stages
     tied = model.lm_head.weight if work.shape.tie_word_embeddings and is_end else None
     del model
-    given = [_Stage(part, index, pipe.num_stages, work.device) for index, part in zip(stages, parts, strict=True)]
+    kind = _StageOfV if name == "zero_bubble_v" else PipelineStage
+    given = [kind(part, index, pipe.num_stages, work.device) for index, part in zip(stages, parts, strict=True)]
     run = schedule(given, count, loss_fn=lambda x, ids: loss_of(x, ids) / count, scale_grads=False)
     parameters = list(dict.fromkeys(p for part in parts for p in part.parameters()))
     masters = Masters(parameters, counted=[not (p is tied and 0 not in stages) for p in parameters])

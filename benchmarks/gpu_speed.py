@@ -75,7 +75,7 @@ class Sizes:
 
     def length(self, layout: Layout, setup: RankSetup) -> int:
         """Return the tokens of a sample for this layout."""
-        return max(self.sequence, BASE * layout.longer) // (TINY_PART if setup.tiny else 1)
+        return self.sequence * layout.longer // (TINY_PART if setup.tiny else 1)
 
     def batch(self, layout: Layout, world: int, setup: RankSetup) -> int:
         """Return the samples of a step: as many tokens as in `samples`, but two for each rank unless all share them."""

@@ -2,7 +2,7 @@
 
 from benchmarks.gpu_jobs import Row
 
-COLUMNS = "{:<9} {:<17} {:<34} {:>9} {:>9} {:>6} {:>9} {:>8}  {}"
+COLUMNS = "{:<9} {:<17} {:<48} {:>9} {:>9} {:>6} {:>9} {:>8}  {}"
 HEADINGS = ("part", "model", "", "tokens/s", "per GPU", "MFU", "peak GiB", "ours is", "")
 
 
@@ -32,7 +32,7 @@ def line(row: Row) -> str:
     return COLUMNS.format(
         row["part"],
         row.get("model", ""),
-        row["name"][:34],
+        row["name"][:48],
         number("tokens_per_second", "{:.0f}"),
         number("per_gpu", "{:.0f}"),
         number("mfu", "{:.1%}"),

@@ -1,6 +1,7 @@
 """Hugging Face's models with linears as DTensors, as `benchmarks.gpu_peers` trains them."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from benchmarks import peers
-from benchmarks.gpu_work import Masters, Work, accumulate, mesh_of, model_of
+from benchmarks.gpu_work import Masters, Work, accumulate, compile_layers, mesh_of, model_of
 from benchmarks.workload import Step
 
 
@@ -43,12 +44,18 @@ def dtensor_async(work: Work) -> Step:
     """
     model, mesh = model_of(work, torch.bfloat16), mesh_of(work)
     split_sequences(model, mesh)
-    if work.device.type == "cuda":
-        _symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
-        torch._inductor.config._micro_pipeline_tp = True
-        for layer in peers.blocks_of(model):
-            layer.compile()
-    return _step(model, work)
+    step = _step(model, work)
+    if work.device.type != "cuda":
+        return step
+    inductor = import_module("torch._inductor.config")
+    _symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
+    compile_layers(model)
+
+    def in_parts(ids: Tensor) -> float:
+        with inductor.patch(_micro_pipeline_tp=True):  # forward and backward are compiled in the first step
+            return step(ids)
+
+    return in_parts
 
 
 def _step(model: Any, work: Work) -> Step:

@@ -109,6 +109,17 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     return peers.loss_of(logits.float(), ids)
 
 
+def compile_layers(model: Any) -> None:
+    """Compile each layer by `torch.compile`. One that is left uncompiled, since others were compiled too often, is an
+    error: its time would be that of another contender.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in peers.blocks_of(model):
+        layer.compile()
+
+
 def mesh_of(work: Work) -> DeviceMesh:
     return init_device_mesh(work.device.type, (dist.get_world_size(),))
 

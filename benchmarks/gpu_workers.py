@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import get_context
@@ -190,13 +191,18 @@ class Driver:
         self.generation += 1
 
     def _agreed(self, mine: Outcome) -> Outcome:
-        """Return the first rank's rows, the first error of any rank, and whether all had the same one."""
+        """Return what `agreed` says of the outcomes of all ranks."""
         outcomes: list[Any] = [None] * self.setup.world
         dist.all_gather_object(outcomes, mine)
-        errors = [outcome.error for outcome in outcomes if outcome.error]
-        first = next((error for error in errors if error != ELSEWHERE), "".join(errors[:1]))
-        goes_on = all(outcome.goes_on and bool(outcome.error) == bool(first) for outcome in outcomes)
-        return Outcome(outcomes[0].rows, first, goes_on)
+        return agreed(outcomes)
+
+
+def agreed(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the first rank's rows, and the first error of any rank. All go on if each has had an error of its own."""
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    first = next((error for error in errors if error != ELSEWHERE), "".join(errors[:1]))
+    goes_on = all(outcome.goes_on and bool(outcome.error) == bool(first) for outcome in outcomes)
+    return Outcome(outcomes[0].rows, first, goes_on)
 
 
 def of_first_rank(value: Any) -> Any:
@@ -204,6 +210,12 @@ def of_first_rank(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def seconds_since_start() -> float:
+    """Return how long this process has been running: its imports count in a budget, too."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def prepare_environment() -> None:

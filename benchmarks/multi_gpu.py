@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -51,7 +51,7 @@ from benchmarks.gpu_parity import FAMILIES, EightBitJob, ParityJob
 from benchmarks.gpu_peers import ON_GPUS_ALONE, PACKAGES
 from benchmarks.gpu_speed import BASE, CHANGES, Sizes, SpeedJob
 from benchmarks.gpu_table import COLUMNS, HEADINGS, line, summary, with_ratios
-from benchmarks.gpu_workers import Driver, of_first_rank, prepare_environment
+from benchmarks.gpu_workers import Driver, of_first_rank, prepare_environment, seconds_since_start
 from models.family import named_sizes
 from parallel.engine.context import Place
 from parallel.engine.device import choose_device
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace, driver: Driver) -> list[Row]:
     return with_ratios(rows)
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=named_sizes())
@@ -167,7 +167,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=75, help="seconds for a job")
     parser.add_argument("--out", type=Path, default=Path("runs/multi_gpu"))
     parser.add_argument("--tiny", action="store_true", help="a small model, a step each, on the CPU")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.models = arguments.models or ["opt-tiny" if arguments.tiny else "opt-6.7b"]
     if arguments.tiny:
         arguments.steps = min(arguments.steps, 1)
@@ -175,7 +175,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    deadline = time.monotonic() + (arguments := read_arguments()).budget
+    arguments = read_arguments()
+    deadline = time.monotonic() + arguments.budget - seconds_since_start()
     prepare_environment()
     place = Place.from_environment()
     wanted = "cpu" if arguments.tiny else "auto"
