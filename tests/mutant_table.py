@@ -300,9 +300,7 @@ MEANS = (
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
            ENGINE, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
-           ENGINE,
-           'shift(labels_of(batch))',
-           'labels_of(batch)',
+           "parallel/pipeline/staged.py", "                shift(x, out)\n", "                out.copy_(x)\n",
            trains("single")),
     Mutant("loss-counted-on-every-rank", "a loss that several ranks compute is added several times",
            MODE,
@@ -3700,6 +3698,34 @@ LAUNCHED_LATER = (
     ),
 )
 
+HOST_PATH = (
+    Mutant(
+        "batch-of-another-step",
+        "a step trains on whichever batch was read ahead",
+        "training/batch_ahead.py",
+        "ahead is not None and ahead[0] == first",
+        "ahead is not None",
+        f"{HOST}::test_a_batch_that_cannot_be_read_ahead_is_read_by_the_step_that_needs_it",
+    ),
+    Mutant(
+        "moved-parameter-unseen",
+        "parameters that could not be taken back into their buffer count as being there",
+        "parallel/chunk/parameters.py",
+        "                torch.autograd.graph.increment_version(parameter)\n        return False\n",
+        "                torch.autograd.graph.increment_version(parameter)\n        return True\n",
+        f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
+    ),
+    Mutant(
+        "batch-copied-by-tensor",
+        "a batch goes to its device microbatch by microbatch",
+        "parallel/pipeline/staged.py",
+        "        other.memory.copy_(self.memory, non_blocking=True)\n",
+        "        for x, y in zip(other.microbatches, self.microbatches, strict=True):\n"
+        "            torch._foreach_copy_(x.tensors, y.tensors)\n",
+        f"{HOST}::test_a_batch_goes_to_a_device_by_one_copy[1]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3774,4 +3800,5 @@ MUTANTS = (
     *TABLES_IN_PLACE,
     *SIZES_IN_8_BITS,
     *LAUNCHED_LATER,
+    *HOST_PATH,
 )
