@@ -62,6 +62,11 @@ class RerunGraph:
                 torch.empty(0, dtype=torch.uint8).set_(storage).fill_(GARBAGE)
         self.num_bytes = 0
 
+    def forget(self) -> None:
+        """Let go of all tensors after `drop`: whoever still uses one keeps its memory."""
+        self.memory.clear()
+        self.outside.clear()
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: RerunGraph) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from parallel.mesh.mesh import Mesh
 from parallel.mesh.topology import Topology
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.receiver import GradientReceiver
 from parallel.pipeline.microbatch import Limits, Microbatch
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart, StageInterface
 from parallel.pipeline.runner import Runner
 from parallel.plan.plan import Action, Op
 from parallel.tensor.mode import Mode
-from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import Allocations
 from tests.drawn_plans import drawn_plan
 from tests.harness import run

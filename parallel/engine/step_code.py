@@ -34,7 +34,7 @@ class StepCode:
         self._note_modules()
 
     def key(self) -> tuple[object, ...] | None:
-        """Return the settings of torch and of the modules, where parameters are, and which of them get gradients.
+        """Return the settings of torch and of the modules, and where parameters are.
 
         None: torch or a module calls somebody's code within a step, which only a step that runs as usual does.
         """
@@ -46,7 +46,7 @@ class StepCode:
         self._follow_modules()
         if self._has_patches() or self._has_hooks():
             return None
-        return *_settings_of_torch(), *places, self._version, *[x.requires_grad for x in self._parameters]
+        return *_settings_of_torch(), *places, self._version
 
     def _follow_modules(self) -> None:
         """Count a new version where an attribute of a module, or of its lists and dicts, is another object now."""
