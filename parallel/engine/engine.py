@@ -180,7 +180,6 @@ class Engine(EngineState):
         for a loss that is not finite though there are labels.
         """
         self.agree_on("an evaluation")
-        self.captured_step.make_room()
         self.part.eval()
         total, tokens = 0.0, 0
         with self.memory_guard.explained(lambda: "an evaluation"), self._casting(records=False):
@@ -190,8 +189,7 @@ class Engine(EngineState):
                 staged, count = self._staged(batch)
                 tokens += count
                 microbatches = staged.on(self.mesh.device).microbatches
-                runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
-                total += self._sum(runner.run(self._plan(len(microbatches), trains=False))).item()
+                total += self._sum(self.captured_step.beside(partial(self._forwards, microbatches))).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
@@ -222,6 +220,11 @@ class Engine(EngineState):
         self.gatherer.end()
         self.gradients.finish()
         return total
+
+    def _forwards(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Return the loss of this rank's part of an evaluation."""
+        runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
+        return runner.run(self._plan(len(microbatches), trains=False))
 
     def _casting(self, *, records: bool) -> AbstractContextManager[None]:
         """Return a context in which weights are cast to 8 bits once, and `records` maxima, where linears do so."""
