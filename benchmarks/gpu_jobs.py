@@ -1,4 +1,4 @@
-"""Hold what all jobs of `benchmarks.multi_gpu` share: all ranks run a job together, and it returns rows of the table."""
+"""Hold what all jobs of `benchmarks.multi_gpu` share: all ranks run a job together, and it returns rows."""
 
 import gc
 import json
