@@ -51,7 +51,7 @@ class FaultJob:
         """Return a row for each fault: who was named, and after how many seconds."""
         if setup.rank:
             return []
-        folder = setup.out / ".faults"
+        folder = setup.out / "faults"
         world = setup.world
         begun: list[Callable[[], list[Row]]] = [
             partial(named, "kill", setup, folder / "kill"),
@@ -118,7 +118,8 @@ def resumed(setup: RankSetup, folder: Path, layout: Parallel) -> list[Row]:
     codes.append(_launch(killed, folder / "killed", "--resume", "auto"))
     row = Row(part="faults", name="killed and resumed", exit_codes=codes, seconds=time.monotonic() - began)
     if codes != [0, 5, 0] or not has_come:
-        return [row | dict(note=f"FAILED: exit codes {codes}, wanted [0, 5, 0]; {layout}", failed=True)]
+        last = (folder / "killed.log").read_text().strip().splitlines()[-1:]
+        return [row | dict(note=f"FAILED: exit codes {codes}, wanted [0, 5, 0]; {layout}; {last}", failed=True)]
     found = differences(folder / "killed", folder / "whole")
     if found:
         return [row | dict(note=f"DIFFERS: {'; '.join(found)[:300]}; {layout}", failed=True)]

@@ -1,4 +1,4 @@
-"""What fits into the memory of a GPU, by estimate: how many samples at once, and whether they are recomputed.
+"""Estimate what fits into the memory of a GPU: how many samples at once, and whether they are recomputed.
 
 This module does not import torch.
 """

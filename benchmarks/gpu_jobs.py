@@ -1,4 +1,4 @@
-"""What all jobs of `benchmarks.multi_gpu` share: a job is run by all ranks together, and returns rows of the table."""
+"""Hold what all jobs of `benchmarks.multi_gpu` share: all ranks run a job together, and it returns rows."""
 
 import gc
 import json

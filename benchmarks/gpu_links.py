@@ -64,12 +64,11 @@ class MemoryJob:
             mesh = _mesh_of(layout.sections, setup)
             _use(mesh, setup)
             taken = (bytes_beside_torch(setup) - before) / 2**20
-            groups = sum(
-                axis.group is not None for axis in {*map(mesh.axis, mesh.topology.shape), *mesh.links.values()}
-            )
+            axes = (*map(mesh.axis, mesh.topology.shape), *mesh.links.values())
+            groups = len({axis.group for axis in axes} - {None, mesh.world.group})
             mesh.close()
             kept = (bytes_beside_torch(setup) - before) / 2**20
-            note = f"{taken:.0f} MiB for {groups} groups of this rank, {kept:.0f} left after they are destroyed"
+            note = f"{taken:.0f} MiB for {groups} groups beside the world, {kept:.0f} left after they are destroyed"
             rows.append(Row(part=self.part, name=layout.name, note=note, mib=taken, left_mib=kept, groups=groups))
         return rows
 

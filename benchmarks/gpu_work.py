@@ -1,4 +1,4 @@
-"""What the contenders of `benchmarks.multi_gpu` train, and what torch's parallel APIs leave to their user."""
+"""Describe the work of a contender of `benchmarks.multi_gpu`, and do what torch's APIs leave to their user."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -198,7 +198,8 @@ def main() -> None:
     dist.barrier()
     if place.rank == 0:
         print("\n".join(["", COLUMNS.format(*HEADINGS), *map(line, rows), *summary(rows)]), flush=True)
-        for path in (folder, arguments.out / ".parity", arguments.out / ".faults"):
+        done = [] if any(row["part"] == "faults" and row.get("failed") for row in rows) else [arguments.out / "faults"]
+        for path in (folder, arguments.out / ".parity", *done):
             shutil.rmtree(path, ignore_errors=True)
     dist.destroy_process_group()
     sys.exit(1 if any(row.get("failed") for row in rows) and place.rank == 0 else None)

@@ -1,4 +1,4 @@
-"""Which jobs several GPUs get, in which order, what they do after an error, and what the table says of two rows."""
+"""Several GPUs get the jobs that were asked for in their order, go on after errors, and fill a table of comparisons."""
 
 import os
 from pathlib import Path
