@@ -12,6 +12,7 @@ from parallel.chunk.spec import ChunkSpec
 from parallel.chunk.user_writes import UserWrites
 from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.ops.kernels.fingerprint import fingerprint
+from parallel.ops.placeholder import placeholder
 from parallel.storage.transfer import CopyEvent, Tier
 
 Shown: TypeAlias = Callable[[bool], None]
@@ -168,13 +169,14 @@ class ParameterBuffer:
         self.on_show(False)
         self._show([shared.expand(shape) for shape in self.spec.shapes])
 
-    def take_replaced(self) -> None:
+    def take_replaced(self) -> bool:
         """Copy the values of parameters whose `.data` somebody has replaced, and make them views of this buffer again.
 
-        A parameter that has become one of another shape, dtype or device stays as it is.
+        A parameter that has become one of another shape, dtype or device stays as it is. Returns True if each was its
+        own view of this buffer.
         """
         if self.shows_all:
-            return
+            return True
         for info, start in zip(self.spec.infos, self.spec.starts, strict=True):
             parameter = info.parameter
             if self.shows(parameter) or tuple(parameter.shape) != tuple(info.layout.local_shape):
@@ -184,6 +186,7 @@ class ParameterBuffer:
                 view.copy_(parameter.detach().clone())  # it may be another view of the same memory
                 parameter.data = view
                 torch.autograd.graph.increment_version(parameter)
+        return False
 
     def note_lost_writes(self) -> None:
         """Note what somebody has written into parameters that have no values now."""
@@ -243,13 +246,3 @@ class ParameterBuffer:
         with torch._C.DisableTorchFunctionSubclass():  # a parameter without values refuses most functions
             for info, view in zip(self.spec.infos, views, strict=True):
                 info.parameter.data = view
-
-
-def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of this shape whose elements are one element in memory: NaN, or 0 in a dtype that has no NaN.
-
-    Nothing should read it: `zero.unavailable` refuses that. A tensor without any storage would not do: elementwise
-    kernels would read it regardless, and crash.
-    """
-    empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
-    return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))

@@ -71,8 +71,10 @@ class Writes:
         return problem
 
     def changed(self) -> Tensor:
-        """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
-        self.take_replaced()
+        """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait.
+
+        Values that came by `p.data = ...` count once `take_replaced` has taken them.
+        """
         flags = self._compared()
         num_seen = 0
         for chunk in self._chunks:
@@ -95,6 +97,7 @@ class Writes:
 
     def take_if_any(self) -> None:
         """Take over what was written; every rank calls this. Raises ModelError as `take` does."""
+        self.take_replaced()
         if all_reduce(self.changed(), self._world).item():
             self.take()
 
@@ -110,11 +113,13 @@ class Writes:
             chunk.take_written()
         self.note()
 
-    def take_replaced(self) -> None:
-        """Take values that came by `p.data = ...` where parameters stay whole."""
-        for chunk in self._chunks:
-            if _stays_whole(chunk):
-                chunk.parameters.take_replaced()
+    def take_replaced(self) -> bool:
+        """Take values that came by `p.data = ...` where parameters stay whole.
+
+        Returns True if each parameter stays whole and has been where it belongs, so that there was nothing to take.
+        """
+        are_shown = [_stays_whole(chunk) and chunk.parameters.take_replaced() for chunk in self._chunks]
+        return all(are_shown)
 
     def _problem_of(self, chunk: Chunk) -> str:
         """Return a message where ranks that have the same parameters have written different values into them."""

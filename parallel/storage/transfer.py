@@ -62,9 +62,17 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
     It is pinned first: a copy from memory that is not pinned would let the host wait until the GPU comes to it.
     """
-    if device.type != "cuda" or x.is_cuda:
+    if device.type != "cuda" or x.is_cuda or x.layout != torch.strided or x.is_nested:
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    return _dense(x).pin_memory().to(device, non_blocking=True)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x, or a copy of it, with no element in the memory of another one, as in an expanded tensor, and no gap
+    between two, as in every second column: pinned memory has the strides of what is copied into it.
+    """
+    is_dense = x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
+    return x if is_dense else x.clone()
 
 
 def host_empty(size: int, dtype: torch.dtype, device: torch.device, *, in_pages: bool = False) -> Tensor:
