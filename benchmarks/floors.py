@@ -5,11 +5,11 @@ speed of a copy. Bytes are counted as if each group were as few passes as it can
 and writing each output once. What a group can do in another's pass costs nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from models.costs import flops_per_token, parameter_count
+from models.linears import BlockLinear, block_linears
 from models.shape import ModelShape
 
 H200_FLOPS, H200_BYTES = 780e12, 4.3e12
@@ -23,14 +23,14 @@ class StepSize:
     """The size of a step, on which its floors depend.
 
     moment_bytes  of each of an element's two moments; its master weight has 4
-    is_fp8        whether the linears of blocks multiply in 8 bits, at twice the rate
+    in_8_bits     the linears of each block that multiply in 8 bits, at twice the rate
     """
 
     shape: ModelShape
     batch: int
     sequence: int
     moment_bytes: int = 4
-    is_fp8: bool = False
+    in_8_bits: Sequence[BlockLinear] = ()
 
     @property
     def tokens(self) -> int:
@@ -58,18 +58,17 @@ def floors(step: StepSize) -> Mapping[str, float]:
     found = {"matmuls": _product_seconds(step), "attention": _attention_flops(step) / H200_FLOPS}
     found["update"] = parameter_count(shape) * _update_bytes(step) / H200_BYTES
     found |= {name: step.tokens * bytes_of_token / H200_BYTES for name, bytes_of_token in per_token.items()}
-    if step.is_fp8:
+    if step.in_8_bits:
         found["casts"] = _cast_bytes(step) / H200_BYTES
     return found
 
 
 def _product_seconds(step: StepSize) -> float:
-    """Return the seconds of all matmuls: those of blocks, and of the head and projections, which stay in bf16."""
+    """Return the seconds of all matmuls. Those in 8 bits take half of the time that their FLOPs take in bf16."""
     shape = step.shape
     attention = 3 * sum(_scores(shape, span) for span in shape.spans(step.sequence))
-    blocks = 6.0 * sum(_block_elements(shape, layer) for layer in range(shape.num_hidden_layers))
-    others = flops_per_token(shape, step.sequence) - attention - blocks
-    return step.tokens * (blocks / (2 if step.is_fp8 else 1) + others) / H200_FLOPS
+    in_8_bits = 6.0 * shape.num_hidden_layers * sum(linear.elements for linear in step.in_8_bits)
+    return step.tokens * (flops_per_token(shape, step.sequence) - attention - in_8_bits / 2) / H200_FLOPS
 
 
 def _attention_flops(step: StepSize) -> float:
@@ -85,20 +84,14 @@ def _update_bytes(step: StepSize) -> int:
 
 def _cast_bytes(step: StepSize) -> float:
     """Return the bytes of casts: weights are read and written; x too, and transposed; dy is cast both ways at once."""
-    shape = step.shape
-    outputs = _qkv_width(shape) + 2 * shape.hidden_size + _gates(shape) * _inner(shape)
-    inputs = 2 * shape.hidden_size + shape.num_attention_heads * shape.head_size + _inner(shape)
-    weights = sum(_block_elements(shape, layer) for layer in range(shape.num_hidden_layers))
-    return 3.0 * weights + step.tokens * shape.num_hidden_layers * (5.0 * inputs + 4.0 * outputs)
+    linears = step.in_8_bits
+    per_token = sum(5.0 * linear.inputs + 4.0 * linear.outputs for linear in linears)
+    return step.shape.num_hidden_layers * (3.0 * sum(x.elements for x in linears) + step.tokens * per_token)
 
 
 def _scores(shape: ModelShape, span: int) -> float:
     """Return the FLOPs of one token's scores of `span` keys and of their weighted sum of values."""
     return 4.0 * shape.num_attention_heads * shape.head_size * span
-
-
-def _block_elements(shape: ModelShape, layer: int) -> int:
-    return sum(prod(size) for size in shape.block_tensors(layer).values() if len(size) == 2)
 
 
 def _inner(shape: ModelShape) -> int:
@@ -108,8 +101,8 @@ def _inner(shape: ModelShape) -> int:
 
 def _gates(shape: ModelShape) -> int:
     """Return the inputs of the activation for each of its outputs: 2 in a gated one, else 1."""
-    attention = shape.hidden_size * (_qkv_width(shape) + shape.num_attention_heads * shape.head_size)
-    return (_block_elements(shape, 0) - attention) // (shape.hidden_size * _inner(shape)) - 1
+    up = next(linear for linear in block_linears(shape) if linear.name == "feed_forward.up")
+    return up.inner // _inner(shape)
 
 
 def _qkv_width(shape: ModelShape) -> int:

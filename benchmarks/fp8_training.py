@@ -6,7 +6,8 @@
 The text is this machine's Python sources, those of the standard library and of all installed packages, each text once,
 in the order of their paths' digests: so the last files, which are for validation, are of all packages. The tokenizer is
 the built-in "bpe" of 4,096 ids. The model is an OPT without dropout; a seed draws its weights and the order of samples,
-so that runs of the same seed differ in precision alone. Runs are processes that share the device.
+so that runs of the same seed differ in precision alone. In fp8 all linears of blocks multiply in 8 bits, whether they
+gain or not. Runs are processes that share the device.
 
 It prints each run's validation loss and the mean training loss of its last tenth; then the mean difference of the two
 precisions, and beside it the spread of bf16's seeds, from the lowest to the highest. The exit code says whether the
@@ -58,7 +59,7 @@ class Work:
             model=model | dict(max_position_embeddings=self.sequence),
             data=dict(path=str(self.folder / "sources.jsonl"), tokenizer="bpe", sequence_length=self.sequence),
             train=dict(steps=self.steps, global_batch_size=self.batch, micro_batch_size=self.batch, seed=seed)
-            | dict(precision=precision),
+            | dict(precision=precision, fp8_min_elements=0),
             lr_scheduler=dict(warmup_steps=self.steps // 20),
         )
         return parse(raw, world_size=1, resolve=resolve)

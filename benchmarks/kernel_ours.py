@@ -14,7 +14,7 @@ from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels.accumulate import accumulate
 from parallel.ops.kernels.adamw import can_be_fused, update_fused
 from parallel.ops.kernels.cast import cast, cast_and_transpose
-from parallel.ops.kernels.cross_entropy import cross_entropy, multiply_in_place
+from parallel.ops.kernels.cross_entropy import VocabularyPart, cross_entropy, multiply_in_place
 from parallel.ops.kernels.elements import Elements, Noise, Step
 from parallel.ops.kernels.heads import heads_of
 from parallel.ops.kernels.lookup import lookup
@@ -88,8 +88,8 @@ def to_fp32(gradient: Tensor) -> Tensor:
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> Inputs:
     """Return the sum of the losses, and its gradient by the logits in bf16, in their memory."""
-    entries = range(logits.shape[-1])
-    loss, gradient = cross_entropy(logits, labels, entries=entries, scale=1.0, dtype=BF16, exchange=None)
+    part = VocabularyPart(range(logits.shape[-1]))
+    loss, gradient = cross_entropy(logits, labels, part, scale=1.0, dtype=BF16)
     assert gradient is not None
     return loss, gradient
 

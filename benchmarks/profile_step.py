@@ -27,6 +27,7 @@ import models
 import parallel
 from benchmarks.anatomy import NAMES, Kernel, by_length, gaps_of, group_of, kernels_of, totals
 from benchmarks.floors import StepSize, floors
+from models.linears import linears_in_8_bits
 from models.shapes import resolve, shape_of
 from parallel.config import Config, apply_overrides, parse
 
@@ -108,8 +109,9 @@ def measured(config: Config, step: Callable[[], object], profiler: profile) -> S
             step()
         torch.cuda.synchronize()
     moment_bytes = 2 if config.optimizer.state_dtype == "bf16" else 4
-    shape, is_fp8 = shape_of(config), train.precision == "fp8"
-    return StepSize(shape, train.global_batch_size, config.data.sequence_length, moment_bytes, is_fp8)
+    shape = shape_of(config)
+    in_8_bits = linears_in_8_bits(shape, train)
+    return StepSize(shape, train.global_batch_size, config.data.sequence_length, moment_bytes, in_8_bits)
 
 
 def main(given: list[str] | None = None) -> None:

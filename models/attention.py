@@ -11,6 +11,7 @@ from models.rotary import Rotary
 from models.shape import ModelShape
 from parallel.layout.layout import global_range
 from parallel.ops.compiling import materialized, not_compiled
+from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.heads import by_head, compiled_heads_of, heads_of, parts_of, turned
 from parallel.ops.kernels.table import is_fused
 from parallel.pipeline.microbatch import Microbatch
@@ -18,7 +19,6 @@ from parallel.sequence import AttentionDropout, Masking
 from parallel.tensor import Mode
 from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.residual import Addend, output_of
-from parallel.tensor.scaling import TensorScale
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Attention(Half):
         return self.mode.head_norm(kind, self.head_size, eps=eps)
 
     @property
-    def input_scale(self) -> TensorScale | None:
-        return self.qkv.input_scale
+    def input_form(self) -> EightBits | None:
+        return self.qkv.input_form
 
     def addend(self, x: Tensor | CastInput, batch: Microbatch) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""

@@ -6,8 +6,9 @@ This module needs no torch.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from models.linears import block_linears, linears_in_8_bits
 from models.shape import ModelShape
-from parallel.config import Config, ParallelConfig, PipelineConfig, TensorConfig
+from parallel.config import Config, ParallelConfig, PipelineConfig, TensorConfig, TrainConfig
 from parallel.errors import divisors, either, nearest, nearest_multiples, shown, times
 
 
@@ -17,8 +18,21 @@ def layout_problems(shape: ModelShape, config: Config) -> list[str]:
     found = _sequence_problems(shape, sequence_length, parallel)
     key = None if config.model.path else f"model.{shape.field('num_hidden_layers')}"
     found += _pipeline_problems(shape.num_hidden_layers, parallel.pipeline, key)
+    found += _precision_problems(shape, config.train)
     tensor = _tensor_problems(shape, parallel.tensor)
     return found + (tensor or _head_problems(shape, sequence_length, parallel))
+
+
+def _precision_problems(shape: ModelShape, train: TrainConfig) -> list[str]:
+    """Return the problem of fp8 for a model all of whose linears are too small for it: nothing would be in 8 bits."""
+    if train.precision != "fp8" or linears_in_8_bits(shape, train):
+        return []
+    largest = max(block_linears(shape), key=lambda linear: linear.elements)
+    return [
+        f"train.precision: 'fp8' would leave the whole model in bf16. Its largest linear, {largest}, has a weight of"
+        f" {largest.elements:,} elements, and 8 bits gain from train.fp8_min_elements = {train.fp8_min_elements:,} on."
+        " Try 'bf16', or train.fp8_min_elements=0, which takes all linears."
+    ]
 
 
 def _pipeline_problems(num_layers: int, pipeline: PipelineConfig, key: str | None) -> list[str]:

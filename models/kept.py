@@ -6,6 +6,7 @@ This module needs no torch.
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from models.linears import block_linears, linears_in_8_bits
 from models.shape import ModelShape
 from parallel.config import Config, TensorConfig
 
@@ -28,9 +29,9 @@ def kept_bytes(shape: ModelShape, config: Config) -> list[int]:
         case "none":
             elements = kept.outer * outer + kept.inner * inner
             block = tokens * (itemsize * elements + wide * kept.statistics * statistics)
-            if config.train.precision == "fp8":  # between blocks, only the two linears after norms keep their inputs
-                alone = 2 * shape.hidden_size * outer + kept.alone * inner
-                block += tokens * (IN_8_BITS * kept.shared * inner - (itemsize - IN_8_BITS) * alone)
+            for linear in linears_in_8_bits(shape, config.train):  # its input, which may be kept as it is, too
+                share = outer if linear.leads_in else inner
+                block += tokens * linear.inputs * share * (IN_8_BITS - (linear.name not in kept.shared) * itemsize)
         case "full":
             block = tokens * itemsize * shape.hidden_size * outer
         case _:
@@ -47,17 +48,13 @@ def kept_for_weights(shape: ModelShape, config: Config) -> list[int]:
     These are both factors of the gradient of each matrix: the linears' inputs, and the gradients of their outputs
     (docs/notation.md, "From I to W"). That may be more than what was kept until I. The head's gradients exist before.
     """
-    itemsize = IN_8_BITS if config.train.precision == "fp8" else ITEMSIZE[config.train.dtype]
-    tokens = config.train.micro_batch_size * config.data.sequence_length / config.parallel.context.size
+    train = config.train
+    tokens = train.micro_batch_size * config.data.sequence_length / config.parallel.context.size
     outer, inner, _ = _shares(config.parallel.tensor)
-    sizes, between, all_widths = shape.block_tensors(0), 0, 0
-    for names in shape.names().values():
-        weights = [f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)]
-        matrices = [sizes[name] for name in weights if len(sizes.get(name, ())) == 2]
-        if matrices:  # of a linear; several that are fused into one have one input, the last dim
-            between += shape.hidden_size
-            all_widths += sum(map(sum, matrices)) - matrices[0][-1] * (len(matrices) - 1)
-    block = tokens * itemsize * (between * outer + (all_widths - between) * inner)
+    block = 0.0
+    for linear in block_linears(shape):
+        itemsize = IN_8_BITS if train.multiplies_in_8_bits(linear.elements) else ITEMSIZE[train.dtype]
+        block += tokens * itemsize * (linear.hidden * outer + linear.inner * inner)
     return [0, *[round(block)] * shape.num_hidden_layers, 0]
 
 

@@ -18,13 +18,13 @@ from parallel.layout.layout import global_range
 from parallel.layout.rng import Dropout, dropout, seed_of
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.activation import FUNCTIONS, gated, rectified
+from parallel.ops.kernels.cast import EightBits
 from parallel.pipeline.microbatch import Microbatch
 from parallel.tensor import Mode
 from parallel.tensor.activation import activated_for, gated_for
 from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.norms import Norm
 from parallel.tensor.residual import Addend, output_of, residual_add
-from parallel.tensor.scaling import TensorScale
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Half(nn.Module):
     addend: Callable[..., Addend]
 
     @property
-    def input_scale(self) -> TensorScale | None:
-        """The scale with which the norm before may write the input in 8 bits; None if it must not."""
+    def input_form(self) -> EightBits | None:
+        """The form in which the norm before may write the input in 8 bits; None if it must not."""
         return None
 
     def forward(self, x: Tensor, *inputs: Any) -> Tensor:
@@ -167,9 +167,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         first, second = self._dropouts(x, batch)
         if self.norm_first:
-            x, h = self.attention_norm.residual_for(self.attention.input_scale, x)
+            x, h = self.attention_norm.residual_for(self.attention.input_form, x)
             added = self.attention.addend(h, batch)
-            x, h = self.feed_forward_norm.residual_for(self.feed_forward.input_scale, x, added, first)
+            x, h = self.feed_forward_norm.residual_for(self.feed_forward.input_form, x, added, first)
             return residual_add(x, self.feed_forward.addend(h), second)
         _, x = self.attention_norm.residual(x, self.attention.addend(x, batch), first)
         _, x = self.feed_forward_norm.residual(x, self.feed_forward.addend(x), second)
@@ -200,8 +200,8 @@ class FeedForward(Half):
         self.down = mode.linear_out(hidden, width, bias=bias)
 
     @property
-    def input_scale(self) -> TensorScale | None:
-        return self.up.input_scale
+    def input_form(self) -> EightBits | None:
+        return self.up.input_form
 
     def addend(self, x: Tensor | CastInput) -> Addend:
         """Return the output before its bias is added, and the bias, where a kernel adds it to x."""

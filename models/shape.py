@@ -60,12 +60,8 @@ class Kept:
     statistics: int
     """Statistics of norms over the hidden dim: a LayerNorm has two, an RMSNorm one."""
 
-    alone: int = 0
-    """Elements inside the block that a linear alone keeps, as its input: in 8 bits where it multiplies so."""
-
-    shared: int = 0
-    """Elements inside the block that a linear keeps as its input, and something else too, which needs them as they are.
-    """
+    shared: tuple[str, ...] = ("attention.out",)
+    """Our names of the linears whose input something else keeps too, as it is: in 8 bits a linear keeps a copy."""
 
 
 @dataclass(frozen=True)

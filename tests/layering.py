@@ -57,6 +57,7 @@ PURE = (
     "parallel.mesh.topology",
     "parallel.layout.sources",
     "models.shape",
+    "models.linears",
     "models.*.shape",
     "models.llama.rope",
     "models.llama.shared",

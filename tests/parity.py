@@ -65,7 +65,8 @@ def config_of(parallel: Raw, *, steps: int = 4, precision: str = "fp64", **secti
     base: Raw = dict(
         parallel=parallel,
         data=dict(sequence_length=6),
-        train=dict(steps=steps, global_batch_size=12, micro_batch_size=4, precision=precision, clip_grad_norm=0.5),
+        train=dict(steps=steps, global_batch_size=12, micro_batch_size=4, precision=precision, clip_grad_norm=0.5)
+        | dict(fp8_min_elements=0),
         optimizer=dict(lr=1e-2, weight_decay=0.1, eps=1e-6),
         lr_scheduler=dict(warmup_steps=2),
     )

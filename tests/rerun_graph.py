@@ -1,7 +1,8 @@
 """A graph for tests on a CPU: it does what a CUDA graph does, with the operations that torch dispatches.
 
 A capture calls the function and records each operation, with its tensors. It "computes nothing": what existed before is
-put back, and what was made is filled with garbage, as it is once more when the graph is dropped. A replay does the
+put back, and what was made is filled with garbage, as it is once more when the graph is dropped, except what is used
+still. A replay does the
 recorded operations again, on the same tensors and into the same memory, and calls no Python but torch's. As a CUDA
 graph, it does not read numbers that come from the host again, and a capture refuses work that waits for the device.
 """
@@ -53,10 +54,18 @@ class RerunGraph:
                     _bytes(old).copy_(_bytes(new))
 
     def drop(self) -> None:
-        for x in self.memory:
-            _whole(x).fill_(GARBAGE)
+        storages = [x.untyped_storage() for x in self.memory]
+        self.memory.clear()
         self.operations.clear()
+        for storage in storages:
+            if torch._C._storage_Use_Count(storage._cdata) == 1:  # no tensor uses it
+                torch.empty(0, dtype=torch.uint8).set_(storage).fill_(GARBAGE)
         self.num_bytes = 0
+
+    def forget(self) -> None:
+        """Let go of all tensors after `drop`: whoever still uses one keeps its memory."""
+        self.memory.clear()
+        self.outside.clear()
 
 
 class _Recorder(TorchDispatchMode):

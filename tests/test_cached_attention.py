@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.ops.captured import CALLS_BEFORE, Captured
+from parallel.ops.captured import CALLS_BEFORE, Captured, graphs_of
 from parallel.ops.kernels.cached_attention import attend_fused, attend_in_torch, is_fused
 from parallel.sequence.cache import masks_at
 from tests.patience import LIMIT
@@ -172,7 +172,7 @@ def test_a_captured_graph_follows_the_positions() -> None:
     def attend() -> None:
         y.copy_(attend_fused(*new, cache, positions, None))
 
-    captured = Captured(attend, captures=True)
+    captured = Captured(attend, graphs_of(torch.device("cuda", 0)), what="new tokens")
     for number in range(CALLS_BEFORE + 3):
         moved = Case(tuple(position + number for position in case.positions), *(1024, (8, 4), 64, None, case.dtype))
         _, fresh, moved_positions = moved.inputs("cuda")

@@ -8,24 +8,29 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import parallel
 from models import rotary
 from models.attention import AttentionOptions
+from models.layer import Block, FeedForward
 from models.rotary import Rotary
 from models.shapes import resolve
 from parallel.engine import captured_step
 from parallel.engine.captured_step import problem_of_capture
 from parallel.ops.captured import CALLS_BEFORE, graphs_of, is_capturing
 from parallel.placement.memory_report import MemoryUse
+from parallel.tensor.residual import Addend, output_of
 from tests.rerun_graph import RerunGraph
 
 Fields = dict[str, Any]
@@ -39,7 +44,7 @@ DYNAMIC = dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0)
 CASES: dict[str, tuple[Fields, Fields, str]] = {
     "dropout": (dict(name="opt-tiny", dropout=0.1), {}, "input_ids"),
     "bf16": (dict(name="opt-tiny", dropout=0.1), dict(precision="bf16"), "input_ids"),
-    "fp8": (dict(name="opt-tiny", dropout=0.1), dict(precision="fp8"), "input_ids"),
+    "fp8": (dict(name="opt-tiny", dropout=0.1), dict(precision="fp8", fp8_min_elements=0), "input_ids"),
     "recomputed": (dict(name="opt-tiny", dropout=0.1), dict(activation_checkpointing="full"), "input_ids"),
     "one microbatch": (dict(name="opt-tiny", dropout=0.1), dict(micro_batch_size=4, precision="bf16"), "input_ids"),
     "llama": (dict(name="llama-tiny"), {}, "input_ids"),
@@ -97,6 +102,10 @@ def batch_of(number: int, *, key: str = "input_ids", samples: int = 4, length: i
 
 def weights(engine: parallel.Engine) -> list[Tensor]:
     return [chunk.master.clone() for chunk in engine.chunks]
+
+
+def blocks_of(engine: parallel.Engine) -> list[Block]:
+    return [module for module in engine.part.modules() if isinstance(module, Block)]
 
 
 def has_graph(engine: parallel.Engine) -> bool:
@@ -208,14 +217,29 @@ def test_a_graph_reads_nothing_that_could_be_freed(case: str, made: Made) -> Non
 
 def test_a_step_of_another_size_runs_as_usual_between_replays(made: Made) -> None:
     """The next graph takes the place of the first, and computes the positions of its own tokens."""
-    small = {5, 6, 8, 9, 10, 11, 12}
-    batches = [batch_of(number, samples=2 if number in small else 4) for number in range(14)]
+    small = {5, 6, *range(8, 8 + 2 * CALLS_BEFORE + 2)}
+    batches = [batch_of(number, samples=2 if number in small else 4) for number in range(17)]
     llama = dict(name="llama-tiny")
     usual, captured = engine_of(llama, captures=False), engine_of(llama)
     assert train(captured, batches) == train(usual, batches)
     assert_same(captured, usual)
-    assert [graph.replays for graph in made] == [3, 2]  # of the steps 3, 4, 7; and 11, 12
+    assert [graph.replays for graph in made] == [3, 2]  # of the steps 3, 4, 7; and 14, 15
     assert not made[0].operations
+
+
+@SLOW
+def test_lengths_that_change_every_few_steps_are_not_captured_each_time(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph of the first length is replayed whenever it comes again. One that is replayed often has paid."""
+    engine = engine_of()
+    lengths = [length for _ in range(6) for length in (16, 8, 12) for _ in range(CALLS_BEFORE + 2)]
+    train(engine, [batch_of(number, length=length) for number, length in enumerate(lengths)])
+    assert [graph.replays for graph in made] == [2 + 5 * (CALLS_BEFORE + 2)]
+    monkeypatch.setattr(captured_step, "REPLAYS_THAT_PAY", made[0].replays + 1)
+    lengths = [*[16] * 2, *[8] * (CALLS_BEFORE + 1)]
+    train(engine, [batch_of(number, length=length) for number, length in enumerate(lengths)])
+    assert [graph.replays for graph in made][1:] == [1]
 
 
 def test_steps_with_other_numbers_of_labels_are_not_captured(made: Made) -> None:
@@ -282,6 +306,22 @@ def test_some_configs_are_never_captured(changed: Fields, problem: str) -> None:
     assert not problem_of_capture(engine_of().config, 1)
 
 
+@SLOW
+def test_a_hook_of_an_optimizer_may_keep_the_gradients_of_a_step(made: Made) -> None:
+    context = engine_of().context
+    part = models.build(context)
+    optimizer = torch.optim.SGD(part.parameters(), lr=1e-2)
+    kept = list[Tensor]()
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        kept.append(next(x.grad for x in optimizer.param_groups[0]["params"] if x.grad is not None))
+
+    optimizer.register_step_post_hook(keep)
+    train(parallel.Engine(part, context, optimizer), [batch_of(number) for number in range(CALLS_BEFORE + 3)])
+    assert not any(torch.equal(one, other) for one, other in pairwise(kept))
+    assert not made
+
+
 # -- somebody who looks on ---------------------------------------------------------------------------------------------
 
 
@@ -300,6 +340,17 @@ def a_hook_of_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
     next(info for info in engine.part.infos if not info.is_matrix).parameter.register_hook(counted)
 
 
+def a_function_in_place_of_a_method(engine: parallel.Engine, calls: list[str]) -> None:
+    layer = engine.part.layers[1]
+    before = layer.forward
+
+    def forward(*inputs: Any) -> Any:
+        calls.append("hook")
+        return before(*inputs)
+
+    layer.forward = forward
+
+
 def a_hook_after_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
     parameter = next(info for info in engine.part.infos if not info.is_matrix).parameter
     parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("hook"))
@@ -312,6 +363,7 @@ def a_hook_after_a_gradient(engine: parallel.Engine, calls: list[str]) -> None:
         pytest.param(a_hook_of_the_part, marks=SLOW),
         pytest.param(a_hook_of_a_gradient, marks=SLOW),
         pytest.param(a_hook_after_a_gradient, marks=SLOW),
+        pytest.param(a_function_in_place_of_a_method, marks=SLOW),
     ],
 )
 def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[str]], None], made: Made) -> None:
@@ -319,8 +371,8 @@ def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[s
     train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
     assert made[0].replays == 1
     attach(engine, calls)
-    train(engine, [batch_of(number) for number in range(2)])
-    assert (len(calls), made[0].replays) == (2, 1)
+    train(engine, [batch_of(number) for number in range(2 * CALLS_BEFORE + 2)])
+    assert (len(calls), [graph.replays for graph in made]) == (2 * CALLS_BEFORE + 2, [1])
 
 
 @SLOW
@@ -342,20 +394,90 @@ def test_a_profiler_and_a_mode_see_the_operations_of_each_step(made: Made) -> No
     assert made[0].replays == 2
 
 
-@SLOW
-def test_a_dropout_that_is_changed_counts_from_the_next_step_on(made: Made) -> None:
+def a_number(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(engine):
+        block.dropout = 0.25
+
+
+def a_word(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(engine):
+        assert isinstance(block.feed_forward, FeedForward)
+        block.feed_forward.activation = "gelu"
+
+
+def a_list(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(engine):
+        block.dropout_keys[0] = block.dropout_keys[0] + 1
+
+
+def a_module(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    """The new one has the same parameters under the same names, which the engine can follow."""
+
+    class Squared(FeedForward):
+        def addend(self, x: Any) -> Addend:
+            return output_of(self.down, self.up(x).relu().square())
+
+    block = blocks_of(engine)[0]
+    squared = Squared.__new__(Squared)
+    vars(squared).update(vars(block.feed_forward))
+    block.feed_forward = squared
+
+
+def a_method(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
+    before = Block.forward
+    patch.setattr(Block, "forward", lambda self, x, batch: 1.5 * before(self, x, batch))
+
+
+@pytest.mark.parametrize(
+    "change", [a_module, *[pytest.param(x, marks=SLOW) for x in (a_number, a_word, a_list, a_method)]]
+)
+def test_what_is_changed_counts_from_the_next_step_on(
+    change: Callable[[parallel.Engine, pytest.MonkeyPatch], None], made: Made
+) -> None:
+    """A new graph is made then; but none while there is another method, which may do more than a graph does."""
     batches = [batch_of(number) for number in range(CALLS_BEFORE + 2)]
     model = dict(name="opt-tiny", dropout=0.5)
-    usual, captured = engine_of(model, captures=False), engine_of(model)
     results = []
-    for engine in (usual, captured):
-        train(engine, batches)
-        for module in engine.part.modules():
-            if isinstance(getattr(module, "dropout", None), float):
-                setattr(module, "dropout", 0.25)  # noqa: B010
+    for captures in (False, True):
+        engine = engine_of(model, captures=captures)
         results.append(train(engine, batches))
+        with pytest.MonkeyPatch.context() as patch:
+            change(engine, patch)
+            results[-1] += train(engine, batches + batches[:CALLS_BEFORE])
     assert results[0] == results[1]
-    assert [graph.replays for graph in made] == [2, 2]
+    assert [graph.replays for graph in made] == ([2] if change is a_method else [2, 2])
+
+
+def test_a_setting_of_torch_is_in_the_key_and_a_mode_prevents_replays() -> None:
+    code = engine_of().captured_step.code
+    usual = code.key()
+    assert usual is not None
+    cuda = torch.backends.cuda
+    settings: list[tuple[Any, str, Any]] = [
+        (cuda.matmul, "fp32_precision", "tf32"),  # an older function for it raises an error then
+        (cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    ]
+    for owner, name, value in settings:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        try:
+            assert code.key() not in (usual, None), name
+        finally:
+            setattr(owner, name, before)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert code.key() not in (usual, None)
+    modes: list[Any] = [
+        torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode(),
+        torch.autograd.set_detect_anomaly(True),
+        torch.autograd.graph.save_on_cpu(),
+        FlopCounterMode(display=False),
+        torch.device("meta"),
+    ]
+    for mode in modes:
+        with mode:
+            assert code.key() is None, mode
+    assert code.key() == usual
 
 
 # -- no graph after all ------------------------------------------------------------------------------------------------
@@ -394,6 +516,20 @@ def test_a_step_that_waits_for_the_device_runs_as_usual(made: Made, caplog: pyte
 
 
 @SLOW
+def test_a_capture_that_fails_without_a_word_is_not_the_end(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(graph: RerunGraph, function: Callable[[], Any]) -> None:
+        function()
+        raise RuntimeError
+
+    monkeypatch.setattr(RerunGraph, "capture", capture)
+    batches = [batch_of(number) for number in range(CALLS_BEFORE + 3)]
+    usual, captured = engine_of(captures=False), engine_of()
+    assert train(captured, batches) == train(usual, batches)
+    assert captured.captured_step.problem == "RuntimeError"
+    assert len(made) == 1
+
+
+@SLOW
 def test_without_room_for_as_much_again_nothing_is_captured(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RerunGraph, "num_bytes", property(lambda graph: 100, lambda graph, size: None), raising=False)
     monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(99))
@@ -406,22 +542,48 @@ def test_without_room_for_as_much_again_nothing_is_captured(made: Made, monkeypa
 
 
 def test_other_work_gets_the_memory_of_a_graph_if_little_is_free(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of another size, or an evaluation; the step is captured again after it."""
+    """A step of another size, or an evaluation; the step is captured again after it.
+
+    The gradients of the last step, which its update has dropped, keep no part of that memory.
+    """
     free = 1000
     monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(free))
     engine = engine_of()
-    batches = [batch_of(number) for number in range(CALLS_BEFORE + 1)]
+    batches = [batch_of(number) for number in range(2 * CALLS_BEFORE + 1)]
     for work in (lambda: engine.evaluate([batch_of(3)]), lambda: engine.train_step(batch_of(3, samples=2))):
         train(engine, batches)
         made[-1].num_bytes = 500
         work()
         assert has_graph(engine)
         train(engine, batches)
+        storages = [StorageWeakRef(x.untyped_storage()) for x in made[-1].memory]
         free = 400
         work()
         assert not has_graph(engine)
+        made[-1].forget()
+        assert storages
+        assert all(storage.expired() for storage in storages)
         free = 1000
     assert len(made) == 2
+
+
+def test_the_update_after_a_replay_gets_the_memory_if_somebody_has_taken_what_was_free(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a second model. The gradients are still there, and steps are captured again once there is room."""
+    free = 1000
+    monkeypatch.setattr(captured_step, "use_of", lambda memory, device: MemoryUse(free))
+    batches = [batch_of(number) for number in range(3 * CALLS_BEFORE + 4)]
+    usual, captured = engine_of(captures=False), engine_of()
+    found = train(captured, batches[: CALLS_BEFORE + 1])
+    free, made[0].num_bytes = 400, 500
+    found += train(captured, batches[CALLS_BEFORE + 1 : CALLS_BEFORE + 2])
+    assert not has_graph(captured)
+    free = 1000
+    found += train(captured, batches[CALLS_BEFORE + 2 :])
+    assert found == train(usual, batches)
+    assert_same(captured, usual)
+    assert [graph.replays for graph in made] == [2, 2]
 
 
 # -- CUDA's graphs -----------------------------------------------------------------------------------------------------
@@ -446,7 +608,7 @@ def test_replays_of_a_gpu_are_the_steps_that_run_as_usual(case: str) -> None:
     """
     model, fields, key = CASES[case]
     batches = [
-        batch_of(number, key=key, samples=2 if number == 8 and key == "input_ids" else 4) for number in range(12)
+        batch_of(number, key=key, samples=8 if number == 8 and key == "input_ids" else 4) for number in range(12)
     ]
     usual, again, captured = (engine_of(model, captures=captures, **fields) for captures in (False, False, True))
     losses = []
@@ -489,9 +651,10 @@ def test_the_memory_of_a_graph_is_that_of_a_step_and_is_given_back() -> None:
     """A graph needs what a step needs, with a tenth for another order of allocations; what it had is free after it."""
     model = dict(name="opt-125m", dropout=0.0)
     engine = engine_of(model, precision="bf16", micro_batch_size=4)
+    train(engine, [batch_of(0)])  # the first update makes the moments
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    train(engine, [batch_of(number) for number in range(CALLS_BEFORE)])
+    train(engine, [batch_of(number) for number in range(1, CALLS_BEFORE)])
     of_a_step = torch.cuda.max_memory_allocated() - before
     train(engine, [batch_of(number) for number in range(3)])
     assert has_graph(engine), engine.captured_step.problem

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
 
-from models.chat import Conversation, load_chat_template
+from models import chat_limits
+from models.chat import ChatTemplate, Conversation, load_chat_template
 from models.tokenizer_files import BEGIN_OF_CLASS
 from parallel.errors import DataError
 from tests.chat_templates import CHATML, CHATML_MARKED, TEMPLATES, save_tokenizer, theirs
@@ -198,3 +199,26 @@ def test_special_tokens_that_only_the_class_names_are_those_of_transformers(tmp_
     template = load_chat_template(str(folder))
     assert template is not None
     assert template.render([USER]) == "<s></s>"
+
+
+ENDLESS = {
+    "loops within a loop": "{% for a in range(99) %}{% for b in range(99) %}{% endfor %}{% endfor %}",
+    "loops over iterators": "{% for a in range(99) %}{% for b in range(99)|map('abs') %}{% endfor %}{% endfor %}",
+    "a macro that calls itself": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(9) }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_rounds_of_loops_and_calls_are_counted_in_each_text(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is lower here, and each text begins to count anew."""
+    monkeypatch.setattr(chat_limits, "MOST_ROUNDS", 1000)
+    found = ""
+    try:
+        ChatTemplate({"default": ENDLESS[case]}, {}, folder="here").render([USER])
+    except DataError as error:
+        found = str(error)
+    assert "here refuses it: it takes more than 1000 rounds of loops and calls for one text" in found
+    template = ChatTemplate({"default": "{% for a in range(900) %}a{% endfor %}"}, {})
+    assert [len(template.render([USER])) for _ in range(3)] == [900] * 3

@@ -184,13 +184,11 @@ def test_a_parameter_that_no_backward_reaches_has_a_gradient_of_zero() -> None:
 
 
 def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
-    """Return the events of one step in order: a forward, the arrival of the token embedding's gradient, which is the
-    last one, and the launch of each chunk's sum over ranks.
+    """Return the events of one step in order: a forward, the arrival of a gradient of the token embedding, from the
+    head at first and from the lookup at last, and the launch of each chunk's sum over ranks.
     """
     engine, events = engine_of(rank, world_size, raw), []
     units = {chunk.master.numel(): chunk.infos[0].unit for chunk in engine.chunks if chunk.spec.is_matrix}
-    embedding = next(info for info in engine.part.infos if info.name.endswith("table.weight"))
-    embedding.parameter.register_hook(lambda gradient: events.append("embedding arrives"))
     engine.part.register_forward_pre_hook(lambda module, inputs: events.append("forward"))
 
     def started(x: Tensor, axis: Axis, **options: Any) -> Pending:
@@ -198,17 +196,20 @@ def events_of_a_step(rank: int, world_size: int, raw: Raw) -> list[str]:
             events.append(f"sum of {units[x.numel()]}")
         return start_all_reduce(x, axis, **options)
 
-    with patch.object(chunk_sum, "start_all_reduce", started):
+    def arrived(info: ParameterInfo, gradient: Tensor) -> None:
+        if info.name.endswith("table.weight"):
+            events.append("embedding arrives")
+
+    with patch.object(chunk_sum, "start_all_reduce", started), engine.gradients.watching(arrived):
         engine.train_step(share_of(batches_of(1)[0], engine))
     return events
 
 
 def test_a_chunk_is_summed_during_the_last_backward_and_never_before() -> None:
     raw = config_of({}, model=SHAPE | dict(num_hidden_layers=1), train=dict(micro_batch_size=3))
-    assert (
-        run(events_of_a_step, 2, raw)
-        == [["forward", "embedding arrives", "forward", "sum of layers.0", "embedding arrives", "sum of embed"]] * 2
-    )
+    first = ["forward", "embedding arrives", "embedding arrives"]
+    last = ["forward", "embedding arrives", "sum of layers.0", "embedding arrives", "sum of embed"]
+    assert run(events_of_a_step, 2, raw) == [first + last] * 2
 
 
 def products_of_a_step(rank: int, world_size: int, raw: Raw) -> str:

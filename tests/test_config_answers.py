@@ -127,6 +127,9 @@ REFUSALS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     '`precision="fp8"` with `overlap`': lambda path, _: refusal(
         {"parallel": {"tensor": {"mode": "1d", "size": 2, "overlap": True}}, "train": {"precision": "fp8"}}
     ),
+    '`precision="fp8"` for a model all of whose linears are small': lambda path, _: refusal(
+        {"train": {"precision": "fp8"}}
+    ),
     "a schedule as another program calls it": lambda path, _: refusal_of_pipeline(schedule="ZBVZeroBubble"),
     "`virtual_pipeline_model_parallel_size`, and other keys of pipelines elsewhere": lambda path, _: (
         refusal_of_pipeline(virtual_pipeline_model_parallel_size=2)

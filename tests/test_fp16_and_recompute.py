@@ -149,7 +149,7 @@ def plant_infinity(rank: int, world_size: int, raw: Raw, victim: int) -> tuple[l
     second step left the weights unchanged, and the final loss scale.
     """
     engine = engine_of(rank, world_size, raw)
-    infected = engine.part.infos[-1].parameter
+    infected = next(x for x in reversed(engine.part.infos) if not x.is_matrix).parameter
 
     def infect(gradient: torch.Tensor) -> torch.Tensor:
         if engine.num_steps == 1 and rank == victim:

@@ -8,7 +8,7 @@ that such a difference moves across a boundary of rounding.
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,22 +17,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.build import part_of
 from models.kept import kept_bytes, kept_for_weights
 from models.layer import Block
+from models.linears import linears_in_8_bits
 from models.shape import ModelShape
-from models.shapes import resolve
+from models.shapes import resolve, shape_of
 from parallel.chunk.eight_bits import EightBitWeights
-from parallel.config import parse
+from parallel.config import TrainConfig, parse
 from parallel.config.parallel import TensorConfig
+from parallel.engine.context import Place, make_context
+from parallel.engine.scales import eight_bit_linears
 from parallel.errors import ColonnadeError, NonFiniteError
 from parallel.mesh.collectives import Pending
+from parallel.storage.transfer import ON_DEVICE
 from parallel.tensor import Mode
+from parallel.tensor.fp8_matmul import WeightCopy
 from parallel.tensor.layers import Linear
 from parallel.tensor.scaling import Scaling
+from tests import fp8_errors
 from tests.accounts import mode_of
+from tests.fp8_errors import apart, trained
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, assert_bits, batches_of, config_of, engine_of, exported, share_of
-from tests.test_memory import FAMILY_SHAPES, B, S, block_of, kept_by_a_block, kept_from_i_to_w, microbatch_of
+from tests.test_memory import FAMILY_SHAPES, FLOAT, B, S, block_of, kept_by_a_block, kept_from_i_to_w, microbatch_of
 from training.preview import preview_of
 
 STEPS = 3  # the first multiplies in bf16
@@ -60,6 +68,7 @@ class Layout:
     zero: int = 0
     placement: str = "cuda"
     recomputes: str = "none"
+    min_elements: int = 0
 
 
 def tensor(mode: str, size: int, **more: Any) -> Raw:
@@ -72,6 +81,7 @@ def pipe(schedule: str, **more: Any) -> Raw:
 
 ONE = Layout(1, {})
 LAYOUTS = {
+    "one": ONE,
     "dp2": Layout(2, {}),
     "zero3": Layout(2, {}, zero=3),
     "1d2": Layout(2, tensor("1d", 2)),
@@ -93,6 +103,8 @@ LAYOUTS = {
     "pp2, dp2, zero2": Layout(4, pipe("1f1b"), zero=2, recomputes="full"),
 }
 QUICK = ("1d2-sp",)
+SOME = 48 * 48 + 1
+"""The elements of the smallest weights in 8 bits, of which the output of attention has one less."""
 
 
 def raw_of(layout: Layout, precision: str = "fp8") -> Raw:
@@ -102,7 +114,8 @@ def raw_of(layout: Layout, precision: str = "fp8") -> Raw:
         precision=precision,
         model=MODEL,
         data=dict(sequence_length=8),
-        train=dict(global_batch_size=16, micro_batch_size=8, activation_checkpointing=layout.recomputes),
+        train=dict(global_batch_size=16, micro_batch_size=8, activation_checkpointing=layout.recomputes)
+        | dict(fp8_min_elements=layout.min_elements),
         optimizer=dict(lr=3e-3, eps=1e-4),
         zero=dict(stage=layout.zero, tensor_placement_policy=layout.placement),
     )
@@ -112,41 +125,16 @@ def batches(count: int = STEPS) -> list[Batch]:
     return batches_of(count, batch=16, sequence=8)
 
 
-def trained(rank: int, world_size: int, raw: Raw) -> Trace | None:
-    """Train on this rank; rank 0 returns the trace, whose losses are those of each sample after the last step.
-
-    So they depend on the weights, and on 8-bit products of an evaluation.
-    """
-    engine = engine_of(rank, world_size, raw)
-    for batch in batches():
-        engine.train_step(share_of(batch, engine))
-    weights, losses = exported(engine), []
-    for sample in batches(1)[0]["input_ids"]:
-        losses.append(engine.evaluate([share_of(dict(input_ids=sample.expand(16, -1)), engine)]))
-    return Trace(losses, weights=weights) if rank == 0 else None
-
-
 @cache
 def trace_of(layout: Layout, precision: str = "fp8") -> Trace:
-    trace = run(trained, layout.world_size, raw_of(layout, precision))[0]
+    trace = run(trained, layout.world_size, raw_of(layout, precision), batches())[0]
     assert trace is not None
     return trace
 
 
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the Frobenius norm of the difference of all tensors."""
-    assert ours.keys() == theirs.keys()
-    return math.hypot(*((x.double() - theirs[name].double()).norm().item() for name, x in ours.items()))
-
-
 def errors(got: Trace) -> dict[str, float]:
-    """Return the distance of a trace from fp64: the norm of the differences of all losses, and that of all weights.
-
-    Both are sums over many roundings. A single loss is the mean of errors of both signs, and right by chance now and
-    then: no multiple of its error would be a bound.
-    """
-    exact = trace_of(ONE, "fp64")
-    return dict(losses=math.dist(got.losses, exact.losses), weights=apart(got.weights, exact.weights))
+    """Return the distance of a trace from fp64."""
+    return fp8_errors.errors(got, trace_of(ONE, "fp64"))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +150,7 @@ def test_the_error_of_a_layout_is_at_most_twice_that_of_one_rank(name: str) -> N
 def test_compiled_blocks_have_the_error_of_one_rank() -> None:
     raw = raw_of(ONE)
     raw["train"] |= dict(compile=True)
-    trace = run(trained, 1, raw)[0]
+    trace = run(trained, 1, raw, batches())[0]
     assert trace is not None
     got, one = errors(trace), errors(trace_of(ONE))
     assert all(got[key] <= 2 * one[key] for key in one), (got, one)
@@ -172,6 +160,45 @@ def test_compiled_blocks_have_the_error_of_one_rank() -> None:
 def test_products_in_8_bits_are_what_the_error_consists_of() -> None:
     narrow, wide = errors(trace_of(ONE)), errors(trace_of(ONE, "bf16"))
     assert all(narrow[key] > 1.5 * wide[key] for key in wide), (narrow, wide)
+
+
+# -- which linears
+
+
+def weights_in_8_bits(layout: Layout) -> set[str]:
+    """Return the names of the weights of all ranks that multiply in 8 bits."""
+    found = set()
+    config = parse(raw_of(layout), world_size=layout.world_size, resolve=resolve)
+    for rank in range(layout.world_size):
+        place = Place(rank, layout.world_size)
+        part = part_of(make_context(config, place, connect=False, device=torch.device("meta")))
+        weights = eight_bit_linears(part, config.train)
+        found |= {info.name for info in part.infos if info.parameter in weights}
+    return found
+
+
+@pytest.mark.parametrize("name", ["1d2", "3d8", "zbv"])
+def test_a_linear_is_in_8_bits_by_the_size_of_its_whole_weight_in_every_layout(name: str) -> None:
+    """A rank of the cube has an eighth of each weight, and none of these would be large enough."""
+    config = parse(raw_of(ONE), world_size=1, resolve=resolve)
+    for bound in (0, SOME, 48 * 96 + 1):
+        layout = replace(LAYOUTS[name], min_elements=bound)
+        large = linears_in_8_bits(shape_of(config), replace(config.train, fp8_min_elements=bound))
+        assert len(large) == {0: 4, SOME: 3}.get(bound, 1)
+        assert weights_in_8_bits(layout) == {f"layers.{i}.{x.name}.weight" for i in range(3) for x in large}
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["zero3", "1d2-sp", "3d8", "zbv, 1d2, sp"])
+def test_the_error_is_that_of_one_rank_where_some_linears_stay_in_bf16(name: str) -> None:
+    got, one = (errors(trace_of(replace(LAYOUTS[x], min_elements=SOME))) for x in (name, "one"))
+    assert all(got[key] <= 2 * one[key] for key in one), (got, one)
+
+
+@SLOW
+def test_stage_3_changes_no_bit_where_a_chunk_has_weights_in_8_bits_and_others() -> None:
+    some = replace(DP2, min_elements=SOME)
+    assert_no_bit_changes(some, replace(some, zero=3), replace(some, zero=3, recomputes="full", placement="cpu"))
 
 
 # -- what changes no bit
@@ -245,10 +272,11 @@ def test_all_ranks_have_the_largest_magnitudes_of_whole_tensors(name: str) -> No
 # -- memory and traffic
 
 
-def in_8_bits(shape: ModelShape, mode: Mode) -> Block:
-    """Return the first block of a model, whose linears multiply in 8 bits, with scales of 1."""
+def in_8_bits(shape: ModelShape, mode: Mode, *, train: TrainConfig) -> Block:
+    """Return the first block of a model, whose linears multiply in 8 bits if they are large enough, by scales of 1."""
     block = block_of(shape, mode)
-    linears = [module for module in block.modules() if isinstance(module, Linear)]
+    large = [linear.name for linear in linears_in_8_bits(shape, train)]
+    linears = [module for name, module in block.named_modules() if name in large]
     scaling = Scaling([("name",)] * len(linears), [], mode.mesh.device)
     scaling.state.is_known = True
     for linear, scales in zip(linears, scaling.linears, strict=True):
@@ -258,18 +286,25 @@ def in_8_bits(shape: ModelShape, mode: Mode) -> Block:
     return block
 
 
-@pytest.mark.parametrize("family", FAMILY_SHAPES)
-def test_a_block_keeps_the_bytes_in_8_bits_that_are_foreseen(family: str) -> None:
-    """The bytes that a block keeps less than in bf16 are as foreseen, and so are all that it keeps from I to W."""
+@pytest.mark.parametrize(
+    ("family", "least"), [*((family, 0) for family in FAMILY_SHAPES), ("opt", 300), ("llama, grouped", 700)]
+)
+def test_a_block_keeps_the_bytes_in_8_bits_that_are_foreseen(family: str, least: int) -> None:
+    """The bytes that a block keeps less than in bf16 are as foreseen, and so are all that it keeps from I to W.
+
+    With 300 elements at least, the output of attention stays in bf16. With 700 only gate and up are large enough.
+    """
     shape, tensor = FAMILY_SHAPES[family], TensorConfig()
     mode = mode_of(0, tensor, torch.bfloat16)
-    foreseen = {p: kept_bytes(shape, microbatch_of(tensor, B, S, precision=p))[1] for p in ("bf16", "fp8")}
-    to_wait = kept_for_weights(shape, microbatch_of(tensor, B, S, precision="fp8"))[1]
-    in_bf16 = kept_by_a_block(shape, mode).bytes
-    with patch("tests.test_memory.block_of", in_8_bits), patch("tests.test_memory.from_i_to_w", lambda *_: to_wait):
+    bf16, fp8 = (microbatch_of(tensor, B, S, precision=p, fp8_min_elements=least) for p in ("bf16", "fp8"))
+    in_bf16, foreseen = kept_by_a_block(shape, mode).bytes, kept_bytes(shape, bf16)[1] - kept_bytes(shape, fp8)[1]
+    with patch("models.kept.ITEMSIZE", {"bf16": FLOAT}):  # what waits is counted in a block in fp32
+        to_wait = kept_for_weights(shape, fp8)[1]
+    block = partial(in_8_bits, train=fp8.train)
+    with patch("tests.test_memory.block_of", block), patch("tests.test_memory.from_i_to_w", lambda *_: to_wait):
         found = kept_by_a_block(shape, mode).bytes
         assert kept_from_i_to_w(shape, mode_of(0, tensor, torch.float32), tensor) == to_wait
-    assert in_bf16 - found == foreseen["bf16"] - foreseen["fp8"]
+    assert in_bf16 - found == foreseen
 
 
 def gathered(rank: int, world_size: int, raw: Raw) -> tuple[int, int, int, int]:
@@ -365,11 +400,11 @@ def slices_of_different_sizes(rank: int, world_size: int, raw: Raw) -> list[tupl
             chunk.release()
             with scaling.casting(records=True):
                 chunk.gather().wait()
-                in_8_bits = weights.views()
-                assert in_8_bits is not None
+                in_8_bits = [weights.view(number) for number in range(len(chunk.infos))]
                 chunk.release()
             for info, wide, narrow in zip(chunk.infos, in_bf16, in_8_bits, strict=True):
                 scale = scaling.scales[scale_of[info.names[0]], 1]
+                assert narrow is not None
                 found.append((narrow.float(), (wide.float() * scale).to(torch.float8_e4m3fn).float()))
     engine.mesh.close()
     return found
@@ -517,6 +552,37 @@ def test_a_checkpoint_goes_on_in_another_precision(precisions: tuple[str, str], 
         assert_bits(resumed, straight)
 
 
+def resumed_with(rank: int, world_size: int, raw: Raw, folder: Path, others: list[Raw]) -> list[bool]:
+    """Take a step and save; return whether engines with other configs know their scales when they have loaded that."""
+    engine = engine_of(rank, world_size, raw)
+    engine.train_step(share_of(batches(1)[0], engine))
+    engine.save_checkpoint(folder)
+    found = []
+    for other in others:
+        engine = engine_of(rank, world_size, other)
+        engine.load_checkpoint(folder)
+        assert engine.scaling is not None
+        assert engine.scaling.state.is_known == bool(engine.scaling.history.any())
+        found.append(engine.scaling.state.is_known)
+    return found
+
+
+def test_scales_go_on_only_if_all_linears_have_a_history(tmp_path: Path) -> None:
+    some, *others = (raw_of(replace(ONE, min_elements=x)) for x in (SOME, 0, SOME, 48 * 96 + 1))
+    assert run(resumed_with, 1, some, tmp_path, others)[0] == [False, True, True]
+
+
+@SLOW
+@pytest.mark.parametrize("bounds", [(SOME, 0), (0, SOME)], ids=["more", "fewer"])
+def test_a_checkpoint_goes_on_where_other_linears_are_in_8_bits(bounds: tuple[int, int], tmp_path: Path) -> None:
+    """All scales start anew, in bf16, if one weight has no history. Histories that are left over change nothing."""
+    raw, other = (raw_of(replace(LAYOUTS["1f1b"], min_elements=x)) for x in bounds)
+    straight, resumed, is_known = run(interrupted, 2, raw, tmp_path, other)[0]
+    assert is_known == (bounds == (0, SOME))
+    exact = trace_of(ONE, "fp64").weights
+    assert apart(resumed, exact) <= 2 * apart(straight, exact)
+
+
 def reloaded(rank: int, world_size: int, raw: Raw, folder: Path) -> list[Any]:
     """Return what the engine knows after `load_weights`, and whether a state_dict brings all bits back."""
     engine = engine_of(rank, world_size, raw)
@@ -544,19 +610,48 @@ def test_a_state_dict_brings_the_scales_back_and_other_weights_have_none(tmp_pat
 # -- `--check`
 
 
-def test_copies_of_weights_are_foreseen() -> None:
-    """Two bytes for each element of the blocks' matrices; one of a slice in stage 3; none where they are offloaded."""
+def copies_kept(rank: int, world_size: int, raws: list[Raw]) -> list[int]:
+    """Return the bytes of copies of weights in 8 bits after the forward of an evaluation with scales."""
+    found = []
+    for raw in raws:
+        engine = engine_of(rank, world_size, raw)
+        scaling = engine.scaling
+        assert scaling is not None
+        scaling.state.is_known = True
+        if engine.config.zero.tensor_placement_policy == "auto":  # as a plan places them if the device has room
+            for chunk in engine.chunks:
+                chunk.move_to(ON_DEVICE)
+        with patch.object(scaling, "_clear"):
+            engine.evaluate([share_of(batches(1)[0], engine)])
+        copies = [copy for copy in scaling.copies if isinstance(copy, WeightCopy)]
+        found.append(sum(x.nbytes for copy in copies for x in (copy._rows, copy._columns) if x is not None))
+    return found
 
-    def weight_bytes(precision: str, **zero: Any) -> int:
-        raw = raw_of(DP2, precision) | dict(zero=zero)
+
+def test_copies_of_weights_are_kept_only_where_no_plan_places_chunks() -> None:
+    """A plan of "auto" fills the device, by a profiled step in which all weights were gathered on demand."""
+    raws = [raw_of(replace(ONE, placement=placement)) for placement in ("cuda", "auto", "cpu")]
+    assert run(copies_kept, 1, raws)[0] == [3 * (4 * 48 * 48 + 2 * 48 * 96), 0, 0], "by rows: nothing trains"
+
+
+def test_copies_of_weights_are_foreseen() -> None:
+    """Two bytes for each element of the weights in 8 bits; one of a slice in stage 3, if all weights of a block are so;
+    none where they are offloaded, or may be.
+    """
+
+    def weight_bytes(precision: str, min_elements: int, **zero: Any) -> int:
+        raw = raw_of(replace(DP2, min_elements=min_elements), precision) | dict(zero=zero)
         (part,) = preview_of(parse(raw, world_size=2, resolve=resolve), 2).parts
         return part.weight_bytes
 
-    matrices = 3 * (4 * 48 * 48 + 2 * 48 * 96)
-    for copies, zero in (
-        (2 * matrices, dict(stage=0)),
-        (2 * matrices, dict(stage=2)),
-        (matrices // 2, dict(stage=3)),
-        (0, dict(stage=1, tensor_placement_policy="cpu")),
+    matrices, small = 3 * (4 * 48 * 48 + 2 * 48 * 96), 3 * 48 * 48
+    for copies, least, zero in (
+        (2 * matrices, 0, dict(stage=0)),
+        (2 * matrices, 0, dict(stage=2)),
+        (2 * (matrices - small), SOME, dict(stage=2)),
+        (matrices // 2, 0, dict(stage=3)),
+        (0, SOME, dict(stage=3)),
+        (0, 0, dict(stage=1, tensor_placement_policy="cpu")),
+        (0, 0, dict(stage=1, tensor_placement_policy="auto")),
     ):
-        assert weight_bytes("fp8", **zero) - weight_bytes("bf16", **zero) == copies, zero
+        assert weight_bytes("fp8", least, **zero) - weight_bytes("bf16", least, **zero) == copies, zero

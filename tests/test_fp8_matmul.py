@@ -17,11 +17,12 @@ from parallel.layout.layout import Layout
 from parallel.ops import fp8
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.fp8 import E4M3, E5M2, LARGEST, Scaled, scale_for, scaled_product
-from parallel.ops.kernels.cast import cast_and_transpose, transposed
+from parallel.ops.kernels.cast import EightBits, cast_and_transpose, transposed
 from parallel.ops.kernels.table import has_triton
+from parallel.ops.placeholder import placeholder_like
 from parallel.ops.products import add_product
 from parallel.tensor import fp8_matmul as fp8_matmul_module
-from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, placeholder
+from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul
 from parallel.tensor.layers import Linear
 from parallel.tensor.matmul import LinearCollectives, matmul
 from parallel.tensor.scaling import LinearScales, ScalingState, TensorScale
@@ -319,10 +320,10 @@ class _DoubleIn8Bits(torch.autograd.Function):
     """Doubles x and casts it, as a norm in 8 bits would: two outputs, of which the first has the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: TensorScale) -> tuple[Tensor, Tensor]:
-        data = fp8.cast(2 * x, scale.scale, E4M3)
+    def forward(ctx: Any, x: Tensor, form: EightBits) -> tuple[Tensor, Tensor]:
+        data = fp8.cast(2 * x, form.scale, E4M3)
         ctx.mark_non_differentiable(data)
-        return placeholder(x), data
+        return placeholder_like(x), data
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, None]:
@@ -337,13 +338,13 @@ class DoubledLinear(nn.Module):
         self.linear = Linear(LinearCollectives(), Layout(tuple(w.shape), ((), ()), (), ()), None, w)
         self.linear.weight.data.copy_(w)
         self.is_joint = is_joint
-        assert self.linear.input_scale is None
+        assert self.linear.input_form is None
         self.linear.multiply_in_8_bits(scales())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_joint:
             return cast(Tensor, self.linear(2 * x))
-        like, data = _DoubleIn8Bits.apply(x, self.linear.input_scale)  # type: ignore[no-untyped-call]
+        like, data = _DoubleIn8Bits.apply(x, self.linear.input_form)  # type: ignore[no-untyped-call]
         return cast(Tensor, self.linear(CastInput(like, data)))
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.products import product_of
+from parallel.ops.receiver import GradientReceiver
 from parallel.tensor import Mode
 from parallel.tensor.layers import Linear
-from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import RecordedCalls, mode_of, part, summed
 from tests.harness import run
 from tests.parity import relative

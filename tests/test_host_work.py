@@ -2,12 +2,15 @@
 
 import statistics
 import time
+import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -21,11 +24,12 @@ from parallel.chunk.writes import Writes
 from parallel.config import Config
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.kernels import table
-from parallel.storage.transfer import ON_DEVICE, HostCopy, Placement, Tier
+from parallel.storage.transfer import ON_DEVICE, HostCopy, Placement, Tier, to_device
 from parallel.tensor.norms import LayerNorm
 from training.batch_ahead import BatchAhead
 from training.metrics import Meter
 
+CUDA = torch.device("cuda")
 MODEL = dict(name="opt-tiny", num_hidden_layers=2, dropout=0.0)
 
 
@@ -63,6 +67,73 @@ def test_a_step_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> N
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
     assert waits == [1, 2]
+
+
+class Labelled(Tensor):
+    """A tensor of a user's own class."""
+
+
+def read_only() -> Tensor:
+    values = np.arange(12.0).reshape(3, 4)
+    values.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch cannot mark its tensor
+        return torch.from_numpy(values)
+
+
+GIVEN: dict[str, Callable[[], Tensor]] = {
+    "expanded": lambda: torch.arange(4).expand(3, -1),
+    "a number for all": lambda: torch.tensor(2.0).expand(3, 4),
+    "transposed": lambda: torch.rand(4, 3).t(),
+    "images": lambda: torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    "every second column": lambda: torch.rand(3, 8)[:, ::2],
+    "overlapping windows": lambda: torch.rand(10).unfold(0, 4, 2),
+    "a scalar": lambda: torch.tensor(3),
+    "empty": lambda: torch.empty(0, 4),
+    "conjugated": lambda: torch.rand(3, 4, dtype=torch.complex64).conj(),
+    "read-only": read_only,
+    "of a subclass": lambda: torch.rand(3, 4).as_subclass(Labelled),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
+}
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Return a GPU. Without one, tensors stay where they are, and are pinned with torch's own operations."""
+
+    def pinned(x: Tensor) -> Tensor:
+        assert x.layout == torch.strided, "not every version of torch can pin it"
+        storage = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).untyped_storage()
+        return x.new_empty(0).set_(storage, 0, x.shape, x.stride()).copy_(x)
+
+    def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x if args == (CUDA,) else there(x, *args, **kwargs)
+
+    there = Tensor.to
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(Tensor, "pin_memory", pinned)
+        monkeypatch.setattr(Tensor, "to", to)
+    return CUDA
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_a_tensor_of_any_strides_is_copied_to_the_device(case: str, cuda: torch.device) -> None:
+    """Its elements may share memory on the host. Strides without gaps stay: kernels of images depend on them."""
+    x = GIVEN[case]()
+    moved = to_device(x, cuda)
+    assert type(moved) is type(x)
+    for one, other in zip(x.unbind(), moved.unbind(), strict=True) if x.is_nested else [(x, moved)]:
+        torch.testing.assert_close(other.cpu(), one, rtol=0.0, atol=0.0)
+    if case in ("transposed", "images"):
+        assert moved.stride() == x.stride()
+
+
+def test_the_gradient_of_an_expanded_input_comes_back_from_the_device(cuda: torch.device) -> None:
+    x = torch.rand(4, requires_grad=True)
+    to_device(x.expand(3, -1), cuda).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [3.0] * 4
 
 
 @pytest.mark.slow
@@ -144,6 +215,38 @@ def test_a_change_of_the_tree_is_refused(change: str) -> None:
     except (parallel.ModelError, AttributeError) as error:  # the latter is of a layer whose weight has another name
         found = str(error)
     assert "is not the parameter it was" in found
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_a_frozen_parameter_of_a_split_model_is_refused(precision: str, is_made: bool) -> None:
+    """Its gradient would be computed all the same, and its momentum would move it."""
+    train = dict(global_batch_size=2, precision=precision, fp8_min_elements=0)
+    raw = dict(model=MODEL, data=dict(sequence_length=16), train=train)
+    context = parallel.launch_from_torch(raw, resolve=resolve)
+    part = models.build(context)
+    engine = parallel.Engine(part, context) if is_made else None
+    for name in ("layers.1.attention.qkv.weight", "head.norm.bias"):
+        next(info for info in part.infos if info.name == name).parameter.requires_grad_(False)
+    found = ""
+    try:
+        (engine or parallel.Engine(part, context)).train_step(batch())
+    except parallel.ModelError as error:
+        found = str(error)
+    assert "requires_grad is False of layers.1.attention.qkv.weight, head.norm.bias. Leave it True." in found
+
+
+@pytest.mark.slow
+def test_a_parameter_that_an_optimizer_is_not_given_keeps_its_value() -> None:
+    """The refusal of frozen parameters says that it does."""
+    raw = dict(model=MODEL, data=dict(sequence_length=16), train=dict(global_batch_size=2, precision="bf16"))
+    context = parallel.launch_from_torch(raw, resolve=resolve)
+    part = models.build(context)
+    others = list(part.parameters())[1:]
+    engine = parallel.Engine(part, context, torch.optim.AdamW(others, lr=1e-2))
+    before = [x.clone() for x in part.parameters()]
+    engine.train_step(batch())
+    assert [torch.equal(x, y) for x, y in zip(part.parameters(), before, strict=True)] == [True] + [False] * len(others)
 
 
 def test_a_parameter_that_is_transposed_in_its_own_memory_has_been_written() -> None:

@@ -15,6 +15,7 @@ from benchmarks.floors import H200_BYTES, H200_FLOPS, StepSize, floors
 from benchmarks.kernel_inputs import Size, block
 from benchmarks.kernel_rows import ROWS, Row, forward
 from models.family import named_sizes
+from models.linears import block_linears
 from parallel.ops.kernels.table import KERNELS
 
 
@@ -172,7 +173,7 @@ def test_floors_are_those_of_a_count_by_hand() -> None:
 
 def test_8_bits_halve_the_floor_of_blocks_and_add_casts() -> None:
     shape = named_sizes()["opt-1.3b"]
-    bf16, fp8 = (floors(StepSize(shape, 8, 1024, is_fp8=is_fp8)) for is_fp8 in (False, True))
+    bf16, fp8 = (floors(StepSize(shape, 8, 1024, in_8_bits=x)) for x in ((), block_linears(shape)))
     head = 6 * 8192 * 50272 * 2048 / H200_FLOPS
     assert fp8["matmuls"] - head == pytest.approx((bf16["matmuls"] - head) / 2)
     assert fp8["casts"] > 0

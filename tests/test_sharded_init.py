@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import parallel
-from parallel.chunk.parameters import placeholder
 from parallel.mesh.mesh import ALONE
 from parallel.modules.construction import construction
 from parallel.modules.sharded import is_sharded, unshard_parameter
+from parallel.ops.placeholder import placeholder
 from tests.accounts import Allocations
 from tests.harness import run
 from tests.parity import SHAPE

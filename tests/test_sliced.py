@@ -15,9 +15,9 @@ from torch import Tensor
 from parallel.config.parallel import TensorConfig
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.products import product_of
+from parallel.ops.receiver import GradientReceiver
 from parallel.tensor import sliced
 from parallel.tensor.matmul import LinearCollectives, matmul
-from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.sliced import Along, in_slices
 from tests.accounts import UNSPLIT, Allocations, mesh_of
 from tests.harness import run

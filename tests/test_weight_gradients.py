@@ -20,11 +20,11 @@ from parallel.errors import ConfigError
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.ops.deferred import DeferredCalls
 from parallel.ops.products import product_of
+from parallel.ops.receiver import GradientReceiver
 from parallel.pipeline.schedule import SCHEDULES
 from parallel.pipeline.transfers import with_transfers
 from parallel.plan.plan import Action, Op, Plan
 from parallel.tensor.matmul import LinearCollectives, matmul
-from parallel.tensor.receiver import GradientReceiver
 from tests.accounts import UNSPLIT, Allocations, RecordedCalls, mesh_of
 from tests.harness import run
 from tests.parity import (

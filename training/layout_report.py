@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from models.linears import block_linears
 from parallel.config import Config
 from parallel.errors import with_short_words
 from training.console import print_line
@@ -43,8 +44,7 @@ def _summary(preview: Preview) -> Iterator[str]:
     """Yield the size of the model, how a global batch is divided, and the sizes of the mesh."""
     config, topology = preview.config, preview.topology
     train, replicas = config.train, topology.shape["data"]
-    precision = f"{train.dtype}, with linears in fp8" if train.precision == "fp8" else train.precision
-    yield f"{config.model.path or config.model.name}: {preview.parameters:,} parameters in {precision}"
+    yield f"{config.model.path or config.model.name}: {preview.parameters:,} parameters in {_precision(preview)}"
     yield (
         f"batch: {train.global_batch_size} × {config.data.sequence_length} tokens ="
         f" {plural(replicas, 'replica')} × {plural(preview.num_microbatches, 'microbatch', 'microbatches')}"
@@ -53,6 +53,15 @@ def _summary(preview: Preview) -> Iterator[str]:
     kinds = {"context": f" ({config.parallel.context.kind})"}
     sizes = " × ".join(f"{axis} {size}{kinds.get(axis, '')}" for axis, size in topology.shape.items() if size > 1)
     yield plural(topology.world_size, "rank") + (f" = {sizes}" if sizes else "")
+
+
+def _precision(preview: Preview) -> str:
+    """Return the precision of a run, in fp8 with the linears of a block that are too small for it."""
+    train = preview.config.train
+    if train.precision != "fp8":
+        return train.precision
+    small = [str(x) for x in block_linears(preview.shape) if not train.multiplies_in_8_bits(x.elements)]
+    return f"{train.dtype}, with linears in fp8{' but ' if small else ''}{' and '.join(small)}"
 
 
 def _memory_title(config: Config) -> str:

@@ -185,7 +185,7 @@ def _part_of_rank(config: Config, place: Place) -> PartPreview:
         },
         sum(info.parameter.numel() for info in infos),
         weight_bytes=sum(dtype.itemsize * _elements_on_rank(info, divided=zero >= 3) for info in infos)
-        + _bytes_in_8_bits(part, config),
+        + _bytes_in_8_bits(part, config, dtype),
         gradient_bytes=sum(
             gradient_dtype(dtype, info.layout.sync, microbatches).itemsize * _elements_on_rank(info, divided=zero >= 2)
             for info in infos
@@ -194,16 +194,20 @@ def _part_of_rank(config: Config, place: Place) -> PartPreview:
     )
 
 
-def _bytes_in_8_bits(part: ModelPart, config: Config) -> int:
-    """Return the bytes of the copies of weights in 8 bits: in stage 3 of a rank's slices, and none where parameters are
-    offloaded, since these are cast when they are gathered.
+def _bytes_in_8_bits(part: ModelPart, config: Config, dtype: torch.dtype) -> int:
+    """Return the bytes of the copies of weights in 8 bits: by rows and by columns or, where parameters are divided, of
+    a rank's slices of the chunks that are gathered so. Weights that are cast when they are used have none that last.
     """
-    is_whole, is_offloaded = config.zero.stage < 3, config.zero.tensor_placement_policy == "cpu"
-    if config.train.precision != "fp8" or is_offloaded:
+    weights, found = eight_bit_linears(part, config.train), 0
+    if config.zero.tensor_placement_policy != "cuda":
         return 0
-    copies = 2 if is_whole else 1  # by rows and by columns; the latter are made after a gather
-    weights = eight_bit_linears(part)
-    return sum(copies * _elements_on_rank(x, divided=not is_whole) for x in part.infos if x.parameter in weights)
+    for spec in specs_of(part.infos, dtype, zero=config.zero.stage):
+        large = [info for info in spec.infos if info.parameter in weights]
+        if not spec.is_partitioned:
+            found += 2 * sum(_elements_on_rank(info, divided=False) for info in large)
+        elif len(large) == len(spec.infos):
+            found += sum(_elements_on_rank(info, divided=True) for info in large)
+    return found
 
 
 def _elements_on_rank(info: ParameterInfo, *, divided: bool) -> int:

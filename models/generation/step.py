@@ -12,7 +12,7 @@ from models.generation.sampling import Sampler
 from models.generation.trained_model import compiled
 from models.layer import Head
 from parallel.engine.inference import Inference
-from parallel.ops.captured import Captured
+from parallel.ops.captured import Captured, graphs_of
 from parallel.ops.compiling import not_yet_compiled
 from parallel.ops.kernels.cached_attention import is_fused
 from parallel.pipeline.microbatch import Microbatch
@@ -93,7 +93,8 @@ class Step:
         self.is_alone = model.mesh.world.size == 1
         compiles = self.is_alone and model.context.config.train.compile and not model.gathers
         self._choose_and_add = compiled(_choose_and_add) if compiles else _choose_and_add
-        self._captured = Captured(self._forward_last_tokens, captures=model.can_be_captured)
+        new_graph = graphs_of(model.context.device) if self.is_alone else None
+        self._captured = Captured(self._forward_last_tokens, new_graph, what="new tokens")
 
     def _is_fused(self, attention: Attention) -> bool:
         texts = self.size.texts // prod(axis.size for axis in attention.mode.inner_batch)

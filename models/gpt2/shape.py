@@ -217,8 +217,8 @@ class GPT2Shape(ModelShape):
         """Return what a block keeps for backward: of an activation other than relu the input, too."""
         is_relu = self.activation_function == "relu"
         inner = 4 * self.n_embd + (1 if is_relu else 2) * self.inner + self.n_head
-        alone, shared = (0, self.n_embd + self.inner) if is_relu else (self.inner, self.n_embd)
-        return Kept(4 * self.n_embd, inner, statistics=4, alone=alone, shared=shared)
+        shared = ("attention.out", "feed_forward.down") if is_relu else ("attention.out",)
+        return Kept(4 * self.n_embd, inner, statistics=4, shared=shared)
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Sizes:

@@ -235,8 +235,7 @@ class SharedShape(ModelShape):
         inner = (2 * heads + 2 * groups) * size + heads + 3 * self.intermediate_size
         if self.has_head_norms:
             inner += (heads + groups) * (size + 1)
-        alone, shared = self.intermediate_size, heads * size
-        return Kept(4 * self.hidden_size, inner, statistics=2, alone=alone, shared=shared)
+        return Kept(4 * self.hidden_size, inner, statistics=2)
 
     def spans(self, sequence_length: int) -> list[int]:
         return [min(sequence_length, window or sequence_length) for window in self.windows()]

@@ -175,8 +175,8 @@ class OPTShape(ModelShape):
         """Return what a block keeps for backward: relu keeps its output alone, other activations their input too."""
         hidden, is_relu = self.hidden_size, self.activation_function == "relu"
         inner = 4 * hidden + self.ffn_dim * (1 if is_relu else 2) + self.num_attention_heads
-        alone, shared = (0, hidden + self.ffn_dim) if is_relu else (self.ffn_dim, hidden)
-        return Kept(4 * hidden, inner, statistics=4, alone=alone, shared=shared)
+        shared = ("attention.out", "feed_forward.down") if is_relu else ("attention.out",)
+        return Kept(4 * hidden, inner, statistics=4, shared=shared)
 
     # -- config.json
 

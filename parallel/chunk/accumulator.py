@@ -5,13 +5,15 @@ from torch import Tensor
 
 from parallel.chunk.spec import ChunkSpec
 from parallel.ops.kernels.accumulate import accumulate
+from parallel.ops.kernels.lookup import add_rows
 from parallel.ops.products import Factor, add_product, write_product
 
 
 class Accumulator:
     """Adds up the gradients of one round: of the microbatches that one collective will sum over ranks.
 
-    buffer [n]  on the device, from the first arrival to `take`; a forward, in which activations accumulate, has none
+    buffer [n]  on the device, from the first arrival or `room` to `take`: a forward, in which activations accumulate,
+                has only that of the head's table
     arrivals    for each parameter, the number of gradients that were added in this round
 
     A step has many more vectors than matrices, and a launch for each would take longer than the bytes do. Therefore
@@ -29,7 +31,7 @@ class Accumulator:
         self._views: list[Tensor] = []  # of the buffer, one for each parameter
         self.arrivals = [0] * len(self.spec.infos)
         self._waiting: dict[int, Tensor] = {}  # gradients that have arrived and are not in the buffer
-        self._placed: set[int] = set()  # parameters whose views `place` has given away
+        self._placed: set[int] = set()  # parameters whose views `room` has given away
 
     def views(self) -> list[Tensor]:
         """Return each parameter's view of the buffer, with all that has arrived.
@@ -65,11 +67,15 @@ class Accumulator:
         """Return the product a[N, T] · b[T, K], the first gradient of parameter i, in memory where `add` need not copy
         it. Another one, or one that is narrower than the buffer, is in memory of its own.
         """
-        view = self._buffer_views()[i].flatten(0, -2)
-        if self.arrivals[i] or i in self._placed or view.dtype != a.dtype:
-            return torch.mm(a, b)
+        view = self.room(i) if self.dtype == a.dtype else None
+        return torch.mm(a, b) if view is None else torch.mm(a, b, out=view.flatten(0, -2))
+
+    def room(self, i: int) -> Tensor | None:
+        """Return the view of parameter i for its first gradient, which `add` need not copy then; None for others."""
+        if self.arrivals[i] or i in self._placed:
+            return None
         self._placed.add(i)
-        torch.mm(a, b, out=view)
+        view = self._buffer_views()[i]
         return view.view(view.shape)  # an object that nobody else has: autograd copies one that is shared
 
     @torch.no_grad()
@@ -93,6 +99,12 @@ class Accumulator:
         """Add the product a[N, T] · b[T, K] to the gradient of parameter i, a matrix [N, K]."""
         view = self._buffer_views()[i].flatten(0, -2)
         (add_product if self.arrivals[i] else write_product)(a, b, view)
+        self.arrivals[i] += 1
+
+    @torch.no_grad()
+    def add_rows(self, i: int, keys: Tensor, dy: Tensor) -> None:
+        """Add dy[..., H] to the rows keys[T] of the gradient of parameter i, a table [R, H]."""
+        add_rows(keys, dy, self._buffer_views()[i], is_first=not self.arrivals[i])
         self.arrivals[i] += 1
 
     def fill_missing_with_zeros(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.chunk.spec import ChunkSpec
 from parallel.mesh.collectives import Pending, start_all_gather
-from parallel.ops.fp8 import E4M3, record_largest
+from parallel.ops.fp8 import E4M3
 from parallel.ops.kernels.cast import cast
 from parallel.tensor.scaling import LinearScales
 
@@ -50,15 +50,15 @@ class EightBitWeights:
         """Drop this rank's slice: the parameters or the scales may have changed."""
         self.own = None
 
-    def views(self) -> list[Tensor] | None:
-        """Return each weight in E4M3, in the parameter's local shape, or None while they are not whole."""
-        return None if self.whole is None else self.spec.views(self.whole)
+    def view(self, number: int) -> Tensor | None:
+        """Return the weight with this number in E4M3, in the parameter's local shape; None while it is not whole."""
+        start, shape = self.spec.starts[number], self.spec.shapes[number]
+        return None if self.whole is None else self.whole[start : start + shape.numel()].view(shape)
 
     def _cast(self, parameters: Tensor) -> Tensor:
         """Return a slice of the parameters in E4M3, and record the largest magnitude of each weight in it."""
         own = torch.zeros_like(parameters, dtype=E4M3)
         for segment, target in zip(self.spec.segments(parameters), self.spec.segments(own), strict=True):
             scale = self.scales[segment.info]
-            record_largest(segment.data, scale.amax)
-            target.data.copy_(cast(segment.data, scale.scale, E4M3))
+            target.data.copy_(cast(segment.data, scale.scale, E4M3, scale.amax))
         return own

@@ -12,6 +12,7 @@ from parallel.chunk.spec import ChunkSpec
 from parallel.chunk.user_writes import UserWrites
 from parallel.mesh.collectives import Pending, start_all_gather
 from parallel.ops.kernels.fingerprint import fingerprint
+from parallel.ops.placeholder import placeholder
 from parallel.storage.transfer import CopyEvent, Tier
 
 Shown: TypeAlias = Callable[[bool], None]
@@ -245,13 +246,3 @@ class ParameterBuffer:
         with torch._C.DisableTorchFunctionSubclass():  # a parameter without values refuses most functions
             for info, view in zip(self.spec.infos, views, strict=True):
                 info.parameter.data = view
-
-
-def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of this shape whose elements are one element in memory: NaN, or 0 in a dtype that has no NaN.
-
-    Nothing should read it: `zero.unavailable` refuses that. A tensor without any storage would not do: elementwise
-    kernels would read it regardless, and crash.
-    """
-    empty = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
-    return torch.full((), empty, dtype=dtype, device=device).expand(tuple(shape))

@@ -47,7 +47,11 @@ class Writes:
             self.note()
 
     def stop(self) -> None:
-        """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
+        """Watch no longer, in a program in which nobody but the engine reads or writes parameters between two steps: it
+        takes no time then, and a forward may begin before an update of offloaded states ends.
+        """
+        for chunk in self._chunks:
+            chunk.is_private = True
         self._chunks, self._noted, self.is_on = [], ([], self._noted[1]), False
 
     def seen(self) -> list[str]:

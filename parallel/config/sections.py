@@ -20,6 +20,11 @@ NO_DOCUMENTS_IN_A_RING = (
 
 MOST_MICROBATCHES = 2**16  # of a step on each replica, since a plan lists every one of them
 
+FP8_MIN_ELEMENTS = 768 * 2304
+"""The smallest weight that gained from 8 bits when it was measured: with 8,192 tokens on one H200 its linear took 138
+us, casts included, and 159 us in bf16. One of 1024 × 1024 took 100 us and 97 us (`python -m benchmarks.fp8_linears`).
+"""
+
 Dtype = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
@@ -141,6 +146,11 @@ class TrainConfig:
     and a CPU emulates it.
     """
 
+    fp8_min_elements: Natural = FP8_MIN_ELEMENTS
+    """The elements of the smallest weights that multiply in 8 bits with "fp8"; smaller ones stay in bf16. A weight
+    counts whole in every layout, and q, k and v are one, as gate and up are. 0: all linears of blocks.
+    """
+
     clip_grad_norm: Annotated[float | None, Range(0)] = 1.0
     """The largest 2-norm of the whole model's gradient: a larger gradient is scaled down to it, as torch does. None or
     0: no clipping.
@@ -183,6 +193,10 @@ class TrainConfig:
     def dtype(self) -> Dtype:
         """The dtype of parameters and activations: bf16 where linears multiply in 8 bits, else the precision."""
         return "bf16" if self.precision == "fp8" else self.precision
+
+    def multiplies_in_8_bits(self, elements: int) -> bool:
+        """Return whether a linear of a block, whose whole weight has this many elements, multiplies in 8 bits."""
+        return self.precision == "fp8" and elements >= self.fp8_min_elements
 
 
 @dataclass(frozen=True)

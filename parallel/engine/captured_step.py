@@ -4,7 +4,6 @@ A step of a small model has kernels of a few microseconds, and eager code launch
 for the host. A step of a large one begins with it, since the host has waited for the loss of the step before.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,14 +14,13 @@ from torch import Tensor
 from parallel.config import Config
 from parallel.engine.phases import Mark, Phase, Stopwatch
 from parallel.engine.step_code import StepCode
-from parallel.ops.captured import CALLS_BEFORE, Graph, graphs_of
+from parallel.errors import first_line
+from parallel.ops.captured import CALLS_BEFORE, Graph, graphs_of, warn_of
 from parallel.optim.chunk_sum import FinishedSum
 from parallel.optim.gradients import Gradients
 from parallel.pipeline.staged import StagedBatch
 from parallel.placement.memory_report import use_of
 from parallel.storage.no_room import Memory
-
-log = logging.getLogger(__name__)
 
 Run: TypeAlias = Callable[..., Tensor]
 """Does forward and backward of microbatches with a function that is given each phase that begins: (microbatches, mark)
@@ -31,8 +29,11 @@ Run: TypeAlias = Callable[..., Tensor]
 
 Key: TypeAlias = tuple[object, ...]
 
+REPLAYS_THAT_PAY = 100
+"""A capture may take as long as ten steps: the device has nothing to do, and memory goes back to the driver."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class CapturedWork:
     """A graph, where it reads the batch, and where its results are.
 
@@ -41,6 +42,7 @@ class CapturedWork:
     loss          fp64 [], the loss summed over ranks
     results       of the chunks' gradients, whose memory the graph writes anew
     marks         the times at which phases begin
+    num_replays   of the graph so far
     """
 
     graph: Graph
@@ -48,11 +50,13 @@ class CapturedWork:
     loss: Tensor
     results: Sequence[FinishedSum]
     marks: Sequence[Mark]
+    num_replays: int = 0
 
     def launch(self, batch: StagedBatch) -> None:
         """Launch the work for this batch, which is on the host."""
         batch.copy_to(self.batch)
         self.graph.replay()
+        self.num_replays += 1
 
 
 class CapturedStep:
@@ -61,7 +65,9 @@ class CapturedStep:
     A step is captured after `CALLS_BEFORE` others with the same key, which has all that kernels are chosen by, or
     launched with, besides the values of tensors: shapes, the factor of the loss, addresses of parameters. So nothing is
     captured where the factor changes each time, as it does with padded samples, whose labels are counted. There is one
-    graph at a time. A step with another key runs as usual, between replays.
+    graph at a time. A step with another key runs as usual, between replays. After each capture twice as many steps come
+    before the next one, until a graph has been replayed often: else a run whose lengths change every few steps would
+    mainly capture.
 
     **State.** A replay calls nothing in Python. These objects change in a step, and are afterwards what they are after
     any other:
@@ -76,7 +82,8 @@ class CapturedStep:
 
     **Memory.** Activations and gradients are in memory that only the graph uses. During forward and backward that is as
     much as otherwise; but an update, an evaluation, or a step that runs as usual cannot reuse it. So a graph is kept
-    only while as much memory as it has is free beside it (`make_room`): then they find what they find without it.
+    only while as much memory as it has is free beside it (`make_room`): then they find what they find without it. This
+    is seen also after each replay is launched, since somebody may have made a second model meanwhile.
 
     `run` does forward and backward. `never`: why this engine's steps cannot be captured, or nothing.
     """
@@ -87,6 +94,7 @@ class CapturedStep:
         self._new_graph = graphs_of(self._device)
         self._key: Key = ()  # of the last step
         self._count = 0  # the steps in a row that had it
+        self._calls_before = CALLS_BEFORE  # the next capture
         self._captured: tuple[Key, CapturedWork] | None = None
 
     def __call__(self, batch: StagedBatch, *settings: object) -> Tensor:
@@ -94,26 +102,28 @@ class CapturedStep:
 
         `settings`: further numbers that launches depend on.
         """
-        if self._new_graph is None or self.problem or self._is_observed:
+        code = None if self._new_graph is None or self.problem or self._is_observed else self.code.key()
+        if self._new_graph is None or code is None:
             return self._as_usual(batch)
-        key = (*settings, *batch.form, *self.code.key)
+        key = (*settings, *batch.form, *code)
         self._count = self._count + 1 if key == self._key else 1
         self._key = key
         if self._captured is not None and self._captured[0] == key:
             return self._replay(self._captured[1], batch)
-        if self._count <= CALLS_BEFORE:
+        if self._count <= self._calls_before:
             return self._as_usual(batch)
         self.drop()
         if (work := self._capture(batch, self._new_graph())) is None:
             return self._as_usual(batch)
-        self._captured = key, work
+        self._captured, self._calls_before = (key, work), 2 * self._calls_before
         return self._replay(work, batch)
 
     def drop(self) -> None:
-        """Give up the graph and its memory. The next one is captured after as many steps as the first."""
+        """Give up the graph and its memory."""
         if self._captured is not None:
-            self._captured[1].graph.drop()
+            graph = self._captured[1].graph
             self._captured, self._count = None, 0
+            graph.drop()
 
     def make_room(self) -> None:
         """Give up the graph, unless as much memory as it has is free beside it: for work that is not captured."""
@@ -122,8 +132,8 @@ class CapturedStep:
 
     @property
     def _is_observed(self) -> bool:
-        """True if somebody's code is called within a step, which a replay would not do."""
-        return self.stopwatch.is_observed or self.gradients.are_watched or self.code.is_observed
+        """True if somebody is told of each phase or gradient of a step, which a replay would not do."""
+        return self.stopwatch.is_observed or self.gradients.are_watched
 
     def _as_usual(self, batch: StagedBatch) -> Tensor:
         self.make_room()
@@ -131,9 +141,12 @@ class CapturedStep:
 
     def _replay(self, work: CapturedWork, batch: StagedBatch) -> Tensor:
         work.launch(batch)
+        if work.num_replays == REPLAYS_THAT_PAY:
+            self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.
         self.stopwatch.take(work.marks)
         self.gradients.restore(batch.num_microbatches, work.results)
+        self.make_room()
         return work.loss
 
     def _capture(self, batch: StagedBatch, graph: Graph) -> CapturedWork | None:
@@ -147,7 +160,7 @@ class CapturedStep:
         try:
             loss = graph.capture(lambda: self._run(static.microbatches, mark))
         except RuntimeError as error:  # of CUDA: work that waits for the device, or no memory; training goes on
-            self._give_up(str(error).splitlines()[0])
+            self._give_up(first_line(error))
             return None
         if not _is_roomy(graph, self._device):
             size = graph.num_bytes
@@ -159,7 +172,7 @@ class CapturedStep:
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem
-        log.warning("steps are not captured in a CUDA graph, and run as usual: %s", problem)
+        warn_of(problem, "steps")
 
 
 def _is_roomy(graph: Graph, device: torch.device) -> bool:
@@ -169,8 +182,10 @@ def _is_roomy(graph: Graph, device: torch.device) -> bool:
     return use.free + kept_by_torch >= graph.num_bytes
 
 
-def problem_of_capture(config: Config, world_size: int) -> str:
-    """Return why steps with this config are never captured, or nothing."""
+def problem_of_capture(config: Config, world_size: int, *, is_torchs: bool = False) -> str:
+    """Return why steps with this config are never captured, or nothing. `is_torchs`: an optimizer was passed."""
+    if is_torchs:
+        return "hooks of an optimizer that was passed may keep gradients, which a replay would overwrite"
     if world_size > 1:
         return "ranks communicate within a step"
     if config.zero.stage >= 3 or config.zero.tensor_placement_policy != "cuda":

@@ -24,9 +24,10 @@ from parallel.engine.state import EngineState
 from parallel.engine.step_code import StepCode
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
 from parallel.layout.labels import IGNORED, num_counted
+from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.first_not_finite import FirstNotFinite
-from parallel.modules.parameters import OriginalParameters
+from parallel.modules.parameters import OriginalParameters, problem_of_frozen
 from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
@@ -42,7 +43,7 @@ from parallel.plan.plan import Action, Plan
 from parallel.plan.validate import validate
 from parallel.sequence import Documents
 from parallel.storage.transfer import HostCopy
-from parallel.tensor.layers import Linear
+from parallel.tensor.layers import Weighted
 from parallel.zero.gatherer import Gatherer
 
 
@@ -66,6 +67,7 @@ class Engine(EngineState):
 
     def __init__(self, part: ModelPart, context: Context, optimizer: torch.optim.Optimizer | None = None) -> None:
         config, zero = context.config, context.config.zero.stage
+        Agreement(context.mesh.world).agree_on("a split model", problem_of_frozen(part.infos))
         placement = initial_placement_of(part.infos, context, is_torchs=optimizer is not None)
         with refusing_without_room(context.place.rank, "making the model"), placement.explain_host_shortage():
             chunks = make_chunks(placement.specs, placement.storages, fill=part.set_initial_values)
@@ -78,16 +80,16 @@ class Engine(EngineState):
         units, last = (part.units, part.last_units()) if gathers else ({}, [])
         self.gatherer = Gatherer(units, self.chunks, watcher=self.placement_manager, last=last)
         part.register_forward_pre_hook(lambda module, inputs: self.gatherer.start_pass())
-        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, backwards=part.num_backwards())
+        self.gradients = Gradients(self.chunks, scatters_each=zero >= 2, num_gradients=part.num_gradients())
         has_w = config.parallel.pipeline.size > 1 and config.train.activation_checkpointing == "none"
         compiles = config.train.compile and not has_w
         for module in part.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Weighted):
                 module.receiver = self.gradients.receiver(module.weight, in_compiled_code=compiles)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
         run, code = partial(self._forwards_and_backwards, records=True), StepCode(part, self.chunks, self.writes)
-        never = problem_of_capture(config, self.mesh.world.size)
+        never = problem_of_capture(config, self.mesh.world.size, is_torchs=optimizer is not None)
         self.captured_step = CapturedStep(run, code, gradients=self.gradients, stopwatch=self.stopwatch, never=never)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
@@ -113,7 +115,8 @@ class Engine(EngineState):
         NonFiniteError on every rank for a loss or a norm that is not finite, as `train.nonfinite` says: then the step
         has been run a second time, without an update, to name the rank, the layer and the microbatch where that began.
         """
-        self.agree_on(f"a train step with {self.hyperparameters}")
+        frozen = problem_of_frozen(self.part.infos) if self.writes.is_on else ""
+        self.agree_on(f"a train step with {self.hyperparameters}", frozen)
         self.saver.check()
         with self.memory_guard.explained(lambda: self.stopwatch.phase):
             result = self._train_step(batch, meanwhile)

@@ -70,11 +70,6 @@ class Inference:
         """The last layer of the last stage, which makes logits of what `forward` returns on its rank."""
         return self.part.layers[-1]
 
-    @property
-    def can_be_captured(self) -> bool:
-        """True if a forward is nothing but kernels on one GPU, so that a CUDA graph can hold it."""
-        return self.context.device.type == "cuda" and self.mesh.world.size == 1
-
     def begin(self) -> None:
         """Make available what is not gathered layer by layer; every rank calls this before its first forward."""
         if self.gatherer is not None:

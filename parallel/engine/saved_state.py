@@ -117,23 +117,17 @@ class SavedState:
         )
         return self._messages(now - saved, saved - now, "the optimizer")
 
-    def scale_problems(self, wanted: frozenset[str]) -> list[str]:
-        """Return messages about scales of weights with these public names that only one side has."""
-        saved = {f"master/{name}" for name in self.histories}
-        now = {f"master/{name}" for name in wanted}
-        return self._messages(now - saved, saved - now, "the model", "the scales of ")
-
     def without_states(self, wanted: Shapes) -> set[str]:
         """Return the names of the parameters with states now, of which the checkpoint has none."""
         saved, now = ({name_of(n) for n in shapes if kind_of(n) not in WEIGHTS} for shapes in (self.shapes, wanted))
         return now - saved
 
-    def _messages(self, missing: set[str], left_over: set[str], what: str, of: str = "") -> list[str]:
+    def _messages(self, missing: set[str], left_over: set[str], what: str) -> list[str]:
         found = []
         if missing:
-            found.append(f"{self.folder} lacks {of}{_text(missing)}, which {what} has")
+            found.append(f"{self.folder} lacks {_text(missing)}, which {what} has")
         if left_over:
-            found.append(f"{self.folder} has {of}{_text(left_over)}, which {what} lacks")
+            found.append(f"{self.folder} has {_text(left_over)}, which {what} lacks")
         return found
 
 

@@ -15,7 +15,7 @@ from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.values import decode, encode
 from parallel.engine.base import EngineBase
 from parallel.engine.saved_state import FORMAT, WEIGHTS, SavedState, Shapes, kind_of, name_of
-from parallel.engine.scales import histories_of_all, names_of_all
+from parallel.engine.scales import histories_of_all, restore_scales
 from parallel.engine.state_dict import check_layout, refuse_other, tensor_problems
 from parallel.errors import CheckpointError, names_text
 from parallel.layout.layout import Piece
@@ -111,7 +111,7 @@ class EngineState(EngineBase):
         """
         self._finish_saves("loading a checkpoint")
         saved = SavedState.read(folder, self.mesh.world, option="load_checkpoint")
-        problems = self._weight_problems(saved) + self._scale_problems(saved)
+        problems = self._weight_problems(saved)
         more, groups = self._group_problems(saved)
         self._refuse_or_log(problems + more, strict=strict)
         wanted = self._shapes(self._pieces_with(groups))
@@ -126,8 +126,9 @@ class EngineState(EngineBase):
         steps = {info.name: 0 for info in infos if not new.isdisjoint(info.names)}
         self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})
         set_extra_states(self.module, saved.values.get("extra_state", {}))
-        if self.scaling is not None:
-            self.scaling.restore({} if self._scale_problems(saved) else saved.histories)
+        unscaled = [] if self.scaling is None else restore_scales(self.scaling, saved.histories, self.mesh)
+        if unscaled:
+            self._log([f"{saved.folder} has no scales of {names_text(unscaled)}: all scales start anew, in bf16"])
         self.check_finite(f"It was loaded from {saved.folder}.", states=True)
         self._log_what_starts_anew(saved, new)
         extra: dict[str, Any] = saved.values["extra"]
@@ -195,7 +196,7 @@ class EngineState(EngineBase):
         self.restore(state["counters"], steps=state["counters"]["steps"])
         set_extra_states(self.module, values["extra_state"])
         if self.scaling is not None:
-            self.scaling.restore(values.get("scaling", {}))
+            restore_scales(self.scaling, values.get("scaling", {}), self.mesh)
 
     # -- details
 
@@ -252,14 +253,6 @@ class EngineState(EngineBase):
         wanted = self._shapes(self.state_pieces())
         saved.check_shapes(wanted)
         return saved.weight_problems(wanted, frozen=self._frozen())
-
-    def _scale_problems(self, saved: SavedState) -> list[str]:
-        """Return messages about scales of 8 bits that only one side has; none where a side has none at all, as in
-        another precision.
-        """
-        if self.scaling is None or not saved.histories:
-            return []
-        return saved.scale_problems(names_of_all(self.scaling, self.mesh))
 
     def _group_problems(self, saved: SavedState) -> tuple[list[str], dict[int, SavedGroup]]:
         """Return messages about optimizers and groups that differ, and the saved groups to restore, by number."""

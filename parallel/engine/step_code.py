@@ -1,8 +1,7 @@
 """The code of a step, as far as somebody can change it between two steps: hooks, modes, attributes of modules."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
-from functools import partial
+from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter, is_
 
 import torch
@@ -19,32 +18,64 @@ class StepCode:
     """Watches what decides, besides tensors and the config, which kernels forward and backward of a step launch.
 
     The engine has one hook of its own: of the part, before its forward. And each parameter has one, in which its
-    gradient arrives. Hooks, attributes and parameters are not looked at in a program in which nobody but the engine
-    writes (`Writes.stop`): a host that has waited for a loss should launch the next step soon.
+    gradient arrives. All other hooks are somebody's, and so is a function that takes the place of a class's method. An
+    attribute of a module is compared by identity: it may be a number, a module, a tensor that a graph reads.
+
+    Modules and parameters are not looked at in a program in which nobody but the engine writes (`Writes.stop`): a host
+    that has waited for a loss should launch the next step soon.
     """
 
     def __init__(self, part: ModelPart, chunks: Sequence[Chunk], writes: Writes) -> None:
         self.part, self.chunks, self.writes = part, list(chunks), writes
-        modules = [vars(module) for module in part.modules()]
-        self._hooks = [of[name] for of in modules for name in HOOKS if of is not vars(part)]
-        self._hooks += [vars(part)[name] for name in HOOKS if name != "_forward_pre_hooks"]
         self._parameters = [info.parameter for chunk in self.chunks for info in chunk.infos]
-        self._attributes = [(of, name) for of in modules for name in ("forward", *filter(partial(_is_setting, of), of))]
-        self._values = self._values_now()
+        self._methods: dict[type, list[object]] = {}  # of each class of a module, when it was seen first
         self._version = 0
+        self._note_modules()
 
-    @property
-    def is_observed(self) -> bool:
-        """True if torch or a module calls somebody's code within a step: a hook, or a mode for all functions."""
-        return _has_modes() or (self.writes.is_on and self._has_hooks())
+    def key(self) -> tuple[object, ...] | None:
+        """Return the settings of torch and of the modules, and where parameters are.
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The settings of torch and of the modules, where parameters are, and which of them get gradients."""
+        None: torch or a module calls somebody's code within a step, which only a step that runs as usual does.
+        """
+        if _has_modes():
+            return None
         places = [chunk.parameters.whole.data_ptr() for chunk in self.chunks]
         if not self.writes.is_on:
             return *_settings_of_torch(), *places
-        return *_settings_of_torch(), *places, self._version_now(), *[x.requires_grad for x in self._parameters]
+        self._follow_modules()
+        if self._has_patches() or self._has_hooks():
+            return None
+        return *_settings_of_torch(), *places, self._version
+
+    def _follow_modules(self) -> None:
+        """Count a new version where an attribute of a module, or of its lists and dicts, is another object now."""
+        now, before = self._objects_now(), self._objects
+        if len(now) != len(before) or not all(map(is_, now, before)):
+            self._note_modules()
+            self._version += 1
+
+    def _note_modules(self) -> None:
+        layers = chain.from_iterable(self.part.stages.values())  # a layer may have been replaced there alone
+        modules = dict.fromkeys(chain(self.part.modules(), *(layer.modules() for layer in layers)))
+        named = [vars(module) for module in modules]
+        self._hooks = [of[name] for of in named for name in HOOKS if of is not vars(self.part)]
+        self._hooks += [vars(self.part)[name] for name in HOOKS if name != "_forward_pre_hooks"]
+        pairs = [(name, x) for of in named for name, x in of.items() if not name.endswith("_hooks")]
+        self._dicts = named + [x for _, x in pairs if isinstance(x, dict)]
+        self._lists = [x for _, x in pairs if isinstance(x, list)]
+        self._objects = self._objects_now()
+        self._has_patched = any(
+            callable(getattr(type(module), name, None)) for module in modules for name in vars(module)
+        )
+        for cls in dict.fromkeys(chain.from_iterable(type(module).__mro__ for module in modules)):
+            self._methods.setdefault(cls, _methods_of(cls))
+
+    def _objects_now(self) -> list[object]:
+        return [*chain.from_iterable(map(dict.values, self._dicts)), *chain.from_iterable(self._lists)]
+
+    def _has_patches(self) -> bool:
+        """Return whether a function has taken the place of a method, of one module or of its class."""
+        return self._has_patched or any(_methods_of(cls) != methods for cls, methods in self._methods.items())
 
     def _has_hooks(self) -> bool:
         return (
@@ -55,42 +86,32 @@ class StepCode:
             or any(len(x._post_accumulate_grad_hooks or ()) > 1 for x in self._parameters)
         )
 
-    def _version_now(self) -> int:
-        """Return a number that is another one after somebody has set an attribute of a module to another object."""
-        now = self._values_now()
-        if not all(map(is_, now, self._values)):
-            self._values = now
-            self._version += 1
-        return self._version
 
-    def _values_now(self) -> list[object]:
-        return [of.get(name) for of, name in self._attributes]
-
-
-def _is_setting(attributes: Mapping[str, object], name: str) -> bool:
-    """Return whether an attribute is a number or options, such as the probability of a dropout. `train` sets one."""
-    value = attributes[name]
-    return not name.startswith("_") and name != "training" and (isinstance(value, int | float) or is_dataclass(value))
+def _methods_of(cls: type) -> list[object]:
+    return [*filter(callable, vars(cls).values())]
 
 
 def _has_modes() -> bool:
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.is_anomaly_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True)
-    )
+    """Return whether torch does more than it is told, or refuses it: in a mode, or for a context of autograd."""
+    stacks = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    modes = torch._C._is_any_autocast_enabled(), torch.is_anomaly_enabled(), torch.is_inference_mode_enabled()
+    return any((*stacks, hooks, *modes))
 
 
 def _settings_of_torch() -> tuple[object, ...]:
     cuda = torch.backends.cuda
     return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled("cuda"),
+        torch.get_deterministic_debug_mode(),
+        torch.get_default_dtype(),
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
+        *torch._C._get_sdp_priority_order(),
+        cuda.preferred_blas_library(),
+        cuda.matmul.fp32_precision,  # `get_float32_matmul_precision` raises for some of its values
         cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_accumulation,
     )

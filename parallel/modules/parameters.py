@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from parallel.chunk.chunk import Chunk
-from parallel.errors import ModelError
+from parallel.errors import ModelError, names_text
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.collectives import broadcast
 from parallel.mesh.mesh import Axis
@@ -24,6 +24,18 @@ def broadcast_parameters(infos: Sequence[ParameterInfo], axis: Axis) -> None:
             unshard_parameter(info.parameter, info.parameter.data)
         else:
             broadcast(info.parameter.data, axis)
+
+
+def problem_of_frozen(infos: Sequence[ParameterInfo]) -> str:
+    """Return why the parameters of a split model cannot be trained where some are frozen, or an empty string."""
+    frozen = [info.name for info in infos if not info.parameter.requires_grad]
+    if not frozen:
+        return ""
+    return (
+        f"model: parallel.Engine computes every gradient of a split model, and requires_grad is False of"
+        f" {names_text(frozen)}. Leave it True. To keep values, pass parallel.Engine an optimizer of torch.optim that"
+        " is not given these parameters; or train a plain module with parallel.initialize, which may have frozen ones."
+    )
 
 
 def make_gradients_dense(module: nn.Module) -> None:

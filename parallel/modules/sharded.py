@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from parallel.chunk.parameters import placeholder
 from parallel.errors import ModelError
 from parallel.mesh.collectives import all_gather, scatter
 from parallel.mesh.mesh import Axis
+from parallel.ops.placeholder import placeholder
 
 # Attributes of the parameter, so that they go wherever it goes.
 ATTRIBUTE, NAME = "_shard_of_this_rank", "_name_in_sharded_init"

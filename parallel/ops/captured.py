@@ -1,11 +1,17 @@
 """Work of a GPU that is the same each time, captured in a CUDA graph: the host launches it with one call."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
+
+from parallel.errors import first_line
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -26,7 +32,8 @@ class Graph(Protocol):
     def capture(self, function: Callable[[], T]) -> T:
         """Call the function, whose work the device records and does not do, and return what it returns.
 
-        The function never waits for the device, and copies nothing to it. An error leaves the device as it was.
+        The function never waits for the device, and copies nothing to it. An error leaves the device as it was: that of
+        the function, or a RuntimeError of the device.
         """
 
     def replay(self) -> None:
@@ -37,36 +44,57 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph of the current device."""
+    """A CUDA graph of a device."""
 
-    def __init__(self) -> None:
-        self._graph, self.num_bytes = torch.cuda.CUDAGraph(), 0
+    def __init__(self, device: torch.device) -> None:
+        self._graph, self._device, self.num_bytes = torch.cuda.CUDAGraph(), device, 0
 
     def capture(self, function: Callable[[], T]) -> T:
         """Return what the function returns; see `Graph`."""
         pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # of the calls before, whose memory the graph needs now
-        before = torch.cuda.memory_reserved()
-        # Where a capture fails, torch leaves the stream of the capture current, and the memory reserved.
-        with torch.cuda.stream(torch.cuda.current_stream()), _between_collections():
-            try:
-                # Other threads copy batches and write checkpoints meanwhile, which is not recorded.
-                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                    found = function()
-            except BaseException:
-                _release(pool)
-                raise
-        self.num_bytes = torch.cuda.memory_reserved() - before
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # of the calls before, whose memory the graph needs now
+            before = torch.cuda.memory_reserved()
+            # Other threads copy batches and write checkpoints meanwhile, which is not recorded.
+            capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+            # Where a capture fails, torch leaves the stream of the capture current, and the memory reserved.
+            with torch.cuda.stream(torch.cuda.current_stream()), _between_collections():
+                try:
+                    with raising_the_first_error(capture):
+                        found = function()
+                except BaseException:
+                    _release(pool)
+                    raise
+            self.num_bytes = torch.cuda.memory_reserved() - before
         return found
 
     def replay(self) -> None:
         self._graph.replay()
 
     def drop(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         self._graph.reset()
         self.num_bytes = 0
+
+
+@contextmanager
+def raising_the_first_error(inner: AbstractContextManager[object]) -> Iterator[None]:
+    """Enter a context whose end raises an error of its own after an error of the block: the latter is raised.
+
+    The end of a capture fails where an operation in it has failed, which says why, and may after a KeyboardInterrupt.
+    """
+    first: BaseException | None = None
+    try:
+        with inner:
+            try:
+                yield
+            except BaseException as error:
+                first = error
+                raise
+    finally:
+        if first is not None:
+            raise first
 
 
 @contextmanager
@@ -100,7 +128,7 @@ def _release(pool: tuple[int, int]) -> None:
 
 def graphs_of(device: torch.device) -> Callable[[], Graph] | None:
     """Return what makes a new graph for work of a device, or None where there are none."""
-    return CudaGraph if device.type == "cuda" else None
+    return partial(CudaGraph, device) if device.type == "cuda" else None
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -112,24 +140,37 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def warn_of(problem: str, what: str) -> None:
+    """Log why work cannot be captured: it is done all the same."""
+    log.warning("%s are not captured in a CUDA graph, and run as usual: %s", what, problem)
+
+
 class Captured:
-    """Calls a function, which after a few calls is captured in a CUDA graph that is replayed from then on.
+    """Calls a function, which after a few calls is captured in a graph that is replayed from then on.
 
     The function reads and writes tensors that stay, takes and returns nothing, and never waits for the device. Each
-    call, whether captured or not, does its work once. With `captures` False it is always called as usual.
+    call, whether captured or not, does its work once. Without `new_graph`, or where the function cannot be captured, it
+    is always called as usual; `what` says in the plural what the calls do.
     """
 
-    def __init__(self, function: Callable[[], None], *, captures: bool) -> None:
-        self.function, self.captures = function, captures
+    def __init__(self, function: Callable[[], None], new_graph: Callable[[], Graph] | None, *, what: str) -> None:
+        self.function, self.new_graph, self.what = function, new_graph, what
         self.calls = 0
-        self.graph: CudaGraph | None = None
+        self.graph: Graph | None = None
 
     def __call__(self) -> None:
-        if not self.captures or self.calls < CALLS_BEFORE:
-            self.calls += 1
-            self.function()
+        if self.graph is None and self.new_graph is not None and self.calls == CALLS_BEFORE:
+            self._capture(self.new_graph())
+        if self.graph is not None:
+            self.graph.replay()
             return
-        if self.graph is None:
-            self.graph = CudaGraph()
-            self.graph.capture(self.function)
-        self.graph.replay()
+        self.calls += 1
+        self.function()
+
+    def _capture(self, graph: Graph) -> None:
+        try:
+            graph.capture(self.function)
+        except RuntimeError as error:
+            warn_of(first_line(error), self.what)
+        else:
+            self.graph = graph

@@ -32,8 +32,8 @@ class ChunkSum:
     (Where the backwards of two microbatches overlap, a round may have gradients of both. The sum of all is the same,
     but for rounding: in ZeRO stages 2 and 3 plans with W in other places may differ in last bits.)
 
-    `backwards`: in how many backwards of one microbatch each parameter gets a gradient, by default in one. `completed`
-    is called when everything that a round waits for has arrived, and `on_launch` when its collective has been launched.
+    `num_gradients`: how many gradients of one microbatch each parameter gets, by default one. `completed` is called
+    when everything that a round waits for has arrived, and `on_launch` when its collective has been launched.
     `on_arrival`, if it is set, is called with each parameter whose gradient has arrived, and with the sum of the round
     so far.
     """
@@ -44,10 +44,10 @@ class ChunkSum:
         *,
         completed: Callable[["ChunkSum"], None],
         on_launch: Callable[["ChunkSum"], None],
-        backwards: Mapping[nn.Parameter, int] = NO_PARAMETERS,
+        num_gradients: Mapping[nn.Parameter, int] = NO_PARAMETERS,
     ) -> None:
         self.chunk, self.completed, self.on_launch = chunk, completed, on_launch
-        self.num_gradients = sum(backwards.get(info.parameter, 1) for info in chunk.infos)  # of one microbatch
+        self.num_gradients = sum(num_gradients.get(info.parameter, 1) for info in chunk.infos)  # of one microbatch
         self.seen = [0] * len(chunk.infos)  # for each parameter, 1 if a gradient has arrived since `begin`
         self.pending: Pending | None = None  # the collective of the last round, in flight
         self.was_launched = False  # in this step
@@ -88,6 +88,18 @@ class ChunkSum:
         accumulator = self.chunk.gradient.accumulator
         accumulator.add(i, gradient.view_as(accumulator.views()[i]))
         self._count(i)
+
+    def take_rows(self, i: int, keys: Tensor, dy: Tensor) -> None:
+        """Take the gradient of parameter i, a table [R, H], as the summands dy[..., H] of rows keys[T]."""
+        self.chunk.gradient.accumulator.add_rows(i, keys, dy)
+        self._count(i)
+
+    def room(self, i: int) -> Tensor | None:
+        """Return the place of parameter i for the first gradient of a step, which is about to arrive; None for others.
+
+        A place in a later round is not given: gradients of microbatches before may still be about to arrive there.
+        """
+        return None if self.was_launched else self.chunk.gradient.accumulator.room(i)
 
     def place_product(self, i: int, a: Tensor, b: Tensor) -> Tensor:
         """Return the product a[N, T] · b[T, K], a gradient of parameter i that is about to arrive, in its place."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from parallel.chunk.chunk import Chunk
 from parallel.layout.layout import ParameterInfo
 from parallel.ops.deferred import DeferredCalls
+from parallel.ops.receiver import GradientReceiver
 from parallel.optim.chunk_sum import NO_PARAMETERS, ChunkSum, FinishedSum
 from parallel.tensor.compiled import handle_of
-from parallel.tensor.receiver import GradientReceiver
 
 ROUNDS_IN_FLIGHT = 2  # the oldest is waited for when there are more
 
@@ -25,12 +25,13 @@ class Gradients:
     of DistributedDataParallel (Li et al. 2020, "PyTorch Distributed", section 3.2). Where the update is divided over
     that axis, the sum is a reduce-scatter: each rank receives only its slice (ZeRO stage 1; Rajbhandari et al. 2020,
     arXiv 1910.02054, section 5.1). `scatters_each`: each microbatch is summed over ranks by itself, so that no rank
-    keeps a whole gradient between two of them (stage 2, section 5.2). `backwards`: in how many backwards of one
-    microbatch a parameter gets a gradient, if not in one: as many as there are pipeline stages with it on this rank.
+    keeps a whole gradient between two of them (stage 2, section 5.2). `num_gradients`: how many gradients a parameter
+    gets of one microbatch, if not one: as many as there are layers with it on this rank.
 
-    Buffers are allocated when gradients arrive: during a forward, in which activations accumulate, there are none. A
-    buffer that is being scattered stays whole until it is waited for, and the host may be a whole backward ahead of its
-    GPU: therefore only `ROUNDS_IN_FLIGHT` are in flight.
+    Buffers are allocated when gradients arrive: during a forward, in which activations accumulate, there are none but
+    that of the head's table, whose gradient is computed in the head's forward. A buffer that is being scattered stays
+    whole until it is waited for, and the host may be a whole backward ahead of its GPU: therefore only
+    `ROUNDS_IN_FLIGHT` are in flight.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class Gradients:
         chunks: Sequence[Chunk],
         *,
         scatters_each: bool = False,
-        backwards: Mapping[nn.Parameter, int] = NO_PARAMETERS,
+        num_gradients: Mapping[nn.Parameter, int] = NO_PARAMETERS,
     ) -> None:
         self._in_flight: list[ChunkSum] = []  # reduce-scatters, the oldest first
         self._sums = [
-            ChunkSum(chunk, completed=self._completed, on_launch=self._on_launch, backwards=backwards)
+            ChunkSum(chunk, completed=self._completed, on_launch=self._on_launch, num_gradients=num_gradients)
             for chunk in chunks
         ]
         self._scatters_each = scatters_each
@@ -75,7 +76,14 @@ class Gradients:
         """
         total, i = self._sum_of[matrix]
         handle = handle_of(partial(total.place_product, i), matrix.device) if in_compiled_code else None
-        return GradientReceiver(self.deferred, partial(total.take_product, i), partial(total.take_summand, i), handle)
+        return GradientReceiver(
+            self.deferred,
+            partial(total.take_product, i),
+            partial(total.take_summand, i),
+            handle,
+            add_rows=partial(total.take_rows, i),
+            room=partial(total.room, i),
+        )
 
     def finish(self) -> None:
         """Wait until the gradient of every chunk is the sum over all ranks: whole, or this rank's slice."""

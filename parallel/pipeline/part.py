@@ -78,9 +78,11 @@ class ModelPart(nn.Module):
         stages = [[name for name, layer in self.units.items() if layer in layers] for layers in self.stages.values()]
         return [names[-1] for names in stages if names]
 
-    def num_backwards(self) -> Mapping[nn.Parameter, int]:
-        """Return in how many of this rank's stages each parameter is: a tied table may be in the first and the last."""
-        return Counter(x for layers in self.stages.values() for x in nn.ModuleList(layers).parameters())
+    def num_gradients(self) -> Mapping[nn.Parameter, int]:
+        """Return how many gradients each parameter gets of a microbatch: one from each of this rank's layers that have
+        it. A tied table may be in the first layer and the last.
+        """
+        return Counter(x for layer in self.layers for x in layer.parameters())
 
     def train(self, mode: bool = True) -> Self:
         """Do what torch's `train` does, in a tenth of its time where every module is in this mode already."""

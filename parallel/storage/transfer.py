@@ -2,7 +2,7 @@
 
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,9 +62,17 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
     It is pinned first: a copy from memory that is not pinned would let the host wait until the GPU comes to it.
     """
-    if device.type != "cuda" or x.is_cuda:
+    if device.type != "cuda" or x.is_cuda or x.layout != torch.strided or x.is_nested:
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    return _dense(x).pin_memory().to(device, non_blocking=True)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x, or a copy of it, with no element in the memory of another one, as in an expanded tensor, and no gap
+    between two, as in every second column: pinned memory has the strides of what is copied into it.
+    """
+    is_dense = x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
+    return x if is_dense else x.clone()
 
 
 def host_empty(size: int, dtype: torch.dtype, device: torch.device, *, in_pages: bool = False) -> Tensor:
@@ -175,3 +183,29 @@ class CopyEvent:
             self._on_host.result()
         if self._event is not None:
             self._event.synchronize()
+
+
+class LaterEvent(CopyEvent):
+    """The end of a copy that may be launched only when somebody waits for it: `launch`, called before each wait, calls
+    `launched` unless that has been done.
+    """
+
+    def __init__(self, launch: Callable[[], None], *, on_host: Future[Any] | None = None) -> None:
+        super().__init__(on_host=on_host)
+        self._launch = launch
+
+    def launched(self, copied: CopyEvent) -> None:
+        """Note the end of the copy, which has been launched."""
+        self._event = copied._event
+
+    def and_on_host(self, written: Future[Any]) -> CopyEvent:
+        self._launch()
+        return super().and_on_host(written)
+
+    def wait(self) -> None:
+        self._launch()
+        super().wait()
+
+    def synchronize(self) -> None:
+        self._launch()
+        super().synchronize()

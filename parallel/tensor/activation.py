@@ -11,47 +11,43 @@ from torch import Tensor
 from parallel.ops.kernels.activation import activated, gated
 from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.table import is_fused
-from parallel.tensor.fp8_matmul import CastInput, placeholder
+from parallel.ops.placeholder import placeholder_like
+from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.layers import Linear
 
 
 def activated_for(linear: Linear, u: Tensor, name: str, bias: Tensor | None) -> Tensor | CastInput:
     """Return act(u + bias), u[..., F], bias[F] -> [..., F], as the input of this linear."""
-    if linear.input_scale is None or not is_fused("activation", u):
+    form = linear.input_form
+    if form is None or not is_fused("activation", u):
         return activated(u, name, bias)
-    like, data = _Activated.apply(u, bias, name, linear)  # type: ignore[no-untyped-call]
+    like, data = _Activated.apply(u, bias, name, form)  # type: ignore[no-untyped-call]
     return CastInput(like, data)
 
 
 def gated_for(linear: Linear, x: Tensor, name: str) -> Tensor | CastInput:
     """Return act(gate) · up, x[..., 2F] -> [..., F], as the input of this linear."""
-    if linear.input_scale is None or not is_fused("activation", x):
+    form = linear.input_form
+    if form is None or not is_fused("activation", x):
         return gated(x, name)
-    like, data = _Gated.apply(x, name, linear)  # type: ignore[no-untyped-call]
+    like, data = _Gated.apply(x, name, form)  # type: ignore[no-untyped-call]
     return CastInput(like, data)
-
-
-def _cast_for(linear: Linear) -> EightBits:
-    """Return the form of the linear's input; its amax is recorded in the steps of a training alone."""
-    assert linear.eight_bit is not None
-    scale = linear.eight_bit.scales.x
-    return EightBits(scale.scale, linear.eight_bit.amax_of(scale))
 
 
 class _Activated(torch.autograd.Function):
     """Computes f in 8 bits, and what stands for f in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, bias: Tensor | None, name: str, linear: Linear) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u: Tensor, bias: Tensor | None, name: str, form: EightBits) -> tuple[Tensor, Tensor]:
         from parallel.ops.kernels.activation_triton import launch_activated  # imports Triton
 
         u = u.contiguous()
-        data = launch_activated(u, bias, name, _cast_for(linear))
+        data = launch_activated(u, bias, name, form)
         ctx.save_for_backward(u, bias)
         ctx.name = name
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
-        return placeholder(u), data
+        return placeholder_like(u), data
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -67,16 +63,16 @@ class _Gated(torch.autograd.Function):
     """Computes f in 8 bits, and what stands for f in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str, linear: Linear) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, name: str, form: EightBits) -> tuple[Tensor, Tensor]:
         from parallel.ops.kernels.activation_triton import launch_gated
 
         x = x.contiguous()
-        data = launch_gated(x, name, _cast_for(linear))
+        data = launch_gated(x, name, form)
         ctx.save_for_backward(x)
         ctx.name = name
         ctx.mark_non_differentiable(data)
         ctx.set_materialize_grads(False)
-        return placeholder(x[..., : data.shape[-1]]), data
+        return placeholder_like(x[..., : data.shape[-1]]), data
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -13,14 +13,14 @@ copy of it: where weights are gathered on demand, they are gathered again.
 Autograd casts a gradient to the dtype of the output that it belongs to, so this output must not have 8 bits. Therefore
 such a function has two outputs, which go to the linear together, as a `CastInput`: `like`, of x's shape and dtype, to
 which the gradient belongs; and `data`, the 8-bit numbers, which `ctx.mark_non_differentiable` excludes from the graph.
-`placeholder(x)` makes `like`: it has the memory of one element, and is NaN, so that a loss shows it if anything but a
-linear reads it. The function asks `Linear.input_scale` whether to do so, multiplies by its `scale`, and raises its
-`amax`:
+`placeholder_like(x)` makes `like`: it has the memory of one element, and is NaN, so that a loss shows it if anything
+but a linear reads it. The caller asks `Linear.input_form` whether to do so. The function multiplies by the form's
+`scale`, and raises its `amax` if there is one:
 
-    scale = linear.input_scale            # None: the linear multiplies in bf16 at present, and wants x
-    if scale is None:
+    form = linear.input_form              # None: the linear multiplies in bf16 at present, and wants x
+    if form is None:
         return linear(norm(x))
-    like, data = _NormIn8Bits.apply(x, ..., scale)   # data: E4M3, of x · scale.scale; scale.amax: raised to max |x|
+    like, data = _NormIn8Bits.apply(x, ..., form)    # data: E4M3, of norm(x) · form.scale; amax: its largest magnitude
     return linear(CastInput(like, data))
 
 The backward of that function gets dx in x's dtype, for `like`, as if it had returned x. A linear that shares its input
@@ -36,13 +36,12 @@ from torch import Tensor
 
 from parallel.activations.recompute import is_recomputation
 from parallel.mesh.collectives import Pending, start_all_gather
-from parallel.ops.compiling import not_compiled
 from parallel.ops.fp8 import E4M3, E5M2, SCALE_ALIGNMENT, Scaled, record_largest, scaled_product
-from parallel.ops.kernels.cast import cast, cast_and_transpose, transposed
+from parallel.ops.kernels.cast import EightBits, cast, cast_and_transpose, transposed
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import product_of
+from parallel.ops.receiver import GradientReceiver
 from parallel.tensor.matmul import Keep, LinearCollectives, Multiply, Product, arguments_of, matmul, received
-from parallel.tensor.receiver import GradientReceiver
 from parallel.tensor.scaling import LinearScales, TensorScale
 
 
@@ -57,11 +56,6 @@ class CastInput:
 def like_of(x: Tensor | CastInput) -> Tensor:
     """Return a tensor with the shape, dtype and device of a linear's input, whose values are not to be read."""
     return x.like if isinstance(x, CastInput) else x
-
-
-def placeholder(x: Tensor) -> Tensor:
-    """Return a tensor of x's shape, dtype and device that has the memory of one element, NaN."""
-    return x.new_full((), torch.nan).expand(x.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +86,7 @@ class WeightCopy:
     """A weight w[N', K''] in E4M3, by rows and by columns: cast when it is used first, and kept until `clear`.
 
     Whoever changes the weight, or its scale, calls `clear`: the engine at the beginning of a step and of an evaluation.
-    With `is_kept` False nothing is kept and each use casts: for weights that are gathered on demand, and released.
+    With `is_kept` False nothing is kept and each use casts: for weights that are gathered on demand, or may be.
     """
 
     def __init__(self, scale: TensorScale) -> None:
@@ -127,30 +121,34 @@ class WeightCopy:
 class EightBitLinear:
     """The part of a linear that multiplies in 8 bits: its collectives, its scales and the copy of its weight.
 
-    A function that is a linear and what stands before it can call `output` and `gradients` itself: they know nothing of
-    autograd.
+    `collectives` are those of the same linear in its dtype, in which it multiplies before there are scales. `around`
+    are those of its products in 8 bits, whose results have that dtype.
     """
 
-    def __init__(self, collectives: LinearCollectives, scales: LinearScales, dtype: torch.dtype) -> None:
+    def __init__(
+        self, collectives: LinearCollectives, scales: LinearScales, dtype: torch.dtype, weight: WeightCopy | None = None
+    ) -> None:
         assert type(collectives) is LinearCollectives, f"{type(collectives).__name__}: its slices have no 8 bits"
         for one in (scales.x, scales.weight, scales.dy):
             assert one.inverse.data_ptr() % SCALE_ALIGNMENT == 0, "a product on a GPU would be refused"
         self.collectives = collectives
         self.around = ScaledCollectives(**arguments_of(collectives), scales=scales, dtype=dtype)
         self.scales, self.state = scales, scales.state
-        self.weight = WeightCopy(scales.weight)
+        self.weight = WeightCopy(scales.weight) if weight is None else weight
 
-    def amax_of(self, scale: TensorScale) -> Tensor | None:
-        """Return where the largest magnitude of a tensor is recorded; None in an evaluation."""
-        return scale.amax if self.state.records else None
+    @property
+    def input_form(self) -> EightBits:
+        """The form in which the input is cast, by this linear or by what makes it."""
+        return EightBits(self.scales.x.scale, self._amax_of(self.scales.x))
 
     def cast_input(self, x: Tensor) -> CastInput:
         """Return x[..., K'], cast."""
-        return CastInput(x, cast(x.detach(), self.scales.x.scale, E4M3, self.amax_of(self.scales.x)))
+        form = self.input_form
+        return CastInput(x, cast(x.detach(), form.scale, E4M3, form.amax))
 
     def weight_rows(self, w: Tensor, *, trains: bool) -> Tensor:
         """Return w[N', K''], cast."""
-        return self.weight.rows(w.detach(), self.amax_of(self.scales.weight), trains=trains)
+        return self.weight.rows(w.detach(), self._amax_of(self.scales.weight), trains=trains)
 
     def gradients(
         self, dy: Tensor, x: Tensor, w: Tensor, receiver: GradientReceiver | None, *, has_bias: bool
@@ -159,7 +157,7 @@ class EightBitLinear:
 
         That of w is None where the receiver takes it, now or later.
         """
-        amax, around, columns = self.amax_of(self.scales.dy), self.around, self.weight.columns(w.detach())
+        amax, around, columns = self._amax_of(self.scales.dy), self.around, self.weight.columns(w.detach())
         is_deferred = receiver is not None and receiver.deferred.is_deferring
         flat = dy.flatten(0, -2)
         if is_deferred or around.scatter_y[1].size > 1:  # what is transposed is gathered first
@@ -180,6 +178,10 @@ class EightBitLinear:
         """Compute this rank's part of dW from its own parts of dy and x, in 8 bits, and give it to the receiver."""
         multiply: Multiply = partial(self._multiply, receiver=receiver, by_columns=None)
         received(self.around.weight_gradient(dy, x, multiply), receiver)
+
+    def _amax_of(self, scale: TensorScale) -> Tensor | None:
+        """Return where the largest magnitude of a tensor is recorded; None in an evaluation."""
+        return scale.amax if self.state.records else None
 
     def _multiply(
         self, dy: Tensor, x: Tensor, *, receiver: GradientReceiver | None, by_columns: Tensor | None
@@ -238,7 +240,6 @@ class _RecordGradient(torch.autograd.Function):
         return dy, None
 
 
-@not_compiled
 def fp8_matmul(
     x: Tensor | CastInput,
     w: Tensor,
@@ -246,7 +247,7 @@ def fp8_matmul(
     bias: Tensor | None = None,
     receiver: GradientReceiver | None = None,
 ) -> Tensor:
-    """Return x[..., K'] · w[N', K'']ᵀ + bias[N'] -> y[..., N'], as `matmul` does, in 8 bits.
+    """Return x[..., K'] · w[N', K'']ᵀ + bias[N'] -> y[..., N'], as `matmul` does, in 8 bits. It cannot be compiled.
 
     Before the first step that recorded maxima there are no scales: it multiplies as `matmul` does, and records.
     """

@@ -4,13 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from parallel.layout.layout import Layout
+from parallel.mesh.conjugate import gather
+from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.lookup import lookup
 from parallel.ops.kernels.table import can_be_given
-from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, fp8_matmul, like_of
+from parallel.ops.receiver import GradientReceiver, gradient_to
+from parallel.tensor.fp8_matmul import CastInput, EightBitLinear, WeightCopy, fp8_matmul, like_of
 from parallel.tensor.matmul import LinearCollectives, is_left_to_compiler, matmul, rectified_like
-from parallel.tensor.receiver import GradientReceiver
-from parallel.tensor.scaling import LinearScales, TensorScale
+from parallel.tensor.scaling import LinearScales
 
 
 class Sharded(nn.Module):
@@ -26,30 +29,38 @@ class Sharded(nn.Module):
             self.register_parameter(name, None if layout is None else nn.Parameter(like.new_zeros(layout.local_shape)))
 
 
-class Linear(Sharded):
+class Weighted(Sharded):
+    """A module with a weight, whose gradient may be given to a receiver: each use of the module gives it one."""
+
+    weight: nn.Parameter
+
+    def __init__(self, like: Tensor, **layouts: Layout | None) -> None:
+        super().__init__(like, **layouts)
+        self.receiver: GradientReceiver | None = None  # None: the gradient is left to autograd
+
+
+class Linear(Weighted):
     """A linear with the collectives of its mode, x[..., K'] -> y[..., N']: see `Mode.linear_in` and `linear_out`.
 
     The weight is [N, K] or, where several weights are one parameter, [count, N, K] or [groups, rows, K].
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, collectives: LinearCollectives, weight: Layout, bias: Layout | None, like: Tensor) -> None:
         super().__init__(like, weight=weight, bias=bias)
         self.collectives, self._rectified = collectives, rectified_like(collectives)
-        self.receiver: GradientReceiver | None = None  # of the weight's gradient, if it is not left to autograd
         self.eight_bit: EightBitLinear | None = None  # None: it multiplies in its dtype
 
-    def multiply_in_8_bits(self, scales: LinearScales) -> None:
-        """Multiply in 8 bits from now on, with these scales."""
-        self.eight_bit = EightBitLinear(self.collectives, scales, self.weight.dtype)
+    def multiply_in_8_bits(self, scales: LinearScales, copy: WeightCopy | None = None) -> None:
+        """Multiply in 8 bits from now on, with these scales, by this copy of the weight."""
+        self.eight_bit = EightBitLinear(self.collectives, scales, self.weight.dtype, copy)
 
     @property
-    def input_scale(self) -> TensorScale | None:
-        """The scale with which whoever makes the input may cast it, for a `CastInput`; None if it must not."""
+    def input_form(self) -> EightBits | None:
+        """The form in which whoever makes the input may write it, for a `CastInput`; None if it must not cast it."""
         linear = self.eight_bit
-        return linear.scales.x if linear is not None and linear.state.is_known else None
+        return linear.input_form if linear is not None and linear.state.is_known else None
 
     @property
     def flat_bias(self) -> Tensor | None:
@@ -102,34 +113,32 @@ class Linear(Sharded):
         return like.is_cuda and not is_left and can_be_given(kernel, like.dtype)
 
 
-class Embedding(Sharded):
+class Embedding(Weighted):
     """A table that is not split along its rows: indices[B, S] -> weight[indices], [B, S, H_axes]."""
-
-    weight: nn.Parameter
 
     def __init__(self, layout: Layout, like: Tensor) -> None:
         super().__init__(like, weight=layout)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return lookup(indices, self.weight)
+        return lookup(indices, self.weight, receiver=self.receiver)
 
 
-class Vocabulary(Sharded):
+class Vocabulary(Weighted):
     """The token embedding E[V_axes, H_axes], which the first layer looks up and the head multiplies by.
 
     The row `padding_idx` gets no gradient through the lookup, only through the head, as in Hugging Face's OPT.
     """
 
-    weight: nn.Parameter
-
     def __init__(self, layout: Layout, padding_idx: int | None, like: Tensor) -> None:
         super().__init__(like, weight=layout)
         self.layout, self.padding_idx = layout, padding_idx
 
-    def rows(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Look tokens[B, S] up in this rank's rows, table[V_axes, H'] -> [B, S, H'], zero for tokens of other ranks."""
-        first = self.layout.first_row
-        padding_idx = None
-        if self.padding_idx is not None and 0 <= self.padding_idx - first < table.shape[0]:
+    def rows(self, tokens: Tensor, axis: Axis) -> Tensor:
+        """Look tokens[B, S] up in this rank's rows, E[V_axes, H_axis] -> [B, S, H], zero for tokens of other ranks."""
+        first, padding_idx = self.layout.first_row, None
+        if self.padding_idx is not None and 0 <= self.padding_idx - first < self.weight.shape[0]:
             padding_idx = self.padding_idx - first
+        if axis.size == 1:
+            return lookup(tokens - first, self.weight, padding_idx, is_part=True, receiver=self.receiver)
+        table = gather(gradient_to(self.receiver, self.weight), -1, axis)
         return lookup(tokens - first, table, padding_idx, is_part=True)

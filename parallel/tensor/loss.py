@@ -14,9 +14,10 @@ from torch import Tensor
 from parallel.layout.layout import Layout, index_along
 from parallel.mesh.collectives import MAX, Pending, all_reduce
 from parallel.mesh.mesh import Axis
-from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy, multiply_in_place
+from parallel.ops.kernels.cross_entropy import Exchange, VocabularyPart, cross_entropy, multiply_in_place
 from parallel.ops.products import add_product, write_product
-from parallel.tensor.matmul import LinearCollectives, Multiply
+from parallel.ops.receiver import GradientReceiver
+from parallel.tensor.matmul import LinearCollectives, Multiply, received
 
 TOKENS_PER_SLICE = 4096  # tokens of this rank whose logits exist at a time
 
@@ -59,16 +60,33 @@ class HeadLayout:
         return Exchange(largest, summed) if axes else None
 
 
+@dataclass(frozen=True)
+class _Backward:
+    """Tells a forward about the backward that will follow.
+
+    `scale` multiplies the gradients. `receiver` is given the table's, if that is not left to autograd.
+    """
+
+    scale: float
+    receiver: GradientReceiver | None
+
+
 class _LMLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, backward: _Backward | None) -> Tensor:
+        scale, receiver = (None, None) if backward is None else (backward.scale, backward.receiver)
         table = Pending(head.collectives.start_gather_w(e).wait())
         labels = labels.unflatten(1, (-1, x.shape[1]))  # [B, parts, S_length]: those of the rank that has each part
         size = max(1, TOKENS_PER_SLICE // labels[..., 0].numel())
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         is_one_product = size >= x.shape[1] and head.collectives.gather_w.size == 1  # one product, rounded once
-        dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=x.dtype if is_one_product else wide)
+        dtype, room = x.dtype if is_one_product else wide, None if receiver is None else receiver.room()
+        if room is not None and room.shape == table.buffer.shape and room.dtype in (dtype, wide):
+            dw = room
+        else:
+            dw = torch.empty_like(table.buffer, dtype=dtype)
+        dx = torch.empty_like(x)
         for start in range(0, x.shape[1], size):
             tokens = slice(start, start + size)
             multiply = partial(add_product if start else write_product, out=dw)
@@ -77,14 +95,18 @@ class _LMLoss(torch.autograd.Function):
             if in_flight is not None:
                 dx[:, tokens] = in_flight.wait()
         if scale is not None:
-            ctx.save_for_backward(dx, head.collectives.scatter_dw(dw).to(e.dtype))
+            if dw is not room:
+                dw = head.collectives.scatter_dw(dw)
+                dw = dw.to(e.dtype) if room is None else room.copy_(dw)
+            ctx.save_for_backward(dx, dw)
+            ctx.receiver = receiver
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         # In place, so that a second backward raises.
         dx, de = (multiply_in_place(grad, grads[0]) for grad in ctx.saved_tensors)
-        return dx, de, None, None, None
+        return dx, received(de, ctx.receiver), None, None, None
 
 
 def _token_slice(
@@ -97,22 +119,29 @@ def _token_slice(
     loss, dlogits = cross_entropy(
         head.collectives.wide_product(whole_x, table, torch.promote_types(x.dtype, torch.float32)),
         labels,
-        entries=head.entries,
+        VocabularyPart(head.entries, head.exchange),
         scale=scale,
         dtype=x.dtype,
-        exchange=head.exchange,
     )
     return loss, None if dlogits is None else head.collectives.gradients(dlogits, whole_x, table, multiply)[0]
 
 
-def sum_cross_entropy(x: Tensor, e: Tensor, labels: Tensor, head: HeadLayout, scale: float = 1.0) -> Tensor:
+def sum_cross_entropy(
+    x: Tensor,
+    e: Tensor,
+    labels: Tensor,
+    head: HeadLayout,
+    *,
+    scale: float = 1.0,
+    receiver: GradientReceiver | None = None,
+) -> Tensor:
     """Return the sum of cross entropies over the labels that are counted, in fp32 at least.
 
     x[B_batch, S_length, H_hidden], e[V_axes, H_k_in], labels[B_inner_batch, S] -> []: the embedding is a linear_in. All
     ranks of `head.axes` get the same sum. Its gradient is multiplied by `scale` (1/count, a loss scale) in fp32, before
     it is cast to a narrower dtype. Where sequences are split, a token slice is a slice of each rank's positions.
+    `receiver` is given e's gradient, which is computed in its room if it has any, and autograd then gets none.
     """
-    total: Tensor = _LMLoss.apply(  # type: ignore[no-untyped-call]
-        x, e, labels, head, scale if torch.is_grad_enabled() else None
-    )
+    backward = _Backward(scale, receiver if e.requires_grad else None) if torch.is_grad_enabled() else None
+    total: Tensor = _LMLoss.apply(x, e, labels, head, backward)  # type: ignore[no-untyped-call]
     return total

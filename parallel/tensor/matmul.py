@@ -28,8 +28,8 @@ from parallel.mesh.mesh import ALONE, Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.column_sum import column_sum
 from parallel.ops.products import wide_product
+from parallel.ops.receiver import GradientReceiver
 from parallel.tensor.compiled import compiled_linear
-from parallel.tensor.receiver import GradientReceiver
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from parallel.layout.layout import Layout
 from parallel.mesh.collectives import all_gather, local_slice
-from parallel.mesh.conjugate import gather, reduce, scatter
+from parallel.mesh.conjugate import reduce, scatter
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.sequence import UNSPLIT, SequenceSplit
 from parallel.tensor.layers import Embedding, Linear, Vocabulary
@@ -248,8 +248,7 @@ class Mode:
         split = (*self.inner_hidden, *self.lookup_batch, self.collectives_in.gather_w, self.sequence.axis)
         if torch.compiler.is_compiling() and all(axis.size == 1 for axis in split):
             return F.embedding(tokens, vocabulary.weight)  # which a compiler can fuse with what follows
-        table = gather(vocabulary.weight, -1, self.collectives_in.gather_w)
-        rows = vocabulary.rows(self.tokens(tokens, self.lookup_batch), table)
+        rows = vocabulary.rows(self.tokens(tokens, self.lookup_batch), self.collectives_in.gather_w)
         return reduce(scatter(rows, *self.scatter_rows), self.reduce_rows)
 
     def logits(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -263,7 +262,8 @@ class Mode:
         differ only along `inner_hidden` get the same sum. The gradient is multiplied by `scale`.
         """
         head = HeadLayout(self.collectives_in, self.inner_hidden, vocabulary.layout)
-        return sum_cross_entropy(x, vocabulary.weight, self.tokens(labels, self.inner_batch), head, scale)
+        labels = self.tokens(labels, self.inner_batch)
+        return sum_cross_entropy(x, vocabulary.weight, labels, head, scale=scale, receiver=vocabulary.receiver)
 
     def _linear(self, collectives: LinearCollectives, *dims: tuple[int, Split], bias: bool = True) -> Linear:
         """Return a linear whose weight has these dims, each split over these axes. A bias has all but the last."""

@@ -17,11 +17,11 @@ from parallel.layout.layout import Layout
 from parallel.layout.rng import Dropout
 from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
+from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.norm import fuses
 from parallel.tensor.fp8_matmul import CastInput
 from parallel.tensor.layers import Sharded
 from parallel.tensor.residual import Addend, NormalizedDim, residual_norm, residual_norm_in_8_bits
-from parallel.tensor.scaling import TensorScale
 
 
 class Norm(Sharded):
@@ -51,12 +51,12 @@ class Norm(Sharded):
         return total, self.composed(total)
 
     def residual_for(
-        self, scale: TensorScale | None, x: Tensor, addend: Addend | None = None, dropout: Dropout | None = None
+        self, form: EightBits | None, x: Tensor, addend: Addend | None = None, dropout: Dropout | None = None
     ) -> tuple[Tensor, Tensor | CastInput]:
-        """Return the same to a caller that gives the norm to one linear, whose input may be cast with this scale."""
-        if scale is None or torch.compiler.is_compiling() or not fuses(x):
+        """Return the same to a caller that gives the norm to one linear, whose input may be written in this form."""
+        if form is None or torch.compiler.is_compiling() or not fuses(x):
             return self.residual(x, addend, dropout)
-        return residual_norm_in_8_bits(x, addend, dropout, (self.weight, self.bias), self.dim, scale)
+        return residual_norm_in_8_bits(x, addend, dropout, (self.weight, self.bias), self.dim, form)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_contiguous() and fuses(x):

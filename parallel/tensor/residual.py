@@ -16,9 +16,9 @@ from parallel.mesh.mesh import Axis
 from parallel.ops.compiling import not_compiled
 from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.norm import FlatAddend, Mask, NormKind, fuses
-from parallel.tensor.fp8_matmul import CastInput, placeholder
+from parallel.ops.placeholder import placeholder_like
+from parallel.tensor.fp8_matmul import CastInput, like_of
 from parallel.tensor.layers import Linear
-from parallel.tensor.scaling import TensorScale
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Addend:
 
 def output_of(linear: Linear, x: Tensor | CastInput) -> Addend:
     """Return the output of a half's last linear. Its bias is left to the kernel that adds it, where there is one."""
-    if linear.bias is not None and fuses(x if isinstance(x, Tensor) else x.like):
+    if linear.bias is not None and fuses(like_of(x)):
         return Addend(linear.product(x), linear.flat_bias)
     return Addend(linear(x))
 
@@ -105,10 +105,10 @@ def residual_norm_in_8_bits(
     dropout: Dropout | None,
     parameters: tuple[Tensor | None, Tensor | None],
     dim: NormalizedDim,
-    scale: TensorScale,
+    form: EightBits,
 ) -> tuple[Tensor, CastInput]:
-    """Return the same, with the norm in 8 bits, for a linear whose input has this scale."""
-    total, *normed = _launch(x, addend, dropout, parameters, dim, EightBits(scale.scale, scale.amax))
+    """Return the same, with the norm in 8 bits, for a linear whose input has this form."""
+    total, *normed = _launch(x, addend, dropout, parameters, dim, form)
     return total, CastInput(*normed)
 
 
@@ -118,11 +118,11 @@ def _launch(
     dropout: Dropout | None,
     parameters: tuple[Tensor | None, Tensor | None],
     dim: NormalizedDim,
-    eight_bits: EightBits | None,
+    form: EightBits | None,
 ) -> tuple[Tensor, ...]:
     y, y_bias = (None, None) if addend is None else (addend.y, addend.bias)
     apply = _apply_eagerly if dim.axes else _ResidualNorm.apply
-    outputs: tuple[Tensor, ...] = apply(x, y, y_bias, _mask(dropout), *parameters, dim, eight_bits)
+    outputs: tuple[Tensor, ...] = apply(x, y, y_bias, _mask(dropout), *parameters, dim, form)
     return outputs
 
 
@@ -145,27 +145,25 @@ class _ResidualNorm(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         from parallel.ops.kernels import norm_forward_triton as kernels  # imports Triton
 
-        x, y, y_bias, mask, weight, bias, dim, eight_bits = inputs
+        x, y, y_bias, mask, weight, bias, dim, form = inputs
         kind = NormKind(dim.is_rms, dim.eps, dim.size)
         addend = None if y is None else FlatAddend(y.contiguous(), y_bias, mask)
         if dim.axes:
             total, local = kernels.launch_local_statistics(x.contiguous(), addend, kind)
             statistics = dim.merged(local)
-            normed = kernels.launch_normalize(total, statistics, weight, bias, kind, eight_bits)
+            normed = kernels.launch_normalize(total, statistics, weight, bias, kind, form)
         else:
-            total, normed, statistics = kernels.launch_residual_norm(
-                x.contiguous(), addend, weight, bias, kind, eight_bits
-            )
+            total, normed, statistics = kernels.launch_residual_norm(x.contiguous(), addend, weight, bias, kind, form)
         total = x if y is None else total
         ctx.save_for_backward(total, statistics, weight)
         ctx.dim, ctx.kind, ctx.mask = dim, kind, mask
         needed = ctx.needs_input_grad
         ctx.wants = _dtype(weight, needed[4]), _dtype(bias, needed[5]), _dtype(y_bias, needed[2])
         ctx.set_materialize_grads(False)
-        if eight_bits is None:
+        if form is None:
             return total, normed
         ctx.mark_non_differentiable(normed)
-        return total, placeholder(x), normed
+        return total, placeholder_like(x), normed
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.ops.kernels.cross_entropy import Exchange, cross_entropy_fused, cross_entropy_in_torch, multiply_fused
+from parallel.ops.kernels.cross_entropy import (
+    Exchange,
+    VocabularyPart,
+    cross_entropy_fused,
+    cross_entropy_in_torch,
+    multiply_fused,
+)
 from tests.exactness import assert_as_exact
 
 IGNORED = -100
@@ -38,8 +44,14 @@ class Case:
         logits[..., self.columns - self.padding :] = 1e6
         return logits.to(device), labels.to(device)
 
-    def options(self, **more: Any) -> dict[str, Any]:
-        return dict(scale=self.scale, dtype=self.dtype, exchange=None) | more
+    @property
+    def part(self) -> VocabularyPart:
+        """The whole vocabulary."""
+        return VocabularyPart(range(self.columns - self.padding))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(scale=self.scale, dtype=self.dtype)
 
 
 CASES = [
@@ -66,11 +78,10 @@ def exact(case: Case, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def check(case: Case, device: str) -> None:
     logits, labels = case.inputs(device)
-    entries = range(case.columns - case.padding)
     loss, gradient = exact(case, logits, labels)
-    of_torch = cross_entropy_in_torch(logits.clone(), labels, entries=entries, **case.options())
+    of_torch = cross_entropy_in_torch(logits.clone(), labels, case.part, **case.options)
     memory = logits.clone()
-    found = cross_entropy_fused(memory, labels, entries=entries, **case.options())
+    found = cross_entropy_fused(memory, labels, case.part, **case.options)
     assert_as_exact(found[0], of_torch[0], loss, case)
     if case.scale is None:
         assert found[1] is None
@@ -80,7 +91,7 @@ def check(case: Case, device: str) -> None:
     assert of_torch[1] is not None
     assert found[1].untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     assert_as_exact(found[1], of_torch[1], gradient, case)
-    assert not found[1][..., len(entries) :].any()  # the padding's is 0, not merely small
+    assert not found[1][..., len(case.part.entries) :].any()  # the padding's is 0, not merely small
     assert not found[1][labels < 0].any()
 
 
@@ -99,7 +110,7 @@ def check_split(case: Case, ranks: int, device: str) -> None:
             parts = [part.contiguous().clone() for part in logits.split(width, -1)]
             spans = [range(i * width, max(i * width, min(used, (i + 1) * width))) for i in range(ranks)]
             return [
-                function(part, labels, entries=span, **case.options(exchange=exchange))
+                function(part, labels, VocabularyPart(span, exchange), **case.options)
                 for part, span in zip(parts, spans, strict=True)
             ]
 
@@ -127,8 +138,8 @@ def check_not_finite(device: str) -> None:
         for token in range(2):  # the first is not counted
             changed = logits.clone()
             changed[0, token, slice(None) if whole else 290] = value
-            loss, gradient = cross_entropy_in_torch(changed.clone(), labels, entries=range(300), **case.options())
-            found, found_gradient = cross_entropy_fused(changed, labels, entries=range(300), **case.options())
+            loss, gradient = cross_entropy_in_torch(changed.clone(), labels, case.part, **case.options)
+            found, found_gradient = cross_entropy_fused(changed, labels, case.part, **case.options)
             torch.testing.assert_close(found, loss, equal_nan=True)
             assert found.isnan() == (whole or value != -torch.inf)
             assert gradient is not None
@@ -157,8 +168,9 @@ def check_all(device: str) -> None:
     check_split(Case(503, (1, 5), padding=2, kind="near"), 2, device)
     check_split(Case(9, (1, 4), padding=6), 4, device)
     check_not_finite(device)
-    logits, labels = Case(700).inputs(device)
-    nothing = cross_entropy_fused(logits, labels.fill_(IGNORED), entries=range(700), **Case(700).options())
+    case = Case(700)
+    logits, labels = case.inputs(device)
+    nothing = cross_entropy_fused(logits, labels.fill_(IGNORED), case.part, **case.options)
     assert not nothing[0]
     assert nothing[1] is not None
     assert not nothing[1].any()

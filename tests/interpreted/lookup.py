@@ -1,4 +1,4 @@
-"""Lookups in a table or in a part of it, and the gradient of the table."""
+"""Lookups in a table or in a part of it, and the gradient of the table: alone, or added to a sum."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from parallel.ops.kernels.lookup import lookup_fused, lookup_in_torch
+from parallel.optim.gradients import Gradients
 from tests.exactness import assert_as_exact
+from tests.parts import chunk_of
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,32 @@ def check(case: Case, device: str) -> None:
         assert torch.equal(found[1], results(lookup_fused, table, dy)[1])
 
 
+def check_sum(case: Case, device: str) -> None:
+    """Let two microbatches add their rows to the buffer of a chunk, which is fp32 then."""
+    indices, table, dy = case.inputs(device)
+    chunk = chunk_of((case.rows, case.width), device=device)
+    (info,) = chunk.infos
+    sums = Gradients([chunk])
+    sums.begin(2)
+    chunk.gradient.accumulator.views()[0].fill_(torch.nan)  # as fresh memory may be
+    for _ in range(2):
+        found = lookup_fused(indices, info.parameter, case.padding_idx, sums.receiver(info.parameter))
+        found.backward(dy.float())
+    sums.finish()
+    assert info.parameter.grad is None
+    assert chunk.gradient.total is not None
+    reference, exact = (
+        torch.autograd.grad(lookup_in_torch(indices, leaf, case.padding_idx, is_part=True), leaf, dy.to(leaf.dtype))[0]
+        for leaf in (table.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    )
+    assert_as_exact(chunk.spec.views(chunk.gradient.total)[0], 2 * reference, 2 * exact, case)
+
+
 def check_all(device: str) -> None:
     for case in CASES:
         check(case, device)
+    for case in CASES[:2]:
+        check_sum(case, device)
 
 
 def interpret() -> None:

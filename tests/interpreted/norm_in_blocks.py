@@ -102,7 +102,7 @@ def compare_8_bits(family: str, device: str) -> None:
         linear.multiply_in_8_bits(scales)
     found, largest = [], []
     for layer, casts in ((block, True), (block, False), (Recomputed(block), True)):
-        with kernels_are(True), patch.object(Linear, "input_scale", Linear.input_scale if casts else None):
+        with kernels_are(True), patch.object(Linear, "input_form", Linear.input_form if casts else None):
             with scaling.casting(records=True):
                 found.append(results(layer, device, torch.bfloat16))
             largest.append(scaling.amax[:, ::2].clone())  # of inputs and gradients: weights are cast once

@@ -49,7 +49,7 @@ def _launch(elements: Elements, step: Step, config: OptimizerConfig) -> None:
     tables, width, offsets = (
         ((None, None), None, (None,) * 4) if noise is None else (noise.tables, noise.width, noise.offsets)
     )
-    _update_one[triton.cdiv(size, BLOCK),](
+    _update[triton.cdiv(size, BLOCK),](
         *(elements.gradient, *elements.states, elements.own),
         size,
         *(step.factor, step.found_inf, *elements.factors(step.lr, config.betas)),
@@ -92,7 +92,7 @@ def _row(elements: Elements, step: Step, config: OptimizerConfig) -> list[int]:
 
 
 @triton.jit(do_not_specialize=["width", "row_1", "column_1", "row_2", "column_2"])
-def _update_one(
+def _update(
     gradient,
     master,
     first,
@@ -118,33 +118,36 @@ def _update_one(
     TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update a block of elements of their own."""
+    """Update the block of this program, of elements of their own or of a row of `_update_many`."""
     if tl.load(found_inf) != 1.0:
-        _update_block(
-            gradient,
-            master,
-            first,
-            second,
-            own,
-            size,
-            tl.load(factor).to(tl.float32),
-            decay,
-            rate,
-            root,
-            weight_1,
-            weight_2,
-            eps,
-            permutation,
-            numbers,
-            width,
-            row_1,
-            column_1,
-            row_2,
-            column_2,
-            IS_WIDE,
-            TABLE,
-            BLOCK,
-        )
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        lanes = tl.arange(0, BLOCK)
+        mask = lanes < size - start
+        at = start + lanes
+        g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
+        w = tl.load(master + at, mask=mask, other=0.0)
+        m = tl.load(first + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
+
+        m = tl.fma(weight_1, g - m, m)
+        v += tl.fma(weight_2 * g, g, -(weight_2 * v))
+        change = tl.div_rn(rate * m, tl.fma(tl.sqrt_rn(v), root, eps))
+        w -= tl.fma(decay, w, change)
+
+        tl.store(master + at, w, mask=mask)
+        if own is not None:
+            tl.store(own + at, w.to(own.dtype.element_ty), mask=mask)
+        if permutation is not None:
+            row = start // width  # of the block's first element
+            columns = (start - row * width).to(tl.int32) + lanes
+            # A block that is no longer than a row has elements of two rows at most.
+            below = (columns >= width).to(tl.int32) if IS_WIDE else columns // width
+            columns -= below * width
+            rows = row.to(tl.int32) + below
+            m = _rounded(m, permutation, numbers, rows, columns, row_1, column_1, TABLE)
+            v = _rounded(v, permutation, numbers, rows, columns, row_2, column_2, TABLE)
+        tl.store(first + at, m.to(first.dtype.element_ty), mask=mask)
+        tl.store(second + at, v.to(second.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -167,18 +170,19 @@ def _update_many(
     """Update a block of one row of the table."""
     row = table + tl.program_id(1) * FIELDS
     size = tl.load(row + 5)
-    if (tl.load(found_inf) != 1.0) & (tl.program_id(0) * BLOCK < size):
+    if tl.program_id(0) * BLOCK < size:
         own = None
         if OWN is not None:
             own = tl.load(row + 4).to(tl.pointer_type(OWN))
-        _update_block(
+        _update(
             tl.load(row).to(tl.pointer_type(GRADIENT)),
             tl.load(row + 1).to(tl.pointer_type(tl.float32)),
             tl.load(row + 2).to(tl.pointer_type(MOMENT)),
             tl.load(row + 3).to(tl.pointer_type(MOMENT)),
             own,
             size,
-            tl.load(factor).to(tl.float32),
+            factor,
+            found_inf,
             tl.load(row + 6).to(tl.float64, bitcast=True).to(tl.float32),
             tl.load(row + 7).to(tl.float64, bitcast=True).to(tl.float32),
             tl.load(row + 8).to(tl.float64, bitcast=True).to(tl.float32),
@@ -196,63 +200,6 @@ def _update_many(
             TABLE,
             BLOCK,
         )
-
-
-@triton.jit
-def _update_block(
-    gradient,
-    master,
-    first,
-    second,
-    own,
-    size,
-    factor,
-    decay,
-    rate,
-    root,
-    weight_1,
-    weight_2,
-    eps,
-    permutation,
-    numbers,
-    width,
-    row_1,
-    column_1,
-    row_2,
-    column_2,
-    IS_WIDE: tl.constexpr,
-    TABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Update the block of this program."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < size - start
-    at = start + lanes
-    g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32) * factor
-    w = tl.load(master + at, mask=mask, other=0.0)
-    m = tl.load(first + at, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
-
-    m = tl.fma(weight_1, g - m, m)
-    v += tl.fma(weight_2 * g, g, -(weight_2 * v))
-    change = tl.div_rn(rate * m, tl.fma(tl.sqrt_rn(v), root, eps))
-    w -= tl.fma(decay, w, change)
-
-    tl.store(master + at, w, mask=mask)
-    if own is not None:
-        tl.store(own + at, w.to(own.dtype.element_ty), mask=mask)
-    if permutation is not None:
-        row = start // width  # of the block's first element
-        columns = (start - row * width).to(tl.int32) + lanes
-        # A block that is no longer than a row has elements of two rows at most.
-        below = (columns >= width).to(tl.int32) if IS_WIDE else columns // width
-        columns -= below * width
-        rows = row.to(tl.int32) + below
-        m = _rounded(m, permutation, numbers, rows, columns, row_1, column_1, TABLE)
-        v = _rounded(v, permutation, numbers, rows, columns, row_2, column_2, TABLE)
-    tl.store(first + at, m.to(first.dtype.element_ty), mask=mask)
-    tl.store(second + at, v.to(second.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -25,38 +25,37 @@ class Exchange:
     """Returns their sum."""
 
 
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The entries of the vocabulary that this rank has: they are the first columns of its logits, and what is after
+    them is padding. `exchange`: None if this rank has the whole vocabulary.
+    """
+
+    entries: range
+    exchange: Exchange | None = None
+
+
 def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    entries: range,
-    scale: float | None,
-    dtype: torch.dtype,
-    exchange: Exchange | None,
+    logits: Tensor, labels: Tensor, part: VocabularyPart, *, scale: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Return Σ (logsumexp(logits) − logits[label]) over counted labels, and `scale` times its gradient in `dtype`.
 
     logits[B, S, V_axes] in fp32 at least, which are overwritten; labels[B, S] -> [], [B, S, V_axes]. There is no
     gradient if `scale` is None; otherwise it is in the memory of the logits, if that can be. A negative label is not
-    counted. `entries` are the vocabulary's entries of this rank, the first columns; the others are padding, and masked.
+    counted. Padding is masked.
 
-    `exchange`: ranks send three numbers for each token, never a logit: the largest logit, the sum of exponentials, and
-    the label's logit (Shoeybi et al. 2019, section 3). None: this rank has the whole vocabulary.
+    Ranks that split the vocabulary send three numbers for each token, never a logit: the largest logit, the sum of
+    exponentials, and the label's logit (Shoeybi et al. 2019, section 3).
     """
     function = cross_entropy_fused if is_fused("cross_entropy", logits) else cross_entropy_in_torch
-    return function(logits, labels, entries=entries, scale=scale, dtype=dtype, exchange=exchange)
+    return function(logits, labels, part, scale=scale, dtype=dtype)
 
 
 def cross_entropy_in_torch(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    entries: range,
-    scale: float | None,
-    dtype: torch.dtype,
-    exchange: Exchange | None,
+    logits: Tensor, labels: Tensor, part: VocabularyPart, *, scale: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `cross_entropy` does, for every device and dtype."""
+    entries, exchange = part.entries, part.exchange
     logits[..., len(entries) :].fill_(torch.finfo(logits.dtype).min)  # not -inf: all rows of a rank may be padding
     counted = labels >= 0
     index = labels - entries.start
@@ -82,13 +81,7 @@ def cross_entropy_in_torch(
 
 
 def cross_entropy_fused(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    entries: range,
-    scale: float | None,
-    dtype: torch.dtype,
-    exchange: Exchange | None,
+    logits: Tensor, labels: Tensor, part: VocabularyPart, *, scale: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `cross_entropy` does, of fp32 logits on a GPU."""
     from parallel.ops.kernels.cross_entropy_triton import (  # imports Triton
@@ -98,7 +91,7 @@ def cross_entropy_fused(
         launch_statistics,
     )
 
-    logits = logits.contiguous()
+    entries, exchange, logits = part.entries, part.exchange, logits.contiguous()
     out = None if scale is None else gradient_memory(logits, dtype)
     if exchange is None:
         return launch_loss_and_gradient(logits, labels, entries, scale=scale, out=out).sum(), out

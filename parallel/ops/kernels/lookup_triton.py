@@ -37,21 +37,19 @@ def launch_take_rows(indices: Tensor, table: Tensor, padding_idx: int | None) ->
     return y, keys
 
 
-def launch_sum_rows(keys: Tensor, dy: Tensor, rows: int) -> Tensor:
-    """Return the gradient of the table, keys[T] of `launch_take_rows`, dy[..., H] -> [R, H]."""
-    tokens, width = len(keys), dy.shape[-1]
-    gradient = dy.new_zeros(rows, width)
+def launch_add_rows(keys: Tensor, dy: Tensor, gradient: Tensor, *, is_first: bool) -> None:
+    """Add dy[..., H] to the rows keys[T] of the table's gradient [R, H], or write these rows where `is_first`."""
+    tokens, (rows, width) = len(keys), gradient.shape
     if dy.numel():
         order = torch.sort(keys, stable=True)
         columns = min(1024, triton.next_power_of_2(width))
         grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(width, columns))
         aside = torch.empty(grid[0], 2, width, dtype=torch.float32, device=dy.device)
         tensors, sizes = (gradient, aside), (tokens, rows, width)
-        constants = dict(TOKENS=TOKENS, COLUMNS=columns)
+        constants = dict(IS_FIRST=is_first, TOKENS=TOKENS, COLUMNS=columns)
         of_tokens = (order.values, order.indices, dy.contiguous())
         launch(_sum_tokens, grid, (*of_tokens, *tensors), sizes, constants=constants, num_warps=4)
         launch(_sum_aside, grid, (order.values, *tensors), sizes, constants=constants, num_warps=4)
-    return gradient
 
 
 @triton.jit
@@ -79,7 +77,27 @@ def _add(total, excess, value):
 
 
 @triton.jit
-def _sum_tokens(keys, order, dy, gradient, aside, tokens, rows, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+def _put(total, to, mask, IS_FIRST: tl.constexpr):
+    """Add the sum of a row to what is there, or write it."""
+    if not IS_FIRST:
+        total += tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, total.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_tokens(
+    keys,
+    order,
+    dy,
+    gradient,
+    aside,
+    tokens,
+    rows,
+    width,
+    IS_FIRST: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Add up TOKENS tokens of the order, row by row. aside[program, 0] is the sum of a row that programs before have
     tokens of, and aside[program, 1] that of a row which begins here and continues in the next program.
     """
@@ -101,15 +119,25 @@ def _sum_tokens(keys, order, dy, gradient, aside, tokens, rows, width, TOKENS: t
         is_from_before = begins_before & (key == first)
         is_whole = (following != key) & (is_from_before == 0)
         to_row = gradient + key.to(tl.int64) * width
-        tl.store(to_row + columns, total.to(dy.dtype.element_ty), mask=is_column & is_whole & (key < rows))
+        _put(total, to_row + columns, is_column & is_whole & (key < rows), IS_FIRST)
         to_aside = aside + (program * 2 + tl.where(is_from_before, 0, 1)) * width
         tl.store(to_aside + columns, total, mask=is_column & ends & (is_whole == 0))
         total, excess = tl.where(ends, 0.0, total), tl.where(ends, 0.0, excess)
 
 
 @triton.jit
-def _sum_aside(keys, gradient, aside, tokens, rows, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write the row that begins in this program's tokens and continues after them, if there is one."""
+def _sum_aside(
+    keys,
+    gradient,
+    aside,
+    tokens,
+    rows,
+    width,
+    IS_FIRST: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write, or add to what is there, the row that begins in this program's tokens and continues after them, if any."""
     program = tl.program_id(0).to(tl.int64)
     start = program * TOKENS
     last = tl.minimum(start + TOKENS, tokens) - 1
@@ -128,4 +156,4 @@ def _sum_aside(keys, gradient, aside, tokens, rows, width, TOKENS: tl.constexpr,
             value = tl.load(aside + other * 2 * width + columns, mask=is_column, other=0.0)
             total, excess = _add(total, excess, value)
         to_row = gradient + key.to(tl.int64) * width
-        tl.store(to_row + columns, total.to(gradient.dtype.element_ty), mask=is_column)
+        _put(total, to_row + columns, is_column, IS_FIRST)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.ops.kernels.launch import launch
 from parallel.ops.kernels.norm import Dtypes, Mask, NormGradients, NormKind
-from parallel.ops.kernels.norm_rows_triton import NO_MASK, Tiling, dropped, mix, normalized, tiling_for
+from parallel.ops.kernels.norm_rows_triton import NO_MASK, Tiling, block_of_rows, dropped, mix, normalized, tiling_for
 
 COLUMNS, PARTS = 32, 128  # a program of `_add_up` has so many columns, and so many parts of them at a time
 
@@ -130,10 +130,7 @@ def _row_sums(
     weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = first + tl.arange(0, ROWS)
-        is_row = rows < num_rows
-        mask = is_row[:, None] & is_column[None, :]
-        at = rows.to(tl.int64)[:, None] * H + columns[None, :]
+        rows, is_row, mask, at = block_of_rows(first, num_rows, columns, H, ROWS)
         normal, _ = normalized(total, statistics, at, rows, is_row, mask, num_rows, IS_RMS)
         gradient = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
         if WEIGHT_AT >= 0:
@@ -194,10 +191,7 @@ def _backward(
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     y_bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = first + tl.arange(0, ROWS)
-        is_row = rows < num_rows
-        mask = is_row[:, None] & is_column[None, :]
-        at = rows.to(tl.int64)[:, None] * H + columns[None, :]
+        rows, is_row, mask, at = block_of_rows(first, num_rows, columns, H, ROWS)
         gradient = tl.zeros((ROWS, COLUMNS), tl.float32)
         if dtotal is not None:
             gradient = tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ from parallel.ops.kernels.cast import EightBits
 from parallel.ops.kernels.eight_bits_triton import NO_CAST, constants_of, store
 from parallel.ops.kernels.launch import launch
 from parallel.ops.kernels.norm import FlatAddend, NormKind
-from parallel.ops.kernels.norm_rows_triton import NO_MASK, dropped, mix, normalized, tiling_for
+from parallel.ops.kernels.norm_rows_triton import NO_MASK, block_of_rows, dropped, mix, normalized, tiling_for
 
 
 def launch_residual_norm(
@@ -139,10 +139,7 @@ def _residual_norm(
         seed = tl.load(key)
         column_hashes = mix(tl.load(column_numbers + columns, mask=is_column, other=0) ^ seed)
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = first + tl.arange(0, ROWS)
-        is_row = rows < num_rows
-        mask = is_row[:, None] & is_column[None, :]
-        at = rows.to(tl.int64)[:, None] * H + columns[None, :]
+        rows, is_row, mask, at = block_of_rows(first, num_rows, columns, H, ROWS)
         row = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if y is not None:
             addend = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
@@ -203,10 +200,7 @@ def _normalize(
     if bias is not None:
         shift = tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = first + tl.arange(0, ROWS)
-        is_row = rows < num_rows
-        mask = is_row[:, None] & is_column[None, :]
-        at = rows.to(tl.int64)[:, None] * H + columns[None, :]
+        rows, is_row, mask, at = block_of_rows(first, num_rows, columns, H, ROWS)
         normal, _ = normalized(total, statistics, at, rows, is_row, mask, num_rows, IS_RMS)
         if weight is not None:
             normal *= factor[None, :]

@@ -86,6 +86,14 @@ def dropped(row_hashes, column_hashes, bound):
 
 
 @triton.jit
+def block_of_rows(first, num_rows, columns, H: tl.constexpr, ROWS: tl.constexpr):
+    """Return the rows from `first` on, and which of them there are; the same of their elements: mask and indices."""
+    rows = first + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    return rows, is_row, is_row[:, None] & (columns < H)[None, :], rows.to(tl.int64)[:, None] * H + columns[None, :]
+
+
+@triton.jit
 def normalized(total, statistics, at, rows, is_row, mask, num_rows, IS_RMS: tl.constexpr):
     """Return normal[ROWS, COLUMNS], and the deviation of each row, of total and the statistics of whole rows."""
     row = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)

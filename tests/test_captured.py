@@ -1,0 +1,50 @@
+"""Work in a graph, on a CPU: when it is replayed, and what becomes of the errors of a capture."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from parallel.ops.captured import CALLS_BEFORE, Captured, raising_the_first_error
+from tests.rerun_graph import RerunGraph
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_each_call_does_its_work_once(waits: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Work that waits for the device cannot be captured, and one line says so."""
+    total, graphs = torch.zeros(()), list[RerunGraph]()
+
+    def new_graph() -> RerunGraph:
+        graphs.append(RerunGraph())
+        return graphs[-1]
+
+    def add() -> None:
+        if waits:
+            assert total.item() >= 0
+        total.add_(1)
+
+    captured = Captured(add, new_graph, what="additions")
+    for number in range(CALLS_BEFORE + 3):
+        captured()
+        assert total.item() == number + 1
+    assert [graph.replays for graph in graphs] == [0 if waits else 3]
+    assert len([record for record in caplog.records if "additions are not captured" in record.message]) == waits
+
+
+@contextmanager
+def failing_at_its_end() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        raise RuntimeError("the capture was invalidated")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_the_error_of_an_operation_is_raised_and_not_that_of_the_capture_which_it_ends(error: BaseException) -> None:
+    """An interrupt would be taken for an error of the device otherwise, and the program would go on."""
+    with pytest.raises(type(error)) as raised, raising_the_first_error(failing_at_its_end()):
+        raise error
+    assert raised.value is error
+    with pytest.raises(RuntimeError, match="invalidated"), raising_the_first_error(failing_at_its_end()):
+        pass
