@@ -3506,37 +3506,6 @@ CAPTURED_STEPS = (
     ),
 )
 
-<<<<<<< HEAD
-=======
-HOST_PATH = (
-    Mutant(
-        "batch-of-another-step",
-        "a step trains on whichever batch was read ahead",
-        "training/batch_ahead.py",
-        "ahead is not None and ahead[0] == first",
-        "ahead is not None",
-        f"{HOST}::test_a_batch_that_cannot_be_read_ahead_is_read_by_the_step_that_needs_it",
-    ),
-    Mutant(
-        "moved-parameter-unseen",
-        "parameters that could not be taken back into their buffer count as being there",
-        "parallel/chunk/parameters.py",
-        "                torch.autograd.graph.increment_version(parameter)\n        return False\n",
-        "                torch.autograd.graph.increment_version(parameter)\n        return True\n",
-        f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
-    ),
-    Mutant(
-        "batch-copied-by-tensor",
-        "a batch goes to its device microbatch by microbatch",
-        "parallel/pipeline/staged.py",
-        "        other.memory.copy_(self.memory, non_blocking=True)\n",
-        "        for x, y in zip(other.microbatches, self.microbatches, strict=True):\n"
-        "            torch._foreach_copy_(x.tensors, y.tensors)\n",
-        f"{HOST}::test_a_batch_goes_to_a_device_by_one_copy[1]",
-    ),
-)
-
->>>>>>> host
 MENDED = (
     Mutant(
         "frozen-part-trained",
@@ -3726,7 +3695,6 @@ LAUNCHED_LATER = (
         "            if _is_movable(part):\n",
         "            if _is_movable(part) and len(part.gradient) <= room:\n",
         f"{LAUNCHED_TESTS}::test_the_host_updates_the_last_parts_without_gaps",
-<<<<<<< HEAD
     ),
 )
 
@@ -3755,8 +3723,6 @@ HOST_PATH = (
         "        for x, y in zip(other.microbatches, self.microbatches, strict=True):\n"
         "            torch._foreach_copy_(x.tensors, y.tensors)\n",
         f"{HOST}::test_a_batch_goes_to_a_device_by_one_copy[1]",
-=======
->>>>>>> host
     ),
 )
 
