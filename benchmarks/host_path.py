@@ -31,7 +31,6 @@ from parallel.engine.step_code import StepCode
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.captured import CALLS_BEFORE, graphs_of
 from parallel.pipeline.microbatch import Microbatch
-from parallel.pipeline.part import ModelPart
 from parallel.pipeline.staged import StagedBatch
 from parallel.storage.transfer import HostCopy
 
@@ -42,14 +41,13 @@ PARTS: dict[str, tuple[Any, str]] = {
     "whether parameters were replaced": (Writes, "take_replaced"),
     "whether modules have changed": (OriginalParameters, "change"),
     "whether parameters were written into": (parallel.Engine, "_start_check"),
-    "training mode": (ModelPart, "train"),
     "checks and staging of the batch": (parallel.Engine, "_staged"),
     "what decides about kernels": (StepCode, "key"),
     "whether somebody looks on": (CapturedStep, "_is_observed"),
     "copy of the batch": (StagedBatch, "copy_to"),
     "times of phases": (Stopwatch, "read"),
 }
-"""Methods and properties, which do not call each other."""
+"""Methods and properties that do not call each other; none of a module, since a step is not captured then."""
 
 
 class EmptyGraph:
