@@ -3,7 +3,6 @@
 This module does not import torch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
@@ -18,22 +17,31 @@ MOST_RANKS_OF_PIPE = 4  # with two stages on each, which is what the small model
 class Layout:
     """Sections of a config, and how they are measured. A pipeline's microbatches are single samples.
 
-    `peers`: the names in `gpu_peers` of what is trained beside it. `traced`: whether the communication of a step is
-    examined. `most`: the most samples in a microbatch, where a peer has no room for more. `longer`: how many times as
-    long the samples are as those of other layouts; there are as many times fewer of them.
+    `peers`, `peers_of_fp8`: the names in `gpu_peers` of what is trained beside it, in bf16 and with linears in 8 bits.
+    `traced`: whether the communication of a step is examined. `most`: the most samples in a microbatch, where a peer
+    has no room for more. `longer`: how many times as long the samples are as those of other layouts; there are as many
+    times fewer of them. `comes_first`: whether it is measured before all layouts that do not, with every model
+    and every length of a sample.
     """
 
     name: str
     sections: Raw = field(default_factory=dict)
     peers: tuple[str, ...] = ()
+    peers_of_fp8: tuple[str, ...] = ()
     traced: bool = False
     most: int | None = None
     longer: int = 1
+    comes_first: bool = False
 
     @property
     def stages(self) -> int:
         size: int = self._parallel.get("pipeline", {}).get("size", 1)
         return size
+
+    @property
+    def schedule(self) -> str:
+        name: str = self._parallel.get("pipeline", {}).get("schedule", "1f1b")
+        return name
 
     @property
     def tensor(self) -> int:
@@ -48,10 +56,17 @@ class Layout:
     def replicas(self, world: int) -> int:
         return world // (self.stages * self.context * self.tensor)
 
+    def peers_in(self, precision: str) -> tuple[str, ...]:
+        return self.peers_of_fp8 if precision == "fp8" else self.peers
+
     @property
     def zero(self) -> int:
         stage: int = self.sections.get("zero", {}).get("stage", 0)
         return stage
+
+    def exists_in(self, precision: str) -> bool:
+        """Return whether it trains in this precision: products in 8 bits have no slices that could overlap."""
+        return precision != "fp8" or not self._parallel.get("tensor", {}).get("overlap", False)
 
     @property
     def _parallel(self) -> Raw:
@@ -81,130 +96,179 @@ def _rows(size: int) -> int:
     return max(rows for rows in range(1, size + 1) if size % rows == 0 and rows * rows <= size)
 
 
+def _sequence(size: int, **more: Any) -> Raw:
+    return dict(mode="1d", size=size, sequence_parallel=True) | more
+
+
+# -- compared with one process ----------------------------------------------------------------------------------------
+
+
 def parity_layouts(world: int) -> list[Layout]:
     """Return the layouts whose training is compared with Hugging Face's.
 
     These are each mode and each schedule by itself, modes with a pipeline of two stages, with two replicas, with every
-    ZeRO stage, and with sequences split over ranks.
+    ZeRO stage, and with sequences split over ranks; on 8 ranks also three axes at once.
     """
-    found = [Layout("data"), *(Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (1, 2, 3))]
+    found = [*layouts_of_each_family(world), Layout("data")]
+    found += [Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (1, 2)]
     found += [Layout(name, dict(parallel=dict(tensor=mode))) for name, mode in tensor_modes(world).items()]
-    found.append(
-        Layout("1d, sequence", dict(parallel=dict(tensor=dict(mode="1d", size=world, sequence_parallel=True))))
-    )
+    found += _overlapping(world)
     for schedule in SCHEDULES:
         pipe = dict(size=min(world, MOST_RANKS_OF_PIPE), schedule=schedule)
         found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe))))
     for kind in KINDS:
         found.append(Layout(f"context {kind}", dict(parallel=dict(context=dict(size=world, kind=kind)))))
     if world >= 4:
-        half = tensor_modes(world // 2).items()
-        for kind in KINDS:
-            context = dict(size=2, kind=kind)
-            found += [
-                Layout(f"context {kind} 2 × {n}", dict(parallel=dict(context=context, tensor=m))) for n, m in half
-            ]
-            found.append(
-                Layout(
-                    f"context {kind} 2 × pipeline", dict(parallel=dict(context=context, pipeline=dict(size=world // 2)))
-                )
-            )
-            found.append(
-                Layout(f"ZeRO 3 of 2 × context {kind}", dict(zero=dict(stage=3), parallel=dict(context=context)))
-            )
-        found += [Layout(f"pipeline 2 × {n}", dict(parallel=dict(pipeline=dict(size=2), tensor=m))) for n, m in half]
-        found += [Layout(f"ZeRO 3 of 2 × {n}", dict(zero=dict(stage=3), parallel=dict(tensor=m))) for n, m in half]
-        for stage in (1, 2, 3):
-            pipe = dict(zero=dict(stage=stage), parallel=dict(pipeline=dict(size=world // 2)))
-            found.append(Layout(f"ZeRO {stage} of 2 × pipeline", pipe))
+        found += _of_two_axes(world)
+    if world >= 8:
+        found += _of_three_axes(world)
+    return list({layout.name: layout for layout in found}.values())
+
+
+def layouts_of_each_family(world: int) -> list[Layout]:
+    """Return the layouts in which every family is compared: one of each kind."""
+    modes = tensor_modes(world)
+    deepest = next(name for name in modes if name.startswith("2.5d depth 2"))
+    found = [Layout("1d, sequence", dict(parallel=dict(tensor=_sequence(world))))]
+    names = [next(name for name in modes if name.startswith("2d")), deepest, *(["3d"] if "3d" in modes else [])]
+    found += [Layout(name, dict(parallel=dict(tensor=modes[name]))) for name in names]
+    pipe = dict(size=min(world, MOST_RANKS_OF_PIPE), schedule="zero_bubble_v")
+    found.append(Layout("pipeline zero_bubble_v", dict(parallel=dict(pipeline=pipe))))
+    found.append(Layout("ZeRO 3", dict(zero=dict(stage=3))))
+    found.append(Layout("context ring", dict(parallel=dict(context=dict(size=world, kind="ring")))))
     return found
+
+
+def _overlapping(world: int) -> list[Layout]:
+    """Return each tensor mode with `overlap`."""
+    modes = tensor_modes(world) | {"1d, sequence": _sequence(world)}
+    return [
+        Layout(f"{name}, overlap", dict(parallel=dict(tensor=mode | dict(overlap=True))))
+        for name, mode in modes.items()
+        if name != "2.5d depth 1"
+    ]
+
+
+def _of_two_axes(world: int) -> list[Layout]:
+    half, found = tensor_modes(world // 2).items(), []
+    for kind in KINDS:
+        context = dict(size=2, kind=kind)
+        found += [Layout(f"context {kind} 2 × {n}", dict(parallel=dict(context=context, tensor=m))) for n, m in half]
+        pipe = dict(context=context, pipeline=dict(size=world // 2))
+        found.append(Layout(f"context {kind} 2 × pipeline", dict(parallel=pipe)))
+        found.append(Layout(f"ZeRO 3 of 2 × context {kind}", dict(zero=dict(stage=3), parallel=dict(context=context))))
+    found += [Layout(f"pipeline 2 × {n}", dict(parallel=dict(pipeline=dict(size=2), tensor=m))) for n, m in half]
+    found += [Layout(f"ZeRO 3 of 2 × {n}", dict(zero=dict(stage=3), parallel=dict(tensor=m))) for n, m in half]
+    for schedule in ("1f1b", "zero_bubble_v"):
+        for stage in (1, 2, 3):
+            pipe = dict(size=min(world // 2, MOST_RANKS_OF_PIPE), schedule=schedule)
+            name = f"ZeRO {stage} of 2 × pipeline{'' if schedule == '1f1b' else f' {schedule}'}"
+            found.append(Layout(name, dict(zero=dict(stage=stage), parallel=dict(pipeline=pipe))))
+    return found
+
+
+def _of_three_axes(world: int) -> list[Layout]:
+    quarter, found = tensor_modes(world // 4), []
+    for (name, mode), stage in zip(quarter.items(), (1, 2, 3), strict=False):
+        pipe = dict(size=2, schedule="zero_bubble_v")
+        sections = dict(zero=dict(stage=stage), parallel=dict(pipeline=pipe, tensor=mode))
+        found.append(Layout(f"ZeRO {stage} of 2 × zero_bubble_v 2 × {name}", sections))
+    split = _sequence(world // 4)
+    for kind in KINDS:
+        parallel = dict(context=dict(size=2, kind=kind), pipeline=dict(size=2), tensor=split)
+        found.append(Layout(f"context {kind} 2 × pipeline 2 × 1d, sequence", dict(parallel=parallel)))
+        parallel = dict(context=dict(size=2, kind=kind), tensor=split)
+        found.append(
+            Layout(f"ZeRO 3 of 2 × context {kind} 2 × 1d, sequence", dict(zero=dict(stage=3), parallel=parallel))
+        )
+    return found
+
+
+def fp8_layouts(world: int) -> list[Layout]:
+    """Return the layouts whose error in 8 bits is compared with that of one rank."""
+    modes = tensor_modes(world)
+    found = [Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage))) for stage in (2, 3)]
+    found += [
+        Layout(name, dict(parallel=dict(tensor=mode)))
+        for name, mode in ({"1d, sequence": _sequence(world)} | modes).items()
+        if name != "2.5d depth 1"
+    ]
+    for schedule in ("1f1b", "zero_bubble_v"):
+        pipe = dict(size=min(world, MOST_RANKS_OF_PIPE), schedule=schedule)
+        found.append(Layout(f"pipeline {schedule}", dict(parallel=dict(pipeline=pipe))))
+    found += [Layout(f"context {k}", dict(parallel=dict(context=dict(size=world, kind=k)))) for k in KINDS]
+    if world >= 4:
+        parallel = dict(tensor=_sequence(world // 2))
+        found.append(Layout("ZeRO 3 of 2 × 1d, sequence", dict(zero=dict(stage=3), parallel=parallel)))
+        parallel = dict(pipeline=dict(size=2, schedule="zero_bubble_v"), tensor=_sequence(world // 2))
+        found.append(Layout("zero_bubble_v 2 × 1d, sequence", dict(parallel=parallel)))
+    return found
+
+
+# -- whose speed is measured ------------------------------------------------------------------------------------------
+
+PEERS_OF_SCHEDULES = {"1f1b": "pipelining", "gpipe": "pipelining_gpipe", "interleaved": "pipelining_interleaved"}
+PEERS_OF_SCHEDULES |= {"zero_bubble": "pipelining_zero_bubble", "zero_bubble_v": "pipelining_v"}
 
 
 def speed_layouts(world: int) -> list[Layout]:
     """Return the layouts whose speed is measured, and the peers beside them."""
+    compiled = dict(train=dict(compile=True))
     found = [
-        Layout("ZeRO 1", dict(zero=dict(stage=1))),
-        Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",), traced=True),
-        Layout("ZeRO 3", dict(zero=dict(stage=3)), ("fsdp2",), traced=True),
+        Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",), ("torchao_kept",), traced=True, comes_first=True),
+        Layout("ZeRO 3", dict(zero=dict(stage=3)), ("fsdp2",), ("torchao",), traced=True, comes_first=True),
+        *_of_1d(world),
     ]
-    beside: dict[str, tuple[str, ...]] = {"1d": ("dtensor",)}
-    for name, mode in tensor_modes(world).items():
-        if name != "2.5d depth 1":  # the same as 2d
-            layout = dict(parallel=dict(tensor=mode))
-            is_first = name == "1d"  # whose peer makes whole logits
-            found.append(Layout(name, layout, beside.get(name, ()), traced=True, most=4 if is_first else None))
     for schedule in SCHEDULES:
         section = dict(parallel=dict(pipeline=dict(size=world, schedule=schedule)))
-        found.append(Layout(f"pipeline {schedule}", section, ("pipelining",) if schedule == "1f1b" else ()))
+        peer = (PEERS_OF_SCHEDULES[schedule],)
+        found.append(Layout(f"pipeline {schedule}", section, peer, comes_first=schedule in ("1f1b", "zero_bubble_v")))
     for kind, peers in (("ring", ("context",)), ("all_to_all", ())):
         sections = dict(zero=dict(stage=2), parallel=dict(context=dict(size=world, kind=kind)))
-        found.append(Layout(f"ZeRO 2 × context {kind}", sections, peers, longer=2 * world))
+        name = f"ZeRO 2 × context {kind}"
+        found.append(Layout(name, sections, peers, longer=2 * world, comes_first=True))
+    for name, mode in tensor_modes(world).items():
+        if name not in ("1d", "2.5d depth 1"):  # the latter is the same as 2d
+            found.append(Layout(name, dict(parallel=dict(tensor=mode)), traced=True, comes_first=name == "3d"))
+            overlaps = dict(parallel=dict(tensor=mode | dict(overlap=True)))
+            found.append(Layout(f"{name}, overlap", overlaps, traced=True))
+    found += [
+        Layout("ZeRO 1", dict(zero=dict(stage=1))),
+        Layout("ZeRO 2, compiled", dict(zero=dict(stage=2)) | compiled, ("fsdp2_kept_compiled",)),
+        Layout("ZeRO 3, compiled", dict(zero=dict(stage=3)) | compiled, ("fsdp2_compiled",)),
+    ]
     if world >= 4:
-        half = tensor_modes(world // 2)
-        found += [
-            Layout("ZeRO 1 × 1d 2", dict(zero=dict(stage=1), parallel=dict(tensor=dict(mode="1d", size=2)))),
-            Layout("ZeRO 1 × pipeline 2", dict(zero=dict(stage=1), parallel=dict(pipeline=dict(size=2)))),
-            Layout("pipeline 2 × 1d", dict(parallel=dict(pipeline=dict(size=2), tensor=half["1d"]))),
-        ]
-    return found + overlap_layouts(world)
-
-
-def overlap_layouts(world: int) -> list[Layout]:
-    """Return each tensor mode with `overlap`, after the same mode without it where that is not measured otherwise.
-
-    The trace of each says which share of its communication is hidden.
-    """
-    modes = {name: mode for name, mode in tensor_modes(world).items() if name != "2.5d depth 1"}
-    sequence = {"1d, sequence": modes["1d"] | dict(sequence_parallel=True)}
-    found = [Layout(name, dict(parallel=dict(tensor=mode)), traced=True, most=4) for name, mode in sequence.items()]
-    for name, mode in (modes | sequence).items():
-        most = 4 if name.startswith("1d") else None  # as without it
-        section = dict(parallel=dict(tensor=mode | dict(overlap=True)))
-        found.append(Layout(f"{name}, overlap", section, traced=True, most=most))
+        found += _of_several(world)
     return found
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The number of samples in a microbatch, and whether activations are recomputed."""
-
-    micro: int
-    recompute: bool
-
-
-def fit(layout: Layout, world: int, batch: int, activations: Callable[[int, bool], float], room: float) -> Fit | None:
-    """Return the largest microbatch whose activations fit, without recomputation if possible; None where none fits.
-
-    `activations`: the bytes of the activations of a number of samples, recomputed or not, on one GPU that has a whole
-    model. `room`: the bytes that are free for them.
-    """
-    most = 1 if layout.stages > 1 else batch // layout.replicas(world)
-    if layout.stages > 1 and layout.tensor > 1:
-        most = layout.tensor
-    most = min(most, max(layout.most or most, layout.tensor))
-    choices = [Fit(micro, recompute) for micro in _halves(most, layout.tensor) for recompute in (False, True)]
-    in_flight = layout.stages  # microbatches whose activations a stage keeps at once, of its share of the layers
-    share = in_flight / (layout.stages * layout.tensor * layout.context)
-    return next((f for f in choices if activations(f.micro, f.recompute) * share < room), None)
-
-
-def _halves(most: int, least: int) -> list[int]:
-    """Return `most`, its half, its quarter and so on, as long as they are whole numbers and no less than `least`."""
-    found = [most]
-    while found[-1] % 2 == 0 and found[-1] // 2 >= least:
-        found.append(found[-1] // 2)
+def _of_1d(world: int) -> list[Layout]:
+    """Return 1d with and without sequence parallelism and overlap. A peer of it makes whole logits: so `most` is 4."""
+    plain: Raw = dict(mode="1d", size=world)
+    peers = {"1d": ("dtensor",), "1d, sequence": ("dtensor_sequence", "dtensor_async")}
+    found = []
+    for name, mode in (("1d", plain), ("1d, sequence", _sequence(world))):
+        for overlaps in (False, True):
+            section = dict(parallel=dict(tensor=mode | (dict(overlap=True) if overlaps else {})))
+            beside = () if overlaps else peers[name]
+            title = f"{name}, overlap" if overlaps else name
+            found.append(Layout(title, section, beside, traced=True, most=4, comes_first=True))
     return found
 
 
-def state_bytes(layout: Layout, world: int, parameters: float, largest_layer: float) -> float:
-    """Return the bytes of parameters, gradients and optimizer states on a GPU, in bf16 with fp32 master weights.
+def _of_several(world: int) -> list[Layout]:
+    one, pipe = dict(mode="1d", size=2), dict(size=2)
+    return [
+        Layout("ZeRO 1 × 1d 2", dict(zero=dict(stage=1), parallel=dict(tensor=one))),
+        Layout("ZeRO 1 × pipeline 2", dict(zero=dict(stage=1), parallel=dict(pipeline=pipe))),
+        Layout("pipeline 2 × 1d", dict(parallel=dict(pipeline=pipe, tensor=tensor_modes(world // 2)["1d"]))),
+    ]
 
-    A parameter takes 2 bytes, its gradient 4, its master weight and moments 12, sharded as the ZeRO stage says. Beside
-    the shards there are the gradients of three layers in flight and, in stage 3, the parameters of three layers.
-    """
-    own = parameters / (layout.stages * layout.tensor)
-    slices = world // (layout.stages * layout.tensor)
-    passing = largest_layer / layout.tensor
-    whole = {0: 18.0, 1: 6.0, 2: 2.0, 3: 0.0}[layout.zero]
-    divided = (18.0 - whole) / slices
-    return own * (whole + divided) + passing * {0: 0.0, 1: 0.0, 2: 12.0, 3: 18.0}[layout.zero]
+
+ALONE = Layout("alone")
+OFFLOADED = Layout("ZeRO 3 on the host", dict(zero=dict(stage=3, tensor_placement_policy="cpu")))
+
+
+def weak_layouts() -> list[Layout]:
+    """Return the layouts whose speed on all GPUs is compared with that of one GPU."""
+    return [Layout(f"ZeRO {stage}", dict(zero=dict(stage=stage)), traced=True) for stage in (2, 3)]

@@ -4,45 +4,22 @@ These are the peers of `benchmarks.peers` on GPUs. Every function takes the work
 batch ids[G, S] on the host -> its mean loss on every rank, after one update.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
-from benchmarks import peers
+from benchmarks import gpu_pipeline_peers, gpu_tensor_peers, peers
+from benchmarks.gpu_work import LR, UnavailableError, Work, accumulate, compile_layers, mesh_of, model_of
 from benchmarks.workload import CLIP, Step
-from models.costs import layer_costs
-from models.shape import ModelShape
-from parallel.pipeline.partition import partition
-
-LR = 1e-4  # constant, without a warm-up, from random weights
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of a contender: train a model of this shape on `batch` samples a step.
-
-    `model`: the section of a config that gives the shape. `micro`: the samples of a replica's microbatch. `recompute`:
-    whether a layer keeps only its input for backward.
-    """
-
-    model: dict[str, Any]
-    shape: ModelShape
-    device: torch.device
-    sequence: int
-    batch: int
-    micro: int
-    recompute: bool
 
 
 def fsdp2(work: Work) -> Step:
@@ -55,16 +32,65 @@ def fsdp2_kept(work: Work) -> Step:
     return _fsdp2(work, reshard_after_forward=False)
 
 
-def _fsdp2(work: Work, *, reshard_after_forward: bool) -> Step:
-    model, world = _model(work, torch.float32), dist.get_world_size()
+def fsdp2_compiled(work: Work) -> Step:
+    """Train with FSDP2 as in ZeRO 3, each layer compiled by `torch.compile`."""
+    return _fsdp2(work, reshard_after_forward=True, compiled=True)
+
+
+def fsdp2_kept_compiled(work: Work) -> Step:
+    """Train with FSDP2 as in ZeRO 2, each layer compiled by `torch.compile`."""
+    return _fsdp2(work, reshard_after_forward=False, compiled=True)
+
+
+def torchao(work: Work) -> Step:
+    """Train with torchao's linears in 8 bits under FSDP2 as in ZeRO 3, compiled: weights are gathered in 8 bits."""
+    return _fsdp2(work, reshard_after_forward=True, compiled=True, float8=_Float8(work))
+
+
+def torchao_kept(work: Work) -> Step:
+    """Train with torchao's linears in 8 bits under FSDP2 as in ZeRO 2, compiled: weights are gathered in 8 bits."""
+    return _fsdp2(work, reshard_after_forward=False, compiled=True, float8=_Float8(work))
+
+
+class _Float8:
+    """torchao's linears in 8 bits, with scales of each tensor as it is; the head stays in bf16."""
+
+    def __init__(self, work: Work) -> None:
+        if find_spec("torchao") is None:
+            raise UnavailableError("torchao is not installed.")
+        on_gpu = work.device.type == "cuda"
+        if on_gpu and torch.cuda.get_device_capability() < (8, 9):
+            raise UnavailableError("products of 8 bits need a GPU of compute capability 8.9 or newer.")
+        self._float8 = import_module("torchao.float8")
+        self._config = self._float8.Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=not on_gpu)
+
+    def convert(self, model: Any) -> None:
+        """Replace the linears of the layers; called before they are sharded."""
+        self._float8.convert_to_float8_training(
+            model, config=self._config, module_filter_fn=lambda module, name: "lm_head" not in name
+        )
+
+    def after_update(self, model: Any) -> None:
+        """Compute the scales of all weights at once, as torchao's documentation advises after each update."""
+        self._float8.precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def _fsdp2(work: Work, *, reshard_after_forward: bool, compiled: bool = False, float8: _Float8 | None = None) -> Step:
+    model, world = model_of(work, torch.float32), dist.get_world_size()
+    if float8 is not None:
+        float8.convert(model)
+    if compiled and work.device.type == "cuda":
+        compile_layers(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    peers.shard(model, _mesh(work), mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    peers.shard(model, mesh_of(work), mp_policy=policy, reshard_after_forward=reshard_after_forward)
     optimizer = peers.adamw(model.parameters(), lr=LR)
 
     def step(ids: Tensor) -> float:
-        loss = _accumulate(model, ids.chunk(world)[dist.get_rank()], work)
+        loss = accumulate(model, ids.chunk(world)[dist.get_rank()], work)
         clip_grad_norm_(model.parameters(), CLIP)
         peers.update(optimizer)
+        if float8 is not None:
+            float8.after_update(model)
         loss /= world
         dist.all_reduce(loss)
         return loss.item()
@@ -72,62 +98,9 @@ def _fsdp2(work: Work, *, reshard_after_forward: bool) -> Step:
     return step
 
 
-def dtensor(work: Work) -> Step:
-    """Train with linears as DTensors, split by columns, then by rows.
-
-    Embeddings, norms and the head are whole on every rank.
-    """
-    model = _model(work, torch.bfloat16)
-    peers.split_linears(model, _mesh(work))
-    masters = _Masters(model.parameters())
-
-    def step(ids: Tensor) -> float:
-        loss = _accumulate(model, ids, work)
-        split, whole = masters.squares()
-        dist.all_reduce(split)
-        masters.update((split + whole).sqrt())
-        return loss.item()
-
-    return step
-
-
-def pipelining(work: Work) -> Step:
-    """Train with `torch.distributed.pipelining` and its 1F1B schedule, the layers split into stages as ours are.
-
-    torch leaves it to its user to sum the gradients of tied weights, and the norm over all stages.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    last = world - 1
-    model = _model(work, torch.bfloat16)
-    costs = layer_costs(work.shape, work.sequence, work.device.type)
-    own = partition(costs, world)[rank]  # of the embedding, the blocks and the head
-    part = peers.Part(model, rank, world, range(max(0, own.start - 1), min(own.stop - 1, work.shape.num_hidden_layers)))
-    tied = model.lm_head.weight if work.shape.tie_word_embeddings and rank in (0, last) else None
-    del model
-    stage = PipelineStage(part, rank, world, work.device)
-    schedule = Schedule1F1B(stage, work.batch // work.micro, loss_fn=_loss_of)
-    parameters = list(part.parameters())
-    masters = _Masters(parameters, counted=[not (rank == last and p is tied) for p in parameters])
-    ends = dist.new_group([0, last])
-
-    def step(ids: Tensor) -> float:
-        ids = ids.to(work.device)
-        losses: list[Tensor] = []
-        schedule.step(*([ids] if rank == 0 else []), target=ids if rank == last else None, losses=losses)
-        if tied is not None:
-            dist.all_reduce(tied.grad, group=ends)
-        _, own = masters.squares()
-        sums = torch.stack([own, torch.stack(losses).mean().float() if losses else torch.zeros_like(own)])
-        dist.all_reduce(sums)
-        masters.update(sums[0].sqrt())
-        return sums[1].item()
-
-    return step
-
-
 def context(work: Work) -> Step:
     """Train with torch's own context parallelism, under FSDP2 over the same ranks, weights kept gathered."""
-    model, mesh, world = _model(work, torch.float32), _mesh(work), dist.get_world_size()
+    model, mesh, world = model_of(work, torch.float32), mesh_of(work), dist.get_world_size()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     peers.shard(model, mesh, mp_policy=policy, reshard_after_forward=False)
     optimizer = peers.adamw(model.parameters(), lr=LR)
@@ -153,82 +126,11 @@ def context(work: Work) -> Step:
     return step
 
 
-PEERS: dict[str, Callable[[Work], Step]] = {
-    build.__name__: build for build in (fsdp2, fsdp2_kept, dtensor, pipelining, context)
-}
-
-
+_BUILDS: tuple[Callable[[Work], Step], ...] = (
+    *(fsdp2, fsdp2_kept, fsdp2_compiled, fsdp2_kept_compiled, torchao, torchao_kept, context),
+    *gpu_tensor_peers.BUILDS,
+    *gpu_pipeline_peers.BUILDS,
+)
+PEERS: dict[str, Callable[[Work], Step]] = {build.__name__: build for build in _BUILDS}
 ON_GPUS_ALONE = {"context"}  # which torch does not have for a CPU
-
-
-class _Masters:
-    """The fp32 master weights of this rank's part of bf16 parameters, kept apart and copied with `_foreach` calls.
-
-    `counted`: whether each parameter's gradient is counted in the norm on this rank.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], counted: list[bool] | None = None) -> None:
-        self.parameters = list(parameters)
-        self.counted = counted or [True] * len(self.parameters)
-        self.roundings = [_local(p.detach()) for p in self.parameters]
-        self.masters = [x.float() for x in self.roundings]
-        self.optimizer = peers.adamw(self.masters, lr=LR)
-
-    def squares(self) -> tuple[Tensor, Tensor]:
-        """Take over the gradients; return the sums of their squares, of DTensors' local parts and of all others."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            assert parameter.grad is not None
-            master.grad, parameter.grad = _local(parameter.grad).float(), None
-        triples = zip(self.masters, self.parameters, self.counted, strict=True)
-        found = [(m.grad, isinstance(p.data, DTensor)) for m, p, counts in triples if counts and m.grad is not None]
-        split, whole = (get_total_norm([g for g, is_split in found if is_split is s]).square() for s in (True, False))
-        device = self.masters[0].device
-        return split.to(device), whole.to(device)
-
-    def update(self, norm: Tensor) -> None:
-        """Clip the gradients by their norm, update the master weights, and round them into the parameters."""
-        gradients = [master.grad for master in self.masters if master.grad is not None]
-        torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
-        peers.update(self.optimizer)
-        torch._foreach_copy_(self.roundings, self.masters)
-
-
-def _local(x: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor; another tensor is returned as it is."""
-    local: Tensor = x.to_local() if isinstance(x, DTensor) else x
-    return local
-
-
-def _accumulate(model: Any, ids: Tensor, work: Work) -> Tensor:
-    """Run forward and backward of a replica's samples, one microbatch after another; return their mean loss."""
-    parts = ids.to(work.device).split(work.micro)
-    total = torch.zeros((), device=work.device)
-    for part in parts:
-        loss = _loss_of(model(part, use_cache=False).logits, part) / len(parts)
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def _loss_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the mean cross entropy of the next token, computed in fp32 as Hugging Face's own is."""
-    return peers.loss_of(logits.float(), ids)
-
-
-def _mesh(work: Work) -> DeviceMesh:
-    return init_device_mesh(work.device.type, (dist.get_world_size(),))
-
-
-def _model(work: Work, dtype: torch.dtype) -> Any:
-    """Make the model with random weights, which are drawn on the device and are the same on every rank."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[work.shape.model_type].from_dict(work.shape.exported())
-    torch.manual_seed(0)
-    with torch.device(work.device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    model.to(dtype).train()
-    if work.recompute:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    return model
+PACKAGES = {"torchao": "torchao", "torchao_kept": "torchao"}  # that a peer needs beside torch and transformers

@@ -155,6 +155,7 @@ def ours(case: Case) -> Contender:
     )
     context = parallel.launch_from_torch(config, resolve=resolve)
     engine = parallel.Engine(models.build(context), context)
+    engine.writes.stop()  # as in `colonnade train`
     engine.placement_manager.log = lambda text: print(text, flush=True)
     return lambda ids: engine.train_step({"input_ids": ids}).loss, shape_of(context.config), engine
 

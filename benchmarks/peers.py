@@ -136,7 +136,7 @@ class Part(nn.Module):
         super().__init__()
         decoder = model.get_decoder()
         size = len(decoder.layers) // count
-        blocks = blocks or range(index * size, (index + 1) * size)
+        blocks = range(index * size, (index + 1) * size) if blocks is None else blocks
         first, last = index == 0, index == count - 1
         self.embed_tokens = decoder.embed_tokens if first else None
         self.embed_positions = getattr(decoder, "embed_positions", None) if first else None

@@ -4,9 +4,11 @@
     torchrun --nproc-per-node 2 -m benchmarks.ring --tokens 64 --heads 4 --head 16              # gloo, on a CPU, fp32
 
 It prints a line for each part: every attention kernel by its name (milliseconds and TFLOP/s, forward and backward, for
-all queries of a rank and half of an earlier rank's keys), `a hop` (sending keys and values to the next rank), `ring`,
-`nothing sent` (a ring whose ranks go on with copies of their own keys: what is left of `ring` without communication),
-`all_to_all`, and `torch's`: torch's `context_parallel`, which exists for GPUs only.
+all queries of a rank and half of an earlier rank's keys), `ring`, `nothing sent` (a ring whose ranks go on with copies
+of their own keys: what is left of `ring` without communication), `all_to_all`, and `torch's`: torch's
+`context_parallel`, which exists for GPUs only. Then `a hop`, which sends keys and values to the next rank, and other
+ways to do so: `a group a link` (each link between neighbours has a process group of its own), `one batch` (torch's
+`batch_isend_irecv`) and `one rank sends` (the first to the second, while all others are idle).
 """
 
 import argparse
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
-from benchmarks.multi_gpu import WITHOUT_NVLS
+from benchmarks.gpu_workers import WITHOUT_NVLS
 from parallel.config import parse
 from parallel.config.parallel import ContextConfig
 from parallel.engine.context import Context, Place, make_context
@@ -103,6 +105,57 @@ def hop(layer: Layer) -> str:
     return f"{1e3 * took:.3f} ms, {parts.nbytes / took / 1e9:.3g} GB/s"
 
 
+def hop_by_links(layer: Layer) -> str:
+    """Return the same where each link between neighbours has a process group of its own, so a stream of its own."""
+    size, rank = layer.axis.size, layer.axis.rank
+    groups = [dist.new_group(sorted({i, (i + 1) % size})) for i in range(size)]
+    to, source = (rank + 1) % size, (rank - 1) % size
+
+    def act(parts: Tensor, arrived: Tensor) -> None:
+        works = [dist.isend(parts, to, group=groups[rank]), dist.irecv(arrived, source, group=groups[source])]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    found = _hop(layer, act)
+    for i, group in enumerate(groups):
+        if rank in (i, (i + 1) % size):
+            dist.destroy_process_group(group)
+    return found
+
+
+def hop_in_one_batch(layer: Layer) -> str:
+    """Return the same with torch's `batch_isend_irecv`."""
+    to, source = (layer.axis.rank + 1) % layer.axis.size, (layer.axis.rank - 1) % layer.axis.size
+
+    def act(parts: Tensor, arrived: Tensor) -> None:
+        operations = [dist.P2POp(dist.isend, parts, to), dist.P2POp(dist.irecv, arrived, source)]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    return _hop(layer, act)
+
+
+def hop_of_one(layer: Layer) -> str:
+    """Return the same where the first rank sends to the second one, and no other rank sends."""
+
+    def act(parts: Tensor, arrived: Tensor) -> None:
+        if layer.axis.rank == 0:
+            dist.send(parts, 1)
+        elif layer.axis.rank == 1:
+            dist.recv(arrived, 0)
+
+    return _hop(layer, act)
+
+
+def _hop(layer: Layer, act: Callable[[Tensor, Tensor], None]) -> str:
+    """Return the time and the rate of a function that sends keys and values, and receives others."""
+    parts = torch.stack([layer.k, layer.v]).detach()
+    arrived = torch.empty_like(parts)
+    took = layer.seconds(lambda: act(parts, arrived))
+    return f"{1e3 * took:.3f} ms, {parts.nbytes / took / 1e9:.3g} GB/s"
+
+
 def around(layer: Layer) -> str:
     """Return the time of ring attention."""
     return layer.both(lambda: ring.ring_attention(layer.q, layer.k, layer.v, layer.axis, Masking()))
@@ -142,17 +195,20 @@ def parts_of(layer: Layer) -> dict[str, Callable[[Layer], str]]:
     torchs_own = {backend.name: kernel for backend, kernel in kernels.ON_GPU.items()} if on_gpu else {}
     found = torchs_own or {"FLASH_ON_CPU": kernels.FLASH_ON_CPU}
     table: dict[str, Callable[[Layer], str]] = {name: partial(rates, kernel=kernel) for name, kernel in found.items()}
-    table |= {"a hop": hop, "ring": around, "nothing sent": alone, "all_to_all": exchanged}
-    return table | ({"torch's": torchs} if on_gpu else {})
+    table |= {"ring": around, "nothing sent": alone, "all_to_all": exchanged}
+    table |= {"torch's": torchs} if on_gpu else {}
+    ways = {"a hop": hop, "a group a link": hop_by_links, "one batch": hop_in_one_batch, "one rank sends": hop_of_one}
+    return table | ways
 
 
 def measure(context: Context, tokens: int, heads: int, head: int) -> dict[str, str]:
-    """Measure each part, and return the lines' texts by name; rank 0 prints them."""
+    """Measure each part, and return the lines' texts by name; an error is one, too: all ranks have it."""
     layer, found = Layer.of(context, tokens, heads, head), {}
     for name, part in parts_of(layer).items():
-        found[name] = part(layer)
-        if layer.axis.rank == 0:
-            print(f"{name:20} {found[name]}", flush=True)
+        try:
+            found[name] = part(layer)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return found
 
 
@@ -165,7 +221,11 @@ def main() -> None:
     place = Place.from_environment()
     config = parse(dict(parallel=dict(context=place.world_size)), world_size=place.world_size)
     with environment_variables(**WITHOUT_NVLS):
-        measure(make_context(config, place), arguments.tokens, arguments.heads, arguments.head)
+        for name, text in measure(
+            make_context(config, place), arguments.tokens, arguments.heads, arguments.head
+        ).items():
+            if place.rank == 0:
+                print(f"{name:20} {text}")
     dist.destroy_process_group()
 
 

@@ -30,8 +30,8 @@ from tests.faults import arm as _arm
 _arm({fault!r}, {phase!r}, rank={rank}, delay={delay}, folder={folder!r})
 model = dict(name="opt-tiny", hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2)
 data = dict(path={text!r}, tokenizer="bytes", sequence_length=32, validation_fraction=0.2)
-parallel = dict(pipeline=1)
-train = dict(device="cpu", steps=6, global_batch_size=8, micro_batch_size=2, timeout_seconds={timeout})
+parallel = {parallel}
+train = dict(device={device!r}, steps=6, global_batch_size=8, micro_batch_size=2, timeout_seconds={timeout})
 output = dict(dir={run!r}, checkpoint_every=2, eval_every=2)
 """
 
@@ -142,6 +142,7 @@ def meet_in_another_group() -> None:
 
 
 FAULTS = {
+    "kill": Fault(lambda: os.kill(os.getpid(), signal.SIGKILL), in_main_thread=False),
     "stop": Fault(lambda: os.kill(os.getpid(), signal.SIGSTOP), in_main_thread=False),
     "loop": Fault(loop_for_ever, in_main_thread=True),
     "sleep": Fault(lambda: time.sleep(LIMIT), in_main_thread=True),
@@ -153,8 +154,20 @@ FAULTS = {
 }
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run: how many, on which device, in which layout, and after how many seconds one is missed."""
+
+    number: int = 2
+    device: str = "cpu"
+    parallel: str = "dict(pipeline=1)"
+    timeout: int = TIMEOUT
+
+
 class Run:
-    """A run of two ranks, in the folder, in which one rank commits a fault in a phase."""
+    """A run, in the folder, in which one rank commits a fault in a phase. A subclass may have other ranks."""
+
+    of = Ranks()
 
     def __init__(
         self, folder: Path, fault: str, phase: str, *, launcher: str, rank: int = 1, delay: float = 0.0
@@ -162,7 +175,8 @@ class Run:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.txt").write_text("A run that is watched is not lost. " * 200)
-        names = dict(fault=fault, phase=phase, rank=rank, delay=delay, timeout=TIMEOUT)
+        names = dict(fault=fault, phase=phase, rank=rank, delay=delay, timeout=self.of.timeout)
+        names |= dict(device=self.of.device, parallel=self.of.parallel)
         paths = dict(folder=str(folder), text=str(folder / "text.txt"), run=str(folder / "run"))
         (folder / "config.py").write_text(CONFIG.format(**names, **paths))
         arguments = ["--config", str(folder / "config.py")]
@@ -173,9 +187,9 @@ class Run:
 
     def _start(self, launcher: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         if launcher == "nprocs":
-            command = ["-m", "colonnade", "train", "--nprocs", "2", *arguments]
+            command = ["-m", "colonnade", "train", "--nprocs", str(self.of.number), *arguments]
         else:
-            command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+            command = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.of.number), "--master-port", "0"]
             command += [
                 "--rdzv-backend",
                 "c10d",

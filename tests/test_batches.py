@@ -84,8 +84,8 @@ def test_uneven_tensors_are_not_cut_to_the_shortest() -> None:
 
 def masks_of(rank: int, world_size: int, masks: list[Tensor]) -> list[bool]:
     engine = engine_of(rank, world_size, RAW)
-    found = [engine._microbatches(GOOD | dict(attention_mask=mask))[0] for mask in masks]
-    return [any(one.attention_mask is not None for one in microbatches) for microbatches in found]
+    found = [engine._staged(GOOD | dict(attention_mask=mask))[0] for mask in masks]
+    return [any(one.attention_mask is not None for one in staged.microbatches) for staged in found]
 
 
 def test_a_mask_without_padding_is_left_out() -> None:

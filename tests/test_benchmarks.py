@@ -19,9 +19,13 @@ from benchmarks import (
     workload,
 )
 from benchmarks.gpu_contenders import Result, Work, measure
-from benchmarks.gpu_jobs import BandwidthJob, ParityJob, RankSetup, Row, SpeedJob
-from benchmarks.gpu_layouts import Layout, fit, parity_layouts, speed_layouts, state_bytes
-from benchmarks.gpu_peers import ON_GPUS_ALONE, PEERS
+from benchmarks.gpu_fit import fit, state_bytes
+from benchmarks.gpu_jobs import Job, RankSetup, Row
+from benchmarks.gpu_layouts import Layout, parity_layouts, speed_layouts
+from benchmarks.gpu_links import BandwidthJob, MemoryJob
+from benchmarks.gpu_parity import ParityJob
+from benchmarks.gpu_peers import ON_GPUS_ALONE, PACKAGES, PEERS
+from benchmarks.gpu_speed import Sizes, SpeedJob
 from benchmarks.one_gpu import AGREEMENT, agree, disagreeing, save_start
 from benchmarks.sleeping import Work as Sleep
 from models.shapes import from_hugging_face, resolve
@@ -118,27 +122,40 @@ def test_a_start_has_as_many_layers_as_asked_for(model: str, tmp_path: Path) -> 
     assert from_hugging_face(tmp_path / "start").num_hidden_layers == 1
 
 
-def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str) -> list[Row]:
+QUICK = ("fsdp2_kept", "dtensor_sequence", "pipelining", "pipelining_v")
+ALL = tuple(PEERS.keys() - ON_GPUS_ALONE - PACKAGES.keys())
+
+
+def rows_of_all_jobs(rank: int, world_size: int, out: Path, model: str, peers: tuple[str, ...]) -> list[Row]:
     setup = RankSetup(rank, world_size, torch.device("cpu"), out, tiny=True)
     pipe = Layout("pipeline", dict(parallel=dict(pipeline=dict(size=2))), ("pipelining",))
     zero = Layout("ZeRO 2", dict(zero=dict(stage=2)), ("fsdp2_kept",))
-    jobs: list[ParityJob | BandwidthJob | SpeedJob] = [
+    sizes = Sizes(model)
+    jobs: list[Job] = [
         ParityJob(pipe),
         BandwidthJob([zero, pipe]),
-        SpeedJob(zero, model, 4, steps=1, trace=True),
-        *(SpeedJob(pipe, model, 4, peer=peer, steps=1) for peer in PEERS if peer not in ON_GPUS_ALONE),
-        SpeedJob(zero, model, 4, alone=True, steps=1),
+        MemoryJob([pipe]),
+        SpeedJob(zero, sizes, steps=1, trace=True),
+        *(SpeedJob(pipe, sizes, peer=peer, steps=1) for peer in peers),
+        SpeedJob(zero, sizes, alone=True, steps=1),
     ]
     return [row for job in jobs for row in job.run(setup)]
 
 
-@pytest.mark.parametrize("model", ["opt-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
-def test_the_jobs_of_several_gpus_run_on_a_cpu(model: str, tmp_path: Path) -> None:
-    rows, _ = run(rows_of_all_jobs, 2, tmp_path, model)
+@pytest.mark.parametrize(
+    ("model", "peers"),
+    [("opt-tiny", QUICK), *(pytest.param(model, ALL, marks=pytest.mark.slow) for model in ("opt-tiny", "llama-tiny"))],
+)
+def test_the_jobs_of_several_gpus_run_on_a_cpu(model: str, peers: tuple[str, ...], tmp_path: Path) -> None:
+    """Peers start from the same weights, so that each has the first loss of the others."""
+    rows, _ = run(rows_of_all_jobs, 2, tmp_path, model, peers)
     assert not [row for row in rows if row.get("failed")]
-    assert {row["part"] for row in rows} == {"parity", "bandwidth", "speed", "overlap"}
-    assert {row["name"] for row in rows} >= {*PEERS.keys() - ON_GPUS_ALONE, "ZeRO 2", "ZeRO 2 alone", "world"}
+    assert {row["part"] for row in rows} == {"parity", "bandwidth", "nccl", "speed", "overlap"}
+    assert {row["name"] for row in rows} >= {*peers, "ZeRO 2", "world"}
     assert all(row["losses"][-1] < row["losses"][0] for row in rows if "losses" in row)
+    for step in (0, 1):
+        losses = [row["losses"][step] for row in rows if row["name"] in peers]
+        assert losses == pytest.approx([losses[0]] * len(peers), rel=1e-3)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -197,7 +214,10 @@ def parts_of_a_ring(rank: int, world_size: int) -> dict[str, str]:
 
 def test_the_parts_of_a_ring_are_timed_on_a_cpu() -> None:
     for found in run(parts_of_a_ring, 2):
-        assert list(found) == ["FLASH_ON_CPU", "a hop", "ring", "nothing sent", "all_to_all"]
+        assert list(found) == [
+            *("FLASH_ON_CPU", "ring", "nothing sent", "all_to_all"),
+            *("a hop", "a group a link", "one batch", "one rank sends"),
+        ]
         assert all(re.match(r"\d+\.\d+ ms", text) for text in found.values())
 
 

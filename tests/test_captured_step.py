@@ -178,8 +178,8 @@ def test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does(case: str,
     for engine in engines:
         train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 2)])
         engine.part.train()
-        microbatches, _ = engine._microbatches(batch_of(77))
-        loss = engine.captured_step(microbatches, engine.scaling is not None)
+        staged, _ = engine._staged(batch_of(77))
+        loss = engine.captured_step(staged, engine.scaling is not None)
         assert all(chunk.gradient.total is not None for chunk in engine.chunks)
         state = {name: getattr(engine, name) for name in PARTS}
         state |= dict(loss=loss, traffic=engine.mesh.traffic, phase=engine.stopwatch.phase)
@@ -201,7 +201,7 @@ def test_a_graph_reads_nothing_that_could_be_freed(case: str, made: Made) -> Non
     work = engine.captured_step._captured
     assert work is not None
     stays = [chunk.parameters.whole for chunk in engine.chunks]
-    stays += [x for one in work[1].microbatches for x in one.tensors]
+    stays += work[1].batch.whole.tensors
     stays += [] if engine.scaling is None else [engine.scaling.amax, engine.scaling.scales, engine.scaling.inverses]
     attributes = [value for module in engine.part.modules() for value in vars(module).values()]
     attributes += [x for value in attributes if isinstance(value, list) for x in value]

@@ -101,7 +101,8 @@ def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    (microbatch, *_), _ = engine._microbatches(share_of(batches_of(1)[0], engine))
+    staged, _ = engine._staged(share_of(batches_of(1)[0], engine))
+    microbatch = staged.on(engine.mesh.device).microbatches[0]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         loss = engine.part(None, microbatch, 0)
     del loss

@@ -30,10 +30,14 @@ from parallel.engine.context import Place, make_context
 from parallel.engine.scales import eight_bit_linears
 from parallel.errors import ColonnadeError, NonFiniteError
 from parallel.mesh.collectives import Pending
+from parallel.storage.transfer import ON_DEVICE
 from parallel.tensor import Mode
+from parallel.tensor.fp8_matmul import WeightCopy
 from parallel.tensor.layers import Linear
 from parallel.tensor.scaling import Scaling
+from tests import fp8_errors
 from tests.accounts import mode_of
+from tests.fp8_errors import apart, trained
 from tests.harness import run
 from tests.parity import Batch, Raw, Trace, assert_bits, batches_of, config_of, engine_of, exported, share_of
 from tests.test_memory import FAMILY_SHAPES, FLOAT, B, S, block_of, kept_by_a_block, kept_from_i_to_w, microbatch_of
@@ -121,41 +125,16 @@ def batches(count: int = STEPS) -> list[Batch]:
     return batches_of(count, batch=16, sequence=8)
 
 
-def trained(rank: int, world_size: int, raw: Raw) -> Trace | None:
-    """Train on this rank; rank 0 returns the trace, whose losses are those of each sample after the last step.
-
-    So they depend on the weights, and on 8-bit products of an evaluation.
-    """
-    engine = engine_of(rank, world_size, raw)
-    for batch in batches():
-        engine.train_step(share_of(batch, engine))
-    weights, losses = exported(engine), []
-    for sample in batches(1)[0]["input_ids"]:
-        losses.append(engine.evaluate([share_of(dict(input_ids=sample.expand(16, -1)), engine)]))
-    return Trace(losses, weights=weights) if rank == 0 else None
-
-
 @cache
 def trace_of(layout: Layout, precision: str = "fp8") -> Trace:
-    trace = run(trained, layout.world_size, raw_of(layout, precision))[0]
+    trace = run(trained, layout.world_size, raw_of(layout, precision), batches())[0]
     assert trace is not None
     return trace
 
 
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the Frobenius norm of the difference of all tensors."""
-    assert ours.keys() == theirs.keys()
-    return math.hypot(*((x.double() - theirs[name].double()).norm().item() for name, x in ours.items()))
-
-
 def errors(got: Trace) -> dict[str, float]:
-    """Return the distance of a trace from fp64: the norm of the differences of all losses, and that of all weights.
-
-    Both are sums over many roundings. A single loss is the mean of errors of both signs, and right by chance now and
-    then: no multiple of its error would be a bound.
-    """
-    exact = trace_of(ONE, "fp64")
-    return dict(losses=math.dist(got.losses, exact.losses), weights=apart(got.weights, exact.weights))
+    """Return the distance of a trace from fp64."""
+    return fp8_errors.errors(got, trace_of(ONE, "fp64"))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +150,7 @@ def test_the_error_of_a_layout_is_at_most_twice_that_of_one_rank(name: str) -> N
 def test_compiled_blocks_have_the_error_of_one_rank() -> None:
     raw = raw_of(ONE)
     raw["train"] |= dict(compile=True)
-    trace = run(trained, 1, raw)[0]
+    trace = run(trained, 1, raw, batches())[0]
     assert trace is not None
     got, one = errors(trace), errors(trace_of(ONE))
     assert all(got[key] <= 2 * one[key] for key in one), (got, one)
@@ -631,9 +610,33 @@ def test_a_state_dict_brings_the_scales_back_and_other_weights_have_none(tmp_pat
 # -- `--check`
 
 
+def copies_kept(rank: int, world_size: int, raws: list[Raw]) -> list[int]:
+    """Return the bytes of copies of weights in 8 bits after the forward of an evaluation with scales."""
+    found = []
+    for raw in raws:
+        engine = engine_of(rank, world_size, raw)
+        scaling = engine.scaling
+        assert scaling is not None
+        scaling.state.is_known = True
+        if engine.config.zero.tensor_placement_policy == "auto":  # as a plan places them if the device has room
+            for chunk in engine.chunks:
+                chunk.move_to(ON_DEVICE)
+        with patch.object(scaling, "_clear"):
+            engine.evaluate([share_of(batches(1)[0], engine)])
+        copies = [copy for copy in scaling.copies if isinstance(copy, WeightCopy)]
+        found.append(sum(x.nbytes for copy in copies for x in (copy._rows, copy._columns) if x is not None))
+    return found
+
+
+def test_copies_of_weights_are_kept_only_where_no_plan_places_chunks() -> None:
+    """A plan of "auto" fills the device, by a profiled step in which all weights were gathered on demand."""
+    raws = [raw_of(replace(ONE, placement=placement)) for placement in ("cuda", "auto", "cpu")]
+    assert run(copies_kept, 1, raws)[0] == [3 * (4 * 48 * 48 + 2 * 48 * 96), 0, 0], "by rows: nothing trains"
+
+
 def test_copies_of_weights_are_foreseen() -> None:
     """Two bytes for each element of the weights in 8 bits; one of a slice in stage 3, if all weights of a block are so;
-    none where they are offloaded.
+    none where they are offloaded, or may be.
     """
 
     def weight_bytes(precision: str, min_elements: int, **zero: Any) -> int:
@@ -649,5 +652,6 @@ def test_copies_of_weights_are_foreseen() -> None:
         (matrices // 2, 0, dict(stage=3)),
         (0, SOME, dict(stage=3)),
         (0, 0, dict(stage=1, tensor_placement_policy="cpu")),
+        (0, 0, dict(stage=1, tensor_placement_policy="auto")),
     ):
         assert weight_bytes("fp8", least, **zero) - weight_bytes("bf16", least, **zero) == copies, zero

@@ -214,7 +214,8 @@ def test_a_change_of_the_tree_is_refused(change: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 def test_a_frozen_parameter_of_a_split_model_is_refused(precision: str, is_made: bool) -> None:
     """Its gradient would be computed all the same, and its momentum would move it."""
-    raw = dict(model=MODEL, data=dict(sequence_length=16), train=dict(global_batch_size=2, precision=precision))
+    train = dict(global_batch_size=2, precision=precision, fp8_min_elements=0)
+    raw = dict(model=MODEL, data=dict(sequence_length=16), train=train)
     context = parallel.launch_from_torch(raw, resolve=resolve)
     part = models.build(context)
     engine = parallel.Engine(part, context) if is_made else None

@@ -72,7 +72,8 @@ def held_between(rank: int, world_size: int, raw: Raw) -> int:
     engine = engine_of(rank, world_size, raw)
     batch = share_of(batches_of(1)[0], engine)
     engine.train_step(batch)  # from now on there are buffers on the host
-    (microbatch, *_), _ = engine._microbatches(batch)
+    staged, _ = engine._staged(batch)
+    microbatch = staged.on(engine.mesh.device).microbatches[0]
     held = Allocations()
     with held:
         loss = engine.part(None, microbatch, 0)

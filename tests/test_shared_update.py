@@ -3,6 +3,8 @@
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 from unittest.mock import patch
@@ -17,9 +19,15 @@ from parallel.config import OptimizerConfig
 from parallel.layout import sources
 from parallel.layout.layout import Layout, ParameterInfo
 from parallel.mesh.mesh import ALONE
-from parallel.optim import shared_update, streaming
+from parallel.modules.full_parameters import WholeChunk
+from parallel.optim import launch_queue, shared_update, streaming
 from parallel.optim.adamw import AdamW
+from parallel.optim.shared_update import SharedUpdate
+from parallel.placement.plan_state import PlanLifecycle
 from parallel.storage.transfer import ON_DEVICE, CopyEvent, Placement, Tier
+from parallel.zero.gatherer import Unit
+from tests.parity import batches_of, engine_of, share_of
+from tests.test_placement import raw_of
 
 ON_HOST = Placement(Tier.HOST, Tier.HOST)
 DEVICE = torch.device("cuda" if torch.cuda.device_count() else "cpu")
@@ -137,3 +145,199 @@ def test_a_host_buffer_is_freed_after_the_update_that_reads_it(placement: Placem
     chunk.settle()
     assert alive == [True]
     assert before() is None
+
+
+class Updated:
+    """An optimizer and chunks on the host of four parts each, after its first update, as far as that is launched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, ahead: int, share: float = 0.0) -> None:
+        monkeypatch.setattr(streaming, "PART", 2**15)
+        monkeypatch.setattr(launch_queue, "AHEAD", ahead)
+        self.chunks = [chunk_in(f"layers.{i}", i, ON_HOST) for i in range(LAYERS)]
+        self.chunks[-1].is_of_root = True
+        self.optimizer = AdamW(self.chunks, OptimizerConfig())
+        self.optimizer.host_share = share
+        self._before = [chunk.master.clone() for chunk in self.chunks]
+        self.step()
+
+    def step(self) -> None:
+        for chunk in self.chunks:
+            chunk.gradient.begin(1)
+            chunk.store_gradient(torch.ones(chunk.size, device=DEVICE, dtype=torch.bfloat16))
+        self.optimizer.step(torch.tensor(1.0, device=DEVICE), 1e-3)
+
+    def num_launched(self) -> list[int]:
+        """Return the number of parts of each chunk that an update has changed, without waiting for any other."""
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        pairs = zip(self.chunks, self._before, strict=True)
+        return [int((c.master != x).view(-1, 2**15).all(1).sum()) for c, x in pairs]
+
+    def has_changed(self, masters: list[Tensor]) -> list[bool]:
+        """Return of each chunk whether its master weights are others, without waiting for any."""
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return [not torch.equal(chunk.master, x) for chunk, x in zip(self.chunks, masters, strict=True)]
+
+
+@pytest.mark.gpu
+def test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root, here the last chunk, is launched at once. One queue of a GPU has the copies of all streams from the
+    host: the first layer's parameters would arrive after the whole update if all of it were launched before.
+    """
+    updated = Updated(monkeypatch, ahead=5)
+    assert updated.num_launched() == [4, 1, 0, 0, 0, 4]
+    updated.chunks[-1].gather().wait()
+    assert updated.num_launched() == [4, 1, 0, 0, 0, 4]
+    updated.chunks[0].gather().wait()
+    assert updated.num_launched() == [4, 4, 1, 0, 0, 4]
+    updated.chunks[2].gather().wait()
+    assert updated.num_launched() == [4, 4, 4, 4, 1, 4]
+    updated.chunks[1].gather().wait()
+    assert updated.num_launched() == [4, 4, 4, 4, 1, 4]
+    updated.chunks[3].gather().wait()
+    assert updated.num_launched() == [4] * LAYERS
+
+
+@pytest.mark.gpu
+def test_a_layer_on_the_device_waits_for_its_update_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But if somebody may read its parameters between two steps, the update has been launched by then."""
+    updated = Updated(monkeypatch, ahead=0)
+    for chunk in updated.chunks:
+        updated.optimizer.move(chunk, Placement(Tier.DEVICE, Tier.HOST))
+        chunk.is_private = chunk is not updated.chunks[1]
+    masters = [chunk.master.clone() for chunk in updated.chunks]
+    updated.step()
+    assert updated.has_changed(masters) == [False, True, False, False, False, True]
+    Unit([updated.chunks[2]]).make_whole()
+    assert updated.has_changed(masters) == [True, True, True, False, False, True]
+    for i in (1, 2, 5):
+        chunk = updated.chunks[i]
+        assert torch.equal(chunk.parameters.whole.cpu(), chunk.master.bfloat16())
+    assert torch.equal(updated.chunks[3].parameters.whole.cpu(), masters[3].bfloat16())
+
+
+def move(updated: Updated, chunk: Chunk) -> None:
+    updated.optimizer.move(chunk, ON_DEVICE)
+
+
+READERS: dict[str, Callable[[Updated, Chunk], object]] = {
+    "a gather": lambda updated, chunk: chunk.gather().wait(),
+    "a settled chunk": lambda updated, chunk: chunk.settle(),
+    "the next gradient": lambda updated, chunk: chunk.store_gradient(torch.zeros(chunk.size, device=DEVICE)),
+    "a checkpoint": lambda updated, chunk: updated.optimizer.pieces(),
+    "another placement": move,
+    "values of a user": lambda updated, chunk: chunk.take_written(),
+    "whole parameters": lambda updated, chunk: WholeChunk.of(chunk),
+    "the times of both sides": lambda updated, chunk: updated.optimizer.balance(),
+    "the next update": lambda updated, chunk: updated.optimizer._shared.finish(),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_a_layer_has_its_update_launched(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a mode of torch that forbids changes of what it makes, too. Half of the third chunk is updated by the host."""
+    updated = Updated(monkeypatch, ahead=0, share=10.5 / (4 * LAYERS))
+    assert updated.num_launched()[1] == 0
+    with torch.inference_mode() if reader == "a gather" else nullcontext():
+        READERS[reader](updated, updated.chunks[2])
+    assert updated.num_launched()[:3] == [4, 4, 4]
+    updated.step()
+    for chunk in updated.chunks:
+        chunk.settle()
+        assert torch.equal(chunk.parameters.own, chunk.master.bfloat16())
+
+
+@pytest.mark.gpu
+def test_the_times_of_an_update_are_those_of_all_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    updated = Updated(monkeypatch, ahead=0)
+    last = updated.optimizer._shared._last
+    assert updated.num_launched() == [0, 0, 0, 0, 0, 4]
+    assert last().bus.elements == sum(chunk.size for chunk in updated.chunks)
+    assert updated.num_launched() == [4] * LAYERS
+
+
+def test_a_part_that_is_launched_later_waits_for_the_computation_of_its_own_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A forward has been launched by then. It would have to end before the update of the layers that it waits for."""
+
+    class Recorder:
+        num_waits = 0
+
+        def wait_stream(self, other: object) -> None:
+            self.num_waits += 1
+
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(launch_queue, "AHEAD", 0)
+    chunk = chunk_in("layers.0", 0, ON_HOST) if DEVICE.type == "cpu" else pytest.skip("streams are replaced")
+    chunk.gradient.begin(1)
+    chunk.store_gradient(torch.ones(chunk.size, dtype=torch.bfloat16))
+    shared, launched = SharedUpdate(DEVICE), list[int]()
+    shared._beside = recorder  # type: ignore[assignment]
+    shared.share = 0.0
+    parts = AdamW([chunk], OptimizerConfig())._parts_of(chunk)
+    shared.run(parts, lambda parts: launched.append(recorder.num_waits), lambda parts: None)
+    assert (launched, recorder.num_waits) == ([], 1)
+    chunk.settle()
+    assert (launched, recorder.num_waits) == ([1], 1)
+
+
+@pytest.mark.gpu
+def test_parameters_are_the_rounded_masters_after_an_update_that_changes_nothing() -> None:
+    """A kernel writes nothing in a step that is left out. The gradient was in the memory of the parameters."""
+    chunk = chunk_in("layers.0", 0, ON_HOST)
+    chunk.gradient.begin(1)
+    chunk.store_gradient(torch.full((chunk.size,), torch.inf, device=DEVICE, dtype=torch.bfloat16))
+    parts = AdamW([chunk], OptimizerConfig())._parts_of(chunk)
+    for _ in streaming.Stream(DEVICE).run(parts, lambda parts: None):
+        pass
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(chunk.parameters.own, chunk.master.bfloat16())
+
+
+def test_the_host_updates_the_last_parts_without_gaps() -> None:
+    """What is small in an early layer would fit into its share, too, but a forward needs it soon."""
+    chunks = [chunk_in(f"layers.{i}", i, ON_HOST) for i in range(3)]
+    parts = []
+    for chunk in chunks:
+        chunk.gradient.begin(1)
+        chunk.store_gradient(torch.ones(chunk.size, device=DEVICE, dtype=torch.bfloat16))
+        (whole,) = AdamW([chunk], OptimizerConfig())._parts_of(chunk)
+        parts += [whole.cut(0, chunk.size - 100), whole.cut(chunk.size - 100, chunk.size)]
+    shared = SharedUpdate(DEVICE)
+    shared.share = 0.5
+    streamed, left = shared._split(parts)
+    assert [id(part) for part in streamed] == [id(part) for part in parts[:3]]
+    assert [id(part) for part in left] == [id(part) for part in parts[3:]]
+
+
+def losses(policy: str, placement: Placement | None) -> list[float]:
+    """Return the losses of steps and evaluations of an engine whose chunks are there, and which nobody else uses."""
+    engine = engine_of(0, 1, raw_of("single", policy, 0, precision="bf16"))
+    engine.writes.stop()
+    assert isinstance(engine.optimizer, AdamW)
+    if placement is not None:
+        engine.placement_manager._lifecycle = PlanLifecycle(is_fixed=True)
+        engine.optimizer.host_share = 0.0
+        for chunk in engine.chunks:
+            engine.optimizer.move(chunk, placement)
+    found = []
+    for batch in batches_of(3, batch=24):
+        found.append(engine.train_step(share_of(batch, engine)).loss)
+        found.append(engine.evaluate([share_of(batch, engine)]))
+    return found
+
+
+@pytest.mark.gpu
+def test_an_engine_waits_for_each_layer_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are on the device, and states on the host."""
+    monkeypatch.setattr(streaming, "PART", 1024)
+    monkeypatch.setattr(launch_queue, "AHEAD", 0)
+    want = losses("cuda", None)
+    assert len(set(want)) == len(want)
+    assert losses("cpu", Placement(Tier.DEVICE, Tier.HOST)) == want

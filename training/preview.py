@@ -195,21 +195,19 @@ def _part_of_rank(config: Config, place: Place) -> PartPreview:
 
 
 def _bytes_in_8_bits(part: ModelPart, config: Config, dtype: torch.dtype) -> int:
-    """Return the bytes of the copies of weights in 8 bits: by rows and by columns or, in stage 3, of a rank's slices of
-    the chunks that are gathered so. Weights that are cast after a gather have none that last.
+    """Return the bytes of the copies of weights in 8 bits: by rows and by columns or, where parameters are divided, of
+    a rank's slices of the chunks that are gathered so. Weights that are cast when they are used have none that last.
     """
-    zero, weights = config.zero, eight_bit_linears(part, config.train)
-    if zero.tensor_placement_policy == "cpu":
+    weights, found = eight_bit_linears(part, config.train), 0
+    if config.zero.tensor_placement_policy != "cuda":
         return 0
-    if zero.stage < 3:
-        return 2 * sum(_elements_on_rank(x, divided=False) for x in part.infos if x.parameter in weights)
-    chunks = [spec.infos for spec in specs_of(part.infos, dtype, zero=zero.stage)]
-    return sum(
-        _elements_on_rank(x, divided=True)
-        for infos in chunks
-        for x in infos
-        if all(info.parameter in weights for info in infos)
-    )
+    for spec in specs_of(part.infos, dtype, zero=config.zero.stage):
+        large = [info for info in spec.infos if info.parameter in weights]
+        if not spec.is_partitioned:
+            found += 2 * sum(_elements_on_rank(info, divided=False) for info in large)
+        elif len(large) == len(spec.infos):
+            found += sum(_elements_on_rank(info, divided=True) for info in large)
+    return found
 
 
 def _elements_on_rank(info: ParameterInfo, *, divided: bool) -> int:

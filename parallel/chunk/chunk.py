@@ -34,6 +34,7 @@ class Chunk:
     memory      allocates them on the device, the host and the disk
     guard       holds back changes of the states while a checkpoint reads them
     is_of_root  True if a step needs the parameters from its first forward on, not only while a layer runs
+    is_private  True if nobody reads the parameters between two steps, neither a user nor a watch for what users write
 
     From ZeRO stage 1 on each rank of `spec.shard_axis` updates one slice. In stage 3, and where parameters are
     offloaded to the host, the whole buffer has memory only between `gather` and `release`. Padding between parameters
@@ -66,7 +67,7 @@ class Chunk:
         self.states = States(master, self.memory)
         self.gradient = Gradient(spec, self.memory)
         self.guard = released()
-        self.is_of_root = False
+        self.is_of_root = self.is_private = False
         if spec.is_partitioned:
             self.parameters.release()
         self.move_to(storage.placement)
@@ -100,6 +101,17 @@ class Chunk:
     def is_gathered_on_demand(self) -> bool:
         """True if the parameters are whole only between `gather` and `release`."""
         return not self.sharing.slice_is_view
+
+    @property
+    def waits_when_used(self) -> bool:
+        """True if computation waits for an update when the layer is used: until then, nobody reads the parameters."""
+        is_alone = self.is_private and self.spec.shard_axis.size == 1  # ranks all-gather slices when all are updated
+        return not self.is_of_root and (self.parameters.tier is Tier.HOST or is_alone)
+
+    def wait_for_update(self) -> None:
+        """Let computation wait for the last update of parameters that stay on the device."""
+        if self.parameters.tier is Tier.DEVICE:
+            self.parameters.written.wait()
 
     def move_to(self, placement: Placement) -> None:
         """Move the chunk to another placement, between two steps.

@@ -169,13 +169,14 @@ class ParameterBuffer:
         self.on_show(False)
         self._show([shared.expand(shape) for shape in self.spec.shapes])
 
-    def take_replaced(self) -> None:
+    def take_replaced(self) -> bool:
         """Copy the values of parameters whose `.data` somebody has replaced, and make them views of this buffer again.
 
-        A parameter that has become one of another shape, dtype or device stays as it is.
+        A parameter that has become one of another shape, dtype or device stays as it is. Returns True if each was its
+        own view of this buffer.
         """
         if self.shows_all:
-            return
+            return True
         for info, start in zip(self.spec.infos, self.spec.starts, strict=True):
             parameter = info.parameter
             if self.shows(parameter) or tuple(parameter.shape) != tuple(info.layout.local_shape):
@@ -185,6 +186,7 @@ class ParameterBuffer:
                 view.copy_(parameter.detach().clone())  # it may be another view of the same memory
                 parameter.data = view
                 torch.autograd.graph.increment_version(parameter)
+        return False
 
     def note_lost_writes(self) -> None:
         """Note what somebody has written into parameters that have no values now."""

@@ -59,7 +59,7 @@ class UserWrites:
 
     def is_any(self) -> bool:
         """Return whether something was written, as far as the host knows without waiting for the device."""
-        return bool(self.kept is not None or self.lost or self.names())
+        return bool(self.kept is not None or self.lost or self._read_versions() != self._versions)
 
     def _note_versions(self) -> None:
         self._versions = self._read_versions()

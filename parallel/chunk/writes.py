@@ -47,7 +47,11 @@ class Writes:
             self.note()
 
     def stop(self) -> None:
-        """Watch no longer, in a program in which nobody but the engine writes: it takes no time then."""
+        """Watch no longer, in a program in which nobody but the engine reads or writes parameters between two steps: it
+        takes no time then, and a forward may begin before an update of offloaded states ends.
+        """
+        for chunk in self._chunks:
+            chunk.is_private = True
         self._chunks, self._noted, self.is_on = [], ([], self._noted[1]), False
 
     def seen(self) -> list[str]:
@@ -67,8 +71,10 @@ class Writes:
         return problem
 
     def changed(self) -> Tensor:
-        """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait."""
-        self.take_replaced()
+        """Return an fp64 scalar on the device that is 0 if nothing was written on this rank; the host does not wait.
+
+        Values that came by `p.data = ...` count once `take_replaced` has taken them.
+        """
         flags = self._compared()
         num_seen = 0
         for chunk in self._chunks:
@@ -91,6 +97,7 @@ class Writes:
 
     def take_if_any(self) -> None:
         """Take over what was written; every rank calls this. Raises ModelError as `take` does."""
+        self.take_replaced()
         if all_reduce(self.changed(), self._world).item():
             self.take()
 
@@ -106,11 +113,13 @@ class Writes:
             chunk.take_written()
         self.note()
 
-    def take_replaced(self) -> None:
-        """Take values that came by `p.data = ...` where parameters stay whole."""
-        for chunk in self._chunks:
-            if _stays_whole(chunk):
-                chunk.parameters.take_replaced()
+    def take_replaced(self) -> bool:
+        """Take values that came by `p.data = ...` where parameters stay whole.
+
+        Returns True if each parameter stays whole and has been where it belongs, so that there was nothing to take.
+        """
+        are_shown = [_stays_whole(chunk) and chunk.parameters.take_replaced() for chunk in self._chunks]
+        return all(are_shown)
 
     def _problem_of(self, chunk: Chunk) -> str:
         """Return a message where ranks that have the same parameters have written different values into them."""

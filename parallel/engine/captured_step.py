@@ -18,7 +18,7 @@ from parallel.errors import first_line
 from parallel.ops.captured import CALLS_BEFORE, Graph, graphs_of, warn_of
 from parallel.optim.chunk_sum import FinishedSum
 from parallel.optim.gradients import Gradients
-from parallel.pipeline.microbatch import Microbatch
+from parallel.pipeline.staged import StagedBatch
 from parallel.placement.memory_report import use_of
 from parallel.storage.no_room import Memory, memory_without_room
 
@@ -37,8 +37,8 @@ REPLAYS_THAT_PAY = 100
 class CapturedWork:
     """A graph, where it reads the batch, and where its results are.
 
-    graph         reads parameters, the scales of 8-bit linears, and `microbatches`; all else is made in it
-    microbatches  in memory that stays, where each batch is copied to
+    graph         reads parameters, the scales of 8-bit linears, and `batch`; all else is made in it
+    batch         in memory that stays, where each batch is copied to
     loss          fp64 [], the loss summed over ranks
     results       of the chunks' gradients, whose memory the graph writes anew
     marks         the times at which phases begin
@@ -46,16 +46,15 @@ class CapturedWork:
     """
 
     graph: Graph
-    microbatches: Sequence[Microbatch]
+    batch: StagedBatch
     loss: Tensor
     results: Sequence[FinishedSum]
     marks: Sequence[Mark]
     num_replays: int = 0
 
-    def launch(self, microbatches: Sequence[Microbatch]) -> None:
-        """Launch the work for these microbatches."""
-        static, given = ([x for one in many for x in one.tensors] for many in (self.microbatches, microbatches))
-        torch._foreach_copy_(static, given)
+    def launch(self, batch: StagedBatch) -> None:
+        """Launch the work for this batch, which is on the host."""
+        batch.copy_to(self.batch)
         self.graph.replay()
         self.num_replays += 1
 
@@ -99,26 +98,26 @@ class CapturedStep:
         self._calls_before = CALLS_BEFORE  # the next capture
         self._captured: tuple[Key, CapturedWork] | None = None
 
-    def __call__(self, microbatches: Sequence[Microbatch], *settings: object) -> Tensor:
-        """Return the loss summed over ranks, and leave the gradients in chunks.
+    def __call__(self, batch: StagedBatch, *settings: object) -> Tensor:
+        """Return the loss summed over ranks of a batch on the host, and leave the gradients in chunks.
 
         `settings`: further numbers that launches depend on.
         """
         code = None if self._new_graph is None or self.problem or self._is_observed else self.code.key()
         if self._new_graph is None or code is None:
-            return self._as_usual(microbatches)
-        key = (*settings, *(one.form for one in microbatches), *code)
+            return self._as_usual(batch)
+        key = (*settings, *batch.form, *code)
         self._count = self._count + 1 if key == self._key else 1
         self._key = key
         if self._captured is not None and self._captured[0] == key:
-            return self._replay(self._captured[1], microbatches)
+            return self._replay(self._captured[1], batch)
         if self._count <= self._calls_before:
-            return self._as_usual(microbatches)
+            return self._as_usual(batch)
         self.drop()
-        if (work := self._capture(microbatches, self._new_graph())) is None:
-            return self._as_usual(microbatches)
+        if (work := self._capture(batch, self._new_graph())) is None:
+            return self._as_usual(batch)
         self._captured, self._calls_before = (key, work), 2 * self._calls_before
-        return self._replay(work, microbatches)
+        return self._replay(work, batch)
 
     def drop(self) -> None:
         """Give up the graph and its memory."""
@@ -148,35 +147,35 @@ class CapturedStep:
         """True if somebody is told of each phase or gradient of a step, which a replay would not do."""
         return self.stopwatch.is_observed or self.gradients.are_watched
 
-    def _as_usual(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        return self.beside(lambda: self._run(microbatches, self.stopwatch.mark))
+    def _as_usual(self, batch: StagedBatch) -> Tensor:
+        return self.beside(lambda: self._run(batch.on(self._device).microbatches, self.stopwatch.mark))
 
-    def _replay(self, work: CapturedWork, microbatches: Sequence[Microbatch]) -> Tensor:
-        work.launch(microbatches)
+    def _replay(self, work: CapturedWork, batch: StagedBatch) -> Tensor:
+        work.launch(batch)
         if work.num_replays == REPLAYS_THAT_PAY:
             self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.
         self.stopwatch.take(work.marks)
-        self.gradients.restore(len(microbatches), work.results)
+        self.gradients.restore(batch.num_microbatches, work.results)
         self.make_room()
         return work.loss
 
-    def _capture(self, microbatches: Sequence[Microbatch], graph: Graph) -> CapturedWork | None:
+    def _capture(self, batch: StagedBatch, graph: Graph) -> CapturedWork | None:
         """Return the captured work; None where it could not be captured, or leaves too little memory: then none is."""
-        static = [one.copied() for one in microbatches]
+        static = batch.on(self._device, copied=True)
         marks: list[Mark] = []
 
         def mark(phase: Phase, detail: object = "") -> None:
             marks.append(self.stopwatch.mark_in_graph(phase))
 
         try:
-            loss = graph.capture(lambda: self._run(static, mark))
+            loss = graph.capture(lambda: self._run(static.microbatches, mark))
         except RuntimeError as error:  # of CUDA: work that waits for the device, or no memory; training goes on
             self._give_up(first_line(error))
             return None
         if not _is_roomy(graph, self._device):
             size = graph.num_bytes
-            self.gradients.begin(len(microbatches))  # they are in the memory of the graph
+            self.gradients.begin(batch.num_microbatches)  # they are in the memory of the graph
             graph.drop()
             self._give_up(f"beside a graph of {size / 2**30:.1f} GiB not as much is free for other work")
             return None

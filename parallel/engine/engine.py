@@ -23,7 +23,7 @@ from parallel.engine.scales import scaling_of
 from parallel.engine.state import EngineState
 from parallel.engine.step_code import StepCode
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
-from parallel.layout.labels import IGNORED, shift
+from parallel.layout.labels import IGNORED, num_counted, shift
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.first_not_finite import FirstNotFinite
@@ -37,11 +37,12 @@ from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart
 from parallel.pipeline.runner import Runner
 from parallel.pipeline.schedule import evaluation_plan_of, plan_of
+from parallel.pipeline.staged import StagedBatch
 from parallel.placement.shortage import refusing_without_room
 from parallel.plan.plan import Action, Plan
 from parallel.plan.validate import validate
 from parallel.sequence import Documents
-from parallel.storage.transfer import HostCopy, to_device
+from parallel.storage.transfer import HostCopy
 from parallel.tensor.layers import Weighted
 from parallel.zero.gatherer import Gatherer
 
@@ -97,8 +98,8 @@ class Engine(EngineState):
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
         if self.writes.is_on and not problem:
-            self.writes.take_replaced()  # values that came by `p.data = ...` can be followed
-            problem = self._original.change()
+            are_shown = self.writes.take_replaced()  # values that came by `p.data = ...` can be followed
+            problem = self._original.change(are_shown=are_shown)
         super().agree_on(action, problem, error)
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -124,16 +125,16 @@ class Engine(EngineState):
         # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
         written = self._start_check() if self.config.zero.stage < 3 else None
         self.part.train()
-        microbatches, tokens = self._microbatches(batch)
+        staged, tokens = self._staged(batch)
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
-        self._plan(len(microbatches), trains=True)  # a schedule's file may have another number of microbatches
-        first = microbatches[0]
-        masks = (int(x is not None) for x in (first.attention_mask, first.documents))
-        self.placement_manager.before_step((len(microbatches), *first.input_ids.shape, *masks))
-        total = self.captured_step(microbatches, self.scaling is not None and self.scaling.state.is_known)
+        self._plan(staged.num_microbatches, trains=True)  # a schedule's file may have another number of microbatches
+        masks = (int(x is not None) for x in (staged.whole.attention_mask, staged.whole.documents))
+        self.placement_manager.before_step((staged.num_microbatches, staged.size, staged.whole.length, *masks))
+        total = self.captured_step(staged, self.scaling is not None and self.scaling.state.is_known)
         scale = self.loss_scale.scale
         if written is None:
+            self.writes.take_replaced()
             norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
             written = HostCopy(num_written)
         else:
@@ -145,10 +146,10 @@ class Engine(EngineState):
         self._update(norm, scale, written, total)
         if self.scaling is not None:
             self.scaling.end_step(found_inf(norm, total))
-        self.num_samples += self.data.size * len(batch["input_ids"])
+        self.num_samples += self.data.size * len(staged.whole.input_ids)
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         outcome = self._end_step(loss, grad_norm)
-        self._report(outcome, loss, grad_norm, partial(self._origin, microbatches))
+        self._report(outcome, loss, grad_norm, partial(self._origin, staged))
         phases, skipped = self.stopwatch.read(), outcome is not Outcome.UPDATED
         count = self.steps.num_left_out
         return StepResult(
@@ -179,9 +180,9 @@ class Engine(EngineState):
             self.gatherer.begin()
             for batch in batches:
                 self.agree_on("a batch of an evaluation")
-                microbatches, count = self._microbatches(batch)
+                staged, count = self._staged(batch)
                 tokens += count
-                total += self._sum(self.captured_step.beside(partial(self._forwards, microbatches))).item()
+                total += self._sum(self.captured_step.beside(partial(self._forwards, staged))).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
@@ -213,8 +214,9 @@ class Engine(EngineState):
         self.gradients.finish()
         return total
 
-    def _forwards(self, microbatches: Sequence[Microbatch]) -> Tensor:
+    def _forwards(self, staged: StagedBatch) -> Tensor:
         """Return the loss of this rank's part of an evaluation."""
+        microbatches = staged.on(self.mesh.device).microbatches
         runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
         return runner.run(self._plan(len(microbatches), trains=False))
 
@@ -222,7 +224,7 @@ class Engine(EngineState):
         """Return a context in which weights are cast to 8 bits once, and `records` maxima, where linears do so."""
         return nullcontext() if self.scaling is None else self.scaling.casting(records=records)
 
-    def _origin(self, microbatches: Sequence[Microbatch]) -> str:
+    def _origin(self, staged: StagedBatch) -> str:
         """Run a step again that has updated nothing, and return where its first number was that is not finite."""
         self.captured_step.drop()  # its memory is needed
         first = FirstNotFinite(self.part, self.chunks, self.part.layer_names())
@@ -232,7 +234,7 @@ class Engine(EngineState):
             if isinstance(detail, Action):
                 first.stage, first.microbatch = detail.stage, detail.microbatch
 
-        run = partial(self._forwards_and_backwards, microbatches, mark)
+        run = partial(self._forwards_and_backwards, staged.on(self.mesh.device).microbatches, mark)
         return origin_of(
             run, first, chunks=self.chunks, gradients=self.gradients, mesh=self.mesh, compiles=self.config.train.compile
         )
@@ -243,11 +245,12 @@ class Engine(EngineState):
         No code of a user runs within a step, so they can be counted before it. Before its update the host has the
         number, and needs not wait for the gradients.
         """
-        changed = self.writes.changed()
-        return HostCopy(all_reduce(changed, self.mesh.world) if self.writes.is_on else changed)
+        if not self.writes.is_on:
+            return HostCopy(torch.zeros(()))  # on the host, so that no device has to say it
+        return HostCopy(all_reduce(self.writes.changed(), self.mesh.world))
 
-    def _microbatches(self, batch: Mapping[str, Tensor]) -> tuple[list[Microbatch], int]:
-        """Return the batch as microbatches on this rank's device, and the number of counted labels of all replicas.
+    def _staged(self, batch: Mapping[str, Tensor]) -> tuple[StagedBatch, int]:
+        """Return the batch, staged for this rank's device, and the number of counted labels of all replicas.
 
         That number is known before the first forward, so that sums are divided once, by the global count. Raises
         DataError on every rank where one replica cannot use its batch.
@@ -260,7 +263,7 @@ class Engine(EngineState):
         labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.
-        sums = torch.tensor([(labels != IGNORED).sum(), problem is not None, own, own**2])
+        sums = torch.tensor([num_counted(labels), problem is not None, own, own**2])
         tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
         if refused:
             raise DataError(f"batch: {problem or 'that of another replica was refused.'}")
@@ -271,23 +274,16 @@ class Engine(EngineState):
         ids = batch["input_ids"]
         first = self.num_samples + self.data.rank * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        ids, labels, samples = (to_device(t, self.mesh.device) for t in (ids, labels, samples))
         mask = batch.get("attention_mask")
         if mask is not None and bool(mask.all()):  # it masks nothing, and kernels without a mask are faster
             mask = None
-        mask, positions = (
-            None if x is None else to_device(x, self.mesh.device) for x in (mask, batch.get("position_ids"))
-        )
         scale = self.loss_scale.scale / max(1, tokens)
-        documents = self._documents(batch)
-        return Microbatch(ids, labels, samples, mask, scale, positions, documents=documents).split(size), tokens
-
-    def _documents(self, batch: Mapping[str, Tensor]) -> Documents | None:
-        """Return the documents of a batch on this rank's device; None where they hide nothing."""
-        if (ids := batch.get("document_ids")) is None:
-            return None
-        documents = Documents.of(ids)  # on the host, where the batch is: a GPU would be waited for
-        return None if documents.is_one_per_sample else documents.apply(lambda x: to_device(x, self.mesh.device))
+        positions = batch.get("position_ids")
+        documents = Documents.of(batch["document_ids"]) if "document_ids" in batch else None
+        if documents is not None and documents.is_one_per_sample:  # they hide nothing
+            documents = None
+        whole = Microbatch(ids, labels, samples, mask, scale, positions, documents=documents)
+        return StagedBatch.of(whole, size, self.mesh.device), tokens
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""

@@ -20,17 +20,12 @@ from parallel.tensor.scaling import Histories, Scaling, TensorScale
 class ChunkWeight(WeightCopy):
     """The weight of a linear in 8 bits: a view of what its chunk has gathered so, or a copy of the parameter.
 
-    A copy is kept for a step unless the parameter is gathered on demand, and then cast after each gather.
+    With `is_kept` a copy is kept for a step, else each use casts.
     """
 
-    def __init__(self, scale: TensorScale, chunk: Chunk, number: int) -> None:
+    def __init__(self, scale: TensorScale, chunk: Chunk, number: int, *, is_kept: bool) -> None:
         super().__init__(scale)
-        self.chunk, self.number = chunk, number
-
-    def clear(self) -> None:
-        """Drop the copies. The chunk may be placed elsewhere than in the last step."""
-        super().clear()
-        self.is_kept = not self.chunk.is_gathered_on_demand
+        self.chunk, self.number, self.is_kept = chunk, number, is_kept
 
     def rows(self, w: Tensor, amax: Tensor | None, *, trains: bool) -> Tensor:
         """Return [N', K'']; see `WeightCopy`."""
@@ -62,12 +57,15 @@ def scaling_of(part: ModelPart, chunks: Sequence[Chunk], context: Context) -> Sc
     axes = [mesh.axis(name) for name in mesh.topology.shape if name != "pipe"]
     scaling = Scaling([info.names for info in infos], axes, mesh.device)
     scales_of = dict(zip((info.parameter for info in infos), scaling.linears, strict=True))
+    # A plan of a placement counts no copies: in the step by which it is made all weights are gathered on demand.
+    keeps = context.config.zero.tensor_placement_policy == "cuda"
     for chunk in chunks:
+        is_kept = keeps and not chunk.spec.is_partitioned
         found = [scales_of.get(info.parameter) for info in chunk.infos]
         scales = [x for x in found if x is not None]
         for number, info in enumerate(chunk.infos):
             if (of_linear := found[number]) is not None:
-                copy = ChunkWeight(of_linear.weight, chunk, number)
+                copy = ChunkWeight(of_linear.weight, chunk, number, is_kept=is_kept)
                 linears[info.parameter].multiply_in_8_bits(of_linear, copy)
                 scaling.copies.append(copy)
         if len(scales) == len(found) and chunk.spec.is_partitioned:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 
 import torch
-from torch import nn
 from torch.nn.modules import module as torch_module
 
 from parallel.chunk.chunk import Chunk
@@ -83,16 +82,13 @@ class StepCode:
             torch_module._has_any_global_hook()
             or any(self._hooks)
             or len(vars(self.part)["_forward_pre_hooks"]) != 1
-            or any(map(_is_hooked, self._parameters))
+            or any(map(attrgetter("_backward_hooks"), self._parameters))
+            or any(len(x._post_accumulate_grad_hooks or ()) > 1 for x in self._parameters)
         )
 
 
 def _methods_of(cls: type) -> list[object]:
     return [*filter(callable, vars(cls).values())]
-
-
-def _is_hooked(parameter: nn.Parameter) -> bool:
-    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks or ()) > 1
 
 
 def _has_modes() -> bool:

@@ -103,6 +103,7 @@ class UserLoop(ParameterAccess):
         self._passes.release()
         self._gradients.finish()
         divisor *= self._divisor
+        self.writes.take_replaced()
         sums = torch.stack([self.writes.changed(), self._lost])
         norm, (num_written, lost) = norm_and_sum(self._trained, self.mesh.world, sums)
         norm = norm / divisor

@@ -84,21 +84,25 @@ class OriginalParameters:
         self._module, self.in_use = module, ""
         self._cure = f"Change a model before {made_by}, not after."
         self._parameters = {n: (p, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)}
+        self._chunks = list(chunks)
         self._chunk_of = {info.parameter: chunk for chunk in chunks for info in chunk.infos}
         self._modules = list(module.modules())
         self._tree = _tree(self._modules)
 
-    def change(self) -> str:
-        """Return a message about the first change that an engine cannot follow, or an empty string without one."""
+    def change(self, *, are_shown: bool = False) -> str:
+        """Return a message about the first change that an engine cannot follow, or an empty string without one.
+
+        `are_shown`: it has just been found that all parameters are in the memory of their chunks.
+        """
         if self.in_use:
             return self.in_use
-        return "" if self._is_unchanged() else self._first_change()
+        return "" if self._is_unchanged(are_shown=are_shown) else self._first_change()
 
-    def _is_unchanged(self) -> bool:
+    def _is_unchanged(self, *, are_shown: bool) -> bool:
         """Return whether nothing at all has changed. With hundreds of parameters it takes a tenth of the time of
         `_first_change`; a GPU may have to wait for it.
         """
-        if not all(chunk.parameters.shows_all for chunk in set(self._chunk_of.values())):
+        if not are_shown and not all(chunk.parameters.shows_all for chunk in self._chunks):
             return False
         if any(x.requires_grad for x, required_grad in self._parameters.values() if not required_grad):
             return False

@@ -6,12 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.chunk.chunk import Chunk
 from parallel.ops.clock import clock_of
+from parallel.optim.launch_queue import LaunchQueue
 from parallel.optim.part import Part
 from parallel.optim.streaming import Stream, Update, in_parts
 from parallel.storage.transfer import CopyEvent, Placement, Tier
@@ -78,44 +80,51 @@ class SharedUpdate:
     `balance()` is the best one.
 
     Nobody waits for the whole of it: the device has a stream for it beside that of computation, and the host a thread.
-    A layer whose parameters are on the host waits for its own update when it is gathered. So the next forward begins
-    while later layers are updated. Chunks of the root, which a forward begins with, come first, and so do those whose
-    parameters stay on the device: for these, computation waits in `wait_for_parameters_on_device`.
+    A layer waits for its own update when it is used (`Chunk.waits_when_used`). So the next forward begins while later
+    layers are updated. Other chunks come first: those of the root, which a forward begins with, and those whose
+    parameters are on the device where somebody may read them at any time. For these, computation waits in
+    `wait_for_parameters_on_device`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.share = FIRST_SHARE
         self._device, self._clock = device, clock_of(device)
         self._stream = Stream(device)
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # the stream of updates
+        # The stream of updates. Its short kernels come before those of computation: each keeps the bus waiting.
+        self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "update")
+        self._queue = LaunchQueue(iter(()), [], {}, within=self._in_stream)
         self._updated = CopyEvent()  # the last part whose parameters are on the device
         self._last: Callable[[], UpdateTimes] = lambda: NOTHING
 
     def run(
         self, wholes: Sequence[Part], on_device: Update, on_host: Update, *, numbers: Sequence[Tensor] = ()
     ) -> None:
-        """Launch the update of all parts, some with `on_device` and the others with `on_host`; the results are written
+        """Begin the update of all parts, some with `on_device` and the others with `on_host`; the results are written
         back. `numbers` are tensors on the device that `on_device` reads.
+
+        The parts are launched that a forward needs first, and all that the host updates; the others follow as somebody
+        waits for their chunks: see `LaunchQueue`.
         """
-        parts = in_parts(sorted(wholes, key=_waits_for_its_layer))
+        parts = in_parts(sorted(wholes, key=lambda part: part.chunk.waits_when_used))
         from_disk = [part for part in parts if part.is_on_disk]
         from_host, left = self._split([part for part in parts if not part.is_on_disk])
         on_hosts = self._launch_on_host(left, on_host)
-        with self._beside_computation(numbers):
-            times = [self._clock.now()]
-            for streamed in (from_disk, from_host):
-                if streamed:
-                    self._stream.run(streamed, on_device)
-                times.append(self._clock.now())
-        for chunk, written in on_hosts.items():  # other parts of the chunk may be streamed
+        for chunk, written in on_hosts.items():
             chunk.parameters.record_write(chunk.parameters.written.and_on_host(written))
-        self._updated = self._end_of_parameters_on_device([*from_disk, *from_host])
+        streamed = [*from_disk, *from_host]
+        self._wait_for_computation([*numbers, *(x.own for x in wholes if x.own is not None and x.own_is_on_device)])
+        times = list[Any]()
+        launches = self._launches(from_disk, from_host, on_device, times)
+        self._queue = queue = LaunchQueue(launches, streamed, on_hosts, within=self._in_stream)
+        queue.launch(len(from_disk) + sum(not part.chunk.waits_when_used for part in from_host))
+        self._updated = self._end_of_parameters_on_device(streamed)
         counts = [_elements(x) for x in (from_disk, from_host, left)]
         movable = _elements([part for part in parts if _is_movable(part)])
         threads = list(on_hosts.values())
 
         def last() -> UpdateTimes:  # it refers to numbers alone: a part would keep its memory
+            queue.launch_all()
             disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(times))
             seconds = sum(thread.result() for thread in threads)
             return UpdateTimes(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
@@ -127,7 +136,10 @@ class SharedUpdate:
         self._updated.wait()
 
     def finish(self) -> None:
-        """Wait for the thread, and let computation wait for the stream of updates: another update may begin."""
+        """Launch what is left, wait for the thread, and let computation wait for the stream of updates: another update
+        may begin.
+        """
+        self._queue.launch_all()
         self._thread.submit(lambda: None).result()
         if self._beside is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._beside)
@@ -139,21 +151,38 @@ class SharedUpdate:
             of_chunks.setdefault(part.chunk, []).append(part)
         return {chunk: self._thread.submit(update_in_place, of_chunk, update) for chunk, of_chunk in of_chunks.items()}
 
+    def _launches(
+        self, from_disk: Sequence[Part], from_host: Sequence[Part], update: Update, times: list[Any]
+    ) -> Iterator[CopyEvent]:
+        """Launch a part with each item, and note the times before, between and after the parts of both kinds."""
+        times.append(self._clock.now())
+        for parts in (from_disk, from_host):
+            if parts:
+                yield from self._stream.run(parts, update)
+            times.append(self._clock.now())
+
+    def _wait_for_computation(self, used: Sequence[Tensor]) -> None:
+        """Let the stream of updates wait for what computation has been given so far, and for nothing that it is given
+        later, when most parts are launched. `used` are tensors on the device that it reads or writes.
+        """
+        if self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream(self._device))
+            for x in used:
+                x.record_stream(self._beside)
+
     @contextmanager
-    def _beside_computation(self, numbers: Sequence[Tensor]) -> Iterator[None]:
-        """Launch the work of this block in the stream of updates, after what computation has been given so far."""
+    def _in_stream(self) -> Iterator[None]:
+        """Launch the work of this block in the stream of updates."""
         if self._beside is None:
             yield
             return
-        self._beside.wait_stream(torch.cuda.current_stream(self._device))
-        for x in numbers:
-            x.record_stream(self._beside)
         with torch.cuda.stream(self._beside):
             yield
 
     def _end_of_parameters_on_device(self, parts: Sequence[Part]) -> CopyEvent:
-        """Return the end of the update of parts whose parameters stay on the device."""
-        written = [part.chunk.parameters.written for part in parts if part.own_is_on_device]
+        """Return the end of the update of parameters on the device for which nobody waits when they are used."""
+        at_once = [part.chunk for part in parts if part.own_is_on_device and not part.chunk.waits_when_used]
+        written = [chunk.parameters.written for chunk in at_once]
         return written[-1] if written else CopyEvent()
 
     def balance(self) -> float:
@@ -171,9 +200,10 @@ class SharedUpdate:
         streamed, left = [], list[Part]()
         room = self.share * _elements([part for part in parts if _is_movable(part)])
         for part in reversed(parts):
-            if _is_movable(part) and len(part.gradient) <= room:
+            if _is_movable(part):
+                room -= len(part.gradient)  # once there is none, no earlier part is left to the host: it is needed soon
+            if _is_movable(part) and room >= 0:
                 left.append(part)
-                room -= len(part.gradient)
             else:
                 streamed.append(part)
         return streamed[::-1], left[::-1]
@@ -188,11 +218,6 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
         for smaller in part.split(HOST_PART):
             update([smaller])
     return time.perf_counter() - begun
-
-
-def _waits_for_its_layer(part: Part) -> bool:
-    """Return True if nobody needs a part before its layer is gathered."""
-    return not part.chunk.is_of_root and not part.own_is_on_device
 
 
 def _is_movable(part: Part) -> bool:

@@ -1,6 +1,6 @@
 """Updates of offloaded states on the device: they stream through it in parts, three parts at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -49,8 +49,10 @@ class Stream:
         self._device, self._copies = device, Copies(device)
         self._slots: list[_Slot] = []
 
-    def run(self, parts: Sequence[Part], update: Update) -> None:
-        """Call `update` with a copy of each part on the device, and copy the result back to where the part is.
+    def run(self, parts: Sequence[Part], update: Update) -> Iterator[CopyEvent]:
+        """Call `update` with a copy of each part on the device, and copy the result back to where the part is. Yield
+        the end of its last copy: the next part is launched when the next item is asked for. The iterator must have
+        ended before another run.
 
         An update writes parameters that are on the device where they are.
         """
@@ -64,10 +66,13 @@ class Stream:
             if i + 1 < len(parts):
                 upcoming = self._upload(parts[i + 1], self._slots[(i + 1) % 3])
             slot.uploaded.wait()
+            if on_device.own is not None and not on_device.own_is_on_device:
+                on_device.own.copy_(on_device.states[0])  # a step that is left out writes nothing
             update([on_device])
             self._download(on_device, on_host, slot)
             if part.is_on_disk:
                 part.disk.store(slot.downloaded)
+            yield slot.downloaded
         if on_disk:
             on_disk[0].disk.end()
 
@@ -97,4 +102,3 @@ class Stream:
             self._copies.download(on_device.own, on_host.own)
         for source, out in zip(on_device.states, on_host.states, strict=True):
             slot.downloaded = self._copies.download(source, out)
-        on_host.chunk.parameters.record_write(slot.downloaded)

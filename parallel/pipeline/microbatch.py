@@ -1,6 +1,6 @@
 """Microbatches, which go through a pipeline, and the check of a batch that they are made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,17 +66,17 @@ class Microbatch:
         documents = None if self.documents is None else (self.documents.bounds.shape, self.documents.longest)
         return *shapes, self.scale, documents
 
-    def copied(self) -> "Microbatch":
-        """Return the same in memory of its own."""
-        mask, positions = (None if x is None else x.clone() for x in (self.attention_mask, self.position_ids))
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "Microbatch":
+        """Return the same with these in the place of `tensors`, in this order."""
+        rest = iter(tensors)
         return replace(
             self,
-            input_ids=self.input_ids.clone(),
-            labels=self.labels.clone(),
-            samples=self.samples.clone(),
-            attention_mask=mask,
-            position_ids=positions,
-            documents=None if self.documents is None else self.documents.apply(torch.clone),
+            input_ids=next(rest),
+            labels=next(rest),
+            samples=next(rest),
+            attention_mask=None if self.attention_mask is None else next(rest),
+            position_ids=None if self.position_ids is None else next(rest),
+            documents=None if self.documents is None else self.documents.apply(lambda x: next(rest)),
         )
 
     def split(self, size: int) -> list["Microbatch"]:

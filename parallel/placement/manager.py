@@ -64,6 +64,7 @@ class PlacementManager:
             self._offload_everything()
         self._history.begin_step()
         if self._lifecycle.state is not PlanState.KEPT:  # then the host may run ahead of the device
+            self._complete_update()
             synchronize(self._device)
         if self._lifecycle.state is PlanState.OFFLOADED:
             self._lifecycle.move_to(PlanState.PROFILING)
@@ -180,6 +181,11 @@ class PlacementManager:
         )
         self.log(describe_plan(plan, len(self.chunks), self.budget, seconds))
 
+    def _complete_update(self) -> None:
+        """Wait for the last update: the host may still be updating, and parts may not be launched yet."""
+        for chunk in self.chunks:
+            chunk.parameters.written.synchronize()
+
     def _propose(self, sizes: Sequence[ChunkBytes]) -> Proposal:
         """Return what this rank would offload: everything with the policy "cpu", and where no plan fits."""
         plan, count, zero = None, len(self.chunks), self.zero
@@ -208,7 +214,8 @@ class PlacementManager:
         return plan
 
     def _measure(self) -> None:
-        """Time a step under a new plan. Log the median once there are enough."""
+        """Time a step under a new plan, with the whole of its update. Log the median once there are enough."""
+        self._complete_update()
         self._timer.record()
         if self._timer.is_complete:
             self._lifecycle.move_to(PlanState.KEPT)

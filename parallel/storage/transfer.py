@@ -2,7 +2,7 @@
 
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,3 +183,29 @@ class CopyEvent:
             self._on_host.result()
         if self._event is not None:
             self._event.synchronize()
+
+
+class LaterEvent(CopyEvent):
+    """The end of a copy that may be launched only when somebody waits for it: `launch`, called before each wait, calls
+    `launched` unless that has been done.
+    """
+
+    def __init__(self, launch: Callable[[], None], *, on_host: Future[Any] | None = None) -> None:
+        super().__init__(on_host=on_host)
+        self._launch = launch
+
+    def launched(self, copied: CopyEvent) -> None:
+        """Note the end of the copy, which has been launched."""
+        self._event = copied._event
+
+    def and_on_host(self, written: Future[Any]) -> CopyEvent:
+        self._launch()
+        return super().and_on_host(written)
+
+    def wait(self) -> None:
+        self._launch()
+        super().wait()
+
+    def synchronize(self) -> None:
+        self._launch()
+        super().synchronize()

@@ -86,7 +86,7 @@ class WeightCopy:
     """A weight w[N', K''] in E4M3, by rows and by columns: cast when it is used first, and kept until `clear`.
 
     Whoever changes the weight, or its scale, calls `clear`: the engine at the beginning of a step and of an evaluation.
-    With `is_kept` False nothing is kept and each use casts: for weights that are gathered on demand, and released.
+    With `is_kept` False nothing is kept and each use casts: for weights that are gathered on demand, or may be.
     """
 
     def __init__(self, scale: TensorScale) -> None:

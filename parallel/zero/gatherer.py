@@ -62,6 +62,8 @@ class Unit:
         for pending in self._pending:
             pending.wait()
         self._pending = []
+        for chunk in self.chunks:
+            chunk.wait_for_update()
 
     def release(self) -> None:
         """Free the memory of whole parameters."""
