@@ -188,8 +188,7 @@ class Engine(EngineState):
                 self.agree_on("a batch of an evaluation")
                 staged, count = self._staged(batch)
                 tokens += count
-                microbatches = staged.on(self.mesh.device).microbatches
-                total += self._sum(self.captured_step.beside(partial(self._forwards, microbatches))).item()
+                total += self._sum(self.captured_step.beside(partial(self._forwards, staged))).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
@@ -221,8 +220,9 @@ class Engine(EngineState):
         self.gradients.finish()
         return total
 
-    def _forwards(self, microbatches: Sequence[Microbatch]) -> Tensor:
+    def _forwards(self, staged: StagedBatch) -> Tensor:
         """Return the loss of this rank's part of an evaluation."""
+        microbatches = staged.on(self.mesh.device).microbatches
         runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
         return runner.run(self._plan(len(microbatches), trains=False))
 
