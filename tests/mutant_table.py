@@ -300,9 +300,7 @@ MEANS = (
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
            ENGINE, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
-           ENGINE,
-           'shift(labels_of(batch))',
-           'labels_of(batch)',
+           "parallel/pipeline/staged.py", "                shift(x, out)\n", "                out.copy_(x)\n",
            trains("single")),
     Mutant("loss-counted-on-every-rank", "a loss that several ranks compute is added several times",
            MODE,
@@ -3414,8 +3412,8 @@ HOST_WORK = (
         "gradient-placed-twice",
         "compiled code overwrites the sum of a weight's gradients with that of a further microbatch",
         "parallel/chunk/accumulator.py",
-        "        if self.arrivals[i] or i in self._placed:\n",
-        "        if False:\n",
+        "        if self.dtype not in dtypes or self.arrivals[i] or i in self._placed:\n",
+        "        if self.dtype not in dtypes:\n",
         "tests/test_compile.py::test_compiled_with_dropout_equals_eager",
     ),
 )
@@ -3534,8 +3532,8 @@ TABLES_IN_PLACE = (
         "room-in-a-later-round",
         "a gradient is computed where those of microbatches before are still to be added",
         CHUNK_SUM,
-        "return None if self.was_launched else self.chunk.gradient.accumulator.room(i)",
-        "return self.chunk.gradient.accumulator.room(i)",
+        "return None if self.was_launched else self.chunk.gradient.accumulator.room(i, dtypes)",
+        "return self.chunk.gradient.accumulator.room(i, dtypes)",
         f"{TABLE_GRADIENTS}::test_a_place_in_the_buffer_is_given_to_the_first_gradient_of_a_step_alone",
     ),
     Mutant(
@@ -3566,8 +3564,8 @@ TABLES_IN_PLACE = (
         "slices-added-narrow",
         "the head adds the products of its token slices in bf16",
         "parallel/tensor/loss.py",
-        " and room.dtype in (dtype, wide):\n",
-        ":\n",
+        "room = receiver.room((dtype, wide))",
+        "room = receiver.room((x.dtype, wide))",
         f"{TABLE_GRADIENTS}::test_one_microbatch_leaves_the_bits_that_autograd_returns[dtype1-4]",
     ),
 )
@@ -3700,6 +3698,34 @@ LAUNCHED_LATER = (
     ),
 )
 
+HOST_PATH = (
+    Mutant(
+        "batch-of-another-step",
+        "a step trains on whichever batch was read ahead",
+        "training/batch_ahead.py",
+        "ahead is not None and ahead[0] == first",
+        "ahead is not None",
+        f"{HOST}::test_a_batch_that_cannot_be_read_ahead_is_read_by_the_step_that_needs_it",
+    ),
+    Mutant(
+        "moved-parameter-unseen",
+        "parameters that could not be taken back into their buffer count as being there",
+        "parallel/chunk/parameters.py",
+        "                torch.autograd.graph.increment_version(parameter)\n        return False\n",
+        "                torch.autograd.graph.increment_version(parameter)\n        return True\n",
+        f"{WRITTEN}::test_a_split_model_whose_parameters_are_not_the_engines_any_more_is_refused",
+    ),
+    Mutant(
+        "batch-copied-by-tensor",
+        "a batch goes to its device microbatch by microbatch",
+        "parallel/pipeline/staged.py",
+        "        other.memory.copy_(self.memory, non_blocking=True)\n",
+        "        for x, y in zip(other.microbatches, self.microbatches, strict=True):\n"
+        "            torch._foreach_copy_(x.tensors, y.tensors)\n",
+        f"{HOST}::test_a_batch_goes_to_a_device_by_one_copy[1]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3774,4 +3800,5 @@ MUTANTS = (
     *TABLES_IN_PLACE,
     *SIZES_IN_8_BITS,
     *LAUNCHED_LATER,
+    *HOST_PATH,
 )

@@ -85,7 +85,7 @@ def test_a_callback_is_told_of_all_that_happens_in_order(tmp_path: Path) -> None
 def test_the_end_is_told_with_the_error_that_ended_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.engine.engine import Engine
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "train_step", interrupted)

@@ -1,7 +1,9 @@
 """Work in a graph, on a CPU: when it is replayed, and what becomes of the errors of a capture."""
 
+import gc
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -48,3 +50,21 @@ def test_the_error_of_an_operation_is_raised_and_not_that_of_the_capture_which_i
     assert raised.value is error
     with pytest.raises(RuntimeError, match="invalidated"), raising_the_first_error(failing_at_its_end()):
         pass
+
+
+def test_a_failed_capture_keeps_no_tensors() -> None:
+    """They would be there until Python collects its garbage, and steps as usual need their memory at once."""
+    kept = list[weakref.ref[torch.Tensor]]()
+
+    def work() -> None:
+        x = torch.zeros(1)
+        kept.append(weakref.ref(x))
+        raise RuntimeError("out of memory")
+
+    gc.disable()
+    try:
+        with suppress(RuntimeError), raising_the_first_error(failing_at_its_end()):
+            work()
+        assert kept[0]() is None
+    finally:
+        gc.enable()

@@ -567,6 +567,31 @@ def test_other_work_gets_the_memory_of_a_graph_if_little_is_free(made: Made, mon
     assert len(made) == 2
 
 
+@SLOW
+def test_work_that_needs_more_than_what_is_free_is_done_again_without_the_graph(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A longer step, and an evaluation of a longer sample: without a graph there had been room for them."""
+    before = Block.forward
+
+    def forward(block: Block, x: Tensor, batch: Any) -> Tensor:
+        if batch.length > LENGTH and has_graph(captured) and block is blocks_of(captured)[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return before(block, x, batch)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    usual, captured = engine_of(captures=False), engine_of()
+    found: list[list[Any]] = []
+    for engine in (usual, captured):
+        found.append(train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)]))
+        found[-1] += train(engine, [batch_of(7, length=2 * LENGTH)])
+        found[-1] += train(engine, [batch_of(number) for number in range(2 * CALLS_BEFORE + 1)])
+        found[-1].append(engine.evaluate([batch_of(1), batch_of(2, length=2 * LENGTH)]))
+    assert found[0] == found[1]
+    assert_same(captured, usual)
+    assert [graph.replays for graph in made] == [1, 1]
+
+
 def test_the_update_after_a_replay_gets_the_memory_if_somebody_has_taken_what_was_free(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,8 +134,8 @@ def test_a_signal_in_the_evaluation_after_a_step_that_was_left_out_loses_nothing
     """The loss of that step is NaN. The checkpoint had it in its index, which nobody could read any more."""
     folder, step, validation = tmp_path / "run", parallel.Engine.train_step, Loader.validation
 
-    def left_out(engine: parallel.Engine, batch: object) -> object:
-        result = step(engine, batch)  # type: ignore[arg-type]
+    def left_out(engine: parallel.Engine, batch: Any, **options: Any) -> object:
+        result = step(engine, batch, **options)
         return replace(result, loss=math.nan, grad_norm=None, skipped=True) if engine.num_steps == 3 else result
 
     def interrupted(loader: Loader) -> object:
@@ -162,7 +163,7 @@ def test_a_step_that_was_evaluated_after_a_resume_is_reported_once_whatever_kill
         os.kill(os.getpid(), signal.SIGTERM)
         return validation(loader)
 
-    def killed(engine: parallel.Engine, batch: object) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -147,10 +147,12 @@ def test_the_error_of_a_layout_is_at_most_twice_that_of_one_rank(name: str) -> N
 
 
 @SLOW
-def test_compiled_blocks_have_the_error_of_one_rank() -> None:
-    raw = raw_of(ONE)
+@pytest.mark.parametrize("name", ["one", "zero3", "1d2-sp"])
+def test_compiled_blocks_have_at_most_twice_the_error_of_one_rank_that_compiles_nothing(name: str) -> None:
+    layout = LAYOUTS[name]
+    raw = raw_of(layout)
     raw["train"] |= dict(compile=True)
-    trace = run(trained, 1, raw, batches())[0]
+    trace = run(trained, layout.world_size, raw, batches())[0]
     assert trace is not None
     got, one = errors(trace), errors(trace_of(ONE))
     assert all(got[key] <= 2 * one[key] for key in one), (got, one)

@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import parallel
 from models.build import have_kernels
-from models.shapes import resolve
+from models.shape import ModelShape
+from models.shapes import resolve, shape_of
 from parallel.chunk.parameters import ParameterBuffer
+from parallel.chunk.user_writes import UserWrites
+from parallel.chunk.writes import Writes
+from parallel.config import Config
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.kernels import table
 from parallel.storage.transfer import ON_DEVICE, HostCopy, Placement, Tier, to_device
 from parallel.tensor.norms import LayerNorm
+from training.batch_ahead import BatchAhead
+from training.metrics import Meter
 
 CUDA = torch.device("cuda")
 MODEL = dict(name="opt-tiny", num_hidden_layers=2, dropout=0.0)
@@ -290,3 +297,122 @@ def test_blocks_that_have_kernels_are_not_compiled_to_train(
     assert have_kernels(context, 768) is not compiles
     monkeypatch.setattr(table, "has_triton", lambda: False)
     assert not have_kernels(context, 768)
+
+
+# -- between the loss of a step and the next step ----------------------------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """Notes the operations that torch dispatches, without views, which launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view and "view" not in function._schema.name:
+            self.names.append(function._schema.name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_a_batch_goes_to_a_device_by_one_copy(micro_batch_size: int) -> None:
+    """However many tensors and microbatches it has: each launch takes a GPU as long as some layer's kernels."""
+    engine = engine_of(micro_batch_size=micro_batch_size)
+    mask, documents = torch.ones(2, 16, dtype=torch.int64), torch.arange(16).div(5).long().expand(2, -1)
+    mask[0, 12:] = 0
+    given = batch() | dict(attention_mask=mask, document_ids=documents, position_ids=torch.arange(16).expand(2, -1))
+    given["labels"] = given["input_ids"] + 1
+    staged, _ = engine._staged(given)
+    with Launches() as launches:
+        moved = staged.on(torch.device("cpu"), copied=True)
+        staged.copy_to(moved)
+        microbatches = moved.microbatches
+    assert launches.names == ["aten::_to_copy", "aten::copy_"]
+    assert len(microbatches) == 2 // micro_batch_size
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        torch.testing.assert_close(torch.cat([getattr(one, name) for one in microbatches]), given[name], rtol=0, atol=0)
+    labels = torch.cat([one.labels for one in microbatches])
+    torch.testing.assert_close(labels[:, :-1], given["labels"][:, 1:], rtol=0, atol=0)
+    assert labels[:, -1].tolist() == [-100, -100]
+    places = [x.data_ptr() - moved.memory.data_ptr() for x in moved.whole.tensors]
+    assert not any(place % 16 for place in places)
+
+
+def test_a_step_looks_once_whether_parameters_are_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    looks: list[ParameterBuffer] = []
+    shows_all = ParameterBuffer.shows_all
+
+    def shown(buffer: ParameterBuffer) -> bool:
+        looks.append(buffer)
+        return bool(shows_all.__get__(buffer))
+
+    monkeypatch.setattr(ParameterBuffer, "shows_all", property(shown))
+    engine.train_step(batch())
+    assert looks == [chunk.parameters for chunk in engine.chunks]
+
+
+def test_a_program_in_which_nobody_writes_looks_at_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a device asked whether somebody has written into one."""
+    engine = engine_of()
+    engine.writes.stop()
+    monkeypatch.setattr(ParameterBuffer, "shows_all", property(lambda buffer: pytest.fail("it has looked")))
+    monkeypatch.setattr(Writes, "changed", lambda writes: pytest.fail("it has asked"))
+    monkeypatch.setattr(UserWrites, "is_any", lambda writes: pytest.fail("it has looked"))
+    engine.train_step(batch())
+
+
+def test_the_batch_of_the_next_step_is_read_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, events = engine_of(), list[str]()
+    update, wait = type(engine)._update, HostCopy.wait
+
+    def updated(*args: Any) -> None:
+        update(*args)
+        events.append("update is launched")
+
+    def waited(copy: HostCopy) -> torch.Tensor:
+        events.append(f"wait for {copy._copy.numel()}")
+        return wait(copy)
+
+    monkeypatch.setattr(type(engine), "_update", updated)
+    monkeypatch.setattr(HostCopy, "wait", waited)
+    engine.train_step(batch(), meanwhile=lambda: events.append(f"sample {engine.num_samples}"))
+    assert events == ["wait for 1", "update is launched", "sample 4", "wait for 2"]
+
+
+def test_a_batch_that_cannot_be_read_ahead_is_read_by_the_step_that_needs_it() -> None:
+    reads: list[int] = []
+
+    def training(first: int) -> dict[str, torch.Tensor]:
+        reads.append(first)
+        if reads.count(first) == 1 and first == 8:
+            raise OSError("the file system is away")
+        return {"first": torch.tensor(first)}
+
+    loader: Any = SimpleNamespace(training=training)
+    batches = BatchAhead(loader)
+    assert batches.take(0)["first"] == 0
+    batches.read(4)
+    assert batches.take(4)["first"] == 4
+    batches.read(8)
+    assert batches.take(8)["first"] == 8
+    batches.read(12)
+    assert batches.take(16)["first"] == 16  # not those of another step
+    assert reads == [0, 4, 8, 8, 12, 16]
+
+
+def test_the_metrics_of_a_step_read_no_config_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To parse the model's section took the host longer than all else between two steps."""
+    engine, parsed = engine_of(), list[Config]()
+
+    def shape(config: Config) -> ModelShape:
+        parsed.append(config)
+        return shape_of(config)
+
+    monkeypatch.setattr("training.metrics.shape_of", shape)
+    meter = Meter(engine.config, 1, engine.mesh.device)
+    result = engine.train_step(batch())
+    lines = [meter.line(step, result, 0.5, samples=2 * step) for step in (1, 2)]
+    assert lines[0]["tflops"] == lines[1]["tflops"] > 0
+    assert len(parsed) == 1

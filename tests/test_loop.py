@@ -183,7 +183,7 @@ def test_a_folder_in_which_a_run_is_writing_is_refused_to_another_run(tmp_path: 
 
 
 def test_a_run_that_fails_leaves_its_traceback_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_down(engine: Engine, batch: object) -> StepResult:
+    def break_down(engine: Engine, batch: object, **_: Any) -> StepResult:
         raise ZeroDivisionError("the reason")
 
     monkeypatch.setattr(Engine, "train_step", break_down)

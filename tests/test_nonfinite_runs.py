@@ -36,10 +36,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, at: Callable[[int], bool], how: Calla
     """Call `how` with the engine before each step, counted from 1, for which `at` is true."""
     step = Engine.train_step
 
-    def spoiled(engine: Engine, batch: Any) -> Any:
+    def spoiled(engine: Engine, batch: Any, **options: Any) -> Any:
         if at(engine.num_steps + 1):
             how(engine)
-        return step(engine, batch)
+        return step(engine, batch, **options)
 
     monkeypatch.setattr(Engine, "train_step", spoiled)
 
@@ -242,11 +242,11 @@ from training.callbacks import Callback
 step = Engine.train_step
 
 
-def spoiled(engine, batch):
+def spoiled(engine, batch, **options):
     if engine.num_steps == 3 and os.environ["RANK"] == "1":
         engine.chunks[1].master[5] = float("nan")
         engine.chunks[1].write_back()
-    return step(engine, batch)
+    return step(engine, batch, **options)
 
 
 class Spoiler(Callback):

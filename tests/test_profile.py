@@ -124,7 +124,7 @@ def test_a_run_that_ends_during_its_traced_steps_stops_the_profiler(
     """Ctrl-C there once ended in a segmentation fault, because the process exited while the profiler was running."""
     alive: list[bool] = []
 
-    def break_down(engine: Engine, batch: object) -> StepResult:
+    def break_down(engine: Engine, batch: object, **_: Any) -> StepResult:
         alive.append(torch.autograd.profiler._is_profiler_enabled)
         raise KeyboardInterrupt
 

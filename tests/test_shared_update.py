@@ -201,7 +201,7 @@ def test_parts_are_launched_when_their_layer_is_gathered_and_a_few_ahead(monkeyp
 
 @pytest.mark.gpu
 def test_a_layer_on_the_device_waits_for_its_update_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But if somebody may read its parameters between two steps, the update has been launched by then."""
+    """The second layer's parameters may be read between two steps: its update has been launched by then."""
     updated = Updated(monkeypatch, ahead=0)
     for chunk in updated.chunks:
         updated.optimizer.move(chunk, Placement(Tier.DEVICE, Tier.HOST))
@@ -237,7 +237,7 @@ READERS: dict[str, Callable[[Updated, Chunk], object]] = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("reader", READERS)
 def test_whoever_reads_a_layer_has_its_update_launched(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a mode of torch that forbids changes of what it makes, too. Half of the third chunk is updated by the host."""
+    """A gather launches it within inference mode. Half of the third chunk is updated by the host."""
     updated = Updated(monkeypatch, ahead=0, share=10.5 / (4 * LAYERS))
     assert updated.num_launched()[1] == 0
     with torch.inference_mode() if reader == "a gather" else nullcontext():
@@ -301,7 +301,7 @@ def test_parameters_are_the_rounded_masters_after_an_update_that_changes_nothing
 
 
 def test_the_host_updates_the_last_parts_without_gaps() -> None:
-    """What is small in an early layer would fit into its share, too, but a forward needs it soon."""
+    """A small part of an early layer would fit into its share, too, but a forward needs that soon."""
     chunks = [chunk_in(f"layers.{i}", i, ON_HOST) for i in range(3)]
     parts = []
     for chunk in chunks:

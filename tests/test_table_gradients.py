@@ -127,11 +127,11 @@ def test_a_place_in_the_buffer_is_given_to_the_first_gradient_of_a_step_alone() 
     for _ in range(2):
         sums.begin(2)
         sums._sums[0].expect(1)
-        first, second = receiver.room(), receiver.room()
+        first, second = receiver.room([torch.float32]), receiver.room([torch.float32])
         assert first is not None
         assert second is None
         receiver.add(first.fill_(2.0))
-        assert receiver.room() is None
+        assert receiver.room([torch.float32]) is None
         receiver.add(torch.ones(V, H))
         sums.finish()
         assert chunk.gradient.total is not None

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -13,6 +14,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.results import StepResult
 from parallel.engine.stop_signals import code_of
 from parallel.errors import NonFiniteError, SignalError
+from training.batch_ahead import BatchAhead
 from training.best_loss import BestLoss
 from training.callbacks import Callbacks
 from training.loss_history import LossHistory
@@ -41,6 +43,7 @@ def fit(
     end.
     """
     config = engine.config
+    batches = BatchAhead(loader)
     meter = Meter(config, engine.mesh.world.size, engine.mesh.device, loader.corpus.num_training)
     end_if_asked(engine)
     if history.best.unevaluated is not None:
@@ -51,7 +54,9 @@ def fit(
             started = time.perf_counter()
             engine.stopwatch.mark("data")
             try:
-                result = engine.train_step(loader.training(engine.num_samples))
+                result = engine.train_step(
+                    batches.take(engine.num_samples), meanwhile=partial(read_ahead, engine, batches)
+                )
             except NonFiniteError as error:
                 seconds, failed = time.perf_counter() - started, of_failed(error, engine)
                 callbacks.on_step(meter.line(engine.num_steps, failed, seconds, samples=engine.num_samples))
@@ -60,6 +65,12 @@ def fit(
         line = meter.line(engine.num_steps, result, seconds, samples=engine.num_samples)
         history.outliers.take(line)
         finish_step(engine, loader, line=line, callbacks=callbacks, save=save, best=history.best)
+
+
+def read_ahead(engine: Engine, batches: BatchAhead) -> None:
+    """Read the batch of the next step, if there is one, while the device computes the step that is not counted yet."""
+    if engine.num_steps + 1 < engine.config.train.steps:
+        batches.read(engine.num_samples)
 
 
 def of_failed(error: NonFiniteError, engine: Engine) -> StepResult:

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,13 +61,20 @@ class Meter:
     device: torch.device
     num_training: int = 0
 
+    @cached_property
+    def _flops_per_token(self) -> float:
+        return flops_per_token(shape_of(self.config), self.config.data.sequence_length)
+
+    @cached_property
+    def _peak_tflops(self) -> float | None:
+        return peak_tflops(self.device)
+
     def line(self, step: int, result: StepResult, seconds: float, *, samples: int) -> MetricsLine:
         """Return the line of a step, counted from 1, with which the run has taken so many samples."""
         train, sequence = self.config.train, self.config.data.sequence_length
         tokens = train.global_batch_size * sequence
-        flops = tokens * flops_per_token(shape_of(self.config), sequence)
-        tflops = flops / seconds / self.world_size / 1e12
-        peak = peak_tflops(self.device)
+        tflops = tokens * self._flops_per_token / seconds / self.world_size / 1e12
+        peak = self._peak_tflops
         return {
             "step": step,
             "loss": result.loss,

@@ -1,5 +1,7 @@
 """The buffer into which a backward adds the gradients of a chunk's parameters."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -67,12 +69,14 @@ class Accumulator:
         """Return the product a[N, T] · b[T, K], the first gradient of parameter i, in memory where `add` need not copy
         it. Another one, or one that is narrower than the buffer, is in memory of its own.
         """
-        view = self.room(i) if self.dtype == a.dtype else None
+        view = self.room(i, (a.dtype,))
         return torch.mm(a, b) if view is None else torch.mm(a, b, out=view.flatten(0, -2))
 
-    def room(self, i: int) -> Tensor | None:
-        """Return the view of parameter i for its first gradient, which `add` need not copy then; None for others."""
-        if self.arrivals[i] or i in self._placed:
+    def room(self, i: int, dtypes: Collection[torch.dtype]) -> Tensor | None:
+        """Return the view of parameter i for its first gradient, which `add` need not copy then; None for others, and
+        where the buffer has none of these dtypes.
+        """
+        if self.dtype not in dtypes or self.arrivals[i] or i in self._placed:
             return None
         self._placed.add(i)
         view = self._buffer_views()[i]

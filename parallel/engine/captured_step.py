@@ -20,7 +20,7 @@ from parallel.optim.chunk_sum import FinishedSum
 from parallel.optim.gradients import Gradients
 from parallel.pipeline.staged import StagedBatch
 from parallel.placement.memory_report import use_of
-from parallel.storage.no_room import Memory
+from parallel.storage.no_room import Memory, memory_without_room
 
 Run: TypeAlias = Callable[..., Tensor]
 """Does forward and backward of microbatches with a function that is given each phase that begins: (microbatches, mark)
@@ -82,8 +82,9 @@ class CapturedStep:
 
     **Memory.** Activations and gradients are in memory that only the graph uses. During forward and backward that is as
     much as otherwise; but an update, an evaluation, or a step that runs as usual cannot reuse it. So a graph is kept
-    only while as much memory as it has is free beside it (`make_room`): then they find what they find without it. This
-    is seen also after each replay is launched, since somebody may have made a second model meanwhile.
+    only while as much memory as it has is free beside it (`make_room`), which is asked before other work, and when a
+    replay has been launched, since somebody may have made a second model meanwhile. Work that needs still more, such as
+    a step of longer samples, is done again without the graph (`beside`).
 
     `run` does forward and backward. `never`: why this engine's steps cannot be captured, or nothing.
     """
@@ -125,8 +126,19 @@ class CapturedStep:
             self._captured, self._count = None, 0
             graph.drop()
 
+    def beside(self, work: Callable[[], Tensor]) -> Tensor:
+        """Return what work returns that is not captured. Where it has no room beside the graph, it is done again."""
+        self.make_room()
+        try:
+            return work()
+        except RuntimeError as error:
+            if self._captured is None or memory_without_room(error) is not Memory.DEVICE:
+                raise
+        self.drop()  # now: the error had the tensors of the work
+        return work()
+
     def make_room(self) -> None:
-        """Give up the graph, unless as much memory as it has is free beside it: for work that is not captured."""
+        """Give up the graph, unless as much memory as it has is free beside it."""
         if self._captured is not None and not _is_roomy(self._captured[1].graph, self._device):
             self.drop()
 
@@ -136,8 +148,7 @@ class CapturedStep:
         return self.stopwatch.is_observed or self.gradients.are_watched
 
     def _as_usual(self, batch: StagedBatch) -> Tensor:
-        self.make_room()
-        return self._run(batch.on(self._device).microbatches, self.stopwatch.mark)
+        return self.beside(lambda: self._run(batch.on(self._device).microbatches, self.stopwatch.mark))
 
     def _replay(self, work: CapturedWork, batch: StagedBatch) -> Tensor:
         work.launch(batch)

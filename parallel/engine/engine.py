@@ -23,7 +23,7 @@ from parallel.engine.scales import scaling_of
 from parallel.engine.state import EngineState
 from parallel.engine.step_code import StepCode
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
-from parallel.layout.labels import IGNORED, num_counted, shift
+from parallel.layout.labels import IGNORED, num_counted
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.first_not_finite import FirstNotFinite
@@ -102,8 +102,11 @@ class Engine(EngineState):
             problem = self._original.change(are_shown=are_shown)
         super().agree_on(action, problem, error)
 
-    def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def train_step(self, batch: Mapping[str, Tensor], *, meanwhile: Callable[[], None] | None = None) -> StepResult:
         """Do forward and backward of all microbatches, and one update, unless loss or norm is not finite.
+
+        `meanwhile` is called when the device has been given all of it, before the host waits for the loss: the batch of
+        the next step may be read there. The samples of this step are counted by then, the step itself is not.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
         on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError, in
@@ -116,11 +119,11 @@ class Engine(EngineState):
         self.agree_on(f"a train step with {self.hyperparameters}", frozen)
         self.saver.check()
         with self.memory_guard.explained(lambda: self.stopwatch.phase):
-            result = self._train_step(batch)
+            result = self._train_step(batch, meanwhile)
         self.memory_guard.after_step(self.num_steps)
         return result
 
-    def _train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def _train_step(self, batch: Mapping[str, Tensor], meanwhile: Callable[[], None] | None) -> StepResult:
         self.stopwatch.mark("data")
         # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
         written = self._start_check() if self.config.zero.stage < 3 else None
@@ -147,6 +150,9 @@ class Engine(EngineState):
         if self.scaling is not None:
             self.scaling.end_step(found_inf(norm, total))
         self.num_samples += self.data.size * len(staged.whole.input_ids)
+        if meanwhile is not None:
+            self.stopwatch.mark("data")
+            meanwhile()
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         outcome = self._end_step(loss, grad_norm)
         self._report(outcome, loss, grad_norm, partial(self._origin, staged))
@@ -174,7 +180,6 @@ class Engine(EngineState):
         for a loss that is not finite though there are labels.
         """
         self.agree_on("an evaluation")
-        self.captured_step.make_room()
         self.part.eval()
         total, tokens = 0.0, 0
         with self.memory_guard.explained(lambda: "an evaluation"), self._casting(records=False):
@@ -184,8 +189,7 @@ class Engine(EngineState):
                 staged, count = self._staged(batch)
                 tokens += count
                 microbatches = staged.on(self.mesh.device).microbatches
-                runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
-                total += self._sum(runner.run(self._plan(len(microbatches), trains=False))).item()
+                total += self._sum(self.captured_step.beside(partial(self._forwards, microbatches))).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
@@ -216,6 +220,11 @@ class Engine(EngineState):
         self.gatherer.end()
         self.gradients.finish()
         return total
+
+    def _forwards(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Return the loss of this rank's part of an evaluation."""
+        runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
+        return runner.run(self._plan(len(microbatches), trains=False))
 
     def _casting(self, *, records: bool) -> AbstractContextManager[None]:
         """Return a context in which weights are cast to 8 bits once, and `records` maxima, where linears do so."""
@@ -256,8 +265,8 @@ class Engine(EngineState):
         counts = self.context.shares.counts(batch)
         problem = batch_problem(batch, size, self.part.interface.limits) or (UNKNOWN if counts is None else None)
         batch = {} if problem else as_int64(given(batch))
-        labels = torch.empty(0) if problem else shift(labels_of(batch))
-        labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
+        staged = None if problem else StagedBatch.of(self._samples(batch, counts=bool(counts)), size, self.mesh.device)
+        labels = torch.empty(0) if staged is None else staged.whole.labels
         own = 0 if problem else len(batch["input_ids"])
         # These are on the host, so that no GPU is waited for.
         sums = torch.tensor([num_counted(labels), problem is not None, own, own**2])
@@ -268,19 +277,23 @@ class Engine(EngineState):
             raise DataError(
                 f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
             )
-        ids = batch["input_ids"]
+        assert staged is not None
+        scale = self.loss_scale.scale / max(1, tokens)
+        return staged.scaled(scale), tokens
+
+    def _samples(self, batch: Mapping[str, Tensor], *, counts: bool) -> Microbatch:
+        """Return all samples of a batch that can be used, on the host, with labels that are not shifted."""
+        ids, labels = batch["input_ids"], labels_of(batch)
+        labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
         first = self.num_samples + self.data.rank * len(ids)
         samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
         mask = batch.get("attention_mask")
         if mask is not None and bool(mask.all()):  # it masks nothing, and kernels without a mask are faster
             mask = None
-        scale = self.loss_scale.scale / max(1, tokens)
-        positions = batch.get("position_ids")
         documents = Documents.of(batch["document_ids"]) if "document_ids" in batch else None
         if documents is not None and documents.is_one_per_sample:  # they hide nothing
             documents = None
-        whole = Microbatch(ids, labels, samples, mask, scale, positions, documents=documents)
-        return StagedBatch.of(whole, size, self.mesh.device), tokens
+        return Microbatch(ids, labels, samples, mask, position_ids=batch.get("position_ids"), documents=documents)
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""

@@ -13,6 +13,12 @@ def num_counted(labels: Tensor) -> int:
     return int(np.count_nonzero(labels.cpu().numpy() != IGNORED))
 
 
-def shift(labels: Tensor) -> Tensor:
-    """Return the label of each position, labels[B, S] -> [B, S]: the next token's, and IGNORED at the last position."""
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+def shift(labels: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the label of each position, labels[B, S] -> [B, S]: the next token's, and IGNORED at the last position.
+
+    `out`: the memory for it, which is not that of the labels.
+    """
+    out = torch.empty_like(labels) if out is None else out
+    out[:, :-1].copy_(labels[:, 1:])
+    out[:, -1].fill_(IGNORED)
+    return out

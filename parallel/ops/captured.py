@@ -92,9 +92,11 @@ def raising_the_first_error(inner: AbstractContextManager[object]) -> Iterator[N
             except BaseException as error:
                 first = error
                 raise
-    finally:
-        if first is not None:
-            raise first
+    except BaseException:
+        if first is None:
+            raise
+    if first is not None:  # only now: else each of the two errors would keep the other, and the tensors of the capture
+        raise first
 
 
 @contextmanager

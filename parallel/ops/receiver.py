@@ -1,6 +1,6 @@
 """The receiver of a weight's gradient: where the backward that computes it adds it, then or later."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,9 @@ class GradientReceiver:
     add_rows: Callable[[Tensor, Tensor], None] | None = None
     """Adds a gradient as keys[T] and dy[..., K''], the summands of rows; see `kernels.lookup.add_rows`."""
 
-    room: Callable[[], Tensor | None] = lambda: None
+    room: Callable[[Collection[torch.dtype]], Tensor | None] = lambda dtypes: None
     """Returns the place of the sum, [N', K''], for a gradient that is computed before it is added: `add` then need not
-    copy it. None where the gradient is to be in memory of its own."""
+    copy it. None where the gradient is to be in memory of its own, as where the sum has none of these dtypes."""
 
 
 def gradient_to(receiver: GradientReceiver | None, w: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The sum of one chunk's gradient over microbatches and ranks."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from parallel.chunk.chunk import Chunk
@@ -94,12 +95,13 @@ class ChunkSum:
         self.chunk.gradient.accumulator.add_rows(i, keys, dy)
         self._count(i)
 
-    def room(self, i: int) -> Tensor | None:
-        """Return the place of parameter i for the first gradient of a step, which is about to arrive; None for others.
+    def room(self, i: int, dtypes: Collection[torch.dtype]) -> Tensor | None:
+        """Return the place of parameter i for the first gradient of a step, which is about to arrive; None for others,
+        and where the sum has none of these dtypes.
 
         A place in a later round is not given: gradients of microbatches before may still be about to arrive there.
         """
-        return None if self.was_launched else self.chunk.gradient.accumulator.room(i)
+        return None if self.was_launched else self.chunk.gradient.accumulator.room(i, dtypes)
 
     def place_product(self, i: int, a: Tensor, b: Tensor) -> Tensor:
         """Return the product a[N, T] · b[T, K], a gradient of parameter i that is about to arrive, in its place."""

@@ -125,6 +125,8 @@ class SharedUpdate:
 
         def last() -> UpdateTimes:  # it refers to numbers alone: a part would keep its memory
             queue.launch_all()
+            if self._beside is not None:
+                self._beside.synchronize()  # the device has reached the times
             disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(times))
             seconds = sum(thread.result() for thread in threads)
             return UpdateTimes(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
@@ -186,12 +188,12 @@ class SharedUpdate:
         return written[-1] if written else CopyEvent()
 
     def balance(self) -> float:
-        """Return the best share for the last update, which must be complete on the device, in sixteenths."""
+        """Wait for the last update, and return the best share for it, in sixteenths."""
         best = self._last().best()
         return self.share if best is None else round(16 * best) / 16
 
     def gain(self, share: float) -> float:
-        """Return the seconds that this share would have saved in the last update, complete on the device."""
+        """Wait for the last update, and return the seconds that this share would have saved in it."""
         last = self._last()
         return last.took - last.seconds(share)
 

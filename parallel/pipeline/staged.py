@@ -1,11 +1,12 @@
 """A batch in one piece of memory: a single copy brings it to a device, however many tensors and microbatches it has."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from parallel.layout.labels import shift
 from parallel.pipeline.microbatch import Microbatch
 
 ALIGNMENT = 16  # bytes: a tensor begins at a multiple of it, as one in memory of its own does
@@ -24,12 +25,18 @@ class StagedBatch:
 
     @classmethod
     def of(cls, whole: Microbatch, size: int, device: torch.device) -> "StagedBatch":
-        """Return a copy of these samples on the host: in pinned memory if `device`, where they go next, is a GPU."""
+        """Return a copy of these samples on the host: in pinned memory if `device`, where they go next, is a GPU.
+
+        The labels that are given are those of the tokens themselves; they are shifted here.
+        """
         _, num_bytes = _places(whole.tensors)
         memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         staged = cls(memory, whole.with_tensors(_views(memory, whole.tensors)), size)
         for x, out in zip(whole.tensors, staged.whole.tensors, strict=True):
-            out.copy_(x)
+            if out is staged.whole.labels:
+                shift(x, out)
+            else:
+                out.copy_(x)
         return staged
 
     @property
@@ -45,6 +52,10 @@ class StagedBatch:
     def form(self) -> tuple[object, ...]:
         """All that kernels depend on besides the values of the tensors."""
         return *self.whole.form, self.size
+
+    def scaled(self, scale: float) -> "StagedBatch":
+        """Return the same in the same memory, whose loss is multiplied by `scale`."""
+        return replace(self, whole=replace(self.whole, scale=scale))
 
     def on(self, device: torch.device, *, copied: bool = False) -> "StagedBatch":
         """Return the batch on a device; `copied`: in memory of its own. The host does not wait for a copy to a GPU."""

@@ -81,12 +81,10 @@ class _LMLoss(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         is_one_product = size >= x.shape[1] and head.collectives.gather_w.size == 1  # one product, rounded once
-        dtype, room = x.dtype if is_one_product else wide, None if receiver is None else receiver.room()
-        if room is not None and room.shape == table.buffer.shape and room.dtype in (dtype, wide):
-            dw = room
-        else:
-            dw = torch.empty_like(table.buffer, dtype=dtype)
-        dx = torch.empty_like(x)
+        dtype, room = x.dtype if is_one_product else wide, None
+        if receiver is not None and head.collectives.gather_w.size == 1:
+            room = receiver.room((dtype, wide))
+        dx, dw = torch.empty_like(x), torch.empty_like(table.buffer, dtype=dtype) if room is None else room
         for start in range(0, x.shape[1], size):
             tokens = slice(start, start + size)
             multiply = partial(add_product if start else write_product, out=dw)
@@ -95,8 +93,9 @@ class _LMLoss(torch.autograd.Function):
             if in_flight is not None:
                 dx[:, tokens] = in_flight.wait()
         if scale is not None:
-            if dw is not room:
+            if room is None:
                 dw = head.collectives.scatter_dw(dw)
+                room = None if receiver is None else receiver.room((e.dtype, wide))
                 dw = dw.to(e.dtype) if room is None else room.copy_(dw)
             ctx.save_for_backward(dx, dw)
             ctx.receiver = receiver

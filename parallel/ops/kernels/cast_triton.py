@@ -23,7 +23,7 @@ class Tile:
     warps: int
 
 
-CAST_TILE, TRANSPOSE_TILE = Tile(128, 64, 4), Tile(128, 128, 8)
+CAST_TILE, TRANSPOSE_TILE = Tile(64, 64, 2), Tile(128, 128, 8)
 
 
 def launch_cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
