@@ -33,6 +33,11 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "token too large": (ids_with(29), "input_ids: token 29 is outside 0 … 28 (model.vocab_size 29)"),
     "token negative": (ids_with(-1), "input_ids: token -1 is outside 0 … 28"),
     "label too large": (ids_with(30, name="labels"), "labels: token 30 is outside 0 … 28"),
+    "no values": ({"input_ids": GOOD["input_ids"].to("meta")}, "got torch.int64 [4, 6] without values"),
+    "sparse mask": (
+        GOOD | dict(attention_mask=torch.ones(4, 6, dtype=torch.int64).to_sparse()),
+        "attention_mask: wanted integers [4, 6], got torch.int64 [4, 6] in torch.sparse_coo",
+    ),
     "no label": (GOOD | dict(labels=torch.full((4, 6), -100)), "no label to learn from"),
 }
 

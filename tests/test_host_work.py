@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -379,6 +380,14 @@ def test_the_batch_of_the_next_step_is_read_while_the_device_computes(monkeypatc
     monkeypatch.setattr(HostCopy, "wait", waited)
     engine.train_step(batch(), meanwhile=lambda: events.append(f"sample {engine.num_samples}"))
     assert events == ["wait for 1", "update is launched", "sample 4", "wait for 2"]
+
+
+def test_a_step_whose_user_raises_an_error_meanwhile_is_counted() -> None:
+    """Its update has been launched: a checkpoint of these weights with the counts before it would train them again."""
+    engine = engine_of()
+    with pytest.raises(OSError, match="no next batch"):
+        engine.train_step(batch(), meanwhile=Mock(side_effect=OSError("no next batch")))
+    assert (engine.num_steps, engine.num_updates, engine.num_samples) == (2, 2, 4)
 
 
 def test_a_batch_that_cannot_be_read_ahead_is_read_by_the_step_that_needs_it() -> None:

@@ -106,7 +106,8 @@ class Engine(EngineState):
         """Do forward and backward of all microbatches, and one update, unless loss or norm is not finite.
 
         `meanwhile` is called when the device has been given all of it, before the host waits for the loss: the batch of
-        the next step may be read there. The samples of this step are counted by then, the step itself is not.
+        the next step may be read there. The samples of this step are counted by then, the step itself is not. An error
+        that it raises is raised when the step has been counted.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
         on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError, in
@@ -150,11 +151,13 @@ class Engine(EngineState):
         if self.scaling is not None:
             self.scaling.end_step(found_inf(norm, total))
         self.num_samples += self.data.size * len(staged.whole.input_ids)
-        if meanwhile is not None:
-            self.stopwatch.mark("data")
-            meanwhile()
-        loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
-        outcome = self._end_step(loss, grad_norm)
+        try:
+            if meanwhile is not None:
+                self.stopwatch.mark("data")
+                meanwhile()
+        finally:  # the update has been launched, so the step counts; the device goes on with it
+            loss, grad_norm = result.wait().tolist()
+            outcome = self._end_step(loss, grad_norm)
         self._report(outcome, loss, grad_norm, partial(self._origin, staged))
         phases, skipped = self.stopwatch.read(), outcome is not Outcome.UPDATED
         count = self.steps.num_left_out

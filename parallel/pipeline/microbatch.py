@@ -217,10 +217,12 @@ def _document_problem(documents: Tensor, limits: Limits) -> str | None:
 
 
 def _is_integer(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex())
+    """Return True for a dense tensor of integers, whose values can be read."""
+    return not (x.is_floating_point() or x.is_complex() or x.is_meta) and x.layout == torch.strided
 
 
 def _described(x: object) -> str:
     if isinstance(x, Tensor):
-        return f"{x.dtype} {list(x.shape)}"
+        where = " without values" if x.is_meta else "" if x.layout == torch.strided else f" in {x.layout}"
+        return f"{x.dtype} {list(x.shape)}{where}"
     return "nothing" if x is None else type(x).__name__
