@@ -3539,10 +3539,10 @@ TABLES_IN_PLACE = (
     Mutant(
         "room-for-a-gradient-that-comes-later",
         "a gradient is computed where that of another microbatch arrives before it, by a schedule of a file",
-        "parallel/engine/engine.py",
-        "is_in_order=plan.begins_in_order",
-        "is_in_order=True",
-        "tests/test_schedule_file.py::test_a_model_trains_by_schedules_of_files_as_by_1f1b",
+        "parallel/plan/plan.py",
+        "first.get((stage, True)) == microbatch",
+        "first.get((stage, True)) is not None",
+        "tests/test_schedule_file.py::test_the_first_backward_of_a_file_may_be_that_of_a_later_microbatch",
     ),
     Mutant(
         "rows-replace-the-sum",

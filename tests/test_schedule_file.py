@@ -234,6 +234,11 @@ def test_stages_and_chunks_come_from_the_file(tmp_path: Path) -> None:
     assert [pipeline.rank_of(stage) for stage in range(4)] == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(("backwards", "is_in_order"), [("0B0,0B1", True), ("0B1,0B0", False), ("0I1,0B0,0W1", False)])
+def test_the_first_backward_of_a_file_may_be_that_of_a_later_microbatch(backwards: str, is_in_order: bool) -> None:
+    assert plan_of_csv(f"0F0,0F1,{backwards}".encode(), "plan.csv").begins_in_order is is_in_order
+
+
 def test_a_config_writes_the_path_and_keeps_the_content(good: Path) -> None:
     config = config_of(good)
     assert config.to_dict()["parallel"]["pipeline"]["schedule"] == str(good)
