@@ -167,10 +167,6 @@ class CopyEvent:
     def __init__(self, event: torch.cuda.Event | None = None, *, on_host: Future[Any] | None = None) -> None:
         self._event, self._on_host = event, on_host
 
-    def and_on_host(self, written: Future[Any]) -> "CopyEvent":
-        """Return the end of this copy and of what a thread writes."""
-        return CopyEvent(self._event, on_host=written)
-
     def wait(self) -> None:
         if self._on_host is not None:
             self._on_host.result()
@@ -197,10 +193,6 @@ class LaterEvent(CopyEvent):
     def launched(self, copied: CopyEvent) -> None:
         """Note the end of the copy, which has been launched."""
         self._event = copied._event
-
-    def and_on_host(self, written: Future[Any]) -> CopyEvent:
-        self._launch()
-        return super().and_on_host(written)
 
     def wait(self) -> None:
         self._launch()
