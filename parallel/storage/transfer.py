@@ -159,9 +159,9 @@ def copies_of(device: torch.device) -> Copies:
 
 
 class CopyEvent:
-    """The end of a copy. Work that the current stream is given after `wait` begins when the copy has ended.
+    """The end of a copy, if there is one. Work that the current stream is given after `wait` begins when it has ended.
 
-    `on_host`: what a thread of the host writes beside it, for which the host itself waits.
+    `on_host`: what a thread of the host writes, beside the copy or without one, for which the host itself waits.
     """
 
     def __init__(self, event: torch.cuda.Event | None = None, *, on_host: Future[Any] | None = None) -> None:
