@@ -3537,6 +3537,14 @@ TABLES_IN_PLACE = (
         f"{TABLE_GRADIENTS}::test_a_place_in_the_buffer_is_given_to_the_first_gradient_of_a_step_alone",
     ),
     Mutant(
+        "room-for-a-gradient-that-comes-later",
+        "a gradient is computed where that of another microbatch arrives before it, by a schedule of a file",
+        "parallel/engine/engine.py",
+        "is_in_order=plan.begins_in_order",
+        "is_in_order=True",
+        "tests/test_schedule_file.py::test_a_model_trains_by_schedules_of_files_as_by_1f1b",
+    ),
+    Mutant(
         "rows-replace-the-sum",
         "the rows that a lookup brings replace those of the head, or of the microbatches before",
         LOOKUP_KERNELS,

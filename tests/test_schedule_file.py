@@ -315,9 +315,13 @@ def losses(rank: int, world_size: int, schedules: list[str], folder: Path) -> li
     return found
 
 
-def test_a_model_trains_by_torchs_schedule_as_by_1f1b(tmp_path: Path) -> None:
-    """ZB-V: two stages a rank, W apart from I. Sums are in another order, in fp64."""
-    file = tmp_path / "zbv.csv"
-    MULTI._dump_csv(schedule_of_torch("ScheduleZBVZeroBubble", 2, 4), file)
-    for found, expected in run(losses, 2, [str(file), "1f1b"], tmp_path / "run"):
-        assert found == pytest.approx(expected, rel=1e-12)
+def test_a_model_trains_by_schedules_of_files_as_by_1f1b(tmp_path: Path) -> None:
+    """ZB-V of torch: two stages a rank, W apart from I; and one whose backwards begin with the last microbatch. Sums
+    are in another order, in fp64.
+    """
+    zbv, last_first = tmp_path / "zbv.csv", tmp_path / "last_first.csv"
+    MULTI._dump_csv(schedule_of_torch("ScheduleZBVZeroBubble", 2, 4), zbv)
+    last_first.write_text("0F0,0F1,0F2,0F3,,0B3,0B2,0B1,0B0\n1F0,1F1,1F2,1F3,1B3,1B2,1B1,1B0\n")
+    for first, second, expected in run(losses, 2, [str(zbv), str(last_first), "1f1b"], tmp_path / "run"):
+        assert first == pytest.approx(expected, rel=1e-12)
+        assert second == pytest.approx(expected, rel=1e-12)

@@ -209,11 +209,12 @@ class Engine(EngineState):
 
         `mark` is called with each phase that begins. `records`: the scales of later steps depend on this one.
         """
-        self.gradients.begin(len(microbatches))
+        plan = self._plan(len(microbatches), trains=True)
+        self.gradients.begin(len(microbatches), is_in_order=plan.begins_in_order)
         self.gatherer.begin()
         runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred, mark=mark)
         with self._casting(records=records):
-            total = runner.run(self._plan(len(microbatches), trains=True))
+            total = runner.run(plan)
         mark("reduce")
         total = self._sum(total)
         self.gatherer.end()

@@ -42,6 +42,7 @@ class Gradients:
         num_gradients: Mapping[nn.Parameter, int] = NO_PARAMETERS,
     ) -> None:
         self._in_flight: list[ChunkSum] = []  # reduce-scatters, the oldest first
+        self._is_in_order = True  # the forwards of the running step, and their gradients
         self._sums = [
             ChunkSum(chunk, completed=self._completed, on_launch=self._on_launch, num_gradients=num_gradients)
             for chunk in chunks
@@ -50,8 +51,12 @@ class Gradients:
         self.deferred = DeferredCalls()  # the computation of weight gradients
         self._sum_of = {info.parameter: (total, i) for total in self._sums for i, info in enumerate(total.chunk.infos)}
 
-    def begin(self, num_microbatches: int) -> None:
-        """Begin a step: each gradient will arrive for this number of microbatches, or never."""
+    def begin(self, num_microbatches: int, *, is_in_order: bool = True) -> None:
+        """Begin a step: each gradient will arrive for this number of microbatches, or never.
+
+        `is_in_order`: the first gradient to arrive is that of the first forward, for which a receiver has room.
+        """
+        self._is_in_order = is_in_order
         self._in_flight.clear()
         self.deferred.clear()
         for total in self._sums:
@@ -82,7 +87,7 @@ class Gradients:
             partial(total.take_summand, i),
             handle,
             add_rows=partial(total.take_rows, i),
-            room=partial(total.room, i),
+            room=lambda dtypes: total.room(i, dtypes) if self._is_in_order else None,
         )
 
     def finish(self) -> None:
@@ -137,9 +142,9 @@ class ModuleGradients(Gradients):
         self.has_any = False  # whether there has been a backward since `begin`
         self.begin()
 
-    def begin(self, num_microbatches: int = 2) -> None:
+    def begin(self, num_microbatches: int = 2, *, is_in_order: bool = True) -> None:
         """Drop everything that has arrived, and begin a step."""
-        super().begin(num_microbatches)
+        super().begin(num_microbatches, is_in_order=is_in_order)
         self._unsynchronized = self.has_any = False
         for total in self._sums:
             total.expect(0)

@@ -130,6 +130,14 @@ class Plan:
         """Return the stages of each rank, in order."""
         return tuple(tuple(sorted({action.stage for action in actions})) for actions in self.ranks)
 
+    @property
+    def begins_in_order(self) -> bool:
+        """True if the first backward of each stage is that of its first forward, as in all but schedules of files."""
+        first: dict[tuple[int, bool], int] = {}
+        for action in (action for actions in self.ranks for action in actions if action.op in (Op.F, Op.B, Op.I)):
+            first.setdefault((action.stage, action.op.is_forward), action.microbatch)
+        return all(first.get((stage, True)) == microbatch for (stage, _), microbatch in first.items())
+
     def rank_of_stage(self) -> dict[int, int]:
         """Return the rank that computes each stage."""
         return {
