@@ -377,9 +377,11 @@ def test_the_batch_of_the_next_step_is_read_while_the_device_computes(monkeypatc
 
     monkeypatch.setattr(type(engine), "_update", updated)
     monkeypatch.setattr(HostCopy, "wait", waited)
-    engine.train_step(
-        batch(), meanwhile=lambda: events.append(f"sample {engine.num_samples} in {engine.stopwatch.phase}")
-    )
+
+    def read() -> None:
+        events.append(f"sample {engine.num_samples} in {engine.stopwatch.phase}")
+
+    engine.train_step(batch(), meanwhile=read)
     assert events == ["wait for 1 in update", "update is launched", "sample 4 in data", "wait for 2 in update"]
 
 
