@@ -407,7 +407,7 @@ def test_a_batch_that_cannot_be_read_ahead_is_read_by_the_step_that_needs_it() -
 
 
 def test_the_metrics_of_a_step_read_no_config_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To parse the model's section took the host longer than all else between two steps."""
+    """Parsing the model's section took the host longer than all else between two steps."""
     engine, parsed = engine_of(), list[Config]()
 
     def shape(config: Config) -> ModelShape:
