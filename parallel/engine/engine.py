@@ -148,6 +148,7 @@ class Engine(EngineState):
         if meanwhile is not None:
             self.stopwatch.mark("data")
             meanwhile()
+            self.stopwatch.mark("update")  # for which the host waits now; a device that is stuck is not stuck in "data"
         loss, grad_norm = result.wait().tolist()  # the device still updates while the host goes on to the next batch
         outcome = self._end_step(loss, grad_norm)
         self._report(outcome, loss, grad_norm, partial(self._origin, staged))
